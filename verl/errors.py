@@ -1,0 +1,32 @@
+"""Every error that crosses a package border: who failed, what was wrong, what to do about it."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting is wrong: the message names the key, its value, what was expected and the fix."""
+
+
+class DataError(ValueError):
+    """A data file is missing or malformed: the message names the file, the row and the fix."""
+
+
+class ServiceError(RuntimeError):
+    """A service (retriever, IG service) did not give a usable answer within its deadline."""
+
+    def __init__(self, service: str, message: str) -> None:
+        super().__init__(f"{service}: {message}")
+        self.service = service
+        """Short name of the service, used to count failures by cause."""
+
+
+class RolloutError(RuntimeError):
+    """The engine did not give a usable completion, or one sampled from other weights than claimed."""
+
+
+class WeightSyncError(RuntimeError):
+    """Engine and trainer disagree about the weights after a publish."""
+
+
+class TrainingHaltedError(RuntimeError):
+    """The run stopped itself (too many failures, too many non-finite updates) and says why."""

@@ -1,0 +1,221 @@
+"""The vocabulary of the trainer: immutable facts in token ids, as sampled; no tensors, no padding.
+
+A `Question` is asked `n` times; each attempt is a `Trajectory`, a prompt followed by `Turn`s. A turn is what the
+policy sampled (`output_ids`) and what the environment appended to it (`observation_ids`). `Trajectory.token_ids` is
+their concatenation and `Trajectory.policy_mask` says which of them the policy sampled; no other mask exists.
+
+    prompt  | output: <search> q </search> | observation: <information>..</information> | output: <answer> a </answer>
+    False   | True                         | False                                      | True        (policy_mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message of a question's prompt."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One row of the data set."""
+
+    uid: str
+    """`data_source/split/index`: unique over merged data sets, the key of a GRPO group."""
+    text: str
+    """The bare question, as the IG service is asked."""
+    messages: tuple[Message, ...]
+    """The chat prompt the policy sees."""
+    golds: tuple[str, ...]
+    """Accepted answers (aliases), at least one."""
+    data_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """One search result, exactly as the retriever returned it."""
+
+    id: str
+    title: str
+    """First line of `contents`, quotes kept."""
+    text: str
+    """The rest of `contents`."""
+    score: float
+
+
+class ActionKind(StrEnum):
+    SEARCH = "search"
+    ANSWER = "answer"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """What the policy asked for in one turn."""
+
+    kind: ActionKind
+    text: str = ""
+    """Query or answer, stripped; empty when invalid."""
+    start: int = 0
+    end: int = 0
+    """Token span `[start, end)` of the text inside `Turn.output_ids`, tags excluded."""
+
+
+class Finish(StrEnum):
+    STOP = "stop"
+    """A stop string or the end-of-sequence token."""
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one completion is drawn."""
+
+    temperature: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """What an engine sampled for one request."""
+
+    ids: IntArray
+    """Sampled tokens [n], stop tokens included."""
+    log_probs: FloatArray
+    """Log-probability of each sampled token under the sampling distribution [n]."""
+    finish: Finish
+    version: int
+    """Version of the weights that produced it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Turn:
+    """One completion of the policy and the environment's reply to it."""
+
+    output_ids: IntArray
+    output_log_probs: FloatArray
+    action: Action
+    passages: tuple[Passage, ...]
+    """From the search result itself, never parsed from text; empty without a search or when nothing was found."""
+    observation_ids: IntArray
+    """What the environment appended; empty on the last turn."""
+    observation_truncated: bool = False
+    version: int = 0
+
+
+class Stop(StrEnum):
+    ANSWERED = "answered"
+    BUDGET = "budget"
+    """The search and turn budget was used up without an answer."""
+    LENGTH = "length"
+    """The token budget was used up."""
+    FAILED = "failed"
+    """The environment or the engine failed: not the policy's doing, so neither rewarded nor punished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trajectory:
+    """One attempt at a question."""
+
+    question: Question
+    sample: int
+    """0..n-1 inside its group."""
+    prompt_ids: IntArray
+    turns: tuple[Turn, ...]
+    stop: Stop
+    failure: str | None = None
+    """Name and message of what failed; set exactly when `stop` is FAILED."""
+    seconds: float = 0.0
+
+    @property
+    def token_ids(self) -> IntArray:
+        """Prompt, then output and observation of every turn [L]."""
+        return np.concatenate([self.prompt_ids, *(ids for t in self.turns for ids in (t.output_ids, t.observation_ids))])
+
+    @property
+    def policy_mask(self) -> BoolArray:
+        """True exactly on the tokens the policy sampled [L]: the one mask of loss, KL, entropy and credit."""
+        flags = [np.zeros(len(self.prompt_ids), dtype=np.bool_)]
+        for turn in self.turns:
+            flags += [np.ones(len(turn.output_ids), np.bool_), np.zeros(len(turn.observation_ids), np.bool_)]
+        return np.concatenate(flags)
+
+    @property
+    def sampling_log_probs(self) -> FloatArray:
+        """Log-probs at sampling time on policy tokens, 0 elsewhere [L]."""
+        parts = [np.zeros(len(self.prompt_ids), dtype=np.float32)]
+        for turn in self.turns:
+            parts += [turn.output_log_probs, np.zeros(len(turn.observation_ids), np.float32)]
+        return np.concatenate(parts)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return sum(len(turn.output_ids) for turn in self.turns)
+
+    @property
+    def answer(self) -> str | None:
+        """Text of the answer action of the last turn, or None."""
+        if self.turns and self.turns[-1].action.kind is ActionKind.ANSWER:
+            return self.turns[-1].action.text
+        return None
+
+    @property
+    def searches(self) -> tuple[Turn, ...]:
+        """The turns whose search was executed (found nothing counts)."""
+        return tuple(t for t in self.turns if t.action.kind is ActionKind.SEARCH and len(t.observation_ids) > 0)
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """All search results, in order."""
+        return tuple(p for turn in self.turns for p in turn.passages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """All attempts at one question."""
+
+    question: Question
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gain:
+    """What a gain estimator says of one trajectory. `value is None and failure is None`: nothing to measure."""
+
+    value: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one trajectory is worth."""
+
+    outcome: float | None
+    """Reward of the final answer; None when the trajectory failed."""
+    gain: float | None = None
+    """Information gain of its searches; None without a search or when not measured."""
+    failure: str | None = None
+    """Set: excluded from the group's statistics, masked from the loss, counted."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further measures of the answer (em, sub_em, f1), for logs only."""
+
+
+def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:
+    """Tokens sampled by the policy over all trajectories."""
+    return sum(t.num_policy_tokens for t in trajectories)
