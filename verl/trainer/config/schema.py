@@ -240,11 +240,13 @@ class TrainerConfig:
     resume_mode: str = "auto"
     max_concurrent_episodes: int = 512
     startup_timeout_s: float = 600.0
+    service_wait_s: float = 10.0
 
     def __post_init__(self) -> None:
         _positive("trainer", total_epochs=self.total_epochs, n_gpus_per_node=self.n_gpus_per_node)
         _positive("trainer", num_cpu_workers=self.num_cpu_workers, max_concurrent_episodes=self.max_concurrent_episodes)
-        _positive("trainer", max_checkpoints_to_keep=self.max_checkpoints_to_keep, startup_timeout_s=self.startup_timeout_s)
+        _positive("trainer", max_checkpoints_to_keep=self.max_checkpoints_to_keep)
+        _positive("trainer", startup_timeout_s=self.startup_timeout_s, service_wait_s=self.service_wait_s)
         _not_negative("trainer", test_freq=self.test_freq, save_freq=self.save_freq, seed=self.seed)
         if self.total_training_steps is not None:
             _positive("trainer", total_training_steps=self.total_training_steps)
