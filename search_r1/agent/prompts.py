@@ -1,0 +1,50 @@
+"""Every text the environment writes: the instruction, search results, and the reply to an invalid action.
+
+The formats are those of Search-R1, so that released checkpoints find what they were trained on. All functions are
+pure and take structured passages: nothing here reads a transcript.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from verl.types import Passage, Trajectory
+
+RETRY = (
+    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
+    "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
+)
+NOTHING_FOUND = "Nothing was found for this query."
+
+_OPENING = "\n\n<information>"
+_CLOSING = "</information>\n\n"
+
+_INSTRUCTION = (
+    "Answer the question below. Whenever you get new information, first reason about it between <think> and "
+    "</think>. If you then find that you lack some knowledge, call the search engine with <search> query "
+    "</search>; the best results come back between <information> and </information>. You can search as many "
+    "times as you want. Once no further knowledge is needed, give the answer between <answer> and </answer> "
+    "without detailed explanations, for example <answer> Beijing </answer>. Question: {question}\n"
+)
+
+
+def search_instruction(question: str) -> str:
+    """The user message for a bare question; a missing question mark is added."""
+    question = question.strip()
+    return _INSTRUCTION.format(question=question if question.endswith("?") else f"{question}?")
+
+
+def render_passages(passages: Sequence[Passage]) -> str:
+    """`Doc k(Title: title) text`, one line per passage, k from 1."""
+    lines = [f"Doc {k}(Title: {p.title}) {p.text}\n" for k, p in enumerate(passages, start=1)]
+    return "".join(lines).strip()
+
+
+def wrap_observation(documents: str) -> str:
+    """What the policy reads after a search; says so when nothing was found."""
+    return f"{_OPENING}{documents or NOTHING_FOUND}{_CLOSING}"
+
+
+def render_context(trajectory: Trajectory) -> str:
+    """All search results of a trajectory as the policy read them, one block per search: the IG service's context."""
+    return "\n".join(render_passages(turn.passages) for turn in trajectory.turns if turn.passages)

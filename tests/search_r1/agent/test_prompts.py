@@ -1,0 +1,75 @@
+"""The texts of the environment, byte for byte."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+
+from search_r1.agent.prompts import RETRY, render_context, render_passages, search_instruction, wrap_observation
+from verl.types import Action, ActionKind, Message, Passage, Question, Stop, Trajectory, Turn
+
+BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town in England.", score=0.9)
+LEEDS = Passage(id="2", title='"Leeds"', text="Leeds is a city.", score=0.5)
+
+
+def make_turn(*passages: Passage) -> Turn:
+    return Turn(
+        output_ids=np.array([1], np.int32),
+        output_log_probs=np.zeros(1, np.float32),
+        action=Action(kind=ActionKind.SEARCH, text="q"),
+        passages=passages,
+        observation_ids=np.array([2], np.int32),
+    )
+
+
+def test_passages_are_numbered_lines() -> None:
+    assert render_passages([BOLTON, LEEDS]) == (
+        'Doc 1(Title: "Bolton") Bolton is a town in England.\nDoc 2(Title: "Leeds") Leeds is a city.'
+    )
+
+
+def test_observation_is_wrapped_and_says_when_nothing_was_found() -> None:
+    text = wrap_observation(render_passages([LEEDS]))
+    assert text == '\n\n<information>Doc 1(Title: "Leeds") Leeds is a city.</information>\n\n'
+    assert wrap_observation("") == "\n\n<information>Nothing was found for this query.</information>\n\n"
+
+
+def test_retry_text() -> None:
+    assert RETRY == (
+        "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
+        "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
+    )
+
+
+def test_context_numbers_the_passages_of_each_search_and_skips_empty_ones() -> None:
+    question = Question(uid="u", text="q?", messages=(Message(role="user", content="q"),), golds=("a",), data_source="d")
+    trajectory = Trajectory(
+        question=question,
+        sample=0,
+        prompt_ids=np.array([1], np.int32),
+        turns=(make_turn(BOLTON), make_turn(), make_turn(LEEDS)),
+        stop=Stop.BUDGET,
+    )
+    assert render_context(trajectory) == (
+        'Doc 1(Title: "Bolton") Bolton is a town in England.\nDoc 1(Title: "Leeds") Leeds is a city.'
+    )
+
+
+def test_instruction_names_the_tags_and_ends_with_the_question() -> None:
+    text = search_instruction(" Where was Alice born ")
+    assert text.endswith("Question: Where was Alice born?\n")
+    for tag in ("<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>"):
+        assert tag in text
+    assert search_instruction("Who?").endswith("Question: Who?\n")
+
+
+def test_agent_imports_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys\n"
+        "import search_r1.agent.loop, search_r1.agent.actions, search_r1.agent.prompts\n"
+        "heavy = {'torch', 'vllm', 'ray', 'transformers', 'httpx', 'hydra'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
