@@ -45,7 +45,7 @@ class JsonService:
         max_connections: int = 64,
         fix: str = "check that it runs at this URL",
     ) -> None:
-        """`timeout_s` covers a whole call, all attempts and waits; `fix` ends messages about a dead service."""
+        """`timeout_s` covers a whole call with all attempts; `fix` ends messages about a dead service."""
         self._url = _checked_url(base_url, name=name)
         if not timeout_s > 0:
             raise ConfigError(f"timeout of the {name} must be more than 0 seconds, got {timeout_s}")
