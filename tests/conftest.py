@@ -1,4 +1,4 @@
-"""What every test gets: no network but this machine, small thread pools, no process left behind at the end."""
+"""What every test gets: this machine as the only network, small thread pools, no process left behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _own_addresses() -> set[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _only_this_machine() -> Iterator[None]:
-    """Refuse TCP connections to other machines: a test that needs the network is a test that fails elsewhere."""
+    """Refuse TCP connections to other machines: a test that needs the network fails elsewhere."""
     own = _own_addresses()
     connect = socket.socket.connect
 
