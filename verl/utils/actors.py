@@ -1,0 +1,243 @@
+"""Run a class in this process or as a Ray actor, with the same calls; the only file of `verl` that imports ray.
+
+Either way the object lives in a `_Host`: built and called on threads of its own, one call at a time unless told
+otherwise, so that all sync calls of a default actor share one thread and the caller's event loop stays free.
+
+    launcher = make_launcher("ray")
+    policy = launcher.launch(PolicyWorker, kwargs={"rank": 0}, name="policy-0")
+    await policy.call("update", batch)      # a failed constructor shows here, too
+    launcher.shutdown()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from verl.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NUM_QUOTED_LINES = 15
+_MAX_SOCKET_ROOT_CHARS = 24
+"""Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
+
+
+class ActorError(RuntimeError):
+    """An actor is gone: names it, its class and what it last wrote to stderr."""
+
+
+class Actor(Protocol):
+    """An object that lives elsewhere."""
+
+    async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
+        """Return what the method returns and raise what it raises. Raises ActorError when the actor is gone."""
+        ...
+
+    def kill(self) -> None:
+        """End it now, whatever it does. A second time does nothing."""
+        ...
+
+
+class Launcher(Protocol):
+    """Start actors."""
+
+    def launch(
+        self,
+        cls: type,
+        /,
+        *,
+        kwargs: dict[str, object],
+        name: str,
+        num_gpus: float = 0,
+        env: Mapping[str, str] | None = None,
+        max_concurrency: int = 1,
+    ) -> Actor:
+        """Build `cls(**kwargs)`, without waiting for it. `env` is set before the class is imported, if it runs apart."""
+        ...
+
+    def shutdown(self) -> None:
+        """Kill what was launched and leave nothing behind."""
+        ...
+
+
+def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
+    """Make the launcher of `trainer.launcher`: "ray" starts a private cluster on this machine, "local" nothing."""
+    if kind == "local":
+        return LocalLauncher()
+    if kind == "ray":
+        return RayLauncher(object_store_mb=object_store_mb)
+    raise ConfigError(f"trainer.launcher must be one of ray, local, got {kind!r}")
+
+
+class _Host:
+    """Owns the object and decides on which thread it runs."""
+
+    def __init__(self, cls: type, kwargs: dict[str, object], name: str, max_concurrency: int) -> None:
+        self._executor = ThreadPoolExecutor(max_concurrency, thread_name_prefix=name)
+        self._turns = asyncio.Semaphore(max_concurrency)
+        self._built = self._executor.submit(cls, **kwargs)
+
+    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        target = getattr(await asyncio.wrap_future(self._built), method)
+        async with self._turns:
+            if inspect.iscoroutinefunction(target):
+                return await target(*args, **kwargs)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, lambda: target(*args, **kwargs))
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _LocalActor:
+    def __init__(self, host: _Host, name: str) -> None:
+        self._host: _Host | None = host
+        self._name = name
+
+    async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
+        if self._host is None:
+            raise ActorError(f"actor {self._name!r} was killed before the call of {method!r}")
+        return await self._host.call(method, args, kwargs)
+
+    def kill(self) -> None:
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+
+class LocalLauncher:
+    """Everything in this process: for the debugger and for tests. `env` is set for the whole process."""
+
+    def __init__(self) -> None:
+        self._actors: list[_LocalActor] = []
+
+    def launch(
+        self,
+        cls: type,
+        /,
+        *,
+        kwargs: dict[str, object],
+        name: str,
+        num_gpus: float = 0,  # noqa: ARG002 - a process uses what it sees
+        env: Mapping[str, str] | None = None,
+        max_concurrency: int = 1,
+    ) -> Actor:
+        os.environ.update(env or {})
+        actor = _LocalActor(_Host(cls, kwargs, name, max_concurrency), name)
+        self._actors.append(actor)
+        return actor
+
+    def shutdown(self) -> None:
+        for actor in self._actors:
+            actor.kill()
+        self._actors.clear()
+
+
+class _RayActor:
+    def __init__(self, actor: Any, *, name: str, role: str, logs: Path) -> None:
+        self._actor = actor
+        self._name = name
+        self._role = role
+        self._logs = logs
+        self._pid: int | None = None
+
+    async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            if self._pid is None:
+                self._pid = await self._actor.pid.remote()
+            return await self._actor.call.remote(method, args, kwargs)
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, Exception) else ActorError(f"{self._who}: {error}")) from error
+        except RayActorError as error:
+            raise ActorError(self._describe_death(method, error)) from error
+
+    @property
+    def _who(self) -> str:
+        return f"actor {self._name!r} ({self._role})"
+
+    def _describe_death(self, method: str, error: Exception) -> str:
+        reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
+        message = f"{self._who} died; {method!r} has no result. {reason}"
+        lines = [line for log in self._logs.glob(f"worker-*-{self._pid}.err") for line in log.read_text().splitlines()]
+        if lines:
+            message += "\nIts last words:\n  " + "\n  ".join(lines[-_NUM_QUOTED_LINES:])
+        return message
+
+    def kill(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            ray.kill(self._actor)
+
+
+class RayLauncher:
+    """One process per actor, in a Ray cluster of this process's own that ends with it, even by kill -9.
+
+    Make it on the main thread: Linux ends Ray's processes when the thread that started them ends.
+    """
+
+    def __init__(self, *, object_store_mb: int) -> None:
+        import ray
+
+        if ray.is_initialized():
+            raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut that launcher down first")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        root = tempfile.gettempdir()
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"))
+        # No CPUs: actors ask for none, so two cores never block one, and Ray keeps no idle workers in stock.
+        ray.init(
+            address="local",
+            num_cpus=0,
+            include_dashboard=False,
+            object_store_memory=object_store_mb * 2**20,
+            log_to_driver=False,
+            logging_level="error",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(self._folder),
+        )
+        self._actors: list[_RayActor] = []
+
+    def launch(
+        self,
+        cls: type,
+        /,
+        *,
+        kwargs: dict[str, object],
+        name: str,
+        num_gpus: float = 0,
+        env: Mapping[str, str] | None = None,
+        max_concurrency: int = 1,
+    ) -> Actor:
+        import ray
+
+        options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": num_gpus}
+        if env:
+            options["runtime_env"] = {"env_vars": dict(env)}
+        remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
+        actor = _RayActor(remote, name=name, role=cls.__name__, logs=self._folder / "session_latest" / "logs")
+        self._actors.append(actor)
+        return actor
+
+    def shutdown(self) -> None:
+        import ray
+
+        for actor in self._actors:
+            actor.kill()
+        self._actors.clear()
+        ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
