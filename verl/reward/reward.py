@@ -1,0 +1,87 @@
+"""The reward of a batch: outcome of every answer, one gain estimator, and what to do when measuring fails.
+
+A trajectory or a gain that failed is named, masked and counted, never 0; above a share of failures training
+halts, because what is left is no longer the batch that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from verl.errors import TrainingHaltedError
+from verl.protocols import GainEstimator
+from verl.reward.outcome import Outcome
+from verl.types import Gain, Group, Score, Stop, Trajectory
+
+_MAX_CAUSES_SHOWN = 3
+_MAX_CAUSE_CHARS = 300
+
+OutcomeRule = Callable[[Trajectory], Outcome]
+
+
+class Reward:
+    """Score trajectories: `score` for training, `score_validation` for evaluation."""
+
+    def __init__(
+        self,
+        outcome: OutcomeRule,
+        *,
+        gain: GainEstimator | None,
+        max_failure_share: float,
+        fix: str = "is the IG service at reward.semantic.url up?",
+    ) -> None:
+        """`max_failure_share` in [0, 1]; `fix` ends the message of a halt: name the service's URL in it."""
+        self._outcome = outcome
+        self._gain = gain
+        self._max_failure_share = max_failure_share
+        self._fix = fix
+
+    async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        """One score per trajectory, in order. Raises TrainingHaltedError above the failure share."""
+        gains = await self._measure(groups)
+        scores = [
+            [self._score(t, gain) for t, gain in zip(group.trajectories, of_group, strict=True)]
+            for group, of_group in zip(groups, gains, strict=True)
+        ]
+        measured = [g for of_group in gains for g in of_group if g.value is not None or g.failure is not None]
+        self._check_failures("gain measurements", [gain.failure for gain in measured], fix=self._fix)
+        everything = [score.failure for of_group in scores for score in of_group]
+        self._check_failures("trajectories", everything, fix="mend what the causes name.")
+        return scores
+
+    async def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        """Outcomes only: validation never asks for a gain, and its failures are counted by the caller."""
+        return [self._score(trajectory, Gain()) for trajectory in trajectories]
+
+    async def _measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
+        if self._gain is None:
+            return [[Gain()] * len(group.trajectories) for group in groups]
+        return await self._gain.measure(groups)
+
+    def _score(self, trajectory: Trajectory, gain: Gain) -> Score:
+        if trajectory.stop is Stop.FAILED:
+            return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
+        outcome = self._outcome(trajectory)
+        return Score(outcome=outcome.value, gain=gain.value, failure=gain.failure, metrics=outcome.metrics)
+
+    def _check_failures(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
+        """A lone failure never halts (one odd item in a small batch), unless none at all is allowed."""
+        causes = Counter(cause[:_MAX_CAUSE_CHARS] for cause in failures if cause is not None)
+        failed, total = causes.total(), len(failures)
+        if failed <= self._max_failure_share * total or (failed == 1 and self._max_failure_share > 0):
+            return
+        shown = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common(_MAX_CAUSES_SHOWN))
+        more = (
+            f"; and {len(causes) - _MAX_CAUSES_SHOWN} other causes" if len(causes) > _MAX_CAUSES_SHOWN else ""
+        )
+        raise TrainingHaltedError(
+            f"{failed} of {total} {what} failed ({failed / total:.0%}, reward.max_failure_share allows "
+            f"{self._max_failure_share:.0%}): {shown}{more}. Fix: {fix} Nothing was trained on this batch; "
+            f"the same command resumes from the last checkpoint."
+        )
+
+
+def failure_name(failure: str) -> str:
+    """The name in `name: message`, by which failures are counted."""
+    return failure.partition(":")[0].strip()

@@ -1,0 +1,98 @@
+"""Evaluate the policy on held-out questions: every question exactly once, greedy, no gain, failures named.
+
+The trainer and the command line use this one evaluator: a score in training is the score of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from verl.reward.reward import failure_name
+from verl.trainer.ppo.metrics import finite
+from verl.types import Question, Score, Trajectory
+
+
+class Evaluate(Protocol):
+    """The part of the collector that is needed here."""
+
+    async def evaluate(self, questions: Sequence[Question]) -> list[Trajectory]:
+        """One greedy trajectory per question."""
+        ...
+
+
+class ScoreValidation(Protocol):
+    """The part of the reward that is needed here."""
+
+    async def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        """Outcomes only."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EvaluationResult:
+    """One trajectory and one score per question, in the order of the questions."""
+
+    trajectories: tuple[Trajectory, ...]
+    scores: tuple[Score, ...]
+    metrics: dict[str, float]
+    """`val/what` over all questions and `val/what/source` per data source."""
+
+
+async def evaluate(
+    collector: Evaluate, reward: ScoreValidation, questions: Sequence[Question]
+) -> EvaluationResult:
+    """Play and score every question. Raises ValueError if one is missing, doubled or was not asked."""
+    trajectories = _in_order(questions, await collector.evaluate(questions))
+    scores = await reward.score_validation(trajectories)
+    return EvaluationResult(
+        trajectories=tuple(trajectories),
+        scores=tuple(scores),
+        metrics=evaluation_metrics(trajectories, scores),
+    )
+
+
+def evaluation_metrics(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> dict[str, float]:
+    """Means over the questions that did not fail; the failed ones are counted beside them, by name."""
+    pairs = list(zip(trajectories, scores, strict=True))
+    metrics = _means(pairs, suffix="")
+    failures = Counter(failure_name(score.failure) for _, score in pairs if score.failure is not None)
+    metrics |= {f"val/failures_{name}": float(count) for name, count in sorted(failures.items())}
+    for source in sorted({t.question.data_source for t in trajectories}):
+        metrics |= _means(
+            [pair for pair in pairs if pair[0].question.data_source == source], suffix=f"/{source}"
+        )
+    return metrics
+
+
+def _in_order(questions: Sequence[Question], trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    asked = [question.uid for question in questions]
+    played = {t.question.uid: t for t in trajectories}
+    if Counter(asked) != Counter(t.question.uid for t in trajectories) or len(played) != len(asked):
+        raise ValueError(
+            f"evaluation must play every question exactly once: {len(asked)} questions ({len(set(asked))} "
+            f"distinct) gave {len(trajectories)} trajectories of {len(played)} distinct questions"
+        )
+    return [played[uid] for uid in asked]
+
+
+def _means(pairs: Sequence[tuple[Trajectory, Score]], *, suffix: str) -> dict[str, float]:
+    judged = [(t, score) for t, score in pairs if score.failure is None and score.outcome is not None]
+    names = sorted({name for _, score in judged for name in score.metrics})
+    searches = [len(t.searches) for t, _ in judged]
+    return finite(
+        {
+            **{f"val/{name}{suffix}": _mean([s.metrics[name] for _, s in judged]) for name in names},
+            f"val/searches_mean{suffix}": _mean(searches),
+            f"val/no_search_share{suffix}": _mean([count == 0 for count in searches]),
+            f"val/answer_share{suffix}": _mean([bool(t.answer) for t, _ in judged]),
+            f"val/questions{suffix}": len(pairs),
+            f"val/failed{suffix}": len(pairs) - len(judged),
+        }
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

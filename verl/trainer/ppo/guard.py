@@ -1,0 +1,177 @@
+"""Keep a sick run from wasting hours: count skipped updates and stop, keep their batch, raise alarms.
+
+The worker skips an update whose loss or gradient is not finite and leaves the weights as they were; this
+module decides when that happened often enough. Alarms only warn: a person decides.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from verl.errors import TrainingHaltedError
+from verl.types import FloatArray, Group, Score
+
+logger = logging.getLogger(__name__)
+
+ENTROPY_SHARE = 0.1
+"""Entropy below this share of the first measured one counts as collapsed."""
+KL_LIMIT = 1.0
+"""Mean KL to the reference, nats per token, above which the policy has left it."""
+NO_SEARCH_LIMIT = 0.9
+"""Share of trajectories without a search above which the policy has stopped searching."""
+MAX_DUMPS = 10
+"""Batches kept of one run: the first ones tell most, and a batch can be large."""
+
+
+class Guard:
+    """Watch the updates and the metrics of one run."""
+
+    def __init__(self, run_dir: Path, *, max_skipped_updates: int, alarm_steps: int = 5) -> None:
+        """`alarm_steps`: how many steps in a row a condition must hold before it is an alarm."""
+        self._run_dir = run_dir
+        self._max_skipped_updates = max_skipped_updates
+        self._skipped_in_a_row = 0
+        self._dumps: list[Path] = []
+        self._alarms = _make_alarms(alarm_steps)
+
+    def check_update(
+        self,
+        update: Mapping[str, float],
+        *,
+        step: int,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+        last_checkpoint: Path | None,
+    ) -> None:
+        """Read `num_updates` and `skipped_updates`; keep the batch of a skipped one.
+
+        Raises TrainingHaltedError once `max_skipped_updates` updates in a row were skipped.
+        """
+        skipped = int(update["skipped_updates"])
+        if not skipped:
+            self._skipped_in_a_row = 0
+            return
+        applied = int(update["num_updates"]) - skipped
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + skipped
+        halted = self._skipped_in_a_row >= self._max_skipped_updates
+        if halted or len(self._dumps) < MAX_DUMPS:
+            self._dumps.append(self._run_dir / "skipped" / f"step_{step:06d}.jsonl")
+            dump_batch(self._dumps[-1], groups, scores, credit)
+        logger.warning(
+            "step %d: %d of %d updates skipped (loss or gradient not finite); last batch kept: %s",
+            step,
+            skipped,
+            skipped + applied,
+            self._dumps[-1],
+        )
+        if halted:
+            raise TrainingHaltedError(self._halt_message(step, self._dumps[-1], last_checkpoint))
+
+    def alarms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Warnings that became due with this step's metrics; each once until its condition has passed."""
+        return [warning for alarm in self._alarms if (warning := alarm.observe(metrics)) is not None]
+
+    def _halt_message(self, step: int, dump: Path, last_checkpoint: Path | None) -> str:
+        good = (
+            f"The last good checkpoint is {last_checkpoint}"
+            if last_checkpoint
+            else "No checkpoint was saved yet"
+        )
+        return (
+            f"step {step}: {self._skipped_in_a_row} updates in a row were skipped because loss or gradient "
+            f"was not finite (actor_rollout_ref.actor.max_skipped_updates={self._max_skipped_updates}). "
+            f"{good}; the batch is in {dump}. Fix: lower actor_rollout_ref.actor.optim.lr or raise "
+            f"actor_rollout_ref.actor.kl_loss_coef, then run the same command to resume."
+        )
+
+
+def dump_batch(
+    path: Path,
+    groups: Sequence[Group],
+    scores: Sequence[Sequence[Score]],
+    credit: Sequence[Sequence[FloatArray]],
+) -> Path:
+    """Write one trajectory per line with its score and per-token credit, exact enough to replay the update.
+
+    Floats are written in full, and NaN as NaN (Python's JSON reads it), because it is what one looks for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for group, of_group, arrays in zip(groups, scores, credit, strict=True):
+            for trajectory, score, array in zip(group.trajectories, of_group, arrays, strict=True):
+                line = {"trajectory": asdict(trajectory), "score": asdict(score), "credit": array}
+                file.write(json.dumps(line, default=_plain) + "\n")
+    return path
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Alarm:
+    """A metric beyond a limit for some steps in a row."""
+
+    metric: str
+    steps: int
+    meaning: str
+    above: float | None = None
+    below_first_share: float | None = None
+    """Limit as a share of the first value seen."""
+    first: float | None = None
+    held: int = 0
+
+    def observe(self, metrics: Mapping[str, float]) -> str | None:
+        value = metrics.get(self.metric)
+        if value is None:
+            return None
+        if self.first is None:
+            self.first = value
+        self.held = self.held + 1 if self._is_beyond(value) else 0
+        if self.held != self.steps:
+            return None
+        return f"{self.metric} is {value:.4g} after {self.steps} steps {self._limit()}: {self.meaning}"
+
+    def _is_beyond(self, value: float) -> bool:
+        if self.above is not None:
+            return value > self.above
+        assert self.first is not None
+        assert self.below_first_share is not None
+        return value < self.first * self.below_first_share
+
+    def _limit(self) -> str:
+        if self.above is not None:
+            return f"above {self.above:g}"
+        return f"below {self.below_first_share:g} of its first value {self.first:.4g}"
+
+
+def _make_alarms(steps: int) -> list[_Alarm]:
+    return [
+        _Alarm(
+            metric="policy/entropy",
+            steps=steps,
+            below_first_share=ENTROPY_SHARE,
+            meaning="the policy hardly explores any more; consider a lower lr or an entropy_coeff",
+        ),
+        _Alarm(
+            metric="rollout/no_search_share",
+            steps=steps,
+            above=NO_SEARCH_LIMIT,
+            meaning="the policy has stopped searching; look at the trajectories of this step",
+        ),
+        _Alarm(
+            metric="policy/kl",
+            steps=steps,
+            above=KL_LIMIT,
+            meaning="the policy is far from the reference; consider a lower lr or a higher kl_loss_coef",
+        ),
+    ]

@@ -1,0 +1,202 @@
+"""Pure functions from the facts of one step to `{area/what: number}`.
+
+Areas: rollout reward ig credit policy time perf val. Every number is finite or absent: what could not be
+measured is left out, never 0. Shares are in [0, 1], lengths in tokens. Failed trajectories count in the
+failure metrics only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from verl.reward.reward import failure_name
+from verl.trainer.ppo.advantage import trajectory_reward
+from verl.types import ActionKind, BoolArray, FloatArray, Group, Score, Stop, Trajectory, count_policy_tokens
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    scores: Sequence[Sequence[Score]],
+    credit: Sequence[Sequence[FloatArray]],
+    *,
+    update: Mapping[str, float],
+    seconds: Mapping[str, float],
+    gain_weight: float,
+) -> Metrics:
+    """Everything logged of one training step. `seconds` are wall seconds per phase, `step` the whole."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    flat_scores = [score for of_group in scores for score in of_group]
+    return finite(
+        {
+            **rollout_metrics(trajectories),
+            **reward_metrics(flat_scores, gain_weight=gain_weight),
+            **gain_metrics(trajectories, flat_scores),
+            **credit_metrics(scores, credit),
+            **{f"policy/{name}": value for name, value in update.items()},
+            **time_metrics(trajectories, seconds),
+        }
+    )
+
+
+def finite(metrics: Mapping[str, float | None]) -> Metrics:
+    """Leave out what is None (not measured) or not finite (named in the log)."""
+    known = {name: float(value) for name, value in metrics.items() if value is not None}
+    broken = sorted(name for name, value in known.items() if not math.isfinite(value))
+    if broken:
+        logger.warning("left out of the metrics because not finite: %s", ", ".join(broken))
+    return {name: value for name, value in known.items() if math.isfinite(value)}
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
+    """What the policy did: searches, actions, endings, lengths; and what failed, by name."""
+    played = [t for t in trajectories if t.stop is not Stop.FAILED]
+    failures = Counter(failure_name(t.failure or "unnamed") for t in trajectories if t.stop is Stop.FAILED)
+    return finite(
+        {
+            "rollout/trajectories": len(trajectories),
+            "rollout/failed_share": _ratio(len(trajectories) - len(played), len(trajectories)),
+            **{f"rollout/failures_{name}": count for name, count in sorted(failures.items())},
+            **_action_metrics(played),
+            **_length_metrics(played),
+        }
+    )
+
+
+def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
+    turns = [turn for t in played for turn in t.turns]
+    searches = [len(t.searches) for t in played]
+    queries = [[" ".join(turn.action.text.lower().split()) for turn in t.searches] for t in played]
+    empty = sum(not turn.passages for t in played for turn in t.searches)
+    return {
+        "rollout/turns_mean": _mean([len(t.turns) for t in played]),
+        "rollout/searches_mean": _mean(searches),
+        "rollout/no_search_share": _mean([count == 0 for count in searches]),
+        "rollout/empty_search_share": _ratio(empty, sum(searches)),
+        "rollout/distinct_query_share": _ratio(sum(len(set(asked)) for asked in queries), sum(searches)),
+        "rollout/valid_action_share": _mean([turn.action.kind is not ActionKind.INVALID for turn in turns]),
+        "rollout/finished_share": _mean([t.stop is Stop.ANSWERED for t in played]),
+        "rollout/answer_share": _mean([bool(t.answer) for t in played]),
+        "rollout/budget_stops": float(sum(t.stop is Stop.BUDGET for t in played)),
+        "rollout/length_stops": float(sum(t.stop is Stop.LENGTH for t in played)),
+        "rollout/truncated_observations": float(sum(turn.observation_truncated for turn in turns)),
+    }
+
+
+def _length_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
+    sampled = [t.num_policy_tokens for t in played]
+    observed = [sum(len(turn.observation_ids) for turn in t.turns) for t in played]
+    seconds = [t.seconds for t in played]
+    return {
+        "rollout/response_length_mean": _mean(sampled),
+        "rollout/response_length_max": max(sampled, default=None),
+        "rollout/observation_length_mean": _mean(observed),
+        "rollout/prompt_length_mean": _mean([len(t.prompt_ids) for t in played]),
+        "rollout/mask_coverage": _ratio(sum(sampled), sum(sampled) + sum(observed)),
+        "rollout/episode_seconds_mean": _mean(seconds),
+        "rollout/episode_seconds_max": max(seconds, default=None),
+    }
+
+
+def reward_metrics(scores: Sequence[Score], *, gain_weight: float) -> Metrics:
+    """The reward trained on, over valid samples; outcome, em, sub_em and f1 over all that were judged."""
+    rewards = [r for s in scores if (r := trajectory_reward(s, gain_weight=gain_weight)) is not None]
+    judged = [s for s in scores if s.outcome is not None]
+    names = sorted({name for s in judged for name in s.metrics})
+    return finite(
+        {
+            **_spread("reward/", rewards),
+            "reward/outcome_mean": _mean([s.outcome for s in judged if s.outcome is not None]),
+            **{
+                f"reward/{name}_mean": _mean([s.metrics[name] for s in judged if name in s.metrics])
+                for name in names
+            },
+            "reward/failed_share": _ratio(len(scores) - len(rewards), len(scores)),
+        }
+    )
+
+
+def gain_metrics(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> Metrics:
+    """Gains over what was measured; failures as a share of what was asked for."""
+    played = [(t, s) for t, s in zip(trajectories, scores, strict=True) if t.stop is not Stop.FAILED]
+    gains = [s.gain for _, s in played if s.gain is not None]
+    failures = Counter(failure_name(s.failure) for _, s in played if s.failure is not None)
+    return finite(
+        {
+            **_spread("ig/gain_", gains),
+            "ig/positive_share": _mean([gain > 0 for gain in gains]),
+            "ig/measured_share": _ratio(len(gains), len(played)),
+            "ig/failed_share": _ratio(failures.total(), len(gains) + failures.total()),
+            **{f"ig/failures_{name}": count for name, count in sorted(failures.items())},
+        }
+    )
+
+
+def credit_metrics(scores: Sequence[Sequence[Score]], credit: Sequence[Sequence[FloatArray]]) -> Metrics:
+    """Groups that teach nothing (all advantages 0), and the size of the others' advantages."""
+    peaks = [[float(np.abs(array).max(initial=0.0)) for array in of_group] for of_group in credit]
+    lonely = sum(sum(score.failure is None for score in of_group) < 2 for of_group in scores)
+    return finite(
+        {
+            "credit/dead_group_share": _mean([not any(of_group) for of_group in peaks]),
+            "credit/lone_group_share": _ratio(lonely, len(scores)),
+            "credit/advantage_abs_mean": _mean([peak for of_group in peaks for peak in of_group]),
+            "credit/advantage_abs_max": max((peak for of_group in peaks for peak in of_group), default=None),
+        }
+    )
+
+
+def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float]) -> Metrics:
+    """Seconds per phase, and throughput where the phases that it is measured over are there."""
+    sampled = count_policy_tokens(trajectories)
+    trained = sum(len(t.token_ids) for t in trajectories if t.stop is not Stop.FAILED)
+    return finite(
+        {
+            **{f"time/{name}_s": value for name, value in seconds.items()},
+            "perf/sampled_tokens_per_s": _ratio(sampled, seconds.get("rollout", 0.0)),
+            "perf/tokens_per_s": _ratio(trained, seconds.get("step", 0.0)),
+            "perf/trajectories_per_s": _ratio(len(trajectories), seconds.get("step", 0.0)),
+        }
+    )
+
+
+def log_prob_difference(sampled: npt.ArrayLike, trained: npt.ArrayLike, *, mask: BoolArray) -> Metrics:
+    """How far the trainer's log-probs are from the engine's on the same tokens; arrays of one shape."""
+    difference = (np.asarray(trained, np.float64) - np.asarray(sampled, np.float64))[mask]
+    if not len(difference):
+        return {}
+    size = np.abs(difference)
+    ratio = np.exp(difference)
+    return finite(
+        {
+            "policy/log_prob_difference_mean": float(size.mean()),
+            "policy/log_prob_difference_p95": float(np.quantile(size, 0.95)),
+            "policy/log_prob_difference_max": float(size.max()),
+            "policy/ratio_outside_share": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
+        }
+    )
+
+
+def _spread(prefix: str, values: Sequence[float]) -> dict[str, float | None]:
+    return {
+        f"{prefix}mean": _mean(values),
+        f"{prefix}min": min(values, default=None),
+        f"{prefix}max": max(values, default=None),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
