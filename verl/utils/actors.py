@@ -1,7 +1,7 @@
-"""Run a class in this process or as a Ray actor, with the same calls; the only file of `verl` that imports ray.
+"""Run a class in this process or as a Ray actor, with the same calls; the only file here that imports ray.
 
-Either way the object lives in a `_Host`: built and called on threads of its own, one call at a time unless told
-otherwise, so that all sync calls of a default actor share one thread and the caller's event loop stays free.
+Either way the object lives in a `_Host`: built and called on threads of its own, one call at a time unless
+told otherwise, so that all sync calls of a default actor share one thread and the event loop stays free.
 
     launcher = make_launcher("ray")
     policy = launcher.launch(PolicyWorker, kwargs={"rank": 0}, name="policy-0")
@@ -15,7 +15,6 @@ import asyncio
 import inspect
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from verl.errors import ConfigError
+from verl.utils.reaper import MARK, start_reaper
 
 logger = logging.getLogger(__name__)
 
 _NUM_QUOTED_LINES = 15
+_REAPER_TIMEOUT_S = 30.0
 _MAX_SOCKET_ROOT_CHARS = 24
 """Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
 
@@ -39,7 +40,7 @@ class Actor(Protocol):
     """An object that lives elsewhere."""
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
-        """Return what the method returns and raise what it raises. Raises ActorError when the actor is gone."""
+        """Return what the method returns, raise what it raises. Raises ActorError when the actor is gone."""
         ...
 
     def kill(self) -> None:
@@ -61,7 +62,7 @@ class Launcher(Protocol):
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
     ) -> Actor:
-        """Build `cls(**kwargs)`, without waiting for it. `env` is set before the class is imported, if it runs apart."""
+        """Build `cls(**kwargs)` without waiting for it, in an environment with `env` added."""
         ...
 
     def shutdown(self) -> None:
@@ -70,7 +71,7 @@ class Launcher(Protocol):
 
 
 def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
-    """Make the launcher of `trainer.launcher`: "ray" starts a private cluster on this machine, "local" nothing."""
+    """Make the launcher of `trainer.launcher`: "ray" starts a private cluster here, "local" nothing."""
     if kind == "local":
         return LocalLauncher()
     if kind == "ray":
@@ -173,7 +174,8 @@ class _RayActor:
     def _describe_death(self, method: str, error: Exception) -> str:
         reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
         message = f"{self._who} died; {method!r} has no result. {reason}"
-        lines = [line for log in self._logs.glob(f"worker-*-{self._pid}.err") for line in log.read_text().splitlines()]
+        logs = sorted(self._logs.glob(f"worker-*-{self._pid}.err"))
+        lines = [line for log in logs for line in log.read_text().splitlines()]
         if lines:
             message += "\nIts last words:\n  " + "\n  ".join(lines[-_NUM_QUOTED_LINES:])
         return message
@@ -192,24 +194,31 @@ class RayLauncher:
     """
 
     def __init__(self, *, object_store_mb: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray binds to loopback only where it thinks clusters unsupported; it reads this when imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
 
         if ray.is_initialized():
-            raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut that launcher down first")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut it down first")
         root = tempfile.gettempdir()
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"))
-        # No CPUs: actors ask for none, so two cores never block one, and Ray keeps no idle workers in stock.
-        ray.init(
-            address="local",
-            num_cpus=0,
-            include_dashboard=False,
-            object_store_memory=object_store_mb * 2**20,
-            log_to_driver=False,
-            logging_level="error",
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(self._folder),
-        )
+        root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
+        os.environ[MARK] = str(self._folder)
+        try:
+            # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
+            ray.init(
+                address="local",
+                num_cpus=0,
+                include_dashboard=False,
+                object_store_memory=object_store_mb * 2**20,
+                log_to_driver=False,
+                logging_level="error",
+                _temp_dir=str(self._folder),
+            )
+        finally:
+            del os.environ[MARK]
+        self._reaper = start_reaper(self._folder)
         self._actors: list[_RayActor] = []
 
     def launch(
@@ -240,4 +249,4 @@ class RayLauncher:
             actor.kill()
         self._actors.clear()
         ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from verl.errors import ConfigError
+from verl.utils.actors import ActorError, Launcher, make_launcher
+
+
+class Counter:
+    """Counts, fails and dies on request."""
+
+    def __init__(self, *, start: int) -> None:
+        if start < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
+        self.value = start
+        self.active = 0
+
+    def add(self, amount: int, *, twice: bool = False) -> int:
+        self.value += amount * (2 if twice else 1)
+        return self.value
+
+    async def add_later(self, amount: int) -> int:
+        await asyncio.sleep(0.01)
+        return self.add(amount)
+
+    def overlap(self, seconds: float) -> int:
+        """How many calls run at once."""
+        self.active += 1
+        time.sleep(seconds)
+        active = self.active
+        self.active -= 1
+        return active
+
+    def read_env(self, key: str) -> str | None:
+        return os.environ.get(key)
+
+    def die(self) -> None:
+        sys.stderr.write("out of cheese\n")
+        sys.stderr.flush()
+        os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Launcher]:
+    launcher = make_launcher("local")
+    yield launcher
+    launcher.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Launcher]:
+    launcher = make_launcher("ray", object_store_mb=80)
+    yield launcher
+    launcher.shutdown()
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def launcher(request: pytest.FixtureRequest) -> Launcher:
+    launcher: Launcher = request.getfixturevalue(request.param)
+    return launcher
+
+
+async def test_sync_and_async_methods_share_one_object(launcher: Launcher) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 1}, name="counter-a")
+    assert await actor.call("add", 2, twice=True) == 5
+    assert await actor.call("add_later", 1) == 6
+
+
+async def test_errors_of_methods_and_constructors_keep_their_type(launcher: Launcher) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-b")
+    with pytest.raises(TypeError):
+        await actor.call("add", "x")
+    assert await actor.call("add", 1) == 1
+    broken = launcher.launch(Counter, kwargs={"start": -1}, name="counter-c")
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        await broken.call("add", 1)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+async def test_calls_overlap_only_up_to_the_limit(launcher: Launcher, limit: int) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name=f"limit-{limit}", max_concurrency=limit)
+    overlaps = await asyncio.gather(*(actor.call("overlap", 0.1) for _ in range(4)))
+    assert max(overlaps) == limit
+
+
+async def test_the_event_loop_lives_while_a_sync_method_runs(launcher: Launcher) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-d")
+    call = asyncio.ensure_future(actor.call("overlap", 0.3))
+    ticks = 0
+    while not call.done():
+        await asyncio.sleep(0.02)
+        ticks += 1
+    assert ticks >= 5
+
+
+async def test_environment_reaches_the_object(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COUNTER_MODE", raising=False)
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-e", env={"COUNTER_MODE": "fast"})
+    assert await actor.call("read_env", "COUNTER_MODE") == "fast"
+
+
+async def test_a_killed_actor_names_itself(launcher: Launcher) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-f")
+    await actor.call("add", 1)
+    actor.kill()
+    actor.kill()
+    with pytest.raises(ActorError, match="counter-f"):
+        await actor.call("add", 1)
+
+
+@pytest.mark.slow
+async def test_a_dead_ray_actor_names_itself_and_its_last_words(ray: Launcher) -> None:
+    actor = ray.launch(Counter, kwargs={"start": 0}, name="policy-0")
+    await actor.call("add", 1)
+    with pytest.raises(ActorError, match=r"(?s)'policy-0' \(Counter\) died.*out of cheese"):
+        await actor.call("die")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+def test_a_second_ray_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="already runs"):
+        make_launcher("ray")
+
+
+@pytest.mark.slow
+def test_ray_leaves_nothing_behind_when_its_owner_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import asyncio, time
+            from tests.verl.utils.test_actors import Counter
+            from verl.utils.actors import make_launcher
+            launcher = make_launcher("ray")
+            actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter")
+            asyncio.run(actor.call("add", 1))
+            print(launcher._folder, flush=True)
+            time.sleep(60)
+            """
+        )
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as owner:
+        assert owner.stdout is not None
+        folder = owner.stdout.readline().strip()
+        assert Path(folder).is_dir()
+        children = psutil.Process(owner.pid).children(recursive=True)
+        assert len(children) >= 3
+        owner.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not alive
+    assert not Path(folder).exists()
+
+
+def test_an_unknown_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ray, local, got 'slurm'"):
+        make_launcher("slurm")
