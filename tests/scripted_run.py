@@ -1,0 +1,230 @@
+"""A whole run folder from a script, without a model: an agent learns to search, some of its episodes fail.
+
+Tokens are characters, so that ids, spans and masks are real and text can be read back.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from verl.rollout.recorder import Recorder
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.types import Action, ActionKind, Group, Passage, Question, Score, Stop, Trajectory, Turn
+from verl.utils.manifest import finish_manifest, write_manifest
+from verl.utils.tracking import Tracker
+
+GAIN_WEIGHT = 0.6
+_FACTS = (
+    ("Silver Harbour", "band", "formed in", "Bolton", "Bolton, England"),
+    ("The Glass Orchard", "novel", "written by", "Mara Ellison", "M. Ellison"),
+    ("Kestrel Bridge", "bridge", "built in", "1931", "1931"),
+    ("Northern Lantern", "film", "directed by", "Ivo Brandt", "Brandt"),
+    ("Amber Quarry", "town", "located in", "Vessland", "the Vessland region"),
+    ("Tomas Reedy", "painter", "born in", "Carrow", "Carrow, Vessland"),
+)
+
+
+def encode(text: str) -> np.ndarray:
+    return np.array([ord(c) for c in text], dtype=np.int32)
+
+
+def decode(ids: Sequence[int]) -> str:
+    return "".join(chr(i) for i in ids)
+
+
+def make_question(number: int, *, split: str = "train") -> Question:
+    name, kind, relation, value, alias = _FACTS[number % len(_FACTS)]
+    return Question(
+        uid=f"world_{'one' if number % 2 else 'two'}_hop/{split}/{number}",
+        text=f"What was the {kind} {name} (no. {number}) {relation}?",
+        messages=(),
+        golds=(value, alias),
+        data_source=f"world_{'one' if number % 2 else 'two'}_hop",
+    )
+
+
+def make_turn(text: str, action: Action, *, passages: Sequence[Passage] = (), observation: str = "") -> Turn:
+    ids = encode(text)
+    log_probs = np.linspace(-0.9, -0.01, num=len(ids), dtype=np.float32)
+    return Turn(
+        output_ids=ids,
+        output_log_probs=log_probs,
+        action=action,
+        passages=tuple(passages),
+        observation_ids=encode(observation),
+    )
+
+
+def search_turn(query: str, passages: Sequence[Passage]) -> Turn:
+    text = f"<think> I should look this up first. </think> <search> {query} </search>"
+    docs = "\n".join(f"Doc {k}(Title: {p.title}) {p.text}" for k, p in enumerate(passages, start=1))
+    start = text.index(query)
+    action = Action(kind=ActionKind.SEARCH, text=query, start=start, end=start + len(query))
+    return make_turn(
+        text, action, passages=passages, observation=f"\n\n<information>{docs}</information>\n\n"
+    )
+
+
+def answer_turn(answer: str, *, think: str = "The passage names it.") -> Turn:
+    text = f"<think> {think} </think> <answer> {answer} </answer>"
+    start = text.rindex(answer)
+    return make_turn(text, Action(kind=ActionKind.ANSWER, text=answer, start=start, end=start + len(answer)))
+
+
+def make_trajectory(question: Question, sample: int, rng: random.Random, *, skill: float) -> Trajectory:
+    """Searches and answers right with probability `skill`; now and then the retriever fails."""
+    name, _, relation, value, _ = _FACTS[int(question.uid.rsplit("/", 1)[1]) % len(_FACTS)]
+    prompt = encode(f"<|im_start|>user\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n")
+    turns: list[Turn] = []
+    if rng.random() > 0.9:
+        retry = "\nMy previous action is invalid. Let me try again.\n"
+        turns.append(
+            make_turn(
+                "<think> hm </think> <search> </search>", Action(kind=ActionKind.INVALID), observation=retry
+            )
+        )
+    searched = rng.random() < 0.3 + 0.7 * skill
+    if searched:
+        right = Passage(
+            id="12", title=f'"{name}"', text=f"{name} was {relation} {value}, as the records say.", score=0.91
+        )
+        other = Passage(
+            id="77", title='"Silver Harbor (ship)"', text="A ship that was never in England.", score=0.74
+        )
+        turns.append(search_turn(f"{name} {relation}", (right, other)))
+    if searched and rng.random() > 0.97:
+        failure = "search_failed: retriever: no answer within 30 s"
+        return Trajectory(
+            question=question,
+            sample=sample,
+            prompt_ids=prompt,
+            turns=tuple(turns),
+            stop=Stop.FAILED,
+            failure=failure,
+        )
+    is_right = rng.random() < (0.2 + 0.8 * skill if searched else 0.08)
+    turns.append(answer_turn(value if is_right else "Camden Falls"))
+    return Trajectory(
+        question=question,
+        sample=sample,
+        prompt_ids=prompt,
+        turns=tuple(turns),
+        stop=Stop.ANSWERED,
+        seconds=0.4,
+    )
+
+
+def score(trajectory: Trajectory, rng: random.Random, *, with_gain: bool = True) -> Score:
+    if trajectory.failure is not None:
+        return Score(outcome=None, failure=trajectory.failure)
+    em = float(trajectory.answer in trajectory.question.golds)
+    gain = round(rng.uniform(-0.15, 0.75), 4) if with_gain and trajectory.passages else None
+    return Score(outcome=em, gain=gain, metrics={"em": em, "sub_em": em, "f1": max(em, 0.2)})
+
+
+def make_step(
+    step: int, *, steps: int, num_questions: int, num_samples: int
+) -> tuple[list[Group], list[list[Score]]]:
+    rng = random.Random(step)
+    skill = step / steps
+    groups = []
+    for number in range(num_questions):
+        question = make_question(step * num_questions + number)
+        samples = tuple(make_trajectory(question, k, rng, skill=skill) for k in range(num_samples))
+        groups.append(Group(question=question, trajectories=samples))
+    return groups, [[score(t, rng) for t in group.trajectories] for group in groups]
+
+
+def step_metrics(step: int, *, steps: int, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
+    flat = [s for group in scores for s in group if s.outcome is not None]
+    gains = [s.gain for s in flat if s.gain is not None]
+    rewards = [(s.outcome or 0.0) + GAIN_WEIGHT * (s.gain or 0.0) for s in flat]
+    done = step / steps
+    return {
+        "reward/mean": float(np.mean(rewards)),
+        "reward/em_mean": float(np.mean([s.outcome for s in flat if s.outcome is not None])),
+        "ig/gain_mean": float(np.mean(gains)),
+        "policy/kl": 0.02 * done**1.5,
+        "policy/entropy": 0.9 - 0.4 * done,
+        "rollout/response_length_mean": 90 + 40 * done + 3 * math.sin(step),
+        "rollout/searches_mean": 0.7 + 0.9 * done,
+        "time/rollout_s": 2.4 + 0.3 * math.sin(step),
+        "time/reward_s": 1.1,
+        "time/log_probs_s": 0.5,
+        "time/update_s": 1.3,
+        "time/publish_s": 0.15,
+        "time/step_s": 5.5,
+    }
+
+
+def write_evaluation(
+    recorder: Recorder, tracker: Tracker, step: int, *, steps: int, num_questions: int
+) -> None:
+    rng = random.Random(1000 + step)
+    questions = [make_question(number, split="test") for number in range(num_questions)]
+    played = [make_trajectory(question, 0, rng, skill=0.15 + 0.7 * step / steps) for question in questions]
+    scores = [score(t, rng, with_gain=False) for t in played]
+    recorder.write_evaluation(step, played, scores)
+    em = float(np.mean([s.metrics["em"] for s in scores if s.failure is None]))
+    tracker.log(
+        step, {"val/em": em, "val/f1": em + 0.05, "val/searches_mean": 1.0 + 0.6 * step / steps}, kind="val"
+    )
+
+
+def write_run(
+    run_dir: Path,
+    *,
+    steps: int = 12,
+    num_questions: int = 4,
+    num_samples: int = 4,
+    crashed_at: int | None = None,
+) -> Path:
+    """Write a run folder; one that `crashed_at` a step has no end in its manifest and no final evaluation."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    data = run_dir.parent / "train.parquet"
+    data.write_bytes(b"PAR1")
+    write_manifest(
+        run_dir,
+        config=_CONFIG,
+        data_files=[data],
+        model_path="models/policy",
+        seeds={"run": 0},
+        services=_SERVICES,
+    )
+    tracker = Tracker(run_dir, loggers=())
+    recorder = Recorder(run_dir, decode=decode)
+    rule = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
+    write_evaluation(recorder, tracker, 0, steps=steps, num_questions=30)
+    for step in range(1, (crashed_at or steps) + 1):
+        groups, scores = make_step(step, steps=steps, num_questions=num_questions, num_samples=num_samples)
+        credit = [rule(group.trajectories, s) for group, s in zip(groups, scores, strict=True)]
+        recorder.write(step, groups, scores, credit)
+        tracker.log(step, step_metrics(step, steps=steps, scores=scores))
+    if crashed_at is None:
+        write_evaluation(recorder, tracker, steps, steps=steps, num_questions=30)
+        finish_manifest(run_dir, status="completed", steps=steps)
+    tracker.finish()
+    return run_dir
+
+
+_SERVICES = {
+    "retriever": {"status": "ok", "passages": 2048},
+    "ig_service": {"status": "healthy", "mode": "single-GPU"},
+}
+_CONFIG = {
+    "data": {"train_files": "world/train.parquet", "val_files": "world/test.parquet", "train_batch_size": 4},
+    "actor_rollout_ref": {
+        "model": {"path": "world/models/policy"},
+        "actor": {"optim": {"lr": 3e-4}, "kl_loss_coef": 0.001, "ppo_max_token_len_per_gpu": 8192},
+        "rollout": {"n_agent": 4, "temperature": 1.0},
+    },
+    "max_turns": 3,
+    "retriever": {"url": "http://127.0.0.1:8000/retrieve", "topk": 3},
+    "reward": {"outcome": "em", "gain": "semantic", "gain_weight": GAIN_WEIGHT},
+    "trainer": {"experiment_name": "scripted", "seed": 0, "total_training_steps": 12, "logger": ["console"]},
+}

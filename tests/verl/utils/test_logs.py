@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from verl.errors import ConfigError
+from verl.utils.logs import configure_logging
+
+
+@pytest.fixture
+def _root_logger() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers[:]:
+        if handler not in before:
+            handler.close()
+    root.handlers[:] = before
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("_root_logger")
+def test_lines_reach_screen_and_file_without_secrets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_file = tmp_path / "run" / "train.log"
+    configure_logging(level="info", log_file=log_file)
+    logging.getLogger("verl.test").info("asking %s", "http://me:planted@host/retrieve")
+    logging.getLogger("verl.test").debug("too quiet")
+    screen = capsys.readouterr().err
+    written = log_file.read_text()
+    assert "asking http://***@host/retrieve" in screen
+    assert "INFO    verl.test: asking http://***@host/retrieve" in written
+    assert "planted" not in screen + written
+    assert "too quiet" not in written
+
+
+@pytest.mark.usefixtures("_root_logger")
+def test_unknown_level_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="LOUD"):
+        configure_logging(level="LOUD")

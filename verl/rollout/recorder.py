@@ -1,0 +1,67 @@
+"""Every trajectory of a run, written down in `trajectories/` and `evaluation/`, one file per step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl.rollout.records import Decode, TrajectoryRecord, to_record
+from verl.types import FloatArray, Group, Score, Trajectory
+from verl.utils.files import write_atomically
+
+TRAJECTORIES = "trajectories"
+EVALUATION = "evaluation"
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+
+
+class Recorder:
+    """Write trajectories with their scores and credit; each file is whole or not there."""
+
+    def __init__(self, run_dir: Path, *, decode: Decode, resume_step: int = 0) -> None:
+        """Files of steps after `resume_step` are removed: the resumed run writes them again."""
+        self._run_dir = run_dir
+        self._decode = decode
+        for folder in (TRAJECTORIES, EVALUATION):
+            for step, path in step_files(run_dir, folder).items():
+                if step > resume_step:
+                    path.unlink()
+
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+    ) -> Path:
+        """Record a training step; `scores`, `credit` follow the order of `groups` and their trajectories."""
+        records = [
+            to_record(t, score=score, advantages=advantages, step=step, kind="train", decode=self._decode)
+            for group, group_scores, group_credit in zip(groups, scores, credit, strict=True)
+            for t, score, advantages in zip(group.trajectories, group_scores, group_credit, strict=True)
+        ]
+        return self._write(TRAJECTORIES, step, records)
+
+    def write_evaluation(
+        self, step: int, trajectories: Sequence[Trajectory], scores: Sequence[Score]
+    ) -> Path:
+        """Record an evaluation after `step` updates."""
+        records = [
+            to_record(t, score=score, advantages=None, step=step, kind="val", decode=self._decode)
+            for t, score in zip(trajectories, scores, strict=True)
+        ]
+        return self._write(EVALUATION, step, records)
+
+    def _write(self, folder: str, step: int, records: Sequence[TrajectoryRecord]) -> Path:
+        path = self._run_dir / folder / f"step_{step:06d}.jsonl"
+        write_atomically(
+            path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        )
+        return path
+
+
+def step_files(run_dir: Path, folder: str = TRAJECTORIES) -> dict[int, Path]:
+    """The recorded steps of a run, in order."""
+    found = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_dir / folder).glob("step_*.jsonl"))
+    return dict(sorted((int(match.group(1)), path) for match, path in found if match is not None))

@@ -1,0 +1,298 @@
+"""The file format of recorded trajectories: one JSON object per line, for people and to rebuild a step.
+
+A step is rebuilt from its file exactly as the trainer saw it (token ids, masks, scores), so that any credit
+rule can be run again on it:
+
+    step = rebuild_step(read_records(path))
+    advantages = [rule(group.trajectories, scores) for group, scores in zip(step.groups, step.scores)]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from verl.errors import DataError
+from verl.types import (
+    Action,
+    ActionKind,
+    FloatArray,
+    Group,
+    IntArray,
+    Passage,
+    Question,
+    Score,
+    Stop,
+    Trajectory,
+    Turn,
+)
+from verl.utils.redaction import redact_text
+
+Decode = Callable[[Sequence[int]], str]
+LOG_PROB_DIGITS = 6
+ADVANTAGE_DIGITS = 8
+
+
+class PassageRecord(TypedDict):
+    id: str
+    title: str
+    text: str
+    score: float | None
+
+
+class ActionRecord(TypedDict):
+    kind: str
+    text: str
+    start: int
+    end: int
+
+
+class TurnRecord(TypedDict):
+    output_text: str
+    output_ids: list[int]
+    output_log_probs: list[float | None]
+    """None where it was not finite."""
+    action: ActionRecord
+    passages: list[PassageRecord]
+    observation_text: str
+    observation_ids: list[int]
+    observation_truncated: bool
+    version: int
+
+
+class TrajectoryRecord(TypedDict):
+    step: int
+    kind: str
+    uid: str
+    data_source: str
+    sample: int
+    question: str
+    golds: list[str]
+    prompt_text: str
+    prompt_ids: list[int]
+    turns: list[TurnRecord]
+    mask_runs: list[int]
+    """Lengths of alternating stretches, not sampled first: prompt, output, observation, output, ..."""
+    answer: str | None
+    stop: str
+    seconds: float
+    outcome: float | None
+    gain: float | None
+    metrics: dict[str, float]
+    failure: str | None
+    """Why the trajectory is left out of training, be it the episode or its reward that failed."""
+    trajectory_failure: str | None
+    advantage: float | None
+    """Mean over the sampled tokens; None in an evaluation."""
+    advantage_runs: list[tuple[float | None, int]] | None
+    """(value, number of tokens) over the whole trajectory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedStep:
+    """One step as the credit rule saw it, and the credit it gave."""
+
+    groups: tuple[Group, ...]
+    scores: tuple[tuple[Score, ...], ...]
+    credit: tuple[tuple[FloatArray | None, ...], ...]
+    """Advantage of every token; None where none was recorded."""
+
+
+def to_record(
+    trajectory: Trajectory,
+    *,
+    score: Score,
+    advantages: FloatArray | None,
+    step: int,
+    kind: str,
+    decode: Decode,
+) -> TrajectoryRecord:
+    """Everything about one trajectory; text comes from the ids by `decode`."""
+    question = trajectory.question
+    mask = trajectory.policy_mask
+    sampled = advantages[mask] if advantages is not None else None
+    return {
+        "step": step,
+        "kind": kind,
+        "uid": question.uid,
+        "data_source": question.data_source,
+        "sample": trajectory.sample,
+        "question": question.text,
+        "golds": list(question.golds),
+        "answer": trajectory.answer,
+        "stop": str(trajectory.stop),
+        "outcome": score.outcome,
+        "gain": score.gain,
+        "advantage": None
+        if sampled is None or not len(sampled)
+        else _number(sampled.mean(), ADVANTAGE_DIGITS),
+        "failure": _redacted(score.failure or trajectory.failure),
+        "trajectory_failure": _redacted(trajectory.failure),
+        "metrics": dict(score.metrics),
+        "seconds": round(trajectory.seconds, 3),
+        "prompt_text": decode(trajectory.prompt_ids.tolist()),
+        "turns": [_turn_record(turn, decode=decode) for turn in trajectory.turns],
+        "prompt_ids": trajectory.prompt_ids.tolist(),
+        "mask_runs": _mask_runs(trajectory),
+        "advantage_runs": None if advantages is None else _runs(advantages),
+    }
+
+
+def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
+    return {
+        "output_text": decode(turn.output_ids.tolist()),
+        "action": {
+            "kind": str(turn.action.kind),
+            "text": turn.action.text,
+            "start": turn.action.start,
+            "end": turn.action.end,
+        },
+        "passages": [_passage_record(passage) for passage in turn.passages],
+        "observation_text": decode(turn.observation_ids.tolist()),
+        "observation_truncated": turn.observation_truncated,
+        "version": turn.version,
+        "output_ids": turn.output_ids.tolist(),
+        "output_log_probs": [_number(x, LOG_PROB_DIGITS) for x in turn.output_log_probs],
+        "observation_ids": turn.observation_ids.tolist(),
+    }
+
+
+def _passage_record(passage: Passage) -> PassageRecord:
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "score": _number(passage.score, 6),
+    }
+
+
+def _number(value: float | np.floating, digits: int) -> float | None:
+    number = float(value)
+    return round(number, digits) if math.isfinite(number) else None
+
+
+def _mask_runs(trajectory: Trajectory) -> list[int]:
+    runs = [len(trajectory.prompt_ids)]
+    for turn in trajectory.turns:
+        runs += [len(turn.output_ids), len(turn.observation_ids)]
+    return runs
+
+
+def _runs(values: FloatArray) -> list[tuple[float | None, int]]:
+    if not len(values):
+        return []
+    starts = np.flatnonzero(np.diff(values, prepend=np.float32(np.nan)) != 0)
+    lengths = np.diff(np.append(starts, len(values)))
+    return [(_number(values[s], ADVANTAGE_DIGITS), int(n)) for s, n in zip(starts, lengths, strict=True)]
+
+
+def _redacted(text: str | None) -> str | None:
+    return None if text is None else redact_text(text)
+
+
+def read_records(path: Path) -> list[TrajectoryRecord]:
+    """All trajectories of one file. Raises DataError that names file and line."""
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
+    """The trajectories of one file, one at a time. Raises DataError that names file and line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                yield _parse(line, where=f"{path}:{number}")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there; expected a JSONL file of recorded trajectories") from error
+
+
+def _parse(line: str, *, where: str) -> TrajectoryRecord:
+    try:
+        record: TrajectoryRecord = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error}); was the file cut or edited?") from error
+    missing = TrajectoryRecord.__required_keys__ - set(record) if isinstance(record, dict) else {"everything"}
+    if missing:
+        raise DataError(f"{where} is not a recorded trajectory: it lacks {', '.join(sorted(missing))}")
+    return record
+
+
+def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
+    """Groups, scores and credit as they were, in their order; only `Question.messages` is not kept."""
+    by_uid: dict[str, list[TrajectoryRecord]] = {}
+    for record in records:
+        by_uid.setdefault(record["uid"], []).append(record)
+    groups = []
+    for members in by_uid.values():
+        trajectories = tuple(rebuild_trajectory(record) for record in members)
+        groups.append(Group(question=trajectories[0].question, trajectories=trajectories))
+    return RecordedStep(
+        groups=tuple(groups),
+        scores=tuple(tuple(_rebuild_score(record) for record in members) for members in by_uid.values()),
+        credit=tuple(tuple(_rebuild_credit(record) for record in members) for members in by_uid.values()),
+    )
+
+
+def rebuild_trajectory(record: TrajectoryRecord) -> Trajectory:
+    question = Question(
+        uid=record["uid"],
+        text=record["question"],
+        messages=(),
+        golds=tuple(record["golds"]),
+        data_source=record["data_source"],
+    )
+    return Trajectory(
+        question=question,
+        sample=record["sample"],
+        prompt_ids=_ids(record["prompt_ids"]),
+        turns=tuple(_rebuild_turn(turn) for turn in record["turns"]),
+        stop=Stop(record["stop"]),
+        failure=record["trajectory_failure"],
+        seconds=record["seconds"],
+    )
+
+
+def _rebuild_turn(turn: TurnRecord) -> Turn:
+    action = turn["action"]
+    return Turn(
+        output_ids=_ids(turn["output_ids"]),
+        output_log_probs=np.asarray(turn["output_log_probs"], dtype=np.float32),
+        action=Action(
+            kind=ActionKind(action["kind"]), text=action["text"], start=action["start"], end=action["end"]
+        ),
+        passages=tuple(_rebuild_passage(passage) for passage in turn["passages"]),
+        observation_ids=_ids(turn["observation_ids"]),
+        observation_truncated=turn["observation_truncated"],
+        version=turn["version"],
+    )
+
+
+def _rebuild_passage(passage: PassageRecord) -> Passage:
+    score = math.nan if passage["score"] is None else passage["score"]
+    return Passage(id=passage["id"], title=passage["title"], text=passage["text"], score=score)
+
+
+def _rebuild_score(record: TrajectoryRecord) -> Score:
+    return Score(
+        outcome=record["outcome"],
+        gain=record["gain"],
+        failure=record["failure"],
+        metrics=dict(record["metrics"]),
+    )
+
+
+def _rebuild_credit(record: TrajectoryRecord) -> FloatArray | None:
+    runs = record["advantage_runs"]
+    if runs is None:
+        return None
+    parts = [np.full(count, np.nan if value is None else value, dtype=np.float32) for value, count in runs]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+
+
+def _ids(values: list[int]) -> IntArray:
+    return np.asarray(values, dtype=np.int32)

@@ -1,0 +1,55 @@
+"""Logging of an entry point: readable on stderr, complete in the run folder, secrets in neither."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from verl.errors import ConfigError
+from verl.utils.redaction import redact_text
+
+_CHATTY = (
+    "httpx",
+    "httpcore",
+    "urllib3",
+    "asyncio",
+    "matplotlib",
+    "fontTools",
+    "filelock",
+    "stamina",
+    "wandb",
+)
+
+
+class _RedactingFormatter(logging.Formatter):
+    """Formats first, so that secrets in arguments and in tracebacks are hidden as well."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))
+
+
+def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> None:
+    """Set up the root logger; calling it again replaces the earlier set-up."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ConfigError(f"log level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}")
+    screen = RichHandler(console=_stderr_console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
+    screen.setFormatter(_RedactingFormatter("%(message)s"))
+    handlers: list[logging.Handler] = [screen]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        to_file.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handlers.append(to_file)
+    logging.basicConfig(level=number, handlers=handlers, force=True)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+def _stderr_console() -> Console:
+    """Wide when not a terminal: a log that is piped into a file is not folded at 80 columns."""
+    console = Console(stderr=True)
+    return console if console.is_terminal else Console(stderr=True, width=160)
