@@ -7,6 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from verl.types import Action, ActionKind, Message, Passage, Question, Stop, Trajectory, Turn
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -48,3 +52,64 @@ class ScriptedServer:
             start = f"HTTP/1.1 {reply.status} scripted\r\nContent-Length: {len(text)}\r\n{extra}"
             writer.write(f"{start}Connection: close\r\n\r\n".encode() + text)
         writer.close()
+
+
+def make_question(
+    uid: str = "nq/test/0", *, golds: tuple[str, ...] = ("Bolton",), text: str = ""
+) -> Question:
+    """A question whose data source is the first part of its uid."""
+    text = text or f"Question {uid}?"
+    return Question(
+        uid=uid,
+        text=text,
+        messages=(Message(role="user", content=text),),
+        golds=golds,
+        data_source=uid.split("/")[0],
+    )
+
+
+def make_turn(
+    kind: ActionKind,
+    text: str = "",
+    *,
+    titles: tuple[str, ...] = (),
+    outputs: int = 4,
+    observed: int = 0,
+    log_prob: float = -0.5,
+) -> Turn:
+    """A turn of `outputs` sampled and `observed` injected tokens; one passage per title."""
+    return Turn(
+        output_ids=np.arange(outputs, dtype=np.int32),
+        output_log_probs=np.full(outputs, log_prob, np.float32),
+        action=Action(kind=kind, text=text),
+        passages=tuple(Passage(id=t, title=t, text=f"About {t}.", score=1.0) for t in titles),
+        observation_ids=np.arange(observed, dtype=np.int32),
+    )
+
+
+def make_trajectory(
+    question: Question,
+    *,
+    sample: int = 0,
+    queries: tuple[str, ...] = (),
+    answer: str | None = None,
+    failure: str | None = None,
+    outputs: int = 4,
+    observed: int = 5,
+) -> Trajectory:
+    """Search every query (one passage each, titled like it), then answer; no answer means stop BUDGET."""
+    turns = [
+        make_turn(ActionKind.SEARCH, q, titles=(q,), outputs=outputs, observed=observed) for q in queries
+    ]
+    if answer is not None:
+        turns.append(make_turn(ActionKind.ANSWER, answer, outputs=outputs))
+    stop = Stop.FAILED if failure else Stop.BUDGET if answer is None else Stop.ANSWERED
+    return Trajectory(
+        question=question,
+        sample=sample,
+        prompt_ids=np.arange(3, dtype=np.int32),
+        turns=tuple(turns),
+        stop=stop,
+        failure=failure,
+        seconds=0.5,
+    )

@@ -50,7 +50,7 @@ class Guard:
         credit: Sequence[Sequence[FloatArray]],
         last_checkpoint: Path | None,
     ) -> None:
-        """Read `num_updates` and `skipped_updates`; keep the batch of a skipped one.
+        """Read `num_updates` (skipped ones included) and `skipped_updates`; keep the batch of a skipped one.
 
         Raises TrainingHaltedError once `max_skipped_updates` updates in a row were skipped.
         """
@@ -97,7 +97,7 @@ def dump_batch(
     groups: Sequence[Group],
     scores: Sequence[Sequence[Score]],
     credit: Sequence[Sequence[FloatArray]],
-) -> Path:
+) -> None:
     """Write one trajectory per line with its score and per-token credit, exact enough to replay the update.
 
     Floats are written in full, and NaN as NaN (Python's JSON reads it), because it is what one looks for.
@@ -108,7 +108,6 @@ def dump_batch(
             for trajectory, score, array in zip(group.trajectories, of_group, arrays, strict=True):
                 line = {"trajectory": asdict(trajectory), "score": asdict(score), "credit": array}
                 file.write(json.dumps(line, default=_plain) + "\n")
-    return path
 
 
 def _plain(value: object) -> object:
