@@ -150,6 +150,7 @@ def serve(settings: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Exit status: 0 stopped, 1 bad files or a taken port."""
     started = time.monotonic()
     try:
+        _check_files(settings)
         listener = _take_port(settings.host, settings.port)
     except RetrieverError as error:
         logger.error("%s", error)
@@ -186,6 +187,18 @@ def serve(settings: argparse.Namespace) -> int:
     with listener:
         server.run(sockets=[listener])
     return 1 if failed.is_set() else 0
+
+
+def _check_files(settings: argparse.Namespace) -> None:
+    """What can be seen without loading anything, so that a typo costs no waiting."""
+    if not Path(settings.corpus_path).is_file():
+        raise RetrieverError(f"--corpus_path {settings.corpus_path} is not a file; expected a JSONL file")
+    if not Path(settings.index_path).is_file():
+        fix = "build it with `bash search_r1/search/build_index.sh` (see its --help)"
+        raise RetrieverError(f"--index_path {settings.index_path} is not a file; {fix}")
+    model = Path(settings.retriever_model)
+    if model.is_absolute() and not model.is_dir():  # a relative one may be a name in the hub cache
+        raise RetrieverError(f"--retriever_model {model} is not a folder; expected a Hugging Face model")
 
 
 def _take_port(host: str, port: int) -> socket.socket:

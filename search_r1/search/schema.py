@@ -10,11 +10,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_TOPK = 1000
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _check_encodable(text: str) -> str:
+    """JSON can spell lone surrogates, which are no text: tokenizers choke on them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode at character {error.start}") from error
+    return text
+
+
+QueryText = Annotated[str, AfterValidator(_check_encodable)]
 
 
 class RetrieveRequest(BaseModel):
@@ -22,8 +34,8 @@ class RetrieveRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    query: str | None = None
-    queries: list[str] | None = None
+    query: QueryText | None = None
+    queries: list[QueryText] | None = None
     topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
     """None: the server's default."""
     return_scores: bool = False

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.search_r1.search.small_world import (
+    PASSAGES,
+    REPOSITORY,
+    SERVER,
+    RunningServer,
+    World,
+    wait_until_ready,
+    write_corpus,
+)
+
+Start = Callable[..., RunningServer]
+
+
+def retrieve(server: RunningServer, **payload: object) -> httpx.Response:
+    return httpx.post(f"{server.url}/retrieve", json=payload, trust_env=False, timeout=30.0)
+
+
+def test_both_published_shapes(server: RunningServer) -> None:
+    bare = retrieve(server, queries=["Alice Marsh born", "river"], topk=2).json()["result"]
+    scored = retrieve(server, queries=["Alice Marsh born", "river"], topk=2, return_scores=True).json()[
+        "result"
+    ]
+    assert [[hit["document"] for hit in hits] for hits in scored] == bare
+    assert [len(hits) for hits in bare] == [2, 2]
+    for hits in scored:
+        assert [set(hit) for hit in hits] == [{"document", "score"}] * 2
+        assert hits[0]["score"] >= hits[1]["score"]
+        assert all(PASSAGES[hit["document"]["id"]] == hit["document"]["contents"] for hit in hits)
+
+
+def test_a_single_query_is_a_list_of_one(server: RunningServer) -> None:
+    single = retrieve(server, query="river", topk=3)
+    assert single.json() == retrieve(server, queries=["river"], topk=3).json()
+    assert len(single.json()["result"]) == 1
+
+
+@pytest.mark.parametrize("payload", [{}, {"topk": None}])
+def test_the_default_number_of_passages(server: RunningServer, payload: dict[str, object]) -> None:
+    assert len(retrieve(server, query="river", **payload).json()["result"][0]) == 3
+
+
+def test_edges(server: RunningServer) -> None:
+    assert retrieve(server, queries=[]).json() == {"result": []}
+    assert retrieve(server, queries=["", "  "]).json() == {"result": [[], []]}
+    assert len(retrieve(server, query="river", topk=1000).json()["result"][0]) == len(PASSAGES)
+    found = retrieve(server, query="größe 漢字 🎬\u0000", topk=1).json()["result"][0]
+    assert found == [{"id": "3", "contents": PASSAGES["3"]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        (b"", ""),
+        (b"not json", "json"),
+        (b"[]", "body"),
+        (b"{}", "exactly one of"),
+        (b'{"query": "a", "queries": ["b"]}', "exactly one of"),
+        (b'{"queries": "a"}', "queries"),
+        (b'{"queries": ["a", null]}', "queries"),
+        (b'{"queries": ["a", 3]}', "queries"),
+        (b'{"query": "a", "topk": 0}', "topk"),
+        (b'{"query": "a", "topk": -1}', "topk"),
+        (b'{"query": "a", "topk": 100000}', "topk"),
+        (b'{"query": "a", "topk": "many"}', "topk"),
+        (b'{"query": "a", "top_k": 3}', "top_k"),
+        (b'{"query": "\\ud800"}', "query"),
+        (b'{"query": "\xff"}', ""),
+    ],
+)
+def test_a_malformed_body_is_refused_and_named(server: RunningServer, body: bytes, where: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    refused = httpx.post(f"{server.url}/retrieve", content=body, headers=headers, trust_env=False)
+    assert refused.status_code in (400, 422)
+    assert where in refused.text
+    assert retrieve(server, query="river").status_code == 200
+
+
+def test_health_routes(server: RunningServer) -> None:
+    assert httpx.get(f"{server.url}/livez", trust_env=False).json() == {"status": "alive"}
+    assert httpx.get(f"{server.url}/readyz", trust_env=False).json() == {"status": "ready"}
+    health = httpx.get(f"{server.url}/health", trust_env=False).json()
+    assert health == {"status": "healthy", "passages": len(PASSAGES), "topk": 3}
+
+
+def test_concurrent_answers_equal_serial_ones(server: RunningServer) -> None:
+    queries = ["Alice Marsh", "river", "ships in Calder", "größe", "film"] * 8
+    serial = {query: retrieve(server, query=query).json() for query in set(queries)}
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda query: retrieve(server, query=query), queries))
+    assert [answer.json() for answer in answers] == [serial[query] for query in queries]
+
+
+def test_a_taken_port_is_named_within_seconds(server: RunningServer, world: World) -> None:
+    port = server.url.rpartition(":")[2]
+    ended = subprocess.run(
+        [sys.executable, str(SERVER), *world.flags, "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ended.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "--port" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "loading" not in ended.stderr
+
+
+@pytest.mark.parametrize("flag", ["--index_path", "--corpus_path", "--retriever_model"])
+def test_a_missing_file_ends_the_server_with_a_message(world: World, flag: str, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    ended = subprocess.run(
+        [sys.executable, str(SERVER), *world.flags, "--port", "0", flag, missing],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert f"{flag} {missing}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_files_that_do_not_fit_end_the_server_with_a_message(world: World, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other.jsonl", {"0": "one passage only"})
+    command = [sys.executable, str(SERVER), *world.flags, "--port", "0", "--corpus_path", str(other)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 1
+    assert "the retriever does not start: index" in ended.stderr
+    assert "count: " in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--topk", "0"], ["--port", "70000"], ["--nonsense"]])
+def test_wrong_flags_are_refused(arguments: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(SERVER), *arguments], capture_output=True, text=True, timeout=30
+    )
+    assert ended.returncode == 2
+    assert arguments[0] in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "number"), [("module", signal.SIGTERM), ("launcher", signal.SIGINT)], ids=["module", "launcher"]
+)
+def test_starts_in_every_way_and_stops_cleanly(
+    world: World, start_server: Start, free_port: Callable[[], int], way: str, number: int, tmp_path: Path
+) -> None:
+    port = free_port()
+    if way == "module":
+        command = [
+            sys.executable,
+            "-m",
+            "search_r1.search.retrieval_server",
+            *world.flags,
+            "--port",
+            str(port),
+        ]
+        running = start_server(command, port=port)
+    else:
+        launcher = str(REPOSITORY / "retrieval_launch.sh")
+        variables = [f"INDEX_PATH={world.index}", f"CORPUS_PATH={world.corpus}", f"RETRIEVER_PORT={port}"]
+        variables += [f"RETRIEVER_MODEL={world.encoder}", "RETRIEVER_HOST=127.0.0.1", "TOPK=5"]
+        running = start_server(["env", *variables, "bash", launcher, "--topk", "2"], port=port, cwd=tmp_path)
+    wait_until_ready(running)
+    expected = 3 if way == "module" else 2
+    assert len(retrieve(running, query="river").json()["result"][0]) == expected
+    # An open keep-alive connection must not hold the server.
+    with httpx.Client(trust_env=False) as client:
+        client.get(f"{running.url}/livez")
+        os.kill(running.process.pid, number)
+        assert running.process.wait(timeout=10) == 0
+    log = running.log.read_text()
+    assert f"ready: {running.url}/retrieve (6 passages" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_says_503_while_loading(
+    world: World, start_server: Start, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port = free_port()
+    running = start_server(
+        [sys.executable, str(SERVER), *world.flags, "--port", str(port)], port=port, cwd=tmp_path
+    )
+    seen: set[int] = set()
+    end = time.monotonic() + 90
+    while 200 not in seen and time.monotonic() < end:
+        try:
+            answer = httpx.post(f"{running.url}/retrieve", json={"query": "river"}, trust_env=False)
+            seen.add(answer.status_code)
+            if answer.status_code == 503:
+                assert answer.headers["Retry-After"] == "1"
+                assert httpx.get(f"{running.url}/livez", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            assert running.process.poll() is None
+        time.sleep(0.02)
+    assert seen == {503, 200}
+
+
+def test_the_launcher_explains_itself() -> None:
+    launcher = str(REPOSITORY / "retrieval_launch.sh")
+    shown = subprocess.run(["bash", launcher, "--help"], capture_output=True, text=True, timeout=30)
+    assert shown.returncode == 0
+    for word in ("RETRIEVER_PORT", "--index_path", "curl"):
+        assert word in shown.stdout
+
+
+def test_memory_stays_small(server: RunningServer) -> None:
+    assert psutil.Process(server.process.pid).memory_info().rss < 1e9
+
+
+def test_create_app_serves_any_retriever() -> None:
+    code = (
+        "import sys\n"
+        "from search_r1.search.retrieval_server import create_app\n"
+        "create_app(lambda: None, topk=3)\n"
+        "heavy = {'torch', 'faiss', 'transformers', 'verl'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_an_address_of_another_machine_is_refused(world: World) -> None:
+    command = [sys.executable, str(SERVER), *world.flags, "--host", "192.0.2.1"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert "192.0.2.1:8000" in ended.stderr
