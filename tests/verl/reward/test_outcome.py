@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes import make_question, make_trajectory
+from verl.reward.outcome import measure_outcome
+
+QUESTION = make_question(golds=("Bolton", "Bolton, England"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "metric", "format_score", "expected"),
+    [
+        ("bolton england", "em", 0.0, 1.0),
+        ("Paris", "em", 0.0, 0.0),
+        ("Paris", "em", 0.1, 0.1),
+        ("in Bolton", "sub_em", 0.1, 1.0),
+        ("in Bolton", "f1", 0.1, 2 / 3),
+        ("", "em", 0.1, 0.0),
+        ("the", "f1", 0.1, 0.0),
+        (None, "em", 0.1, 0.0),
+    ],
+)
+def test_value(answer: str | None, metric: str, format_score: float, expected: float) -> None:
+    outcome = measure_outcome(
+        make_trajectory(QUESTION, answer=answer), metric=metric, format_score=format_score
+    )
+    assert outcome.value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["em", "sub_em", "f1"])
+def test_all_measures_are_reported_whichever_is_the_reward(metric: str) -> None:
+    outcome = measure_outcome(make_trajectory(QUESTION, answer="in Bolton"), metric=metric)
+    assert outcome.metrics == {"em": 0.0, "sub_em": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_an_answer_in_the_search_results_is_not_the_answer() -> None:
+    searched = make_trajectory(QUESTION, queries=("Bolton",), answer=None)
+    assert measure_outcome(searched, format_score=0.1).value == 0.0

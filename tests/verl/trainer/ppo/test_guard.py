@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fakes import make_question, make_trajectory
+from verl.errors import TrainingHaltedError
+from verl.trainer.ppo.guard import MAX_DUMPS, Guard
+from verl.types import Group, Score
+
+QUESTION = make_question()
+GROUP = Group(question=QUESTION, trajectories=(make_trajectory(QUESTION, queries=("q",), answer="Bolton é"),))
+SCORES = [[Score(outcome=1.0, gain=0.25, metrics={"em": 1.0})]]
+CREDIT = [[np.full(len(GROUP.trajectories[0].token_ids), 0.1, np.float32)]]
+SKIPPED = {"num_updates": 1.0, "skipped_updates": 1.0}
+APPLIED = {"num_updates": 1.0, "skipped_updates": 0.0}
+
+
+def check(guard: Guard, update: dict[str, float], *, step: int = 1, checkpoint: Path | None = None) -> None:
+    guard.check_update(
+        update, step=step, groups=[GROUP], scores=SCORES, credit=CREDIT, last_checkpoint=checkpoint
+    )
+
+
+def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, max_skipped_updates=3)
+    for update in (SKIPPED, SKIPPED, APPLIED, SKIPPED, SKIPPED):
+        check(guard, update)
+    with pytest.raises(TrainingHaltedError) as halted:
+        check(guard, SKIPPED, step=6, checkpoint=Path("runs/x/global_step_4"))
+    assert "global_step_4" in str(halted.value)
+    assert "step_000006.jsonl" in str(halted.value)
+
+
+def test_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TrainingHaltedError, match="No checkpoint"):
+        check(Guard(tmp_path, max_skipped_updates=1), SKIPPED)
+
+
+def test_updates_of_one_step_count_one_by_one(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, max_skipped_updates=3)
+    check(guard, {"num_updates": 4.0, "skipped_updates": 3.0})  # one was applied
+    with pytest.raises(TrainingHaltedError, match="4 updates in a row"):
+        check(guard, {"num_updates": 4.0, "skipped_updates": 4.0})
+
+
+def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
+    check(Guard(tmp_path, max_skipped_updates=2), SKIPPED, step=12)
+    (line,) = (tmp_path / "skipped" / "step_000012.jsonl").read_text(encoding="utf-8").splitlines()
+    record = json.loads(line)
+    turn, original = record["trajectory"]["turns"][0], GROUP.trajectories[0].turns[0]
+    assert record["trajectory"]["question"]["uid"] == QUESTION.uid
+    assert turn["output_ids"] == original.output_ids.tolist()
+    np.testing.assert_array_equal(np.array(turn["output_log_probs"], np.float32), original.output_log_probs)
+    assert record["score"]["gain"] == 0.25
+    np.testing.assert_array_equal(np.array(record["credit"], np.float32), CREDIT[0][0])
+
+
+def test_only_the_first_batches_are_kept(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, max_skipped_updates=99)
+    for step in range(MAX_DUMPS + 5):
+        check(guard, SKIPPED, step=step)
+    assert len(list((tmp_path / "skipped").iterdir())) == MAX_DUMPS
+
+
+def test_a_clean_update_writes_nothing(tmp_path: Path) -> None:
+    check(Guard(tmp_path, max_skipped_updates=1), APPLIED)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metric", "healthy", "sick"),
+    [("policy/entropy", 1.0, 0.05), ("rollout/no_search_share", 0.5, 0.95), ("policy/kl", 0.1, 3.0)],
+)
+def test_an_alarm_is_raised_once_after_enough_steps_and_again_after_it_passed(
+    tmp_path: Path, metric: str, healthy: float, sick: float
+) -> None:
+    guard = Guard(tmp_path, max_skipped_updates=1, alarm_steps=3)
+    values = [healthy, sick, sick, healthy, sick, sick, sick, sick, healthy, sick, sick, sick]
+    raised = [bool(guard.alarms({metric: value})) for value in values]
+    assert [i for i, alarm in enumerate(raised) if alarm] == [6, 11]
+
+
+def test_an_alarm_names_the_metric_and_is_silent_without_it(tmp_path: Path) -> None:
+    guard = Guard(tmp_path, max_skipped_updates=1, alarm_steps=1)
+    assert guard.alarms({}) == []
+    (warning,) = guard.alarms({"policy/kl": 5.0})
+    assert "policy/kl is 5" in warning

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.fakes import make_question, make_trajectory, make_turn
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.trainer.ppo.metrics import (
+    credit_metrics,
+    finite,
+    gain_metrics,
+    log_prob_difference,
+    reward_metrics,
+    rollout_metrics,
+    step_metrics,
+)
+from verl.types import ActionKind, Group, Score, Stop, Trajectory
+
+QUESTION = make_question()
+AREAS = {"rollout", "reward", "ig", "credit", "policy", "time", "perf"}
+
+
+def test_what_the_policy_did() -> None:
+    trajectories = [
+        make_trajectory(QUESTION, queries=("Bolton", " bolton "), answer="x"),
+        make_trajectory(QUESTION, answer="x"),
+        make_trajectory(QUESTION, queries=("a",)),
+        make_trajectory(QUESTION, queries=("a",), failure="search_failed: HTTP 500"),
+    ]
+    metrics = rollout_metrics(trajectories)
+    assert metrics["rollout/trajectories"] == 4
+    assert metrics["rollout/failed_share"] == 0.25
+    assert metrics["rollout/failures_search_failed"] == 1
+    assert metrics["rollout/searches_mean"] == 1.0
+    assert metrics["rollout/no_search_share"] == pytest.approx(1 / 3)
+    assert metrics["rollout/distinct_query_share"] == pytest.approx(2 / 3)
+    assert metrics["rollout/finished_share"] == pytest.approx(2 / 3)
+    assert metrics["rollout/budget_stops"] == 1
+    assert metrics["rollout/valid_action_share"] == 1.0
+    assert metrics["rollout/response_length_mean"] == pytest.approx((12 + 4 + 4) / 3)
+    assert metrics["rollout/response_length_max"] == 12
+
+
+def test_mask_coverage_of_the_worked_example() -> None:
+    turns = (
+        make_turn(ActionKind.SEARCH, "q", outputs=18, observed=60),
+        make_turn(ActionKind.INVALID, outputs=15, observed=55),
+        make_turn(ActionKind.ANSWER, "x", outputs=12),
+    )
+    trajectory = Trajectory(
+        question=QUESTION, sample=0, prompt_ids=np.zeros(9, np.int32), turns=turns, stop=Stop.ANSWERED
+    )
+    metrics = rollout_metrics([trajectory])
+    assert metrics["rollout/mask_coverage"] == 0.28125
+    assert metrics["rollout/valid_action_share"] == pytest.approx(2 / 3)
+    assert metrics["rollout/empty_search_share"] == 1.0
+
+
+def test_rewards_are_those_trained_on_and_measures_those_of_everything_judged() -> None:
+    scores = [
+        Score(outcome=1.0, gain=0.5, metrics={"em": 1.0}),
+        Score(outcome=0.0, metrics={"em": 0.0}),
+        Score(outcome=1.0, failure="gain_failed: x", metrics={"em": 1.0}),
+        Score(outcome=None, failure="search_failed: x"),
+    ]
+    metrics = reward_metrics(scores, gain_weight=0.6)
+    assert metrics["reward/mean"] == pytest.approx(0.65)
+    assert (metrics["reward/min"], metrics["reward/max"]) == (0.0, pytest.approx(1.3))
+    assert metrics["reward/em_mean"] == pytest.approx(2 / 3)
+    assert metrics["reward/outcome_mean"] == pytest.approx(2 / 3)
+    assert metrics["reward/failed_share"] == 0.5
+
+
+def test_gains_are_over_what_was_measured() -> None:
+    trajectories = [make_trajectory(QUESTION, answer="x") for _ in range(4)]
+    trajectories.append(make_trajectory(QUESTION, failure="search_failed: x"))
+    scores = [
+        Score(outcome=1.0, gain=0.4),
+        Score(outcome=1.0, gain=-0.2),
+        Score(outcome=1.0),
+        Score(outcome=1.0, failure="gain_failed: x"),
+        Score(outcome=None, failure="search_failed: x"),
+    ]
+    metrics = gain_metrics(trajectories, scores)
+    assert metrics == {
+        "ig/gain_mean": pytest.approx(0.1),
+        "ig/gain_min": -0.2,
+        "ig/gain_max": 0.4,
+        "ig/positive_share": 0.5,
+        "ig/measured_share": 0.5,
+        "ig/failed_share": pytest.approx(1 / 3),
+        "ig/failures_gain_failed": 1,
+    }
+
+
+def test_what_was_not_measured_is_absent_not_zero() -> None:
+    metrics = gain_metrics([make_trajectory(QUESTION, answer="x")], [Score(outcome=1.0)])
+    assert metrics == {"ig/measured_share": 0.0}
+    assert "reward/mean" not in reward_metrics([Score(outcome=None, failure="x")], gain_weight=0.6)
+    assert rollout_metrics([]) == {
+        "rollout/trajectories": 0,
+        "rollout/budget_stops": 0,
+        "rollout/length_stops": 0,
+        "rollout/truncated_observations": 0,
+    }
+
+
+def test_dead_and_lone_groups() -> None:
+    valid, failed = Score(outcome=1.0), Score(outcome=None, failure="x")
+    live = [np.array([0.0, 1.5], np.float32), np.array([0.0, -0.5], np.float32)]
+    dead = [np.zeros(2, np.float32), np.zeros(2, np.float32)]
+    metrics = credit_metrics([[valid, valid], [valid, valid], [valid, failed]], [live, dead, dead])
+    assert metrics["credit/dead_group_share"] == pytest.approx(2 / 3)
+    assert metrics["credit/lone_group_share"] == pytest.approx(1 / 3)
+    assert metrics["credit/advantage_abs_max"] == 1.5
+
+
+def test_a_step_is_named_by_area_and_finite() -> None:
+    trajectories = tuple(
+        make_trajectory(QUESTION, sample=i, queries=("q",), answer="Bolton" if i else "x") for i in range(3)
+    )
+    group = Group(question=QUESTION, trajectories=trajectories)
+    scores = [Score(outcome=float(i > 0), gain=0.1 * i, metrics={"em": float(i > 0)}) for i in range(3)]
+    credit = outcome_plus_gain(gain_weight=0.6, normalise_by_std=True)(trajectories, scores)
+    metrics = step_metrics(
+        [group],
+        [scores],
+        [credit],
+        update={"kl": 0.01, "loss": math.nan},
+        seconds={"rollout": 2.0, "step": 4.0},
+        gain_weight=0.6,
+    )
+    assert {name.split("/")[0] for name in metrics} == AREAS
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["policy/kl"] == 0.01
+    assert "policy/loss" not in metrics
+    assert metrics["time/rollout_s"] == 2.0
+    assert metrics["perf/sampled_tokens_per_s"] == 3 * 8 / 2.0
+    assert metrics["perf/tokens_per_s"] == 3 * (3 + 8 + 5) / 4.0
+
+
+def test_finite_leaves_out_and_names(caplog: pytest.LogCaptureFixture) -> None:
+    assert finite({"a/x": None, "b/y": math.inf, "c/z": 1}) == {"c/z": 1.0}
+    assert "b/y" in caplog.text
+
+
+def test_log_prob_difference_is_over_policy_tokens() -> None:
+    mask = np.array([[False, True, True, False]])
+    metrics = log_prob_difference([[9.0, -1.0, -2.0, 9.0]], [[0.0, -1.2, -2.0, 0.0]], mask=mask)
+    assert metrics["policy/log_prob_difference_mean"] == pytest.approx(0.1)
+    assert metrics["policy/log_prob_difference_max"] == pytest.approx(0.2)
+    assert metrics["policy/ratio_outside_share"] == 0.5
+    assert log_prob_difference([[1.0]], [[2.0]], mask=np.array([[False]])) == {}
