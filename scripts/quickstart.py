@@ -1,0 +1,373 @@
+"""The main job, end to end: start both services, train the embedded world, measure, stop everything.
+
+`make quickstart` runs this. It trains through the entry point that users use,
+`python -m verl.trainer.main_ppo` with overrides; nothing here is known to the trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_STEPS = 50
+
+# The training settings of the quickstart, on top of the defaults in verl/trainer/config/ppo_trainer.yaml.
+QUICKSTART_OVERRIDES: dict[str, str | int | float] = {
+    "trainer.device": "cpu",
+    "trainer.save_freq": 25,
+    "data.train_batch_size": 16,
+    "actor_rollout_ref.rollout.n_agent": 5,
+    "actor_rollout_ref.actor.optim.lr": 3e-4,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 80,
+}
+SMOKE_OVERRIDES: dict[str, str | int | float] = {
+    "data.train_batch_size": 4,
+    "data.val_max_questions": 16,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 20,
+}
+SMOKE_STEPS = 2
+IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12")
+
+Update = Callable[[int, str], None]
+
+SERVICE_DEADLINE_S = 180.0
+EDGE_STEPS = 5
+HEARTBEAT_S = 15.0
+
+USAGE = """\
+Everything after -- goes to verl.trainer.main_ppo as overrides:
+  make quickstart QUICKSTART_ARGS="--steps 20 -- actor_rollout_ref.actor.optim.lr=1e-4"
+
+The last line of output is one JSON object:
+  em_before, em_after     exact match on the held-out questions, greedy, before and after training
+  gain_first, gain_last   mean information gain of the searches, first and last 5 steps (null = not measured)
+  peak_rss_gb             largest memory of all processes together in 10^9 bytes, sampled every second:
+                          the sum of proportional set sizes, so that shared pages count once
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The result, in the order of the JSON line."""
+
+    em_before: float | None
+    em_after: float | None
+    gain_first: float | None
+    gain_last: float | None
+    steps: int
+    seconds: float
+    peak_rss_gb: float
+    run_dir: str
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What `metrics.jsonl` has said so far; reads only what was appended since the last look."""
+
+    path: Path
+    rows: list[dict[str, float | None]] = field(default_factory=list)
+    _offset: int = 0
+
+    def refresh(self) -> None:
+        """Take in the complete lines that were written since."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as lines:
+            lines.seek(self._offset)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self.rows.append(json.loads(line))
+
+    def values(self, name: str) -> list[float]:
+        """Every value of a metric, in order, without the unmeasured ones."""
+        return [value for row in self.rows if (value := row.get(name)) is not None]
+
+    @property
+    def step(self) -> int:
+        """Training steps done."""
+        return max((int(value) for value in self.values("step")), default=0)
+
+
+def summarise(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Path) -> Summary:
+    """First and last evaluation, gain at both ends of the run."""
+    em, gains = metrics.values("val/em"), metrics.values("ig/gain_mean")
+    return Summary(
+        em_before=round(em[0], 4) if em else None,
+        em_after=round(em[-1], 4) if len(em) > 1 else None,
+        gain_first=round(statistics.fmean(gains[:EDGE_STEPS]), 4) if gains else None,
+        gain_last=round(statistics.fmean(gains[-EDGE_STEPS:]), 4) if gains else None,
+        steps=metrics.step,
+        seconds=round(seconds, 1),
+        peak_rss_gb=round(peak_bytes / 1e9, 2),
+        run_dir=str(run_dir),
+    )
+
+
+class Screen:
+    """What the user sees: when a phase begins and ends, the trainer's lines, one live line below."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._started = time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._is_live = console.is_terminal
+        self._last_sign = self._started
+
+    def say(self, text: str, style: str = "bold cyan") -> None:
+        """A line with the seconds since the start."""
+        self._last_sign = time.monotonic()
+        self.console.print(f"[{self._last_sign - self._started:6.1f} s] {text}", style=style, markup=False)
+
+    def pass_on(self, line: str) -> None:
+        """A line of the trainer, as it is."""
+        self._last_sign = time.monotonic()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def phase(self, name: str, *, total: int | None = None) -> Iterator[Update]:
+        """Announce a phase, keep a live line while it runs, say how long it took.
+
+        Yields what moves the live line; without a terminal it shows a sign of life now and then instead.
+        """
+        began = time.monotonic()
+        self.say(f"{name} ...")
+        task = self._progress.add_task(name, total=total, note="")
+        if self._is_live:
+            self._progress.start()
+
+        def update(completed: int, note: str) -> None:
+            self._progress.update(task, completed=completed, note=note)
+            if not self._is_live and time.monotonic() - self._last_sign > HEARTBEAT_S:
+                self.say(f"{name}: {note}", style="dim")
+
+        try:
+            yield update
+        finally:
+            self._progress.remove_task(task)
+            if self._is_live:
+                self._progress.stop()
+        self.say(f"{name}: done in {time.monotonic() - began:.1f} s")
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, str | int | float]:
+    """The overrides that the arguments ask for, without those of one run (ports, run folder)."""
+    chosen: dict[str, str | int | float] = {**QUICKSTART_OVERRIDES}
+    if arguments.smoke:
+        chosen |= SMOKE_OVERRIDES
+    steps = (
+        arguments.steps if arguments.steps is not None else SMOKE_STEPS if arguments.smoke else DEFAULT_STEPS
+    )
+    return chosen | {
+        "trainer.total_training_steps": steps,
+        "trainer.seed": arguments.seed,
+        "reward.gain_weight": arguments.gain_weight,
+    }
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment; nothing of the embedded world is looked for on the network."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> tuple[int, int]:
+    """Start retriever and IG service side by side and wait for both. Returns their ports."""
+    retriever_port, gain_port = free_ports(2)
+    retriever_command = ["search_r1.search.retrieval_server", "--port", str(retriever_port)]
+    gain_command = ["IG.service.IG_server", "--port", str(gain_port), *IG_SERVICE_ARGUMENTS]
+    with screen.phase("starting the retriever and the IG service") as update:
+        children = {
+            f"http://127.0.0.1:{port}/readyz": supervisor.start(
+                name,
+                command=[sys.executable, "-m", *command],
+                log=run_dir / log,
+                cwd=ROOT,
+                environment=environment(),
+            )
+            for port, name, command, log in (
+                (retriever_port, "the retriever", retriever_command, "retriever.log"),
+                (gain_port, "the IG service", gain_command, "ig_service.log"),
+            )
+        }
+        for url, child in wait_until_ready(
+            children,
+            deadline_s=SERVICE_DEADLINE_S,
+            on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
+        ):
+            screen.say(f"{child.name} is ready at {url.removesuffix('/readyz')}", style="green")
+    return retriever_port, gain_port
+
+
+def train(
+    supervisor: Supervisor, screen: Screen, *, memory: MemoryWatch, overrides: Sequence[str], run_dir: Path
+) -> Metrics:
+    """Run the trainer to its end, its lines passed on. Raises ChildFailedError if it does not end well."""
+    metrics = Metrics(path=run_dir / "metrics.jsonl")
+    asked = dict(item.split("=", 1) for item in overrides if "=" in item)["trainer.total_training_steps"]
+    steps = int(asked) if asked.isdigit() else None
+    with screen.phase("training", total=steps) as update:
+        trainer = supervisor.start(
+            "the trainer",
+            command=[sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
+            log=run_dir / "train.log",
+            cwd=ROOT,
+            environment=environment(),
+            on_line=screen.pass_on,
+        )
+        while trainer.process.poll() is None:
+            metrics.refresh()
+            update(metrics.step, f"step {metrics.step} of {asked}, {memory.current_bytes / 1e9:.1f} GB")
+            for service in supervisor.children:
+                if service is not trainer:
+                    service.check_alive()
+            time.sleep(0.5)
+        if trainer.process.returncode:
+            trainer.check_alive()
+    metrics.refresh()
+    return metrics
+
+
+def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str]) -> Summary:
+    """Everything between the command line and the table."""
+    began = time.monotonic()
+    with Supervisor() as supervisor, MemoryWatch(supervisor) as memory:
+        try:
+            retriever_port, gain_port = start_services(supervisor, screen, run_dir=run_dir)
+            addresses = [
+                f"retriever.url=http://127.0.0.1:{retriever_port}/retrieve",
+                f"reward.semantic.url=http://127.0.0.1:{gain_port}",
+                f"trainer.default_local_dir={run_dir}",
+            ]
+            chosen = [*addresses, *overrides]
+            metrics = train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
+        finally:
+            with signals_held():
+                screen.say("stopping everything that was started ...")
+                supervisor.stop_all()
+    return summarise(metrics, seconds=time.monotonic() - began, peak_bytes=memory.peak_bytes, run_dir=run_dir)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """A second Ctrl-C must not interrupt the cleaning up."""
+    held = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+
+
+def show(console: Console, summary: Summary) -> None:
+    """The table, then the JSON line."""
+    table = Table(title="quickstart", title_style="bold", show_header=True)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def number(value: float | None) -> str:
+        return "not measured" if value is None else f"{value:.3f}"
+
+    table.add_row("exact match, held-out questions", number(summary.em_before), number(summary.em_after))
+    table.add_row(
+        f"information gain, {EDGE_STEPS} steps", number(summary.gain_first), number(summary.gain_last)
+    )
+    table.add_section()
+    table.add_row("steps", "", str(summary.steps))
+    table.add_row("seconds, everything", "", f"{summary.seconds:.0f}")
+    table.add_row("peak memory, all processes", "", f"{summary.peak_rss_gb:.2f} GB")
+    console.print(table)
+    console.print(f"Look at it: {summary.run_dir}/report.html", soft_wrap=True)
+    console.file.flush()
+    print(json.dumps(asdict(summary)), flush=True)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, and the overrides after `--`."""
+    own, overrides = list(argv), []
+    if "--" in own:
+        cut = own.index("--")
+        own, overrides = own[:cut], own[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, help=f"training steps (default {DEFAULT_STEPS})")
+    parser.add_argument("--gain-weight", type=float, default=0.6, help="lambda, 0 = exact match only")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    parser.add_argument("--run-dir", type=Path, help="new folder (default runs/quickstart-<timestamp>)")
+    parser.add_argument(
+        "--smoke", action="store_true", help=f"{SMOKE_STEPS} small steps, 16 held-out questions"
+    )
+    parser.add_argument(
+        "--print-overrides", action="store_true", help="print the training settings, do nothing"
+    )
+    return parser.parse_args(own), overrides
+
+
+def new_run_dir(asked: Path | None) -> Path:
+    """Make the run folder. Exits if it is in use: a run must not resume another one by accident."""
+    run_dir = (asked or ROOT / "runs" / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    if run_dir.exists() and any(run_dir.iterdir()):
+        sys.exit(f"error: --run-dir {run_dir} is not empty; name a new folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
+    """Returns the exit code: 0, 1 when something failed, 130 on Ctrl-C, 143 on SIGTERM."""
+    arguments, extra = parse(argv)
+    overrides = [f"{key}={value}" for key, value in settings(arguments).items()]
+    if arguments.print_overrides:
+        print("\n".join(overrides))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console()
+    run_dir = new_run_dir(arguments.run_dir)
+    screen = Screen(console)
+    screen.say(f"run folder: {run_dir}")
+    try:
+        summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
+    except ChildFailedError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        screen.say("interrupted; everything was stopped", style="yellow")
+        return 130
+    show(console, summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Start processes, watch them, measure their memory, and leave none behind (Linux).
+
+A `Supervisor` owns every process it starts and all that those start in turn, also the ones that detach
+themselves: it is their subreaper, so orphans come back to it. If the supervisor itself is killed, the kernel
+sends its children SIGTERM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_ORPHAN_GRACE_S = 3.0
+
+
+class ChildFailedError(RuntimeError):
+    """A process died or did not become ready; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Child:
+    """One process in a process group of its own, its output in a log file."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+
+    def ending(self, num_lines: int = 25) -> str:
+        """The last lines of the log, for an error message."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return f"{self.log} ends:\n" + ("\n".join(lines[-num_lines:]) or "(empty)")
+
+    def check_alive(self) -> None:
+        """Raises ChildFailedError with the end of the log if the process has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise ChildFailedError(f"{self.name} ended with exit code {code}. {self.ending()}")
+
+
+class Supervisor:
+    """Starts children and guarantees their end: use as a context manager, from the main thread."""
+
+    def __init__(self, *, grace_s: float = 20.0) -> None:
+        self._grace_s = grace_s
+        self.children: list[Child] = []
+        self._readers: list[threading.Thread] = []
+        self._strangers: set[psutil.Process] = set()
+
+    def __enter__(self) -> Supervisor:
+        self._strangers = set(psutil.Process().children(recursive=True))
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_all()
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def start(
+        self,
+        name: str,
+        *,
+        command: Sequence[str],
+        log: Path,
+        cwd: Path,
+        environment: Mapping[str, str],
+        on_line: Callable[[str], None] | None = None,
+    ) -> Child:
+        """Start a process; its output goes to `log` and, line by line, to `on_line` (in another thread)."""
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=sink if on_line is None else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        child = Child(name=name, process=process, log=log)
+        self.children.append(child)
+        if on_line is not None:
+            reader = threading.Thread(target=_copy_lines, args=(child, on_line), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+        return child
+
+    def descendants(self) -> list[psutil.Process]:
+        """All living processes below this one; dead orphans that came back to us are reaped."""
+        alive = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if process in self._strangers:
+                    continue
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+                elif process.pid not in [child.process.pid for child in self.children]:
+                    with suppress(ChildProcessError):
+                        os.waitpid(process.pid, os.WNOHANG)
+        return alive
+
+    def stop_all(self) -> None:
+        """End everything, orphans included: SIGTERM, newest group first; after the grace period SIGKILL."""
+        for child in reversed(self.children):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.process.pid, signal.SIGTERM)
+        deadline, orphan_grace_s = time.monotonic() + self._grace_s, _ORPHAN_GRACE_S
+        while self.descendants() and time.monotonic() < deadline:
+            if all(child.process.poll() is not None for child in self.children):
+                # Only what detached itself is left: it gets a moment to notice.
+                deadline, orphan_grace_s = min(deadline, time.monotonic() + orphan_grace_s), math.inf
+            time.sleep(0.1)
+        while left := self.descendants():
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.05)
+        for child in self.children:
+            child.process.wait()
+        for reader in self._readers:
+            reader.join(timeout=2.0)
+        self.children.clear()
+        self._readers.clear()
+
+
+class MemoryWatch:
+    """Samples the memory of this process and all its supervised descendants once a second.
+
+    The figure is the sum of the proportional set sizes (PSS): a page that several processes share counts once
+    in total, so the sum is what they need together, used shared memory (Ray's object store) included.
+    """
+
+    def __init__(self, supervisor: Supervisor, *, interval_s: float = 1.0) -> None:
+        self._supervisor = supervisor
+        self._interval_s = interval_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.current_bytes = 0
+        self.peak_bytes = 0
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            processes = [os.getpid(), *(process.pid for process in self._supervisor.descendants())]
+            self.current_bytes = sum(proportional_set_size(pid) for pid in processes)
+            self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+            if self._done.wait(self._interval_s):
+                return
+
+
+def proportional_set_size(pid: int) -> int:
+    """Bytes; 0 for a process that has just ended."""
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def free_ports(count: int) -> list[int]:
+    """That many different loopback ports that nobody listens on."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(closing(socket.socket())) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def wait_until_ready(
+    children: Mapping[str, Child], *, deadline_s: float, on_tick: Callable[[list[str]], None]
+) -> Iterator[tuple[str, Child]]:
+    """Poll readiness URLs; yield each with its child when it answers 200.
+
+    `on_tick` gets the names still waited for. Raises ChildFailedError at the deadline or when any child dies.
+    """
+    give_up = time.monotonic() + deadline_s
+    waiting = dict(children)
+    while waiting:
+        for url in list(waiting):
+            if _answers(url):
+                yield url, waiting.pop(url)
+        for child in children.values():
+            child.check_alive()
+        if waiting and time.monotonic() > give_up:
+            late = next(iter(waiting.values()))
+            raise ChildFailedError(f"{late.name} was not ready after {deadline_s:.0f} s. {late.ending()}")
+        on_tick([child.name for child in waiting.values()])
+        time.sleep(0.25)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2.0) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _die_with_parent() -> None:
+    """Runs in the child between fork and exec."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _copy_lines(child: Child, on_line: Callable[[str], None]) -> None:
+    assert child.process.stdout is not None
+    with child.log.open("w") as sink:
+        for line in child.process.stdout:
+            sink.write(line)
+            sink.flush()
+            on_line(line.rstrip("\n"))
