@@ -10,6 +10,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from search_r1.search.corpus import JsonlCorpus
 from search_r1.search.encoder import FloatArray, TextEncoder
@@ -143,9 +144,21 @@ def describe_index(
 
 
 def load_dense(
-    index_path: Path, *, corpus_path: Path, encoder_path: str, retriever_name: str, on_gpu: bool = False
+    index_path: Path,
+    *,
+    corpus_path: Path,
+    encoder_path: str,
+    retriever_name: str,
+    on_gpu: bool = False,
+    num_threads: int | None = None,
 ) -> DenseRetriever:
-    """Load all three parts; raises RetrieverError unless they belong together."""
+    """Load all three parts; raises RetrieverError unless they belong together.
+
+    `num_threads`: of the whole process, for encoding and for search; None leaves it as it is.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+        faiss.omp_set_num_threads(num_threads)
     corpus = JsonlCorpus(corpus_path)
     index = VectorIndex.load(index_path, on_gpu=on_gpu)
     encoder = TextEncoder(encoder_path, retriever_name=retriever_name)

@@ -19,6 +19,7 @@ if not __package__:
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -167,6 +168,7 @@ def serve(settings: argparse.Namespace) -> int:
             encoder_path=settings.retriever_model,
             retriever_name=settings.retriever_name,
             on_gpu=settings.faiss_gpu,
+            num_threads=settings.num_threads,
         )
 
     def announce(host: RetrieverHost) -> None:
@@ -230,9 +232,14 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--faiss_gpu", action="store_true", help="search on all visible GPUs (needs a GPU build of Faiss)")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
     add("--port", default=8000, type=int, help="0 takes a free one")
+    # Half of the cores: the trainer and its engines work next door, and waiting threads burn their time.
+    half = max(1, len(os.sched_getaffinity(0)) // 2)
+    add("--num_threads", default=half, type=int, help="for encoding and search on the CPU")
     settings = parser.parse_args(arguments)
     if not 1 <= settings.topk <= MAX_TOPK:
         parser.error(f"--topk must be in 1..{MAX_TOPK}, got {settings.topk}")
+    if settings.num_threads < 1:
+        parser.error(f"--num_threads must be at least 1, got {settings.num_threads}")
     if not 0 <= settings.port <= 65535:
         parser.error(f"--port must be in 0..65535, got {settings.port}")
     return settings

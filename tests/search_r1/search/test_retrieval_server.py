@@ -145,7 +145,7 @@ def test_files_that_do_not_fit_end_the_server_with_a_message(world: World, tmp_p
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--topk", "0"], ["--port", "70000"], ["--nonsense"]])
+@pytest.mark.parametrize("arguments", [["--topk", "0"], ["--port", "70000"], ["--num_threads", "0"]])
 def test_wrong_flags_are_refused(arguments: list[str]) -> None:
     ended = subprocess.run(
         [sys.executable, str(SERVER), *arguments], capture_output=True, text=True, timeout=30
