@@ -1,13 +1,12 @@
 """Sampled token ids -> `Action`, with the token span of the query or answer; nothing is ever encoded again.
 
-An action is the first `<search>..</search>` or `<answer>..</answer>` pair. Tags may be tokens of their own, spread
-over several, or merged with their neighbours in one token. Whatever the last token holds after the closing tag
-stays in the ids, because the policy did sample it.
+An action is the first `<search>..</search>` or `<answer>..</answer>` pair. Tags may be tokens of their own,
+spread over several, or merged with their neighbours in one token. Whatever the last token holds after the
+closing tag stays in the ids, because the policy did sample it.
 """
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Callable, Sequence
 
@@ -20,10 +19,11 @@ _INVALID = Action(kind=ActionKind.INVALID)
 
 
 def parse_action(ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> Action:
-    """Read the first action. INVALID: none, unclosed, another tag inside it, a closing tag first, an empty query.
+    """Read the first action.
 
-    An empty answer is an answer (a wrong one). The span holds every token with at least one character of the
-    stripped text, also when it shares that token with a tag.
+    INVALID is: none, an unclosed one, another tag inside it, a closing tag first, an empty query. An empty
+    answer is an answer (a wrong one). The span holds every token with at least one character of the stripped
+    text, also when it shares that token with a tag.
     """
     text = decode(ids)
     located = _locate(text)
@@ -62,9 +62,11 @@ def _token_span(
     """Tokens that hold characters `[start, end)` of `text`; an empty range gives an empty span."""
 
     def covered(count: int) -> int:
-        # The last tokens of a prefix may be half a character, which decodes to something else than it becomes.
+        # A prefix may end in half a character, which decodes to something else than it becomes.
         prefix = decode(ids[:count])
-        return len(prefix) if text.startswith(prefix) else len(os.path.commonprefix((prefix, text)))
+        if text.startswith(prefix):
+            return len(prefix)
+        return next(n for n, (a, b) in enumerate(zip(prefix, text + "\0", strict=False)) if a != b)
 
     def fewest(reached: Callable[[int], bool]) -> int:
         """Fewest tokens whose characters satisfy `reached`, by bisection: coverage only grows."""

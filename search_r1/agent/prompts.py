@@ -1,7 +1,7 @@
 """Every text the environment writes: the instruction, search results, and the reply to an invalid action.
 
-The formats are those of Search-R1, so that released checkpoints find what they were trained on. All functions are
-pure and take structured passages: nothing here reads a transcript.
+The formats are those of Search-R1, so that released checkpoints find what they were trained on. All functions
+are pure and take structured passages: nothing here reads a transcript.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def wrap_observation(documents: str) -> str:
 
 
 def render_context(trajectory: Trajectory) -> str:
-    """All search results of a trajectory as the policy read them, one block per search: the IG service's context."""
+    """All search results of a trajectory, one block per search: the context the IG service is asked with."""
     return "\n".join(render_passages(turn.passages) for turn in trajectory.turns if turn.passages)

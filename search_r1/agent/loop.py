@@ -1,0 +1,181 @@
+"""One episode: the policy writes, the environment answers, token in and token out.
+
+    prompt -> [output -> observation] x max_turns -> last output, whose search is not executed
+
+Nothing that was sampled is ever decoded and encoded again, so the trained ids are the sampled ids plus the
+injected ones. A failed search or completion ends the episode as FAILED, with its name; the text of an error
+is never evidence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from search_r1.agent.actions import STOP_STRINGS, parse_action
+from search_r1.agent.prompts import RETRY, render_passages, wrap_observation
+from verl.errors import ConfigError, RolloutError, ServiceError
+from verl.protocols import Generate, Search, Tokenizer
+from verl.types import (
+    ActionKind,
+    Completion,
+    IntArray,
+    Passage,
+    Question,
+    Sampling,
+    Stop,
+    Trajectory,
+    Turn,
+)
+
+
+class SearchAgent:
+    """Plays episodes of `verl.protocols.Agent`; keeps no state between them."""
+
+    def __init__(
+        self,
+        *,
+        generate: Generate,
+        search: Search,
+        tokenizer: Tokenizer,
+        max_turns: int,
+        max_start_length: int,
+        max_prompt_length: int,
+        max_response_length: int,
+        max_obs_length: int,
+        temperature: float,
+    ) -> None:
+        """Lengths are in tokens: of the prompt, of the rolling context, of one output, of one observation."""
+        self._generate = generate
+        self._search = search
+        self._tokenizer = tokenizer
+        self._max_turns = max_turns
+        self._max_start_length = max_start_length
+        self._max_prompt_length = max_prompt_length
+        self._max_response_length = max_response_length
+        self._max_obs_length = max_obs_length
+        self._temperature = temperature
+        self._retry_ids = _as_ids(tokenizer.encode(RETRY))
+        shortest = max(len(self._retry_ids), len(tokenizer.encode(wrap_observation(""))))
+        if max_obs_length < shortest:
+            raise ConfigError(
+                f"data.max_obs_length={max_obs_length} cannot hold the fixed replies of the environment: "
+                f"with this tokenizer it must be at least {shortest}"
+            )
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        """Play one episode; the same seed and weights give the same one."""
+        started = time.monotonic()
+        prompt_ids = _as_ids(self._tokenizer.render_prompt(question))
+        turns: list[Turn] = []
+        failure = None
+        try:
+            stop = await self._play(prompt_ids, turns=turns, session=question.uid, seed=seed, greedy=greedy)
+        except ServiceError as error:
+            stop, failure = Stop.FAILED, f"search_failed: {error}"
+        except RolloutError as error:
+            stop, failure = Stop.FAILED, f"generation_failed: {error}"
+        return Trajectory(
+            question=question,
+            sample=sample,
+            prompt_ids=prompt_ids,
+            turns=tuple(turns),
+            stop=stop,
+            failure=failure,
+            seconds=time.monotonic() - started,
+        )
+
+    async def _play(
+        self, context: IntArray, *, turns: list[Turn], session: str, seed: int, greedy: bool
+    ) -> Stop:
+        """Append the turns one by one and say why the episode ended; the last turn has no observation."""
+        if len(context) > self._max_start_length:
+            raise RolloutError(
+                f"the prompt has {len(context)} tokens, data.max_start_length is {self._max_start_length}"
+            )
+        for number in range(self._max_turns + 1):
+            sampling = Sampling(
+                temperature=0.0 if greedy else self._temperature,
+                max_tokens=self._max_response_length,
+                stop=STOP_STRINGS,
+                seed=_turn_seed(seed, number),
+            )
+            completion = await self._generate.generate(context, sampling=sampling, session=session)
+            turn = self._read(completion)
+            turns.append(turn)
+            if turn.action.kind is ActionKind.ANSWER:
+                return Stop.ANSWERED
+            if number == self._max_turns:
+                break
+            turn = await self._observe(turn)
+            context = np.concatenate([context, turn.output_ids, turn.observation_ids])
+            if len(context) > self._max_prompt_length:
+                return Stop.LENGTH
+            turns[-1] = turn
+        return Stop.BUDGET
+
+    def _read(self, completion: Completion) -> Turn:
+        return Turn(
+            output_ids=completion.ids,
+            output_log_probs=completion.log_probs,
+            action=parse_action(completion.ids.tolist(), decode=self._tokenizer.decode),
+            passages=(),
+            observation_ids=_as_ids([]),
+            version=completion.version,
+        )
+
+    async def _observe(self, turn: Turn) -> Turn:
+        """The same turn with the environment's reply. Raises ServiceError."""
+        if turn.action.kind is not ActionKind.SEARCH:
+            return replace(turn, observation_ids=self._retry_ids)
+        found = await self._search.search(turn.action.text)
+        ids = self._tokenizer.encode(wrap_observation(render_passages(found)))
+        if len(ids) <= self._max_obs_length:
+            return replace(turn, passages=found, observation_ids=_as_ids(ids))
+        shown, ids = _cut_observation(found, encode=self._tokenizer.encode, max_length=self._max_obs_length)
+        return replace(turn, passages=shown, observation_ids=_as_ids(ids), observation_truncated=True)
+
+
+def _cut_observation(
+    passages: Sequence[Passage], *, encode: Callable[[str], list[int]], max_length: int
+) -> tuple[tuple[Passage, ...], list[int]]:
+    """The passages that are shown at least in part, and at most `max_length` ids with the closing tag.
+
+    The text is cut from its end; a passage of which only the heading would be left is dropped whole.
+    """
+    documents = render_passages(passages)
+    low, high = 0, len(documents)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = len(encode(wrap_observation(documents[:middle].rstrip()))) <= max_length
+        low, high = (middle, high) if fits else (low, middle - 1)
+    # More text is nearly always more tokens; where a tokenizer breaks that rule, give up characters.
+    while True:
+        kept, shown = _drop_bare_heading(documents[:low], passages=passages)
+        ids = encode(wrap_observation(kept))
+        if len(ids) <= max_length:
+            return shown, ids
+        low -= 1
+
+
+def _drop_bare_heading(documents: str, *, passages: Sequence[Passage]) -> tuple[str, tuple[Passage, ...]]:
+    """What is left of the rendered documents, ending inside the text of the last passage that is shown."""
+    for count in range(len(passages), 0, -1):
+        bare = replace(passages[count - 1], text="")
+        heading = render_passages([*passages[: count - 1], bare])
+        if len(documents.rstrip()) > len(heading):
+            whole = render_passages(passages[:count])
+            return documents[: len(whole)].rstrip(), tuple(passages[:count])
+    return "", ()
+
+
+def _turn_seed(seed: int, turn: int) -> int:
+    """A seed of its own for every turn, the same in every process (63 bits)."""
+    return int(np.random.SeedSequence((seed, turn)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _as_ids(ids: Sequence[int]) -> IntArray:
+    return np.array(ids, dtype=np.int32)

