@@ -1,0 +1,180 @@
+"""Trajectories and their credit as right-padded arrays, and how they are cut for ranks and memory.
+
+The only file that pads. Real tokens never see the padding (it is on the right and attention is causal), so no
+attention mask exists; what counts in the loss is `policy_mask` alone. A batch is cut in three ways: into
+mini-batches (one optimizer step each), over the ranks, and into micro-batches (one forward pass each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verl.types import BoolArray, FloatArray, IntArray, Trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainBatch:
+    """What the workers see of trajectories: one row each, all arrays [B, L]."""
+
+    input_ids: IntArray
+    lengths: IntArray
+    """Tokens of each row before the padding [B]."""
+    policy_mask: BoolArray
+    advantages: FloatArray
+    sampling_log_probs: FloatArray
+    """As the engine reported them."""
+    old_log_probs: FloatArray | None = None
+    """Under the policy before the update. None: on-policy, the log-probs of the only update itself."""
+    ref_log_probs: FloatArray | None = None
+    """Under the frozen reference; None without a KL term."""
+
+    @property
+    def num_trajectories(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        return int(self.policy_mask.sum())
+
+    def with_old(self, log_probs: FloatArray) -> TrainBatch:
+        return replace(self, old_log_probs=self._fitting(log_probs))
+
+    def with_reference(self, log_probs: FloatArray) -> TrainBatch:
+        return replace(self, ref_log_probs=self._fitting(log_probs))
+
+    def select(self, rows: IntArray) -> TrainBatch:
+        """Copy some rows, cut to the longest of them."""
+        width = int(self.lengths[rows].max(initial=0))
+        return TrainBatch(
+            input_ids=self.input_ids[rows, :width],
+            lengths=self.lengths[rows],
+            policy_mask=self.policy_mask[rows, :width],
+            advantages=self.advantages[rows, :width],
+            sampling_log_probs=self.sampling_log_probs[rows, :width],
+            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[rows, :width],
+            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs[rows, :width],
+        )
+
+    def _fitting(self, log_probs: FloatArray) -> FloatArray:
+        if log_probs.shape != self.input_ids.shape:
+            raise ValueError(f"log_probs must have shape {self.input_ids.shape}, got {log_probs.shape}")
+        return log_probs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MiniBatch:
+    """One optimizer step, as one rank sees it."""
+
+    micro_batches: tuple[IntArray, ...]
+    """Rows of the shard per forward pass; as many on every rank, so some may be empty."""
+    num_trajectories: int
+    """Over all ranks, as is `num_policy_tokens`: the loss divides by global counts."""
+    num_policy_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shard:
+    """What one rank gets of a batch."""
+
+    batch: TrainBatch
+    rows: IntArray
+    """Where the rows of `batch` stand in the whole batch."""
+    mini_batches: tuple[MiniBatch, ...]
+
+
+def build_batch(
+    trajectories: Sequence[Trajectory], credit: Sequence[FloatArray], *, pad_id: int
+) -> TrainBatch:
+    """Pad trajectories and their per-token advantages on the right.
+
+    Raises ValueError for an empty batch, a trajectory without sampled tokens, a credit array that does not
+    fit, or advantages that are not finite.
+    """
+    if not trajectories:
+        raise ValueError("cannot build a batch of no trajectories: all failed or none were collected")
+    for trajectory, advantages in zip(trajectories, credit, strict=True):
+        _check_row(trajectory, advantages)
+    ids = [t.token_ids for t in trajectories]
+    return TrainBatch(
+        input_ids=_pad(ids, fill=pad_id, dtype=np.int32),
+        lengths=np.array([len(row) for row in ids], dtype=np.int32),
+        policy_mask=_pad([t.policy_mask for t in trajectories], fill=False, dtype=np.bool_),
+        advantages=_pad(credit, fill=0.0, dtype=np.float32),
+        sampling_log_probs=_pad([t.sampling_log_probs for t in trajectories], fill=0.0, dtype=np.float32),
+    )
+
+
+def shard_batch(
+    batch: TrainBatch, *, num_ranks: int, mini_batch_size: int | None, max_tokens: int
+) -> list[Shard]:
+    """Cut a batch into equal mini-batches of about `mini_batch_size` rows (None: all), each over all ranks.
+
+    A micro-batch holds at most `max_tokens` tokens with padding, but always a row. However ranks and
+    micro-batches are cut, the gradient of a mini-batch is the same.
+    """
+    count = batch.num_trajectories if mini_batch_size is None else mini_batch_size
+    # Rounded and equal: one trajectory too many must not become an optimizer step of its own.
+    num_mini_batches = max(1, round(batch.num_trajectories / count))
+    minis = np.array_split(np.arange(batch.num_trajectories), num_mini_batches)
+    plans = [
+        _plan_micro_batches(rows, batch.lengths, num_ranks=num_ranks, max_tokens=max_tokens) for rows in minis
+    ]
+    return [_make_shard(batch, minis, [plan[rank] for plan in plans]) for rank in range(num_ranks)]
+
+
+def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:
+    rows = np.sort(np.concatenate([micro for micros in plan for micro in micros])).astype(np.int32)
+    return Shard(
+        batch=batch.select(rows),
+        rows=rows,
+        mini_batches=tuple(
+            MiniBatch(
+                micro_batches=tuple(np.searchsorted(rows, micro).astype(np.int32) for micro in micros),
+                num_trajectories=len(mini),
+                num_policy_tokens=int(batch.policy_mask[mini].sum()),
+            )
+            for mini, micros in zip(minis, plan, strict=True)
+        ),
+    )
+
+
+def _plan_micro_batches(
+    rows: npt.NDArray[np.intp], lengths: IntArray, *, num_ranks: int, max_tokens: int
+) -> list[list[IntArray]]:
+    """Deal rows to ranks by length and pack each rank's, equally often: collectives must pair."""
+    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
+    packs = [_pack(by_length[rank::num_ranks], lengths, max_tokens=max_tokens) for rank in range(num_ranks)]
+    most = max(len(of_rank) for of_rank in packs)
+    return [of_rank + [np.empty(0, dtype=np.int32)] * (most - len(of_rank)) for of_rank in packs]
+
+
+def _pack(rows: npt.NDArray[np.intp], lengths: IntArray, *, max_tokens: int) -> list[IntArray]:
+    packs: list[list[int]] = []
+    for row in rows:  # longest first, so the first row of a pack is its width
+        if packs and (len(packs[-1]) + 1) * int(lengths[packs[-1][0]]) <= max_tokens:
+            packs[-1].append(int(row))
+        else:
+            packs.append([int(row)])
+    return [np.array(pack, dtype=np.int32) for pack in packs]
+
+
+def _check_row(trajectory: Trajectory, advantages: FloatArray) -> None:
+    name = f"trajectory {trajectory.question.uid}#{trajectory.sample}"
+    if not trajectory.num_policy_tokens or not len(trajectory.prompt_ids):
+        raise ValueError(f"{name} needs a prompt and at least one sampled token to be trained on")
+    if advantages.shape != trajectory.token_ids.shape:
+        raise ValueError(f"{name}: {advantages.shape} advantages for {trajectory.token_ids.shape} tokens")
+    if not np.isfinite(advantages).all():
+        raise ValueError(f"{name}: advantages must be finite")
+
+
+def _pad(rows: Sequence[npt.NDArray[np.generic]], *, fill: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    padded = np.full((len(rows), max(len(row) for row in rows)), fill, dtype=dtype)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded

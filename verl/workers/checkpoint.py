@@ -1,0 +1,135 @@
+"""Checkpoint folders that are whole or not there, and a way back to the newest one that is undamaged.
+
+root/global_step_20/...            whatever the writer put there
+root/global_step_20/manifest.json  size and SHA-256 of every file, written last
+root/latest                        name of the folder written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from verl.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+_POINTER = "latest"
+_PREFIX = "global_step_"
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        """`keep`: how many to keep; the last good one always stays."""
+        self._root = root
+        self._keep = keep
+        self._good: set[Path] = set()
+        for left in root.glob(f".{_PREFIX}*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    async def write(self, step: int, writer: Callable[[Path], Awaitable[None]]) -> Path:
+        """Let `writer` fill a folder and make it the checkpoint of this step; then drop the oldest ones.
+
+        A failure or a crash leaves all earlier checkpoints as they were.
+        """
+        folder = self._root / f"{_PREFIX}{step}"
+        partial = self._root / f".{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            await writer(partial)
+            _seal(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if folder.exists():  # damaged, or from a run that went on from an earlier step
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _fsync(self._root)
+        write_atomically(self._root / _POINTER, folder.name + "\n")
+        self._good.add(folder)
+        self._prune(step)
+        return folder
+
+    def latest(self) -> Path | None:
+        """The checkpoint written last, or the newest other one that is undamaged; None without any."""
+        for folder in self._candidates():
+            if folder in self._good:
+                return folder
+            damage = find_damage(folder)
+            if damage is None:
+                self._good.add(folder)
+                return folder
+            logger.warning("checkpoint %s is damaged (%s); looking for an older one", folder, damage)
+        return None
+
+    def _candidates(self) -> list[Path]:
+        folders = [f for f in self._root.glob(f"{_PREFIX}*") if f.is_dir() and _step_of(f) is not None]
+        folders.sort(key=lambda folder: _step_of(folder) or 0, reverse=True)
+        pointer = self._root / _POINTER
+        last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        return sorted(folders, key=lambda folder: folder.name != last)
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest `keep` up to the step just written; later ones belong to another run and stay."""
+        earlier = [folder for folder in self._candidates() if (_step_of(folder) or 0) <= step]
+        for folder in earlier[self._keep :]:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._good.discard(folder)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest must be there, unchanged."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        for name, record in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != record["size"]:
+                return f"{name} has {path.stat().st_size} bytes, not {record['size']}"
+            if _hash(path) != record["sha256"]:
+                return f"{name} has changed"
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{_MANIFEST} cannot be read"
+    return None
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest, and everything to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    records = {}
+    for path in files:
+        _fsync(path)
+        records[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _hash(path)}
+    write_atomically(folder / _MANIFEST, json.dumps({"files": records}, indent=1) + "\n")
+    for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _fsync(path)
+
+
+def _step_of(folder: Path) -> int | None:
+    digits = folder.name.removeprefix(_PREFIX)
+    return int(digits) if digits.isdecimal() else None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

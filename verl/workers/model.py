@@ -1,0 +1,235 @@
+"""Hugging Face models: find the folder, load it, run it on the tokens that count, write it out again.
+
+`PolicyNetwork` is the module that gets sharded: one forward pass gives the log-probs and entropies of chosen
+tokens, and logits exist for those alone, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
+from verl.workers.losses import log_probs_and_entropy
+
+logger = logging.getLogger(__name__)
+
+_KEY = "actor_rollout_ref.model"
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# Everything next to the weights that a tokenizer or a generation may read; copied, because saving a loaded
+# tokenizer again can change its ids.
+_COMPANION_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+# Settings that change logits after the LM head, which `PolicyNetwork` applies itself.
+_UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+_LOGITS_PER_CHUNK = 2**27
+"""Float32 logits held at once: 512 MiB."""
+
+
+def resolve_model_folder(path: str) -> Path:
+    """Folder of a local model, or of a hub model after fetching it. Raises ConfigError when there is none."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{_KEY}.path={path}: the folder has no config.json, so it is no Hugging Face model"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"{_KEY}.path={path}: the folder has no *.safetensors weights; convert or re-save them"
+            )
+        return folder
+    if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        raise ConfigError(
+            f"{_KEY}.path={path}: no such folder, and not a hub id of the form owner/name; "
+            "give a folder with config.json and *.safetensors"
+        )
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{_KEY}.path={path}: no such folder, and the Hugging Face hub did not give it ({reason}). Check "
+            "the name and the network, or download the model elsewhere and give its folder"
+        ) from error
+
+
+def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
+    """Precision of forward passes and of exported weights. Raises ConfigError for bfloat16 on the CPU."""
+    if device == "cpu":
+        if config.dtype == "bfloat16":
+            raise ConfigError(
+                f"{_KEY}.dtype=bfloat16 needs trainer.device=cuda; on the CPU use auto or float32"
+            )
+        return torch.float32
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
+    """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
+    folder = resolve_model_folder(config.path)
+    dtype = torch.float32 if trainable else compute_dtype(config, device=device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=_choose_attention(config, device=device),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{_KEY}.path={config.path} cannot be loaded as a causal language model: {error}"
+        ) from error
+    settings = model.config.to_dict()
+    for name in _UNSUPPORTED_SETTINGS:
+        if settings.get(name) not in (None, 1.0):
+            raise ConfigError(
+                f"{_KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
+            )
+    model.requires_grad_(trainable)
+    model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
+    if trainable and config.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        _disable_dropout(model)
+    return model
+
+
+class PolicyNetwork(nn.Module):
+    """A causal language model that is asked for log-probs, not for logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        *,
+        temperature: float,
+        entropy_has_gradient: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of `input_ids[rows, columns]` given the tokens before, and the entropy there [N], float32.
+
+        `input_ids` [B, L] is right-padded; columns start at 1. No attention mask: attention is causal, so no
+        token that counts sees padding.
+        """
+        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+        hidden = hidden[rows, columns - 1]  # [N, H]
+        targets = input_ids[rows, columns]
+        head = self.model.get_output_embeddings()
+
+        def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(hidden).float() / temperature
+            return log_probs_and_entropy(logits, targets, entropy_has_gradient=entropy_has_gradient)
+
+        size = max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])
+        if len(targets) <= size:
+            return score(hidden, targets)
+        # One chunk of logits lives at a time; the backward pass computes it again.
+        chunks = [
+            checkpoint(score, *chunk, use_reentrant=False)
+            for chunk in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat([log_probs for log_probs, _ in chunks]), torch.cat(
+            [entropy for _, entropy in chunks]
+        )
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether input and output embeddings of a model are one tensor."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return bool(config.tie_word_embeddings)
+
+
+def untie(state: Mapping[str, Tensor], *, embedding: str, head: str = "lm_head.weight") -> dict[str, Tensor]:
+    """Give a tied model's state an LM head of its own."""
+    return {**state, head: state[embedding].clone()}
+
+
+def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> Path:
+    """Folder the engine should be started from: the model's own, or on the CPU an untied copy of a tied one.
+
+    The CPU engine repacks the LM head and keeps the old one when tied weights are reloaded, without an error;
+    with a head of its own the reload works. Training stays tied; `export_weights` writes the head twice.
+    """
+    source = resolve_model_folder(config.path)
+    if device != "cpu" or not is_tied(source):
+        return source
+    logger.info("%s has tied embeddings: the CPU engine gets an untied copy in %s", config.path, folder)
+    state = {
+        name: tensor
+        for file in sorted(source.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, local_files_only=True))
+    write_model(folder, untie(state, embedding=embedding_name(model)), source=source, tied=False)
+    return folder
+
+
+def embedding_name(model: nn.Module) -> str:
+    """Name of the input embedding in the model's state."""
+    assert isinstance(model, PreTrainedModel)
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
+
+
+def write_model(folder: Path, state: Mapping[str, Tensor], *, source: Path, tied: bool | None = None) -> None:
+    """Write a Hugging Face folder: weights, and configuration and tokenizer files of the source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in _COMPANION_FILES:
+        for file in source.glob(pattern):
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_weights(folder, state)
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors`; a reader sees the whole file or none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "model.safetensors.partial"
+    save_file(dict(state), partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+
+
+def _choose_attention(config: ModelConfig, *, device: str) -> str:
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    if config.attention == "auto":
+        return "flash_attention_2" if device != "cpu" and has_flash and config.dtype != "float32" else "sdpa"
+    if config.attention == "flash_attention_2" and (device == "cpu" or not has_flash):
+        raise ConfigError(
+            f"{_KEY}.attention=flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa"
+        )
+    return config.attention
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0

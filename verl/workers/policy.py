@@ -1,0 +1,329 @@
+"""One rank of the policy, or of its frozen reference: log-probs, updates, weights in and out.
+
+A plain class: it knows nothing of actors, engines or rewards. With several ranks every method is collective:
+all ranks call it, with their own shards.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ActorConfig, ModelConfig
+from verl.types import FloatArray, IntArray
+from verl.workers.batch import MiniBatch, Shard, TrainBatch
+from verl.workers.losses import kl_estimates, policy_losses, token_weights
+from verl.workers.model import (
+    PolicyNetwork,
+    compute_dtype,
+    embedding_name,
+    is_tied,
+    load_model,
+    resolve_model_folder,
+    untie,
+    write_model,
+    write_weights,
+)
+from verl.workers.optimizer import learning_rate, make_optimizer
+from verl.workers.parallel import (
+    gather_tensor,
+    join_ranks,
+    leave_ranks,
+    local_part,
+    reduce_over_ranks,
+    shard_model,
+    wait_for_ranks,
+)
+
+logger = logging.getLogger(__name__)
+
+_SUMS = ("loss", "pg_loss", "kl", "entropy", "clip_fraction", "ratio_mean", "log_prob_difference_mean")
+_MAXIMA = ("ratio_max", "log_prob_difference_max")
+
+
+class PolicyWorker:
+    """Holds a model (or this rank's part of it) and, if trainable, its optimizer."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        actor: ActorConfig,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        device: str,
+        trainable: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        rendezvous: str | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        torch.manual_seed(seed)
+        self._actor = actor
+        self._temperature = temperature
+        self._total_steps = total_steps
+        self._source = resolve_model_folder(model.path)
+        self._dtype = compute_dtype(model, device=device)
+        # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
+        self._unties = device == "cpu" and is_tied(self._source)
+        self._ranks = join_ranks(rank=rank, world_size=world_size, device=device, rendezvous=rendezvous)
+        self._model = load_model(model, device=device, trainable=trainable)
+        self._embedding = embedding_name(self._model)
+        self._network = PolicyNetwork(self._model)
+        layer_types = set(self._model._no_split_modules or ())
+        layers = [module for module in self._model.modules() if type(module).__name__ in layer_types]
+        shard_model(self._network, ranks=self._ranks, layers=layers, dtype=self._dtype)
+        self._parameters = [p for p in self._network.parameters() if p.requires_grad]
+        self._optimizer = make_optimizer(self._parameters, config=actor.optim) if trainable else None
+        self._step = 0
+
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(p.numel() for p in self._network.parameters())
+
+    def log_probs(self, shard: Shard) -> FloatArray:
+        """Log-prob of every policy token at the sampling temperature, 0 elsewhere [rows of the shard, L]."""
+        batch = shard.batch
+        result = np.zeros(batch.input_ids.shape, dtype=np.float32)
+        for mini in shard.mini_batches:
+            for rows in mini.micro_batches:
+                micro = batch.select(rows)
+                log_probs = self._score(micro, temperature=self._temperature)
+                where_rows, columns = np.nonzero(micro.policy_mask)
+                result[rows[where_rows], columns] = log_probs
+        return result
+
+    def probe(self, ids: IntArray) -> FloatArray:
+        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        mask = np.ones((1, len(ids)), dtype=np.bool_)
+        mask[0, 0] = False
+        log_probs = self._score(_make_rows(ids[None], mask), temperature=1.0)
+        return np.concatenate([np.zeros(1, dtype=np.float32), log_probs])
+
+    def update(self, shard: Shard) -> dict[str, float]:
+        """Train on the shard: epochs x mini-batches, one optimizer step each.
+
+        A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are, bit
+        for bit. It is counted in `num_updates` and `skipped_updates` and left out of the means.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("a frozen reference cannot be updated")
+        num_updates = self._actor.ppo_epochs * len(shard.mini_batches)
+        if shard.batch.old_log_probs is None and num_updates > 1:
+            raise ValueError(f"{num_updates} updates need old_log_probs; only a single one is on-policy")
+        lr = learning_rate(self._step, config=self._actor.optim, total_steps=self._total_steps)
+        applied = []
+        for _ in range(self._actor.ppo_epochs):
+            for mini in shard.mini_batches:
+                metrics = self._train_on(shard.batch, mini, lr=lr)
+                if metrics is not None:
+                    applied.append(metrics)
+        self._step += 1
+        means = {name: float(np.mean([m[name] for m in applied])) for name in (applied[0] if applied else ())}
+        skipped = num_updates - len(applied)
+        return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
+
+    def export_weights(self, folder: str) -> None:
+        """Write the weights for the engine, in compute precision. Rank 0 writes."""
+        state = self._gather_state()
+        if self._ranks.rank == 0:
+            write_weights(Path(folder), untie(state, embedding=self._embedding) if self._unties else state)
+        wait_for_ranks(self._ranks)
+
+    def export_hf(self, folder: str) -> None:
+        """Write a folder that `from_pretrained` and vLLM load: weights, configuration, tokenizer."""
+        state = self._gather_state()
+        if self._ranks.rank == 0:
+            write_model(Path(folder), state, source=self._source)
+        wait_for_ranks(self._ranks)
+
+    def save(self, folder: str) -> None:
+        """Write this rank's weights, optimizer state, step and random state."""
+        assert self._optimizer is not None
+        names = {parameter: name for name, parameter in self._network.named_parameters()}
+        record = {
+            "world_size": self._ranks.world_size,
+            "step": self._step,
+            "weights": {name: _copy_part(p.detach()) for p, name in names.items()},
+            "optimizer": {
+                names[p]: {key: _copy_part(value) for key, value in state.items()}
+                for p, state in self._optimizer.state.items()
+            },
+            "random": torch.get_rng_state(),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(record, self._rank_file(folder))
+        wait_for_ranks(self._ranks)
+
+    def load(self, folder: str) -> None:
+        """Go on exactly where `save` was called. Raises ConfigError if the ranks or the model differ."""
+        assert self._optimizer is not None
+        path = self._rank_file(folder)
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} has no {path.name}: it was saved by another number of workers. Resume with that "
+                "number, or start from its huggingface folder with actor_rollout_ref.model.path"
+            )
+        record = torch.load(path, map_location="cpu", weights_only=True)
+        parameters = dict(self._network.named_parameters())
+        shapes = {name: local_part(p).shape for name, p in parameters.items()}
+        if shapes != {name: saved.shape for name, saved in record["weights"].items()}:
+            raise ConfigError(f"{path} holds another model than actor_rollout_ref.model.path={self._source}")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local_part(parameter).copy_(record["weights"][name])
+                if name in record["optimizer"]:
+                    self._optimizer.state[parameter] = _restore_state(parameter, record["optimizer"][name])
+        torch.set_rng_state(record["random"])
+        self._step = record["step"]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        leave_ranks(self._ranks)
+
+    def _train_on(self, batch: TrainBatch, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
+        """One optimizer step; None if it was skipped."""
+        assert self._optimizer is not None
+        sums = torch.zeros(len(_SUMS), device=self._ranks.device)
+        maxima = torch.zeros(len(_MAXIMA), device=self._ranks.device)
+        for rows in mini.micro_batches:
+            micro = batch.select(rows) if len(rows) else _make_empty()
+            loss, micro_sums, micro_maxima = self._loss(micro, mini)
+            loss.backward()
+            sums += micro_sums
+            maxima = torch.maximum(maxima, micro_maxima)
+        norm = gather_tensor(
+            torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        )
+        reduce_over_ranks(sums, ranks=self._ranks)
+        reduce_over_ranks(maxima, ranks=self._ranks, maximum=True)
+        metrics = dict(zip((*_SUMS, *_MAXIMA), [*sums.tolist(), *maxima.tolist()], strict=True))
+        metrics["grad_norm"] = float(norm)
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            logger.warning("update skipped: loss %s, gradient norm %s", metrics["loss"], metrics["grad_norm"])
+            self._optimizer.zero_grad(set_to_none=True)
+            return None
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._actor.grad_clip, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if batch.ref_log_probs is None:
+            del metrics["kl"]
+        return metrics
+
+    def _loss(self, micro: TrainBatch, mini: MiniBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """This micro-batch's part of the mini-batch loss, of the metrics that add up, and of the maxima."""
+        actor = self._actor
+        log_probs, entropy = self._forward(
+            micro, temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
+        )
+        mask = micro.policy_mask
+        old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs[mask])
+        advantages = self._tensor(micro.advantages[mask])
+        row_counts = self._tensor(np.broadcast_to(mask.sum(1, keepdims=True), mask.shape)[mask])
+        weights = token_weights(
+            row_counts,
+            kind=actor.loss_agg_mode,
+            num_trajectories=mini.num_trajectories,
+            num_policy_tokens=mini.num_policy_tokens,
+        )
+        losses, clipped = policy_losses(
+            log_probs, old, advantages, clip_low=actor.clip_ratio_low, clip_high=actor.clip_ratio_high
+        )
+        pg_loss = (losses * weights).sum()
+        loss = pg_loss - actor.entropy_coeff * (entropy * weights).sum()
+        kl = torch.zeros_like(log_probs)
+        if micro.ref_log_probs is not None:
+            kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs[mask]), kind=actor.kl_loss_type)
+            if actor.use_kl_loss:
+                loss = loss + actor.kl_loss_coef * (kl * weights).sum()
+        with torch.no_grad():
+            ratio = (log_probs - old).exp()
+            difference = (old - self._tensor(micro.sampling_log_probs[mask])).abs()
+            means = torch.stack([x.float().sum() for x in (kl, entropy, clipped, ratio, difference)])
+            sums = torch.cat([torch.stack([loss.detach(), pg_loss.detach()]), means / mini.num_policy_tokens])
+            zero = ratio.new_zeros(1)
+            maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
+        return loss, sums, maxima
+
+    def _score(self, micro: TrainBatch, *, temperature: float) -> FloatArray:
+        """Log-probs of the policy tokens of a micro-batch, which may be empty [N]."""
+        with torch.no_grad():
+            log_probs, _ = self._forward(
+                micro if micro.num_trajectories else _make_empty(), temperature=temperature
+            )
+        result: FloatArray = log_probs.cpu().numpy()
+        return result
+
+    def _forward(
+        self, micro: TrainBatch, *, temperature: float, entropy_has_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns = (self._tensor(index) for index in np.nonzero(micro.policy_mask))
+        ids = self._tensor(micro.input_ids).long()
+        log_probs, entropy = self._network(
+            ids, rows, columns, temperature=temperature, entropy_has_gradient=entropy_has_gradient
+        )
+        return log_probs, entropy
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        # A copy: arrays that come through an object store are read-only.
+        return torch.tensor(array, device=self._ranks.device)
+
+    def _gather_state(self) -> dict[str, Tensor]:
+        """The whole state in compute precision, a tied head left out, on rank 0; empty on the others."""
+        tied_head = self._model.config.tie_word_embeddings
+        state = {}
+        for name, tensor in self._model.state_dict().items():
+            if tied_head and name == "lm_head.weight":
+                continue
+            whole = gather_tensor(tensor.detach())
+            if self._ranks.rank == 0:
+                state[name] = whole.to(device="cpu", dtype=self._dtype if whole.is_floating_point() else None)
+        return {name: tensor.contiguous() for name, tensor in state.items()}
+
+    def _rank_file(self, folder: str) -> Path:
+        return Path(folder) / f"policy_rank_{self._ranks.rank}_of_{self._ranks.world_size}.pt"
+
+
+def _copy_part(tensor: Tensor) -> Tensor:
+    # A part may be a view of a larger buffer, which would be saved with it.
+    return local_part(tensor).cpu().clone()
+
+
+def _restore_state(parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {}
+    for key, value in saved.items():
+        if value.dim() == 0:  # the step count
+            state[key] = value
+            continue
+        state[key] = torch.zeros_like(parameter)
+        local_part(state[key]).copy_(value)
+    return state
+
+
+def _make_empty() -> TrainBatch:
+    """A row that counts for nothing: keeps a rank without rows in step with the others' collectives."""
+    return _make_rows(np.zeros((1, 2), dtype=np.int32), np.zeros((1, 2), dtype=np.bool_))
+
+
+def _make_rows(ids: IntArray, mask: np.ndarray) -> TrainBatch:
+    zeros = np.zeros(ids.shape, dtype=np.float32)
+    return TrainBatch(
+        input_ids=ids,
+        lengths=np.full(len(ids), ids.shape[1], dtype=np.int32),
+        policy_mask=mask,
+        advantages=zeros,
+        sampling_log_probs=zeros,
+        old_log_probs=zeros,
+        ref_log_probs=zeros,
+    )

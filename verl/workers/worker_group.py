@@ -1,0 +1,161 @@
+"""All ranks of one model behind one object: cut the batch, call every rank, put the results together."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ActorConfig, ModelConfig
+from verl.types import FloatArray, IntArray
+from verl.utils.actors import Actor, ActorError, Launcher, LocalLauncher
+from verl.workers.batch import TrainBatch, shard_batch
+from verl.workers.policy import PolicyWorker
+
+_GRACE_S = 5.0
+"""Ranks whose peer died fail in a collective, saying less than the death itself does: wait for that."""
+
+
+class WorkerGroup:
+    """The policy, or its frozen reference, on as many actors as there are ranks."""
+
+    def __init__(self, actors: Sequence[Actor], *, actor: ActorConfig, meeting: Path) -> None:
+        self._actors = tuple(actors)
+        self._actor = actor
+        self._meeting = meeting
+
+    @classmethod
+    def launch(
+        cls,
+        launcher: Launcher,
+        *,
+        name: str,
+        model: ModelConfig,
+        actor: ActorConfig,
+        temperature: float,
+        total_steps: int,
+        seed: int,
+        device: str,
+        trainable: bool,
+        world_size: int = 1,
+        num_gpus: float = 0,
+        num_threads: int | None = None,
+    ) -> WorkerGroup:
+        """Start the ranks, without waiting for them: see `wait_until_ready`. `num_gpus` is per rank."""
+        if world_size > 1 and isinstance(launcher, LocalLauncher):
+            raise ConfigError(
+                f"trainer.launcher=local runs one worker, got {world_size}; use trainer.launcher=ray"
+            )
+        meeting = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        settings: dict[str, object] = {
+            "model": model,
+            "actor": actor,
+            "temperature": temperature,
+            "total_steps": total_steps,
+            "seed": seed,
+            "device": device,
+            "trainable": trainable,
+            "world_size": world_size,
+            # A file, not a port: nobody else can take it, and nobody else can join.
+            "rendezvous": f"file://{meeting / 'meeting'}",
+            "num_threads": num_threads,
+        }
+        actors = [
+            launcher.launch(
+                PolicyWorker,
+                kwargs={**settings, "rank": rank},
+                name=f"{name}-{rank}",
+                num_gpus=num_gpus,
+                env={"GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else None,
+            )
+            for rank in range(world_size)
+        ]
+        return cls(actors, actor=actor, meeting=meeting)
+
+    async def wait_until_ready(self) -> int:
+        """Number of parameters, once every rank has loaded its part. Raises what a constructor raised."""
+        counts: list[int] = await self._call_all("num_parameters")
+        return counts[0]
+
+    async def log_probs(self, batch: TrainBatch) -> FloatArray:
+        """Log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L].
+
+        Position t holds log p(token t | tokens before t).
+        """
+        shards = shard_batch(
+            batch,
+            num_ranks=len(self._actors),
+            mini_batch_size=None,
+            max_tokens=self._actor.ppo_max_token_len_per_gpu,
+        )
+        parts: list[FloatArray] = await self._call_all("log_probs", [(shard,) for shard in shards])
+        result = np.zeros(batch.input_ids.shape, dtype=np.float32)
+        for shard, part in zip(shards, parts, strict=True):
+            result[shard.rows, : part.shape[1]] = part
+        return result
+
+    async def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Train on the batch; metrics without a prefix, see `PolicyWorker.update`."""
+        shards = shard_batch(
+            batch,
+            num_ranks=len(self._actors),
+            mini_batch_size=self._actor.ppo_mini_batch_size,
+            max_tokens=self._actor.ppo_max_token_len_per_gpu,
+        )
+        metrics: list[dict[str, float]] = await self._call_all("update", [(shard,) for shard in shards])
+        return metrics[0]
+
+    async def probe(self, ids: IntArray) -> FloatArray:
+        """Log-prob of every token at temperature 1 [L]; position 0 holds 0."""
+        scores: list[FloatArray] = await self._call_all("probe", [(ids,)] * len(self._actors))
+        return scores[0]
+
+    async def export_weights(self, folder: Path) -> None:
+        """Write `model.safetensors` for the engines."""
+        await self._call_all("export_weights", [(str(folder),)] * len(self._actors))
+
+    async def export_hf(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` and vLLM load."""
+        await self._call_all("export_hf", [(str(folder),)] * len(self._actors))
+
+    async def save(self, folder: Path) -> None:
+        """Write all that `load` needs to go on exactly, one file per rank."""
+        await self._call_all("save", [(str(folder),)] * len(self._actors))
+
+    async def load(self, folder: Path) -> None:
+        await self._call_all("load", [(str(folder),)] * len(self._actors))
+
+    def shutdown(self) -> None:
+        """End the ranks, whatever they do."""
+        for actor in self._actors:
+            actor.kill()
+        (self._meeting / "meeting").unlink(missing_ok=True)
+        if self._meeting.is_dir():
+            self._meeting.rmdir()
+
+    async def _call_all(
+        self, method: str, arguments: Sequence[tuple[object, ...]] | None = None
+    ) -> list[Any]:
+        """Call every rank with its own arguments. A failure ends the group: others would wait in vain."""
+        arguments = arguments or [()] * len(self._actors)
+        calls = [
+            asyncio.ensure_future(actor.call(method, *of_rank))
+            for actor, of_rank in zip(self._actors, arguments, strict=True)
+        ]
+        done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for call in done if (error := call.exception())]
+        if not errors:
+            return [call.result() for call in calls]
+        if pending:
+            late, pending = await asyncio.wait(pending, timeout=_GRACE_S)
+            errors += [error for call in late if (error := call.exception())]
+        for call in pending:
+            call.cancel()
+        if len(self._actors) > 1:
+            self.shutdown()
+        raise next((error for error in errors if isinstance(error, ActorError)), errors[0])
