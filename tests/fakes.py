@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
-from verl.types import Action, ActionKind, Message, Passage, Question, Stop, Trajectory, Turn
+from verl.types import (
+    Action,
+    ActionKind,
+    Completion,
+    Finish,
+    IntArray,
+    Message,
+    Passage,
+    Question,
+    Sampling,
+    Stop,
+    Trajectory,
+    Turn,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +127,104 @@ def make_trajectory(
         failure=failure,
         seconds=0.5,
     )
+
+
+def tiny_model(folder: Path, *, tied: bool = False, vocab_size: int = 97, seed: int = 0) -> Path:
+    """A random two-layer Qwen2 (about 30,000 parameters, float32) in Hugging Face format, without a tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+class CharTokenizer:
+    """One token per character: the id is the code point. Implements `verl.protocols.Tokenizer`."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def render_prompt(self, question: Question) -> list[int]:
+        return self.encode(question.messages[0].content)
+
+
+@dataclass(slots=True)
+class ScriptedGenerate:
+    """Samples the scripted ids one after the other, raises scripted errors; keeps contexts, samplings, sessions."""
+
+    script: list[Sequence[int] | Exception]
+    version: int = 0
+    contexts: list[list[int]] = field(default_factory=list)
+    samplings: list[Sampling] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
+
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+        reply = self.script[len(self.contexts)]
+        self.contexts.append(list(map(int, prompt_ids)))
+        self.samplings.append(sampling)
+        self.sessions.append(session)
+        await asyncio.sleep(0)
+        if isinstance(reply, Exception):
+            raise reply
+        return Completion(
+            ids=np.array(reply, np.int32),
+            log_probs=np.linspace(-2, -1, len(reply), dtype=np.float32),
+            finish=Finish.STOP,
+            version=self.version,
+        )
+
+
+@dataclass(slots=True)
+class ScriptedSearch:
+    """Finds what is scripted for a query, nothing for others; keeps the queries."""
+
+    found: dict[str, tuple[Passage, ...] | Exception] = field(default_factory=dict)
+    queries: list[str] = field(default_factory=list)
+
+    async def search(self, query: str) -> tuple[Passage, ...]:
+        self.queries.append(query)
+        await asyncio.sleep(0)
+        found = self.found.get(query, ())
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+@dataclass(slots=True)
+class FakeAgent:
+    """Answers every question at once; `delays_s` and `failures` by question uid; keeps (uid, sample, seed, greedy)."""
+
+    delays_s: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    asked: list[tuple[str, int, int, bool]] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    num_running: int = 0
+    max_running: int = 0
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        self.asked.append((question.uid, sample, seed, greedy))
+        self.num_running += 1
+        self.max_running = max(self.max_running, self.num_running)
+        await asyncio.sleep(self.delays_s.get(question.uid, 0.0))
+        self.num_running -= 1
+        self.finished.append(question.uid)
+        return make_trajectory(question, sample=sample, answer="a", failure=self.failures.get(question.uid))
