@@ -130,7 +130,7 @@ def make_trajectory(
 
 
 def tiny_model(folder: Path, *, tied: bool = False, vocab_size: int = 97, seed: int = 0) -> Path:
-    """A random two-layer Qwen2 (about 30,000 parameters, float32) in Hugging Face format, without a tokenizer."""
+    """A random two-layer Qwen2 in float32 as a Hugging Face folder, without a tokenizer."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -169,7 +169,7 @@ class CharTokenizer:
 
 @dataclass(slots=True)
 class ScriptedGenerate:
-    """Samples the scripted ids one after the other, raises scripted errors; keeps contexts, samplings, sessions."""
+    """Samples the scripted ids in turn, raises scripted errors; keeps contexts, samplings and sessions."""
 
     script: list[Sequence[int] | Exception]
     version: int = 0
@@ -211,7 +211,7 @@ class ScriptedSearch:
 
 @dataclass(slots=True)
 class FakeAgent:
-    """Answers every question at once; `delays_s` and `failures` by question uid; keeps (uid, sample, seed, greedy)."""
+    """Answers at once; `delays_s` and `failures` by question uid; keeps (uid, sample, seed, greedy)."""
 
     delays_s: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
