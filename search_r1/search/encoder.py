@@ -55,15 +55,22 @@ class TextEncoder:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float16 if self._device.type == "cuda" else torch.float32
         transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()  # its report on missing weights; see below
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-            model = AutoModel.from_pretrained(self.path, trust_remote_code=False, dtype=dtype)
+            model, report = AutoModel.from_pretrained(
+                self.path, trust_remote_code=False, dtype=dtype, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             first_line = (str(error).splitlines() or [""])[0]
             message = (
                 f"encoder {self.path} does not load ({first_line}); expected a Hugging Face model folder"
             )
             raise RetrieverError(f"{message} or the name of a model in the local cache") from error
+        # Mean pooling has no use for the pooler, so encoders come without one; all else would be random.
+        absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+        if absent:
+            raise RetrieverError(f"encoder {self.path} lacks the weights {absent[:3]} ({len(absent)} in all)")
         self._model = model.to(self._device).eval()
         self.dim: int = self._model.config.hidden_size
         self.sha256 = hash_encoder(self.path)

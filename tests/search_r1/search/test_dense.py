@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from search_r1.search import defaults
 from search_r1.search.dense import DenseRetriever, VectorIndex, load_dense
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
@@ -167,6 +169,16 @@ def test_a_wrong_encoder_is_named(world: World, tmp_path: Path) -> None:
         TextEncoder(world.encoder, retriever_name="bm25")
 
 
+def test_an_encoder_without_some_weights_is_refused(copied_world: World) -> None:
+    path = copied_world.encoder / "model.safetensors"
+    weights = load_file(path)
+    save_file({key: value for key, value in weights.items() if not key.startswith("pooler.")}, path)
+    TextEncoder(copied_world.encoder, retriever_name="e5")
+    save_file({key: value for key, value in weights.items() if "LayerNorm" not in key}, path)
+    with pytest.raises(RetrieverError, match="lacks the weights"):
+        TextEncoder(copied_world.encoder, retriever_name="e5")
+
+
 def test_the_builder_names_a_malformed_line_and_keeps_the_old_index(
     copied_world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,3 +213,13 @@ def test_published_builder_flags_work(copied_world: World, tmp_path: Path) -> No
 def test_a_faiss_without_gpu_says_so(world: World) -> None:
     with pytest.raises(RetrieverError, match="sees no GPU"):
         VectorIndex.load(world.index, on_gpu=True)
+
+
+def test_the_shipped_index_belongs_to_the_shipped_world() -> None:
+    retriever = load_dense(
+        defaults.INDEX_PATH,
+        corpus_path=defaults.CORPUS_PATH,
+        encoder_path=str(defaults.ENCODER_PATH),
+        retriever_name=defaults.RETRIEVER_NAME,
+    )
+    assert len(retriever) >= 2000
