@@ -1,0 +1,206 @@
+"""Make the embedded world: corpus, questions and four tiny models, from a seed, on two CPU cores.
+
+    python scripts/make_world.py --seed 0 --out world            # everything, about 30 minutes
+    python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
+    python scripts/make_world.py --stages generator manifest     # some parts again, in place
+
+The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the machine
+(threads and instruction sets change the order of sums), so what was measured of them is in the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Qwen2ForCausalLM
+
+from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
+from world.facts import World, WorldSize, draw_world
+from world.initialise import language_model
+from world.training import Schedule
+
+STAGES = ("data", "encoder", "entailment", "able", "policy", "generator", "measure", "manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How big the world is and how long each model is trained."""
+
+    size: WorldSize = WorldSize()
+    language_vocabulary: int = 1600
+    text_vocabulary: int = 1400
+    encoder_steps: int = 160
+    entailment_steps: int = 1500
+    able: Schedule = Schedule(steps=1100)
+    able_one_hop_steps: int = 450
+    shipped: Schedule = Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3)
+    generator: Schedule = Schedule(steps=600, matrix_rate=0.01, vector_rate=2e-3)
+
+
+SMALL = Plan(
+    size=WorldSize(persons=40, films=12, books=12, firms=10, train_questions=60, test_questions=20),
+    encoder_steps=12, entailment_steps=6, able=Schedule(steps=3), able_one_hop_steps=2,
+    shipped=Schedule(steps=2), generator=Schedule(steps=2),
+)
+
+
+class Maker:
+    """Makes the parts of one world; every stage reads what it needs from the output folder."""
+
+    def __init__(self, plan: Plan, *, seed: int, out: Path, progress: Progress) -> None:
+        self.plan, self.seed, self.out, self.progress = plan, seed, out, progress
+        self.models = out / "models"
+        self.able = out / ".able"
+        self.world: World = draw_world(plan.size, seed=seed)
+
+    def run(self, stage: str) -> None:
+        torch.manual_seed(self.seed)
+        getattr(self, f"make_{stage}")()
+
+    def reporter(self, title: str, steps: int) -> Callable[[int, float], None]:
+        task = self.progress.add_task(title, total=steps, loss="")
+
+        def report(step: int, loss: float) -> None:
+            self.progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
+
+        return report
+
+    def make_data(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        dataset.write_corpus(self.out / "corpus.jsonl", dataset.corpus(self.world, seed=self.seed))
+        for split in ("train", "test"):
+            asked = dataset.problems(self.world, self.plan.size, split=split, seed=self.seed)
+            dataset.write_questions(self.out / f"{split}.parquet", asked, split=split)
+
+    def make_encoder(self) -> None:
+        words = tokenizer.text_tokenizer(vocabulary=self.plan.text_vocabulary, seed=self.seed)
+        model = encoder.build(words, seed=self.seed)
+        steps = self.plan.encoder_steps
+        encoder.train(model, words, steps=steps, seed=self.seed, report=self.reporter("encoder", steps))
+        self._save(model, words, self.models / "encoder")
+
+    def make_entailment(self) -> None:
+        words = tokenizer.text_tokenizer(vocabulary=self.plan.text_vocabulary, seed=self.seed)
+        model = entailment.build(words, seed=self.seed)
+        steps = self.plan.entailment_steps
+        entailment.train(model, words, steps=steps, seed=self.seed, report=self.reporter("entailment", steps))
+        self._save(model, words, self.models / "entailment")
+
+    def make_able(self) -> None:
+        words = tokenizer.language_tokenizer(vocabulary=self.plan.language_vocabulary, seed=self.seed)
+        model = language_model(words, seed=self.seed)
+        stream = policy.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
+        report = self.reporter("policy, first lesson", self.plan.able.steps)
+        training.train(model, stream, self.plan.able, report=report)
+        self._save(model, words, self.able)
+
+    def make_policy(self) -> None:
+        model, words = self._load_language_model(self.able)
+        report = self.reporter("policy, second lesson", self.plan.shipped.steps)
+        training.train(model, policy.shipped_stream(words, seed=self.seed), self.plan.shipped, report=report)
+        self._save(model, words, self.models / "policy")
+
+    def make_generator(self) -> None:
+        model, words = self._load_language_model(self.able)
+        rng = Random(f"generator {self.seed}")
+        stream = training.batches(words, lambda: generator.draw_short_answer(rng), tokens=8192)
+        report = self.reporter("generator", self.plan.generator.steps)
+        training.train(model, stream, self.plan.generator, report=report)
+        self._save(model, words, self.models / "generator")
+
+    def make_measure(self) -> None:
+        """Measure what the models do on the test questions; the manifest takes the figures up."""
+        problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
+        texts = AutoTokenizer.from_pretrained(self.models / "encoder")
+        finder = AutoModel.from_pretrained(self.models / "encoder")
+        index = encoder.Index(finder, texts, dataset.corpus(self.world, seed=self.seed))
+        judge = AutoModelForSequenceClassification.from_pretrained(self.models / "entailment")
+        figures = {
+            "encoder": encoder.measure(index, self.world.facts, seed=self.seed),
+            "entailment": entailment.measure(judge, texts, seed=self.seed),
+        }
+        runs = (("able_greedy", self.able, 0.0), ("policy_greedy", self.models / "policy", 0.0),
+                ("policy_sampled", self.models / "policy", 1.0))
+        for name, folder, temperature in runs:
+            if not folder.exists():
+                continue
+            model, words = self._load_language_model(folder)
+            torch.manual_seed(self.seed)
+            episodes = evaluation.run_episodes(model, words, index, problems, temperature=temperature)
+            figures[name] = evaluation.summarise(episodes)
+        model, words = self._load_language_model(self.models / "generator")
+        figures["generator"] = generator.measure(model, words, index, problems)
+        rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
+        (self.out / "abilities.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
+
+    def make_manifest(self) -> None:
+        files = sorted(p for p in self.out.rglob("*") if p.is_file() and self.able not in p.parents
+                       and p.name not in {"manifest.json", "README.md"})
+        manifest = {
+            "seed": self.seed,
+            "plan": asdict(self.plan),
+            "counts": {
+                "passages": len(self.world.facts),
+                "train_questions": self.plan.size.train_questions,
+                "test_questions": self.plan.size.test_questions,
+            },
+            "bytes": sum(p.stat().st_size for p in files),
+            "abilities": json.loads((self.out / "abilities.json").read_text(encoding="utf-8")),
+            "sha256": {p.relative_to(self.out).as_posix(): _digest(p) for p in files},
+        }
+        (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, AutoTokenizer]:
+        return Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    @staticmethod
+    def _save(model: torch.nn.Module, words: object, folder: Path) -> None:
+        for part in (model, words):
+            part.save_pretrained(folder)
+        for path in folder.iterdir():
+            path.chmod(0o644)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="what the world is drawn from (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("world"), help="output folder (default world)")
+    parser.add_argument("--small", action="store_true", help="a small, hardly trained world, to try the script")
+    parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
+    arguments = parser.parse_args()
+    plan = SMALL if arguments.small else Plan()
+    if arguments.persons is not None:
+        plan = replace(plan, size=replace(plan.size, persons=arguments.persons))
+    torch.set_num_threads(arguments.threads)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, console=console) as progress:
+        maker = Maker(plan, seed=arguments.seed, out=arguments.out, progress=progress)
+        for stage in STAGES:
+            if stage not in arguments.stages:
+                continue
+            started = time.perf_counter()
+            maker.run(stage)
+            progress.console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
