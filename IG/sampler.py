@@ -1,0 +1,267 @@
+"""Sample short answers and say how likely each was: the only file of `IG` that imports vLLM.
+
+A prompt's samples depend on the prompt, the sampling options and the service seed, on nothing else: not on
+what else is in the batch, not on what was asked before. So equal prompts share their samples, and a score can
+be recomputed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from IG.lifeline import Lifeline
+from IG.prompts import STOP_STRINGS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+_CPU_BATCHED_TOKENS = 4096
+
+
+class SamplingError(RuntimeError):
+    """This prompt could not be sampled from; others may be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledAnswer:
+    """One sampled answer."""
+
+    text: str
+    """Stripped; without the stop string; possibly empty."""
+    mean_log_prob: float
+    """Mean log-prob, at temperature 1, of the tokens that write the answer."""
+    num_tokens: int
+    """How many tokens that are, at least 1."""
+
+
+class AnswerSampler(Protocol):
+    """Sample answers to one prompt."""
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        """The same prompt gives the same answers. Raises SamplingError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """What is asked of the generator for every prompt."""
+
+    num_answers: int
+    temperature: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the engine is run."""
+
+    model: str
+    device: str
+    """`auto`, `cpu` or `cuda`: what this vLLM must run on."""
+    max_num_seqs: int
+    """Answers decoded together."""
+    max_model_len: int | None
+    """Prompt and answer, in tokens; None takes the model's own limit."""
+    gpu_memory_utilization: float
+    cpu_cache_bytes: int
+    """Key-value cache on the CPU."""
+    cpu_threads: int
+    """Threads of the engine on the CPU; more than it has free cores makes it many times slower."""
+
+
+def prompt_seed(service_seed: int, prompt: str) -> int:
+    """Seed of the first sample of a prompt; the engine counts up from it for the others."""
+    digest = hashlib.sha256(f"{service_seed}\x00{prompt}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def answer_length(token_ids: Sequence[int], text: str, *, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many leading tokens write the answer: the shortest prefix whose text is as long, at least one.
+
+    What the engine sampled ends with the stop string or the end-of-sequence token, which are no part of the
+    answer and no part of its likelihood. An empty answer keeps one token: how likely it was to say nothing.
+    """
+    wanted = len(text.rstrip("\ufffd"))
+    length = len(token_ids)
+    while length > 1:
+        shorter = tokenizer.decode(list(token_ids[: length - 1]), skip_special_tokens=True)
+        if len(shorter.strip().rstrip("\ufffd")) < wanted:  # an unfinished character decodes to U+FFFD
+            break
+        length -= 1
+    return length
+
+
+class VllmSampler:
+    """Samples from a vLLM engine; make it with `start`."""
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        *,
+        options: SamplingOptions,
+        device: str,
+        lifeline: Lifeline,
+        starter: ThreadPoolExecutor,
+    ) -> None:
+        self.device = device
+        """`cpu` or `cuda`, as this vLLM was built."""
+        self._engine = engine
+        self._options = options
+        self._tokenizer = engine.get_tokenizer()
+        self._max_prompt_tokens = engine.model_config.max_model_len - options.max_new_tokens
+        self._request_ids = itertools.count()
+        self._lifeline = lifeline
+        self._starter = starter
+
+    @classmethod
+    async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
+        """Load the model in a process of its own, which dies with this one. Raises what vLLM raises."""
+        lifeline = Lifeline()
+        starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-engine-start")
+        loading = asyncio.get_running_loop().run_in_executor(starter, _load_engine, engine)
+        try:
+            while not loading.done():
+                _tie_children(lifeline)
+                await asyncio.wait([loading], timeout=0.1)
+            loaded, device = loading.result()
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            starter.shutdown(wait=True, cancel_futures=True)
+            lifeline.release()
+            raise
+        _tie_children(lifeline)
+        return cls(loaded, options=options, device=device, lifeline=lifeline, starter=starter)
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        """All answers to a prompt, from one engine request. Raises SamplingError."""
+        prompt_ids = self._tokenizer.encode(prompt)
+        if len(prompt_ids) > self._max_prompt_tokens:
+            raise SamplingError(
+                f"the prompt has {len(prompt_ids)} tokens, the model takes {self._max_prompt_tokens} before "
+                f"{self._options.max_new_tokens} new ones; shorten the context (--max-context-words)"
+            )
+        outputs = await self._generate(prompt_ids, params=self._sampling_params(prompt))
+        if len(outputs) == 1:  # greedy: every sample is the same
+            outputs = outputs * self._options.num_answers
+        return tuple(self._answer(output) for output in outputs)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine process still works."""
+        return not self._engine.errored
+
+    async def aclose(self) -> None:
+        """Stop the engine process."""
+        self._engine.shutdown()  # on the loop: its output task must be cancelled before it sees the engine go
+        del self._engine
+        self._starter.shutdown(wait=True)
+        self._lifeline.release()
+
+    async def _generate(self, prompt_ids: list[int], *, params: SamplingParams) -> list[CompletionOutput]:
+        outputs: list[CompletionOutput] = []
+        request_id = f"gain-{next(self._request_ids)}"
+        async for output in self._engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+            outputs = output.outputs
+        if len(outputs) != params.n:
+            raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
+        return outputs
+
+    def _sampling_params(self, prompt: str) -> SamplingParams:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        options = self._options
+        greedy = options.temperature == 0
+        return SamplingParams(
+            n=1 if greedy else options.num_answers,
+            temperature=options.temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            max_tokens=options.max_new_tokens,
+            seed=None if greedy else prompt_seed(options.seed, prompt),
+            stop=list(STOP_STRINGS),
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _answer(self, output: CompletionOutput) -> SampledAnswer:
+        if output.logprobs is None or not output.token_ids:
+            raise SamplingError("the engine gave an answer without tokens or log-probs")
+        text = output.text.strip()
+        length = answer_length(output.token_ids, text, tokenizer=self._tokenizer)
+        log_probs = [
+            output.logprobs[position][token].logprob
+            for position, token in enumerate(output.token_ids[:length])
+        ]
+        return SampledAnswer(text=text, mean_log_prob=sum(log_probs) / length, num_tokens=length)
+
+
+def _tie_children(lifeline: Lifeline) -> None:
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            lifeline.tie(child.pid)
+
+
+def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
+    """Import vLLM (its environment has to be set before that) and load the model."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A separate executor process would import everything once more; a fork would share the guard's pipe.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    if options.device not in ("auto", device):
+        raise ValueError(
+            f"--device {options.device}: the vLLM that is installed here runs on {device}; "
+            f"use --device {device} or install the other build"
+        )
+    arguments: dict[str, object] = {
+        "model": options.model,
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # sampling is what the service says, not what the checkpoint suggests
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+    }
+    if device == "cpu":
+        arguments |= {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": options.cpu_cache_bytes,
+            "block_size": 32,
+            # A seeded request that is prefilled in chunks kills the CPU engine: whole prompts only.
+            "enable_chunked_prefill": False,
+        }
+    engine_arguments = AsyncEngineArgs(**arguments)
+    if (
+        device == "cpu"
+    ):  # room for one whole prompt; more than a few thousand tokens at once only misses the caches
+        longest = engine_arguments.create_model_config().max_model_len
+        engine_arguments.max_num_batched_tokens = max(_CPU_BATCHED_TOKENS, longest, options.max_num_seqs)
+    return AsyncLLM.from_engine_args(engine_arguments), device

@@ -1,0 +1,238 @@
+"""Settings of the service, each defined once: flag over environment variable over default, resolved at start.
+
+The table `SETTINGS` makes the command line, its help and the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from IG.prompts import PromptType
+from IG.semantics import GainKind, ScoreKind
+
+_ROOT = Path(__file__).resolve().parents[2]
+WORLD_GENERATOR = _ROOT / "world" / "models" / "generator"
+WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
+LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
+
+Value = str | int | float
+
+
+class SettingError(ValueError):
+    """A setting is wrong: the message names it, its value and what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IGServiceConfig:
+    """Everything the service needs to know, resolved."""
+
+    host: str
+    port: int
+    model_path: str
+    entailment_model: str
+    device: str
+    num_generations: int
+    sub_batch_size: int
+    temperature: float
+    max_new_tokens: int
+    max_context_words: int
+    prompt_type: PromptType
+    computation_chunk_size: int
+    max_concurrent_requests: int
+    num_gpus: int
+    score: ScoreKind
+    gain: GainKind
+    threshold: float
+    seed: int
+    gpu_memory_utilization: float
+    max_model_len: int
+    cpu_cache_gb: float
+    cpu_threads: int
+
+    @property
+    def log_floor(self) -> float:
+        """R samples cannot tell a score of 0 from one well below 1/R."""
+        return 1 / (10 * self.num_generations)
+
+
+def _number(
+    parse: Callable[[str], Value], expected: str, fits: Callable[[Value], bool]
+) -> Callable[[str], Value]:
+    def parsed(text: str) -> Value:
+        try:
+            value = parse(text)
+        except ValueError:
+            raise SettingError(f"{text!r}, expected {expected}") from None
+        if not fits(value):
+            raise SettingError(f"{text!r}, expected {expected}")
+        return value
+
+    return parsed
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str], Value]:
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+    return _number(lambda text: int(text, 10), expected, lambda v: v >= low and (high is None or v <= high))  # type: ignore[operator]
+
+
+def _real(low: float, high: float, *, open_low: bool = False) -> Callable[[str], Value]:
+    expected = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
+    return _number(float, expected, lambda v: low <= float(v) <= high and not (open_low and v == low))
+
+
+def _choice(kind: type[ScoreKind] | type[GainKind] | type[PromptType]) -> Callable[[str], Value]:
+    def parsed(text: str) -> Value:
+        try:
+            return kind(text)
+        except ValueError:
+            raise SettingError(f"{text!r}, expected one of {', '.join(kind)}") from None
+
+    return parsed
+
+
+def _text(text: str) -> Value:
+    if not text.strip():
+        raise SettingError("empty, expected a text")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting; `name` is its field in IGServiceConfig."""
+
+    name: str
+    env: str
+    default: str
+    parse: Callable[[str], Value]
+    meaning: str
+    shown_default: str = ""
+    """What the help says instead of the default."""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _setting(
+    name: str,
+    default: str,
+    parse: Callable[[str], Value],
+    meaning: str,
+    *,
+    env: str = "",
+    shown_default: str = "",
+) -> Setting:
+    return Setting(
+        name=name,
+        env=env or f"IG_{name.upper()}",
+        default=default,
+        parse=parse,
+        meaning=meaning,
+        shown_default=shown_default,
+    )
+
+
+SETTINGS: tuple[Setting, ...] = (
+    _setting("host", "127.0.0.1", _text, "address to listen on"),
+    _setting("port", "8310", _integer(1, 65535), "port to listen on; leading zeros do not matter"),
+    _setting(
+        "model_path",
+        str(WORLD_GENERATOR),
+        _text,
+        "generator: a folder or a hub name",
+        shown_default="world/models/generator",
+    ),
+    _setting(
+        "entailment_model",
+        "",
+        _text,
+        "entailment model: a folder or a hub name",
+        shown_default=f"world/models/entailment with the default generator, else {LARGE_ENTAILMENT}",
+    ),
+    _setting("device", "auto", _text, "auto, cpu, cuda or cuda:N"),
+    _setting("num_generations", "10", _integer(1), "answers sampled per question and condition"),
+    _setting("sub_batch_size", "512", _integer(1), "answers the engine decodes together"),
+    _setting("temperature", "1.0", _real(0, 10), "sampling temperature; 0 is greedy"),
+    _setting("max_new_tokens", "128", _integer(1), "longest sampled answer, in tokens"),
+    _setting("max_context_words", "4096", _integer(1), "longest context, in words; the first ones are kept"),
+    _setting("prompt_type", "default", _choice(PromptType), "instruction: default, chat or long-form"),
+    _setting("computation_chunk_size", "64", _integer(1), "pairs the entailment model judges together"),
+    _setting("max_concurrent_requests", "4", _integer(1), "requests worked on at once; others wait"),
+    _setting("num_gpus", "1", _integer(1), "GPUs; this version serves from one"),
+    _setting("score", "hard", _choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"),
+    _setting("gain", "difference", _choice(GainKind), "difference, log_ratio or entropy (needs no answers)"),
+    _setting("threshold", "0.5", _real(0, 1), "entailment counts strictly above this probability"),
+    _setting("seed", "0", _integer(0), "seed of all sampling"),
+    _setting(
+        "gpu_memory_utilization", "0.5", _real(0, 1, open_low=True), "share of GPU memory for the generator"
+    ),
+    _setting(
+        "max_model_len", "0", _integer(0), "longest prompt and answer in tokens; 0 is the model's own limit"
+    ),
+    _setting(
+        "cpu_cache_gb", "0.5", _real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
+    ),
+    _setting("cpu_threads", "0", _integer(0), "threads of each model on a CPU; 0 is half the cores"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line of the service; every value stays text until `resolve_config`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m IG.service.IG_server",
+        description="Serve the information gain of contexts over HTTP. A flag wins over its variable.",
+        allow_abbrev=False,
+    )
+    for setting in SETTINGS:
+        shown = setting.shown_default or setting.default
+        parser.add_argument(
+            setting.flag, metavar="X", help=f"{setting.meaning} (${setting.env}; default {shown})"
+        )
+    return parser
+
+
+def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:
+    """Settle every setting. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
+    flags = vars(build_parser().parse_args(arguments))
+    variables = os.environ if environ is None else environ
+    values: dict[str, Value] = {}
+    for setting in SETTINGS:
+        source, text = setting.flag, flags[setting.name]
+        if text is None and variables.get(setting.env, "") != "":
+            source, text = f"${setting.env}", variables[setting.env]
+        if text is None:
+            source, text = setting.flag, setting.default or _derived_default(setting.name, values)
+        try:
+            values[setting.name] = setting.parse(text)
+        except SettingError as error:
+            raise SettingError(f"{source} is {error}") from None
+    return _checked(IGServiceConfig(**values))  # type: ignore[arg-type]
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table, for README.md."""
+    rows = ["| flag | variable | default | meaning |", "| --- | --- | --- | --- |"]
+    rows += [f"| `{s.flag}` | `{s.env}` | {s.shown_default or s.default} | {s.meaning} |" for s in SETTINGS]
+    return "\n".join(rows)
+
+
+def _derived_default(name: str, values: Mapping[str, Value]) -> str:
+    assert name == "entailment_model", name
+    return str(WORLD_ENTAILMENT) if values["model_path"] == str(WORLD_GENERATOR) else LARGE_ENTAILMENT
+
+
+def _checked(config: IGServiceConfig) -> IGServiceConfig:
+    assert [field.name for field in fields(config)] == [setting.name for setting in SETTINGS]
+    kind, _, index = config.device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+        raise SettingError(f"--device is {config.device!r}, expected auto, cpu, cuda or cuda:N")
+    if config.num_gpus > 1:
+        raise SettingError(
+            f"--num-gpus is {config.num_gpus}, but this version serves from one GPU; use --num-gpus 1, or "
+            "start one service per GPU on a port of its own"
+        )
+    return config
