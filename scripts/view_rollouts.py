@@ -1,0 +1,129 @@
+"""Read recorded trajectories in the terminal.
+
+python scripts/view_rollouts.py runs/NAME                        # the last recorded step
+python scripts/view_rollouts.py runs/NAME --step 12 --only wrong
+python scripts/view_rollouts.py runs/NAME/evaluation/step_000050.jsonl --limit 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from verl.errors import DataError
+from verl.report.examples import is_right
+from verl.report.run_data import count_searches
+from verl.report.text import split_output
+from verl.rollout.recorder import EVALUATION, TRAJECTORIES, step_files
+from verl.rollout.records import TrajectoryRecord, TurnRecord, iterate_records
+
+STYLES = {
+    "think": "magenta",
+    "search": "bold blue",
+    "answer": "bold dark_orange3",
+    "information": "dim",
+    "other": "dim",
+}
+VERDICTS = ("right", "wrong", "failed")
+
+
+def main(arguments: list[str] | None = None, *, console: Console | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    console = console or Console(soft_wrap=False)
+    try:
+        path = find_file(options.path, step=options.step, evaluation=options.evaluation)
+        shown = 0
+        for record in islice(select(path, only=options.only, contains=options.contains), options.limit):
+            console.print(render(record))
+            shown += 1
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    console.print(Text(f"{shown} trajectories of {path}", style="dim"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="run folder or one step_*.jsonl")
+    parser.add_argument("--step", type=int, help="step of the run folder (default: the last one)")
+    parser.add_argument("--evaluation", action="store_true", help="held-out questions instead of training")
+    parser.add_argument("--only", choices=VERDICTS, help="only trajectories with this verdict")
+    parser.add_argument(
+        "--contains", default="", metavar="TEXT", help="only questions that contain this text"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=5, metavar="N", help="at most N trajectories (default 5)"
+    )
+    return parser
+
+
+def find_file(path: Path, *, step: int | None, evaluation: bool) -> Path:
+    """The file to show. Raises DataError that says which steps there are."""
+    if path.is_file():
+        return path
+    files = step_files(path, EVALUATION if evaluation else TRAJECTORIES)
+    if not files:
+        raise DataError(f"{path} holds no recorded trajectories; give a run folder or a step_*.jsonl file")
+    if step is not None and step not in files:
+        raise DataError(f"{path} has no step {step}; recorded are {', '.join(map(str, files))}")
+    return files[max(files) if step is None else step]
+
+
+def select(path: Path, *, only: str | None, contains: str) -> Iterator[TrajectoryRecord]:
+    for record in iterate_records(path):
+        if (only is None or verdict(record) == only) and contains.lower() in record["question"].lower():
+            yield record
+
+
+def verdict(record: TrajectoryRecord) -> str:
+    if record["failure"] is not None:
+        return "failed"
+    return "right" if is_right(record) else "wrong"
+
+
+def render(record: TrajectoryRecord) -> Panel:
+    """One trajectory as a panel; everything in it is plain text, whatever the policy wrote."""
+    parts: list[RenderableType] = [Text(f"accepted: {' / '.join(record['golds'])}", style="dim")]
+    for number, turn in enumerate(record["turns"], start=1):
+        parts += _render_turn(turn, number=number)
+    if record["failure"] is not None:
+        parts.append(Text(f"left out of training: {record['failure']}", style="bold red"))
+    parts.append(_render_end(record))
+    title = Text(f"{record['question']}", style="bold")
+    where = Text(f"step {record['step']} · {record['uid']} · attempt {record['sample'] + 1}", style="dim")
+    return Panel(Group(*parts), title=title, subtitle=where, title_align="left", subtitle_align="right")
+
+
+def _render_turn(turn: TurnRecord, *, number: int) -> list[RenderableType]:
+    lines: list[RenderableType] = []
+    for segment in split_output(turn["output_text"]):
+        label = "" if segment.kind == "other" else f"{segment.kind}: "
+        lines.append(Text(f"{number}  {label}{segment.text.strip()}", style=STYLES[segment.kind]))
+    for passage in turn["passages"]:
+        score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
+        lines.append(Text(f"     {score}{passage['title']}  {passage['text']}", style="green"))
+    if not turn["passages"] and turn["observation_text"].strip():
+        lines.append(Text(f"     environment: {turn['observation_text'].strip()}", style="yellow"))
+    return lines
+
+
+def _render_end(record: TrajectoryRecord) -> Text:
+    colour = {"right": "green", "wrong": "red", "failed": "bold red"}[verdict(record)]
+    end = Text(verdict(record), style=colour)
+    for name in ("outcome", "gain", "advantage"):
+        value = record[name]  # type: ignore[literal-required]
+        end.append(f"   {name} {'-' if value is None else format(value, '+.3f')}", style="default")
+    end.append(f"   searches {count_searches(record)}   stopped: {record['stop']}", style="default")
+    return end
+
+
+if __name__ == "__main__":
+    main()

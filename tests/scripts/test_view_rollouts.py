@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import report
+import view_rollouts
+from rich.console import Console
+
+from tests.scripted_run import write_run
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("view") / "run", steps=3)
+
+
+def _show(*arguments: str) -> str:
+    screen = StringIO()
+    view_rollouts.main(list(arguments), console=Console(file=screen, width=150))
+    return screen.getvalue()
+
+
+def test_shows_turns_gain_and_advantage(run_dir: Path) -> None:
+    shown = _show(str(run_dir), "--only", "right", "--limit", "2")
+    for part in ("search: ", "answer: ", "gain +", "advantage ", "accepted: ", "step 3", "2 trajectories of"):
+        assert part in shown, part
+
+
+def test_evaluations_and_single_files(run_dir: Path) -> None:
+    shown = _show(str(run_dir), "--evaluation", "--step", "0", "--limit", "1")
+    assert "test/0" in shown
+    assert "advantage -" in shown
+    assert "1 trajectories" in _show(str(run_dir / "evaluation" / "step_000000.jsonl"), "--limit", "1")
+
+
+def test_a_step_that_is_not_there_lists_those_that_are(run_dir: Path) -> None:
+    with pytest.raises(SystemExit, match="no step 7; recorded are 1, 2, 3"):
+        _show(str(run_dir), "--step", "7")
+
+
+def test_report_script(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(run_dir)])
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    with pytest.raises(SystemExit, match="is not a run folder"):
+        report.main([str(run_dir / "absent")])
