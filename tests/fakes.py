@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from IG.sampler import SampledAnswer
 from verl.types import (
     Action,
     ActionKind,
@@ -228,3 +229,38 @@ class FakeAgent:
         self.num_running -= 1
         self.finished.append(question.uid)
         return make_trajectory(question, sample=sample, answer="a", failure=self.failures.get(question.uid))
+
+
+@dataclass(slots=True)
+class FakeAnswerSampler:
+    """Answers of the IG service by prompt, all equally likely; `pause_s` before each, errors raised as they are."""
+
+    answers: Mapping[str, Sequence[str] | Exception]
+    default: Sequence[str] = ("nothing",)
+    pause_s: float = 0.0
+    prompts: list[str] = field(default_factory=list)
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        self.prompts.append(prompt)
+        await asyncio.sleep(self.pause_s)
+        texts = next((texts for key, texts in self.answers.items() if key in prompt), self.default)
+        if isinstance(texts, Exception):
+            raise texts
+        return tuple(SampledAnswer(text=text, mean_log_prob=-1.0, num_tokens=1) for text in texts)
+
+
+@dataclass(slots=True)
+class FakeEntailment:
+    """Pairs of equal last words entail with 0.9, `pairs` with what they say, all others with 0.1."""
+
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    batches: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        self.batches.append(list(pairs))
+        return np.asarray(
+            [
+                self.pairs.get(pair, 0.9 if pair[0].split()[-1] == pair[1].split()[-1] else 0.1)
+                for pair in pairs
+            ]
+        )
