@@ -21,8 +21,14 @@ from verl.errors import DataError
 from verl.report.examples import is_right
 from verl.report.run_data import count_searches
 from verl.report.text import split_output
-from verl.rollout.recorder import EVALUATION, TRAJECTORIES, step_files
-from verl.rollout.records import TrajectoryRecord, TurnRecord, iterate_records
+from verl.utils.records import (
+    EVALUATION,
+    TRAJECTORIES,
+    TrajectoryRecord,
+    TurnRecord,
+    iterate_records,
+    step_files,
+)
 
 STYLES = {
     "think": "magenta",

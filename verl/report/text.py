@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from verl.rollout.records import PassageRecord, TrajectoryRecord
+from verl.utils.records import PassageRecord, TrajectoryRecord
 from verl.utils.reward_score.IG_reward import combine
 
 _TAGGED = re.compile(r"<(think|search|answer|information)>(.*?)(</\1>|\Z)", re.DOTALL)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.rollout.records import Decode, TrajectoryRecord, to_record
 from verl.types import FloatArray, Group, Score, Trajectory
 from verl.utils.files import write_atomically
-
-TRAJECTORIES = "trajectories"
-EVALUATION = "evaluation"
-_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+from verl.utils.records import (
+    EVALUATION,
+    TRAJECTORIES,
+    Decode,
+    TrajectoryRecord,
+    step_file,
+    step_files,
+    to_record,
+)
 
 
 class Recorder:
@@ -54,14 +57,8 @@ class Recorder:
         return self._write(EVALUATION, step, records)
 
     def _write(self, folder: str, step: int, records: Sequence[TrajectoryRecord]) -> Path:
-        path = self._run_dir / folder / f"step_{step:06d}.jsonl"
+        path = step_file(self._run_dir, folder, step)
         write_atomically(
             path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
         )
         return path
-
-
-def step_files(run_dir: Path, folder: str = TRAJECTORIES) -> dict[int, Path]:
-    """The recorded steps of a run, in order."""
-    found = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_dir / folder).glob("step_*.jsonl"))
-    return dict(sorted((int(match.group(1)), path) for match, path in found if match is not None))

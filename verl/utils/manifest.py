@@ -20,7 +20,18 @@ from verl.utils.files import write_atomically
 from verl.utils.redaction import redact, redact_text
 
 MANIFEST_FILE = "run_manifest.json"
-RUN_FILES = (MANIFEST_FILE, "metrics.jsonl", "trajectories", "evaluation", "report.html", "wandb", "wandb_id")
+RUN_PARTS = (
+    MANIFEST_FILE,
+    "metrics.jsonl",
+    "trajectories",
+    "evaluation",
+    "skipped",
+    "checkpoints",
+    "report.html",
+    "wandb",
+    "wandb_id",
+)
+"""What a run leaves in its folder, the log apart, which is open."""
 MAX_HASHED_BYTES = 512 * 2**20
 """Larger files of a model folder are listed by size only; data files are hashed whatever their size."""
 
@@ -89,7 +100,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
 
 def set_aside_previous_run(run_dir: Path) -> Path | None:
     """Move what an earlier run left here to `previous-<time>/`: a new run mixes nothing, loses nothing."""
-    left = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    left = [run_dir / name for name in RUN_PARTS if (run_dir / name).exists()]
     if not left:
         return None
     target = run_dir / f"previous-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"

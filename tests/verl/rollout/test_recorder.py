@@ -10,10 +10,10 @@ import pytest
 
 from tests.scripted_run import GAIN_WEIGHT, decode, make_question, make_step, make_turn, score, search_turn
 from verl.errors import DataError
-from verl.rollout.recorder import EVALUATION, Recorder, step_files
-from verl.rollout.records import read_records, rebuild_step
+from verl.rollout.recorder import Recorder
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.types import Action, ActionKind, Passage, Score, Stop, Trajectory
+from verl.utils.records import EVALUATION, read_records, rebuild_step, step_files
 
 RULE = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
 

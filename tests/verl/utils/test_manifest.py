@@ -79,7 +79,8 @@ def test_a_fresh_start_sets_the_previous_run_aside(run_dir: Path) -> None:
     assert target is not None
     assert read_manifest(run_dir) is None
     assert read_manifest(target) is not None
-    assert (run_dir / "checkpoints").is_dir()
+    assert (target / "checkpoints").is_dir()
+    assert list(run_dir.iterdir()) == [target]
     assert set_aside_previous_run(run_dir) is None
 
 

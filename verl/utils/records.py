@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ from verl.types import (
 from verl.utils.redaction import redact_text
 
 Decode = Callable[[Sequence[int]], str]
+TRAJECTORIES = "trajectories"
+"""Folder of the training steps in a run folder."""
+EVALUATION = "evaluation"
+_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 LOG_PROB_DIGITS = 6
 ADVANTAGE_DIGITS = 8
 
@@ -194,6 +199,16 @@ def _runs(values: FloatArray) -> list[tuple[float | None, int]]:
 
 def _redacted(text: str | None) -> str | None:
     return None if text is None else redact_text(text)
+
+
+def step_file(run_dir: Path, folder: str, step: int) -> Path:
+    return run_dir / folder / f"step_{step:06d}.jsonl"
+
+
+def step_files(run_dir: Path, folder: str = TRAJECTORIES) -> dict[int, Path]:
+    """The recorded steps of a run, in order."""
+    found = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_dir / folder).glob("step_*.jsonl"))
+    return dict(sorted((int(match.group(1)), path) for match, path in found if match is not None))
 
 
 def read_records(path: Path) -> list[TrajectoryRecord]:
