@@ -95,16 +95,22 @@ def verdict(record: TrajectoryRecord) -> str:
     return "right" if is_right(record) else "wrong"
 
 
+def styled(text: str, style: str) -> Text:
+    """Text without control characters: what a policy wrote must not steer the terminal."""
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return Text(clean, style=style)
+
+
 def render(record: TrajectoryRecord) -> Panel:
     """One trajectory as a panel; everything in it is plain text, whatever the policy wrote."""
-    parts: list[RenderableType] = [Text(f"accepted: {' / '.join(record['golds'])}", style="dim")]
+    parts: list[RenderableType] = [styled(f"accepted: {' / '.join(record['golds'])}", "dim")]
     for number, turn in enumerate(record["turns"], start=1):
         parts += _render_turn(turn, number=number)
     if record["failure"] is not None:
-        parts.append(Text(f"left out of training: {record['failure']}", style="bold red"))
+        parts.append(styled(f"left out of training: {record['failure']}", "bold red"))
     parts.append(_render_end(record))
-    title = Text(f"{record['question']}", style="bold")
-    where = Text(f"step {record['step']} · {record['uid']} · attempt {record['sample'] + 1}", style="dim")
+    title = styled(record["question"], "bold")
+    where = styled(f"step {record['step']} · {record['uid']} · attempt {record['sample'] + 1}", "dim")
     return Panel(Group(*parts), title=title, subtitle=where, title_align="left", subtitle_align="right")
 
 
@@ -112,12 +118,12 @@ def _render_turn(turn: TurnRecord, *, number: int) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for segment in split_output(turn["output_text"]):
         label = "" if segment.kind == "other" else f"{segment.kind}: "
-        lines.append(Text(f"{number}  {label}{segment.text.strip()}", style=STYLES[segment.kind]))
+        lines.append(styled(f"{number}  {label}{segment.text.strip()}", STYLES[segment.kind]))
     for passage in turn["passages"]:
         score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
-        lines.append(Text(f"     {score}{passage['title']}  {passage['text']}", style="green"))
+        lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))
     if not turn["passages"] and turn["observation_text"].strip():
-        lines.append(Text(f"     environment: {turn['observation_text'].strip()}", style="yellow"))
+        lines.append(styled(f"     environment: {turn['observation_text'].strip()}", "yellow"))
     return lines
 
 

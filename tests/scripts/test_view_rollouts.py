@@ -40,6 +40,10 @@ def test_a_step_that_is_not_there_lists_those_that_are(run_dir: Path) -> None:
         _show(str(run_dir), "--step", "7")
 
 
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert view_rollouts.styled("a\x1b[2J\x07b\nc", "dim").plain == "a\ufffd[2J\ufffdb\nc"
+
+
 def test_report_script(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report.main([str(run_dir)])
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
