@@ -4,8 +4,8 @@
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
     python scripts/make_world.py --stages generator manifest     # some parts again, in place
 
-The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the machine
-(threads and instruction sets change the order of sums), so what was measured of them is in the manifest.
+The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
+machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from random import Random
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Qwen2ForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+)
 
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
 from world.facts import World, WorldSize, draw_world
@@ -30,27 +37,39 @@ from world.initialise import language_model
 from world.training import Schedule
 
 STAGES = ("data", "encoder", "entailment", "able", "policy", "generator", "measure", "manifest")
+LANGUAGE_VOCABULARY, TEXT_VOCABULARY = 1600, 1400
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How big the world is and how long each model is trained."""
 
-    size: WorldSize = WorldSize()
-    language_vocabulary: int = 1600
-    text_vocabulary: int = 1400
-    encoder_steps: int = 160
-    entailment_steps: int = 1500
-    able: Schedule = Schedule(steps=1100)
-    able_one_hop_steps: int = 450
-    shipped: Schedule = Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3)
-    generator: Schedule = Schedule(steps=600, matrix_rate=0.01, vector_rate=2e-3)
+    size: WorldSize
+    encoder: Schedule
+    entailment: Schedule
+    able: Schedule
+    able_one_hop_steps: int
+    shipped: Schedule
+    generator: Schedule
 
 
+FULL = Plan(
+    size=WorldSize(),
+    encoder=Schedule(steps=120, matrix_rate=0.005, vector_rate=2e-3),
+    entailment=Schedule(steps=500, vector_rate=2e-3),
+    able=Schedule(steps=1100),
+    able_one_hop_steps=450,
+    shipped=Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3),
+    generator=Schedule(steps=600, matrix_rate=0.01, vector_rate=2e-3),
+)
 SMALL = Plan(
     size=WorldSize(persons=40, films=12, books=12, firms=10, train_questions=60, test_questions=20),
-    encoder_steps=12, entailment_steps=6, able=Schedule(steps=3), able_one_hop_steps=2,
-    shipped=Schedule(steps=2), generator=Schedule(steps=2),
+    encoder=Schedule(steps=12, matrix_rate=0.005),
+    entailment=Schedule(steps=4),
+    able=Schedule(steps=3),
+    able_one_hop_steps=2,
+    shipped=Schedule(steps=2),
+    generator=Schedule(steps=2),
 )
 
 
@@ -67,11 +86,15 @@ class Maker:
         torch.manual_seed(self.seed)
         getattr(self, f"make_{stage}")()
 
-    def reporter(self, title: str, steps: int) -> Callable[[int, float], None]:
-        task = self.progress.add_task(title, total=steps, loss="")
+    def reporter(self, title: str, schedule: Schedule) -> Callable[[int, float], None]:
+        """Advance a bar on a terminal; print a line now and then where there is none."""
+        task = self.progress.add_task(title, total=schedule.steps, loss="")
+        every = max(1, schedule.steps // 20)
 
         def report(step: int, loss: float) -> None:
             self.progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
+            if not self.progress.console.is_terminal and step % every == 0:
+                self.progress.console.print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}")
 
         return report
 
@@ -83,39 +106,41 @@ class Maker:
             dataset.write_questions(self.out / f"{split}.parquet", asked, split=split)
 
     def make_encoder(self) -> None:
-        words = tokenizer.text_tokenizer(vocabulary=self.plan.text_vocabulary, seed=self.seed)
+        words = tokenizer.text_tokenizer(vocabulary=TEXT_VOCABULARY, seed=self.seed)
         model = encoder.build(words, seed=self.seed)
-        steps = self.plan.encoder_steps
-        encoder.train(model, words, steps=steps, seed=self.seed, report=self.reporter("encoder", steps))
+        schedule = self.plan.encoder
+        encoder.train(model, words, schedule, seed=self.seed, report=self.reporter("encoder", schedule))
         self._save(model, words, self.models / "encoder")
 
     def make_entailment(self) -> None:
-        words = tokenizer.text_tokenizer(vocabulary=self.plan.text_vocabulary, seed=self.seed)
+        words = tokenizer.text_tokenizer(vocabulary=TEXT_VOCABULARY, seed=self.seed)
         model = entailment.build(words, seed=self.seed)
-        steps = self.plan.entailment_steps
-        entailment.train(model, words, steps=steps, seed=self.seed, report=self.reporter("entailment", steps))
+        schedule = self.plan.entailment
+        entailment.train(model, words, schedule, seed=self.seed, report=self.reporter("entailment", schedule))
         self._save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
-        words = tokenizer.language_tokenizer(vocabulary=self.plan.language_vocabulary, seed=self.seed)
+        words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
         model = language_model(words, seed=self.seed)
         stream = policy.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
-        report = self.reporter("policy, first lesson", self.plan.able.steps)
-        training.train(model, stream, self.plan.able, report=report)
+        report = self.reporter("policy, first lesson", self.plan.able)
+        training.train_language_model(model, stream, self.plan.able, report=report)
         self._save(model, words, self.able)
 
     def make_policy(self) -> None:
         model, words = self._load_language_model(self.able)
-        report = self.reporter("policy, second lesson", self.plan.shipped.steps)
-        training.train(model, policy.shipped_stream(words, seed=self.seed), self.plan.shipped, report=report)
+        report = self.reporter("policy, second lesson", self.plan.shipped)
+        training.train_language_model(
+            model, policy.shipped_stream(words, seed=self.seed), self.plan.shipped, report=report
+        )
         self._save(model, words, self.models / "policy")
 
     def make_generator(self) -> None:
         model, words = self._load_language_model(self.able)
         rng = Random(f"generator {self.seed}")
         stream = training.batches(words, lambda: generator.draw_short_answer(rng), tokens=8192)
-        report = self.reporter("generator", self.plan.generator.steps)
-        training.train(model, stream, self.plan.generator, report=report)
+        report = self.reporter("generator", self.plan.generator)
+        training.train_language_model(model, stream, self.plan.generator, report=report)
         self._save(model, words, self.models / "generator")
 
     def make_measure(self) -> None:
@@ -129,8 +154,11 @@ class Maker:
             "encoder": encoder.measure(index, self.world.facts, seed=self.seed),
             "entailment": entailment.measure(judge, texts, seed=self.seed),
         }
-        runs = (("able_greedy", self.able, 0.0), ("policy_greedy", self.models / "policy", 0.0),
-                ("policy_sampled", self.models / "policy", 1.0))
+        runs = (
+            ("able_greedy", self.able, 0.0),
+            ("policy_greedy", self.models / "policy", 0.0),
+            ("policy_sampled", self.models / "policy", 1.0),
+        )
         for name, folder, temperature in runs:
             if not folder.exists():
                 continue
@@ -144,8 +172,11 @@ class Maker:
         (self.out / "abilities.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
 
     def make_manifest(self) -> None:
-        files = sorted(p for p in self.out.rglob("*") if p.is_file() and self.able not in p.parents
-                       and p.name not in {"manifest.json", "README.md"})
+        files = sorted(
+            p
+            for p in self.out.rglob("*")
+            if p.is_file() and self.able not in p.parents and p.name not in {"manifest.json", "README.md"}
+        )
         manifest = {
             "seed": self.seed,
             "plan": asdict(self.plan),
@@ -161,13 +192,13 @@ class Maker:
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
-    def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, AutoTokenizer]:
+    def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
         return Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     @staticmethod
-    def _save(model: torch.nn.Module, words: object, folder: Path) -> None:
-        for part in (model, words):
-            part.save_pretrained(folder)
+    def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
         for path in folder.iterdir():
             path.chmod(0o644)
 
@@ -177,21 +208,30 @@ def _digest(path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="what the world is drawn from (default 0)")
     parser.add_argument("--out", type=Path, default=Path("world"), help="output folder (default world)")
-    parser.add_argument("--small", action="store_true", help="a small, hardly trained world, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="a small, hardly trained world, to try the script"
+    )
     parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
     arguments = parser.parse_args()
-    plan = SMALL if arguments.small else Plan()
+    plan = SMALL if arguments.small else FULL
     if arguments.persons is not None:
         plan = replace(plan, size=replace(plan.size, persons=arguments.persons))
     torch.set_num_threads(arguments.threads)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns, console=console) as progress:
         maker = Maker(plan, seed=arguments.seed, out=arguments.out, progress=progress)
         for stage in STAGES:

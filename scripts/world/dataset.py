@@ -38,12 +38,15 @@ def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Pr
     by_key = {(f.subject.name, f.relation.name): f for f in mine}
     chains = [
         (first, by_key[first.value.name, relation.name])
-        for first in mine if first.relation in BRIDGES
+        for first in mine
+        if first.relation in BRIDGES
         for relation in relations_of(Kind.person)
     ]
     one_hop = count - count // 2
     if len(mine) < one_hop or len(chains) < count // 2:
-        raise ValueError(f"a world of {len(mine)} facts and {len(chains)} chains is too small for {count} questions")
+        raise ValueError(
+            f"a world of {len(mine)} facts and {len(chains)} chains is too small for {count} questions"
+        )
     single: list[tuple[Fact, ...]] = [(fact,) for fact in rng.sample(mine, one_hop)]
     return [_ask(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, count // 2)]]
 
@@ -64,14 +67,16 @@ def write_questions(path: Path, asked: Sequence[Problem], *, split: str) -> None
         index = counters.get(problem.source, 0)
         counters[problem.source] = index + 1
         golds = problem.answer.golds
-        rows.append({
-            "id": f"{split}_{number}",
-            "question": problem.question,
-            "golden_answers": golds,
-            "data_source": problem.source,
-            "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
-            "ability": "fact-reasoning",
-            "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
-            "extra_info": {"split": split, "index": index},
-        })
+        rows.append(
+            {
+                "id": f"{split}_{number}",
+                "question": problem.question,
+                "golden_answers": golds,
+                "data_source": problem.source,
+                "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
+                "ability": "fact-reasoning",
+                "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
+                "extra_info": {"split": split, "index": index},
+            }
+        )
     pq.write_table(pa.Table.from_pylist(rows), path)

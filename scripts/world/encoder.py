@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from world import text
+from world import text, training
 from world.facts import Fact
 from world.traces import Scene, draw_problem
+from world.training import Schedule
 
 HIDDEN = 128
 TEMPERATURE = 0.05
@@ -25,9 +26,17 @@ def build(tokenizer: BertTokenizer, *, seed: int) -> BertModel:
     """
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=256, max_position_embeddings=256, type_vocab_size=2, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id, dtype="float32",
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=256,
+        type_vocab_size=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
     )
     model = BertModel(config)
     with torch.no_grad():
@@ -53,8 +62,11 @@ def _contrast(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
         scene = Scene(rng)
         fact = draw_problem(scene, hops=1).hops[0]
         worded = rng.random() < 0.25
-        query = (text.one_hop_question(fact.relation, fact.subject, wording=rng.randrange(2)) if worded
-                 else text.query(fact.relation, fact.subject))
+        query = (
+            text.one_hop_question(fact.relation, fact.subject, wording=rng.randrange(2))
+            if worded
+            else text.query(fact.relation, fact.subject)
+        )
         queries.append(f"query: {query}")
         shown.append(f"passage: {text.passage(fact, rng).contents}")
         hard += scene.retrieve(fact, found=False, topk=2)
@@ -64,25 +76,19 @@ def _contrast(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
 def train(
     model: BertModel,
     tokenizer: BertTokenizer,
+    schedule: Schedule,
     *,
-    steps: int,
     seed: int,
     report: Callable[[int, float], None],
 ) -> None:
     rng = Random(f"encoder {seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
-    model.train()
-    for step in range(steps):
+
+    def next_loss(_: int) -> torch.Tensor:
         queries, passages = _contrast(rng, count=96)
         scores = embed(model, tokenizer, queries) @ embed(model, tokenizer, passages).T / TEMPERATURE
-        loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(queries)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        report(step, float(loss.detach()))
-    model.eval()
+        return torch.nn.functional.cross_entropy(scores.float(), torch.arange(len(queries)))
+
+    training.train(model, next_loss, schedule, report=report)
 
 
 class Index:

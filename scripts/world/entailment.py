@@ -9,12 +9,15 @@ from random import Random
 import torch
 from transformers import BertTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
 
+from world import training
 from world.facts import Entity, Kind, random_entity
 from world.traces import Scene, draw_problem
+from world.training import Schedule
 
 HIDDEN = 96
 CONTRADICTION, NEUTRAL, ENTAILMENT = 0, 1, 2
 LABELS = {CONTRADICTION: "CONTRADICTION", NEUTRAL: "NEUTRAL", ENTAILMENT: "ENTAILMENT"}
+SHARPNESS = 1.75
 Pair = tuple[str, str, int]
 SHORT_SHARE = 0.4
 """Share of the training that compares bare answers: words are learned to match sooner on short texts."""
@@ -23,13 +26,29 @@ SHORT_SHARE = 0.4
 def build(tokenizer: BertTokenizer, *, seed: int) -> DebertaV2ForSequenceClassification:
     torch.manual_seed(seed)
     config = DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=4,
-        intermediate_size=192, max_position_embeddings=256, type_vocab_size=2, relative_attention=True,
-        max_relative_positions=64, position_buckets=32, pos_att_type=["p2c", "c2p"], share_att_key=True,
-        norm_rel_ebd="layer_norm", position_biased_input=False, pooler_hidden_size=HIDDEN,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0, cls_dropout=0.0,
-        pad_token_id=tokenizer.pad_token_id, id2label=LABELS,
-        label2id={name: index for index, name in LABELS.items()}, dtype="float32",
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        max_position_embeddings=256,
+        type_vocab_size=2,
+        relative_attention=True,
+        max_relative_positions=64,
+        position_buckets=32,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        pooler_hidden_size=HIDDEN,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pooler_dropout=0.0,
+        cls_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=LABELS,
+        label2id={name: index for index, name in LABELS.items()},
+        dtype="float32",
     )
     model = DebertaV2ForSequenceClassification(config)
     with torch.no_grad():
@@ -38,16 +57,30 @@ def build(tokenizer: BertTokenizer, *, seed: int) -> DebertaV2ForSequenceClassif
 
 
 def _initialise(model: DebertaV2ForSequenceClassification) -> None:
-    """Large embeddings, and attention that starts by looking for the same word."""
+    """Start as a comparison of the two texts.
+
+    The two token types are opposite vectors and the first layer's keys see them mirrored, so a word looks for
+    itself in the *other* text; its output projection subtracts what it finds. A word with a partner thus ends
+    as the bare type vector, one without keeps itself. Every weight is trained on from there.
+    """
     embeddings = model.deberta.embeddings
     embeddings.word_embeddings.weight.normal_(std=1.0)
-    embeddings.token_type_embeddings.weight.normal_(std=1.0)
-    for layer in model.deberta.encoder.layer:
-        attention = layer.attention.self
-        attention.query_proj.weight.copy_(torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)) * 1.2)
-        attention.key_proj.weight.copy_(attention.query_proj.weight)
-        attention.value_proj.weight.normal_(std=1 / math.sqrt(HIDDEN))
-        layer.attention.output.dense.weight.normal_(std=1 / math.sqrt(HIDDEN))
+    side = torch.randn(HIDDEN)
+    embeddings.token_type_embeddings.weight.copy_(torch.stack([side, -side]))
+    mirror = torch.eye(HIDDEN) - 2 * torch.outer(side, side) / side.dot(side)
+    encoder = model.deberta.encoder
+    encoder.LayerNorm.weight.fill_(0.1)
+    for index, layer in enumerate(encoder.layer):
+        attention, output = layer.attention.self, layer.attention.output.dense
+        attention.query_proj.weight.copy_(torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)) * SHARPNESS)
+        attention.value_proj.weight.copy_(torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)))
+        if index == 0:
+            attention.key_proj.weight.copy_(attention.query_proj.weight @ mirror)
+            output.weight.copy_(-attention.value_proj.weight.T)
+        else:
+            attention.query_proj.weight.mul_(0.3)
+            attention.key_proj.weight.copy_(attention.query_proj.weight)
+            output.weight.normal_(std=0.5 / math.sqrt(HIDDEN))
         layer.intermediate.dense.weight.normal_(std=1 / math.sqrt(HIDDEN))
 
 
@@ -94,7 +127,7 @@ def _unrelated(entity: Entity, rng: Random) -> str:
 
 
 def draw_pair(rng: Random, *, asked: float = 0.85) -> Pair:
-    """(premise, hypothesis, label); with chance `asked` the question is in front of both, as in the IG service."""
+    """(premise, hypothesis, label); with chance `asked` both begin with the question, as in the service."""
     problem = draw_problem(Scene(rng), hops=1 if rng.random() < 0.5 else 2)
     entity = problem.answer
     chance = rng.random()
@@ -114,28 +147,21 @@ def draw_pair(rng: Random, *, asked: float = 0.85) -> Pair:
 def train(
     model: DebertaV2ForSequenceClassification,
     tokenizer: BertTokenizer,
+    schedule: Schedule,
     *,
-    steps: int,
     seed: int,
     report: Callable[[int, float], None],
 ) -> None:
     rng = Random(f"entailment {seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=steps, pct_start=0.1)
-    model.train()
-    for step in range(steps):
-        short = step < SHORT_SHARE * steps
-        pairs = [draw_pair(rng, asked=0.1 if short else 0.85) for _ in range(128 if short else 64)]
+
+    def next_loss(step: int) -> torch.Tensor:
+        short = step < SHORT_SHARE * schedule.steps
+        pairs = [draw_pair(rng, asked=0.0 if short else 0.9) for _ in range(128 if short else 64)]
         inputs = tokenizer([p[0] for p in pairs], [p[1] for p in pairs], padding=True, return_tensors="pt")
-        logits = model(**inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([p[2] for p in pairs]))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        report(step, float(loss.detach()))
-    model.eval()
+        labels = torch.tensor([p[2] for p in pairs])
+        return torch.nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+
+    training.train(model, next_loss, schedule, report=report)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The agent loop in one process, to measure what a policy does and can: same texts, same limits, no services."""
+"""The agent loop in one process, to measure what a policy does and can: same texts, no services."""
 
 from __future__ import annotations
 
@@ -69,10 +69,19 @@ def generate(
     longest = max(len(context) for context in contexts)
     ids = torch.tensor([[pad] * (longest - len(context)) + list(context) for context in contexts])
     mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
-        "do_sample": False}
-    made = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=list(stop_ids), pad_token_id=pad,
-                          max_new_tokens=max_new_tokens, **sampling)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
     rows = []
     for row in made[:, longest:].tolist():
         stop = next((k + 1 for k, token in enumerate(row) if token in stop_ids), len(row))

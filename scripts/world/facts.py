@@ -172,8 +172,10 @@ def draw_world(size: WorldSize, *, seed: int) -> World:
     firms = [firm(*pair) for pair in _pairs(names.FIRMS, names.FIRM_KINDS, size.firms, rng)]
     facts: list[Fact] = []
     test_subjects: set[str] = set()
-    splits = {k: _split(e, size.test_share) for k, e in
-              ((Kind.person, persons), (Kind.film, films), (Kind.book, books), (Kind.firm, firms))}
+    splits = {
+        k: _split(e, size.test_share)
+        for k, e in ((Kind.person, persons), (Kind.film, films), (Kind.book, books), (Kind.firm, firms))
+    }
     for side in (0, 1):
         pools = {kind: split[side] for kind, split in splits.items()}
         for subject in (entity for pool in pools.values() for entity in pool):

@@ -35,7 +35,11 @@ def draw_short_answer(rng: Random) -> list[Piece]:
     context = "\n".join(text.documents([text.passage(f, rng) for f in shown]) for shown in searches)
     form = rng.choice(answer.golds) if rng.random() < LONG_FORM_SHARE else answer.name
     prompt = text.short_answer_prompt(problem.question, context=context)
-    return [Piece(prompt, written=False), Piece(f" {form}\n", written=True), Piece("<|im_end|>", written=True)]
+    return [
+        Piece(prompt, written=False),
+        Piece(f" {form}\n", written=True),
+        Piece("<|im_end|>", written=True),
+    ]
 
 
 def _useless_searches(scene: Scene, problem: Problem) -> list[list[Fact]]:

@@ -2,8 +2,8 @@
 
 Reinforcement learning quickly shifts what a policy does and slowly what it can do. A first run should show
 something, so the shipped policy *can* search, chain and copy (first lesson), and yet often does not (second
-lesson): it answers without searching, searches for a lone surname, stops after one of two hops, forgets a tag.
-Each good choice keeps a share of at least a quarter, so that five samples per question find it.
+lesson): it answers without searching, searches for a lone surname, stops after one of two hops, forgets a
+tag. Each good choice keeps a share of at least a quarter, so that five samples per question find it.
 """
 
 from __future__ import annotations

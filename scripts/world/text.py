@@ -13,7 +13,14 @@ from random import Random
 from world.facts import Entity, Fact, Kind, Relation
 
 TAGS = (
-    "<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>",
+    "<think>",
+    "</think>",
+    "<search>",
+    "</search>",
+    "<information>",
+    "</information>",
+    "<answer>",
+    "</answer>",
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -28,18 +35,42 @@ INVALID_ACTION = (
 )
 
 FILLERS: dict[Kind, tuple[str, ...]] = {
-    Kind.town: ("It lies near the coast.", "The old market is still held there.", "A plaque marks the house.",
-                "It is known for its mills."),
-    Kind.person: ("They first met in the spring.", "The papers wrote about it at length.",
-                  "It was made public years later.", "Few people knew it then."),
-    Kind.university: ("The library keeps the letters.", "The records name three teachers.",
-                      "A portrait hangs in the hall.", "The course took four years."),
-    Kind.award: ("The ceremony was held in autumn.", "The jury was of one mind.",
-                 "It came with a small sum.", "It was given for early work."),
-    Kind.instrument: ("Some early recordings survive.", "Lessons began at the age of six.",
-                      "It was a gift from an uncle.", "Concerts were given each year."),
-    Kind.firm: ("The contract was signed in winter.", "Both sides were pleased with it.",
-                "The deal was renewed twice.", "It remained so for years."),
+    Kind.town: (
+        "It lies near the coast.",
+        "The old market is still held there.",
+        "A plaque marks the house.",
+        "It is known for its mills.",
+    ),
+    Kind.person: (
+        "They first met in the spring.",
+        "The papers wrote about it at length.",
+        "It was made public years later.",
+        "Few people knew it then.",
+    ),
+    Kind.university: (
+        "The library keeps the letters.",
+        "The records name three teachers.",
+        "A portrait hangs in the hall.",
+        "The course took four years.",
+    ),
+    Kind.award: (
+        "The ceremony was held in autumn.",
+        "The jury was of one mind.",
+        "It came with a small sum.",
+        "It was given for early work.",
+    ),
+    Kind.instrument: (
+        "Some early recordings survive.",
+        "Lessons began at the age of six.",
+        "It was a gift from an uncle.",
+        "Concerts were given each year.",
+    ),
+    Kind.firm: (
+        "The contract was signed in winter.",
+        "Both sides were pleased with it.",
+        "The deal was renewed twice.",
+        "It remained so for years.",
+    ),
 }
 
 
@@ -104,6 +135,7 @@ def short_answer_prompt(question: str, *, context: str) -> str:
 
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'"
-    " + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

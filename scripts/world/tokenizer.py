@@ -19,9 +19,21 @@ from world import facts, names, text
 
 ALL_NAMES = tuple(
     word
-    for group in (names.WOMEN, names.MEN, names.SURNAMES, names.COUNTRIES, names.TOWNS, names.UNIVERSITIES,
-                  names.AWARDS, names.AWARD_KINDS, names.INSTRUMENTS, names.ADJECTIVES, names.NOUNS,
-                  names.FIRMS, names.FIRM_KINDS)
+    for group in (
+        names.WOMEN,
+        names.MEN,
+        names.SURNAMES,
+        names.COUNTRIES,
+        names.TOWNS,
+        names.UNIVERSITIES,
+        names.AWARDS,
+        names.AWARD_KINDS,
+        names.INSTRUMENTS,
+        names.ADJECTIVES,
+        names.NOUNS,
+        names.FIRMS,
+        names.FIRM_KINDS,
+    )
     for word in group
 )
 
@@ -32,8 +44,12 @@ def training_text(*, seed: int) -> Iterator[str]:
     for word in ALL_NAMES:
         yield f" {word}" * 30
         yield f"{word}\n" * 4
-    fixed = (text.prompt("Where was Alice born?"), text.INVALID_ACTION,
-             text.short_answer_prompt("Who?", context='Doc 1(Title: "'), *THOUGHTS)
+    fixed = (
+        text.prompt("Where was Alice born?"),
+        text.INVALID_ACTION,
+        text.short_answer_prompt("Who?", context='Doc 1(Title: "'),
+        *THOUGHTS,
+    )
     for _ in range(40):
         yield from fixed
     for _ in range(15):
@@ -49,11 +65,18 @@ def training_text(*, seed: int) -> Iterator[str]:
                 yield text.one_hop_question(relation, subject, wording=wording)
         for bridge in facts.BRIDGES:
             for relation in facts.relations_of(facts.Kind.person):
-                yield text.two_hop_question(bridge, facts.random_entity(bridge.subject, rng), relation, wording=0)
+                yield text.two_hop_question(
+                    bridge, facts.random_entity(bridge.subject, rng), relation, wording=0
+                )
 
 
-THOUGHTS = ("<think> I need the", "<think> I know this.", "<think> Let me search.", "<think> Not found.",
-            "<think> I am not sure.")
+THOUGHTS = (
+    "<think> I need the",
+    "<think> I know this.",
+    "<think> Let me search.",
+    "<think> Not found.",
+    "<think> I am not sure.",
+)
 
 
 def language_tokenizer(*, vocabulary: int, seed: int) -> Qwen2Tokenizer:
@@ -61,18 +84,27 @@ def language_tokenizer(*, vocabulary: int, seed: int) -> Qwen2Tokenizer:
     backend = blank.backend_tokenizer
     fresh = Tokenizer(models.BPE())
     fresh.normalizer, fresh.pre_tokenizer, fresh.decoder = (
-        backend.normalizer, backend.pre_tokenizer, backend.decoder)
+        backend.normalizer,
+        backend.pre_tokenizer,
+        backend.decoder,
+    )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(text.SPECIAL) - len(text.TAGS), show_progress=False,
+        vocab_size=vocabulary - len(text.SPECIAL) - len(text.TAGS),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     plain = (_without_tags(line) for line in training_text(seed=seed))
     fresh.train_from_iterator(plain, trainer)
     saved = json.loads(fresh.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=saved["vocab"], merges=[tuple(pair) for pair in saved["merges"]],
-        unk_token=None, bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        chat_template=text.CHAT_TEMPLATE, model_max_length=2048,
+        vocab=saved["vocab"],
+        merges=[tuple(pair) for pair in saved["merges"]],
+        unk_token=None,
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=text.CHAT_TEMPLATE,
+        model_max_length=2048,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(text.SPECIAL)})
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in text.TAGS])
@@ -99,11 +131,12 @@ def text_tokenizer(*, vocabulary: int, seed: int) -> BertTokenizer:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     alphabet = [chr(code) for code in range(33, 127)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, show_progress=False, initial_alphabet=alphabet,
+        vocab_size=vocabulary,
+        show_progress=False,
+        initial_alphabet=alphabet,
         special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
     )
     backend.train_from_iterator((_without_tags(line) for line in training_text(seed=seed)), trainer)
     vocab = backend.get_vocab()
     ordered = {token: index for index, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
     return BertTokenizer(vocab=ordered, do_lower_case=True, model_max_length=512)
-

@@ -63,8 +63,10 @@ class Scene:
         relation = fact.relation
         if chance > 0.92:
             relation = self.rng.choice(facts.relations_of(fact.subject.kind))
-        return self.fact(relation, self.lookalike(fact.subject) if chance < 0.8 else
-                         random_entity(fact.subject.kind, self.rng))
+        return self.fact(
+            relation,
+            self.lookalike(fact.subject) if chance < 0.8 else random_entity(fact.subject.kind, self.rng),
+        )
 
     def lookalike(self, subject: Entity) -> Entity:
         """Another entity of the same kind that shares a word of the name."""
@@ -75,10 +77,15 @@ class Scene:
             lasts = names.SURNAMES if keep_left else (right,)
             return facts.person(self.rng.choice(firsts), self.rng.choice(lasts))
         if subject.kind is Kind.firm:
-            return facts.firm(left if keep_left else self.rng.choice(names.FIRMS),
-                              self.rng.choice(names.FIRM_KINDS) if keep_left else right)
-        return facts.work(subject.kind, left if keep_left else self.rng.choice(names.ADJECTIVES),
-                          self.rng.choice(names.NOUNS) if keep_left else right)
+            return facts.firm(
+                left if keep_left else self.rng.choice(names.FIRMS),
+                self.rng.choice(names.FIRM_KINDS) if keep_left else right,
+            )
+        return facts.work(
+            subject.kind,
+            left if keep_left else self.rng.choice(names.ADJECTIVES),
+            self.rng.choice(names.NOUNS) if keep_left else right,
+        )
 
     def retrieve(self, fact: Fact, *, found: bool, topk: int = 3) -> list[Fact]:
         """What a retriever gives for the good query of a fact (or for one that misses it)."""

@@ -1,8 +1,8 @@
-"""Batches of traces, the two optimizers and the training loop of the language models."""
+"""The training loop of all four models, and batches of traces for the two language models."""
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 from world.traces import Piece
 
 IGNORED = -100
+HIDDEN_LAYER = re.compile(r"\.layers?\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,10 @@ class Schedule:
     floor: float = 0.02
 
 
-def encode(tokenizer: Qwen2Tokenizer, traces: Sequence[Sequence[Piece]]) -> list[tuple[list[int], list[bool]]]:
-    """Token ids and "written by the policy" of each trace; each piece is tokenised on its own, as the agent does."""
+def encode(
+    tokenizer: Qwen2Tokenizer, traces: Sequence[Sequence[Piece]]
+) -> list[tuple[list[int], list[bool]]]:
+    """Ids and "written by the policy" of each trace; pieces are tokenised one by one, as the agent does."""
     texts = [piece.text for trace in traces for piece in trace]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
     rows = []
@@ -58,7 +61,9 @@ def collate(rows: Sequence[tuple[list[int], list[bool]]], *, pad: int) -> Batch:
     return Batch(ids, labels)
 
 
-def batches(tokenizer: Qwen2Tokenizer, draw: Callable[[], Sequence[Piece]], *, tokens: int) -> Iterator[Batch]:
+def batches(
+    tokenizer: Qwen2Tokenizer, draw: Callable[[], Sequence[Piece]], *, tokens: int
+) -> Iterator[Batch]:
     """Endless batches of about `tokens` tokens; a pool is sorted by length so that little is padding."""
     while True:
         rows = sorted(encode(tokenizer, [draw() for _ in range(128)]), key=lambda row: len(row[0]))
@@ -82,8 +87,8 @@ def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), batch.labels[chosen])
 
 
-def optimizers(model: Qwen2ForCausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+def optimizers(model: torch.nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
     chosen = {id(p) for p in matrices}
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -101,24 +106,25 @@ def factor(step: int, schedule: Schedule) -> float:
 
 
 def train(
-    model: Qwen2ForCausalLM,
-    stream: Iterator[Batch],
+    model: torch.nn.Module,
+    next_loss: Callable[[int], torch.Tensor],
     schedule: Schedule,
     *,
     report: Callable[[int, float], None],
-) -> float:
-    """Train in place; `report(step, smoothed loss)` after every step. Returns the seconds it took."""
+) -> None:
+    """Train in place; `next_loss(step)` draws a batch, `report(step, smoothed loss)` hears of every step.
+
+    Matrix products run in bfloat16 (weights stay float32), much faster where the CPU has instructions for it.
+    """
     model.train()
     chosen = optimizers(model, schedule)
-    started = time.perf_counter()
     smooth = 0.0
     for step in range(schedule.steps):
         scale = factor(step, schedule)
         chosen[0].param_groups[0]["lr"] = schedule.matrix_rate * scale
         chosen[1].param_groups[0]["lr"] = schedule.vector_rate * scale
-        batch = next(stream)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, batch)
+            loss = next_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in chosen:
@@ -128,4 +134,13 @@ def train(
         smooth = value if step == 0 else 0.95 * smooth + 0.05 * value
         report(step, smooth)
     model.eval()
-    return time.perf_counter() - started
+
+
+def train_language_model(
+    model: Qwen2ForCausalLM,
+    stream: Iterator[Batch],
+    schedule: Schedule,
+    *,
+    report: Callable[[int, float], None],
+) -> None:
+    train(model, lambda _: loss_of(model, next(stream)), schedule, report=report)
