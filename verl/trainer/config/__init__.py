@@ -41,7 +41,7 @@ def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
 def check_override_keys(arguments: Sequence[str]) -> None:
     """Refuse `key=value` arguments whose key the schema does not know, naming the nearest one.
 
-    Hydra would refuse them too, but prints no suggestion. Its own keys (`hydra.*`) and flags pass. Raises ConfigError.
+    Hydra would refuse them, too, but suggests nothing. Its own keys and flags pass. Raises ConfigError.
     """
     known = list(schema_keys())
     problems = []
@@ -54,7 +54,9 @@ def check_override_keys(arguments: Sequence[str]) -> None:
             problems.append(f"  {key}{_suggestion(key, known)}")
     if problems:
         raise ConfigError(
-            "unknown configuration keys:\n" + "\n".join(problems) + "\nAll keys: verl/trainer/config/ppo_trainer.yaml"
+            "unknown configuration keys:\n"
+            + "\n".join(problems)
+            + "\nAll keys: verl/trainer/config/ppo_trainer.yaml"
         )
 
 

@@ -1,7 +1,7 @@
 """The configuration as typed sections: one default per key, range checks at the door.
 
-Components receive their own section, never the whole tree. The classes are plain (Hydra merges overrides into them);
-nothing assigns to them after `load_config`. This module is standard library only, so any layer may import a section.
+Components receive their own section, never the whole tree. The classes are plain (Hydra merges overrides into
+them); nothing assigns to them after `load_config`. Standard library only: any layer may import a section.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def _not_negative(section: str, **values: float) -> None:
 
 def _file_list(key: str, value: Any) -> tuple[str, ...]:
     files = [value] if isinstance(value, str) else list(value or [])
-    _check(bool(files) and all(isinstance(f, str) and f for f in files), key, value, "a parquet file or a list of them")
+    _check(
+        bool(files) and all(isinstance(f, str) and f for f in files),
+        key,
+        value,
+        "a parquet file or a list of them",
+    )
     return tuple(files)
 
 
@@ -67,7 +72,7 @@ class DataConfig:
             self.max_prompt_length >= self.max_start_length,
             "data.max_prompt_length",
             self.max_prompt_length,
-            f"at least data.max_start_length ({self.max_start_length}): the context holds the prompt and all turns",
+            f"at least data.max_start_length ({self.max_start_length}): it holds the prompt and all turns",
         )
         if self.val_max_questions is not None:
             _positive("data", val_max_questions=self.val_max_questions)
@@ -160,7 +165,12 @@ class RolloutConfig:
         _positive(section, n_agent=self.n_agent, temperature=self.temperature, max_num_seqs=self.max_num_seqs)
         _positive(section, tensor_model_parallel_size=self.tensor_model_parallel_size)
         _positive(section, cpu_kv_cache_gib=self.cpu_kv_cache_gib, request_timeout_s=self.request_timeout_s)
-        _check(0 < self.gpu_memory_utilization < 1, f"{section}.gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1)")
+        _check(
+            0 < self.gpu_memory_utilization < 1,
+            f"{section}.gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "in (0, 1)",
+        )
         if self.max_log_prob_difference is not None:
             _positive(section, max_log_prob_difference=self.max_log_prob_difference)
 
@@ -190,7 +200,9 @@ class SemanticGainConfig:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        _check(self.url.startswith(("http://", "https://")), "reward.semantic.url", self.url, "an http(s) URL")
+        _check(
+            self.url.startswith(("http://", "https://")), "reward.semantic.url", self.url, "an http(s) URL"
+        )
         _positive("reward.semantic", timeout_s=self.timeout_s, batch_size=self.batch_size)
 
 
@@ -207,7 +219,9 @@ class RewardConfig:
         _one_of("reward.outcome", self.outcome, OUTCOMES)
         _one_of("reward.gain", self.gain, GAINS)
         _not_negative("reward", format_score=self.format_score, gain_weight=self.gain_weight)
-        _check(0 <= self.max_failure_share <= 1, "reward.max_failure_share", self.max_failure_share, "in [0, 1]")
+        _check(
+            0 <= self.max_failure_share <= 1, "reward.max_failure_share", self.max_failure_share, "in [0, 1]"
+        )
 
 
 @dataclass
@@ -244,7 +258,11 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _positive("trainer", total_epochs=self.total_epochs, n_gpus_per_node=self.n_gpus_per_node)
-        _positive("trainer", num_cpu_workers=self.num_cpu_workers, max_concurrent_episodes=self.max_concurrent_episodes)
+        _positive(
+            "trainer",
+            num_cpu_workers=self.num_cpu_workers,
+            max_concurrent_episodes=self.max_concurrent_episodes,
+        )
         _positive("trainer", max_checkpoints_to_keep=self.max_checkpoints_to_keep)
         _positive("trainer", startup_timeout_s=self.startup_timeout_s, service_wait_s=self.service_wait_s)
         _not_negative("trainer", test_freq=self.test_freq, save_freq=self.save_freq, seed=self.seed)

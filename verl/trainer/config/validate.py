@@ -16,7 +16,9 @@ def validate(config: Config, *, num_gpus: int) -> None:
     """Raise one ConfigError that lists every contradiction; `num_gpus` is what this machine has."""
     problems = [*_check_files(config), *_check_model(config), *_check_devices(config, num_gpus)]
     if problems:
-        raise ConfigError("the configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise ConfigError(
+            "the configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
 
 
 def resolve_device(config: Config, *, num_gpus: int) -> str:
@@ -30,7 +32,7 @@ def _check_files(config: Config) -> list[str]:
     files = [("data.train_files", p) for p in config.data.train_paths]
     files += [("data.val_files", p) for p in config.data.val_paths]
     return [
-        f"{key}: no such file {path!r} (current folder {Path.cwd()}); scripts/prepare_data.py writes data files"
+        f"{key}: no such file {path!r} in {Path.cwd()}; scripts/prepare_data.py writes data files"
         for key, path in files
         if not Path(path).is_file()
     ]
@@ -41,15 +43,21 @@ def _check_model(config: Config) -> list[str]:
     if not path.exists():
         if HUB_ID.fullmatch(str(path)):
             return []  # a hub id: whether it can be fetched shows when it is loaded
-        return [f"actor_rollout_ref.model.path: no such folder {str(path)!r}; give a model folder or a hub id like org/name"]
+        return [
+            f"actor_rollout_ref.model.path: no such folder {str(path)!r}; "
+            "give a model folder or a hub id like org/name"
+        ]
     settings = path / "config.json"
     if not settings.is_file():
-        return [f"actor_rollout_ref.model.path: {str(path)!r} has no config.json, so it is no Hugging Face model folder"]
+        return [
+            f"actor_rollout_ref.model.path: {str(path)!r} has no config.json, "
+            "so it is no Hugging Face model folder"
+        ]
     limit = json.loads(settings.read_text()).get("max_position_embeddings")
     if isinstance(limit, int) and config.data.max_model_len > limit:
         return [
-            f"data.max_prompt_length + data.max_response_length = {config.data.max_model_len} exceeds the model's "
-            f"{limit} positions ({settings}); lower one of them"
+            f"data.max_prompt_length + data.max_response_length = {config.data.max_model_len} exceeds "
+            f"the model's {limit} positions ({settings}); lower one of them"
         ]
     return []
 
@@ -60,9 +68,14 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
     wanted = config.trainer.n_gpus_per_node
     problems = []
     if device == "cpu" and parallel != 1:
-        problems.append(f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel} needs GPUs; use 1 on the CPU")
+        problems.append(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel} needs GPUs; use 1 on the CPU"
+        )
     if device == "cuda" and num_gpus < wanted:
-        problems.append(f"trainer.n_gpus_per_node={wanted}, but this machine has {num_gpus} GPUs; lower it or use trainer.device=cpu")
+        problems.append(
+            f"trainer.n_gpus_per_node={wanted}, but this machine has {num_gpus} GPUs; "
+            "lower it or use trainer.device=cpu"
+        )
     if device == "cuda" and wanted % parallel:
         problems.append(
             f"trainer.n_gpus_per_node={wanted} is no multiple of "
@@ -71,5 +84,7 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
     if device == "cuda" and config.trainer.launcher == "local" and wanted > 1:
         problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs")
     if config.trainer.launcher == "local" and config.trainer.num_cpu_workers > 1:
-        problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray or trainer.num_cpu_workers=1")
+        problems.append(
+            "trainer.launcher=local runs one worker; use trainer.launcher=ray or trainer.num_cpu_workers=1"
+        )
     return problems

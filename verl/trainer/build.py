@@ -1,0 +1,394 @@
+"""Composition root, the only module that knows every package: build the trainer's parts and take them down."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from search_r1.agent.loop import SearchAgent
+from search_r1.agent.prompts import render_context
+from search_r1.search.client import HttpSearch
+from verl.data.dataset import check_prompt_lengths, load_questions
+from verl.data.sampler import QuestionSampler
+from verl.errors import ConfigError, DataError
+from verl.report.report import write_report
+from verl.reward.outcome import measure_outcome
+from verl.reward.reward import Reward
+from verl.reward.semantic import SemanticGain
+from verl.rollout.collector import Collector
+from verl.rollout.pool import EnginePool
+from verl.rollout.recorder import Recorder
+from verl.rollout.tokenizer import HfTokenizer
+from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.schema import Config
+from verl.trainer.config.validate import resolve_device, validate
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.trainer.ppo.guard import Guard
+from verl.trainer.ppo.progress import Progress, run_identity
+from verl.trainer.ppo.trainer import Parts, PPOTrainer
+from verl.types import IntArray, Question
+from verl.utils.actors import Launcher, make_launcher
+from verl.utils.logs import configure_logging
+from verl.utils.manifest import finish_manifest, set_aside_previous_run, write_manifest
+from verl.utils.reward_score.IG_client import IGClient
+from verl.utils.tracking import Tracker
+from verl.workers.checkpoint import CheckpointStore
+from verl.workers.model import prepare_engine_model
+from verl.workers.weight_sync import WeightPublisher
+from verl.workers.worker_group import WorkerGroup
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 64
+PRECISE_TOLERANCE = 1e-3
+COARSE_TOLERANCE = 0.1
+"""Mean absolute log-prob difference that rounding explains, in float32 and in bfloat16."""
+
+
+@asynccontextmanager
+async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
+    """Build everything a run needs, and take it down again whatever happens.
+
+    Cheap checks come first: configuration, services, data; models load last. On the way out the manifest says
+    how the run ended and the report is written. Raises ConfigError, DataError, ServiceError before training.
+    """
+    num_gpus = count_gpus()
+    validate(config, num_gpus=num_gpus)
+    run_dir = Path(config.trainer.default_local_dir).resolve()
+    with own_folder(run_dir):
+        configure_logging(log_file=run_dir / "train.log")
+        logger.info("run folder: %s", run_dir)
+        async with AsyncExitStack() as stack:
+            trainer = await build(
+                config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus)
+            )
+            with account_for_end(run_dir):
+                yield trainer
+
+
+async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
+    """Wire the parts together; each registers with the stack how it is taken down."""
+    search, gains, services = await connect_services(config, stack)
+    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    train, held_out = load_data(config, tokenizer)
+    sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
+    total_steps = count_steps(config, num_questions=len(train))
+    checkpoints, progress, resumed = find_progress(config, run_dir)
+    if resumed is not None:
+        sampler.load_state_dict({name: int(str(value)) for name, value in progress.sampler.items()})
+    describe_run(
+        config, run_dir, services=services, tokenizer=tokenizer, question=train[0], step=progress.step
+    )
+
+    policy, reference, engines = await launch_models(
+        config, stack, run_dir=run_dir, device=device, total_steps=total_steps
+    )
+    if resumed is not None:
+        await policy.load(resumed)
+    publisher = WeightPublisher(
+        policy,
+        engines.receivers,
+        probe_ids=probe_ids(tokenizer, train),
+        tolerance=probe_tolerance(config, device=device),
+    )
+    stack.callback(publisher.close)
+    tracker = Tracker(
+        run_dir,
+        loggers=config.trainer.logger,
+        project=config.trainer.project_name,
+        experiment=config.trainer.experiment_name,
+        config=dataclasses.asdict(config),
+        resume_step=progress.step,
+        total_steps=total_steps,
+    )
+    stack.callback(tracker.finish)
+    rollout = config.actor_rollout_ref.rollout
+    agent = SearchAgent(
+        generate=engines,
+        search=search,
+        tokenizer=tokenizer,
+        max_turns=config.max_turns,
+        max_start_length=config.data.max_start_length,
+        max_prompt_length=config.data.max_prompt_length,
+        max_response_length=config.data.max_response_length,
+        max_obs_length=config.data.max_obs_length,
+        temperature=rollout.temperature,
+    )
+    parts = Parts(
+        questions=sampler,
+        held_out=held_out,
+        collector=Collector(
+            agent,
+            n=rollout.n_agent,
+            max_concurrent=config.trainer.max_concurrent_episodes,
+            max_failure_share=config.reward.max_failure_share,
+            seed=config.trainer.seed,
+        ),
+        reward=Reward(
+            partial(measure_outcome, metric=config.reward.outcome, format_score=config.reward.format_score),
+            gain=SemanticGain(gains, render_context=render_context) if gains else None,
+            max_failure_share=config.reward.max_failure_share,
+            fix=f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?",
+        ),
+        credit_rule=outcome_plus_gain(
+            gain_weight=config.reward.gain_weight,
+            normalise_by_std=config.algorithm.norm_adv_by_std_in_grpo,
+        ),
+        policy=policy,
+        reference=reference,
+        engines=engines,
+        publisher=publisher,
+        checkpoints=checkpoints,
+        guard=Guard(run_dir, max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates),
+        tracker=tracker,
+        recorder=Recorder(run_dir, decode=tokenizer.decode, resume_step=progress.step),
+    )
+    return PPOTrainer(
+        parts,
+        settings=config.trainer,
+        total_steps=total_steps,
+        gain_weight=config.reward.gain_weight,
+        pad_id=tokenizer.pad_id,
+        progress=progress,
+        identity=run_identity(config),
+    )
+
+
+async def connect_services(
+    config: Config, stack: AsyncExitStack
+) -> tuple[HttpSearch, IGClient | None, dict[str, object]]:
+    """Clients of the retriever and the IG service, both answering; and what they said of themselves."""
+    search = HttpSearch(
+        config.retriever.url, topk=config.retriever.topk, timeout_s=config.retriever.timeout_s
+    )
+    stack.push_async_callback(search.aclose)
+    waits = [search.wait_ready(config.trainer.service_wait_s)]
+    services: dict[str, object] = {"retriever": {"url": config.retriever.url, "topk": config.retriever.topk}}
+    if config.reward.gain == "none":
+        await asyncio.gather(*waits)
+        return search, None, services
+    semantic = config.reward.semantic
+    gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size)
+    stack.push_async_callback(gains.aclose)
+    health, _ = await asyncio.gather(gains.wait_ready(config.trainer.service_wait_s), *waits)
+    services["ig_service"] = {"url": semantic.url, "health": health}
+    return search, gains, services
+
+
+def load_data(config: Config, tokenizer: HfTokenizer) -> tuple[list[Question], list[Question]]:
+    """Training and held-out questions; none of them longer than a prompt may be."""
+    train = load_questions(config.data.train_paths)
+    held_out = load_questions(config.data.val_paths, limit=config.data.val_max_questions)
+    check_prompt_lengths(
+        [*train, *held_out], tokenizer=tokenizer, max_start_length=config.data.max_start_length
+    )
+    return train, held_out
+
+
+def count_steps(config: Config, *, num_questions: int) -> int:
+    """Steps of the run: `total_epochs` over the questions, at most `total_training_steps`."""
+    epochs = config.trainer.total_epochs * num_questions // config.data.train_batch_size
+    limit = config.trainer.total_training_steps
+    return epochs if limit is None else min(epochs, limit)
+
+
+def find_progress(config: Config, run_dir: Path) -> tuple[CheckpointStore, Progress, Path | None]:
+    """The newest good checkpoint of the run folder, or a fresh start. Raises ConfigError if another run's."""
+    if config.trainer.resume_mode == "disable":
+        previous = set_aside_previous_run(run_dir)
+        if previous is not None:
+            logger.info("trainer.resume_mode=disable: the earlier run was moved to %s", previous)
+    checkpoints = CheckpointStore(run_dir / "checkpoints", keep=config.trainer.max_checkpoints_to_keep)
+    newest = checkpoints.latest()
+    if newest is None:
+        return checkpoints, Progress(), None
+    progress = Progress.load(newest, identity=run_identity(config))
+    logger.info("going on from %s (trainer.resume_mode=auto)", newest)
+    return checkpoints, progress, newest
+
+
+def describe_run(
+    config: Config,
+    run_dir: Path,
+    *,
+    services: dict[str, object],
+    tokenizer: HfTokenizer,
+    question: Question,
+    step: int,
+) -> None:
+    """Write run_manifest.json: all that is needed to compare this run with another."""
+    write_manifest(
+        run_dir,
+        config=dataclasses.asdict(config),
+        data_files=[*config.data.train_paths, *config.data.val_paths],
+        model_path=config.actor_rollout_ref.model.path,
+        seeds={"trainer.seed": config.trainer.seed},
+        services=services,
+        prompt=tokenizer.decode(tokenizer.render_prompt(question)),
+        resumed_from=step or None,
+    )
+
+
+async def launch_models(
+    config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str, total_steps: int
+) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
+    """Start policy, reference and engines at the same time and wait until all stand."""
+    settings, trainer = config.actor_rollout_ref, config.trainer
+    logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
+    launcher = make_launcher(trainer.launcher)
+    stack.callback(launcher.shutdown)
+
+    def launch_group(name: str, *, trainable: bool) -> WorkerGroup:
+        group = WorkerGroup.launch(
+            launcher,
+            name=name,
+            model=settings.model,
+            actor=settings.actor,
+            temperature=settings.rollout.temperature,
+            total_steps=total_steps,
+            seed=trainer.seed,
+            device=device,
+            trainable=trainable,
+            world_size=trainer.n_gpus_per_node if device == "cuda" else trainer.num_cpu_workers,
+            num_threads=os.cpu_count() if device == "cpu" else None,
+        )
+        stack.callback(group.shutdown)
+        return group
+
+    policy = launch_group("policy", trainable=True)
+    reference = launch_group("reference", trainable=False) if settings.actor.use_kl_loss else None
+    engines = launch_engines(config, launcher, stack, device=device)
+    stack.push_async_callback(engines.shutdown)
+    groups = [group for group in (policy, reference) if group is not None]
+    try:
+        async with asyncio.timeout(trainer.startup_timeout_s):
+            num_parameters, *_ = await asyncio.gather(
+                *(g.wait_until_ready() for g in groups), engines.start()
+            )
+    except TimeoutError as error:
+        raise ConfigError(
+            "workers and engines did not start within "
+            f"trainer.startup_timeout_s={trainer.startup_timeout_s:g}; allow more time"
+        ) from error
+    logger.info("ready: %s parameters, %d steps to go", f"{num_parameters:,}", total_steps)
+    return policy, reference, engines
+
+
+def launch_engines(config: Config, launcher: Launcher, stack: AsyncExitStack, *, device: str) -> EnginePool:
+    """One engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
+    settings = config.actor_rollout_ref
+    folder = Path(tempfile.mkdtemp(prefix="verl-engine-"))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    model_path = prepare_engine_model(settings.model, device=device, folder=folder / "model")
+    parallel = settings.rollout.tensor_model_parallel_size
+    replicas = config.trainer.n_gpus_per_node // parallel if device == "cuda" else 1
+    kwargs: dict[str, object] = {
+        "model_path": str(model_path),
+        "dtype": settings.model.dtype if device == "cuda" or settings.model.dtype != "auto" else "float32",
+        "max_model_len": config.data.max_model_len,
+        "seed": config.trainer.seed,
+        "tensor_parallel_size": parallel,
+        "gpu_memory_utilization": settings.rollout.gpu_memory_utilization,
+        "cpu_kv_cache_gib": settings.rollout.cpu_kv_cache_gib,
+        "max_num_seqs": settings.rollout.max_num_seqs,
+        "enforce_eager": settings.rollout.enforce_eager,
+        "device": device,
+        "num_threads": os.cpu_count() if device == "cpu" else None,
+    }
+    actors = [
+        launcher.launch(
+            VllmEngine,
+            kwargs=kwargs,
+            name=f"engine-{replica}",
+            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
+            max_concurrency=config.trainer.max_concurrent_episodes,
+        )
+        for replica in range(replicas)
+    ]
+    return EnginePool(
+        actors,
+        request_timeout_s=settings.rollout.request_timeout_s,
+        rests=device == "cuda" and settings.rollout.free_cache_engine,
+    )
+
+
+def see_gpus(indices: range) -> dict[str, str]:
+    """Environment of a process that shall see these of the GPUs that this process sees."""
+    visible = (
+        os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if os.environ.get("CUDA_VISIBLE_DEVICES")
+        else None
+    )
+    chosen = [visible[i] if visible else str(i) for i in indices]
+    # Policy ranks and engines share GPUs, so Ray, which lends each GPU once, must not hand them out.
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
+def probe_ids(tokenizer: HfTokenizer, questions: list[Question]) -> IntArray:
+    """A fixed text of the run's own language, long enough to notice wrong weights."""
+    ids = [token for question in questions[:8] for token in tokenizer.render_prompt(question)]
+    return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
+
+
+def probe_tolerance(config: Config, *, device: str) -> float:
+    """`rollout.max_log_prob_difference`, or what the precision explains."""
+    chosen = config.actor_rollout_ref.rollout.max_log_prob_difference
+    if chosen is not None:
+        return chosen
+    precise = config.actor_rollout_ref.model.dtype == "float32" or (
+        config.actor_rollout_ref.model.dtype == "auto" and device == "cpu"
+    )
+    return PRECISE_TOLERANCE if precise else COARSE_TOLERANCE
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextmanager
+def own_folder(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder: two runs in one folder would overwrite each other. Raises ConfigError."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
+                "stop it or choose another folder"
+            ) from error
+        yield
+
+
+@contextmanager
+def account_for_end(run_dir: Path) -> Iterator[None]:
+    """Record how the run ended and write its report, also when it failed."""
+    status, reason = "completed", None
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        status = "interrupted"
+        raise
+    except BaseException as error:
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        finish_manifest(run_dir, status=status, reason=reason)
+        try:
+            logger.info("report: %s", write_report(run_dir))
+        except (DataError, OSError) as error:  # must not hide how the run itself ended
+            logger.error("no report: %s; mend it and run scripts/report.py %s", error, run_dir)

@@ -1,0 +1,197 @@
+"""GRPO with information gain, on one page: `PPOTrainer.fit`.
+
+The trainer knows neither how a gain is measured nor how credit is assigned, nor whether its parts live in
+this process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl.data.sampler import QuestionSampler
+from verl.errors import TrainingHaltedError
+from verl.protocols import CreditRule
+from verl.reward.reward import Reward
+from verl.rollout.collector import Collector
+from verl.rollout.pool import EnginePool
+from verl.rollout.recorder import Recorder
+from verl.trainer.config.schema import TrainerConfig
+from verl.trainer.ppo.evaluation import evaluate
+from verl.trainer.ppo.guard import Guard
+from verl.trainer.ppo.metrics import step_metrics
+from verl.trainer.ppo.progress import Identity, Progress
+from verl.types import FloatArray, Group, Question, Score
+from verl.utils.timing import Timer
+from verl.utils.tracking import Tracker
+from verl.workers.batch import TrainBatch, build_batch
+from verl.workers.checkpoint import CheckpointStore
+from verl.workers.weight_sync import WeightPublisher
+from verl.workers.worker_group import WorkerGroup
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the trainer works with, built by `verl/trainer/build.py`."""
+
+    questions: QuestionSampler
+    held_out: Sequence[Question]
+    collector: Collector
+    reward: Reward
+    credit_rule: CreditRule
+    policy: WorkerGroup
+    reference: WorkerGroup | None
+    """Frozen initial policy of the KL term; None without it."""
+    engines: EnginePool
+    publisher: WeightPublisher
+    checkpoints: CheckpointStore
+    guard: Guard
+    tracker: Tracker
+    recorder: Recorder
+
+
+class PPOTrainer:
+    """Sample groups of episodes, score them, credit their tokens, update the policy, publish it; again."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        settings: TrainerConfig,
+        total_steps: int,
+        gain_weight: float,
+        pad_id: int,
+        progress: Progress,
+        identity: Identity,
+    ) -> None:
+        self.parts = parts
+        self.settings = settings
+        self.total_steps = total_steps
+        self.gain_weight = gain_weight
+        self.pad_id = pad_id
+        self.progress = progress
+        self.identity = identity
+        self.timer = Timer()
+
+    async def fit(self) -> None:
+        """Train from `progress.step` to `total_steps`. Raises TrainingHaltedError when it must stop."""
+        parts, timer = self.parts, self.timer
+        await self.publish(self.progress.step)
+        if self.settings.val_before_train and self.progress.step == 0:
+            await self.evaluate()
+
+        while self.progress.step < self.total_steps:
+            step = self.progress.step + 1
+            timer.reset()
+            with timer("step"):
+                questions = parts.questions.next_batch()
+
+                with timer("rollout"):  # all episodes at once, each at its own pace
+                    groups = await parts.collector.collect(questions, step=step)
+
+                with timer("reward"):  # outcome + information gain, per trajectory
+                    scores = await parts.reward.score(groups)
+
+                credit = [parts.credit_rule(g.trajectories, s) for g, s in zip(groups, scores, strict=True)]
+                batch = self.build_batch(groups, scores, credit)
+
+                async with parts.engines.resting():
+                    with timer("log_probs"):
+                        batch = batch.with_old(await parts.policy.log_probs(batch))
+                        if parts.reference is not None:
+                            batch = batch.with_reference(await parts.reference.log_probs(batch))
+
+                    with timer("update"):
+                        update = await parts.policy.update(batch)
+
+                with timer("publish"):
+                    update["publish_difference"] = await self.publish(step)
+
+            self.progress.step = step
+            parts.recorder.write(step, groups, scores, credit)
+            self.report(groups, scores, credit, update)
+            if self.is_due(self.settings.test_freq) and step < self.total_steps:
+                await self.evaluate()
+            if self.is_due(self.settings.save_freq) or step == self.total_steps:
+                await self.save()
+
+        if self.settings.val_after_train:
+            await self.evaluate()
+
+    async def publish(self, version: int) -> float:
+        """Bring the weights to the engines; from now on completions of other weights are refused."""
+        difference = await self.parts.publisher.publish(version=version)
+        self.parts.engines.expect_version(version)
+        return difference
+
+    def build_batch(
+        self,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+    ) -> TrainBatch:
+        """Tensors of all trajectories that did not fail; from here on nobody knows what a gain is."""
+        kept = [
+            (trajectory, advantages)
+            for group, of_group, credit_of_group in zip(groups, scores, credit, strict=True)
+            for trajectory, score, advantages in zip(
+                group.trajectories, of_group, credit_of_group, strict=True
+            )
+            if score.failure is None and trajectory.num_policy_tokens
+        ]
+        if not kept:
+            raise TrainingHaltedError(
+                f"step {self.progress.step + 1}: every trajectory failed, nothing to train on"
+            )
+        return build_batch([t for t, _ in kept], [a for _, a in kept], pad_id=self.pad_id)
+
+    def report(
+        self,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+        update: dict[str, float],
+    ) -> None:
+        """Log the step; raise TrainingHaltedError after too many skipped updates."""
+        step = self.progress.step
+        metrics = step_metrics(
+            groups, scores, credit, update=update, seconds=self.timer.seconds, gain_weight=self.gain_weight
+        )
+        self.parts.tracker.log(step, metrics)
+        for alarm in self.parts.guard.alarms(metrics):
+            logger.warning("step %d: %s", step, alarm)
+        self.parts.guard.check_update(
+            update,
+            step=step,
+            groups=groups,
+            scores=scores,
+            credit=credit,
+            last_checkpoint=self.parts.checkpoints.latest(),
+        )
+
+    async def evaluate(self) -> None:
+        """Every held-out question once, greedy, without gains."""
+        parts, step = self.parts, self.progress.step
+        result = await evaluate(parts.collector, parts.reward, parts.held_out)
+        if "val/em" in result.metrics:
+            self.progress.note(result.metrics["val/em"])
+        parts.recorder.write_evaluation(step, result.trajectories, result.scores)
+        parts.tracker.log(step, result.metrics, kind="val")
+
+    async def save(self) -> None:
+        """A checkpoint from which a run goes on exactly, with the policy as a Hugging Face folder inside."""
+        self.progress.sampler = dict(self.parts.questions.state_dict())
+
+        async def write(folder: Path) -> None:
+            await self.parts.policy.save(folder)
+            await self.parts.policy.export_hf(folder / "huggingface")
+            self.progress.save(folder, identity=self.identity)
+
+        await self.parts.checkpoints.write(self.progress.step, write)
+
+    def is_due(self, frequency: int) -> bool:
+        return frequency > 0 and self.progress.step % frequency == 0
