@@ -1,4 +1,4 @@
-"""Composition root, the only module that knows every package: build the trainer's parts and take them down."""
+"""Composition root, the only module that knows every package: build the trainer's parts, take them down."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         config, run_dir, services=services, tokenizer=tokenizer, question=train[0], step=progress.step
     )
 
-    policy, reference, engines = await launch_models(
-        config, stack, run_dir=run_dir, device=device, total_steps=total_steps
-    )
+    policy, reference, engines = await launch_models(config, stack, device=device, total_steps=total_steps)
     if resumed is not None:
         await policy.load(resumed)
     publisher = WeightPublisher(
@@ -241,7 +239,7 @@ def describe_run(
 
 
 async def launch_models(
-    config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str, total_steps: int
+    config: Config, stack: AsyncExitStack, *, device: str, total_steps: int
 ) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
     """Start policy, reference and engines at the same time and wait until all stand."""
     settings, trainer = config.actor_rollout_ref, config.trainer
