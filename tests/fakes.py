@@ -233,7 +233,7 @@ class FakeAgent:
 
 @dataclass(slots=True)
 class FakeAnswerSampler:
-    """Answers of the IG service by prompt, all equally likely; `pause_s` before each, errors raised as they are."""
+    """Answers by a part of the prompt, all equally likely; an exception is raised."""
 
     answers: Mapping[str, Sequence[str] | Exception]
     default: Sequence[str] = ("nothing",)

@@ -76,6 +76,8 @@ def _token_span(
             low, high = (low, middle) if reached(covered(middle)) else (middle + 1, high)
         return low
 
-    first = max(fewest(lambda characters: characters > start) - 1, 0)
+    first = fewest(lambda characters: characters >= start)
+    if covered(first) > start:
+        first -= 1
     last = fewest(lambda characters: characters >= end) if end > start else first
     return first, last

@@ -57,7 +57,7 @@ class QuestionSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from where `state` was taken. Raises ConfigError when questions, batch size or seed differ."""
+        """Go on from where `state` was taken. Raises ConfigError when data, batch size or seed differ."""
         own = self.state_dict()
         changed = [key for key in own if key != "num_batches" and state.get(key) != own[key]]
         if changed:

@@ -1,7 +1,7 @@
-"""Questions x samples -> groups: all episodes at once, none waiting for another, and what happens when some fail.
+"""Questions x samples -> groups: all episodes at once, none waiting for another, under one failure policy.
 
-Every episode is a coroutine of its own with a seed of its own, so a slow search delays nobody else and the result
-does not depend on who finishes first.
+Every episode is a coroutine of its own with a seed of its own, so a slow search delays nobody else and the
+result does not depend on who finishes first.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class Collector:
                 trajectory = await self._run(episode)
             num_finished += 1
             if trajectory.failure is not None:
+                if trajectory.failure not in failures:
+                    logger.warning("an episode of %s failed: %s", episode.question.uid, trajectory.failure)
                 failures[trajectory.failure] += 1
                 self._halt_above_limit(failures, num_finished=num_finished, num_all=len(episodes))
             if progress is not None:
@@ -96,8 +98,8 @@ class Collector:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(play(episode)) for episode in episodes]
-        except* TrainingHaltedError as halted:
-            raise halted.exceptions[0] from None
+        except BaseExceptionGroup as stopped:
+            raise stopped.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _run(self, episode: _Episode) -> Trajectory:
@@ -117,10 +119,6 @@ class Collector:
                 stop=Stop.FAILED,
                 failure=f"episode_broke: {type(error).__name__}: {error}",
             )
-        if trajectory.failure is not None:
-            logger.warning(
-                "episode %s, sample %d, failed: %s", question.uid, episode.sample, trajectory.failure
-            )
         return trajectory
 
     def _halt_above_limit(self, failures: Counter[str], *, num_finished: int, num_all: int) -> None:
@@ -132,6 +130,7 @@ class Collector:
             by_name[failure.split(":", 1)[0]] += count
         counts = ", ".join(f"{name} {count}" for name, count in by_name.most_common())
         raise TrainingHaltedError(
-            f"{num_failed} of {num_finished} finished episodes failed ({counts}), more than "
-            f"reward.max_failure_share={self._max_failure_share:g} of all {num_all}; first: {next(iter(failures))}"
+            f"{num_failed} of {num_finished} finished episodes failed ({counts}), which is more than "
+            f"reward.max_failure_share={self._max_failure_share:g} of all {num_all}. "
+            f"First failure: {next(iter(failures))}"
         )

@@ -1,9 +1,10 @@
-"""The engine replicas as one `Generate`: routing, deadlines, and the handshake on the version of the weights."""
+"""The engine replicas as one `Generate`: routing, deadlines, and the handshake on the weights' version."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import ConfigError, RolloutError
@@ -37,11 +38,13 @@ class EngineReceiver:
 class EnginePool:
     """Implements `verl.protocols.Generate` over replicas."""
 
-    def __init__(self, engines: Sequence[Actor], *, request_timeout_s: float) -> None:
+    def __init__(self, engines: Sequence[Actor], *, request_timeout_s: float, rests: bool = False) -> None:
+        """`rests`: the replicas share their GPUs with the trainer and free the memory while it works."""
         if not engines:
             raise ConfigError("the rollout needs at least one engine, got none")
         self._engines = tuple(engines)
         self._request_timeout_s = request_timeout_s
+        self._rests = rests
         self._version = 0
         self._num_running = [0] * len(engines)
         self._replica_of: dict[str, int] = {}
@@ -61,7 +64,7 @@ class EnginePool:
         await self._call_all("version")
 
     async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
-        """Sample on the session's replica. Raises RolloutError: deadline, dead engine, or unexpected weights."""
+        """Sample on the session's replica. Raises RolloutError: deadline, dead engine, other weights."""
         replica = self._route(session)
         self._num_running[replica] += 1
         try:
@@ -85,13 +88,14 @@ class EnginePool:
             )
         return completion
 
-    async def sleep(self) -> None:
-        """Let every replica free its GPU memory."""
-        await self._call_all("sleep")
-
-    async def wake(self) -> None:
-        """Undo `sleep`."""
-        await self._call_all("wake")
+    @asynccontextmanager
+    async def resting(self) -> AsyncIterator[None]:
+        """The engines' GPU memory is free inside; nothing happens where they have their own."""
+        if self._rests:
+            await self._call_all("sleep")
+        yield
+        if self._rests:
+            await self._call_all("wake")
 
     async def shutdown(self) -> None:
         """End the replicas' child processes, whatever state each is in, then the replicas."""

@@ -25,7 +25,7 @@ class HfTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str) -> HfTokenizer:
-        """Load the tokenizer of a model folder. Raises ConfigError when it is missing or loads as another one."""
+        """Load a model's tokenizer. Raises ConfigError when it is missing or loads as another one."""
         from transformers import AutoTokenizer
 
         try:
@@ -60,7 +60,7 @@ class HfTokenizer:
         return text
 
     def render_prompt(self, question: Question) -> list[int]:
-        """Ids of the prompt: by the chat template if the tokenizer has one, else the bare text of the messages."""
+        """Ids of the prompt: by the chat template if there is one, else the bare text of the messages."""
         if not self._tokenizer.chat_template:
             return self.encode("\n".join(message.content for message in question.messages))
         messages = [{"role": message.role, "content": message.content} for message in question.messages]
@@ -70,7 +70,7 @@ class HfTokenizer:
 
 
 def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
-    """Some tokenizer classes replace the saved pre-tokenizer by their own, silently: then every id may differ."""
+    """Some tokenizer classes replace the saved pre-tokenizer by their own, silently: then ids differ."""
     saved = Path(path) / "tokenizer.json"
     if not saved.is_file():
         return
@@ -80,6 +80,6 @@ def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
     loaded = tokenizer.encode(_PROBE, add_special_tokens=False)
     if list(loaded) != expected:
         raise ConfigError(
-            f"the tokenizer of {path!r} gives other ids than its own {saved.name}: {type(tokenizer).__name__} "
-            "replaces the saved pre-tokenizer; build the tokenizer with the pre-tokenizer of that class"
+            f"the tokenizer of {path!r} gives other ids than its own {saved.name}: "
+            f"{type(tokenizer).__name__} replaces the saved pre-tokenizer; build it with that class's own"
         )

@@ -106,7 +106,7 @@ class VllmEngine:
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=model_path,
-                dtype=dtype,  # type: ignore[arg-type]
+                dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 seed=seed,

@@ -9,6 +9,6 @@ import hashlib
 
 
 def derive_seed(*path: int | str) -> int:
-    """A seed (63 bits, never negative) for a place in the tree, as `derive_seed(run_seed, "rollout", step, uid)`."""
+    """A seed (63 bits, not negative) for a place in the tree, as `derive_seed(7, "rollout", step, uid)`."""
     digest = hashlib.blake2b(repr(path).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

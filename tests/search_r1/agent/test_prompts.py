@@ -7,7 +7,13 @@ import sys
 
 import numpy as np
 
-from search_r1.agent.prompts import RETRY, render_context, render_passages, search_instruction, wrap_observation
+from search_r1.agent.prompts import (
+    RETRY,
+    render_context,
+    render_passages,
+    search_instruction,
+    wrap_observation,
+)
 from verl.types import Action, ActionKind, Message, Passage, Question, Stop, Trajectory, Turn
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town in England.", score=0.9)
@@ -44,7 +50,8 @@ def test_retry_text() -> None:
 
 
 def test_context_numbers_the_passages_of_each_search_and_skips_empty_ones() -> None:
-    question = Question(uid="u", text="q?", messages=(Message(role="user", content="q"),), golds=("a",), data_source="d")
+    messages = (Message(role="user", content="q"),)
+    question = Question(uid="u", text="q?", messages=messages, golds=("a",), data_source="d")
     trajectory = Trajectory(
         question=question,
         sample=0,
@@ -60,7 +67,7 @@ def test_context_numbers_the_passages_of_each_search_and_skips_empty_ones() -> N
 def test_instruction_names_the_tags_and_ends_with_the_question() -> None:
     text = search_instruction(" Where was Alice born ")
     assert text.endswith("Question: Where was Alice born?\n")
-    for tag in ("<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>"):
+    for tag in ("<think>", "</think>", "<search>", "</search>", "<information>", "</information>"):
         assert tag in text
     assert search_instruction("Who?").endswith("Question: Who?\n")
 

@@ -1,0 +1,190 @@
+"""The agent loop: token in, token out, budgets, failures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from search_r1.agent.loop import SearchAgent
+from search_r1.agent.prompts import RETRY, render_passages, wrap_observation
+from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question
+from verl.errors import ConfigError, RolloutError, ServiceError
+from verl.protocols import Tokenizer
+from verl.types import ActionKind, Passage, Stop
+
+BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
+LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
+CHARS = CharTokenizer()
+
+
+def make_agent(
+    *outputs: str | Exception,
+    found: dict[str, tuple[Passage, ...] | Exception] | None = None,
+    tokenizer: Tokenizer = CHARS,
+    **limits: int,
+) -> tuple[SearchAgent, ScriptedGenerate, ScriptedSearch]:
+    script: list[Sequence[int] | Exception] = [
+        tokenizer.encode(output) if isinstance(output, str) else output for output in outputs
+    ]
+    generate, search = ScriptedGenerate(script, version=3), ScriptedSearch(found or {})
+    sizes = {
+        "max_turns": 2,
+        "max_start_length": 100,
+        "max_prompt_length": 4000,
+        "max_response_length": 60,
+        "max_obs_length": 400,
+    } | limits
+    agent = SearchAgent(generate=generate, search=search, tokenizer=tokenizer, temperature=0.7, **sizes)
+    return agent, generate, search
+
+
+async def test_search_then_answer() -> None:
+    agent, generate, search = make_agent(
+        "<search> bolton </search>", "<answer>Bolton</answer>", found={"bolton": (BOLTON,)}
+    )
+    trajectory = await agent.run(make_question(), sample=4, seed=5, greedy=False)
+    first, last = trajectory.turns
+    assert (trajectory.stop, trajectory.failure, trajectory.answer, trajectory.sample) == (
+        Stop.ANSWERED,
+        None,
+        "Bolton",
+        4,
+    )
+    assert search.queries == ["bolton"]
+    assert first.passages == (BOLTON,)
+    assert not first.observation_truncated
+    assert CHARS.decode(first.observation_ids) == wrap_observation(render_passages([BOLTON]))
+    assert (len(last.observation_ids), last.passages, last.version) == (0, (), 3)
+    assert generate.contexts[1] == [*generate.contexts[0], *first.output_ids, *first.observation_ids]
+    assert {s.stop for s in generate.samplings} == {("</search>", "</answer>")}
+    assert {s.max_tokens for s in generate.samplings} == {60}
+    assert generate.sessions == ["nq/test/0"] * 2
+
+
+async def test_every_turn_has_its_own_seed_and_the_same_ones_in_every_run() -> None:
+    seeds = []
+    for _ in range(2):
+        agent, generate, _ = make_agent("x", "y", "z")
+        await agent.run(make_question(), sample=0, seed=5, greedy=False)
+        assert {s.temperature for s in generate.samplings} == {0.7}
+        seeds.append([s.seed for s in generate.samplings])
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 3
+    assert seeds[0][0] == 6315739163131927091
+
+
+async def test_greedy_means_temperature_zero() -> None:
+    agent, generate, _ = make_agent("<answer>a</answer>")
+    await agent.run(make_question(), sample=0, seed=5, greedy=True)
+    assert generate.samplings[0].temperature == 0.0
+
+
+async def test_a_search_in_the_last_generation_is_not_executed() -> None:
+    agent, generate, search = make_agent(*["<search>q</search>"] * 3)
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert (trajectory.stop, trajectory.answer, search.queries) == (Stop.BUDGET, None, ["q", "q"])
+    assert len(generate.contexts) == 3
+    assert len(trajectory.searches) == 2
+    assert [len(turn.observation_ids) > 0 for turn in trajectory.turns] == [True, True, False]
+
+
+async def test_nothing_found_is_an_observation_that_says_so() -> None:
+    agent, _, _ = make_agent("<search>q</search>", "<answer>a</answer>")
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert "Nothing was found" in CHARS.decode(trajectory.turns[0].observation_ids)
+    assert trajectory.turns[0].passages == ()
+    assert len(trajectory.searches) == 1
+
+
+async def test_an_invalid_action_is_answered_with_the_retry_text_and_costs_a_turn() -> None:
+    agent, generate, search = make_agent("hm", "<search>", "<answer>a</answer>")
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert [turn.action.kind for turn in trajectory.turns[:2]] == [ActionKind.INVALID] * 2
+    assert CHARS.decode(trajectory.turns[0].observation_ids) == RETRY
+    assert (trajectory.stop, search.queries, len(generate.contexts)) == (Stop.ANSWERED, [], 3)
+
+
+async def test_the_closing_tag_stays_when_an_observation_is_cut() -> None:
+    agent, _, _ = make_agent(
+        "<search>q</search>", "<answer>a</answer>", found={"q": (BOLTON, LONG, BOLTON)}, max_obs_length=300
+    )
+    turn = (await agent.run(make_question(), sample=0, seed=0, greedy=False)).turns[0]
+    text = CHARS.decode(turn.observation_ids)
+    assert turn.observation_truncated
+    assert 290 < len(text) <= 300
+    assert text.startswith(
+        '\n\n<information>Doc 1(Title: "Bolton") Bolton is a town.\nDoc 2(Title: "Long") word'
+    )
+    assert text.endswith("word</information>\n\n") or text.endswith("</information>\n\n")
+    assert turn.passages == (BOLTON, LONG)
+
+
+async def test_a_passage_is_dropped_rather_than_cut_to_its_heading() -> None:
+    whole = len(wrap_observation(render_passages([BOLTON])))
+    agent, _, _ = make_agent(
+        "<search>q</search>", "<answer>a</answer>", found={"q": (BOLTON, LONG)}, max_obs_length=whole + 150
+    )
+    heading = len('\nDoc 2(Title: "Long")')
+    for room in (1, heading, heading + 1):
+        agent._max_obs_length = whole + room
+        agent._generate = ScriptedGenerate(
+            [CHARS.encode("<search>q</search>"), CHARS.encode("<answer/>")] * 2
+        )
+        turn = (await agent.run(make_question(), sample=0, seed=0, greedy=False)).turns[0]
+        assert turn.observation_truncated
+        assert turn.passages == (BOLTON,)
+        assert CHARS.decode(turn.observation_ids) == wrap_observation(render_passages([BOLTON]))
+
+
+async def test_a_full_context_ends_the_episode_without_cutting_anything() -> None:
+    agent, generate, _ = make_agent(
+        "<search>q</search>", "<search>q</search>", found={"q": (BOLTON,)}, max_prompt_length=150
+    )
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert trajectory.stop is Stop.LENGTH
+    assert len(generate.contexts) == 2
+    assert len(generate.contexts[1]) <= 150
+    assert len(trajectory.turns[1].observation_ids) == 0
+    assert len(trajectory.searches) == 1
+
+
+async def test_a_failed_search_fails_the_trajectory_and_is_never_evidence() -> None:
+    agent, _, _ = make_agent("<search>q</search>", found={"q": ServiceError("retriever", "secret trace")})
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert trajectory.stop is Stop.FAILED
+    assert trajectory.failure == "search_failed: retriever: secret trace"
+    assert len(trajectory.turns) == 1
+    assert "secret" not in CHARS.decode(trajectory.token_ids.tolist())
+    assert trajectory.searches == ()
+
+
+async def test_a_failed_generation_keeps_the_turns_before_it() -> None:
+    agent, _, _ = make_agent("<search>q</search>", RolloutError("engine is gone"), found={"q": (BOLTON,)})
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert (trajectory.stop, trajectory.failure) == (Stop.FAILED, "generation_failed: engine is gone")
+    assert len(trajectory.turns) == 1
+    assert len(trajectory.turns[0].observation_ids) > 0
+
+
+async def test_a_prompt_that_is_too_long_fails_and_is_not_cut() -> None:
+    agent, generate, _ = make_agent("<answer>a</answer>", max_start_length=3)
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert (trajectory.stop, generate.contexts) == (Stop.FAILED, [])
+    assert "data.max_start_length" in str(trajectory.failure)
+
+
+def test_too_little_room_for_observations_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"data\.max_obs_length=50 .* at least \d+"):
+        make_agent(max_obs_length=50)
+
+
+async def test_mask_and_log_probs_cover_exactly_the_sampled_tokens() -> None:
+    agent, _, _ = make_agent("<search>q</search>", "<answer>a</answer>", found={"q": (BOLTON,)})
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    mask = trajectory.policy_mask
+    sampled = np.concatenate([turn.output_ids for turn in trajectory.turns])
+    assert np.array_equal(trajectory.token_ids[mask], sampled)
+    assert np.all(trajectory.sampling_log_probs[~mask] == 0)
+    assert np.all(trajectory.sampling_log_probs[mask] < 0)

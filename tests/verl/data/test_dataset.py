@@ -1,0 +1,118 @@
+"""Parquet files become questions, or errors that name the file, the row and the column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from tests.fakes import CharTokenizer
+from verl.data.dataset import check_prompt_lengths, load_questions
+from verl.errors import DataError
+from verl.types import Message
+
+
+def make_row(
+    index: int = 0, *, target: object = None, source: str = "nq", **changes: object
+) -> dict[str, Any]:
+    return {
+        "data_source": source,
+        "prompt": [{"role": "user", "content": f"Question: q{index}?\n"}],
+        "ability": "fact-reasoning",
+        "reward_model": {
+            "style": "rule",
+            "ground_truth": {"target": ["Bolton"] if target is None else target},
+        },
+        "extra_info": {"split": "train", "index": index},
+        "question": f"q{index}?",
+    } | changes
+
+
+def write(file: Path, *rows: dict[str, Any]) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    return file
+
+
+def test_rows_become_questions(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", make_row(0, target=["Bolton", "Bolton, England"]), make_row(1))
+    first, second = load_questions([file])
+    assert (first.uid, first.text, first.golds) == ("nq/train/0", "q0?", ("Bolton", "Bolton, England"))
+    assert first.messages == (Message(role="user", content="Question: q0?\n"),)
+    assert (second.uid, second.data_source) == ("nq/train/1", "nq")
+
+
+def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.parquet", make_row(0))
+    two = write(tmp_path / "b.parquet", make_row(0, source="hotpotqa"))
+    assert [q.uid for q in load_questions([one, two])] == ["nq/train/0", "hotpotqa/train/0"]
+    assert len(load_questions([one, two], limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "golds"), [("Bolton", ("Bolton",)), (1987, ("1987",)), ([1987], ("1987",))]
+)
+def test_a_single_gold_need_not_be_a_list(tmp_path: Path, target: object, golds: tuple[str, ...]) -> None:
+    assert load_questions([write(tmp_path / "a.parquet", make_row(target=target))])[0].golds == golds
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"target": [""]}, r"reward_model\.ground_truth\.target is ''"),
+        ({"target": []}, r"target is \[\], expected at least one"),
+        ({"target": [float("nan")]}, "target is nan"),
+        ({"target": ["a", None]}, "target is None"),
+        ({"question": "  "}, "question is '  '"),
+        ({"question": float("nan")}, "question is nan"),
+        ({"data_source": None}, "data_source is None"),
+        ({"prompt": []}, r"prompt is \[\]"),
+        ({"prompt": "Who?"}, "prompt is 'Who"),
+        ({"prompt": [{"role": "user", "content": ""}]}, r"prompt\[0\]\.content is ''"),
+        ({"reward_model": {"style": "rule"}}, r"reward_model\.ground_truth is None"),
+        ({"extra_info": {"split": "train"}}, r"extra_info\.index is None"),
+        ({"extra_info": {"index": 1}}, r"extra_info\.split is None"),
+        ({"extra_info": "x"}, "extra_info is 'x'"),
+    ],
+)
+def test_a_malformed_row_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    file = write(tmp_path / "bad.parquet", make_row(**changes))
+    with pytest.raises(DataError, match=rf"bad\.parquet, row 0: .*{complaint}.*correct or drop"):
+        load_questions([file])
+
+
+def test_the_row_number_counts_from_the_start_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", make_row(0), make_row(1), make_row(2, target=[""]))
+    with pytest.raises(DataError, match="row 2"):
+        load_questions([file])
+
+
+def test_a_uid_that_occurs_twice_names_both_places(tmp_path: Path) -> None:
+    files = [write(tmp_path / name, make_row(7)) for name in ("a.parquet", "b.parquet")]
+    with pytest.raises(DataError, match=r"b\.parquet, row 0: uid 'nq/train/7'.*a\.parquet, row 0"):
+        load_questions(files)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.parquet: no such file"):
+        load_questions([tmp_path / "none.parquet"])
+    (tmp_path / "text.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"text\.parquet: not a readable parquet file"):
+        load_questions([tmp_path / "text.parquet"])
+    parquet.write_table(pyarrow.table({"question": ["q"]}), tmp_path / "short.parquet")
+    with pytest.raises(DataError, match=r"short\.parquet: column data_source, prompt.*prepare_data"):
+        load_questions([tmp_path / "short.parquet"])
+    parquet.write_table(pyarrow.Table.from_pylist([make_row()]).slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="no questions"):
+        load_questions([tmp_path / "empty.parquet"])
+
+
+def test_prompts_that_are_too_long_are_named_with_the_length_they_need(tmp_path: Path) -> None:
+    questions = load_questions([write(tmp_path / "a.parquet", make_row(0), make_row(100))])
+    check_prompt_lengths(questions, tokenizer=CharTokenizer(), max_start_length=16)
+    with pytest.raises(
+        DataError, match=r"1 of 2 prompts .*=14, as nq/train/100 \(16\); set it to at least 16"
+    ):
+        check_prompt_lengths(questions, tokenizer=CharTokenizer(), max_start_length=14)

@@ -1,0 +1,111 @@
+"""Groups, concurrency, seeds and the failure policy of the collector."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes import FakeAgent, make_question
+from verl.errors import TrainingHaltedError
+from verl.protocols import Agent
+from verl.rollout.collector import Collector
+from verl.types import Question, Stop, Trajectory
+
+QUESTIONS = [make_question(f"nq/test/{k}") for k in range(4)]
+UIDS = [question.uid for question in QUESTIONS]
+
+
+def make_collector(
+    agent: Agent, *, n: int = 3, seed: int = 1, share: float = 0.2, slots: int = 100
+) -> Collector:
+    return Collector(agent, n=n, max_concurrent=slots, max_failure_share=share, seed=seed)
+
+
+async def test_one_group_per_question_in_order_with_every_sample() -> None:
+    agent = FakeAgent(delays_s={UIDS[0]: 0.02})
+    told: list[tuple[int, int]] = []
+    groups = await make_collector(agent).collect(
+        QUESTIONS, step=1, progress=lambda done, of: told.append((done, of))
+    )
+    assert [group.question.uid for group in groups] == UIDS
+    assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2]] * 4
+    assert all(t.question.uid == group.question.uid for group in groups for t in group.trajectories)
+    assert told == [(k, 12) for k in range(1, 13)]
+
+
+async def test_seeds_depend_on_run_step_question_and_sample_and_on_nothing_else() -> None:
+    async def seeds(questions: list[Question], *, step: int, seed: int = 1) -> dict[tuple[str, int], int]:
+        agent = FakeAgent()
+        await make_collector(agent, seed=seed).collect(questions, step=step)
+        return {(uid, sample): drawn for uid, sample, drawn, _ in agent.asked}
+
+    first = await seeds(QUESTIONS, step=1)
+    assert len(set(first.values())) == 12
+    assert await seeds(QUESTIONS[::-1], step=1) == first
+    assert not set((await seeds(QUESTIONS, step=2)).values()) & set(first.values())
+    assert not set((await seeds(QUESTIONS, step=1, seed=2)).values()) & set(first.values())
+
+
+async def test_a_slow_episode_delays_no_other() -> None:
+    agent = FakeAgent(delays_s={UIDS[0]: 0.2})
+    await make_collector(agent, n=1).collect(QUESTIONS, step=1)
+    assert agent.finished == [*UIDS[1:], UIDS[0]]
+
+
+async def test_at_most_max_concurrent_episodes_run_at_a_time() -> None:
+    agent = FakeAgent(delays_s=dict.fromkeys(UIDS, 0.001))
+    await make_collector(agent, slots=5).collect(QUESTIONS, step=1)
+    assert agent.max_running == 5
+
+
+async def test_evaluation_asks_every_question_once_and_greedily() -> None:
+    agent = FakeAgent()
+    trajectories = await make_collector(agent).evaluate(QUESTIONS)
+    assert [t.question.uid for t in trajectories] == UIDS
+    assert [(uid, sample, greedy) for uid, sample, _, greedy in agent.asked] == [
+        (uid, 0, True) for uid in UIDS
+    ]
+
+
+async def test_a_tolerated_failure_stays_in_its_group_by_name() -> None:
+    agent = FakeAgent(failures={UIDS[1]: "search_failed: retriever: down"})
+    groups = await make_collector(agent, share=0.25).collect(QUESTIONS, step=1)
+    assert [[t.stop is Stop.FAILED for t in g.trajectories] for g in groups] == [
+        [False] * 3,
+        [True] * 3,
+        [False] * 3,
+        [False] * 3,
+    ]
+
+
+async def test_above_the_failure_share_it_halts_at_once_with_counts_and_the_first_message() -> None:
+    agent = FakeAgent(
+        failures={UIDS[1]: "search_failed: retriever: down", UIDS[2]: "generation_failed: dead"},
+        delays_s={UIDS[3]: 60.0},
+    )
+    with pytest.raises(TrainingHaltedError) as halted:
+        await make_collector(agent, share=0.4).collect(QUESTIONS, step=1)
+    message = str(halted.value)
+    assert "search_failed 3" in message
+    assert "generation_failed 2" in message
+    assert "reward.max_failure_share=0.4" in message
+    assert "First failure: search_failed: retriever: down" in message
+
+
+class BrokenAgent:
+    """Has a defect that shows with one question."""
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        if question.uid == UIDS[0]:
+            raise KeyError("oops")
+        return await FakeAgent().run(question, sample=sample, seed=seed, greedy=greedy)
+
+
+async def test_a_broken_episode_does_not_lose_the_others() -> None:
+    groups = await make_collector(BrokenAgent(), n=1, share=0.25).collect(QUESTIONS, step=1)
+    assert [g.trajectories[0].failure for g in groups] == [
+        "episode_broke: KeyError: 'oops'",
+        None,
+        None,
+        None,
+    ]
+    assert groups[0].trajectories[0].token_ids.tolist() == []
