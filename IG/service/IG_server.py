@@ -144,17 +144,20 @@ def build_response(
 ) -> InfoGainResponse:
     """Outcomes in the published shape."""
     estimates = [outcome if isinstance(outcome, GainEstimate) else None for outcome in outcomes]
-    details = [None if estimate is None else _detail(estimate) for estimate in estimates]
     return InfoGainResponse(
         scores=[estimate.gain if estimate else None for estimate in estimates],
         errors=[outcome.reason if isinstance(outcome, GainFailure) else None for outcome in outcomes],
-        details=details if include_details and details else None,
+        details=_details(estimates) if include_details and estimates else None,
     )
 
 
 def _require_ready(service: Service) -> None:
     if service.obstacle is not None:
         raise HTTPException(status_code=503, detail=service.obstacle, headers={"Retry-After": "1"})
+
+
+def _details(estimates: Sequence[GainEstimate | None]) -> list[InfoGainDetail | None]:
+    return [None if estimate is None else _detail(estimate) for estimate in estimates]
 
 
 def _detail(estimate: GainEstimate) -> InfoGainDetail:
@@ -196,8 +199,8 @@ def _entailment(belief: Belief) -> EntailmentDetail:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service until it is told to stop; the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "uvicorn.access", "uvicorn.error", "vllm"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for chatty in ("httpx", "uvicorn", "vllm"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
         require_models(config)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import IG.service.config as config_module
+from IG.service.config import SettingError, build_parser, resolve_config, settings_table
+
+README = Path(config_module.__file__).with_name("README.md")
+
+
+def test_flag_wins_over_variable_wins_over_default() -> None:
+    environ = {"IG_PORT": "0310", "IG_NUM_GENERATIONS": "4", "IG_TEMPERATURE": "0", "IG_HOST": ""}
+    config = resolve_config(["--num-generations", "6"], environ=environ)
+    assert (config.port, config.num_generations, config.temperature) == (310, 6, 0.0)
+    assert (config.host, config.max_new_tokens, config.score, config.gain) == (
+        "127.0.0.1",
+        128,
+        "hard",
+        "difference",
+    )
+
+
+def test_entailment_model_follows_the_generator_unless_it_is_named() -> None:
+    assert resolve_config([], environ={}).entailment_model.endswith("world/models/entailment")
+    large = resolve_config(["--model-path", "Qwen/Qwen2.5-3B"], environ={})
+    assert large.entailment_model == "microsoft/deberta-v2-xlarge-mnli"
+    named = resolve_config(["--model-path", "Qwen/Qwen2.5-3B"], environ={"IG_ENTAILMENT_MODEL": "mine"})
+    assert named.entailment_model == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "message"),
+    [
+        (["--port", "70000"], {}, r"--port is '70000', expected a whole number from 1 to 65535"),
+        ([], {"IG_PORT": "http"}, r"\$IG_PORT is 'http', expected a whole number"),
+        (["--score", "medium"], {}, r"--score is 'medium', expected one of hard, soft"),
+        (["--gpu-memory-utilization", "0"], {}, r"expected a number above 0 up to 1"),
+        (["--threshold", "nan"], {}, r"--threshold is 'nan'"),
+        (["--num-gpus", "4"], {}, r"--num-gpus is 4, but this version serves from one GPU"),
+        (["--device", "tpu"], {}, r"--device is 'tpu', expected auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_source(
+    arguments: list[str], environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        resolve_config(arguments, environ=environ)
+
+
+def test_readme_has_the_table_and_help_every_flag() -> None:
+    assert settings_table() in README.read_text()
+    help_text = build_parser().format_help()
+    assert all(setting.flag in help_text and setting.env in help_text for setting in config_module.SETTINGS)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+
+from IG.belief import Belief, BeliefReader
+from IG.entailment import EntailmentQueue
+from IG.prompts import entailment_text
+from IG.sampler import SampledAnswer
+from IG.semantics import ScoreKind
+from tests.fakes import FakeEntailment
+
+QUESTION = "Where was Alice born?"
+
+
+def answers(texts: list[str], mean_log_probs: list[float] | None = None) -> tuple[SampledAnswer, ...]:
+    likely = mean_log_probs or [-1.0] * len(texts)
+    return tuple(
+        SampledAnswer(text=text, mean_log_prob=value, num_tokens=1)
+        for text, value in zip(texts, likely, strict=True)
+    )
+
+
+def both_ways(*links: tuple[str, str]) -> dict[tuple[str, str], float]:
+    texts = [(entailment_text(QUESTION, one), entailment_text(QUESTION, other)) for one, other in links]
+    return {pair: 0.8 for text in texts for pair in (text, text[::-1])}
+
+
+async def read(
+    model: FakeEntailment,
+    sampled: tuple[SampledAnswer, ...],
+    *,
+    golds: list[str],
+    full: bool,
+    score: ScoreKind = ScoreKind.hard,
+) -> Belief:
+    queue = EntailmentQueue(model)
+    reader = BeliefReader(queue, score=score, threshold=0.5)
+    belief = await reader.read(sampled, question=QUESTION, golds=golds, full=full)
+    await queue.aclose()
+    return belief
+
+
+@pytest.mark.parametrize("full", [True, False])
+async def test_the_worked_example_through_a_chain_of_meanings(full: bool) -> None:
+    model = FakeEntailment(pairs=both_ways(("a", "b"), ("b", "c"), ("a", "gold")))
+    belief = await read(
+        model, answers(["a", "b", "c", "d", "e"], [-0.2, -0.5, -0.3, -1.2, -2.0]), golds=["gold"], full=full
+    )
+    assert belief.score == pytest.approx(0.832272, abs=1e-6)
+
+
+async def test_the_lazy_reading_has_the_score_of_the_full_one() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        texts = [rng.choice("abcdefgh") for _ in range(8)]
+        golds = rng.sample("abuvw", k=rng.randint(1, 3))
+        links = [(rng.choice("abcdefgh"), rng.choice("abcdefghuvw")) for _ in range(rng.randint(0, 6))]
+        pairs = both_ways(*links)
+        one_way = (entailment_text(QUESTION, "c"), entailment_text(QUESTION, "d"))
+        pairs.setdefault(one_way, 0.9)
+        pairs.setdefault(one_way[::-1], 0.5)  # exactly the threshold does not count
+        sampled = answers(texts, [rng.uniform(-3, 0) for _ in texts])
+        lazy = await read(FakeEntailment(pairs=pairs), sampled, golds=golds, full=False)
+        full = await read(FakeEntailment(pairs=pairs), sampled, golds=golds, full=True)
+        assert lazy.score == pytest.approx(full.score, abs=1e-12)
+
+
+async def test_equal_answers_are_judged_once_and_keep_their_weight() -> None:
+    model = FakeEntailment(pairs=both_ways(("Bolton", "Bolton, England")))
+    belief = await read(
+        model, answers(["Bolton", "bolton.", "Leeds", "Bolton"]), golds=["Bolton, England"], full=False
+    )
+    asked = [pair for batch in model.batches for pair in batch]
+    assert belief.score == pytest.approx(0.75)
+    assert len(asked) == len(set(asked))
+    assert not any("bolton." in text for pair in asked for text in pair)
+
+
+async def test_an_answer_that_is_the_gold_needs_no_model() -> None:
+    model = FakeEntailment()
+    belief = await read(model, answers(["Bolton", "bolton"]), golds=["Bolton."], full=False)
+    assert belief.score == pytest.approx(1.0)
+    assert model.batches == []
+
+
+async def test_matrices_have_one_row_per_response_and_one_column_per_gold() -> None:
+    model = FakeEntailment(
+        pairs={
+            (entailment_text(QUESTION, "Leeds"), entailment_text(QUESTION, "Kent")): 0.7,
+            (entailment_text(QUESTION, "Kent"), entailment_text(QUESTION, "Leeds")): 0.2,
+        }
+    )
+    belief = await read(model, answers(["York", "Leeds", "York"]), golds=["Hull", "Kent"], full=True)
+    assert belief.full is not None
+    assert belief.full.response_entails_gold.tolist() == [[0.1, 0.1], [0.1, 0.7], [0.1, 0.1]]
+    assert belief.full.gold_entails_response.T.tolist() == [[0.1, 0.1], [0.1, 0.2], [0.1, 0.1]]
+    assert belief.full.clusters.tolist() == [0, 1, 0]
+    assert belief.score == 0.0
+
+
+@pytest.mark.parametrize("full", [True, False])
+async def test_soft_score_sums_over_samples_before_it_chooses_the_gold(full: bool) -> None:
+    model = FakeEntailment(
+        pairs={
+            (entailment_text(QUESTION, "x"), entailment_text(QUESTION, "first")): 0.8,
+            (entailment_text(QUESTION, "second"), entailment_text(QUESTION, "y")): 0.6,
+        }
+    )
+    sampled = answers(["x", "y", "y"])
+    belief = await read(model, sampled, golds=["first", "second"], full=full, score=ScoreKind.soft)
+    assert belief.score == pytest.approx(max((0.8 + 0.1 + 0.1) / 3, (0.1 + 0.6 + 0.6) / 3))
+
+
+@pytest.mark.parametrize("texts", [[""], ["yes", "no"], ["42", "-42"], ["漢字", "naïve", ""]])
+async def test_odd_answers_get_a_score(texts: list[str]) -> None:
+    belief = await read(FakeEntailment(), answers(texts), golds=["yes"], full=True)
+    assert belief.score is not None
+    assert np.isfinite(belief.score)
+
+
+async def test_the_queue_shares_pairs_between_callers_and_survives_a_failing_model() -> None:
+    class Broken(FakeEntailment):
+        def probabilities(self, pairs: object) -> np.ndarray:
+            raise RuntimeError("out of memory")
+
+    broken = EntailmentQueue(Broken())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await broken.probabilities([("a b", "c d")])
+    await broken.aclose()
+
+    model = FakeEntailment()
+    queue = EntailmentQueue(model)
+    found = await asyncio.gather(*(queue.probabilities([("a b", "c d"), ("a b", "c b")]) for _ in range(20)))
+    assert all(one == {("a b", "c d"): 0.1, ("a b", "c b"): 0.9} for one in found)
+    assert sum(map(len, model.batches)) == 2
+    await queue.aclose()

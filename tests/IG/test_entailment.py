@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
+
+from IG.entailment import EntailmentModel, entailment_label
+
+
+@pytest.mark.parametrize(
+    ("labels", "index"),
+    [
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], 2),
+        (["entailment", "neutral", "contradiction"], 0),
+        (["contradiction", "Entailment", "neutral"], 1),
+        (["not_entailment", "entailment"], 1),
+    ],
+)
+def test_the_label_is_found_by_name(labels: list[str], index: int) -> None:
+    assert entailment_label(dict(enumerate(labels)), model="m") == index
+
+
+def test_a_model_without_the_label_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"entailment model m: .*LABEL_0.*name its labels"):
+        entailment_label({0: "LABEL_0", 1: "LABEL_1"}, model="m")
+
+
+def test_batches_of_any_size_judge_alike_and_in_order() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+    spelling = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+    spelling.pre_tokenizer = pre_tokenizers.Whitespace()
+    spelling.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, pad_token="[PAD]", unk_token="[UNK]")
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+        type_vocab_size=0,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        initializer_range=1.0,
+        max_position_embeddings=64,
+    )
+    model = DebertaV2ForSequenceClassification(config).eval()
+    pairs = [("a b c d e", "a"), ("a", "b"), ("c d", "e f g h"), ("a", "a"), ("", "")]
+
+    def judge(batch_size: int, asked: list[tuple[str, str]]) -> np.ndarray:
+        judged = EntailmentModel(model, tokenizer=tokenizer, entailment_index=2, batch_size=batch_size)
+        return judged.probabilities(asked)
+
+    together = judge(8, pairs)
+    assert judge(2, pairs) == pytest.approx(together, abs=1e-5)
+    assert judge(8, pairs[::-1]) == pytest.approx(together[::-1], abs=1e-5)
+    assert np.unique(together.round(4)).size > 1
+    for pair, probability in zip(pairs, together, strict=True):
+        with torch.inference_mode():
+            logits = model(**tokenizer(*pair, return_tensors="pt")).logits
+        assert probability == pytest.approx(logits.softmax(-1)[0, 2].item(), abs=1e-5)
+    assert judge(8, []).shape == (0,)
