@@ -1,15 +1,15 @@
 """Question files (JSON lines) to the parquet files that train and test a search agent.
 
-A line is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the FlashRAG
-data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own questions. Files are
-local; nothing is downloaded.
+A line is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
+FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
+questions. Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
   python scripts/prepare_data.py --train mine=questions.jsonl --test mine=held_out.jsonl --out-dir data/mine
 
-With --flashrag-dir a bare name is the folder FlashRAG_datasets/NAME: train.jsonl for --train, and for --test the
-first of test.jsonl, dev.jsonl, train.jsonl that exists.
+With --flashrag-dir a bare name is the folder FlashRAG_datasets/NAME: train.jsonl for --train, and for --test
+the first of test.jsonl, dev.jsonl, train.jsonl that exists.
 """
 
 from __future__ import annotations

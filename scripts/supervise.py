@@ -27,7 +27,7 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_ORPHAN_GRACE_S = 3.0
+_ORPHAN_GRACE_S = 2.0
 
 
 class ChildFailedError(RuntimeError):

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import doctor
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_missing_and_a_wrong_package_each_get_a_fix(tmp_path: Path) -> None:
+    lock = tmp_path / "cpu.lock"
+    rich = importlib.metadata.version("rich")
+    lock.write_text(f"# a comment\nrich=={rich}\nnumpy==0.1  # old\nno-such-package==1.0\n")
+    findings = {finding.name: finding for finding in doctor.check_packages(lock)}
+    assert "rich" not in findings
+    assert findings["numpy"].status == "error"
+    assert "the lock says 0.1" in findings["numpy"].found
+    assert findings["no-such-package"].found == "missing"
+    assert findings["no-such-package"].fix == "pip install --no-deps no-such-package==1.0"
+    assert findings["packages"].found == "1 of 3 as in cpu.lock"
+
+
+def test_packages_that_break_transformers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock = tmp_path / "cpu.lock"
+    lock.write_text("")
+    versions = {"torchvision": "0.28.0"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    errors = [finding for finding in doctor.check_packages(lock) if finding.status == "error"]
+    assert [finding.name for finding in errors] == ["torchvision"]
+    assert "pip uninstall -y torchvision" in errors[0].fix
+
+
+def test_another_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_version", {"verl": "0.8.0"}.get)
+    finding = doctor.check_own_packages()
+    assert finding.status == "error"
+    assert "another verl 0.8.0" in finding.found
+
+
+def test_a_library_that_does_not_import_is_an_error_with_its_last_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = {
+        "torch": "raise OSError('libcudart.so.13: cannot open shared object file')",
+        "json": "import json",
+    }
+    monkeypatch.setattr(doctor, "IMPORTS", broken)
+    torch, good = doctor.check_imports()
+    assert (torch.status, good.status) == ("error", "ok")
+    assert "libcudart.so.13" in torch.found
+    assert "CUDA build" in torch.fix
+
+
+def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        monkeypatch.setattr(doctor, "DEFAULT_PORTS", {port: "retriever"})
+        (finding,) = doctor.check_ports()
+    assert finding.status == "warning"
+    assert f"--port {port + 1}" in finding.fix
+
+
+def test_missing_parts_of_the_world_are_named(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world" / "corpus.jsonl").touch()
+    finding = doctor.check_world(tmp_path)
+    assert finding.status == "warning"
+    assert "train.parquet" in finding.found
+    assert "corpus.jsonl" not in finding.found
+
+
+@pytest.mark.slow
+def test_this_environment_is_in_order() -> None:
+    """The environment that runs the tests is the locked one."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/doctor.py"), "--json"], capture_output=True, text=True
+    )
+    told = json.loads(done.stdout)
+    errors = [finding for finding in told["findings"] if finding["status"] == "error"]
+    assert errors == []
+    assert (done.returncode, told["errors"]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_locks_are_exact_and_hold_no_places(name: str) -> None:
+    lock = ROOT / "requirements" / f"{name}.lock"
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 for line in lines)
+    assert not [line for line in lines if "/" in line or "@" in line or " " in line]
+    assert not set(doctor.read_lock(lock)) & set(doctor.UNWANTED)
+
+
+def test_both_locks_agree_on_what_they_share() -> None:
+    cpu, gpu = (
+        {name.lower().replace("_", "-"): version for name, version in doctor.read_lock(lock).items()}
+        for lock in (ROOT / "requirements/cpu.lock", ROOT / "requirements/gpu.lock")
+    )
+    different = {name for name in cpu.keys() & gpu.keys() if cpu[name].removesuffix("+cpu") != gpu[name]}
+    # The CUDA build of vllm pins these two itself.
+    assert different <= {"apache-tvm-ffi", "triton"}

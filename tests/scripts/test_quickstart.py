@@ -1,0 +1,195 @@
+"""The runner with stand-ins for services and trainer; scripts, processes and sockets are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from quickstart import QUICKSTART_OVERRIDES, SMOKE_OVERRIDES, Metrics, summarise
+
+from verl.trainer.config import check_override_keys
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+SERVICE = """
+import sys, http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+TRAINER = """
+import json, pathlib, subprocess, sys, time, urllib.request
+given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+urllib.request.urlopen(given["reward.semantic.url"]).read()
+run_dir = pathlib.Path(given["trainer.default_local_dir"])
+# A detached process, as Ray and vLLM leave them when they are killed.
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+print("the trainer says hello", flush=True)
+with (run_dir / "metrics.jsonl").open("w") as out:
+    def write(**row): print(json.dumps(row), file=out, flush=True)
+    write(**{"step": 0, "val/em": 0.25})
+    for step in range(1, int(given["trainer.total_training_steps"]) + 1):
+        write(**{"step": step, "ig/gain_mean": step / 10 if step != 2 else None})
+    time.sleep(float(given.get("wait", 0)))
+    write(**{"step": step, "val/em": 0.5})
+sys.exit(int(given.get("code", 0)))
+"""
+DYING_SERVICE = "import sys; sys.exit('no such model: world/models/generator')"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A repository with the real runner and stand-ins for what it starts."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("quickstart.py", "supervise.py"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+    for module, code in {
+        "search_r1/search/retrieval_server": SERVICE,
+        "IG/service/IG_server": SERVICE,
+        "verl/trainer/main_ppo": TRAINER,
+    }.items():
+        path = tmp_path / f"{module}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(code)
+        for package in path.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / package / "__init__.py").touch()
+    return tmp_path
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tree: Path) -> Iterator[Start]:
+    """Start the runner; whatever is left of it is killed after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "scripts/quickstart.py", "--run-dir", "run", *arguments]
+        process = subprocess.Popen(
+            command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the output ended without {text!r}")
+
+
+def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 15.0) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive
+
+
+def test_a_run_ends_with_one_json_line_and_no_process(start: Start, tree: Path) -> None:
+    process = start("--steps", "12", "--", "wait=1")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    summary = json.loads(output.splitlines()[-1])
+    assert list(summary) == [
+        "em_before", "em_after", "gain_first", "gain_last", "steps", "seconds", "peak_rss_gb", "run_dir",
+    ]  # fmt: skip
+    assert (summary["em_before"], summary["em_after"], summary["steps"]) == (0.25, 0.5, 12)
+    assert summary["gain_first"] == pytest.approx((0.1 + 0.3 + 0.4 + 0.5 + 0.6) / 5)
+    assert summary["gain_last"] == pytest.approx((0.8 + 0.9 + 1.0 + 1.1 + 1.2) / 5)
+    assert summary["run_dir"] == str(tree / "run")
+    assert 0.02 < summary["peak_rss_gb"] < 2
+    assert "the trainer says hello" in output
+    assert "the trainer says hello" in (tree / "run" / "train.log").read_text()
+    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tree)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_stops_everything(start: Start, number: signal.Signals, code: int) -> None:
+    process = start("--", "wait=600")
+    wait_for_line(process, "the trainer says hello")
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) == 4
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    wait_until_gone(family, seconds=1)
+
+
+def test_children_die_with_a_killed_runner(start: Start) -> None:
+    process = start("--", "wait=600")
+    wait_for_line(process, "the trainer says hello")
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 3
+    orphans = [p for p in psutil.Process(process.pid).children(recursive=True) if p not in children]
+    process.kill()
+    wait_until_gone(children)
+    for orphan in orphans:
+        orphan.kill()
+
+
+def test_a_service_that_dies_is_named_with_the_end_of_its_log(start: Start, tree: Path) -> None:
+    (tree / "IG/service/IG_server.py").write_text(DYING_SERVICE)
+    began = time.monotonic()
+    output, _ = (process := start()).communicate(timeout=60)
+    assert process.returncode == 1
+    assert time.monotonic() - began < 30
+    assert "the IG service ended with exit code 1" in output
+    assert "no such model: world/models/generator" in output
+
+
+def test_a_failing_trainer_is_named(start: Start) -> None:
+    output, _ = (process := start("--", "code=7")).communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the trainer ended with exit code 7" in output
+    assert "em_before" not in output
+
+
+def test_a_used_run_folder_is_refused(start: Start, tree: Path) -> None:
+    (tree / "run").mkdir()
+    (tree / "run" / "metrics.jsonl").touch()
+    output, _ = (process := start()).communicate(timeout=60)
+    assert process.returncode == 1
+    assert "is not empty" in output
+
+
+def test_settings_are_keys_of_the_configuration() -> None:
+    check_override_keys([f"{key}=0" for key in {**QUICKSTART_OVERRIDES, **SMOKE_OVERRIDES}])
+
+
+def test_metrics_leave_a_line_that_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path=path)
+    metrics.refresh()
+    assert metrics.step == 0
+    path.write_text('{"step": 1}\n{"step": 2, "val')
+    metrics.refresh()
+    assert metrics.step == 1
+    with path.open("a") as out:
+        out.write('/em": 0.5}\n')
+    metrics.refresh()
+    assert (metrics.step, metrics.values("val/em")) == (2, [0.5])
+
+
+def test_unmeasured_figures_are_null(tmp_path: Path) -> None:
+    metrics = Metrics(path=tmp_path / "none", rows=[{"step": 1, "val/em": 0.5, "ig/gain_mean": None}])
+    summary = summarise(metrics, seconds=1.0, peak_bytes=os.getpid(), run_dir=tmp_path)
+    assert (summary.em_before, summary.em_after) == (0.5, None)
+    assert (summary.gain_first, summary.gain_last) == (None, None)

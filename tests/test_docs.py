@@ -1,0 +1,73 @@
+"""The README is true: blocks opened by ```bash run are run, its files and its tree exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BLOCK_TIMEOUT_S = 120
+# What the tree need not show: tooling that readers know.
+UNSHOWN = {".gitignore", ".pre-commit-config.yaml", ".ci", ".github", "LICENSE"}
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return README.read_text()
+
+
+def runnable_blocks() -> list[str]:
+    text = README.read_text() if README.exists() else ""
+    return re.findall(r"^```bash run\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", runnable_blocks())
+def test_block_runs(block: str) -> None:
+    """In the repository's root, with this environment's python first on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=BLOCK_TIMEOUT_S,
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+def test_links_lead_somewhere(readme: str) -> None:
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", readme) + re.findall(
+        r'src="([^"]+)"', readme
+    )
+    missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
+    assert not missing
+
+
+def test_the_tree_shows_what_git_tracks(readme: str) -> None:
+    """Both ways, for the top level of the ```text block that draws the tree."""
+    blocks = re.findall(r"^```text\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    trees = [block for block in blocks if re.search(r"^├── ", block, flags=re.MULTILINE)]
+    assert len(trees) == 1
+    shown: set[str] = set()
+    for line in trees[0].splitlines():
+        if line.startswith(("├── ", "└── ")):
+            names = re.split(r"\s{2,}|#", line[4:])[0]
+            shown |= {name.strip().rstrip("/").split("/")[0] for name in names.split("·")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    top = {name.split("/")[0] for name in tracked}
+    assert shown - top == set()
+    assert top - shown - UNSHOWN == set()
+
+
+@pytest.mark.parametrize("name", ["test", "test-fast", "check", "quickstart", "venv", "doctor", "clean"])
+def test_make_knows_its_targets(name: str) -> None:
+    done = subprocess.run(["make", "--dry-run", name], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
