@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import logging
 import os
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_QUOTED_LINES = 15
 _REAPER_TIMEOUT_S = 30.0
+_START_ATTEMPTS = 3
 _MAX_SOCKET_ROOT_CHARS = 24
 """Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
 
@@ -176,6 +178,7 @@ class _RayActor:
         message = f"{self._who} died; {method!r} has no result. {reason}"
         logs = sorted(self._logs.glob(f"worker-*-{self._pid}.err"))
         lines = [line for log in logs for line in log.read_text().splitlines()]
+        lines = [line for line in lines if line.strip() and not line.startswith(":")]  # ":x" is Ray's own
         if lines:
             message += "\nIts last words:\n  " + "\n  ".join(lines[-_NUM_QUOTED_LINES:])
         return message
@@ -201,24 +204,7 @@ class RayLauncher:
 
         if ray.is_initialized():
             raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut it down first")
-        root = tempfile.gettempdir()
-        root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"
-        self._folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
-        os.environ[MARK] = str(self._folder)
-        try:
-            # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
-            ray.init(
-                address="local",
-                num_cpus=0,
-                include_dashboard=False,
-                object_store_memory=object_store_mb * 2**20,
-                log_to_driver=False,
-                logging_level="error",
-                _temp_dir=str(self._folder),
-            )
-        finally:
-            del os.environ[MARK]
-        self._reaper = start_reaper(self._folder)
+        self._folder, self._reaper = _start_cluster(object_store_mb)
         self._actors: list[_RayActor] = []
 
     def launch(
@@ -250,3 +236,37 @@ class RayLauncher:
         self._actors.clear()
         ray.shutdown()
         self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
+
+
+def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]:
+    """Start Ray; its folder, and the reaper that watches over it."""
+    import ray
+
+    root = tempfile.gettempdir()
+    root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
+        os.environ[MARK] = str(folder)
+        try:
+            # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
+            ray.init(
+                address="local",
+                num_cpus=0,
+                include_dashboard=False,
+                object_store_memory=object_store_mb * 2**20,
+                log_to_driver=False,
+                logging_level="error",
+                _temp_dir=str(folder),
+            )
+            return folder, start_reaper(folder)
+        except Exception as error:  # Ray raises the bare class when its processes are slow to start
+            ray.shutdown()
+            start_reaper(folder).communicate(timeout=_REAPER_TIMEOUT_S)
+            if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
+                raise
+            logger.warning(
+                "Ray did not start in time (a busy machine?); attempt %d failed, once more", attempt
+            )
+        finally:
+            del os.environ[MARK]
+    raise AssertionError("unreachable")

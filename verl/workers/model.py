@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
@@ -84,6 +85,7 @@ def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrain
     """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
     folder = resolve_model_folder(config.path)
     dtype = torch.float32 if trainable else compute_dtype(config, device=device)
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,

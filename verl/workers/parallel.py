@@ -72,6 +72,12 @@ def shard_model(network: nn.Module, *, ranks: Ranks, layers: Sequence[nn.Module]
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard_model(network: nn.Module) -> None:
+    """Drop what a forward pass without a backward pass left gathered: weights set later would not be seen."""
+    if isinstance(network, FSDPModule):
+        network.reshard()
+
+
 def reduce_over_ranks(values: Tensor, *, ranks: Ranks, maximum: bool = False) -> Tensor:
     """Sum, or maximum, of each element over the ranks."""
     if ranks.mesh is not None:

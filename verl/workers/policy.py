@@ -37,6 +37,7 @@ from verl.workers.parallel import (
     leave_ranks,
     local_part,
     reduce_over_ranks,
+    reshard_model,
     shard_model,
     wait_for_ranks,
 )
@@ -262,6 +263,7 @@ class PolicyWorker:
             log_probs, _ = self._forward(
                 micro if micro.num_trajectories else _make_empty(), temperature=temperature
             )
+        reshard_model(self._network)
         result: FloatArray = log_probs.cpu().numpy()
         return result
 

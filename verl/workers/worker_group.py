@@ -20,6 +20,10 @@ from verl.workers.policy import PolicyWorker
 _GRACE_S = 5.0
 """Ranks whose peer died fail in a collective, saying less than the death itself does: wait for that."""
 
+_CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
+_GPU_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Policy, reference and engines share the GPUs, so Ray, which lends each once, must not hand them out."""
+
 
 class WorkerGroup:
     """The policy, or its frozen reference, on as many actors as there are ranks."""
@@ -43,10 +47,9 @@ class WorkerGroup:
         device: str,
         trainable: bool,
         world_size: int = 1,
-        num_gpus: float = 0,
         num_threads: int | None = None,
     ) -> WorkerGroup:
-        """Start the ranks, without waiting for them: see `wait_until_ready`. `num_gpus` is per rank."""
+        """Start the ranks, without waiting: see `wait_until_ready`. Rank i takes the i-th GPU it sees."""
         if world_size > 1 and isinstance(launcher, LocalLauncher):
             raise ConfigError(
                 f"trainer.launcher=local runs one worker, got {world_size}; use trainer.launcher=ray"
@@ -70,8 +73,7 @@ class WorkerGroup:
                 PolicyWorker,
                 kwargs={**settings, "rank": rank},
                 name=f"{name}-{rank}",
-                num_gpus=num_gpus,
-                env={"GLOO_SOCKET_IFNAME": "lo"} if device == "cpu" else None,
+                env=_CPU_ENVIRONMENT if device == "cpu" else _GPU_ENVIRONMENT,
             )
             for rank in range(world_size)
         ]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from verl.workers.checkpoint import CheckpointStore, find_damage
+
+
+async def write_step(store: CheckpointStore, step: int) -> Path:
+    async def writer(folder: Path) -> None:
+        (folder / "weights.pt").write_bytes(b"w" * 100 + str(step).encode())
+        (folder / "huggingface").mkdir()
+        (folder / "huggingface" / "config.json").write_text("{}")
+
+    return await store.write(step, writer)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+async def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.latest() is None
+    for step in (5, 10, 100):
+        assert await write_step(store, step) == tmp_path / f"global_step_{step}"
+    assert names(tmp_path) == ["global_step_10", "global_step_100", "latest"]
+    assert store.latest() == CheckpointStore(tmp_path, keep=2).latest() == tmp_path / "global_step_100"
+    assert (tmp_path / "latest").read_text() == "global_step_100\n"
+
+
+async def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    good = await write_step(store, 1)
+
+    async def failing(folder: Path) -> None:
+        (folder / "weights.pt").write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    for step in (1, 2):
+        with pytest.raises(OSError, match="no space"):
+            await store.write(step, failing)
+    assert names(tmp_path) == ["global_step_1", "latest"]
+    assert find_damage(good) is None
+
+
+def truncate(folder: Path) -> str:
+    (folder / "weights.pt").write_bytes(b"w")
+    return "weights.pt has 1 bytes"
+
+
+def flip(folder: Path) -> str:
+    content = bytearray((folder / "weights.pt").read_bytes())
+    content[3] ^= 1
+    (folder / "weights.pt").write_bytes(content)
+    return "weights.pt has changed"
+
+
+def remove(folder: Path) -> str:
+    (folder / "huggingface" / "config.json").unlink()
+    return "config.json is missing"
+
+
+def spoil_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text('{"files": ')
+    return "manifest.json cannot be read"
+
+
+def remove_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, remove, spoil_manifest, remove_manifest])
+async def test_a_damaged_newest_gives_way_to_an_older_one(tmp_path: Path, damage: object) -> None:
+    assert callable(damage)
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        await write_step(store, step)
+    expected = damage(tmp_path / "global_step_3")
+    assert expected in str(find_damage(tmp_path / "global_step_3"))
+    assert CheckpointStore(tmp_path, keep=3).latest() == tmp_path / "global_step_2"
+
+
+async def test_a_run_that_went_back_replaces_its_later_steps_and_follows_its_own(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    await write_step(store, 4)
+    truncate(await write_step(store, 8))
+    again = CheckpointStore(tmp_path, keep=1)
+    await write_step(again, 6)
+    assert again.latest() == CheckpointStore(tmp_path, keep=1).latest() == tmp_path / "global_step_6"
+    rewritten = await write_step(again, 8)
+    assert find_damage(rewritten) is None
+    assert names(tmp_path) == ["global_step_8", "latest"]
+
+
+async def test_rests_of_a_crash_are_cleared(tmp_path: Path) -> None:
+    partial = tmp_path / ".global_step_9.partial"
+    partial.mkdir()
+    (partial / "weights.pt").write_bytes(b"half")
+    assert CheckpointStore(tmp_path, keep=1).latest() is None
+    assert not partial.exists()
+
+
+async def test_the_last_good_one_is_never_dropped(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    await write_step(store, 1)
+    await write_step(store, 2)
+    assert store.latest() == tmp_path / "global_step_2"
+    assert find_damage(tmp_path / "global_step_2") is None

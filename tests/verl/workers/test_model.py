@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.verl.workers.episodes import make_worker, one_shard, random_batch
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
+from verl.workers.model import compute_dtype, is_tied, load_model, prepare_engine_model, resolve_model_folder
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        result: torch.Tensor = model(torch.arange(2, 20)[None]).logits
+    return result
+
+
+def test_missing_models_are_named_with_a_fix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path=/no/such/model: no such folder"):
+        resolve_model_folder("/no/such/model")
+    with pytest.raises(ConfigError, match=r"nobody/nothing: no such folder, and the Hugging Face hub"):
+        resolve_model_folder("nobody/nothing")
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        resolve_model_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+        resolve_model_folder(str(tmp_path))
+
+
+def test_damaged_and_unfit_models_are_config_errors(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
+    (tmp_path / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
+        load_model(ModelConfig(path=str(tmp_path)), device="cpu", trainable=False)
+
+
+def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) -> None:
+    config = ModelConfig(path=str(model_folder))
+    with pytest.raises(ConfigError, match=r"bfloat16 needs trainer\.device=cuda"):
+        compute_dtype(replace(config, dtype="bfloat16"), device="cpu")
+    assert compute_dtype(config, device="cuda") == torch.bfloat16
+    with pytest.raises(ConfigError, match="flash_attention_2 needs a GPU"):
+        load_model(replace(config, attention="flash_attention_2"), device="cpu", trainable=True)
+
+
+@pytest.mark.parametrize("fixture", ["model_folder", "tied_folder"])
+def test_exported_model_has_the_trained_logits(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source: Path = request.getfixturevalue(fixture)
+    worker = make_worker(source)
+    worker.update(one_shard(random_batch(4)))
+    worker.export_hf(str(tmp_path))
+    ids = np.arange(2, 20, dtype=np.int32)
+    expected = worker.probe(ids)[1:]
+    got = logits(tmp_path).log_softmax(-1)[0, :-1].gather(-1, torch.arange(3, 20)[:, None])[:, 0]
+    np.testing.assert_allclose(got.numpy(), expected, atol=2e-5)
+    assert not torch.equal(logits(tmp_path), logits(source))
+    assert is_tied(tmp_path) == is_tied(source)
+
+
+def test_tokenizer_files_travel_unchanged(model_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in model_folder.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "tokenizer.json").write_text('{"odd":   "spacing"}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    make_worker(source).export_hf(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"odd":   "spacing"}'
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_cpu_engine_gets_an_untied_copy_of_a_tied_model(
+    tied_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = prepare_engine_model(
+        ModelConfig(path=str(tied_folder)), device="cpu", folder=tmp_path / "engine"
+    )
+    assert folder == tmp_path / "engine"
+    assert not is_tied(folder)
+    torch.testing.assert_close(logits(folder), logits(tied_folder))
+    for path, device in ((model_folder, "cpu"), (tied_folder, "cuda")):
+        config = ModelConfig(path=str(path))
+        assert prepare_engine_model(config, device=device, folder=tmp_path / "unused") == path
+
+
+def test_weights_for_the_engine_hold_the_tied_head_twice(
+    tied_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    worker = make_worker(tied_folder)
+    worker.update(one_shard(random_batch(4)))
+    worker.export_weights(str(tmp_path))
+    state = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
+    make_worker(model_folder).export_weights(str(tmp_path))
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()

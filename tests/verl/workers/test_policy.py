@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.verl.workers.episodes import make_actor, make_worker, one_shard, random_batch
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
+from verl.workers.batch import TrainBatch
+from verl.workers.losses import kl_estimates, policy_losses
+from verl.workers.policy import PolicyWorker
+
+
+def weights_of(worker: PolicyWorker) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in worker._network.named_parameters()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def naive_log_probs(folder: Path, batch: TrainBatch, *, temperature: float = 1.0) -> np.ndarray:
+    """Row by row, without padding, full softmax; 0 where the policy did not act."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    result = np.zeros(batch.input_ids.shape, np.float32)
+    for row, length in enumerate(batch.lengths):
+        ids = torch.tensor(batch.input_ids[row : row + 1, :length]).long()
+        with torch.no_grad():
+            log_softmax = (model(ids).logits / temperature).log_softmax(-1)[0, :-1]
+        result[row, 1:length] = log_softmax.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    return result * batch.policy_mask
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_equal_a_naive_forward_whatever_the_micro_batches(
+    model_folder: Path, temperature: float
+) -> None:
+    batch = random_batch(7)
+    worker = PolicyWorker(
+        model=ModelConfig(path=str(model_folder)),
+        actor=make_actor(),
+        temperature=temperature,
+        total_steps=10,
+        seed=0,
+        device="cpu",
+        trainable=False,
+    )
+    expected = naive_log_probs(model_folder, batch, temperature=temperature)
+    for max_tokens in (8192, 60, 1):
+        np.testing.assert_allclose(
+            worker.log_probs(one_shard(batch, max_tokens=max_tokens)), expected, atol=2e-5
+        )
+
+
+def test_probe_scores_every_token_at_temperature_one(model_folder: Path) -> None:
+    batch = random_batch(1)
+    whole = replace(batch, policy_mask=np.arange(batch.input_ids.shape[1])[None] > 0)
+    scores = make_worker(model_folder, trainable=False).probe(batch.input_ids[0])
+    np.testing.assert_allclose(scores, naive_log_probs(model_folder, whole)[0], atol=2e-5)
+
+
+def test_chunked_logits_give_the_same_update(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, chunked = make_worker(model_folder), make_worker(model_folder)
+    shard = one_shard(random_batch(4))
+    plain.update(shard)
+    monkeypatch.setattr("verl.workers.model._LOGITS_PER_CHUNK", 97 * 5)
+    chunked.update(shard)
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(weights_of(chunked)[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def gradients(folder: Path, batch: TrainBatch, *, max_tokens: int = 8192) -> dict[str, torch.Tensor]:
+    """What an update of one mini-batch would apply."""
+    worker = make_worker(folder)
+    shard = one_shard(batch, max_tokens=max_tokens)
+    for mini in shard.mini_batches:
+        for rows in mini.micro_batches:
+            worker._loss(shard.batch.select(rows), mini)[0].backward()
+    return {name: p.grad for name, p in worker._network.named_parameters() if p.grad is not None}
+
+
+def test_cutting_and_order_of_a_mini_batch_do_not_change_its_gradient(model_folder: Path) -> None:
+    batch = random_batch(9)
+    expected = gradients(model_folder, batch)
+    shuffled = batch.select(np.random.default_rng(0).permutation(9).astype(np.int32))
+    for other in (gradients(model_folder, batch, max_tokens=70), gradients(model_folder, shuffled)):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
+def test_loss_and_metrics_equal_a_padded_reference_computation(
+    model_folder: Path, loss_agg_mode: str
+) -> None:
+    actor = make_actor(loss_agg_mode=loss_agg_mode)
+    batch = random_batch(5)
+    metrics = make_worker(model_folder, actor=actor).update(one_shard(batch, max_tokens=80))
+    log_probs = torch.tensor(naive_log_probs(model_folder, batch))
+    assert batch.old_log_probs is not None
+    assert batch.ref_log_probs is not None
+    losses, clipped = policy_losses(
+        log_probs,
+        torch.tensor(batch.old_log_probs),
+        torch.tensor(batch.advantages),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    kl = kl_estimates(log_probs, torch.tensor(batch.ref_log_probs), kind="low_var_kl")
+    mask = torch.tensor(batch.policy_mask).float()
+
+    def mean(x: torch.Tensor) -> float:
+        if loss_agg_mode == "token-mean":
+            return float((x * mask).sum() / mask.sum())
+        return float(((x * mask).sum(1) / mask.sum(1)).mean())
+
+    assert metrics["pg_loss"] == pytest.approx(mean(losses), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(float((kl * mask).sum() / mask.sum()), rel=1e-4)
+    assert metrics["clip_fraction"] == pytest.approx(float((clipped * mask).sum() / mask.sum()), abs=1e-6)
+    if loss_agg_mode == "token-mean":
+        total = metrics["pg_loss"] + 0.05 * metrics["kl"] - 0.01 * metrics["entropy"]
+        assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+    difference = np.abs(batch.old_log_probs - batch.sampling_log_probs)[batch.policy_mask]
+    assert metrics["log_prob_difference_mean"] == pytest.approx(difference.mean(), rel=1e-4)
+    assert metrics["log_prob_difference_max"] == pytest.approx(difference.max(), rel=1e-4)
+
+
+def test_observations_teach_nothing(model_folder: Path) -> None:
+    """Whatever stands at a masked token besides its id, as input of later tokens, has no effect."""
+    batch = random_batch(6)
+    expected = gradients(model_folder, batch)
+    assert batch.old_log_probs is not None
+    assert batch.ref_log_probs is not None
+    masked = ~batch.policy_mask
+    disturbed = replace(
+        batch,
+        advantages=np.where(masked, np.float32(9), batch.advantages),
+        old_log_probs=np.where(masked, np.float32(-3), batch.old_log_probs),
+        ref_log_probs=np.where(masked, np.float32(-7), batch.ref_log_probs),
+        sampling_log_probs=np.where(masked, np.float32(-2), batch.sampling_log_probs),
+    )
+    assert_same_bits(gradients(model_folder, disturbed), expected)
+
+
+def test_trailing_observation_ids_change_nothing(model_folder: Path) -> None:
+    """An observation is context only: after the last policy token its ids are neither context nor target."""
+    batch = random_batch(6)
+    last = batch.input_ids.shape[1] - 1 - batch.policy_mask[:, ::-1].argmax(1)
+    after = np.arange(batch.input_ids.shape[1])[None] > last[:, None]
+    width = batch.input_ids.shape[1]
+    full = replace(batch, lengths=np.full(6, width, np.int32))
+    changed = replace(
+        full, input_ids=np.where(after, (full.input_ids + 13) % 97, full.input_ids).astype(np.int32)
+    )
+    assert after.any()
+    assert_same_bits(gradients(model_folder, changed), gradients(model_folder, full))
+
+
+class _Spy(torch.nn.Module):
+    """A network whose log-probs and entropies are held, whatever the tokens are."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(-4.0))
+        self.shape: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def forward(
+        self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.shape.append((rows.numpy(), columns.numpy()))
+        return self.weight.expand(len(rows)), self.weight.abs().expand(len(rows))
+
+
+def test_with_log_probs_held_no_observation_token_reaches_the_loss(model_folder: Path) -> None:
+    batch = random_batch(6)
+    observed = ~batch.policy_mask & (np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None])
+    changed = replace(
+        batch, input_ids=np.where(observed, (batch.input_ids + 31) % 97, batch.input_ids).astype(np.int32)
+    )
+    assert (changed.input_ids != batch.input_ids).any()
+    results = []
+    for each in (batch, changed):
+        worker = make_worker(model_folder)
+        worker._network = _Spy(worker._network)  # type: ignore[assignment]
+        shard = one_shard(each)
+        loss, sums, maxima = worker._loss(shard.batch, shard.mini_batches[0])
+        results.append((loss.item(), sums.tolist(), maxima.tolist()))
+        rows, columns = worker._network.shape[0]
+        assert shard.batch.policy_mask[rows, columns].all()
+        assert len(rows) == batch.num_policy_tokens
+    assert results[0] == results[1]
+
+
+def test_on_policy_update_has_ratio_one(model_folder: Path) -> None:
+    metrics = make_worker(model_folder).update(one_shard(random_batch(4, with_old=False)))
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert "kl" not in metrics
+    with pytest.raises(ValueError, match="2 updates need old_log_probs"):
+        make_worker(model_folder).update(one_shard(random_batch(4, with_old=False), mini_batch_size=2))
+
+
+def test_update_follows_the_advantages(model_folder: Path) -> None:
+    batch = random_batch(6, with_old=False)
+    worker = make_worker(model_folder, actor=make_actor(entropy_coeff=0.0))
+    before = worker.log_probs(one_shard(batch))
+    for _ in range(5):
+        worker.update(one_shard(batch))
+    change = worker.log_probs(one_shard(batch)) - before
+    assert float((change * batch.advantages).sum()) > 0
+
+
+def test_zero_learning_rate_changes_no_bit(model_folder: Path) -> None:
+    worker = make_worker(model_folder, actor=make_actor(lr=0.0))
+    before = weights_of(worker)
+    metrics = worker.update(one_shard(random_batch(4), mini_batch_size=2))
+    assert metrics["num_updates"] == 2
+    assert metrics["grad_norm"] > 0
+    assert_same_bits(weights_of(worker), before)
+
+
+def poison_advantage(batch: TrainBatch) -> TrainBatch:
+    return replace(batch, advantages=np.where(batch.policy_mask, np.float32(np.inf), batch.advantages))
+
+
+def poison_reference(batch: TrainBatch) -> TrainBatch:
+    assert batch.ref_log_probs is not None
+    return batch.with_reference(np.full_like(batch.ref_log_probs, np.nan))
+
+
+@pytest.mark.parametrize("poison", [poison_advantage, poison_reference])
+def test_a_non_finite_update_is_skipped_without_a_trace(
+    model_folder: Path, poison: Callable[[TrainBatch], TrainBatch]
+) -> None:
+    worker = make_worker(model_folder)
+    good = random_batch(4)
+    worker.update(one_shard(good))
+    weights = weights_of(worker)
+    assert worker._optimizer is not None
+    names = {p: name for name, p in worker._network.named_parameters()}
+
+    def optimizer_bits() -> dict[str, torch.Tensor]:
+        assert worker._optimizer is not None
+        return {
+            f"{names[p]}.{k}": v.clone() for p, s in worker._optimizer.state.items() for k, v in s.items()
+        }
+
+    optimizer = optimizer_bits()
+    metrics = worker.update(one_shard(poison(good), mini_batch_size=2))
+    assert metrics == {"lr": 1e-2, "num_updates": 2, "skipped_updates": 2}
+    assert_same_bits(weights_of(worker), weights)
+    assert_same_bits(optimizer_bits(), optimizer)
+    metrics = worker.update(one_shard(good))
+    assert metrics["skipped_updates"] == 0
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(torch.isfinite(weight).all() for weight in weights_of(worker).values())
+
+
+def test_save_and_load_go_on_exactly(model_folder: Path, tmp_path: Path) -> None:
+    actor = make_actor(optim=replace(make_actor().optim, lr_warmup_steps_ratio=0.7))
+    shards = [one_shard(random_batch(4, seed=seed), mini_batch_size=2) for seed in range(6)]
+    unbroken, first = (make_worker(model_folder, actor=actor) for _ in range(2))
+    for shard in shards:
+        expected = unbroken.update(shard)
+    for shard in shards[:3]:
+        first.update(shard)
+    first.save(str(tmp_path))
+    second = make_worker(model_folder, actor=actor)
+    second.load(str(tmp_path))
+    for shard in shards[3:]:
+        metrics = second.update(shard)
+    assert metrics == expected
+    assert_same_bits(weights_of(second), weights_of(unbroken))
+
+
+def test_load_refuses_another_number_of_workers(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"policy_rank_0_of_1\.pt"):
+        make_worker(model_folder).load(str(tmp_path))
+
+
+def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path) -> None:
+    config = ModelConfig(path=str(model_folder), enable_gradient_checkpointing=True)
+    worker = PolicyWorker(
+        model=config,
+        actor=make_actor(),
+        temperature=1.0,
+        total_steps=10,
+        seed=0,
+        device="cpu",
+        trainable=True,
+    )
+    batch = random_batch(3)
+    metrics = worker.update(one_shard(batch))
+    assert metrics["grad_norm"] == pytest.approx(
+        make_worker(model_folder).update(one_shard(batch))["grad_norm"], rel=1e-5
+    )
+
+
+def test_a_frozen_worker_is_not_updated(model_folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="frozen"):
+        make_worker(model_folder, trainable=False).update(one_shard(random_batch(2)))

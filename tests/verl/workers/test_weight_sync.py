@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from verl.errors import WeightSyncError
+from verl.types import FloatArray, IntArray
+from verl.workers.weight_sync import WeightPublisher
+
+
+class Policy:
+    """Its log-prob of every token is its one weight."""
+
+    def __init__(self) -> None:
+        self.weight = -1.0
+
+    async def export_weights(self, folder: Path) -> None:
+        folder.mkdir()
+        save_file({"weight": np.array([self.weight], np.float32)}, folder / "model.safetensors")
+
+    async def probe(self, ids: IntArray) -> FloatArray:
+        return np.full(len(ids), self.weight, np.float32)
+
+
+class Engine:
+    """Scores with the weight it last took over, unless it is stubborn."""
+
+    def __init__(self, *, error: float = 0.0, stubborn: bool = False, broken: bool = False) -> None:
+        self.weight = 0.0
+        self.version = -1
+        self.error, self.stubborn, self.broken = error, stubborn, broken
+
+    async def load_weights(self, folder: str, version: int) -> None:
+        if self.broken:
+            raise WeightSyncError("requests still run")
+        if not self.stubborn:
+            self.weight = float(load_file(Path(folder) / "model.safetensors")["weight"][0])
+        self.version = version
+
+    async def score(self, ids: IntArray) -> FloatArray:
+        return np.full(len(ids), self.weight + self.error, np.float32)
+
+
+def make_publisher(policy: Policy, engines: list[Engine], memory: Path) -> WeightPublisher:
+    return WeightPublisher(policy, engines, probe_ids=np.arange(5), tolerance=1e-3, memory=memory)
+
+
+async def test_every_engine_gets_the_weights_and_the_version(tmp_path: Path) -> None:
+    policy, engines = Policy(), [Engine(), Engine(error=2e-4)]
+    publisher = make_publisher(policy, engines, tmp_path)
+    for version, weight in enumerate((-1.0, -2.5)):
+        policy.weight = weight
+        assert await publisher.publish(version=version) == pytest.approx(2e-4, rel=1e-2)
+        assert [engine.weight for engine in engines] == [weight, weight]
+        assert [engine.version for engine in engines] == [version, version]
+        assert not list(tmp_path.rglob("*.safetensors"))
+    publisher.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", [Engine(stubborn=True), Engine(error=float("nan"))])
+async def test_an_engine_that_keeps_other_weights_stops_the_run(engine: Engine, tmp_path: Path) -> None:
+    publisher = make_publisher(Policy(), [Engine(), engine], tmp_path)
+    with pytest.raises(
+        WeightSyncError, match=r"engine 1 .* version 7 .* (1|nan) on average.*tied embeddings"
+    ):
+        await publisher.publish(version=7)
+
+
+async def test_a_failed_publish_leaves_no_file(tmp_path: Path) -> None:
+    publisher = make_publisher(Policy(), [Engine(broken=True)], tmp_path)
+    with pytest.raises(WeightSyncError, match="requests still run"):
+        await publisher.publish(version=0)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_memory_of_a_killed_run_is_freed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    living = make_publisher(Policy(), [], tmp_path)
+    dead = tmp_path / "verl-weights-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (0, 0))
+    make_publisher(Policy(), [], tmp_path).close()
+    assert not dead.exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    living.close()

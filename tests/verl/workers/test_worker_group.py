@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from tests.verl.workers.episodes import make_actor, make_worker, one_shard, random_batch
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
+from verl.utils.actors import ActorError, Launcher, make_launcher
+from verl.workers.worker_group import WorkerGroup
+
+
+def launch(launcher: Launcher, folder: Path, *, name: str = "policy", world_size: int = 1) -> WorkerGroup:
+    return WorkerGroup.launch(
+        launcher,
+        name=name,
+        model=ModelConfig(path=str(folder)),
+        actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4),
+        temperature=1.0,
+        total_steps=10,
+        seed=0,
+        device="cpu",
+        trainable=True,
+        world_size=world_size,
+        num_threads=1,
+    )
+
+
+@pytest.fixture
+def local() -> Iterator[Launcher]:
+    launcher = make_launcher("local")
+    yield launcher
+    launcher.shutdown()
+
+
+async def test_one_local_rank_does_what_the_worker_does(
+    local: Launcher, model_folder: Path, tmp_path: Path
+) -> None:
+    group, worker = launch(local, model_folder), make_worker(model_folder)
+    batch = random_batch(7)
+    assert await group.wait_until_ready() == worker.num_parameters()
+    np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs(one_shard(batch)), atol=2e-5)
+    assert (await group.update(batch))["num_updates"] == 2
+    await group.save(tmp_path)
+    ids = batch.input_ids[0]
+    expected = await group.probe(ids)
+    await group.update(batch)
+    assert not np.allclose(await group.probe(ids), expected)
+    await group.load(tmp_path)
+    np.testing.assert_array_equal(await group.probe(ids), expected)
+    group.shutdown()
+    group.shutdown()
+    with pytest.raises(ActorError, match="policy-0"):
+        await group.probe(ids)
+
+
+async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        await launch(local, Path("/no/such/model")).wait_until_ready()
+
+
+def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.launcher=local runs one worker, got 2"):
+        launch(local, model_folder, world_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(
+    900
+)  # two imports of torch and transformers, which wait for the cores like everyone else
+async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Path, tmp_path: Path) -> None:
+    launcher = make_launcher("ray", object_store_mb=80)
+    try:
+        two = launch(launcher, tied_folder, name="two", world_size=2)
+        await _compare_with_one(two, launch(local, tied_folder), out=tmp_path)
+        two._actors[1].kill()
+        with pytest.raises(ActorError, match="two-1"):
+            await two.update(random_batch(4))
+    finally:
+        launcher.shutdown()
+
+
+async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) -> None:
+    # 9 rows in mini-batches of 5 and 4, and of 100 tokens: the ranks have unequal numbers of micro-batches.
+    batch = random_batch(9)
+    single = random_batch(1)
+    assert await two.wait_until_ready() == await one.wait_until_ready()
+    for each in (batch, single):  # with one row, one of the ranks has none
+        np.testing.assert_allclose(await two.log_probs(each), await one.log_probs(each), atol=2e-5)
+    for _ in range(3):
+        got, expected = await two.update(batch), await one.update(batch)
+        for name, value in expected.items():
+            assert got[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
+    await two.save(out / "checkpoint")
+    for group, name in ((two, "two"), (one, "one")):
+        await group.export_weights(out / name)
+    expected_state = load_file(out / "one" / "model.safetensors")
+    state = load_file(out / "two" / "model.safetensors")
+    assert state.keys() == expected_state.keys()
+    for name, weight in expected_state.items():
+        np.testing.assert_allclose(state[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)
+    ids = batch.input_ids[0]
+    before = await two.probe(ids)
+    await two.update(single)
+    after = await two.probe(ids)
+    await two.load(out / "checkpoint")
+    np.testing.assert_array_equal(await two.probe(ids), before)
+    await two.update(single)
+    np.testing.assert_array_equal(await two.probe(ids), after)
