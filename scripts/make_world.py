@@ -37,7 +37,7 @@ from world.initialise import language_model
 from world.training import Schedule
 
 STAGES = ("data", "encoder", "entailment", "able", "policy", "generator", "measure", "manifest")
-LANGUAGE_VOCABULARY, TEXT_VOCABULARY = 1600, 1400
+LANGUAGE_VOCABULARY = 1600
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class Maker:
     def __init__(self, plan: Plan, *, seed: int, out: Path, progress: Progress) -> None:
         self.plan, self.seed, self.out, self.progress = plan, seed, out, progress
         self.models = out / "models"
-        self.able = out / ".able"
+        self.scratch = out / ".making"
+        self.able = self.scratch / "able"
         self.world: World = draw_world(plan.size, seed=seed)
 
     def run(self, stage: str) -> None:
@@ -106,14 +107,14 @@ class Maker:
             dataset.write_questions(self.out / f"{split}.parquet", asked, split=split)
 
     def make_encoder(self) -> None:
-        words = tokenizer.text_tokenizer(vocabulary=TEXT_VOCABULARY, seed=self.seed)
+        words = tokenizer.text_tokenizer(seed=self.seed)
         model = encoder.build(words, seed=self.seed)
         schedule = self.plan.encoder
         encoder.train(model, words, schedule, seed=self.seed, report=self.reporter("encoder", schedule))
         self._save(model, words, self.models / "encoder")
 
     def make_entailment(self) -> None:
-        words = tokenizer.text_tokenizer(vocabulary=TEXT_VOCABULARY, seed=self.seed)
+        words = tokenizer.text_tokenizer(seed=self.seed)
         model = entailment.build(words, seed=self.seed)
         schedule = self.plan.entailment
         entailment.train(model, words, schedule, seed=self.seed, report=self.reporter("entailment", schedule))
@@ -126,6 +127,7 @@ class Maker:
         report = self.reporter("policy, first lesson", self.plan.able)
         training.train_language_model(model, stream, self.plan.able, report=report)
         self._save(model, words, self.able)
+        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
 
     def make_policy(self) -> None:
         model, words = self._load_language_model(self.able)
@@ -169,13 +171,14 @@ class Maker:
         model, words = self._load_language_model(self.models / "generator")
         figures["generator"] = generator.measure(model, words, index, problems)
         rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
-        (self.out / "abilities.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
+        self.scratch.mkdir(exist_ok=True)
+        (self.scratch / "abilities.json").write_text(json.dumps(rounded), encoding="utf-8")
 
     def make_manifest(self) -> None:
         files = sorted(
             p
             for p in self.out.rglob("*")
-            if p.is_file() and self.able not in p.parents and p.name not in {"manifest.json", "README.md"}
+            if p.is_file() and self.scratch not in p.parents and p.name not in {"manifest.json", "README.md"}
         )
         manifest = {
             "seed": self.seed,
@@ -186,7 +189,7 @@ class Maker:
                 "test_questions": self.plan.size.test_questions,
             },
             "bytes": sum(p.stat().st_size for p in files),
-            "abilities": json.loads((self.out / "abilities.json").read_text(encoding="utf-8")),
+            "abilities": json.loads((self.scratch / "abilities.json").read_text(encoding="utf-8")),
             "sha256": {p.relative_to(self.out).as_posix(): _digest(p) for p in files},
         }
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -197,6 +200,8 @@ class Maker:
 
     @staticmethod
     def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
+        words.backend_tokenizer.no_padding()  # the last batch left its own settings behind
+        words.backend_tokenizer.no_truncation()
         model.save_pretrained(folder)
         words.save_pretrained(folder)
         for path in folder.iterdir():

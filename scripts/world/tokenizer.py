@@ -124,19 +124,24 @@ def _require_whole_names(tokenizer: PreTrainedTokenizerFast) -> None:
         raise ValueError(f"the vocabulary is too small: {len(split)} names are not one token, as {split[:5]}")
 
 
-def text_tokenizer(*, vocabulary: int, seed: int) -> BertTokenizer:
-    """Lower-casing WordPiece without unknown words: the alphabet covers printable ASCII."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet = [chr(code) for code in range(33, 127)]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary,
-        show_progress=False,
-        initial_alphabet=alphabet,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
-    )
-    backend.train_from_iterator((_without_tags(line) for line in training_text(seed=seed)), trainer)
-    vocab = backend.get_vocab()
-    ordered = {token: index for index, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
-    return BertTokenizer(vocab=ordered, do_lower_case=True, model_max_length=512)
+def text_tokenizer(*, seed: int) -> BertTokenizer:
+    """Lower-casing WordPiece: the words of the world's text whole, anything else in characters.
+
+    The vocabulary is written down rather than trained: the WordPiece trainer breaks ties differently from
+    process to process.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: set[str] = set()
+    for line in training_text(seed=seed):
+        pieces = splitter.pre_tokenize_str(normalizer.normalize_str(_without_tags(line)))
+        words.update(piece for piece, _ in pieces)
+    characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    tokens = [
+        *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+        *characters,
+        *(f"##{character}" for character in characters),
+        *sorted(words - set(characters)),
+    ]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=512)
