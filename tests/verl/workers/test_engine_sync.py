@@ -1,0 +1,91 @@
+"""Trainer and a real engine: what is published is what is sampled from, tied embeddings or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.verl.workers.episodes import make_actor, random_batch
+from verl.trainer.config.schema import ModelConfig
+from verl.utils.actors import make_launcher
+from verl.workers.model import prepare_engine_model
+from verl.workers.weight_sync import WeightPublisher
+from verl.workers.worker_group import WorkerGroup
+
+POLICY = Path(__file__).parents[3] / "world" / "models" / "policy"
+
+
+@pytest.fixture
+def tied_model(tmp_path: Path) -> Path:
+    """A tied model with heads as large as the CPU engine needs them, and a tokenizer."""
+    vocab_size = json.loads((POLICY / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    folder = tmp_path / "tied"
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    for file in POLICY.glob("*"):
+        if file.name.startswith(("tokenizer", "chat_template")):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: Path) -> None:
+    from verl.rollout.vllm_engine import VllmEngine
+
+    launcher = make_launcher("local")
+    config = ModelConfig(path=str(tied_model))
+    policy = WorkerGroup.launch(
+        launcher,
+        name="policy",
+        model=config,
+        actor=make_actor(lr=5e-2),
+        temperature=1.0,
+        total_steps=10,
+        seed=0,
+        device="cpu",
+        trainable=True,
+    )
+    engine = VllmEngine(
+        model_path=str(prepare_engine_model(config, device="cpu", folder=tmp_path / "engine")),
+        dtype="float32",
+        max_model_len=256,
+        max_num_seqs=8,
+        seed=0,
+        tensor_parallel_size=1,
+        gpu_memory_utilization=0.5,
+        cpu_kv_cache_gib=0.05,
+        enforce_eager=True,
+        device="cpu",
+        num_threads=1,
+    )
+    publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3, memory=tmp_path)
+    try:
+        before = await engine.score(np.arange(2, 60, dtype=np.int32))
+        for _ in range(3):
+            await policy.update(random_batch(6))
+        assert await publisher.publish(version=1) < 1e-4
+        after = await engine.score(np.arange(2, 60, dtype=np.int32))
+        assert np.abs(after - before).mean() > 0.1
+        assert await engine.version() == 1
+    finally:
+        publisher.close()
+        await engine.shutdown()
+        launcher.shutdown()
