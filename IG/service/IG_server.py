@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -261,15 +262,16 @@ def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
     server = uvicorn.Server(
         uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
     )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn stops on them, then raises them again; being asked to stop is no failure.
+        signal.signal(number, lambda *_: None)
     logger.info("IG service is loading its models; %s/readyz says when it is ready", url)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        logger.info("IG service stopped")
+    server.run(sockets=[listener])
     error = app.state.service.start_error
     if error is not None:
         logger.error("the models could not be loaded: %s: %s", type(error).__name__, error)
         return 1
+    logger.info("IG service stopped")
     return 0
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from IG import semantics
@@ -104,6 +104,7 @@ def graphs(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]], list[li
     return mean_log_probs, pairs, draw(st.lists(row, min_size=size, max_size=size))
 
 
+@settings(deadline=None)
 @given(graphs())
 def test_hard_score_and_entropy_are_those_of_the_definition(
     graph: tuple[list[float], list[tuple[int, int]], list[list[bool]]],
@@ -136,6 +137,7 @@ def test_hard_score_and_entropy_are_those_of_the_definition(
     assert first_members == sorted(first_members)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_soft_score_is_that_of_the_definition(num_responses: int, num_golds: int, random: object) -> None:
     rng = np.random.default_rng(random.randint(0, 2**32))  # type: ignore[attr-defined]

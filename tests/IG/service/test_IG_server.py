@@ -143,7 +143,7 @@ async def test_a_dead_engine_is_a_503_that_says_so() -> None:
 
 
 async def test_health_answers_at_once_under_load_and_concurrency_is_limited() -> None:
-    backend = FakeBackend(pause_s=0.2)
+    backend = FakeBackend(pause_s=0.6)
     async with serving(backend) as client:
         work = [
             asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD] * 5}))
@@ -152,7 +152,7 @@ async def test_health_answers_at_once_under_load_and_concurrency_is_limited() ->
         await asyncio.sleep(0.05)
         started = time.monotonic()
         health = await client.get("/health")
-        assert time.monotonic() - started < 0.15
+        assert time.monotonic() - started < 0.5
         assert health.json() == {"status": "healthy", "mode": "single-CPU", "device": "cpu"}
         answers = [(await task).json() for task in work]
     assert all(answer["scores"] == [0.5] * 5 for answer in answers)

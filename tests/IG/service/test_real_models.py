@@ -72,7 +72,7 @@ def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_same_scores_alone_and_in_a_crowd_and_no_process_survives() -> None:
-    """In a crowd, killed; alone in a second service, ended politely: fresh caches, so only the seeds can agree."""
+    """In a crowd and killed; alone in a second service, whose caches are fresh: only the seeds can agree."""
     crowd = [
         ITEM | {"question": f"Where was Bob {index} born?", "context": "a " * index} for index in range(40)
     ]

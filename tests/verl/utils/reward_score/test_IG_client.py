@@ -60,7 +60,7 @@ async def test_nothing_is_asked_for_nothing() -> None:
     [
         (Reply("kaput", 500), "500"),
         (Reply(hangs_up=True), "no usable answer within"),
-        (Reply(delay_s=9), "no usable answer within 1 s"),
+        (Reply(delay_s=60), "no usable answer within 1 s"),
         (Reply('{"scores": [NaN, 0.5], "errors": [null, null]}'), "NaN"),
         (answer([0.5]), "asked for 2 scores, got 1"),
         (Reply('{"scores": [0.5, 0.5], "errors": [null]}'), "1 errors"),
@@ -74,7 +74,7 @@ async def test_nothing_is_asked_for_nothing() -> None:
 async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str) -> None:
     started = time.monotonic()
     results = await compute(ScriptedServer([reply]), 2, timeout_s=1.0)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     for result in results:
         assert result.gain is None
         assert result.error is not None
@@ -102,7 +102,7 @@ async def test_wait_ready_waits_until_the_models_are_loaded() -> None:
     ("reply", "why"),
     [
         (Reply('{"status": "unhealthy", "message": "Models not loaded"}'), "Models not loaded"),
-        (Reply(delay_s=9), "no answer"),
+        (Reply(delay_s=60), "no answer"),
     ],
 )
 async def test_wait_ready_gives_up_and_names_what_to_start(reply: Reply, why: str) -> None:
@@ -111,5 +111,5 @@ async def test_wait_ready_gives_up_and_names_what_to_start(reply: Reply, why: st
         started = time.monotonic()
         with pytest.raises(ServiceError, match=f"{why}.*IG_service_launch.sh"):
             await client.wait_ready(1.2)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
         await client.aclose()
