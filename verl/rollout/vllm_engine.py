@@ -15,17 +15,15 @@ import asyncio
 import itertools
 import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
+from verl.utils.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -34,20 +32,6 @@ if TYPE_CHECKING:
 _UNKNOWN_VERSION = -1
 """Of an engine whose last update failed half-way."""
 _MIN_BATCHED_TOKENS = 8192
-
-_WATCHDOG = """
-import os, signal, sys
-sys.stdin.read()
-for word in sys.argv[1:]:
-    pid, started = word.split(":")
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            unchanged = file.read().rsplit(")", 1)[1].split()[19] == started
-        if unchanged:
-            os.kill(int(pid), signal.SIGKILL)
-    except OSError:
-        pass
-"""
 
 
 class VllmEngine:
@@ -80,46 +64,34 @@ class VllmEngine:
 
         on_cpu = current_platform.is_cpu()
         _require_device(device, on_cpu=on_cpu)
-        platform: dict[str, Any]
-        if on_cpu:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-            platform = {
-                "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30),
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len),
-                "enforce_eager": True,
-                "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
-            }
-        else:
-            platform = {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "enforce_eager": enforce_eager,
-                "enable_sleep_mode": True,
-            }
         self._on_cpu = on_cpu
-        self._model_path = model_path
         self._max_model_len = max_model_len
         self._version = 0
         self._num_running = 0
         self._request_numbers = itertools.count()
-        known = {child.pid for child in psutil.Process().children(recursive=True)}
-        self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=model_path,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                seed=seed,
-                tensor_parallel_size=tensor_parallel_size,
-                # Under the temperature: what the policy loss compares with.
-                logprobs_mode="processed_logprobs",
-                enable_prefix_caching=True,
-                disable_log_stats=True,
-                **platform,
-            )
-        )
-        children = psutil.Process().children(recursive=True)
-        self._watchdog = _watch([child.pid for child in children if child.pid not in known])
+        settings: dict[str, Any] = {
+            "model": model_path,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "seed": seed,
+            "tensor_parallel_size": tensor_parallel_size,
+            "logprobs_mode": "processed_logprobs",  # under the temperature, as the policy loss compares
+            "disable_log_stats": True,
+        }
+        if on_cpu:
+            settings |= _cpu_settings(max_model_len, cpu_kv_cache_gib, is_sharded=tensor_parallel_size > 1)
+        else:
+            settings |= {
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "enforce_eager": enforce_eager,
+                "enable_sleep_mode": True,
+            }
+        self._watchdog = Watchdog()
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        finally:
+            self._watchdog.guard()
 
     async def version(self) -> int:
         """Version of the weights: 0 as loaded, -1 when an update failed half-way."""
@@ -197,8 +169,7 @@ class VllmEngine:
         """End the child processes."""
         self._llm.shutdown()
         multiprocessing.active_children()  # reaps the ended ones
-        self._watchdog.kill()
-        self._watchdog.wait()
+        self._watchdog.dismiss()
 
     async def _request(
         self, ids: Sequence[int] | IntArray, params: SamplingParams, *, timeout_s: float | None
@@ -221,6 +192,17 @@ class VllmEngine:
         finally:
             self._num_running -= 1
         raise RolloutError("the engine ended a request without a completion")
+
+
+def _cpu_settings(max_model_len: int, kv_cache_gib: float, *, is_sharded: bool) -> dict[str, Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM puts "mp" in the place of "uni"
+    return {
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len),
+        "enforce_eager": True,
+        "distributed_executor_backend": "mp" if is_sharded else "uni",
+    }
 
 
 def _environment(*, num_threads: int | None) -> dict[str, str]:
@@ -277,15 +259,4 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         skip_special_tokens=False,
         spaces_between_special_tokens=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _watch(pids: list[int]) -> subprocess.Popen[bytes]:
-    """Start a process that kills `pids` once this process is gone, which the end of its pipe tells it."""
-    words = []
-    for pid in pids:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        words.append(f"{pid}:{stat.rsplit(')', 1)[1].split()[19]}")
-    return subprocess.Popen(
-        [sys.executable, "-S", "-c", _WATCHDOG, *words], stdin=subprocess.PIPE, start_new_session=True
     )
