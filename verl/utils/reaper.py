@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -43,14 +42,15 @@ def _read_environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def _reap(folder: str, watched: Iterable[psutil.Process]) -> None:
+def _reap(folder: str, watched: list[psutil.Process]) -> None:
     psutil.wait_procs(watched, timeout=_GRACE_S)
     marked = [process for process in psutil.process_iter() if _read_environment(process).get(MARK) == folder]
-    for process in [*watched, *marked]:
-        if process.pid != os.getpid():
-            # psutil compares start times: whoever merely inherited a watched number is left alone.
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+    doomed = [process for process in (*watched, *marked) if process.pid != os.getpid()]
+    for process in doomed:
+        # psutil compares start times: whoever merely inherited a watched number is left alone.
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(doomed, timeout=_GRACE_S)
     shutil.rmtree(folder, ignore_errors=True)
 
 
