@@ -8,7 +8,6 @@ be recomputed.
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import itertools
 import logging
@@ -170,9 +169,8 @@ class VllmSampler:
     async def aclose(self) -> None:
         """Stop the engine process."""
         self._engine.shutdown()  # on the loop: its output task must be cancelled before it sees the engine go
-        await asyncio.sleep(0.1)  # lets that task end, which holds the engine too
-        del self._engine
-        gc.collect()  # its finaliser needs modules that are gone at the end of the interpreter
+        # Its finaliser would do so again at the end of the interpreter, with modules that are gone by then.
+        self._engine.shutdown = lambda *_: None
         self._starter.shutdown(wait=True)
         self._lifeline.release()
 
