@@ -15,9 +15,12 @@ class ServiceError(RuntimeError):
     """A service (retriever, IG service) did not give a usable answer within its deadline."""
 
     def __init__(self, service: str, message: str) -> None:
-        super().__init__(f"{service}: {message}")
+        super().__init__(service, message)
         self.service = service
         """Short name of the service, used to count failures by cause."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 class RolloutError(RuntimeError):

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from verl.types import Completion, FloatArray, Gain, Group, IntArray, Passage, Question, Sampling, Score, Trajectory
+from verl.types import (
+    Completion,
+    FloatArray,
+    Gain,
+    Group,
+    IntArray,
+    Passage,
+    Question,
+    Sampling,
+    Score,
+    Trajectory,
+)
 
 
 class Generate(Protocol):
@@ -52,7 +63,7 @@ class GainEstimator(Protocol):
     """Measure how much the searches of each trajectory informed the model."""
 
     async def measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
-        """One gain per trajectory, in order. A failed measurement is a `Gain` with `failure` set, never a number."""
+        """One gain per trajectory, in order. A failed one is a `Gain` with `failure` set, never a number."""
         ...
 
 
@@ -60,5 +71,5 @@ class CreditRule(Protocol):
     """Turn the scores of one group into per-token advantages."""
 
     def __call__(self, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[FloatArray]:
-        """One array per trajectory, as long as its `token_ids`; 0 outside `policy_mask` and for failed ones."""
+        """One array per trajectory, as long as its `token_ids`; 0 outside `policy_mask` and if failed."""
         ...

@@ -1,11 +1,13 @@
 """The vocabulary of the trainer: immutable facts in token ids, as sampled; no tensors, no padding.
 
-A `Question` is asked `n` times; each attempt is a `Trajectory`, a prompt followed by `Turn`s. A turn is what the
-policy sampled (`output_ids`) and what the environment appended to it (`observation_ids`). `Trajectory.token_ids` is
-their concatenation and `Trajectory.policy_mask` says which of them the policy sampled; no other mask exists.
+A `Question` is asked `n` times; each attempt is a `Trajectory`, a prompt followed by `Turn`s. A turn is what
+the policy sampled (`output_ids`) and what the environment appended to it (`observation_ids`).
+`Trajectory.token_ids` is their concatenation and `Trajectory.policy_mask` says which of them the policy
+sampled; no other mask exists.
 
-    prompt  | output: <search> q </search> | observation: <information>..</information> | output: <answer> a </answer>
-    False   | True                         | False                                      | True        (policy_mask)
+    tokens       prompt | <search> q </search> | <information> .. </information> | <answer> a </answer>
+    part of             | output               | observation                     | output
+    policy_mask  False  | True                 | False                           | True
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class Turn:
     output_log_probs: FloatArray
     action: Action
     passages: tuple[Passage, ...]
-    """From the search result itself, never parsed from text; empty without a search or when nothing was found."""
+    """From the search result itself, never parsed from text; empty if none was made or nothing was found."""
     observation_ids: IntArray
     """What the environment appended; empty on the last turn."""
     observation_truncated: bool = False
@@ -146,7 +148,9 @@ class Trajectory:
     @property
     def token_ids(self) -> IntArray:
         """Prompt, then output and observation of every turn [L]."""
-        return np.concatenate([self.prompt_ids, *(ids for t in self.turns for ids in (t.output_ids, t.observation_ids))])
+        return np.concatenate(
+            [self.prompt_ids, *(ids for t in self.turns for ids in (t.output_ids, t.observation_ids))]
+        )
 
     @property
     def policy_mask(self) -> BoolArray:
@@ -178,7 +182,9 @@ class Trajectory:
     @property
     def searches(self) -> tuple[Turn, ...]:
         """The turns whose search was executed (found nothing counts)."""
-        return tuple(t for t in self.turns if t.action.kind is ActionKind.SEARCH and len(t.observation_ids) > 0)
+        return tuple(
+            t for t in self.turns if t.action.kind is ActionKind.SEARCH and len(t.observation_ids) > 0
+        )
 
     @property
     def passages(self) -> tuple[Passage, ...]:
@@ -196,7 +202,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """What a gain estimator says of one trajectory. `value is None and failure is None`: nothing to measure."""
+    """What a gain estimator says of one trajectory. Neither value nor failure: nothing to measure."""
 
     value: float | None = None
     failure: str | None = None

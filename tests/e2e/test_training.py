@@ -167,7 +167,7 @@ def test_quickstart_trains_reports_and_leaves_nothing_behind(tmp_path: Path) -> 
 
 
 def assert_records_are_exact(path: Path) -> None:
-    """Every recorded trajectory says which of its tokens were sampled, with what probability, and its worth."""
+    """Every recorded trajectory says which tokens were sampled, with what probability, and its worth."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == 20  # 4 questions, 5 attempts
     for record in records:

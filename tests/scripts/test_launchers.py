@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from verl.trainer.config import check_override_keys
+from verl.trainer.config.loading import check_override_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("train_grpo.sh", "retrieval_launch.sh", "IG_service_launch.sh")

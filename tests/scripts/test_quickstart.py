@@ -16,7 +16,7 @@ import psutil
 import pytest
 from quickstart import QUICKSTART_OVERRIDES, SMOKE_OVERRIDES, Metrics, summarise
 
-from verl.trainer.config import check_override_keys
+from verl.trainer.config.loading import check_override_keys
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

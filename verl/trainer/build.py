@@ -50,6 +50,7 @@ from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
+CREDIT_RULES = {"grpo": outcome_plus_gain}
 PROBE_TOKENS = 64
 PRECISE_TOLERANCE = 1e-3
 COARSE_TOLERANCE = 0.1
@@ -139,7 +140,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
             max_failure_share=config.reward.max_failure_share,
             fix=f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?",
         ),
-        credit_rule=outcome_plus_gain(
+        credit_rule=CREDIT_RULES[config.algorithm.adv_estimator](
             gain_weight=config.reward.gain_weight,
             normalise_by_std=config.algorithm.norm_adv_by_std_in_grpo,
         ),

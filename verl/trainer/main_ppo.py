@@ -18,7 +18,8 @@ from verl.errors import (
     WeightSyncError,
 )
 from verl.trainer.build import open_trainer
-from verl.trainer.config import Config, check_override_keys, load_config, register_schema
+from verl.trainer.config.loading import check_override_keys, load_config, register_schema
+from verl.trainer.config.schema import Config
 
 USER_ERRORS = (ConfigError, DataError, RolloutError, ServiceError, TrainingHaltedError, WeightSyncError)
 

@@ -117,14 +117,17 @@ def shard_batch(
     A micro-batch holds at most `max_tokens` tokens with padding, but always a row. However ranks and
     micro-batches are cut, the gradient of a mini-batch is the same.
     """
-    count = batch.num_trajectories if mini_batch_size is None else mini_batch_size
-    # Rounded and equal: one trajectory too many must not become an optimizer step of its own.
-    num_mini_batches = max(1, round(batch.num_trajectories / count))
-    minis = np.array_split(np.arange(batch.num_trajectories), num_mini_batches)
+    count = 1 if mini_batch_size is None else count_mini_batches(batch, mini_batch_size=mini_batch_size)
+    minis = np.array_split(np.arange(batch.num_trajectories), count)
     plans = [
         _plan_micro_batches(rows, batch.lengths, num_ranks=num_ranks, max_tokens=max_tokens) for rows in minis
     ]
     return [_make_shard(batch, minis, [plan[rank] for plan in plans]) for rank in range(num_ranks)]
+
+
+def count_mini_batches(batch: TrainBatch, *, mini_batch_size: int) -> int:
+    """Rounded: one trajectory too many must not become an optimizer step of its own."""
+    return max(1, round(batch.num_trajectories / mini_batch_size))
 
 
 def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:

@@ -14,13 +14,14 @@ from verl.errors import ConfigError
 from verl.trainer.config.schema import ActorConfig, ModelConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher, LocalLauncher
-from verl.workers.batch import TrainBatch, shard_batch
+from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch
 from verl.workers.policy import PolicyWorker
 
 _GRACE_S = 5.0
 """Ranks whose peer died fail in a collective, saying less than the death itself does: wait for that."""
 
-_CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
+# Spinning threads of policy, reference and engine would take the cores from each other.
+_CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"}
 _GPU_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Policy, reference and engines share the GPUs, so Ray, which lends each once, must not hand them out."""
 
@@ -100,6 +101,11 @@ class WorkerGroup:
         for shard, part in zip(shards, parts, strict=True):
             result[shard.rows, : part.shape[1]] = part
         return result
+
+    def is_on_policy(self, batch: TrainBatch) -> bool:
+        """Whether one update takes the whole batch: then its ratios are 1 and it needs no old log-probs."""
+        minis = count_mini_batches(batch, mini_batch_size=self._actor.ppo_mini_batch_size)
+        return self._actor.ppo_epochs * minis == 1
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:
         """Train on the batch; metrics without a prefix, see `PolicyWorker.update`."""

@@ -101,7 +101,8 @@ class PPOTrainer:
 
                 async with parts.engines.resting():
                     with timer("log_probs"):
-                        batch = batch.with_old(await parts.policy.log_probs(batch))
+                        if not parts.policy.is_on_policy(batch):
+                            batch = batch.with_old(await parts.policy.log_probs(batch))
                         if parts.reference is not None:
                             batch = batch.with_reference(await parts.reference.log_probs(batch))
 
