@@ -2,7 +2,7 @@
 
     python scripts/make_world.py --seed 0 --out world            # everything, about 30 minutes
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
-    python scripts/make_world.py --stages generator manifest     # some parts again, in place
+    python scripts/make_world.py --stages encoder measure        # some parts again, in place
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
 machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
@@ -84,8 +84,21 @@ class Maker:
         self.world: World = draw_world(plan.size, seed=seed)
 
     def run(self, stage: str) -> None:
+        """Raises FileNotFoundError, with the stage to run first, when a stage lacks what it builds on."""
+        for earlier, path in self._needs(stage):
+            if not path.exists():
+                raise FileNotFoundError(f"stage {stage} needs {path}: add {earlier} to --stages, before it")
         torch.manual_seed(self.seed)
         getattr(self, f"make_{stage}")()
+
+    def _needs(self, stage: str) -> list[tuple[str, Path]]:
+        if stage in ("policy", "generator"):
+            return [("able", self.able)]
+        if stage == "measure":
+            return [(name, self.models / name) for name in ("encoder", "entailment", "policy", "generator")]
+        if stage == "manifest":
+            return [("measure", self.scratch / "abilities.json")]
+        return []
 
     def reporter(self, title: str, schedule: Schedule) -> Callable[[int, float], None]:
         """Advance a bar on a terminal; print a line now and then where there is none."""
@@ -126,8 +139,8 @@ class Maker:
         stream = policy.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
         report = self.reporter("policy, first lesson", self.plan.able)
         training.train_language_model(model, stream, self.plan.able, report=report)
+        self._open_scratch()
         self._save(model, words, self.able)
-        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
 
     def make_policy(self) -> None:
         model, words = self._load_language_model(self.able)
@@ -171,15 +184,12 @@ class Maker:
         model, words = self._load_language_model(self.models / "generator")
         figures["generator"] = generator.measure(model, words, index, problems)
         rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
-        self.scratch.mkdir(exist_ok=True)
+        self._open_scratch()
         (self.scratch / "abilities.json").write_text(json.dumps(rounded), encoding="utf-8")
 
     def make_manifest(self) -> None:
-        files = sorted(
-            p
-            for p in self.out.rglob("*")
-            if p.is_file() and self.scratch not in p.parents and p.name not in {"manifest.json", "README.md"}
-        )
+        tables = [self.out / name for name in ("corpus.jsonl", "train.parquet", "test.parquet")]
+        files = sorted([*tables, *(p for p in self.models.rglob("*") if p.is_file())])
         manifest = {
             "seed": self.seed,
             "plan": asdict(self.plan),
@@ -193,6 +203,11 @@ class Maker:
             "sha256": {p.relative_to(self.out).as_posix(): _digest(p) for p in files},
         }
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _open_scratch(self) -> None:
+        """The folder for what later stages need and nobody ships; git ignores it."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
 
     @staticmethod
     def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
@@ -243,7 +258,10 @@ def main() -> None:
             if stage not in arguments.stages:
                 continue
             started = time.perf_counter()
-            maker.run(stage)
+            try:
+                maker.run(stage)
+            except (FileNotFoundError, ValueError) as error:
+                parser.error(str(error))
             progress.console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
 
 

@@ -361,6 +361,14 @@ def test_a_small_world_is_remade_and_loads(tmp_path: Path) -> None:
     assert len(rows) == 20
 
 
+def test_a_stage_that_lacks_an_earlier_one_names_it(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/make_world.py", "--stages", "generator", "--out", str(tmp_path)]
+    made = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "stage generator needs" in made.stderr
+    assert "add able to --stages" in made.stderr
+
+
 def test_pieces_of_a_short_answer_end_with_the_newline_and_the_end() -> None:
     pieces = generator.draw_short_answer(Random(2))
     assert pieces[0].text.endswith("\nAnswer:")
