@@ -166,8 +166,11 @@ class VllmEngine:
             await self._llm.wake_up()
 
     async def shutdown(self) -> None:
-        """End the child processes."""
+        """End the child processes; a second time does nothing."""
+        if self._llm is None:
+            return
         self._llm.shutdown()
+        self._llm = None
         multiprocessing.active_children()  # reaps the ended ones
         self._watchdog.dismiss()
 

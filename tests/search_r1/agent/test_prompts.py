@@ -15,6 +15,7 @@ from search_r1.agent.prompts import (
     wrap_observation,
 )
 from verl.types import Action, ActionKind, Message, Passage, Question, Stop, Trajectory, Turn
+from world import text
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town in England.", score=0.9)
 LEEDS = Passage(id="2", title='"Leeds"', text="Leeds is a city.", score=0.5)
@@ -37,8 +38,8 @@ def test_passages_are_numbered_lines() -> None:
 
 
 def test_observation_is_wrapped_and_says_when_nothing_was_found() -> None:
-    text = wrap_observation(render_passages([LEEDS]))
-    assert text == '\n\n<information>Doc 1(Title: "Leeds") Leeds is a city.</information>\n\n'
+    observation = wrap_observation(render_passages([LEEDS]))
+    assert observation == '\n\n<information>Doc 1(Title: "Leeds") Leeds is a city.</information>\n\n'
     assert wrap_observation("") == "\n\n<information>Nothing was found for this query.</information>\n\n"
 
 
@@ -64,11 +65,21 @@ def test_context_numbers_the_passages_of_each_search_and_skips_empty_ones() -> N
     )
 
 
+def test_the_embedded_world_was_trained_on_the_same_texts() -> None:
+    pages = [text.Passage("Bolton", "Bolton is a town."), text.Passage("Leeds", "Leeds is a city.")]
+    passages = []
+    for page in pages:
+        title, _, body = page.contents.partition("\n")
+        passages.append(Passage(id="0", title=title, text=body, score=1.0))
+    assert text.observation(pages) == wrap_observation(render_passages(passages))
+    assert text.INVALID_ACTION == RETRY
+
+
 def test_instruction_names_the_tags_and_ends_with_the_question() -> None:
-    text = search_instruction(" Where was Alice born ")
-    assert text.endswith("Question: Where was Alice born?\n")
+    instruction = search_instruction(" Where was Alice born ")
+    assert instruction.endswith("Question: Where was Alice born?\n")
     for tag in ("<think>", "</think>", "<search>", "</search>", "<information>", "</information>"):
-        assert tag in text
+        assert tag in instruction
     assert search_instruction("Who?").endswith("Question: Who?\n")
 
 

@@ -91,12 +91,12 @@ def engine(models: tuple[Path, Path], loop: asyncio.Runner) -> Iterator[VllmEngi
     engine = VllmEngine(
         model_path=str(models[0]), max_model_len=256, dtype="float32", cpu_kv_cache_gib=0.05, num_threads=1
     )
-    started = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
+    children = psutil.Process().children(recursive=True)
+    cores = [child for child in children if child.pid not in before and "EngineCore" in child.name()]
+    assert cores
     yield engine
     loop.run(engine.shutdown())
-    engines = [child for child in started if "resource_tracker" not in " ".join(child.cmdline() or [""])]
-    _, alive = psutil.wait_procs(engines, timeout=15)
-    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    assert psutil.wait_procs(cores, timeout=15)[1] == []
 
 
 def make_prompts(count: int) -> list[IntArray]:
