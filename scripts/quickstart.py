@@ -352,6 +352,8 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     if arguments.print_overrides:
         print("\n".join(overrides))
         return 0
+    # Explicitly: a shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     run_dir = new_run_dir(arguments.run_dir)

@@ -8,7 +8,6 @@ sends its children SIGTERM.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import socket
@@ -119,21 +118,25 @@ class Supervisor:
         return alive
 
     def stop_all(self) -> None:
-        """End everything, orphans included: SIGTERM, newest group first; after the grace period SIGKILL."""
-        for child in reversed(self.children):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.process.pid, signal.SIGTERM)
-        deadline, orphan_grace_s = time.monotonic() + self._grace_s, _ORPHAN_GRACE_S
-        while self.descendants() and time.monotonic() < deadline:
-            if all(child.process.poll() is not None for child in self.children):
-                # Only what detached itself is left: it gets a moment to notice.
-                deadline, orphan_grace_s = min(deadline, time.monotonic() + orphan_grace_s), math.inf
-            time.sleep(0.1)
-        while left := self.descendants():
-            for process in left:
+        """End everything: Ctrl-C to each child, newest first, that it may end what it started; then orphans.
+
+        Whoever has not ended after the grace period gets SIGTERM, then SIGKILL; orphans get a moment.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for child in reversed(self.children):
+                child.process.send_signal(number)
+            deadline = time.monotonic() + self._grace_s / 2
+            while time.monotonic() < deadline and any(
+                child.process.poll() is None for child in self.children
+            ):
+                time.sleep(0.1)
+        _, alive = psutil.wait_procs(self.descendants(), timeout=_ORPHAN_GRACE_S)
+        while alive:
+            for process in alive:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             time.sleep(0.05)
+            alive = self.descendants()
         for child in self.children:
             child.process.wait()
         for reader in self._readers:
