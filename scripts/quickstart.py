@@ -302,7 +302,9 @@ def show(console: Console, summary: Summary) -> None:
 
     table.add_row("exact match, held-out questions", number(summary.em_before), number(summary.em_after))
     table.add_row(
-        f"information gain, {EDGE_STEPS} steps", number(summary.gain_first), number(summary.gain_last)
+        f"information gain, first and last {EDGE_STEPS} steps",
+        number(summary.gain_first),
+        number(summary.gain_last),
     )
     table.add_section()
     table.add_row("steps", "", str(summary.steps))

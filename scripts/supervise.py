@@ -56,7 +56,7 @@ class Child:
 class Supervisor:
     """Starts children and guarantees their end: use as a context manager, from the main thread."""
 
-    def __init__(self, *, grace_s: float = 20.0) -> None:
+    def __init__(self, *, grace_s: float = 40.0) -> None:
         self._grace_s = grace_s
         self.children: list[Child] = []
         self._readers: list[threading.Thread] = []
