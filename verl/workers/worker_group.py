@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class WorkerGroup:
         launcher: Launcher,
         *,
         name: str,
+        scratch: Path,
         model: ModelConfig,
         actor: ActorConfig,
         temperature: float,
@@ -50,12 +51,16 @@ class WorkerGroup:
         world_size: int = 1,
         num_threads: int | None = None,
     ) -> WorkerGroup:
-        """Start the ranks, without waiting: see `wait_until_ready`. Rank i takes the i-th GPU it sees."""
+        """Start the ranks, without waiting: see `wait_until_ready`. Rank i takes the i-th GPU it sees.
+
+        The file over which the ranks find each other lies in `scratch` until `shutdown`.
+        """
         if world_size > 1 and isinstance(launcher, LocalLauncher):
             raise ConfigError(
                 f"trainer.launcher=local runs one worker, got {world_size}; use trainer.launcher=ray"
             )
-        meeting = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        scratch.mkdir(parents=True, exist_ok=True)
+        meeting = scratch.resolve() / f"meeting-{name}-{secrets.token_hex(4)}"
         settings: dict[str, object] = {
             "model": model,
             "actor": actor,
@@ -66,7 +71,7 @@ class WorkerGroup:
             "trainable": trainable,
             "world_size": world_size,
             # A file, not a port: nobody else can take it, and nobody else can join.
-            "rendezvous": f"file://{meeting / 'meeting'}",
+            "rendezvous": f"file://{meeting}",
             "num_threads": num_threads,
         }
         actors = [
@@ -142,9 +147,7 @@ class WorkerGroup:
         """End the ranks, whatever they do."""
         for actor in self._actors:
             actor.kill()
-        (self._meeting / "meeting").unlink(missing_ok=True)
-        if self._meeting.is_dir():
-            self._meeting.rmdir()
+        self._meeting.unlink(missing_ok=True)
 
     async def _call_all(
         self, method: str, arguments: Sequence[tuple[object, ...]] | None = None

@@ -55,6 +55,7 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
     policy = WorkerGroup.launch(
         launcher,
         name="policy",
+        scratch=tmp_path,
         model=config,
         actor=make_actor(lr=5e-2),
         temperature=1.0,

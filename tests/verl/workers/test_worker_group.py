@@ -14,10 +14,13 @@ from verl.utils.actors import ActorError, Launcher, make_launcher
 from verl.workers.worker_group import WorkerGroup
 
 
-def launch(launcher: Launcher, folder: Path, *, name: str = "policy", world_size: int = 1) -> WorkerGroup:
+def launch(
+    launcher: Launcher, folder: Path, *, scratch: Path, name: str = "policy", world_size: int = 1
+) -> WorkerGroup:
     return WorkerGroup.launch(
         launcher,
         name=name,
+        scratch=scratch,
         model=ModelConfig(path=str(folder)),
         actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4),
         temperature=1.0,
@@ -40,7 +43,7 @@ def local() -> Iterator[Launcher]:
 async def test_one_local_rank_does_what_the_worker_does(
     local: Launcher, model_folder: Path, tmp_path: Path
 ) -> None:
-    group, worker = launch(local, model_folder), make_worker(model_folder)
+    group, worker = launch(local, model_folder, scratch=tmp_path), make_worker(model_folder)
     batch = random_batch(7)
     assert await group.wait_until_ready() == worker.num_parameters()
     np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs(one_shard(batch)), atol=2e-5)
@@ -58,14 +61,14 @@ async def test_one_local_rank_does_what_the_worker_does(
         await group.probe(ids)
 
 
-async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher) -> None:
+async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
-        await launch(local, Path("/no/such/model")).wait_until_ready()
+        await launch(local, Path("/no/such/model"), scratch=tmp_path).wait_until_ready()
 
 
-def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path) -> None:
+def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.launcher=local runs one worker, got 2"):
-        launch(local, model_folder, world_size=2)
+        launch(local, model_folder, scratch=tmp_path, world_size=2)
 
 
 @pytest.mark.slow
@@ -75,11 +78,13 @@ def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path) -> Non
 async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Path, tmp_path: Path) -> None:
     launcher = make_launcher("ray", object_store_mb=80)
     try:
-        two = launch(launcher, tied_folder, name="two", world_size=2)
-        await _compare_with_one(two, launch(local, tied_folder), out=tmp_path)
+        two = launch(launcher, tied_folder, scratch=tmp_path / "scratch", name="two", world_size=2)
+        one = launch(local, tied_folder, scratch=tmp_path / "scratch")
+        await _compare_with_one(two, one, out=tmp_path)
         two._actors[1].kill()
         with pytest.raises(ActorError, match="two-1"):
             await two.update(random_batch(4))
+        assert not list((tmp_path / "scratch").iterdir())
     finally:
         launcher.shutdown()
 
