@@ -1,9 +1,11 @@
 # make quickstart   the main job, end to end: train a search agent on this machine (about 5 minutes after installing)
 # make test         every test;  make test-fast  those that take seconds
 # make check        lint, format, types, import contracts: what CI runs
-# make venv         .venv from requirements/{cpu,gpu}.lock;  make doctor  what is wrong and how to mend it
+# make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
+# make doctor       what is wrong and how to mend it
 SHELL := /bin/bash
-PLATFORM ?= $(if $(shell command -v nvidia-smi),gpu,cpu)
+# What is installed, else the CPU: the quickstart needs no GPU, not even where there is one.
+PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
@@ -12,15 +14,16 @@ BIN := .venv/bin
 .PHONY: help venv doctor check format test test-fast quickstart clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
-venv: .venv/.installed
+venv: .venv/.installed-$(PLATFORM)
 
-.venv/.installed: requirements/$(PLATFORM).lock
+.venv/.installed-$(PLATFORM): requirements/$(PLATFORM).lock
 	@bash scripts/install.sh $(PLATFORM)
 
-doctor: venv
-	@$(BIN)/python scripts/doctor.py
+# Looks, mends nothing: any Python does where .venv is missing.
+doctor:
+	@$$([[ -x $(BIN)/python ]] && echo $(BIN)/python || command -v python3.11 python3 | head -n 1) scripts/doctor.py
 
 check: venv
 	$(BIN)/ruff check .

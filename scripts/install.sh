@@ -28,6 +28,10 @@ if [[ ! -x .venv/bin/python ]]; then
         fail "$python -m venv did not work; on Debian: apt install python3.11-venv"
     }
 fi
+for installed in .venv/.installed-*; do
+    [[ ! -e "$installed" || "$installed" == ".venv/.installed-$platform" ]] ||
+        fail ".venv holds the ${installed##*-} packages: remove it (rm -rf .venv), then make venv PLATFORM=$platform"
+done
 .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
     fail ".venv holds $(.venv/bin/python --version): remove it (rm -rf .venv) and run make venv again"
 
@@ -50,4 +54,4 @@ echo "Installing $(grep -c '==' "$lock") packages from $lock (about a minute)"
 
 .venv/bin/python scripts/doctor.py --lock "$lock" ||
     fail "the environment is not in order; each line above that is not ok names its fix"
-date >.venv/.installed
+date >".venv/.installed-$platform"

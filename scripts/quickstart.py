@@ -32,24 +32,32 @@ from rich.table import Table
 from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_STEPS = 50
+DEFAULT_STEPS = 30
 
 # The training settings of the quickstart, on top of the defaults in verl/trainer/config/ppo_trainer.yaml.
+# Where there is a GPU, one is shared by trainer, engine and IG service; on the CPU those lines say nothing.
 QUICKSTART_OVERRIDES: dict[str, str | int | float] = {
-    "trainer.device": "cpu",
-    "trainer.save_freq": 25,
+    "trainer.device": "auto",
+    "trainer.n_gpus_per_node": 1,
+    "trainer.save_freq": 10,
+    "trainer.test_freq": 5,
+    "trainer.experiment_name": "quickstart",
     "data.train_batch_size": 16,
     "actor_rollout_ref.rollout.n_agent": 5,
-    "actor_rollout_ref.actor.optim.lr": 3e-4,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
+    "actor_rollout_ref.actor.optim.lr": 1e-4,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 80,
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 4096,
 }
 SMOKE_OVERRIDES: dict[str, str | int | float] = {
+    "trainer.test_freq": 0,
     "data.train_batch_size": 4,
     "data.val_max_questions": 16,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 20,
 }
 SMOKE_STEPS = 2
-IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12")
+IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--gpu-memory-utilization", "0.2")
 
 Update = Callable[[int, str], None]
 
