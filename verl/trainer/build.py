@@ -6,10 +6,8 @@ import asyncio
 import dataclasses
 import fcntl
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,26 +25,23 @@ from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
 from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
-from verl.rollout.pool import EnginePool
 from verl.rollout.recorder import Recorder
 from verl.rollout.tokenizer import HfTokenizer
-from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
+from verl.trainer.launch import count_gpus, launch_models
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.progress import Progress, run_identity
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import IntArray, Question
-from verl.utils.actors import Launcher, make_launcher
 from verl.utils.logs import configure_logging
-from verl.utils.manifest import finish_manifest, set_aside_previous_run, write_manifest
+from verl.utils.manifest import finish_manifest, read_manifest, set_aside_previous_run, write_manifest
+from verl.utils.redaction import redact
 from verl.utils.reward_score.IG_client import IGClient
 from verl.utils.tracking import Tracker
 from verl.workers.checkpoint import CheckpointStore
-from verl.workers.model import prepare_engine_model
 from verl.workers.weight_sync import WeightPublisher
-from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +66,9 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
         configure_logging(log_file=run_dir / "train.log")
         logger.info("run folder: %s", run_dir)
         async with AsyncExitStack() as stack:
-            trainer = await build(
+            yield await build(
                 config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus)
             )
-            with account_for_end(run_dir):
-                yield trainer
 
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
@@ -84,15 +77,19 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
     train, held_out = load_data(config, tokenizer)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
-    total_steps = count_steps(config, num_questions=len(train))
-    checkpoints, progress, resumed = find_progress(config, run_dir)
+    total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
+    checkpoints, progress, resumed = find_progress(config, run_dir, total_steps=total_steps)
     if resumed is not None:
         sampler.load_state_dict({name: int(str(value)) for name, value in progress.sampler.items()})
     describe_run(
         config, run_dir, services=services, tokenizer=tokenizer, question=train[0], step=progress.step
     )
+    stack.enter_context(account_for_end(run_dir, progress))
+    scratch = stack.enter_context(scratch_folder(run_dir))
 
-    policy, reference, engines = await launch_models(config, stack, device=device, total_steps=total_steps)
+    policy, reference, engines = await launch_models(
+        config, stack, device=device, total_steps=total_steps, scratch=scratch
+    )
     if resumed is not None:
         await policy.load(resumed)
     publisher = WeightPublisher(
@@ -195,15 +192,20 @@ def load_data(config: Config, tokenizer: HfTokenizer) -> tuple[list[Question], l
     return train, held_out
 
 
-def count_steps(config: Config, *, num_questions: int) -> int:
+def count_steps(config: Config, *, batches_per_epoch: int) -> int:
     """Steps of the run: `total_epochs` over the questions, at most `total_training_steps`."""
-    epochs = config.trainer.total_epochs * num_questions // config.data.train_batch_size
+    epochs = config.trainer.total_epochs * batches_per_epoch
     limit = config.trainer.total_training_steps
     return epochs if limit is None else min(epochs, limit)
 
 
-def find_progress(config: Config, run_dir: Path) -> tuple[CheckpointStore, Progress, Path | None]:
-    """The newest good checkpoint of the run folder, or a fresh start. Raises ConfigError if another run's."""
+def find_progress(
+    config: Config, run_dir: Path, *, total_steps: int
+) -> tuple[CheckpointStore, Progress, Path | None]:
+    """The newest good checkpoint of the run folder, or a fresh start.
+
+    Raises ConfigError if it belongs to another run or has nothing left to do.
+    """
     if config.trainer.resume_mode == "disable":
         previous = set_aside_previous_run(run_dir)
         if previous is not None:
@@ -213,8 +215,37 @@ def find_progress(config: Config, run_dir: Path) -> tuple[CheckpointStore, Progr
     if newest is None:
         return checkpoints, Progress(), None
     progress = Progress.load(newest, identity=run_identity(config))
+    if progress.step >= total_steps:
+        raise ConfigError(
+            f"the run in {run_dir} has done {progress.step} of {total_steps} steps: nothing is left. Raise "
+            "trainer.total_training_steps (and total_epochs) to go on, or start another run with another "
+            "trainer.experiment_name or with trainer.resume_mode=disable"
+        )
     logger.info("going on from %s (trainer.resume_mode=auto)", newest)
+    for change in changed_settings(run_dir, dataclasses.asdict(config)):
+        logger.warning("changed since this run was started: %s", change)
     return checkpoints, progress, newest
+
+
+def changed_settings(run_dir: Path, config: dict[str, object]) -> list[str]:
+    """Settings that differ from the manifest of the run that is resumed, as `key: old -> new`."""
+    manifest = read_manifest(run_dir) or {}
+    before, after = flatten(manifest.get("config") or {}), flatten(redact(config))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted keys of nested sections."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+    return flat
 
 
 def describe_run(
@@ -239,123 +270,20 @@ def describe_run(
     )
 
 
-async def launch_models(
-    config: Config, stack: AsyncExitStack, *, device: str, total_steps: int
-) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
-    """Start policy, reference and engines at the same time and wait until all stand."""
-    settings, trainer = config.actor_rollout_ref, config.trainer
-    logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
-    launcher = make_launcher(trainer.launcher)
-    stack.callback(launcher.shutdown)
-
-    def launch_group(name: str, *, trainable: bool) -> WorkerGroup:
-        group = WorkerGroup.launch(
-            launcher,
-            name=name,
-            model=settings.model,
-            actor=settings.actor,
-            temperature=settings.rollout.temperature,
-            total_steps=total_steps,
-            seed=trainer.seed,
-            device=device,
-            trainable=trainable,
-            world_size=trainer.n_gpus_per_node if device == "cuda" else trainer.num_cpu_workers,
-            num_threads=os.cpu_count() if device == "cpu" else None,
-        )
-        stack.callback(group.shutdown)
-        return group
-
-    policy = launch_group("policy", trainable=True)
-    reference = launch_group("reference", trainable=False) if settings.actor.use_kl_loss else None
-    engines = launch_engines(config, launcher, stack, device=device)
-    stack.push_async_callback(engines.shutdown)
-    groups = [group for group in (policy, reference) if group is not None]
-    try:
-        async with asyncio.timeout(trainer.startup_timeout_s):
-            num_parameters, *_ = await asyncio.gather(
-                *(g.wait_until_ready() for g in groups), engines.start()
-            )
-    except TimeoutError as error:
-        raise ConfigError(
-            "workers and engines did not start within "
-            f"trainer.startup_timeout_s={trainer.startup_timeout_s:g}; allow more time"
-        ) from error
-    logger.info("ready: %s parameters, %d steps to go", f"{num_parameters:,}", total_steps)
-    return policy, reference, engines
-
-
-def launch_engines(config: Config, launcher: Launcher, stack: AsyncExitStack, *, device: str) -> EnginePool:
-    """One engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
-    settings = config.actor_rollout_ref
-    folder = Path(tempfile.mkdtemp(prefix="verl-engine-"))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
-    model_path = prepare_engine_model(settings.model, device=device, folder=folder / "model")
-    parallel = settings.rollout.tensor_model_parallel_size
-    replicas = config.trainer.n_gpus_per_node // parallel if device == "cuda" else 1
-    kwargs: dict[str, object] = {
-        "model_path": str(model_path),
-        "dtype": settings.model.dtype if device == "cuda" or settings.model.dtype != "auto" else "float32",
-        "max_model_len": config.data.max_model_len,
-        "seed": config.trainer.seed,
-        "tensor_parallel_size": parallel,
-        "gpu_memory_utilization": settings.rollout.gpu_memory_utilization,
-        "cpu_kv_cache_gib": settings.rollout.cpu_kv_cache_gib,
-        "max_num_seqs": settings.rollout.max_num_seqs,
-        "enforce_eager": settings.rollout.enforce_eager,
-        "device": device,
-        "num_threads": os.cpu_count() if device == "cpu" else None,
-    }
-    actors = [
-        launcher.launch(
-            VllmEngine,
-            kwargs=kwargs,
-            name=f"engine-{replica}",
-            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
-            max_concurrency=config.trainer.max_concurrent_episodes,
-        )
-        for replica in range(replicas)
-    ]
-    return EnginePool(
-        actors,
-        request_timeout_s=settings.rollout.request_timeout_s,
-        rests=device == "cuda" and settings.rollout.free_cache_engine,
-    )
-
-
-def see_gpus(indices: range) -> dict[str, str]:
-    """Environment of a process that shall see these of the GPUs that this process sees."""
-    visible = (
-        os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        if os.environ.get("CUDA_VISIBLE_DEVICES")
-        else None
-    )
-    chosen = [visible[i] if visible else str(i) for i in indices]
-    # Policy ranks and engines share GPUs, so Ray, which lends each GPU once, must not hand them out.
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+def probe_tolerance(config: Config, *, device: str) -> float:
+    """`rollout.max_log_prob_difference`, or what the precision explains."""
+    chosen = config.actor_rollout_ref.rollout.max_log_prob_difference
+    if chosen is not None:
+        return chosen
+    dtype = config.actor_rollout_ref.model.dtype
+    precise = dtype == "float32" or (dtype == "auto" and device == "cpu")
+    return PRECISE_TOLERANCE if precise else COARSE_TOLERANCE
 
 
 def probe_ids(tokenizer: HfTokenizer, questions: list[Question]) -> IntArray:
     """A fixed text of the run's own language, long enough to notice wrong weights."""
     ids = [token for question in questions[:8] for token in tokenizer.render_prompt(question)]
     return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
-
-
-def probe_tolerance(config: Config, *, device: str) -> float:
-    """`rollout.max_log_prob_difference`, or what the precision explains."""
-    chosen = config.actor_rollout_ref.rollout.max_log_prob_difference
-    if chosen is not None:
-        return chosen
-    precise = config.actor_rollout_ref.model.dtype == "float32" or (
-        config.actor_rollout_ref.model.dtype == "auto" and device == "cpu"
-    )
-    return PRECISE_TOLERANCE if precise else COARSE_TOLERANCE
-
-
-def count_gpus() -> int:
-    """CUDA devices that this process may use."""
-    import torch
-
-    return torch.cuda.device_count()
 
 
 @contextmanager
@@ -374,7 +302,19 @@ def own_folder(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def account_for_end(run_dir: Path) -> Iterator[None]:
+def scratch_folder(run_dir: Path) -> Iterator[Path]:
+    """A folder for files that only the running processes need; what a killed run left in it is removed."""
+    folder = run_dir / ".scratch"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def account_for_end(run_dir: Path, progress: Progress) -> Iterator[None]:
     """Record how the run ended and write its report, also when it failed."""
     status, reason = "completed", None
     try:
@@ -386,7 +326,7 @@ def account_for_end(run_dir: Path) -> Iterator[None]:
         status, reason = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        finish_manifest(run_dir, status=status, reason=reason)
+        finish_manifest(run_dir, status=status, reason=reason, step=progress.step)
         try:
             logger.info("report: %s", write_report(run_dir))
         except (DataError, OSError) as error:  # must not hide how the run itself ended

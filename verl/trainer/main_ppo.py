@@ -20,8 +20,17 @@ from verl.errors import (
 from verl.trainer.build import open_trainer
 from verl.trainer.config.loading import check_override_keys, load_config, register_schema
 from verl.trainer.config.schema import Config
+from verl.utils.actors import ActorError
 
-USER_ERRORS = (ConfigError, DataError, RolloutError, ServiceError, TrainingHaltedError, WeightSyncError)
+USER_ERRORS = (
+    ActorError,
+    ConfigError,
+    DataError,
+    RolloutError,
+    ServiceError,
+    TrainingHaltedError,
+    WeightSyncError,
+)
 
 
 async def train(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -47,6 +48,23 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
     logging.basicConfig(level=number, handlers=handlers, force=True)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
+
+
+class ProgressLog:
+    """Says how far a long phase is, at most every 15 seconds: short phases stay silent."""
+
+    def __init__(self, target: logging.Logger, what: str, *, interval_s: float = 15.0) -> None:
+        self._target = target
+        self._what = what
+        self._interval_s = interval_s
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Told after each finished piece."""
+        now = time.monotonic()
+        if now - self._last >= self._interval_s:
+            self._last = now
+            self._target.info("%s: %d of %d", self._what, done, total)
 
 
 def _stderr_console() -> Console:

@@ -46,7 +46,7 @@ def check_override_keys(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, separator, _ = argument.partition("=")
         key = key.lstrip("+~").split("@")[0]
-        if not separator or argument.startswith("-") or key == "hydra" or key.startswith("hydra."):
+        if not separator or argument.startswith("-") or key.startswith(("hydra.", "hydra/")):
             continue
         if key not in known:
             problems.append(f"  {key}{_suggestion(key, known)}")

@@ -53,7 +53,10 @@ def _check_model(config: Config) -> list[str]:
             f"actor_rollout_ref.model.path: {str(path)!r} has no config.json, "
             "so it is no Hugging Face model folder"
         ]
-    limit = json.loads(settings.read_text()).get("max_position_embeddings")
+    try:
+        limit = json.loads(settings.read_text(encoding="utf-8")).get("max_position_embeddings")
+    except (ValueError, AttributeError) as error:
+        return [f"actor_rollout_ref.model.path: {settings} is no JSON object ({error}); copy the model anew"]
     if isinstance(limit, int) and config.data.max_model_len > limit:
         return [
             f"data.max_prompt_length + data.max_response_length = {config.data.max_model_len} exceeds "

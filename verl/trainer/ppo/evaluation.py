@@ -6,7 +6,7 @@ The trainer and the command line use this one evaluator: a score in training is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,17 @@ from verl.reward.reward import failure_name
 from verl.trainer.ppo.metrics import finite
 from verl.types import Question, Score, Trajectory
 
+Progress = Callable[[int, int], None]
+"""Told (number done, number of all)."""
+
 
 class Evaluate(Protocol):
     """The part of the collector that is needed here."""
 
-    async def evaluate(self, questions: Sequence[Question]) -> list[Trajectory]:
-        """One greedy trajectory per question."""
+    async def evaluate(
+        self, questions: Sequence[Question], *, progress: Progress | None = None
+    ) -> list[Trajectory]:
+        """One greedy trajectory per question; `progress` is told how many are done."""
         ...
 
 
@@ -42,10 +47,14 @@ class EvaluationResult:
 
 
 async def evaluate(
-    collector: Evaluate, reward: ScoreValidation, questions: Sequence[Question]
+    collector: Evaluate,
+    reward: ScoreValidation,
+    questions: Sequence[Question],
+    *,
+    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Play and score every question. Raises ValueError if one is missing, doubled or was not asked."""
-    trajectories = _in_order(questions, await collector.evaluate(questions))
+    trajectories = _in_order(questions, await collector.evaluate(questions, progress=progress))
     scores = await reward.score_validation(trajectories)
     return EvaluationResult(
         trajectories=tuple(trajectories),

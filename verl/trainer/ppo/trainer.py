@@ -6,6 +6,7 @@ this process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import step_metrics
 from verl.trainer.ppo.progress import Identity, Progress
 from verl.types import FloatArray, Group, Question, Score
+from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.utils.tracking import Tracker
 from verl.workers.batch import TrainBatch, build_batch
@@ -76,52 +78,63 @@ class PPOTrainer:
         self.progress = progress
         self.identity = identity
         self.timer = Timer()
+        self.saved_step = progress.step
+        self.is_updating = False
 
     async def fit(self) -> None:
         """Train from `progress.step` to `total_steps`. Raises TrainingHaltedError when it must stop."""
-        parts, timer = self.parts, self.timer
         await self.publish(self.progress.step)
         if self.settings.val_before_train and self.progress.step == 0:
             await self.evaluate()
-
-        while self.progress.step < self.total_steps:
-            step = self.progress.step + 1
-            timer.reset()
-            with timer("step"):
-                questions = parts.questions.next_batch()
-
-                with timer("rollout"):  # all episodes at once, each at its own pace
-                    groups = await parts.collector.collect(questions, step=step)
-
-                with timer("reward"):  # outcome + information gain, per trajectory
-                    scores = await parts.reward.score(groups)
-
-                credit = [parts.credit_rule(g.trajectories, s) for g, s in zip(groups, scores, strict=True)]
-                batch = self.build_batch(groups, scores, credit)
-
-                async with parts.engines.resting():
-                    with timer("log_probs"):
-                        if not parts.policy.is_on_policy(batch):
-                            batch = batch.with_old(await parts.policy.log_probs(batch))
-                        if parts.reference is not None:
-                            batch = batch.with_reference(await parts.reference.log_probs(batch))
-
-                    with timer("update"):
-                        update = await parts.policy.update(batch)
-
-                with timer("publish"):
-                    update["publish_difference"] = await self.publish(step)
-
-            self.progress.step = step
-            parts.recorder.write(step, groups, scores, credit)
-            self.report(groups, scores, credit, update)
-            if self.is_due(self.settings.test_freq) and step < self.total_steps:
-                await self.evaluate()
-            if self.is_due(self.settings.save_freq) or step == self.total_steps:
-                await self.save()
-
+        try:
+            while self.progress.step < self.total_steps:
+                await self.train_step(self.progress.step + 1)
+                if self.is_due(self.settings.test_freq) and self.progress.step < self.total_steps:
+                    await self.evaluate()
+                if self.is_due(self.settings.save_freq) or self.progress.step == self.total_steps:
+                    await self.save()
+        except (TrainingHaltedError, asyncio.CancelledError):
+            await self.rescue()
+            raise
         if self.settings.val_after_train:
             await self.evaluate()
+
+    async def train_step(self, step: int) -> None:
+        """GRPO with information gain: sample, score, credit, update, publish."""
+        parts, timer = self.parts, self.timer
+        timer.reset()
+        with timer("step"):
+            questions = parts.questions.next_batch()
+
+            with timer("rollout"):  # all episodes at once, each at its own pace
+                progress = ProgressLog(logger, f"step {step}: episodes")
+                groups = await parts.collector.collect(questions, step=step, progress=progress)
+
+            with timer("reward"):  # outcome + information gain, per trajectory
+                scores = await parts.reward.score(groups)
+
+            credit = [parts.credit_rule(g.trajectories, s) for g, s in zip(groups, scores, strict=True)]
+            batch = self.build_batch(groups, scores, credit)
+
+            async with parts.engines.resting():
+                with timer("log_probs"):
+                    if not parts.policy.is_on_policy(batch):
+                        batch = batch.with_old(await parts.policy.log_probs(batch))
+                    if parts.reference is not None:
+                        batch = batch.with_reference(await parts.reference.log_probs(batch))
+
+                with timer("update"):
+                    self.is_updating = True
+                    update = await parts.policy.update(batch)
+
+            self.progress.step = step
+            self.progress.sampler = dict(parts.questions.state_dict())
+            self.is_updating = False
+            with timer("publish"):
+                update["publish_difference"] = await self.publish(step)
+
+        parts.recorder.write(step, groups, scores, credit)
+        self.report(groups, scores, credit, update)
 
     async def publish(self, version: int) -> float:
         """Bring the weights to the engines; from now on completions of other weights are refused."""
@@ -177,7 +190,8 @@ class PPOTrainer:
     async def evaluate(self) -> None:
         """Every held-out question once, greedy, without gains."""
         parts, step = self.parts, self.progress.step
-        result = await evaluate(parts.collector, parts.reward, parts.held_out)
+        progress = ProgressLog(logger, f"step {step}: held-out questions")
+        result = await evaluate(parts.collector, parts.reward, parts.held_out, progress=progress)
         if "val/em" in result.metrics:
             self.progress.note(result.metrics["val/em"])
         parts.recorder.write_evaluation(step, result.trajectories, result.scores)
@@ -185,7 +199,6 @@ class PPOTrainer:
 
     async def save(self) -> None:
         """A checkpoint from which a run goes on exactly, with the policy as a Hugging Face folder inside."""
-        self.progress.sampler = dict(self.parts.questions.state_dict())
 
         async def write(folder: Path) -> None:
             await self.parts.policy.save(folder)
@@ -193,6 +206,13 @@ class PPOTrainer:
             self.progress.save(folder, identity=self.identity)
 
         await self.parts.checkpoints.write(self.progress.step, write)
+        self.saved_step = self.progress.step
+
+    async def rescue(self) -> None:
+        """Save the finished steps of a run that ends early, unless an update was cut off half-way."""
+        if self.progress.step > self.saved_step and not self.is_updating:
+            logger.info("saving step %d before the end", self.progress.step)
+            await self.save()
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.progress.step % frequency == 0

@@ -8,7 +8,7 @@ import pytest
 from tests.fakes import make_question, make_trajectory
 from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
-from verl.trainer.ppo.evaluation import evaluate
+from verl.trainer.ppo.evaluation import Progress, evaluate
 from verl.types import Question, Trajectory
 
 REWARD = Reward(measure_outcome, gain=None, max_failure_share=0.0)
@@ -18,7 +18,9 @@ REWARD = Reward(measure_outcome, gain=None, max_failure_share=0.0)
 class ScriptedCollector:
     played: list[Trajectory]
 
-    async def evaluate(self, questions: Sequence[Question]) -> list[Trajectory]:
+    async def evaluate(
+        self, questions: Sequence[Question], *, progress: Progress | None = None
+    ) -> list[Trajectory]:
         return self.played
 
 

@@ -1,0 +1,132 @@
+"""Start policy, reference and engines where they belong: on this machine's cores, or sharing its GPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+from verl.errors import ConfigError
+from verl.rollout.pool import EnginePool
+from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.schema import Config
+from verl.utils.actors import Launcher, make_launcher
+from verl.workers.model import prepare_engine_model
+from verl.workers.worker_group import WorkerGroup
+
+logger = logging.getLogger(__name__)
+
+
+async def launch_models(
+    config: Config, stack: AsyncExitStack, *, device: str, total_steps: int, scratch: Path
+) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
+    """Policy, frozen reference (None without a KL term) and engines, once all stand.
+
+    Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
+    """
+    trainer = config.trainer
+    logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
+    launcher = make_launcher(trainer.launcher)
+    stack.callback(launcher.shutdown)
+    launch_group = partial(
+        WorkerGroup.launch,
+        launcher,
+        model=config.actor_rollout_ref.model,
+        actor=config.actor_rollout_ref.actor,
+        temperature=config.actor_rollout_ref.rollout.temperature,
+        total_steps=total_steps,
+        seed=trainer.seed,
+        device=device,
+        world_size=trainer.n_gpus_per_node if device == "cuda" else trainer.num_cpu_workers,
+        scratch=scratch,
+        num_threads=os.cpu_count() if device == "cpu" else None,
+    )
+    try:
+        async with asyncio.timeout(trainer.startup_timeout_s):
+            engines = launch_engines(config, launcher, device=device, scratch=scratch)
+            stack.push_async_callback(engines.shutdown)
+            async with alone_on_gpus(engines, device=device):
+                policy = launch_group(name="policy", trainable=True)
+                stack.callback(policy.shutdown)
+                reference = None
+                if config.actor_rollout_ref.actor.use_kl_loss:
+                    reference = launch_group(name="reference", trainable=False)
+                    stack.callback(reference.shutdown)
+                    await reference.wait_until_ready()
+                num_parameters = await policy.wait_until_ready()
+            await engines.start()
+    except TimeoutError as error:
+        raise ConfigError(
+            "workers and engines did not start within "
+            f"trainer.startup_timeout_s={trainer.startup_timeout_s:g}; allow more time"
+        ) from error
+    logger.info("ready: a policy of %s parameters", f"{num_parameters:,}")
+    return policy, reference, engines
+
+
+@asynccontextmanager
+async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[None]:
+    """On GPUs an engine measures the free memory at its start: it goes first and rests while others start."""
+    if device == "cpu":
+        yield
+        return
+    await engines.start()
+    async with engines.resting():
+        yield
+
+
+def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: Path) -> EnginePool:
+    """One engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
+    settings = config.actor_rollout_ref
+    model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
+    parallel = settings.rollout.tensor_model_parallel_size
+    replicas = config.trainer.n_gpus_per_node // parallel if device == "cuda" else 1
+    precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
+    kwargs: dict[str, object] = {
+        "model_path": str(model_path),
+        "dtype": precision if settings.model.dtype == "auto" else settings.model.dtype,
+        "max_model_len": config.data.max_model_len,
+        "seed": config.trainer.seed,
+        "tensor_parallel_size": parallel,
+        "gpu_memory_utilization": settings.rollout.gpu_memory_utilization,
+        "cpu_kv_cache_gib": settings.rollout.cpu_kv_cache_gib,
+        "max_num_seqs": settings.rollout.max_num_seqs,
+        "enforce_eager": settings.rollout.enforce_eager,
+        "device": device,
+        # The retriever and the agent loop work at the same time.
+        "num_threads": max(1, (os.cpu_count() or 1) // 2) if device == "cpu" else None,
+    }
+    actors = [
+        launcher.launch(
+            VllmEngine,
+            kwargs=kwargs,
+            name=f"engine-{replica}",
+            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
+            max_concurrency=config.trainer.max_concurrent_episodes,
+        )
+        for replica in range(replicas)
+    ]
+    return EnginePool(
+        actors,
+        request_timeout_s=settings.rollout.request_timeout_s,
+        rests=device == "cuda" and settings.rollout.free_cache_engine,
+    )
+
+
+def see_gpus(indices: range) -> dict[str, str]:
+    """Environment of a process that shall see these of the GPUs that this process sees."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    chosen = [visible[i] if visible else str(i) for i in indices]
+    # Policy ranks and engines share GPUs, so Ray, which lends each GPU once, must not hand them out.
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+
+
+def count_gpus() -> int:
+    """CUDA devices that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
