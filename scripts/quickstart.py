@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import sys
@@ -60,6 +61,11 @@ SMOKE_STEPS = 2
 IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--gpu-memory-utilization", "0.2")
 
 Update = Callable[[int, str], None]
+
+# What needs no quotes in Hydra's grammar; its own words do.
+PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z/][a-z0-9_./-]*", re.ASCII | re.IGNORECASE)
+SERVICE_PREFIX = "IG_"
+HOST = "127.0.0.1"
 
 SERVICE_DEADLINE_S = 180.0
 EDGE_STEPS = 5
@@ -206,19 +212,33 @@ def settings(arguments: argparse.Namespace) -> dict[str, str | int | float]:
     }
 
 
+def override(key: str, value: str | int | float) -> str:
+    """`key=value` such that Hydra's grammar gives back this very value, whatever characters it holds."""
+    if not isinstance(value, str) or PLAIN_WORD.fullmatch(value):
+        return f"{key}={value}"
+    # Inside quotes a backslash is one character, except before a quote.
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", r"\'")
+    return f"{key}='{escaped}'"
+
+
 def environment() -> dict[str, str]:
-    """The caller's environment; nothing of the embedded world is looked for on the network."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    """The caller's environment without the IG service's variables: that service is set up here.
+
+    Nothing of the embedded world is looked for on the network, unless the caller says so.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVICE_PREFIX)}
+    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**defaults, **kept, "PYTHONUNBUFFERED": "1"}
 
 
 def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> tuple[int, int]:
     """Start retriever and IG service side by side and wait for both. Returns their ports."""
     retriever_port, gain_port = free_ports(2)
-    retriever_command = ["search_r1.search.retrieval_server", "--port", str(retriever_port)]
-    gain_command = ["IG.service.IG_server", "--port", str(gain_port), *IG_SERVICE_ARGUMENTS]
+    retriever_command = ["search_r1.search.retrieval_server", "--host", HOST, "--port", str(retriever_port)]
+    gain_command = ["IG.service.IG_server", "--host", HOST, "--port", str(gain_port), *IG_SERVICE_ARGUMENTS]
     with screen.phase("starting the retriever and the IG service") as update:
         children = {
-            f"http://127.0.0.1:{port}/readyz": supervisor.start(
+            f"http://{HOST}:{port}/readyz": supervisor.start(
                 name,
                 command=[sys.executable, "-m", *command],
                 log=run_dir / log,
@@ -250,7 +270,7 @@ def train(
         trainer = supervisor.start(
             "the trainer",
             command=[sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
-            log=run_dir / "train.log",
+            log=run_dir / "console.log",
             cwd=ROOT,
             environment=environment(),
             on_line=screen.pass_on,
@@ -275,9 +295,9 @@ def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str]) -> Summary:
         try:
             retriever_port, gain_port = start_services(supervisor, screen, run_dir=run_dir)
             addresses = [
-                f"retriever.url=http://127.0.0.1:{retriever_port}/retrieve",
-                f"reward.semantic.url=http://127.0.0.1:{gain_port}",
-                f"trainer.default_local_dir={run_dir}",
+                override("retriever.url", f"http://{HOST}:{retriever_port}/retrieve"),
+                override("reward.semantic.url", f"http://{HOST}:{gain_port}"),
+                override("trainer.default_local_dir", str(run_dir)),
             ]
             chosen = [*addresses, *overrides]
             metrics = train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
@@ -358,7 +378,7 @@ def new_run_dir(asked: Path | None) -> Path:
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Returns the exit code: 0, 1 when something failed, 130 on Ctrl-C, 143 on SIGTERM."""
     arguments, extra = parse(argv)
-    overrides = [f"{key}={value}" for key, value in settings(arguments).items()]
+    overrides = [override(key, value) for key, value in settings(arguments).items()]
     if arguments.print_overrides:
         print("\n".join(overrides))
         return 0
@@ -369,6 +389,10 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     run_dir = new_run_dir(arguments.run_dir)
     screen = Screen(console)
     screen.say(f"run folder: {run_dir}")
+    if dropped := sorted(name for name in os.environ if name.startswith(SERVICE_PREFIX)):
+        screen.say(
+            f"not passed on, the quickstart has its own IG service: {', '.join(dropped)}", style="yellow"
+        )
     try:
         summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
     except ChildFailedError as error:

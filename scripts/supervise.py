@@ -27,6 +27,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ORPHAN_GRACE_S = 2.0
+_READER_GRACE_S = 2.0
+# What is asked runs on this machine: a proxy that the caller has set must not stand in between.
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ChildFailedError(RuntimeError):
@@ -40,9 +43,13 @@ class Child:
     name: str
     process: subprocess.Popen[str]
     log: Path
+    reader: threading.Thread | None = None
+    """Copies the output into the log where the output goes elsewhere, too."""
 
     def ending(self, num_lines: int = 25) -> str:
         """The last lines of the log, for an error message."""
+        if self.reader is not None and self.process.poll() is not None:
+            self.reader.join(timeout=_READER_GRACE_S)
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return f"{self.log} ends:\n" + ("\n".join(lines[-num_lines:]) or "(empty)")
 
@@ -59,7 +66,6 @@ class Supervisor:
     def __init__(self, *, grace_s: float = 40.0) -> None:
         self._grace_s = grace_s
         self.children: list[Child] = []
-        self._readers: list[threading.Thread] = []
         self._strangers: set[psutil.Process] = set()
 
     def __enter__(self) -> Supervisor:
@@ -95,12 +101,12 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        child = Child(name=name, process=process, log=log)
-        self.children.append(child)
+        reader = None
         if on_line is not None:
-            reader = threading.Thread(target=_copy_lines, args=(child, on_line), daemon=True)
+            reader = threading.Thread(target=_copy_lines, args=(process, log, on_line), daemon=True)
             reader.start()
-            self._readers.append(reader)
+        child = Child(name=name, process=process, log=log, reader=reader)
+        self.children.append(child)
         return child
 
     def descendants(self) -> list[psutil.Process]:
@@ -139,10 +145,9 @@ class Supervisor:
             alive = self.descendants()
         for child in self.children:
             child.process.wait()
-        for reader in self._readers:
-            reader.join(timeout=2.0)
+            if child.reader is not None:
+                child.reader.join(timeout=_READER_GRACE_S)
         self.children.clear()
-        self._readers.clear()
 
 
 class MemoryWatch:
@@ -219,7 +224,7 @@ def wait_until_ready(
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
+        with _DIRECTLY.open(url, timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -230,10 +235,10 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
-def _copy_lines(child: Child, on_line: Callable[[str], None]) -> None:
-    assert child.process.stdout is not None
-    with child.log.open("w") as sink:
-        for line in child.process.stdout:
+def _copy_lines(process: subprocess.Popen[str], log: Path, on_line: Callable[[str], None]) -> None:
+    assert process.stdout is not None
+    with log.open("w") as sink:
+        for line in process.stdout:
             sink.write(line)
             sink.flush()
             on_line(line.rstrip("\n"))

@@ -14,25 +14,32 @@ from pathlib import Path
 
 import psutil
 import pytest
-from quickstart import QUICKSTART_OVERRIDES, SMOKE_OVERRIDES, Metrics, summarise
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from quickstart import QUICKSTART_OVERRIDES, SMOKE_OVERRIDES, Metrics, override, summarise
 
-from verl.trainer.config.loading import check_override_keys
+from verl.trainer.config.loading import check_override_keys, load_config, register_schema
+from verl.trainer.config.validate import validate
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 SERVICE = """
-import sys, http.server
+import os, sys, http.server
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.end_headers()
     def log_message(self, *args): pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+host = os.environ.get("IG_HOST") or sys.argv[sys.argv.index("--host") + 1]
+http.server.HTTPServer((host, port), Handler).serve_forever()
 """
 TRAINER = """
 import json, pathlib, subprocess, sys, time, urllib.request
-given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-urllib.request.urlopen(given["reward.semantic.url"]).read()
+from hydra.core.override_parser.overrides_parser import OverridesParser
+parsed = OverridesParser.create().parse_overrides(sys.argv[1:])
+given = {item.key_or_group: item.value() for item in parsed}
+directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+directly.open(given["reward.semantic.url"]).read()
 run_dir = pathlib.Path(given["trainer.default_local_dir"])
 # A detached process, as Ray and vLLM leave them when they are killed.
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -51,21 +58,22 @@ DYING_SERVICE = "import sys; sys.exit('no such model: world/models/generator')"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A repository with the real runner and stand-ins for what it starts."""
-    (tmp_path / "scripts").mkdir()
+    """A repository with the real runner and stand-ins for what it starts; its path needs quotes."""
+    root = tmp_path / "é (1),[x]=~'&张"
+    (root / "scripts").mkdir(parents=True)
     for name in ("quickstart.py", "supervise.py"):
-        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+        shutil.copy(SCRIPTS / name, root / "scripts")
     for module, code in {
         "search_r1/search/retrieval_server": SERVICE,
         "IG/service/IG_server": SERVICE,
         "verl/trainer/main_ppo": TRAINER,
     }.items():
-        path = tmp_path / f"{module}.py"
+        path = root / f"{module}.py"
         path.parent.mkdir(parents=True)
         path.write_text(code)
-        for package in path.relative_to(tmp_path).parents[:-1]:
-            (tmp_path / package / "__init__.py").touch()
-    return tmp_path
+        for package in path.relative_to(root).parents[:-1]:
+            (root / package / "__init__.py").touch()
+    return root
 
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -104,7 +112,11 @@ def wait_until_gone(processes: list[psutil.Process], *, seconds: float = 15.0) -
     assert not alive
 
 
-def test_a_run_ends_with_one_json_line_and_no_process(start: Start, tree: Path) -> None:
+def test_a_run_ends_with_one_json_line_and_no_process(
+    start: Start, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there, nor is it asked
+    monkeypatch.setenv("IG_HOST", "no such address")
     process = start("--steps", "12", "--", "wait=1")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -118,7 +130,8 @@ def test_a_run_ends_with_one_json_line_and_no_process(start: Start, tree: Path) 
     assert summary["run_dir"] == str(tree / "run")
     assert 0.02 < summary["peak_rss_gb"] < 2
     assert "the trainer says hello" in output
-    assert "the trainer says hello" in (tree / "run" / "train.log").read_text()
+    assert "the trainer says hello" in (tree / "run" / "console.log").read_text()
+    assert "not passed on, for the IG service is set up here: IG_HOST" in output
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tree)]
 
 
@@ -159,6 +172,7 @@ def test_a_failing_trainer_is_named(start: Start) -> None:
     output, _ = (process := start("--", "code=7")).communicate(timeout=60)
     assert process.returncode == 1
     assert "the trainer ended with exit code 7" in output
+    assert "console.log ends:\nthe trainer says hello" in output
     assert "em_before" not in output
 
 
@@ -170,8 +184,36 @@ def test_a_used_run_folder_is_refused(start: Start, tree: Path) -> None:
     assert "is not empty" in output
 
 
-def test_settings_are_keys_of_the_configuration() -> None:
-    check_override_keys([f"{key}=0" for key in {**QUICKSTART_OVERRIDES, **SMOKE_OVERRIDES}])
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_settings_are_a_valid_configuration_with_and_without_a_gpu(num_gpus: int) -> None:
+    overrides = [override(key, value) for key, value in {**QUICKSTART_OVERRIDES, **SMOKE_OVERRIDES}.items()]
+    check_override_keys(overrides)
+    register_schema()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = load_config(compose("ppo_trainer", overrides=overrides))
+    validate(config, num_gpus=num_gpus)
+
+
+WORDS = [
+    "auto",
+    "/tmp/run-1",
+    "null",
+    "True",
+    "3",
+    "",
+    " x ",
+    "a\\",
+    "a\\'b",
+    'a"b',
+    "a#b",
+    "http://h:1/p?q=[x]&y",
+]
+
+
+@pytest.mark.parametrize("value", [*WORDS, "/tmp/é (1),[x]=~", "张{a:b}%$"])
+def test_any_text_survives_the_grammar_of_overrides(value: str) -> None:
+    assert OverridesParser.create().parse_override(override("k", value)).value() == value
+    assert override("k", "auto") == "k=auto"
 
 
 def test_metrics_leave_a_line_that_is_being_written(tmp_path: Path) -> None:
