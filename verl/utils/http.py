@@ -41,7 +41,6 @@ class JsonService:
         *,
         name: str,
         timeout_s: float,
-        token: str | None = None,
         max_connections: int = 64,
         fix: str = "check that it runs at this URL",
     ) -> None:
@@ -51,11 +50,9 @@ class JsonService:
             raise ConfigError(f"timeout of the {name} must be more than 0 seconds, got {timeout_s}")
         self._name = name
         self._timeout_s = timeout_s
-        self._token = token
         self._fix = fix
         # Services sit next to the trainer: a proxy set for the internet must not swallow loopback calls.
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),
             trust_env=False,
@@ -117,7 +114,7 @@ class JsonService:
         if answer.status_code in _RETRIED_STATUSES:
             retry_after_s = _parse_retry_after(answer.headers.get("Retry-After"))
             said = f"status {answer.status_code} {_quote(answer.text)}"
-            raise _PassingFailureError(self._redact(said), retry_after_s=retry_after_s)
+            raise _PassingFailureError(said, retry_after_s=retry_after_s)
         if not answer.is_success:
             self._fail(url, f"refused with status {answer.status_code}: {_quote(answer.text)}")
         return self._parse(answer, url=url)
@@ -133,10 +130,7 @@ class JsonService:
         return body
 
     def _fail(self, url: str, message: str) -> NoReturn:
-        raise ServiceError(self._name, self._redact(f"{_without_credentials(url)}: {message}"))
-
-    def _redact(self, message: str) -> str:
-        return message.replace(self._token, "***") if self._token else message
+        raise ServiceError(self._name, f"{_without_credentials(url)}: {message}")
 
 
 def _checked_url(base_url: str, *, name: str) -> str:
