@@ -1,8 +1,8 @@
-"""Make the embedded world: corpus, questions and four tiny models, from a seed, on two CPU cores.
+"""Make the embedded world: corpus, questions, four tiny models and the index, from a seed, on two CPU cores.
 
-    python scripts/make_world.py --seed 0 --out world            # everything, about 30 minutes
+    python scripts/make_world.py --seed 0 --out world            # everything, about 25 minutes
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
-    python scripts/make_world.py --stages encoder measure        # some parts again, in place
+    python scripts/make_world.py --stages encoder index measure manifest    # some parts again, in place
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
 machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -31,13 +31,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from search_r1.search.defaults import RETRIEVER_NAME, name_index
+from search_r1.search.index_builder import build_index
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
 from world.facts import World, WorldSize, draw_world
 from world.initialise import language_model
 from world.training import Schedule
 
-STAGES = ("data", "encoder", "entailment", "able", "policy", "generator", "measure", "manifest")
+STAGES = ("data", "encoder", "index", "entailment", "able", "policy", "generator", "measure", "manifest")
 LANGUAGE_VOCABULARY = 1600
+NOT_HASHED = ("manifest.json", "README.md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +97,10 @@ class Maker:
     def _needs(self, stage: str) -> list[tuple[str, Path]]:
         if stage in ("policy", "generator"):
             return [("able", self.able)]
+        if stage == "index":
+            return [("data", self.out / "corpus.jsonl"), ("encoder", self.models / "encoder")]
         if stage == "measure":
             return [(name, self.models / name) for name in ("encoder", "entailment", "policy", "generator")]
-        if stage == "manifest":
-            return [("measure", self.scratch / "abilities.json")]
         return []
 
     def reporter(self, title: str, schedule: Schedule) -> Callable[[int, float], None]:
@@ -125,6 +128,17 @@ class Maker:
         schedule = self.plan.encoder
         encoder.train(model, words, schedule, seed=self.seed, report=self.reporter("encoder", schedule))
         self._save(model, words, self.models / "encoder")
+
+    def make_index(self) -> None:
+        """The index of the retriever, by its own builder: one that the server will take."""
+        task = self.progress.add_task("index", total=None, loss="")
+        build_index(
+            self.out / "corpus.jsonl",
+            encoder_path=self.models / "encoder",
+            index_path=self.out / "index" / name_index(RETRIEVER_NAME),
+            device="cpu",
+            report=lambda encoded, total: self.progress.update(task, completed=encoded, total=total),
+        )
 
     def make_entailment(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
@@ -185,11 +199,11 @@ class Maker:
         figures["generator"] = generator.measure(model, words, index, problems)
         rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
         self._open_scratch()
-        (self.scratch / "abilities.json").write_text(json.dumps(rounded), encoding="utf-8")
+        measured = {"abilities": rounded, "sha256": self._hash_files()}
+        (self.scratch / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
     def make_manifest(self) -> None:
-        tables = [self.out / name for name in ("corpus.jsonl", "train.parquet", "test.parquet")]
-        files = sorted([*tables, *(p for p in self.models.rglob("*") if p.is_file())])
+        hashes = self._hash_files()
         manifest = {
             "seed": self.seed,
             "plan": asdict(self.plan),
@@ -198,11 +212,33 @@ class Maker:
                 "train_questions": self.plan.size.train_questions,
                 "test_questions": self.plan.size.test_questions,
             },
-            "bytes": sum(p.stat().st_size for p in files),
-            "abilities": json.loads((self.scratch / "abilities.json").read_text(encoding="utf-8")),
-            "sha256": {p.relative_to(self.out).as_posix(): _digest(p) for p in files},
+            "bytes": sum((self.out / name).stat().st_size for name in hashes),
+            "abilities": self._read_abilities(hashes),
+            "sha256": hashes,
         }
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _hash_files(self) -> dict[str, str]:
+        """Every file of the world, except the two that speak about them and what is not shipped."""
+        names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
+        shipped = [n for n in names if n not in NOT_HASHED and not n.startswith(f"{self.scratch.name}/")]
+        return {name: hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in shipped}
+
+    def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]]:
+        """Figures measured just now, or stated by the present manifest, if they are of these very files.
+
+        The index is no part of what is measured (the same search is done in process). Raises ValueError.
+        """
+
+        def select(named: dict[str, str]) -> dict[str, str]:
+            return {name: digest for name, digest in named.items() if not name.startswith("index/")}
+
+        for path in (self.scratch / "measured.json", self.out / "manifest.json"):
+            if path.exists():
+                measured = json.loads(path.read_text(encoding="utf-8"))
+                if select(measured["sha256"]) == select(hashes):
+                    return measured["abilities"]
+        raise ValueError("nobody measured the files of this folder: add measure to --stages, before manifest")
 
     def _open_scratch(self) -> None:
         """The folder for what later stages need and nobody ships; git ignores it."""
@@ -223,11 +259,8 @@ class Maker:
             path.chmod(0o644)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the stages that were asked for; exit status 2, with what to do, where one cannot be made."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -239,11 +272,11 @@ def main() -> None:
     parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
-    arguments = parser.parse_args()
-    plan = SMALL if arguments.small else FULL
-    if arguments.persons is not None:
-        plan = replace(plan, size=replace(plan.size, persons=arguments.persons))
-    torch.set_num_threads(arguments.threads)
+    chosen = parser.parse_args(arguments)
+    plan = SMALL if chosen.small else FULL
+    if chosen.persons is not None:
+        plan = replace(plan, size=replace(plan.size, persons=chosen.persons))
+    torch.set_num_threads(chosen.threads)
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<22}"),
@@ -253,9 +286,9 @@ def main() -> None:
         TextColumn("{task.fields[loss]}"),
     )
     with Progress(*columns, console=console) as progress:
-        maker = Maker(plan, seed=arguments.seed, out=arguments.out, progress=progress)
+        maker = Maker(plan, seed=chosen.seed, out=chosen.out, progress=progress)
         for stage in STAGES:
-            if stage not in arguments.stages:
+            if stage not in chosen.stages:
                 continue
             started = time.perf_counter()
             try:

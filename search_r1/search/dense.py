@@ -15,7 +15,7 @@ import torch
 from search_r1.search.corpus import JsonlCorpus
 from search_r1.search.encoder import FloatArray, TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.manifest import IndexManifest, compare_manifests, load_manifest
+from search_r1.search.manifest import IndexManifest, compare_manifests, hash_index, load_manifest
 from search_r1.search.retriever import Hit
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ class DenseRetriever:
 
 
 def describe_index(
-    index: VectorIndex, *, corpus: JsonlCorpus, encoder: TextEncoder, retriever_name: str
+    index: VectorIndex, *, index_sha256: str, corpus: JsonlCorpus, encoder: TextEncoder, retriever_name: str
 ) -> IndexManifest:
-    """The manifest of what is at hand."""
+    """The manifest of what is at hand; `index_sha256` is the hash of the index's file."""
     return IndexManifest(
         retriever_name=retriever_name,
         encoder_sha256=encoder.sha256,
@@ -137,6 +137,7 @@ def describe_index(
         normalised=encoder.recipe.normalised,
         metric=METRIC,
         dim=index.dim,
+        index_sha256=index_sha256,
         corpus_sha256=corpus.sha256,
         count=len(corpus),
         faiss_version=faiss.__version__,
@@ -152,38 +153,83 @@ def load_dense(
     on_gpu: bool = False,
     num_threads: int | None = None,
 ) -> DenseRetriever:
-    """Load all three parts; raises RetrieverError unless they belong together.
+    """Load all three parts; raises RetrieverError unless they are whole and belong together.
 
-    `num_threads`: of the whole process, for encoding and for search; None leaves it as it is.
+    The manifest vouches for every line of the corpus; without one each is parsed here, so that a malformed
+    one is met now and not by a query later. `num_threads`: of the whole process, for encoding and for
+    search; None leaves it as it is.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
         faiss.omp_set_num_threads(num_threads)
+    rebuild = (
+        f"python -m search_r1.search.index_builder --retrieval_method {retriever_name}"
+        f" --model_path {encoder_path} --corpus_path {corpus_path} --index_path {index_path}"
+    )
     corpus = JsonlCorpus(corpus_path)
+    recorded = load_manifest(index_path)
+    if recorded is not None:
+        _check_index_file(index_path, recorded=recorded, rebuild=rebuild)
     index = VectorIndex.load(index_path, on_gpu=on_gpu)
     encoder = TextEncoder(encoder_path, retriever_name=retriever_name)
-    actual = describe_index(index, corpus=corpus, encoder=encoder, retriever_name=retriever_name)
-    recorded = load_manifest(index_path)
-    problems = [] if recorded is None else compare_manifests(recorded, actual=actual)
-    if len(index) != len(corpus):
-        problems.append(f"count: the index holds {len(index)} vectors, the corpus {len(corpus)} passages")
-    if index.dim != encoder.dim:
-        problems.append(f"dim: the index holds vectors of {index.dim}, the encoder makes {encoder.dim}")
+    problems = _list_misfits(
+        index, recorded=recorded, corpus=corpus, encoder=encoder, retriever_name=retriever_name
+    )
     if problems:
-        rebuild = (
-            f"python -m search_r1.search.index_builder --retrieval_method {retriever_name}"
-            f" --model_path {encoder_path} --corpus_path {corpus_path} --index_path {index_path}"
-        )
         raise RetrieverError(
             f"index {index_path} does not belong to corpus {corpus_path} and encoder {encoder_path}:\n  "
             + "\n  ".join(problems)
             + f"\nname the files that belong together, or rebuild the index: {rebuild}"
         )
     if recorded is None:
-        logger.warning("index %s has no manifest: only its count and dimension are checked", index_path)
+        logger.warning(
+            "index %s has no manifest: only its count, its dimension and some passages are checked; "
+            "parsing all %d lines of the corpus, which takes a while if there are millions",
+            index_path,
+            len(corpus),
+        )
+        corpus.check_lines()
     retriever = DenseRetriever(index, corpus=corpus, encoder=encoder)
     retriever.check()
     return retriever
+
+
+def _check_index_file(index_path: Path, *, recorded: IndexManifest, rebuild: str) -> None:
+    """Before Faiss reads the file: damaged vectors look like any others, a damaged header may crash it."""
+    if not index_path.is_file():
+        return  # reported as missing, by the loading itself
+    found = hash_index(index_path)
+    if found != recorded.index_sha256:
+        raise RetrieverError(
+            f"index {index_path} is damaged or not the one its manifest is about: its SHA-256 is {found}, "
+            f"the manifest says {recorded.index_sha256}; copy both again, or rebuild the index: {rebuild}"
+        )
+
+
+def _list_misfits(
+    index: VectorIndex,
+    *,
+    recorded: IndexManifest | None,
+    corpus: JsonlCorpus,
+    encoder: TextEncoder,
+    retriever_name: str,
+) -> list[str]:
+    """One line for every fact that the three parts do not agree on."""
+    problems = []
+    if recorded is not None:
+        actual = describe_index(
+            index,
+            index_sha256=recorded.index_sha256,  # checked before the index was read
+            corpus=corpus,
+            encoder=encoder,
+            retriever_name=retriever_name,
+        )
+        problems += compare_manifests(recorded, actual=actual)
+    if len(index) != len(corpus):
+        problems.append(f"count: the index holds {len(index)} vectors, the corpus {len(corpus)} passages")
+    if index.dim != encoder.dim:
+        problems.append(f"dim: the index holds vectors of {index.dim}, the encoder makes {encoder.dim}")
+    return problems
 
 
 def _move_to_gpus(index: faiss.Index) -> faiss.Index:

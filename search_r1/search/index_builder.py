@@ -10,7 +10,7 @@ import argparse
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,8 +20,7 @@ from search_r1.search.corpus import JsonlCorpus
 from search_r1.search.dense import VectorIndex, describe_index
 from search_r1.search.encoder import RECIPES, TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.manifest import IndexManifest, locate_manifest
-from search_r1.search.schema import Document
+from search_r1.search.manifest import IndexManifest, hash_index, locate_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -34,35 +33,35 @@ def build_index(
     retriever_name: str = defaults.RETRIEVER_NAME,
     batch_size: int = 256,
     device: str | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> IndexManifest:
     """Write `index_path` and its manifest, replacing older ones; raises RetrieverError on bad input.
 
-    `device` None: a GPU if there is one.
+    `device` None: a GPU if there is one. `report(encoded, total)` is called after every batch of passages.
     """
     index_path = Path(index_path)
     corpus = JsonlCorpus(Path(corpus_path))
     encoder = TextEncoder(encoder_path, retriever_name=retriever_name, device=device)
     index = VectorIndex.create_flat(encoder.dim)
-    for batch in _batches(corpus, size=batch_size):
+    documents = iter(corpus)
+    while batch := list(itertools.islice(documents, batch_size)):
         index.add(encoder.encode_passages([document.contents for document in batch], batch_size=batch_size))
+        if report is not None:
+            report(len(index), len(corpus))
     index_path.parent.mkdir(parents=True, exist_ok=True)
     # Without the old manifest first: killed between the two writes, no manifest vouches for a wrong index.
     locate_manifest(index_path).unlink(missing_ok=True)
     index.save(index_path)
-    manifest = describe_index(index, corpus=corpus, encoder=encoder, retriever_name=retriever_name)
+    manifest = describe_index(
+        index,
+        index_sha256=hash_index(index_path),
+        corpus=corpus,
+        encoder=encoder,
+        retriever_name=retriever_name,
+    )
     manifest.save(index_path)
     corpus.close()
     return manifest
-
-
-def _batches(corpus: JsonlCorpus, *, size: int) -> Iterator[list[Document]]:
-    columns = (TextColumn("encoding passages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("encode", total=len(corpus))
-        documents = iter(corpus)
-        while batch := list(itertools.islice(documents, size)):
-            yield batch
-            progress.advance(task, len(batch))
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,14 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     index_path = settings.index_path or Path(settings.save_dir) / defaults.name_index(
         settings.retrieval_method
     )
+    columns = (TextColumn("encoding passages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        manifest = build_index(
-            settings.corpus_path,
-            encoder_path=settings.model_path,
-            index_path=index_path,
-            retriever_name=settings.retrieval_method,
-            batch_size=settings.batch_size,
-        )
+        with Progress(*columns) as progress:
+            task = progress.add_task("encode", total=None)
+            manifest = build_index(
+                settings.corpus_path,
+                encoder_path=settings.model_path,
+                index_path=index_path,
+                retriever_name=settings.retrieval_method,
+                batch_size=settings.batch_size,
+                report=lambda encoded, total: progress.update(task, completed=encoded, total=total),
+            )
     except RetrieverError as error:
         logger.error("no index was written: %s", error)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,8 @@ class IndexManifest:
     normalised: bool
     metric: str
     dim: int
+    index_sha256: str
+    """Of the index file, as written."""
     corpus_sha256: str
     count: int
     """Passages in corpus and index."""
@@ -35,6 +38,12 @@ class IndexManifest:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)
+
+
+def hash_index(index_path: Path) -> str:
+    """SHA-256 of the file: about a second per 1.5 GB, so 45 s for wiki-18, if the disk keeps up."""
+    with index_path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate_manifest(index_path: Path) -> Path:

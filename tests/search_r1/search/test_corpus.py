@@ -53,10 +53,18 @@ def test_rows_are_the_lines_of_the_file(
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n{line}\n{GOOD}\n")
-    corpus = JsonlCorpus(path)
     with pytest.raises(RetrieverError, match=r"corpus\.jsonl:2") as caught:
-        list(corpus)
+        JsonlCorpus(path).check_lines()
     assert complaint in str(caught.value)
+
+
+def test_a_long_check_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(corpus_module, "_LINES_PER_REPORT", 2)
+    caplog.set_level("INFO")
+    JsonlCorpus(write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)).check_lines()
+    assert [record.message.split(" of ")[0] for record in caplog.records] == ["checked 2", "checked 4"]
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:

@@ -153,8 +153,29 @@ def test_a_broken_manifest_is_named(copied_world: World, text: str) -> None:
         load(copied_world)
 
 
+def test_without_a_manifest_a_malformed_line_is_met_at_the_start(copied_world: World) -> None:
+    locate_manifest(copied_world.index).unlink()
+    lines = copied_world.corpus.read_text().splitlines(keepends=True)
+    copied_world.corpus.write_text("".join([*lines[:4], '{"id": "4", "text": "no contents"}\n', *lines[5:]]))
+    with pytest.raises(RetrieverError, match=r"corpus\.jsonl:5: 'contents' is None"):
+        load(copied_world)
+
+
+def test_a_damaged_index_is_refused(copied_world: World) -> None:
+    damaged = bytearray(copied_world.index.read_bytes())
+    damaged[-2] ^= 0x40  # one bit of the last vector: Faiss reads it without a complaint
+    copied_world.index.write_bytes(damaged)
+    VectorIndex.load(copied_world.index, on_gpu=False)
+    with pytest.raises(RetrieverError, match=r"e5_Flat\.index is damaged or not the one") as caught:
+        load(copied_world)
+    assert "python -m search_r1.search.index_builder" in str(caught.value)
+
+
 def test_a_broken_or_missing_index_is_named(copied_world: World) -> None:
     copied_world.index.write_bytes(b"not an index")
+    with pytest.raises(RetrieverError, match="is damaged"):
+        load(copied_world)
+    locate_manifest(copied_world.index).unlink()
     with pytest.raises(RetrieverError, match=r"e5_Flat\.index is not a readable Faiss index"):
         load(copied_world)
     copied_world.index.unlink()

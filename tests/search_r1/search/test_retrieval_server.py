@@ -19,7 +19,6 @@ from tests.search_r1.search.small_world import (
     SERVER,
     RunningServer,
     World,
-    wait_until_ready,
     write_corpus,
 )
 
@@ -28,6 +27,23 @@ Start = Callable[..., RunningServer]
 
 def retrieve(server: RunningServer, **payload: object) -> httpx.Response:
     return httpx.post(f"{server.url}/retrieve", json=payload, trust_env=False, timeout=30.0)
+
+
+def statuses_until_ready(running: RunningServer) -> set[int]:
+    """Statuses of a search asked again and again from the first moment on."""
+    seen: set[int] = set()
+    end = time.monotonic() + 90
+    while 200 not in seen and time.monotonic() < end:
+        try:
+            answer = httpx.post(f"{running.url}/retrieve", json={"query": "river"}, trust_env=False)
+            seen.add(answer.status_code)
+            if answer.status_code == 503:
+                assert answer.headers["Retry-After"] == "1"
+                assert httpx.get(f"{running.url}/livez", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            assert running.process.poll() is None
+        time.sleep(0.02)
+    return seen
 
 
 def test_both_published_shapes(server: RunningServer) -> None:
@@ -158,7 +174,7 @@ def test_wrong_flags_are_refused(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("way", "number"), [("module", signal.SIGTERM), ("launcher", signal.SIGINT)], ids=["module", "launcher"]
 )
-def test_starts_in_every_way_and_stops_cleanly(
+def test_starts_in_every_way_says_when_it_is_ready_and_stops_cleanly(
     world: World, start_server: Start, free_port: Callable[[], int], way: str, number: int, tmp_path: Path
 ) -> None:
     port = free_port()
@@ -177,7 +193,7 @@ def test_starts_in_every_way_and_stops_cleanly(
         variables = [f"INDEX_PATH={world.index}", f"CORPUS_PATH={world.corpus}", f"RETRIEVER_PORT={port}"]
         variables += [f"RETRIEVER_MODEL={world.encoder}", "RETRIEVER_HOST=127.0.0.1", "TOPK=5"]
         running = start_server(["env", *variables, "bash", launcher, "--topk", "2"], port=port, cwd=tmp_path)
-    wait_until_ready(running)
+    assert statuses_until_ready(running) == {503, 200}  # 503 while it loads
     expected = 3 if way == "module" else 2
     assert len(retrieve(running, query="river").json()["result"][0]) == expected
     # An open keep-alive connection must not hold the server.
@@ -188,29 +204,6 @@ def test_starts_in_every_way_and_stops_cleanly(
     log = running.log.read_text()
     assert f"ready: {running.url}/retrieve (6 passages" in log
     assert "Traceback" not in log
-
-
-@pytest.mark.slow
-def test_says_503_while_loading(
-    world: World, start_server: Start, free_port: Callable[[], int], tmp_path: Path
-) -> None:
-    port = free_port()
-    running = start_server(
-        [sys.executable, str(SERVER), *world.flags, "--port", str(port)], port=port, cwd=tmp_path
-    )
-    seen: set[int] = set()
-    end = time.monotonic() + 90
-    while 200 not in seen and time.monotonic() < end:
-        try:
-            answer = httpx.post(f"{running.url}/retrieve", json={"query": "river"}, trust_env=False)
-            seen.add(answer.status_code)
-            if answer.status_code == 503:
-                assert answer.headers["Retry-After"] == "1"
-                assert httpx.get(f"{running.url}/livez", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            assert running.process.poll() is None
-        time.sleep(0.02)
-    assert seen == {503, 200}
 
 
 def test_the_launcher_explains_itself() -> None:
