@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
+from verl.utils.reward_score.qa_em import exact_match
 from world import text
 from world.encoder import Index
 from world.traces import Problem
@@ -31,9 +31,7 @@ class Episode:
 
     @property
     def correct(self) -> bool:
-        if self.answer is None:
-            return False
-        return any(normalise(self.answer) == normalise(gold) for gold in self.problem.answer.golds)
+        return self.answer is not None and exact_match(self.answer, self.problem.answer.golds) == 1.0
 
     @property
     def well_formed(self) -> bool:
@@ -46,12 +44,6 @@ class Episode:
         """The first search was the good one (the ability to go on from there is what is asked)."""
         first = self.problem.hops[0]
         return bool(self.queries) and self.queries[0] == text.query(first.relation, first.subject)
-
-
-def normalise(answer: str) -> str:
-    """SQuAD: lower case, no punctuation, no articles, single spaces."""
-    plain = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return " ".join(word for word in plain.split() if word not in {"a", "an", "the"})
 
 
 @torch.inference_mode()
