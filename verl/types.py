@@ -49,13 +49,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """One search result, exactly as the retriever returned it."""
+    """One search result as the policy read it: as the retriever returned it, unless it was cut."""
 
     id: str
     title: str
     """First line of `contents`, quotes kept."""
     text: str
-    """The rest of `contents`."""
+    """The rest of `contents`; only its start where an observation had no room for more."""
     score: float
 
 
@@ -114,7 +114,7 @@ class Turn:
     output_log_probs: FloatArray
     action: Action
     passages: tuple[Passage, ...]
-    """From the search result itself, never parsed from text; empty if none was made or nothing was found."""
+    """What the policy read, taken from the search result, never parsed from text; empty without any."""
     observation_ids: IntArray
     """What the environment appended; empty on the last turn."""
     observation_truncated: bool = False

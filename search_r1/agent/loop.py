@@ -142,9 +142,10 @@ class SearchAgent:
 def _cut_observation(
     passages: Sequence[Passage], *, encode: Callable[[str], list[int]], max_length: int
 ) -> tuple[tuple[Passage, ...], list[int]]:
-    """The passages that are shown at least in part, and at most `max_length` ids with the closing tag.
+    """The passages as they are shown, and at most `max_length` ids with the closing tag.
 
-    The text is cut from its end; a passage of which only the heading would be left is dropped whole.
+    The documents are cut from their end: the last passage keeps the text that is left of it, and one of which
+    only the heading would be left is dropped. Rendering the passages gives the text of the ids again.
     """
     documents = render_passages(passages)
     low, high = 0, len(documents)
@@ -154,22 +155,23 @@ def _cut_observation(
         low, high = (middle, high) if fits else (low, middle - 1)
     # More text is nearly always more tokens; where a tokenizer breaks that rule, give up characters.
     while True:
-        kept, shown = _drop_bare_heading(documents[:low], passages=passages)
-        ids = encode(wrap_observation(kept))
+        shown = _shown_passages(documents[:low], passages=passages)
+        ids = encode(wrap_observation(render_passages(shown)))
         if len(ids) <= max_length:
             return shown, ids
         low -= 1
 
 
-def _drop_bare_heading(documents: str, *, passages: Sequence[Passage]) -> tuple[str, tuple[Passage, ...]]:
-    """What is left of the rendered documents, ending inside the text of the last passage that is shown."""
+def _shown_passages(documents: str, *, passages: Sequence[Passage]) -> tuple[Passage, ...]:
+    """What can be read in the start of the rendered passages: the last one with its text cut."""
     for count in range(len(passages), 0, -1):
         bare = replace(passages[count - 1], text="")
         heading = render_passages([*passages[: count - 1], bare])
         if len(documents.rstrip()) > len(heading):
             whole = render_passages(passages[:count])
-            return documents[: len(whole)].rstrip(), tuple(passages[:count])
-    return "", ()
+            text = documents[: len(whole)].rstrip()[len(heading) + 1 :]
+            return (*passages[: count - 1], replace(bare, text=text))
+    return ()
 
 
 def _turn_seed(seed: int, turn: int) -> int:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from search_r1.agent.loop import SearchAgent
-from search_r1.agent.prompts import RETRY, render_passages, wrap_observation
+from search_r1.agent.prompts import (
+    NOTHING_FOUND,
+    RETRY,
+    render_context,
+    render_passages,
+    wrap_observation,
+)
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question
 from verl.errors import ConfigError, RolloutError, ServiceError
 from verl.protocols import Tokenizer
@@ -17,6 +26,7 @@ from verl.types import ActionKind, Passage, Stop
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
 CHARS = CharTokenizer()
+OPENING, CLOSING = wrap_observation("|").split("|")
 
 
 def make_agent(
@@ -117,8 +127,37 @@ async def test_the_closing_tag_stays_when_an_observation_is_cut() -> None:
     assert text.startswith(
         '\n\n<information>Doc 1(Title: "Bolton") Bolton is a town.\nDoc 2(Title: "Long") word'
     )
-    assert text.endswith("word</information>\n\n") or text.endswith("</information>\n\n")
-    assert turn.passages == (BOLTON, LONG)
+    assert text.endswith("</information>\n\n")
+    first, last = turn.passages
+    assert first == BOLTON
+    assert (last.id, last.title, last.score) == (LONG.id, LONG.title, LONG.score)
+    assert LONG.text.startswith(last.text)
+    assert 0 < len(last.text) < len(LONG.text)
+    assert text == wrap_observation(render_passages(turn.passages))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text("ab \n", max_size=150), max_size=4),
+    max_obs_length=st.integers(len(RETRY), 400),
+)
+def test_the_gain_is_asked_about_exactly_the_documents_that_were_shown(
+    texts: list[str], max_obs_length: int
+) -> None:
+    found = tuple(Passage(id=str(k), title=f'"T{k}"', text=t, score=1.0) for k, t in enumerate(texts))
+    agent, _, _ = make_agent(
+        *["<search>q</search>"] * 2,
+        "<answer>a</answer>",
+        found={"q": found},
+        max_obs_length=max_obs_length,
+    )
+    trajectory = asyncio.run(agent.run(make_question(), sample=0, seed=0, greedy=False))
+    shown = [
+        CHARS.decode(turn.observation_ids).removeprefix(OPENING).removesuffix(CLOSING)
+        for turn in trajectory.searches
+    ]
+    assert len(shown) == 2
+    assert render_context(trajectory) == "\n".join(text for text in shown if text != NOTHING_FOUND)
 
 
 async def test_a_passage_is_dropped_rather_than_cut_to_its_heading() -> None:

@@ -161,8 +161,8 @@ def test_trained_ids_are_sampled_plus_injected_ids(
         assert len(injected) <= 260
         if turn.action.kind is ActionKind.SEARCH and len(injected):
             assert tokenizer.decode(injected).rstrip().endswith("</information>")
-            if not turn.observation_truncated:
-                assert injected == tokenizer.encode(wrap_observation(render_passages(found)))
+            assert injected == tokenizer.encode(wrap_observation(render_passages(turn.passages)))
+            assert turn.observation_truncated or turn.passages == tuple(found)
         if turn.action.text:
             span = tokenizer.decode(output[turn.action.start : turn.action.end])
             assert turn.action.text in span or "\ufffd" in span
