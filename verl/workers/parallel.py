@@ -49,11 +49,6 @@ def join_ranks(*, rank: int, world_size: int, device: str, rendezvous: str | Non
     )
 
 
-def leave_ranks(ranks: Ranks) -> None:
-    if ranks.mesh is not None:
-        dist.destroy_process_group()
-
-
 def shard_model(network: nn.Module, *, ranks: Ranks, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Shard in place, each layer a unit of its own; gradients are summed over ranks, not averaged."""
     if ranks.mesh is None:

@@ -34,7 +34,6 @@ from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
     gather_tensor,
     join_ranks,
-    leave_ranks,
     local_part,
     reduce_over_ranks,
     reshard_model,
@@ -45,6 +44,7 @@ from verl.workers.parallel import (
 logger = logging.getLogger(__name__)
 
 _SUMS = ("loss", "pg_loss", "kl", "entropy", "clip_fraction", "ratio_mean", "log_prob_difference_mean")
+_DISTURBANCE = 1.5
 _MAXIMA = ("ratio_max", "log_prob_difference_max")
 
 
@@ -86,6 +86,7 @@ class PolicyWorker:
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config=actor.optim) if trainable else None
         self._step = 0
+        self._undisturbed: list[Tensor] = []
 
     def num_parameters(self) -> int:
         """Of the whole model."""
@@ -101,6 +102,7 @@ class PolicyWorker:
                 log_probs = self._score(micro, temperature=self._temperature)
                 where_rows, columns = np.nonzero(micro.policy_mask)
                 result[rows[where_rows], columns] = log_probs
+        self._release_memory()
         return result
 
     def probe(self, ids: IntArray) -> FloatArray:
@@ -129,6 +131,7 @@ class PolicyWorker:
                 if metrics is not None:
                     applied.append(metrics)
         self._step += 1
+        self._release_memory()
         means = {name: float(np.mean([m[name] for m in applied])) for name in (applied[0] if applied else ())}
         skipped = num_updates - len(applied)
         return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
@@ -139,6 +142,32 @@ class PolicyWorker:
         if self._ranks.rank == 0:
             write_weights(Path(folder), untie(state, embedding=self._embedding) if self._unties else state)
         wait_for_ranks(self._ranks)
+        self._release_memory()
+
+    def export_bytes(self) -> int:
+        """Size of what `export_weights` writes: the whole model in compute precision."""
+        count = self.num_parameters()
+        if self._unties:
+            count += int(self._model.get_input_embeddings().weight.numel())
+        return count * self._dtype.itemsize
+
+    def disturb(self) -> None:
+        """Multiply final norm and LM head by 1.5 each so that every log-prob moves; calls add up.
+
+        Two, because an engine may take over the norm and keep its head.
+        """
+        weights = self._last_weights()
+        if not self._undisturbed:
+            self._undisturbed = [weight.to("cpu", copy=True) for weight in weights]
+        for weight in weights:
+            weight.mul_(_DISTURBANCE)
+
+    def restore(self) -> None:
+        """Undo `disturb`, bit for bit; nothing happens without one."""
+        if self._undisturbed:
+            for weight, kept in zip(self._last_weights(), self._undisturbed, strict=True):
+                weight.copy_(kept)
+        self._undisturbed = []
 
     def export_hf(self, folder: str) -> None:
         """Write a folder that `from_pretrained` and vLLM load: weights, configuration, tokenizer."""
@@ -186,10 +215,6 @@ class PolicyWorker:
                     self._optimizer.state[parameter] = _restore_state(parameter, record["optimizer"][name])
         torch.set_rng_state(record["random"])
         self._step = record["step"]
-
-    def close(self) -> None:
-        """Leave the process group."""
-        leave_ranks(self._ranks)
 
     def _train_on(self, batch: TrainBatch, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
         """One optimizer step; None if it was skipped."""
@@ -292,6 +317,18 @@ class PolicyWorker:
             if self._ranks.rank == 0:
                 state[name] = whole.to(device="cpu", dtype=self._dtype if whole.is_floating_point() else None)
         return {name: tensor.contiguous() for name, tensor in state.items()}
+
+    def _last_weights(self) -> list[Tensor]:
+        """This rank's parts of the final norm (the last weight that is a vector) and of the LM head."""
+        named = self._network.named_parameters()
+        *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))
+        head = self._model.get_output_embeddings().weight
+        return [local_part(parameter.detach()) for parameter in (norm, head)]
+
+    def _release_memory(self) -> None:
+        """Give cached GPU memory back: the engine next door needs it, and cannot take it."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _rank_file(self, folder: str) -> Path:
         return Path(folder) / f"policy_rank_{self._ranks.rank}_of_{self._ranks.world_size}.pt"

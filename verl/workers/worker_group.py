@@ -132,6 +132,19 @@ class WorkerGroup:
         """Write `model.safetensors` for the engines."""
         await self._call_all("export_weights", [(str(folder),)] * len(self._actors))
 
+    async def export_bytes(self) -> int:
+        """Size of what `export_weights` writes."""
+        sizes: list[int] = await self._call_all("export_bytes")
+        return sizes[0]
+
+    async def disturb(self) -> None:
+        """Change the weights so that every log-prob moves, see `PolicyWorker.disturb`."""
+        await self._call_all("disturb")
+
+    async def restore(self) -> None:
+        """Undo `disturb`, bit for bit."""
+        await self._call_all("restore")
+
     async def export_hf(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` and vLLM load."""
         await self._call_all("export_hf", [(str(folder),)] * len(self._actors))

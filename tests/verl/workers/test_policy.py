@@ -304,6 +304,34 @@ def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_disturbed_model_scores_visibly_differently_until_it_is_restored(
+    model_folder: Path, tied_folder: Path, tied: bool
+) -> None:
+    worker = make_worker(tied_folder if tied else model_folder)
+    ids = random_batch(1).input_ids[0]
+    before, scores = weights_of(worker), worker.probe(ids)
+    worker.restore()
+    for least in (0.3, 1.0):
+        worker.disturb()
+        assert np.abs(worker.probe(ids) - scores)[1:].mean() > least
+    worker.restore()
+    assert_same_bits(weights_of(worker), before)
+    np.testing.assert_array_equal(worker.probe(ids), scores)
+    worker.restore()
+    assert_same_bits(weights_of(worker), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_of_exported_weights_is_known_before(
+    model_folder: Path, tied_folder: Path, tmp_path: Path, tied: bool
+) -> None:
+    worker = make_worker(tied_folder if tied else model_folder)
+    worker.export_weights(str(tmp_path))
+    header = 8192
+    assert 0 <= (tmp_path / "model.safetensors").stat().st_size - worker.export_bytes() < header
+
+
 def test_a_frozen_worker_is_not_updated(model_folder: Path) -> None:
     with pytest.raises(RuntimeError, match="frozen"):
         make_worker(model_folder, trainable=False).update(one_shard(random_batch(2)))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +11,32 @@ from safetensors.numpy import load_file, save_file
 
 from verl.errors import WeightSyncError
 from verl.types import FloatArray, IntArray
-from verl.workers.weight_sync import WeightPublisher
+from verl.workers.weight_sync import WeightPublisher, find_memory
 
 
 class Policy:
     """Its log-prob of every token is its one weight."""
 
-    def __init__(self) -> None:
-        self.weight = -1.0
+    def __init__(self, *, disturbance: float = 1.5) -> None:
+        self.weight = self.kept = -1.0
+        self.disturbance = disturbance
 
     async def export_weights(self, folder: Path) -> None:
         folder.mkdir()
         save_file({"weight": np.array([self.weight], np.float32)}, folder / "model.safetensors")
 
+    async def export_bytes(self) -> int:
+        return 4
+
     async def probe(self, ids: IntArray) -> FloatArray:
         return np.full(len(ids), self.weight, np.float32)
+
+    async def disturb(self) -> None:
+        self.kept = self.weight
+        self.weight *= self.disturbance
+
+    async def restore(self) -> None:
+        self.weight = self.kept
 
 
 class Engine:
@@ -78,14 +91,61 @@ async def test_a_failed_publish_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_memory_of_a_killed_run_is_freed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+async def test_an_engine_that_listens_is_proved_and_ends_with_the_policys_weights(tmp_path: Path) -> None:
+    policy, engines = Policy(), [Engine(), Engine()]
+    for engine in engines:
+        engine.weight = policy.weight  # as a run starts
+    publisher = make_publisher(policy, engines, tmp_path)
+    await publisher.prove(version=4)
+    assert policy.weight == -1.0
+    assert [(engine.weight, engine.version) for engine in engines] == [(-1.0, 4)] * 2
+    publisher.close()
+
+
+async def test_a_deaf_engine_with_the_right_weights_is_found_before_training(tmp_path: Path) -> None:
+    policy, deaf = Policy(), Engine(stubborn=True)
+    deaf.weight = policy.weight
+    publisher = make_publisher(policy, [deaf], tmp_path)
+    assert await publisher.publish(version=0) == 0.0  # as it would be after every small update
+    with pytest.raises(WeightSyncError, match=r"engine 0 is deaf: .* by 0\.5 on average, .* moved by 0\. "):
+        await publisher.prove(version=0)
+    assert policy.weight == -1.0
+
+
+async def test_an_engine_that_takes_over_something_else_fails_the_proof(tmp_path: Path) -> None:
+    policy, engine = Policy(), Engine(error=0.1)
+    with pytest.raises(WeightSyncError, match=r"engine 0 does not sample from the policy"):
+        await make_publisher(policy, [engine], tmp_path).prove(version=0)
+    assert policy.weight == -1.0
+
+
+async def test_a_probe_that_cannot_tell_weights_apart_proves_nothing(tmp_path: Path) -> None:
+    policy = Policy(disturbance=1.001)
+    with pytest.raises(WeightSyncError, match=r"cannot tell weights apart: .* 0\.01 is needed"):
+        await make_publisher(policy, [Engine()], tmp_path).prove(version=0)
+
+
+def test_weights_go_where_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert find_memory(4, shared=tmp_path) == tmp_path
+    assert not caplog.records
+    elsewhere = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(tmp_path).free
+    assert find_memory(free, shared=tmp_path) == elsewhere
+    assert "--shm-size" in caplog.text
+    assert find_memory(4, shared=tmp_path / "none") == elsewhere
+
+
+async def test_memory_of_a_killed_run_is_freed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
     living = make_publisher(Policy(), [], tmp_path)
+    await living.publish(version=0)
     dead = tmp_path / "verl-weights-dead"
     dead.mkdir()
     (dead / "lock").touch()
     for folder in tmp_path.iterdir():
         os.utime(folder, (0, 0))
-    make_publisher(Policy(), [], tmp_path).close()
+    other = make_publisher(Policy(), [], tmp_path)
+    await other.publish(version=0)
+    other.close()
     assert not dead.exists()
     assert len(list(tmp_path.iterdir())) == 1
     living.close()

@@ -110,6 +110,13 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
         np.testing.assert_allclose(state[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)
     ids = batch.input_ids[0]
     before = await two.probe(ids)
+    for group in (two, one):
+        await group.disturb()
+    np.testing.assert_allclose(await two.probe(ids), await one.probe(ids), atol=2e-2)
+    assert np.abs(await two.probe(ids) - before)[1:].mean() > 0.3
+    await two.restore()
+    np.testing.assert_array_equal(await two.probe(ids), before)
+    assert await two.export_bytes() == await one.export_bytes()
     await two.update(single)
     after = await two.probe(ids)
     await two.load(out / "checkpoint")
