@@ -3,11 +3,6 @@
 # Variables such as IG_PORT and IG_MODEL_PATH are read by the service itself; a flag wins over its variable.
 set -euo pipefail
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-if [[ -z "${VIRTUAL_ENV:-}" && -x "$here/.venv/bin/python" ]]; then
-  python="$here/.venv/bin/python"
-else
-  python="python3"
-fi
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-exec "$python" -m IG.service.IG_server "$@"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$root/scripts/python.sh"
+exec "$python" -P -m IG.service.IG_server "$@"

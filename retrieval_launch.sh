@@ -22,10 +22,7 @@ TEXT
 }
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-python=python3
-if [[ -x "$root/.venv/bin/python" && -z "${VIRTUAL_ENV:-}" && "${CONDA_DEFAULT_ENV:-base}" == base ]]; then
-    python="$root/.venv/bin/python"
-fi
+source "$root/scripts/python.sh"
 
 flags=()
 [[ -n "${RETRIEVER_HOST:-}" ]] && flags+=(--host "$RETRIEVER_HOST")
@@ -42,4 +39,4 @@ for argument in "$@"; do
     fi
 done
 
-exec "$python" "$root/search_r1/search/retrieval_server.py" "${flags[@]}" "$@"
+exec "$python" -P -m search_r1.search.retrieval_server "${flags[@]}" "$@"

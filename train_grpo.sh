@@ -6,11 +6,13 @@ usage() {
     cat <<'TEXT'
 Train a search agent with GRPO and information-gain reward.
 
-  bash train_grpo.sh                            the embedded world, on the CPU, with the quickstart's settings
+  bash train_grpo.sh                            the embedded world, with the quickstart's settings
   BASE_MODEL=Qwen/Qwen2.5-3B DATA_DIR=data/nq_hotpotqa_train bash train_grpo.sh
                                                 the 8-GPU recipe (also chosen where nvidia-smi is found)
   bash train_grpo.sh max_turns=4 trainer.save_freq=10
-                                                all arguments are overrides of verl/trainer/config/ppo_trainer.yaml
+                                                all arguments are overrides of verl/trainer/config/ppo_trainer.yaml;
+                                                relative paths in them start at the repository, those in variables
+                                                where you stand
 
 Start the services first, each in a terminal of its own: bash retrieval_launch.sh, bash IG_service_launch.sh
 
@@ -34,10 +36,14 @@ for argument in "$@"; do
 done
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-python=python3
-if [[ -x "$root/.venv/bin/python" && -z "${VIRTUAL_ENV:-}" && "${CONDA_DEFAULT_ENV:-base}" == base ]]; then
-    python="$root/.venv/bin/python"
-fi
+source "$root/scripts/python.sh"
+
+# A text in the grammar of Hydra's overrides: in quotes, where a backslash counts before a quote only.
+q() {
+    local text
+    text="$(sed -E "s/(\\\\+)('|\$)/\\1\\1\\2/g; s/'/\\\\'/g" <<<"$1")"
+    printf "'%s'" "$text"
+}
 
 if [[ -z "${RECIPE:-}" ]]; then
     RECIPE=world
@@ -57,14 +63,16 @@ world)
     listed="$("$python" "$root/scripts/quickstart.py" --print-overrides)"
     mapfile -t settings <<<"$listed"
     settings+=(trainer.experiment_name=world)
-    [[ -n "${BASE_MODEL:-}" ]] && settings+=("actor_rollout_ref.model.path=$BASE_MODEL")
-    [[ -n "${DATA_DIR:-}" ]] && settings+=("data.train_files=$DATA_DIR/train.parquet" "data.val_files=$DATA_DIR/test.parquet")
+    [[ -n "${BASE_MODEL:-}" ]] && settings+=("actor_rollout_ref.model.path=$(q "$BASE_MODEL")")
+    [[ -n "${DATA_DIR:-}" ]] && settings+=(
+        "data.train_files=$(q "$DATA_DIR/train.parquet")" "data.val_files=$(q "$DATA_DIR/test.parquet")"
+    )
     ;;
 gpu)
     settings=(
-        "actor_rollout_ref.model.path=${BASE_MODEL:-Qwen/Qwen2.5-3B}"
-        "data.train_files=${DATA_DIR:-data/nq_hotpotqa_train}/train.parquet"
-        "data.val_files=${DATA_DIR:-data/nq_hotpotqa_train}/test.parquet"
+        "actor_rollout_ref.model.path=$(q "${BASE_MODEL:-Qwen/Qwen2.5-3B}")"
+        "data.train_files=$(q "${DATA_DIR:-data/nq_hotpotqa_train}/train.parquet")"
+        "data.val_files=$(q "${DATA_DIR:-data/nq_hotpotqa_train}/test.parquet")"
         data.train_batch_size=512
         data.max_prompt_length=4096
         data.max_start_length=2048
@@ -73,8 +81,8 @@ gpu)
         actor_rollout_ref.model.enable_gradient_checkpointing=true
         actor_rollout_ref.actor.optim.lr=1e-6
         actor_rollout_ref.actor.optim.lr_warmup_steps_ratio=0.285
-        # 64 questions with 3 episodes each.
-        actor_rollout_ref.actor.ppo_mini_batch_size=192
+        # Trajectories per update: 512 questions with 3 each make 24 updates.
+        actor_rollout_ref.actor.ppo_mini_batch_size=64
         actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
         actor_rollout_ref.actor.clip_ratio_low=0.2
         actor_rollout_ref.actor.clip_ratio_high=0.2
@@ -105,12 +113,12 @@ gpu)
     ;;
 esac
 
-[[ -n "${RETRIEVER_URL:-}" ]] && settings+=("retriever.url=$RETRIEVER_URL")
-[[ -n "${IG_SERVICE_URL:-}" ]] && settings+=("reward.semantic.url=$IG_SERVICE_URL")
+[[ -n "${RETRIEVER_URL:-}" ]] && settings+=("retriever.url=$(q "$RETRIEVER_URL")")
+[[ -n "${IG_SERVICE_URL:-}" ]] && settings+=("reward.semantic.url=$(q "$IG_SERVICE_URL")")
 [[ -n "${IG_BATCH_SIZE:-}" ]] && settings+=("reward.semantic.batch_size=$IG_BATCH_SIZE")
 [[ -n "${IG_TIMEOUT:-}" ]] && settings+=("reward.semantic.timeout_s=$IG_TIMEOUT")
-[[ -n "${WANDB_PROJECT:-}" ]] && settings+=("trainer.project_name=$WANDB_PROJECT")
-[[ -n "${EXPERIMENT_NAME:-}" ]] && settings+=("trainer.experiment_name=$EXPERIMENT_NAME")
+[[ -n "${WANDB_PROJECT:-}" ]] && settings+=("trainer.project_name=$(q "$WANDB_PROJECT")")
+[[ -n "${EXPERIMENT_NAME:-}" ]] && settings+=("trainer.experiment_name=$(q "$EXPERIMENT_NAME")")
 
 cd "$root"
-exec "$python" -m verl.trainer.main_ppo "${settings[@]}" "$@"
+exec "$python" -P -m verl.trainer.main_ppo "${settings[@]}" "$@"

@@ -14,22 +14,15 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
+from screen import Screen
 from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +53,6 @@ SMOKE_OVERRIDES: dict[str, str | int | float] = {
 SMOKE_STEPS = 2
 IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--gpu-memory-utilization", "0.2")
 
-Update = Callable[[int, str], None]
-
 # What needs no quotes in Hydra's grammar; its own words do.
 PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z/][a-z0-9_./-]*", re.ASCII | re.IGNORECASE)
 SERVICE_PREFIX = "IG_"
@@ -69,7 +60,6 @@ HOST = "127.0.0.1"
 
 SERVICE_DEADLINE_S = 180.0
 EDGE_STEPS = 5
-HEARTBEAT_S = 15.0
 
 USAGE = """\
 Everything after -- goes to verl.trainer.main_ppo as overrides:
@@ -140,61 +130,6 @@ def summarise(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Pat
         peak_rss_gb=round(peak_bytes / 1e9, 2),
         run_dir=str(run_dir),
     )
-
-
-class Screen:
-    """What the user sees: when a phase begins and ends, the trainer's lines, one live line below."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._started = time.monotonic()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._is_live = console.is_terminal
-        self._last_sign = self._started
-
-    def say(self, text: str, style: str = "bold cyan") -> None:
-        """A line with the seconds since the start."""
-        self._last_sign = time.monotonic()
-        self.console.print(f"[{self._last_sign - self._started:6.1f} s] {text}", style=style, markup=False)
-
-    def pass_on(self, line: str) -> None:
-        """A line of the trainer, as it is."""
-        self._last_sign = time.monotonic()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def phase(self, name: str, *, total: int | None = None) -> Iterator[Update]:
-        """Announce a phase, keep a live line while it runs, say how long it took.
-
-        Yields what moves the live line; without a terminal it shows a sign of life now and then instead.
-        """
-        began = time.monotonic()
-        self.say(f"{name} ...")
-        task = self._progress.add_task(name, total=total, note="")
-        if self._is_live:
-            self._progress.start()
-
-        def update(completed: int, note: str) -> None:
-            self._progress.update(task, completed=completed, note=note)
-            if not self._is_live and time.monotonic() - self._last_sign > HEARTBEAT_S:
-                self.say(f"{name}: {note}", style="dim")
-
-        try:
-            yield update
-        finally:
-            self._progress.remove_task(task)
-            if self._is_live:
-                self._progress.stop()
-        self.say(f"{name}: done in {time.monotonic() - began:.1f} s")
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, str | int | float]:
@@ -390,9 +325,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     screen = Screen(console)
     screen.say(f"run folder: {run_dir}")
     if dropped := sorted(name for name in os.environ if name.startswith(SERVICE_PREFIX)):
-        screen.say(
-            f"not passed on, the quickstart has its own IG service: {', '.join(dropped)}", style="yellow"
-        )
+        screen.say("not passed on, for the IG service is set up here: " + ", ".join(dropped), style="yellow")
     try:
         summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
     except ChildFailedError as error:

@@ -61,7 +61,7 @@ def tree(tmp_path: Path) -> Path:
     """A repository with the real runner and stand-ins for what it starts; its path needs quotes."""
     root = tmp_path / "é (1),[x]=~'&张"
     (root / "scripts").mkdir(parents=True)
-    for name in ("quickstart.py", "supervise.py"):
+    for name in ("quickstart.py", "screen.py", "supervise.py"):
         shutil.copy(SCRIPTS / name, root / "scripts")
     for module, code in {
         "search_r1/search/retrieval_server": SERVICE,
