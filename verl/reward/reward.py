@@ -6,16 +6,12 @@ halts, because what is left is no longer the batch that was asked for.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
-from verl.errors import TrainingHaltedError
 from verl.protocols import GainEstimator
 from verl.reward.outcome import Outcome
 from verl.types import Gain, Group, Score, Stop, Trajectory
-
-_MAX_CAUSES_SHOWN = 3
-_MAX_CAUSE_CHARS = 300
+from verl.utils.failures import check_failure_share
 
 OutcomeRule = Callable[[Trajectory], Outcome]
 
@@ -45,14 +41,23 @@ class Reward:
             for group, of_group in zip(groups, gains, strict=True)
         ]
         measured = [g for of_group in gains for g in of_group if g.value is not None or g.failure is not None]
-        self._check_failures("gain measurements", [gain.failure for gain in measured], fix=self._fix)
+        self._check("gain measurements", [gain.failure for gain in measured], fix=self._fix)
         everything = [score.failure for of_group in scores for score in of_group]
-        self._check_failures("trajectories", everything, fix="mend what the causes name.")
+        self._check("trajectories", everything, fix="mend what the failures name.")
         return scores
 
     async def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Outcomes only: validation never asks for a gain, and its failures are counted by the caller."""
         return [self._score(trajectory, Gain()) for trajectory in trajectories]
+
+    def _check(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
+        check_failure_share(
+            [failure for failure in failures if failure is not None],
+            total=len(failures),
+            max_share=self._max_failure_share,
+            what=what,
+            fix=fix,
+        )
 
     async def _measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
         if self._gain is None:
@@ -64,24 +69,3 @@ class Reward:
             return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
         outcome = self._outcome(trajectory)
         return Score(outcome=outcome.value, gain=gain.value, failure=gain.failure, metrics=outcome.metrics)
-
-    def _check_failures(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
-        """A lone failure never halts (one odd item in a small batch), unless none at all is allowed."""
-        causes = Counter(cause[:_MAX_CAUSE_CHARS] for cause in failures if cause is not None)
-        failed, total = causes.total(), len(failures)
-        if failed <= self._max_failure_share * total or (failed == 1 and self._max_failure_share > 0):
-            return
-        shown = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common(_MAX_CAUSES_SHOWN))
-        more = (
-            f"; and {len(causes) - _MAX_CAUSES_SHOWN} other causes" if len(causes) > _MAX_CAUSES_SHOWN else ""
-        )
-        raise TrainingHaltedError(
-            f"{failed} of {total} {what} failed ({failed / total:.0%}, reward.max_failure_share allows "
-            f"{self._max_failure_share:.0%}): {shown}{more}. Fix: {fix} Nothing was trained on this batch; "
-            f"the same command resumes from the last checkpoint."
-        )
-
-
-def failure_name(failure: str) -> str:
-    """The name in `name: message`, by which failures are counted."""
-    return failure.partition(":")[0].strip()

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from verl.errors import TrainingHaltedError
 from verl.protocols import Agent
 from verl.types import Group, Question, Stop, Trajectory
+from verl.utils.failures import check_failure_share
 from verl.utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class Collector:
 
     async def _play(self, episodes: Sequence[_Episode], *, progress: Progress | None) -> list[Trajectory]:
         slots = asyncio.Semaphore(self._max_concurrent)
-        failures: Counter[str] = Counter()
+        failures: list[str] = []
         num_finished = 0
 
         async def play(episode: _Episode) -> Trajectory:
@@ -89,8 +88,14 @@ class Collector:
             if trajectory.failure is not None:
                 if trajectory.failure not in failures:
                     logger.warning("an episode of %s failed: %s", episode.question.uid, trajectory.failure)
-                failures[trajectory.failure] += 1
-                self._halt_above_limit(failures, num_finished=num_finished, num_all=len(episodes))
+                failures.append(trajectory.failure)
+                check_failure_share(
+                    failures,
+                    total=len(episodes),
+                    max_share=self._max_failure_share,
+                    what="episodes",
+                    fix="mend the retriever or the engine, whichever the first failure names.",
+                )
             if progress is not None:
                 progress(num_finished, len(episodes))
             return trajectory
@@ -120,17 +125,3 @@ class Collector:
                 failure=f"episode_broke: {type(error).__name__}: {error}",
             )
         return trajectory
-
-    def _halt_above_limit(self, failures: Counter[str], *, num_finished: int, num_all: int) -> None:
-        num_failed = failures.total()
-        if num_failed <= self._max_failure_share * num_all:
-            return
-        by_name: Counter[str] = Counter()
-        for failure, count in failures.items():
-            by_name[failure.split(":", 1)[0]] += count
-        counts = ", ".join(f"{name} {count}" for name, count in by_name.most_common())
-        raise TrainingHaltedError(
-            f"{num_failed} of {num_finished} finished episodes failed ({counts}), which is more than "
-            f"reward.max_failure_share={self._max_failure_share:g} of all {num_all}. "
-            f"First failure: {next(iter(failures))}"
-        )

@@ -85,10 +85,24 @@ async def test_above_the_failure_share_it_halts_at_once_with_counts_and_the_firs
     with pytest.raises(TrainingHaltedError) as halted:
         await make_collector(agent, share=0.4).collect(QUESTIONS, step=1)
     message = str(halted.value)
-    assert "search_failed 3" in message
-    assert "generation_failed 2" in message
-    assert "reward.max_failure_share=0.4" in message
+    assert "5 of 12 episodes failed (42%, reward.max_failure_share allows 40%)" in message
+    assert "3 x search_failed, 2 x generation_failed" in message
     assert "First failure: search_failed: retriever: down" in message
+
+
+async def test_a_lone_failure_halts_neither_training_nor_evaluation_unless_none_is_allowed() -> None:
+    agent = FakeAgent(failures={UIDS[1]: "search_failed: retriever: down"})
+    tolerant, strict = (make_collector(agent, n=1, share=share) for share in (0.1, 0.0))
+    await tolerant.collect(QUESTIONS, step=1)
+    await tolerant.evaluate(QUESTIONS)
+    with pytest.raises(TrainingHaltedError, match="1 of 4 episodes"):
+        await strict.evaluate(QUESTIONS)
+
+
+async def test_evaluation_halts_above_the_share_too() -> None:
+    agent = FakeAgent(failures=dict.fromkeys(UIDS[:2], "search_failed: retriever: down"))
+    with pytest.raises(TrainingHaltedError, match="2 of 4 episodes failed"):
+        await make_collector(agent, share=0.25).evaluate(QUESTIONS)
 
 
 class BrokenAgent:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl.reward.reward import failure_name
 from verl.trainer.ppo.metrics import finite
 from verl.types import Question, Score, Trajectory
+from verl.utils.failures import failure_name
 
 Progress = Callable[[int, int], None]
 """Told (number done, number of all)."""

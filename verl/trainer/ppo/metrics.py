@@ -13,11 +13,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from verl.reward.reward import failure_name
 from verl.trainer.ppo.advantage import trajectory_reward
-from verl.types import ActionKind, BoolArray, FloatArray, Group, Score, Stop, Trajectory, count_policy_tokens
+from verl.types import ActionKind, FloatArray, Group, Score, Stop, Trajectory, count_policy_tokens
+from verl.utils.failures import failure_name
 
 logger = logging.getLogger(__name__)
 
@@ -165,23 +164,6 @@ def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float
             "perf/sampled_tokens_per_s": _ratio(sampled, seconds.get("rollout", 0.0)),
             "perf/tokens_per_s": _ratio(trained, seconds.get("step", 0.0)),
             "perf/trajectories_per_s": _ratio(len(trajectories), seconds.get("step", 0.0)),
-        }
-    )
-
-
-def log_prob_difference(sampled: npt.ArrayLike, trained: npt.ArrayLike, *, mask: BoolArray) -> Metrics:
-    """How far the trainer's log-probs are from the engine's on the same tokens; arrays of one shape."""
-    difference = (np.asarray(trained, np.float64) - np.asarray(sampled, np.float64))[mask]
-    if not len(difference):
-        return {}
-    size = np.abs(difference)
-    ratio = np.exp(difference)
-    return finite(
-        {
-            "policy/log_prob_difference_mean": float(size.mean()),
-            "policy/log_prob_difference_p95": float(np.quantile(size, 0.95)),
-            "policy/log_prob_difference_max": float(size.max()),
-            "policy/ratio_outside_share": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
         }
     )
 

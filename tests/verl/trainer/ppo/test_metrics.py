@@ -11,7 +11,6 @@ from verl.trainer.ppo.metrics import (
     credit_metrics,
     finite,
     gain_metrics,
-    log_prob_difference,
     reward_metrics,
     rollout_metrics,
     step_metrics,
@@ -144,12 +143,3 @@ def test_a_step_is_named_by_area_and_finite() -> None:
 def test_finite_leaves_out_and_names(caplog: pytest.LogCaptureFixture) -> None:
     assert finite({"a/x": None, "b/y": math.inf, "c/z": 1}) == {"c/z": 1.0}
     assert "b/y" in caplog.text
-
-
-def test_log_prob_difference_is_over_policy_tokens() -> None:
-    mask = np.array([[False, True, True, False]])
-    metrics = log_prob_difference([[9.0, -1.0, -2.0, 9.0]], [[0.0, -1.2, -2.0, 0.0]], mask=mask)
-    assert metrics["policy/log_prob_difference_mean"] == pytest.approx(0.1)
-    assert metrics["policy/log_prob_difference_max"] == pytest.approx(0.2)
-    assert metrics["policy/ratio_outside_share"] == 0.5
-    assert log_prob_difference([[1.0]], [[2.0]], mask=np.array([[False]])) == {}
