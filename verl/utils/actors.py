@@ -15,10 +15,13 @@ import asyncio
 import inspect
 import logging
 import os
+import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +63,6 @@ class Launcher(Protocol):
         *,
         kwargs: dict[str, object],
         name: str,
-        num_gpus: float = 0,
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
     ) -> Actor:
@@ -133,7 +135,6 @@ class LocalLauncher:
         *,
         kwargs: dict[str, object],
         name: str,
-        num_gpus: float = 0,  # noqa: ARG002 - a process uses what it sees
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
     ) -> Actor:
@@ -214,13 +215,12 @@ class RayLauncher:
         *,
         kwargs: dict[str, object],
         name: str,
-        num_gpus: float = 0,
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
     ) -> Actor:
         import ray
 
-        options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": num_gpus}
+        options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": 0}
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
@@ -238,6 +238,19 @@ class RayLauncher:
         self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
 
 
+@contextmanager
+def keep_sigterm_handler() -> Iterator[None]:
+    """Put this process's SIGTERM handler back: Ray's own would end it at once, with nothing taken down."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where handlers can neither be set nor lost
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]:
     """Start Ray; its folder, and the reaper that watches over it."""
     import ray
@@ -248,16 +261,17 @@ def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]
         folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
         os.environ[MARK] = str(folder)
         try:
-            # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
-            ray.init(
-                address="local",
-                num_cpus=0,
-                include_dashboard=False,
-                object_store_memory=object_store_mb * 2**20,
-                log_to_driver=False,
-                logging_level="error",
-                _temp_dir=str(folder),
-            )
+            with keep_sigterm_handler():
+                # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
+                ray.init(
+                    address="local",
+                    num_cpus=0,
+                    include_dashboard=False,
+                    object_store_memory=object_store_mb * 2**20,
+                    log_to_driver=False,
+                    logging_level="error",
+                    _temp_dir=str(folder),
+                )
             return folder, start_reaper(folder)
         except Exception as error:  # Ray raises the bare class when its processes are slow to start
             ray.shutdown()

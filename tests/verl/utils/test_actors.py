@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import pytest
 
 from verl.errors import ConfigError
-from verl.utils.actors import ActorError, Launcher, make_launcher
+from verl.utils.actors import ActorError, Launcher, keep_sigterm_handler, make_launcher
 
 
 class Counter:
@@ -58,11 +62,17 @@ def local() -> Iterator[Launcher]:
     launcher.shutdown()
 
 
+def on_sigterm(number: int, frame: FrameType | None) -> None:
+    """A handler of the test process."""
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Launcher]:
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     launcher = make_launcher("ray", object_store_mb=80)
     yield launcher
     launcher.shutdown()
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
@@ -132,6 +142,27 @@ async def test_a_dead_ray_actor_names_itself_and_its_last_words(ray: Launcher) -
 def test_a_second_ray_launcher_is_refused() -> None:
     with pytest.raises(ConfigError, match="already runs"):
         make_launcher("ray")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+def test_ray_does_not_take_over_sigterm() -> None:
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
+
+
+def test_a_sigterm_handler_is_put_back_also_after_a_failure() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(OSError), keep_sigterm_handler():
+        signal.signal(signal.SIGTERM, on_sigterm)
+        raise OSError("no cluster")
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor() as executor:
+        executor.submit(_enter, keep_sigterm_handler).result()
+
+
+def _enter(context: Callable[[], AbstractContextManager[None]]) -> None:
+    with context():
+        pass
 
 
 @pytest.mark.slow
