@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ from verl.utils.actors import ActorError
 if TYPE_CHECKING:
     from verl.utils.actors import Actor
 
+logger = logging.getLogger(__name__)
+
 _GRACE_S = 10.0
 """What an engine gets on top of the deadline to abort the request and say so itself."""
+_SHUTDOWN_TIMEOUT_S = 10.0
 
 
 class EngineReceiver:
@@ -98,10 +102,19 @@ class EnginePool:
             await self._call_all("wake")
 
     async def shutdown(self) -> None:
-        """End the replicas' child processes, whatever state each is in, then the replicas."""
-        await asyncio.gather(*(engine.call("shutdown") for engine in self._engines), return_exceptions=True)
-        for engine in self._engines:
-            engine.kill()
+        """End the replicas' child processes, whatever state each is in, then the replicas.
+
+        One that does not answer, because it still starts or hangs, is killed after ten seconds.
+        """
+        farewells = (engine.call("shutdown") for engine in self._engines)
+        try:
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
+                await asyncio.gather(*farewells, return_exceptions=True)
+        except TimeoutError:
+            logger.warning("an engine did not end within %g s; it is killed", _SHUTDOWN_TIMEOUT_S)
+        finally:
+            for engine in self._engines:
+                engine.kill()
 
     async def _call_all(self, method: str) -> list[Any]:
         return await asyncio.gather(*(engine.call(method) for engine in self._engines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from verl.errors import ConfigError, RolloutError
 from verl.rollout import pool
 from verl.rollout.pool import EnginePool
 from verl.types import Completion, Finish, IntArray, Sampling
-from verl.utils.actors import ActorError
+from verl.utils.actors import ActorError, make_launcher
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=4, stop=(), seed=0)
 PROMPT = np.array([1, 2], np.int32)
@@ -108,6 +109,35 @@ async def test_a_dead_engine_is_a_rollout_error_and_does_not_stop_the_shutdown()
         await engine_pool.generate(PROMPT, sampling=SAMPLING, session="s")
     await engine_pool.shutdown()
     assert dead.calls[-2:] == alive.calls[-2:] == ["shutdown", "kill"]
+
+
+class StuckEngine:
+    """Never finishes its construction by itself."""
+
+    def __init__(self, *, released: threading.Event) -> None:
+        released.wait()
+
+    async def shutdown(self) -> None:
+        """Nothing to end."""
+
+
+async def test_an_engine_that_hangs_in_its_constructor_does_not_hang_the_shutdown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "_SHUTDOWN_TIMEOUT_S", 0.1)
+    released = threading.Event()
+    launcher = make_launcher("local")
+    stuck = launcher.launch(StuckEngine, kwargs={"released": released}, name="engine-0")
+    healthy = FakeEngineActor()
+    try:
+        async with asyncio.timeout(5):
+            await EnginePool([stuck, healthy], request_timeout_s=5.0).shutdown()
+        assert healthy.calls == ["shutdown", "kill"]
+        with pytest.raises(ActorError, match="was killed"):
+            await stuck.call("shutdown")
+    finally:
+        released.set()
+        launcher.shutdown()
 
 
 def test_no_engines_is_a_config_error() -> None:
