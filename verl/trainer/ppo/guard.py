@@ -25,6 +25,10 @@ KL_LIMIT = 1.0
 """Mean KL to the reference, nats per token, above which the policy has left it."""
 NO_SEARCH_LIMIT = 0.9
 """Share of trajectories without a search above which the policy has stopped searching."""
+COARSE_DIFFERENCE = 0.1
+"""Mean difference of engine's and trainer's log-probs, nats per token, that bfloat16 explains."""
+MISMATCH_STEPS = 2
+"""Steps in a row with log-probs of engine and trainer further apart than they may be."""
 MAX_DUMPS = 10
 """Batches kept of one run: the first ones tell most, and a batch can be large."""
 
@@ -32,13 +36,23 @@ MAX_DUMPS = 10
 class Guard:
     """Watch the updates and the metrics of one run."""
 
-    def __init__(self, run_dir: Path, *, max_skipped_updates: int, alarm_steps: int = 5) -> None:
-        """`alarm_steps`: how many steps in a row a condition must hold before it is an alarm."""
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        max_skipped_updates: int,
+        max_log_prob_difference: float = COARSE_DIFFERENCE,
+        alarm_steps: int = 5,
+    ) -> None:
+        """`max_log_prob_difference`: mean between engine and trainer that rounding explains, 1e-3 in float32.
+
+        `alarm_steps`: how many steps in a row a condition must hold before it is an alarm.
+        """
         self._run_dir = run_dir
         self._max_skipped_updates = max_skipped_updates
         self._skipped_in_a_row = 0
         self._dumps: list[Path] = []
-        self._alarms = _make_alarms(alarm_steps)
+        self._alarms = _make_alarms(alarm_steps, max_log_prob_difference)
 
     def check_update(
         self,
@@ -153,7 +167,7 @@ class _Alarm:
         return f"below {self.below_first_share:g} of its first value {self.first:.4g}"
 
 
-def _make_alarms(steps: int) -> list[_Alarm]:
+def _make_alarms(steps: int, max_log_prob_difference: float) -> list[_Alarm]:
     return [
         _Alarm(
             metric="policy/entropy",
@@ -172,5 +186,12 @@ def _make_alarms(steps: int) -> list[_Alarm]:
             steps=steps,
             above=KL_LIMIT,
             meaning="the policy is far from the reference; consider a lower lr or a higher kl_loss_coef",
+        ),
+        _Alarm(
+            metric="policy/log_prob_difference_mean",
+            steps=MISMATCH_STEPS,
+            above=max_log_prob_difference,
+            meaning="rollout/trainer mismatch: the engine samples from another policy than the one that is "
+            "trained; compare precision, temperature and model of the two",
         ),
     ]

@@ -19,6 +19,15 @@ SKIPPED = {"num_updates": 1.0, "skipped_updates": 1.0}
 APPLIED = {"num_updates": 1.0, "skipped_updates": 0.0}
 
 
+def make_guard(run_dir: Path, *, max_skipped_updates: int = 1, alarm_steps: int = 5) -> Guard:
+    return Guard(
+        run_dir,
+        max_skipped_updates=max_skipped_updates,
+        max_log_prob_difference=1e-3,
+        alarm_steps=alarm_steps,
+    )
+
+
 def check(guard: Guard, update: dict[str, float], *, step: int = 1, checkpoint: Path | None = None) -> None:
     guard.check_update(
         update, step=step, groups=[GROUP], scores=SCORES, credit=CREDIT, last_checkpoint=checkpoint
@@ -26,7 +35,7 @@ def check(guard: Guard, update: dict[str, float], *, step: int = 1, checkpoint: 
 
 
 def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, max_skipped_updates=3)
+    guard = make_guard(tmp_path, max_skipped_updates=3)
     for update in (SKIPPED, SKIPPED, APPLIED, SKIPPED, SKIPPED):
         check(guard, update)
     with pytest.raises(TrainingHaltedError) as halted:
@@ -37,18 +46,18 @@ def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
 
 def test_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(TrainingHaltedError, match="No checkpoint"):
-        check(Guard(tmp_path, max_skipped_updates=1), SKIPPED)
+        check(make_guard(tmp_path, max_skipped_updates=1), SKIPPED)
 
 
 def test_updates_of_one_step_count_one_by_one(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, max_skipped_updates=3)
+    guard = make_guard(tmp_path, max_skipped_updates=3)
     check(guard, {"num_updates": 4.0, "skipped_updates": 3.0})  # one was applied
     with pytest.raises(TrainingHaltedError, match="4 updates in a row"):
         check(guard, {"num_updates": 4.0, "skipped_updates": 4.0})
 
 
 def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
-    check(Guard(tmp_path, max_skipped_updates=2), SKIPPED, step=12)
+    check(make_guard(tmp_path, max_skipped_updates=2), SKIPPED, step=12)
     (line,) = (tmp_path / "skipped" / "step_000012.jsonl").read_text(encoding="utf-8").splitlines()
     record = json.loads(line)
     turn, original = record["trajectory"]["turns"][0], GROUP.trajectories[0].turns[0]
@@ -60,14 +69,14 @@ def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
 
 
 def test_only_the_first_batches_are_kept(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, max_skipped_updates=99)
+    guard = make_guard(tmp_path, max_skipped_updates=99)
     for step in range(MAX_DUMPS + 5):
         check(guard, SKIPPED, step=step)
     assert len(list((tmp_path / "skipped").iterdir())) == MAX_DUMPS
 
 
 def test_a_clean_update_writes_nothing(tmp_path: Path) -> None:
-    check(Guard(tmp_path, max_skipped_updates=1), APPLIED)
+    check(make_guard(tmp_path, max_skipped_updates=1), APPLIED)
     assert not list(tmp_path.iterdir())
 
 
@@ -78,14 +87,22 @@ def test_a_clean_update_writes_nothing(tmp_path: Path) -> None:
 def test_an_alarm_is_raised_once_after_enough_steps_and_again_after_it_passed(
     tmp_path: Path, metric: str, healthy: float, sick: float
 ) -> None:
-    guard = Guard(tmp_path, max_skipped_updates=1, alarm_steps=3)
+    guard = make_guard(tmp_path, max_skipped_updates=1, alarm_steps=3)
     values = [healthy, sick, sick, healthy, sick, sick, sick, sick, healthy, sick, sick, sick]
     raised = [bool(guard.alarms({metric: value})) for value in values]
     assert [i for i, alarm in enumerate(raised) if alarm] == [6, 11]
 
 
+def test_engine_and_trainer_apart_is_an_alarm_after_two_steps(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path)
+    values = [0.5e-3, 2e-3, 0.5e-3, 2e-3, 2e-3, 2e-3]
+    raised = [guard.alarms({"policy/log_prob_difference_mean": value}) for value in values]
+    assert [len(warnings) for warnings in raised] == [0, 0, 0, 0, 1, 0]
+    assert "0.002 after 2 steps above 0.001: rollout/trainer mismatch" in raised[4][0]
+
+
 def test_an_alarm_names_the_metric_and_is_silent_without_it(tmp_path: Path) -> None:
-    guard = Guard(tmp_path, max_skipped_updates=1, alarm_steps=1)
+    guard = make_guard(tmp_path, max_skipped_updates=1, alarm_steps=1)
     assert guard.alarms({}) == []
     (warning,) = guard.alarms({"policy/kl": 5.0})
     assert "policy/kl is 5" in warning
