@@ -1,8 +1,8 @@
 """A vLLM engine behind a plain class, on the CPU and on GPUs; the only file of `verl` that imports vllm.
 
 vLLM is imported when an engine is built, not when this module is: the process that only launches engines
-stays small. An engine runs its model in child processes; a watchdog ends them when this process ends, even by
-kill -9.
+stays small. vLLM runs the model in child processes of this one (its core, on the CPU as well, and the workers
+of a sharded model); a watchdog ends them when this process ends, even by kill -9.
 
 Why the settings differ on the CPU: a per-request seed together with chunked prefill kills the CPU engine;
 graph compilation needs a C++ compiler; the multiprocess executor spins on shared memory, and idle OpenMP
@@ -49,15 +49,15 @@ class VllmEngine:
         cpu_kv_cache_gib: float = 0.25,
         max_num_seqs: int = 256,
         enforce_eager: bool = False,
-        device: str = "auto",
+        device: str = "cpu",
         num_threads: int | None = None,
     ) -> None:
-        """`device` is auto, cpu or cuda and must be what the installed vLLM was built for.
+        """`device` is cpu or cuda and must be what the installed vLLM was built for.
 
         Raises ConfigError when the model or the device is not there; vLLM's own error when it cannot start.
         """
         _require_model(model_path)
-        os.environ.update(_environment(num_threads=num_threads))
+        os.environ.update(_environment(on_cpu=device == "cpu", num_threads=num_threads))
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -208,12 +208,16 @@ def _cpu_settings(max_model_len: int, kv_cache_gib: float, *, is_sharded: bool) 
     }
 
 
-def _environment(*, num_threads: int | None) -> dict[str, str]:
+def _environment(*, on_cpu: bool, num_threads: int | None) -> dict[str, str]:
     """What vLLM and its children only read from the environment."""
-    threads = num_threads or len(os.sched_getaffinity(0))
-    return {
+    settings = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    if not on_cpu:
+        return settings
+    threads = num_threads or len(os.sched_getaffinity(0))
+    return settings | {
         # Bound threads of several engines and the trainer would all sit on the same cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),
@@ -232,7 +236,7 @@ def _require_model(model_path: str) -> None:
 
 
 def _require_device(device: str, *, on_cpu: bool) -> None:
-    if device not in ("auto", "cpu" if on_cpu else "cuda"):
+    if device != ("cpu" if on_cpu else "cuda"):
         built_for, package = ("cpu", "vllm") if on_cpu else ("cuda", "vllm-cpu")
         raise ConfigError(
             f"trainer.device={device} but the installed vLLM runs on {built_for}; "

@@ -1,8 +1,8 @@
 """End the child processes of a library when this process is gone, even by kill -9.
 
-A library that starts processes of its own gives us no hook into them. A watchdog process notes every
-descendant that appears while it looks; the end of its pipe tells it that this process is gone, whatever
-happened.
+For a library that starts processes out of reach, as vLLM does. A watchdog process looks every quarter of a
+second and notes the descendants that have appeared; the end of its pipe tells it that this process is gone,
+whatever happened. One that appears and loses its parent between two looks is missed.
 
     watchdog = Watchdog()
     engine = start_something_with_children()

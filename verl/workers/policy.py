@@ -149,7 +149,7 @@ class PolicyWorker:
         count = self.num_parameters()
         if self._unties:
             count += int(self._model.get_input_embeddings().weight.numel())
-        return count * self._dtype.itemsize
+        return int(count * self._dtype.itemsize)
 
     def disturb(self) -> None:
         """Multiply final norm and LM head by 1.5 each so that every log-prob moves; calls add up.
