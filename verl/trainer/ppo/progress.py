@@ -1,18 +1,16 @@
 """Where a run stands: one small JSON file in every checkpoint folder, what the driver needs to go on.
 
-Weights, optimizer and the workers' random states are saved by the workers; this is the driver's own part.
+Weights, optimizer and the workers' random states are saved by the workers; this is the driver's own part. The
+driver draws nothing from global generators: every seed is derived from the run's (`verl/utils/seeding.py`).
 """
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
@@ -41,13 +39,13 @@ class Progress:
         return True
 
     def save(self, folder: Path, *, identity: Identity) -> None:
-        """Write the state, this process's random states and the run's identity into a checkpoint folder."""
-        record = {"progress": asdict(self), "random": capture_random_state(), "identity": identity}
+        """Write the state and the run's identity into a checkpoint folder."""
+        record = {"progress": asdict(self), "identity": identity}
         (folder / PROGRESS_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, *, identity: Identity) -> Progress:
-        """Read the state back and restore the random states.
+        """Read the state back.
 
         Raises ConfigError if the file is missing or damaged, or if the run is not the one that was saved.
         """
@@ -60,11 +58,9 @@ class Progress:
                 f"Fix: restore these settings, or {_FRESH_START}."
             )
         try:
-            progress = cls(**record["progress"])
-            restore_random_state(record["random"])
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(**record["progress"])
+        except TypeError as error:
             raise _damaged(path, str(error)) from error
-        return progress
 
 
 def run_identity(config: Config) -> Identity:
@@ -86,24 +82,6 @@ def identity_differences(saved: Mapping[str, object], current: Mapping[str, obje
     ]
 
 
-def capture_random_state() -> dict[str, object]:
-    """Python's and NumPy's global generators, as JSON. The episodes' seeds do not depend on them."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-    }
-
-
-def restore_random_state(state: Mapping[str, list[object]]) -> None:
-    """Undo `capture_random_state`. Raises ValueError or TypeError if it is not one."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))  # type: ignore[arg-type]
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # type: ignore[arg-type]
-
-
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -112,9 +90,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _damaged(path, f"not JSON: {error}") from error
     if not isinstance(record, dict) or not all(
-        isinstance(record.get(k), dict) for k in ("progress", "random", "identity")
+        isinstance(record.get(k), dict) for k in ("progress", "identity")
     ):
-        raise _damaged(path, "expected an object with progress, random and identity")
+        raise _damaged(path, "expected an object with progress and identity")
     return record
 
 

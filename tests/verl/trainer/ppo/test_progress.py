@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from verl.errors import ConfigError
@@ -18,11 +16,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     progress = Progress(step=12, sampler={"epoch": 1, "position": 48})
     assert progress.note(0.4)
     progress.save(tmp_path, identity=IDENTITY)
-    expected = random.random(), np.random.rand()
-    random.seed(99)
-    np.random.seed(99)
     assert Progress.load(tmp_path, identity=IDENTITY) == progress
-    assert (random.random(), np.random.rand()) == expected
 
 
 def test_the_best_metric_is_kept_with_its_step() -> None:
@@ -60,10 +54,10 @@ def test_what_may_change_does_not_matter(tmp_path: Path) -> None:
         "{",
         "[]",
         "{}",
-        json.dumps({"progress": {"stepp": 1}, "random": {}, "identity": IDENTITY}),
-        json.dumps({"progress": {}, "random": {"python": [3]}, "identity": IDENTITY}),
+        json.dumps({"progress": {"stepp": 1}, "identity": IDENTITY}),
+        json.dumps({"progress": 3, "identity": IDENTITY}),
     ],
-    ids=["missing", "cut", "list", "empty", "unknown field", "bad random state"],
+    ids=["missing", "cut", "list", "empty", "unknown field", "no object"],
 )
 def test_a_damaged_file_is_named_with_the_fix(tmp_path: Path, text: str | None) -> None:
     if text is not None:
