@@ -17,12 +17,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PORTS = {8000: "retriever", 8310: "IG service"}
+# Both install a folder `faiss`: whichever came last is used, and removing one breaks the other.
+RIVALS = ("faiss-cpu", "faiss-gpu")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 # What must import, and with what; each in a process of its own, so that a crash is a finding.
 IMPORTS = {
@@ -42,6 +43,7 @@ WORLD_FILES = (
     "models/entailment/config.json",
     "models/encoder/config.json",
 )
+MAX_LISTED = 8
 MIN_MEMORY_GB = 8.0
 MIN_SHM_GB = 1.0
 MIN_DISK_GB = 2.0
@@ -51,9 +53,11 @@ IMPORT_TIMEOUT_S = 600.0
 Status = Literal["ok", "warning", "error"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of the table; `fix` is empty when all is well."""
+class Finding(NamedTuple):
+    """One line of the table; `fix` is empty when all is well.
+
+    No dataclass with slots: an old Python must get as far as being told that it is too old.
+    """
 
     name: str
     status: Status
@@ -84,14 +88,16 @@ def installed_version(name: str) -> str | None:
 
 
 def check_packages(lock: Path) -> Iterator[Finding]:
-    """Every locked package at its exact version; the three that break transformers absent."""
+    """Every locked package at its exact version (the first few wrong ones are listed), and none too many."""
     wanted = read_lock(lock)
-    again = f"pip install --no-deps -r {lock} (or: make venv)"
+    again = f"make venv (or into this Python: pip install --no-deps -r {lock})"
     wrong = 0
     for name, version in wanted.items():
         found = installed_version(name)
         if found != version:
             wrong += 1
+            if wrong > MAX_LISTED:
+                continue
             told = "missing" if found is None else f"{found}, the lock says {version}"
             fix = f"pip install --no-deps {name}=={version}"
             yield Finding(name=name, status="error", found=told, fix=fix)
@@ -102,15 +108,26 @@ def check_packages(lock: Path) -> Iterator[Finding]:
             fix = f"pip uninstall -y {name}  (not needed; its CUDA build breaks transformers on a CPU torch)"
             yield Finding(name=name, status="error", found=found, fix=fix)
 
+    if all(installed_version(name) for name in RIVALS):
+        lock_name = next((name for name in RIVALS if name in wanted), RIVALS[0])
+        fix = f"pip uninstall -y {' '.join(RIVALS)} && pip install --no-deps {locked(lock_name, lock=lock)}"
+        yield Finding(name="faiss", status="warning", found=f"both {' and '.join(RIVALS)}", fix=fix)
 
-def check_imports() -> Iterator[Finding]:
+
+def locked(name: str, *, lock: Path) -> str:
+    """What to give to pip for a library, whose package may be named after its platform."""
+    wanted = read_lock(lock)
+    return next((f"{p}=={wanted[p]}" for p in (name, f"{name}-cpu", f"{name}-gpu") if p in wanted), name)
+
+
+def check_imports(lock: Path) -> Iterator[Finding]:
     """The heavy libraries really import; the last line of the error is shown."""
     with tempfile.TemporaryDirectory() as empty:
         for name, code in IMPORTS.items():
             failure = run_python(code, cwd=Path(empty))
             fix = ""
             if failure is not None:
-                fix = f"pip install --force-reinstall --no-deps {name} at the locked version"
+                fix = f"pip install --force-reinstall --no-deps {locked(name, lock=lock)}"
                 if name == "torch":
                     fix = "this torch does not fit the machine (a CUDA build without its libraries?); " + fix
             told = "imports" if failure is None else failure
@@ -231,7 +248,7 @@ def diagnose(lock: Path) -> list[Finding]:
     return [
         check_python(),
         *check_packages(lock),
-        *check_imports(),
+        *check_imports(lock),
         check_own_packages(),
         *check_hardware(),
         *check_ports(),
@@ -244,6 +261,7 @@ def show(findings: Sequence[Finding]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError:
         for finding in findings:
             print(f"{finding.status:8} {finding.name}: {finding.found}  {finding.fix}")
@@ -251,8 +269,9 @@ def show(findings: Sequence[Finding]) -> None:
     colours = {"ok": "green", "warning": "yellow", "error": "bold red"}
     table = Table("check", "status", "found", "fix", title="doctor")
     for finding in findings:
-        colour = colours[finding.status]
-        table.add_row(finding.name, f"[{colour}]{finding.status}[/]", finding.found, finding.fix)
+        status = Text(finding.status, style=colours[finding.status])
+        # Messages of others may hold what rich would take for markup.
+        table.add_row(Text(finding.name), status, Text(finding.found), Text(finding.fix))
     Console().print(table)
 
 
@@ -267,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = diagnose(arguments.lock or default_lock())
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
-        print(json.dumps({"errors": errors, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        print(
+            json.dumps({"errors": errors, "findings": [finding._asdict() for finding in findings]}, indent=1)
+        )
     else:
         show(findings)
         print("Everything needed is here." if not errors else f"Wrong: {errors}. The table names each fix.")

