@@ -1,0 +1,163 @@
+"""The loop itself: what follows what, and what a run that ends early keeps. Real parts around fake models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeAgent, make_question
+from verl.data.sampler import QuestionSampler
+from verl.errors import TrainingHaltedError
+from verl.reward.outcome import measure_outcome
+from verl.reward.reward import Reward
+from verl.rollout.collector import Collector
+from verl.rollout.recorder import Recorder
+from verl.trainer.config.schema import TrainerConfig
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.trainer.ppo.guard import Guard
+from verl.trainer.ppo.progress import Progress
+from verl.trainer.ppo.trainer import Parts, PPOTrainer
+from verl.utils.tracking import Tracker
+from verl.workers.batch import TrainBatch
+from verl.workers.checkpoint import CheckpointStore
+
+QUESTIONS = [make_question(f"nq/train/{k}") for k in range(6)]
+HELD_OUT = [make_question("nq/test/0")]
+IDENTITY: dict[str, object] = {"trainer.seed": 0}
+
+
+class FakeModels:
+    """Policy, engines and publisher in one: notes what was asked of them; `hooks` run at a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.hooks: dict[str, Any] = {}
+
+    def note(self, call: str) -> None:
+        self.calls.append(call)
+        self.hooks.get(call, lambda: None)()
+
+    def is_on_policy(self, batch: TrainBatch) -> bool:
+        return batch.num_trajectories > 0
+
+    async def update(self, batch: TrainBatch) -> dict[str, float]:
+        self.note(f"update of {batch.num_trajectories}")
+        return {"num_updates": 1.0, "skipped_updates": 0.0}
+
+    async def save(self, folder: Path) -> None:
+        self.note("save")
+        (folder / "weights").touch()
+
+    async def export_hf(self, folder: Path) -> None:
+        folder.mkdir()
+
+    async def publish(self, *, version: int) -> float:
+        self.note(f"publish {version}")
+        return 0.0
+
+    def expect_version(self, version: int) -> None:
+        self.note(f"expect {version}")
+
+    @asynccontextmanager
+    async def resting(self) -> AsyncIterator[None]:
+        self.note("rest")
+        yield
+        self.note("wake")
+
+
+class Run:
+    """A trainer whose models are fake, and what it works with."""
+
+    def __init__(self, run_dir: Path, **settings: int) -> None:
+        self.models, self.agent = FakeModels(), FakeAgent()
+        self.sampler = QuestionSampler(QUESTIONS, batch_size=2, seed=0)
+        self.checkpoints = CheckpointStore(run_dir / "checkpoints", keep=2)
+        self.tracker = Tracker(run_dir, loggers=[], project="p", experiment="e", config={})
+        models: Any = self.models
+        parts = Parts(
+            questions=self.sampler,
+            held_out=HELD_OUT,
+            collector=Collector(self.agent, n=3, max_concurrent=9, max_failure_share=0.5, seed=0),
+            reward=Reward(measure_outcome, gain=None, max_failure_share=0.5),
+            credit_rule=outcome_plus_gain(gain_weight=0.6, normalise_by_std=True),
+            policy=models,
+            reference=None,
+            engines=models,
+            publisher=models,
+            checkpoints=self.checkpoints,
+            guard=Guard(run_dir, max_skipped_updates=3),
+            tracker=self.tracker,
+            recorder=Recorder(run_dir, decode=lambda ids: "".join(map(chr, ids))),
+        )
+        self.trainer = PPOTrainer(
+            parts,
+            settings=TrainerConfig(**settings),  # type: ignore[arg-type]
+            total_steps=3,
+            gain_weight=0.6,
+            pad_id=0,
+            progress=Progress(),
+            identity=IDENTITY,
+        )
+
+    def questions(self, first: int, last: int) -> set[str]:
+        return {uid for uid, *_ in self.agent.asked[first:last]}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path, save_freq=0, test_freq=0, val_before_train=False, val_after_train=False)
+    yield run
+    run.tracker.finish()
+
+
+async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run) -> None:
+    await run.trainer.fit()
+    step = ["rest", "update of 6", "wake"]
+    expected = ["publish 0", "expect 0"]
+    for number in (1, 2, 3):
+        expected += [*step, f"publish {number}", f"expect {number}"]
+    assert run.models.calls == [*expected, "save"]
+    assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
+    assert run.trainer.progress.step == 3
+
+
+async def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_freq=2, test_freq=2)
+    await run.trainer.fit()
+    run.tracker.finish()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("global_step_*")) == [
+        "global_step_2",
+        "global_step_3",
+    ]
+    greedy = [index for index, (*_, is_greedy) in enumerate(run.agent.asked) if is_greedy]
+    assert greedy == [0, 13, 20]  # before training, after step 2, at the end
+
+
+async def test_a_halted_run_keeps_its_finished_steps_and_resumes_with_the_batch_it_failed(run: Run) -> None:
+    broken = {question.uid: "search_failed: retriever: down" for question in QUESTIONS}
+    run.models.hooks["publish 2"] = lambda: run.agent.failures.update(broken)
+    with pytest.raises(TrainingHaltedError, match="episodes failed"):
+        await run.trainer.fit()
+    newest = run.checkpoints.latest()
+    assert newest is not None
+    progress = Progress.load(newest, identity=IDENTITY)
+    assert progress.step == 2
+    resumed = QuestionSampler(QUESTIONS, batch_size=2, seed=0)
+    resumed.load_state_dict({name: int(str(value)) for name, value in progress.sampler.items()})
+    assert {question.uid for question in resumed.next_batch()} == run.questions(12, 18)
+
+
+async def test_weights_of_an_update_that_was_cut_off_are_not_saved(run: Run) -> None:
+    def interrupt() -> None:
+        if "publish 1" in run.models.calls:
+            raise asyncio.CancelledError
+
+    run.models.hooks["update of 6"] = interrupt
+    with pytest.raises(asyncio.CancelledError):
+        await run.trainer.fit()
+    assert run.checkpoints.latest() is None
