@@ -28,15 +28,6 @@ class Progress:
     step: int = 0
     sampler: dict[str, object] = field(default_factory=dict)
     """`state_dict()` of the question sampler, opaque here; must be JSON."""
-    best_metric: float | None = None
-    best_step: int | None = None
-
-    def note(self, metric: float) -> bool:
-        """Remember the metric of the current step if it is the best so far; say whether it is."""
-        if self.best_metric is not None and metric <= self.best_metric:
-            return False
-        self.best_metric, self.best_step = metric, self.step
-        return True
 
     def save(self, folder: Path, *, identity: Identity) -> None:
         """Write the state and the run's identity into a checkpoint folder."""

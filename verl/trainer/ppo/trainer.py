@@ -192,8 +192,6 @@ class PPOTrainer:
         parts, step = self.parts, self.progress.step
         progress = ProgressLog(logger, f"step {step}: held-out questions")
         result = await evaluate(parts.collector, parts.reward, parts.held_out, progress=progress)
-        if "val/em" in result.metrics:
-            self.progress.note(result.metrics["val/em"])
         parts.recorder.write_evaluation(step, result.trajectories, result.scores)
         parts.tracker.log(step, result.metrics, kind="val")
 

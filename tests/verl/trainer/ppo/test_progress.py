@@ -14,19 +14,8 @@ IDENTITY = run_identity(Config())
 
 def test_everything_comes_back(tmp_path: Path) -> None:
     progress = Progress(step=12, sampler={"epoch": 1, "position": 48})
-    assert progress.note(0.4)
     progress.save(tmp_path, identity=IDENTITY)
     assert Progress.load(tmp_path, identity=IDENTITY) == progress
-
-
-def test_the_best_metric_is_kept_with_its_step() -> None:
-    progress = Progress()
-    seen = []
-    for step, metric in enumerate([0.2, 0.5, 0.5, 0.4, 0.6]):
-        progress.step = step
-        seen.append(progress.note(metric))
-    assert seen == [True, True, False, False, True]
-    assert (progress.best_metric, progress.best_step) == (0.6, 4)
 
 
 def test_another_run_is_refused_and_every_difference_named(tmp_path: Path) -> None:
