@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,7 @@ class EntailmentQueue:
     """Judges pairs for many callers at once: what waits while a batch runs becomes the next batch.
 
     Every pair is judged once: while it waits or runs it is shared, later its probability is remembered.
+    A pair without a finite probability fails whoever asked for it, and nobody else.
     """
 
     def __init__(self, model: Entailment, *, cache_size: int = 200_000) -> None:
@@ -125,7 +127,7 @@ class EntailmentQueue:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-entailment")
 
     async def probabilities(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
-        """P(premise entails hypothesis) by pair. Raises what the model raises."""
+        """P(premise entails hypothesis) by pair. Raises what the model raises, ValueError for a NaN."""
         known: dict[Pair, float] = {}
         futures: dict[Pair, asyncio.Future[float]] = {}
         for pair in pairs:
@@ -155,23 +157,44 @@ class EntailmentQueue:
         return future
 
     async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                for pair, outcome in zip(batch, await self._judge(batch), strict=True):
+                    self._settle(pair, outcome)
+                while len(self._known) > self._cache_size:
+                    self._known.popitem(last=False)
+        finally:
+            # Ended, cancelled or broken: whoever asks next gets a new runner, whoever still waits an answer.
+            self._runner = None
+            self._waiting = []
+            for pair in list(self._asked):
+                self._settle(pair, RuntimeError("the entailment queue stopped before it judged this pair"))
+
+    async def _judge(self, batch: list[Pair]) -> Sequence[float | Exception]:
+        """The probability of every pair, or why there is none; never a value that is no number."""
         loop = asyncio.get_running_loop()
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            try:
-                scores = await loop.run_in_executor(self._thread, self._model.probabilities, batch)
-            except Exception as error:  # the callers get it; the queue goes on
-                for pair in batch:
-                    _fail(self._asked.pop(pair), error)
-                continue
-            for pair, score in zip(batch, scores.tolist(), strict=True):
-                self._known[pair] = score
-                self._asked.pop(pair).set_result(score)
-            while len(self._known) > self._cache_size:
-                self._known.popitem(last=False)
-        self._runner = None
+        try:
+            scores = await loop.run_in_executor(self._thread, self._model.probabilities, batch)
+            if scores.shape != (len(batch),):
+                raise ValueError(
+                    f"the entailment model gave scores of shape {scores.shape} for {len(batch)} pairs"
+                )
+            judged: list[float] = scores.tolist()
+        except Exception as error:  # the callers get it; the queue goes on
+            return [error] * len(batch)
+        return [
+            score
+            if math.isfinite(score)
+            else ValueError(f"the entailment model gave {score} for {pair}, expected a probability")
+            for pair, score in zip(batch, judged, strict=True)
+        ]
 
-
-def _fail(future: asyncio.Future[float], error: Exception) -> None:
-    future.set_exception(error)
-    future.exception()  # a caller who went away must not leave a warning behind
+    def _settle(self, pair: Pair, outcome: float | Exception) -> None:
+        future = self._asked.pop(pair)
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+            future.exception()  # a caller who went away must not leave a warning behind
+        else:
+            self._known[pair] = outcome
+            future.set_result(outcome)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -120,6 +122,68 @@ async def test_odd_answers_get_a_score(texts: list[str]) -> None:
     belief = await read(FakeEntailment(), answers(texts), golds=["yes"], full=True)
     assert belief.score is not None
     assert np.isfinite(belief.score)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("score", list(ScoreKind))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_a_probability_that_is_no_number_is_no_score(
+    full: bool, score: ScoreKind, value: float
+) -> None:
+    """The unlucky answer must not count as one that does not mean the gold."""
+    asked = (entailment_text(QUESTION, "York"), entailment_text(QUESTION, "Kent"))
+    broken = FakeEntailment(pairs={asked: value})
+    with pytest.raises(ValueError, match=rf"gave {value} for .*York.*Kent.*expected a probability"):
+        await read(broken, answers(["York", "Leeds"]), golds=["Kent"], full=full, score=score)
+
+
+async def test_a_pair_without_a_number_fails_only_those_who_asked_for_it() -> None:
+    queue = EntailmentQueue(FakeEntailment(pairs={("a", "b"): float("nan")}))
+    bad, good = await asyncio.gather(
+        queue.probabilities([("a", "b"), ("c", "c")]),
+        queue.probabilities([("c", "c")]),
+        return_exceptions=True,
+    )
+    assert isinstance(bad, ValueError)
+    assert good == {("c", "c"): 0.9}
+    with pytest.raises(ValueError, match="gave nan"):  # not remembered as an answer
+        await queue.probabilities([("a", "b")])
+    await queue.aclose()
+
+
+@pytest.mark.parametrize("scores", [np.zeros(3), np.zeros((1, 1)), None])
+async def test_scores_that_do_not_fit_their_pairs_fail_and_the_queue_goes_on(
+    scores: np.ndarray | None,
+) -> None:
+    class Wrong(FakeEntailment):
+        def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+            right = FakeEntailment.probabilities(self, pairs)
+            return right if pairs[0][0] == "c" else scores  # type: ignore[return-value]
+
+    queue = EntailmentQueue(Wrong())
+    with pytest.raises((ValueError, AttributeError)):
+        await queue.probabilities([("a", "b")])
+    assert await queue.probabilities([("c", "c")]) == {("c", "c"): 0.9}
+    await queue.aclose()
+
+
+async def test_a_runner_that_dies_fails_its_callers_and_the_next_ones_get_another() -> None:
+    class Slow(FakeEntailment):
+        def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+            time.sleep(0.1)
+            return FakeEntailment.probabilities(self, pairs)
+
+    queue = EntailmentQueue(Slow())
+    waiting = [asyncio.create_task(queue.probabilities([(text, text)])) for text in "ab"]
+    await asyncio.sleep(0.05)
+    runner = next(task for task in asyncio.all_tasks() if "EntailmentQueue._run" in repr(task))
+    runner.cancel()
+    async with asyncio.timeout(5):
+        for task in waiting:
+            with pytest.raises(RuntimeError, match="queue stopped"):
+                await task
+        assert await queue.probabilities([("c", "c")]) == {("c", "c"): 0.9}
+    await queue.aclose()
 
 
 async def test_the_queue_shares_pairs_between_callers_and_survives_a_failing_model() -> None:
