@@ -14,6 +14,11 @@ from verl.utils.http import JsonService
 _NAME = "IG service"
 _START = "start it with: bash IG_service_launch.sh"
 _POLL_S = 0.5
+_CHUNKS_IN_FLIGHT = 2
+"""One that the service works on and one that waits there, so that it is never idle.
+
+More would spend their timeouts in the service's queue, behind chunks of the same client.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +40,16 @@ class GainResult:
 
 
 class IGClient:
-    """Asks for gains in chunks, all of them at once; the service batches across them."""
+    """Asks for gains in chunks, two at a time; the service batches across them."""
 
     def __init__(self, url: str, *, timeout_s: float, batch_size: int = 256) -> None:
-        """`timeout_s` covers a chunk with all its attempts. Raises ConfigError for a bad URL or timeout."""
+        """`timeout_s` covers a chunk with all its attempts, counted from when it is sent.
+
+        Raises ConfigError for a bad URL or timeout.
+        """
         self._url = url.rstrip("/")
         self._batch_size = batch_size
+        self._in_flight = asyncio.Semaphore(_CHUNKS_IN_FLIGHT)
         self._service = JsonService(self._url, name=_NAME, timeout_s=timeout_s, fix=_START)
         # One short attempt per look: `wait_ready` has its own deadline.
         self._probe = JsonService(self._url, name=_NAME, timeout_s=5, fix=_START)
@@ -93,7 +102,8 @@ class IGClient:
             "include_details": False,
         }
         try:
-            body = await self._service.post("/compute_info_gain", payload)
+            async with self._in_flight:
+                body = await self._service.post("/compute_info_gain", payload)
             return _read_results(body, expected=len(chunk))
         except ServiceError as error:
             return [GainResult(gain=None, error=str(error))] * len(chunk)

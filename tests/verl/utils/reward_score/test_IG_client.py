@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 
@@ -86,6 +87,36 @@ async def test_a_failed_chunk_does_not_touch_the_others() -> None:
     failed = [result.gain is None for result in results]
     assert sorted(failed[::2]) == [False, False, True]
     assert failed[::2] == failed[1::2]
+
+
+async def test_chunks_do_not_time_out_behind_each_other() -> None:
+    """A server that works on one chunk at a time: six of them take longer than the timeout of each."""
+    busy = asyncio.Lock()
+    waiting: list[int] = []
+    most = 0
+    body = answer([0.5]).body
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal most
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
+        waiting.append(1)
+        most = max(most, len(waiting))
+        async with busy:
+            await asyncio.sleep(0.3)
+        waiting.pop()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write((head + body).encode())
+        writer.close()
+
+    server = await asyncio.start_server(play, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    client = IGClient(url, timeout_s=1.2, batch_size=1)
+    together = await asyncio.gather(client.compute(requests(3)), client.compute(requests(3)))
+    await client.aclose()
+    server.close()
+    assert together == [[GainResult(gain=0.5, error=None)] * 3] * 2
+    assert most == 2
 
 
 async def test_wait_ready_waits_until_the_models_are_loaded() -> None:
