@@ -2,19 +2,31 @@
 
 A tiny shell, in a session of its own, reads process ids from a pipe. When the pipe closes because this
 process is gone, however it went, the shell kills what it was told. `release` is the ordinary end: no kill.
+
+A process is told with its start time, and killed only if the process of that id still has it: ids are used
+again, and whatever got one later is none of our business.
 """
 
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
+# What follows the name in /proc/PID/stat begins with field 3; the start time is field 22.
 _GUARD = """
-pids=""
+set -f
+told=""
 while read -r word; do
   [ "$word" = release ] && exit 0
-  pids="$pids $word"
+  [ "$word" = cut ] && break
+  told="$told $word"
 done
-[ -n "$pids" ] && kill -KILL $pids 2>/dev/null
+for word in $told; do
+  pid=${word%:*}
+  { read -r stat < "/proc/$pid/stat"; } 2>/dev/null || continue
+  set -- ${stat##*) }
+  [ "${20}" = "${word#*:}" ] && kill -KILL "$pid" 2>/dev/null
+done
 exit 0
 """
 
@@ -26,13 +38,15 @@ class Lifeline:
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
         )
-        self._tied: set[int] = set()
+        self._tied: set[str] = set()
 
     def tie(self, pid: int) -> None:
-        """Let the process of that id die with this one."""
-        if pid not in self._tied:
-            self._tied.add(pid)
-            self._write(str(pid))
+        """Let the process of that id die with this one; one that is gone already is left out."""
+        started = start_time(pid)
+        word = f"{pid}:{started}"
+        if started is not None and word not in self._tied:
+            self._tied.add(word)
+            self._write(word)
 
     def release(self) -> None:
         """Let everything live on and end the guard; call it after the tied processes were stopped."""
@@ -40,7 +54,22 @@ class Lifeline:
             self._write("release")
             self._guard.wait(timeout=5)
 
+    def cut(self) -> None:
+        """Kill everything that is tied, now."""
+        if self._guard.poll() is None:
+            self._write("cut")
+            self._guard.wait(timeout=5)
+
     def _write(self, word: str) -> None:
         assert self._guard.stdin is not None
         self._guard.stdin.write(word + "\n")
         self._guard.stdin.flush()
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in ticks since the machine did; None when there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return stat.rpartition(")")[2].split()[19]

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
-from IG.lifeline import Lifeline
+from IG.lifeline import Lifeline, start_time
 
 PROGRAM = """
 import subprocess, sys, time
@@ -39,6 +40,39 @@ def test_a_killed_process_takes_what_is_tied_with_it() -> None:
     while not is_gone(tied) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert is_gone(tied)
+
+
+def test_a_cut_kills_the_tied_process_and_none_that_got_its_id_later() -> None:
+    lifeline = Lifeline()
+    with subprocess.Popen(["sleep", "600"]) as tied, subprocess.Popen(["sleep", "600"]) as other:
+        lifeline.tie(tied.pid)
+        started = start_time(other.pid)
+        assert started is not None
+        lifeline._write(f"{other.pid}:{int(started) - 1}")  # what the id belonged to before
+        lifeline._write("4194305:1")  # beyond every process id
+        lifeline.cut()
+        assert tied.wait(timeout=5) == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_name_with_brackets_does_not_hide_the_start_time(tmp_path: Path) -> None:
+    program = tmp_path / "a) R (b"
+    program.symlink_to("/bin/sleep")
+    lifeline = Lifeline()
+    with subprocess.Popen([program, "600"]) as tied:
+        lifeline.tie(tied.pid)
+        lifeline.cut()
+        assert tied.wait(timeout=5) == -signal.SIGKILL
+
+
+def test_a_process_that_is_gone_is_not_tied() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    lifeline = Lifeline()
+    lifeline.tie(gone.pid)
+    lifeline.cut()
+    assert start_time(gone.pid) is None
 
 
 def test_release_kills_nothing() -> None:
