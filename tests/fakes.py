@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from IG.sampler import SampledAnswer
 from verl.types import (
     Action,
     ActionKind,
@@ -25,6 +25,9 @@ from verl.types import (
     Trajectory,
     Turn,
 )
+
+if TYPE_CHECKING:
+    from IG.sampler import SampledAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,8 @@ class FakeAnswerSampler:
     prompts: list[str] = field(default_factory=list)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        from IG.sampler import SampledAnswer
+
         self.prompts.append(prompt)
         await asyncio.sleep(self.pause_s)
         texts = next((texts for key, texts in self.answers.items() if key in prompt), self.default)
