@@ -14,11 +14,11 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from IG.lifeline import Lifeline
+from IG.loading import load_in_thread
 from IG.prompts import STOP_STRINGS
 
 if TYPE_CHECKING:
@@ -116,7 +116,6 @@ class VllmSampler:
         options: SamplingOptions,
         device: str,
         lifeline: Lifeline,
-        starter: ThreadPoolExecutor,
     ) -> None:
         self.device = device
         """`cpu` or `cuda`, as this vLLM was built."""
@@ -126,27 +125,27 @@ class VllmSampler:
         self._max_prompt_tokens = engine.model_config.max_model_len - options.max_new_tokens
         self._request_ids = itertools.count()
         self._lifeline = lifeline
-        self._starter = starter
 
     @classmethod
     async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
-        """Load the model in a process of its own, which dies with this one. Raises what vLLM raises."""
+        """Load the model in a process of its own, which dies with this one. Raises what vLLM raises.
+
+        Cancelling it ends that process at once and does not wait for the thread that loads (see IG.loading).
+        """
         lifeline = Lifeline()
-        starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-engine-start")
-        loading = asyncio.get_running_loop().run_in_executor(starter, _load_engine, engine)
+        loading = load_in_thread(lambda: _load_engine(engine), name="engine")
         try:
             while not loading.done():
                 _tie_children(lifeline)
                 await asyncio.wait([loading], timeout=0.1)
             loaded, device = loading.result()
         except BaseException:
-            for child in multiprocessing.active_children():
-                child.kill()
-            starter.shutdown(wait=True, cancel_futures=True)
-            lifeline.release()
+            loading.cancel()
+            _tie_children(lifeline)
+            lifeline.cut()
             raise
         _tie_children(lifeline)
-        return cls(loaded, options=options, device=device, lifeline=lifeline, starter=starter)
+        return cls(loaded, options=options, device=device, lifeline=lifeline)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """All answers to a prompt, from one engine request. Raises SamplingError."""
@@ -171,7 +170,6 @@ class VllmSampler:
         self._engine.shutdown()  # on the loop: its output task must be cancelled before it sees the engine go
         # Its finaliser would do so again at the end of the interpreter, with modules that are gone by then.
         self._engine.shutdown = lambda *_: None
-        self._starter.shutdown(wait=True)
         self._lifeline.release()
 
     async def _generate(self, prompt_ids: list[int], *, params: SamplingParams) -> list[CompletionOutput]:

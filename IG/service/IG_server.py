@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import NoReturn
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 
 from IG.belief import Belief
 from IG.estimator import GainEstimate, GainFailure, GainQuery
-from IG.service.config import IGServiceConfig, SettingError, resolve_config
+from IG.loading import is_loading
+from IG.service.config import IGServiceConfig, SettingError, resolve_config, visible_device
 from IG.service.IG_worker import Backend, LocalBackend, ModelMissingError, require_models
 from IG.service.schema import (
     EntailmentDetail,
@@ -106,6 +111,7 @@ def create_app(
 
     app = FastAPI(title="Information gain", description=__doc__ or "", lifespan=lifespan)
     app.state.service = service
+    app.add_exception_handler(RequestValidationError, _explain)
 
     @app.get("/health", response_model_exclude_none=True)
     async def health() -> HealthResponse:
@@ -138,6 +144,13 @@ def create_app(
         return build_response(outcomes, include_details=request.include_details)
 
     return app
+
+
+async def _explain(_: Request, error: Exception) -> JSONResponse:
+    """A 422 that says where and why, without echoing the input: NaN or half a character is no JSON."""
+    assert isinstance(error, RequestValidationError)
+    problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
+    return JSONResponse({"detail": problems}, status_code=422)
 
 
 def build_response(
@@ -192,27 +205,41 @@ def _entailment(belief: Belief) -> EntailmentDetail:
     return EntailmentDetail(
         n_responses=forward.shape[0],
         n_answers=forward.shape[1],
-        resp_entails_ans=forward.tolist(),
-        ans_entails_resp=backward.tolist(),
+        resp_entails_ans=forward.ravel().tolist(),
+        ans_entails_resp=backward.ravel().tolist(),
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the service until it is told to stop; the exit status."""
+    """Run the service until it is told to stop. Exit status: 0 stopped, 1 it could not start or load.
+
+    Ends the process by itself when it was stopped while a model still loads, which nothing can interrupt.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("httpx", "uvicorn", "vllm"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
+        device = visible_device(config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         require_models(config)
         listener = _listen(config)
     except (SettingError, ModelMissingError, OSError) as error:
         logger.error("%s", error)
-        return 2
-    kind, _, index = config.device.partition(":")
-    if kind == "cuda" and index:
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_device(int(index))
-    return _serve(config, listener)
+        return 1
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    status = _serve(config, listener)
+    if is_loading():
+        _leave(status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End now, with what the abandoned load may have started; without waiting for its thread."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    logging.shutdown()
+    os._exit(status)
 
 
 def _listen(config: IGServiceConfig) -> socket.socket:
@@ -234,12 +261,6 @@ def _listen(config: IGServiceConfig) -> socket.socket:
             "with --port or IG_PORT"
         ) from None
     return listener
-
-
-def _visible_device(index: int) -> str:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else []
-    return names[index] if index < len(names) else str(index)
 
 
 def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
@@ -264,7 +285,7 @@ def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn stops on them, then raises them again; being asked to stop is no failure.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: give_up())
     logger.info("IG service is loading its models; %s/readyz says when it is ready", url)
     server.run(sockets=[listener])
     error = app.state.service.start_error

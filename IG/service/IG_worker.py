@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -16,11 +15,17 @@ from typing import Protocol
 from IG.belief import BeliefReader
 from IG.entailment import EntailmentModel, EntailmentQueue
 from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
+from IG.loading import load_in_thread
 from IG.sampler import EngineOptions, SamplingOptions, VllmSampler
 from IG.service.config import IGServiceConfig
 
 logger = logging.getLogger(__name__)
 
+_WARM_UP = GainQuery(
+    question="What is the capital of France?",
+    context="Paris is the capital of France.",
+    golds=("Paris, France",),
+)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -33,7 +38,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes: `cpu` or `cuda:0`."""
+        """Where it computes: `cpu` or `cuda:N`, as configured."""
         ...
 
     @property
@@ -55,14 +60,21 @@ class Backend(Protocol):
 class LocalBackend:
     """Both models on one device; make it with `start`."""
 
-    def __init__(self, estimator: GainEstimator, *, sampler: VllmSampler, queue: EntailmentQueue) -> None:
+    def __init__(
+        self, estimator: GainEstimator, *, sampler: VllmSampler, queue: EntailmentQueue, device: str
+    ) -> None:
+        self.device = device
+        """Where both models compute, named as in the settings."""
         self._estimator = estimator
         self._sampler = sampler
         self._queue = queue
 
     @classmethod
     async def start(cls, config: IGServiceConfig) -> LocalBackend:
-        """Load both models. Raises ModelMissingError before anything slow, and what the libraries raise."""
+        """Load both models and measure one gain, so that the first request finds everything warm.
+
+        Raises ModelMissingError before anything slow, and what the libraries raise.
+        """
         require_models(config)
         threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // 2)
         # The engine first: its process must be made before this one computes anything.
@@ -75,17 +87,28 @@ class LocalBackend:
             ),
             engine=_engine_options(config, threads=threads),
         )
+        backend: LocalBackend | None = None
         try:
-            entailment = await asyncio.to_thread(
-                EntailmentModel.load,
-                config.entailment_model,
-                device="cpu" if sampler.device == "cpu" else "cuda:0",
-                batch_size=config.computation_chunk_size,
-                cpu_threads=threads,
+            entailment = await load_in_thread(
+                lambda: EntailmentModel.load(
+                    config.entailment_model,
+                    device="cpu" if sampler.device == "cpu" else "cuda:0",
+                    batch_size=config.computation_chunk_size,
+                    cpu_threads=threads,
+                ),
+                name="entailment",
             )
+            backend = cls._over(config, sampler=sampler, entailment=entailment)
+            await backend._warm_up()
         except BaseException:
-            await sampler.aclose()
+            await (backend or sampler).aclose()
             raise
+        return backend
+
+    @classmethod
+    def _over(
+        cls, config: IGServiceConfig, *, sampler: VllmSampler, entailment: EntailmentModel
+    ) -> LocalBackend:
         queue = EntailmentQueue(entailment)
         estimator = GainEstimator(
             sampler,
@@ -97,12 +120,14 @@ class LocalBackend:
                 log_floor=config.log_floor,
             ),
         )
-        return cls(estimator, sampler=sampler, queue=queue)
+        device = "cpu" if sampler.device == "cpu" else config.cuda_device
+        return cls(estimator, sampler=sampler, queue=queue, device=device)
 
-    @property
-    def device(self) -> str:
-        """Where both models compute."""
-        return "cpu" if self._sampler.device == "cpu" else "cuda:0"
+    async def _warm_up(self) -> None:
+        """Raises RuntimeError when the models cannot do the work they were loaded for."""
+        (outcome,) = await self.estimate([_WARM_UP], details=False)
+        if isinstance(outcome, GainFailure):
+            raise RuntimeError(f"the first gain could not be measured: {outcome.reason}")
 
     @property
     def failure(self) -> str | None:

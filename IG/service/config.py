@@ -58,6 +58,12 @@ class IGServiceConfig:
         """R samples cannot tell a score of 0 from one well below 1/R."""
         return 1 / (10 * self.num_generations)
 
+    @property
+    def cuda_device(self) -> str:
+        """The GPU by its full name; `auto` and `cuda` are the first one."""
+        kind, _, index = self.device.partition(":")
+        return f"cuda:{int(index)}" if kind == "cuda" and index else "cuda:0"
+
 
 def _number(
     parse: Callable[[str], Value], expected: str, fits: Callable[[Value], bool]
@@ -211,6 +217,25 @@ def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | Non
         except SettingError as error:
             raise SettingError(f"{source} is {error}") from None
     return _checked(IGServiceConfig(**values))  # type: ignore[arg-type]
+
+
+def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | None:
+    """What CUDA_VISIBLE_DEVICES must be so that the configured GPU is the only one; None to leave it alone.
+
+    `visible` is what it is now; GPUs are counted among those. Raises SettingError when there are too few.
+    """
+    kind, _, index = config.device.partition(":")
+    if kind != "cuda" or not index:
+        return None
+    if visible is None:
+        return str(int(index))
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if int(index) >= len(names):
+        raise SettingError(
+            f"--device is {config.device!r}, but CUDA_VISIBLE_DEVICES is {visible!r}, which shows "
+            f"{len(names)} GPUs, counted from 0; name one of those or let it show more"
+        )
+    return names[int(index)]
 
 
 def settings_table() -> str:

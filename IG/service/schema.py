@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field
+
+
+def _require_whole_characters(text: str) -> str:
+    """JSON can spell half a character, a lone surrogate; no tokenizer can read it. Raises ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is a lone surrogate, expected text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_require_whole_characters)]
 
 
 class InfoGainItem(BaseModel):
     """One question with what was found for it."""
 
-    question: str = Field(description="The bare question.", examples=["Where was Alice Marsh born?"])
-    context: str = Field(
+    question: Text = Field(description="The bare question.", examples=["Where was Alice Marsh born?"])
+    context: Text = Field(
         description="The passages that were found, as one text; empty for none (the gain is then 0).",
         examples=["Alice Marsh was born in Bolton."],
     )
-    answers: list[str] = Field(description="Accepted answers.", examples=[["Bolton", "Bolton, England"]])
+    answers: list[Text] = Field(description="Accepted answers.", examples=[["Bolton", "Bolton, England"]])
 
 
 class InfoGainRequest(BaseModel):
@@ -34,12 +48,16 @@ class ResponseDetail(BaseModel):
 
 
 class EntailmentDetail(BaseModel):
-    """Entailment probabilities between sampled answers and golds; both matrices are [response][answer]."""
+    """Entailment probabilities between sampled answers and golds.
+
+    Both lists are flat, row by row: responses x answers, so that number r * n_answers + a belongs to
+    response r and answer a.
+    """
 
     n_responses: int
     n_answers: int
-    resp_entails_ans: list[list[float]]
-    ans_entails_resp: list[list[float]]
+    resp_entails_ans: list[float]
+    ans_entails_resp: list[float]
 
 
 class InfoGainDetail(BaseModel):

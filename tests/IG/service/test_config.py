@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import IG.service.config as config_module
-from IG.service.config import SettingError, build_parser, resolve_config, settings_table
+from IG.service.config import SettingError, build_parser, resolve_config, settings_table, visible_device
 
 README = Path(config_module.__file__).with_name("README.md")
 
@@ -47,6 +47,31 @@ def test_a_bad_value_is_named_with_its_source(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         resolve_config(arguments, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected", "reported"),
+    [
+        ("auto", "2,3", None, "cuda:0"),
+        ("cuda", None, None, "cuda:0"),
+        ("cuda:1", None, "1", "cuda:1"),
+        ("cuda:1", "2, GPU-5a", "GPU-5a", "cuda:1"),
+        ("cuda:0", "7", "7", "cuda:0"),
+    ],
+)
+def test_a_gpu_is_counted_among_the_visible_ones(
+    device: str, visible: str | None, expected: str | None, reported: str
+) -> None:
+    config = resolve_config(["--device", device], environ={})
+    assert visible_device(config, visible=visible) == expected
+    assert config.cuda_device == reported
+
+
+@pytest.mark.parametrize("visible", ["", "0", "0,1"])
+def test_a_gpu_that_is_not_visible_is_refused(visible: str) -> None:
+    config = resolve_config(["--device", "cuda:2"], environ={})
+    with pytest.raises(SettingError, match=rf"--device is 'cuda:2', but CUDA_VISIBLE_DEVICES is '{visible}'"):
+        visible_device(config, visible=visible)
 
 
 def test_readme_has_the_table_and_help_every_flag() -> None:
