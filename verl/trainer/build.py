@@ -92,11 +92,12 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     if resumed is not None:
         await policy.load(resumed)
+    tolerance = probe_tolerance(config, device=device)
     publisher = WeightPublisher(
         policy,
         engines.receivers,
         probe_ids=probe_ids(tokenizer, train),
-        tolerance=probe_tolerance(config, device=device),
+        tolerance=tolerance,
     )
     stack.callback(publisher.close)
     tracker = Tracker(
@@ -146,7 +147,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         engines=engines,
         publisher=publisher,
         checkpoints=checkpoints,
-        guard=Guard(run_dir, max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates),
+        guard=Guard(
+            run_dir,
+            max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates,
+            max_log_prob_difference=tolerance,
+        ),
         tracker=tracker,
         recorder=Recorder(run_dir, decode=tokenizer.decode, resume_step=progress.step),
     )

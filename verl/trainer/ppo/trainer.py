@@ -83,7 +83,8 @@ class PPOTrainer:
 
     async def fit(self) -> None:
         """Train from `progress.step` to `total_steps`. Raises TrainingHaltedError when it must stop."""
-        await self.publish(self.progress.step)
+        await self.parts.publisher.prove(version=self.progress.step)
+        self.parts.engines.expect_version(self.progress.step)
         if self.settings.val_before_train and self.progress.step == 0:
             await self.evaluate()
         try:

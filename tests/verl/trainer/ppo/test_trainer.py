@@ -56,6 +56,9 @@ class FakeModels:
     async def export_hf(self, folder: Path) -> None:
         folder.mkdir()
 
+    async def prove(self, *, version: int) -> None:
+        self.note(f"prove {version}")
+
     async def publish(self, *, version: int) -> float:
         self.note(f"publish {version}")
         return 0.0
@@ -118,7 +121,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run) -> None:
     await run.trainer.fit()
     step = ["rest", "update of 6", "wake"]
-    expected = ["publish 0", "expect 0"]
+    expected = ["prove 0", "expect 0"]
     for number in (1, 2, 3):
         expected += [*step, f"publish {number}", f"expect {number}"]
     assert run.models.calls == [*expected, "save"]
