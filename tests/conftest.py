@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ SESSION_MARK = "INFOREASONER_TEST_SESSION"
 # Servants of the test process itself: they end with it, by design.
 _SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb_core")
 _GRACE_S = 10.0
+_LOOK_EVERY_S = 0.5
 
 
 def pytest_configure() -> None:
@@ -55,35 +58,65 @@ def _only_this_machine() -> Iterator[None]:
     patch.undo()
 
 
-def _descends_from_session(process: psutil.Process, mark: str) -> bool:
-    if process.pid == os.getpid():
-        return False
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE or process.environ().get(SESSION_MARK) != mark:
-            return False
-        command = " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-    return not any(servant in command for servant in _SERVANTS)
+class _Family(threading.Thread):
+    """Remembers every descendant of the test process that was ever seen.
+
+    Ray's and vLLM's processes overwrite their environment with their title, so that the mark is gone, and
+    whoever loses its parent is a descendant no longer: it must have been seen before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.seen: set[psutil.Process] = set()
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(_LOOK_EVERY_S):
+            self.look()
+
+    def look(self) -> None:
+        with suppress(psutil.Error):
+            self.seen |= set(psutil.Process().children(recursive=True))
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+        self.look()
 
 
-def _left_behind() -> list[psutil.Process]:
-    mark = os.environ[SESSION_MARK]
-    return [process for process in psutil.process_iter() if _descends_from_session(process, mark)]
+def _is_marked(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.environ().get(SESSION_MARK) == os.environ[SESSION_MARK]
+    return False
+
+
+def _is_left_behind(process: psutil.Process) -> bool:
+    # psutil compares start times: another process with the same number does not count as running.
+    with suppress(psutil.Error):
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            command = " ".join(process.cmdline())
+            return process.pid != os.getpid() and not any(servant in command for servant in _SERVANTS)
+    return False
+
+
+def _left_behind(seen: set[psutil.Process]) -> list[psutil.Process]:
+    marked = {process for process in psutil.process_iter() if _is_marked(process)}
+    return [process for process in seen | marked if _is_left_behind(process)]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_orphans() -> Iterator[None]:
     """Fail if a process started by a test, or by what it started, outlives the session; end it."""
+    family = _Family()
+    family.start()
     yield
+    family.stop()
     deadline = time.monotonic() + _GRACE_S
-    while (left := _left_behind()) and time.monotonic() < deadline:
+    while (left := _left_behind(family.seen)) and time.monotonic() < deadline:
         time.sleep(0.2)
     names = []
     for process in left:
-        try:
+        with suppress(psutil.Error):
             names.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
             process.kill()
-        except psutil.Error:
-            continue
     assert not names, "processes left behind by the tests:\n" + "\n".join(names)

@@ -27,6 +27,10 @@ def runnable_blocks() -> list[str]:
     return re.findall(r"^```bash run\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def test_some_blocks_run() -> None:
+    assert runnable_blocks(), "README.md has no block that is opened by ```bash run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", runnable_blocks())
 def test_block_runs(block: str) -> None:
