@@ -54,6 +54,8 @@ class Plan:
     able_one_hop_steps: int
     shipped: Schedule
     generator: Schedule
+    output_tokens: int
+    """Limit of a turn when the policy is measured."""
 
 
 FULL = Plan(
@@ -64,15 +66,17 @@ FULL = Plan(
     able_one_hop_steps=450,
     shipped=Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3),
     generator=Schedule(steps=600, matrix_rate=0.01, vector_rate=2e-3),
+    output_tokens=64,
 )
 SMALL = Plan(
     size=WorldSize(persons=40, films=12, books=12, firms=10, train_questions=60, test_questions=20),
-    encoder=Schedule(steps=12, matrix_rate=0.005),
+    encoder=Schedule(steps=4, matrix_rate=0.005),
     entailment=Schedule(steps=4),
     able=Schedule(steps=3),
     able_one_hop_steps=2,
     shipped=Schedule(steps=2),
     generator=Schedule(steps=2),
+    output_tokens=8,  # a policy that learned nothing never stops by itself
 )
 
 
@@ -193,7 +197,14 @@ class Maker:
                 continue
             model, words = self._load_language_model(folder)
             torch.manual_seed(self.seed)
-            episodes = evaluation.run_episodes(model, words, index, problems, temperature=temperature)
+            episodes = evaluation.run_episodes(
+                model,
+                words,
+                index,
+                problems,
+                temperature=temperature,
+                max_new_tokens=self.plan.output_tokens,
+            )
             figures[name] = evaluation.summarise(episodes)
         model, words = self._load_language_model(self.models / "generator")
         figures["generator"] = generator.measure(model, words, index, problems)
@@ -286,16 +297,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TextColumn("{task.fields[loss]}"),
     )
     with Progress(*columns, console=console) as progress:
-        maker = Maker(plan, seed=chosen.seed, out=chosen.out, progress=progress)
-        for stage in STAGES:
-            if stage not in chosen.stages:
-                continue
-            started = time.perf_counter()
-            try:
+        try:
+            maker = Maker(plan, seed=chosen.seed, out=chosen.out, progress=progress)
+            for stage in (stage for stage in STAGES if stage in chosen.stages):
+                started = time.perf_counter()
                 maker.run(stage)
-            except (FileNotFoundError, ValueError) as error:
-                parser.error(str(error))
-            progress.console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
+                progress.console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from world.encoder import Index
 from world.traces import Problem
 
 MAX_TURNS = 3
-MAX_NEW_TOKENS = 64
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
@@ -54,7 +53,7 @@ def generate(
     *,
     temperature: float,
     stop_ids: Sequence[int],
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """Continue each context up to a stop token, which is kept. Temperature 0 is greedy."""
     pad = tokenizer.pad_token_id
@@ -88,6 +87,7 @@ def run_episodes(
     problems: Sequence[Problem],
     *,
     temperature: float,
+    max_new_tokens: int = 64,
 ) -> list[Episode]:
     def encode(words: str) -> list[int]:
         return list(tokenizer.encode(words, add_special_tokens=False))
@@ -99,7 +99,14 @@ def run_episodes(
         if not active:
             break
         contexts = [episode.ids for episode in active]
-        outputs = generate(model, tokenizer, contexts, temperature=temperature, stop_ids=stop_ids)
+        outputs = generate(
+            model,
+            tokenizer,
+            contexts,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+        )
         searching: list[Episode] = []
         for episode, output in zip(active, outputs, strict=True):
             episode.ids = episode.ids + output

@@ -159,11 +159,19 @@ def _split(entities: Sequence[Entity], share: float) -> tuple[list[Entity], list
 
 
 def _pairs(first: Sequence[str], second: Sequence[str], count: int, rng: Random) -> list[tuple[str, str]]:
-    return rng.sample([(a, b) for a in first for b in second], count)
+    pairs = [(a, b) for a in first for b in second]
+    if count > len(pairs):
+        raise ValueError(
+            f"{count} names are wanted, but there are only {len(pairs)} like {' '.join(pairs[0])!r}"
+        )
+    return rng.sample(pairs, count)
 
 
 def draw_world(size: WorldSize, *, seed: int) -> World:
-    """Draw names, then values; subjects of the test split are only linked to persons of the test split."""
+    """Draw names, then values; subjects of the test split are only linked to persons of the test split.
+
+    Raises ValueError when there are not names enough.
+    """
     rng = Random(seed)
     persons = [person(*pair) for pair in _pairs(names.WOMEN + names.MEN, names.SURNAMES, size.persons, rng)]
     titles = _pairs(names.ADJECTIVES, names.NOUNS, size.films + size.books, rng)
