@@ -42,7 +42,7 @@ def statuses_until_ready(running: RunningServer) -> set[int]:
                 assert httpx.get(f"{running.url}/livez", trust_env=False).status_code == 200
         except httpx.TransportError:
             assert running.process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.1)
     return seen
 
 
