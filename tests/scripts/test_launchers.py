@@ -223,3 +223,16 @@ def test_folders_of_the_caller_do_not_shadow_ours(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert "--port" in done.stdout
+
+
+def test_an_environment_of_another_platform_is_not_mixed(tree: Path) -> None:
+    shutil.copytree(ROOT / "requirements", tree / "requirements")
+    (tree / ".venv/.installed-cpu").touch()
+    done = subprocess.run(
+        ["bash", str(tree / "scripts/install.sh"), "gpu"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert ".venv holds the cpu packages: remove it (rm -rf .venv)" in done.stderr
