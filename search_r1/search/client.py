@@ -43,6 +43,8 @@ class HttpSearch:
         if self._open is None:
             self._open = _Batch()
             self._open.answer = asyncio.create_task(self._send_soon(self._open))
+            # When a run is stopped, nobody may be left to ask for the outcome: that is no error.
+            self._open.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
         batch = self._open
         position = len(batch.queries)
         # Lone surrogates have no UTF-8 form and would spoil the request of all the others.

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from verl.trainer.config.schema import ModelConfig
 from verl.workers.losses import log_probs_and_entropy
 
 logger = logging.getLogger(__name__)
+
+# transformers builds a model under process-wide patches: two threads (trainer.launcher=local) take turns.
+_LOADING = threading.Lock()
 
 _KEY = "actor_rollout_ref.model"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -87,13 +91,14 @@ def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrain
     dtype = torch.float32 if trainable else compute_dtype(config, device=device)
     disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=_choose_attention(config, device=device),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with _LOADING:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=_choose_attention(config, device=device),
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"{_KEY}.path={config.path} cannot be loaded as a causal language model: {error}"
