@@ -35,7 +35,7 @@ done
 .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
     fail ".venv holds $(.venv/bin/python --version): remove it (rm -rf .venv) and run make venv again"
 
-pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --only-binary :all:)
+pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --only-binary :all:)
 torch="$(grep -E '^torch==' "$lock")"
 echo "Installing $torch"
 # Packages that come as source only are pure Python, and are built with the locked setuptools: no compiler.
