@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from IG.prompts import PromptType
@@ -20,6 +21,8 @@ WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
 LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
 
 Value = str | int | float
+
+_TOKEN = re.compile(r"[!-~]+")
 
 
 class SettingError(ValueError):
@@ -43,7 +46,18 @@ class IGServiceConfig:
     prompt_type: PromptType
     computation_chunk_size: int
     max_concurrent_requests: int
+    max_queued_items: int
+    max_items: int
+    max_body_mb: float
+    request_timeout_s: float
+    shutdown_grace_s: float
+    token: str = field(repr=False)
+    """Callers must present it as a bearer token; empty lets everyone in."""
+    num_workers: int
     num_gpus: int
+    worker_start_timeout_s: float
+    sample_cache_size: int
+    pair_cache_size: int
     score: ScoreKind
     gain: GainKind
     threshold: float
@@ -57,6 +71,11 @@ class IGServiceConfig:
     def log_floor(self) -> float:
         """R samples cannot tell a score of 0 from one well below 1/R."""
         return 1 / (10 * self.num_generations)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Longest request body."""
+        return int(self.max_body_mb * 2**20)
 
     @property
     def cuda_device(self) -> str:
@@ -106,6 +125,26 @@ def _text(text: str) -> Value:
     return text
 
 
+def _token(text: str) -> Value:
+    """Unlike the others, what this raises does not repeat the value."""
+    if text and not _TOKEN.fullmatch(text):
+        raise SettingError("no bearer token: expected visible ASCII characters without spaces")
+    return text
+
+
+def _token_file(path: str) -> Value:
+    try:
+        token = Path(path).expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SettingError(
+            f"{path!r}, which cannot be read ({reason}); expected a file with a token"
+        ) from None
+    if not _TOKEN.fullmatch(token):
+        raise SettingError(f"{path!r}, which holds no bearer token: expected visible ASCII without spaces")
+    return token
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """One setting; `name` is its field in IGServiceConfig."""
@@ -117,10 +156,13 @@ class Setting:
     meaning: str
     shown_default: str = ""
     """What the help says instead of the default."""
+    parse_flag: Callable[[str], Value] | None = None
+    """Reads the flag where it says something else than the variable: a secret must not stand in argv."""
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        name = self.name if self.parse_flag is None else f"{self.name}_file"
+        return "--" + name.replace("_", "-")
 
 
 def _setting(
@@ -131,6 +173,7 @@ def _setting(
     *,
     env: str = "",
     shown_default: str = "",
+    parse_flag: Callable[[str], Value] | None = None,
 ) -> Setting:
     return Setting(
         name=name,
@@ -139,6 +182,7 @@ def _setting(
         parse=parse,
         meaning=meaning,
         shown_default=shown_default,
+        parse_flag=parse_flag,
     )
 
 
@@ -167,8 +211,31 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("max_context_words", "4096", _integer(1), "longest context, in words; the first ones are kept"),
     _setting("prompt_type", "default", _choice(PromptType), "instruction: default, chat or long-form"),
     _setting("computation_chunk_size", "64", _integer(1), "pairs the entailment model judges together"),
-    _setting("max_concurrent_requests", "4", _integer(1), "requests worked on at once; others wait"),
-    _setting("num_gpus", "1", _integer(1), "GPUs; this version serves from one"),
+    _setting("max_concurrent_requests", "512", _integer(1), "requests worked on at once; others wait"),
+    _setting("max_queued_items", "16384", _integer(1), "items accepted and not answered yet; more get 429"),
+    _setting("max_items", "4096", _integer(1), "items per request; more get 413"),
+    _setting(
+        "max_body_mb", "64", _real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
+    ),
+    _setting(
+        "request_timeout_s", "600", _real(0, 86400, open_low=True), "deadline of a request that carries none"
+    ),
+    _setting(
+        "shutdown_grace_s", "30", _real(0, 86400), "how long accepted work may go on when asked to stop"
+    ),
+    _setting(
+        "token",
+        "",
+        _token,
+        "bearer token that callers must present; the flag takes a file that holds it",
+        shown_default="none",
+        parse_flag=_token_file,
+    ),
+    _setting("num_workers", "1", _integer(1), "workers on CPUs, each with both models"),
+    _setting("num_gpus", "1", _integer(1), "workers on GPUs, one per GPU, each with both models"),
+    _setting("worker_start_timeout_s", "600", _real(0, 86400, open_low=True), "longest start of a worker"),
+    _setting("sample_cache_size", "50000", _integer(1), "prompts whose samples are remembered"),
+    _setting("pair_cache_size", "500000", _integer(1), "pairs whose entailment is remembered"),
     _setting("score", "hard", _choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"),
     _setting("gain", "difference", _choice(GainKind), "difference, log_ratio or entropy (needs no answers)"),
     _setting("threshold", "0.5", _real(0, 1), "entailment counts strictly above this probability"),
@@ -196,7 +263,10 @@ def build_parser() -> argparse.ArgumentParser:
     for setting in SETTINGS:
         shown = setting.shown_default or setting.default
         parser.add_argument(
-            setting.flag, metavar="X", help=f"{setting.meaning} (${setting.env}; default {shown})"
+            setting.flag,
+            dest=setting.name,
+            metavar="X",
+            help=f"{setting.meaning} (${setting.env}; default {shown})",
         )
     return parser
 
@@ -207,13 +277,13 @@ def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | Non
     variables = os.environ if environ is None else environ
     values: dict[str, Value] = {}
     for setting in SETTINGS:
-        source, text = setting.flag, flags[setting.name]
+        source, text, parse = setting.flag, flags[setting.name], setting.parse_flag or setting.parse
         if text is None and variables.get(setting.env, "") != "":
-            source, text = f"${setting.env}", variables[setting.env]
+            source, text, parse = f"${setting.env}", variables[setting.env], setting.parse
         if text is None:
-            source, text = setting.flag, setting.default or _derived_default(setting.name, values)
+            text, parse = setting.default or _derived_default(setting.name, values), setting.parse
         try:
-            values[setting.name] = setting.parse(text)
+            values[setting.name] = parse(text)
         except SettingError as error:
             raise SettingError(f"{source} is {error}") from None
     return _checked(IGServiceConfig(**values))  # type: ignore[arg-type]
@@ -246,6 +316,8 @@ def settings_table() -> str:
 
 
 def _derived_default(name: str, values: Mapping[str, Value]) -> str:
+    if name == "token":
+        return ""
     assert name == "entailment_model", name
     return str(WORLD_ENTAILMENT) if values["model_path"] == str(WORLD_GENERATOR) else LARGE_ENTAILMENT
 
@@ -255,9 +327,22 @@ def _checked(config: IGServiceConfig) -> IGServiceConfig:
     kind, _, index = config.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise SettingError(f"--device is {config.device!r}, expected auto, cpu, cuda or cuda:N")
-    if config.num_gpus > 1:
-        raise SettingError(
-            f"--num-gpus is {config.num_gpus}, but this version serves from one GPU; use --num-gpus 1, or "
-            "start one service per GPU on a port of its own"
-        )
+    _require_one_kind_of_worker(config, kind=kind, index=index)
     return config
+
+
+def _require_one_kind_of_worker(config: IGServiceConfig, *, kind: str, index: str) -> None:
+    asked = f"--num-workers is {config.num_workers} and --num-gpus is {config.num_gpus}"
+    if config.num_workers > 1 and config.num_gpus > 1:
+        raise SettingError(
+            f"{asked}, expected one of them to be 1: workers are either on CPUs or on GPUs, one per GPU"
+        )
+    if config.num_workers > 1 and kind == "cuda":
+        raise SettingError(
+            f"{asked}, but --device is {config.device!r}: workers on GPUs are counted by --num-gpus"
+        )
+    if config.num_gpus > 1 and (kind == "cpu" or index):
+        raise SettingError(
+            f"{asked}, but --device is {config.device!r}: use --device cuda (CUDA_VISIBLE_DEVICES says which "
+            "GPUs), or --num-workers for workers on CPUs"
+        )

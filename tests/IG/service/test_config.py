@@ -38,7 +38,21 @@ def test_entailment_model_follows_the_generator_unless_it_is_named() -> None:
         (["--score", "medium"], {}, r"--score is 'medium', expected one of hard, soft"),
         (["--gpu-memory-utilization", "0"], {}, r"expected a number above 0 up to 1"),
         (["--threshold", "nan"], {}, r"--threshold is 'nan'"),
-        (["--num-gpus", "4"], {}, r"--num-gpus is 4, but this version serves from one GPU"),
+        (
+            ["--num-gpus", "4", "--num-workers", "2"],
+            {},
+            r"--num-workers is 2 and --num-gpus is 4, expected one",
+        ),
+        (["--num-gpus", "4", "--device", "cpu"], {}, r"--num-gpus is 4, but --device is 'cpu'"),
+        (["--num-gpus", "2", "--device", "cuda:1"], {}, r"but --device is 'cuda:1': use --device cuda "),
+        (["--device", "cuda"], {"IG_NUM_WORKERS": "2"}, r"workers on GPUs are counted by --num-gpus"),
+        (["--max-body-mb", "0"], {}, r"--max-body-mb is '0', expected a number above 0 up to 4096"),
+        (["--request-timeout-s", "inf"], {}, r"--request-timeout-s is 'inf'"),
+        (
+            ["--token-file", "/no/such/file"],
+            {},
+            r"--token-file is '/no/such/file', which cannot be read \(No such",
+        ),
         (["--device", "tpu"], {}, r"--device is 'tpu', expected auto, cpu, cuda or cuda:N"),
     ],
 )
@@ -47,6 +61,27 @@ def test_a_bad_value_is_named_with_its_source(
 ) -> None:
     with pytest.raises(SettingError, match=message):
         resolve_config(arguments, environ=environ)
+
+
+def test_a_token_comes_from_the_environment_or_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("s3cret-of-file\n")
+    assert resolve_config([], environ={}).token == ""
+    from_environment = resolve_config([], environ={"IG_TOKEN": "s3cret"})
+    from_file = resolve_config(["--token-file", str(file)], environ={"IG_TOKEN": "s3cret"})
+    assert (from_environment.token, from_file.token) == ("s3cret", "s3cret-of-file")
+    assert "s3cret" not in f"{from_environment!r} {from_environment} {from_file}"
+
+
+@pytest.mark.parametrize("token", ["two words", "naïve", "line\nbreak"])
+def test_a_bad_token_is_refused_without_being_repeated(token: str, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(token)
+    with pytest.raises(SettingError, match=r"\$IG_TOKEN is no bearer token") as from_environment:
+        resolve_config([], environ={"IG_TOKEN": token})
+    with pytest.raises(SettingError, match="holds no bearer token") as from_file:
+        resolve_config(["--token-file", str(file)], environ={})
+    assert token not in f"{from_environment.value} {from_file.value}"
 
 
 @pytest.mark.parametrize(
