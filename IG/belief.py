@@ -1,9 +1,9 @@
 """How strongly sampled answers point at the golds, asking the entailment model as little as possible.
 
 Answers that are the same text up to case, spacing and final punctuation are one node, whose samples keep
-their weights; the model is never asked whether a text entails itself. When only the hard score is wanted,
-semantic classes are grown outwards from the answers that mean a gold, so that classes without one are never
-compared among each other; the score is that of the full clustering (a test compares the two).
+their weights; so are golds, and the model is never asked whether a text entails itself. When only the hard
+score is wanted, semantic classes are grown outwards from the answers that mean a gold, so that classes
+without one are never compared among each other; the score is that of the full clustering, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from IG import semantics
-from IG.entailment import EntailmentQueue, Pair
 from IG.prompts import entailment_text, normalise_answer
 from IG.sampler import SampledAnswer
 from IG.semantics import BoolArray, FloatArray, IntArray, ScoreKind
+from IG.sharing import SharedJudgements, Source, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,6 +28,8 @@ class FullReading:
     gold_entails_response: FloatArray  # [gold, response]
     clusters: IntArray  # [response]
     semantic_entropy: float
+    left_out_entropies: FloatArray
+    """The same without each of the samples; empty when there is one only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -38,129 +40,164 @@ class Belief:
     weights: FloatArray  # [response], sums to 1
     score: float | None
     """Belief in the golds, in [0, 1]; None when there are no golds."""
+    left_out_scores: FloatArray | None
+    """The same without each of the samples; empty when there is one only."""
+    source: Source
     full: FullReading | None
 
 
 class BeliefReader:
     """Reads beliefs off samples."""
 
-    def __init__(self, queue: EntailmentQueue, *, score: ScoreKind, threshold: float) -> None:
-        self._queue = queue
+    def __init__(self, judgements: SharedJudgements, *, score: ScoreKind, threshold: float) -> None:
+        self._judgements = judgements
         self._score = score
         self._threshold = threshold
 
     async def read(
-        self, answers: tuple[SampledAnswer, ...], *, question: str, golds: Sequence[str], full: bool
-    ) -> Belief:
-        """Weigh and score the answers; `full` fills that field too. Raises what the model raises."""
-        weights = semantics.sample_weights(np.asarray([answer.mean_log_prob for answer in answers]))
-        texts, node_of = _distinct([answer.text for answer in answers])
-        judge = _Judge(self._queue, question=question, threshold=self._threshold)
-        if full:
-            return await self._read_fully(answers, weights, texts, node_of, golds=golds, judge=judge)
-        mass = semantics.cluster_probabilities(weights, node_of)  # per distinct text
-        if self._score is ScoreKind.hard:
-            correct = await judge.nodes_meaning(golds, texts)
-            score = float(mass[correct].sum())
-        else:
-            score = semantics.soft_score(
-                mass,
-                response_entails_gold=await judge.matrix(texts, golds),
-                gold_entails_response=(await judge.matrix(golds, texts)).T,
-            )
-        return Belief(answers=answers, weights=weights, score=score, full=None)
-
-    async def _read_fully(
         self,
         answers: tuple[SampledAnswer, ...],
-        weights: FloatArray,
-        texts: Sequence[str],
-        node_of: IntArray,
         *,
+        question: str,
         golds: Sequence[str],
-        judge: _Judge,
+        full: bool,
+        source: Source,
+        work: Work,
     ) -> Belief:
-        forward = (await judge.matrix(texts, golds))[node_of]  # [response, gold]
-        backward = (await judge.matrix(golds, texts))[:, node_of]  # [gold, response]
-        clusters = semantics.connected_components(await judge.equivalences(texts))[node_of]
-        score: float | None = None
-        if golds and self._score is ScoreKind.hard:
-            matches = semantics.equivalent(forward, backward.T, threshold=self._threshold)
-            score = semantics.hard_score(weights, clusters=clusters, equivalent_to_gold=matches)
-        elif golds:
-            score = semantics.soft_score(
-                weights, response_entails_gold=forward, gold_entails_response=backward.T
-            )
-        full = FullReading(
-            response_entails_gold=forward,
-            gold_entails_response=backward,
-            clusters=clusters,
-            semantic_entropy=semantics.semantic_entropy(weights, clusters),
+        """Weigh and score the answers; `full` fills that field too. Raises what the judge raises."""
+        mean_log_probs = np.asarray([answer.mean_log_prob for answer in answers])
+        weights = semantics.sample_weights(mean_log_probs)
+        cases = np.vstack(
+            [weights, semantics.leave_one_out_weights(mean_log_probs)]
+        )  # [1 + left out, response]
+        nodes, node_of = _distinct([answer.text for answer in answers], question=question)
+        gold_nodes, gold_of = _distinct(golds, question=question)
+        judge = _Judge(self._judgements, threshold=self._threshold, work=work)
+        reading: FullReading | None = None
+        if full:
+            relations = await judge.everything(nodes, gold_nodes)
+            reading = _full_reading(cases, relations, node_of=node_of, gold_of=gold_of)
+            scores = self._scores_of(cases, reading) if gold_nodes else None
+        elif self._score is ScoreKind.hard:
+            correct = await judge.nodes_meaning(gold_nodes, nodes)
+            scores = semantics.hard_score(cases, correct=correct[node_of])
+        else:
+            forward, backward = await judge.between(nodes, gold_nodes)
+            scores = _soft_scores(cases, forward[node_of], backward[:, node_of])
+        return Belief(
+            answers=answers,
+            weights=weights,
+            score=None if scores is None else float(scores[0]),
+            left_out_scores=None if scores is None else scores[1:],
+            source=source,
+            full=reading,
         )
-        return Belief(answers=answers, weights=weights, score=score, full=full)
+
+    def _scores_of(self, cases: FloatArray, reading: FullReading) -> FloatArray:
+        forward, backward = reading.response_entails_gold, reading.gold_entails_response
+        if self._score is ScoreKind.soft:
+            return _soft_scores(cases, forward, backward)
+        matches = semantics.equivalent(forward, backward.T, threshold=self._threshold)
+        return semantics.hard_score(cases, correct=semantics.correct_responses(reading.clusters, matches))
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """All answers of one text."""
+
+    key: str
+    text: str
+    """What the entailment model reads."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Relations:
+    """What entails what, and which nodes mean the same."""
+
+    forward: FloatArray  # [node, gold]
+    backward: FloatArray  # [gold, node]
+    same: BoolArray  # [node, node], upper triangle
 
 
 class _Judge:
     """Entailment between answers to one question."""
 
-    def __init__(self, queue: EntailmentQueue, *, question: str, threshold: float) -> None:
-        self._queue = queue
-        self._question = question
+    def __init__(self, judgements: SharedJudgements, *, threshold: float, work: Work) -> None:
+        self._judgements = judgements
         self._threshold = threshold
+        self._work = work
 
-    async def matrix(self, premises: Sequence[str], hypotheses: Sequence[str]) -> FloatArray:
-        """P(premise entails hypothesis): `[premise, hypothesis]`."""
-        pairs = [(premise, hypothesis) for premise in premises for hypothesis in hypotheses]
-        return (await self._probabilities(pairs)).reshape(len(premises), len(hypotheses))
+    async def between(self, nodes: Sequence[_Node], golds: Sequence[_Node]) -> tuple[FloatArray, FloatArray]:
+        """P(node entails gold): `[node, gold]`, and P(gold entails node): `[gold, node]`."""
+        there = [(node, gold) for node in nodes for gold in golds]
+        back = [(gold, node) for gold in golds for node in nodes]
+        forward, backward = np.split(await self._probabilities(there + back), [len(there)])
+        return forward.reshape(len(nodes), len(golds)), backward.reshape(len(golds), len(nodes))
 
-    async def equivalences(self, texts: Sequence[str]) -> BoolArray:
-        """Which texts mean the same: `[text, text]`, upper triangle."""
-        rows, columns = np.triu_indices(len(texts), k=1)
-        pairs = [(texts[row], texts[column]) for row, column in zip(rows, columns, strict=True)]
-        same = np.zeros((len(texts), len(texts)), dtype=np.bool_)
+    async def everything(self, nodes: Sequence[_Node], golds: Sequence[_Node]) -> _Relations:
+        """Entailment with the golds both ways, and which nodes mean the same."""
+        forward, backward = await self.between(nodes, golds)
+        rows, columns = np.triu_indices(len(nodes), k=1)
+        pairs = [(nodes[row], nodes[column]) for row, column in zip(rows, columns, strict=True)]
+        same = np.zeros((len(nodes), len(nodes)), dtype=np.bool_)
         same[rows, columns] = await self._equivalent(pairs)
-        return same
+        return _Relations(forward, backward, same)
 
-    async def nodes_meaning(self, golds: Sequence[str], texts: Sequence[str]) -> BoolArray:
-        """Which texts are in the semantic class of a gold, through however many steps: `[text]`."""
-        reached = np.zeros(len(texts), dtype=np.bool_)
+    async def nodes_meaning(self, golds: Sequence[_Node], nodes: Sequence[_Node]) -> BoolArray:
+        """Which nodes are in the semantic class of a gold, through however many steps: `[node]`."""
+        reached = np.zeros(len(nodes), dtype=np.bool_)
         frontier = list(golds)
         while frontier and not reached.all():
             remaining = np.flatnonzero(~reached)
-            pairs = [(texts[node], known) for node in remaining for known in frontier]
+            pairs = [(nodes[at], known) for at in remaining for known in frontier]
             linked = (await self._equivalent(pairs)).reshape(len(remaining), len(frontier)).any(axis=1)
             fresh = remaining[linked]
             reached[fresh] = True
-            frontier = [texts[node] for node in fresh]
+            frontier = [nodes[at] for at in fresh]
         return reached
 
-    async def _equivalent(self, pairs: Sequence[Pair]) -> BoolArray:
+    async def _equivalent(self, pairs: Sequence[tuple[_Node, _Node]]) -> BoolArray:
         """Entailment both ways; the way back is asked only where the way there holds."""
         same = (await self._probabilities(pairs)) > self._threshold
         held = np.flatnonzero(same)
         same[held] = (await self._probabilities([pairs[at][::-1] for at in held])) > self._threshold
         return np.asarray(same, dtype=np.bool_)
 
-    async def _probabilities(self, pairs: Sequence[Pair]) -> FloatArray:
-        asked: list[Pair | None] = [
-            None
-            if normalise_answer(premise) == normalise_answer(hypothesis)
-            else (entailment_text(self._question, premise), entailment_text(self._question, hypothesis))
-            for premise, hypothesis in pairs
-        ]
-        known = await self._queue.probabilities([pair for pair in asked if pair is not None])
+    async def _probabilities(self, pairs: Sequence[tuple[_Node, _Node]]) -> FloatArray:
+        asked = [None if one.key == other.key else (one.text, other.text) for one, other in pairs]
+        unequal = [pair for pair in asked if pair is not None]
+        self._work.pairs_equal += len(asked) - len(unequal)
+        known = await self._judgements.of(unequal, self._work) if unequal else {}
         return np.asarray([1.0 if pair is None else known[pair] for pair in asked], dtype=np.float64)
 
 
-def _distinct(texts: Sequence[str]) -> tuple[list[str], IntArray]:
-    """The first text of every kind, and for each text which kind it is."""
-    nodes: dict[str, int] = {}
-    first: list[str] = []
-    node_of = np.empty(len(texts), dtype=np.int64)
-    for position, text in enumerate(texts):
-        key = normalise_answer(text)
-        if key not in nodes:
-            nodes[key] = len(first)
-            first.append(text)
-        node_of[position] = nodes[key]
-    return first, node_of
+def _full_reading(
+    cases: FloatArray, relations: _Relations, *, node_of: IntArray, gold_of: IntArray
+) -> FullReading:
+    clusters = semantics.connected_components(relations.same)[node_of]
+    entropies = semantics.semantic_entropy(cases, clusters)
+    return FullReading(
+        response_entails_gold=relations.forward[np.ix_(node_of, gold_of)],
+        gold_entails_response=relations.backward[np.ix_(gold_of, node_of)],
+        clusters=clusters,
+        semantic_entropy=float(entropies[0]),
+        left_out_entropies=entropies[1:],
+    )
+
+
+def _soft_scores(cases: FloatArray, forward: FloatArray, backward: FloatArray) -> FloatArray:
+    return semantics.soft_score(cases, response_entails_gold=forward, gold_entails_response=backward.T)
+
+
+def _distinct(texts: Sequence[str], *, question: str) -> tuple[list[_Node], IntArray]:
+    """The texts of every kind, in order of first appearance, and for each text which kind it is.
+
+    The model reads the plainest text of a kind, so that nothing depends on the order of the samples.
+    """
+    plainest: dict[str, str] = {}
+    keys = [normalise_answer(text) for text in texts]
+    for key, text in zip(keys, texts, strict=True):
+        plainest[key] = min(plainest.get(key, text), text, key=lambda spelling: (len(spelling), spelling))
+    number = {key: at for at, key in enumerate(plainest)}
+    nodes = [_Node(key, entailment_text(question, text)) for key, text in plainest.items()]
+    return nodes, np.asarray([number[key] for key in keys], dtype=np.int64)

@@ -1,9 +1,12 @@
 """Information gain of contexts: sample answers with and without each, read both beliefs, compare.
 
-All conditions of all questions go to the engine together and equal conditions go once: the baseline of a
+All conditions of all questions go to the sampler together and equal conditions go once: the baseline of a
 question is sampled once however many contexts it has, in this request, in one beside it, and in later
 ones as long as the cache holds it.
 A question without context is its own baseline, so its gain is exactly 0.
+
+    estimator = GainEstimator(sampler, judge, options=GainOptions(), sampling=sampling, ...)
+    estimates = await estimator.estimate([GainQuery(question=..., context=..., golds=(...,))], details=False)
 """
 
 from __future__ import annotations
@@ -11,17 +14,41 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from IG import semantics
 from IG.belief import Belief, BeliefReader
 from IG.prompts import PromptType, build_prompt
-from IG.sampler import AnswerSampler, SampledAnswer, SamplingError
-from IG.semantics import GainKind
+from IG.sampler import AnswerSampler, SamplingError, SamplingOptions
+from IG.semantics import FloatArray, GainKind, ScoreKind
+from IG.sharing import (
+    JudgementError,
+    ModelIdentity,
+    PairJudge,
+    SampleKey,
+    SharedJudgements,
+    SharedSamples,
+    Source,
+    Work,
+)
+
+__all__ = [
+    "Estimates",
+    "FailureKind",
+    "GainEstimate",
+    "GainEstimator",
+    "GainFailure",
+    "GainOptions",
+    "GainQuery",
+    "Work",
+]
 
 logger = logging.getLogger(__name__)
+
+_STARTED_TOGETHER = 32
+"""Queries that are begun before others on the event loop have their turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +64,50 @@ class GainQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GainEstimate:
-    """A measured gain and what it was measured from."""
+    """A measured gain and what it was measured from.
+
+    Standard errors are of what the gain compares: the score, its logarithm, or the semantic entropy. They
+    are None where there is one sample only; 0 means that all samples agree.
+    """
 
     gain: float
+    standard_error: float | None
+    standard_error_with_context: float | None
+    standard_error_no_context: float | None
     with_context: Belief
     no_context: Belief
+
+
+class FailureKind(StrEnum):
+    """Why there is no gain, for those who count."""
+
+    invalid = "invalid"
+    """The query itself."""
+    sampling = "sampling"
+    """Its prompt."""
+    entailment = "entailment"
+    """One of its pairs of answers."""
+    poisoned = "poisoned"
+    """It killed what worked on it."""
+    deadline = "deadline"
+    internal = "internal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainFailure:
     """No gain could be measured, which is not a gain of 0."""
 
+    kind: FailureKind
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimates:
+    """What came of a request."""
+
+    outcomes: list[GainEstimate | GainFailure]
+    """One per query, in order."""
+    work: Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,45 +121,97 @@ class GainOptions:
     """Smallest score the log-ratio believes in; 1 / (10 * samples) is a good choice."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A query that can be worked on."""
+
+    question: str
+    golds: tuple[str, ...]
+    prompt: str
+    baseline: str
+    """Prompt without the context."""
+
+
 class GainEstimator:
-    """Measures gains with one sampler and one belief reader."""
+    """Measures gains; what its requests have in common is done once."""
 
     def __init__(
-        self, sampler: AnswerSampler, *, reader: BeliefReader, options: GainOptions, cache_size: int = 4096
+        self,
+        sampler: AnswerSampler,
+        judge: PairJudge,
+        *,
+        options: GainOptions,
+        sampling: SamplingOptions,
+        score: ScoreKind,
+        threshold: float,
+        identity: ModelIdentity,
+        sample_cache_size: int,
+        pair_cache_size: int,
     ) -> None:
-        self._reader = reader
         self._options = options
-        self._samples = _SharedSamples(sampler, size=cache_size)
+        self._score = score
+        self._sampling = sampling
+        self._model_digest = identity.generator_digest
+        self._samples = SharedSamples(sampler, key_of=self._key_of, size=sample_cache_size)
+        judgements = SharedJudgements(judge, size=pair_cache_size)
+        self._reader = BeliefReader(judgements, score=score, threshold=threshold)
 
     async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool
-    ) -> list[GainEstimate | GainFailure]:
-        """One outcome per query, in order; a query that fails does not touch the others."""
-        return list(await asyncio.gather(*(self._outcome(query, details=details) for query in queries)))
+        self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None = None
+    ) -> Estimates:
+        """One outcome per query; a query that fails or is late does not touch the others.
 
-    async def _outcome(self, query: GainQuery, *, details: bool) -> GainEstimate | GainFailure:
+        Cancelling it cancels whatever nobody else waits for.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = None if timeout_s is None else loop.time() + timeout_s
+        work = Work(items=len(queries))
+        prompts: set[str] = set()
+        tasks: list[asyncio.Task[GainEstimate | GainFailure]] = []
         try:
-            return await self._measure(query, details=details)
-        except (SamplingError, ValueError) as error:
-            return GainFailure(reason=str(error))
+            for query in queries:
+                if len(tasks) % _STARTED_TOGETHER == 0:
+                    await asyncio.sleep(0)
+                tasks.append(
+                    loop.create_task(self._outcome(query, details=details, work=work, prompts=prompts))
+                )
+            if tasks:
+                await asyncio.wait(tasks, timeout=None if deadline is None else deadline - loop.time())
+        finally:
+            late = [task for task in tasks if task.cancel()]
+        if late:
+            await asyncio.wait(late)
+        work.distinct_prompts = len(prompts)
+        failure = GainFailure(kind=FailureKind.deadline, reason=f"deadline: not done within {timeout_s} s")
+        return Estimates(
+            outcomes=[failure if task.cancelled() else task.result() for task in tasks], work=work
+        )
+
+    async def _outcome(
+        self, query: GainQuery, *, details: bool, work: Work, prompts: set[str]
+    ) -> GainEstimate | GainFailure:
+        try:
+            plan = self._plan(query)
+        except ValueError as error:
+            return GainFailure(kind=FailureKind.invalid, reason=str(error))
+        prompts |= {plan.prompt, plan.baseline}
+        work.conditions += 2
+        work.baselines += 1
+        try:
+            return await self._measure(
+                plan, full=details or self._options.gain is GainKind.entropy, work=work
+            )
+        except SamplingError as error:
+            return GainFailure(kind=FailureKind.sampling, reason=str(error))
+        except JudgementError as error:
+            return GainFailure(kind=FailureKind.entailment, reason=str(error))
         except Exception as error:  # one query must not take its neighbours with it
             logger.exception("information gain failed for the question %r", query.question)
-            return GainFailure(reason=f"{type(error).__name__}: {error}")
+            return GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}")
 
-    async def _measure(self, query: GainQuery, *, details: bool) -> GainEstimate:
+    def _plan(self, query: GainQuery) -> _Plan:
+        """Raises ValueError for a query that nothing can be measured of."""
         golds = tuple(gold.strip() for gold in query.golds if gold.strip())
-        self._require_usable(query, golds)
-        full = details or self._options.gain is GainKind.entropy
-        with_context, no_context = await asyncio.gather(
-            self._believe(query.question, context=query.context, golds=golds, full=full),
-            self._believe(query.question, context="", golds=golds, full=full),
-        )
-        gain = self._compare(with_context, no_context)
-        if not math.isfinite(gain):
-            raise ValueError(f"the gain came out as {gain}")
-        return GainEstimate(gain=gain, with_context=with_context, no_context=no_context)
-
-    def _require_usable(self, query: GainQuery, golds: tuple[str, ...]) -> None:
         if not query.question.strip():
             raise ValueError("the question is empty, expected the text of a question")
         if not golds and self._options.gain is not GainKind.entropy:
@@ -108,44 +219,99 @@ class GainEstimator:
                 "answers holds no text, expected at least one accepted answer "
                 "(only --gain entropy does without)"
             )
+        return _Plan(
+            question=query.question,
+            golds=golds,
+            prompt=self._prompt(query.question, context=query.context),
+            baseline=self._prompt(query.question, context=""),
+        )
 
-    async def _believe(self, question: str, *, context: str, golds: tuple[str, ...], full: bool) -> Belief:
-        prompt = build_prompt(
+    async def _measure(self, plan: _Plan, *, full: bool, work: Work) -> GainEstimate:
+        if plan.prompt == plan.baseline:
+            no_context = await self._believe(plan, prompt=plan.baseline, full=full, work=work)
+            again = Source.cached if no_context.source is Source.cached else Source.joined
+            self._count(plan, source=again, num_answers=len(no_context.answers), work=work)
+            return self._compare(replace(no_context, source=again), no_context)
+        try:
+            async with asyncio.TaskGroup() as conditions:  # when one fails the other is not needed
+                before, after = (
+                    conditions.create_task(self._believe(plan, prompt=prompt, full=full, work=work))
+                    for prompt in (plan.baseline, plan.prompt)
+                )
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        return self._compare(after.result(), before.result())
+
+    async def _believe(self, plan: _Plan, *, prompt: str, full: bool, work: Work) -> Belief:
+        answers, source = await self._samples.of(prompt)
+        if prompt == plan.baseline and source is Source.sampled:
+            work.baselines_sampled += 1
+        self._count(plan, source=source, num_answers=len(answers), work=work)
+        return await self._reader.read(
+            answers, question=plan.question, golds=plan.golds, full=full, source=source, work=work
+        )
+
+    def _compare(self, with_context: Belief, no_context: Belief) -> GainEstimate:
+        after, left_out_after = self._statistic(with_context)
+        before, left_out_before = self._statistic(no_context)
+        error_after = semantics.jackknife_error(left_out_after)
+        error_before = semantics.jackknife_error(left_out_before)
+        same = with_context.weights is no_context.weights
+        gain = self._gain(after, before)
+        if not math.isfinite(gain):
+            raise ArithmeticError(f"the gain came out as {gain}")
+        return GainEstimate(
+            gain=gain,
+            standard_error=0.0 if same else semantics.gain_error(error_after, error_before),
+            standard_error_with_context=error_after,
+            standard_error_no_context=error_before,
+            with_context=with_context,
+            no_context=no_context,
+        )
+
+    def _gain(self, after: float, before: float) -> float:
+        """Gain from the statistic that is compared."""
+        if self._options.gain is GainKind.entropy:
+            return semantics.entropy_gain(after, before)
+        if self._options.gain is GainKind.difference:
+            return semantics.difference_gain(after, before)
+        return semantics.log_ratio_gain(after, before, floor=self._options.log_floor)
+
+    def _statistic(self, belief: Belief) -> tuple[float, FloatArray]:
+        """What is compared, and the values that its standard error is made from."""
+        if self._options.gain is GainKind.entropy:
+            assert belief.full is not None
+            return belief.full.semantic_entropy, belief.full.left_out_entropies
+        assert belief.score is not None
+        assert belief.left_out_scores is not None
+        if self._options.gain is GainKind.difference:
+            return belief.score, belief.left_out_scores
+        return belief.score, semantics.log_score(belief.left_out_scores, floor=self._options.log_floor)
+
+    def _count(self, plan: _Plan, *, source: Source, num_answers: int, work: Work) -> None:
+        work.prompts_sampled += source is Source.sampled
+        work.prompts_joined += source is Source.joined
+        work.prompts_cached += source is Source.cached
+        work.answers_sampled += num_answers if source is Source.sampled else 0
+        work.pairs_naive += 2 * num_answers * len(plan.golds)
+        if self._score is ScoreKind.hard or self._options.gain is GainKind.entropy:
+            work.pairs_naive += num_answers * (num_answers - 1)
+
+    def _prompt(self, question: str, *, context: str) -> str:
+        return build_prompt(
             question,
             context=context,
             prompt_type=self._options.prompt_type,
             max_context_words=self._options.max_context_words,
         )
-        answers = await self._samples.of(prompt)
-        return await self._reader.read(answers, question=question, golds=golds, full=full)
 
-    def _compare(self, with_context: Belief, no_context: Belief) -> float:
-        if self._options.gain is GainKind.entropy:
-            assert with_context.full is not None
-            assert no_context.full is not None
-            return semantics.entropy_gain(
-                with_context.full.semantic_entropy, no_context.full.semantic_entropy
-            )
-        assert with_context.score is not None
-        assert no_context.score is not None
-        if self._options.gain is GainKind.difference:
-            return semantics.difference_gain(with_context.score, no_context.score)
-        return semantics.log_ratio_gain(with_context.score, no_context.score, floor=self._options.log_floor)
-
-
-class _SharedSamples:
-    """The samples of each prompt, sampled once: waited for together, then remembered, oldest go first."""
-
-    def __init__(self, sampler: AnswerSampler, *, size: int) -> None:
-        self._sampler = sampler
-        self._size = size
-        self._tasks: OrderedDict[str, asyncio.Task[tuple[SampledAnswer, ...]]] = OrderedDict()
-
-    async def of(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        task = self._tasks.get(prompt)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = self._tasks[prompt] = asyncio.create_task(self._sampler.sample(prompt))
-        self._tasks.move_to_end(prompt)
-        while len(self._tasks) > self._size:
-            self._tasks.popitem(last=False)
-        return await asyncio.shield(task)
+    def _key_of(self, prompt: str) -> SampleKey:
+        sampling = self._sampling
+        return SampleKey(
+            model_digest=self._model_digest,
+            prompt=prompt,
+            num_answers=sampling.num_answers,
+            temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=sampling.seed,
+        )

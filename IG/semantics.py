@@ -5,6 +5,9 @@ Pure functions over NumPy arrays; no model and no I/O. Axes, always in this orde
     response   the R answers sampled under one condition (with the context, or without it)
     gold       the A accepted answers of the question
 
+Scores take weights `[..., response]` and give `[...]`, so that one call reads all the weights that leaving
+one sample out makes (`leave_one_out_weights`).
+
 Entailment matrices are always `[response, gold]`: entry `[r, g]` of `response_entails_gold` is the
 probability that response r entails gold g, and of `gold_entails_response` that gold g entails response r.
 """
@@ -19,6 +22,9 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+_ROUNDING = 1e-12
+"""Scores that differ by less are the same, summed differently."""
 
 
 class ScoreKind(StrEnum):
@@ -44,13 +50,27 @@ def sample_weights(mean_log_probs: FloatArray) -> FloatArray:
     return np.asarray(shifted / shifted.sum(), dtype=np.float64)
 
 
+def leave_one_out_weights(mean_log_probs: FloatArray) -> FloatArray:
+    """Weights of the others when one sample had not been drawn: `[left out, response]`, R x R.
+
+    The one left out has weight 0. No row where there is no other sample.
+    """
+    size = mean_log_probs.size
+    if size < 2:
+        return np.empty((0, size), dtype=np.float64)
+    others = np.where(np.eye(size, dtype=np.bool_), -np.inf, mean_log_probs)
+    shifted = np.exp(others - others.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
 def soft_score(
     weights: FloatArray, *, response_entails_gold: FloatArray, gold_entails_response: FloatArray
-) -> float:
+) -> FloatArray:
     """Expected entailment with the best gold: max over golds of sum_r p_r * max over directions."""
     _require_shape(weights, response_entails_gold, gold_entails_response)
     either_direction = np.maximum(response_entails_gold, gold_entails_response)
-    return float((weights @ either_direction).max())
+    expected = (weights[..., :, None] * either_direction).sum(axis=-2)  # [..., gold]
+    return np.asarray(expected.max(axis=-1) / weights.sum(axis=-1), dtype=np.float64)
 
 
 def equivalent(forward: FloatArray, backward: FloatArray, *, threshold: float) -> BoolArray:
@@ -82,28 +102,30 @@ def connected_components(adjacent: BoolArray) -> IntArray:
 
 
 def cluster_probabilities(weights: FloatArray, clusters: IntArray) -> FloatArray:
-    """Probability mass of every cluster: `[cluster]`."""
-    return np.asarray(np.bincount(clusters, weights=weights), dtype=np.float64)
+    """Probability mass of every cluster: `[..., cluster]`, sums to 1."""
+    member = clusters[:, None] == np.arange(int(clusters.max()) + 1)  # [response, cluster]
+    masses = (weights[..., :, None] * member).sum(axis=-2)
+    return np.asarray(masses / masses.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
-def correct_clusters(clusters: IntArray, equivalent_to_gold: BoolArray) -> BoolArray:
-    """A cluster is correct if any member is equivalent to any gold (`[response, gold]`): `[cluster]`."""
+def correct_responses(clusters: IntArray, equivalent_to_gold: BoolArray) -> BoolArray:
+    """A cluster is correct if any member is equivalent to any gold (`[response, gold]`): `[response]`."""
     correct = np.zeros(int(clusters.max()) + 1, dtype=np.bool_)
     correct[clusters[equivalent_to_gold.any(axis=1)]] = True
-    return correct
+    return np.asarray(correct[clusters], dtype=np.bool_)
 
 
-def hard_score(weights: FloatArray, *, clusters: IntArray, equivalent_to_gold: BoolArray) -> float:
-    """Probability mass of the correct clusters."""
-    probabilities = cluster_probabilities(weights, clusters)
-    return float(probabilities[correct_clusters(clusters, equivalent_to_gold)].sum())
+def hard_score(weights: FloatArray, *, correct: BoolArray) -> FloatArray:
+    """Probability mass of the responses `[response]` in correct clusters; exactly 1 when all are."""
+    mass = (weights * correct).sum(axis=-1)
+    return np.asarray(mass / weights.sum(axis=-1), dtype=np.float64)
 
 
-def semantic_entropy(weights: FloatArray, clusters: IntArray) -> float:
+def semantic_entropy(weights: FloatArray, clusters: IntArray) -> FloatArray:
     """Entropy in nats over the semantic classes."""
     probabilities = cluster_probabilities(weights, clusters)
-    positive = probabilities[probabilities > 0]
-    return float(-(positive * np.log(positive)).sum())
+    logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
+    return np.asarray(-(probabilities * logs).sum(axis=-1) + 0.0, dtype=np.float64)  # no -0.0
 
 
 def difference_gain(with_context: float, no_context: float) -> float:
@@ -111,10 +133,15 @@ def difference_gain(with_context: float, no_context: float) -> float:
     return with_context - no_context
 
 
+def log_score(score: FloatArray, *, floor: float) -> FloatArray:
+    """Log of a score that is floored: R samples cannot tell 0 from rare."""
+    return np.asarray(np.log(np.maximum(score, floor)), dtype=np.float64)
+
+
 def log_ratio_gain(with_context: float, no_context: float, *, floor: float, limit: float = 3.0) -> float:
-    """Growth of the log-score, both scores floored (R samples cannot tell 0 from rare), within +-limit."""
-    ratio = float(np.log(max(with_context, floor)) - np.log(max(no_context, floor)))
-    return float(np.clip(ratio, -limit, limit))
+    """Growth of the floored log-score, within +-limit."""
+    before, after = log_score(np.asarray([no_context, with_context]), floor=floor)
+    return float(np.clip(after - before, -limit, limit))
 
 
 def entropy_gain(with_context: float, no_context: float) -> float:
@@ -122,9 +149,32 @@ def entropy_gain(with_context: float, no_context: float) -> float:
     return no_context - with_context
 
 
+def jackknife_error(left_out: FloatArray) -> float | None:
+    """Standard error of a statistic from its values with each sample left out: `[left out]`.
+
+    sqrt((R-1)/R * sum_i (s_i - mean)^2), where s_i reads the other samples with their weights renormalised
+    and entailment and semantic classes as they were. 0 means that all samples agree, not that the score is
+    exact; None where a single sample says nothing about its error.
+    """
+    if left_out.size < 2:
+        return None
+    if np.ptp(left_out) <= _ROUNDING:
+        return 0.0
+    share = (left_out.size - 1) / left_out.size
+    return float(np.sqrt(share * np.square(left_out - left_out.mean()).sum()))
+
+
+def gain_error(with_context: float | None, no_context: float | None) -> float | None:
+    """Standard error of a gain between conditions that were sampled independently."""
+    if with_context is None or no_context is None:
+        return None
+    return float(np.hypot(with_context, no_context))
+
+
 def _require_shape(weights: FloatArray, *matrices: FloatArray) -> None:
+    num_responses = weights.shape[-1]
     for matrix in matrices:
-        if matrix.ndim != 2 or matrix.shape[0] != weights.shape[0] or matrix.shape[1] == 0:
+        if matrix.ndim != 2 or matrix.shape[0] != num_responses or matrix.shape[1] == 0:
             raise ValueError(
-                f"entailment must be [response, gold] = [{weights.shape[0]}, at least 1], got {matrix.shape}"
+                f"entailment must be [response, gold] = [{num_responses}, at least 1], got {matrix.shape}"
             )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
+import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -269,3 +272,68 @@ class FakeEntailment:
                 for pair in pairs
             ]
         )
+
+
+@dataclass(slots=True)
+class FakeGainService:
+    """A real HTTP server that gives every item a gain made of its texts, after `delay_s`; keeps its requests."""
+
+    delay_s: float = 0.0
+    max_items: int = 1000
+    work: Mapping[str, int] | None = None
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    """Of the requests, on the clock of `time.perf_counter`."""
+    num_abandoned: int = 0
+    """Requests whose caller hung up before the answer."""
+    url: str = ""
+
+    @asynccontextmanager
+    async def running(self, *, port: int = 0) -> AsyncIterator[FakeGainService]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield self
+        server.close()
+
+    @staticmethod
+    def gain(question: str, context: str) -> float:
+        return zlib.crc32(f"{question}|{context}".encode()) / 2**32 if context else 0.0
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(question, context) of all items, in order."""
+        return [(item["question"], item["context"]) for body in self.bodies for item in body["items"]]
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        length = int(head.partition("content-length: ")[2].split("\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        self.bodies.append(body)
+        self.arrivals.append(time.perf_counter())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.delay_s):
+                await reader.read(1)
+                self.num_abandoned += 1
+        scores = [self.gain(item["question"], item["context"]) for item in body["items"]]
+        answer: dict[str, object] = {"scores": scores, "errors": [None] * len(scores), "details": None}
+        if self.work is not None:
+            answer["work"] = self.work
+        status, text = (
+            (413, "{}") if len(scores) > self.max_items else (200, json.dumps(answer, allow_nan=False))
+        )
+        start = f"HTTP/1.1 {status} fake\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n"
+        writer.write((start + text).encode())
+        writer.close()
+
+
+@dataclass(slots=True)
+class FakePairJudge:
+    """Judges as `model` does, a batch for each call, after a pause."""
+
+    model: FakeEntailment = field(default_factory=FakeEntailment)
+    pause_s: float = 0.0
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+        await asyncio.sleep(self.pause_s)
+        judged: list[float | Exception] = self.model.probabilities(pairs).tolist()
+        return judged

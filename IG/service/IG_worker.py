@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from IG.belief import BeliefReader
-from IG.entailment import EntailmentModel, EntailmentQueue
+from IG.entailment import EntailmentModel, EntailmentQueue, Pair
 from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
 from IG.loading import load_in_thread
 from IG.sampler import EngineOptions, SamplingOptions, VllmSampler
 from IG.service.config import IGServiceConfig
+from IG.sharing import ModelIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,7 @@ class LocalBackend:
         threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // 2)
         # The engine first: its process must be made before this one computes anything.
         sampler = await VllmSampler.start(
-            SamplingOptions(
-                num_answers=config.num_generations,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                seed=config.seed,
-            ),
+            _sampling_options(config),
             engine=_engine_options(config, threads=threads),
         )
         backend: LocalBackend | None = None
@@ -112,13 +107,24 @@ class LocalBackend:
         queue = EntailmentQueue(entailment)
         estimator = GainEstimator(
             sampler,
-            reader=BeliefReader(queue, score=config.score, threshold=config.threshold),
+            _QueueJudge(queue),
             options=GainOptions(
                 gain=config.gain,
                 prompt_type=config.prompt_type,
                 max_context_words=config.max_context_words,
                 log_floor=config.log_floor,
             ),
+            sampling=_sampling_options(config),
+            score=config.score,
+            threshold=config.threshold,
+            identity=ModelIdentity(
+                generator=config.model_path,
+                generator_digest="",
+                entailment=config.entailment_model,
+                entailment_digest="",
+            ),
+            sample_cache_size=4096,
+            pair_cache_size=200_000,
         )
         device = "cpu" if sampler.device == "cpu" else config.cuda_device
         return cls(estimator, sampler=sampler, queue=queue, device=device)
@@ -138,7 +144,7 @@ class LocalBackend:
         self, queries: Sequence[GainQuery], *, details: bool
     ) -> list[GainEstimate | GainFailure]:
         """One outcome per query, in order."""
-        return await self._estimator.estimate(queries, details=details)
+        return (await self._estimator.estimate(queries, details=details)).outcomes
 
     async def aclose(self) -> None:
         """Free the models and stop the engine process."""
@@ -175,6 +181,27 @@ def _require_on_hub(name: str, *, flag: str) -> None:
             f"{flag} {name}: neither a folder here nor a model that the hub gives us ({reason}); download it "
             "first or give a folder"
         ) from error
+
+
+class _QueueJudge:
+    """Judges by an entailment queue."""
+
+    def __init__(self, queue: EntailmentQueue) -> None:
+        self._queue = queue
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
+        """All pairs in order; they fail together."""
+        known = await self._queue.probabilities(pairs)
+        return [known[pair] for pair in pairs]
+
+
+def _sampling_options(config: IGServiceConfig) -> SamplingOptions:
+    return SamplingOptions(
+        num_answers=config.num_generations,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+    )
 
 
 def _engine_options(config: IGServiceConfig, *, threads: int) -> EngineOptions:

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 import random
-import time
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from IG.belief import Belief, BeliefReader
-from IG.entailment import EntailmentQueue
 from IG.prompts import entailment_text
 from IG.sampler import SampledAnswer
 from IG.semantics import ScoreKind
-from tests.fakes import FakeEntailment
+from IG.sharing import JudgementError, SharedJudgements, Source, Work
+from tests.fakes import FakeEntailment, FakePairJudge
 
 QUESTION = "Where was Alice born?"
 
@@ -38,12 +35,12 @@ async def read(
     golds: list[str],
     full: bool,
     score: ScoreKind = ScoreKind.hard,
+    work: Work | None = None,
 ) -> Belief:
-    queue = EntailmentQueue(model)
-    reader = BeliefReader(queue, score=score, threshold=0.5)
-    belief = await reader.read(sampled, question=QUESTION, golds=golds, full=full)
-    await queue.aclose()
-    return belief
+    judgements = SharedJudgements(FakePairJudge(model), size=1000)
+    return await BeliefReader(judgements, score=score, threshold=0.5).read(
+        sampled, question=QUESTION, golds=golds, full=full, source=Source.sampled, work=work or Work()
+    )
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -133,73 +130,5 @@ async def test_a_probability_that_is_no_number_is_no_score(
     """The unlucky answer must not count as one that does not mean the gold."""
     asked = (entailment_text(QUESTION, "York"), entailment_text(QUESTION, "Kent"))
     broken = FakeEntailment(pairs={asked: value})
-    with pytest.raises(ValueError, match=rf"gave {value} for .*York.*Kent.*expected a probability"):
+    with pytest.raises(JudgementError, match=rf"gave {value} for .*York.*Kent.*expected a probability"):
         await read(broken, answers(["York", "Leeds"]), golds=["Kent"], full=full, score=score)
-
-
-async def test_a_pair_without_a_number_fails_only_those_who_asked_for_it() -> None:
-    queue = EntailmentQueue(FakeEntailment(pairs={("a", "b"): float("nan")}))
-    bad, good = await asyncio.gather(
-        queue.probabilities([("a", "b"), ("c", "c")]),
-        queue.probabilities([("c", "c")]),
-        return_exceptions=True,
-    )
-    assert isinstance(bad, ValueError)
-    assert good == {("c", "c"): 0.9}
-    with pytest.raises(ValueError, match="gave nan"):  # not remembered as an answer
-        await queue.probabilities([("a", "b")])
-    await queue.aclose()
-
-
-@pytest.mark.parametrize("scores", [np.zeros(3), np.zeros((1, 1)), None])
-async def test_scores_that_do_not_fit_their_pairs_fail_and_the_queue_goes_on(
-    scores: np.ndarray | None,
-) -> None:
-    class Wrong(FakeEntailment):
-        def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-            right = FakeEntailment.probabilities(self, pairs)
-            return right if pairs[0][0] == "c" else scores  # type: ignore[return-value]
-
-    queue = EntailmentQueue(Wrong())
-    with pytest.raises((ValueError, AttributeError)):
-        await queue.probabilities([("a", "b")])
-    assert await queue.probabilities([("c", "c")]) == {("c", "c"): 0.9}
-    await queue.aclose()
-
-
-async def test_a_runner_that_dies_fails_its_callers_and_the_next_ones_get_another() -> None:
-    class Slow(FakeEntailment):
-        def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-            time.sleep(0.1)
-            return FakeEntailment.probabilities(self, pairs)
-
-    queue = EntailmentQueue(Slow())
-    waiting = [asyncio.create_task(queue.probabilities([(text, text)])) for text in "ab"]
-    await asyncio.sleep(0.05)
-    runner = next(task for task in asyncio.all_tasks() if "EntailmentQueue._run" in repr(task))
-    runner.cancel()
-    async with asyncio.timeout(5):
-        for task in waiting:
-            with pytest.raises(RuntimeError, match="queue stopped"):
-                await task
-        assert await queue.probabilities([("c", "c")]) == {("c", "c"): 0.9}
-    await queue.aclose()
-
-
-async def test_the_queue_shares_pairs_between_callers_and_survives_a_failing_model() -> None:
-    class Broken(FakeEntailment):
-        def probabilities(self, pairs: object) -> np.ndarray:
-            raise RuntimeError("out of memory")
-
-    broken = EntailmentQueue(Broken())
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            await broken.probabilities([("a b", "c d")])
-    await broken.aclose()
-
-    model = FakeEntailment()
-    queue = EntailmentQueue(model)
-    found = await asyncio.gather(*(queue.probabilities([("a b", "c d"), ("a b", "c b")]) for _ in range(20)))
-    assert all(one == {("a b", "c d"): 0.1, ("a b", "c b"): 0.9} for one in found)
-    assert sum(map(len, model.batches)) == 2
-    await queue.aclose()

@@ -4,27 +4,40 @@ import asyncio
 
 import pytest
 
-from IG.belief import BeliefReader
-from IG.entailment import EntailmentQueue
-from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
-from IG.sampler import SamplingError
+from IG.estimator import Estimates, GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
+from IG.sampler import AnswerSampler, SamplingError, SamplingOptions
 from IG.semantics import GainKind, ScoreKind
-from tests.fakes import FakeAnswerSampler, FakeEntailment
+from IG.sharing import ModelIdentity, PairJudge
+from tests.fakes import FakeAnswerSampler, FakePairJudge
 
 
 def estimator(
-    sampler: FakeAnswerSampler, *, gain: GainKind = GainKind.difference, cache_size: int = 100
+    sampler: AnswerSampler,
+    judge: PairJudge | None = None,
+    *,
+    gain: GainKind = GainKind.difference,
+    score: ScoreKind = ScoreKind.hard,
+    cache_size: int = 100,
 ) -> GainEstimator:
-    reader = BeliefReader(EntailmentQueue(FakeEntailment()), score=ScoreKind.hard, threshold=0.5)
-    return GainEstimator(sampler, reader=reader, options=GainOptions(gain=gain), cache_size=cache_size)
+    return GainEstimator(
+        sampler,
+        judge or FakePairJudge(),
+        options=GainOptions(gain=gain),
+        sampling=SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=16, seed=0),
+        score=score,
+        threshold=0.5,
+        identity=ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2"),
+        sample_cache_size=cache_size,
+        pair_cache_size=1000,
+    )
 
 
 def query(context: str, *, question: str = "Where?", golds: tuple[str, ...] = ("Bolton",)) -> GainQuery:
     return GainQuery(question=question, context=context, golds=golds)
 
 
-def gains(outcomes: list[GainEstimate | GainFailure]) -> list[float | None]:
-    return [outcome.gain if isinstance(outcome, GainEstimate) else None for outcome in outcomes]
+def gains(estimates: Estimates) -> list[float | None]:
+    return [outcome.gain if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
 
 
 BELIEVES = {
@@ -34,10 +47,10 @@ BELIEVES = {
 
 
 async def test_a_good_context_gains_and_an_empty_one_gains_nothing() -> None:
-    outcomes = await estimator(FakeAnswerSampler(BELIEVES)).estimate(
+    estimates = await estimator(FakeAnswerSampler(BELIEVES)).estimate(
         [query("a good passage"), query(""), query("other")], details=False
     )
-    assert gains(outcomes) == [pytest.approx(0.5), 0.0, 0.0]
+    assert gains(estimates) == [pytest.approx(0.5), 0.0, 0.0]
 
 
 async def test_each_condition_of_a_request_is_sampled_once() -> None:
@@ -64,10 +77,10 @@ async def test_a_failing_query_fails_alone_and_with_its_reason(error: Exception)
     sampler = FakeAnswerSampler({"poison": error} | BELIEVES)
     shared = estimator(sampler)
     queries = [query("a good passage"), query("poison"), query("other")]
-    outcomes = await shared.estimate(queries, details=False)
-    assert gains(outcomes) == [pytest.approx(0.5), None, 0.0]
-    assert isinstance(outcomes[1], GainFailure)
-    assert "prompt too long" in outcomes[1].reason
+    estimates = await shared.estimate(queries, details=False)
+    assert gains(estimates) == [pytest.approx(0.5), None, 0.0]
+    assert isinstance(estimates.outcomes[1], GainFailure)
+    assert "prompt too long" in estimates.outcomes[1].reason
     asked = len(sampler.prompts)
     await shared.estimate(queries, details=False)
     assert len(sampler.prompts) == asked + 1, "a failure must not be remembered as an answer"
@@ -75,21 +88,21 @@ async def test_a_failing_query_fails_alone_and_with_its_reason(error: Exception)
 
 @pytest.mark.parametrize("bad", [query("x", question=" "), query("x", golds=()), query("x", golds=(" ",))])
 async def test_a_query_without_question_or_golds_is_a_named_failure(bad: GainQuery) -> None:
-    outcomes = await estimator(FakeAnswerSampler(BELIEVES)).estimate([bad, query("")], details=False)
-    assert gains(outcomes) == [None, 0.0]
-    assert isinstance(outcomes[0], GainFailure)
-    assert "expected" in outcomes[0].reason
+    estimates = await estimator(FakeAnswerSampler(BELIEVES)).estimate([bad, query("")], details=False)
+    assert gains(estimates) == [None, 0.0]
+    assert isinstance(estimates.outcomes[0], GainFailure)
+    assert "expected" in estimates.outcomes[0].reason
 
 
 async def test_the_drop_of_entropy_needs_no_golds() -> None:
     sampler = FakeAnswerSampler({"sure": ["Bolton"] * 4} | BELIEVES)
-    outcomes = await estimator(sampler, gain=GainKind.entropy).estimate(
+    estimates = await estimator(sampler, gain=GainKind.entropy).estimate(
         [query("sure", golds=())], details=False
     )
-    assert gains(outcomes) == [pytest.approx(1.386294, abs=1e-6)]
+    assert gains(estimates) == [pytest.approx(1.386294, abs=1e-6)]
 
 
 async def test_log_ratio_is_floored() -> None:
     sampler = FakeAnswerSampler({"good": ["Bolton"], "Where": ["York"]})
-    outcomes = await estimator(sampler, gain=GainKind.log_ratio).estimate([query("good")], details=False)
-    assert gains(outcomes) == [3.0]
+    estimates = await estimator(sampler, gain=GainKind.log_ratio).estimate([query("good")], details=False)
+    assert gains(estimates) == [3.0]

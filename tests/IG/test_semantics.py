@@ -30,8 +30,8 @@ def hard_reading(
     clusters = semantics.connected_components(adjacency(len(mean_log_probs), pairs))
     matches = np.zeros((len(mean_log_probs), 1), dtype=np.bool_)
     matches[match] = True
-    score = semantics.hard_score(weights, clusters=clusters, equivalent_to_gold=matches)
-    return score, semantics.semantic_entropy(weights, clusters)
+    score = semantics.hard_score(weights, correct=semantics.correct_responses(clusters, matches))
+    return float(score), float(semantics.semantic_entropy(weights, clusters))
 
 
 def test_worked_example_of_the_hard_score_and_its_three_gains() -> None:
@@ -67,7 +67,7 @@ def test_worked_example_of_the_soft_score_keeps_golds_and_responses_apart() -> N
         response_entails_gold=np.asarray([[0.05, 0.02], [0.90, 0.10], [0.01, 0.03]]),
         gold_entails_response=np.asarray([[0.10, 0.01], [0.80, 0.20], [0.02, 0.02]]),
     )
-    gain = semantics.difference_gain(with_context, no_context)
+    gain = semantics.difference_gain(float(with_context), float(no_context))
     assert with_context == pytest.approx(0.825479, abs=TOLERANCE)
     assert no_context == pytest.approx(0.340000, abs=TOLERANCE)
     assert gain == pytest.approx(0.485479, abs=TOLERANCE)
@@ -125,7 +125,8 @@ def test_hard_score_and_entropy_are_those_of_the_definition(
 
     computed = semantics.sample_weights(np.asarray(mean_log_probs))
     clusters = semantics.connected_components(adjacency(size, pairs))
-    score = semantics.hard_score(computed, clusters=clusters, equivalent_to_gold=np.asarray(matches))
+    correct = semantics.correct_responses(clusters, np.asarray(matches))
+    score = semantics.hard_score(computed, correct=correct)
     assert score == pytest.approx(
         math.fsum(mass for mass, ok in zip(masses, right, strict=True) if ok), abs=1e-9
     )
