@@ -276,7 +276,7 @@ class FakeEntailment:
 
 @dataclass(slots=True)
 class FakeGainService:
-    """A real HTTP server that gives every item a gain made of its texts, after `delay_s`; keeps what it read."""
+    """A real HTTP server: after `delay_s` every item gets a gain made of its texts; keeps what it read."""
 
     delay_s: float = 0.0
     max_items: int = 1000

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from verl.types import (
@@ -59,8 +60,24 @@ class Agent(Protocol):
         ...
 
 
+OnEpisodeEnd = Callable[[Trajectory], None]
+"""Told of every trajectory as soon as its episode has ended."""
+
+
 class GainEstimator(Protocol):
     """Measure how much the searches of each trajectory informed the model."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What the last `measure` cost, by metric name."""
+        ...
+
+    def asking_early(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[OnEpisodeEnd]:
+        """Inside, what can be asked before all episodes have ended is asked; told of each episode's end.
+
+        Changes when gains are asked for, not what they are. Nothing of it is left on the way out.
+        """
+        ...
 
     async def measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
         """One gain per trajectory, in order. A failed one is a `Gain` with `failure` set, never a number."""

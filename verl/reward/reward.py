@@ -6,11 +6,12 @@ halts, because what is left is no longer the batch that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
-from verl.protocols import GainEstimator
+from verl.protocols import GainEstimator, OnEpisodeEnd
 from verl.reward.outcome import Outcome
-from verl.types import Gain, Group, Score, Stop, Trajectory
+from verl.types import Gain, Group, Question, Score, Stop, Trajectory
 from verl.utils.failures import check_failure_share
 
 OutcomeRule = Callable[[Trajectory], Outcome]
@@ -32,6 +33,15 @@ class Reward:
         self._gain = gain
         self._max_failure_share = max_failure_share
         self._fix = fix
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What measuring the last gains cost, by metric name; empty without gains."""
+        return {} if self._gain is None else self._gain.figures
+
+    def asking_early(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[OnEpisodeEnd]:
+        """Inside, gains are asked for as soon as episodes end, so that `score` waits less."""
+        return nullcontext(_ignore) if self._gain is None else self._gain.asking_early(questions)
 
     async def score(self, groups: Sequence[Group]) -> list[list[Score]]:
         """One score per trajectory, in order. Raises TrainingHaltedError above the failure share."""
@@ -69,3 +79,7 @@ class Reward:
             return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
         outcome = self._outcome(trajectory)
         return Score(outcome=outcome.value, gain=gain.value, failure=gain.failure, metrics=outcome.metrics)
+
+
+def _ignore(_: Trajectory) -> None:
+    """There is no gain to ask for."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl.protocols import Agent
+from verl.protocols import Agent, OnEpisodeEnd
 from verl.types import Group, Question, Stop, Trajectory
 from verl.utils.failures import check_failure_share
 from verl.utils.seeding import derive_seed
@@ -46,7 +46,12 @@ class Collector:
         self._seed = seed
 
     async def collect(
-        self, questions: Sequence[Question], *, step: int, progress: Progress | None = None
+        self,
+        questions: Sequence[Question],
+        *,
+        step: int,
+        progress: Progress | None = None,
+        on_episode_end: OnEpisodeEnd | None = None,
     ) -> list[Group]:
         """One group per question, in order, failed trajectories included and named.
 
@@ -59,7 +64,7 @@ class Collector:
             for question in questions
             for sample in range(self._n)
         ]
-        played = await self._play(episodes, progress=progress)
+        played = await self._play(episodes, progress=progress, on_episode_end=on_episode_end)
         return [
             Group(question=question, trajectories=tuple(played[k * self._n : (k + 1) * self._n]))
             for k, question in enumerate(questions)
@@ -75,7 +80,13 @@ class Collector:
         ]
         return await self._play(episodes, progress=progress)
 
-    async def _play(self, episodes: Sequence[_Episode], *, progress: Progress | None) -> list[Trajectory]:
+    async def _play(
+        self,
+        episodes: Sequence[_Episode],
+        *,
+        progress: Progress | None,
+        on_episode_end: OnEpisodeEnd | None = None,
+    ) -> list[Trajectory]:
         slots = asyncio.Semaphore(self._max_concurrent)
         failures: list[str] = []
         num_finished = 0
@@ -96,6 +107,8 @@ class Collector:
                     what="episodes",
                     fix="mend the retriever or the engine, whichever the first failure names.",
                 )
+            if on_episode_end is not None:
+                on_episode_end(trajectory)
             if progress is not None:
                 progress(num_finished, len(episodes))
             return trajectory

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import fcntl
 import logging
+import os
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -134,7 +135,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         ),
         reward=Reward(
             partial(measure_outcome, metric=config.reward.outcome, format_score=config.reward.format_score),
-            gain=SemanticGain(gains, render_context=render_context) if gains else None,
+            gain=SemanticGain(
+                gains, render_context=render_context, timeout_s=config.reward.semantic.timeout_s
+            )
+            if gains
+            else None,
             max_failure_share=config.reward.max_failure_share,
             fix=f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?",
         ),
@@ -180,7 +185,9 @@ async def connect_services(
         await asyncio.gather(*waits)
         return search, None, services
     semantic = config.reward.semantic
-    gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size)
+    # A secret is no setting: it stands in no configuration, so in no manifest and on no command line.
+    token = os.environ.get("IG_TOKEN") or None
+    gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token)
     stack.push_async_callback(gains.aclose)
     health, _ = await asyncio.gather(gains.wait_ready(config.trainer.service_wait_s), *waits)
     services["ig_service"] = {"url": semantic.url, "health": health}

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from tests.fakes import make_question, make_trajectory
 from verl.errors import TrainingHaltedError
+from verl.protocols import OnEpisodeEnd
 from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.metrics import step_metrics
-from verl.types import Gain, Group, Score
+from verl.types import Gain, Group, Question, Score, Trajectory
 
 RULE = outcome_plus_gain(gain_weight=0.6, normalise_by_std=True)
 
@@ -23,6 +25,13 @@ class ScriptedGain:
     """A gain for every query, the same in every run; failures where asked."""
 
     broken: frozenset[str] = frozenset()
+    figures: dict[str, float] = field(default_factory=lambda: {"perf/gain_visible_s": 0.5})
+
+    def asking_early(self, questions: Sequence[Question]) -> nullcontext[OnEpisodeEnd]:
+        return nullcontext(self.note)
+
+    def note(self, trajectory: Trajectory) -> None:
+        raise AssertionError("the collector is not there")
 
     async def measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
         return [[self._gain(t.searches[0].action.text) for t in g.trajectories] for g in groups]
@@ -69,6 +78,16 @@ async def test_outcome_gain_and_measures_of_every_trajectory() -> None:
     assert scores[1].metrics == {"em": 1.0, "sub_em": 1.0, "f1": 1.0}
 
 
+async def test_gains_are_asked_for_early_where_there_are_gains() -> None:
+    gain = ScriptedGain()
+    async with reward(gain).asking_early([]) as on_episode_end:
+        assert on_episode_end == gain.note
+    assert reward(gain).figures == {"perf/gain_visible_s": 0.5}
+    async with reward(None).asking_early([]) as on_episode_end:
+        on_episode_end(make_trajectory(make_question(), answer="x"))
+    assert reward(None).figures == {}
+
+
 async def test_a_failed_trajectory_has_no_outcome() -> None:
     question = make_question()
     failed = make_trajectory(question, queries=("q",), answer="Bolton", failure="search_failed: HTTP 500")
@@ -99,7 +118,7 @@ async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_wi
             expected = clean.get(trajectory.sample, np.zeros(len(trajectory.token_ids), np.float32))
             np.testing.assert_array_equal(array, expected)
 
-    metrics = step_metrics(groups, scores, credit, update={}, seconds={}, gain_weight=0.6)
+    metrics = step_metrics(groups, scores, credit, update={}, gain_figures={}, seconds={}, gain_weight=0.6)
     assert metrics["ig/failed_share"] == pytest.approx(0.3)
     assert metrics["ig/failures_gain_failed"] == 6
     assert metrics["reward/failed_share"] == pytest.approx(0.3)

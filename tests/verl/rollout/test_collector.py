@@ -32,6 +32,20 @@ async def test_one_group_per_question_in_order_with_every_sample() -> None:
     assert told == [(k, 12) for k in range(1, 13)]
 
 
+async def test_each_episode_is_told_of_when_it_ends_but_not_in_evaluation() -> None:
+    agent = FakeAgent(delays_s={UIDS[0]: 0.05})
+    told: list[tuple[str, int, int]] = []
+    await make_collector(agent, n=1).collect(
+        QUESTIONS,
+        step=1,
+        on_episode_end=lambda t: told.append((t.question.uid, t.sample, len(agent.finished))),
+    )
+    assert [uid for uid, *_ in told] == [*UIDS[1:], UIDS[0]]
+    assert told[0][2] < 4
+    await make_collector(agent).evaluate(QUESTIONS)
+    assert len(told) == 4
+
+
 async def test_seeds_depend_on_run_step_question_and_sample_and_on_nothing_else() -> None:
     async def seeds(questions: list[Question], *, step: int, seed: int = 1) -> dict[tuple[str, int], int]:
         agent = FakeAgent()

@@ -29,10 +29,14 @@ def step_metrics(
     credit: Sequence[Sequence[FloatArray]],
     *,
     update: Mapping[str, float],
+    gain_figures: Mapping[str, float],
     seconds: Mapping[str, float],
     gain_weight: float,
 ) -> Metrics:
-    """Everything logged of one training step. `seconds` are wall seconds per phase, `step` the whole."""
+    """Everything logged of one training step. `seconds` are wall seconds per phase, `step` the whole.
+
+    `gain_figures`, by metric name, are what the gains cost; see `verl.protocols.GainEstimator`.
+    """
     trajectories = [t for group in groups for t in group.trajectories]
     flat_scores = [score for of_group in scores for score in of_group]
     return finite(
@@ -40,6 +44,7 @@ def step_metrics(
             **rollout_metrics(trajectories),
             **reward_metrics(flat_scores, gain_weight=gain_weight),
             **gain_metrics(trajectories, flat_scores),
+            **gain_figures,
             **credit_metrics(scores, credit),
             **{f"policy/{name}": value for name, value in update.items()},
             **time_metrics(trajectories, seconds),

@@ -107,12 +107,15 @@ class PPOTrainer:
         with timer("step"):
             questions = parts.questions.next_batch()
 
-            with timer("rollout"):  # all episodes at once, each at its own pace
-                progress = ProgressLog(logger, f"step {step}: episodes")
-                groups = await parts.collector.collect(questions, step=step, progress=progress)
+            async with parts.reward.asking_early(questions) as on_episode_end:
+                with timer("rollout"):  # all episodes at once, each at its own pace
+                    progress = ProgressLog(logger, f"step {step}: episodes")
+                    groups = await parts.collector.collect(
+                        questions, step=step, progress=progress, on_episode_end=on_episode_end
+                    )
 
-            with timer("reward"):  # outcome + information gain, per trajectory
-                scores = await parts.reward.score(groups)
+                with timer("reward"):  # outcome + information gain, per trajectory
+                    scores = await parts.reward.score(groups)
 
             credit = [parts.credit_rule(g.trajectories, s) for g, s in zip(groups, scores, strict=True)]
             batch = self.build_batch(groups, scores, credit)
@@ -174,7 +177,13 @@ class PPOTrainer:
         """Log the step; raise TrainingHaltedError after too many skipped updates."""
         step = self.progress.step
         metrics = step_metrics(
-            groups, scores, credit, update=update, seconds=self.timer.seconds, gain_weight=self.gain_weight
+            groups,
+            scores,
+            credit,
+            update=update,
+            gain_figures=self.parts.reward.figures,
+            seconds=self.timer.seconds,
+            gain_weight=self.gain_weight,
         )
         self.parts.tracker.log(step, metrics)
         for alarm in self.parts.guard.alarms(metrics):

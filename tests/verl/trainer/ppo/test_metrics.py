@@ -128,6 +128,7 @@ def test_a_step_is_named_by_area_and_finite() -> None:
         [scores],
         [credit],
         update={"kl": 0.01, "loss": math.nan},
+        gain_figures={"perf/gain_visible_s": 0.25, "perf/gain_hidden_s": 1.5},
         seconds={"rollout": 2.0, "step": 4.0},
         gain_weight=0.6,
     )
@@ -136,6 +137,7 @@ def test_a_step_is_named_by_area_and_finite() -> None:
     assert metrics["policy/kl"] == 0.01
     assert "policy/loss" not in metrics
     assert metrics["time/rollout_s"] == 2.0
+    assert (metrics["perf/gain_visible_s"], metrics["perf/gain_hidden_s"]) == (0.25, 1.5)
     assert metrics["perf/sampled_tokens_per_s"] == 3 * 8 / 2.0
     assert metrics["perf/tokens_per_s"] == 3 * (3 + 8 + 5) / 4.0
 

@@ -1,0 +1,395 @@
+"""Client of the information-gain service for any trainer: results in order, never a number for a failure.
+
+    async with IGClient("http://127.0.0.1:8310", timeout_s=120) as client:
+        results = await client.compute([GainRequest(question=q, context=found, golds=("Bolton",))])
+
+`SyncIGClient` does the same without `await`. Needs httpx and stamina only, none of the service's models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeVar
+
+from IG.http import CallError, JsonService
+
+_NAME = "IG service"
+_START = "start it with: bash IG_service_launch.sh"
+_PATH = "/compute_info_gain"
+_POLL_S = 0.5
+_GATHER_S = 0.005
+"""What is asked for within this time travels together."""
+_GRACE_S = 0.2
+"""A call that ends at its deadline may say why; only then is it given up without a reason."""
+_SPLIT_STATUSES = frozenset({413, 422})
+"""The service refuses a whole request for its size or for one item of it: ask for the halves."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainRequest:
+    """One gain to measure."""
+
+    question: str
+    context: str
+    """All passages that were found, as one text; empty asks for the baseline, whose gain is 0."""
+    golds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainResult:
+    """A gain, or why there is none; exactly one of `gain` and `error` is None."""
+
+    gain: float | None
+    standard_error: float | None = None
+    """Of the gain; None where the service gives none (a single sample, an older service)."""
+    error: str | None = None
+    may_pass: bool = False
+    """Whether asking again may help: the service was not reached or ran out of time."""
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A request on its way."""
+
+    request: GainRequest
+    deadline: float
+    """On the clock of `time.monotonic`."""
+    result: asyncio.Future[GainResult]
+
+    def settle(self, result: GainResult) -> None:
+        if not self.result.done():
+            self.result.set_result(result)
+
+
+class IGClient:
+    """Asks for gains one by one or many at once; a few HTTP requests in flight, each with many items.
+
+    One per event loop. What is asked for while all of these are under way forms the next request, so asking
+    for single gains as they come up costs little more than asking for all together.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        batch_size: int = 256,
+        max_in_flight: int = 8,
+        token: str | None = None,
+    ) -> None:
+        """`timeout_s` covers a call from asking to the last result; `batch_size` items per HTTP request.
+
+        Raises ValueError for a setting that cannot be.
+        """
+        for name, value in (("batch_size", batch_size), ("max_in_flight", max_in_flight)):
+            if value < 1:
+                raise ValueError(f"{name} of the {_NAME} must be at least 1, got {value}")
+        self._url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._batch_size = batch_size
+        self._max_in_flight = max_in_flight
+        self._service = JsonService(
+            self._url,
+            name=_NAME,
+            timeout_s=timeout_s,
+            max_connections=max_in_flight + 1,  # one for /health
+            fix=_START,
+            token=token,
+        )
+        self._queue: deque[_Pending] = deque()
+        self._sending: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        self.work: Counter[str] = Counter()
+        """The service's own account of all work it did for this client, summed over its answers."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def compute(
+        self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
+    ) -> list[GainResult]:
+        """One result per request, in order; what is not known by the deadline is a named error.
+
+        Raises nothing but RuntimeError once the client is closed. Cancelling it stops the service's work.
+        """
+        if self._is_closed:
+            raise RuntimeError(f"this client of the {_NAME} is closed")
+        patience_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + patience_s
+        results = [asyncio.get_running_loop().create_future() for _ in requests]
+        self._queue.extend(
+            _Pending(request=request, deadline=deadline, result=result)
+            for request, result in zip(requests, results, strict=True)
+        )
+        self._send_soon()
+        try:
+            if results:
+                await asyncio.wait(results, timeout=max(0.0, patience_s) + _GRACE_S)
+            said = f"no answer within {patience_s:g} s; raise the timeout or lower the load"
+            late = _failed(said, may_pass=True)
+            return [result.result() if result.done() else late for result in results]
+        finally:
+            for result in results:
+                result.cancel()
+
+    async def submit(self, request: GainRequest, *, timeout_s: float | None = None) -> GainResult:
+        """As `compute` for one request, which travels with others that are asked for meanwhile."""
+        (result,) = await self.compute([request], timeout_s=timeout_s)
+        return result
+
+    async def wait_ready(self, deadline_s: float) -> dict[str, object]:
+        """The service's health as soon as it can work.
+
+        Raises CallError that names what to start, or what is wrong with the token.
+        """
+        end = time.monotonic() + deadline_s
+        while True:
+            state = await self._state(end - time.monotonic())
+            if isinstance(state, dict):
+                # /health is open to everyone: only work shows whether the token is right.
+                await self._service.post(_PATH, {"items": []}, timeout_s=max(5.0, end - time.monotonic()))
+                return state
+            if time.monotonic() + _POLL_S >= end:
+                message = f"{self._url} was not ready within {deadline_s:g} s ({state}); {_START}"
+                raise CallError(_NAME, message, may_pass=True)
+            await asyncio.sleep(_POLL_S)
+
+    async def aclose(self) -> None:
+        """Stop what is under way and close all connections."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in (sending := list(self._sending)):
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        _settle_all(self._queue, _failed("the client was closed"))
+        await self._service.aclose()
+
+    async def _state(self, patience_s: float) -> dict[str, object] | str:
+        """What /health says when it is healthy, else why not."""
+        try:
+            # One short look: `wait_ready` has its own deadline.
+            health = await self._service.get("/health", timeout_s=min(5.0, max(0.1, patience_s)))
+        except CallError as error:
+            return error.message
+        if health.get("status") == "healthy":
+            return health
+        return str(health.get("message") or health)
+
+    def _send_soon(self) -> None:
+        if len(self._queue) >= self._batch_size:
+            self._send_waiting()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self._send_waiting)
+
+    def _send_waiting(self) -> None:
+        """Form requests of what waits while there are slots for them."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._queue and len(self._sending) < self._max_in_flight and not self._is_closed:
+            if batch := self._take_batch():
+                task = asyncio.create_task(self._send(batch))
+                self._sending.add(task)
+                task.add_done_callback(self._sent)
+                _cancel_when_abandoned(task, batch)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        self._send_waiting()
+
+    def _take_batch(self) -> list[_Pending]:
+        """The oldest that somebody still waits for."""
+        batch: list[_Pending] = []
+        while self._queue and len(batch) < self._batch_size:
+            pending = self._queue.popleft()
+            if pending.deadline <= time.monotonic():
+                pending.settle(_failed("no connection was free before the deadline", may_pass=True))
+            if not pending.result.done():
+                batch.append(pending)
+        return batch
+
+    async def _send(self, batch: Sequence[_Pending]) -> None:
+        """Settle the batch; what may wait longer than its most urgent request goes back to the queue."""
+        deadline = min(pending.deadline for pending in batch)
+        try:
+            results = await self._ask([pending.request for pending in batch], deadline=deadline)
+        except BaseException as error:  # closed, or a defect: nobody may wait for an answer till the deadline
+            _settle_all(batch, _failed(f"the request was broken off ({type(error).__name__})"))
+            raise
+        again = []
+        for pending, result in zip(batch, results, strict=True):
+            if result.may_pass and pending.deadline > deadline + _GRACE_S:
+                again.append(pending)
+            else:
+                pending.settle(result)
+        self._queue.extendleft(reversed(again))
+
+    async def _ask(self, requests: Sequence[GainRequest], *, deadline: float) -> list[GainResult]:
+        try:
+            body = await self._service.post(
+                _PATH, partial(_payload, requests), timeout_s=deadline - time.monotonic()
+            )
+            results = _read_results(body, expected=len(requests))
+        except CallError as error:
+            if error.status not in _SPLIT_STATUSES or len(requests) == 1:
+                failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
+                return [failure] * len(requests)
+            half = len(requests) // 2
+            first = await self._ask(requests[:half], deadline=deadline)
+            return first + await self._ask(requests[half:], deadline=deadline)
+        self.work.update(_read_work(body))
+        return results
+
+
+class SyncIGClient:
+    """`IGClient` without `await`, for plain code and also where an event loop already runs."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        batch_size: int = 256,
+        max_in_flight: int = 8,
+        token: str | None = None,
+    ) -> None:
+        """Settings as of `IGClient`."""
+        self._client = IGClient(
+            url, timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight, token=token
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ig-client", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def compute(self, requests: Sequence[GainRequest], *, timeout_s: float | None = None) -> list[GainResult]:
+        """One result per request, in order; what is not known by the deadline is a named error."""
+        return self._run(self._client.compute(requests, timeout_s=timeout_s))
+
+    def wait_ready(self, deadline_s: float) -> dict[str, object]:
+        """The service's health as soon as it can work. Raises CallError that names what to start."""
+        return self._run(self._client.wait_ready(deadline_s))
+
+    def close(self) -> None:
+        """Close all connections and end the thread; safe to call twice."""
+        if self._loop.is_closed():
+            return
+        self._run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[object, object, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError(f"this client of the {_NAME} is closed")
+        outcome = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return outcome.result()
+        except BaseException:  # Ctrl-C: the caller goes away, so must its work
+            outcome.cancel()
+            raise
+
+
+def _cancel_when_abandoned(task: asyncio.Task[None], batch: Sequence[_Pending]) -> None:
+    """Stop a request for which nobody waits any more: its connection closes, the service gives it up."""
+    waiting = {pending.result for pending in batch}
+
+    def leave(result: asyncio.Future[GainResult]) -> None:
+        waiting.discard(result)
+        if not waiting:
+            task.cancel()
+
+    for pending in batch:
+        pending.result.add_done_callback(leave)
+
+
+def _settle_all(batch: Iterable[_Pending], result: GainResult) -> None:
+    for pending in batch:
+        pending.settle(result)
+
+
+def _payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, object]:
+    """The wire's request; its deadline lies before ours, so that an answer in parts arrives in time."""
+    return {
+        "items": [
+            {
+                "question": _whole(request.question),
+                "context": _whole(request.context),
+                "answers": [_whole(gold) for gold in request.golds],
+            }
+            for request in requests
+        ],
+        "include_details": False,
+        "timeout_s": max(0.001, left_s - min(1.0, 0.1 * left_s)),
+    }
+
+
+def _whole(text: str) -> str:
+    """Half a character (a lone surrogate) has no UTF-8 form and would spoil the request of all the others."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_results(body: Mapping[str, object], *, expected: int) -> list[GainResult]:
+    """Results of one answer. Raises CallError when it does not fit its request."""
+    scores, errors = body.get("scores"), body.get("errors")
+    if not isinstance(scores, list) or not isinstance(errors, list):
+        raise CallError(_NAME, f"the answer must hold lists scores and errors, got the keys {sorted(body)}")
+    spreads = body.get("standard_errors", [None] * expected)
+    if not isinstance(spreads, list) or not len(scores) == len(errors) == len(spreads) == expected:
+        counts = f"{len(scores)} scores and {len(errors)} errors"
+        raise CallError(_NAME, f"asked for {expected} scores, got {counts}")
+    return [_read_result(*parts) for parts in zip(scores, spreads, errors, strict=True)]
+
+
+def _read_result(score: object, spread: object, error: object) -> GainResult:
+    if error is not None:
+        return _failed(str(error), may_pass=str(error).startswith("deadline"))
+    gain, standard_error = _as_number(score), _as_number(spread)
+    if gain is None:
+        return _failed(f"a finite score was expected, got {score!r}")
+    if spread is not None and (standard_error is None or standard_error < 0):
+        return _failed(f"a standard error was expected, got {spread!r}")
+    return GainResult(gain=gain, standard_error=standard_error)
+
+
+def _as_number(value: object) -> float | None:
+    """None unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        return number if math.isfinite(number := float(value)) else None
+    return None
+
+
+def _failed(message: str, *, may_pass: bool = False) -> GainResult:
+    return GainResult(gain=None, error=f"{_NAME}: {message}", may_pass=may_pass)
+
+
+def _read_work(body: Mapping[str, object]) -> dict[str, int]:
+    """Counters of an answer; none from a service that does not count."""
+    work = body.get("work")
+    counted = work.items() if isinstance(work, dict) else ()
+    return {name: count for name, count in counted if isinstance(count, int) and not isinstance(count, bool)}

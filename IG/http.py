@@ -1,0 +1,218 @@
+"""One retry-with-deadline policy for every service call: JSON in, JSON object out, or `CallError` in time.
+
+A call ends at its deadline at the latest, however many attempts it took and whatever hangs. Worth another
+attempt are answers that say so (429, 502, 503, 504) and connections that fail; every other refusal is final.
+A repeated POST must be harmless, which holds for the services of this project: they compute, not store.
+Cancelling a call closes its connection, so that the service can stop working for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import httpx
+import stamina
+
+Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
+"""What to send; a callable makes it anew for each attempt, from the seconds that are left."""
+
+_RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
+_MAX_QUOTED_CHARS = 300
+
+
+class CallError(RuntimeError):
+    """A service did not give a usable answer within the deadline."""
+
+    def __init__(
+        self, service: str, message: str, *, status: int | None = None, may_pass: bool = False
+    ) -> None:
+        super().__init__(service, message)
+        self.service = service
+        """Short name of the service."""
+        self.message = message
+        self.status = status
+        """HTTP status of a final refusal; None when there was none."""
+        self.may_pass = may_pass
+        """Whether the same call may succeed later: time ran out, nothing about the call itself was wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.service}: {self.message}"
+
+
+class _PassingFailureError(Exception):
+    """One attempt failed in a way that another one may not."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class JsonService:
+    """Client of one service. Keep one per event loop and close it: it holds `max_connections` sockets."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        name: str,
+        timeout_s: float,
+        max_connections: int = 64,
+        fix: str = "check that it runs at this URL",
+        token: str | None = None,
+    ) -> None:
+        """`timeout_s` covers a whole call with all attempts; `fix` ends messages about a dead service.
+
+        `token` is sent as a bearer token. Raises ValueError for a bad URL, timeout or token.
+        """
+        self._url = _checked_url(base_url, name=name)
+        if not timeout_s > 0:
+            raise ValueError(f"timeout of the {name} must be more than 0 seconds, got {timeout_s}")
+        self._name = name
+        self._timeout_s = timeout_s
+        self._fix = fix
+        self._has_token = bool(token)
+        # Services sit next to the trainer: a proxy set for the internet must not swallow loopback calls.
+        self._client = httpx.AsyncClient(
+            timeout=None,
+            limits=httpx.Limits(max_connections=max_connections),
+            trust_env=False,
+            headers={"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else None,
+        )
+
+    async def post(self, path: str, payload: Payload, *, timeout_s: float | None = None) -> dict[str, object]:
+        """Send `payload` as JSON. Raises CallError at the deadline at the latest."""
+        return await self._call("POST", path, payload, timeout_s=timeout_s)
+
+    async def get(self, path: str, *, timeout_s: float | None = None) -> dict[str, object]:
+        """Raises CallError at the deadline at the latest."""
+        return await self._call("GET", path, None, timeout_s=timeout_s)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    async def _call(
+        self, method: str, path: str, payload: Payload | None, *, timeout_s: float | None
+    ) -> dict[str, object]:
+        url = self._url + path
+        patience_s = self._timeout_s if timeout_s is None else max(0.0, timeout_s)
+        deadline = time.monotonic() + patience_s
+        failures: list[_PassingFailureError] = []
+
+        def choose_wait(error: Exception) -> bool | float:
+            if not isinstance(error, _PassingFailureError):
+                return False
+            failures.append(error)
+            if error.retry_after_s is None:
+                return _backoff_s(len(failures))
+            # Jitter, so that clients that were turned away together do not come back together.
+            wait_s = error.retry_after_s + random.uniform(0.0, 0.1)
+            return wait_s if time.monotonic() + wait_s < deadline else False
+
+        try:
+            async with asyncio.timeout(patience_s):
+                async for attempt in stamina.retry_context(on=choose_wait, attempts=None, timeout=None):
+                    with attempt:
+                        return await self._attempt(method, url, payload, deadline=deadline)
+        except TimeoutError:
+            said = f"last failure: {failures[-1]}" if failures else "it stayed silent"
+            message = f"no usable answer within {round(patience_s, 1):g} s ({said}); {self._fix}"
+            self._fail(url, message, may_pass=True)
+        except _PassingFailureError as error:
+            wait = f"asks to wait {error.retry_after_s or 0:g} s, past the deadline in {patience_s:.0f} s"
+            self._fail(url, f"{error}; it {wait}: lower the load or raise the timeout", may_pass=True)
+        raise AssertionError("unlimited attempts end with an answer or an exception")
+
+    async def _attempt(
+        self, method: str, url: str, payload: Payload | None, *, deadline: float
+    ) -> dict[str, object]:
+        content = payload(deadline - time.monotonic()) if callable(payload) else payload
+        try:
+            answer = await self._client.request(method, url, json=content)
+        except httpx.TransportError as error:
+            raise _PassingFailureError(f"{type(error).__name__} {error}".strip()) from error
+        except httpx.RequestError as error:
+            self._fail(url, f"unreadable answer ({type(error).__name__} {error}); {self._fix}")
+        if answer.status_code in _RETRIED_STATUSES:
+            retry_after_s = _parse_retry_after(answer.headers.get("Retry-After"))
+            said = f"status {answer.status_code} {_quote(answer.text)}"
+            raise _PassingFailureError(said, retry_after_s=retry_after_s)
+        if not answer.is_success:
+            said = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
+            self._fail(url, f"{said}: {_quote(answer.text)}", status=answer.status_code)
+        return self._parse(answer, url=url)
+
+    def _hint(self, status: int) -> str:
+        if status != httpx.codes.UNAUTHORIZED:
+            return ""
+        return " (the token that was sent is not its token)" if self._has_token else " (no token was sent)"
+
+    def _parse(self, answer: httpx.Response, *, url: str) -> dict[str, object]:
+        try:
+            body = json.loads(answer.content, parse_constant=_refuse_constant)
+        except ValueError as error:
+            self._fail(url, f"answer is not JSON ({error}): {_quote(answer.text)}; {self._fix}")
+        if not isinstance(body, dict):
+            kind = type(body).__name__
+            self._fail(url, f"answer is a JSON {kind}, not an object: {_quote(answer.text)}; {self._fix}")
+        return body
+
+    def _fail(self, url: str, message: str, *, status: int | None = None, may_pass: bool = False) -> NoReturn:
+        message = f"{_without_credentials(url)}: {message}"
+        raise CallError(self._name, message, status=status, may_pass=may_pass)
+
+
+def _checked_url(base_url: str, *, name: str) -> str:
+    try:
+        url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"URL of the {name} is not a URL: {base_url!r} ({error})") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"URL of the {name} must look like http://host:port, got {base_url!r}")
+    return base_url.rstrip("/")
+
+
+def _checked_token(token: str, *, name: str) -> str:
+    """What a header can carry. The message does not show the token."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"token of the {name} must be printable ASCII without spaces")
+    return token
+
+
+def _without_credentials(url: str) -> str:
+    return str(httpx.URL(url).copy_with(username=None, password=None))
+
+
+def _backoff_s(num_failures: int) -> float:
+    """Doubles up to a limit; jitter keeps clients apart that failed together, at the limit too."""
+    longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_failures - 1, 10))
+    return random.uniform(0.5, 1.0) * longest
+
+
+def _parse_retry_after(header: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds a number or a date; None when absent or unreadable."""
+    if header is None:
+        return None
+    if header.strip().isdigit():
+        return float(header)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _quote(text: str) -> str:
+    """The beginning of a body, on one line."""
+    line = " ".join(text.split())
+    return repr(line if len(line) <= _MAX_QUOTED_CHARS else line[:_MAX_QUOTED_CHARS] + "…")

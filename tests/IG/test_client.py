@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from IG.client import GainRequest, GainResult, IGClient, SyncIGClient
+from IG.http import CallError
+from tests.fakes import FakeGainService, Reply, ScriptedServer
+
+GOLDS = ("Bolton", "Bolton, England")
+
+
+def requests(count: int) -> list[GainRequest]:
+    return [GainRequest(question=f"Where {i}?", context="größe", golds=GOLDS) for i in range(count)]
+
+
+def expected(asked: Sequence[GainRequest]) -> list[GainResult]:
+    return [GainResult(gain=FakeGainService.gain(r.question, r.context)) for r in asked]
+
+
+def answer(scores: list[float | None], errors: list[str | None] | None = None, **more: object) -> Reply:
+    body = {"scores": scores, "errors": errors or [None] * len(scores), "details": None, **more}
+    return Reply(json.dumps(body))
+
+
+async def compute(
+    server: ScriptedServer | FakeGainService,
+    count: int,
+    *,
+    batch_size: int = 256,
+    timeout_s: float = 5.0,
+    max_in_flight: int = 8,
+) -> list[GainResult]:
+    async with (
+        server.running(),
+        IGClient(
+            server.url + "/", timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight
+        ) as client,
+    ):
+        return await client.compute(requests(count))
+
+
+async def test_gains_come_back_in_order_and_the_request_is_the_published_one() -> None:
+    server = ScriptedServer([answer([0.5, None, -0.25], [None, "prompt too long", None])])
+    results = await compute(server, 3)
+    assert results == [
+        GainResult(gain=0.5),
+        GainResult(gain=None, error="IG service: prompt too long"),
+        GainResult(gain=-0.25),
+    ]
+    line, _, body = server.requests[0]
+    assert line.startswith("POST /compute_info_gain ")
+    assert json.loads(body)["include_details"] is False
+    assert json.loads(body)["items"][2] == {
+        "question": "Where 2?",
+        "context": "größe",
+        "answers": list(GOLDS),
+    }
+
+
+async def test_standard_errors_and_the_work_of_the_service_are_read() -> None:
+    reply = answer([0.5, 0.0], standard_errors=[0.125, None], work={"items": 2, "pairs_judged": 7})
+    async with (
+        (server := ScriptedServer([reply])).running(),
+        IGClient(server.url, timeout_s=5) as client,
+    ):
+        results = await client.compute(requests(2))
+        await client.compute(requests(2))
+        assert client.work == {"items": 4, "pairs_judged": 14}
+    assert results == [GainResult(gain=0.5, standard_error=0.125), GainResult(gain=0.0)]
+
+
+async def test_nothing_is_asked_for_nothing() -> None:
+    server = ScriptedServer([Reply(status=500)])
+    assert await compute(server, 0) == []
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "why", "may_pass"),
+    [
+        (Reply("kaput", 500), "500", False),
+        (Reply("busy", 429, (("Retry-After", "60"),)), "asks to wait 60 s", True),
+        (Reply(hangs_up=True), "no usable answer within", True),
+        (Reply(delay_s=60), "no usable answer within 1 s", True),
+        (Reply('{"scores": [NaN, 0.5], "errors": [null, null]}'), "NaN", False),
+        (answer([0.5]), "asked for 2 scores, got 1", False),
+        (Reply('{"scores": [0.5, 0.5], "errors": [null]}'), "1 errors", False),
+        (answer([0.5, 0.5], standard_errors=[0.1]), "asked for 2 scores", False),
+        (answer([0.5, 0.5], standard_errors=[-0.1, "x"]), "standard error was expected", False),
+        (Reply('{"scores": 3}'), "must hold lists", False),
+        (Reply("[]"), "not an object", False),
+        (answer([None, None]), "finite score was expected, got None", False),
+        (answer([None, None], ["deadline: not done"] * 2), "deadline: not done", True),
+        (Reply('{"scores": ["0.5", true], "errors": [null, null]}'), "finite score was expected", False),
+        (Reply('{"scores": [1e999, 1e999], "errors": [null, null]}'), "finite score", False),
+        (Reply('{"scores": [1' + "0" * 400 + ', {}], "errors": [null, null]}'), "finite score", False),
+    ],
+)
+async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str, may_pass: bool) -> None:
+    started = time.monotonic()
+    results = await compute(ScriptedServer([reply]), 2, timeout_s=1.0)
+    assert time.monotonic() - started < 5
+    for result in results:
+        assert result.gain is None
+        assert why in (result.error or "")
+        assert result.may_pass is may_pass
+
+
+async def test_a_busy_service_is_asked_again_when_it_says() -> None:
+    server = ScriptedServer([Reply("busy", 429, (("Retry-After", "1"),)), answer([0.5])])
+    started = time.monotonic()
+    assert await compute(server, 1) == [GainResult(gain=0.5)]
+    assert 1.0 <= time.monotonic() - started < 2.0
+
+
+async def test_a_failed_request_does_not_touch_the_others() -> None:
+    results = await compute(ScriptedServer([Reply("kaput", 500), answer([0.5, 0.5])]), 6, batch_size=2)
+    failed = [result.gain is None for result in results]
+    assert sorted(failed[::2]) == [False, False, True]
+    assert failed[::2] == failed[1::2]
+
+
+async def test_single_gains_travel_together_and_come_back_to_who_asked() -> None:
+    async with (
+        (server := FakeGainService(delay_s=0.05)).running(),
+        IGClient(server.url, timeout_s=5, max_in_flight=2) as client,
+    ):
+
+        async def ask_later(number: int, request: GainRequest) -> GainResult:
+            await asyncio.sleep(number * 0.002)
+            return await client.submit(request)
+
+        asked = requests(100)
+        results = await asyncio.gather(*(ask_later(k, request) for k, request in enumerate(asked)))
+    assert results == expected(asked)
+    assert sorted(server.items) == sorted((r.question, r.context) for r in asked)
+    assert len(server.bodies) <= 14
+
+
+async def test_a_large_call_is_split_and_few_requests_are_in_flight() -> None:
+    server = FakeGainService(delay_s=0.1)
+    results = await compute(server, 25, batch_size=5, max_in_flight=2)
+    assert results == expected(requests(25))
+    assert [len(body["items"]) for body in server.bodies] == [5] * 5
+    assert server.arrivals[2] - server.arrivals[1] >= 0.09
+    assert server.arrivals[1] - server.arrivals[0] < 0.09
+
+
+async def test_one_deadline_covers_all_requests_of_a_call_and_what_is_done_counts() -> None:
+    server = FakeGainService(delay_s=0.4)
+    started = time.monotonic()
+    results = await compute(server, 6, batch_size=1, max_in_flight=2, timeout_s=1.0)
+    assert time.monotonic() - started < 2
+    assert results[:4] == expected(requests(4))
+    assert all(r.gain is None and r.may_pass and "within" in (r.error or "") for r in results[4:])
+
+
+async def test_the_service_is_told_how_much_time_it_has() -> None:
+    server = FakeGainService()
+    await compute(server, 1, timeout_s=5.0)
+    assert 4.2 < server.bodies[0]["timeout_s"] < 5.0
+
+
+async def test_an_urgent_request_does_not_cut_short_its_companions() -> None:
+    """Asked together, they travel together; the patient one is asked for again."""
+    async with (
+        (server := ScriptedServer([Reply(delay_s=60), answer([0.5])])).running(),
+        IGClient(server.url, timeout_s=5) as client,
+    ):
+        urgent, patient = await asyncio.gather(
+            client.submit(requests(1)[0], timeout_s=0.3), client.submit(requests(1)[0], timeout_s=4.0)
+        )
+    assert urgent.gain is None
+    assert urgent.may_pass
+    assert patient == GainResult(gain=0.5)
+    assert [len(json.loads(body)["items"]) for _, _, body in server.requests] == [2, 1]
+
+
+async def test_more_items_than_the_service_takes_are_asked_for_in_parts() -> None:
+    server = FakeGainService(max_items=3)
+    assert await compute(server, 10) == expected(requests(10))
+    assert all(len(body["items"]) <= 10 for body in server.bodies)
+
+
+async def test_an_item_that_is_refused_costs_no_neighbour() -> None:
+    """422 refuses a whole request: the halves show whose fault it is."""
+    refusal = Reply('{"detail": "items.1.question: too long"}', 422)
+    server = ScriptedServer([refusal, answer([0.5]), refusal])
+    results = await compute(server, 2)
+    assert results[0] == GainResult(gain=0.5)
+    assert results[1].gain is None
+    assert "too long" in (results[1].error or "")
+
+
+async def test_half_a_character_spoils_nothing() -> None:
+    async with (server := FakeGainService()).running(), IGClient(server.url, timeout_s=5) as client:
+        (result,) = await client.compute([GainRequest(question="a\ud800b", context="c", golds=("\udc00",))])
+    assert result.error is None
+    assert server.bodies[0]["items"] == [{"question": "a?b", "context": "c", "answers": ["?"]}]
+
+
+async def test_a_service_that_dies_and_comes_back_before_the_deadline_costs_time_only() -> None:
+    server = FakeGainService(delay_s=0.2)
+    async with server.running():
+        port = int(server.url.rpartition(":")[2])
+        client = IGClient(server.url, timeout_s=10)
+        assert await client.compute(requests(2)) == expected(requests(2))
+    call = asyncio.create_task(client.compute(requests(3)))
+    await asyncio.sleep(0.7)
+    assert not call.done()
+    async with server.running(port=port):
+        assert await call == expected(requests(3))
+        await client.aclose()
+
+
+async def test_who_goes_away_hangs_up_and_what_was_not_sent_is_not_sent() -> None:
+    async with (
+        (server := FakeGainService(delay_s=30)).running(),
+        IGClient(server.url, timeout_s=60, batch_size=1, max_in_flight=1) as client,
+    ):
+        calls = [asyncio.create_task(client.submit(request)) for request in requests(3)]
+        while not server.arrivals:
+            await asyncio.sleep(0.01)
+        calls[1].cancel()
+        calls[0].cancel()
+        while not server.num_abandoned:
+            await asyncio.sleep(0.01)
+        while len(server.arrivals) < 2:
+            await asyncio.sleep(0.01)
+        assert [question for question, _ in server.items] == ["Where 0?", "Where 2?"]
+        calls[2].cancel()
+        await asyncio.wait(calls)
+
+
+async def test_one_who_goes_away_does_not_take_its_companions_along() -> None:
+    async with (
+        (server := FakeGainService(delay_s=0.3)).running(),
+        IGClient(server.url, timeout_s=5) as client,
+    ):
+        leaving, staying = (asyncio.create_task(client.submit(request)) for request in requests(2))
+        while not server.arrivals:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        assert await staying == expected(requests(2))[1]
+    assert (len(server.bodies), server.num_abandoned) == (1, 0)
+
+
+async def test_closing_ends_what_is_under_way() -> None:
+    async with (server := FakeGainService(delay_s=30)).running():
+        client = IGClient(server.url, timeout_s=60)
+        call = asyncio.create_task(client.compute(requests(2)))
+        while not server.arrivals:
+            await asyncio.sleep(0.01)
+        await client.aclose()
+        assert [result.gain for result in await call] == [None, None]
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.submit(requests(1)[0])
+
+
+async def test_wait_ready_waits_until_the_models_are_loaded() -> None:
+    loading = Reply('{"status": "unhealthy", "message": "Models not loaded"}')
+    healthy = {"status": "healthy", "mode": "single-CPU", "device": "cpu"}
+    server = ScriptedServer([loading, loading, Reply(json.dumps(healthy)), answer([])])
+    async with server.running(), IGClient(server.url, timeout_s=5) as client:
+        assert await client.wait_ready(10) == healthy
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (Reply('{"status": "unhealthy", "message": "Models not loaded"}'), "Models not loaded"),
+        (Reply(delay_s=60), "no usable answer"),
+    ],
+)
+async def test_wait_ready_gives_up_and_names_what_to_start(reply: Reply, why: str) -> None:
+    async with (server := ScriptedServer([reply])).running(), IGClient(server.url, timeout_s=5) as client:
+        started = time.monotonic()
+        with pytest.raises(CallError, match=f"{why}.*IG_service_launch.sh"):
+            await client.wait_ready(1.2)
+        assert time.monotonic() - started < 5
+
+
+async def test_wait_ready_notices_a_wrong_token() -> None:
+    server = ScriptedServer([Reply('{"status": "healthy"}'), Reply("{}", 401)])
+    async with server.running(), IGClient(server.url, timeout_s=5, token="wrong") as client:
+        with pytest.raises(CallError, match="not its token"):
+            await client.wait_ready(5)
+    assert server.requests[1][1]["authorization"] == "Bearer wrong"
+
+
+@pytest.mark.parametrize("setting", [{"batch_size": 0}, {"max_in_flight": 0}, {"timeout_s": 0}])
+def test_a_setting_that_cannot_be_is_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="IG service"):
+        IGClient("http://127.0.0.1:1", **{"timeout_s": 1, **setting})
+
+
+async def test_the_sync_client_works_inside_a_running_loop() -> None:
+    """It blocks that loop: the server runs in another thread's."""
+    async with (server := FakeGainService()).running():
+
+        def outside() -> list[GainResult]:
+            with SyncIGClient(server.url, timeout_s=5) as client:
+                return client.compute(requests(3))
+
+        async def inside() -> list[GainResult]:
+            return outside()
+
+        assert await asyncio.to_thread(outside) == expected(requests(3))
+        assert await asyncio.to_thread(lambda: asyncio.run(inside())) == expected(requests(3))
+
+
+def test_the_sync_client_names_failures_and_is_closed_once() -> None:
+    client = SyncIGClient("http://127.0.0.1:9", timeout_s=0.3)
+    (result,) = client.compute(requests(1))
+    assert "ConnectError" in (result.error or "")
+    with pytest.raises(CallError, match=r"IG_service_launch\.sh"):
+        client.wait_ready(0.2)
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.compute(requests(1))
+
+
+def test_the_client_needs_none_of_the_service_and_nothing_of_the_trainer() -> None:
+    code = (
+        "import sys, IG.client; "
+        "print(sorted({'verl', 'torch', 'numpy', 'vllm', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
