@@ -41,6 +41,7 @@ from world.training import Schedule
 STAGES = ("data", "encoder", "index", "entailment", "able", "policy", "generator", "measure", "manifest")
 LANGUAGE_VOCABULARY = 1600
 NOT_HASHED = ("manifest.json", "README.md")
+NOT_MEASURED = ("index/", "doctor.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,10 @@ class Maker:
         for split in ("train", "test"):
             asked = dataset.problems(self.world, self.plan.size, split=split, seed=self.seed)
             dataset.write_questions(self.out / f"{split}.parquet", asked, split=split)
+            if split == "test":
+                examined = dataset.choose_examined(asked, count=self.plan.size.examined_questions)
+                path = self.out / "doctor.jsonl"
+                dataset.write_examined(path, examined, world=self.world, seed=self.seed)
 
     def make_encoder(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
@@ -238,11 +243,12 @@ class Maker:
     def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]]:
         """Figures measured just now, or stated by the present manifest, if they are of these very files.
 
-        The index is no part of what is measured (the same search is done in process). Raises ValueError.
+        The index and the questions of the doctor are no part of what is measured (the same search is done in
+        process). Raises ValueError.
         """
 
         def select(named: dict[str, str]) -> dict[str, str]:
-            return {name: digest for name, digest in named.items() if not name.startswith("index/")}
+            return {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
 
         for path in (self.scratch / "measured.json", self.out / "manifest.json"):
             if path.exists():

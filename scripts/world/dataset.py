@@ -19,9 +19,13 @@ from world.traces import Problem
 def corpus(world: World, *, seed: int) -> list[Passage]:
     """One passage per fact, in random order."""
     rng = Random(f"corpus {seed}")
-    passages = [text.passage(fact, rng) for fact in world.facts]
+    passages = list(_passages(world, rng).values())
     rng.shuffle(passages)
     return passages
+
+
+def _passages(world: World, rng: Random) -> dict[Fact, Passage]:
+    return {fact: text.passage(fact, rng) for fact in world.facts}
 
 
 def write_corpus(path: Path, passages: Sequence[Passage]) -> None:
@@ -80,3 +84,22 @@ def write_questions(path: Path, asked: Sequence[Problem], *, split: str) -> None
             }
         )
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_examined(path: Path, asked: Sequence[Problem], *, world: World, seed: int) -> None:
+    """Questions for `python -m IG doctor`, with the passages of the corpus that answer them, as JSONL."""
+    passages = _passages(world, Random(f"corpus {seed}"))
+    with path.open("w", encoding="utf-8") as file:
+        for problem in asked:
+            documents = [
+                {"text": text.documents([passages[fact]]), "role": role}
+                for fact, role in zip(problem.hops, ("first", "second"), strict=False)
+            ]
+            line = {"question": problem.question, "answers": problem.answer.golds, "documents": documents}
+            file.write(json.dumps(line) + "\n")
+
+
+def choose_examined(asked: Sequence[Problem], *, count: int) -> list[Problem]:
+    """At most `count` questions, half of them one-hop and half two-hop, in their order."""
+    kinds = {hops: [problem for problem in asked if len(problem.hops) == hops] for hops in (1, 2)}
+    return [problem for problems in kinds.values() for problem in problems[: count // 2]]

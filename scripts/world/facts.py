@@ -138,6 +138,8 @@ class WorldSize:
     firms: int = 60
     train_questions: int = 2000
     test_questions: int = 300
+    examined_questions: int = 200
+    """Test questions that come with their passages, for `python -m IG doctor`."""
     test_share: float = 0.18
     """Share of each kind's entities that only test questions ask about."""
 

@@ -93,7 +93,7 @@ def test_every_shipped_file_has_the_hash_of_the_manifest(manifest: dict[str, dic
 def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Path) -> None:
     # Every process hashes strings with a seed of its own, so an order that hung on it would show here.
     Maker(FULL, seed=0, out=tmp_path, progress=Progress()).run("data")
-    for name in ("corpus.jsonl", "train.parquet", "test.parquet"):
+    for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet"):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
 
@@ -124,6 +124,21 @@ def test_the_questions_are_in_the_search_r1_form(split: str, count: int) -> None
         assert message["role"] == "user"
         assert message["content"].endswith(f"Question: {row['question']}\n")
     assert len({row["id"] for row in rows}) == count
+
+
+def test_the_doctors_questions_come_with_the_passages_that_answer_them() -> None:
+    lines = [json.loads(line) for line in (SHIPPED / "doctor.jsonl").open(encoding="utf-8")]
+    corpus = (SHIPPED / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    passages = {text.documents([text.Passage(*_parse(line))]) for line in corpus}
+    roles = [[document["role"] for document in line["documents"]] for line in lines]
+    assert roles == [["first"]] * 100 + [["first", "second"]] * 100
+    asked = {
+        row["question"]: row["golden_answers"] for row in pq.read_table(SHIPPED / "test.parquet").to_pylist()
+    }
+    for line in lines:
+        assert asked[line["question"]] == line["answers"]
+        assert {document["text"] for document in line["documents"]} <= passages
+        assert any(gold in line["documents"][-1]["text"] for gold in line["answers"])
 
 
 def test_test_questions_are_about_other_entities_than_train_questions(world: World) -> None:
