@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import dataclasses
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes import FakeAgent, make_question
+from tests.fakes import FakeAgent, FakeGainService, make_question, make_trajectory
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
+from verl.protocols import GainEstimator, OnEpisodeEnd
 from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
+from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
 from verl.rollout.recorder import Recorder
 from verl.trainer.config.schema import TrainerConfig
@@ -22,7 +25,9 @@ from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.progress import Progress
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
-from verl.utils.tracking import Tracker
+from verl.types import Question, Trajectory
+from verl.utils.reward_score.IG_client import IGClient
+from verl.utils.tracking import Tracker, read_metrics
 from verl.workers.batch import TrainBatch
 from verl.workers.checkpoint import CheckpointStore
 
@@ -127,6 +132,63 @@ async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run
     assert run.models.calls == [*expected, "save"]
     assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
     assert run.trainer.progress.step == 3
+
+
+class SearchingAgent(FakeAgent):
+    """Finds something in every episode; later samples take longer."""
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        await asyncio.sleep(0.03 * sample)
+        return make_trajectory(question, sample=sample, queries=(f"about {sample}",), answer="Bolton")
+
+
+class LateGain(SemanticGain):
+    """Asks for everything once all episodes have ended."""
+
+    def asking_early(self, questions: Sequence[Question]) -> nullcontext[OnEpisodeEnd]:  # type: ignore[override]
+        return nullcontext(lambda trajectory: None)
+
+
+def render(trajectory: Trajectory) -> str:
+    return " ".join(passage.text for passage in trajectory.passages)
+
+
+async def train_with_gains(run_dir: Path, estimator: type[SemanticGain]) -> list[dict[str, Any]]:
+    """The metrics of three steps."""
+    run = Run(run_dir, save_freq=0, test_freq=0, val_before_train=False, val_after_train=False)
+    async with (server := FakeGainService(delay_s=0.01)).running():
+        client = IGClient(server.url, timeout_s=5)
+        gain: GainEstimator = estimator(client, render_context=render, timeout_s=5)
+        run.trainer.parts = dataclasses.replace(
+            run.trainer.parts,
+            collector=Collector(SearchingAgent(), n=3, max_concurrent=9, max_failure_share=0.5, seed=0),
+            reward=Reward(measure_outcome, gain=gain, max_failure_share=0.5),
+        )
+        await run.trainer.fit()
+        await client.aclose()
+    run.tracker.finish()
+    return [dict(line) for line in read_metrics(run_dir)]
+
+
+async def test_asking_early_changes_the_waiting_and_nothing_else(tmp_path: Path) -> None:
+    early = await train_with_gains(tmp_path / "early", SemanticGain)
+    late = await train_with_gains(tmp_path / "late", LateGain)
+    assert len(early) == len(late) == 3
+    for line in early:
+        assert line["perf/gain_hidden_s"] > 0.03
+    for line in late:
+        assert line["perf/gain_hidden_s"] == 0.0
+    for lines in (early, late):
+        assert all(0 < line["perf/gain_visible_s"] <= line["time/reward_s"] for line in lines)
+        for line in lines:
+            for name in [name for name in line if name.partition("/")[0] in ("time", "perf")]:
+                del line[name]
+    assert early == late
+
+
+async def test_without_gains_nothing_is_said_of_waiting_for_them(run: Run) -> None:
+    await run.trainer.fit()
+    assert not [name for line in read_metrics(run.tracker.path.parent) for name in line if "gain_" in name]
 
 
 async def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:

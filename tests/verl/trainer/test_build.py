@@ -1,0 +1,68 @@
+"""The composition root, as far as it goes without models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
+from verl.errors import ServiceError
+from verl.trainer.build import connect_services
+from verl.trainer.config.schema import Config
+from verl.utils.manifest import MANIFEST_FILE, write_manifest
+from verl.utils.reward_score.IG_client import GainRequest
+
+TOKEN = "geheim-4711"
+HEALTHY = Reply('{"status": "healthy", "mode": "single-CPU", "device": "cpu"}')
+NO_ITEMS = Reply('{"scores": [], "errors": [], "details": null}')
+FOUND_NOTHING = Reply('{"result": [[]]}')
+REQUEST = GainRequest(question="Where?", context="There.", golds=("Bolton",))
+
+
+def make_config(retriever: ScriptedServer, service: ScriptedServer | FakeGainService) -> Config:
+    config = Config()
+    config.retriever.url = f"{retriever.url}/retrieve"
+    config.reward.semantic.url = service.url
+    config.reward.semantic.timeout_s = 2.0
+    config.trainer.service_wait_s = 2.0
+    return config
+
+
+async def test_the_token_reaches_the_service_and_no_file_or_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(0)
+    monkeypatch.setenv("IG_TOKEN", TOKEN)
+    retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([HEALTHY, NO_ITEMS])
+    async with retriever.running(), service.running(), AsyncExitStack() as stack:
+        config = make_config(retriever, service)
+        _, gains, services = await connect_services(config, stack)
+        assert gains is not None
+        await gains.submit(REQUEST)
+    assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 3
+    assert all("authorization" not in headers for _, headers, _ in retriever.requests)
+    write_manifest(
+        tmp_path,
+        config=dataclasses.asdict(config),
+        data_files=[],
+        model_path="org/name",
+        seeds={},
+        services=services,
+        prompt=make_question().text,
+    )
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    assert manifest["services"]["ig_service"]["health"]["mode"] == "single-CPU"
+    assert TOKEN not in (tmp_path / MANIFEST_FILE).read_text() + caplog.text
+
+
+async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IG_TOKEN", TOKEN)
+    retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([HEALTHY, Reply("{}", 401)])
+    async with retriever.running(), service.running(), AsyncExitStack() as stack:
+        with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
+            await connect_services(make_config(retriever, service), stack)
+    assert TOKEN not in str(caught.value)
