@@ -1,4 +1,4 @@
-"""Does one text entail another? The entailment model, and a queue that batches what many ask of it.
+"""Does one text entail another? The entailment model.
 
 The only file of `IG` that imports transformers. Labels are found by name in the model's own config, never by
 number: published models order them differently.
@@ -6,13 +6,8 @@ number: published models order them differently.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
-from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +15,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 Pair = tuple[str, str]
 """Premise and hypothesis."""
-
-
-class Entailment(Protocol):
-    """Judge pairs of texts."""
-
-    def probabilities(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-        """P(premise entails hypothesis) of every pair, in order. Blocking; called from one thread only."""
-        ...
 
 
 class EntailmentModel:
@@ -108,93 +93,3 @@ def entailment_label(id2label: dict[int, str], *, model: str) -> int:
             "'entailment'; choose a model trained on natural-language inference or name its labels there"
         )
     return int(found[0])
-
-
-class EntailmentQueue:
-    """Judges pairs for many callers at once: what waits while a batch runs becomes the next batch.
-
-    Every pair is judged once: while it waits or runs it is shared, later its probability is remembered.
-    A pair without a finite probability fails whoever asked for it, and nobody else.
-    """
-
-    def __init__(self, model: Entailment, *, cache_size: int = 200_000) -> None:
-        self._model = model
-        self._cache_size = cache_size
-        self._known: OrderedDict[Pair, float] = OrderedDict()
-        self._asked: dict[Pair, asyncio.Future[float]] = {}
-        self._waiting: list[Pair] = []
-        self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-entailment")
-
-    async def probabilities(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
-        """P(premise entails hypothesis) by pair. Raises what the model raises, ValueError for a NaN."""
-        known: dict[Pair, float] = {}
-        futures: dict[Pair, asyncio.Future[float]] = {}
-        for pair in pairs:
-            probability = self._known.get(pair)
-            if probability is None:
-                futures[pair] = self._ask(pair)
-            else:
-                known[pair] = probability
-        for pair, future in futures.items():
-            known[pair] = await asyncio.shield(future)
-        return known
-
-    async def aclose(self) -> None:
-        """Stop the thread after the running batch."""
-        if self._runner is not None:
-            self._runner.cancel()
-        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
-
-    def _ask(self, pair: Pair) -> asyncio.Future[float]:
-        future = self._asked.get(pair)
-        if future is None:
-            loop = asyncio.get_running_loop()
-            future = self._asked[pair] = loop.create_future()
-            self._waiting.append(pair)
-            if self._runner is None:
-                self._runner = loop.create_task(self._run())
-        return future
-
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                batch, self._waiting = self._waiting, []
-                for pair, outcome in zip(batch, await self._judge(batch), strict=True):
-                    self._settle(pair, outcome)
-                while len(self._known) > self._cache_size:
-                    self._known.popitem(last=False)
-        finally:
-            # Ended, cancelled or broken: whoever asks next gets a new runner, whoever still waits an answer.
-            self._runner = None
-            self._waiting = []
-            for pair in list(self._asked):
-                self._settle(pair, RuntimeError("the entailment queue stopped before it judged this pair"))
-
-    async def _judge(self, batch: list[Pair]) -> Sequence[float | Exception]:
-        """The probability of every pair, or why there is none; never a value that is no number."""
-        loop = asyncio.get_running_loop()
-        try:
-            scores = await loop.run_in_executor(self._thread, self._model.probabilities, batch)
-            if scores.shape != (len(batch),):
-                raise ValueError(
-                    f"the entailment model gave scores of shape {scores.shape} for {len(batch)} pairs"
-                )
-            judged: list[float] = scores.tolist()
-        except Exception as error:  # the callers get it; the queue goes on
-            return [error] * len(batch)
-        return [
-            score
-            if math.isfinite(score)
-            else ValueError(f"the entailment model gave {score} for {pair}, expected a probability")
-            for pair, score in zip(batch, judged, strict=True)
-        ]
-
-    def _settle(self, pair: Pair, outcome: float | Exception) -> None:
-        future = self._asked.pop(pair)
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-            future.exception()  # a caller who went away must not leave a warning behind
-        else:
-            self._known[pair] = outcome
-            future.set_result(outcome)

@@ -1,7 +1,7 @@
 """Processes that must not outlive this one, even if it is killed with SIGKILL.
 
 A tiny shell, in a session of its own, reads process ids from a pipe. When the pipe closes because this
-process is gone, however it went, the shell kills what it was told. `release` is the ordinary end: no kill.
+process is gone, however it went, the shell kills what it was told and removes the folders it was told.
 
 A process is told with its start time, and killed only if the process of that id still has it: ids are used
 again, and whatever got one later is none of our business.
@@ -17,15 +17,22 @@ _GUARD = """
 set -f
 told=""
 while read -r word; do
-  [ "$word" = release ] && exit 0
   [ "$word" = cut ] && break
   told="$told $word"
 done
 for word in $told; do
+  case $word in /*) continue ;; esac
   pid=${word%:*}
   { read -r stat < "/proc/$pid/stat"; } 2>/dev/null || continue
   set -- ${stat##*) }
   [ "${20}" = "${word#*:}" ] && kill -KILL "$pid" 2>/dev/null
+done
+for word in $told; do
+  case $word in /*) ;; *) continue ;; esac
+  for pause in 0.1 0.5 2; do  # who was killed may still write there
+    sleep $pause
+    rm -rf "$word" 2>/dev/null && break
+  done
 done
 exit 0
 """
@@ -48,17 +55,18 @@ class Lifeline:
             self._tied.add(word)
             self._write(word)
 
-    def release(self) -> None:
-        """Let everything live on and end the guard; call it after the tied processes were stopped."""
-        if self._guard.poll() is None:
-            self._write("release")
-            self._guard.wait(timeout=5)
+    def leave_nothing_in(self, folder: Path) -> None:
+        """Remove a folder, too, after the processes; its absolute path must be without white space."""
+        path = str(folder)
+        if not path.startswith("/") or path.split() != [path]:
+            raise ValueError(f"the folder is {path!r}, expected an absolute path without white space")
+        self._write(path)
 
     def cut(self) -> None:
-        """Kill everything that is tied, now."""
+        """Kill what is tied and still lives, now; a second time does nothing."""
         if self._guard.poll() is None:
             self._write("cut")
-            self._guard.wait(timeout=5)
+            self._guard.wait(timeout=10)
 
     def _write(self, word: str) -> None:
         assert self._guard.stdin is not None

@@ -18,8 +18,13 @@ _PREFIX = "ig-load-"
 T = TypeVar("T")
 
 
-def load_in_thread(load: Callable[[], T], *, name: str) -> asyncio.Future[T]:
-    """Run `load` in a thread of its own; cancelling the result abandons it."""
+def load_in_thread(
+    load: Callable[[], T], *, name: str, until: threading.Event | None = None
+) -> asyncio.Future[T]:
+    """Run `load` in a thread of its own; cancelling the result abandons it.
+
+    The thread lives on until the event `until`, for what must not outlive the thread that started it.
+    """
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # cancelling what waits for it leaves the outcome alone
 
@@ -28,6 +33,9 @@ def load_in_thread(load: Callable[[], T], *, name: str) -> asyncio.Future[T]:
             outcome.set_result(load())
         except BaseException as error:  # it belongs to whoever awaits the outcome
             outcome.set_exception(error)
+        if until is not None:
+            threading.current_thread().name = f"ig-keep-{name}"
+            until.wait()
 
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
     return asyncio.wrap_future(outcome)

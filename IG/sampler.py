@@ -36,6 +36,14 @@ class SamplingError(RuntimeError):
     """This prompt could not be sampled from; others may be."""
 
 
+class PoisonedError(SamplingError):
+    """This piece of work killed whoever did it and is not tried again."""
+
+
+class EngineLostError(RuntimeError):
+    """The engine process is gone; what it was asked has no answer."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledAnswer:
     """One sampled answer."""
@@ -148,7 +156,10 @@ class VllmSampler:
         return cls(loaded, options=options, device=device, lifeline=lifeline)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """All answers to a prompt, from one engine request. Raises SamplingError."""
+        """All answers to a prompt, from one engine request; cancelling it stops that.
+
+        Raises SamplingError and EngineLostError.
+        """
         prompt_ids = self._tokenizer.encode(prompt)
         if len(prompt_ids) > self._max_prompt_tokens:
             raise SamplingError(
@@ -170,13 +181,18 @@ class VllmSampler:
         self._engine.shutdown()  # on the loop: its output task must be cancelled before it sees the engine go
         # Its finaliser would do so again at the end of the interpreter, with modules that are gone by then.
         self._engine.shutdown = lambda *_: None
-        self._lifeline.release()
+        self._lifeline.cut()
 
     async def _generate(self, prompt_ids: list[int], *, params: SamplingParams) -> list[CompletionOutput]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         outputs: list[CompletionOutput] = []
         request_id = f"gain-{next(self._request_ids)}"
-        async for output in self._engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
-            outputs = output.outputs
+        try:
+            async for output in self._engine.generate({"prompt_token_ids": prompt_ids}, params, request_id):
+                outputs = output.outputs
+        except EngineDeadError as error:
+            raise EngineLostError("the generator's engine process died") from error
         if len(outputs) != params.n:
             raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
         return outputs

@@ -7,101 +7,61 @@ It listens at once and answers 503 to work until both models are loaded, in the 
 
 from __future__ import annotations
 
-import asyncio
+import importlib.metadata
 import logging
-import multiprocessing
 import os
-import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import NoReturn
+from dataclasses import replace
+from typing import Any
 
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
-from IG.belief import Belief
-from IG.estimator import GainEstimate, GainFailure, GainQuery
+from IG.estimator import GainQuery
 from IG.loading import is_loading
+from IG.service import openapi
+from IG.service.backend import Backend, PooledBackend
 from IG.service.config import IGServiceConfig, SettingError, resolve_config, visible_device
-from IG.service.IG_worker import Backend, LocalBackend, ModelMissingError, require_models
+from IG.service.lifecycle import CallerLeftError, Service, StartBackend, UnavailableError
+from IG.service.limits import LimitBody, QueueFullError, RequireToken
+from IG.service.metrics import CONTENT_TYPE, CountRequests, ServiceMetrics
+from IG.service.models import ModelMissingError, require_models
+from IG.service.rendering import render
 from IG.service.schema import (
-    EntailmentDetail,
     HealthResponse,
-    InfoGainDetail,
     InfoGainRequest,
     InfoGainResponse,
-    ResponseDetail,
+    StateResponse,
+    VersionResponse,
 )
+from IG.service.serving import GracefulServer, leave, listen
 
 logger = logging.getLogger("IG.service")
 
-StartBackend = Callable[[], Awaitable[Backend]]
-
-
-class Service:
-    """Holds the backend from its start to its end and limits how many requests use it at once."""
-
-    def __init__(self, start_backend: StartBackend, *, max_concurrent_requests: int) -> None:
-        self._start_backend = start_backend
-        self._slots = asyncio.Semaphore(max_concurrent_requests)
-        self._backend: Backend | None = None
-        self._loading: asyncio.Task[None] | None = None
-        self.start_error: BaseException | None = None
-
-    def begin(self, *, on_ready: Callable[[Backend], None], on_failure: Callable[[], None]) -> None:
-        """Load the models in the background."""
-        self._loading = asyncio.create_task(self._load(on_ready=on_ready, on_failure=on_failure))
-
-    async def end(self) -> None:
-        """Stop loading, or free what was loaded."""
-        if self._loading is not None:
-            self._loading.cancel()
-            await asyncio.gather(self._loading, return_exceptions=True)
-        if self._backend is not None:
-            await self._backend.aclose()
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why no work can be done now; None when it can."""
-        return "Models not loaded" if self._backend is None else self._backend.failure
-
-    @property
-    def device(self) -> str:
-        """Where the models are; only asked when they are loaded."""
-        assert self._backend is not None
-        return self._backend.device
-
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool
-    ) -> list[GainEstimate | GainFailure]:
-        """Outcomes in order, when a slot is free."""
-        async with self._slots:
-            assert self._backend is not None
-            return await self._backend.estimate(queries, details=details)
-
-    async def _load(self, *, on_ready: Callable[[Backend], None], on_failure: Callable[[], None]) -> None:
-        try:
-            self._backend = await self._start_backend()
-        except Exception as error:
-            self.start_error = error
-            on_failure()
-        else:
-            on_ready(self._backend)
+_WORK_PATH = "/compute_info_gain"
+_LOOPBACK = ("127.", "localhost", "::1")
 
 
 def create_app(
     start_backend: StartBackend,
     *,
-    max_concurrent_requests: int = 4,
+    config: IGServiceConfig,
     on_ready: Callable[[Backend], None] = lambda _: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application; `start_backend` is awaited in the background once it runs."""
-    service = Service(start_backend, max_concurrent_requests=max_concurrent_requests)
+    service = Service(
+        start_backend,
+        max_queued_items=config.max_queued_items,
+        max_concurrent_requests=config.max_concurrent_requests,
+    )
+    metrics = ServiceMetrics(
+        items_in_progress=lambda: service.admission.num_items, backend=lambda: service.backend
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -109,105 +69,196 @@ def create_app(
         yield
         await service.end()
 
-    app = FastAPI(title="Information gain", description=__doc__ or "", lifespan=lifespan)
+    app = FastAPI(
+        title="Information gain",
+        summary="How much does a context help a frozen language model to believe in the right answer?",
+        description=openapi.DESCRIPTION,
+        version=package_version(),
+        lifespan=lifespan,
+        redoc_url=None,
+    )
     app.state.service = service
-    app.add_exception_handler(RequestValidationError, _explain)
-
-    @app.get("/health", response_model_exclude_none=True)
-    async def health() -> HealthResponse:
-        """State of the service; always 200."""
-        if service.obstacle is not None:
-            return HealthResponse(status="unhealthy", message=service.obstacle)
-        mode = "single-CPU" if service.device == "cpu" else "single-GPU"
-        return HealthResponse(status="healthy", mode=mode, device=service.device)
-
-    @app.get("/livez")
-    async def livez() -> dict[str, str]:
-        """The process runs."""
-        return {"status": "alive"}
-
-    @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
-        """Work can be done; 503 when not."""
-        _require_ready(service)
-        return {"status": "ready"}
-
-    @app.post("/compute_info_gain")
-    async def compute_info_gain(request: InfoGainRequest) -> InfoGainResponse:
-        """Gain of every item, in order; a failed item has a null score and its error."""
-        _require_ready(service)
-        queries = [
-            GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
-            for item in request.items
-        ]
-        outcomes = await service.estimate(queries, details=request.include_details)
-        return build_response(outcomes, include_details=request.include_details)
-
+    for error, explain in _EXPLANATIONS.items():
+        app.add_exception_handler(error, explain)
+    _add_state(app, service=service)
+    guarded = APIRouter(
+        dependencies=openapi.security(needs_token=bool(config.token)), responses=openapi.refusals(401)
+    )
+    _add_reports(guarded, service=service, metrics=metrics, config=config)
+    _add_work(guarded, service=service, metrics=metrics, config=config)
+    app.include_router(guarded)
+    # The last one added sees a request first.
+    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
+    if config.token:
+        app.add_middleware(RequireToken, token=config.token)
+    app.add_middleware(CountRequests, metrics=metrics, path=_WORK_PATH)
     return app
 
 
-async def _explain(_: Request, error: Exception) -> JSONResponse:
-    """A 422 that says where and why, without echoing the input: NaN or half a character is no JSON."""
+def _add_state(app: FastAPI, *, service: Service) -> None:
+    @app.get("/health", response_model_exclude_none=True, tags=["state"])
+    async def health() -> HealthResponse:
+        """State of the service; always 200."""
+        return describe_health(service, version=app.version)
+
+    @app.get("/livez", tags=["state"])
+    async def livez() -> StateResponse:
+        """The process runs."""
+        return StateResponse(status="alive")
+
+    @app.get("/readyz", tags=["state"], responses=openapi.refusals(503))
+    async def readyz() -> StateResponse:
+        """A worker can start on work; 503 when none can."""
+        service.require_ready()
+        return StateResponse(status="ready")
+
+
+def _add_reports(
+    router: APIRouter, *, service: Service, metrics: ServiceMetrics, config: IGServiceConfig
+) -> None:
+    @router.get("/version", tags=["state"])
+    async def version() -> VersionResponse:
+        """Everything that the numbers depend on."""
+        identity = service.identity
+        return VersionResponse(
+            version=package_version(),
+            generator=config.model_path,
+            generator_digest=identity.generator_digest if identity else None,
+            entailment=config.entailment_model,
+            entailment_digest=identity.entailment_digest if identity else None,
+            score=config.score,
+            gain=config.gain,
+            threshold=config.threshold,
+            num_generations=config.num_generations,
+            temperature=config.temperature,
+            max_new_tokens=config.max_new_tokens,
+            max_context_words=config.max_context_words,
+            prompt_type=config.prompt_type,
+            seed=config.seed,
+        )
+
+    @router.get("/metrics", tags=["state"], response_class=Response, responses=openapi.METRICS)
+    async def read_metrics() -> Response:
+        """Counters in the text format of Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _add_work(
+    router: APIRouter, *, service: Service, metrics: ServiceMetrics, config: IGServiceConfig
+) -> None:
+    @router.post(
+        _WORK_PATH,
+        tags=["gain"],
+        response_model=InfoGainResponse,
+        responses=openapi.refusals(400, 413, 415, 422, 429, 503),
+    )
+    async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
+        """Gain of every item, in order; a failed item has a null score and its error."""
+        _require_fitting(len(body.items), config=config)
+        queries = [
+            GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
+            for item in body.items
+        ]
+
+        async def caller_left() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        estimates = await service.estimate(
+            queries,
+            details=body.include_details,
+            timeout_s=body.timeout_s or config.request_timeout_s,
+            caller_left=caller_left,
+        )
+        metrics.count_outcomes(estimates.outcomes, work=estimates.work)
+        answer = await render(estimates, include_details=body.include_details)
+        return Response(answer, media_type="application/json")
+
+
+def describe_health(service: Service, *, version: str) -> HealthResponse:
+    """What `GET /health` says, with the published words."""
+    backend = service.backend
+    if service.draining:
+        return HealthResponse(status="unhealthy", message="Shutting down", version=version)
+    if backend is None:
+        return HealthResponse(status="unhealthy", message="Models not loaded", version=version)
+    num_workers = len(backend.devices)
+    if backend.failure is not None or backend.num_ready_workers == 0:
+        return HealthResponse(
+            status="unhealthy", message="No workers available", reason=backend.failure, version=version
+        )
+    if backend.num_ready_workers < num_workers:
+        reason = f"{num_workers - backend.num_ready_workers} of {num_workers} workers are being replaced"
+        return HealthResponse(
+            status="unhealthy", message="Some workers are unhealthy", reason=reason, version=version
+        )
+    on_cpus = backend.devices[0] == "cpu"
+    if num_workers == 1:
+        return HealthResponse(
+            status="healthy",
+            mode="single-CPU" if on_cpus else "single-GPU",
+            device=backend.devices[0],
+            version=version,
+        )
+    return HealthResponse(
+        status="healthy",
+        mode="multi-CPU" if on_cpus else "multi-GPU",
+        num_workers=num_workers,
+        devices=list(backend.devices),
+        version=version,
+    )
+
+
+def package_version() -> str:
+    """Of the installed distribution; `unknown` where this folder is used without installing it."""
+    try:
+        return importlib.metadata.version("inforeasoner")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
+    """Raises HTTPException for a request that can never be accepted."""
+    limit, flag = min((config.max_items, "--max-items"), (config.max_queued_items, "--max-queued-items"))
+    if num_items > limit:
+        raise HTTPException(
+            413, f"the request has {num_items} items, expected at most {limit}; split it or raise {flag}"
+        )
+
+
+async def _explain_invalid(_: Request, error: Exception) -> JSONResponse:
+    """Says where and why, without echoing the input: NaN or half a character is no JSON."""
     assert isinstance(error, RequestValidationError)
     problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
     return JSONResponse({"detail": problems}, status_code=422)
 
 
-def build_response(
-    outcomes: Sequence[GainEstimate | GainFailure], *, include_details: bool
-) -> InfoGainResponse:
-    """Outcomes in the published shape."""
-    estimates = [outcome if isinstance(outcome, GainEstimate) else None for outcome in outcomes]
-    return InfoGainResponse(
-        scores=[estimate.gain if estimate else None for estimate in estimates],
-        errors=[outcome.reason if isinstance(outcome, GainFailure) else None for outcome in outcomes],
-        details=_details(estimates) if include_details and estimates else None,
-    )
+async def _explain_full(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, QueueFullError)
+    return _come_back(429, str(error), retry_after_s=error.retry_after_s)
 
 
-def _require_ready(service: Service) -> None:
-    if service.obstacle is not None:
-        raise HTTPException(status_code=503, detail=service.obstacle, headers={"Retry-After": "1"})
+async def _explain_unavailable(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, UnavailableError)
+    return _come_back(503, str(error), retry_after_s=error.retry_after_s)
 
 
-def _details(estimates: Sequence[GainEstimate | None]) -> list[InfoGainDetail | None]:
-    return [None if estimate is None else _detail(estimate) for estimate in estimates]
+async def _end_unanswered(_: Request, __: Exception) -> Response:
+    """Nobody reads this."""
+    return Response(status_code=499)
 
 
-def _detail(estimate: GainEstimate) -> InfoGainDetail:
-    before, after = estimate.no_context, estimate.with_context
-    assert before.full is not None
-    assert after.full is not None
-    return InfoGainDetail(
-        with_context=_responses(after),
-        no_context=_responses(before),
-        entailment_with_context=_entailment(after),
-        entailment_no_context=_entailment(before),
-        clusters_with_context=after.full.clusters.tolist(),
-        clusters_no_context=before.full.clusters.tolist(),
-        score_with_context=after.score,
-        score_no_context=before.score,
-        semantic_entropy_with_context=after.full.semantic_entropy,
-        semantic_entropy_no_context=before.full.semantic_entropy,
-    )
+_EXPLANATIONS: dict[type[Exception], Any] = {
+    RequestValidationError: _explain_invalid,
+    QueueFullError: _explain_full,
+    UnavailableError: _explain_unavailable,
+    CallerLeftError: _end_unanswered,
+}
 
 
-def _responses(belief: Belief) -> list[ResponseDetail]:
-    return [
-        ResponseDetail(text=answer.text, mean_loglik=answer.mean_log_prob, length=answer.num_tokens)
-        for answer in belief.answers
-    ]
-
-
-def _entailment(belief: Belief) -> EntailmentDetail:
-    assert belief.full is not None
-    forward, backward = belief.full.response_entails_gold, belief.full.gold_entails_response.T
-    return EntailmentDetail(
-        n_responses=forward.shape[0],
-        n_answers=forward.shape[1],
-        resp_entails_ans=forward.ravel().tolist(),
-        ans_entails_resp=backward.ravel().tolist(),
-    )
+def _come_back(status: int, message: str, *, retry_after_s: int) -> JSONResponse:
+    headers = {"Retry-After": str(retry_after_s)}
+    return JSONResponse({"detail": message}, status_code=status, headers=headers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,45 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         require_models(config)
-        listener = _listen(config)
+        listener = listen(config.host, config.port)
     except (SettingError, ModelMissingError, OSError) as error:
         logger.error("%s", error)
         return 1
+    os.environ.pop("IG_TOKEN", None)  # what the workers inherit is none of their business
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     status = _serve(config, listener)
     if is_loading():
-        _leave(status)
+        leave(status)
     return status
-
-
-def _leave(status: int) -> NoReturn:
-    """End now, with what the abandoned load may have started; without waiting for its thread."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    logging.shutdown()
-    os._exit(status)
-
-
-def _listen(config: IGServiceConfig) -> socket.socket:
-    """Take the port before anything slow. Raises OSError with a message for the user."""
-    where = f"{config.host}:{config.port}"
-    try:
-        address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(address[0], socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address[4])
-        listener.listen(2048)
-    except PermissionError:
-        raise OSError(f"{where}: ports below 1024 are not allowed here; choose another with --port") from None
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or choose another "
-            "with --port or IG_PORT"
-        ) from None
-    return listener
 
 
 def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
@@ -269,26 +292,24 @@ def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
     def announce(backend: Backend) -> None:
         generator = f"generator {config.model_path}, entailment {config.entailment_model}"
         method = f"{config.score} score, gain by {config.gain}, {config.num_generations} samples"
-        logger.info("IG service ready at %s (%s, %s, on %s)", url, generator, method, backend.device)
-
-    def give_up() -> None:
-        server.should_exit = True
+        devices = ", ".join(backend.devices)
+        logger.info("IG service ready at %s (%s, %s, on %s)", url, generator, method, devices)
 
     app = create_app(
-        lambda: LocalBackend.start(config),
-        max_concurrent_requests=config.max_concurrent_requests,
+        lambda: PooledBackend.start(replace(config, token="")),
+        config=config,
         on_ready=announce,
-        on_failure=give_up,
+        on_failure=lambda: server.stop_at_once(),
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn stops on them, then raises them again; being asked to stop is no failure.
-        signal.signal(number, lambda *_: give_up())
+    service: Service = app.state.service
+    server = GracefulServer(app, service=service, grace_s=config.shutdown_grace_s)
+    if not config.token and not config.host.startswith(_LOOPBACK):
+        logger.warning(
+            "anyone who reaches %s may use the service; IG_TOKEN or --token-file asks for a token", url
+        )
     logger.info("IG service is loading its models; %s/readyz says when it is ready", url)
-    server.run(sockets=[listener])
-    error = app.state.service.start_error
+    server.run_on(listener)
+    error = service.start_error
     if error is not None:
         logger.error("the models could not be loaded: %s: %s", type(error).__name__, error)
         return 1

@@ -1,88 +1,64 @@
-"""What does the work behind the HTTP surface: one sampler and one entailment model in this process.
+"""The workers of the pool: both models in this process, or in an actor of a private Ray cluster.
 
-`Backend` is the seam: the server knows nothing else of models, engines or devices.
+A worker knows nothing of questions, golds or gains: it samples answers to prompts and judges pairs of texts,
+so one worker and several give the same numbers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
-from IG.entailment import EntailmentModel, EntailmentQueue, Pair
-from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
+from IG.entailment import EntailmentModel, Pair
 from IG.loading import load_in_thread
-from IG.sampler import EngineOptions, SamplingOptions, VllmSampler
+from IG.prompts import build_prompt
+from IG.sampler import (
+    EngineLostError,
+    EngineOptions,
+    SampledAnswer,
+    SamplingError,
+    SamplingOptions,
+    VllmSampler,
+)
+from IG.service.cluster import ActorLostError, RayActor, RayCluster
 from IG.service.config import IGServiceConfig
-from IG.sharing import ModelIdentity
+from IG.service.pool import WorkerLostError
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP = GainQuery(
-    question="What is the capital of France?",
-    context="Paris is the capital of France.",
-    golds=("Paris, France",),
-)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LOOK_EVERY_S = 0.2
+_CLOSING_S = 10.0
+_WARM_UP_PAIRS = (("The capital of France is Paris.", "Paris is the capital."), ("Paris", "London"))
 
 
-class ModelMissingError(ValueError):
-    """A model is not where the settings say: the message names the setting and the fix."""
+def count_workers(config: IGServiceConfig) -> int:
+    """How many workers the settings ask for: on CPUs or on GPUs, never both."""
+    return max(config.num_workers, config.num_gpus)
 
 
-class Backend(Protocol):
-    """Measures gains."""
+class LocalWorker:
+    """Both models on one device, called from this process; the generator's engine is a child process."""
 
-    @property
-    def device(self) -> str:
-        """Where it computes: `cpu` or `cuda:N`, as configured."""
-        ...
-
-    @property
-    def failure(self) -> str | None:
-        """Why nothing can be computed any more; None while all is well."""
-        ...
-
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool
-    ) -> list[GainEstimate | GainFailure]:
-        """One outcome per query, in order."""
-        ...
-
-    async def aclose(self) -> None:
-        """Free the models and stop every process."""
-        ...
-
-
-class LocalBackend:
-    """Both models on one device; make it with `start`."""
-
-    def __init__(
-        self, estimator: GainEstimator, *, sampler: VllmSampler, queue: EntailmentQueue, device: str
-    ) -> None:
+    def __init__(self, sampler: VllmSampler, *, entailment: EntailmentModel, device: str) -> None:
         self.device = device
         """Where both models compute, named as in the settings."""
-        self._estimator = estimator
         self._sampler = sampler
-        self._queue = queue
+        self._entailment: EntailmentModel | None = entailment
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-entailment")
 
     @classmethod
-    async def start(cls, config: IGServiceConfig) -> LocalBackend:
-        """Load both models and measure one gain, so that the first request finds everything warm.
-
-        Raises ModelMissingError before anything slow, and what the libraries raise.
-        """
-        require_models(config)
-        threads = config.cpu_threads or max(1, (os.cpu_count() or 1) // 2)
+    async def start(cls, config: IGServiceConfig, rank: int) -> LocalWorker:
+        """Load both models and use each once. Raises what the libraries raise."""
+        threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2 // count_workers(config))
         # The engine first: its process must be made before this one computes anything.
         sampler = await VllmSampler.start(
-            _sampling_options(config),
-            engine=_engine_options(config, threads=threads),
+            sampling_options(config), engine=_engine_options(config, threads=threads)
         )
-        backend: LocalBackend | None = None
         try:
             entailment = await load_in_thread(
                 lambda: EntailmentModel.load(
@@ -93,109 +69,57 @@ class LocalBackend:
                 ),
                 name="entailment",
             )
-            backend = cls._over(config, sampler=sampler, entailment=entailment)
-            await backend._warm_up()
         except BaseException:
-            await (backend or sampler).aclose()
+            await sampler.aclose()
             raise
-        return backend
-
-    @classmethod
-    def _over(
-        cls, config: IGServiceConfig, *, sampler: VllmSampler, entailment: EntailmentModel
-    ) -> LocalBackend:
-        queue = EntailmentQueue(entailment)
-        estimator = GainEstimator(
-            sampler,
-            _QueueJudge(queue),
-            options=GainOptions(
-                gain=config.gain,
+        gpu = config.cuda_device if config.num_gpus == 1 else f"cuda:{rank}"
+        worker = cls(sampler, entailment=entailment, device="cpu" if sampler.device == "cpu" else gpu)
+        try:
+            prompt = build_prompt(
+                "What is the capital of France?",
+                context="",
                 prompt_type=config.prompt_type,
                 max_context_words=config.max_context_words,
-                log_floor=config.log_floor,
-            ),
-            sampling=_sampling_options(config),
-            score=config.score,
-            threshold=config.threshold,
-            identity=ModelIdentity(
-                generator=config.model_path,
-                generator_digest="",
-                entailment=config.entailment_model,
-                entailment_digest="",
-            ),
-            sample_cache_size=4096,
-            pair_cache_size=200_000,
-        )
-        device = "cpu" if sampler.device == "cpu" else config.cuda_device
-        return cls(estimator, sampler=sampler, queue=queue, device=device)
+            )
+            await asyncio.gather(worker.sample(prompt), worker.judge(_WARM_UP_PAIRS))
+        except BaseException:
+            await worker.aclose()
+            raise
+        return worker
 
-    async def _warm_up(self) -> None:
-        """Raises RuntimeError when the models cannot do the work they were loaded for."""
-        (outcome,) = await self.estimate([_WARM_UP], details=False)
-        if isinstance(outcome, GainFailure):
-            raise RuntimeError(f"the first gain could not be measured: {outcome.reason}")
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        """Answers to the prompt; cancelling it stops the engine's work. Raises as the protocol says."""
+        try:
+            return await self._sampler.sample(prompt)
+        except EngineLostError as error:
+            raise WorkerLostError(str(error)) from error
 
-    @property
-    def failure(self) -> str | None:
-        """Set once the engine process is gone."""
-        return None if self._sampler.alive else "the generator's engine process died; restart the service"
+    async def judge(self, pairs: Sequence[Pair]) -> list[float]:
+        """P(premise entails hypothesis) of every pair; one batch at a time, in a thread."""
+        if self._entailment is None:
+            raise WorkerLostError("the worker was closed")
+        judge = self._entailment.probabilities
+        judged = await asyncio.get_running_loop().run_in_executor(self._thread, judge, pairs)
+        scores: list[float] = judged.tolist()
+        return scores
 
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool
-    ) -> list[GainEstimate | GainFailure]:
-        """One outcome per query, in order."""
-        return (await self._estimator.estimate(queries, details=details)).outcomes
+    async def wait_lost(self) -> str:
+        """Why the worker is gone, as soon as it is."""
+        while self._sampler.alive:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return "the generator's engine process died"
 
     async def aclose(self) -> None:
-        """Free the models and stop the engine process."""
-        await self._queue.aclose()
-        await self._sampler.aclose()
+        """Stop the engine process, wait for the running batch, let go of the models."""
+        self._entailment = None
+        try:
+            await self._sampler.aclose()
+        finally:
+            await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
 
 
-def require_models(config: IGServiceConfig) -> None:
-    """Look for both models' config.json. Raises ModelMissingError."""
-    for flag, name in (("--model-path", config.model_path), ("--entailment-model", config.entailment_model)):
-        folder = Path(name).expanduser()
-        if (folder / "config.json").is_file():
-            continue
-        if folder.is_dir():
-            raise ModelMissingError(
-                f"{flag} {name}: the folder has no config.json, expected a Hugging Face model"
-            )
-        if not _HUB_NAME.fullmatch(name):
-            raise ModelMissingError(
-                f"{flag} {name}: no such folder; give the folder of a Hugging Face model or a hub name such "
-                "as Qwen/Qwen2.5-3B (the small default models come with a full checkout: world/models)"
-            )
-        _require_on_hub(name, flag=flag)
-
-
-def _require_on_hub(name: str, *, flag: str) -> None:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(name, "config.json", etag_timeout=10)
-    except (OSError, ValueError) as error:  # offline, unknown, gated: all are OSErrors or ValueErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ModelMissingError(
-            f"{flag} {name}: neither a folder here nor a model that the hub gives us ({reason}); download it "
-            "first or give a folder"
-        ) from error
-
-
-class _QueueJudge:
-    """Judges by an entailment queue."""
-
-    def __init__(self, queue: EntailmentQueue) -> None:
-        self._queue = queue
-
-    async def judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
-        """All pairs in order; they fail together."""
-        known = await self._queue.probabilities(pairs)
-        return [known[pair] for pair in pairs]
-
-
-def _sampling_options(config: IGServiceConfig) -> SamplingOptions:
+def sampling_options(config: IGServiceConfig) -> SamplingOptions:
+    """What is asked of the generator for every prompt."""
     return SamplingOptions(
         num_answers=config.num_generations,
         temperature=config.temperature,
@@ -205,12 +129,137 @@ def _sampling_options(config: IGServiceConfig) -> SamplingOptions:
 
 
 def _engine_options(config: IGServiceConfig, *, threads: int) -> EngineOptions:
+    device = config.device.partition(":")[0]
+    if config.num_workers > 1:
+        device = "cpu"
+    elif config.num_gpus > 1:
+        device = "cuda"
     return EngineOptions(
         model=config.model_path,
-        device=config.device.partition(":")[0],
+        device=device,
         max_num_seqs=config.sub_batch_size,
         max_model_len=config.max_model_len or None,
         gpu_memory_utilization=config.gpu_memory_utilization,
         cpu_cache_bytes=int(config.cpu_cache_gb * 2**30),
         cpu_threads=threads,
     )
+
+
+class _Host:
+    """Lives in the actor and holds its worker. What a caller must tell apart is returned, not raised."""
+
+    def __init__(self) -> None:
+        self._worker: LocalWorker | None = None
+
+    async def start(self, config: IGServiceConfig, rank: int, gpu: str | None) -> tuple[str, int]:
+        """Load; the device and the id of this process. `gpu` is the only one it shall see."""
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from who asks it for none
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        self._worker = await LocalWorker.start(config, rank)
+        return self._worker.device, os.getpid()
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...] | Exception:
+        assert self._worker is not None
+        try:
+            return await self._worker.sample(prompt)
+        except (SamplingError, WorkerLostError) as error:
+            return error
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[float] | WorkerLostError:
+        assert self._worker is not None
+        try:
+            return await self._worker.judge(pairs)
+        except WorkerLostError as error:
+            return error
+
+    async def wait_lost(self) -> str:
+        assert self._worker is not None
+        return await self._worker.wait_lost()
+
+    async def aclose(self) -> None:
+        if self._worker is not None:
+            await self._worker.aclose()
+
+
+class RayWorker:
+    """A LocalWorker in an actor; make it with `start`."""
+
+    def __init__(self, actor: RayActor, *, device: str, pid: int) -> None:
+        self.device = device
+        """As the actor says."""
+        self.pid = pid
+        """Of the actor's process."""
+        self._actor = actor
+
+    @classmethod
+    async def start(cls, cluster: RayCluster, config: IGServiceConfig, rank: int) -> RayWorker:
+        """Start an actor and load both models there. Raises what loading raises, WorkerLostError."""
+        gpu = _gpu_name(rank) if config.num_gpus > 1 else None
+        actor = cluster.launch(_Host, name=f"worker-{rank}")
+        starting = asyncio.create_task(actor.call("start", replace(config, token=""), rank, gpu))
+        try:
+            while not starting.done():
+                cluster.tie_processes()
+                await asyncio.wait([starting], timeout=_LOOK_EVERY_S)
+            device, pid = starting.result()
+        except BaseException as error:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            actor.kill()
+            if isinstance(error, ActorLostError):
+                raise WorkerLostError(str(error)) from error
+            raise
+        actor.pid = pid
+        return cls(actor, device=device, pid=pid)
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        """Answers to the prompt; cancelling it stops the actor's work. Raises as the protocol says."""
+        answers: tuple[SampledAnswer, ...] = await self._call("sample", prompt)
+        return answers
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[float]:
+        """P(premise entails hypothesis) of every pair."""
+        scores: list[float] = await self._call("judge", list(pairs))
+        return scores
+
+    async def wait_lost(self) -> str:
+        """Why the actor, or its engine, is gone."""
+        try:
+            reason: str = await self._call("wait_lost")
+        except WorkerLostError as error:
+            return str(error)
+        return reason
+
+    async def aclose(self) -> None:
+        """Close what the actor holds, if it still answers, and end it."""
+        try:
+            async with asyncio.timeout(_CLOSING_S):
+                await self._call("aclose")
+        except (WorkerLostError, TimeoutError):
+            logger.debug("the worker of process %d could not be closed, only killed", self.pid)
+        finally:
+            self._actor.kill()
+
+    async def _call(self, method: str, /, *arguments: object) -> Any:
+        try:
+            outcome = await self._actor.call(method, *arguments)
+        except ActorLostError as error:
+            raise WorkerLostError(str(error)) from error
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+def _gpu_name(rank: int) -> str:
+    """By which CUDA is told to show the GPU of a rank. Raises ValueError when there are too few."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return str(rank)
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if rank >= len(names):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which shows {len(names)} GPUs, too few for worker {rank}; "
+            "let it show more or lower --num-gpus"
+        )
+    return names[rank]

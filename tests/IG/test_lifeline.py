@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from IG.lifeline import Lifeline, start_time
 
@@ -75,10 +76,29 @@ def test_a_process_that_is_gone_is_not_tied() -> None:
     assert start_time(gone.pid) is None
 
 
-def test_release_kills_nothing() -> None:
+def test_a_cut_spares_what_ended_by_itself_and_does_nothing_twice() -> None:
     lifeline = Lifeline()
-    with subprocess.Popen(["sleep", "600"]) as tied:
+    with subprocess.Popen(["sleep", "0.01"]) as tied:
         lifeline.tie(tied.pid)
-        lifeline.release()
-        assert tied.poll() is None
-        tied.kill()
+        assert tied.wait() == 0
+        lifeline.cut()
+        lifeline.cut()
+
+
+def test_a_folder_goes_with_the_processes(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "file").touch()
+    lifeline = Lifeline()
+    lifeline.leave_nothing_in(folder)
+    lifeline.cut()
+    assert not folder.exists()
+    assert tmp_path.exists()
+
+
+@pytest.mark.parametrize("path", ["relative/folder", "/with space/folder", ""])
+def test_a_folder_that_could_be_taken_for_another_is_refused(path: str) -> None:
+    lifeline = Lifeline()
+    with pytest.raises(ValueError, match="expected an absolute path without white space"):
+        lifeline.leave_nothing_in(Path(path))
+    lifeline.cut()

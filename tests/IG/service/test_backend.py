@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
+from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
+from IG.semantics import ScoreKind
+from IG.service.backend import PooledBackend
+from IG.service.config import resolve_config
+from IG.service.IG_worker import count_workers
+from IG.service.models import ModelMissingError, model_digest, require_models
+from IG.service.pool import WorkerPool
+from IG.sharing import ModelIdentity
+from tests.fakes import FakeAnswerSampler, FakeEntailment
+
+IDENTITY = ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2")
+
+
+class FakeWorker:
+    """Samples and judges as it is told; never lost."""
+
+    device = "cpu"
+
+    def __init__(self, answers: Sequence[str] | Exception) -> None:
+        self._sampler = FakeAnswerSampler({"": answers})
+        self.entailment = FakeEntailment()
+        self.is_closed = False
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        return await self._sampler.sample(prompt)
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        scores: list[float] = self.entailment.probabilities(pairs).tolist()
+        return scores
+
+    async def wait_lost(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+async def backend_over(worker: FakeWorker) -> PooledBackend:
+    async def start(rank: int) -> FakeWorker:
+        return worker
+
+    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=8, pairs_per_batch=64)
+    await pool.start()
+    estimator = GainEstimator(
+        pool,
+        pool,
+        options=GainOptions(),
+        sampling=SamplingOptions(num_answers=2, temperature=1.0, max_new_tokens=8, seed=0),
+        score=ScoreKind.hard,
+        threshold=0.5,
+        identity=IDENTITY,
+        sample_cache_size=100,
+        pair_cache_size=100,
+    )
+    return PooledBackend(pool, estimator=estimator, identity=IDENTITY)
+
+
+async def test_warming_up_uses_both_models_and_closing_frees_them() -> None:
+    worker = FakeWorker(["Paris", "Lyon"])
+    backend = await backend_over(worker)
+    await backend.warm_up()
+    assert worker.entailment.batches
+    assert (backend.devices, backend.num_ready_workers, backend.failure) == (("cpu",), 1, None)
+    await backend.aclose()
+    assert worker.is_closed
+
+
+async def test_models_that_cannot_measure_a_gain_are_not_ready() -> None:
+    backend = await backend_over(FakeWorker(SamplingError("the prompt has 30 tokens, the model takes 20")))
+    with pytest.raises(RuntimeError, match="first gain could not be measured: the prompt has 30 tokens"):
+        await backend.warm_up()
+    await backend.aclose()
+
+
+async def test_a_backend_measures_gains() -> None:
+    backend = await backend_over(FakeWorker(["Bolton", "Lyon"]))
+    estimates = await backend.estimate(
+        [
+            GainQuery(question="Where?", context="There.", golds=("Bolton",)),
+            GainQuery(question="", context="", golds=("Bolton",)),
+        ],
+        details=False,
+        timeout_s=60,
+    )
+    good, bad = estimates.outcomes
+    assert isinstance(good, GainEstimate)
+    assert isinstance(bad, GainFailure)
+    await backend.aclose()
+
+
+async def test_a_missing_model_is_said_before_anything_starts() -> None:
+    config = resolve_config(["--model-path", "/nowhere/model"], environ={})
+    with pytest.raises(ModelMissingError, match="--model-path /nowhere/model: no such folder"):
+        await PooledBackend.start(config)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    config = resolve_config(["--model-path", str(tmp_path)], environ={})
+    with pytest.raises(ModelMissingError, match=r"has no config\.json"):
+        require_models(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [([], 1), (["--num-workers", "3"], 3), (["--num-gpus", "4", "--device", "cuda"], 4)],
+)
+def test_workers_are_counted_on_cpus_or_on_gpus(arguments: list[str], count: int) -> None:
+    assert count_workers(resolve_config(arguments, environ={})) == count
+
+
+def test_a_digest_tells_models_apart_by_what_makes_them(tmp_path: Path) -> None:
+    def model(name: str, **files: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in ({"config.json": "{}", "model.safetensors": "weights"} | files).items():
+            (folder / file).write_text(text)
+        return folder
+
+    digest = model_digest(model("one"))
+    assert len(digest) == 64
+    assert model_digest(model("same", **{"README.md": "a note"})) == digest
+    others = [
+        model("config", **{"config.json": "{ }"}),
+        model("weights", **{"model.safetensors": "Weights"}),
+        model("shard", **{"model-2.safetensors": "weights"}),
+        model("tokenizer", **{"tokenizer.json": "{}"}),
+    ]
+    assert len({digest, *map(model_digest, others)}) == 5

@@ -1,0 +1,464 @@
+"""The pool over fake workers: everything ends exactly once and right, whoever dies or goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from IG.sampler import PoisonedError, SampledAnswer, SamplingError
+from IG.service.pool import PoolFailedError, WorkerLostError, WorkerPool
+from IG.sharing import JudgementError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+Pair = tuple[str, str]
+POISON = "poison"
+
+
+def answer(prompt: str) -> tuple[SampledAnswer, ...]:
+    return (SampledAnswer(text=f"answer to {prompt}", mean_log_prob=-1.0, num_tokens=1),)
+
+
+def probability(pair: Pair) -> float:
+    return (hash(pair) % 1000) / 1000
+
+
+class Laboratory:
+    """Starts fake workers and remembers all of them; dies of poison, slows down, refuses starts on demand."""
+
+    def __init__(self, *, pause: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)) -> None:
+        self.workers: list[FakeWorker] = []
+        self.failing_starts: list[Exception] = []
+        self.sampled: Counter[str] = Counter()
+        self.pause = pause
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def start(self, rank: int) -> FakeWorker:
+        await asyncio.sleep(0)
+        if self.failing_starts:
+            raise self.failing_starts.pop(0)
+        worker = FakeWorker(self, rank)
+        self.workers.append(worker)
+        return worker
+
+    @property
+    def num_lost(self) -> int:
+        return sum(worker.dead.is_set() for worker in self.workers)
+
+    @asynccontextmanager
+    async def pool(
+        self, num_workers: int = 2, *, max_prompts: int = 4, pairs_per_batch: int = 8
+    ) -> AsyncIterator[WorkerPool]:
+        pool = WorkerPool(
+            self.start,
+            num_workers=num_workers,
+            max_prompts_in_flight=max_prompts,
+            pairs_per_batch=pairs_per_batch,
+            retry_pause_s=0,
+        )
+        await pool.start()
+        async with asyncio.timeout(60):
+            yield pool
+        await pool.aclose()
+        assert all(worker.is_closed for worker in self.workers)
+
+
+class FakeWorker:
+    def __init__(self, laboratory: Laboratory, rank: int) -> None:
+        self.device = f"fake:{rank}"
+        self.laboratory = laboratory
+        self.dead = asyncio.Event()
+        self.prompts: list[str] = []
+        self.batches: list[list[Pair]] = []
+        self.at_work: Counter[str] = Counter()
+        self.most_at_work: Counter[str] = Counter()
+        self.cancelled: list[str] = []
+        self.is_closed = False
+
+    def die(self) -> None:
+        self.dead.set()
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        self.prompts.append(prompt)
+        self.laboratory.sampled[prompt] += 1
+        try:
+            await self._work("prompts", dies=POISON in prompt)
+        except asyncio.CancelledError:
+            self.cancelled.append(prompt)
+            raise
+        if "bad" in prompt:
+            raise SamplingError(f"{prompt} is bad")
+        return answer(prompt)
+
+    async def judge(self, pairs: Sequence[Pair]) -> list[float]:
+        self.batches.append(list(pairs))
+        await self._work("batches", dies=any(POISON in pair[0] for pair in pairs))
+        if any("bad" in pair[0] for pair in pairs):
+            raise TypeError("no text")
+        return [probability(pair) for pair in pairs]
+
+    async def wait_lost(self) -> str:
+        await self.dead.wait()
+        return "killed"
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        self.is_closed = True
+
+    async def _work(self, kind: str, *, dies: bool) -> None:
+        self.at_work[kind] += 1
+        self.most_at_work[kind] = max(self.most_at_work[kind], self.at_work[kind])
+        try:
+            await self.laboratory.gate.wait()
+            await self.laboratory.pause()
+            if dies:
+                self.die()
+            if self.dead.is_set():
+                raise WorkerLostError("killed")
+        finally:
+            self.at_work[kind] -= 1
+
+
+def pairs(count: int, name: str = "premise") -> list[Pair]:
+    return [(f"{name} {index}", "hypothesis") for index in range(count)]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_prompts_go_to_the_least_loaded_and_no_worker_gets_too_many() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(3, max_prompts=4) as pool:
+        laboratory.gate.clear()
+        asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
+        await settle()
+        assert [len(worker.prompts) for worker in laboratory.workers] == [4, 4, 4]
+        laboratory.gate.set()
+        assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(20)]
+        assert max(worker.most_at_work["prompts"] for worker in laboratory.workers) == 4
+
+
+async def test_first_come_first_served() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, max_prompts=1) as pool:
+        await asyncio.gather(*(pool.sample(f"prompt {index}") for index in range(10)))
+        assert laboratory.workers[0].prompts == [f"prompt {index}" for index in range(10)]
+
+
+async def test_pairs_that_wait_become_the_next_batch_and_come_back_in_order() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, pairs_per_batch=8) as pool:
+        asked = [pairs(3, f"caller {index}") for index in range(10)]
+        judged = await asyncio.gather(*(pool.judge(call) for call in asked), pool.judge([]))
+        assert judged == [[probability(pair) for pair in call] for call in asked] + [[]]
+        sizes = [len(batch) for batch in laboratory.workers[0].batches]
+        assert sizes == [3, 8, 8, 8, 3]
+        assert laboratory.workers[0].most_at_work["batches"] == 1
+
+
+async def test_free_workers_share_what_waits() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2, pairs_per_batch=8) as pool:
+        assert len(await pool.judge(pairs(12))) == 12
+        assert [[len(batch) for batch in worker.batches] for worker in laboratory.workers] == [[6], [6]]
+
+
+async def test_sampling_and_judging_run_side_by_side() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1) as pool:
+        laboratory.gate.clear()
+        asked = asyncio.gather(pool.sample("prompt"), pool.judge(pairs(2)))
+        await settle()
+        assert laboratory.workers[0].at_work == Counter(prompts=1, batches=1)
+        laboratory.gate.set()
+        await asked
+
+
+async def test_a_bad_prompt_and_a_bad_pair_fail_alone() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2, pairs_per_batch=64) as pool:
+        asked = [*pairs(20), ("bad", "pair"), *pairs(20, "more")]
+        good, bad, judged = await asyncio.gather(
+            pool.sample("good"), pool.sample("bad"), pool.judge(asked), return_exceptions=True
+        )
+        assert good == answer("good")
+        assert isinstance(bad, SamplingError)
+        assert isinstance(judged, list)
+        assert [outcome for outcome in judged if isinstance(outcome, Exception)] == [judged[20]]
+        assert isinstance(judged[20], JudgementError)
+        assert "no text" in str(judged[20])
+        assert judged[:20] == [probability(pair) for pair in asked[:20]]
+        assert laboratory.num_lost == 0
+
+
+async def test_a_caller_who_goes_away_stops_the_work_and_frees_the_place() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, max_prompts=1, pairs_per_batch=4) as pool:
+        laboratory.gate.clear()
+        running, waiting, last = (asyncio.create_task(pool.sample(name)) for name in ("a", "b", "c"))
+        judging, dropped = (asyncio.create_task(pool.judge(pairs(4, name))) for name in ("first", "second"))
+        await settle()
+        for task in (running, waiting, dropped):
+            task.cancel()
+        await settle()
+        assert laboratory.workers[0].cancelled == ["a"]
+        laboratory.gate.set()
+        assert await last == answer("c")
+        assert len(await judging) == 4
+        assert laboratory.workers[0].prompts == ["a", "c"]
+        assert laboratory.workers[0].batches == [pairs(4, "first")]
+
+
+async def test_what_was_on_a_lost_worker_is_tried_again_alone_and_comes_out_right() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2, max_prompts=4, pairs_per_batch=8) as pool:
+        laboratory.gate.clear()
+        asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(12)]
+        judged = asyncio.create_task(pool.judge(pairs(6)))
+        await settle()
+        lost = laboratory.workers[0]
+        suspects = set(lost.prompts)
+        assert len(suspects) == 4
+        lost.die()
+        await settle()
+        laboratory.gate.set()
+        assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(12)]
+        assert await judged == [probability(pair) for pair in pairs(6)]
+        assert pool.num_worker_restarts == 1
+        assert pool.num_ready_workers == 2
+        assert {prompt for prompt, count in laboratory.sampled.items() if count == 2} == suspects
+        for batch in lost.batches:  # its pairs one by one
+            again = [later for worker in laboratory.workers[1:] for later in worker.batches]
+            assert all([pair] in again for pair in batch)
+
+
+async def test_nothing_else_is_on_a_worker_that_tries_a_suspect() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, max_prompts=8) as pool:
+        laboratory.gate.clear()
+        asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(8)]
+        await settle()
+        laboratory.workers[0].die()
+        asked += [asyncio.create_task(pool.sample(f"later {index}")) for index in range(8)]
+        judged = asyncio.create_task(pool.judge(pairs(4)))
+        await settle()
+        second = laboratory.workers[1]
+        assert len(second.prompts) == 1
+        assert not second.batches
+        laboratory.gate.set()
+        await asyncio.gather(*asked, judged)
+        assert second.prompts[:8] == [f"prompt {index}" for index in range(8)]
+        assert not second.cancelled
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+async def test_a_poisoned_prompt_costs_two_workers_and_its_neighbours_nothing(num_workers: int) -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(num_workers, max_prompts=16) as pool:
+        names = [f"prompt {index}" for index in range(20)]
+        names.insert(7, POISON)
+        outcomes = await asyncio.gather(*map(pool.sample, names), return_exceptions=True)
+        assert isinstance(outcomes.pop(7), PoisonedError)
+        names.remove(POISON)
+        assert outcomes == [answer(name) for name in names]
+        assert laboratory.num_lost == 2
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+async def test_a_poisoned_pair_costs_two_workers_and_its_neighbours_nothing(num_workers: int) -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(num_workers, pairs_per_batch=64) as pool:
+        asked = [*pairs(20), (POISON, "pair"), *pairs(20, "more")]
+        judged, answers = await asyncio.gather(pool.judge(asked), pool.sample("prompt"))
+        assert isinstance(judged.pop(20), PoisonedError)
+        asked.pop(20)
+        assert judged == [probability(pair) for pair in asked]
+        assert answers == answer("prompt")
+        assert laboratory.num_lost == 2
+
+
+async def test_a_worker_lost_idle_is_replaced_before_it_gets_work() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1) as pool:
+        await pool.sample("before")
+        laboratory.workers[0].die()
+        await settle()
+        assert (pool.num_ready_workers, pool.num_worker_restarts) == (1, 1)
+        assert await pool.sample("after") == answer("after")
+        assert laboratory.sampled["after"] == 1
+
+
+async def test_a_start_that_fails_is_tried_again() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1) as pool:
+        laboratory.gate.clear()
+        asked = asyncio.create_task(pool.sample("prompt"))
+        await settle()
+        laboratory.failing_starts = [OSError("no"), OSError("no")]
+        laboratory.workers[0].die()
+        laboratory.gate.set()
+        assert await asked == answer("prompt")
+        assert pool.failure is None
+
+
+async def test_nobody_hangs_when_no_worker_can_be_started_any_more() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2) as pool:
+        laboratory.gate.clear()
+        asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
+        judged = asyncio.create_task(pool.judge(pairs(20)))
+        await settle()
+        laboratory.failing_starts = [OSError("no")] * 6
+        for worker in laboratory.workers:
+            worker.die()
+        outcomes = await asyncio.gather(*asked, judged, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {PoolFailedError}
+        assert pool.failure is not None
+        assert "none could be started" in pool.failure
+        with pytest.raises(PoolFailedError):
+            await pool.sample("later")
+
+
+async def test_the_others_go_on_when_one_worker_is_given_up() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2) as pool:
+        laboratory.failing_starts = [OSError("no")] * 3
+        laboratory.workers[0].die()
+        await settle()
+        assert (pool.num_ready_workers, pool.failure) == (1, None)
+        assert await pool.sample("prompt") == answer("prompt")
+
+
+async def test_workers_that_die_as_soon_as_they_are_there_are_not_started_for_ever() -> None:
+    laboratory = Laboratory()
+    pool = WorkerPool(
+        laboratory.start, num_workers=1, max_prompts_in_flight=1, pairs_per_batch=1, retry_pause_s=0
+    )
+    await pool.start()
+    while pool.failure is None:
+        laboratory.workers[-1].die()
+        await settle()
+    assert len(laboratory.workers) == 3
+    await pool.aclose()
+
+
+async def test_a_pool_that_cannot_start_leaves_no_worker() -> None:
+    laboratory = Laboratory()
+    laboratory.failing_starts = [OSError("no GPU")]
+    pool = WorkerPool(laboratory.start, num_workers=3, max_prompts_in_flight=1, pairs_per_batch=1)
+    with pytest.raises(OSError, match="no GPU"):
+        await pool.start()
+    assert all(worker.is_closed for worker in laboratory.workers)
+
+
+async def test_a_start_that_takes_too_long_says_so() -> None:
+    async def start(rank: int) -> FakeWorker:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=1, pairs_per_batch=1, start_timeout_s=0.01)
+    with pytest.raises(TimeoutError, match=r"worker 0 was not ready after 0.01 s"):
+        await pool.start()
+
+
+async def test_closing_fails_what_waits_and_closes_every_worker() -> None:
+    laboratory = Laboratory()
+    laboratory.gate.clear()
+    pool = WorkerPool(laboratory.start, num_workers=2, max_prompts_in_flight=1, pairs_per_batch=4)
+    await pool.start()
+    asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(5)]
+    judged = asyncio.create_task(pool.judge(pairs(20)))
+    await settle()
+    await pool.aclose()
+    outcomes = await asyncio.gather(*asked, judged, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {PoolFailedError}
+    assert all(worker.is_closed for worker in laboratory.workers)
+
+
+def unlucky_prompts(asked: dict[str, asyncio.Task[object]], leaving: set[asyncio.Task[object]]) -> int:
+    """How many innocent prompts were given up; every other must have ended as it should."""
+    unlucky = 0
+    for name, task in asked.items():
+        if task.cancelled():
+            assert task in leaving
+        elif POISON in name or isinstance(task.exception(), PoisonedError):
+            assert isinstance(task.exception(), PoisonedError)
+            unlucky += POISON not in name
+        else:
+            assert task.result() == answer(name)
+    return unlucky
+
+
+def unlucky_pairs(
+    asked: list[tuple[list[Pair], asyncio.Task[object]]], leaving: set[asyncio.Task[object]]
+) -> int:
+    """The same for pairs."""
+    unlucky = 0
+    for call, task in asked:
+        if task.cancelled():
+            assert task in leaving
+            continue
+        outcomes = task.result()
+        assert isinstance(outcomes, list)
+        for pair, outcome in zip(call, outcomes, strict=True):
+            if POISON in pair[0] or isinstance(outcome, Exception):
+                assert isinstance(outcome, PoisonedError)
+                unlucky += POISON not in pair[0]
+            else:
+                assert outcome == probability(pair)
+    return unlucky
+
+
+@pytest.mark.parametrize("seed", range(100))
+async def test_whatever_happens_everything_ends_once_and_right(seed: int) -> None:
+    """Random deaths, poison and callers who leave, at random moments."""
+    chance = random.Random(seed)
+
+    async def pause() -> None:
+        for _ in range(chance.randrange(4)):
+            await asyncio.sleep(0)
+
+    laboratory = Laboratory(pause=pause)
+    killed: set[FakeWorker] = set()
+
+    async def murder() -> None:
+        for _ in range(chance.randrange(4)):
+            await pause()
+            await pause()
+            victim = chance.choice(laboratory.workers)
+            if not victim.dead.is_set():
+                killed.add(victim)
+                victim.die()
+
+    poisons = [f"{POISON} {index}" for index in range(chance.randrange(3))]
+    names = [f"prompt {index}" for index in range(60)] + poisons
+    calls = [pairs(chance.randrange(1, 20), f"call {index}") for index in range(20)]
+    if is_pair_poisoned := chance.random() < 0.5:
+        calls[3].append((POISON, "pair"))
+    chance.shuffle(names)
+    async with laboratory.pool(chance.randrange(1, 4), max_prompts=chance.randrange(1, 9)) as pool:
+        asked = {name: asyncio.create_task(pool.sample(name)) for name in names}
+        judged = [(call, asyncio.create_task(pool.judge(call))) for call in calls]
+        everything = [*asked.values(), *(task for _, task in judged)]
+        leaving = set(chance.sample(everything, 8))
+        murdering = asyncio.create_task(murder())
+        for task in leaving:
+            await pause()
+            task.cancel()
+        await asyncio.wait([*everything, murdering])
+        assert pool.failure is None
+    # Innocent, but alone on a worker that somebody killed, for the second time.
+    assert unlucky_prompts(asked, leaving) + unlucky_pairs(judged, leaving) <= len(killed)
+    assert laboratory.num_lost <= len(killed) + 2 * (len(poisons) + is_pair_poisoned)
+    assert all(worker.most_at_work["batches"] <= 1 for worker in laboratory.workers)
+    assert max(laboratory.sampled.values()) <= 2
