@@ -87,14 +87,19 @@ def write_questions(path: Path, asked: Sequence[Problem], *, split: str) -> None
 
 
 def write_examined(path: Path, asked: Sequence[Problem], *, world: World, seed: int) -> None:
-    """Questions for `python -m IG doctor`, with the passages of the corpus that answer them, as JSONL."""
+    """Questions for `python -m IG doctor`, as JSONL, each with what a good search for every hop shows.
+
+    That is the passage of the fact first, then two others about the same subject.
+    """
     passages = _passages(world, Random(f"corpus {seed}"))
+    rng = Random(f"examined {seed}")
     with path.open("w", encoding="utf-8") as file:
         for problem in asked:
-            documents = [
-                {"text": text.documents([passages[fact]]), "role": role}
-                for fact, role in zip(problem.hops, ("first", "second"), strict=False)
-            ]
+            documents = []
+            for fact, role in zip(problem.hops, ("first", "second"), strict=False):
+                others = [other for other in world.about(fact.subject).values() if other != fact]
+                shown = [passages[each] for each in [fact, *rng.sample(others, 2)]]
+                documents.append({"text": text.documents(shown), "role": role})
             line = {"question": problem.question, "answers": problem.answer.golds, "documents": documents}
             file.write(json.dumps(line) + "\n")
 

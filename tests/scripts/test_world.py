@@ -129,16 +129,18 @@ def test_the_questions_are_in_the_search_r1_form(split: str, count: int) -> None
 def test_the_doctors_questions_come_with_the_passages_that_answer_them() -> None:
     lines = [json.loads(line) for line in (SHIPPED / "doctor.jsonl").open(encoding="utf-8")]
     corpus = (SHIPPED / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    passages = {text.documents([text.Passage(*_parse(line))]) for line in corpus}
+    passages = {f'(Title: "{title}") {body}' for title, body in map(_parse, corpus)}
     roles = [[document["role"] for document in line["documents"]] for line in lines]
     assert roles == [["first"]] * 100 + [["first", "second"]] * 100
-    asked = {
-        row["question"]: row["golden_answers"] for row in pq.read_table(SHIPPED / "test.parquet").to_pylist()
-    }
+    rows = pq.read_table(SHIPPED / "test.parquet").to_pylist()
+    asked = {row["question"]: row["golden_answers"] for row in rows}
     for line in lines:
         assert asked[line["question"]] == line["answers"]
-        assert {document["text"] for document in line["documents"]} <= passages
-        assert any(gold in line["documents"][-1]["text"] for gold in line["answers"])
+        shown = [document["text"].split("\n") for document in line["documents"]]
+        for search in shown:
+            assert [each[: len("Doc 1")] for each in search] == ["Doc 1", "Doc 2", "Doc 3"]
+            assert {each[len("Doc 1") :] for each in search} <= passages
+        assert any(gold in shown[-1][0] for gold in line["answers"])
 
 
 def test_test_questions_are_about_other_entities_than_train_questions(world: World) -> None:
