@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 import time
@@ -250,6 +251,27 @@ async def test_one_who_goes_away_does_not_take_its_companions_along() -> None:
         leaving.cancel()
         assert await staying == expected(requests(2))[1]
     assert (len(server.bodies), server.num_abandoned) == (1, 0)
+
+
+async def test_whoever_stays_gets_its_own_gain_however_many_leave() -> None:
+    rng = random.Random(0)
+    asked = requests(300)
+    async with (
+        (server := FakeGainService(delay_s=0.02)).running(),
+        IGClient(server.url, timeout_s=10, batch_size=7, max_in_flight=3) as client,
+    ):
+        calls = []
+        for request in asked:
+            calls.append(asyncio.create_task(client.submit(request)))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.random() * 0.01)
+                rng.choice(calls).cancel()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    stayed = [
+        (r, want) for r, want in zip(results, expected(asked), strict=True) if isinstance(r, GainResult)
+    ]
+    assert 200 < len(stayed) < 290
+    assert all(result == want for result, want in stayed)
 
 
 async def test_closing_ends_what_is_under_way() -> None:
