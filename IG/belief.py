@@ -147,17 +147,22 @@ class _Judge:
         """Which nodes are in the semantic class of a gold, through however many steps: `[node]`."""
         reached = np.zeros(len(nodes), dtype=np.bool_)
         frontier = list(golds)
+        compared = {gold.key for gold in golds}
         while frontier and not reached.all():
             remaining = np.flatnonzero(~reached)
             pairs = [(nodes[at], known) for at in remaining for known in frontier]
             linked = (await self._equivalent(pairs)).reshape(len(remaining), len(frontier)).any(axis=1)
             fresh = remaining[linked]
             reached[fresh] = True
-            frontier = [nodes[at] for at in fresh]
+            frontier = [nodes[at] for at in fresh if nodes[at].key not in compared]
         return reached
 
     async def _equivalent(self, pairs: Sequence[tuple[_Node, _Node]]) -> BoolArray:
-        """Entailment both ways; the way back is asked only where the way there holds."""
+        """Entailment both ways; the way back is asked only where the way there holds.
+
+        Which way is first depends on the texts alone, so that other conditions find it judged already.
+        """
+        pairs = [(one, other) if one.text < other.text else (other, one) for one, other in pairs]
         same = (await self._probabilities(pairs)) > self._threshold
         held = np.flatnonzero(same)
         same[held] = (await self._probabilities([pairs[at][::-1] for at in held])) > self._threshold

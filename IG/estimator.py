@@ -15,14 +15,16 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+import numpy as np
 
 from IG import semantics
 from IG.belief import Belief, BeliefReader
 from IG.prompts import PromptType, build_prompt
-from IG.sampler import AnswerSampler, SamplingError, SamplingOptions
-from IG.semantics import FloatArray, GainKind, ScoreKind
+from IG.sampler import AnswerSampler, PoisonedError, SamplingError, SamplingOptions
+from IG.semantics import GainKind, ScoreKind
 from IG.sharing import (
     JudgementError,
     ModelIdentity,
@@ -132,6 +134,21 @@ class _Plan:
     """Prompt without the context."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """What the queries of one request have in common."""
+
+    full: bool
+    work: Work = field(default_factory=Work)
+    prompts: set[str] = field(default_factory=set)
+    reported: set[str] = field(default_factory=set)
+    """Failures that the log has a trace of."""
+
+
+class _InvalidQueryError(ValueError):
+    """Nothing can be measured of this query."""
+
+
 class GainEstimator:
     """Measures gains; what its requests have in common is done once."""
 
@@ -164,104 +181,97 @@ class GainEstimator:
         Cancelling it cancels whatever nobody else waits for.
         """
         loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
-        work = Work(items=len(queries))
-        prompts: set[str] = set()
+        deadline = math.inf if timeout_s is None else loop.time() + timeout_s
+        request = _Request(full=details or self._options.gain is GainKind.entropy)
         tasks: list[asyncio.Task[GainEstimate | GainFailure]] = []
         try:
             for query in queries:
+                tasks.append(loop.create_task(self._outcome(query, request=request)))
                 if len(tasks) % _STARTED_TOGETHER == 0:
                     await asyncio.sleep(0)
-                tasks.append(
-                    loop.create_task(self._outcome(query, details=details, work=work, prompts=prompts))
-                )
             if tasks:
-                await asyncio.wait(tasks, timeout=None if deadline is None else deadline - loop.time())
+                await asyncio.wait(tasks, timeout=None if timeout_s is None else deadline - loop.time())
         finally:
             late = [task for task in tasks if task.cancel()]
         if late:
             await asyncio.wait(late)
-        work.distinct_prompts = len(prompts)
         failure = GainFailure(kind=FailureKind.deadline, reason=f"deadline: not done within {timeout_s} s")
-        return Estimates(
-            outcomes=[failure if task.cancelled() else task.result() for task in tasks], work=work
-        )
+        outcomes = [failure if task.cancelled() else task.result() for task in tasks]
+        request.work.items = len(queries)
+        request.work.distinct_prompts = len(request.prompts)
+        return Estimates(outcomes=outcomes, work=request.work)
 
-    async def _outcome(
-        self, query: GainQuery, *, details: bool, work: Work, prompts: set[str]
-    ) -> GainEstimate | GainFailure:
+    async def _outcome(self, query: GainQuery, *, request: _Request) -> GainEstimate | GainFailure:
         try:
-            plan = self._plan(query)
-        except ValueError as error:
+            return await self._measure(self._plan(query, request=request), request=request)
+        except _InvalidQueryError as error:
             return GainFailure(kind=FailureKind.invalid, reason=str(error))
-        prompts |= {plan.prompt, plan.baseline}
-        work.conditions += 2
-        work.baselines += 1
-        try:
-            return await self._measure(
-                plan, full=details or self._options.gain is GainKind.entropy, work=work
-            )
+        except PoisonedError as error:
+            return GainFailure(kind=FailureKind.poisoned, reason=str(error))
         except SamplingError as error:
             return GainFailure(kind=FailureKind.sampling, reason=str(error))
         except JudgementError as error:
             return GainFailure(kind=FailureKind.entailment, reason=str(error))
         except Exception as error:  # one query must not take its neighbours with it
-            logger.exception("information gain failed for the question %r", query.question)
-            return GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in request.reported:  # many may fail by the same cause
+                request.reported.add(reason)
+                logger.exception("information gain failed for the question %r", query.question)
+            return GainFailure(kind=FailureKind.internal, reason=reason)
 
-    def _plan(self, query: GainQuery) -> _Plan:
-        """Raises ValueError for a query that nothing can be measured of."""
+    def _plan(self, query: GainQuery, *, request: _Request) -> _Plan:
+        """Raises _InvalidQueryError."""
         golds = tuple(gold.strip() for gold in query.golds if gold.strip())
         if not query.question.strip():
-            raise ValueError("the question is empty, expected the text of a question")
+            raise _InvalidQueryError("the question is empty, expected the text of a question")
         if not golds and self._options.gain is not GainKind.entropy:
-            raise ValueError(
+            raise _InvalidQueryError(
                 "answers holds no text, expected at least one accepted answer "
                 "(only --gain entropy does without)"
             )
-        return _Plan(
-            question=query.question,
-            golds=golds,
-            prompt=self._prompt(query.question, context=query.context),
-            baseline=self._prompt(query.question, context=""),
-        )
+        prompt = self._prompt(query.question, context=query.context)
+        baseline = self._prompt(query.question, context="")
+        request.prompts |= {prompt, baseline}
+        request.work.conditions += 2
+        request.work.baselines += 1
+        return _Plan(question=query.question, golds=golds, prompt=prompt, baseline=baseline)
 
-    async def _measure(self, plan: _Plan, *, full: bool, work: Work) -> GainEstimate:
+    async def _measure(self, plan: _Plan, *, request: _Request) -> GainEstimate:
         if plan.prompt == plan.baseline:
-            no_context = await self._believe(plan, prompt=plan.baseline, full=full, work=work)
+            no_context = await self._believe(plan, prompt=plan.baseline, request=request)
             again = Source.cached if no_context.source is Source.cached else Source.joined
-            self._count(plan, source=again, num_answers=len(no_context.answers), work=work)
+            self._count(plan, source=again, num_answers=len(no_context.answers), work=request.work)
             return self._compare(replace(no_context, source=again), no_context)
         try:
             async with asyncio.TaskGroup() as conditions:  # when one fails the other is not needed
                 before, after = (
-                    conditions.create_task(self._believe(plan, prompt=prompt, full=full, work=work))
+                    conditions.create_task(self._believe(plan, prompt=prompt, request=request))
                     for prompt in (plan.baseline, plan.prompt)
                 )
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         return self._compare(after.result(), before.result())
 
-    async def _believe(self, plan: _Plan, *, prompt: str, full: bool, work: Work) -> Belief:
+    async def _believe(self, plan: _Plan, *, prompt: str, request: _Request) -> Belief:
         answers, source = await self._samples.of(prompt)
         if prompt == plan.baseline and source is Source.sampled:
-            work.baselines_sampled += 1
-        self._count(plan, source=source, num_answers=len(answers), work=work)
+            request.work.baselines_sampled += 1
+        self._count(plan, source=source, num_answers=len(answers), work=request.work)
         return await self._reader.read(
-            answers, question=plan.question, golds=plan.golds, full=full, source=source, work=work
+            answers,
+            question=plan.question,
+            golds=plan.golds,
+            full=request.full,
+            source=source,
+            work=request.work,
         )
 
     def _compare(self, with_context: Belief, no_context: Belief) -> GainEstimate:
-        after, left_out_after = self._statistic(with_context)
-        before, left_out_before = self._statistic(no_context)
-        error_after = semantics.jackknife_error(left_out_after)
-        error_before = semantics.jackknife_error(left_out_before)
+        after, error_after = self._statistic(with_context)
+        before, error_before = self._statistic(no_context)
         same = with_context.weights is no_context.weights
-        gain = self._gain(after, before)
-        if not math.isfinite(gain):
-            raise ArithmeticError(f"the gain came out as {gain}")
         return GainEstimate(
-            gain=gain,
+            gain=self._gain(after, before),
             standard_error=0.0 if same else semantics.gain_error(error_after, error_before),
             standard_error_with_context=error_after,
             standard_error_no_context=error_before,
@@ -270,23 +280,25 @@ class GainEstimator:
         )
 
     def _gain(self, after: float, before: float) -> float:
-        """Gain from the statistic that is compared."""
         if self._options.gain is GainKind.entropy:
             return semantics.entropy_gain(after, before)
-        if self._options.gain is GainKind.difference:
-            return semantics.difference_gain(after, before)
-        return semantics.log_ratio_gain(after, before, floor=self._options.log_floor)
+        if self._options.gain is GainKind.log_ratio:
+            return semantics.log_ratio_gain(after, before)
+        return semantics.difference_gain(after, before)
 
-    def _statistic(self, belief: Belief) -> tuple[float, FloatArray]:
-        """What is compared, and the values that its standard error is made from."""
+    def _statistic(self, belief: Belief) -> tuple[float, float | None]:
+        """What conditions are compared by, and its standard error."""
         if self._options.gain is GainKind.entropy:
             assert belief.full is not None
-            return belief.full.semantic_entropy, belief.full.left_out_entropies
+            return belief.full.semantic_entropy, semantics.jackknife_error(belief.full.left_out_entropies)
         assert belief.score is not None
         assert belief.left_out_scores is not None
         if self._options.gain is GainKind.difference:
-            return belief.score, belief.left_out_scores
-        return belief.score, semantics.log_score(belief.left_out_scores, floor=self._options.log_floor)
+            return belief.score, semantics.jackknife_error(belief.left_out_scores)
+        log_score, *left_out = semantics.log_score(
+            np.asarray([belief.score, *belief.left_out_scores]), floor=self._options.log_floor
+        )
+        return float(log_score), semantics.jackknife_error(np.asarray(left_out))
 
     def _count(self, plan: _Plan, *, source: Source, num_answers: int, work: Work) -> None:
         work.prompts_sampled += source is Source.sampled

@@ -69,7 +69,8 @@ def soft_score(
     """Expected entailment with the best gold: max over golds of sum_r p_r * max over directions."""
     _require_shape(weights, response_entails_gold, gold_entails_response)
     either_direction = np.maximum(response_entails_gold, gold_entails_response)
-    expected = (weights[..., :, None] * either_direction).sum(axis=-2)  # [..., gold]
+    # Summed in the order of the weights' own sum, so that certainty is exactly 1.
+    expected = (weights[..., None, :] * np.ascontiguousarray(either_direction.T)).sum(axis=-1)  # [..., gold]
     return np.asarray(expected.max(axis=-1) / weights.sum(axis=-1), dtype=np.float64)
 
 
@@ -138,10 +139,9 @@ def log_score(score: FloatArray, *, floor: float) -> FloatArray:
     return np.asarray(np.log(np.maximum(score, floor)), dtype=np.float64)
 
 
-def log_ratio_gain(with_context: float, no_context: float, *, floor: float, limit: float = 3.0) -> float:
-    """Growth of the floored log-score, within +-limit."""
-    before, after = log_score(np.asarray([no_context, with_context]), floor=floor)
-    return float(np.clip(after - before, -limit, limit))
+def log_ratio_gain(with_context: float, no_context: float, *, limit: float = 3.0) -> float:
+    """Growth of the log-score, within +-limit."""
+    return float(np.clip(with_context - no_context, -limit, limit))
 
 
 def entropy_gain(with_context: float, no_context: float) -> float:

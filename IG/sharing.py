@@ -20,7 +20,7 @@ from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from IG.entailment import Pair
-from IG.sampler import AnswerSampler, SampledAnswer, SamplingError
+from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class SampleKey:
     def digest(self) -> bytes:
         """Stands for the key where many are kept: prompts are long."""
         options = (self.model_digest, self.num_answers, self.temperature, self.max_new_tokens, self.seed)
-        return hashlib.sha256(f"{options!r}\x00{self.prompt}".encode()).digest()
+        return hashlib.sha256(f"{options!r}\x00{self.prompt}".encode(errors="surrogatepass")).digest()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,7 +158,10 @@ class SharedJudgements:
         self._flights: dict[Pair, _Flight[dict[Pair, float | Exception]]] = {}
 
     async def of(self, pairs: Sequence[Pair], work: Work) -> dict[Pair, float]:
-        """P(premise entails hypothesis) by pair. Raises what the judge has for one of them instead."""
+        """P(premise entails hypothesis) by pair.
+
+        Raises JudgementError and PoisonedError for a pair that has none, and what the judge raises.
+        """
         found: dict[Pair, float] = {}
         fresh: list[Pair] = []
         waiting: dict[_Flight[dict[Pair, float | Exception]], list[Pair]] = {}
@@ -213,8 +216,10 @@ class SharedJudgements:
 
 
 def _probability(outcome: float | Exception) -> float:
-    if isinstance(outcome, Exception):
+    if isinstance(outcome, JudgementError | PoisonedError):
         raise outcome
+    if isinstance(outcome, Exception):
+        raise JudgementError(f"{type(outcome).__name__}: {outcome}") from outcome
     return outcome
 
 

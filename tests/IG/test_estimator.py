@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from IG.estimator import Estimates, GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
-from IG.sampler import AnswerSampler, SamplingError, SamplingOptions
+from IG.prompts import entailment_text
+from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError, SamplingOptions
 from IG.semantics import GainKind, ScoreKind
-from IG.sharing import ModelIdentity, PairJudge
-from tests.fakes import FakeAnswerSampler, FakePairJudge
+from IG.sharing import ModelIdentity, PairJudge, Source, Work
+from tests.fakes import FakeAnswerSampler, FakeEntailment, FakePairJudge
 
 
 def estimator(
@@ -38,6 +45,48 @@ def query(context: str, *, question: str = "Where?", golds: tuple[str, ...] = ("
 
 def gains(estimates: Estimates) -> list[float | None]:
     return [outcome.gain if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
+
+
+@dataclass(slots=True)
+class StoppableSampler:
+    """Answers that depend on the prompt alone, after a pause by a part of it; keeps how each ended."""
+
+    pauses_s: dict[str, float]
+    jitter: random.Random | None = None
+    stopped: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        pause = next((pause for key, pause in self.pauses_s.items() if key in prompt), 0.0)
+        try:
+            await asyncio.sleep(pause if self.jitter is None else self.jitter.random() * 0.02)
+        except asyncio.CancelledError:
+            self.stopped.append(prompt)
+            raise
+        self.finished.append(prompt)
+        rng = random.Random(prompt)
+        return tuple(
+            SampledAnswer(
+                text=rng.choice(["a", "A.", "b", "one c", ""]), mean_log_prob=-rng.random(), num_tokens=1
+            )
+            for _ in range(4)
+        )
+
+
+@dataclass(slots=True)
+class JitteryJudge:
+    """Judges as the fake model does, each call in an order and after a pause of its own."""
+
+    rng: random.Random
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+        order = list(range(len(pairs)))
+        self.rng.shuffle(order)
+        await asyncio.sleep(self.rng.random() * 0.01)
+        judged = np.empty(len(pairs))
+        judged[order] = FakeEntailment().probabilities([pairs[at] for at in order])
+        outcomes: list[float | Exception] = judged.tolist()
+        return outcomes
 
 
 BELIEVES = {
@@ -106,3 +155,207 @@ async def test_log_ratio_is_floored() -> None:
     sampler = FakeAnswerSampler({"good": ["Bolton"], "Where": ["York"]})
     estimates = await estimator(sampler, gain=GainKind.log_ratio).estimate([query("good")], details=False)
     assert gains(estimates) == [3.0]
+
+
+async def test_the_work_is_counted() -> None:
+    """Two questions; four answers a condition, of which the baseline has four kinds and the passage two."""
+    shared = estimator(FakeAnswerSampler(BELIEVES))
+    queries = [query("a good passage"), query("a good passage"), query(""), query("", question=" ")]
+    work = (await shared.estimate(queries, details=False)).work
+    assert work == Work(
+        items=4,
+        conditions=6,
+        distinct_prompts=2,
+        prompts_sampled=2,
+        prompts_joined=4,
+        baselines=3,
+        baselines_sampled=1,
+        answers_sampled=8,
+        pairs_naive=6 * (4 * 3 + 2 * 4 * 1),
+        # York, Hull and Leeds against Bolton, one way, for three baselines; Leeds for two passages; and the
+        # answer that is the gold, both ways, for all of them. The blank context is read with its baseline.
+        pairs_judged=3,
+        pairs_shared=3 * 3 + 2 - 3,
+        pairs_equal=5 * 2,
+    )
+    again = (await shared.estimate(queries, details=False)).work
+    assert (again.prompts_cached, again.prompts_sampled, again.baselines_sampled) == (6, 0, 0)
+    assert (again.answers_sampled, again.pairs_judged, again.pairs_naive) == (0, 0, work.pairs_naive)
+
+
+@pytest.mark.parametrize(
+    ("score", "gain", "naive"),
+    [
+        (ScoreKind.hard, GainKind.difference, 2 * (4 * 3 + 2 * 4 * 2)),
+        (ScoreKind.soft, GainKind.difference, 2 * (2 * 4 * 2)),
+        (ScoreKind.soft, GainKind.entropy, 2 * (4 * 3 + 2 * 4 * 2)),
+    ],
+)
+async def test_a_straightforward_reading_judges_that_many_pairs(
+    score: ScoreKind, gain: GainKind, naive: int
+) -> None:
+    shared = estimator(FakeAnswerSampler(BELIEVES), score=score, gain=gain)
+    estimates = await shared.estimate([query("good passage", golds=("Bolton", "Hull"))], details=True)
+    assert estimates.work.pairs_naive == naive
+    assert estimates.work.pairs_judged <= naive
+
+
+async def test_the_source_of_each_condition_is_told() -> None:
+    shared = estimator(FakeAnswerSampler(BELIEVES))
+
+    async def sources(*queries: GainQuery) -> list[tuple[Source, Source]]:
+        outcomes = (await shared.estimate(queries, details=False)).outcomes
+        assert all(isinstance(outcome, GainEstimate) for outcome in outcomes)
+        return [(o.with_context.source, o.no_context.source) for o in outcomes]  # type: ignore[union-attr]
+
+    sampled, joined, cached = Source.sampled, Source.joined, Source.cached
+    first = await sources(query("a good passage"), query("other"), query(""))
+    assert first == [(sampled, joined), (sampled, joined), (joined, sampled)]
+    assert await sources(query("third"), query("")) == [(sampled, cached), (cached, cached)]
+    assert await sources(query("", question="New?")) == [(joined, sampled)]
+
+
+@pytest.mark.parametrize("gain", list(GainKind))
+async def test_a_gain_has_a_standard_error_but_for_one_sample(gain: GainKind) -> None:
+    """By hand: of four equal weights, one correct without and three with the context."""
+    shared = estimator(FakeAnswerSampler(BELIEVES), gain=gain)
+    (outcome,) = (await shared.estimate([query("good passage")], details=False)).outcomes
+    assert isinstance(outcome, GainEstimate)
+    values = {  # left out: a right answer once (thrice), a wrong one thrice (once)
+        GainKind.difference: ([2 / 3] * 3 + [1.0], [0.0] + [1 / 3] * 3),
+        GainKind.log_ratio: ([math.log(2 / 3)] * 3 + [0.0], [math.log(0.01)] + [math.log(1 / 3)] * 3),
+        GainKind.entropy: (
+            [-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3)] * 3 + [0.0],
+            [math.log(3)] * 4,
+        ),
+    }[gain]
+    expected = [
+        math.sqrt(3 / 4 * sum((value - sum(left_out) / 4) ** 2 for value in left_out)) for left_out in values
+    ]
+    assert outcome.standard_error_with_context == pytest.approx(expected[0])
+    assert outcome.standard_error_no_context == pytest.approx(expected[1])
+    assert outcome.standard_error == pytest.approx(math.hypot(*expected))
+
+    alone = estimator(FakeAnswerSampler({}, default=["Bolton"]), gain=gain)
+    one, blank = (await alone.estimate([query("passage"), query(" ")], details=True)).outcomes
+    assert isinstance(one, GainEstimate)
+    assert isinstance(blank, GainEstimate)
+    assert (one.standard_error, one.standard_error_with_context) == (None, None)
+    assert (blank.gain, blank.standard_error, blank.standard_error_no_context) == (0.0, 0.0, None)
+
+
+async def test_every_failure_says_its_kind() -> None:
+    sampler = FakeAnswerSampler(
+        {"long": SamplingError("too long"), "poison": PoisonedError("two workers"), "bug": KeyError("bug")}
+        | BELIEVES
+    )
+    pair = (entailment_text("Broken?", "York"), entailment_text("Broken?", "Bolton"))
+    judge = FakePairJudge(FakeEntailment(pairs={pair: math.nan, pair[::-1]: math.nan}))
+    queries = [
+        query("good passage"),
+        query("x", question=" "),
+        query("long"),
+        query("poison"),
+        query("bug"),
+        query("York", question="Broken?"),
+    ]
+    sampler.default = ["York"]
+    estimates = await estimator(sampler, judge).estimate(queries, details=False)
+    kinds = [None if isinstance(o, GainEstimate) else o.kind for o in estimates.outcomes]
+    assert kinds == [None, "invalid", "sampling", "poisoned", "internal", "entailment"]
+
+
+async def test_many_failures_of_one_cause_leave_one_trace(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = FakeAnswerSampler({"Where": RuntimeError("no worker is left")})
+    await estimator(sampler).estimate([query(str(number)) for number in range(50)], details=False)
+    assert len(caplog.records) == 1
+
+
+async def test_a_failing_baseline_fails_the_items_of_its_question_and_stops_their_other_half() -> None:
+    class Sampler(FakeAnswerSampler):
+        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+            if "Context" not in prompt and "Bad?" in prompt:
+                raise SamplingError("no baseline")
+            if "Context" in prompt and "Bad?" in prompt:
+                await asyncio.sleep(3600)
+            return await FakeAnswerSampler.sample(self, prompt)
+
+    queries = [query("a", question="Bad?"), query("a good passage"), query("b", question="Bad?")]
+    async with asyncio.timeout(5):
+        estimates = await estimator(Sampler(BELIEVES)).estimate(queries, details=False)
+    assert gains(estimates) == [None, pytest.approx(0.5), None]
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_is_not_done_at_the_deadline_is_late_and_is_cancelled() -> None:
+    sampler = StoppableSampler({"slow": 3600.0})
+    shared = estimator(sampler)
+    queries = [query("quick"), query("slow"), query("quick", question="Slow slow?")]
+    estimates = await shared.estimate(queries, details=False, timeout_s=0.1)
+    assert gains(estimates) == [0.0, None, None]
+    for late in estimates.outcomes[1:]:
+        assert isinstance(late, GainFailure)
+        assert (late.kind, late.reason) == ("deadline", "deadline: not done within 0.1 s")
+    await asyncio.sleep(0.01)
+    assert len(sampler.stopped) == 3, "the slow passage and both conditions of the slow question"
+    assert (estimates.work.prompts_sampled, estimates.work.prompts_joined) == (2, 1), "what is late has none"
+    assert gains(await shared.estimate(queries[:1], details=False, timeout_s=0.1)) == [0.0]
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_caller_who_goes_away_stops_what_nobody_else_waits_for() -> None:
+    sampler = StoppableSampler({"slow": 3600.0, "Where": 0.1})
+    shared = estimator(sampler)
+    gone = asyncio.create_task(shared.estimate([query("slow"), query("quick")], details=False))
+    await asyncio.sleep(0.02)
+    stays = asyncio.create_task(shared.estimate([query("quick")], details=False))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    estimates = await stays
+    assert gains(estimates) == [0.0]
+    assert estimates.work.prompts_joined == 2
+    assert [("slow" in prompt) for prompt in sampler.stopped] == [True]
+
+
+async def test_nothing_is_asked_and_nothing_is_late() -> None:
+    estimates = await estimator(FakeAnswerSampler({})).estimate([], details=True, timeout_s=0.0)
+    assert estimates.outcomes == []
+    assert estimates.work == Work()
+
+
+async def test_200_requests_that_come_and_go_get_the_serial_gains_from_one_baseline_a_question() -> None:
+    rng = random.Random(0)
+    questions = [f"Question {number}?" for number in range(12)]
+    pool = [
+        query(rng.choice(["", "one", "two", f"text {number}"]), question=question, golds=("a", "word b"))
+        for question in questions
+        for number in range(6)
+    ]
+    serial = estimator(StoppableSampler({}))
+    expected = {one: gains(await serial.estimate([one], details=False))[0] for one in pool}
+    assert len(set(expected.values())) > 3
+
+    sampler = StoppableSampler({}, jitter=rng)
+    shared = estimator(sampler, JitteryJudge(rng), cache_size=1000)
+
+    async def ask() -> int:
+        await asyncio.sleep(rng.random() * 0.2)
+        asked = rng.sample(pool, k=rng.randint(1, 10))
+        request = asyncio.create_task(shared.estimate(asked, details=rng.random() < 0.3))
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.02)
+            request.cancel()
+        try:
+            estimates = await request
+        except asyncio.CancelledError:
+            return 0
+        assert gains(estimates) == [expected[one] for one in asked]
+        return estimates.work.baselines_sampled
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(ask() for _ in range(200)))
+    baselines = Counter(prompt for prompt in sampler.finished if "Context" not in prompt)
+    assert set(baselines.values()) == {1}, "a baseline was sampled to its end more than once"
+    assert len(asyncio.all_tasks()) == 1

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -34,6 +36,11 @@ def hard_reading(
     return float(score), float(semantics.semantic_entropy(weights, clusters))
 
 
+def log_ratio(with_context: float, no_context: float) -> float:
+    before, after = semantics.log_score(np.asarray([no_context, with_context]), floor=0.01)
+    return semantics.log_ratio_gain(after, before)
+
+
 def test_worked_example_of_the_hard_score_and_its_three_gains() -> None:
     with_context, entropy_with = hard_reading([-0.2, -0.5, -0.3, -1.2, -2.0], [(0, 1), (1, 2)], match=0)
     no_context, entropy_without = hard_reading([-1.0, -1.0, -1.5, -0.8, -2.5], [(0, 3)], match=1)
@@ -42,7 +49,7 @@ def test_worked_example_of_the_hard_score_and_its_three_gains() -> None:
     assert entropy_with == pytest.approx(0.556108, abs=TOLERANCE)
     assert entropy_without == pytest.approx(1.118799, abs=TOLERANCE)
     assert semantics.difference_gain(with_context, no_context) == pytest.approx(0.585424, abs=TOLERANCE)
-    assert semantics.log_ratio_gain(with_context, no_context, floor=0.01) == pytest.approx(1.215384, abs=2e-6)
+    assert log_ratio(with_context, no_context) == pytest.approx(1.215384, abs=2e-6)
     assert semantics.entropy_gain(entropy_with, entropy_without) == pytest.approx(0.562691, abs=TOLERANCE)
 
 
@@ -83,9 +90,9 @@ def test_soft_score_refuses_exchanged_axes() -> None:
 
 
 def test_a_gain_from_nothing_is_floored_and_clipped() -> None:
-    assert semantics.log_ratio_gain(0.5, 0.0, floor=0.01) == 3.0
-    assert semantics.log_ratio_gain(0.0, 0.0, floor=0.01) == 0.0
-    assert semantics.log_ratio_gain(0.0, 0.1, floor=0.01) == pytest.approx(math.log(0.1))
+    assert log_ratio(0.5, 0.0) == 3.0
+    assert log_ratio(0.0, 0.0) == 0.0
+    assert log_ratio(0.0, 0.1) == pytest.approx(math.log(0.1))
 
 
 @pytest.mark.parametrize("values", [[], [0.0, math.nan], [-math.inf]])
@@ -162,3 +169,119 @@ def test_formulas_and_fakes_need_numpy_alone(module: str, ours: list[str]) -> No
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert printed.strip() == str(ours)
+
+
+def left_out_by_hand(
+    mean_log_probs: list[float], read: Callable[[np.ndarray, list[int]], float]
+) -> list[float]:
+    """A statistic of (weights, which samples they belong to) with each sample left out, one by one."""
+    size = len(mean_log_probs)
+    values = []
+    for out in range(size):
+        kept = [at for at in range(size) if at != out]
+        values.append(read(semantics.sample_weights(np.asarray(mean_log_probs)[kept]), kept))
+    return values
+
+
+def error_by_hand(values: list[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    share = (len(values) - 1) / len(values)
+    return math.sqrt(share * math.fsum((value - mean) ** 2 for value in values))
+
+
+@settings(deadline=None)
+@given(graphs(), st.randoms(use_true_random=False))
+def test_jackknife_errors_are_those_of_a_plain_loop(
+    graph: tuple[list[float], list[tuple[int, int]], list[list[bool]]], random: random.Random
+) -> None:
+    mean_log_probs, pairs, matches = graph
+    size = len(mean_log_probs)
+    if size == 1:
+        return
+    rng = np.random.default_rng(random.randint(0, 2**32))
+    forward, backward = rng.uniform(size=(2, *np.shape(matches)))
+    clusters = semantics.connected_components(adjacency(size, pairs))
+    correct = semantics.correct_responses(clusters, np.asarray(matches))
+
+    def hard(weights: np.ndarray, kept: list[int]) -> float:
+        return float(sum(weights[correct[kept]]))
+
+    def soft(weights: np.ndarray, kept: list[int]) -> float:
+        best = np.maximum(forward, backward)[kept]
+        return float(max(sum(weights * best[:, gold]) for gold in range(best.shape[1])))
+
+    def entropy(weights: np.ndarray, kept: list[int]) -> float:
+        masses = [sum(weights[clusters[kept] == cluster]) for cluster in set(clusters[kept].tolist())]
+        return -sum(float(mass * np.log(mass)) for mass in masses if mass > 0)
+
+    left_out = semantics.leave_one_out_weights(np.asarray(mean_log_probs))
+    soft_scores = semantics.soft_score(
+        left_out, response_entails_gold=forward, gold_entails_response=backward
+    )
+    for ours, plain in [
+        (semantics.hard_score(left_out, correct=correct), hard),
+        (soft_scores, soft),
+        (semantics.semantic_entropy(left_out, clusters), entropy),
+    ]:
+        expected = left_out_by_hand(mean_log_probs, plain)
+        assert ours == pytest.approx(expected, abs=1e-9)
+        assert semantics.jackknife_error(ours) == pytest.approx(error_by_hand(expected), abs=1e-7)
+
+
+def test_one_sample_has_no_error_and_samples_that_agree_have_none_to_speak_of() -> None:
+    alone = semantics.leave_one_out_weights(np.asarray([-1.0]))
+    assert alone.shape == (0, 1)
+    assert semantics.jackknife_error(semantics.hard_score(alone, correct=np.asarray([True]))) is None
+    likely = np.asarray([-0.1, -1.3, -0.7, -900.0])
+    agreeing = semantics.leave_one_out_weights(likely)
+    assert semantics.jackknife_error(semantics.hard_score(agreeing, correct=np.full(4, True))) == 0.0
+    assert semantics.jackknife_error(semantics.semantic_entropy(agreeing, np.zeros(4, dtype=np.int64))) == 0.0
+    assert semantics.gain_error(None, 0.1) is None
+    assert semantics.gain_error(0.3, 0.4) == pytest.approx(0.5)
+
+
+def test_scores_stay_within_their_bounds_to_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    for size in range(1, 40):
+        weights = semantics.sample_weights(rng.normal(size=size))
+        ones = np.ones((size, 2))
+        assert semantics.hard_score(weights, correct=np.full(size, True)) == 1.0
+        assert semantics.soft_score(weights, response_entails_gold=ones, gold_entails_response=ones) == 1.0
+        entropy = semantics.semantic_entropy(weights, np.zeros(size, dtype=np.int64))
+        assert math.copysign(1.0, entropy) == 1.0
+        assert entropy == 0.0
+
+
+@pytest.mark.parametrize("gain", ["difference", "log_ratio", "entropy"])
+def test_the_jackknife_error_is_the_spread_of_many_draws(gain: str) -> None:
+    """Four answers of different likelihood, two of them right; 60 samples, drawn 400 times."""
+    rng = np.random.default_rng(1)
+    means = np.asarray([-0.3, -0.9, -0.5, -1.5])
+    values, errors = [], []
+    for _ in range(400):
+        drawn = rng.choice(4, size=60, p=[0.4, 0.2, 0.3, 0.1])
+        likely = means[drawn] + rng.normal(scale=0.2, size=60)
+        cases = np.vstack([semantics.sample_weights(likely), semantics.leave_one_out_weights(likely)])
+        if gain == "entropy":
+            statistic = semantics.semantic_entropy(cases, drawn)
+        else:
+            statistic = semantics.hard_score(cases, correct=drawn < 2)
+        if gain == "log_ratio":
+            statistic = semantics.log_score(statistic, floor=0.01)
+        values.append(float(statistic[0]))
+        errors.append(semantics.jackknife_error(statistic[1:]))
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
+def test_differences_and_drops_of_entropy_telescope_and_log_ratios_do_inside_their_limits(
+    scores: list[float],
+) -> None:
+    steps = list(itertools.pairwise(scores))
+    for gain in (semantics.difference_gain, semantics.entropy_gain):
+        total = math.fsum(gain(after, before) for before, after in steps)
+        assert total == pytest.approx(gain(scores[-1], scores[0]), abs=1e-12)
+    logs = semantics.log_score(np.asarray([0.1 + 0.9 * score for score in scores]), floor=0.01).tolist()
+    total = math.fsum(semantics.log_ratio_gain(after, before) for before, after in itertools.pairwise(logs))
+    assert total == pytest.approx(semantics.log_ratio_gain(logs[-1], logs[0]), abs=1e-12)

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from IG.sampler import PoisonedError, SampledAnswer, SamplingError
+from IG.sharing import JudgementError, SampleKey, SharedJudgements, SharedSamples, Source, Work
+
+KEY = SampleKey(model_digest="m", prompt="p", num_answers=2, temperature=1.0, max_new_tokens=8, seed=0)
+
+
+@dataclass(slots=True)
+class GatedSampler:
+    """Answers with the prompt when its gate opens; keeps who started, ended and was cancelled."""
+
+    failure: BaseException | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    started: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        self.started.append(prompt)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(prompt)
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return (SampledAnswer(text=prompt, mean_log_prob=-1.0, num_tokens=1),)
+
+
+@dataclass(slots=True)
+class GatedJudge:
+    """P is 0.5 but for `odd` pairs; one gate for all calls."""
+
+    odd: dict[tuple[str, str], float | Exception] = field(default_factory=dict)
+    failure: BaseException | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: list[list[tuple[str, str]]] = field(default_factory=list)
+    cancelled: int = 0
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+        self.calls.append(list(pairs))
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return [self.odd.get(pair, 0.5) for pair in pairs]
+
+
+def shared(sampler: GatedSampler, *, size: int = 100) -> SharedSamples:
+    return SharedSamples(sampler, key_of=lambda prompt: replace(KEY, prompt=prompt), size=size)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, model_digest="n"),
+        replace(KEY, prompt="q"),
+        replace(KEY, num_answers=3),
+        replace(KEY, temperature=0.5),
+        replace(KEY, max_new_tokens=9),
+        replace(KEY, seed=1),
+    ],
+)
+def test_everything_that_samples_depend_on_is_in_the_key(other: SampleKey) -> None:
+    assert other.digest != KEY.digest
+    assert replace(other).digest == other.digest
+
+
+def test_half_a_character_has_a_key() -> None:
+    assert replace(KEY, prompt="\ud800").digest != replace(KEY, prompt="\ud801").digest
+
+
+async def test_samples_come_from_one_flight_and_then_from_the_cache() -> None:
+    sampler = GatedSampler()
+    samples = shared(sampler)
+    waiting = [asyncio.create_task(samples.of("a")) for _ in range(3)]
+    await settle()
+    sampler.gate.set()
+    found = await asyncio.gather(*waiting, samples.of("a"))
+    assert [source for _, source in found] == [Source.sampled, Source.joined, Source.joined, Source.joined]
+    assert (await samples.of("a"))[1] is Source.cached
+    assert sampler.started == ["a"]
+
+
+async def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for_longest() -> None:
+    sampler = GatedSampler()
+    sampler.gate.set()
+    samples = shared(sampler, size=2)
+    for prompt in "abacab":
+        await samples.of(prompt)
+    assert sampler.started == ["a", "b", "c", "b"]
+
+
+async def test_work_under_way_is_never_doubled_however_small_the_cache() -> None:
+    sampler = GatedSampler()
+    samples = shared(sampler, size=1)
+    waiting = [asyncio.create_task(samples.of(prompt)) for prompt in "abcabc"]
+    await settle()
+    sampler.gate.set()
+    await asyncio.gather(*waiting)
+    assert sampler.started == ["a", "b", "c"]
+
+
+async def test_nothing_is_kept_by_a_cache_of_size_0() -> None:
+    sampler = GatedSampler()
+    sampler.gate.set()
+    samples = shared(sampler, size=0)
+    assert [(await samples.of("a"))[1] for _ in range(2)] == [Source.sampled, Source.sampled]
+
+
+async def test_a_waiter_who_goes_away_does_not_hurt_the_others_and_the_last_one_ends_the_work() -> None:
+    sampler = GatedSampler()
+    samples = shared(sampler)
+    first, second = (asyncio.create_task(samples.of("a")) for _ in range(2))
+    await settle()
+    first.cancel()  # the one that started it
+    await settle()
+    assert sampler.cancelled == []
+    sampler.gate.set()
+    assert (await second)[1] is Source.joined
+    assert first.cancelled()
+
+    sampler.gate.clear()
+    alone = [asyncio.create_task(samples.of("b")) for _ in range(2)]
+    await settle()
+    for waiter in alone:
+        waiter.cancel()
+    await settle()
+    assert sampler.cancelled == ["b"]
+    sampler.gate.set()
+    assert (await samples.of("b"))[1] is Source.sampled
+
+
+async def test_who_comes_while_abandoned_work_still_winds_down_starts_anew() -> None:
+    class Stubborn(GatedSampler):
+        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+            try:
+                return await GatedSampler.sample(self, prompt)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.05)
+                raise
+
+    sampler = Stubborn()
+    samples = shared(sampler)
+    gone = asyncio.create_task(samples.of("a"))
+    await settle()
+    gone.cancel()
+    await settle()
+    again = asyncio.create_task(samples.of("a"))
+    await asyncio.sleep(0.1)
+    sampler.gate.set()
+    async with asyncio.timeout(1):
+        assert (await again)[1] is Source.sampled
+    assert (await samples.of("a"))[1] is Source.cached
+
+
+@pytest.mark.parametrize("failure", [SamplingError("too long"), RuntimeError("boom")])
+async def test_a_failure_reaches_all_who_wait_and_is_not_kept(failure: Exception) -> None:
+    sampler = GatedSampler(failure=failure)
+    samples = shared(sampler)
+    waiting = [asyncio.create_task(samples.of("a")) for _ in range(2)]
+    await settle()
+    sampler.gate.set()
+    for error in await asyncio.gather(*waiting, return_exceptions=True):
+        assert error is failure
+    sampler.failure = None
+    assert (await samples.of("a"))[1] is Source.sampled
+
+
+async def test_a_sampler_that_stops_by_itself_is_a_failure_and_no_cancellation() -> None:
+    sampler = GatedSampler(failure=asyncio.CancelledError())
+    judge = GatedJudge(failure=asyncio.CancelledError())
+    sampler.gate.set()
+    judge.gate.set()
+    with pytest.raises(RuntimeError, match="stopped before it was done"):
+        await shared(sampler).of("a")
+    with pytest.raises(RuntimeError, match="stopped before it was done"):
+        await SharedJudgements(judge, size=9).of([("a", "b")], Work())
+
+
+@pytest.mark.parametrize("mean_log_prob", [float("nan"), float("-inf"), None])
+async def test_samples_without_a_likelihood_are_a_failure(mean_log_prob: float | None) -> None:
+    class Broken:
+        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+            if mean_log_prob is None:
+                return ()
+            return (SampledAnswer(text="a", mean_log_prob=mean_log_prob, num_tokens=1),)
+
+    samples = SharedSamples(Broken(), key_of=lambda prompt: replace(KEY, prompt=prompt), size=9)
+    with pytest.raises(SamplingError, match="expected finite numbers"):
+        await samples.of("a")
+
+
+async def test_pairs_are_judged_once_and_counted() -> None:
+    judge = GatedJudge()
+    judgements = SharedJudgements(judge, size=100)
+    one, two = Work(), Work()
+    first = asyncio.create_task(judgements.of([("a", "b"), ("c", "d"), ("a", "b")], one))
+    await settle()
+    second = asyncio.create_task(judgements.of([("c", "d"), ("b", "a")], two))
+    await settle()
+    judge.gate.set()
+    assert await first == {("a", "b"): 0.5, ("c", "d"): 0.5}
+    assert await second == {("c", "d"): 0.5, ("b", "a"): 0.5}
+    assert judge.calls == [[("a", "b"), ("c", "d")], [("b", "a")]]
+    assert (one.pairs_judged, one.pairs_shared) == (2, 1)
+    assert (two.pairs_judged, two.pairs_shared) == (1, 1)
+    assert await judgements.of([("b", "a"), ("a", "b")], two) == {("b", "a"): 0.5, ("a", "b"): 0.5}
+    assert (two.pairs_judged, two.pairs_shared) == (1, 3)
+
+
+async def test_the_last_who_waits_for_a_call_ends_it() -> None:
+    judge = GatedJudge()
+    judgements = SharedJudgements(judge, size=100)
+    first = asyncio.create_task(judgements.of([("a", "b"), ("c", "d")], Work()))
+    await settle()
+    second = asyncio.create_task(judgements.of([("c", "d"), ("e", "f")], Work()))
+    await settle()
+    first.cancel()
+    await settle()
+    assert judge.cancelled == 0
+    second.cancel()
+    await settle()
+    assert judge.cancelled == 2
+    judge.gate.set()
+    assert await judgements.of([("a", "b")], Work()) == {("a", "b"): 0.5}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (float("nan"), JudgementError),
+        (float("inf"), JudgementError),
+        (1.5, JudgementError),
+        (RuntimeError("out of memory"), JudgementError),
+        (PoisonedError("two workers"), PoisonedError),
+    ],
+)
+async def test_a_pair_without_a_probability_fails_only_those_who_asked_for_it(
+    outcome: float | Exception, expected: type[Exception]
+) -> None:
+    judge = GatedJudge(odd={("a", "b"): outcome})
+    judge.gate.set()
+    judgements = SharedJudgements(judge, size=100)
+    bad, good = await asyncio.gather(
+        judgements.of([("a", "b"), ("c", "d")], Work()),
+        judgements.of([("c", "d")], Work()),
+        return_exceptions=True,
+    )
+    assert type(bad) is expected
+    assert good == {("c", "d"): 0.5}
+    judge.odd.clear()
+    assert await judgements.of([("a", "b")], Work()) == {("a", "b"): 0.5}, "a failure was kept"
+
+
+async def test_a_judge_that_fails_as_a_whole_or_loses_pairs_is_an_error() -> None:
+    class Short(GatedJudge):
+        async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+            return [0.5]
+
+    with pytest.raises(JudgementError, match="1 judgements came back for 2 pairs"):
+        await SharedJudgements(Short(), size=9).of([("a", "b"), ("c", "d")], Work())
+    broken = GatedJudge(failure=RuntimeError("no worker"))
+    broken.gate.set()
+    with pytest.raises(RuntimeError, match="no worker"):
+        await SharedJudgements(broken, size=9).of([("a", "b")], Work())
+
+
+async def test_failures_that_nobody_waits_for_any_more_leave_no_warning() -> None:
+    class Spiteful(GatedSampler):
+        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+            try:
+                return await GatedSampler.sample(self, prompt)
+            except asyncio.CancelledError:
+                raise RuntimeError("cannot be stopped") from None
+
+    warnings: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: warnings.append(context))
+    gone = asyncio.create_task(shared(Spiteful()).of("a"))
+    await settle()
+    gone.cancel()
+    await settle()
+    del gone
+    assert warnings == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_any_coming_and_going_gives_everyone_the_right_answer_and_leaves_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    running: Counter[str] = Counter()
+    pause: Callable[[], float] = lambda: rng.random() * 0.01  # noqa: E731
+
+    @dataclass(slots=True)
+    class Slow:
+        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+            running[prompt] += 1
+            assert running[prompt] == 1, "sampled twice at once"
+            try:
+                await asyncio.sleep(pause())
+            finally:
+                running[prompt] -= 1
+            return (SampledAnswer(text=prompt, mean_log_prob=-1.0, num_tokens=1),)
+
+        async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+            await asyncio.sleep(pause())
+            return [float(f"0.{premise}{hypothesis}") for premise, hypothesis in pairs]
+
+    samples = SharedSamples(Slow(), key_of=lambda prompt: replace(KEY, prompt=prompt), size=3)
+    judgements = SharedJudgements(Slow(), size=10)
+
+    async def ask() -> None:
+        await asyncio.sleep(pause())
+        prompt = str(rng.randrange(6))
+        answers, _ = await samples.of(prompt)
+        assert answers[0].text == prompt
+        pairs = [(str(rng.randrange(6)), str(rng.randrange(6))) for _ in range(rng.randint(1, 8))]
+        assert await judgements.of(pairs, Work()) == {(a, b): float(f"0.{a}{b}") for a, b in pairs}
+
+    async def impatient() -> None:
+        try:
+            async with asyncio.timeout(pause()):
+                await ask()
+        except TimeoutError:
+            pass
+
+    async with asyncio.timeout(20):
+        outcomes = await asyncio.gather(
+            *(rng.choice([ask, impatient])() for _ in range(200)), return_exceptions=True
+        )
+    assert outcomes == [None] * 200
+    await asyncio.sleep(0.02)
+    assert not +running
+    assert not samples._flights
+    assert not judgements._flights
+    assert len(asyncio.all_tasks()) == 1
