@@ -1,96 +1,73 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, fields
 
-import httpx
 import numpy as np
-import psutil
 import pytest
-import uvicorn
 
-from IG.belief import Belief, BeliefReader, FullReading
-from IG.entailment import EntailmentQueue
-from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
-from IG.semantics import ScoreKind
-from IG.service.IG_server import build_response, create_app, main
-from tests.fakes import FakeAnswerSampler, FakeEntailment
-
-GOOD = {"question": "Where?", "context": "a good passage", "answers": ["Bolton"]}
-ANSWERS: Mapping[str, Sequence[str] | Exception] = {
-    "good": ["Bolton", "Bolton", "Leeds", "Bolton"],
-    "poison": RuntimeError("boom"),
-    "Where": ["Bolton", "York", "Hull", "Leeds"],
-}
+from IG.belief import Belief, FullReading
+from IG.estimator import GainEstimate, Work
+from IG.service import IG_server
+from IG.service.IG_server import package_version
+from IG.service.rendering import detail_of
+from IG.service.schema import WorkDetail
+from IG.sharing import Source
+from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 
-@dataclass(slots=True)
-class FakeBackend:
-    """The real estimator over fake models."""
+def test_matrices_are_flat_and_row_by_row() -> None:
+    forward = np.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    full = FullReading(
+        response_entails_gold=forward,
+        gold_entails_response=(forward + 0.5).T,
+        clusters=np.asarray([0, 1]),
+        semantic_entropy=0.5,
+        left_out_entropies=np.asarray([0.5, 0.5]),
+    )
+    belief = Belief(
+        answers=(),
+        weights=np.asarray([0.5, 0.5]),
+        score=0.0,
+        left_out_scores=None,
+        source=Source.sampled,
+        full=full,
+    )
+    detail = detail_of(
+        GainEstimate(
+            gain=0.0,
+            standard_error=0.3,
+            standard_error_with_context=0.1,
+            standard_error_no_context=0.2,
+            with_context=belief,
+            no_context=belief,
+        )
+    )
+    entailment = detail.entailment_with_context
+    assert (entailment.n_responses, entailment.n_answers) == (2, 3)
+    assert entailment.resp_entails_ans == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert entailment.ans_entails_resp == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
+    assert (detail.standard_error_with_context, detail.standard_error_no_context) == (0.1, 0.2)
+    assert detail.gain_standard_error == 0.3
 
-    pause_s: float = 0.0
-    device: str = "cpu"
-    failure: str | None = None
-    closed: bool = False
-    running: int = 0
-    most: int = 0
-    estimator: GainEstimator = field(init=False)
 
-    def __post_init__(self) -> None:
-        reader = BeliefReader(EntailmentQueue(FakeEntailment()), score=ScoreKind.hard, threshold=0.5)
-        self.estimator = GainEstimator(FakeAnswerSampler(ANSWERS), reader=reader, options=GainOptions())
-
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool
-    ) -> list[GainEstimate | GainFailure]:
-        self.running += 1
-        self.most = max(self.most, self.running)
-        await asyncio.sleep(self.pause_s)
-        self.running -= 1
-        return await self.estimator.estimate(queries, details=details)
-
-    async def aclose(self) -> None:
-        self.closed = True
-
-
-@asynccontextmanager
-async def serving(backend: FakeBackend, *, load_s: float = 0.0) -> AsyncIterator[httpx.AsyncClient]:
-    """The service over a real socket, its models loaded unless `load_s` is above 0."""
-
-    async def start() -> FakeBackend:
-        await asyncio.sleep(load_s)
-        return backend
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(start, max_concurrent_requests=2)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    async with httpx.AsyncClient(base_url=url, timeout=10, trust_env=False) as client:
-        while (await client.get("/livez")).status_code != 200 or (
-            not load_s and (await client.get("/readyz")).status_code != 200
-        ):
-            await asyncio.sleep(0.01)
-        yield client
-    server.should_exit = True
-    await running
+def test_the_wire_tells_all_the_work() -> None:
+    assert set(WorkDetail.model_fields) == {field.name for field in fields(Work)}
+    assert WorkDetail(**asdict(Work(items=3))).items == 3
 
 
 async def test_wire_format_with_one_bad_item() -> None:
     poison = GOOD | {"context": "poison"}
     async with serving(FakeBackend()) as client:
         answer = (await client.post("/compute_info_gain", json={"items": [GOOD, poison, GOOD]})).json()
-    assert set(answer) == {"scores", "errors", "details"}
+    assert set(answer) == {"scores", "errors", "details", "standard_errors", "work"}
     assert answer["scores"] == [pytest.approx(0.5), None, pytest.approx(0.5)]
     assert answer["errors"] == [None, "RuntimeError: boom", None]
+    assert answer["standard_errors"][0] == answer["details"][0]["gain_standard_error"] > 0
+    assert answer["standard_errors"][1] is None
+    work = answer["work"]
+    assert (work["items"], work["conditions"], work["baselines_sampled"]) == (3, 6, 1)
     detail = answer["details"][0]
     assert answer["details"][1] is None
     assert detail["with_context"][0] == {"text": "Bolton", "mean_loglik": -1.0, "length": 1}
@@ -102,34 +79,37 @@ async def test_wire_format_with_one_bad_item() -> None:
     }
     assert detail["clusters_with_context"] == [0, 0, 1, 0]
     assert (detail["score_with_context"], detail["score_no_context"]) == (0.75, 0.25)
-
-
-def test_matrices_are_flat_and_row_by_row() -> None:
-    forward = np.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    full = FullReading(
-        response_entails_gold=forward,
-        gold_entails_response=(forward + 0.5).T,
-        clusters=np.asarray([0, 1]),
-        semantic_entropy=0.5,
+    assert (detail["source_with_context"], answer["details"][2]["source_with_context"]) == (
+        "sampled",
+        "joined",
     )
-    belief = Belief(answers=(), weights=np.asarray([0.5, 0.5]), score=0.0, full=full)
-    answer = build_response(
-        [GainEstimate(gain=0.0, with_context=belief, no_context=belief)], include_details=True
-    )
-    assert answer.details is not None
-    assert answer.details[0] is not None
-    entailment = answer.details[0].entailment_with_context
-    assert (entailment.n_responses, entailment.n_answers) == (2, 3)
-    assert entailment.resp_entails_ans == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    assert entailment.ans_entails_resp == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
 
 
 async def test_details_can_be_left_out_and_nothing_asks_for_nothing() -> None:
-    async with serving(FakeBackend()) as client:
+    async with calling(FakeBackend()) as client:
         bare = await client.post("/compute_info_gain", json={"items": [GOOD], "include_details": False})
         empty = await client.post("/compute_info_gain", json={"items": []})
-    assert bare.json() == {"scores": [0.5], "errors": [None], "details": None}
-    assert empty.json() == {"scores": [], "errors": [], "details": None}
+    assert (bare.json()["scores"], bare.json()["errors"], bare.json()["details"]) == ([0.5], [None], None)
+    assert empty.json() == {
+        "scores": [],
+        "errors": [],
+        "details": None,
+        "standard_errors": [],
+        "work": asdict(Work()),
+    }
+
+
+async def test_the_published_client_gets_what_it_reads() -> None:
+    """It asks for the health by status, posts items with three fields, and reads `scores` and `errors`."""
+    async with serving(FakeBackend()) as client:
+        assert (await client.get("/health")).status_code == 200
+        answer = await client.post("/compute_info_gain", json={"items": [GOOD, GOOD | {"context": ""}]})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert [float(score) for score in body["scores"]] == [0.5, 0.0]
+    assert not any(body["errors"])
+    assert len(body["details"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,11 +119,15 @@ async def test_details_can_be_left_out_and_nothing_asks_for_nothing() -> None:
         {"items": [GOOD | {"question": None}]},
         {"items": [GOOD | {"answers": "Bolton"}]},
         {"items": [{"question": "Where?"}]},
+        {"items": [], "timeout_s": 0},
+        {"items": [], "timeout_s": 1e6},
+        {"items": [], "timeout_s": "5"},
+        {"items": [], "include_details": 1},
         [],
     ],
 )
 async def test_a_malformed_request_is_refused_and_the_service_lives(body: object) -> None:
-    async with serving(FakeBackend()) as client:
+    async with calling(FakeBackend()) as client:
         assert (await client.post("/compute_info_gain", json=body)).status_code == 422
         assert (await client.post("/compute_info_gain", json={"items": [GOOD]})).json()["errors"] == [None]
 
@@ -161,15 +145,20 @@ def body_of(question: str, context: str = '""', answers: str = "[]") -> str:
         (body_of(r'"\ud800"'), ["items", 0, "question"]),
         (body_of('"Where?"', r'"\udc00"'), ["items", 0, "context"]),
         (body_of('"Where?"', answers=r'["a", "\ud800"]'), ["items", 0, "answers", 1]),
+        (body_of("1" * 4000), ["items", 0, "question"]),
         (r'{"items": "\ud800"}', ["items"]),
         (r'{"items": [], "include_details": "\ud800"}', ["include_details"]),
+        ('{"items": [], "timeout_s": NaN}', ["timeout_s"]),
+        ('{"items": [], "timeout_s": -Infinity}', ["timeout_s"]),
+        (f'{{"items": [], "timeout_s": {"9" * 4000}}}', ["timeout_s"]),
         ('{"items": [', []),
         ("NaN", []),
+        ("[" * 500 + "]" * 500, []),
     ],
 )
 async def test_what_cannot_be_echoed_is_refused_and_named(body: str, named: list[object]) -> None:
     """NaN and lone surrogates get through Python's JSON reader, but not back through its writer."""
-    async with serving(FakeBackend()) as client:
+    async with calling(FakeBackend()) as client:
         answer = await client.post(
             "/compute_info_gain", content=body, headers={"Content-Type": "application/json"}
         )
@@ -177,12 +166,40 @@ async def test_what_cannot_be_echoed_is_refused_and_named(body: str, named: list
     assert any(problem["loc"][1 : 1 + len(named)] == named for problem in answer.json()["detail"])
 
 
-async def test_bytes_that_are_no_text_are_refused() -> None:
-    async with serving(FakeBackend()) as client:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"items": "\xff"}',
+        b"[" * 100_000,
+        b'{"items": ' + b"9" * 5000 + b"}",
+        b'{"items": [], "timeout_s": 1e999999}',
+        b"\x00\x00",
+    ],
+    ids=["no text", "deep", "huge number", "huge power", "zeros"],
+)
+async def test_bytes_that_are_no_json_are_refused(body: bytes) -> None:
+    async with calling(FakeBackend()) as client:
         answer = await client.post(
-            "/compute_info_gain", content=b'{"items": "\xff"}', headers={"Content-Type": "application/json"}
+            "/compute_info_gain", content=body, headers={"Content-Type": "application/json"}
         )
-    assert answer.status_code in (400, 422)
+        assert answer.status_code in (400, 422)
+        assert (await client.get("/health")).json()["status"] == "healthy"
+
+
+async def test_a_million_bad_items_are_one_problem() -> None:
+    async with calling(FakeBackend()) as client:
+        answer = await client.post("/compute_info_gain", json={"items": [0] * 1_000_000})
+    assert answer.status_code == 422
+    assert [problem["loc"] for problem in answer.json()["detail"]] == [["body", "items", 0]]
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", "multipart"])
+async def test_another_content_type_is_refused(content_type: str) -> None:
+    async with calling(FakeBackend()) as client:
+        answer = await client.post(
+            "/compute_info_gain", content=b'{"items": []}', headers={"Content-Type": content_type}
+        )
+    assert answer.status_code == 422
 
 
 async def test_before_its_models_are_loaded_it_says_so() -> None:
@@ -190,121 +207,117 @@ async def test_before_its_models_are_loaded_it_says_so() -> None:
         health = await client.get("/health")
         assert (health.status_code, health.json()) == (
             200,
-            {"status": "unhealthy", "message": "Models not loaded"},
+            {"status": "unhealthy", "message": "Models not loaded", "version": package_version()},
         )
         assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/version")).json()["generator_digest"] is None
         refused = await client.post("/compute_info_gain", json={"items": [GOOD]})
         assert (refused.status_code, refused.json()) == (503, {"detail": "Models not loaded"})
-
-
-async def test_a_dead_engine_is_a_503_that_says_so() -> None:
-    backend = FakeBackend()
-    async with serving(backend) as client:
-        backend.failure = "the engine died"
-        assert (await client.get("/health")).json() == {"status": "unhealthy", "message": "the engine died"}
-        assert (await client.post("/compute_info_gain", json={"items": [GOOD]})).status_code == 503
-
-
-async def test_health_answers_at_once_under_load_and_concurrency_is_limited() -> None:
-    backend = FakeBackend(pause_s=0.6)
-    async with serving(backend) as client:
-        work = [
-            asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD] * 5}))
-            for _ in range(8)
-        ]
-        await asyncio.sleep(0.05)
-        started = time.monotonic()
-        health = await client.get("/health")
-        assert time.monotonic() - started < 0.5
-        assert health.json() == {"status": "healthy", "mode": "single-CPU", "device": "cpu"}
-        answers = [(await task).json() for task in work]
-    assert all(answer["scores"] == [0.5] * 5 for answer in answers)
-    assert backend.most == 2
-    assert backend.closed
-
-
-def test_a_taken_port_is_named_before_any_model_loads(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
-        assert main(["--port", str(port), *models]) == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in caplog.text
-    assert "--port" in caplog.text
+        assert int(refused.headers["Retry-After"]) >= 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("backend", "expected", "ready", "works"),
     [
-        (["--model-path", "/no/such/folder"], "--model-path /no/such/folder: no such folder"),
-        (["--model-path", "missing/model"], "--model-path missing/model: neither a folder here nor a model"),
-        (["--port", "x"], "--port is 'x', expected a whole number"),
+        (
+            FakeBackend(devices=("cuda:2",)),
+            {"status": "healthy", "mode": "single-GPU", "device": "cuda:2"},
+            200,
+            200,
+        ),
+        (
+            FakeBackend(devices=("cuda:0", "cuda:1"), num_ready_workers=2),
+            {"status": "healthy", "mode": "multi-GPU", "num_workers": 2, "devices": ["cuda:0", "cuda:1"]},
+            200,
+            200,
+        ),
+        (
+            FakeBackend(devices=("cpu", "cpu", "cpu"), num_ready_workers=2),
+            {
+                "status": "unhealthy",
+                "message": "Some workers are unhealthy",
+                "reason": "1 of 3 workers are being replaced",
+            },
+            200,
+            200,
+        ),
+        (
+            FakeBackend(num_ready_workers=0),
+            {"status": "unhealthy", "message": "No workers available"},
+            503,
+            200,
+        ),
+        (
+            FakeBackend(num_ready_workers=0, failure="no worker starts"),
+            {"status": "unhealthy", "message": "No workers available", "reason": "no worker starts"},
+            503,
+            503,
+        ),
     ],
+    ids=["one", "two", "one of three is lost", "the only one is lost", "none can be had"],
 )
-def test_what_is_missing_is_named_within_seconds(
-    arguments: list[str], message: str, caplog: pytest.LogCaptureFixture
+async def test_health_has_the_published_words(
+    backend: FakeBackend, expected: dict[str, object], ready: int, works: int
 ) -> None:
-    assert main(arguments) == 1
-    assert message in caplog.text
+    """A lost worker is replaced and work waits for it; only when there is no hope it is refused."""
+    async with serving(backend, wait_ready=False) as client:
+        assert (await client.get("/health")).json() == expected | {"version": package_version()}
+        assert (await client.get("/readyz")).status_code == ready
+        assert (await client.post("/compute_info_gain", json={"items": [GOOD]})).status_code == works
+        assert (await client.get("/livez")).json() == {"status": "alive"}
 
 
-def test_an_unknown_flag_ends_as_argparse_does() -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--prot", "1"])
-    assert ended.value.code == 2
+async def test_version_names_what_the_numbers_depend_on() -> None:
+    async with calling(FakeBackend(), "--seed", "7", "--gain", "entropy") as client:
+        version = (await client.get("/version")).json()
+    assert (version["seed"], version["gain"], version["score"]) == (7, "entropy", "hard")
+    assert (version["generator_digest"], version["entailment_digest"]) == ("aa", "bb")
+    assert version["version"] == package_version() != ""
 
 
-SLOW_LOADS = """
-import multiprocessing, sys, time
-import IG.sampler
-from IG.service import IG_server, IG_worker
+def test_a_plain_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_nothing(name: str) -> str:
+        raise IG_server.importlib.metadata.PackageNotFoundError(name)
 
-def load_slowly(*_, **__):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-    child.start()
-    print(child.pid, flush=True)
-    time.sleep(600)
-
-class LoadedSampler:
-    device = "cpu"
-    async def aclose(self): pass
-
-async def start_at_once(*_, **__):
-    return LoadedSampler()
-
-if sys.argv.pop(1) == "engine":
-    IG.sampler._load_engine = load_slowly
-else:
-    IG.sampler.VllmSampler.start = start_at_once
-    IG_worker.EntailmentModel.load = load_slowly
-sys.exit(IG_server.main())
-"""
+    monkeypatch.setattr(IG_server.importlib.metadata, "version", find_nothing)
+    assert package_version() == "unknown"
 
 
-@pytest.mark.parametrize("slow", ["engine", "entailment"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
-    slow: str, number: signal.Signals, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_LOADS, slow, "--port", str(port), *models],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    child = psutil.Process(int(process.stdout.readline()))
-    time.sleep(0.3)
-    process.send_signal(number)
-    try:
-        assert process.wait(timeout=5) == 0
-        psutil.wait_procs([child], timeout=5)
-        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    finally:
-        process.kill()
-        process.stdout.close()
+async def test_health_answers_at_once_under_full_load_and_turns_are_limited() -> None:
+    backend = FakeBackend(pause_s=0.5)
+    flags = ("--max-concurrent-requests", "2", "--max-queued-items", "6000")
+    async with serving(backend, *flags) as client:
+        items = [GOOD | {"context": f"good {number}"} for number in range(1250)]
+        work = [
+            asyncio.create_task(client.post("/compute_info_gain", json={"items": items})) for _ in range(4)
+        ]
+        slowest = 0.0
+        while not all(task.done() for task in work):
+            started = time.monotonic()
+            assert (await client.get("/health")).json()["status"] == "healthy"
+            slowest = max(slowest, time.monotonic() - started)
+            await asyncio.sleep(0.02)
+        answers = [(await task).json() for task in work]
+    assert all(answer["scores"] == [0.5] * 1250 for answer in answers)
+    assert backend.most == 2
+    assert backend.closed
+    assert slowest < 1.0
+
+
+async def test_a_backend_that_breaks_gives_every_item_its_error() -> None:
+    async with calling(FakeBackend(error=OSError("the disk is gone"))) as client:
+        answer = await client.post("/compute_info_gain", json={"items": [GOOD, GOOD]})
+    assert answer.status_code == 200
+    assert answer.json()["scores"] == [None, None]
+    assert answer.json()["errors"] == ["OSError: the disk is gone"] * 2
+
+
+async def test_no_page_of_another_site_may_read_it() -> None:
+    async with calling(FakeBackend()) as client:
+        answer = await client.get("/health", headers={"Origin": "https://elsewhere.example"})
+        asked = await client.options(
+            "/compute_info_gain",
+            headers={"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"},
+        )
+    assert not [name for name in [*answer.headers, *asked.headers] if name.startswith("access-control")]
+    assert asked.status_code == 405

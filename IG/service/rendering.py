@@ -1,0 +1,94 @@
+"""Outcomes of a request in the published shape."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+from IG.belief import Belief
+from IG.estimator import Estimates, GainEstimate, GainFailure
+from IG.service.schema import (
+    EntailmentDetail,
+    InfoGainDetail,
+    InfoGainResponse,
+    ResponseDetail,
+    WorkDetail,
+)
+
+_ITEMS_AT_ONCE = 32
+
+
+async def render(estimates: Estimates, *, include_details: bool) -> bytes:
+    """The response as JSON; others on the event loop have their turn in between."""
+    details: list[InfoGainDetail | None] | None = None
+    if include_details and estimates.outcomes:
+        details = []
+        for position, outcome in enumerate(estimates.outcomes):
+            if position % _ITEMS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            details.append(detail_of(outcome) if isinstance(outcome, GainEstimate) else None)
+    return build_response(estimates, details=details).model_dump_json().encode()
+
+
+def build_response(
+    estimates: Estimates, *, details: list[InfoGainDetail | None] | None = None
+) -> InfoGainResponse:
+    """Scores, errors and work of a request, with the details that were made of it."""
+    measured = [outcome if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
+    return InfoGainResponse(
+        scores=[estimate.gain if estimate else None for estimate in measured],
+        errors=[
+            _whole(outcome.reason) if isinstance(outcome, GainFailure) else None
+            for outcome in estimates.outcomes
+        ],
+        details=details,
+        standard_errors=[estimate.standard_error if estimate else None for estimate in measured],
+        work=WorkDetail(**asdict(estimates.work)),
+    )
+
+
+def detail_of(estimate: GainEstimate) -> InfoGainDetail:
+    """What one score was made from; it must have been asked for."""
+    before, after = estimate.no_context, estimate.with_context
+    assert before.full is not None
+    assert after.full is not None
+    return InfoGainDetail(
+        with_context=_responses(after),
+        no_context=_responses(before),
+        entailment_with_context=_entailment(after),
+        entailment_no_context=_entailment(before),
+        clusters_with_context=after.full.clusters.tolist(),
+        clusters_no_context=before.full.clusters.tolist(),
+        score_with_context=after.score,
+        score_no_context=before.score,
+        semantic_entropy_with_context=after.full.semantic_entropy,
+        semantic_entropy_no_context=before.full.semantic_entropy,
+        standard_error_with_context=estimate.standard_error_with_context,
+        standard_error_no_context=estimate.standard_error_no_context,
+        gain_standard_error=estimate.standard_error,
+        source_with_context=after.source.value,
+        source_no_context=before.source.value,
+    )
+
+
+def _responses(belief: Belief) -> list[ResponseDetail]:
+    return [
+        ResponseDetail(text=_whole(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens)
+        for answer in belief.answers
+    ]
+
+
+def _entailment(belief: Belief) -> EntailmentDetail:
+    assert belief.full is not None
+    forward, backward = belief.full.response_entails_gold, belief.full.gold_entails_response.T
+    return EntailmentDetail(
+        n_responses=forward.shape[0],
+        n_answers=forward.shape[1],
+        resp_entails_ans=forward.ravel().tolist(),
+        ans_entails_resp=backward.ravel().tolist(),
+    )
+
+
+def _whole(text: str) -> str:
+    """A tokenizer or a library may give half a character, which no response can carry."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,142 @@
+"""A backend without models, and the service over it: over a real socket, or in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
+from IG.sampler import SamplingOptions
+from IG.semantics import ScoreKind
+from IG.service.config import resolve_config
+from IG.service.IG_server import create_app
+from IG.sharing import ModelIdentity
+from tests.fakes import FakeAnswerSampler, FakePairJudge
+
+GOOD = {"question": "Where?", "context": "a good passage", "answers": ["Bolton"]}
+ANSWERS: Mapping[str, Sequence[str] | Exception] = {
+    "good": ["Bolton", "Bolton", "Leeds", "Bolton"],
+    "poison": RuntimeError("boom"),
+    "Where": ["Bolton", "York", "Hull", "Leeds"],
+}
+IDENTITY = ModelIdentity(
+    generator="fake", generator_digest="aa", entailment="fake too", entailment_digest="bb"
+)
+
+
+@dataclass(slots=True)
+class FakeBackend:
+    """The real estimator over fake models."""
+
+    pause_s: float = 0.0
+    """Added to every estimate, whatever its deadline."""
+    sampling_s: float = 0.0
+    devices: tuple[str, ...] = ("cpu",)
+    num_ready_workers: int = 1
+    num_worker_restarts: int = 0
+    failure: str | None = None
+    identity: ModelIdentity = IDENTITY
+    error: Exception | None = None
+    """Raised by every estimate."""
+    closed: bool = False
+    running: int = 0
+    most: int = 0
+    num_cancelled: int = 0
+    timeouts_s: list[float | None] = field(default_factory=list)
+    estimator: GainEstimator = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=8, seed=0)
+        self.estimator = GainEstimator(
+            FakeAnswerSampler(ANSWERS, pause_s=self.sampling_s),
+            FakePairJudge(),
+            options=GainOptions(),
+            sampling=sampling,
+            score=ScoreKind.hard,
+            threshold=0.5,
+            identity=self.identity,
+            sample_cache_size=1000,
+            pair_cache_size=1000,
+        )
+
+    async def estimate(
+        self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
+    ) -> Estimates:
+        self.timeouts_s.append(timeout_s)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            if self.error is not None:
+                raise self.error
+            await asyncio.sleep(self.pause_s)
+            return await self.estimator.estimate(queries, details=details, timeout_s=timeout_s)
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def make_app(
+    backend: FakeBackend,
+    *flags: str,
+    load_s: float = 0.0,
+    environ: Mapping[str, str] | None = None,
+) -> FastAPI:
+    """The application with the settings of a command line."""
+
+    async def start() -> FakeBackend:
+        await asyncio.sleep(load_s)
+        return backend
+
+    return create_app(start, config=resolve_config(flags, environ=environ or {}))
+
+
+@asynccontextmanager
+async def serving(
+    backend: FakeBackend,
+    *flags: str,
+    load_s: float = 0.0,
+    environ: Mapping[str, str] | None = None,
+    wait_ready: bool = True,
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The service over a real socket, ready for work unless `load_s` or `wait_ready` says otherwise."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = make_app(backend, *flags, load_s=load_s, environ=environ)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, limits=limits) as client:
+        path = "/livez" if load_s or not wait_ready else "/readyz"
+        while (await client.get(path)).status_code != 200:
+            await asyncio.sleep(0.01)
+        yield client
+    server.should_exit = True
+    await running
+
+
+@asynccontextmanager
+async def calling(
+    backend: FakeBackend, *flags: str, environ: Mapping[str, str] | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The ready service without a socket."""
+    app = make_app(backend, *flags, environ=environ)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://service", timeout=30) as client,
+    ):
+        while (await client.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0)
+        yield client

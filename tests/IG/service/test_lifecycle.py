@@ -1,0 +1,167 @@
+"""Callers who leave, deadlines, turns, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from IG.estimator import Estimates, GainQuery
+from IG.service.lifecycle import CallerLeftError, Service, UnavailableError
+from IG.service.limits import QueueFullError
+from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
+
+QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
+
+
+async def eventually(holds: Callable[[], bool], *, within_s: float = 2.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        await asyncio.sleep(0.01)
+
+
+async def stay() -> None:
+    await asyncio.Event().wait()
+
+
+async def started(backend: FakeBackend, **limits: int) -> Service:
+    async def start() -> FakeBackend:
+        return backend
+
+    service = Service(start, **({"max_queued_items": 100, "max_concurrent_requests": 10} | limits))
+    service.begin(on_ready=lambda _: None, on_failure=lambda: None)
+    await eventually(lambda: service.backend is not None)
+    return service
+
+
+def ask(service: Service, *, num_items: int = 1, timeout_s: float = 30.0) -> asyncio.Task[Estimates]:
+    estimate = service.estimate([QUERY] * num_items, details=False, timeout_s=timeout_s, caller_left=stay)
+    return asyncio.create_task(estimate)
+
+
+async def test_work_of_a_caller_who_hangs_up_is_cancelled() -> None:
+    backend = FakeBackend(sampling_s=60)
+    async with serving(backend) as client:
+        port = client.base_url.port
+        assert port is not None
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = json.dumps({"items": [GOOD] * 3}).encode()
+        head = "POST /compute_info_gain HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await eventually(lambda: backend.running == 1)
+        assert "ig_items_in_progress 3.0" in (await client.get("/metrics")).text
+        writer.close()
+        await eventually(lambda: backend.num_cancelled == 1, within_s=1.0)
+        metrics = (await client.get("/metrics")).text
+    assert "ig_items_in_progress 0.0" in metrics
+    assert 'ig_requests_total{status="499"} 1.0' in metrics
+
+
+async def test_a_caller_who_hangs_up_while_waiting_for_a_turn_takes_none() -> None:
+    backend = FakeBackend(pause_s=0.5)
+    async with serving(backend, "--max-concurrent-requests", "1") as client:
+        first = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
+        await eventually(lambda: backend.running == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post("/compute_info_gain", json={"items": [GOOD]}, timeout=0.1)
+        assert (await first).status_code == 200
+        await asyncio.sleep(0.1)
+    assert len(backend.timeouts_s) == 1
+
+
+async def test_others_keep_what_a_leaving_caller_shared() -> None:
+    async with serving(FakeBackend(sampling_s=0.4)) as client:
+        staying = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
+        await asyncio.sleep(0.1)
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post("/compute_info_gain", json={"items": [GOOD]}, timeout=0.1)
+        assert (await staying).json()["scores"] == [0.5]
+
+
+async def test_the_deadline_of_the_request_goes_before_the_settings() -> None:
+    backend = FakeBackend()
+    async with calling(backend, "--request-timeout-s", "50") as client:
+        await client.post("/compute_info_gain", json={"items": [GOOD]})
+        await client.post("/compute_info_gain", json={"items": [GOOD], "timeout_s": 7})
+        await client.post("/compute_info_gain", json={"items": [GOOD], "timeout_s": None})
+    assert backend.timeouts_s == [pytest.approx(50, abs=1), pytest.approx(7, abs=1), pytest.approx(50, abs=1)]
+
+
+async def test_late_items_have_no_score_and_say_so() -> None:
+    async with calling(FakeBackend(sampling_s=30)) as client:
+        late = await client.post("/compute_info_gain", json={"items": [GOOD, GOOD], "timeout_s": 0.1})
+    assert late.status_code == 200
+    assert late.json()["scores"] == [None, None]
+    assert all(error.startswith("deadline: ") for error in late.json()["errors"])
+
+
+async def test_waiting_for_a_turn_counts_against_the_deadline() -> None:
+    backend = FakeBackend(pause_s=0.3)
+    service = await started(backend, max_concurrent_requests=1)
+    first, second, third = ask(service), ask(service, timeout_s=0.1), ask(service, timeout_s=10)
+    (outcome,) = (await second).outcomes
+    assert getattr(outcome, "reason", "").startswith("deadline: ")
+    await asyncio.gather(first, third)
+    assert backend.timeouts_s == [pytest.approx(30, abs=0.1), pytest.approx(9.7, abs=0.1)]
+    assert backend.most == 1
+
+
+async def test_the_queue_is_bounded_and_its_places_come_back() -> None:
+    backend = FakeBackend(pause_s=0.1)
+    service = await started(backend, max_queued_items=5)
+    first = ask(service, num_items=3)
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError, match=r"3 of 5 items .* 3 more do not fit; try again in 1 s"):
+        await ask(service, num_items=3)
+    second = ask(service, num_items=2)
+    await asyncio.gather(first, second)
+    assert len((await ask(service, num_items=5)).outcomes) == 5
+
+
+async def test_stopping_finishes_what_was_accepted_and_refuses_the_rest() -> None:
+    service = await started(FakeBackend(pause_s=0.2))
+    accepted = ask(service)
+    await asyncio.sleep(0)
+    drained = asyncio.create_task(service.drain(grace_s=10))
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError, match="Shutting down"):
+        await ask(service)
+    with pytest.raises(UnavailableError, match="Shutting down"):
+        service.require_ready()
+    await drained
+    assert len((await accepted).outcomes) == 1
+
+
+@pytest.mark.parametrize("second_signal", [True, False])
+async def test_what_is_not_done_in_time_is_cancelled_and_told(second_signal: bool) -> None:
+    backend = FakeBackend(pause_s=60)
+    service = await started(backend, max_concurrent_requests=1)
+    accepted = [ask(service) for _ in range(3)]
+    await asyncio.sleep(0)
+    drained = asyncio.create_task(service.drain(grace_s=60 if second_signal else 0.1))
+    await asyncio.sleep(0)
+    if second_signal:
+        service.abandon()
+    await asyncio.wait_for(drained, 2)
+    for request in accepted:
+        with pytest.raises(UnavailableError, match="Shutting down"):
+            await request
+    assert backend.num_cancelled == 1
+    assert service.admission.num_items == 0
+
+
+async def test_a_caller_who_left_gets_an_error_of_its_own() -> None:
+    backend = FakeBackend(pause_s=60)
+    service = await started(backend)
+
+    async def leave_soon() -> None:
+        await asyncio.sleep(0.05)
+
+    with pytest.raises(CallerLeftError):
+        await service.estimate([QUERY], details=False, timeout_s=60, caller_left=leave_soon)
+    assert (backend.num_cancelled, backend.running, service.admission.num_items) == (1, 0, 0)

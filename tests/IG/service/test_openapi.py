@@ -1,0 +1,85 @@
+"""The document says what the service does: generated requests, good and bad, over every operation."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+import uvicorn
+from hypothesis import HealthCheck
+from schemathesis import Case
+
+from tests.IG.service.backends import FakeBackend, make_app
+
+FLAGS = ("--max-items", "50")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The service over a real socket, in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(make_app(FakeBackend(), *FLAGS), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while httpx.get(f"{address}/readyz", trust_env=False).status_code != 200:
+        time.sleep(0.01)
+    yield address
+    server.should_exit = True
+    thread.join()
+
+
+schema = schemathesis.openapi.from_dict(make_app(FakeBackend(), *FLAGS).openapi())
+
+
+@schema.parametrize()
+@hypothesis.settings(
+    max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+def test_no_request_breaks_the_contract(case: Case, url: str) -> None:
+    """Generated requests, half of them malformed: documented statuses and shapes, and never a 5xx."""
+    case.call_and_validate(base_url=url)
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    made: dict[str, Any] = make_app(FakeBackend()).openapi()
+    return made
+
+
+def test_everything_is_described_with_examples(document: dict[str, Any]) -> None:
+    models = document["components"]["schemas"]
+    for name, model in models.items():
+        assert model.get("description"), name
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["description"], path
+            assert all(response["description"] for response in operation["responses"].values()), path
+    assert models["InfoGainRequest"]["examples"]
+    described = {"InfoGainItem", "ResponseDetail", "WorkDetail", "ErrorResponse", "Problem"}
+    for name in described:
+        assert all("examples" in field for field in models[name]["properties"].values()), name
+
+
+def test_every_refusal_is_documented(document: dict[str, Any]) -> None:
+    work = document["paths"]["/compute_info_gain"]["post"]["responses"]
+    assert set(work) == {"200", "400", "401", "413", "415", "422", "429", "503"}
+    assert "Retry-After" in work["429"]["headers"]
+    assert "Retry-After" in work["503"]["headers"]
+    assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
+
+
+@pytest.mark.parametrize("token", ["", "some-token"])
+def test_the_token_is_documented_where_it_is_asked_for(token: str) -> None:
+    paths = make_app(FakeBackend(), environ={"IG_TOKEN": token}).openapi()["paths"]
+    guarded = {
+        path for path, operations in paths.items() if any("security" in o for o in operations.values())
+    }
+    assert guarded == ({"/compute_info_gain", "/metrics", "/version"} if token else set())

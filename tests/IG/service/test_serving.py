@@ -1,0 +1,217 @@
+"""The service as a process: its port, its signals, its exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from IG.service.IG_server import main
+from tests.IG.service.backends import GOOD
+
+
+def test_a_taken_port_is_named_before_any_model_loads(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
+        assert main(["--port", str(port), *models]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in caplog.text
+    assert "--port" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-path", "/no/such/folder"], "--model-path /no/such/folder: no such folder"),
+        (["--model-path", "missing/model"], "--model-path missing/model: neither a folder here nor a model"),
+        (["--port", "x"], "--port is 'x', expected a whole number"),
+    ],
+)
+def test_what_is_missing_is_named_within_seconds(
+    arguments: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(arguments) == 1
+    assert message in caplog.text
+
+
+def test_an_unknown_flag_ends_as_argparse_does() -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--prot", "1"])
+    assert ended.value.code == 2
+
+
+SLOW_LOADS = """
+import multiprocessing, sys, time
+import IG.sampler
+from IG.service import IG_server, IG_worker
+
+def load_slowly(*_, **__):
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(600)
+
+class LoadedSampler:
+    device = "cpu"
+    async def aclose(self): pass
+
+async def start_at_once(*_, **__):
+    return LoadedSampler()
+
+if sys.argv.pop(1) == "engine":
+    IG.sampler._load_engine = load_slowly
+else:
+    IG.sampler.VllmSampler.start = start_at_once
+    IG_worker.EntailmentModel.load = load_slowly
+sys.exit(IG_server.main())
+"""
+
+
+@pytest.mark.parametrize("slow", ["engine", "entailment"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
+    slow: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_LOADS, slow, "--port", str(port), *models],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    time.sleep(0.3)
+    process.send_signal(number)
+    try:
+        assert process.wait(timeout=5) == 0
+        psutil.wait_procs([child], timeout=5)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+WITHOUT_MODELS = """
+import asyncio, os, sys
+from IG.service import IG_server
+from tests.IG.service.backends import FakeBackend
+
+class Pool:
+    @staticmethod
+    async def start(config):
+        assert "IG_TOKEN" not in os.environ
+        assert not config.token
+        if sys.argv[1] == "broken":
+            raise OSError("the models are broken")
+        return FakeBackend(pause_s=float(sys.argv[1]))
+
+IG_server.PooledBackend = Pool
+IG_server.require_models = lambda _: None
+sys.exit(IG_server.main(sys.argv[2:]))
+"""
+
+
+@contextmanager
+def running(pause_s: float | str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """The process without models, each of whose requests takes `pause_s`, and a client of it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_MODELS, str(pause_s), "--port", str(port), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"IG_TOKEN": "a-token"},
+    )
+    headers = {"Authorization": "Bearer a-token"}
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=20, trust_env=False, headers=headers) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(client: httpx.Client, path: str, status: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if client.get(path).status_code == status:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    pytest.fail(f"{path} did not become {status}")
+
+
+def ask(client: httpx.Client, executor: ThreadPoolExecutor) -> Future[httpx.Response]:
+    """One request, sent and accepted."""
+    asked = executor.submit(client.post, "/compute_info_gain", json={"items": [GOOD]})
+    deadline = time.monotonic() + 10
+    while "ig_items_in_progress 1.0" not in client.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_what_was_accepted_and_refuses_the_rest(number: signal.Signals) -> None:
+    with running(1.0) as (process, client), ThreadPoolExecutor() as executor:
+        wait_for(client, "/readyz", 200)
+        accepted = ask(client, executor)
+        process.send_signal(number)
+        wait_for(client, "/readyz", 503)
+        refused = client.post("/compute_info_gain", json={"items": [GOOD]})
+        health = client.get("/health").json()
+        assert accepted.result().json()["scores"] == [0.5]
+        assert process.wait(timeout=5) == 0
+    assert (refused.status_code, refused.json()) == (503, {"detail": "Shutting down"})
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert (health["status"], health["message"]) == ("unhealthy", "Shutting down")
+
+
+@pytest.mark.parametrize(("flags", "num_signals"), [((), 2), (("--shutdown-grace-s", "0.2"), 1)])
+def test_a_second_signal_or_the_end_of_the_grace_cancels(flags: tuple[str, ...], num_signals: int) -> None:
+    with running(60, *flags) as (process, client), ThreadPoolExecutor() as executor:
+        wait_for(client, "/readyz", 200)
+        accepted = ask(client, executor)
+        for _ in range(num_signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        started = time.monotonic()
+        assert accepted.result().status_code == 503
+        assert process.wait(timeout=5) == 0
+        assert time.monotonic() - started < 3
+
+
+def test_an_idle_service_stops_at_once() -> None:
+    with running(0) as (process, client):
+        wait_for(client, "/readyz", 200)
+        process.terminate()
+        started = time.monotonic()
+        assert process.wait(timeout=5) == 0
+        assert time.monotonic() - started < 2
+
+
+def test_models_that_do_not_load_are_named_and_the_status_says_so() -> None:
+    with running("broken") as (process, _):
+        _, log = process.communicate(timeout=20)
+        assert process.returncode == 1
+    assert "the models could not be loaded: OSError: the models are broken" in log
