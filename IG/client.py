@@ -9,20 +9,21 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from types import TracebackType
 from typing import Self, TypeVar
 
 from IG.http import CallError, JsonService
+from IG.wire import SERVICE, GainRequest, GainResult, failed, make_payload, read_results, read_work
 
-_NAME = "IG service"
+__all__ = ["GainRequest", "GainResult", "IGClient", "SyncIGClient"]
+
 _START = "start it with: bash IG_service_launch.sh"
 _PATH = "/compute_info_gain"
 _POLL_S = 0.5
@@ -33,28 +34,6 @@ _GRACE_S = 0.2
 _SPLIT_STATUSES = frozenset({413, 422})
 """The service refuses a whole request for its size or for one item of it: ask for the halves."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GainRequest:
-    """One gain to measure."""
-
-    question: str
-    context: str
-    """All passages that were found, as one text; empty asks for the baseline, whose gain is 0."""
-    golds: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GainResult:
-    """A gain, or why there is none; exactly one of `gain` and `error` is None."""
-
-    gain: float | None
-    standard_error: float | None = None
-    """Of the gain; None where the service gives none (a single sample, an older service)."""
-    error: str | None = None
-    may_pass: bool = False
-    """Whether asking again may help: the service was not reached or ran out of time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,14 +72,14 @@ class IGClient:
         """
         for name, value in (("batch_size", batch_size), ("max_in_flight", max_in_flight)):
             if value < 1:
-                raise ValueError(f"{name} of the {_NAME} must be at least 1, got {value}")
+                raise ValueError(f"{name} of the {SERVICE} must be at least 1, got {value}")
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._batch_size = batch_size
         self._max_in_flight = max_in_flight
         self._service = JsonService(
             self._url,
-            name=_NAME,
+            name=SERVICE,
             timeout_s=timeout_s,
             max_connections=max_in_flight + 1,  # one for /health
             fix=_START,
@@ -127,7 +106,7 @@ class IGClient:
         Raises nothing but RuntimeError once the client is closed. Cancelling it stops the service's work.
         """
         if self._is_closed:
-            raise RuntimeError(f"this client of the {_NAME} is closed")
+            raise RuntimeError(f"this client of the {SERVICE} is closed")
         patience_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + patience_s
         results = [asyncio.get_running_loop().create_future() for _ in requests]
@@ -140,7 +119,7 @@ class IGClient:
             if results:
                 await asyncio.wait(results, timeout=max(0.0, patience_s) + _GRACE_S)
             said = f"no answer within {patience_s:g} s; raise the timeout or lower the load"
-            late = _failed(said, may_pass=True)
+            late = failed(said, may_pass=True)
             return [result.result() if result.done() else late for result in results]
         finally:
             for result in results:
@@ -165,8 +144,17 @@ class IGClient:
                 return state
             if time.monotonic() + _POLL_S >= end:
                 message = f"{self._url} was not ready within {deadline_s:g} s ({state}); {_START}"
-                raise CallError(_NAME, message, may_pass=True)
+                raise CallError(SERVICE, message, may_pass=True)
             await asyncio.sleep(_POLL_S)
+
+    async def describe(self) -> dict[str, object] | None:
+        """What the service's numbers depend on; None from one that does not say. Raises CallError."""
+        try:
+            return await self._service.get("/version")
+        except CallError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
 
     async def aclose(self) -> None:
         """Stop what is under way and close all connections."""
@@ -176,7 +164,7 @@ class IGClient:
         for task in (sending := list(self._sending)):
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
-        _settle_all(self._queue, _failed("the client was closed"))
+        _settle_all(self._queue, failed("the client was closed"))
         await self._service.aclose()
 
     async def _state(self, patience_s: float) -> dict[str, object] | str:
@@ -218,7 +206,7 @@ class IGClient:
         while self._queue and len(batch) < self._batch_size:
             pending = self._queue.popleft()
             if pending.deadline <= time.monotonic():
-                pending.settle(_failed("no connection was free before the deadline", may_pass=True))
+                pending.settle(failed("no connection was free before the deadline", may_pass=True))
             if not pending.result.done():
                 batch.append(pending)
         return batch
@@ -229,7 +217,7 @@ class IGClient:
         try:
             results = await self._ask([pending.request for pending in batch], deadline=deadline)
         except BaseException as error:  # closed, or a defect: nobody may wait for an answer till the deadline
-            _settle_all(batch, _failed(f"the request was broken off ({type(error).__name__})"))
+            _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
         again = []
         for pending, result in zip(batch, results, strict=True):
@@ -242,9 +230,9 @@ class IGClient:
     async def _ask(self, requests: Sequence[GainRequest], *, deadline: float) -> list[GainResult]:
         try:
             body = await self._service.post(
-                _PATH, partial(_payload, requests), timeout_s=deadline - time.monotonic()
+                _PATH, partial(make_payload, requests), timeout_s=deadline - time.monotonic()
             )
-            results = _read_results(body, expected=len(requests))
+            results = read_results(body, expected=len(requests))
         except CallError as error:
             if error.status not in _SPLIT_STATUSES or len(requests) == 1:
                 failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
@@ -252,7 +240,7 @@ class IGClient:
             half = len(requests) // 2
             first = await self._ask(requests[:half], deadline=deadline)
             return first + await self._ask(requests[half:], deadline=deadline)
-        self.work.update(_read_work(body))
+        self.work.update(read_work(body))
         return results
 
 
@@ -304,7 +292,7 @@ class SyncIGClient:
     def _run(self, work: Coroutine[object, object, T]) -> T:
         if self._loop.is_closed():
             work.close()
-            raise RuntimeError(f"this client of the {_NAME} is closed")
+            raise RuntimeError(f"this client of the {SERVICE} is closed")
         outcome = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return outcome.result()
@@ -329,67 +317,3 @@ def _cancel_when_abandoned(task: asyncio.Task[None], batch: Sequence[_Pending]) 
 def _settle_all(batch: Iterable[_Pending], result: GainResult) -> None:
     for pending in batch:
         pending.settle(result)
-
-
-def _payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, object]:
-    """The wire's request; its deadline lies before ours, so that an answer in parts arrives in time."""
-    return {
-        "items": [
-            {
-                "question": _whole(request.question),
-                "context": _whole(request.context),
-                "answers": [_whole(gold) for gold in request.golds],
-            }
-            for request in requests
-        ],
-        "include_details": False,
-        "timeout_s": max(0.001, left_s - min(1.0, 0.1 * left_s)),
-    }
-
-
-def _whole(text: str) -> str:
-    """Half a character (a lone surrogate) has no UTF-8 form and would spoil the request of all the others."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _read_results(body: Mapping[str, object], *, expected: int) -> list[GainResult]:
-    """Results of one answer. Raises CallError when it does not fit its request."""
-    scores, errors = body.get("scores"), body.get("errors")
-    if not isinstance(scores, list) or not isinstance(errors, list):
-        raise CallError(_NAME, f"the answer must hold lists scores and errors, got the keys {sorted(body)}")
-    spreads = body.get("standard_errors", [None] * expected)
-    if not isinstance(spreads, list) or not len(scores) == len(errors) == len(spreads) == expected:
-        counts = f"{len(scores)} scores and {len(errors)} errors"
-        raise CallError(_NAME, f"asked for {expected} scores, got {counts}")
-    return [_read_result(*parts) for parts in zip(scores, spreads, errors, strict=True)]
-
-
-def _read_result(score: object, spread: object, error: object) -> GainResult:
-    if error is not None:
-        return _failed(str(error), may_pass=str(error).startswith("deadline"))
-    gain, standard_error = _as_number(score), _as_number(spread)
-    if gain is None:
-        return _failed(f"a finite score was expected, got {score!r}")
-    if spread is not None and (standard_error is None or standard_error < 0):
-        return _failed(f"a standard error was expected, got {spread!r}")
-    return GainResult(gain=gain, standard_error=standard_error)
-
-
-def _as_number(value: object) -> float | None:
-    """None unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    with suppress(OverflowError):
-        return number if math.isfinite(number := float(value)) else None
-    return None
-
-
-def _failed(message: str, *, may_pass: bool = False) -> GainResult:
-    return GainResult(gain=None, error=f"{_NAME}: {message}", may_pass=may_pass)
-
-
-def _read_work(body: Mapping[str, object]) -> dict[str, int]:
-    """Counters of an answer; none from a service that does not count."""
-    work = body.get("work")
-    counted = work.items() if isinstance(work, dict) else ()
-    return {name: count for name, count in counted if isinstance(count, int) and not isinstance(count, bool)}

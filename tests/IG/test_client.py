@@ -167,6 +167,8 @@ async def test_the_service_is_told_how_much_time_it_has() -> None:
     server = FakeGainService()
     await compute(server, 1, timeout_s=5.0)
     assert 4.2 < server.bodies[0]["timeout_s"] < 5.0
+    await compute(server, 1, timeout_s=1e6)
+    assert server.bodies[1]["timeout_s"] == 86400
 
 
 async def test_an_urgent_request_does_not_cut_short_its_companions() -> None:
@@ -307,6 +309,15 @@ async def test_wait_ready_gives_up_and_names_what_to_start(reply: Reply, why: st
         with pytest.raises(CallError, match=f"{why}.*IG_service_launch.sh"):
             await client.wait_ready(1.2)
         assert time.monotonic() - started < 5
+
+
+async def test_a_service_says_what_its_numbers_depend_on_or_does_not_know_how_to() -> None:
+    server = ScriptedServer([Reply('{"seed": 3}'), Reply("{}", 404), Reply("kaput", 500)])
+    async with server.running(), IGClient(server.url, timeout_s=5) as client:
+        assert await client.describe() == {"seed": 3}
+        assert await client.describe() is None
+        with pytest.raises(CallError, match="500"):
+            await client.describe()
 
 
 async def test_wait_ready_notices_a_wrong_token() -> None:

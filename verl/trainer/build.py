@@ -190,7 +190,7 @@ async def connect_services(
     gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token)
     stack.push_async_callback(gains.aclose)
     health, _ = await asyncio.gather(gains.wait_ready(config.trainer.service_wait_s), *waits)
-    services["ig_service"] = {"url": semantic.url, "health": health}
+    services["ig_service"] = {"url": semantic.url, "health": health, "version": await gains.describe()}
     return search, gains, services
 
 

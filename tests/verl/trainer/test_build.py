@@ -18,6 +18,7 @@ from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"
 HEALTHY = Reply('{"status": "healthy", "mode": "single-CPU", "device": "cpu"}')
+VERSION = Reply('{"version": "0.1.0", "generator_digest": "abc"}')
 NO_ITEMS = Reply('{"scores": [], "errors": [], "details": null}')
 FOUND_NOTHING = Reply('{"result": [[]]}')
 REQUEST = GainRequest(question="Where?", context="There.", golds=("Bolton",))
@@ -37,13 +38,16 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
 ) -> None:
     caplog.set_level(0)
     monkeypatch.setenv("IG_TOKEN", TOKEN)
-    retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([HEALTHY, NO_ITEMS])
+    retriever, service = (
+        ScriptedServer([FOUND_NOTHING]),
+        ScriptedServer([HEALTHY, NO_ITEMS, VERSION, NO_ITEMS]),
+    )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
         _, gains, services = await connect_services(config, stack)
         assert gains is not None
         await gains.submit(REQUEST)
-    assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 3
+    assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 4
     assert all("authorization" not in headers for _, headers, _ in retriever.requests)
     write_manifest(
         tmp_path,
@@ -56,6 +60,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     )
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert manifest["services"]["ig_service"]["health"]["mode"] == "single-CPU"
+    assert manifest["services"]["ig_service"]["version"]["generator_digest"] == "abc"
     assert TOKEN not in (tmp_path / MANIFEST_FILE).read_text() + caplog.text
 
 

@@ -41,6 +41,11 @@ class IGClient:
         with translated_calls():
             return await self._client.wait_ready(deadline_s)
 
+    async def describe(self) -> dict[str, object] | None:
+        """What the service's numbers depend on; None from one that does not say. Raises ServiceError."""
+        with translated_calls():
+            return await self._client.describe()
+
     async def aclose(self) -> None:
         """Stop what is under way and close all connections."""
         await self._client.aclose()

@@ -1,0 +1,101 @@
+"""What the client says to the service and how it reads the answers: nothing that is not whole and finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from IG.http import CallError
+
+SERVICE = "IG service"
+_LONGEST_TIMEOUT_S = 86400.0
+"""The service takes no longer deadline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainRequest:
+    """One gain to measure."""
+
+    question: str
+    context: str
+    """All passages that were found, as one text; empty asks for the baseline, whose gain is 0."""
+    golds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainResult:
+    """A gain, or why there is none; exactly one of `gain` and `error` is None."""
+
+    gain: float | None
+    standard_error: float | None = None
+    """Of the gain; None where the service gives none (a single sample, an older service)."""
+    error: str | None = None
+    may_pass: bool = False
+    """Whether asking again may help: the service was not reached or ran out of time."""
+
+
+def make_payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, object]:
+    """The wire's request; its deadline lies before ours, so that an answer in parts arrives in time."""
+    return {
+        "items": [
+            {
+                "question": _whole(request.question),
+                "context": _whole(request.context),
+                "answers": [_whole(gold) for gold in request.golds],
+            }
+            for request in requests
+        ],
+        "include_details": False,
+        "timeout_s": min(_LONGEST_TIMEOUT_S, max(0.001, left_s - min(1.0, 0.1 * left_s))),
+    }
+
+
+def _whole(text: str) -> str:
+    """Half a character (a lone surrogate) has no UTF-8 form and would spoil the request of all the others."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResult]:
+    """Results of one answer. Raises CallError when it does not fit its request."""
+    scores, errors = body.get("scores"), body.get("errors")
+    if not isinstance(scores, list) or not isinstance(errors, list):
+        raise CallError(SERVICE, f"the answer must hold lists scores and errors, got the keys {sorted(body)}")
+    spreads = body.get("standard_errors", [None] * expected)
+    if not isinstance(spreads, list) or not len(scores) == len(errors) == len(spreads) == expected:
+        counts = f"{len(scores)} scores and {len(errors)} errors"
+        raise CallError(SERVICE, f"asked for {expected} scores, got {counts}")
+    return [_read_result(*parts) for parts in zip(scores, spreads, errors, strict=True)]
+
+
+def _read_result(score: object, spread: object, error: object) -> GainResult:
+    if error is not None:
+        return failed(str(error), may_pass=str(error).startswith("deadline"))
+    gain, standard_error = _as_number(score), _as_number(spread)
+    if gain is None:
+        return failed(f"a finite score was expected, got {score!r}")
+    if spread is not None and (standard_error is None or standard_error < 0):
+        return failed(f"a standard error was expected, got {spread!r}")
+    return GainResult(gain=gain, standard_error=standard_error)
+
+
+def _as_number(value: object) -> float | None:
+    """None unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    with suppress(OverflowError):
+        return number if math.isfinite(number := float(value)) else None
+    return None
+
+
+def failed(message: str, *, may_pass: bool = False) -> GainResult:
+    """A result without a gain, in the service's name."""
+    return GainResult(gain=None, error=f"{SERVICE}: {message}", may_pass=may_pass)
+
+
+def read_work(body: Mapping[str, object]) -> dict[str, int]:
+    """Counters of an answer; none from a service that does not count."""
+    work = body.get("work")
+    counted = work.items() if isinstance(work, dict) else ()
+    return {name: count for name, count in counted if isinstance(count, int) and not isinstance(count, bool)}
