@@ -1,0 +1,161 @@
+"""The questions that the doctor looks at, with the documents that answer them.
+
+    {"question": "Where did the director of The Velvet Forest study?", "answers": ["Dover University"],
+     "documents": [{"text": "The director of ...", "role": "first"}, {"text": "...", "role": "second"}]}
+
+One object per line; a Search-R1 parquet file is taken too and has no documents. The texts of a question's
+documents are what the trained policy would read, joined by newlines.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+PARQUET_COLUMNS = ("question", "reward_model")
+
+
+class InputError(ValueError):
+    """A file is not what the doctor can read: the message names the file, the line and what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text that helps to answer a question."""
+
+    text: str
+    role: str
+    """`first`, `second`, ...: its place in the chain of facts that leads to the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedQuestion:
+    """One question."""
+
+    text: str
+    golds: tuple[str, ...]
+    """Accepted answers; may be empty when the gain is the drop of entropy."""
+    documents: tuple[Document, ...]
+    """All that is needed to answer; empty when nobody knows."""
+
+
+def read_questions(path: Path) -> list[AskedQuestion]:
+    """Every question of a JSONL or parquet file, in order. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected questions as JSONL or as Search-R1 parquet")
+    questions = _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
+    if not questions:
+        raise InputError(f"{path}: it has no questions")
+    return questions
+
+
+def choose_questions(
+    questions: Sequence[AskedQuestion], *, count: int, rng: random.Random
+) -> list[AskedQuestion]:
+    """At most `count` of them, drawn without replacement, in their order."""
+    chosen = sorted(rng.sample(range(len(questions)), min(count, len(questions))))
+    return [questions[index] for index in chosen]
+
+
+def read_json_lines(path: Path) -> list[tuple[str, Mapping[str, object]]]:
+    """Where it stands and what it is, of every line that is not blank. Raises InputError."""
+    objects: list[tuple[str, Mapping[str, object]]] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    objects.append((where, _parse_line(line, where=where)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return objects
+
+
+def require_texts(value: object, *, where: str, name: str) -> tuple[str, ...]:
+    """A list of texts that are not blank. Raises InputError."""
+    if not isinstance(value, list):
+        refuse(where, name, value, "a list of texts")
+    return tuple(require_text(text, where=where, name=f"{name}[{k}]") for k, text in enumerate(value))
+
+
+def require_text(value: object, *, where: str, name: str) -> str:
+    """A text that is not blank. Raises InputError."""
+    if not isinstance(value, str) or not value.strip():
+        refuse(where, name, value, "a text that is not empty")
+    return value
+
+
+def refuse(where: str, name: str, value: object, expected: str) -> NoReturn:
+    """Raise the InputError."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+    raise InputError(f"{where}: {name} is {shown}, expected {expected}")
+
+
+def _parse_line(line: str, *, where: str) -> Mapping[str, object]:
+    try:
+        parsed: object = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        refuse(where, "the line", parsed, "a JSON object")
+    return parsed
+
+
+def _read_lines(path: Path) -> list[AskedQuestion]:
+    return [
+        AskedQuestion(
+            text=require_text(fields.get("question"), where=where, name="question").strip(),
+            golds=require_texts(fields.get("answers", []), where=where, name="answers"),
+            documents=_documents(fields.get("documents", []), where=where),
+        )
+        for where, fields in read_json_lines(path)
+    ]
+
+
+def _documents(value: object, *, where: str) -> tuple[Document, ...]:
+    if not isinstance(value, list):
+        refuse(where, "documents", value, "a list of objects with text and role")
+    documents = []
+    for k, fields in enumerate(value):
+        name = f"documents[{k}]"
+        if not isinstance(fields, dict):
+            refuse(where, name, fields, "an object with text and role")
+        text = require_text(fields.get("text"), where=where, name=f"{name}.text")
+        role = require_text(fields.get("role"), where=where, name=f"{name}.role")
+        documents.append(Document(text=text, role=role))
+    return tuple(documents)
+
+
+def _read_parquet(path: Path) -> list[AskedQuestion]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error})") from None
+    missing = [column for column in PARQUET_COLUMNS if column not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{path}: column {', '.join(missing)} is missing (it has {', '.join(table.column_names)}); "
+            "expected the Search-R1 schema"
+        )
+    rows = table.select(list(PARQUET_COLUMNS)).to_pylist()
+    return [_parse_row(row, where=f"{path}, row {number}") for number, row in enumerate(rows)]
+
+
+def _parse_row(row: Mapping[str, object], *, where: str) -> AskedQuestion:
+    reward_model = row["reward_model"]
+    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    target = truth.get("target") if isinstance(truth, dict) else None
+    golds = target if isinstance(target, list) else [target]
+    return AskedQuestion(
+        text=require_text(row["question"], where=where, name="question").strip(),
+        golds=require_texts(golds, where=where, name="reward_model.ground_truth.target"),
+        documents=(),
+    )

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from IG.doctor.advice import advise
+from IG.doctor.groups import ZeroVariance
+from IG.doctor.noise import NoiseLevel, NoiseReport
+
+
+def level(size: int, outcome: float, with_gain: float | None) -> ZeroVariance:
+    return ZeroVariance(
+        group_size=size, num_groups=10, outcome=outcome, with_gain=with_gain, within_noise=None
+    )
+
+
+def noise(*noises: float | None, signal: float = 0.3) -> NoiseReport:
+    levels = [
+        NoiseLevel(num_samples=2**k, error=0.0, noise=value, jackknife=0.05, rank_agreement=None)
+        for k, value in enumerate(noises)
+    ]
+    return NoiseReport(
+        num_questions=1, num_gains=1, max_samples=2 ** (len(noises) - 1), signal=signal, levels=tuple(levels)
+    )
+
+
+def test_the_smallest_that_is_good_enough_is_recommended() -> None:
+    levels = [level(2, 0.6, 0.3), level(3, 0.5, 0.09), level(4, 0.4, 0.05)]
+    advice = advise(levels, noise(0.4, 0.2, 0.09, 0.05), gain_weight=0.6)
+    assert (advice.group_size, advice.num_samples) == (3, 4)
+    assert advice.sentence == (
+        "Take groups of 3: 9.0% of them have zero variance with the gain at weight 0.6 (50% with the outcome "
+        "alone); take 4 samples per condition, whose noise of 0.090 is below a third of the signal of 0.300."
+    )
+
+
+def test_nothing_is_recommended_where_nothing_is_good_enough() -> None:
+    advice = advise([level(2, 0.6, 0.3), level(16, 0.5, 0.2)], noise(0.4, 0.2), gain_weight=0.6)
+    assert (advice.group_size, advice.num_samples) == (None, None)
+    assert "No group size up to 16 is large enough: 20.0% of them" in advice.sentence
+    assert "no number of samples up to 2 brings the noise below a third" in advice.sentence
+
+
+def test_the_last_level_goes_by_the_jackknife_and_no_gain_by_the_outcome() -> None:
+    advice = advise([level(2, 0.05, None)], noise(0.4, None), gain_weight=0.6)
+    assert (advice.group_size, advice.num_samples) == (2, 2)
+
+
+def test_without_figures_it_says_so() -> None:
+    advice = advise([], None, gain_weight=0.6)
+    assert (advice.group_size, advice.num_samples) == (None, None)
+    assert "without outcomes" in advice.sentence

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from IG.doctor.command import main, parse_arguments
+from IG.doctor.questions import read_questions
+from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
+from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
+from IG.service.config import IGServiceConfig, SettingError
+from IG.sharing import ModelIdentity
+from tests.fakes import FakePairJudge
+
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+"""Arguments to exit status, JSON line, and everything that was printed."""
+
+
+class ReadingSampler:
+    """Right as often as the context holds documents that help; a poisonous one cannot be sampled."""
+
+    def __init__(self, num_answers: int) -> None:
+        self._num_answers = num_answers
+
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        if "poison" in prompt:
+            raise SamplingError("the prompt is too long")
+        name = prompt.partition("Question: ")[2].partition("?")[0]
+        helping = sum(f"{name} document {role}" in prompt for role in ("first", "second"))
+        rng = np.random.default_rng(sum(map(ord, prompt)))
+        right = rng.random(self._num_answers) < (0.1, 0.5, 0.9)[helping]
+        return tuple(
+            SampledAnswer(text="Bolton" if yes else f"Town{k % 3}", mean_log_prob=-1.0, num_tokens=1)
+            for k, yes in enumerate(right)
+        )
+
+
+@dataclass
+class FakeBackend:
+    config: IGServiceConfig
+    queries: list[GainQuery] = field(default_factory=list)
+    is_closed: bool = False
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.identity = ModelIdentity(
+            generator="g", generator_digest="1", entailment="e", entailment_digest="2"
+        )
+        self._estimator = GainEstimator(
+            ReadingSampler(config.num_generations),
+            FakePairJudge(),
+            options=GainOptions(gain=config.gain, log_floor=config.log_floor),
+            sampling=SamplingOptions(num_answers=64, temperature=1.0, max_new_tokens=8, seed=0),
+            score=config.score,
+            threshold=config.threshold,
+            identity=self.identity,
+            sample_cache_size=1000,
+            pair_cache_size=1000,
+        )
+
+    devices = ("cpu",)
+    num_ready_workers = 1
+    num_worker_restarts = 0
+    failure = None
+
+    async def estimate(
+        self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
+    ) -> Estimates:
+        self.queries += queries
+        return await self._estimator.estimate(queries, details=details, timeout_s=timeout_s)
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def started() -> list[FakeBackend]:
+    return []
+
+
+@pytest.fixture
+def run(started: list[FakeBackend], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    async def start(config: IGServiceConfig) -> FakeBackend:
+        started.append(FakeBackend(config))
+        return started[-1]
+
+    def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
+        status = main([*arguments, "--out", str(tmp_path / "out")], start_backend=start)
+        shown = capsys.readouterr().out
+        return status, json.loads(shown.splitlines()[-1]) if status == 0 else {}, shown
+
+    return call
+
+
+def write(path: Path, lines: Sequence[object]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def lines(count: int = 12) -> list[dict[str, object]]:
+    return [
+        {
+            "question": f"Q{k}?",
+            "answers": ["Bolton"],
+            "documents": [
+                {"text": f"Q{k} document {role}", "role": role} for role in ("first", "second")[: 1 + k % 2]
+            ],
+        }
+        for k in range(count)
+    ]
+
+
+def test_a_whole_examination(run: Run, started: list[FakeBackend], tmp_path: Path) -> None:
+    status, line, shown = run("--questions", write(tmp_path / "q.jsonl", lines()), "--num-questions", "10")
+    assert status == 0
+    assert started[0].is_closed
+    assert started[0].config.num_generations == 64
+    assert (line["questions"], line["failed"], line["groups"], line["skipped"]) == (10, 0, "simulated", [])
+    assert isinstance(line["signal"], float)
+    assert 0.2 < line["signal"] < 0.6
+    assert line["group_size"] in (2, 3, 4)
+    assert line["auc_em"] > 0.6
+    for title in ("zero variance", "Signal against noise", "Gain by what was found", "exact match", "Work"):
+        assert title in shown
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert set(report["gains"]) == {"one document", "several documents"}
+    means = {name: np.mean(values) for name, values in report["gains"]["several documents"].items()}
+    assert means["none"] == 0.0
+    assert means["random"] < means["first"] < means["supporting"]
+    assert report["work"]["baselines_sampled"] == 10
+    assert "token" not in report["settings"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.html",
+        "estimation_error.png",
+        "gain_by_scenario.png",
+    }
+
+
+def test_the_same_seed_gives_the_same_report(run: Run, tmp_path: Path) -> None:
+    questions = write(tmp_path / "q.jsonl", lines())
+    reports = []
+    for _ in range(2):
+        assert run("--questions", questions, "--max-samples", "16", "--num-questions", "5")[0] == 0
+        report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+        del report["seconds"]
+        reports.append(report)
+    assert reports[0] == reports[1]
+
+
+def test_parquet_without_documents_gets_what_needs_none(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"Q{k}?", "reward_model": {"ground_truth": {"target": ["Bolton"]}}} for k in range(6)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "estimation_error.png").write_text("of an earlier report")
+    status, line, shown = run("--questions", str(tmp_path / "q.parquet"))
+    assert status == 0
+    assert line["skipped"] == ["gain and exact match", "signal against noise"]
+    assert line["zero_variance_with_gain"] is None
+    assert "Not done: signal against noise; no question has documents" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "report.html"}
+
+
+def test_entropy_needs_no_answers(run: Run, tmp_path: Path) -> None:
+    bare = [{key: line[key] for key in ("question", "documents")} for line in lines()]
+    status, line, _ = run("--questions", write(tmp_path / "q.jsonl", bare), "--gain", "entropy")
+    assert status == 0
+    assert line["gain"] == "entropy"
+    assert line["signal"] is not None
+    assert line["group_size"] is None
+    assert line["skipped"] == ["alias statistics", "gain and exact match", "zero-variance groups"]
+
+
+def test_what_cannot_be_measured_is_named_and_leaves_the_others_alone(run: Run, tmp_path: Path) -> None:
+    poisoned = lines()[:1]
+    poisoned[0]["question"] = "poison?"
+    status, line, shown = run("--questions", write(tmp_path / "q.jsonl", lines() + poisoned))
+    assert status == 0
+    assert (line["questions"], line["failed"]) == (12, 2)
+    assert "'poison?', supporting: the prompt is too long" in shown
+    assert run("--questions", write(tmp_path / "p.jsonl", poisoned))[0] == 1
+
+
+def rollout(group: int, sample: int, **changed: object) -> dict[str, object]:
+    searched = sample % 2 == 1
+    return {
+        "step": 1,
+        "uid": f"u/{group}",
+        "question": f"Q{group}?",
+        "golds": ["Bolton"],
+        "answer": "Bolton" if sample == 3 else "York",
+        "turns": [{"passages": [{"title": "T", "text": f"Q{group} document first"}]}] if searched else [],
+        "outcome": float(sample == 3),
+        "gain": (0.1 * sample if searched else None),
+        "failure": None,
+    } | changed
+
+
+def test_recorded_rollouts_are_taken_as_they_are(
+    run: Run, started: list[FakeBackend], tmp_path: Path
+) -> None:
+    recorded = write(tmp_path / "t.jsonl", [rollout(g, k) for g in range(5) for k in range(4)])
+    questions = write(tmp_path / "q.jsonl", lines())
+    status, line, shown = run("--questions", questions, "--rollouts", recorded)
+    assert status == 0
+    assert line["groups"] == "observed"
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    by_size = {level["group_size"]: level for level in report["zero_variance"]}
+    assert set(by_size) == {2, 3, 4}
+    # Rewards of a group are 0, 0.06, 0, 1.18: one of six pairs ties, three of six by outcome.
+    assert by_size[2]["outcome"] == pytest.approx(3 / 6)
+    assert by_size[2]["with_gain"] == pytest.approx(1 / 6)
+    assert (by_size[4]["outcome"], by_size[4]["with_gain"]) == (0.0, 0.0)
+    assert report["agreement"]["num_contexts"] == 10
+    assert "Gain and exact match (recorded)" in shown
+    assert not any("Title" in query.context for query in started[0].queries)
+
+
+def test_gains_that_a_run_did_not_measure_are_measured(
+    run: Run, started: list[FakeBackend], tmp_path: Path
+) -> None:
+    recorded = write(tmp_path / "t.jsonl", [rollout(g, k, gain=None) for g in range(5) for k in range(4)])
+    questions = write(tmp_path / "q.jsonl", lines())
+    status, line, _ = run("--questions", questions, "--rollouts", recorded, "--num-questions", "3")
+    assert status == 0
+    asked = [query.context for query in started[0].queries if "Title" in query.context]
+    assert sorted(asked) == [f"Doc 1(Title: T) Q{group} document first" for group in range(3)]
+    assert line["zero_variance_with_gain"] is not None
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["zero_variance"][0]["num_groups"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-samples", "4"], "--max-samples is 4, expected at least --num-generations"),
+        (["--temperature", "0"], "--temperature is 0"),
+        (["--gain", "much"], "--gain is 'much'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        parse_arguments(arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--max-samples", "one"], ["--num-questions", "0"], ["--bogus"]])
+def test_flags_that_cannot_be_parsed_end_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_settings_of_the_service_reach_it() -> None:
+    request = parse_arguments(["--num-generations", "5", "--score", "soft", "--lambda", "0.3"])
+    assert (request.config.num_generations, request.config.score, request.gain_weight) == (5, "soft", 0.3)
+    assert request.max_samples == 64
+
+
+def test_the_default_questions_are_those_of_the_world() -> None:
+    questions = read_questions(parse_arguments([]).questions)
+    assert len(questions) == 200
+    assert [len(question.documents) for question in questions] == [1] * 100 + [2] * 100
+
+
+def test_models_that_cannot_start_are_one_line_and_status_1(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(config: IGServiceConfig) -> FakeBackend:
+        raise RuntimeError("no room")
+
+    arguments = ["--questions", write(tmp_path / "q.jsonl", lines()), "--out", str(tmp_path / "out")]
+    assert main(arguments, start_backend=refuse) == 1
+    assert "no room" in caplog.text
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from IG.doctor.readings import GainRule, QuestionReading, Samples
+from IG.doctor.scenarios import Scenario
+from IG.estimator import GainEstimate, GainEstimator, GainOptions, GainQuery
+from IG.sampler import SampledAnswer, SamplingOptions
+from IG.semantics import GainKind, ScoreKind
+from IG.sharing import ModelIdentity
+from tests.fakes import FakeEntailment, FakePairJudge
+from tests.IG.doctor.synthetic import GOLD, question, reading, samples
+
+ANSWERS = {
+    "good": [("Bolton", -0.2), ("Bolton, England", -0.5), ("York", -1.0), ("in Bolton", -0.1)],
+    "": [("York", -0.3), ("Hull", -0.4), ("York", -0.9), ("Bolton", -2.0)],
+}
+
+
+class Scripted:
+    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
+        answers = ANSWERS["good" if "good" in prompt else ""]
+        return tuple(SampledAnswer(text=text, mean_log_prob=m, num_tokens=1) for text, m in answers)
+
+
+@pytest.mark.parametrize("score", list(ScoreKind))
+@pytest.mark.parametrize("gain", list(GainKind))
+async def test_all_samples_give_what_the_service_gives(score: ScoreKind, gain: GainKind) -> None:
+    there = ("Where? Bolton, England", "Where? Bolton")
+    estimator = GainEstimator(
+        Scripted(),
+        FakePairJudge(FakeEntailment(pairs={there: 0.8, there[::-1]: 0.7})),
+        options=GainOptions(gain=gain, log_floor=1 / 40),
+        sampling=SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=16, seed=0),
+        score=score,
+        threshold=0.5,
+        identity=ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2"),
+        sample_cache_size=10,
+        pair_cache_size=100,
+    )
+    query = GainQuery(question="Where?", context="a good one", golds=("Bolton", "Hull"))
+    (outcome,) = (await estimator.estimate([query], details=True)).outcomes
+    assert isinstance(outcome, GainEstimate)
+    read = QuestionReading(
+        question=question(golds=("Bolton", "Hull")),
+        conditions={
+            Scenario.none: Samples.of(outcome.no_context),
+            Scenario.supporting: Samples.of(outcome.with_context),
+        },
+    )
+    rule = GainRule(score=score, gain=gain, threshold=0.5)
+    assert read.gains(rule) == {Scenario.none: 0.0, Scenario.supporting: pytest.approx(outcome.gain)}
+    everything = {name: np.arange(4) for name in read.conditions}
+    assert read.standard_errors(rule, everything) == [pytest.approx(outcome.standard_error)]
+
+
+def test_a_part_of_the_samples_weighs_as_if_the_others_were_never_drawn() -> None:
+    three = samples([GOLD, "York", "Hull"], mean_log_probs=[-0.1, -0.4, -1.6])
+    part = three.weights(np.asarray([[2, 0], [1, 1]]))
+    share = np.exp(-0.1) / (np.exp(-0.1) + np.exp(-1.6))
+    assert part[0] == pytest.approx([share, 0.0, 1 - share])
+    rule = GainRule()
+    assert rule.statistic(three, part[:1], num_samples=2) == pytest.approx([share])
+    without = three.weights_without_one(np.asarray([0, 2]))
+    assert without.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert three.weights_without_one(np.asarray([1])).shape == (0, 3)
+
+
+def test_every_draw_has_its_own_gain_and_none_without_a_document() -> None:
+    conditions = {
+        Scenario.none: samples(["York", GOLD]),
+        Scenario.supporting: samples([GOLD, GOLD, "Hull"]),
+    }
+    gains = reading(conditions).gains_of(
+        GainRule(),
+        {Scenario.none: np.asarray([[0], [1]]), Scenario.supporting: np.asarray([[0], [2]])},
+    )
+    assert gains[Scenario.none].tolist() == [0.0, 0.0]
+    assert gains[Scenario.supporting].tolist() == [1.0, -1.0]

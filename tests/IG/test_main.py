@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from IG.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_help_explains_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "serve serve the information gain of contexts over HTTP" in shown
+    assert "doctor examine gains on a sample of questions" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["bogus"]])
+def test_nothing_and_anything_else_end_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "serve | doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "flag"), [("serve", "--port"), ("doctor", "--lambda")])
+def test_every_command_has_its_own_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert flag in capsys.readouterr().out
+
+
+def test_examining_needs_nothing_of_the_trainer() -> None:
+    program = (
+        "import sys, IG.doctor.command; print([m for m in sys.modules if m in ('verl', 'search_r1', 'vllm')])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert found.stdout.strip() == "[]"
