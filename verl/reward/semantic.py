@@ -122,10 +122,7 @@ class SemanticGain:
     def _account(self) -> dict[str, float]:
         """What the service did for this step, as far as it says."""
         work = {name: count - self._work_before.get(name, 0) for name, count in self._client.work.items()}
-        figures = {f"ig/{name}": float(work[name]) for name in _WORK if name in work}
-        if work.get("conditions") and "prompts_sampled" in work:
-            figures["ig/shared_share"] = 1 - work["prompts_sampled"] / work["conditions"]
-        return figures
+        return {f"ig/{name}": float(work[name]) for name in _WORK if name in work}
 
 
 class _EarlyAnswers:

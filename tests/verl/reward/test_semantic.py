@@ -238,7 +238,7 @@ async def test_a_halted_step_leaves_no_request_behind(caplog: pytest.LogCaptureF
 
 
 async def test_the_work_of_the_service_is_told_per_step() -> None:
-    work = {"conditions": 8, "prompts_sampled": 2, "baselines_sampled": 1, "pairs_judged": 5}
+    work = {"items": 4, "prompts_sampled": 2, "baselines_sampled": 1, "pairs_judged": 5}
     async with connected(FakeGainService(work=work)) as gain:
         for _ in range(2):
             trajectory = make_trajectory(QUESTION, queries=("q",), answer="x")
@@ -250,7 +250,6 @@ async def test_the_work_of_the_service_is_told_per_step() -> None:
                 "ig/prompts_sampled": 4.0,
                 "ig/baselines_sampled": 2.0,
                 "ig/pairs_judged": 10.0,
-                "ig/shared_share": 0.75,
             }
 
 
