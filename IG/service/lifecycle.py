@@ -66,6 +66,8 @@ class Service:
     async def drain(self, *, grace_s: float) -> None:
         """Accept no more and wait for what was accepted; after `grace_s` it is cancelled."""
         self._draining = True
+        if self._idle.is_set():
+            return
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:

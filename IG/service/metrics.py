@@ -33,6 +33,7 @@ class ServiceMetrics:
         self._prompts = self._counter("ig_prompts", "Conditions, by source of their samples.", "source")
         self._baselines = self._counter("ig_baselines", "Conditions without context, by source.", "source")
         self._pairs = self._counter("ig_pairs", "Entailment pairs, by how they were settled.", "source")
+        self.count_outcomes([], work=Work())  # so that every source is there, at 0, from the start
         self._seconds = Histogram(
             "ig_request_seconds",
             "Seconds from the first byte of a request for gains to the last byte of its answer.",

@@ -137,6 +137,12 @@ async def test_stopping_finishes_what_was_accepted_and_refuses_the_rest() -> Non
     assert len((await accepted).outcomes) == 1
 
 
+async def test_who_has_nothing_to_finish_stops_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    service = await started(FakeBackend())
+    await service.drain(grace_s=0)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("second_signal", [True, False])
 async def test_what_is_not_done_in_time_is_cancelled_and_told(second_signal: bool) -> None:
     backend = FakeBackend(pause_s=60)
