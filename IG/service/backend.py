@@ -204,14 +204,16 @@ async def _start_and_identify(pool: WorkerPool, *, config: IGServiceConfig) -> M
         return await load_in_thread(lambda: model_digest(model_folder(name)), name="digest")
 
     started = asyncio.Event()
-    async with asyncio.TaskGroup() as group:
-        generator = group.create_task(digest(config.model_path))
-        entailment = group.create_task(digest(config.entailment_model))
+    digests = asyncio.gather(digest(config.model_path), digest(config.entailment_model))
+    try:
         await pool.start()
         started.set()
+        generator_digest, entailment_digest = await digests
+    finally:
+        digests.cancel()
     return ModelIdentity(
         generator=config.model_path,
-        generator_digest=generator.result(),
+        generator_digest=generator_digest,
         entailment=config.entailment_model,
-        entailment_digest=entailment.result(),
+        entailment_digest=entailment_digest,
     )
