@@ -3,7 +3,7 @@
     async with IGClient("http://127.0.0.1:8310", timeout_s=120) as client:
         results = await client.compute([GainRequest(question=q, context=found, golds=("Bolton",))])
 
-`SyncIGClient` does the same without `await`. Needs httpx and stamina only, none of the service's models.
+`SyncIGClient` does the same without `await`. Needs httpx only, none of the service's models.
 """
 
 from __future__ import annotations
@@ -238,8 +238,9 @@ class IGClient:
                 failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
                 return [failure] * len(requests)
             half = len(requests) // 2
-            first = await self._ask(requests[:half], deadline=deadline)
-            return first + await self._ask(requests[half:], deadline=deadline)
+            halves = (self._ask(part, deadline=deadline) for part in (requests[:half], requests[half:]))
+            first, second = await asyncio.gather(*halves)
+            return first + second
         self.work.update(read_work(body))
         return results
 

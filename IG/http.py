@@ -13,11 +13,10 @@ import email.utils
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 import httpx
-import stamina
 
 Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 """What to send; a callable makes it anew for each attempt, from the seconds that are left."""
@@ -102,33 +101,39 @@ class JsonService:
         self, method: str, path: str, payload: Payload | None, *, timeout_s: float | None
     ) -> dict[str, object]:
         url = self._url + path
-        patience_s = self._timeout_s if timeout_s is None else max(0.0, timeout_s)
+        patience_s = self._timeout_s if timeout_s is None else timeout_s
+        if patience_s <= 0:
+            self._fail(url, "not asked: no time was left", may_pass=True)
         deadline = time.monotonic() + patience_s
         failures: list[_PassingFailureError] = []
-
-        def choose_wait(error: Exception) -> bool | float:
-            if not isinstance(error, _PassingFailureError):
-                return False
-            failures.append(error)
-            if error.retry_after_s is None:
-                return _backoff_s(len(failures))
-            # Jitter, so that clients that were turned away together do not come back together.
-            wait_s = error.retry_after_s + random.uniform(0.0, 0.1)
-            return wait_s if time.monotonic() + wait_s < deadline else False
-
         try:
             async with asyncio.timeout(patience_s):
-                async for attempt in stamina.retry_context(on=choose_wait, attempts=None, timeout=None):
-                    with attempt:
+                while True:
+                    try:
                         return await self._attempt(method, url, payload, deadline=deadline)
+                    except _PassingFailureError as error:
+                        failures.append(error)
+                    await asyncio.sleep(self._wait_s(url, failures, deadline=deadline))
         except TimeoutError:
             said = f"last failure: {failures[-1]}" if failures else "it stayed silent"
             message = f"no usable answer within {round(patience_s, 1):g} s ({said}); {self._fix}"
             self._fail(url, message, may_pass=True)
-        except _PassingFailureError as error:
-            wait = f"asks to wait {error.retry_after_s or 0:g} s, past the deadline in {patience_s:.0f} s"
-            self._fail(url, f"{error}; it {wait}: lower the load or raise the timeout", may_pass=True)
-        raise AssertionError("unlimited attempts end with an answer or an exception")
+
+    def _wait_s(self, url: str, failures: Sequence[_PassingFailureError], *, deadline: float) -> float:
+        """Before the next attempt, with jitter: clients that failed together must not come back together.
+
+        Raises CallError if the service asks for more time than there is.
+        """
+        failure = failures[-1]
+        if failure.retry_after_s is None:
+            longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(len(failures) - 1, 10))
+            return random.uniform(0.5, 1.0) * longest
+        wait_s = failure.retry_after_s + random.uniform(0.0, 0.1)
+        left_s = deadline - time.monotonic()
+        if wait_s >= left_s:
+            asks = f"it asks to wait {failure.retry_after_s:g} s, and {left_s:.1f} s are left"
+            self._fail(url, f"{failure}; {asks}: lower the load or raise the timeout", may_pass=True)
+        return wait_s
 
     async def _attempt(
         self, method: str, url: str, payload: Payload | None, *, deadline: float
@@ -188,12 +193,6 @@ def _checked_token(token: str, *, name: str) -> str:
 
 def _without_credentials(url: str) -> str:
     return str(httpx.URL(url).copy_with(username=None, password=None))
-
-
-def _backoff_s(num_failures: int) -> float:
-    """Doubles up to a limit; jitter keeps clients apart that failed together, at the limit too."""
-    longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(num_failures - 1, 10))
-    return random.uniform(0.5, 1.0) * longest
 
 
 def _parse_retry_after(header: str | None) -> float | None:

@@ -45,8 +45,6 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
         to_file.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         handlers.append(to_file)
     logging.basicConfig(level=number, handlers=handlers, force=True)
-    # Each retry would be a line; what finally failed is said by the ServiceError.
-    logging.getLogger("stamina").setLevel(max(number, logging.ERROR))
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
 
