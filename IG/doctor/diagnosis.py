@@ -157,15 +157,17 @@ def _without_empty(scenarios: Mapping[Scenario, list[float]]) -> dict[Scenario, 
 def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
     """The figures that a script wants, on one line."""
     noise, agreement = diagnosis.noise, diagnosis.agreement
-    size = diagnosis.advice.group_size
-    chosen = next((level for level in diagnosis.zero_variance if level.group_size == size), None)
     return {
         "questions": diagnosis.num_questions,
         "failed": diagnosis.num_failures,
-        "group_size": size,
+        "group_size": diagnosis.advice.group_size,
         "num_samples": diagnosis.advice.num_samples,
-        "zero_variance_outcome": _rounded(chosen.outcome if chosen else None),
-        "zero_variance_with_gain": _rounded(chosen.with_gain if chosen else None),
+        "zero_variance_outcome": {
+            str(level.group_size): _rounded(level.outcome) for level in diagnosis.zero_variance
+        },
+        "zero_variance_with_gain": {
+            str(level.group_size): _rounded(level.with_gain) for level in diagnosis.zero_variance
+        },
         "groups": diagnosis.groups_are,
         "signal": _rounded(noise.signal if noise else None),
         "noise": _rounded(noise.noise_at(plan.num_generations) if noise else None),

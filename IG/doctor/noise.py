@@ -119,9 +119,9 @@ def _level(
 def _draw(
     reading: QuestionReading, *, size: int, num_draws: int, rng: np.random.Generator
 ) -> dict[Scenario, IntArray]:
-    """Rows of every condition: `[draw, size]`."""
+    """Rows of every condition in their order, so that all of them add up to the very same: `[draw, size]`."""
     return {
-        name: rng.random((num_draws, len(samples))).argsort(axis=1)[:, :size]
+        name: np.sort(rng.random((num_draws, len(samples))).argsort(axis=1)[:, :size], axis=1)
         for name, samples in reading.conditions.items()
     }
 

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from IG.doctor.noise import NoiseReport
 from IG.doctor.scenarios import LABELS, Scenario
@@ -57,13 +57,13 @@ def draw_estimation_error(noise: NoiseReport, path: Path, *, gain: str) -> None:
         axes.set_yscale("log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(_ticks(axes))
         axes.set_xlabel("samples per condition")
         axes.set_ylabel(f"RMS error of the gain ({gain})")
         axes.set_title(f"Estimation error, {noise.num_gains} contexts", loc="left", fontsize=10)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left", frameon=True, edgecolor="none", framealpha=0.85)
         figure.savefig(path, dpi=110)
 
 
@@ -121,5 +121,5 @@ def _draw_boxes(axes: Axes, scenarios: Mapping[Scenario, Sequence[float]]) -> No
     for place, values in zip(places, scenarios.values(), strict=True):
         spread = place + rng.uniform(-0.2, 0.2, size=len(values))
         axes.plot(spread, values, ".", color=BLUE, alpha=0.25, markersize=4)
-    axes.set_xticks(places, [LABELS[name].replace(" ", "\n", 1) for name in scenarios])
+    axes.set_xticks(places, ["\n".join(LABELS[name].rsplit(" ", 1)) for name in scenarios])
     axes.grid(axis="x", visible=False)

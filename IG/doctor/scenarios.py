@@ -18,8 +18,8 @@ class Scenario(StrEnum):
     none = "none"
     first = "first"
     """The supporting document whose role is `first`, alone."""
-    second = "second"
-    """The others, without the first."""
+    rest = "rest"
+    """The other supporting documents, without the first."""
     supporting = "supporting"
     """All supporting documents."""
     random = "random"
@@ -28,8 +28,8 @@ class Scenario(StrEnum):
 
 LABELS = {
     Scenario.none: "no document",
-    Scenario.first: "first of two",
-    Scenario.second: "second of two",
+    Scenario.first: "only the first",
+    Scenario.rest: "only the rest",
     Scenario.supporting: "all supporting",
     Scenario.random: "random",
 }
@@ -50,7 +50,7 @@ def contexts_of(
     following = [document for document in documents if document.role != FIRST]
     if leading and following:
         contexts[Scenario.first] = _join(leading)
-        contexts[Scenario.second] = _join(following)
+        contexts[Scenario.rest] = _join(following)
     contexts[Scenario.supporting] = _join(documents)
     foreign = _draw_foreign(documents, others=others, rng=rng)
     if foreign:

@@ -71,7 +71,7 @@ def test_both_conditions_add_their_noise() -> None:
 
 def test_ranking_gets_better_with_samples() -> None:
     rng = np.random.default_rng(3)
-    shares = {Scenario.none: 0.1, Scenario.first: 0.3, Scenario.second: 0.5, Scenario.supporting: 0.9}
+    shares = {Scenario.none: 0.1, Scenario.first: 0.3, Scenario.rest: 0.5, Scenario.supporting: 0.9}
     readings = [
         reading({name: bernoulli(p, size=64, rng=rng) for name, p in shares.items()}, num_documents=2)
         for _ in range(30)

@@ -13,7 +13,7 @@ def test_a_question_of_two_documents_has_every_scenario() -> None:
     assert list(contexts) == list(Scenario)
     assert contexts[Scenario.none] == ""
     assert contexts[Scenario.first] == "A? document first"
-    assert contexts[Scenario.second] == "A? document second"
+    assert contexts[Scenario.rest] == "A? document second"
     assert contexts[Scenario.supporting] == "A? document first\nA? document second"
     drawn = contexts[Scenario.random].split("\n")
     assert len(set(drawn)) == 2, "as many as it needs"

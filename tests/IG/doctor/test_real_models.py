@@ -1,0 +1,29 @@
+"""The doctor as users start it, with the small models of the repository."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def test_the_embedded_world_is_examined_from_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "IG", "doctor", "--num-questions", "6", "--max-samples", "16"]
+    command += ["--num-generations", "4", "--cpu-threads", "1", "--out", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    line = json.loads(ended.stdout.splitlines()[-1])
+    assert (line["questions"], line["failed"], line["skipped"]) == (6, 0, [])
+    assert line["signal"] > 0.3
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for scenarios in report["gains"].values():
+        assert min(scenarios["supporting"]) > max(scenarios["random"])
+    assert report["work"]["baselines_sampled"] == 6
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
