@@ -3,18 +3,20 @@
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to mend it
+# make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 SHELL := /bin/bash
 # What is installed, else the CPU: the quickstart needs no GPU, not even where there is one.
 PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 QUICKSTART_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart clean
+.PHONY: help venv doctor check format test test-fast quickstart bench-ig soak-ig clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 venv: .venv/.installed-$(PLATFORM)
 
@@ -43,6 +45,12 @@ test-fast: venv
 
 quickstart: venv
 	@$(BIN)/python scripts/quickstart.py $(QUICKSTART_ARGS)
+
+bench-ig: venv
+	@$(BIN)/python scripts/bench_ig.py $(BENCH_ARGS)
+
+soak-ig: venv
+	@$(BIN)/python scripts/soak_ig.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

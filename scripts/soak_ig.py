@@ -1,0 +1,363 @@
+"""Does the IG service stay right under abuse? Many clients, bad requests, vanishing callers, dying workers.
+
+`make soak-ig` runs this. First one undisturbed worker computes what every item's gain is. Then a service with
+two workers and caches far too small for the items (so that there is work all the time) serves 200 clients for
+two minutes, while every second each of its workers is killed with a probability of 1 %. The exit status is 0
+only if every accepted good item came back right, nobody got a 5xx, and memory stayed flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+from screen import Screen
+from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
+
+from bench.workload import Rollout, grpo_steps, load_evidence
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = ROOT / "world"
+QUESTIONS, ROLLOUTS = 8, 4
+START_DEADLINE_S = 300.0
+TIMEOUT_S = 120.0
+SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12")
+# A tenth of the distinct prompts: nearly every item has to be computed again.
+SMALL_CACHES = ("--sample-cache-size", "48", "--pair-cache-size", "512")
+SHARES = {"good": 0.88, "malformed": 0.05, "vanishing": 0.05, "impatient": 0.02}
+MAX_ITEMS_PER_REQUEST = 4
+TOLERANCE = 1e-5
+MAX_GROWTH = 0.10
+MALFORMED: tuple[object, ...] = (
+    {"items": [{"question": "Who?", "context": ""}]},
+    {"items": [{"question": None, "context": "", "answers": ["x"]}]},
+    {"items": "all of them"},
+    {"items": [{"question": "Who?", "context": "", "answers": "x"}], "timeout_s": -1},
+    [],
+)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the clients saw, all together."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    items_right: int = 0
+    items_wrong: int = 0
+    items_failed: int = 0
+    items_late: int = 0
+    broken_connections: int = 0
+    workers_killed: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+    def complain(self, text: str) -> None:
+        """Keep the first few for the eye."""
+        if len(self.complaints) < 10:
+            self.complaints.append(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The result, in the order of the JSON line."""
+
+    seconds: float
+    clients: int
+    requests: dict[str, int]
+    statuses: dict[str, int]
+    items_right: int
+    items_wrong: int
+    items_failed: int
+    items_late: int
+    broken_connections: int
+    workers_killed: int
+    worker_restarts: int
+    memory_first_mb: float
+    memory_last_mb: float
+    passed: bool
+
+
+def main() -> int:
+    """Exit status: 0 passed, 1 not."""
+    arguments = parse_arguments()
+    screen = Screen(Console())
+    evidence = load_evidence(WORLD / "doctor.jsonl")
+    steps = grpo_steps(
+        evidence,
+        num_steps=len(evidence) // QUESTIONS,
+        questions=QUESTIONS,
+        rollouts=ROLLOUTS,
+        seed=arguments.seed,
+    )
+    rollouts = list(dict.fromkeys(rollout for step in steps for rollout in step))
+    try:
+        with TemporaryDirectory(prefix="soak-ig-") as folder:
+            gains = reference(screen, rollouts, folder=Path(folder))
+            summary = soak(screen, rollouts, gains=gains, arguments=arguments, folder=Path(folder))
+    except ChildFailedError as error:
+        screen.say(str(error), style="bold red")
+        return 1
+    print(json.dumps(asdict(summary)))
+    return 0 if summary.passed else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="how long (default 120)")
+    parser.add_argument("--clients", type=int, default=200, help="concurrent clients (default 200)")
+    parser.add_argument("--workers", type=int, default=2, help="workers of the service (default 2)")
+    parser.add_argument(
+        "--kill-share", type=float, default=0.01, help="workers killed per second (default 0.01)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of clients and killings (default 0)")
+    return parser.parse_args()
+
+
+def reference(screen: Screen, rollouts: Sequence[Rollout], *, folder: Path) -> list[float]:
+    """The gain of every item from one worker that nobody disturbs. Raises ChildFailedError if one fails."""
+    with Supervisor() as supervisor, screen.phase("what is right: one worker alone") as update:
+        url = start_service(supervisor, folder / "reference.log", update=update, extra=())
+        body = {"items": [as_item(rollout) for rollout in rollouts], "include_details": False}
+        answer = httpx.post(f"{url}/compute_info_gain", json=body, timeout=600, trust_env=False).json()
+    if any(score is None for score in answer["scores"]):
+        raise ChildFailedError(f"the reference failed: {Counter(answer['errors']).most_common(3)}")
+    return list(answer["scores"])
+
+
+def soak(
+    screen: Screen,
+    rollouts: Sequence[Rollout],
+    *,
+    gains: Sequence[float],
+    arguments: argparse.Namespace,
+    folder: Path,
+) -> Summary:
+    """Two minutes of abuse."""
+    extra = ("--num-workers", str(arguments.workers), *SMALL_CACHES)
+    memory: list[int] = []
+    with Supervisor() as supervisor:
+        with screen.phase(f"starting a service with {arguments.workers} workers") as update:
+            url = start_service(supervisor, folder / "soak.log", update=update, extra=extra)
+        with MemoryWatch(supervisor) as watch:
+            abuse = Abuse(url, rollouts, gains=gains, arguments=arguments)
+            with screen.phase("soaking", total=int(arguments.seconds)) as update:
+
+                def look(second: int) -> None:
+                    memory.append(watch.current_bytes)
+                    update(
+                        second,
+                        f"{abuse.seen.items_right} right, {abuse.seen.items_wrong + abuse.seen.items_failed} "
+                        f"not, {abuse.seen.workers_killed} killed, {watch.current_bytes / 1e9:.1f} GB",
+                    )
+
+                asyncio.run(abuse.run(look))
+        supervisor.children[0].check_alive()
+        restarts = restarts_of(url)
+    first, last = edges(memory)
+    summary = summarise(abuse.seen, arguments=arguments, restarts=restarts, first=first, last=last)
+    screen.console.print(table(summary, abuse.seen))
+    return summary
+
+
+class Abuse:
+    """All clients and the one who kills."""
+
+    def __init__(
+        self, url: str, rollouts: Sequence[Rollout], *, gains: Sequence[float], arguments: argparse.Namespace
+    ) -> None:
+        self.seen = Seen()
+        self._url = url
+        self._rollouts = rollouts
+        self._gains = gains
+        self._arguments = arguments
+        self._end = 0.0
+
+    async def run(self, look: Callable[[int], None]) -> None:
+        """Until the time is over and everybody has an answer."""
+        began = time.monotonic()
+        self._end = began + self._arguments.seconds
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            base_url=self._url, timeout=TIMEOUT_S, limits=limits, trust_env=False
+        ) as http:
+            seed = self._arguments.seed
+            clients = [
+                asyncio.create_task(self._client(http, Random(f"client {seed} {k}")))
+                for k in range(self._arguments.clients)
+            ]
+            rng = Random(f"killer {seed}")
+            while time.monotonic() < self._end:
+                await asyncio.sleep(1)
+                self._kill_some(rng)
+                look(int(time.monotonic() - began))
+            await asyncio.gather(*clients)
+
+    def _kill_some(self, rng: Random) -> None:
+        for worker in worker_processes():
+            if rng.random() < self._arguments.kill_share:
+                worker.kill()
+                self.seen.workers_killed += 1
+
+    async def _client(self, http: httpx.AsyncClient, rng: Random) -> None:
+        kinds = list(SHARES)
+        while time.monotonic() < self._end:
+            (kind,) = rng.choices(kinds, weights=list(SHARES.values()))
+            self.seen.requests[kind] += 1
+            try:
+                await self._request(http, kind, rng=rng)
+            except httpx.HTTPError as error:
+                self.seen.broken_connections += 1
+                self.seen.complain(f"{kind}: {type(error).__name__} {error}")
+
+    async def _request(self, http: httpx.AsyncClient, kind: str, *, rng: Random) -> None:
+        if kind == "malformed":
+            answer = await http.post("/compute_info_gain", json=rng.choice(MALFORMED))
+            self.seen.statuses[answer.status_code] += 1
+            if answer.status_code != 422:
+                self.seen.complain(f"malformed: {answer.status_code} {answer.text[:200]}")
+            return
+        chosen = rng.sample(range(len(self._rollouts)), rng.randint(1, MAX_ITEMS_PER_REQUEST))
+        body: dict[str, object] = {
+            "items": [as_item(self._rollouts[k]) for k in chosen],
+            "include_details": rng.random() < 0.1,
+        }
+        if kind == "impatient":
+            body["timeout_s"] = 0.2
+        call = http.post("/compute_info_gain", json=body)
+        if kind == "vanishing":
+            try:
+                await asyncio.wait_for(call, rng.uniform(0.01, 0.5))
+            except TimeoutError:
+                return
+            return
+        answer = await call
+        self.seen.statuses[answer.status_code] += 1
+        if answer.status_code == 429:
+            await asyncio.sleep(float(answer.headers["Retry-After"]))
+        elif answer.status_code != 200:
+            self.seen.complain(f"{kind}: {answer.status_code} {answer.text[:200]}")
+        else:
+            self._check(answer.json(), chosen)
+
+    def _check(self, answer: dict[str, list[float | str | None]], chosen: Sequence[int]) -> None:
+        for k, score, error in zip(chosen, answer["scores"], answer["errors"], strict=True):
+            if score is None:
+                if str(error).startswith("deadline"):
+                    self.seen.items_late += 1
+                else:
+                    self.seen.items_failed += 1
+                    self.seen.complain(f"failed: {error}")
+            elif abs(float(score) - self._gains[k]) <= TOLERANCE:
+                self.seen.items_right += 1
+            else:
+                self.seen.items_wrong += 1
+                self.seen.complain(f"wrong: {score}, right is {self._gains[k]}: {self._rollouts[k]}")
+
+
+def start_service(
+    supervisor: Supervisor, log: Path, *, update: Callable[[int, str], None], extra: Sequence[str]
+) -> str:
+    """A ready service's URL. Raises ChildFailedError."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "IG.service.IG_server", "--port", str(port), *SERVICE_ARGUMENTS, *extra]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IG_")}
+    service = supervisor.start("the IG service", command=command, log=log, cwd=ROOT, environment=environment)
+    for _ in wait_until_ready(
+        {f"{url}/readyz": service},
+        deadline_s=START_DEADLINE_S,
+        on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
+    ):
+        pass
+    return url
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The service's workers: Ray names each after its class."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:  # gone in between
+            continue
+        if line.startswith("ray::") and "Worker" in line:
+            found.append(process)
+    return found
+
+
+def restarts_of(url: str) -> int:
+    metrics = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text
+    (line,) = [line for line in metrics.splitlines() if line.startswith("ig_worker_restarts_total ")]
+    return int(float(line.split()[1]))
+
+
+def as_item(rollout: Rollout) -> dict[str, object]:
+    return {"question": rollout.question, "context": rollout.context, "answers": list(rollout.golds)}
+
+
+def edges(memory: Sequence[int]) -> tuple[float, float]:
+    """Median bytes of the second and of the last quarter: the first one warms up."""
+    quarter = max(1, len(memory) // 4)
+    return statistics.median(memory[quarter : 2 * quarter] or memory), statistics.median(memory[-quarter:])
+
+
+def summarise(
+    seen: Seen, *, arguments: argparse.Namespace, restarts: int, first: float, last: float
+) -> Summary:
+    server_errors = sum(count for status, count in seen.statuses.items() if status >= 500)
+    malformed = seen.requests["malformed"]
+    passed = (
+        seen.items_wrong == seen.items_failed == seen.broken_connections == server_errors == 0
+        and seen.items_right > 0
+        and seen.statuses[422] == malformed
+        and last <= first * (1 + MAX_GROWTH)
+    )
+    return Summary(
+        seconds=arguments.seconds,
+        clients=arguments.clients,
+        requests=dict(seen.requests),
+        statuses={str(status): count for status, count in sorted(seen.statuses.items())},
+        items_right=seen.items_right,
+        items_wrong=seen.items_wrong,
+        items_failed=seen.items_failed,
+        items_late=seen.items_late,
+        broken_connections=seen.broken_connections,
+        workers_killed=seen.workers_killed,
+        worker_restarts=restarts,
+        memory_first_mb=round(first / 1e6, 1),
+        memory_last_mb=round(last / 1e6, 1),
+        passed=passed,
+    )
+
+
+def table(summary: Summary, seen: Seen) -> Table:
+    """What a person reads."""
+    shown = Table(title=f"{summary.clients} clients for {summary.seconds:g} s")
+    shown.add_column("what")
+    shown.add_column("count", justify="right")
+    for name, value in asdict(summary).items():
+        shown.add_row(name.replace("_", " "), str(value))
+    for complaint in seen.complaints:
+        shown.add_row("complaint", complaint)
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

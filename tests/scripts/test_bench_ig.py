@@ -1,0 +1,124 @@
+"""What the benchmark and the soak count and conclude; the service under them is real, its models are not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+from bench_ig import Measured, naive_pairs
+from bench_ig import summarise as summarise_bench
+from soak_ig import Abuse, Seen, edges
+from soak_ig import summarise as summarise_soak
+
+from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
+from tests.IG.service.backends import FakeBackend, serving
+
+EVIDENCE = [
+    Evidence(question=f"Who is {k}?", golds=(f"gold {k}", f"G{k}"), passages=(f"Doc 1(Title: {k}) text {k}",))
+    for k in range(40)
+]
+ROLLOUT = Rollout(question="Where?", context="a good passage", golds=("Bolton",))
+SOAK = argparse.Namespace(seconds=1.5, clients=8, workers=1, kill_share=0.0, seed=0)
+
+
+def test_a_step_has_groups_of_rollouts_of_which_some_found_the_same() -> None:
+    steps = grpo_steps(EVIDENCE, num_steps=4, questions=8, rollouts=4, seed=3)
+    questions = [[rollout.question for rollout in step] for step in steps]
+    assert all(len(step) == 32 and len(set(asked)) == 8 for step, asked in zip(steps, questions, strict=True))
+    assert len({question for asked in questions for question in asked}) == 32  # none comes twice
+    distinct = sum(len({rollout.context for rollout in step}) for step in steps)
+    assert 4 * 8 < distinct < 4 * 32
+    assert steps == grpo_steps(EVIDENCE, num_steps=4, questions=8, rollouts=4, seed=3)
+
+
+def test_too_few_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 steps of 8 questions need 48 questions, there are 40"):
+        grpo_steps(EVIDENCE, num_steps=6, questions=8, rollouts=4, seed=0)
+
+
+def test_evidence_is_read_from_the_questions_of_the_doctor(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    row = {"question": "Q?", "answers": ["a", "b"], "documents": [{"text": "t", "role": "first"}]}
+    path.write_text(json.dumps(row) + "\n")
+    assert load_evidence(path) == [Evidence(question="Q?", golds=("a", "b"), passages=("t",))]
+
+
+def test_ratios_are_over_the_same_steps() -> None:
+    steps = [[ROLLOUT] * 32] * 3
+    measured = Measured(
+        service_s=[0.5, 1.0, 0.5],
+        engine_s=[0.5, 0.5, 0.5],
+        engine_tokens=300,
+        item_by_item_s=[20.0],
+        latencies_s=[0.1 * (k % 10 + 1) for k in range(96)],
+        baselines=24,
+        pairs=96,
+    )
+    summary = summarise_bench(measured, steps=steps, workers=2)
+    assert summary.items_per_s == 48.0
+    assert summary.vs_item_by_item == 40.0  # of the first step alone
+    assert summary.vs_engine == 0.75
+    assert (summary.baseline_calls, summary.baseline_calls_naive) == (24, 96)
+    assert naive_pairs(ROLLOUT) == 2 * (90 + 20)
+    assert summary.nli_pairs_naive == 96 * 220
+    assert 100 <= summary.p50_ms <= summary.p99_ms <= 1000
+
+
+def test_what_was_not_measured_is_not_a_number() -> None:
+    measured = Measured(service_s=[1.0], engine_s=[1.0], engine_tokens=1, latencies_s=[1.0] * 32)
+    assert summarise_bench(measured, steps=[[ROLLOUT] * 32], workers=1).vs_item_by_item is None
+
+
+async def _abuse(gain: float) -> Seen:
+    async with serving(FakeBackend()) as client:
+        abuse = Abuse(str(client.base_url), [ROLLOUT] * 8, gains=[gain] * 8, arguments=SOAK)
+        await abuse.run(lambda _: None)
+        return abuse.seen
+
+
+async def _right_gain() -> float:
+    async with serving(FakeBackend()) as client:
+        item = {"question": ROLLOUT.question, "context": ROLLOUT.context, "answers": list(ROLLOUT.golds)}
+        answer = await client.post("/compute_info_gain", json={"items": [item]})
+        return float(answer.json()["scores"][0])
+
+
+async def test_the_soak_passes_a_service_that_is_right() -> None:
+    seen = await _abuse(await _right_gain())
+    summary = summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=105.0)
+    assert summary.passed, seen
+    assert seen.items_right > 50
+    assert set(seen.statuses) <= {200, 422}
+    assert seen.statuses[422] == seen.requests["malformed"] > 0
+
+
+async def test_the_soak_fails_a_service_that_is_wrong() -> None:
+    seen = await _abuse(await _right_gain() + 0.1)
+    assert seen.items_wrong > 50
+    assert not summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Seen(items_right=9, items_failed=1),
+        Seen(items_right=9, broken_connections=1),
+        Seen(),
+    ],
+)
+def test_the_soak_fails_for_failures_and_for_nothing_done(seen: Seen) -> None:
+    assert not summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+
+
+def test_the_soak_fails_for_a_server_error_and_for_growing_memory() -> None:
+    good = Seen(items_right=9)
+    assert summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=109.0).passed
+    assert not summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=111.0).passed
+    good.statuses[503] += 1
+    assert not summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+
+
+def test_memory_is_compared_after_the_first_quarter() -> None:
+    assert edges([1, 1, 1, 5, 5, 5, 6, 6, 6, 7, 7, 7]) == (5, 7)
