@@ -13,8 +13,10 @@ import itertools
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Protocol
 
 from IG.lifeline import Lifeline
@@ -193,6 +195,8 @@ class VllmSampler:
                 outputs = output.outputs
         except EngineDeadError as error:
             raise EngineLostError("the generator's engine process died") from error
+        if any(output.finish_reason == "abort" for output in outputs):  # not by us: the engine is being ended
+            raise EngineLostError("the generator's engine process stops; it left this prompt undone")
         if len(outputs) != params.n:
             raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
         return outputs
@@ -237,7 +241,14 @@ def _tie_children(lifeline: Lifeline) -> None:
 
 
 def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
-    """Import vLLM (its environment has to be set before that) and load the model."""
+    """Import vLLM (its environment has to be set before that) and load the model.
+
+    In a thread of its own: what it does to signals, the engine process inherits.
+    """
+    # Ctrl-C goes to the whole process group: whoever holds the engine decides when that ends. The tracker
+    # comes first, because when it starts with the engine it unblocks the signal.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A separate executor process would import everything once more; a fork would share the guard's pipe.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -129,6 +130,7 @@ class RayCluster:
 
 def _start_ray(lifeline: Lifeline) -> Path:
     """Start the servants; their folder. Raises what Ray raises."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as for the engine: theirs is not the decision
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray binds to loopback only where it thinks clusters unsupported; it reads this when imported.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,12 +28,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
 @contextmanager
-def serving() -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """A started service and a client of it."""
+def serving(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """A started service, in a process group of its own, and a client of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        ["bash", str(ROOT / "IG_service_launch.sh"), "--port", str(port), "--max-new-tokens", "8"]
+        ["bash", str(ROOT / "IG_service_launch.sh"), "--port", str(port), "--max-new-tokens", "8", *flags],
+        start_new_session=True,
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client:
@@ -71,28 +76,56 @@ def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_same_scores_alone_and_in_a_crowd_and_no_process_survives() -> None:
-    """In a crowd and killed; alone in a second service, whose caches are fresh: only the seeds can agree."""
-    crowd = [
-        ITEM | {"question": f"Where was Bob {index} born?", "context": "a " * index} for index in range(40)
+def _crowd(count: int) -> list[dict[str, object]]:
+    return [
+        ITEM | {"question": f"Where was Bob {index} born?", "context": "a " * index} for index in range(count)
     ]
-    too_long = ITEM | {"context": "Alice Marsh " * 2000}
+
+
+def _interrupt_at_work(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
+    """Ctrl-C reaches every process of the group; what was accepted is finished, and then nothing is left."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    items = [item | {"context": "b"} for item in _crowd(300)]
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(_score, client, items)
+        time.sleep(0.5)
+        assert not answer.done()
+        os.killpg(process.pid, signal.SIGINT)
+        assert None not in answer.result()["scores"]
+    assert process.wait(timeout=60) == 0
+    assert _living(children) == []
+
+
+def test_alone_or_in_a_crowd_on_two_workers_a_score_is_the_same_and_an_interrupt_loses_none() -> None:
+    """Two services, whose caches are fresh: only the seeds can agree."""
     with serving() as (process, client):
-        together = _score(client, [*crowd[:20], ITEM, *crowd[20:], too_long])
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        process.wait()
-        assert _living(children) == []
+        alone = _score(client, [ITEM])
+        _interrupt_at_work(process, client)
+    too_long = ITEM | {"context": "Alice Marsh " * 2000}
+    with serving("--num-workers", "2") as (process, client):
+        assert client.get("/health").json()["mode"] == "multi-CPU"
+        together = _score(client, [*_crowd(20), ITEM, *_crowd(40)[20:], too_long])
+        _interrupt_at_work(process, client)
     assert together["errors"][:41] == [None] * 41
     assert together["scores"][41] is None
     assert "shorten the context" in str(together["errors"][41])
-
-    with serving() as (process, client):
-        alone = _score(client, [ITEM])
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        assert process.wait(timeout=60) == 0
-        assert _living(children) == []
-    assert alone["scores"][0] == pytest.approx(together["scores"][20], abs=1e-5)
+    assert alone["scores"][0] == together["scores"][20]
     for condition in ("with_context", "no_context"):
         assert _texts(alone["details"][0], condition) == _texts(together["details"][20], condition)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_killed_service_leaves_no_process_and_no_folder(num_workers: int) -> None:
+    with serving("--num-workers", str(num_workers)) as (process, client), ThreadPoolExecutor(1) as thread:
+        children = psutil.Process(process.pid).children(recursive=True)
+        words = " ".join(word for child in children for word in child.cmdline())
+        folders = set(re.findall(r"/\S+/ray-[a-z0-9_]{8}(?=[/\s])", words))
+        assert len(folders) == num_workers - 1
+        answer = thread.submit(_score, client, _crowd(300))
+        time.sleep(0.5)
+        process.kill()
+        process.wait()
+        assert isinstance(answer.exception(), httpx.TransportError)
+        assert _living(children) == []
+        time.sleep(3)
+        assert not any(Path(folder).exists() for folder in folders)
