@@ -3,7 +3,7 @@
     async with IGClient("http://127.0.0.1:8310", timeout_s=120) as client:
         results = await client.compute([GainRequest(question=q, context=found, golds=("Bolton",))])
 
-`SyncIGClient` does the same without `await`. Needs httpx only, none of the service's models.
+`SyncIGClient` does the same without `await`. Needs httpx and tenacity only, none of the service's models.
 """
 
 from __future__ import annotations

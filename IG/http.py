@@ -13,16 +13,17 @@ import email.utils
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import httpx
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 """What to send; a callable makes it anew for each attempt, from the seconds that are left."""
 
 _RETRIED_STATUSES = frozenset({429, 502, 503, 504})
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
+_BACKOFF = wait_exponential_jitter(initial=0.1, max=2.0, jitter=0.1)
 _MAX_QUOTED_CHARS = 300
 
 
@@ -106,34 +107,36 @@ class JsonService:
             self._fail(url, "not asked: no time was left", may_pass=True)
         deadline = time.monotonic() + patience_s
         failures: list[_PassingFailureError] = []
+
+        def wait_s(state: RetryCallState) -> float:
+            assert state.outcome is not None
+            failure = state.outcome.exception()
+            assert isinstance(failure, _PassingFailureError)
+            failures.append(failure)
+            if failure.retry_after_s is None:
+                return _BACKOFF(state)
+            return self._obeyed_wait_s(url, failure, deadline=deadline)
+
+        attempts = AsyncRetrying(retry=retry_if_exception_type(_PassingFailureError), wait=wait_s)
         try:
             async with asyncio.timeout(patience_s):
-                while True:
-                    try:
-                        return await self._attempt(method, url, payload, deadline=deadline)
-                    except _PassingFailureError as error:
-                        failures.append(error)
-                    await asyncio.sleep(self._wait_s(url, failures, deadline=deadline))
+                return await attempts(self._attempt, method, url, payload, deadline=deadline)
         except TimeoutError:
             said = f"last failure: {failures[-1]}" if failures else "it stayed silent"
             message = f"no usable answer within {round(patience_s, 1):g} s ({said}); {self._fix}"
             self._fail(url, message, may_pass=True)
 
-    def _wait_s(self, url: str, failures: Sequence[_PassingFailureError], *, deadline: float) -> float:
-        """Before the next attempt, with jitter: clients that failed together must not come back together.
+    def _obeyed_wait_s(self, url: str, failure: _PassingFailureError, *, deadline: float) -> float:
+        """What Retry-After asks for, with jitter: clients turned away together must not return together.
 
-        Raises CallError if the service asks for more time than there is.
+        Raises CallError if that is more time than there is.
         """
-        failure = failures[-1]
-        if failure.retry_after_s is None:
-            longest = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(len(failures) - 1, 10))
-            return random.uniform(0.5, 1.0) * longest
-        wait_s = failure.retry_after_s + random.uniform(0.0, 0.1)
+        assert failure.retry_after_s is not None
         left_s = deadline - time.monotonic()
-        if wait_s >= left_s:
+        if failure.retry_after_s >= left_s:
             asks = f"it asks to wait {failure.retry_after_s:g} s, and {left_s:.1f} s are left"
             self._fail(url, f"{failure}; {asks}: lower the load or raise the timeout", may_pass=True)
-        return wait_s
+        return failure.retry_after_s + random.uniform(0.0, 0.1)
 
     async def _attempt(
         self, method: str, url: str, payload: Payload | None, *, deadline: float

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-PASSAGES_PER_SEARCH = 3
 # Of a group's rollouts most find the same: shares of three different search results per question.
 RESULT_SHARES = (0.5, 0.3, 0.2)
 HIT_SHARE = 0.7
 """How often a search finds a passage that answers it; by guess, no measurement stands behind it."""
+_RANK = re.compile(r"^Doc \d+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """A question with the passages that answer it."""
+    """A question with the search results that answer it."""
 
     question: str
     golds: tuple[str, ...]
-    passages: tuple[str, ...]
+    results: tuple[str, ...]
+    """One passage a line, each beginning with its rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ def load_evidence(path: Path) -> list[Evidence]:
             Evidence(
                 question=row["question"],
                 golds=tuple(row["answers"]),
-                passages=tuple(document["text"] for document in row["documents"]),
+                results=tuple(document["text"] for document in row["documents"]),
             )
             for row in map(json.loads, lines)
         ]
@@ -57,7 +59,7 @@ def grpo_steps(
         )
     rng = Random(seed)
     chosen = rng.sample(list(evidence), num_steps * questions)
-    distractors = [passage for other in evidence for passage in other.passages]
+    distractors = [result for other in evidence for result in other.results]
     return [
         [
             rollout
@@ -77,13 +79,11 @@ def _group(evidence: Evidence, *, rollouts: int, distractors: Sequence[str], rng
 
 
 def _search_results(evidence: Evidence, *, distractors: Sequence[str], rng: Random) -> str:
-    """What a rollout read: one search per needed passage, each of three passages."""
+    """What a rollout read: one search per needed result. Other words find it in another order, or another."""
     searches = []
-    for wanted in evidence.passages:
-        found = rng.sample(distractors, PASSAGES_PER_SEARCH)
-        if rng.random() < HIT_SHARE:
-            found[rng.randrange(PASSAGES_PER_SEARCH)] = wanted
-        searches.append(
-            "\n".join(f"Doc {k}{text.removeprefix('Doc 1')}" for k, text in enumerate(found, start=1))
-        )
+    for wanted in evidence.results:
+        found = wanted if rng.random() < HIT_SHARE else rng.choice(distractors)
+        passages = found.splitlines()
+        ranked = enumerate(rng.sample(passages, len(passages)), start=1)
+        searches.append("\n".join(f"Doc {rank}{_RANK.sub('', passage)}" for rank, passage in ranked))
     return "\n".join(searches)

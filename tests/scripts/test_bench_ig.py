@@ -16,7 +16,11 @@ from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
 from tests.IG.service.backends import FakeBackend, serving
 
 EVIDENCE = [
-    Evidence(question=f"Who is {k}?", golds=(f"gold {k}", f"G{k}"), passages=(f"Doc 1(Title: {k}) text {k}",))
+    Evidence(
+        question=f"Who is {k}?",
+        golds=(f"gold {k}", f"G{k}"),
+        results=(f"Doc 1(Title: {k}) one\nDoc 2(Title: {k}) two\nDoc 3(Title: {k}) three",),
+    )
     for k in range(40)
 ]
 ROLLOUT = Rollout(question="Where?", context="a good passage", golds=("Bolton",))
@@ -30,6 +34,8 @@ def test_a_step_has_groups_of_rollouts_of_which_some_found_the_same() -> None:
     assert len({question for asked in questions for question in asked}) == 32  # none comes twice
     distinct = sum(len({rollout.context for rollout in step}) for step in steps)
     assert 4 * 8 < distinct < 4 * 32
+    lines = [line for step in steps for rollout in step for line in rollout.context.splitlines()]
+    assert all(line.startswith(f"Doc {k % 3 + 1}(Title: ") for k, line in enumerate(lines))
     assert steps == grpo_steps(EVIDENCE, num_steps=4, questions=8, rollouts=4, seed=3)
 
 
@@ -42,7 +48,7 @@ def test_evidence_is_read_from_the_questions_of_the_doctor(tmp_path: Path) -> No
     path = tmp_path / "questions.jsonl"
     row = {"question": "Q?", "answers": ["a", "b"], "documents": [{"text": "t", "role": "first"}]}
     path.write_text(json.dumps(row) + "\n")
-    assert load_evidence(path) == [Evidence(question="Q?", golds=("a", "b"), passages=("t",))]
+    assert load_evidence(path) == [Evidence(question="Q?", golds=("a", "b"), results=("t",))]
 
 
 def test_ratios_are_over_the_same_steps() -> None:
