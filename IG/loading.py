@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 
 def load_in_thread(
-    load: Callable[[], T], *, name: str, until: threading.Event | None = None
+    load: Callable[[], T], *, name: str, then: Callable[[], None] = lambda: None
 ) -> asyncio.Future[T]:
     """Run `load` in a thread of its own; cancelling the result abandons it.
 
-    The thread lives on until the event `until`, for what must not outlive the thread that started it.
+    The thread goes on with `then`, whatever came of the load: for what must not outlive its thread.
     """
     outcome: Future[T] = Future()
     outcome.set_running_or_notify_cancel()  # cancelling what waits for it leaves the outcome alone
@@ -33,9 +33,8 @@ def load_in_thread(
             outcome.set_result(load())
         except BaseException as error:  # it belongs to whoever awaits the outcome
             outcome.set_exception(error)
-        if until is not None:
-            threading.current_thread().name = f"ig-keep-{name}"
-            until.wait()
+        threading.current_thread().name = f"ig-keep-{name}"
+        then()
 
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
     return asyncio.wrap_future(outcome)

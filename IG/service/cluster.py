@@ -27,6 +27,7 @@ from IG.loading import load_in_thread
 logger = logging.getLogger(__name__)
 
 _START_ATTEMPTS = 3
+_LOOK_EVERY_S = 0.2
 _OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less
 _CALLS_AT_ONCE = 10_000
 _NUM_QUOTED_LINES = 15
@@ -87,24 +88,36 @@ class RayActor:
 
 
 class RayCluster:
-    """Ray's servants for this process alone: they end with it and leave no folder behind."""
+    """Ray's servants for this process alone: they end with it and leave no folder behind.
 
-    def __init__(self, folder: Path, *, lifeline: Lifeline, stop: threading.Event) -> None:
+    A thread starts them and stays until it ends them, because Linux ends them with that thread.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lifeline = lifeline
-        self._stop = stop
+        self._lifeline = Lifeline()
+        self._lifeline.leave_nothing_in(folder)
+        self._is_begun = False
+        self._stop = threading.Event()
+        self._ended = threading.Event()
 
     @classmethod
     async def start(cls) -> RayCluster:
-        """Start Ray in a thread that lives as long: Linux ends Ray's servants with their thread."""
-        lifeline, stop = Lifeline(), threading.Event()
+        """Start Ray. Raises what it raises; cancelled, it ends what it started as soon as Ray lets it."""
+        root = tempfile.gettempdir()
+        root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS and root.split() == [root] else "/tmp"
+        cluster = cls(Path(tempfile.mkdtemp(prefix="ray-", dir=root)))
+        loading = load_in_thread(cluster._begin, name="ray", then=cluster._end_when_asked)
         try:
-            folder = await load_in_thread(lambda: _start_ray(lifeline), name="ray", until=stop)
+            while not loading.done():
+                cluster.tie_processes()
+                await asyncio.wait([loading], timeout=_LOOK_EVERY_S)
+            loading.result()
         except BaseException:
-            stop.set()
-            lifeline.cut()
+            loading.cancel()
+            cluster._stop.set()
             raise
-        return cls(folder, lifeline=lifeline, stop=stop)
+        return cluster
 
     def launch(self, cls: type, *, name: str) -> RayActor:
         """Make `cls()` in a new process, without waiting for it; nobody restarts it when it is lost."""
@@ -120,16 +133,26 @@ class RayCluster:
 
     async def aclose(self) -> None:
         """End Ray and all its processes."""
+        self._stop.set()
+        await asyncio.to_thread(self._ended.wait)
+
+    def _begin(self) -> None:
+        _start_ray(self._folder)
+        self._is_begun = True
+
+    def _end_when_asked(self) -> None:
         import ray
 
+        self._stop.wait()
         self.tie_processes()
-        await asyncio.to_thread(ray.shutdown)
-        self._stop.set()
-        await asyncio.to_thread(self._lifeline.cut)
+        if self._is_begun:
+            ray.shutdown()
+        self._lifeline.cut()
+        self._ended.set()
 
 
-def _start_ray(lifeline: Lifeline) -> Path:
-    """Start the servants; their folder. Raises what Ray raises."""
+def _start_ray(folder: Path) -> None:
+    """Start the servants. Raises what Ray raises."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as for the engine: theirs is not the decision
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray binds to loopback only where it thinks clusters unsupported; it reads this when imported.
@@ -138,11 +161,7 @@ def _start_ray(lifeline: Lifeline) -> Path:
 
     if ray.is_initialized():
         raise RuntimeError("Ray already runs in this process; several workers need one of their own")
-    root = tempfile.gettempdir()
-    root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS and root.split() == [root] else "/tmp"
     for attempt in range(1, _START_ATTEMPTS + 1):
-        folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
-        lifeline.leave_nothing_in(folder)
         try:
             with _without_secrets():
                 # No CPUs: actors ask for none, so few cores never block one, and Ray stocks no idle workers.
@@ -156,10 +175,8 @@ def _start_ray(lifeline: Lifeline) -> Path:
                     logging_level="error",
                     _temp_dir=str(folder),
                 )
-            _tie_servants(lifeline, folder=folder)
-            return folder
+            return
         except Exception as error:  # Ray raises the bare class when its processes are slow to start
-            _tie_servants(lifeline, folder=folder)
             ray.shutdown()
             if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
                 raise

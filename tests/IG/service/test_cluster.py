@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from IG.sampler import SamplingError
+from IG.service.cluster import ActorLostError, RayCluster
+
+pytestmark = pytest.mark.slow
+
+
+class Host:
+    """What an actor may do to whoever calls it."""
+
+    async def double(self, number: int) -> int:
+        await asyncio.sleep(0.01)
+        return 2 * number
+
+    async def refuse(self) -> None:
+        raise SamplingError("the prompt is too long")
+
+    async def sleep_until_cancelled(self, note: str) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            Path(note).touch()
+            raise
+
+    async def identify(self) -> tuple[int, dict[str, str]]:
+        return os.getpid(), dict(os.environ)
+
+    async def die(self) -> None:
+        sys.stderr.write("out of cheese\n")
+        sys.stderr.flush()
+        os._exit(3)
+
+
+@asynccontextmanager
+async def cluster() -> AsyncIterator[RayCluster]:
+    started = await RayCluster.start()
+    try:
+        yield started
+    finally:
+        await started.aclose()
+
+
+async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IG_TOKEN", "hush")
+    monkeypatch.setenv("HF_TOKEN", "needed")
+    handler = signal.getsignal(signal.SIGTERM)
+    async with cluster() as started:
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert os.environ["IG_TOKEN"] == "hush"
+        first, second = (started.launch(Host, name=name) for name in ("first", "second"))
+        assert await asyncio.gather(*(first.call("double", i) for i in range(50))) == list(range(0, 100, 2))
+        with pytest.raises(SamplingError, match="the prompt is too long"):
+            await first.call("refuse")
+
+        pid, environment = await first.call("identify")
+        first.pid = pid
+        assert "IG_TOKEN" not in environment
+        assert environment["HF_TOKEN"] == "needed"
+
+        waiting = asyncio.create_task(first.call("sleep_until_cancelled", str(tmp_path / "note")))
+        await asyncio.sleep(1)
+        waiting.cancel()
+        for _ in range(50):
+            await asyncio.sleep(0.1)
+            if (tmp_path / "note").exists():
+                break
+        assert (tmp_path / "note").exists()
+
+        with pytest.raises(ActorLostError, match=r"the process of first died(.|\n)*out of cheese"):
+            await first.call("die")
+        with pytest.raises(ActorLostError):
+            await first.call("double", 1)
+        assert await second.call("double", 1) == 2
+    assert not [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()]
+
+
+async def test_a_start_that_nobody_waits_for_leaves_nothing() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    starting = asyncio.create_task(RayCluster.start())
+    await asyncio.sleep(1.5)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    for _ in range(200):
+        left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+        if not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(left)
