@@ -287,6 +287,67 @@ async def test_a_poisoned_pair_costs_two_workers_and_its_neighbours_nothing(num_
         assert laboratory.num_lost == 2
 
 
+class Stubborn(FakeWorker):
+    """Does not notice that it died, and when its work is cancelled answers, late, with `last_words`."""
+
+    def __init__(self, laboratory: Laboratory, rank: int, last_words: Exception | None) -> None:
+        super().__init__(laboratory, rank)
+        self.last_words = last_words
+        self.num_cancelled = 0
+
+    async def _work(self, kind: str, *, dies: bool) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            await settle()
+            if self.last_words is not None:
+                raise self.last_words from None
+
+
+@pytest.mark.parametrize("last_words", [None, RuntimeError("half dead"), WorkerLostError("again")])
+async def test_what_a_lost_worker_still_says_changes_nothing(last_words: Exception | None) -> None:
+    laboratory = Laboratory()
+    stubborn = Stubborn(laboratory, 0, last_words)
+
+    async def start(rank: int) -> FakeWorker:
+        if laboratory.workers:
+            return await laboratory.start(rank)
+        laboratory.workers.append(stubborn)
+        return stubborn
+
+    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8)
+    await pool.start()
+    asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(4)]
+    judged = asyncio.create_task(pool.judge(pairs(16)))
+    await settle()
+    laboratory.gate.clear()
+    stubborn.die()
+    for _ in range(5):
+        await settle()
+    assert pool.num_ready_workers == 1
+    assert stubborn.num_cancelled == 3  # two prompts and a batch
+    laboratory.gate.set()
+    async with asyncio.timeout(10):
+        assert await asyncio.gather(*asked[2:]) == [answer("prompt 2"), answer("prompt 3")]
+        assert await asyncio.gather(*asked[:2]) == [answer("prompt 0"), answer("prompt 1")]
+        assert await judged == [probability(pair) for pair in pairs(16)]
+    assert len(laboratory.workers) == 2
+    await pool.aclose()
+
+
+async def test_failed_starts_count_in_a_row_only() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1) as pool:
+        for _ in range(3):
+            assert await pool.sample("prompt") == answer("prompt")
+            laboratory.failing_starts = [OSError("no"), OSError("no")]
+            laboratory.workers[-1].die()
+            await settle()
+        assert await pool.sample("prompt") == answer("prompt")
+        assert (pool.failure, pool.num_worker_restarts) == (None, 3)
+
+
 async def test_a_worker_lost_idle_is_replaced_before_it_gets_work() -> None:
     laboratory = Laboratory()
     async with laboratory.pool(1) as pool:
