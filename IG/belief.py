@@ -70,8 +70,8 @@ class BeliefReader:
         cases = np.vstack(
             [weights, semantics.leave_one_out_weights(mean_log_probs)]
         )  # [1 + left out, response]
-        nodes, node_of = _distinct([answer.text for answer in answers], question=question)
         gold_nodes, gold_of = _distinct(golds, question=question)
+        nodes, node_of = _distinct([answer.text for answer in answers], question=question, known=gold_nodes)
         judge = _Judge(self._judgements, threshold=self._threshold, work=work)
         reading: FullReading | None = None
         if full:
@@ -194,15 +194,21 @@ def _soft_scores(cases: FloatArray, forward: FloatArray, backward: FloatArray) -
     return semantics.soft_score(cases, response_entails_gold=forward, gold_entails_response=backward.T)
 
 
-def _distinct(texts: Sequence[str], *, question: str) -> tuple[list[_Node], IntArray]:
+def _distinct(
+    texts: Sequence[str], *, question: str, known: Sequence[_Node] = ()
+) -> tuple[list[_Node], IntArray]:
     """The texts of every kind, in order of first appearance, and for each text which kind it is.
 
-    The model reads the plainest text of a kind, so that nothing depends on the order of the samples.
+    The model reads the plainest text of a kind, so that nothing depends on the order of the samples; and of
+    a kind that is known, the known one, so that an answer that is a gold relates to others as the gold does.
     """
     plainest: dict[str, str] = {}
     keys = [normalise_answer(text) for text in texts]
     for key, text in zip(keys, texts, strict=True):
         plainest[key] = min(plainest.get(key, text), text, key=lambda spelling: (len(spelling), spelling))
     number = {key: at for at, key in enumerate(plainest)}
-    nodes = [_Node(key, entailment_text(question, text)) for key, text in plainest.items()]
+    as_before = {node.key: node for node in known}
+    nodes = [
+        as_before.get(key) or _Node(key, entailment_text(question, text)) for key, text in plainest.items()
+    ]
     return nodes, np.asarray([number[key] for key in keys], dtype=np.int64)

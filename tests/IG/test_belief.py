@@ -68,6 +68,17 @@ async def test_the_lazy_reading_has_the_score_of_the_full_one() -> None:
         assert lazy.score == pytest.approx(full.score, abs=1e-12)
 
 
+@pytest.mark.parametrize("full", [True, False])
+async def test_an_answer_that_is_a_gold_is_read_as_the_gold_is_spelled(full: bool) -> None:
+    """A model may find other things of another spelling; the score must not depend on who asks for details."""
+    model = FakeEntailment(pairs=both_ways(("Bolton, England", "bolton")))
+    sampled = answers(["bolton", "Bolton, England"])
+    belief = await read(model, sampled, golds=["Bolton."], full=full)
+    assert belief.score == pytest.approx(0.5)
+    asked = [pair for batch in model.batches for pair in batch]
+    assert not any("bolton" in text for pair in asked for text in pair)
+
+
 async def test_equal_answers_are_judged_once_and_keep_their_weight() -> None:
     model = FakeEntailment(pairs=both_ways(("Bolton", "Bolton, England")))
     belief = await read(
