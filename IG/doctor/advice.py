@@ -23,7 +23,11 @@ class Advice:
 
 
 def advise(zero_variance: Sequence[ZeroVariance], noise: NoiseReport | None, *, gain_weight: float) -> Advice:
-    """The smallest of both that keep within the limits above."""
+    """The smallest of both that keep within the limits above.
+
+    A group whose rewards differ by the noise of the gain alone counts as one without variance: an advantage
+    that is normalised by the spread of its group would blow that noise up.
+    """
     group_size, groups = _advise_group(zero_variance, gain_weight=gain_weight)
     num_samples, samples = _advise_samples(noise)
     return Advice(group_size=group_size, num_samples=num_samples, sentence=f"{groups}; {samples}.")
@@ -33,8 +37,8 @@ def _advise_group(zero_variance: Sequence[ZeroVariance], *, gain_weight: float) 
     if not zero_variance:
         return None, "No group size can be named without outcomes"
     for level in zero_variance:
-        share = level.outcome if level.with_gain is None else level.with_gain
-        if share < MAX_ZERO_VARIANCE:
+        known = (level.within_noise, level.with_gain, level.outcome)
+        if next(share for share in known if share is not None) < MAX_ZERO_VARIANCE:
             return level.group_size, f"Take groups of {level.group_size}: {_reason(level, gain_weight)}"
     last = zero_variance[-1]
     return None, f"No group size up to {last.group_size} is large enough: {_reason(last, gain_weight)}"
@@ -44,12 +48,12 @@ def _reason(level: ZeroVariance, gain_weight: float) -> str:
     alone = f"{level.outcome:.0%} of them have zero variance with the outcome alone"
     if level.with_gain is None:
         return alone
-    within = ""
-    if level.within_noise is not None:
-        within = f", {level.within_noise:.0%} if differences within the noise of the gain count as none"
+    gain = f"with the gain at weight {gain_weight:g}"
+    if level.within_noise is None:
+        return f"{level.with_gain:.1%} of them have zero variance {gain} ({level.outcome:.0%} without)"
     return (
-        f"{level.with_gain:.1%} of them have zero variance with the gain at weight {gain_weight:g} "
-        f"({level.outcome:.0%} with the outcome alone{within})"
+        f"{level.within_noise:.1%} of them have no variance beyond the noise {gain} "
+        f"({level.with_gain:.1%} have none at all with it, {level.outcome:.0%} with the outcome alone)"
     )
 
 

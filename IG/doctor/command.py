@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from IG.doctor.diagnosis import Diagnosis, Plan, diagnose, summary
-from IG.doctor.measuring import Measured, measure_questions, measure_rollouts
-from IG.doctor.questions import AskedQuestion, InputError, choose_questions, read_questions
+from IG.doctor.measuring import Measured, add_work, measure_questions, measure_rollouts
+from IG.doctor.questions import AskedQuestion, InputError, choose, read_questions
 from IG.doctor.readings import GainRule
 from IG.doctor.report import write_report
 from IG.doctor.rollouts import RecordedRollout, by_group, have_gains, read_rollouts, with_gains
@@ -140,7 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSONL with answers and documents, or Search-R1 parquet (default world/doctor.jsonl)",
     )
     own.add_argument(
-        "--num-questions", type=_positive, default=50, metavar="N", help="how many of them (default 50)"
+        "--num-questions",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="how many of them, and of recorded groups whose gains must be measured (default 50)",
     )
     own.add_argument(
         "--rollouts",
@@ -182,10 +186,11 @@ async def examine(request: Request, *, start_backend: StartBackend) -> str:
     """Measure, write the report, print the tables; returns the JSON line."""
     started = time.perf_counter()
     config = request.config
-    questions = choose_questions(
+    questions = choose(
         read_questions(request.questions), count=request.num_questions, rng=random.Random(config.seed)
     )
     rollouts = None if request.rollouts is None else read_rollouts(request.rollouts)
+    _make_folder(request.out)  # not after hours of measuring
     measured, rollouts = await _measure(request, questions, rollouts, start_backend=start_backend)
     if not measured.readings:
         raise InputError(f"no question could be measured, the first: {measured.failures[0]}")
@@ -219,14 +224,29 @@ async def _measure(
                 backend, questions, seed=config.seed, advance=lambda done: progress.advance(bar, done)
             )
             if rollouts is not None and not have_gains(rollouts):
-                groups = list(by_group(rollouts).values())[: request.num_questions]
+                groups = choose(
+                    list(by_group(rollouts).values()),
+                    count=request.num_questions,
+                    rng=random.Random(config.seed),
+                )
                 chosen = [rollout for members in groups for rollout in members]
-                again = progress.add_task("contexts of rollouts", total=None)
-                gains = await measure_rollouts(
+                again = progress.add_task("recorded rollouts", total=None)
+                found = await measure_rollouts(
                     backend, chosen, advance=lambda done: progress.advance(again, done)
                 )
-                rollouts = with_gains(chosen, gains)
+                rollouts = with_gains(chosen, found.gains)
+                measured = replace(measured, failures=(*measured.failures, *sorted(found.failures)))
+                add_work(measured.work, found.work)
     return measured, rollouts
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out is {path}, expected a folder or a place for one ({error.strerror})"
+        ) from None
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -16,7 +16,6 @@ from IG.doctor.noise import NUM_SAMPLES, NoiseReport, measure_noise
 from IG.doctor.readings import GainRule, QuestionReading
 from IG.doctor.rollouts import RecordedRollout, observed_groups
 from IG.doctor.scenarios import Scenario
-from IG.semantics import GainKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +60,7 @@ def diagnose(measured: Measured, plan: Plan, *, rollouts: Sequence[RecordedRollo
     noise = measure_noise(measured.readings, plan.rule, sizes={*NUM_SAMPLES, plan.num_generations}, rng=rng)
     if noise is None:
         skipped["signal against noise"] = "no question has documents, so there is no gain to measure"
-    groups = _groups(answerable, plan, rollouts=rollouts, skipped=skipped)
+    groups = _groups(answerable, plan, rollouts=rollouts, skipped=skipped, rng=rng)
     levels = [
         zero_variance(
             groups,
@@ -98,13 +97,14 @@ def _groups(
     *,
     rollouts: Sequence[RecordedRollout] | None,
     skipped: dict[str, str],
+    rng: np.random.Generator,
 ) -> list[RewardGroup]:
     if rollouts is not None:
         return observed_groups(rollouts)
     if not answerable:
         skipped["zero-variance groups"] = "no question has answers, so there is no outcome to simulate"
     with_documents = [reading for reading in answerable if reading.contexts]
-    return simulate_groups(with_documents or answerable, plan.rule)
+    return simulate_groups(with_documents or answerable, plan.rule, num_samples=plan.num_generations, rng=rng)
 
 
 def _agreement(
@@ -134,24 +134,11 @@ def gains_by_scenario(
             continue
         kind = "one document" if len(reading.question.documents) == 1 else "several documents"
         for name, gain in reading.gains(rule).items():
-            kinds.setdefault(kind, {name: [] for name in _order(kind)})[name].append(gain)
-    return {kind: _without_empty(scenarios) for kind, scenarios in sorted(kinds.items())}
-
-
-def _order(kind: str) -> tuple[Scenario, ...]:
-    return (
-        tuple(Scenario)
-        if kind == "several documents"
-        else (
-            Scenario.none,
-            Scenario.supporting,
-            Scenario.random,
-        )
-    )
-
-
-def _without_empty(scenarios: Mapping[Scenario, list[float]]) -> dict[Scenario, list[float]]:
-    return {name: values for name, values in scenarios.items() if values}
+            kinds.setdefault(kind, {}).setdefault(name, []).append(gain)
+    return {
+        kind: {name: found[name] for name in Scenario if name in found}
+        for kind, found in sorted(kinds.items())
+    }
 
 
 def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
@@ -168,10 +155,13 @@ def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
         "zero_variance_with_gain": {
             str(level.group_size): _rounded(level.with_gain) for level in diagnosis.zero_variance
         },
+        "zero_variance_beyond_noise": {
+            str(level.group_size): _rounded(level.within_noise) for level in diagnosis.zero_variance
+        },
         "groups": diagnosis.groups_are,
         "signal": _rounded(noise.signal if noise else None),
         "noise": _rounded(noise.noise_at(plan.num_generations) if noise else None),
-        "gain": str(GainKind(plan.rule.gain)),
+        "gain": str(plan.rule.gain),
         "spearman_em": _rounded(agreement.spearman.value if agreement and agreement.spearman else None),
         "auc_em": _rounded(agreement.auc.value if agreement and agreement.auc else None),
         "skipped": sorted(diagnosis.skipped),

@@ -22,6 +22,7 @@ from IG.doctor.statistics import EQUAL
 from IG.semantics import FloatArray, IntArray
 
 GROUP_SIZES = (2, 3, 4, 5, 8, 16)
+NUM_DRAWS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,7 +30,7 @@ class RewardGroup:
     """What the rollouts of one question are rewarded."""
 
     outcomes: FloatArray  # [kind of rollout]
-    gains: FloatArray | None  # [kind of rollout]; None when nobody measured them
+    gains: FloatArray | None  # [measurement, kind of rollout]; None when nobody measured them
     counts: FloatArray  # [kind of rollout]: how many rollouts (observed) or which share (simulated)
     is_observed: bool
     """Observed groups are subsampled without replacement, simulated rollouts are independent draws."""
@@ -49,24 +50,29 @@ class ZeroVariance:
     """All rewards lie closer together than the noise of the weighted gain."""
 
 
-def simulate_groups(readings: Sequence[QuestionReading], rule: GainRule) -> list[RewardGroup]:
-    """A rollout is a scenario drawn at random and one of the answers sampled with it."""
+def simulate_groups(
+    readings: Sequence[QuestionReading], rule: GainRule, *, num_samples: int, rng: np.random.Generator
+) -> list[RewardGroup]:
+    """A rollout is a scenario drawn at random and one of the answers sampled with it.
+
+    Gains are those of `num_samples` samples, drawn several times, as training will have them: with more
+    samples fewer of them tie.
+    """
     groups = []
     for reading in readings:
-        gains = reading.gains(rule)
-        outcomes: list[float] = []
-        values: list[float] = []
-        shares: list[float] = []
-        for scenario, samples in reading.conditions.items():
-            right = float(exact_matches(samples.texts, reading.question.golds).mean())
-            outcomes += [1.0, 0.0]
-            values += [gains[scenario]] * 2
-            shares += [right / len(gains), (1 - right) / len(gains)]
+        chosen = reading.draw(size=num_samples, num_draws=NUM_DRAWS, rng=rng)
+        gains = np.stack(list(reading.gains_of(rule, chosen).values()), axis=1)  # [draw, scenario]
+        right = np.asarray(
+            [
+                exact_matches(samples.texts, reading.question.golds).mean()
+                for samples in reading.conditions.values()
+            ]
+        )
         groups.append(
             RewardGroup(
-                outcomes=np.asarray(outcomes),
-                gains=np.asarray(values) if reading.contexts else None,
-                counts=np.asarray(shares),
+                outcomes=np.repeat([1.0, 0.0], len(right)),
+                gains=np.tile(gains, 2) if reading.contexts else None,
+                counts=np.concatenate([right, 1 - right]) / len(right),
                 is_observed=False,
             )
         )
@@ -78,14 +84,15 @@ def zero_variance(
 ) -> ZeroVariance | None:
     """Mean shares over all groups that are large enough; None when none is.
 
-    `noise` is that of one gain: two rewards that differ by less than the noise of their difference tell
-    nothing, so they count as equal in `within_noise`.
+    `noise` is that of one gain: rewards that differ by less tell nothing, so they count as equal in
+    `within_noise`. It is the noise of the difference of two gains of a question as well: they share their
+    baseline, so that what is left are two conditions, as in one gain.
     """
     chosen = [group for group in groups if not group.is_observed or group.counts.sum() >= group_size]
     if not chosen:
         return None
     knows_gains = all(group.gains is not None for group in chosen)
-    tolerance = None if noise is None or not knows_gains else gain_weight * noise * np.sqrt(2)
+    tolerance = None if noise is None or not knows_gains else gain_weight * noise
 
     def mean(*, weight: float, tolerance: float) -> float:
         return float(
@@ -97,19 +104,21 @@ def zero_variance(
         num_groups=len(chosen),
         outcome=mean(weight=0.0, tolerance=EQUAL),
         with_gain=mean(weight=gain_weight, tolerance=EQUAL) if knows_gains else None,
-        within_noise=None
-        if tolerance is None
-        else mean(weight=gain_weight, tolerance=max(EQUAL, float(tolerance))),
+        within_noise=None if tolerance is None else mean(weight=gain_weight, tolerance=max(EQUAL, tolerance)),
     )
 
 
 def _tied(group: RewardGroup, *, size: int, weight: float, tolerance: float) -> float:
-    rewards = group.outcomes if group.gains is None else group.outcomes + weight * group.gains
+    gains = np.zeros((1, 1)) if group.gains is None or not weight else weight * group.gains
+    rewards = group.outcomes + gains  # [measurement, kind of rollout]
     if group.is_observed:
-        return tied_share_of_observed(
-            rewards, counts=group.counts.astype(np.int64), size=size, tolerance=tolerance
-        )
-    return tied_share_of_draws(rewards, shares=group.counts, size=size, tolerance=tolerance)
+        counts = group.counts.astype(np.int64)
+        tied = [tied_share_of_observed(row, counts=counts, size=size, tolerance=tolerance) for row in rewards]
+    else:
+        tied = [
+            tied_share_of_draws(row, shares=group.counts, size=size, tolerance=tolerance) for row in rewards
+        ]
+    return float(np.mean(tied))
 
 
 def tied_share_of_draws(values: FloatArray, *, shares: FloatArray, size: int, tolerance: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from IG.doctor.questions import AskedQuestion
@@ -86,10 +86,20 @@ async def _read(
     return reading, failures, estimates.work
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRollouts:
+    """What came of measuring rollouts again."""
+
+    gains: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By question and context, of the rollouts that searched and answered; failed ones are missing."""
+    failures: list[str] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+
+
 async def measure_rollouts(
     models: Measure, rollouts: Sequence[RecordedRollout], *, advance: Advance
-) -> dict[tuple[str, str], float]:
-    """Gain by question and context of the rollouts that searched and answered; failed ones are missing."""
+) -> MeasuredRollouts:
+    """Gains of rollouts that a run recorded without; each context of a question is asked for once."""
     asked = {
         (rollout.question, rollout.context): GainQuery(
             question=rollout.question, context=rollout.context, golds=rollout.golds
@@ -98,18 +108,24 @@ async def measure_rollouts(
         if rollout.is_measurable
     }
     slots = asyncio.Semaphore(MAX_REQUESTS * 4)
+    measured = MeasuredRollouts()
 
-    async def read(query: GainQuery) -> float | None:
+    async def read(key: tuple[str, str]) -> None:
         async with slots:
-            (outcome,) = (await models.estimate([query], details=False, timeout_s=None)).outcomes
+            estimates = await models.estimate([asked[key]], details=False, timeout_s=None)
+        (outcome,) = estimates.outcomes
+        if isinstance(outcome, GainEstimate):
+            measured.gains[key] = outcome.gain
+        else:
+            measured.failures.append(f"{key[0]!r}, recorded context: {outcome.reason}")
+        add_work(measured.work, estimates.work)
         advance(1)
-        return outcome.gain if isinstance(outcome, GainEstimate) else None
 
-    gains = await asyncio.gather(*(read(query) for query in asked.values()))
-    return {key: gain for key, gain in zip(asked, gains, strict=True) if gain is not None}
+    await asyncio.gather(*(read(key) for key in asked))
+    return measured
 
 
 def add_work(total: Work, done: Work) -> None:
     """Add the counters of one request to those of all."""
-    for field in fields(Work):
-        setattr(total, field.name, getattr(total, field.name) + getattr(done, field.name))
+    for counter in fields(Work):
+        setattr(total, counter.name, getattr(total, counter.name) + getattr(done, counter.name))

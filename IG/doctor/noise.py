@@ -34,7 +34,7 @@ class NoiseLevel:
     jackknife: float | None
     """Root mean square of the standard errors that the service reports; None for one sample."""
     rank_agreement: float | None
-    """Mean over questions of Kendall's tau with the ranking of contexts by all samples; 1 is perfect."""
+    """Mean over questions of Somers' D with the ranking of contexts by all samples; 1 is perfect."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def _level(
     errors: list[float] = []
     for reading in readings:
         total = reading.num_samples
-        chosen = _draw(reading, size=size, num_draws=num_draws if size < total else 1, rng=rng)
+        chosen = reading.draw(size=size, num_draws=num_draws, rng=rng)
         truth = np.asarray(list(reading.gains(rule).values()))  # [scenario]
         estimates = np.stack(list(reading.gains_of(rule, chosen).values()), axis=1)  # [draw, scenario]
         square = ((estimates - truth)[:, 1:] ** 2).ravel()
@@ -114,16 +114,6 @@ def _level(
         jackknife=_root_mean(np.square(errors).tolist()) if errors else None,
         rank_agreement=float(np.mean(agreements)) if agreements else None,
     )
-
-
-def _draw(
-    reading: QuestionReading, *, size: int, num_draws: int, rng: np.random.Generator
-) -> dict[Scenario, IntArray]:
-    """Rows of every condition in their order, so that all of them add up to the very same: `[draw, size]`."""
-    return {
-        name: np.sort(rng.random((num_draws, len(samples))).argsort(axis=1)[:, :size], axis=1)
-        for name, samples in reading.conditions.items()
-    }
 
 
 def _standard_errors(

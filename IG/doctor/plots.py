@@ -89,7 +89,7 @@ def _draw_levels(axes: Axes, noise: NoiseReport) -> None:
 
     axes.plot(*points("error"), "o-", color=BLUE, label=f"against {noise.max_samples} samples")
     sizes, values = points("noise")
-    axes.plot(sizes, values, "s-", color=ORANGE, label="against the truth")
+    axes.plot(sizes, values, "s-", color=ORANGE, label="against the truth (estimate)")
     axes.plot(*points("jackknife"), "^--", color=GREEN, label="standard error of the service")
     if sizes:
         anchor = values[-1] * np.sqrt(sizes[-1])

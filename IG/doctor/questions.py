@@ -14,7 +14,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 PARQUET_COLUMNS = ("question", "reward_model")
 
@@ -53,25 +55,23 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     return questions
 
 
-def choose_questions(
-    questions: Sequence[AskedQuestion], *, count: int, rng: random.Random
-) -> list[AskedQuestion]:
+def choose(population: Sequence[T], *, count: int, rng: random.Random) -> list[T]:
     """At most `count` of them, drawn without replacement, in their order."""
-    chosen = sorted(rng.sample(range(len(questions)), min(count, len(questions))))
-    return [questions[index] for index in chosen]
+    chosen = sorted(rng.sample(range(len(population)), min(count, len(population))))
+    return [population[index] for index in chosen]
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Mapping[str, object]]]:
     """Where it stands and what it is, of every line that is not blank. Raises InputError."""
     objects: list[tuple[str, Mapping[str, object]]] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:  # bytes: the line that is not UTF-8 has a number, too
             for number, line in enumerate(file, start=1):
                 where = f"{path}:{number}"
                 if line.strip():
                     objects.append((where, _parse_line(line, where=where)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected JSONL") from None
     return objects
 
 
@@ -86,7 +86,19 @@ def require_text(value: object, *, where: str, name: str) -> str:
     """A text that is not blank. Raises InputError."""
     if not isinstance(value, str) or not value.strip():
         refuse(where, name, value, "a text that is not empty")
-    return value
+    return require_whole(value, where=where, name=name)
+
+
+def require_whole(text: str, *, where: str, name: str) -> str:
+    """JSON can spell half a character, a lone surrogate; no tokenizer can read it. Raises InputError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(
+            f"{where}: {name} has {half!r} at character {error.start}, half a character, expected text"
+        ) from None
+    return text
 
 
 def refuse(where: str, name: str, value: object, expected: str) -> NoReturn:
@@ -96,11 +108,11 @@ def refuse(where: str, name: str, value: object, expected: str) -> NoReturn:
     raise InputError(f"{where}: {name} is {shown}, expected {expected}")
 
 
-def _parse_line(line: str, *, where: str) -> Mapping[str, object]:
+def _parse_line(line: bytes, *, where: str) -> Mapping[str, object]:
     try:
-        parsed: object = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
+        parsed: object = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of the bytes, the grammar, huge numbers, deep nesting
+        raise InputError(f"{where}: not JSON in UTF-8 ({error})") from None
     if not isinstance(parsed, dict):
         refuse(where, "the line", parsed, "a JSON object")
     return parsed

@@ -152,6 +152,17 @@ class QuestionReading:
         }
         return gains | {Scenario.none: np.zeros(len(before))}
 
+    def draw(self, *, size: int, num_draws: int, rng: np.random.Generator) -> dict[Scenario, IntArray]:
+        """Samples of every condition, without replacement: `[draw, size]`; a single draw where it takes all.
+
+        In their order, so that all of them add up to the very same.
+        """
+        count = num_draws if size < self.num_samples else 1
+        return {
+            name: np.sort(rng.random((count, len(samples))).argsort(axis=1)[:, :size], axis=1)
+            for name, samples in self.conditions.items()
+        }
+
     def condition_errors(self, rule: GainRule) -> list[float | None]:
         """Standard error of the statistic of every condition, from all samples."""
         return [rule.standard_error(samples, np.arange(len(samples))) for samples in self.conditions.values()]

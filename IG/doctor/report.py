@@ -36,8 +36,7 @@ _TITLE = "Information gain, examined"
 def write_report(
     diagnosis: Diagnosis, plan: Plan, folder: Path, *, settings: Mapping[str, object], seconds: float
 ) -> None:
-    """Write all files into the folder, which is made; pictures of an earlier report are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write all files into the folder; pictures of an earlier report are removed."""
     for name in _CAPTIONS:
         (folder / name).unlink(missing_ok=True)
     if diagnosis.noise is not None:

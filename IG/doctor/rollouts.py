@@ -6,7 +6,7 @@ Read are the JSONL files of a run's `trajectories/` folder, one trajectory per l
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from IG.doctor.groups import RewardGroup
-from IG.doctor.questions import InputError, read_json_lines, refuse, require_text, require_texts
+from IG.doctor.questions import (
+    InputError,
+    read_json_lines,
+    refuse,
+    require_text,
+    require_texts,
+    require_whole,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +79,7 @@ def observed_groups(rollouts: Sequence[RecordedRollout]) -> list[RewardGroup]:
     return [
         RewardGroup(
             outcomes=np.asarray([member.outcome for member in members]),
-            gains=np.asarray([member.gain or 0.0 for member in members]) if measured else None,
+            gains=np.asarray([[member.gain or 0.0 for member in members]]) if measured else None,
             counts=np.ones(len(members)),
             is_observed=True,
         )
@@ -115,7 +122,8 @@ def _context(turns: object, *, where: str) -> str:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         refuse(where, "turns", turns, "a list of objects")
     searches = [turn.get("passages") or [] for turn in turns]
-    return "\n".join(_render(passages, where=where) for passages in searches if passages)
+    context = "\n".join(_render(passages, where=where) for passages in searches if passages)
+    return require_whole(context, where=where, name="passages")
 
 
 def _render(passages: object, *, where: str) -> str:
@@ -128,6 +136,8 @@ def _render(passages: object, *, where: str) -> str:
 
 
 def _number(value: object, *, where: str, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(where, name, value, "a number")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number beyond all floats
+        refuse(where, name, value, "a finite number")
     return float(value)

@@ -22,22 +22,20 @@ EQUAL = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A figure with the range that holds it in 95 % of the resamplings."""
+    """A figure with the range that holds it in 95 % of the resamplings; None where one cluster is all."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
-def pearson(first: FloatArray, second: FloatArray, *, weights: FloatArray | None = None) -> float | None:
+def pearson(first: FloatArray, second: FloatArray) -> float | None:
     """Linear correlation; None when one of them has no spread."""
-    shares = np.ones(len(first)) if weights is None else weights
-    if len(first) < 2 or shares.sum() <= 0:
+    if len(first) < 2:
         return None
-    x = first - np.average(first, weights=shares)
-    y = second - np.average(second, weights=shares)
-    spread = float(np.sqrt((shares * x * x).sum() * (shares * y * y).sum()))
-    return float(np.clip((shares * x * y).sum() / spread, -1, 1)) if spread > 1e-12 else None
+    x, y = first - first.mean(), second - second.mean()
+    spread = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float(np.clip((x * y).sum() / spread, -1, 1)) if spread > 1e-12 else None
 
 
 def average_ranks(values: FloatArray) -> FloatArray:
@@ -68,7 +66,7 @@ def auc(values: FloatArray, *, positives: FloatArray, negatives: FloatArray) -> 
 
 
 def rank_agreement(truth: FloatArray, estimate: FloatArray) -> float | None:
-    """Kendall's tau over the pairs that truly differ; a pair that the estimate ties counts 0."""
+    """Somers' D: Kendall's tau over the pairs that truly differ; one that the estimate ties counts 0."""
     rows, columns = np.triu_indices(len(truth), k=1)
     direction = _direction(truth[rows] - truth[columns])
     num_different = np.count_nonzero(direction)
@@ -99,5 +97,7 @@ def bootstrap(
         again = statistic(np.concatenate([members[index] for index in chosen]))
         if again is not None:
             drawn.append(again)
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (value, value)
+    if len(members) < 2 or not drawn:
+        return Interval(value=value, low=None, high=None)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(value=value, low=float(low), high=float(high))

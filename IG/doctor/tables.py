@@ -82,15 +82,13 @@ def _noise(noise: NoiseReport, plan: Plan) -> Table:
         meaning=(
             f"Error of a gain of R samples per condition, over {noise.num_gains} contexts of "
             f"{noise.num_questions} questions: against the gain of all {noise.max_samples} samples, against "
-            "the truth (corrected for drawing from those), and as the service's standard error says. Signal "
-            "is the spread of the true gains between the scenarios of one question. The rank agreement is "
-            "Kendall's tau with the ranking of the scenarios by all samples."
+            "the truth (corrected for drawing from those), and as the service's standard error says. The "
+            f"signal of {noise.signal:.3f} is the spread of the true gains within a question. The rank "
+            "agreement is Somers' D with the gains of all samples: Kendall's tau over the scenarios whose "
+            "gains differ."
         ),
         columns=("samples", "error", "noise", "service says", "signal / noise", "rank agreement"),
-        rows=(
-            *(_noise_row(level, noise, plan) for level in noise.levels),
-            ("signal", _figure(noise.signal), "", "", "", ""),
-        ),
+        rows=tuple(_noise_row(level, noise, plan) for level in noise.levels),
     )
 
 
@@ -212,4 +210,6 @@ def _ratio(signal: float, noise: float | None) -> str:
 def _interval(interval: Interval | None) -> tuple[str, str]:
     if interval is None:
         return "-", ""
+    if interval.low is None:
+        return f"{interval.value:.3f}", "-"
     return f"{interval.value:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"

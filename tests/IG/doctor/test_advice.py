@@ -5,9 +5,11 @@ from IG.doctor.groups import ZeroVariance
 from IG.doctor.noise import NoiseLevel, NoiseReport
 
 
-def level(size: int, outcome: float, with_gain: float | None) -> ZeroVariance:
+def level(
+    size: int, outcome: float, with_gain: float | None, within_noise: float | None = None
+) -> ZeroVariance:
     return ZeroVariance(
-        group_size=size, num_groups=10, outcome=outcome, with_gain=with_gain, within_noise=None
+        group_size=size, num_groups=10, outcome=outcome, with_gain=with_gain, within_noise=within_noise
     )
 
 
@@ -26,9 +28,16 @@ def test_the_smallest_that_is_good_enough_is_recommended() -> None:
     advice = advise(levels, noise(0.4, 0.2, 0.09, 0.05), gain_weight=0.6)
     assert (advice.group_size, advice.num_samples) == (3, 4)
     assert advice.sentence == (
-        "Take groups of 3: 9.0% of them have zero variance with the gain at weight 0.6 (50% with the outcome "
-        "alone); take 4 samples per condition, whose noise of 0.090 is below a third of the signal of 0.300."
+        "Take groups of 3: 9.0% of them have zero variance with the gain at weight 0.6 (50% without); "
+        "take 4 samples per condition, whose noise of 0.090 is below a third of the signal of 0.300."
     )
+
+
+def test_rewards_that_differ_by_noise_alone_do_not_make_a_group_large_enough() -> None:
+    levels = [level(2, 0.6, 0.05, 0.4), level(3, 0.5, 0.01, 0.2), level(5, 0.4, 0.001, 0.08)]
+    advice = advise(levels, None, gain_weight=0.6)
+    assert advice.group_size == 5
+    assert "8.0% of them have no variance beyond the noise with the gain at weight 0.6" in advice.sentence
 
 
 def test_nothing_is_recommended_where_nothing_is_good_enough() -> None:

@@ -236,10 +236,45 @@ def test_gains_that_a_run_did_not_measure_are_measured(
     status, line, _ = run("--questions", questions, "--rollouts", recorded, "--num-questions", "3")
     assert status == 0
     asked = [query.context for query in started[0].queries if "Title" in query.context]
-    assert sorted(asked) == [f"Doc 1(Title: T) Q{group} document first" for group in range(3)]
+    assert len(asked) == len(set(asked)) == 3, "three groups of five, each context once"
+    assert set(asked) <= {f"Doc 1(Title: T) Q{group} document first" for group in range(5)}
     assert None not in line["zero_variance_with_gain"].values()
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     assert report["zero_variance"][0]["num_groups"] == 3
+    assert report["work"]["baselines"] == sum(bool(query.context) for query in started[0].queries)
+
+
+def test_recorded_contexts_that_cannot_be_measured_are_counted_and_named(run: Run, tmp_path: Path) -> None:
+    poison = [{"passages": [{"title": "T", "text": "poison"}]}]
+    bad = [rollout(9, k, gain=None, turns=poison) for k in range(4)]
+    good = [rollout(g, k, gain=None) for g in range(2) for k in range(4)]
+    status, line, shown = run(
+        "--questions",
+        write(tmp_path / "q.jsonl", lines()),
+        "--rollouts",
+        write(tmp_path / "t.jsonl", good + bad),
+    )
+    assert status == 0
+    assert (line["questions"], line["failed"]) == (12, 1)
+    assert (
+        "1 gains could not be measured, the first: 'Q9?', recorded context: the prompt is too long" in shown
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["zero_variance"][0]["num_groups"] == 2, "rollouts that failed teach nothing"
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_models_load(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("here")
+    questions = write(tmp_path / "q.jsonl", lines())
+
+    async def start(config: IGServiceConfig) -> FakeBackend:
+        raise AssertionError
+
+    assert main(["--questions", questions, "--out", str(tmp_path / "file")], start_backend=start) == 1
+    assert "--out is " in caplog.text
+    assert "expected a folder" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -286,4 +321,4 @@ def test_models_that_cannot_start_are_one_line_and_status_1(
     arguments = ["--questions", write(tmp_path / "q.jsonl", lines()), "--out", str(tmp_path / "out")]
     assert main(arguments, start_backend=refuse) == 1
     assert "no room" in caplog.text
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from IG.doctor.questions import InputError, choose_questions, read_questions
+from IG.doctor.questions import InputError, choose, read_questions
 
 GOOD = {
     "question": " Where? ",
@@ -35,6 +35,9 @@ def test_questions_come_with_their_documents(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "q.jsonl:3: not JSON"),
+        ("[" * 200_000, "q.jsonl:3: not JSON in UTF-8 (maximum recursion"),
+        ('{"question": ' + "9" * 5000 + "}", "q.jsonl:3: not JSON in UTF-8 (Exceeds the limit"),
+        (GOOD | {"question": "Where\ud800?"}, "q.jsonl:3: question has '\\ud800' at character 5, half a"),
         ("[1]", "q.jsonl:3: the line is [1], expected a JSON object"),
         ({"answers": ["x"]}, "q.jsonl:3: question is None, expected a text that is not empty"),
         (GOOD | {"answers": "Bolton"}, "q.jsonl:3: answers is 'Bolton', expected a list of texts"),
@@ -55,8 +58,8 @@ def test_what_is_not_there_or_empty_or_no_text_is_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="it has no questions"):
         read_questions(write(tmp_path / "empty.jsonl", ""))
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"bytes\.jsonl: cannot be read as UTF-8"):
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "Who?"}\n{"question": "caf\xe9"}\n')
+    with pytest.raises(InputError, match=r"bytes\.jsonl:2: not JSON in UTF-8"):
         read_questions(tmp_path / "bytes.jsonl")
 
 
@@ -76,8 +79,8 @@ def test_search_r1_parquet_has_no_documents(tmp_path: Path) -> None:
 def test_the_same_seed_chooses_the_same_questions_in_their_order(tmp_path: Path) -> None:
     lines = [{"question": f"Question {number:02}?"} for number in range(20)]
     questions = read_questions(write(tmp_path / "q.jsonl", *lines))
-    chosen = choose_questions(questions, count=5, rng=random.Random(1))
-    assert chosen == choose_questions(questions, count=5, rng=random.Random(1))
+    chosen = choose(questions, count=5, rng=random.Random(1))
+    assert chosen == choose(questions, count=5, rng=random.Random(1))
     assert len(chosen) == 5
     assert [question.text for question in chosen] == sorted(question.text for question in chosen)
-    assert choose_questions(questions, count=99, rng=random.Random(1)) == questions
+    assert choose(questions, count=99, rng=random.Random(1)) == questions

@@ -55,7 +55,7 @@ def test_failed_rollouts_are_left_out_and_missing_gains_count_as_in_training(tmp
     (group,) = observed_groups(read_rollouts(path))
     assert group.outcomes.tolist() == [1.0, 0.0]
     assert group.gains is not None
-    assert group.gains.tolist() == [0.5, 0.0]
+    assert group.gains.tolist() == [[0.5, 0.0]]
 
 
 def test_gains_that_nobody_measured_can_be_filled_in(tmp_path: Path) -> None:
@@ -74,6 +74,9 @@ def test_gains_that_nobody_measured_can_be_filled_in(tmp_path: Path) -> None:
     [
         ([line(), line(uid=None)], "t.jsonl:2: uid is None"),
         ([line(outcome="good")], "t.jsonl:1: outcome is 'good', expected a number"),
+        ([line(outcome=10**400)], "expected a finite number"),
+        ([line(gain=float("nan"))], "t.jsonl:1: gain is nan, expected a finite number"),
+        ([line(turns=[{"passages": [{"title": "\ud800"}]}])], "t.jsonl:1: passages has '\\ud800'"),
         ([line(gain=True)], "t.jsonl:1: gain is True, expected a number"),
         ([line(turns="x")], "t.jsonl:1: turns is 'x', expected a list of objects"),
         ([line(turns=[{"passages": ["x"]}])], "t.jsonl:1: passages is ['x']"),

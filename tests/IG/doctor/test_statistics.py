@@ -50,6 +50,17 @@ def test_rank_agreement_by_hand() -> None:
     assert rank_agreement(array(1, 1), array(0, 1)) is None
 
 
+def test_one_question_says_nothing_about_others() -> None:
+    found = bootstrap(
+        lambda rows: float(len(rows)),
+        clusters=np.zeros(5, dtype=np.int64),
+        num_resamplings=10,
+        rng=np.random.default_rng(0),
+    )
+    assert found is not None
+    assert (found.value, found.low, found.high) == (5.0, None, None)
+
+
 def test_the_bootstrap_covers_the_truth_and_draws_whole_questions() -> None:
     rng = np.random.default_rng(0)
     covered = 0
@@ -75,4 +86,5 @@ def test_the_bootstrap_covers_the_truth_and_draws_whole_questions() -> None:
     )
     assert once is not None
     assert ten is not None
+    assert None not in (once.low, once.high, ten.low, ten.high)
     assert ten.high - ten.low == pytest.approx(once.high - once.low, rel=0.25)
