@@ -7,16 +7,21 @@ number: published models order them differently.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
 """Premise and hypothesis."""
+
+_SMALLEST_BATCH = 16
+"""Pairs that are not worth being shared among threads."""
 
 
 class EntailmentModel:
@@ -29,20 +34,27 @@ class EntailmentModel:
         tokenizer: PreTrainedTokenizerBase,
         entailment_index: int,
         batch_size: int,
+        num_threads: int,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._entailment_index = entailment_index
         self._batch_size = batch_size
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="ig-entailment")
 
     @classmethod
     def load(cls, name: str, *, device: str, batch_size: int, cpu_threads: int) -> EntailmentModel:
-        """Load by folder or hub name; float32 on a CPU, bfloat16 on a GPU. Raises ValueError and OSError."""
+        """Load by folder or hub name; float32 on a CPU, bfloat16 on a GPU. Raises ValueError and OSError.
+
+        On a CPU `cpu_threads` batches run side by side, one thread each: threads that shared a batch would
+        wait for each other at every operation, for long where the cores are busy with other work.
+        """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if device == "cpu":
-            torch.set_num_threads(cpu_threads)
+            torch.set_num_threads(1)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -51,12 +63,11 @@ class EntailmentModel:
             tokenizer=tokenizer,
             entailment_index=entailment_label(model.config.id2label, model=name),
             batch_size=batch_size,
+            num_threads=cpu_threads if device == "cpu" else 1,
         )
 
     def probabilities(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
         """P(premise entails hypothesis), in order: batches of pairs of like length, long ones first."""
-        import torch
-
         scores = np.empty(len(pairs), dtype=np.float64)
         if not pairs:
             return scores
@@ -66,17 +77,28 @@ class EntailmentModel:
             truncation=True,
             max_length=self._max_tokens,
         )
-        lengths = np.asarray([len(ids) for ids in encoded["input_ids"]])
-        order = np.argsort(-lengths, kind="stable")
-        for start in range(0, len(pairs), self._batch_size):
-            rows = order[start : start + self._batch_size]
-            batch = self._tokenizer.pad(
-                {key: [column[row] for row in rows] for key, column in encoded.items()}, return_tensors="pt"
-            ).to(self._model.device)
-            with torch.inference_mode():
-                logits = self._model(**batch).logits.float()  # [B, label]
-            scores[rows] = logits.softmax(dim=-1)[:, self._entailment_index].double().cpu().numpy()
+        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
+        share = -(-len(pairs) // self._num_threads)
+        size = min(self._batch_size, max(_SMALLEST_BATCH, share))
+        batches = [order[start : start + size] for start in range(0, len(pairs), size)]
+        for rows, judged in zip(
+            batches, self._threads.map(partial(self._judge, encoded), batches), strict=True
+        ):
+            scores[rows] = judged
         return scores
+
+    def _judge(self, encoded: BatchEncoding, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        import torch
+
+        batch = self._tokenizer.pad(
+            {key: [column[row] for row in rows] for key, column in encoded.items()}, return_tensors="pt"
+        ).to(self._model.device)
+        with torch.inference_mode():
+            logits = self._model(**batch).logits.float()  # [B, label]
+        judged: npt.NDArray[np.float64] = (
+            logits.softmax(dim=-1)[:, self._entailment_index].double().cpu().numpy()
+        )
+        return judged
 
     @property
     def _max_tokens(self) -> int:

@@ -54,10 +54,11 @@ class LocalWorker:
     @classmethod
     async def start(cls, config: IGServiceConfig, rank: int) -> LocalWorker:
         """Load both models and use each once. Raises what the libraries raise."""
-        threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2 // count_workers(config))
+        cores = len(os.sched_getaffinity(0)) / count_workers(config)
         # The engine first: its process must be made before this one computes anything.
         sampler = await VllmSampler.start(
-            sampling_options(config), engine=_engine_options(config, threads=threads)
+            sampling_options(config),
+            engine=_engine_options(config, threads=config.cpu_threads or max(1, int(cores / 2))),
         )
         try:
             entailment = await load_in_thread(
@@ -65,7 +66,7 @@ class LocalWorker:
                     config.entailment_model,
                     device="cpu" if sampler.device == "cpu" else "cuda:0",
                     batch_size=config.computation_chunk_size,
-                    cpu_threads=threads,
+                    cpu_threads=config.cpu_threads or max(1, int(cores)),
                 ),
                 name="entailment",
             )

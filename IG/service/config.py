@@ -249,7 +249,12 @@ SETTINGS: tuple[Setting, ...] = (
     _setting(
         "cpu_cache_gb", "0.5", _real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
     ),
-    _setting("cpu_threads", "0", _integer(0), "threads of each model on a CPU; 0 is half the cores"),
+    _setting(
+        "cpu_threads",
+        "0",
+        _integer(0),
+        "threads of each model on a CPU; 0 is a worker's share of the cores, half of it for the generator",
+    ),
 )
 
 

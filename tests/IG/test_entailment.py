@@ -53,8 +53,10 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
     model = DebertaV2ForSequenceClassification(config).eval()
     pairs = [("a b c d e", "a"), ("a", "b"), ("c d", "e f g h"), ("a", "a"), ("", "b")]
 
-    def judge(batch_size: int, asked: list[tuple[str, str]]) -> np.ndarray:
-        judged = EntailmentModel(model, tokenizer=tokenizer, entailment_index=2, batch_size=batch_size)
+    def judge(batch_size: int, asked: list[tuple[str, str]], *, num_threads: int = 1) -> np.ndarray:
+        judged = EntailmentModel(
+            model, tokenizer=tokenizer, entailment_index=2, batch_size=batch_size, num_threads=num_threads
+        )
         return judged.probabilities(asked)
 
     together = judge(8, pairs)
@@ -66,3 +68,5 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
             logits = model(**tokenizer(*pair, return_tensors="pt")).logits
         assert probability == pytest.approx(logits.softmax(-1)[0, 2].item(), abs=1e-5)
     assert judge(8, []).shape == (0,)
+    many = pairs * 20
+    assert judge(8, many, num_threads=3) == pytest.approx(np.tile(together, 20), abs=1e-5)
