@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 _STARTED_TOGETHER = 32
 """Queries that are begun before others on the event loop have their turn."""
+_MAX_GOLDS = 1000
+_MAX_CHARS = 20_000
+"""Of a question and of a gold: far more than an entailment model reads, few enough to hold nobody up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +152,16 @@ class _InvalidQueryError(ValueError):
     """Nothing can be measured of this query."""
 
 
+def _require_readable(question: str, *, golds: Sequence[str]) -> None:
+    """Every gold is judged with every answer, together with those of others who wait. Raises as it says."""
+    if len(golds) > _MAX_GOLDS:
+        raise _InvalidQueryError(f"answers holds {len(golds)} texts, expected at most {_MAX_GOLDS}")
+    longest = max((len(gold) for gold in golds), default=0)
+    for name, length in (("question", len(question)), ("longest text of answers", longest)):
+        if length > _MAX_CHARS:
+            raise _InvalidQueryError(f"the {name} has {length} characters, expected at most {_MAX_CHARS}")
+
+
 class GainEstimator:
     """Measures gains; what its requests have in common is done once."""
 
@@ -229,6 +242,7 @@ class GainEstimator:
                 "answers holds no text, expected at least one accepted answer "
                 "(only --gain entropy does without)"
             )
+        _require_readable(query.question, golds=golds)
         prompt = self._prompt(query.question, context=query.context)
         baseline = self._prompt(query.question, context="")
         request.prompts |= {prompt, baseline}

@@ -40,7 +40,7 @@ def build_prompt(question: str, *, context: str, prompt_type: PromptType, max_co
 
 def truncate_words(text: str, *, max_words: int) -> str:
     """The first words of a text, joined by single spaces; a text that is short enough stays as it is."""
-    words = text.split()
+    words = text.split(maxsplit=max_words)  # what follows the last of them is one more
     return text if len(words) <= max_words else " ".join(words[:max_words])
 
 

@@ -70,7 +70,7 @@ async def test_the_lazy_reading_has_the_score_of_the_full_one() -> None:
 
 @pytest.mark.parametrize("full", [True, False])
 async def test_an_answer_that_is_a_gold_is_read_as_the_gold_is_spelled(full: bool) -> None:
-    """A model may find other things of another spelling; the score must not depend on who asks for details."""
+    """A model may find other things of another spelling; the score must not depend on who asks for what."""
     model = FakeEntailment(pairs=both_ways(("Bolton, England", "bolton")))
     sampled = answers(["bolton", "Bolton, England"])
     belief = await read(model, sampled, golds=["Bolton."], full=full)

@@ -143,6 +143,25 @@ async def test_a_query_without_question_or_golds_is_a_named_failure(bad: GainQue
     assert "expected" in estimates.outcomes[0].reason
 
 
+@pytest.mark.parametrize(
+    ("unreadable", "reason"),
+    [
+        (query("x", golds=tuple(map(str, range(1001)))), "holds 1001 texts, expected at most 1000"),
+        (query("x", golds=("Bolton", "B" * 20_001)), "20001 characters, expected at most 20000"),
+        (query("x", question="W" * 20_001), "20001 characters, expected at most 20000"),
+    ],
+)
+async def test_what_would_hold_up_everyone_is_refused_before_any_work(
+    unreadable: GainQuery, reason: str
+) -> None:
+    sampler = FakeAnswerSampler(BELIEVES)
+    (outcome,) = (await estimator(sampler).estimate([unreadable], details=True)).outcomes
+    assert isinstance(outcome, GainFailure)
+    assert outcome.kind == "invalid"
+    assert reason in outcome.reason
+    assert sampler.prompts == []
+
+
 async def test_the_drop_of_entropy_needs_no_golds() -> None:
     sampler = FakeAnswerSampler({"sure": ["Bolton"] * 4} | BELIEVES)
     estimates = await estimator(sampler, gain=GainKind.entropy).estimate(

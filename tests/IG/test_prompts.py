@@ -33,6 +33,14 @@ def test_a_long_context_keeps_its_first_words() -> None:
     assert truncate_words("a\nb  c", max_words=3) == "a\nb  c"
 
 
+@given(st.text(alphabet="ab \n\u3000"), st.integers(1, 5))
+def test_words_are_what_white_space_separates(text: str, max_words: int) -> None:
+    kept = truncate_words(text, max_words=max_words)
+    assert kept.split() == text.split()[:max_words]
+    assert kept in (text, " ".join(kept.split()))
+    assert (kept == text) or len(text.split()) > max_words
+
+
 def test_entailment_text_asks_once() -> None:
     assert entailment_text("Who?", "Bob") == "Who? Bob"
     assert entailment_text("who is he", "Bob") == "who is he? Bob"

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -55,20 +58,37 @@ def test_the_seed_depends_on_prompt_and_service_seed_alone() -> None:
     assert 0 <= prompt_seed(0, "a") < 2**48
 
 
+class Characters:
+    """A token for each character, two for a line break; it takes its time over long texts."""
+
+    def encode(self, text: str) -> list[int]:
+        time.sleep(len(text) * 1e-6)
+        return [0] * (len(text) + text.count("\n"))
+
+
 class Engine:
     """Gives the same outputs to every request."""
 
     errored = False
-    model_config = SimpleNamespace(max_model_len=64)
 
-    def __init__(self, *finish_reasons: str) -> None:
+    def __init__(self, *finish_reasons: str, max_model_len: int = 64) -> None:
+        self.model_config = SimpleNamespace(max_model_len=max_model_len)
         self._outputs = [SimpleNamespace(finish_reason=reason) for reason in finish_reasons]
 
-    def get_tokenizer(self) -> None:
-        return None
+    def get_tokenizer(self) -> Characters:
+        return Characters()
 
     async def generate(self, *_: object) -> AsyncIterator[SimpleNamespace]:
         yield SimpleNamespace(outputs=self._outputs)
+
+
+@contextmanager
+def sampling(engine: Engine) -> Iterator[VllmSampler]:
+    """Two answers of at most 8 tokens."""
+    options = SamplingOptions(num_answers=2, temperature=1.0, max_new_tokens=8, seed=0)
+    lifeline = Lifeline()
+    yield VllmSampler(engine, options=options, device="cpu", lifeline=lifeline)  # type: ignore[arg-type]
+    lifeline.cut()
 
 
 @pytest.mark.parametrize(
@@ -80,14 +100,34 @@ class Engine:
     ],
 )
 async def test_only_whole_answers_are_taken(finish_reasons: list[str], error: type[Exception] | None) -> None:
-    options = SamplingOptions(num_answers=2, temperature=1.0, max_new_tokens=8, seed=0)
-    engine = Engine(*finish_reasons)
-    lifeline = Lifeline()
-    sampler = VllmSampler(engine, options=options, device="cpu", lifeline=lifeline)  # type: ignore[arg-type]
-    generating = sampler._generate([1, 2], params=SimpleNamespace(n=2))  # type: ignore[arg-type]
-    if error is None:
-        assert len(await generating) == 2
-    else:
-        with pytest.raises(error):
-            await generating
-    lifeline.cut()
+    with sampling(Engine(*finish_reasons)) as sampler:
+        generating = sampler._generate([1, 2], params=SimpleNamespace(n=2))  # type: ignore[arg-type]
+        if error is None:
+            assert len(await generating) == 2
+        else:
+            with pytest.raises(error):
+                await generating
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("x" * 57, "the prompt has 57 tokens, the model takes 56 tokens before 8 new ones"),
+        ("x" * 54 + "\n\n", "the prompt has 58 tokens"),
+        ("x" * 5601, "the prompt has 5601 characters, the model takes 56 tokens"),
+    ],
+)
+async def test_a_prompt_that_is_too_long_is_refused_and_says_what_to_do(prompt: str, reason: str) -> None:
+    with sampling(Engine()) as sampler:
+        with pytest.raises(SamplingError, match=f"{reason}.*--max-context-words.*--max-model-len"):
+            await sampler.sample(prompt)
+        assert len(await sampler._encode("x" * 56)) == 56
+
+
+async def test_reading_a_long_prompt_leaves_the_event_loop_to_others() -> None:
+    with sampling(Engine(max_model_len=300_000)) as sampler:
+        reading = asyncio.create_task(sampler._encode("x" * 200_000))  # 0.2 s
+        start = time.perf_counter()
+        await asyncio.sleep(0)
+        assert time.perf_counter() - start < 0.1
+        assert len(await reading) == 200_000
