@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CPU_BATCHED_TOKENS = 4096
+_SHORT_PROMPT_CHARS = 20_000
+"""Read on the event loop within milliseconds."""
+_MAX_CHARS_PER_TOKEN = 100
+"""Text has 2 to 5; a prompt with more than that for each token it may have is not read at all."""
 
 
 class SamplingError(RuntimeError):
@@ -162,12 +166,7 @@ class VllmSampler:
 
         Raises SamplingError and EngineLostError.
         """
-        prompt_ids = self._tokenizer.encode(prompt)
-        if len(prompt_ids) > self._max_prompt_tokens:
-            raise SamplingError(
-                f"the prompt has {len(prompt_ids)} tokens, the model takes {self._max_prompt_tokens} before "
-                f"{self._options.max_new_tokens} new ones; shorten the context (--max-context-words)"
-            )
+        prompt_ids = await self._encode(prompt)
         outputs = await self._generate(prompt_ids, params=self._sampling_params(prompt))
         if len(outputs) == 1:  # greedy: every sample is the same
             outputs = outputs * self._options.num_answers
@@ -184,6 +183,22 @@ class VllmSampler:
         # Its finaliser would do so again at the end of the interpreter, with modules that are gone by then.
         self._engine.shutdown = lambda *_: None
         self._lifeline.cut()
+
+    async def _encode(self, prompt: str) -> list[int]:
+        """Raises SamplingError when the model cannot take so much."""
+        takes = (
+            f"the model takes {self._max_prompt_tokens} tokens before {self._options.max_new_tokens} new "
+            "ones; shorten the context (--max-context-words) or let the model take more (--max-model-len)"
+        )
+        if len(prompt) > _MAX_CHARS_PER_TOKEN * self._max_prompt_tokens:
+            raise SamplingError(f"the prompt has {len(prompt)} characters, {takes}")
+        if len(prompt) <= _SHORT_PROMPT_CHARS:
+            prompt_ids: list[int] = self._tokenizer.encode(prompt)
+        else:
+            prompt_ids = await asyncio.to_thread(self._tokenizer.encode, prompt)
+        if len(prompt_ids) > self._max_prompt_tokens:
+            raise SamplingError(f"the prompt has {len(prompt_ids)} tokens, {takes}")
+        return prompt_ids
 
     async def _generate(self, prompt_ids: list[int], *, params: SamplingParams) -> list[CompletionOutput]:
         from vllm.v1.engine.exceptions import EngineDeadError
