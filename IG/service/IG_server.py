@@ -26,8 +26,8 @@ from IG.loading import is_loading
 from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
 from IG.service.config import IGServiceConfig, SettingError, resolve_config, visible_device
-from IG.service.lifecycle import CallerLeftError, Service, StartBackend, UnavailableError
-from IG.service.limits import LimitBody, QueueFullError, RequireToken
+from IG.service.lifecycle import Service, StartBackend, UnavailableError
+from IG.service.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken, bounded_route
 from IG.service.metrics import CONTENT_TYPE, CountRequests, ServiceMetrics
 from IG.service.models import ModelMissingError, require_models
 from IG.service.rendering import render
@@ -85,7 +85,7 @@ def create_app(
         dependencies=openapi.security(needs_token=bool(config.token)), responses=openapi.refusals(401)
     )
     _add_reports(guarded, service=service, metrics=metrics, config=config)
-    _add_work(guarded, service=service, metrics=metrics, config=config)
+    guarded.include_router(_work(service=service, metrics=metrics, config=config))
     app.include_router(guarded)
     # The last one added sees a request first.
     app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
@@ -143,18 +143,22 @@ def _add_reports(
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _add_work(
-    router: APIRouter, *, service: Service, metrics: ServiceMetrics, config: IGServiceConfig
-) -> None:
+def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
+    def require_fitting(num_items: int) -> None:
+        _require_fitting(num_items, config=config)
+
+    router = APIRouter(
+        route_class=bounded_route(require_room=service.require_room, require_fitting=require_fitting)
+    )
+
     @router.post(
         _WORK_PATH,
         tags=["gain"],
         response_model=InfoGainResponse,
-        responses=openapi.refusals(400, 413, 415, 422, 429, 503),
+        responses=openapi.refusals(400, 408, 413, 415, 422, 429, 503),
     )
     async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
         """Gain of every item, in order; a failed item has a null score and its error."""
-        _require_fitting(len(body.items), config=config)
         queries = [
             GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
             for item in body.items
@@ -173,6 +177,8 @@ def _add_work(
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
         answer = await render(estimates, include_details=body.include_details)
         return Response(answer, media_type="application/json")
+
+    return router
 
 
 def describe_health(service: Service, *, version: str) -> HealthResponse:

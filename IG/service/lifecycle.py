@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from IG.estimator import Estimates, FailureKind, GainFailure, GainQuery
 from IG.service.backend import Backend
-from IG.service.limits import Admission
+from IG.service.limits import Admission, CallerLeftError
 from IG.sharing import ModelIdentity, Work
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,6 @@ class UnavailableError(Exception):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class CallerLeftError(Exception):
-    """Nobody waits for the answer any more; the work was cancelled."""
 
 
 class Service:
@@ -97,6 +93,11 @@ class Service:
         assert self.backend is not None
         if self.backend.num_ready_workers == 0:
             raise UnavailableError("No workers available", retry_after_s=1)
+
+    def require_room(self) -> None:
+        """Raises UnavailableError or QueueFullError if not even one item could be accepted now."""
+        self._require_open()
+        self.admission.require_room(1)
 
     async def estimate(
         self,

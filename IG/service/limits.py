@@ -1,26 +1,36 @@
-"""What keeps callers within bounds: the token, the size of a body, the number of accepted items.
+"""What keeps callers within bounds: the token, the size of a body and its time, the number of accepted items.
 
 The middlewares are plain ASGI: they see a request before its body is read and parsed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
 from fastapi import HTTPException
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
 """Need no token: who watches over processes has none."""
 _MAX_RETRY_AFTER_S = 60
+_BODY_S = 60.0
+"""How long a whole body may take to arrive."""
+_BODIES_HELD = 16
+"""Bodies of the greatest length that are held at a time, from their first byte to their answer."""
+_MAX_VALUES = 1_000_000
+"""Reading so many takes about half a second, in which nobody else is answered."""
 
 
 class RequireToken:
@@ -50,11 +60,16 @@ class RequireToken:
 
 
 class LimitBody:
-    """Refuses a body that is too long (413), counted while it is read, or encoded in any way (415)."""
+    """Refuses a body that is too long (413) or too slow (408), both while it comes, or encoded (415).
+
+    Also one that comes while too much is held already (429): what all callers together send is bounded, too.
+    """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self.num_held = 0
+        """Bytes of the requests that are not answered yet."""
+        self.max_bytes = max_bytes
         self._app = app
-        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,22 +79,21 @@ class LimitBody:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        num_bytes = 0
+        body = _BoundedBody(receive, limit=self)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self.num_held -= body.num_bytes
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_long())
-            return message
-
-        await self._app(scope, receive_counted, send)
+    def too_long(self) -> str:
+        """What to tell about a body beyond the limit."""
+        limit = f"{self.max_bytes / 2**20:.3g} MiB"
+        return f"the body is longer than {limit}; send fewer items per request or raise --max-body-mb"
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._max_bytes:
-            return JSONResponse({"detail": self._too_long()}, status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        if length.isdecimal() and int(length[:20]) > self.max_bytes:
+            return JSONResponse({"detail": self.too_long()}, status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         encoding = headers.get("content-encoding", "identity")
         if encoding.strip().lower() not in ("", "identity"):
             return JSONResponse(
@@ -88,9 +102,97 @@ class LimitBody:
             )
         return None
 
-    def _too_long(self) -> str:
-        limit = f"{self._max_bytes / 2**20:.3g} MiB"
-        return f"the body is longer than {limit}; send fewer items per request or raise --max-body-mb"
+
+class _BoundedBody:
+    """Counts a body while it is read. Whoever reads it gets HTTPException or QueueFullError."""
+
+    def __init__(self, receive: Receive, *, limit: LimitBody) -> None:
+        self.num_bytes = 0
+        self._receive = receive
+        self._limit = limit
+        self._deadline: float | None = asyncio.get_running_loop().time() + _BODY_S
+
+    async def receive(self) -> Message:
+        try:
+            async with asyncio.timeout_at(self._deadline) as patience:
+                message = await self._receive()
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise HTTPException(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"the body was not there after {_BODY_S:g} s; send it at once, or in smaller requests",
+                headers={"Connection": "close"},
+            ) from None
+        if not message.get("more_body", False):
+            self._deadline = None  # from now on it is asked only whether the caller is still there
+        self._count(len(message.get("body", b"")))
+        return message
+
+    def _count(self, num_bytes: int) -> None:
+        limit = self._limit
+        self.num_bytes += num_bytes
+        limit.num_held += num_bytes
+        if self.num_bytes > limit.max_bytes:
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit.too_long())
+        if limit.num_held > _BODIES_HELD * limit.max_bytes:
+            held = f"{limit.num_held / 2**20:.3g} MiB"
+            raise QueueFullError(
+                f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times --max-body-mb; "
+                "try again in 1 s",
+                retry_after_s=1,
+            )
+
+
+class CallerLeftError(Exception):
+    """Nobody waits for the answer any more; the work was cancelled."""
+
+
+def bounded_route(
+    *, require_room: Callable[[], None], require_fitting: Callable[[int], None]
+) -> type[APIRoute]:
+    """A route for work: who gets no place is told before the body is read, who sends too much before it is
+    looked at item by item.
+
+    `require_room` and `require_fitting`, which is given the number of items, raise what the caller is told.
+    """
+
+    class BoundedRequest(Request):
+        async def json(self) -> object:
+            body = await self.body()
+            _require_few_values(body)
+            value: object = json.loads(body)
+            if isinstance(value, dict) and isinstance(items := value.get("items"), list):
+                require_fitting(len(items))
+            return value
+
+    class BoundedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[object, object, Response]]:
+            handle = super().get_route_handler()
+
+            async def handle_bounded(request: Request) -> Response:
+                require_room()
+                bounded = BoundedRequest(request.scope, request.receive)
+                try:
+                    await bounded.body()
+                except ClientDisconnect:
+                    raise CallerLeftError from None
+                return await handle(bounded)
+
+            return handle_bounded
+
+    return BoundedRoute
+
+
+def _require_few_values(body: bytes) -> None:
+    """Every value of a JSON text but the first comes after one of these; text has some of them, too."""
+    num_values = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+    if num_values > _MAX_VALUES:
+        raise HTTPException(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the body has {num_values} commas and opening brackets, expected at most {_MAX_VALUES}; send "
+            "fewer items per request",
+        )
 
 
 class QueueFullError(Exception):
@@ -117,14 +219,7 @@ class Admission:
     @contextmanager
     def admit(self, num_items: int) -> Iterator[None]:
         """Hold places for so many items. Raises QueueFullError."""
-        excess = self.num_items + num_items - self._max_items
-        if excess > 0:
-            retry_after_s = self._wait_s(excess)
-            raise QueueFullError(
-                f"the queue is full: {self.num_items} of {self._max_items} items wait or are worked on, "
-                f"{num_items} more do not fit; try again in {retry_after_s} s",
-                retry_after_s=retry_after_s,
-            )
+        self.require_room(num_items)
         self.num_items += num_items
         try:
             yield
@@ -132,6 +227,17 @@ class Admission:
             self.num_items -= num_items
             self._answered.append((self._clock(), num_items))
             self._forget_old()
+
+    def require_room(self, num_items: int) -> None:
+        """Raises QueueFullError unless so many items could be admitted now."""
+        excess = self.num_items + num_items - self._max_items
+        if excess > 0:
+            retry_after_s = self._wait_s(excess)
+            raise QueueFullError(
+                f"the queue is full: {self.num_items} of {self._max_items} items wait or are worked on, no "
+                f"place for {num_items} more; try again in {retry_after_s} s",
+                retry_after_s=retry_after_s,
+            )
 
     def _wait_s(self, num_items: int) -> int:
         """About when so many places will be free, at the recent rate."""

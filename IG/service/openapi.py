@@ -27,6 +27,10 @@ _REFUSALS: dict[int, tuple[str, str]] = {
         "The bearer token is missing or wrong.",
         "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'",
     ),
+    408: (
+        "The body did not arrive in time.",
+        "the body was not there after 60 s; send it at once, or in smaller requests",
+    ),
     413: (
         "Too many items, or too long a body: send less at once.",
         "the request has 5000 items, expected at most 4096; split it or raise --max-items",
@@ -35,7 +39,8 @@ _REFUSALS: dict[int, tuple[str, str]] = {
     422: ("The request is malformed: the item and the field are named.", ""),
     429: (
         "So many items wait that these must come back later.",
-        "the queue is full: 16384 of 16384 items wait or are worked on, 4 more do not fit; try again in 3 s",
+        "the queue is full: 16384 of 16384 items wait or are worked on, no place for 4 more; try again "
+        "in 3 s",
     ),
     503: ("Not ready: loading, out of workers, or shutting down.", "Models not loaded"),
 }

@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 MAX_TIMEOUT_S = 86400.0
+MAX_CONTEXT_CHARS = 1_000_000
+MAX_CHARS = 20_000
+"""Of a question and of an answer, which the entailment model reads again and again."""
+MAX_ANSWERS = 1000
 
 
 def _require_whole_characters(text: str) -> str:
@@ -21,7 +25,8 @@ def _require_whole_characters(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_require_whole_characters)]
+Text = Annotated[str, Field(max_length=MAX_CHARS), AfterValidator(_require_whole_characters)]
+Context = Annotated[str, Field(max_length=MAX_CONTEXT_CHARS), AfterValidator(_require_whole_characters)]
 
 # A list stops at its first bad entry: a hostile body must not be answered with a million problems.
 
@@ -30,11 +35,12 @@ class InfoGainItem(BaseModel):
     """One question with what was found for it."""
 
     question: Text = Field(description="The bare question.", examples=["Where was Alice Marsh born?"])
-    context: Text = Field(
+    context: Context = Field(
         description="The passages that were found, as one text; empty for none (the gain is then 0).",
         examples=["Alice Marsh was born in Bolton."],
     )
     answers: Annotated[list[Text], FailFast()] = Field(
+        max_length=MAX_ANSWERS,
         description="Accepted answers; at least one, except for `--gain entropy`.",
         examples=[["Bolton", "Bolton, England"]],
     )

@@ -186,11 +186,39 @@ async def test_bytes_that_are_no_json_are_refused(body: bytes) -> None:
         assert (await client.get("/health")).json()["status"] == "healthy"
 
 
-async def test_a_million_bad_items_are_one_problem() -> None:
+async def test_thousands_of_bad_items_are_one_problem() -> None:
     async with calling(FakeBackend()) as client:
-        answer = await client.post("/compute_info_gain", json={"items": [0] * 1_000_000})
+        answer = await client.post("/compute_info_gain", json={"items": [0] * 4096})
     assert answer.status_code == 422
     assert [problem["loc"] for problem in answer.json()["detail"]] == [["body", "items", 0]]
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        (GOOD | {"question": "w" * 20_001}, ["question"]),
+        (GOOD | {"context": "w" * 1_000_001}, ["context"]),
+        (GOOD | {"answers": ["Bolton", "w" * 20_001]}, ["answers", 1]),
+        (GOOD | {"answers": ["w"] * 1001}, ["answers"]),
+    ],
+    ids=["question", "context", "answer", "answers"],
+)
+async def test_an_item_that_would_keep_the_service_busy_is_refused_and_named(
+    item: dict[str, object], named: list[object]
+) -> None:
+    async with calling(FakeBackend()) as client:
+        answer = await client.post("/compute_info_gain", json={"items": [GOOD, item]})
+    assert answer.status_code == 422
+    assert [problem["loc"] for problem in answer.json()["detail"]] == [["body", "items", 1, *named]]
+    assert len(answer.content) < 300
+
+
+async def test_details_are_the_same_json_whatever_the_errors_say() -> None:
+    hostile = FakeBackend(error=OSError('"details":null, {'))
+    async with calling(hostile) as client:
+        answer = await client.post("/compute_info_gain", json={"items": [GOOD]})
+    assert answer.json()["errors"] == ['OSError: "details":null, {']
+    assert answer.json()["details"] == [None]
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", "multipart"])

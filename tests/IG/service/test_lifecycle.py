@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from IG.estimator import Estimates, GainQuery
-from IG.service.lifecycle import CallerLeftError, Service, UnavailableError
-from IG.service.limits import QueueFullError
+from IG.service.lifecycle import Service, UnavailableError
+from IG.service.limits import CallerLeftError, QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
@@ -116,7 +116,7 @@ async def test_the_queue_is_bounded_and_its_places_come_back() -> None:
     service = await started(backend, max_queued_items=5)
     first = ask(service, num_items=3)
     await asyncio.sleep(0)
-    with pytest.raises(QueueFullError, match=r"3 of 5 items .* 3 more do not fit; try again in 1 s"):
+    with pytest.raises(QueueFullError, match=r"3 of 5 items .* no place for 3 more; try again in 1 s"):
         await ask(service, num_items=3)
     second = ask(service, num_items=2)
     await asyncio.gather(first, second)

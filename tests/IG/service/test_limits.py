@@ -2,18 +2,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from IG.service import limits
 from IG.service.limits import Admission, QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 TOKEN = "a-token-of-ours"
 HEAD = {"Content-Type": "application/json"}
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def announcing(client: httpx.AsyncClient, num_bytes: int) -> AsyncIterator[Connection]:
+    """A connection on which a body of so many bytes was announced, and nothing of it sent."""
+    assert client.base_url.port is not None
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    head = "POST /compute_info_gain HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
+    yield reader, writer
+    writer.close()
+
+
+async def first_line(reader: asyncio.StreamReader, *, within_s: float = 2.0) -> str:
+    return (await asyncio.wait_for(reader.readline(), within_s)).decode().strip()
 
 
 async def test_too_many_items_are_refused_with_what_to_do() -> None:
@@ -78,17 +96,95 @@ async def test_a_long_body_is_refused_while_it_comes(chunked: bool) -> None:
 
 
 async def test_a_body_that_only_says_it_is_long_is_refused_unread() -> None:
+    async with serving(FakeBackend()) as client, announcing(client, 99999999999) as (reader, _):
+        assert (await first_line(reader)).startswith("HTTP/1.1 413")
+
+
+async def test_who_finds_no_place_is_told_before_the_body_is_read() -> None:
+    backend = FakeBackend(pause_s=60)
+    async with serving(backend, "--max-queued-items", "2") as client:
+        work = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD] * 2}))
+        while not backend.running:
+            await asyncio.sleep(0.01)
+        async with announcing(client, 1000) as (reader, _):
+            assert (await first_line(reader)).startswith("HTTP/1.1 429")
+        work.cancel()
+
+
+async def test_who_comes_before_the_models_is_told_before_the_body_is_read() -> None:
+    async with serving(FakeBackend(), load_s=60) as client, announcing(client, 1000) as (reader, _):
+        assert (await first_line(reader)).startswith("HTTP/1.1 503")
+
+
+async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_BODY_S", 0.5)
+    async with serving(FakeBackend(pause_s=0.8)) as client:
+        started = time.monotonic()
+        slow = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
+        async with announcing(client, 1000) as (reader, writer):
+            for _ in range(4):
+                writer.write(b"[")
+                await asyncio.sleep(0.1)
+            answer = await asyncio.wait_for(reader.read(), 2)  # to its end: the connection is closed
+        assert 0.4 < time.monotonic() - started < 2
+        assert (await slow).json()["scores"] == [0.5], "the time of the work does not count"
+        metrics = (await client.get("/metrics")).text
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"the body was not there after 0.5 s" in answer
+    assert 'ig_requests_total{status="408"} 1.0' in metrics
+
+
+async def test_a_caller_who_hangs_up_in_the_middle_of_a_body_is_counted_as_that() -> None:
     async with serving(FakeBackend()) as client:
-        assert client.base_url.port is not None
-        with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
-            connection.sendall(
-                b"POST /compute_info_gain HTTP/1.1\r\nHost: here\r\nContent-Length: 99999999999\r\n"
-                b"Content-Type: application/json\r\n\r\n"
-            )
-            connection.setblocking(False)
-            loop = asyncio.get_running_loop()
-            answer = await asyncio.wait_for(loop.sock_recv(connection, 1 << 16), 2)
-    assert answer.startswith(b"HTTP/1.1 413")
+        async with announcing(client, 1000) as (_, writer):
+            writer.write(b"[")
+            await writer.drain()
+        while 'ig_requests_total{status="' not in (metrics := (await client.get("/metrics")).text):
+            await asyncio.sleep(0.01)
+    assert 'ig_requests_total{status="499"} 1.0' in metrics
+
+
+async def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many callers there are: from the first byte of a body to its answer."""
+    monkeypatch.setattr(limits, "_BODIES_HELD", 2)
+    body = json.dumps({"items": [GOOD | {"context": "good " * 15_000}]}).encode()
+    backend = FakeBackend(pause_s=1)
+    async with serving(backend, "--max-body-mb", "0.1") as client, announcing(client, 100_000) as (_, writer):
+        writer.write(body)
+        worked_on = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
+        while not backend.running:
+            await asyncio.sleep(0.01)
+        refused = await client.post("/compute_info_gain", content=body, headers=HEAD)
+        await worked_on
+        backend.pause_s = 0
+        fits = await client.post("/compute_info_gain", content=body, headers=HEAD)
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) >= 1
+    assert "bodies of 0.215 MiB wait or are worked on" in refused.json()["detail"]
+    assert (fits.status_code, fits.json()["errors"]) == (200, [None])
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"items": [' + b"[]," * 4_000_000 + b"[]]}", "the body has 8000003 commas and opening brackets"),
+        (json.dumps({"items": [GOOD] * 100_000}).encode(), "the request has 100000 items, expected at most"),
+    ],
+    ids=["values", "items"],
+)
+async def test_a_body_that_takes_long_to_read_keeps_nobody_waiting(body: bytes, told: str) -> None:
+    """Reading JSON lets nobody else have a turn."""
+    async with serving(FakeBackend()) as client:
+        answer = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
+        slowest = 0.0
+        while not answer.done():
+            started = time.monotonic()
+            await client.get("/health")
+            slowest = max(slowest, time.monotonic() - started)
+            await asyncio.sleep(0.005)
+    assert (await answer).status_code == 413
+    assert told in (await answer).json()["detail"]
+    assert slowest < 0.4
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])

@@ -70,7 +70,7 @@ def test_everything_is_described_with_examples(document: dict[str, Any]) -> None
 
 def test_every_refusal_is_documented(document: dict[str, Any]) -> None:
     work = document["paths"]["/compute_info_gain"]["post"]["responses"]
-    assert set(work) == {"200", "400", "401", "413", "415", "422", "429", "503"}
+    assert set(work) == {"200", "400", "401", "408", "413", "415", "422", "429", "503"}
     assert "Retry-After" in work["429"]["headers"]
     assert "Retry-After" in work["503"]["headers"]
     assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
