@@ -57,7 +57,8 @@ class EntailmentModel:
             torch.set_num_threads(1)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # Texts that are too long lose their beginning: the answers stand at the end, behind a question.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
         return cls(
             model.to(device).eval(),
             tokenizer=tokenizer,

@@ -6,6 +6,8 @@ import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
 
 from IG.entailment import EntailmentModel, entailment_label
+from IG.prompts import entailment_text
+from IG.service.config import WORLD_ENTAILMENT
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,11 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
     assert judge(8, []).shape == (0,)
     many = pairs * 20
     assert judge(8, many, num_threads=3) == pytest.approx(np.tile(together, 20), abs=1e-5)
+
+
+def test_answers_count_however_long_their_question_is() -> None:
+    """Cut at their end, both texts would be the same words of the question, and every answer right."""
+    model = EntailmentModel.load(str(WORLD_ENTAILMENT), device="cpu", batch_size=8, cpu_threads=1)
+    question = "Where was the singer of the band from Bolton in Alice Marsh born " * 30 + "?"
+    leeds, same, hull = (entailment_text(question, answer) for answer in ("Leeds", "leeds", "Hull"))
+    assert (model.probabilities([(leeds, same), (leeds, hull)]) > 0.5).tolist() == [True, False]
