@@ -78,5 +78,5 @@ def test_answers_count_however_long_their_question_is() -> None:
     """Cut at their end, both texts would be the same words of the question, and every answer right."""
     model = EntailmentModel.load(str(WORLD_ENTAILMENT), device="cpu", batch_size=8, cpu_threads=1)
     question = "Where was the singer of the band from Bolton in Alice Marsh born " * 30 + "?"
-    leeds, same, hull = (entailment_text(question, answer) for answer in ("Leeds", "leeds", "Hull"))
-    assert (model.probabilities([(leeds, same), (leeds, hull)]) > 0.5).tolist() == [True, False]
+    leeds, same, year = (entailment_text(question, answer) for answer in ("Leeds", "leeds", "1999"))
+    assert (model.probabilities([(leeds, same), (leeds, year)]) > 0.5).tolist() == [True, False]
