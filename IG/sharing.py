@@ -154,7 +154,7 @@ class SharedJudgements:
 
     def __init__(self, judge: PairJudge, *, size: int) -> None:
         self._judge = judge
-        self._known: _Recent[Pair, float] = _Recent(size)
+        self._known: _Recent[bytes, float] = _Recent(size)
         self._flights: dict[Pair, _Flight[dict[Pair, float | Exception]]] = {}
 
     async def of(self, pairs: Sequence[Pair], work: Work) -> dict[Pair, float]:
@@ -166,7 +166,7 @@ class SharedJudgements:
         fresh: list[Pair] = []
         waiting: dict[_Flight[dict[Pair, float | Exception]], list[Pair]] = {}
         for pair in dict.fromkeys(pairs):
-            probability = self._known.get(pair)
+            probability = self._known.get(_digest(pair))
             if probability is not None:
                 found[pair] = probability
             elif (flight := self._flights.get(pair)) is not None:
@@ -212,7 +212,14 @@ class SharedJudgements:
                 del self._flights[pair]
         for pair, outcome in (flight.outcome or {}).items():
             if not isinstance(outcome, Exception):
-                self._known.put(pair, outcome)
+                self._known.put(_digest(pair), outcome)
+
+
+def _digest(pair: Pair) -> bytes:
+    """Stands for the pair where many are kept: texts may be long."""
+    premise, hypothesis = pair
+    text = f"{len(premise)}\x00{premise}{hypothesis}"
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _probability(outcome: float | Exception) -> float:

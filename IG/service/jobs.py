@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -178,18 +178,23 @@ class PairBatch:
 
 
 class PairQueue:
-    """Pairs that wait, first come first served, cut into batches."""
+    """Pairs that wait, cut into batches: first come first served, but who has many lets others between."""
 
     def __init__(self, pairs_per_batch: int) -> None:
         self._most = pairs_per_batch
         self._least = -(-pairs_per_batch // 4)
         """A batch for one of several workers is not cut smaller."""
         self._first: deque[PairBatch] = deque()
-        self._waiting: deque[Run] = deque()
+        self._waiting: OrderedDict[PairCall, int] = OrderedDict()
+        """And from which pair on."""
 
     def append(self, call: PairCall) -> None:
         """Let a call wait."""
-        self._waiting.append((call, 0, len(call.pairs)))
+        self._waiting[call] = 0
+
+    def remove(self, call: PairCall) -> None:
+        """Nobody waits for it any more."""
+        self._waiting.pop(call, None)
 
     def return_first(self, batches: Iterable[PairBatch]) -> None:
         """Let batches be next, as they are."""
@@ -204,21 +209,22 @@ class PairQueue:
         room = max(self._least, min(self._most, -(-self._count(self._most * num_sharers) // num_sharers)))
         runs: list[Run] = []
         while self._waiting and room:
-            call, start, stop = self._waiting.popleft()
+            call, start = self._waiting.popitem(last=False)
             if call.future.done():
                 continue
-            taken = min(stop - start, room)
-            runs.append((call, start, start + taken))
-            room -= taken
-            if start + taken < stop:
-                self._waiting.appendleft((call, start + taken, stop))
+            stop = min(start + room, len(call.pairs))
+            runs.append((call, start, stop))
+            room -= stop - start
+            if stop < len(call.pairs):
+                self._waiting[call] = stop
+                self._waiting.move_to_end(call, last=len(call.pairs) - stop > self._most)
         return PairBatch(runs) if runs else None
 
     def stop(self, error: Exception) -> None:
         """Fail and forget everything."""
         for batch in self._first:
             batch.stop(error)
-        for call, _, _ in self._waiting:
+        for call in self._waiting:
             _stop(call, error)
         self._first.clear()
         self._waiting.clear()
@@ -226,8 +232,8 @@ class PairQueue:
     def _count(self, enough: int) -> int:
         """How many pairs wait, counted up to `enough`."""
         count = 0
-        for call, start, stop in self._waiting:
-            count += 0 if call.future.done() else stop - start
+        for call, start in self._waiting.items():
+            count += 0 if call.future.done() else len(call.pairs) - start
             if count >= enough:
                 return enough
         return count

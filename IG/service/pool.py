@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
@@ -66,6 +66,8 @@ class _Slot:
         self.lost = asyncio.Event()
         self.is_proven = False
         """Whether the present worker was given any work."""
+        self.opened_at = 0.0
+        """Since when it is there, by the clock of the event loop."""
         self.failed_starts = 0
 
     @property
@@ -77,7 +79,8 @@ class WorkerPool:
     """Shares work among workers; an AnswerSampler and a PairJudge.
 
     Up to `max_prompts_in_flight` prompts and one batch of pairs are on a worker at a time. What waits while
-    its batch runs becomes its next batch, of at most `pairs_per_batch`.
+    its batch runs becomes its next batch, of at most `pairs_per_batch`. A worker that lived for `settled_s`
+    did not die of its start.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class WorkerPool:
         pairs_per_batch: int,
         start_timeout_s: float = 600.0,
         retry_pause_s: float = 1.0,
+        settled_s: float = 60.0,
     ) -> None:
         self.num_worker_restarts = 0
         """Lost workers that were replaced."""
@@ -98,10 +102,11 @@ class WorkerPool:
         self._max_prompts = max_prompts_in_flight
         self._start_timeout_s = start_timeout_s
         self._retry_pause_s = retry_pause_s
+        self._settled_s = settled_s
         self._slots = [_Slot(rank) for rank in range(num_workers)]
         self._keepers: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self._prompts: deque[PromptJob] = deque()
+        self._prompts: OrderedDict[PromptJob, None] = OrderedDict()  # whoever leaves is out at once
         self._pairs = PairQueue(pairs_per_batch)
         self._suspects: deque[Job] = deque()
         self._ward: _Slot | None = None
@@ -137,7 +142,7 @@ class WorkerPool:
         """Answers to the prompt. Raises SamplingError (PoisonedError among them) and PoolFailedError."""
         self._require_well()
         job = PromptJob(prompt)
-        self._prompts.append(job)
+        self._prompts[job] = None
         self._dispatch()
         try:
             return await job.future
@@ -152,7 +157,10 @@ class WorkerPool:
         call = PairCall(pairs)
         self._pairs.append(call)
         self._dispatch()
-        return await call.future
+        try:
+            return await call.future
+        finally:
+            self._pairs.remove(call)
 
     async def aclose(self) -> None:
         """Stop all workers; what still waits fails."""
@@ -176,7 +184,8 @@ class WorkerPool:
                 await slot.lost.wait()
             finally:
                 watcher.cancel()
-            if not slot.is_proven:  # it went by itself; a new one may do the same for ever
+            lived_s = asyncio.get_running_loop().time() - slot.opened_at
+            if not slot.is_proven and lived_s < self._settled_s:  # by itself; a new one may do so for ever
                 slot.failed_starts += 1
             await self._close_lost(present)
             present = await self._replace(slot)
@@ -223,7 +232,7 @@ class WorkerPool:
 
     def _open(self, slot: _Slot, worker: Worker) -> None:
         slot.worker, slot.device = worker, worker.device
-        slot.is_proven = False
+        slot.is_proven, slot.opened_at = False, asyncio.get_running_loop().time()
         slot.lost.clear()
         self._dispatch()
 
@@ -234,11 +243,13 @@ class WorkerPool:
         jobs = self._clear(slot)
         logger.warning("worker %d (%s) was lost with %d jobs: %s", slot.rank, slot.device, len(jobs), reason)
         for job in jobs:
+            if job.is_over:
+                continue
             job.num_lost_workers += 1
             if job.num_lost_workers >= 2:
                 logger.error("given up after two lost workers: %s", job)
                 job.give_up()
-            elif not job.is_over:
+            else:
                 self._suspects.extend(job.alone())
         slot.lost.set()
         self._dispatch()
@@ -286,7 +297,7 @@ class WorkerPool:
 
     def _next_prompt(self) -> PromptJob | None:
         while self._prompts:
-            job = self._prompts.popleft()
+            job, _ = self._prompts.popitem(last=False)
             if not job.is_over:
                 return job
         return None
@@ -302,6 +313,11 @@ class WorkerPool:
             slot.failed_starts = 0
         except WorkerLostError as error:
             self._lose(slot, worker, reason=str(error))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            self._lose(slot, worker, reason="it stopped by itself in the middle of its work")
         except Exception as error:  # the job's own; once the worker is lost, it says nothing of the job
             if slot.worker is worker:
                 self._pairs.return_first(job.fail(error))
@@ -313,6 +329,7 @@ class WorkerPool:
 
     def _abandon(self, job: PromptJob) -> None:
         """The caller is gone or served: whoever still works for it stops."""
+        self._prompts.pop(job, None)
         job.future.cancel()
         if job.task is not None:
             job.task.cancel()

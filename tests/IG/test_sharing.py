@@ -225,6 +225,21 @@ async def test_pairs_are_judged_once_and_counted() -> None:
     assert (two.pairs_judged, two.pairs_shared) == (1, 3)
 
 
+async def test_pairs_are_known_by_their_texts_and_their_direction_without_being_kept() -> None:
+    pairs = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("bc", "a"), ("", "abc"), ("1\x00a", "b"), ("\ud800", "b")]
+    judge = GatedJudge(odd={pair: index / 10 for index, pair in enumerate(pairs)})
+    judge.gate.set()
+    judgements = SharedJudgements(judge, size=100)
+    for pair in pairs:
+        await judgements.of([pair], Work())
+    work = Work()
+    assert await judgements.of(pairs, work) == judge.odd
+    assert work.pairs_shared == len(pairs)
+    long = ("x" * 10_000_000, "y")
+    await judgements.of([long], work)
+    assert sum(len(key) for key in judgements._known._kept) < 1000
+
+
 async def test_the_last_who_waits_for_a_call_ends_it() -> None:
     judge = GatedJudge()
     judgements = SharedJudgements(judge, size=100)

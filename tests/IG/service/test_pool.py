@@ -55,7 +55,12 @@ class Laboratory:
 
     @asynccontextmanager
     async def pool(
-        self, num_workers: int = 2, *, max_prompts: int = 4, pairs_per_batch: int = 8
+        self,
+        num_workers: int = 2,
+        *,
+        max_prompts: int = 4,
+        pairs_per_batch: int = 8,
+        settled_s: float = 60.0,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
             self.start,
@@ -63,6 +68,7 @@ class Laboratory:
             max_prompts_in_flight=max_prompts,
             pairs_per_batch=pairs_per_batch,
             retry_pause_s=0,
+            settled_s=settled_s,
         )
         await pool.start()
         async with asyncio.timeout(60):
@@ -173,6 +179,18 @@ async def test_free_workers_share_what_waits() -> None:
         assert [[len(batch) for batch in worker.batches] for worker in laboratory.workers] == [[6], [6]]
 
 
+async def test_a_caller_with_very_many_pairs_lets_others_between() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, pairs_per_batch=8) as pool:
+        giant = asyncio.create_task(pool.judge(pairs(804, "giant")))
+        await asyncio.sleep(0)
+        others = [pairs(count, f"caller {count}") for count in (3, 20, 8)]
+        for judged, call in zip(await asyncio.gather(*map(pool.judge, others)), others, strict=True):
+            assert judged == [probability(pair) for pair in call]
+        assert len(laboratory.workers[0].batches) < 12
+        assert await giant == [probability(pair) for pair in pairs(804, "giant")]
+
+
 async def test_sampling_and_judging_run_side_by_side() -> None:
     laboratory = Laboratory()
     async with laboratory.pool(1) as pool:
@@ -217,6 +235,49 @@ async def test_a_caller_who_goes_away_stops_the_work_and_frees_the_place() -> No
         assert len(await judging) == 4
         assert laboratory.workers[0].prompts == ["a", "c"]
         assert laboratory.workers[0].batches == [pairs(4, "first")]
+
+
+async def test_who_leaves_while_no_worker_is_free_leaves_nothing_behind() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(1, max_prompts=1) as pool:
+        laboratory.gate.clear()
+        first = [asyncio.create_task(pool.sample("first")), asyncio.create_task(pool.judge(pairs(2)))]
+        await settle()
+        leaving = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
+        leaving += [asyncio.create_task(pool.judge(pairs(20))) for _ in range(20)]
+        await settle()
+        for task in leaving:
+            task.cancel()
+        await settle()
+        assert not pool._prompts
+        assert not pool._pairs._waiting
+        laboratory.gate.set()
+        await asyncio.gather(*first)
+
+
+async def test_a_worker_that_stops_by_itself_leaves_nobody_waiting() -> None:
+    """A cancellation that nobody asked for is a lost worker; its callers must not wait for ever."""
+
+    class Quitter(FakeWorker):
+        async def _work(self, kind: str, *, dies: bool) -> None:
+            raise asyncio.CancelledError
+
+    laboratory = Laboratory()
+
+    async def start(rank: int) -> FakeWorker:
+        if laboratory.workers:
+            return await laboratory.start(rank)
+        laboratory.workers.append(Quitter(laboratory, rank))
+        return laboratory.workers[0]
+
+    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8, retry_pause_s=0)
+    await pool.start()
+    async with asyncio.timeout(5):
+        answers, judged = await asyncio.gather(pool.sample("prompt"), pool.judge(pairs(2)))
+    assert answers == answer("prompt")
+    assert judged == [probability(pair) for pair in pairs(2)]
+    assert pool.num_worker_restarts == 1
+    await pool.aclose()
 
 
 async def test_what_was_on_a_lost_worker_is_tried_again_alone_and_comes_out_right() -> None:
@@ -411,6 +472,15 @@ async def test_workers_that_die_as_soon_as_they_are_there_are_not_started_for_ev
         await settle()
     assert len(laboratory.workers) == 3
     await pool.aclose()
+
+
+async def test_a_worker_may_be_lost_idle_any_number_of_times_when_it_had_lived() -> None:
+    laboratory = Laboratory()
+    async with laboratory.pool(2, settled_s=0) as pool:
+        for _ in range(5):
+            laboratory.workers[-1].die()
+            await settle()
+        assert (pool.num_ready_workers, pool.num_worker_restarts) == (2, 5)
 
 
 async def test_a_pool_that_cannot_start_leaves_no_worker() -> None:
