@@ -62,11 +62,10 @@ def _advise_samples(noise: NoiseReport | None) -> tuple[int | None, str]:
         return None, "no number of samples can be named without contexts to tell apart"
     limit = noise.signal * MAX_NOISE_SHARE
     for level in noise.levels:
-        size = noise.noise_at(level.num_samples)
-        if size is not None and size < limit:
+        if level.noise < limit:
             return level.num_samples, (
-                f"take {level.num_samples} samples per condition, whose noise of {size:.3f} is below a third "
-                f"of the signal of {noise.signal:.3f}"
+                f"take {level.num_samples} samples per condition, whose noise of {level.noise:.3f} is below "
+                f"a third of the signal of {noise.signal:.3f}"
             )
     return None, (
         f"no number of samples up to {noise.max_samples} brings the noise below a third of the signal of "

@@ -230,7 +230,8 @@ async def _measure(
                     rng=random.Random(config.seed),
                 )
                 chosen = [rollout for members in groups for rollout in members]
-                again = progress.add_task("recorded rollouts", total=None)
+                contexts = {(each.question, each.context) for each in chosen if each.is_measurable}
+                again = progress.add_task("recorded rollouts", total=len(contexts))
                 found = await measure_rollouts(
                     backend, chosen, advance=lambda done: progress.advance(again, done)
                 )

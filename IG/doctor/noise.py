@@ -2,7 +2,8 @@
 
 A gain of R samples is imitated by drawing R of the N samples of either condition, without replacement, and
 compared with the gain of all N. Drawing from a finite set makes that error too small (it is 0 at R = N); the
-factor sqrt(N / (N - R)) of sampling theory undoes this and gives the error against the unknown truth.
+factor sqrt(N / (N - R)) of sampling theory undoes this and gives the error against the unknown truth. That of
+all N is what half of them are off from all, to the first order.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from IG.doctor.readings import GainRule, QuestionReading
 from IG.doctor.scenarios import Scenario
 from IG.doctor.statistics import rank_agreement
-from IG.semantics import IntArray
+from IG.semantics import FloatArray
 
 NUM_SAMPLES = (1, 2, 4, 5, 8, 10, 16, 32, 64)
 NUM_DRAWS = 100
@@ -29,8 +30,8 @@ class NoiseLevel:
     num_samples: int
     error: float
     """Root mean square error of the gain against that of all samples."""
-    noise: float | None
-    """The same against the truth; None where all samples are used: there are none to compare them with."""
+    noise: float
+    """The same against the truth."""
     jackknife: float | None
     """Root mean square of the standard errors that the service reports; None for one sample."""
     rank_agreement: float | None
@@ -50,11 +51,8 @@ class NoiseReport:
     levels: tuple[NoiseLevel, ...]
 
     def noise_at(self, num_samples: int) -> float | None:
-        """Error against the truth; by the jackknife where all samples are used."""
-        for level in self.levels:
-            if level.num_samples == num_samples:
-                return level.jackknife if level.noise is None else level.noise
-        return None
+        """Error against the truth; None for a number that was not looked at."""
+        return next((level.noise for level in self.levels if level.num_samples == num_samples), None)
 
 
 def measure_noise(
@@ -70,17 +68,25 @@ def measure_noise(
     if not usable:
         return None
     most = min(reading.num_samples for reading in usable)
+    errors = [_errors_of_all(reading, rule, num_draws=num_draws, rng=rng) for reading in usable]
     levels = tuple(
         _level(usable, rule, size=size, num_draws=num_draws, rng=rng)
-        for size in sorted({*sizes, most})
-        if size <= most
+        for size in sorted(set(sizes))
+        if size < most
+    )
+    everything = NoiseLevel(
+        num_samples=most,
+        error=0.0,
+        noise=_root_mean_square([error[:, 1:] for error in errors]),
+        jackknife=_root_mean_square([_reported(reading, rule, size=most, rng=rng) for reading in usable]),
+        rank_agreement=None,
     )
     return NoiseReport(
         num_questions=len(usable),
         num_gains=sum(len(reading.contexts) for reading in usable),
         max_samples=most,
-        signal=_signal(usable, rule),
-        levels=levels,
+        signal=_signal(usable, rule, errors=errors),
+        levels=(*levels, everything),
     )
 
 
@@ -92,54 +98,62 @@ def _level(
     num_draws: int,
     rng: np.random.Generator,
 ) -> NoiseLevel:
-    squares: list[float] = []
-    corrected: list[float] = []
+    errors: list[FloatArray] = []
+    corrected: list[FloatArray] = []
     agreements: list[float] = []
-    errors: list[float] = []
     for reading in readings:
-        total = reading.num_samples
-        chosen = reading.draw(size=size, num_draws=num_draws, rng=rng)
-        truth = np.asarray(list(reading.gains(rule).values()))  # [scenario]
-        estimates = np.stack(list(reading.gains_of(rule, chosen).values()), axis=1)  # [draw, scenario]
-        square = ((estimates - truth)[:, 1:] ** 2).ravel()
-        squares += square.tolist()
-        if size < total:
-            corrected += (square * total / (total - size)).tolist()
+        truth, estimates = _estimates(reading, rule, size=size, num_draws=num_draws, rng=rng)
+        errors.append((estimates - truth)[:, 1:])
+        corrected.append(errors[-1] * np.sqrt(reading.num_samples / (reading.num_samples - size)))
         agreements += [tau for estimate in estimates if (tau := rank_agreement(truth, estimate)) is not None]
-        errors += _standard_errors(reading, rule, chosen)
+    reported = [_reported(reading, rule, size=size, rng=rng) for reading in readings]
     return NoiseLevel(
         num_samples=size,
-        error=_root_mean(squares),
-        noise=_root_mean(corrected) if len(corrected) == len(squares) else None,
-        jackknife=_root_mean(np.square(errors).tolist()) if errors else None,
+        error=_root_mean_square(errors),
+        noise=_root_mean_square(corrected),
+        jackknife=_root_mean_square(reported) if size > 1 else None,
         rank_agreement=float(np.mean(agreements)) if agreements else None,
     )
 
 
-def _standard_errors(
-    reading: QuestionReading, rule: GainRule, chosen: dict[Scenario, IntArray]
-) -> list[float]:
-    num_draws = min(NUM_JACKKNIFE_DRAWS, len(chosen[Scenario.none]))
+def _estimates(
+    reading: QuestionReading, rule: GainRule, *, size: int, num_draws: int, rng: np.random.Generator
+) -> tuple[FloatArray, FloatArray]:
+    """Gains `[scenario]` of all samples, and `[draw, scenario]` of `size` samples; the first is 0."""
+    chosen = reading.draw(size=size, num_draws=num_draws, rng=rng)
+    truth = np.asarray(list(reading.gains(rule).values()))
+    return truth, np.stack(list(reading.gains_of(rule, chosen).values()), axis=1)
+
+
+def _errors_of_all(
+    reading: QuestionReading, rule: GainRule, *, num_draws: int, rng: np.random.Generator
+) -> FloatArray:
+    """How far the gains of all samples may be off, `[draw, scenario]`, read off halves of them."""
+    total, half = reading.num_samples, reading.num_samples // 2
+    truth, estimates = _estimates(reading, rule, size=half, num_draws=num_draws, rng=rng)
+    return np.asarray((estimates - truth) * np.sqrt(half / (total - half)))
+
+
+def _reported(reading: QuestionReading, rule: GainRule, *, size: int, rng: np.random.Generator) -> FloatArray:
+    """Standard errors that the service would report with every context, of several draws."""
+    chosen = reading.draw(size=size, num_draws=NUM_JACKKNIFE_DRAWS, rng=rng)
     found = [
         error
-        for draw in range(num_draws)
+        for draw in range(len(chosen[Scenario.none]))
         for error in reading.standard_errors(rule, {name: rows[draw] for name, rows in chosen.items()})
     ]
-    return [error for error in found if error is not None]
+    return np.asarray([error for error in found if error is not None])
 
 
-def _signal(readings: Sequence[QuestionReading], rule: GainRule) -> float:
-    """Spread of gains within questions, less what their noise adds to it.
+def _signal(readings: Sequence[QuestionReading], rule: GainRule, *, errors: Sequence[FloatArray]) -> float:
+    """Spread of gains within questions, less what their errors `[draw, scenario]` add to it.
 
-    A baseline that is off shifts all gains of its question except the 0 of no document, so the noise adds the
-    mean variance of the conditions, the baseline being one of them.
+    Not by the jackknife: it knows nothing of the limit of a log-ratio.
     """
     seen = [np.asarray(list(reading.gains(rule).values())).var(ddof=1) for reading in readings]
-    added = [
-        np.mean([(error or 0.0) ** 2 for error in reading.condition_errors(rule)]) for reading in readings
-    ]
+    added = [error.var(axis=1, ddof=1).mean() for error in errors]
     return float(np.sqrt(max(0.0, float(np.mean(seen) - np.mean(added)))))
 
 
-def _root_mean(squares: Sequence[float]) -> float:
-    return float(np.sqrt(np.mean(squares)))
+def _root_mean_square(values: Sequence[FloatArray]) -> float:
+    return float(np.sqrt(np.square(np.concatenate([each.ravel() for each in values])).mean()))

@@ -163,10 +163,6 @@ class QuestionReading:
             for name, samples in self.conditions.items()
         }
 
-    def condition_errors(self, rule: GainRule) -> list[float | None]:
-        """Standard error of the statistic of every condition, from all samples."""
-        return [rule.standard_error(samples, np.arange(len(samples))) for samples in self.conditions.values()]
-
     def standard_errors(self, rule: GainRule, chosen: Mapping[Scenario, IntArray]) -> list[float | None]:
         """What the service would report with every context, from the chosen samples `[size]`."""
         errors = {

@@ -82,7 +82,7 @@ def _noise(noise: NoiseReport, plan: Plan) -> Table:
         meaning=(
             f"Error of a gain of R samples per condition, over {noise.num_gains} contexts of "
             f"{noise.num_questions} questions: against the gain of all {noise.max_samples} samples, against "
-            "the truth (corrected for drawing from those), and as the service's standard error says. The "
+            "the truth (estimated from that), and as the service's standard error says. The "
             f"signal of {noise.signal:.3f} is the spread of the true gains within a question. The rank "
             "agreement is Somers' D with the gains of all samples: Kendall's tau over the scenarios whose "
             "gains differ."
@@ -99,7 +99,7 @@ def _noise_row(level: NoiseLevel, noise: NoiseReport, plan: Plan) -> tuple[str, 
         _figure(level.error),
         _figure(level.noise),
         _figure(level.jackknife),
-        _ratio(noise.signal, noise.noise_at(level.num_samples)),
+        _ratio(noise.signal, level.noise),
         _figure(level.rank_agreement),
     )
 
@@ -203,7 +203,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _ratio(signal: float, noise: float | None) -> str:
+def _ratio(signal: float, noise: float) -> str:
     return "-" if not noise else f"{signal / noise:.1f}"
 
 

@@ -13,7 +13,7 @@ def level(
     )
 
 
-def noise(*noises: float | None, signal: float = 0.3) -> NoiseReport:
+def noise(*noises: float, signal: float = 0.3) -> NoiseReport:
     levels = [
         NoiseLevel(num_samples=2**k, error=0.0, noise=value, jackknife=0.05, rank_agreement=None)
         for k, value in enumerate(noises)
@@ -47,8 +47,8 @@ def test_nothing_is_recommended_where_nothing_is_good_enough() -> None:
     assert "no number of samples up to 2 brings the noise below a third" in advice.sentence
 
 
-def test_the_last_level_goes_by_the_jackknife_and_no_gain_by_the_outcome() -> None:
-    advice = advise([level(2, 0.05, None)], noise(0.4, None), gain_weight=0.6)
+def test_without_a_gain_the_outcome_decides() -> None:
+    advice = advise([level(2, 0.05, None)], noise(0.4, 0.05), gain_weight=0.6)
     assert (advice.group_size, advice.num_samples) == (2, 2)
 
 
