@@ -71,7 +71,10 @@ def test_the_tree_shows_what_git_tracks(readme: str) -> None:
     assert top - shown - UNSHOWN == set()
 
 
-@pytest.mark.parametrize("name", ["test", "test-fast", "check", "quickstart", "venv", "doctor", "clean"])
+@pytest.mark.parametrize(
+    "name",
+    ["test", "test-fast", "check", "quickstart", "venv", "doctor", "bench-ig", "soak-ig", "clean"],
+)
 def test_make_knows_its_targets(name: str) -> None:
     done = subprocess.run(["make", "--dry-run", name], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
