@@ -33,6 +33,8 @@ _GRACE_S = 0.2
 """A call that ends at its deadline may say why; only then is it given up without a reason."""
 _SPLIT_STATUSES = frozenset({413, 422})
 """The service refuses a whole request for its size or for one item of it: ask for the halves."""
+_SOME_LOST = "Some workers are unhealthy"
+"""What /health says while the other workers go on."""
 T = TypeVar("T")
 
 
@@ -73,12 +75,11 @@ class IGClient:
         for name, value in (("batch_size", batch_size), ("max_in_flight", max_in_flight)):
             if value < 1:
                 raise ValueError(f"{name} of the {SERVICE} must be at least 1, got {value}")
-        self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._batch_size = batch_size
         self._max_in_flight = max_in_flight
         self._service = JsonService(
-            self._url,
+            url,
             name=SERVICE,
             timeout_s=timeout_s,
             max_connections=max_in_flight + 1,  # one for /health
@@ -143,7 +144,9 @@ class IGClient:
                 await self._service.post(_PATH, {"items": []}, timeout_s=max(5.0, end - time.monotonic()))
                 return state
             if time.monotonic() + _POLL_S >= end:
-                message = f"{self._url} was not ready within {deadline_s:g} s ({state}); {_START}"
+                message = (
+                    f"{self._service.shown_url} was not ready within {deadline_s:g} s ({state}); {_START}"
+                )
                 raise CallError(SERVICE, message, may_pass=True)
             await asyncio.sleep(_POLL_S)
 
@@ -174,9 +177,17 @@ class IGClient:
             health = await self._service.get("/health", timeout_s=min(5.0, max(0.1, patience_s)))
         except CallError as error:
             return error.message
-        if health.get("status") == "healthy":
+        message = health.get("message")
+        if health.get("status") == "healthy" or (message == _SOME_LOST and await self._takes_work()):
             return health
-        return str(health.get("message") or health)
+        return str(message or health)
+
+    async def _takes_work(self) -> bool:
+        try:
+            await self._service.get("/readyz", timeout_s=1.0)
+        except CallError:
+            return False
+        return True
 
     def _send_soon(self) -> None:
         if len(self._queue) >= self._batch_size:
@@ -215,7 +226,7 @@ class IGClient:
         """Settle the batch; what may wait longer than its most urgent request goes back to the queue."""
         deadline = min(pending.deadline for pending in batch)
         try:
-            results = await self._ask([pending.request for pending in batch], deadline=deadline)
+            results, _ = await self._ask([pending.request for pending in batch], deadline=deadline)
         except BaseException as error:  # closed, or a defect: nobody may wait for an answer till the deadline
             _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
@@ -227,7 +238,13 @@ class IGClient:
                 pending.settle(result)
         self._queue.extendleft(reversed(again))
 
-    async def _ask(self, requests: Sequence[GainRequest], *, deadline: float) -> list[GainResult]:
+    async def _ask(
+        self, requests: Sequence[GainRequest], *, deadline: float
+    ) -> tuple[list[GainResult], bool]:
+        """Results, and whether the service took them as one request.
+
+        What it takes only in halves makes no longer request again, unless one item alone was too long.
+        """
         try:
             body = await self._service.post(
                 _PATH, partial(make_payload, requests), timeout_s=deadline - time.monotonic()
@@ -236,13 +253,15 @@ class IGClient:
         except CallError as error:
             if error.status not in _SPLIT_STATUSES or len(requests) == 1:
                 failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
-                return [failure] * len(requests)
-            half = len(requests) // 2
+                return [failure] * len(requests), False
+            half = (len(requests) + 1) // 2
             halves = (self._ask(part, deadline=deadline) for part in (requests[:half], requests[half:]))
-            first, second = await asyncio.gather(*halves)
-            return first + second
+            (first, took_first), (second, took_second) = await asyncio.gather(*halves)
+            if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and took_first and took_second:
+                self._batch_size = min(self._batch_size, half)
+            return first + second, False
         self.work.update(read_work(body))
-        return results
+        return results, True
 
 
 class SyncIGClient:

@@ -1,8 +1,8 @@
 """One retry-with-deadline policy for every service call: JSON in, JSON object out, or `CallError` in time.
 
 A call ends at its deadline at the latest, however many attempts it took and whatever hangs. Worth another
-attempt are answers that say so (429, 502, 503, 504) and connections that fail; every other refusal is final.
-A repeated POST must be harmless, which holds for the services of this project: they compute, not store.
+attempt are answers that say so (408, 429, 502, 503, 504) and connections that fail; every other refusal is
+final. A repeated POST must be harmless: the services of this project compute, they store nothing.
 Cancelling a call closes its connection, so that the service can stop working for it.
 """
 
@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 """What to send; a callable makes it anew for each attempt, from the seconds that are left."""
 
-_RETRIED_STATUSES = frozenset({429, 502, 503, 504})
-_BACKOFF = wait_exponential_jitter(initial=0.1, max=2.0, jitter=0.1)
+_RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
+_BACKOFF = wait_exponential(multiplier=0.1, max=2.0) + wait_random(0.0, 0.1)
 _MAX_QUOTED_CHARS = 300
 
 
@@ -72,6 +72,8 @@ class JsonService:
         `token` is sent as a bearer token. Raises ValueError for a bad URL, timeout or token.
         """
         self._url = _checked_url(base_url, name=name)
+        self.shown_url = _without_credentials(self._url)
+        """For messages."""
         if not timeout_s > 0:
             raise ValueError(f"timeout of the {name} must be more than 0 seconds, got {timeout_s}")
         self._name = name
@@ -165,7 +167,7 @@ class JsonService:
     def _parse(self, answer: httpx.Response, *, url: str) -> dict[str, object]:
         try:
             body = json.loads(answer.content, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self._fail(url, f"answer is not JSON ({error}): {_quote(answer.text)}; {self._fix}")
         if not isinstance(body, dict):
             kind = type(body).__name__
@@ -202,11 +204,11 @@ def _parse_retry_after(header: str | None) -> float | None:
     """Seconds of a Retry-After header, which holds a number or a date; None when absent or unreadable."""
     if header is None:
         return None
-    if header.strip().isdigit():
+    if header.strip().isdecimal():
         return float(header)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

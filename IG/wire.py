@@ -48,7 +48,7 @@ def make_payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, ob
             for request in requests
         ],
         "include_details": False,
-        "timeout_s": min(_LONGEST_TIMEOUT_S, max(0.001, left_s - min(1.0, 0.1 * left_s))),
+        "timeout_s": min(_LONGEST_TIMEOUT_S, max(0.001, left_s - min(2.0, 0.2 * left_s))),
     }
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from IG.client import GainRequest, GainResult, IGClient, SyncIGClient
 from IG.http import CallError
 from tests.fakes import FakeGainService, Reply, ScriptedServer
+from tests.IG.service.backends import FakeBackend, serving
 
 GOLDS = ("Bolton", "Bolton, England")
 
@@ -166,7 +168,7 @@ async def test_one_deadline_covers_all_requests_of_a_call_and_what_is_done_count
 async def test_the_service_is_told_how_much_time_it_has() -> None:
     server = FakeGainService()
     await compute(server, 1, timeout_s=5.0)
-    assert 4.2 < server.bodies[0]["timeout_s"] < 5.0
+    assert 3.5 < server.bodies[0]["timeout_s"] < 5.0
     await compute(server, 1, timeout_s=1e6)
     assert server.bodies[1]["timeout_s"] == 86400
 
@@ -186,10 +188,25 @@ async def test_an_urgent_request_does_not_cut_short_its_companions() -> None:
     assert [len(json.loads(body)["items"]) for _, _, body in server.requests] == [2, 1]
 
 
-async def test_more_items_than_the_service_takes_are_asked_for_in_parts() -> None:
-    server = FakeGainService(max_items=3)
-    assert await compute(server, 10) == expected(requests(10))
-    assert all(len(body["items"]) <= 10 for body in server.bodies)
+async def test_more_items_than_the_service_takes_are_asked_for_in_parts_from_then_on() -> None:
+    async with (
+        (server := FakeGainService(max_items=3)).running(),
+        IGClient(server.url, timeout_s=5) as client,
+    ):
+        assert await client.compute(requests(10)) == expected(requests(10))
+        server.bodies.clear()
+        assert await client.compute(requests(10)) == expected(requests(10))
+    assert [len(body["items"]) for body in server.bodies] == [3, 3, 3, 1]
+
+
+async def test_one_item_that_is_too_long_makes_no_small_requests_of_the_others() -> None:
+    too_long = Reply('{"detail": "the body is longer"}', 413)
+    script = [too_long, answer([0.5, 0.5]), too_long, answer([0.5]), too_long, answer([0.5] * 4)]
+    async with (server := ScriptedServer(script)).running(), IGClient(server.url, timeout_s=5) as client:
+        first = await client.compute(requests(4))
+        second = await client.compute(requests(4))
+    assert sorted(result.gain is None for result in first) == [False, False, False, True]
+    assert second == [GainResult(gain=0.5)] * 4
 
 
 async def test_an_item_that_is_refused_costs_no_neighbour() -> None:
@@ -309,6 +326,60 @@ async def test_wait_ready_gives_up_and_names_what_to_start(reply: Reply, why: st
         with pytest.raises(CallError, match=f"{why}.*IG_service_launch.sh"):
             await client.wait_ready(1.2)
         assert time.monotonic() - started < 5
+
+
+async def test_a_lost_worker_among_others_keeps_nobody_from_work() -> None:
+    """But /readyz must say so: the published service gives work to dead workers, too."""
+    one_is_lost = Reply('{"status": "unhealthy", "message": "Some workers are unhealthy"}')
+    healthy = Reply('{"status": "healthy"}')
+    server = ScriptedServer([one_is_lost, Reply("{}", 404), one_is_lost, Reply("{}"), answer([]), healthy])
+    async with server.running(), IGClient(server.url, timeout_s=5) as client:
+        assert (await client.wait_ready(10))["message"] == "Some workers are unhealthy"
+    paths = [line.split()[1] for line, _, _ in server.requests]
+    assert paths == ["/health", "/readyz", "/health", "/readyz", "/compute_info_gain"]
+
+
+async def test_no_message_shows_the_password_of_the_url() -> None:
+    async with IGClient("http://me:geheim@127.0.0.1:9", timeout_s=0.2) as client:
+        with pytest.raises(CallError, match=r"127\.0\.0\.1:9 was not ready") as caught:
+            await client.wait_ready(0.2)
+        (result,) = await client.compute(requests(1))
+    assert "geheim" not in str(caught.value) + str(result.error)
+
+
+GOOD_REQUEST = GainRequest(question="Where?", context="a good passage", golds=("Bolton",))
+
+
+async def test_at_the_deadline_the_real_service_gives_what_is_done_and_names_the_rest() -> None:
+    backend = FakeBackend(sampling_s=1.5)
+    slow = [replace(GOOD_REQUEST, context=f"a good passage {k}") for k in range(3)]
+    async with (
+        serving(backend) as service,
+        IGClient(str(service.base_url), timeout_s=5, batch_size=2) as client,
+    ):
+        assert [result.gain for result in await client.compute([GOOD_REQUEST])] == [0.5]
+        known, *late = await client.compute([GOOD_REQUEST, *slow], timeout_s=1.0)
+        assert backend.num_cancelled == 0, "the service answered in time; nobody gave it up"
+        assert [result.gain for result in await client.compute([GOOD_REQUEST, *slow])] == [0.5] * 4
+    assert known.gain == 0.5
+    for result in late:
+        assert result.gain is None
+        assert result.may_pass
+        assert (result.error or "").startswith("IG service: deadline: ")
+
+
+async def test_a_full_service_is_asked_again_until_there_is_room() -> None:
+    many = [replace(GOOD_REQUEST, context=f"a good passage {k}") for k in range(24)]
+    async with (
+        serving(FakeBackend(pause_s=0.1), "--max-queued-items", "5", "--max-items", "4") as service,
+        IGClient(str(service.base_url), timeout_s=20, max_in_flight=3) as client,
+    ):
+        results = await client.compute(many)
+        metrics = (await service.get("/metrics")).text
+    assert [(result.gain, result.error) for result in results] == [(0.5, None)] * 24
+    assert 'ig_requests_total{status="429"}' in metrics
+    assert 'ig_requests_total{status="413"}' in metrics
+    assert client.work["items"] == 24
 
 
 async def test_a_service_says_what_its_numbers_depend_on_or_does_not_know_how_to() -> None:

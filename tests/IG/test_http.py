@@ -40,7 +40,7 @@ async def test_sends_json_and_returns_the_object() -> None:
     assert body.decode() == '{"queries":["größe 漢字"]}'
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
 async def test_tries_again_when_the_service_is_overloaded(status: int) -> None:
     server = ScriptedServer([Reply("later", status), Reply("later", status), Reply('{"ok": true}')])
     assert await call(server) == {"ok": True}
@@ -70,8 +70,9 @@ async def test_does_not_wait_for_a_moment_beyond_the_deadline() -> None:
     assert error.may_pass
 
 
-async def test_an_unreadable_retry_after_counts_as_none() -> None:
-    server = ScriptedServer([Reply("later", 503, (("Retry-After", "soon"),)), Reply('{"ok": true}')])
+@pytest.mark.parametrize("header", ["soon", "\u00b2", "Mon, 01 Jan 0001 00:00:00 -0000", "-5"])
+async def test_an_unreadable_retry_after_counts_as_none(header: str) -> None:
+    server = ScriptedServer([Reply("later", 503, (("Retry-After", header),)), Reply('{"ok": true}')])
     assert await call(server) == {"ok": True}
 
 
@@ -113,6 +114,7 @@ async def test_a_refusal_is_final_and_quoted(status: int) -> None:
         ('{"a": NaN}', "NaN"),
         ('{"a": -Infinity}', "-Infinity"),
         ('{"a": ', "not JSON"),
+        ('{"a": ' + "[" * 100_000, "not JSON"),
     ],
 )
 async def test_an_answer_that_is_no_json_object_is_a_failure(body: str, complaint: str) -> None:
