@@ -24,6 +24,10 @@ _SMALLEST_BATCH = 16
 """Pairs that are not worth being shared among threads."""
 
 
+class DeviceLostError(RuntimeError):
+    """The GPU takes no more work from this process; only another process may go on."""
+
+
 class EntailmentModel:
     """A sequence classifier trained on natural-language inference; make it with `load`."""
 
@@ -68,7 +72,10 @@ class EntailmentModel:
         )
 
     def probabilities(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-        """P(premise entails hypothesis), in order: batches of pairs of like length, long ones first."""
+        """P(premise entails hypothesis), in order: batches of pairs of like length, long ones first.
+
+        Raises DeviceLostError, and what the model raises.
+        """
         scores = np.empty(len(pairs), dtype=np.float64)
         if not pairs:
             return scores
@@ -93,12 +100,15 @@ class EntailmentModel:
 
         batch = self._tokenizer.pad(
             {key: [column[row] for row in rows] for key, column in encoded.items()}, return_tensors="pt"
-        ).to(self._model.device)
-        with torch.inference_mode():
-            logits = self._model(**batch).logits.float()  # [B, label]
-        judged: npt.NDArray[np.float64] = (
-            logits.softmax(dim=-1)[:, self._entailment_index].double().cpu().numpy()
         )
+        try:
+            with torch.inference_mode():
+                logits = self._model(**batch.to(self._model.device)).logits.float()  # [B, label]
+            judged: npt.NDArray[np.float64] = (
+                logits.softmax(dim=-1)[:, self._entailment_index].double().cpu().numpy()
+            )
+        except torch.AcceleratorError as error:  # not for want of memory, which is an error of its own
+            raise DeviceLostError(f"the entailment model lost its device: {error}") from error
         return judged
 
     @property

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from IG.entailment import EntailmentModel, Pair
+from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.loading import load_in_thread
 from IG.prompts import build_prompt
 from IG.sampler import (
@@ -100,7 +100,10 @@ class LocalWorker:
         if self._entailment is None:
             raise WorkerLostError("the worker was closed")
         judge = self._entailment.probabilities
-        judged = await asyncio.get_running_loop().run_in_executor(self._thread, judge, pairs)
+        try:
+            judged = await asyncio.get_running_loop().run_in_executor(self._thread, judge, pairs)
+        except DeviceLostError as error:
+            raise WorkerLostError(str(error)) from error
         scores: list[float] = judged.tolist()
         return scores
 

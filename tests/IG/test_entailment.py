@@ -3,9 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
-from IG.entailment import EntailmentModel, entailment_label
+from IG.entailment import DeviceLostError, EntailmentModel, entailment_label
 from IG.prompts import entailment_text
 from IG.service.config import WORLD_ENTAILMENT
 
@@ -80,3 +85,26 @@ def test_answers_count_however_long_their_question_is() -> None:
     question = "Where was the singer of the band from Bolton in Alice Marsh born " * 30 + "?"
     leeds, same, year = (entailment_text(question, answer) for answer in ("Leeds", "leeds", "1999"))
     assert (model.probabilities([(leeds, same), (leeds, year)]) > 0.5).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), DeviceLostError),
+        (torch.OutOfMemoryError("tried to allocate 9 GiB"), torch.OutOfMemoryError),
+    ],
+)
+def test_a_device_that_is_lost_is_told_from_a_batch_that_is_too_large(
+    error: Exception, expected: type[Exception]
+) -> None:
+    class Broken:
+        device = "cpu"
+        config = DebertaV2Config(max_position_embeddings=64)
+
+        def __call__(self, **_: object) -> None:
+            raise error
+
+    tokenizer = AutoTokenizer.from_pretrained(WORLD_ENTAILMENT)
+    model = EntailmentModel(Broken(), tokenizer=tokenizer, entailment_index=0, batch_size=8, num_threads=1)  # type: ignore[arg-type]
+    with pytest.raises(expected, match=str(error)):
+        model.probabilities([("a", "b")])

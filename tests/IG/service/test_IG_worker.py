@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from IG.entailment import DeviceLostError
+from IG.sampler import EngineLostError, SamplingError
+from IG.service.IG_worker import LocalWorker, _gpu_name
+from IG.service.pool import WorkerLostError
+
+
+class Models:
+    """Both models at once: they do as they are told, or fail."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.is_closed = False
+
+    async def sample(self, prompt: str) -> tuple[str, ...]:
+        if self.failure is not None:
+            raise self.failure
+        return (prompt,)
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        if self.failure is not None:
+            raise self.failure
+        return np.full(len(pairs), 0.5)
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+def worker(models: Models) -> LocalWorker:
+    return LocalWorker(models, entailment=models, device="cuda:0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (EngineLostError("the engine died"), WorkerLostError),
+        (DeviceLostError("the GPU is gone"), WorkerLostError),
+        (SamplingError("too long"), SamplingError),
+        (ValueError("no text"), ValueError),
+    ],
+)
+async def test_a_worker_is_lost_with_its_engine_or_its_device_and_by_nothing_else(
+    failure: Exception, expected: type[Exception]
+) -> None:
+    broken = worker(Models(failure))
+    samples = isinstance(failure, EngineLostError | SamplingError)
+    work = broken.sample("prompt") if samples else broken.judge([("a", "b")])
+    with pytest.raises(expected, match=str(failure)):
+        await work
+    await broken.aclose()
+
+
+async def test_a_closed_worker_is_lost() -> None:
+    models = Models()
+    closed = worker(models)
+    assert await closed.judge([("a", "b")] * 2) == [0.5, 0.5]
+    await closed.aclose()
+    assert models.is_closed
+    with pytest.raises(WorkerLostError, match="was closed"):
+        await closed.judge([("a", "b")])
+
+
+def test_a_rank_sees_the_gpu_that_is_visible_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert _gpu_name(3) == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-abc")
+    assert [_gpu_name(0), _gpu_name(1)] == ["4", "GPU-abc"]
+    with pytest.raises(ValueError, match=r"shows 2 GPUs, too few for worker 2; .*--num-gpus"):
+        _gpu_name(2)
