@@ -194,7 +194,8 @@ def describe_health(service: Service, *, version: str) -> HealthResponse:
             status="unhealthy", message="No workers available", reason=backend.failure, version=version
         )
     if backend.num_ready_workers < num_workers:
-        reason = f"{num_workers - backend.num_ready_workers} of {num_workers} workers are being replaced"
+        num_lost = num_workers - backend.num_ready_workers
+        reason = f"{num_lost} of {num_workers} workers are being replaced or were given up"
         return HealthResponse(
             status="unhealthy", message="Some workers are unhealthy", reason=reason, version=version
         )
@@ -293,7 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
-    url = f"http://{config.host}:{config.port}"
+    url = (
+        f"http://[{config.host}]:{config.port}"
+        if ":" in config.host
+        else f"http://{config.host}:{config.port}"
+    )
 
     def announce(backend: Backend) -> None:
         generator = f"generator {config.model_path}, entailment {config.entailment_model}"

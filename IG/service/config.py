@@ -238,7 +238,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("pair_cache_size", "500000", _integer(1), "pairs whose entailment is remembered"),
     _setting("score", "hard", _choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"),
     _setting("gain", "difference", _choice(GainKind), "difference, log_ratio or entropy (needs no answers)"),
-    _setting("threshold", "0.5", _real(0, 1), "entailment counts strictly above this probability"),
+    _setting("threshold", "0.5", _real(0, 0.999), "entailment counts strictly above this probability"),
     _setting("seed", "0", _integer(0), "seed of all sampling"),
     _setting(
         "gpu_memory_utilization", "0.5", _real(0, 1, open_low=True), "share of GPU memory for the generator"

@@ -226,7 +226,15 @@ async def test_pairs_are_judged_once_and_counted() -> None:
 
 
 async def test_pairs_are_known_by_their_texts_and_their_direction_without_being_kept() -> None:
-    pairs = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("bc", "a"), ("", "abc"), ("1\x00a", "b"), ("\ud800", "b")]
+    pairs = [
+        ("ab", "c"),
+        ("a", "bc"),
+        ("c", "ab"),
+        ("bc", "a"),
+        ("", "abc"),
+        ("1\x00a", "b"),
+        ("\ud800", "b"),
+    ]
     judge = GatedJudge(odd={pair: index / 10 for index, pair in enumerate(pairs)})
     judge.gate.set()
     judgements = SharedJudgements(judge, size=100)
@@ -237,7 +245,7 @@ async def test_pairs_are_known_by_their_texts_and_their_direction_without_being_
     assert work.pairs_shared == len(pairs)
     long = ("x" * 10_000_000, "y")
     await judgements.of([long], work)
-    assert sum(len(key) for key in judgements._known._kept) < 1000
+    assert len(str(judgements._known._kept)) < 1000
 
 
 async def test_the_last_who_waits_for_a_call_ends_it() -> None:

@@ -264,7 +264,7 @@ async def test_before_its_models_are_loaded_it_says_so() -> None:
             {
                 "status": "unhealthy",
                 "message": "Some workers are unhealthy",
-                "reason": "1 of 3 workers are being replaced",
+                "reason": "1 of 3 workers are being replaced or were given up",
             },
             200,
             200,

@@ -38,6 +38,7 @@ def test_entailment_model_follows_the_generator_unless_it_is_named() -> None:
         (["--score", "medium"], {}, r"--score is 'medium', expected one of hard, soft"),
         (["--gpu-memory-utilization", "0"], {}, r"expected a number above 0 up to 1"),
         (["--threshold", "nan"], {}, r"--threshold is 'nan'"),
+        (["--threshold", "1"], {}, r"--threshold is '1', expected a number from 0 to 0.999"),
         (
             ["--num-gpus", "4", "--num-workers", "2"],
             {},
