@@ -61,7 +61,8 @@ class SemanticGain:
         self._render_context = render_context
         self._timeout_s = timeout_s
         self._early = _EarlyAnswers(client)
-        self._work_before: Mapping[str, int] = {}
+        self._accounted: Mapping[str, int] = {}
+        """Work of the service that earlier figures tell."""
         self._figures: dict[str, float] = {}
 
     @property
@@ -72,7 +73,6 @@ class SemanticGain:
     @asynccontextmanager
     async def asking_early(self, questions: Sequence[Question]) -> AsyncIterator[OnEpisodeEnd]:
         """Ask for the baselines at once and for every gain as soon as its episode has ended."""
-        self._work_before = self._client.work
         for question in questions:
             self._early.ask(GainRequest(question=question.text, context="", golds=question.golds))
 
@@ -120,9 +120,13 @@ class SemanticGain:
         return results
 
     def _account(self) -> dict[str, float]:
-        """What the service did for this step, as far as it says."""
-        work = {name: count - self._work_before.get(name, 0) for name, count in self._client.work.items()}
-        return {f"ig/{name}": float(work[name]) for name in _WORK if name in work}
+        """What the service did since the last time, as far as it says."""
+        before, self._accounted = self._accounted, self._client.work
+        return {
+            f"ig/{name}": float(self._accounted[name] - before.get(name, 0))
+            for name in _WORK
+            if name in self._accounted
+        }
 
 
 class _EarlyAnswers:
@@ -159,7 +163,7 @@ class _EarlyAnswers:
         tasks = [self._tasks[request] for request in requests]
         if tasks:
             await asyncio.wait(tasks, timeout=max(0.0, timeout_s))
-        late = GainResult(gain=None, error=f"no answer within {timeout_s:.0f} s", may_pass=True)
+        late = GainResult(gain=None, error="late; raise reward.semantic.timeout_s", may_pass=True)
         return {r: t.result() if t.done() else late for r, t in zip(requests, tasks, strict=True)}
 
     def report_failures(self) -> None:

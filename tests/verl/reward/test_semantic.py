@@ -168,6 +168,41 @@ async def test_a_service_that_is_slower_than_the_episodes_is_waited_for_visibly(
     assert 0.05 < gain.figures[HIDDEN] < 0.3
 
 
+@dataclass
+class TimedClient:
+    """Answers each request after the seconds that its question says."""
+
+    work: dict[str, int] = field(default_factory=dict)
+
+    async def compute(
+        self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
+    ) -> list[GainResult]:
+        return list(await asyncio.gather(*map(self.submit, requests)))
+
+    async def submit(self, request: GainRequest) -> GainResult:
+        await asyncio.sleep(float(request.question))
+        return GainResult(gain=0.0)
+
+
+async def test_hidden_is_the_time_in_which_anything_was_under_way_and_no_moment_counts_twice() -> None:
+    """0 to 0.2 and 0.1 to 0.3 together, nothing until 0.5, from there to the end of the episodes at 0.6."""
+    gain = SemanticGain(TimedClient(), render_context=titles, timeout_s=5)
+    first, second, last = (make_question(text=seconds) for seconds in ("0.2", "0.201", "0.4"))
+    trajectories = [make_trajectory(question, queries=("q",), answer="x") for question in (second, last)]
+    started = time.perf_counter()
+    async with gain.asking_early([first]) as on_episode_end:
+        await asyncio.sleep(0.1)
+        on_episode_end(trajectories[0])
+        await asyncio.sleep(0.4)
+        on_episode_end(trajectories[1])
+        await asyncio.sleep(0.1)
+        late_s = time.perf_counter() - started - 0.6
+        await gain.measure([group(*trajectories)])
+    assert gain.figures[HIDDEN] == pytest.approx(0.4, abs=0.05 + late_s)
+    assert gain.figures[VISIBLE] == pytest.approx(0.3, abs=0.05 + late_s)
+    assert late_s < 0.3
+
+
 async def test_early_or_late_in_whatever_order_the_gains_are_the_same() -> None:
     async with connected(FakeGainService()) as gain:
         groups = await collector(SearchingAgent()).collect(QUESTIONS, step=1)
@@ -251,6 +286,13 @@ async def test_the_work_of_the_service_is_told_per_step() -> None:
                 "ig/baselines_sampled": 2.0,
                 "ig/pairs_judged": 10.0,
             }
+
+
+async def test_work_is_told_once_also_where_nobody_asks_early() -> None:
+    async with connected(FakeGainService(work={"pairs_judged": 5})) as gain:
+        for query in "ab":
+            await gain.measure([group(make_trajectory(QUESTION, queries=(query,), answer="x"))])
+            assert gain.figures["ig/pairs_judged"] == 5.0
 
 
 async def test_a_service_that_does_not_count_its_work_adds_no_figures() -> None:
