@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,12 @@ class RayCluster:
         import ray
 
         self._stop.wait()
-        self.tie_processes()
-        if self._is_begun:
-            ray.shutdown()
-        self._lifeline.cut()
-        self._ended.set()
+        with ExitStack() as ending:  # whatever fails, what comes after it is done
+            ending.callback(self._ended.set)
+            ending.callback(self._lifeline.cut)
+            if self._is_begun:
+                ending.callback(ray.shutdown)
+            self.tie_processes()
 
 
 def _start_ray(folder: Path) -> None:
