@@ -208,7 +208,8 @@ class GainEstimator:
             late = [task for task in tasks if task.cancel()]
         if late:
             await asyncio.wait(late)
-        failure = GainFailure(kind=FailureKind.deadline, reason=f"deadline: not done within {timeout_s} s")
+        reason = f"deadline: not done within {round(timeout_s or 0, 2):g} s"
+        failure = GainFailure(kind=FailureKind.deadline, reason=reason)
         outcomes = [failure if task.cancelled() else task.result() for task in tasks]
         request.work.items = len(queries)
         request.work.distinct_prompts = len(request.prompts)

