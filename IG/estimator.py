@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _STARTED_TOGETHER = 32
 """Queries that are begun before others on the event loop have their turn."""
+_READ_TOGETHER = 512
+"""Conditions of a request whose answers are compared at a time: the pairs of each take memory meanwhile."""
 _MAX_GOLDS = 1000
 _MAX_CHARS = 20_000
 """Of a question and of a gold: far more than an entailment model reads, few enough to hold nobody up."""
@@ -143,6 +145,7 @@ class _Request:
 
     full: bool
     work: Work = field(default_factory=Work)
+    reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_READ_TOGETHER))
     prompts: set[str] = field(default_factory=set)
     reported: set[str] = field(default_factory=set)
     """Failures that the log has a trace of."""
@@ -272,14 +275,15 @@ class GainEstimator:
         if prompt == plan.baseline and source is Source.sampled:
             request.work.baselines_sampled += 1
         self._count(plan, source=source, num_answers=len(answers), work=request.work)
-        return await self._reader.read(
-            answers,
-            question=plan.question,
-            golds=plan.golds,
-            full=request.full,
-            source=source,
-            work=request.work,
-        )
+        async with request.reading:
+            return await self._reader.read(
+                answers,
+                question=plan.question,
+                golds=plan.golds,
+                full=request.full,
+                source=source,
+                work=request.work,
+            )
 
     def _compare(self, with_context: Belief, no_context: Belief) -> GainEstimate:
         after, error_after = self._statistic(with_context)

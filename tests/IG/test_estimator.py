@@ -344,6 +344,29 @@ async def test_nothing_is_asked_and_nothing_is_late() -> None:
     assert estimates.work == Work()
 
 
+async def test_a_large_request_compares_a_part_at_a_time_and_leaves_room_for_others() -> None:
+    class Judge(FakePairJudge):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.num_asked = asyncio.Event(), 0
+
+        async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
+            self.num_asked += 1
+            if "Many" in pairs[0][0]:
+                await self.gate.wait()
+            return await FakePairJudge.judge(self, pairs)
+
+    judge = Judge()
+    shared = estimator(FakeAnswerSampler({}, default=["York"]), judge, cache_size=1000)
+    many = [query("passage", question=f"Many {number}?") for number in range(600)]
+    large = asyncio.create_task(shared.estimate(many, details=False))
+    await asyncio.sleep(0.2)
+    assert 0 < judge.num_asked <= 512
+    assert gains(await shared.estimate([query("passage")], details=False, timeout_s=5)) == [0.0]
+    judge.gate.set()
+    assert gains(await large) == [0.0] * 600
+
+
 async def test_200_requests_that_come_and_go_get_the_serial_gains_from_one_baseline_a_question() -> None:
     rng = random.Random(0)
     questions = [f"Question {number}?" for number in range(12)]
