@@ -147,9 +147,7 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
     def require_fitting(num_items: int) -> None:
         _require_fitting(num_items, config=config)
 
-    router = APIRouter(
-        route_class=bounded_route(require_room=service.require_room, require_fitting=require_fitting)
-    )
+    router = APIRouter(route_class=bounded_route(read=service.read, require_fitting=require_fitting))
 
     @router.post(
         _WORK_PATH,

@@ -41,6 +41,7 @@ class Service:
         self._start_backend = start_backend
         self._turns = asyncio.Semaphore(max_concurrent_requests)
         self._loading: asyncio.Task[None] | None = None
+        self._reading: set[asyncio.Future[bytes]] = set()
         self._running: set[asyncio.Task[Estimates]] = set()
         self._draining = False
         self._idle = asyncio.Event()
@@ -52,7 +53,7 @@ class Service:
 
     async def end(self) -> None:
         """Stop loading, or free what was loaded."""
-        self._draining = True
+        self._close()
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.gather(self._loading, return_exceptions=True)
@@ -61,7 +62,7 @@ class Service:
 
     async def drain(self, *, grace_s: float) -> None:
         """Accept no more and wait for what was accepted; after `grace_s` it is cancelled."""
-        self._draining = True
+        self._close()
         if self._idle.is_set():
             return
         try:
@@ -73,7 +74,7 @@ class Service:
 
     def abandon(self) -> None:
         """Cancel everything that is worked on; its callers are told."""
-        self._draining = True
+        self._close()
         for task in self._running:
             task.cancel()
 
@@ -94,10 +95,27 @@ class Service:
         if self.backend.num_ready_workers == 0:
             raise UnavailableError("No workers available", retry_after_s=1)
 
-    def require_room(self) -> None:
-        """Raises UnavailableError or QueueFullError if not even one item could be accepted now."""
+    async def read(self, body: Callable[[], Awaitable[bytes]]) -> None:
+        """Wait for the body of a request that may be accepted. Raises what `body` raises.
+
+        UnavailableError and QueueFullError come before it is read, the former also when the service is
+        stopped meanwhile: what is not here by then is not accepted.
+        """
         self._require_open()
         self.admission.require_room(1)
+        reading = asyncio.ensure_future(body())
+        self._reading.add(reading)
+        try:
+            await asyncio.wait([reading])
+        finally:
+            self._reading.discard(reading)
+            reading.cancel()
+        try:
+            if reading.cancelled():
+                self._require_open()
+            reading.result()
+        finally:
+            del reading  # an error's traceback would keep the future, and with it the body, in a cycle
 
     async def estimate(
         self,
@@ -169,6 +187,11 @@ class Service:
             on_failure()
         else:
             on_ready(self.backend)
+
+    def _close(self) -> None:
+        self._draining = True
+        for reading in self._reading:
+            reading.cancel()
 
     def _require_open(self) -> None:
         """Raises UnavailableError."""

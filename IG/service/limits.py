@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 
@@ -110,12 +110,21 @@ class _BoundedBody:
         self.num_bytes = 0
         self._receive = receive
         self._limit = limit
-        self._deadline: float | None = asyncio.get_running_loop().time() + _BODY_S
+        self._deadline = asyncio.get_running_loop().time() + _BODY_S
+        self._is_whole = False
 
     async def receive(self) -> Message:
+        if self._is_whole:  # from now on it is asked only whether the caller is still there
+            return await self._receive()
+        message = await self._receive_in_time()
+        self._is_whole = not message.get("more_body", False)
+        self._count(len(message.get("body", b"")))
+        return message
+
+    async def _receive_in_time(self) -> Message:
         try:
             async with asyncio.timeout_at(self._deadline) as patience:
-                message = await self._receive()
+                return await self._receive()
         except TimeoutError:
             if not patience.expired():
                 raise
@@ -124,10 +133,6 @@ class _BoundedBody:
                 f"the body was not there after {_BODY_S:g} s; send it at once, or in smaller requests",
                 headers={"Connection": "close"},
             ) from None
-        if not message.get("more_body", False):
-            self._deadline = None  # from now on it is asked only whether the caller is still there
-        self._count(len(message.get("body", b"")))
-        return message
 
     def _count(self, num_bytes: int) -> None:
         limit = self._limit
@@ -149,19 +154,22 @@ class CallerLeftError(Exception):
 
 
 def bounded_route(
-    *, require_room: Callable[[], None], require_fitting: Callable[[int], None]
+    *,
+    read: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[None]],
+    require_fitting: Callable[[int], None],
 ) -> type[APIRoute]:
     """A route for work: who gets no place is told before the body is read, who sends too much before it is
     looked at item by item.
 
-    `require_room` and `require_fitting`, which is given the number of items, raise what the caller is told.
+    `read`, which is given what reads the body, and `require_fitting`, which is given the number of items,
+    raise what the caller is told.
     """
 
     class BoundedRequest(Request):
         async def json(self) -> object:
             body = await self.body()
             _require_few_values(body)
-            value: object = json.loads(body)
+            value = _parse(body)
             if isinstance(value, dict) and isinstance(items := value.get("items"), list):
                 require_fitting(len(items))
             return value
@@ -171,10 +179,9 @@ def bounded_route(
             handle = super().get_route_handler()
 
             async def handle_bounded(request: Request) -> Response:
-                require_room()
                 bounded = BoundedRequest(request.scope, request.receive)
                 try:
-                    await bounded.body()
+                    await read(bounded.body)
                 except ClientDisconnect:
                     raise CallerLeftError from None
                 return await handle(bounded)
@@ -182,6 +189,18 @@ def bounded_route(
             return handle_bounded
 
     return BoundedRoute
+
+
+def _parse(body: bytes) -> object:
+    """Raises HTTPException: what else it could raise, FastAPI would keep in a cycle with the whole body."""
+    try:
+        value: object = json.loads(body)
+    except json.JSONDecodeError as error:
+        problem = {"loc": ["body", error.pos], "msg": f"not JSON: {error.msg}", "type": "json_invalid"}
+        raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, [problem]) from None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(HTTPStatus.BAD_REQUEST, f"the body cannot be read: {error}") from None
+    return value
 
 
 def _require_few_values(body: bytes) -> None:

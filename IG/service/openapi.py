@@ -22,7 +22,10 @@ returns how much the belief in the accepted answers grew.
 
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 _REFUSALS: dict[int, tuple[str, str]] = {
-    400: ("The body is no text that can be read.", "There was an error parsing the body"),
+    400: (
+        "The body is no text that can be read.",
+        "the body cannot be read: 'utf-8' codec can't decode byte 0xff in position 11: invalid start byte",
+    ),
     401: (
         "The bearer token is missing or wrong.",
         "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'",

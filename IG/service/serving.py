@@ -26,7 +26,8 @@ def listen(host: str, port: int) -> socket.socket:
     where = f"{host}:{port}"
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(address[0], socket.SOCK_STREAM)
+        # With its protocol: asyncio sends small answers at once only where a socket says that it is TCP.
+        listener = socket.socket(*address[:3])
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address[4])
         listener.listen(2048)
@@ -50,6 +51,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http="h11",  # httptools reads headers of any length
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -178,6 +179,35 @@ async def test_a_body_that_takes_long_to_read_keeps_nobody_waiting() -> None:
     assert (await answer).status_code == 413
     assert "the body has 12000003 commas and opening brackets" in (await answer).json()["detail"]
     assert slowest < 1.0
+
+
+async def test_nothing_keeps_a_body_once_it_is_answered() -> None:
+    """Reference cycles would: the collector may come much later, after many bodies."""
+    bodies = [
+        json.dumps({"items": items}).encode()
+        for items in ([GOOD], [0], [GOOD] * 5000, [GOOD | {"answers": 1}])
+    ]
+    bodies += [b'{"items": [,]}', b'{"items": "\xff"}', b"[" * 100_000, b"9" * 5000, b"," * 2_000_000]
+
+    def num_kept() -> int:
+        return sum(type(thing).__name__ in ("BoundedRequest", "_BoundedBody") for thing in gc.get_objects())
+
+    async with serving(FakeBackend()) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            for body in bodies:
+                await client.post("/compute_info_gain", content=body, headers=HEAD)
+                await asyncio.sleep(0.02)
+                assert num_kept() == 0, body[:30]
+            async with announcing(client, 1000) as (_, writer):
+                writer.write(b"[")
+                await asyncio.sleep(0.1)
+                assert num_kept() > 0
+            await asyncio.sleep(0.1)
+            assert num_kept() == 0
+        finally:
+            gc.enable()
 
 
 async def test_items_are_counted_before_they_are_looked_at() -> None:
