@@ -127,7 +127,10 @@ def parse_arguments() -> argparse.Namespace:
         "--kill-share", type=float, default=0.01, help="workers killed per second (default 0.01)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of clients and killings (default 0)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.workers < 2:
+        parser.error(f"--workers is {arguments.workers}, expected at least 2: one is killed, others go on")
+    return arguments
 
 
 def reference(screen: Screen, rollouts: Sequence[Rollout], *, folder: Path) -> list[float]:
@@ -155,6 +158,8 @@ def soak(
     with Supervisor() as supervisor:
         with screen.phase(f"starting a service with {arguments.workers} workers") as update:
             url = start_service(supervisor, folder / "soak.log", update=update, extra=extra)
+        if len(worker_processes()) != arguments.workers:
+            raise ChildFailedError(f"found the workers {worker_processes()}, expected {arguments.workers}")
         with MemoryWatch(supervisor) as watch:
             abuse = Abuse(url, rollouts, gains=gains, arguments=arguments)
             with screen.phase("soaking", total=int(arguments.seconds)) as update:
@@ -290,14 +295,14 @@ def start_service(
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The service's workers: Ray names each after its class."""
+    """The service's workers: actors of Ray, which has its own processes besides, and idle ones."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            line = " ".join(process.cmdline())
+            name = process.name()
         except psutil.Error:  # gone in between
             continue
-        if line.startswith("ray::") and "Worker" in line:
+        if name.startswith("ray::") and "IDLE" not in name:
             found.append(process)
     return found
 
