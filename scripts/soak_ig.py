@@ -295,14 +295,14 @@ def start_service(
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The service's workers: actors of Ray, which has its own processes besides, and idle ones."""
+    """The service's workers: Ray names an actor's process after its class (IG/service/cluster.py)."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             name = process.name()
         except psutil.Error:  # gone in between
             continue
-        if name.startswith("ray::") and "IDLE" not in name:
+        if name.startswith("ray::_Host"):
             found.append(process)
     return found
 

@@ -22,7 +22,7 @@ _PIPELINE: Pipeline | None = None
 
 
 def load(generator: str, entailment: str, num_answers: int, max_new_tokens: int, cpu_threads: int) -> None:
-    """Load both models. `generate` gets one thread, the entailment model all: the fastest way on two cores."""
+    """Load both. `generate` gets one thread, the entailment model all: the fastest way on two cores."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
