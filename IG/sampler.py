@@ -270,6 +270,8 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
+    # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM

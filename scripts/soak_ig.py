@@ -36,7 +36,7 @@ WORLD = ROOT / "world"
 QUESTIONS, ROLLOUTS = 8, 4
 START_DEADLINE_S = 300.0
 TIMEOUT_S = 120.0
-SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12")
+SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--cpu-cache-gb", "0.1")
 # A tenth of the distinct prompts: nearly every item has to be computed again.
 SMALL_CACHES = ("--sample-cache-size", "48", "--pair-cache-size", "512")
 SHARES = {"good": 0.88, "malformed": 0.05, "vanishing": 0.05, "impatient": 0.02}
@@ -164,8 +164,9 @@ def soak(
             abuse = Abuse(url, rollouts, gains=gains, arguments=arguments)
             with screen.phase("soaking", total=int(arguments.seconds)) as update:
 
-                def look(second: int) -> None:
-                    memory.append(watch.current_bytes)
+                def look(second: int, is_whole: bool) -> None:
+                    if is_whole:  # a worker that is being replaced takes no memory yet
+                        memory.append(watch.current_bytes)
                     update(
                         second,
                         f"{abuse.seen.items_right} right, {abuse.seen.items_wrong + abuse.seen.items_failed} "
@@ -194,7 +195,7 @@ class Abuse:
         self._arguments = arguments
         self._end = 0.0
 
-    async def run(self, look: Callable[[int], None]) -> None:
+    async def run(self, look: Callable[[int, bool], None]) -> None:
         """Until the time is over and everybody has an answer."""
         began = time.monotonic()
         self._end = began + self._arguments.seconds
@@ -211,7 +212,8 @@ class Abuse:
             while time.monotonic() < self._end:
                 await asyncio.sleep(1)
                 self._kill_some(rng)
-                look(int(time.monotonic() - began))
+                health = (await http.get("/health")).json()
+                look(int(time.monotonic() - began), health["status"] == "healthy")
             await asyncio.gather(*clients)
 
     def _kill_some(self, rng: Random) -> None:
@@ -318,9 +320,9 @@ def as_item(rollout: Rollout) -> dict[str, object]:
 
 
 def edges(memory: Sequence[int]) -> tuple[float, float]:
-    """Median bytes of the second and of the last quarter: the first one warms up."""
-    quarter = max(1, len(memory) // 4)
-    return statistics.median(memory[quarter : 2 * quarter] or memory), statistics.median(memory[-quarter:])
+    """Median bytes of the middle and of the last third: the first one warms up."""
+    third = max(1, len(memory) // 3)
+    return statistics.median(memory[third : 2 * third] or memory), statistics.median(memory[-third:])
 
 
 def summarise(
