@@ -53,8 +53,8 @@ _STARTED_TOGETHER = 32
 """Queries that are begun before others on the event loop have their turn."""
 _READ_TOGETHER = 512
 """Conditions of a request whose answers are compared at a time: the pairs of each take memory meanwhile."""
-_MAX_GOLDS = 1000
-_MAX_CHARS = 20_000
+MAX_GOLDS = 1000
+MAX_CHARS = 20_000
 """Of a question and of a gold: far more than an entailment model reads, few enough to hold nobody up."""
 
 
@@ -157,12 +157,12 @@ class _InvalidQueryError(ValueError):
 
 def _require_readable(question: str, *, golds: Sequence[str]) -> None:
     """Every gold is judged with every answer, together with those of others who wait. Raises as it says."""
-    if len(golds) > _MAX_GOLDS:
-        raise _InvalidQueryError(f"answers holds {len(golds)} texts, expected at most {_MAX_GOLDS}")
+    if len(golds) > MAX_GOLDS:
+        raise _InvalidQueryError(f"answers holds {len(golds)} texts, expected at most {MAX_GOLDS}")
     longest = max((len(gold) for gold in golds), default=0)
     for name, length in (("question", len(question)), ("longest text of answers", longest)):
-        if length > _MAX_CHARS:
-            raise _InvalidQueryError(f"the {name} has {length} characters, expected at most {_MAX_CHARS}")
+        if length > MAX_CHARS:
+            raise _InvalidQueryError(f"the {name} has {length} characters, expected at most {MAX_CHARS}")
 
 
 class GainEstimator:

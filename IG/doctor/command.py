@@ -35,6 +35,7 @@ from IG.service.config import (
     WORLD_GENERATOR,
     IGServiceConfig,
     SettingError,
+    add_settings,
     resolve_config,
     visible_device,
 )
@@ -171,14 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("doctor"), metavar="FOLDER", help="of the report (default doctor)"
     )
     service = parser.add_argument_group("how gains are measured: settings of the service, with its variables")
-    for setting in SETTINGS:
-        shown = setting.shown_default or setting.default
-        service.add_argument(
-            setting.flag,
-            dest=setting.name,
-            metavar="X",
-            help=f"{setting.meaning} (${setting.env}; default {shown})",
-        )
+    add_settings(service)
     return parser
 
 

@@ -265,6 +265,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve the information gain of contexts over HTTP. A flag wins over its variable.",
         allow_abbrev=False,
     )
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: argparse._ActionsContainer) -> None:
+    """The flag of every setting, for `resolve_config` or for a command line that has more of them."""
     for setting in SETTINGS:
         shown = setting.shown_default or setting.default
         parser.add_argument(
@@ -273,7 +279,6 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="X",
             help=f"{setting.meaning} (${setting.env}; default {shown})",
         )
-    return parser
 
 
 def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:

@@ -9,11 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
+from IG.estimator import MAX_CHARS, MAX_GOLDS
+
 MAX_TIMEOUT_S = 86400.0
 MAX_CONTEXT_CHARS = 1_000_000
-MAX_CHARS = 20_000
-"""Of a question and of an answer, which the entailment model reads again and again."""
-MAX_ANSWERS = 1000
 
 
 def _require_whole_characters(text: str) -> str:
@@ -40,7 +39,7 @@ class InfoGainItem(BaseModel):
         examples=["Alice Marsh was born in Bolton."],
     )
     answers: Annotated[list[Text], FailFast()] = Field(
-        max_length=MAX_ANSWERS,
+        max_length=MAX_GOLDS,
         description="Accepted answers; at least one, except for `--gain entropy`.",
         examples=[["Bolton", "Bolton, England"]],
     )
