@@ -35,7 +35,7 @@ from fastapi.responses import JSONResponse
 
 from search_r1.search import defaults
 from search_r1.search.errors import RetrieverError
-from search_r1.search.retriever import Hit, Retriever
+from search_r1.search.retriever import BatchSearch, Hit
 from search_r1.search.schema import MAX_TOPK, RetrieveRequest
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,10 @@ _DRAIN_S = 5
 class RetrieverHost:
     """Holds the retriever: loads it in the background, then searches in one thread off the event loop."""
 
-    def __init__(self, load: Callable[[], Retriever]) -> None:
+    def __init__(self, load: Callable[[], BatchSearch]) -> None:
         self._load = load
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
-        self._retriever: Retriever | None = None
+        self._retriever: BatchSearch | None = None
         self.failure: RetrieverError | None = None
 
     @property
@@ -85,7 +85,10 @@ class RetrieverHost:
 
 
 def create_app(
-    load: Callable[[], Retriever], *, topk: int = 3, on_loaded: Callable[[RetrieverHost], None] | None = None
+    load: Callable[[], BatchSearch],
+    *,
+    topk: int = 3,
+    on_loaded: Callable[[RetrieverHost], None] | None = None,
 ) -> FastAPI:
     """The service. `load` runs in a thread once the app starts; `topk` is the default of a request."""
     host = RetrieverHost(load)
@@ -158,7 +161,7 @@ def serve(settings: argparse.Namespace) -> int:
         return 1
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
 
-    def load() -> Retriever:
+    def load() -> BatchSearch:
         # Here, because torch and faiss take seconds to import and --help or a taken port need neither.
         from search_r1.search.dense import load_dense
 
