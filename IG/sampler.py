@@ -167,7 +167,7 @@ class VllmSampler:
         Raises SamplingError and EngineLostError.
         """
         prompt_ids = await self._encode(prompt)
-        outputs = await self._generate(prompt_ids, params=self._sampling_params(prompt))
+        outputs = await self._generate(prompt_ids, params=sampling_params(self._options, prompt))
         if len(outputs) == 1:  # greedy: every sample is the same
             outputs = outputs * self._options.num_answers
         return tuple(self._answer(output) for output in outputs)
@@ -216,27 +216,6 @@ class VllmSampler:
             raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
         return outputs
 
-    def _sampling_params(self, prompt: str) -> SamplingParams:
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        options = self._options
-        greedy = options.temperature == 0
-        return SamplingParams(
-            n=1 if greedy else options.num_answers,
-            temperature=options.temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            max_tokens=options.max_new_tokens,
-            seed=None if greedy else prompt_seed(options.seed, prompt),
-            stop=list(STOP_STRINGS),
-            logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-
     def _answer(self, output: CompletionOutput) -> SampledAnswer:
         if output.logprobs is None or not output.token_ids:
             raise SamplingError("the engine gave an answer without tokens or log-probs")
@@ -247,6 +226,28 @@ class VllmSampler:
             for position, token in enumerate(output.token_ids[:length])
         ]
         return SampledAnswer(text=text, mean_log_prob=sum(log_probs) / length, num_tokens=length)
+
+
+def sampling_params(options: SamplingOptions, prompt: str) -> SamplingParams:
+    """How the engine is asked for the answers to a prompt."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    greedy = options.temperature == 0
+    return SamplingParams(
+        n=1 if greedy else options.num_answers,
+        temperature=options.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        max_tokens=options.max_new_tokens,
+        seed=None if greedy else prompt_seed(options.seed, prompt),
+        stop=list(STOP_STRINGS),
+        logprobs=0,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _tie_children(lifeline: Lifeline) -> None:
@@ -264,14 +265,7 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
     # comes first, because when it starts with the engine it unblocks the signal.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A separate executor process would import everything once more; a fork would share the guard's pipe.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
-    # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    set_environment(options)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -282,6 +276,26 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
             f"--device {options.device}: the vLLM that is installed here runs on {device}; "
             f"use --device {device} or install the other build"
         )
+    arguments = AsyncEngineArgs(**engine_arguments(options, device=device))
+    return AsyncLLM.from_engine_args(arguments), device
+
+
+def set_environment(options: EngineOptions) -> None:
+    """What vLLM reads when it is imported; call it before that."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A separate executor process would import everything once more; a fork would share the guard's pipe.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
+    # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
+
+def engine_arguments(options: EngineOptions, *, device: str) -> dict[str, object]:
+    """What vLLM's engines are made with on a `cpu` or on `cuda`."""
+    from vllm.engine.arg_utils import EngineArgs
+
     arguments: dict[str, object] = {
         "model": options.model,
         "trust_remote_code": False,
@@ -301,10 +315,7 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
             # A seeded request that is prefilled in chunks kills the CPU engine: whole prompts only.
             "enable_chunked_prefill": False,
         }
-    engine_arguments = AsyncEngineArgs(**arguments)
-    if (
-        device == "cpu"
-    ):  # room for one whole prompt; more than a few thousand tokens at once only misses the caches
-        longest = engine_arguments.create_model_config().max_model_len
-        engine_arguments.max_num_batched_tokens = max(_CPU_BATCHED_TOKENS, longest, options.max_num_seqs)
-    return AsyncLLM.from_engine_args(engine_arguments), device
+        # Room for one whole prompt; more than a few thousand tokens at once only misses the caches.
+        longest = EngineArgs(**arguments).create_model_config().max_model_len
+        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, longest, options.max_num_seqs)
+    return arguments

@@ -28,21 +28,21 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import ChildFailedError, Supervisor, free_ports, wait_until_ready
+from supervise import ChildFailedError, Supervisor
 
 from bench import engine, item_by_item
+from bench.service import WORLD, read_counters, start_ig_service
 from bench.workload import Rollout, grpo_steps, load_evidence
 from IG.client import GainRequest, IGClient
-from IG.prompts import STOP_STRINGS, PromptType, build_prompt
-from IG.sampler import prompt_seed
+from IG.prompts import PromptType, build_prompt
+from IG.sampler import SamplingOptions
+from IG.service.config import resolve_config
+from IG.service.IG_worker import engine_options, sampling_options
 
-ROOT = Path(__file__).resolve().parents[1]
-WORLD = ROOT / "world"
-GENERATOR, ENTAILMENT = WORLD / "models" / "generator", WORLD / "models" / "entailment"
 QUESTIONS, ROLLOUTS, ANSWERS, MAX_NEW_TOKENS = 8, 4, 10, 16
 ENGINE_SEQUENCES = 512
-START_DEADLINE_S = 240.0
 TIMEOUT_S = 120.0
+BASELINES, PAIRS = 'ig_baselines_total{source="sampled"}', 'ig_pairs_total{source="judged"}'
 
 
 @dataclass(slots=True)
@@ -116,40 +116,36 @@ def run(
     folder: Path,
 ) -> Summary:
     """Start all three, warm them up with the first step, measure the others."""
-    threads = max(1, (os.cpu_count() or 1) // 2)  # what the service gives each of its models
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    service = supervisor.start(
-        "the IG service",
-        command=service_command(port, workers=arguments.workers),
-        log=folder / "ig_service.log",
-        cwd=ROOT,
-        environment=service_environment(),
-    )
+    chosen = service_arguments(workers=arguments.workers)
+    config = resolve_config(chosen, environ={})
+    cores = os.cpu_count() or 1
+    sampling = sampling_options(config)
+    with screen.phase("starting the service") as update:
+        url = start_ig_service(supervisor, arguments=chosen, log=folder / "ig_service.log", update=update)
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(
-            1, spawn, initializer=engine.load, initargs=(str(GENERATOR), ENGINE_SEQUENCES, threads)
+            1, spawn, initializer=engine.load, initargs=(engine_options(config, cores=cores), sampling)
         ) as bare,
         ProcessPoolExecutor(
             1,
             spawn,
             initializer=item_by_item.load,
-            initargs=(str(GENERATOR), str(ENTAILMENT), ANSWERS, MAX_NEW_TOKENS, os.cpu_count() or 1),
+            initargs=(config.model_path, config.entailment_model, ANSWERS, MAX_NEW_TOKENS, cores),
         ) as pipeline,
     ):
-        with screen.phase("loading the service, the bare engine and the item-by-item pipeline") as update:
-            for _ in wait_until_ready(
-                {f"{url}/readyz": service},
-                deadline_s=START_DEADLINE_S,
-                on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
-            ):
-                pass
-            decode(bare, steps[0])
+        with screen.phase("loading the bare engine and the item-by-item pipeline"):
+            decode(bare, prompts_of(steps[0]), sampling)
             pipeline.submit(item_by_item.measure, steps[0][:1]).result()
         measured = asyncio.run(
             measure(
-                screen, url=url, bare=bare, pipeline=pipeline, steps=steps, naive_steps=arguments.naive_steps
+                screen,
+                url=url,
+                bare=bare,
+                pipeline=pipeline,
+                steps=steps,
+                naive_steps=arguments.naive_steps,
+                sampling=sampling,
             )
         )
     summary = summarise(measured, steps=steps[1:], workers=arguments.workers)
@@ -165,19 +161,20 @@ async def measure(
     pipeline: ProcessPoolExecutor,
     steps: Sequence[Sequence[Rollout]],
     naive_steps: int,
+    sampling: SamplingOptions,
 ) -> Measured:
     """Every step to each of the three, in turn; the first step warms up and is not counted."""
     measured = Measured()
     client = IGClient(url, timeout_s=TIMEOUT_S)
     try:
         await ask(client, steps[0])
-        before = counters(url)
+        before = read_counters(url)
         with screen.phase("measuring", total=len(steps) - 1) as update:
             for number, rollouts in enumerate(steps[1:], start=1):
                 began = time.perf_counter()
                 measured.latencies_s += await ask(client, rollouts)
                 measured.service_s.append(time.perf_counter() - began)
-                decoded = await asyncio.to_thread(decode, bare, rollouts)
+                decoded = await asyncio.to_thread(decode, bare, prompts_of(rollouts), sampling)
                 measured.engine_s.append(decoded.seconds)
                 measured.engine_tokens += decoded.num_tokens
                 if number <= naive_steps:
@@ -185,12 +182,12 @@ async def measure(
                     seconds, _ = await asyncio.wrap_future(pipeline.submit(item_by_item.measure, rollouts))
                     measured.item_by_item_s.append(seconds)
                 update(number, f"{len(rollouts) / measured.service_s[-1]:.0f} items/s")
-        after = counters(url)
+        after = read_counters(url)
     finally:
         await client.aclose()
-    measured.baselines = int(after["baselines"] - before["baselines"])
-    measured.pairs = int(after["pairs"] - before["pairs"])
-    require_same_samples(url, bare, steps[1])
+    measured.baselines = int(after[BASELINES] - before[BASELINES])
+    measured.pairs = int(after[PAIRS] - before[PAIRS])
+    require_same_samples(url, bare, steps[1], sampling)
     return measured
 
 
@@ -209,27 +206,25 @@ async def ask(client: IGClient, rollouts: Sequence[Rollout]) -> list[float]:
     return list(await asyncio.gather(*(one(rollout) for rollout in rollouts)))
 
 
-def decode(bare: ProcessPoolExecutor, rollouts: Sequence[Rollout]) -> engine.Decoded:
-    """Let the bare engine sample every distinct prompt of a step, as the service does."""
-    prompts = list(
+def prompts_of(rollouts: Sequence[Rollout]) -> list[str]:
+    """Every distinct prompt of a step, as the service samples it."""
+    return list(
         dict.fromkeys(p for r in rollouts for p in (prompt(r.question, ""), prompt(r.question, r.context)))
     )
-    return bare.submit(
-        engine.decode,
-        prompts,
-        [prompt_seed(0, text) for text in prompts],
-        num_answers=ANSWERS,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop=STOP_STRINGS,
-    ).result()
 
 
-def require_same_samples(url: str, bare: ProcessPoolExecutor, rollouts: Sequence[Rollout]) -> None:
+def decode(bare: ProcessPoolExecutor, prompts: Sequence[str], sampling: SamplingOptions) -> engine.Decoded:
+    """What the bare engine makes of these prompts."""
+    return bare.submit(engine.decode, prompts, sampling).result()
+
+
+def require_same_samples(
+    url: str, bare: ProcessPoolExecutor, rollouts: Sequence[Rollout], sampling: SamplingOptions
+) -> None:
     """The comparison is fair only if both sampled the same. Raises ChildFailedError if not."""
-    items = [{"question": r.question, "context": r.context, "answers": r.golds} for r in rollouts]
     request = urllib.request.Request(
         f"{url}/compute_info_gain",
-        data=json.dumps({"items": items}).encode(),
+        data=json.dumps({"items": [rollout.as_item() for rollout in rollouts]}).encode(),
         headers={"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -239,14 +234,7 @@ def require_same_samples(url: str, bare: ProcessPoolExecutor, rollouts: Sequence
         for r, detail in zip(rollouts, details, strict=True)
     }
     prompts = list(of_service)
-    decoded = bare.submit(
-        engine.decode,
-        prompts,
-        [prompt_seed(0, text) for text in prompts],
-        num_answers=ANSWERS,
-        max_new_tokens=MAX_NEW_TOKENS,
-        stop=STOP_STRINGS,
-    ).result()
+    decoded = decode(bare, prompts, sampling)
     for text, answers in zip(prompts, decoded.texts, strict=True):
         if answers != of_service[text]:
             raise ChildFailedError(f"service and engine sampled differently for {text!r}")
@@ -256,31 +244,12 @@ def prompt(question: str, context: str) -> str:
     return build_prompt(question, context=context, prompt_type=PromptType.default, max_context_words=4096)
 
 
-def counters(url: str) -> dict[str, float]:
-    """What the service says it did since its start."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {
-        "baselines": float(values['ig_baselines_total{source="sampled"}']),
-        "pairs": float(values['ig_pairs_total{source="judged"}']),
-    }
-
-
-def service_command(port: int, *, workers: int) -> list[str]:
+def service_arguments(*, workers: int) -> list[str]:
+    """The settings that the service and the bare engine share."""
     return [
-        sys.executable,
-        "-m",
-        "IG.service.IG_server",
-        *("--port", str(port), "--num-workers", str(workers)),
+        *("--num-workers", str(workers), "--sub-batch-size", str(ENGINE_SEQUENCES)),
         *("--num-generations", str(ANSWERS), "--max-new-tokens", str(MAX_NEW_TOKENS)),
-        *("--sub-batch-size", str(ENGINE_SEQUENCES)),
     ]
-
-
-def service_environment() -> dict[str, str]:
-    """The caller's, without settings of a service of theirs."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("IG_")}
 
 
 def summarise(measured: Measured, *, steps: Sequence[Sequence[Rollout]], workers: int) -> Summary:

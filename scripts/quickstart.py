@@ -23,7 +23,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
+from supervise import (
+    SERVICE_PREFIXES,
+    ChildFailedError,
+    MemoryWatch,
+    Supervisor,
+    free_ports,
+    service_environment,
+    wait_until_ready,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30
@@ -55,7 +63,6 @@ IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--g
 
 # What needs no quotes in Hydra's grammar; its own words do.
 PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z/][a-z0-9_./-]*", re.ASCII | re.IGNORECASE)
-SERVICE_PREFIX = "IG_"
 HOST = "127.0.0.1"
 
 SERVICE_DEADLINE_S = 180.0
@@ -156,16 +163,6 @@ def override(key: str, value: str | int | float) -> str:
     return f"{key}='{escaped}'"
 
 
-def environment() -> dict[str, str]:
-    """The caller's environment without the IG service's variables: that service is set up here.
-
-    Nothing of the embedded world is looked for on the network, unless the caller says so.
-    """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVICE_PREFIX)}
-    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**defaults, **kept, "PYTHONUNBUFFERED": "1"}
-
-
 def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> tuple[int, int]:
     """Start retriever and IG service side by side and wait for both. Returns their ports."""
     retriever_port, gain_port = free_ports(2)
@@ -178,7 +175,7 @@ def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> 
                 command=[sys.executable, "-m", *command],
                 log=run_dir / log,
                 cwd=ROOT,
-                environment=environment(),
+                environment=service_environment(),
             )
             for port, name, command, log in (
                 (retriever_port, "the retriever", retriever_command, "retriever.log"),
@@ -207,7 +204,7 @@ def train(
             command=[sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
             log=run_dir / "console.log",
             cwd=ROOT,
-            environment=environment(),
+            environment=service_environment(),
             on_line=screen.pass_on,
         )
         while trainer.process.poll() is None:
@@ -324,8 +321,8 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     run_dir = new_run_dir(arguments.run_dir)
     screen = Screen(console)
     screen.say(f"run folder: {run_dir}")
-    if dropped := sorted(name for name in os.environ if name.startswith(SERVICE_PREFIX)):
-        screen.say("not passed on, for the IG service is set up here: " + ", ".join(dropped), style="yellow")
+    if dropped := sorted(name for name in os.environ if name.startswith(SERVICE_PREFIXES)):
+        screen.say("not passed on, for the services are set up here: " + ", ".join(dropped), style="yellow")
     try:
         summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
     except ChildFailedError as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,14 +26,12 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import ChildFailedError, MemoryWatch, Supervisor, free_ports, wait_until_ready
+from supervise import ChildFailedError, MemoryWatch, Supervisor
 
+from bench.service import WORLD, read_counters, start_ig_service
 from bench.workload import Rollout, grpo_steps, load_evidence
 
-ROOT = Path(__file__).resolve().parents[1]
-WORLD = ROOT / "world"
 QUESTIONS, ROLLOUTS = 8, 4
-START_DEADLINE_S = 300.0
 TIMEOUT_S = 120.0
 SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--cpu-cache-gb", "0.1")
 # A tenth of the distinct prompts: nearly every item has to be computed again.
@@ -136,8 +133,9 @@ def parse_arguments() -> argparse.Namespace:
 def reference(screen: Screen, rollouts: Sequence[Rollout], *, folder: Path) -> list[float]:
     """The gain of every item from one worker that nobody disturbs. Raises ChildFailedError if one fails."""
     with Supervisor() as supervisor, screen.phase("what is right: one worker alone") as update:
-        url = start_service(supervisor, folder / "reference.log", update=update, extra=())
-        body = {"items": [as_item(rollout) for rollout in rollouts], "include_details": False}
+        log = folder / "reference.log"
+        url = start_ig_service(supervisor, arguments=SERVICE_ARGUMENTS, log=log, update=update)
+        body = {"items": [rollout.as_item() for rollout in rollouts], "include_details": False}
         answer = httpx.post(f"{url}/compute_info_gain", json=body, timeout=600, trust_env=False).json()
     if any(score is None for score in answer["scores"]):
         raise ChildFailedError(f"the reference failed: {Counter(answer['errors']).most_common(3)}")
@@ -153,11 +151,12 @@ def soak(
     folder: Path,
 ) -> Summary:
     """Two minutes of abuse."""
-    extra = ("--num-workers", str(arguments.workers), *SMALL_CACHES)
+    service = (*SERVICE_ARGUMENTS, "--num-workers", str(arguments.workers), *SMALL_CACHES)
     memory: list[int] = []
     with Supervisor() as supervisor:
         with screen.phase(f"starting a service with {arguments.workers} workers") as update:
-            url = start_service(supervisor, folder / "soak.log", update=update, extra=extra)
+            log = folder / "soak.log"
+            url = start_ig_service(supervisor, arguments=service, log=log, update=update)
         if len(worker_processes()) != arguments.workers:
             raise ChildFailedError(f"found the workers {worker_processes()}, expected {arguments.workers}")
         with MemoryWatch(supervisor) as watch:
@@ -175,7 +174,7 @@ def soak(
 
                 asyncio.run(abuse.run(look))
         supervisor.children[0].check_alive()
-        restarts = restarts_of(url)
+        restarts = int(read_counters(url)["ig_worker_restarts_total"])
     first, last = edges(memory)
     summary = summarise(abuse.seen, arguments=arguments, restarts=restarts, first=first, last=last)
     screen.console.print(table(summary, abuse.seen))
@@ -242,7 +241,7 @@ class Abuse:
             return
         chosen = rng.sample(range(len(self._rollouts)), rng.randint(1, MAX_ITEMS_PER_REQUEST))
         body: dict[str, object] = {
-            "items": [as_item(self._rollouts[k]) for k in chosen],
+            "items": [self._rollouts[k].as_item() for k in chosen],
             "include_details": rng.random() < 0.1,
         }
         if kind == "impatient":
@@ -278,24 +277,6 @@ class Abuse:
                 self.seen.complain(f"wrong: {score}, right is {self._gains[k]}: {self._rollouts[k]}")
 
 
-def start_service(
-    supervisor: Supervisor, log: Path, *, update: Callable[[int, str], None], extra: Sequence[str]
-) -> str:
-    """A ready service's URL. Raises ChildFailedError."""
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "IG.service.IG_server", "--port", str(port), *SERVICE_ARGUMENTS, *extra]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("IG_")}
-    service = supervisor.start("the IG service", command=command, log=log, cwd=ROOT, environment=environment)
-    for _ in wait_until_ready(
-        {f"{url}/readyz": service},
-        deadline_s=START_DEADLINE_S,
-        on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
-    ):
-        pass
-    return url
-
-
 def worker_processes() -> list[psutil.Process]:
     """The service's workers: Ray names an actor's process after its class (IG/service/cluster.py)."""
     found = []
@@ -307,16 +288,6 @@ def worker_processes() -> list[psutil.Process]:
         if name.startswith("ray::_Host"):
             found.append(process)
     return found
-
-
-def restarts_of(url: str) -> int:
-    metrics = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text
-    (line,) = [line for line in metrics.splitlines() if line.startswith("ig_worker_restarts_total ")]
-    return int(float(line.split()[1]))
-
-
-def as_item(rollout: Rollout) -> dict[str, object]:
-    return {"question": rollout.question, "context": rollout.context, "answers": list(rollout.golds)}
 
 
 def edges(memory: Sequence[int]) -> tuple[float, float]:

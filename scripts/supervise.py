@@ -31,6 +31,9 @@ _READER_GRACE_S = 2.0
 # What is asked runs on this machine: a proxy that the caller has set must not stand in between.
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
+SERVICE_PREFIXES = ("IG_", "RETRIEVER_")
+"""Environment variables that set up our services."""
+
 
 class ChildFailedError(RuntimeError):
     """A process died or did not become ready; the message holds the end of its log."""
@@ -189,6 +192,16 @@ def proportional_set_size(pid: int) -> int:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def service_environment() -> dict[str, str]:
+    """The caller's environment without settings of services of theirs: the scripts choose them.
+
+    Nothing of the embedded world is looked for on the network, unless the caller says so.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVICE_PREFIXES)}
+    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**defaults, **kept, "PYTHONUNBUFFERED": "1"}
 
 
 def free_ports(count: int) -> list[int]:

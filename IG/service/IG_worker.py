@@ -59,7 +59,7 @@ class LocalWorker:
         # The engine first: its process must be made before this one computes anything.
         sampler = await VllmSampler.start(
             sampling_options(config),
-            engine=_engine_options(config, threads=config.cpu_threads or max(1, int(cores / 2))),
+            engine=engine_options(config, cores=cores),
         )
         try:
             entailment = await load_in_thread(
@@ -141,7 +141,8 @@ def sampling_options(config: IGServiceConfig) -> SamplingOptions:
     )
 
 
-def _engine_options(config: IGServiceConfig, *, threads: int) -> EngineOptions:
+def engine_options(config: IGServiceConfig, *, cores: float) -> EngineOptions:
+    """How a worker that has so many cores runs its generator."""
     device = config.device.partition(":")[0]
     if config.num_workers > 1:
         device = "cpu"
@@ -154,7 +155,7 @@ def _engine_options(config: IGServiceConfig, *, threads: int) -> EngineOptions:
         max_model_len=config.max_model_len or None,
         gpu_memory_utilization=config.gpu_memory_utilization,
         cpu_cache_bytes=int(config.cpu_cache_gb * 2**30),
-        cpu_threads=threads,
+        cpu_threads=config.cpu_threads or max(1, int(cores / 2)),
     )
 
 

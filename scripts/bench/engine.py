@@ -1,12 +1,16 @@
-"""The bare vLLM engine, in a process of its own: the limit of what a service on top of it can reach."""
+"""The bare vLLM engine, in a process of its own: the limit of what a service on top of it can reach.
+
+It has the settings, the prompts' seeds and the sampling options of the service, from the service's own code.
+"""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from IG.sampler import EngineOptions, SamplingOptions, engine_arguments, sampling_params, set_environment
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -23,60 +27,22 @@ class Decoded:
     texts: list[list[str]]
 
 
-def load(model: str, max_num_seqs: int, cpu_threads: int) -> None:
-    """Load the engine with the settings of the service's."""
+def load(engine: EngineOptions, sampling: SamplingOptions) -> None:
+    """Load the engine and run it once."""
     global _ENGINE
-    os.environ |= {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(cpu_threads),
-    }
+    set_environment(engine)
     from vllm import LLM
 
-    _ENGINE = LLM(
-        model=model,
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=max_num_seqs,
-        kv_cache_memory_bytes=2**29,
-        block_size=32,
-        enable_chunked_prefill=False,
-        max_num_batched_tokens=4096,
-        enable_prefix_caching=True,
-        generation_config="vllm",
-        disable_log_stats=True,
-    )
-    decode(["Question: 1 + 1?\nAnswer:"], [0], num_answers=2, max_new_tokens=2, stop=["\n"])
+    _ENGINE = LLM(**engine_arguments(engine, device="cpu"))
+    decode(["Question: 1 + 1?\nAnswer:"], sampling)
 
 
-def decode(
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    num_answers: int,
-    max_new_tokens: int,
-    stop: Sequence[str],
-) -> Decoded:
+def decode(prompts: Sequence[str], sampling: SamplingOptions) -> Decoded:
     """All prompts at once, the way a caller who wants nothing but samples would ask."""
-    from vllm import SamplingParams
-
     assert _ENGINE is not None
     began = time.perf_counter()
     outputs = _ENGINE.generate(
-        list(prompts),
-        [
-            SamplingParams(
-                n=num_answers,
-                temperature=1.0,
-                max_tokens=max_new_tokens,
-                seed=seed,
-                stop=list(stop),
-                logprobs=0,
-            )
-            for seed in seeds
-        ],
-        use_tqdm=False,
+        list(prompts), [sampling_params(sampling, prompt) for prompt in prompts], use_tqdm=False
     )
     seconds = time.perf_counter() - began
     return Decoded(

@@ -34,6 +34,10 @@ class Rollout:
     context: str
     golds: tuple[str, ...]
 
+    def as_item(self) -> dict[str, object]:
+        """The item of a request for it."""
+        return {"question": self.question, "context": self.context, "answers": list(self.golds)}
+
 
 def load_evidence(path: Path) -> list[Evidence]:
     """Read the questions of `IG doctor`: one JSON object per line."""

@@ -131,7 +131,7 @@ def test_a_run_ends_with_one_json_line_and_no_process(
     assert 0.02 < summary["peak_rss_gb"] < 2
     assert "the trainer says hello" in output
     assert "the trainer says hello" in (tree / "run" / "console.log").read_text()
-    assert "not passed on, for the IG service is set up here: IG_HOST" in output
+    assert "not passed on, for the services are set up here: IG_HOST" in output
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tree)]
 
 
