@@ -13,11 +13,21 @@ import email.utils
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
-from typing import NoReturn
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NoReturn, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_never,
+    wait_exponential,
+    wait_random,
+)
+
+T = TypeVar("T")
 
 Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 """What to send; a callable makes it anew for each attempt, from the seconds that are left."""
@@ -46,12 +56,70 @@ class CallError(RuntimeError):
         return f"{self.service}: {self.message}"
 
 
-class _PassingFailureError(Exception):
+class PassingFailureError(Exception):
     """One attempt failed in a way that another one may not."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        """What the service asks to wait; None leaves it to us."""
+
+
+class OutOfTimeError(Exception):
+    """No attempt succeeded before the deadline."""
+
+    def __init__(self, message: str, *, last: PassingFailureError | None, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.last = last
+        """How the last attempt failed; None when the first one never ended."""
+        self.fix = fix
+
+
+async def retry_within(
+    patience_s: float, attempt: Callable[[float], Awaitable[T]], *, max_attempts: int | None = None
+) -> T:
+    """The policy: `attempt` again, with growing pauses, while it raises PassingFailureError and time is left.
+
+    `attempt` is handed the seconds that are left, and is cancelled when there are none: OutOfTimeError. After
+    `max_attempts` the last PassingFailureError is raised.
+    """
+    deadline = time.monotonic() + patience_s
+    failures: list[PassingFailureError] = []
+
+    def wait_s(state: RetryCallState) -> float:
+        assert state.outcome is not None
+        failure = state.outcome.exception()
+        assert isinstance(failure, PassingFailureError)
+        failures.append(failure)
+        return _BACKOFF(state) if failure.retry_after_s is None else _obeyed_wait_s(failure, deadline)
+
+    async def attempt_in_time() -> T:
+        return await attempt(deadline - time.monotonic())
+
+    stop = stop_never if max_attempts is None else stop_after_attempt(max_attempts)
+    retried = retry_if_exception_type(PassingFailureError)
+    attempts = AsyncRetrying(retry=retried, wait=wait_s, stop=stop, reraise=True)
+    try:
+        async with asyncio.timeout(patience_s):
+            return await attempts(attempt_in_time)
+    except TimeoutError as error:
+        last = failures[-1] if failures else None
+        said = f"last failure: {last}" if last else "it stayed silent"
+        message = f"no usable answer within {round(patience_s, 1):g} s ({said})"
+        raise OutOfTimeError(message, last=last) from error
+
+
+def _obeyed_wait_s(failure: PassingFailureError, deadline: float) -> float:
+    """What Retry-After asks for, with jitter: clients turned away together must not return together.
+
+    Raises OutOfTimeError if that is more time than there is.
+    """
+    assert failure.retry_after_s is not None
+    left_s = deadline - time.monotonic()
+    if failure.retry_after_s >= left_s:
+        asks = f"it asks to wait {failure.retry_after_s:g} s, and {left_s:.1f} s are left"
+        raise OutOfTimeError(f"{failure}; {asks}", last=failure, fix="lower the load or raise the timeout")
+    return failure.retry_after_s + random.uniform(0.0, 0.1)
 
 
 class JsonService:
@@ -107,56 +175,32 @@ class JsonService:
         patience_s = self._timeout_s if timeout_s is None else timeout_s
         if patience_s <= 0:
             self._fail(url, "not asked: no time was left", may_pass=True)
-        deadline = time.monotonic() + patience_s
-        failures: list[_PassingFailureError] = []
 
-        def wait_s(state: RetryCallState) -> float:
-            assert state.outcome is not None
-            failure = state.outcome.exception()
-            assert isinstance(failure, _PassingFailureError)
-            failures.append(failure)
-            if failure.retry_after_s is None:
-                return _BACKOFF(state)
-            return self._obeyed_wait_s(url, failure, deadline=deadline)
+        async def attempt(left_s: float) -> dict[str, object]:
+            return await self._attempt(method, url, payload, left_s=left_s)
 
-        attempts = AsyncRetrying(retry=retry_if_exception_type(_PassingFailureError), wait=wait_s)
         try:
-            async with asyncio.timeout(patience_s):
-                return await attempts(self._attempt, method, url, payload, deadline=deadline)
-        except TimeoutError:
-            said = f"last failure: {failures[-1]}" if failures else "it stayed silent"
-            message = f"no usable answer within {round(patience_s, 1):g} s ({said}); {self._fix}"
-            self._fail(url, message, may_pass=True)
-
-    def _obeyed_wait_s(self, url: str, failure: _PassingFailureError, *, deadline: float) -> float:
-        """What Retry-After asks for, with jitter: clients turned away together must not return together.
-
-        Raises CallError if that is more time than there is.
-        """
-        assert failure.retry_after_s is not None
-        left_s = deadline - time.monotonic()
-        if failure.retry_after_s >= left_s:
-            asks = f"it asks to wait {failure.retry_after_s:g} s, and {left_s:.1f} s are left"
-            self._fail(url, f"{failure}; {asks}: lower the load or raise the timeout", may_pass=True)
-        return failure.retry_after_s + random.uniform(0.0, 0.1)
+            return await retry_within(patience_s, attempt)
+        except OutOfTimeError as error:
+            self._fail(url, f"{error}; {error.fix or self._fix}", may_pass=True)
 
     async def _attempt(
-        self, method: str, url: str, payload: Payload | None, *, deadline: float
+        self, method: str, url: str, payload: Payload | None, *, left_s: float
     ) -> dict[str, object]:
-        content = payload(deadline - time.monotonic()) if callable(payload) else payload
+        content = payload(left_s) if callable(payload) else payload
         try:
             answer = await self._client.request(method, url, json=content)
         except httpx.TransportError as error:
-            raise _PassingFailureError(f"{type(error).__name__} {error}".strip()) from error
+            raise PassingFailureError(f"{type(error).__name__} {error}".strip()) from error
         except httpx.RequestError as error:
             self._fail(url, f"unreadable answer ({type(error).__name__} {error}); {self._fix}")
         if answer.status_code in _RETRIED_STATUSES:
-            retry_after_s = _parse_retry_after(answer.headers.get("Retry-After"))
-            said = f"status {answer.status_code} {_quote(answer.text)}"
-            raise _PassingFailureError(said, retry_after_s=retry_after_s)
+            retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
+            said = f"status {answer.status_code} {quote(answer.text)}"
+            raise PassingFailureError(said, retry_after_s=retry_after_s)
         if not answer.is_success:
             said = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
-            self._fail(url, f"{said}: {_quote(answer.text)}", status=answer.status_code)
+            self._fail(url, f"{said}: {quote(answer.text)}", status=answer.status_code)
         return self._parse(answer, url=url)
 
     def _hint(self, status: int) -> str:
@@ -168,10 +212,10 @@ class JsonService:
         try:
             body = json.loads(answer.content, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            self._fail(url, f"answer is not JSON ({error}): {_quote(answer.text)}; {self._fix}")
+            self._fail(url, f"answer is not JSON ({error}): {quote(answer.text)}; {self._fix}")
         if not isinstance(body, dict):
             kind = type(body).__name__
-            self._fail(url, f"answer is a JSON {kind}, not an object: {_quote(answer.text)}; {self._fix}")
+            self._fail(url, f"answer is a JSON {kind}, not an object: {quote(answer.text)}; {self._fix}")
         return body
 
     def _fail(self, url: str, message: str, *, status: int | None = None, may_pass: bool = False) -> NoReturn:
@@ -200,7 +244,7 @@ def _without_credentials(url: str) -> str:
     return str(httpx.URL(url).copy_with(username=None, password=None))
 
 
-def _parse_retry_after(header: str | None) -> float | None:
+def parse_retry_after(header: str | None) -> float | None:
     """Seconds of a Retry-After header, which holds a number or a date; None when absent or unreadable."""
     if header is None:
         return None
@@ -216,7 +260,7 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """The beginning of a body, on one line."""
     line = " ".join(text.split())
     return repr(line if len(line) <= _MAX_QUOTED_CHARS else line[:_MAX_QUOTED_CHARS] + "…")
