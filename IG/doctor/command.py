@@ -34,11 +34,10 @@ from IG.service.config import (
     SETTINGS,
     WORLD_GENERATOR,
     IGServiceConfig,
-    SettingError,
-    add_settings,
     resolve_config,
     visible_device,
 )
+from IG.web.settings import SettingError, add_settings
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("doctor"), metavar="FOLDER", help="of the report (default doctor)"
     )
     service = parser.add_argument_group("how gains are measured: settings of the service, with its variables")
-    add_settings(service)
+    add_settings(service, SETTINGS)
     return parser
 
 

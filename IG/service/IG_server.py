@@ -7,43 +7,37 @@ It listens at once and answers 503 to work until both models are loaded, in the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from IG.estimator import GainQuery
 from IG.loading import is_loading
 from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
-from IG.service.config import IGServiceConfig, SettingError, resolve_config, visible_device
-from IG.service.lifecycle import Service, StartBackend, UnavailableError
-from IG.service.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken, bounded_route
-from IG.service.metrics import CONTENT_TYPE, CountRequests, ServiceMetrics
+from IG.service.config import IGServiceConfig, resolve_config, visible_device
+from IG.service.lifecycle import Service, StartBackend
+from IG.service.metrics import ServiceMetrics
 from IG.service.models import ModelMissingError, require_models
 from IG.service.rendering import render
-from IG.service.schema import (
-    HealthResponse,
-    InfoGainRequest,
-    InfoGainResponse,
-    StateResponse,
-    VersionResponse,
-)
-from IG.service.serving import GracefulServer, leave, listen
+from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse, VersionResponse
+from IG.web.application import add_guards, add_states, make_application, package_version, wait_until_left
+from IG.web.host import Host
+from IG.web.limits import bounded_route
+from IG.web.metrics import CONTENT_TYPE
+from IG.web.openapi import metrics_response, refusals, security
+from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from IG.web.settings import SettingError
 
 logger = logging.getLogger("IG.service")
 
 _WORK_PATH = "/compute_info_gain"
-_LOOPBACK = ("127.", "localhost", "::1")
 
 
 def create_app(
@@ -59,58 +53,42 @@ def create_app(
         max_queued_items=config.max_queued_items,
         max_concurrent_requests=config.max_concurrent_requests,
     )
-    metrics = ServiceMetrics(
-        items_in_progress=lambda: service.admission.num_items, backend=lambda: service.backend
-    )
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.begin(on_ready=on_ready, on_failure=on_failure)
-        yield
-        await service.end()
-
-    app = FastAPI(
+    host = service.host
+    metrics = ServiceMetrics(items_in_progress=lambda: host.admission.num_held, backend=lambda: host.backend)
+    app = make_application(
+        host,
         title="Information gain",
         summary="How much does a context help a frozen language model to believe in the right answer?",
         description=openapi.DESCRIPTION,
-        version=package_version(),
-        lifespan=lifespan,
-        redoc_url=None,
+        on_ready=on_ready,
+        on_failure=on_failure,
     )
-    app.state.service = service
-    for error, explain in _EXPLANATIONS.items():
-        app.add_exception_handler(error, explain)
-    _add_state(app, service=service)
+    _add_health(app, host=host)
+    add_states(app, require_ready=service.require_ready, responses=refusals(openapi.REFUSALS, 503))
     guarded = APIRouter(
-        dependencies=openapi.security(needs_token=bool(config.token)), responses=openapi.refusals(401)
+        dependencies=security(needs_token=bool(config.token), described="--token-file or IG_TOKEN"),
+        responses=refusals(openapi.REFUSALS, 401),
     )
     _add_reports(guarded, service=service, metrics=metrics, config=config)
     guarded.include_router(_work(service=service, metrics=metrics, config=config))
     app.include_router(guarded)
-    # The last one added sees a request first.
-    app.add_middleware(LimitBody, max_bytes=config.max_body_bytes)
-    if config.token:
-        app.add_middleware(RequireToken, token=config.token)
-    app.add_middleware(CountRequests, metrics=metrics, path=_WORK_PATH)
+    add_guards(
+        app,
+        max_body_bytes=config.max_body_bytes,
+        body_flag="--max-body-mb",
+        things="items",
+        token=config.token,
+        metrics=metrics.requests,
+        work_path=_WORK_PATH,
+    )
     return app
 
 
-def _add_state(app: FastAPI, *, service: Service) -> None:
+def _add_health(app: FastAPI, *, host: Host[Backend]) -> None:
     @app.get("/health", response_model_exclude_none=True, tags=["state"])
     async def health() -> HealthResponse:
         """State of the service; always 200."""
-        return describe_health(service, version=app.version)
-
-    @app.get("/livez", tags=["state"])
-    async def livez() -> StateResponse:
-        """The process runs."""
-        return StateResponse(status="alive")
-
-    @app.get("/readyz", tags=["state"], responses=openapi.refusals(503))
-    async def readyz() -> StateResponse:
-        """A worker can start on work; 503 when none can."""
-        service.require_ready()
-        return StateResponse(status="ready")
+        return describe_health(host, version=app.version)
 
 
 def _add_reports(
@@ -137,23 +115,30 @@ def _add_reports(
             seed=config.seed,
         )
 
-    @router.get("/metrics", tags=["state"], response_class=Response, responses=openapi.METRICS)
+    @router.get(
+        "/metrics",
+        tags=["state"],
+        response_class=Response,
+        responses=metrics_response("ig_items_in_progress 0.0\n"),
+    )
     async def read_metrics() -> Response:
         """Counters in the text format of Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
-    def require_fitting(num_items: int) -> None:
-        _require_fitting(num_items, config=config)
+    def require_fitting(value: object) -> None:
+        if isinstance(value, dict) and isinstance(items := value.get("items"), list):
+            _require_fitting(len(items), config=config)
 
-    router = APIRouter(route_class=bounded_route(read=service.read, require_fitting=require_fitting))
+    read = service.host.read
+    router = APIRouter(route_class=bounded_route(read=read, require_fitting=require_fitting, things="items"))
 
     @router.post(
         _WORK_PATH,
         tags=["gain"],
         response_model=InfoGainResponse,
-        responses=openapi.refusals(400, 408, 413, 415, 422, 429, 503),
+        responses=refusals(openapi.REFUSALS, 400, 408, 413, 415, 422, 429, 503),
     )
     async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
         """Gain of every item, in order; a failed item has a null score and its error."""
@@ -161,16 +146,11 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
             GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
             for item in body.items
         ]
-
-        async def caller_left() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
         estimates = await service.estimate(
             queries,
             details=body.include_details,
             timeout_s=body.timeout_s or config.request_timeout_s,
-            caller_left=caller_left,
+            caller_left=lambda: wait_until_left(request),
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
         answer = await render(estimates, include_details=body.include_details)
@@ -179,10 +159,10 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
     return router
 
 
-def describe_health(service: Service, *, version: str) -> HealthResponse:
+def describe_health(host: Host[Backend], *, version: str) -> HealthResponse:
     """What `GET /health` says, with the published words."""
-    backend = service.backend
-    if service.draining:
+    backend = host.backend
+    if host.draining:
         return HealthResponse(status="unhealthy", message="Shutting down", version=version)
     if backend is None:
         return HealthResponse(status="unhealthy", message="Models not loaded", version=version)
@@ -214,14 +194,6 @@ def describe_health(service: Service, *, version: str) -> HealthResponse:
     )
 
 
-def package_version() -> str:
-    """Of the installed distribution; `unknown` where this folder is used without installing it."""
-    try:
-        return importlib.metadata.version("inforeasoner")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
     """Raises HTTPException for a request that can never be accepted."""
     limit, flag = min((config.max_items, "--max-items"), (config.max_queued_items, "--max-queued-items"))
@@ -229,41 +201,6 @@ def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
         raise HTTPException(
             413, f"the request has {num_items} items, expected at most {limit}; split it or raise {flag}"
         )
-
-
-async def _explain_invalid(_: Request, error: Exception) -> JSONResponse:
-    """Says where and why, without echoing the input: NaN or half a character is no JSON."""
-    assert isinstance(error, RequestValidationError)
-    problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
-    return JSONResponse({"detail": problems}, status_code=422)
-
-
-async def _explain_full(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, QueueFullError)
-    return _come_back(429, str(error), retry_after_s=error.retry_after_s)
-
-
-async def _explain_unavailable(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, UnavailableError)
-    return _come_back(503, str(error), retry_after_s=error.retry_after_s)
-
-
-async def _end_unanswered(_: Request, __: Exception) -> Response:
-    """Nobody reads this."""
-    return Response(status_code=499)
-
-
-_EXPLANATIONS: dict[type[Exception], Any] = {
-    RequestValidationError: _explain_invalid,
-    QueueFullError: _explain_full,
-    UnavailableError: _explain_unavailable,
-    CallerLeftError: _end_unanswered,
-}
-
-
-def _come_back(status: int, message: str, *, retry_after_s: int) -> JSONResponse:
-    headers = {"Retry-After": str(retry_after_s)}
-    return JSONResponse({"detail": message}, status_code=status, headers=headers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -278,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
         require_models(config)
-        listener = listen(config.host, config.port)
+        listener = listen(config.host, config.port, env="IG_PORT")
     except (SettingError, ModelMissingError, OSError) as error:
         logger.error("%s", error)
         return 1
@@ -292,11 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
-    url = (
-        f"http://[{config.host}]:{config.port}"
-        if ":" in config.host
-        else f"http://{config.host}:{config.port}"
-    )
+    url = url_of(config.host, config.port)
 
     def announce(backend: Backend) -> None:
         generator = f"generator {config.model_path}, entailment {config.entailment_model}"
@@ -310,15 +243,15 @@ def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
         on_ready=announce,
         on_failure=lambda: server.stop_at_once(),
     )
-    service: Service = app.state.service
-    server = GracefulServer(app, service=service, grace_s=config.shutdown_grace_s)
-    if not config.token and not config.host.startswith(_LOOPBACK):
+    host: Host[Backend] = app.state.host
+    server = GracefulServer(app, host=host, grace_s=config.shutdown_grace_s)
+    if not config.token and not is_loopback(config.host):
         logger.warning(
             "anyone who reaches %s may use the service; IG_TOKEN or --token-file asks for a token", url
         )
     logger.info("IG service is loading its models; %s/readyz says when it is ready", url)
     server.run_on(listener)
-    error = service.start_error
+    error = host.start_error
     if error is not None:
         logger.error("the models could not be loaded: %s: %s", type(error).__name__, error)
         return 1

@@ -1,32 +1,34 @@
-"""Settings of the service, each defined once: flag over environment variable over default, resolved at start.
-
-The table `SETTINGS` makes the command line, its help and the table in README.md.
-"""
+"""Settings of the service: the table of them makes its command line, its help and the table in README.md."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from IG.prompts import PromptType
 from IG.semantics import GainKind, ScoreKind
+from IG.web.settings import (
+    Parse,
+    Setting,
+    SettingError,
+    Value,
+    add_settings,
+    parse_choice,
+    parse_integer,
+    parse_real,
+    parse_text,
+    parse_token,
+    read_token_file,
+    resolve_settings,
+)
 
 _ROOT = Path(__file__).resolve().parents[2]
 WORLD_GENERATOR = _ROOT / "world" / "models" / "generator"
 WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
 LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
-
-Value = str | int | float
-
-_TOKEN = re.compile(r"[!-~]+")
-
-
-class SettingError(ValueError):
-    """A setting is wrong: the message names it, its value and what was expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,100 +86,20 @@ class IGServiceConfig:
         return f"cuda:{int(index)}" if kind == "cuda" and index else "cuda:0"
 
 
-def _number(
-    parse: Callable[[str], Value], expected: str, fits: Callable[[Value], bool]
-) -> Callable[[str], Value]:
-    def parsed(text: str) -> Value:
-        try:
-            value = parse(text)
-        except ValueError:
-            raise SettingError(f"{text!r}, expected {expected}") from None
-        if not fits(value):
-            raise SettingError(f"{text!r}, expected {expected}")
-        return value
-
-    return parsed
-
-
-def _integer(low: int, high: int | None = None) -> Callable[[str], Value]:
-    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-    return _number(lambda text: int(text, 10), expected, lambda v: v >= low and (high is None or v <= high))  # type: ignore[operator]
-
-
-def _real(low: float, high: float, *, open_low: bool = False) -> Callable[[str], Value]:
-    expected = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
-    return _number(float, expected, lambda v: low <= float(v) <= high and not (open_low and v == low))
-
-
-def _choice(kind: type[ScoreKind] | type[GainKind] | type[PromptType]) -> Callable[[str], Value]:
-    def parsed(text: str) -> Value:
-        try:
-            return kind(text)
-        except ValueError:
-            raise SettingError(f"{text!r}, expected one of {', '.join(kind)}") from None
-
-    return parsed
-
-
-def _text(text: str) -> Value:
-    if not text.strip():
-        raise SettingError("empty, expected a text")
-    return text
-
-
-def _token(text: str) -> Value:
-    """Unlike the others, what this raises does not repeat the value."""
-    if text and not _TOKEN.fullmatch(text):
-        raise SettingError("no bearer token: expected visible ASCII characters without spaces")
-    return text
-
-
-def _token_file(path: str) -> Value:
-    try:
-        token = Path(path).expanduser().read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise SettingError(
-            f"{path!r}, which cannot be read ({reason}); expected a file with a token"
-        ) from None
-    if not _TOKEN.fullmatch(token):
-        raise SettingError(f"{path!r}, which holds no bearer token: expected visible ASCII without spaces")
-    return token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One setting; `name` is its field in IGServiceConfig."""
-
-    name: str
-    env: str
-    default: str
-    parse: Callable[[str], Value]
-    meaning: str
-    shown_default: str = ""
-    """What the help says instead of the default."""
-    parse_flag: Callable[[str], Value] | None = None
-    """Reads the flag where it says something else than the variable: a secret must not stand in argv."""
-
-    @property
-    def flag(self) -> str:
-        name = self.name if self.parse_flag is None else f"{self.name}_file"
-        return "--" + name.replace("_", "-")
-
-
 def _setting(
     name: str,
     default: str,
-    parse: Callable[[str], Value],
+    parse: Parse,
     meaning: str,
     *,
-    env: str = "",
     shown_default: str = "",
-    parse_flag: Callable[[str], Value] | None = None,
+    parse_flag: Parse | None = None,
 ) -> Setting:
+    flag = name if parse_flag is None else f"{name}_file"
     return Setting(
         name=name,
-        env=env or f"IG_{name.upper()}",
+        flag="--" + flag.replace("_", "-"),
+        env=f"IG_{name.upper()}",
         default=default,
         parse=parse,
         meaning=meaning,
@@ -187,72 +109,91 @@ def _setting(
 
 
 SETTINGS: tuple[Setting, ...] = (
-    _setting("host", "127.0.0.1", _text, "address to listen on"),
-    _setting("port", "8310", _integer(1, 65535), "port to listen on; leading zeros do not matter"),
+    _setting("host", "127.0.0.1", parse_text, "address to listen on"),
+    _setting("port", "8310", parse_integer(1, 65535), "port to listen on; leading zeros do not matter"),
     _setting(
         "model_path",
         str(WORLD_GENERATOR),
-        _text,
+        parse_text,
         "generator: a folder or a hub name",
         shown_default="world/models/generator",
     ),
     _setting(
         "entailment_model",
         "",
-        _text,
+        parse_text,
         "entailment model: a folder or a hub name",
         shown_default=f"world/models/entailment with the default generator, else {LARGE_ENTAILMENT}",
     ),
-    _setting("device", "auto", _text, "auto, cpu, cuda or cuda:N"),
-    _setting("num_generations", "10", _integer(1), "answers sampled per question and condition"),
-    _setting("sub_batch_size", "512", _integer(1), "answers the engine decodes together"),
-    _setting("temperature", "1.0", _real(0, 10), "sampling temperature; 0 is greedy"),
-    _setting("max_new_tokens", "128", _integer(1), "longest sampled answer, in tokens"),
-    _setting("max_context_words", "4096", _integer(1), "longest context, in words; the first ones are kept"),
-    _setting("prompt_type", "default", _choice(PromptType), "instruction: default, chat or long-form"),
-    _setting("computation_chunk_size", "64", _integer(1), "pairs the entailment model judges together"),
-    _setting("max_concurrent_requests", "512", _integer(1), "requests worked on at once; others wait"),
-    _setting("max_queued_items", "16384", _integer(1), "items accepted and not answered yet; more get 429"),
-    _setting("max_items", "4096", _integer(1), "items per request; more get 413"),
+    _setting("device", "auto", parse_text, "auto, cpu, cuda or cuda:N"),
+    _setting("num_generations", "10", parse_integer(1), "answers sampled per question and condition"),
+    _setting("sub_batch_size", "512", parse_integer(1), "answers the engine decodes together"),
+    _setting("temperature", "1.0", parse_real(0, 10), "sampling temperature; 0 is greedy"),
+    _setting("max_new_tokens", "128", parse_integer(1), "longest sampled answer, in tokens"),
     _setting(
-        "max_body_mb", "64", _real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
+        "max_context_words", "4096", parse_integer(1), "longest context, in words; the first ones are kept"
+    ),
+    _setting("prompt_type", "default", parse_choice(PromptType), "instruction: default, chat or long-form"),
+    _setting("computation_chunk_size", "64", parse_integer(1), "pairs the entailment model judges together"),
+    _setting("max_concurrent_requests", "512", parse_integer(1), "requests worked on at once; others wait"),
+    _setting(
+        "max_queued_items", "16384", parse_integer(1), "items accepted and not answered yet; more get 429"
+    ),
+    _setting("max_items", "4096", parse_integer(1), "items per request; more get 413"),
+    _setting(
+        "max_body_mb", "64", parse_real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
     ),
     _setting(
-        "request_timeout_s", "600", _real(0, 86400, open_low=True), "deadline of a request that carries none"
+        "request_timeout_s",
+        "600",
+        parse_real(0, 86400, open_low=True),
+        "deadline of a request that carries none",
     ),
     _setting(
-        "shutdown_grace_s", "30", _real(0, 86400), "how long accepted work may go on when asked to stop"
+        "shutdown_grace_s", "30", parse_real(0, 86400), "how long accepted work may go on when asked to stop"
     ),
     _setting(
         "token",
         "",
-        _token,
+        parse_token,
         "bearer token that callers must present; the flag takes a file that holds it",
         shown_default="none",
-        parse_flag=_token_file,
+        parse_flag=read_token_file,
     ),
-    _setting("num_workers", "1", _integer(1), "workers on CPUs, each with both models"),
-    _setting("num_gpus", "1", _integer(1), "workers on GPUs, one per GPU, each with both models"),
-    _setting("worker_start_timeout_s", "600", _real(0, 86400, open_low=True), "longest start of a worker"),
-    _setting("sample_cache_size", "50000", _integer(1), "prompts whose samples are remembered"),
-    _setting("pair_cache_size", "500000", _integer(1), "pairs whose entailment is remembered"),
-    _setting("score", "hard", _choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"),
-    _setting("gain", "difference", _choice(GainKind), "difference, log_ratio or entropy (needs no answers)"),
-    _setting("threshold", "0.5", _real(0, 0.999), "entailment counts strictly above this probability"),
-    _setting("seed", "0", _integer(0), "seed of all sampling"),
+    _setting("num_workers", "1", parse_integer(1), "workers on CPUs, each with both models"),
+    _setting("num_gpus", "1", parse_integer(1), "workers on GPUs, one per GPU, each with both models"),
     _setting(
-        "gpu_memory_utilization", "0.5", _real(0, 1, open_low=True), "share of GPU memory for the generator"
+        "worker_start_timeout_s", "600", parse_real(0, 86400, open_low=True), "longest start of a worker"
+    ),
+    _setting("sample_cache_size", "50000", parse_integer(1), "prompts whose samples are remembered"),
+    _setting("pair_cache_size", "500000", parse_integer(1), "pairs whose entailment is remembered"),
+    _setting(
+        "score", "hard", parse_choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"
     ),
     _setting(
-        "max_model_len", "0", _integer(0), "longest prompt and answer in tokens; 0 is the model's own limit"
+        "gain", "difference", parse_choice(GainKind), "difference, log_ratio or entropy (needs no answers)"
+    ),
+    _setting("threshold", "0.5", parse_real(0, 0.999), "entailment counts strictly above this probability"),
+    _setting("seed", "0", parse_integer(0), "seed of all sampling"),
+    _setting(
+        "gpu_memory_utilization",
+        "0.5",
+        parse_real(0, 1, open_low=True),
+        "share of GPU memory for the generator",
     ),
     _setting(
-        "cpu_cache_gb", "0.5", _real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
+        "max_model_len",
+        "0",
+        parse_integer(0),
+        "longest prompt and answer in tokens; 0 is the model's own limit",
+    ),
+    _setting(
+        "cpu_cache_gb", "0.5", parse_real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
     ),
     _setting(
         "cpu_threads",
         "0",
-        _integer(0),
+        parse_integer(0),
         "threads of each model on a CPU; 0 is a worker's share of the cores, half of it for the generator",
     ),
 )
@@ -265,37 +206,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve the information gain of contexts over HTTP. A flag wins over its variable.",
         allow_abbrev=False,
     )
-    add_settings(parser)
+    add_settings(parser, SETTINGS)
     return parser
-
-
-def add_settings(parser: argparse._ActionsContainer) -> None:
-    """The flag of every setting, for `resolve_config` or for a command line that has more of them."""
-    for setting in SETTINGS:
-        shown = setting.shown_default or setting.default
-        parser.add_argument(
-            setting.flag,
-            dest=setting.name,
-            metavar="X",
-            help=f"{setting.meaning} (${setting.env}; default {shown})",
-        )
 
 
 def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:
     """Settle every setting. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
     flags = vars(build_parser().parse_args(arguments))
     variables = os.environ if environ is None else environ
-    values: dict[str, Value] = {}
-    for setting in SETTINGS:
-        source, text, parse = setting.flag, flags[setting.name], setting.parse_flag or setting.parse
-        if text is None and variables.get(setting.env, "") != "":
-            source, text, parse = f"${setting.env}", variables[setting.env], setting.parse
-        if text is None:
-            text, parse = setting.default or _derived_default(setting.name, values), setting.parse
-        try:
-            values[setting.name] = parse(text)
-        except SettingError as error:
-            raise SettingError(f"{source} is {error}") from None
+    values = resolve_settings(SETTINGS, flags=flags, environ=variables, derive_default=_derived_default)
     return _checked(IGServiceConfig(**values))  # type: ignore[arg-type]
 
 
@@ -318,17 +237,9 @@ def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | Non
     return names[int(index)]
 
 
-def settings_table() -> str:
-    """The settings as a Markdown table, for README.md."""
-    rows = ["| flag | variable | default | meaning |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{s.flag}` | `{s.env}` | {s.shown_default or s.default} | {s.meaning} |" for s in SETTINGS]
-    return "\n".join(rows)
-
-
-def _derived_default(name: str, values: Mapping[str, Value]) -> str:
-    if name == "token":
-        return ""
-    assert name == "entailment_model", name
+def _derived_default(setting: Setting, values: Mapping[str, Value]) -> str:
+    if setting.name != "entailment_model":
+        return setting.default
     return str(WORLD_ENTAILMENT) if values["model_path"] == str(WORLD_GENERATOR) else LARGE_ENTAILMENT
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from IG.estimator import GainEstimate, GainFailure
 from IG.service.backend import Backend
 from IG.sharing import Work
+from IG.web.metrics import RequestMetrics, render_metrics
 
-CONTENT_TYPE: str = CONTENT_TYPE_LATEST
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-_CALLER_LEFT = 499
-"""What is counted where no answer could be sent any more."""
 
 
 class ServiceMetrics:
@@ -28,28 +23,17 @@ class ServiceMetrics:
         self, *, items_in_progress: Callable[[], int], backend: Callable[[], Backend | None]
     ) -> None:
         self._registry = CollectorRegistry()
-        self._requests = self._counter("ig_requests", "Requests for gains, by HTTP status.", "status")
+        self.requests = RequestMetrics(self._registry, prefix="ig", purpose="gains", buckets=_SECONDS)
         self._items = self._counter("ig_items", "Items, by outcome: scored or a kind of failure.", "outcome")
         self._prompts = self._counter("ig_prompts", "Conditions, by source of their samples.", "source")
         self._baselines = self._counter("ig_baselines", "Conditions without context, by source.", "source")
         self._pairs = self._counter("ig_pairs", "Entailment pairs, by how they were settled.", "source")
         self.count_outcomes([], work=Work())  # so that every source is there, at 0, from the start
-        self._seconds = Histogram(
-            "ig_request_seconds",
-            "Seconds from the first byte of a request for gains to the last byte of its answer.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
         in_progress = Gauge(
             "ig_items_in_progress", "Items accepted and not answered yet.", registry=self._registry
         )
         in_progress.set_function(items_in_progress)
         self._registry.register(_Workers(backend))
-
-    def count_request(self, *, status: int, seconds: float) -> None:
-        """One request for gains came to its end."""
-        self._requests.labels(str(status)).inc()
-        self._seconds.observe(seconds)
 
     def count_outcomes(self, outcomes: Sequence[GainEstimate | GainFailure], *, work: Work) -> None:
         """What became of the items of one request, and what had to be done for them."""
@@ -72,8 +56,7 @@ class ServiceMetrics:
 
     def render(self) -> bytes:
         """Everything in the text format of Prometheus."""
-        rendered: bytes = generate_latest(self._registry)
-        return rendered
+        return render_metrics(self._registry)
 
     def _counter(self, name: str, meaning: str, label: str) -> Counter:
         return Counter(name, meaning, [label], registry=self._registry)
@@ -98,30 +81,3 @@ class _Workers(Collector):
             "Workers that were lost and replaced.",
             value=0 if backend is None else backend.num_worker_restarts,
         )
-
-
-class CountRequests:
-    """Counts the requests to one path, refused ones too, by status and time."""
-
-    def __init__(self, app: ASGIApp, *, metrics: ServiceMetrics, path: str) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._path = path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self._path:
-            await self._app(scope, receive, send)
-            return
-        started = time.monotonic()
-        status = _CALLER_LEFT
-
-        async def send_watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_watched)
-        finally:
-            self._metrics.count_request(status=status, seconds=time.monotonic() - started)

@@ -222,32 +222,3 @@ class VersionResponse(BaseModel):
     max_context_words: int = Field(examples=[4096])
     prompt_type: str = Field(examples=["default"])
     seed: int = Field(examples=[0])
-
-
-class StateResponse(BaseModel):
-    """One word."""
-
-    status: Literal["alive", "ready"]
-
-
-class ErrorResponse(BaseModel):
-    """Why a request was refused."""
-
-    detail: str = Field(examples=["the queue is full: 16384 items wait; try again in 3 s"])
-
-
-class Problem(BaseModel):
-    """One thing that is wrong with a request."""
-
-    loc: list[str | int] = Field(
-        description="Where: `body`, then field names and positions.",
-        examples=[["body", "items", 0, "question"]],
-    )
-    msg: str = Field(examples=["Field required"])
-    type: str = Field(examples=["missing"])
-
-
-class InvalidResponse(BaseModel):
-    """What is wrong with a request and where; the input is not repeated."""
-
-    detail: list[Problem]

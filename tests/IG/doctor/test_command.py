@@ -15,8 +15,9 @@ from IG.doctor.command import main, parse_arguments
 from IG.doctor.questions import read_questions
 from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
 from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
-from IG.service.config import IGServiceConfig, SettingError
+from IG.service.config import IGServiceConfig
 from IG.sharing import ModelIdentity
+from IG.web.settings import SettingError
 from tests.fakes import FakePairJudge
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]

@@ -9,11 +9,11 @@ import pytest
 
 from IG.belief import Belief, FullReading
 from IG.estimator import GainEstimate, Work
-from IG.service import IG_server
-from IG.service.IG_server import package_version
 from IG.service.rendering import detail_of
 from IG.service.schema import WorkDetail
 from IG.sharing import Source
+from IG.web import application
+from IG.web.application import package_version
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 
@@ -305,9 +305,9 @@ async def test_version_names_what_the_numbers_depend_on() -> None:
 
 def test_a_plain_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_nothing(name: str) -> str:
-        raise IG_server.importlib.metadata.PackageNotFoundError(name)
+        raise application.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(IG_server.importlib.metadata, "version", find_nothing)
+    monkeypatch.setattr(application.importlib.metadata, "version", find_nothing)
     assert package_version() == "unknown"
 
 

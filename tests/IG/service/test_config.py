@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import IG.service.config as config_module
-from IG.service.config import SettingError, build_parser, resolve_config, settings_table, visible_device
+from IG.service.config import SETTINGS, build_parser, resolve_config, visible_device
+from IG.web.settings import SettingError, settings_table
 
 README = Path(config_module.__file__).with_name("README.md")
 
@@ -111,6 +112,6 @@ def test_a_gpu_that_is_not_visible_is_refused(visible: str) -> None:
 
 
 def test_readme_has_the_table_and_help_every_flag() -> None:
-    assert settings_table() in README.read_text()
+    assert settings_table(SETTINGS) in README.read_text()
     help_text = build_parser().format_help()
-    assert all(setting.flag in help_text and setting.env in help_text for setting in config_module.SETTINGS)
+    assert all(setting.flag in help_text and setting.env in help_text for setting in SETTINGS)

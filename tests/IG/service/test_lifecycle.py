@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from IG.estimator import Estimates, GainQuery
-from IG.service.lifecycle import Service, UnavailableError
-from IG.service.limits import CallerLeftError, QueueFullError
+from IG.service.lifecycle import Service
+from IG.web.host import UnavailableError
+from IG.web.limits import CallerLeftError, QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
@@ -34,8 +35,8 @@ async def started(backend: FakeBackend, **limits: int) -> Service:
         return backend
 
     service = Service(start, **({"max_queued_items": 100, "max_concurrent_requests": 10} | limits))
-    service.begin(on_ready=lambda _: None, on_failure=lambda: None)
-    await eventually(lambda: service.backend is not None)
+    service.host.begin(on_ready=lambda _: None, on_failure=lambda: None)
+    await eventually(lambda: service.host.backend is not None)
     return service
 
 
@@ -127,7 +128,7 @@ async def test_stopping_finishes_what_was_accepted_and_refuses_the_rest() -> Non
     service = await started(FakeBackend(pause_s=0.2))
     accepted = ask(service)
     await asyncio.sleep(0)
-    drained = asyncio.create_task(service.drain(grace_s=10))
+    drained = asyncio.create_task(service.host.drain(grace_s=10))
     await asyncio.sleep(0)
     with pytest.raises(UnavailableError, match="Shutting down"):
         await ask(service)
@@ -139,7 +140,7 @@ async def test_stopping_finishes_what_was_accepted_and_refuses_the_rest() -> Non
 
 async def test_who_has_nothing_to_finish_stops_at_once(caplog: pytest.LogCaptureFixture) -> None:
     service = await started(FakeBackend())
-    await service.drain(grace_s=0)
+    await service.host.drain(grace_s=0)
     assert not caplog.records
 
 
@@ -149,16 +150,16 @@ async def test_what_is_not_done_in_time_is_cancelled_and_told(second_signal: boo
     service = await started(backend, max_concurrent_requests=1)
     accepted = [ask(service) for _ in range(3)]
     await asyncio.sleep(0)
-    drained = asyncio.create_task(service.drain(grace_s=60 if second_signal else 0.1))
+    drained = asyncio.create_task(service.host.drain(grace_s=60 if second_signal else 0.1))
     await asyncio.sleep(0)
     if second_signal:
-        service.abandon()
+        service.host.abandon()
     await asyncio.wait_for(drained, 2)
     for request in accepted:
         with pytest.raises(UnavailableError, match="Shutting down"):
             await request
     assert backend.num_cancelled == 1
-    assert service.admission.num_items == 0
+    assert service.host.admission.num_held == 0
 
 
 async def test_a_caller_who_left_gets_an_error_of_its_own() -> None:
@@ -170,4 +171,4 @@ async def test_a_caller_who_left_gets_an_error_of_its_own() -> None:
 
     with pytest.raises(CallerLeftError):
         await service.estimate([QUERY], details=False, timeout_s=60, caller_left=leave_soon)
-    assert (backend.num_cancelled, backend.running, service.admission.num_items) == (1, 0, 0)
+    assert (backend.num_cancelled, backend.running, service.host.admission.num_held) == (1, 0, 0)

@@ -4,15 +4,14 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from IG.service import limits
-from IG.service.limits import Admission, QueueFullError
+from IG.web import limits
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 TOKEN = "a-token-of-ours"
@@ -66,17 +65,6 @@ async def test_a_full_queue_is_a_429_with_a_time() -> None:
     assert int(refused.headers["Retry-After"]) >= 1
     assert "the queue is full: 3 of 4 items" in refused.json()["detail"]
     assert again.status_code == 200
-
-
-def test_the_time_to_come_back_follows_the_recent_rate() -> None:
-    times: Iterator[float] = iter([0.0, 0.0, 10.0, 10.0])
-    admission = Admission(max_items=100, clock=lambda: next(times, 10.0))
-    with admission.admit(20):
-        pass  # answered at 0 s: 20 items in the 10 s until now, 2 a second
-    with admission.admit(100), pytest.raises(QueueFullError) as full:
-        admission.admit(30).__enter__()
-    assert full.value.retry_after_s == 15
-    assert admission.num_items == 0
 
 
 @pytest.mark.parametrize("chunked", [False, True])

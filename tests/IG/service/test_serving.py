@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from IG.service.IG_server import main
-from IG.service.serving import listen
+from IG.web.serving import listen
 from tests.IG.service.backends import GOOD
 
 
@@ -37,7 +37,7 @@ def test_a_taken_port_is_named_before_any_model_loads(
 def test_small_answers_are_sent_at_once() -> None:
     """A socket that does not say that it is TCP costs each of them 40 ms."""
     with (
-        listen("127.0.0.1", 0) as listener,
+        listen("127.0.0.1", 0, env="IG_PORT") as listener,
         socket.create_connection(listener.getsockname()),
         listener.accept()[0] as accepted,
     ):

@@ -1,6 +1,7 @@
-"""What keeps callers within bounds: the token, the size of a body and its time, the number of accepted items.
+"""What keeps callers within bounds: the token, the size of a body and its time, how much is accepted.
 
-The middlewares are plain ASGI: they see a request before its body is read and parsed.
+The middlewares are plain ASGI: they see a request before its body is read and parsed. `things` is what the
+service calls that of which one request asks for many (items, queries), for its messages.
 """
 
 from __future__ import annotations
@@ -65,10 +66,13 @@ class LimitBody:
     Also one that comes while too much is held already (429): what all callers together send is bounded, too.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, flag: str, things: str) -> None:
+        """`flag`: what sets the limit."""
         self.num_held = 0
         """Bytes of the requests that are not answered yet."""
         self.max_bytes = max_bytes
+        self.flag = flag
+        self._things = things
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +92,7 @@ class LimitBody:
     def too_long(self) -> str:
         """What to tell about a body beyond the limit."""
         limit = f"{self.max_bytes / 2**20:.3g} MiB"
-        return f"the body is longer than {limit}; send fewer items per request or raise --max-body-mb"
+        return f"the body is longer than {limit}; send fewer {self._things} per request or raise {self.flag}"
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         length = headers.get("content-length", "")
@@ -143,7 +147,7 @@ class _BoundedBody:
         if limit.num_held > _BODIES_HELD * limit.max_bytes:
             held = f"{limit.num_held / 2**20:.3g} MiB"
             raise QueueFullError(
-                f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times --max-body-mb; "
+                f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times {limit.flag}; "
                 "try again in 1 s",
                 retry_after_s=1,
             )
@@ -156,22 +160,22 @@ class CallerLeftError(Exception):
 def bounded_route(
     *,
     read: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[None]],
-    require_fitting: Callable[[int], None],
+    require_fitting: Callable[[object], None],
+    things: str,
 ) -> type[APIRoute]:
     """A route for work: who gets no place is told before the body is read, who sends too much before it is
-    looked at item by item.
+    looked at thing by thing.
 
-    `read`, which is given what reads the body, and `require_fitting`, which is given the number of items,
-    raise what the caller is told.
+    `read`, which is given what reads the body, and `require_fitting`, which is given the JSON value before
+    anything of it was checked, raise what the caller is told.
     """
 
     class BoundedRequest(Request):
         async def json(self) -> object:
             body = await self.body()
-            _require_few_values(body)
+            _require_few_values(body, things=things)
             value = _parse(body)
-            if isinstance(value, dict) and isinstance(items := value.get("items"), list):
-                require_fitting(len(items))
+            require_fitting(value)
             return value
 
     class BoundedRoute(APIRoute):
@@ -203,19 +207,19 @@ def _parse(body: bytes) -> object:
     return value
 
 
-def _require_few_values(body: bytes) -> None:
+def _require_few_values(body: bytes, *, things: str) -> None:
     """Every value of a JSON text but the first comes after one of these; text has some of them, too."""
     num_values = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if num_values > _MAX_VALUES:
         raise HTTPException(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"the body has {num_values} commas and opening brackets, expected at most {_MAX_VALUES}; send "
-            "fewer items per request",
+            f"fewer {things} per request",
         )
 
 
 class QueueFullError(Exception):
-    """So many items were accepted that these must come back later."""
+    """So much was accepted that this must come back later."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
@@ -223,49 +227,55 @@ class QueueFullError(Exception):
 
 
 class Admission:
-    """Counts the items that were accepted and are not answered yet, and how fast answers go out."""
+    """Counts the things that were accepted and are not answered yet, and how fast answers go out."""
 
     def __init__(
-        self, *, max_items: int, window_s: float = 30.0, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        max_things: int,
+        things: str,
+        window_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.num_items = 0
+        self.num_held = 0
         """Accepted and not answered yet."""
-        self._max_items = max_items
+        self._max_things = max_things
+        self._things = things
         self._window_s = window_s
         self._clock = clock
         self._answered: deque[tuple[float, int]] = deque()
 
     @contextmanager
-    def admit(self, num_items: int) -> Iterator[None]:
-        """Hold places for so many items. Raises QueueFullError."""
-        self.require_room(num_items)
-        self.num_items += num_items
+    def admit(self, number: int) -> Iterator[None]:
+        """Hold places for so many. Raises QueueFullError."""
+        self.require_room(number)
+        self.num_held += number
         try:
             yield
         finally:
-            self.num_items -= num_items
-            self._answered.append((self._clock(), num_items))
+            self.num_held -= number
+            self._answered.append((self._clock(), number))
             self._forget_old()
 
-    def require_room(self, num_items: int) -> None:
-        """Raises QueueFullError unless so many items could be admitted now."""
-        excess = self.num_items + num_items - self._max_items
+    def require_room(self, number: int) -> None:
+        """Raises QueueFullError unless so many could be admitted now."""
+        excess = self.num_held + number - self._max_things
         if excess > 0:
             retry_after_s = self._wait_s(excess)
             raise QueueFullError(
-                f"the queue is full: {self.num_items} of {self._max_items} items wait or are worked on, no "
-                f"place for {num_items} more; try again in {retry_after_s} s",
+                f"the queue is full: {self.num_held} of {self._max_things} {self._things} wait or are "
+                f"worked on, no place for {number} more; try again in {retry_after_s} s",
                 retry_after_s=retry_after_s,
             )
 
-    def _wait_s(self, num_items: int) -> int:
+    def _wait_s(self, number: int) -> int:
         """About when so many places will be free, at the recent rate."""
         self._forget_old()
         num_answered = sum(count for _, count in self._answered)
         if not num_answered:
             return 1
         rate = num_answered / max(self._clock() - self._answered[0][0], 1.0)
-        return min(max(math.ceil(num_items / rate), 1), _MAX_RETRY_AFTER_S)
+        return min(max(math.ceil(number / rate), 1), _MAX_RETRY_AFTER_S)
 
     def _forget_old(self) -> None:
         start = self._clock() - self._window_s

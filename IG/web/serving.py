@@ -1,4 +1,4 @@
-"""The service as a process: its socket, its signals, its end."""
+"""A service as a process: its socket, its signals, its end."""
 
 from __future__ import annotations
 
@@ -9,20 +9,41 @@ import os
 import signal
 import socket
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
-from IG.service.lifecycle import Service
-
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_BYTES_S = 10
 """How long finished answers may take to go out."""
+_LOOPBACK = ("127.", "localhost", "::1")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port before anything slow. Raises OSError with a message for the user."""
+class Draining(Protocol):
+    """What has requests to finish before the process ends."""
+
+    async def drain(self, *, grace_s: float) -> None:
+        """Accept no more and wait for what was accepted; after `grace_s` it is cancelled."""
+        ...
+
+    def abandon(self) -> None:
+        """Cancel it now."""
+        ...
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a service that listens there is reached."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    return host.startswith(_LOOPBACK)
+
+
+def listen(host: str, port: int, *, env: str) -> socket.socket:
+    """Take the port before anything slow. Raises OSError with a message for the user, which names `env`."""
     where = f"{host}:{port}"
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -36,7 +57,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(
             f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or choose another "
-            "with --port or IG_PORT"
+            f"with --port or {env}"
         ) from None
     return listener
 
@@ -47,7 +68,7 @@ class GracefulServer(uvicorn.Server):
     While it finishes it still listens, and says 503 to everything new.
     """
 
-    def __init__(self, app: FastAPI, *, service: Service, grace_s: float) -> None:
+    def __init__(self, app: FastAPI, *, host: Draining, grace_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -61,7 +82,7 @@ class GracefulServer(uvicorn.Server):
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )
-        self._service = service
+        self._host = host
         self._grace_s = grace_s
         self._draining: asyncio.Task[None] | None = None
 
@@ -88,12 +109,12 @@ class GracefulServer(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
             return
-        self._service.abandon()
+        self._host.abandon()
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     async def _drain(self) -> None:
-        await self._service.drain(grace_s=self._grace_s)
+        await self._host.drain(grace_s=self._grace_s)
         self.should_exit = True
 
 
