@@ -1,97 +1,248 @@
-"""Passages by row number, out of a memory-mapped JSONL file.
+"""Passages by row number, out of a memory-mapped file: JSON lines, or Arrow (uncompressed).
 
-Only the line offsets are held in memory (8 bytes a passage). Opening reads the file once, for the offsets and
-for its hash; lines are parsed when they are asked for.
+Nothing of the text is held in memory, and of a large JSONL file not even the line offsets: those lie in a
+sidecar, memory-mapped as well (see line_offsets.py). Lines are parsed when they are asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from search_r1.search.errors import RetrieverError
+from search_r1.search.fingerprint import fingerprint, hash_file
+from search_r1.search.line_offsets import find_line_starts, is_checked, map_file, mark_checked
 from search_r1.search.schema import Document
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 24
-_LINES_PER_REPORT = 2_000_000
+_LINES_PER_REPORT = 100_000
+_EXPECTED = 'expected one JSON object like {"id": "0", "contents": "\\"Title\\"\\ntext"}'
+_SHOWN = 60
+# Compressed columns are unpacked into memory as they are opened; mapped ones take next to nothing.
+_UNPACKED_BYTES = 1 << 20
+
+Report = Callable[[int, int], None]
 
 
-class JsonlCorpus:
-    """A sequence of documents: one JSON object `{"id", "contents"}` per line."""
+class Corpus(Protocol):
+    """Passages by row."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Document:
+        """Raises IndexError; RetrieverError that names file and line when the passage is malformed."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """See fingerprint.py; cheap."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, read when first asked for."""
+        ...
+
+    def check(self, report: Report | None = None) -> None:
+        """Look at every passage; raises RetrieverError at the first malformed one."""
+        ...
+
+    def close(self) -> None:
+        """Release the mapping."""
+        ...
+
+
+def open_corpus(path: Path, *, report: Report | None = None) -> Corpus:
+    """The corpus of this file, by its first bytes; raises RetrieverError when it is no such file.
+
+    `report(done, total)`, in bytes, while a large JSONL file is opened for the first time.
+    """
+    if not path.is_file():
+        raise RetrieverError(f"corpus {path} is not a file; pass --corpus_path of a JSONL or Arrow file")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if not start:
+        raise RetrieverError(f"corpus {path} is empty; expected one JSON object per line")
+    if start.startswith(b"\x1f\x8b"):
+        raise RetrieverError(f"corpus {path} is compressed; unpack it first: gunzip -k {path}")
+    if start.startswith(b"PAR1"):
+        raise RetrieverError(
+            f"corpus {path} is a Parquet file, which has no cheap access to single rows; convert it: "
+            'python -c "import pyarrow.parquet as p, pyarrow.feather as f; '
+            f"f.write_feather(p.read_table('{path}'), '{path.stem}.arrow', compression='uncompressed')\""
+        )
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return ArrowCorpus(path)
+    return JsonlCorpus(path, report=report)
+
+
+class _CorpusFile:
+    """What is known of a corpus without looking into it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RetrieverError when the file is missing or empty."""
-        if not path.is_file():
-            raise RetrieverError(f"corpus {path} is not a file; pass --corpus_path of a JSONL file")
-        if path.stat().st_size == 0:
-            raise RetrieverError(f"corpus {path} is empty; expected one JSON object per line")
         self.path = path
-        self._starts, self.sha256 = _scan(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.num_bytes = path.stat().st_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hash_file(self.path)
+
+
+class JsonlCorpus(_CorpusFile):
+    """One JSON object `{"id", "contents"}` per line. Use `open_corpus`."""
+
+    def __init__(self, path: Path, *, report: Report | None = None) -> None:
+        super().__init__(path)
+        self._starts, self._sidecar = find_line_starts(path, fingerprint=self.fingerprint, report=report)
+        self._map: mmap.mmap = map_file(path)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, row: int) -> Document:
-        """Raises RetrieverError that names file and line when the line is malformed."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        return _parse_line(self._map[self._starts[row] : self._starts[row + 1]], f"{self.path}:{row + 1}")
+        return parse_line(self._map[self._starts[row] : self._starts[row + 1]], f"{self.path}:{row + 1}")
 
     def __iter__(self) -> Iterator[Document]:
         return (self[row] for row in range(len(self)))
 
-    def check_lines(self) -> None:
-        """Parse every line; raises RetrieverError at the first malformed one.
-
-        About 4 microseconds a line: 80 s for the 21 million of wiki-18, with a log line now and then.
-        """
-        for count, _ in enumerate(self, start=1):
-            if count % _LINES_PER_REPORT == 0:
-                logger.info("checked %d of %d lines of %s", count, len(self), self.path)
+    def check(self, report: Report | None = None) -> None:
+        """About 5 microseconds a line. A large file is remembered as checked, beside its line offsets."""
+        if is_checked(self._sidecar):
+            return
+        _check_rows(self, report)
+        mark_checked(self._sidecar)
 
     def close(self) -> None:
-        """Release the mapping."""
         self._map.close()
 
 
-def _scan(path: Path) -> tuple[npt.NDArray[np.int64], str]:
-    """Start of every line plus the end of the file [rows + 1], and the hash, in one pass."""
-    digest = hashlib.sha256()
-    ends: list[npt.NDArray[np.int64]] = []
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            ends.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + size + 1)
-            size += len(chunk)
-    starts = np.concatenate([[0], *ends]).astype(np.int64)
-    if starts[-1] != size:  # no newline after the last line
-        starts = np.append(starts, size)
-    return starts, digest.hexdigest()
+class ArrowCorpus(_CorpusFile):
+    """Columns `id` and `contents` of an uncompressed Arrow file or stream. Use `open_corpus`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        table = _map_table(path)
+        missing = [name for name in ("id", "contents") if name not in table.column_names]
+        if missing:
+            raise RetrieverError(
+                f"corpus {path} has the columns {table.column_names}, lacks {missing}; "
+                "expected 'id' and 'contents'"
+            )
+        self._ids, self._contents = table["id"], table["contents"]
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def __getitem__(self, row: int) -> Document:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        where = f"{self.path}: row {row + 1}"
+        try:
+            passage_id, contents = self._ids[row].as_py(), self._contents[row].as_py()
+        except UnicodeDecodeError as error:
+            raise RetrieverError(f"{where} is not UTF-8 ({error})") from error
+        return _make_document(passage_id, contents, where)
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[row] for row in range(len(self)))
+
+    def check(self, report: Report | None = None) -> None:
+        _check_rows(self, report)
+
+    def close(self) -> None:
+        """The mapping goes with the last look at it."""
+        self._ids = self._contents = None
 
 
-def _parse_line(line: bytes, where: str) -> Document:
-    expected = 'expected one JSON object like {"id": "0", "contents": "\\"Title\\"\\ntext"}'
+def _map_table(path: Path) -> pa.Table:
+    import pyarrow as pa  # here: a JSONL corpus does without
+
+    before = pa.total_allocated_bytes()
+    source = pa.memory_map(str(path))
     try:
-        fields = json.loads(line)
+        with path.open("rb") as file:
+            is_stream = file.read(4) == b"\xff\xff\xff\xff"
+        table = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RetrieverError(f"corpus {path} is not readable as Arrow ({error}); write it again") from error
+    if pa.total_allocated_bytes() - before > _UNPACKED_BYTES:
+        raise RetrieverError(
+            f"corpus {path} is compressed, so that it cannot be memory-mapped; rewrite it: "
+            'python -c "import pyarrow.feather as f; '
+            f"f.write_feather(f.read_table('{path}'), '{path.stem}.arrow', compression='uncompressed')\""
+        )
+    return table
+
+
+def _check_rows(corpus: JsonlCorpus | ArrowCorpus, report: Report | None) -> None:
+    for count, _ in enumerate(corpus, start=1):
+        if report is not None and (count % _LINES_PER_REPORT == 0 or count == len(corpus)):
+            report(count, len(corpus))
+
+
+def parse_line(line: bytes, where: str) -> Document:
+    """Raises RetrieverError that starts with `where`."""
+    try:
+        fields = json.loads(line.decode("utf-8"))
     except ValueError as error:
-        raise RetrieverError(f"{where} is not JSON ({error}); {expected}") from error
+        raise RetrieverError(f"{where} is not JSON ({error}): {_shorten(line)}; {_EXPECTED}") from error
+    except RecursionError as error:
+        raise RetrieverError(f"{where} is JSON nested too deep; {_EXPECTED}") from error
     if not isinstance(fields, dict):
-        raise RetrieverError(f"{where} is a JSON {type(fields).__name__}; {expected}")
-    contents, passage_id = fields.get("contents"), fields.get("id")
+        raise RetrieverError(f"{where} is a JSON {type(fields).__name__}; {_EXPECTED}")
+    if "contents" not in fields and "id" in fields:
+        raise RetrieverError(f"{where}: no 'contents' among the keys {sorted(fields)[:8]}; {_EXPECTED}")
+    return _make_document(fields.get("id"), fields.get("contents"), where)
+
+
+def _make_document(passage_id: object, contents: object, where: str) -> Document:
     if not isinstance(contents, str) or not contents.strip():
-        raise RetrieverError(f"{where}: 'contents' is {contents!r}, expected a non-empty string; {expected}")
+        shown = repr(contents)[:_SHOWN]
+        raise RetrieverError(f"{where}: 'contents' is {shown}, expected a non-empty string; {_EXPECTED}")
     if not isinstance(passage_id, str | int) or isinstance(passage_id, bool):
-        raise RetrieverError(f"{where}: 'id' is {passage_id!r}, expected a string or an integer; {expected}")
-    return Document(id=str(passage_id), contents=contents)
+        shown = repr(passage_id)[:_SHOWN]
+        raise RetrieverError(f"{where}: 'id' is {shown}, expected a string or an integer; {_EXPECTED}")
+    document = Document.model_construct(id=str(passage_id), contents=contents)
+    for name, text in (("id", document.id), ("contents", contents)):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell lone surrogates; no answer could carry them
+            raise RetrieverError(
+                f"{where}: '{name}' is not valid Unicode at character {error.start} "
+                f"({text[error.start]!a}); {_EXPECTED}"
+            ) from error
+    return document
+
+
+def _shorten(line: bytes) -> str:
+    text = repr(line[:_SHOWN].decode("utf-8", errors="replace").rstrip("\n"))
+    return text + ("..." if len(line) > _SHOWN else "")
+
+
+def sample_rows(count: int, *, size: int) -> list[int]:
+    """At most `size` rows, evenly spaced over all `count`."""
+    return np.unique(np.linspace(0, count - 1, num=min(size, count)).astype(np.int64)).tolist()

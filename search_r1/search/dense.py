@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from search_r1.search.corpus import JsonlCorpus
+from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.encoder import FloatArray, TextEncoder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.manifest import IndexManifest, compare_manifests, hash_index, load_manifest
@@ -76,7 +76,7 @@ class VectorIndex:
 class DenseRetriever:
     """Encode the queries, search the index, look the rows up in the corpus. Not thread-safe."""
 
-    def __init__(self, index: VectorIndex, *, corpus: JsonlCorpus, encoder: TextEncoder) -> None:
+    def __init__(self, index: VectorIndex, *, corpus: Corpus, encoder: TextEncoder) -> None:
         self._index = index
         self._corpus = corpus
         self._encoder = encoder
@@ -124,7 +124,7 @@ class DenseRetriever:
 
 
 def describe_index(
-    index: VectorIndex, *, index_sha256: str, corpus: JsonlCorpus, encoder: TextEncoder, retriever_name: str
+    index: VectorIndex, *, index_sha256: str, corpus: Corpus, encoder: TextEncoder, retriever_name: str
 ) -> IndexManifest:
     """The manifest of what is at hand; `index_sha256` is the hash of the index's file."""
     return IndexManifest(
@@ -166,7 +166,7 @@ def load_dense(
         f"python -m search_r1.search.index_builder --retrieval_method {retriever_name}"
         f" --model_path {encoder_path} --corpus_path {corpus_path} --index_path {index_path}"
     )
-    corpus = JsonlCorpus(corpus_path)
+    corpus = open_corpus(corpus_path)
     recorded = load_manifest(index_path)
     if recorded is not None:
         _check_index_file(index_path, recorded=recorded, rebuild=rebuild)
@@ -188,7 +188,7 @@ def load_dense(
             index_path,
             len(corpus),
         )
-        corpus.check_lines()
+        corpus.check()
     retriever = DenseRetriever(index, corpus=corpus, encoder=encoder)
     retriever.check()
     return retriever
@@ -210,7 +210,7 @@ def _list_misfits(
     index: VectorIndex,
     *,
     recorded: IndexManifest | None,
-    corpus: JsonlCorpus,
+    corpus: Corpus,
     encoder: TextEncoder,
     retriever_name: str,
 ) -> list[str]:

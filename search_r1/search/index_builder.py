@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from search_r1.search import defaults
-from search_r1.search.corpus import JsonlCorpus
+from search_r1.search.corpus import open_corpus
 from search_r1.search.dense import VectorIndex, describe_index
 from search_r1.search.encoder import RECIPES, TextEncoder
 from search_r1.search.errors import RetrieverError
@@ -40,10 +40,10 @@ def build_index(
     `device` None: a GPU if there is one. `report(encoded, total)` is called after every batch of passages.
     """
     index_path = Path(index_path)
-    corpus = JsonlCorpus(Path(corpus_path))
+    corpus = open_corpus(Path(corpus_path))
     encoder = TextEncoder(encoder_path, retriever_name=retriever_name, device=device)
     index = VectorIndex.create_flat(encoder.dim)
-    documents = iter(corpus)
+    documents = (corpus[row] for row in range(len(corpus)))
     while batch := list(itertools.islice(documents, batch_size)):
         index.add(encoder.encode_passages([document.contents for document in batch], batch_size=batch_size))
         if report is not None:

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as parquet
 import pytest
 
-from search_r1.search import corpus as corpus_module
-from search_r1.search.corpus import JsonlCorpus
+from search_r1.search import line_offsets
+from search_r1.search.corpus import ArrowCorpus, JsonlCorpus, open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
+from tests.search_r1.search.small_world import REPOSITORY
 
 GOOD = '{"id": "0", "contents": "\\"Bolton\\"\\nA town."}'
 
@@ -18,64 +27,228 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.fixture
+def with_sidecars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As if every file were large."""
+    monkeypatch.setattr(line_offsets, "SIDECAR_FROM_BYTES", 0)
+    monkeypatch.setattr(line_offsets, "_CACHE", tmp_path / "cache")
+
+
 @pytest.mark.parametrize("last_newline", ["", "\n"])
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 20])
+@pytest.mark.parametrize("sidecar_from", [0, 1 << 20])
 def test_rows_are_the_lines_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, last_newline: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, last_newline: str, sidecar_from: int
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(line_offsets, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(line_offsets, "SIDECAR_FROM_BYTES", sidecar_from)
     contents = ["é\n漢字 🎬", "b" * 50, "c\u2028d"]
     lines = [
         json.dumps({"id": row, "contents": text}, ensure_ascii=False) for row, text in enumerate(contents)
     ]
     path = write(tmp_path / "corpus.jsonl", "\n".join(lines) + last_newline)
-    corpus = JsonlCorpus(path)
+    corpus = open_corpus(path)
+    assert isinstance(corpus, JsonlCorpus)
     assert len(corpus) == 3
     assert [document.contents for document in corpus] == contents
     assert corpus[1].id == "1"
+    assert corpus.num_bytes == path.stat().st_size
     assert corpus.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(IndexError, match="row 3 of 3"):
         corpus[3]
+    assert path.with_name("corpus.jsonl.offsets.npy").exists() == (sidecar_from == 0)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("", "not JSON"),
+        ("   ", "not JSON"),
+        ("Bolton is a town", "not JSON .*'Bolton is a town'"),
         ('{"id": "1", "contents": "cut', "not JSON"),
+        ('{"id": "1", "contents": "a"} {"id": "2"}', "not JSON .*Extra data"),
+        ('\ufeff{"id": "1", "contents": "a"}', "not JSON .*BOM"),
+        ("[" * 5000 + "]" * 5000, "nested too deep"),
         ('["1", "text"]', "JSON list"),
-        ('{"id": "1", "text": "t"}', "'contents' is None"),
+        ('{"id": "1", "text": "t"}', r"no 'contents' among the keys \['id', 'text'\]"),
         ('{"id": "1", "contents": "  "}', "'contents' is '  '"),
         ('{"id": "1", "contents": ["t"]}', "'contents' is"),
+        ('{"id": "1", "contents": null}', "'contents' is None"),
         ('{"contents": "t"}', "'id' is None"),
         ('{"id": true, "contents": "t"}', "'id' is True"),
+        ('{"id": 1.5, "contents": "t"}', "'id' is 1.5"),
+        ('{"id": "1", "contents": "a\\ud800"}', "'contents' is not valid Unicode at character 1"),
+        ('{"id": "\\udfff", "contents": "a"}', "'id' is not valid Unicode"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(RetrieverError, match=r"corpus\.jsonl:2") as caught:
-        JsonlCorpus(path).check_lines()
-    assert complaint in str(caught.value)
-
-
-def test_a_long_check_shows_how_far_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(corpus_module, "_LINES_PER_REPORT", 2)
-    caplog.set_level("INFO")
-    JsonlCorpus(write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)).check_lines()
-    assert [record.message.split(" of ")[0] for record in caplog.records] == ["checked 2", "checked 4"]
+    with pytest.raises(RetrieverError, match=rf"corpus\.jsonl:2.*{complaint}"):
+        open_corpus(path).check()
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"id": "1", "contents": "\xff"}\n')
     with pytest.raises(RetrieverError, match=r"corpus\.jsonl:2 is not JSON"):
-        JsonlCorpus(path)[1]
+        open_corpus(path)[1]
+    path.write_bytes(GOOD.encode("utf-16-le") + b"\n")
+    with pytest.raises(RetrieverError, match=r"corpus\.jsonl:1 is not JSON"):
+        open_corpus(path)[0]
 
 
-def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+def test_what_is_no_corpus_is_named_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(RetrieverError, match=r"nowhere\.jsonl is not a file"):
-        JsonlCorpus(tmp_path / "nowhere.jsonl")
+        open_corpus(tmp_path / "nowhere.jsonl")
     with pytest.raises(RetrieverError, match="is empty"):
-        JsonlCorpus(write(tmp_path / "empty.jsonl", ""))
+        open_corpus(write(tmp_path / "empty.jsonl", ""))
+    zipped = tmp_path / "corpus.jsonl.gz"
+    zipped.write_bytes(gzip.compress(GOOD.encode()))
+    with pytest.raises(RetrieverError, match=r"compressed.*gunzip"):
+        open_corpus(zipped)
+    table = pa.table({"id": ["0"], "contents": ["t"]})
+    parquet.write_table(table, tmp_path / "corpus.parquet")
+    with pytest.raises(RetrieverError, match=r"Parquet.*write_feather"):
+        open_corpus(tmp_path / "corpus.parquet")
+
+
+def test_a_check_says_how_far_it_is(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    corpus = open_corpus(write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5))
+    corpus.check(lambda done, total: seen.append((done, total)))
+    assert seen == [(5, 5)]
+
+
+@pytest.mark.usefixtures("with_sidecars")
+def test_the_second_opening_reads_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
+    open_corpus(path).check()
+    monkeypatch.setattr(line_offsets, "_scan", None)
+    again = open_corpus(path)
+    assert len(again) == 5
+    monkeypatch.setattr("search_r1.search.corpus._check_rows", None)
+    again.check()
+
+
+@pytest.mark.usefixtures("with_sidecars")
+def test_the_sidecar_of_another_content_is_not_believed(tmp_path: Path) -> None:
+    path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
+    open_corpus(path).check()
+    before = path.stat()
+    # As long, and with the old time of change: the fingerprint tells.
+    write(path, (f"{GOOD}\n" * 5).replace("Bolton", "Dalton"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    corpus = open_corpus(path)
+    assert "Dalt" in corpus[4].contents
+    write(path, f"{GOOD}\nno json\n")
+    with pytest.raises(RetrieverError, match=r"corpus\.jsonl:2"):
+        open_corpus(path).check()
+
+
+@pytest.mark.usefixtures("with_sidecars")
+@pytest.mark.parametrize("spoilt", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_sidecar_is_made_again(tmp_path: Path, spoilt: bytes) -> None:
+    path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
+    open_corpus(path)
+    sidecar = path.with_name("corpus.jsonl.offsets.npy")
+    whole = sidecar.read_bytes()
+    for damaged in (spoilt, whole[: len(whole) // 2], whole[:-8]):
+        sidecar.write_bytes(damaged)
+        assert len(open_corpus(path)) == 5
+        assert sidecar.read_bytes() == whole
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["corpus.jsonl", sidecar.name]
+
+
+@pytest.mark.usefixtures("with_sidecars")
+def test_a_folder_that_cannot_be_written_has_its_offsets_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
+    sidecar = path.with_name("corpus.jsonl.offsets.npy")
+    sidecar.mkdir()  # no file can take its place, whoever runs the test
+    assert len(open_corpus(path)) == 5
+    (cached,) = (tmp_path / "cache").iterdir()
+    assert len(np.load(cached)) == 7 + 6
+    write(tmp_path / "file", "")
+    monkeypatch.setattr(line_offsets, "_CACHE", tmp_path / "file" / "cache")
+    assert len(open_corpus(path)) == 5
+    assert "stay in memory" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_of_an_arrow_file(tmp_path: Path, stream: bool) -> None:
+    table = pa.table({"id": [7, 8, 9], "contents": ["é 漢字 🎬", "b", None]})
+    path = tmp_path / "corpus.arrow"
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    corpus = open_corpus(path)
+    assert isinstance(corpus, ArrowCorpus)
+    assert len(corpus) == 3
+    assert (corpus[0].id, corpus[0].contents) == ("7", "é 漢字 🎬")
+    with pytest.raises(RetrieverError, match=r"corpus\.arrow: row 3: 'contents' is None"):
+        corpus.check()
+    with pytest.raises(IndexError):
+        corpus[3]
+
+
+def test_an_arrow_file_that_does_not_do_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.arrow"
+    feather.write_feather(pa.table({"id": ["0"], "text": ["t"]}), path, compression="uncompressed")
+    with pytest.raises(RetrieverError, match=r"lacks \['contents'\]"):
+        open_corpus(path)
+    texts = [f"text {row} " * 10 for row in range(50_000)]
+    feather.write_feather(pa.table({"id": texts, "contents": texts}), path, compression="lz4")
+    with pytest.raises(RetrieverError, match=r"compressed.*write_feather"):
+        open_corpus(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(RetrieverError, match="not readable as Arrow"):
+        open_corpus(path)
+
+
+def test_sampled_rows_are_evenly_spaced() -> None:
+    assert sample_rows(3, size=10) == [0, 1, 2]
+    assert sample_rows(21_015_324, size=3) == [0, 10507661, 21015323]
+
+
+OPEN_TWICE = """
+import resource, sys, time
+from pathlib import Path
+from search_r1.search.corpus import open_corpus
+
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+
+open_corpus(Path(sys.argv[2]))[0]
+before = anonymous()
+started = time.perf_counter()
+corpus = open_corpus(Path(sys.argv[1]))
+opened = time.perf_counter() - started
+assert corpus[len(corpus) - 1].id == str(len(corpus) - 1)
+for row in range(0, len(corpus), 1000):
+    corpus[row]
+print(len(corpus), opened, anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_lines_open_at_once_and_stay_out_of_memory(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    padding = "x" * 40
+    with path.open("w") as file:
+        for row in range(1_000_000):
+            file.write(f'{{"id": "{row}", "contents": "{row} {padding}"}}\n')
+    small = write(tmp_path / "small.jsonl", GOOD + "\n")
+    figures = []
+    for _ in range(2):
+        command = [sys.executable, "-c", OPEN_TWICE, str(path), str(small)]
+        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        count, seconds, mebibytes = map(float, ended.stdout.split())
+        assert count == 1_000_000
+        figures.append((seconds, mebibytes))
+    print(  # noqa: T201
+        f"a million lines ({path.stat().st_size / 1e6:.0f} MB): opened in {figures[0][0]:.2f} s, again in "
+        f"{figures[1][0] * 1e3:.1f} ms; anonymous memory {figures[0][1]:.1f} and {figures[1][1]:.1f} MiB"
+    )
+    assert figures[1][0] < 0.5
+    assert figures[1][1] < 4
+    assert figures[0][1] < 50

@@ -1,0 +1,170 @@
+"""Where the lines of a file start, found once and kept beside it: `<file>.offsets.npy`, memory-mapped.
+
+The sidecar is a plain array of int64: seven entries that say which file it is about, then the start of every
+line and the end of the last one. It is believed only while size, time of change and fingerprint are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+logger = logging.getLogger(__name__)
+
+Offsets: TypeAlias = npt.NDArray[np.int64]
+
+SIDECAR_FROM_BYTES = 1 << 26
+"""Smaller files are scanned at every opening, in a tenth of a second."""
+_VERSION = 1
+_HEADER = 7
+_CHECKED_AT = 2  # position in the header of: every line was parsed once and is well formed
+_CHUNK_BYTES = 1 << 24
+_CACHE = Path.home() / ".cache" / "inforeasoner" / "offsets"
+
+
+def find_line_starts(
+    path: Path, *, fingerprint: str, report: Callable[[int, int], None] | None = None
+) -> tuple[Offsets, Path | None]:
+    """Line starts and the end of the file [lines + 1], and the sidecar they are in, if they are in one.
+
+    The first time this reads the file (about a second per GB), later it opens the sidecar. Where neither the
+    file's folder nor the cache folder of the user can be written, the offsets stay in memory: 8 bytes a line.
+    `report(done, total)` in bytes, while it reads.
+    """
+    if path.stat().st_size < SIDECAR_FROM_BYTES:
+        return _collect(path, report), None
+    header = _make_header(path, fingerprint)
+    places = (path.with_name(path.name + ".offsets.npy"), _locate_cached(path))
+    for sidecar in places:
+        starts = _open_sidecar(sidecar, header=header)
+        if starts is not None:
+            return starts, sidecar
+    logger.info("indexing the lines of %s, once", path)
+    for sidecar in places:
+        try:
+            _write_sidecar(path, sidecar, header=header, report=report)
+        except OSError as error:
+            logger.info("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
+            continue
+        starts = _open_sidecar(sidecar, header=header)
+        if starts is not None:
+            return starts, sidecar
+    logger.warning(
+        "line offsets of %s stay in memory and are made again at every start: %s and %s cannot be written",
+        path,
+        *(place.parent for place in places),
+    )
+    return _collect(path, report), None
+
+
+def is_checked(sidecar: Path | None) -> bool:
+    """Whether `mark_checked` was called for this content."""
+    return sidecar is not None and bool(np.load(sidecar, mmap_mode="r")[_CHECKED_AT])
+
+
+def mark_checked(sidecar: Path | None) -> None:
+    """Remember that every line is well formed. Where the sidecar cannot be written it is checked again."""
+    if sidecar is None:
+        return
+    try:
+        entries = np.load(sidecar, mmap_mode="r+")
+    except OSError as error:
+        logger.info("%s cannot be written (%s): the lines will be checked again", sidecar, error.strerror)
+        return
+    entries[_CHECKED_AT] = 1
+    entries.flush()
+
+
+def _locate_cached(path: Path) -> Path:
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return _CACHE / f"{path.name}.{place}.offsets.npy"
+
+
+def _make_header(path: Path, fingerprint: str) -> Offsets:
+    facts = path.stat()
+    digest = np.frombuffer(bytes.fromhex(fingerprint), dtype="<i8")
+    return np.array([_VERSION, facts.st_size, 0, facts.st_mtime_ns, *digest[:3]], dtype=np.int64)
+
+
+def _open_sidecar(sidecar: Path, *, header: Offsets) -> Offsets | None:
+    """None unless it is there, whole, and about this very file."""
+    if not sidecar.is_file():
+        return None
+    try:
+        entries = np.load(sidecar, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s cannot be read (%s): it is made again", sidecar, error)
+        return None
+    if entries.dtype != np.int64 or entries.ndim != 1 or len(entries) < _HEADER + 2:
+        return None
+    said = entries[:_HEADER].copy()
+    said[_CHECKED_AT] = 0
+    starts: Offsets = entries[_HEADER:]
+    return starts if np.array_equal(said, header) and int(starts[-1]) == header[1] else None
+
+
+def _write_sidecar(
+    path: Path, sidecar: Path, *, header: Offsets, report: Callable[[int, int], None] | None
+) -> None:
+    """Atomically, a chunk at a time: no more in memory for a larger file."""
+    sidecar.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=sidecar.parent, prefix=sidecar.name, delete=False) as file:
+        partial = Path(file.name)
+        try:
+            _write_npy_header(file, 0)
+            length = file.tell()
+            file.write(header.astype("<i8").tobytes())
+            count = _HEADER
+            for starts in _scan(path, report):
+                file.write(starts.astype("<i8").tobytes())
+                count += len(starts)
+            file.seek(0)
+            _write_npy_header(file, count)
+            assert file.tell() == length  # numpy leaves room for the number to grow
+            file.flush()
+            os.fsync(file.fileno())
+            partial.chmod(0o644)
+            os.replace(partial, sidecar)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _write_npy_header(file: BinaryIO | tempfile._TemporaryFileWrapper[bytes], count: int) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
+
+
+def _collect(path: Path, report: Callable[[int, int], None] | None) -> Offsets:
+    return np.concatenate(list(_scan(path, report)))
+
+
+def _scan(path: Path, report: Callable[[int, int], None] | None) -> Iterator[Offsets]:
+    """The start of every line, then the end of the file, in pieces."""
+    size = path.stat().st_size
+    done, last = 0, 0
+    yield np.zeros(1, dtype=np.int64)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + done + 1
+            done += len(chunk)
+            last = int(ends[-1]) if len(ends) else last
+            yield ends.astype(np.int64)
+            if report is not None:
+                report(done, size)
+    if last != done:  # no newline after the last line
+        yield np.array([done], dtype=np.int64)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Read-only; the file must not be empty."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
