@@ -20,8 +20,8 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Protocol
 
 from IG.lifeline import Lifeline
-from IG.loading import load_in_thread
 from IG.prompts import STOP_STRINGS
+from IG.web.loading import load_in_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ class VllmSampler:
     async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
         """Load the model in a process of its own, which dies with this one. Raises what vLLM raises.
 
-        Cancelling it ends that process at once and does not wait for the thread that loads (see IG.loading).
+        Cancelling it ends that process at once and does not wait for the thread that loads (see IG.web.loading).
         """
         lifeline = Lifeline()
         loading = load_in_thread(lambda: _load_engine(engine), name="engine")

@@ -18,7 +18,6 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import Response
 
 from IG.estimator import GainQuery
-from IG.loading import is_loading
 from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
 from IG.service.config import IGServiceConfig, resolve_config, visible_device
@@ -30,6 +29,7 @@ from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse,
 from IG.web.application import add_guards, add_states, make_application, package_version, wait_until_left
 from IG.web.host import Host
 from IG.web.limits import bounded_route
+from IG.web.loading import is_loading
 from IG.web.metrics import CONTENT_TYPE
 from IG.web.openapi import metrics_response, refusals, security
 from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of

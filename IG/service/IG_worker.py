@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 from IG.entailment import DeviceLostError, EntailmentModel, Pair
-from IG.loading import load_in_thread
 from IG.prompts import build_prompt
 from IG.sampler import (
     EngineLostError,
@@ -29,6 +28,7 @@ from IG.sampler import (
 from IG.service.cluster import ActorLostError, RayActor, RayCluster
 from IG.service.config import IGServiceConfig
 from IG.service.pool import WorkerLostError
+from IG.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from IG.estimator import Estimates, GainEstimator, GainFailure, GainOptions, GainQuery
-from IG.loading import load_in_thread
 from IG.service.cluster import RayCluster
 from IG.service.config import IGServiceConfig
 from IG.service.IG_worker import LocalWorker, RayWorker, count_workers, sampling_options
 from IG.service.models import model_digest, model_folder, require_models
 from IG.service.pool import StartWorker, Worker, WorkerPool
 from IG.sharing import ModelIdentity
+from IG.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

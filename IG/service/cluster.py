@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from IG.lifeline import Lifeline
-from IG.loading import load_in_thread
+from IG.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-_PREFIX = "ig-load-"
+_PREFIX = "load-"
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def load_in_thread(
             outcome.set_result(load())
         except BaseException as error:  # it belongs to whoever awaits the outcome
             outcome.set_exception(error)
-        threading.current_thread().name = f"ig-keep-{name}"
+        threading.current_thread().name = f"keep-{name}"
         then()
 
     threading.Thread(target=run, name=_PREFIX + name, daemon=True).start()
