@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from search_r1.search import defaults
 from search_r1.search.corpus import open_corpus
 from search_r1.search.dense import VectorIndex, describe_index
-from search_r1.search.encoder import RECIPES, TextEncoder
+from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.manifest import IndexManifest, hash_index, locate_manifest
+from search_r1.search.recipes import FAMILIES
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus_path", default=str(defaults.CORPUS_PATH), help='lines {"id", "contents"}')
     add("--model_path", default=str(defaults.ENCODER_PATH), help="encoder: folder or cached model name")
-    add("--retrieval_method", default=defaults.RETRIEVER_NAME, choices=sorted(RECIPES), help="encoder family")
+    add("--retrieval_method", default=defaults.RETRIEVER_NAME, choices=sorted(FAMILIES), help="family")
     add("--save_dir", default=str(defaults.INDEX_DIR), help="the index is <save_dir>/<method>_Flat.index")
     add("--index_path", default=None, help="file of the index, instead of --save_dir")
     add("--batch_size", default=256, type=int, help="passages encoded at once")

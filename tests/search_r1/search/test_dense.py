@@ -186,7 +186,7 @@ def test_a_broken_or_missing_index_is_named(copied_world: World) -> None:
 def test_a_wrong_encoder_is_named(world: World, tmp_path: Path) -> None:
     with pytest.raises(RetrieverError, match=r"encoder .*nowhere does not load"):
         TextEncoder(tmp_path / "nowhere", retriever_name="e5")
-    with pytest.raises(RetrieverError, match=r"'bm25' is unknown; known are \['e5'\]"):
+    with pytest.raises(RetrieverError, match=r"'bm25' is unknown; known are \['arctic'"):
         TextEncoder(world.encoder, retriever_name="bm25")
 
 

@@ -1,0 +1,100 @@
+"""Folders of Hugging Face models: where they are, what is refused in them, which one it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from search_r1.search.errors import RetrieverError
+
+logger = logging.getLogger(__name__)
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WANTED_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_UNWANTED_FILES = ["onnx/*", "openvino/*", "checkpoint-*"]
+_PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")
+
+
+def find_model(path: str | Path, *, role: str) -> Path:
+    """The folder of `path`, itself a folder or the name of a hub model, which is fetched unless cached.
+
+    `role` ("encoder") is for messages. Raises RetrieverError when there is no such model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    expected = "expected a Hugging Face model folder or the name of a model on the hub"
+    if not _HUB_NAME.fullmatch(str(path)):
+        raise RetrieverError(f"{role} {path} does not load (there is no such folder); {expected}")
+    disable_progress_bars()
+    logger.info("%s %s is no folder here: looking in the cache and on the hub", role, path)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(path), allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+            )
+        )
+    except (OSError, ValueError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RetrieverError(f"{role} {path} does not load ({first_line}); {expected}") from error
+
+
+def name_model(folder: Path) -> str:
+    """The hub name where the folder is one of the hub's cache, else its last part: never a machine's path."""
+    folder = folder.resolve()
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """An empty one when the file does not exist. Raises RetrieverError when it is not a JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RetrieverError(f"{path} is not JSON ({error}); copy the model again") from error
+    if not isinstance(entries, dict):
+        raise RetrieverError(f"{path} holds a {type(entries).__name__}, expected a JSON object")
+    return entries
+
+
+def check_weights(folder: Path, *, role: str) -> None:
+    """Raises RetrieverError unless the weights are there, as safetensors."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
+    if pickled:
+        raise RetrieverError(
+            f"{role} {folder} has its weights in {pickled[0]} only, a pickle, whose loading may run any "
+            "code; take a revision with model.safetensors, or convert it where you trust it: "
+            "AutoModel.from_pretrained(folder).save_pretrained(folder)"
+        )
+    if not (folder / "config.json").is_file():
+        raise RetrieverError(f"{role} {folder} does not load (no config.json); expected a model folder")
+    raise RetrieverError(f"{role} {folder} does not load (no *.safetensors); the weights are missing")
+
+
+def hash_model(folder: Path, *, further: Sequence[Path] = ()) -> str:
+    """One hash of weights, configuration and tokenizer in `folder`, and of the `further` files.
+
+    Files are hashed, not tensors, because those depend on the device's precision.
+    """
+    tokenizer = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *tokenizer]
+    names = [file.name for file in files] + [f"{file.parent.name}/{file.name}" for file in further]
+    digest = hashlib.sha256()
+    for name, file in zip(names, [*files, *further], strict=True):
+        with file.open("rb") as stream:
+            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""What the files of a sentence encoder say of how it wants its texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from search_r1.search.errors import RetrieverError
+from search_r1.search.model_files import read_json
+from search_r1.search.recipes import POOLINGS, PartialRecipe, StatedModel
+
+_MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
+_SENTENCE_CONFIGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+_POOLING_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len",
+    "pooling_mode_weightedmean_tokens": "weighted",
+    "pooling_mode_lasttoken": "last",
+}
+_POOLING_NAMES = {"lasttoken": "last", "weightedmean": "weighted", "mean_sqrt_len_tokens": "mean_sqrt_len"}
+_QUERY_PROMPTS = ("query", "s2p_query", "retrieval.query", "search_query", "web_search_query", "question")
+_PASSAGE_PROMPTS = ("document", "passage", "corpus", "retrieval.passage", "search_document", "doc", "text")
+_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+
+
+def read_stated_model(folder: Path) -> StatedModel:
+    """Raises RetrieverError when the files cannot be read or want what is not supported here."""
+    modules = _read_modules(folder)
+    is_sentence_encoder = modules is not None
+    if modules is None:
+        modules = (("Transformer", ""), ("Pooling", ""))
+    transformer = folder / modules[0][1]
+    config = read_json(folder / "config_sentence_transformers.json")
+    kind = config.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise RetrieverError(f"encoder {folder} is a {kind}, expected a model that makes one vector per text")
+    prompts = config.get("prompts")
+    query_prefix, passage_prefix = _read_prompts(prompts if isinstance(prompts, dict) else {})
+    limit = _read_length_limit(transformer)
+    truncated_dim = config.get("truncate_dim")
+    recipe = PartialRecipe(
+        query_prefix=query_prefix,
+        passage_prefix=passage_prefix,
+        pooling=_read_pooling(folder, modules) if is_sentence_encoder else None,
+        max_length=_read_max_length(transformer, limit=limit) if is_sentence_encoder else None,
+        normalised=_read_normalised(folder, modules, config) if is_sentence_encoder else None,
+    )
+    return StatedModel(
+        is_sentence_encoder=is_sentence_encoder,
+        modules=modules,
+        recipe=recipe,
+        length_limit=limit,
+        truncated_dim=truncated_dim if isinstance(truncated_dim, int) else None,
+    )
+
+
+def _read_modules(folder: Path) -> tuple[tuple[str, str], ...] | None:
+    path = folder / "modules.json"
+    if not path.is_file():
+        return None
+    try:
+        entries = [(str(entry["type"]), str(entry["path"])) for entry in json.loads(path.read_text("utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RetrieverError(f"{path} is not a list of modules ({error!r}); copy the model again") from error
+    modules = []
+    for reference, place in entries:
+        library, _, kind = reference.split(".")[0], "", reference.rsplit(".", 1)[-1]
+        if library != "sentence_transformers" or kind not in _MODULES:
+            raise RetrieverError(
+                f"encoder {folder} wants a module {reference!r}; supported are {list(_MODULES)} of "
+                "sentence_transformers, and code that comes with a model is never run"
+            )
+        if not (folder / place).resolve().is_relative_to(folder.resolve()):
+            raise RetrieverError(f"{path} names a module outside of the model's folder: {place!r}")
+        modules.append((kind, place))
+    kinds = [kind for kind, _ in modules]
+    if kinds[:1] != ["Transformer"] or kinds.count("Transformer") > 1 or kinds.count("Pooling") != 1:
+        raise RetrieverError(
+            f"{path} has the modules {kinds}; expected a Transformer, then one Pooling and what refines it"
+        )
+    return tuple(modules)
+
+
+def _read_prompts(prompts: Mapping[str, object]) -> tuple[str | None, str | None]:
+    """Prompts that are all empty say nothing: newer libraries write them for every model they save."""
+    if not any(prompts.values()):
+        return None, None
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((str(prompts[name] or "") for name in names if name in prompts), None)
+
+    query, passage = first(_QUERY_PROMPTS), first(_PASSAGE_PROMPTS)
+    if query is None and passage is None:
+        return None, None
+    return query or "", passage or ""
+
+
+def _read_pooling(folder: Path, modules: tuple[tuple[str, str], ...]) -> str | None:
+    place = next(place for kind, place in modules if kind == "Pooling")
+    config = read_json(folder / place / "config.json") if place else {}
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [name for key, name in _POOLING_KEYS.items() if config.get(key)]
+    names = [modes] if isinstance(modes, str) else list(modes) if isinstance(modes, list) else []
+    pooling = [_POOLING_NAMES.get(str(name), str(name)) for name in names]
+    unknown = sorted(set(pooling) - set(POOLINGS))
+    if unknown:
+        raise RetrieverError(f"encoder {folder} wants pooling {unknown}; known are {list(POOLINGS)}")
+    return "+".join(pooling) or None
+
+
+def _read_normalised(
+    folder: Path, modules: tuple[tuple[str, str], ...], config: Mapping[str, object]
+) -> bool | None:
+    """None where neither a module nor the similarity that it was made for says it."""
+    if any(kind == "Normalize" for kind, _ in modules):
+        return True
+    similarity = config.get("similarity_fn_name")
+    if similarity not in (None, "cosine", "dot"):
+        raise RetrieverError(
+            f"encoder {folder} is made for the similarity {similarity!r}; an index here knows inner "
+            "products, so cosine and dot"
+        )
+    return None if similarity is None else similarity == "cosine"
+
+
+def _read_max_length(transformer: Path, *, limit: int | None) -> int | None:
+    for name in _SENTENCE_CONFIGS:
+        stated = read_json(transformer / name).get("max_seq_length")
+        if isinstance(stated, int):
+            return _shorter(stated, limit)
+    stated = read_json(transformer / "tokenizer_config.json").get("model_max_length")
+    # Tokenizers without a limit say 10^30.
+    return _shorter(stated, limit) if isinstance(stated, int) and stated < 10**9 else limit
+
+
+def _shorter(length: int, limit: int | None) -> int:
+    return length if limit is None else min(length, limit)
+
+
+def _read_length_limit(transformer: Path) -> int | None:
+    config = read_json(transformer / "config.json")
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    return positions - 2 if config.get("model_type") in _PADDED_POSITIONS else positions
