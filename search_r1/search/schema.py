@@ -4,15 +4,20 @@
     {"result": [[{"document": {"id": "7", "contents": "\\"Title\\"\\ntext"}, "score": 0.83}]]}
 
 Without `return_scores` the inner lists hold the bare documents; `query` is accepted for a single query.
+
+A query that could not be answered fails the whole request, unless `allow_failures` asks for the rest: then
+its list is null and `errors` says why. Null is not an empty list, which says that nothing was found.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
 
 MAX_TOPK = 1000
+MAX_QUERY_CHARS = 20_000
+MAX_TIMEOUT_S = 86_400.0
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -26,19 +31,46 @@ def _check_encodable(text: str) -> str:
     return text
 
 
-QueryText = Annotated[str, AfterValidator(_check_encodable)]
+QueryText = Annotated[str, Field(max_length=MAX_QUERY_CHARS), AfterValidator(_check_encodable)]
 
 
 class RetrieveRequest(BaseModel):
     """What a client asks. Exactly one of `query` and `queries`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"queries": ["Where was Alice Marsh born?"], "topk": 3, "return_scores": True},
+                {"query": "Where was Alice Marsh born?", "timeout_s": 5, "allow_failures": True},
+            ],
+            "oneOf": [
+                {"required": ["query"], "properties": {"query": {"type": "string"}}},
+                {"required": ["queries"], "properties": {"queries": {"type": "array"}}},
+            ],
+        },
+    )
 
-    query: QueryText | None = None
-    queries: list[QueryText] | None = None
-    topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
-    """None: the server's default."""
-    return_scores: bool = False
+    query: QueryText | None = Field(default=None, description="A single query.")
+    # A list stops at its first bad entry: a hostile body must not be answered with a million problems.
+    queries: Annotated[list[QueryText], FailFast()] | None = Field(
+        default=None, description="Any number up to --max_queries; a blank one finds nothing."
+    )
+    topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = Field(
+        default=None, description="Passages per query at most. Null: the server's default."
+    )
+    return_scores: bool = Field(default=False, description="Give every document with its score.")
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        allow_inf_nan=False,
+        description="Seconds that the caller waits. A query that is not answered by then has failed. Null: "
+        "the server's default.",
+    )
+    allow_failures: bool = Field(
+        default=False, description="Answer the other queries where one fails, and say which in `errors`."
+    )
 
     @model_validator(mode="after")
     def _check_one_form(self) -> RetrieveRequest:
@@ -57,18 +89,42 @@ class Document(BaseModel):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    id: str = ""
+    id: str = Field(default="", examples=["7"])
     """Empty when the server sends none, as Search-R1's lexical retriever."""
-    contents: str
-    """Title on the first line, text on the rest."""
+    contents: str = Field(
+        description="Title on the first line, text on the rest.",
+        examples=['"Alice Marsh"\nAlice Marsh was born in Bolton.'],
+    )
 
 
 class ScoredDocument(BaseModel):
+    """A passage and how well it fits: the higher the better, on a scale that depends on the retriever."""
+
     document: Document
-    score: Score
+    score: Score = Field(examples=[0.83])
+
+
+class FailedQuery(BaseModel):
+    """Why a query has no answer."""
+
+    kind: str = Field(examples=["deadline"])
+    reason: str = Field(
+        description="For people and logs: it is no search result and must not reach a prompt.",
+        examples=["not answered within 5 s"],
+    )
 
 
 class ScoredAnswer(BaseModel):
-    """The answer to `return_scores: true`: one list per query, best first."""
+    """The answer to `return_scores: true`: one list per query, best first; null for a query that failed."""
 
-    result: list[list[ScoredDocument]]
+    result: list[list[ScoredDocument] | None]
+    errors: list[FailedQuery | None] | None = Field(
+        default=None, description="One entry per query where failures were allowed; null where there is none."
+    )
+
+
+class BareAnswer(BaseModel):
+    """The answer to `return_scores: false`."""
+
+    result: list[list[Document] | None]
+    errors: list[FailedQuery | None] | None = None
