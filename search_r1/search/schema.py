@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_TOPK = 1000
 MAX_QUERY_CHARS = 20_000
@@ -53,7 +53,7 @@ class RetrieveRequest(BaseModel):
 
     query: QueryText | None = Field(default=None, description="A single query.")
     # A list stops at its first bad entry: a hostile body must not be answered with a million problems.
-    queries: Annotated[list[QueryText], FailFast()] | None = Field(
+    queries: Annotated[list[QueryText], Field(fail_fast=True)] | None = Field(
         default=None, description="Any number up to --max_queries; a blank one finds nothing."
     )
     topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = Field(
