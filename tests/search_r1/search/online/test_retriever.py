@@ -1,0 +1,459 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from pydantic import SecretStr
+
+from search_r1.search.online.assemble import build_online
+from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.store import OnlineStore
+from search_r1.search.retriever import FailureKind, Found, Outcome, SearchFailure
+from tests.search_r1.search.online.fake_engines import KEYS, NAMES, NOTHING, SECRET, FakeEngine, Fault
+
+
+async def search(
+    engine: str,
+    options: OnlineOptions,
+    queries: Sequence[str] = ("moon",),
+    *,
+    topk: int = 3,
+    timeout_s: float = 5.0,
+) -> list[Outcome]:
+    retriever = build_online(engine, options=options)
+    try:
+        return await retriever.search(queries, topk=topk, timeout_s=timeout_s)
+    finally:
+        await retriever.aclose()
+
+
+async def fail(fake: FakeEngine, *, timeout_s: float = 5.0) -> SearchFailure:
+    async with fake.running():
+        [outcome] = await search(fake.name, fake.options(), timeout_s=timeout_s)
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.reason.startswith(f"{fake.name}: ")
+    return outcome
+
+
+def as_found(outcome: Outcome) -> Found:
+    assert not isinstance(outcome, SearchFailure), outcome
+    return outcome
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_finds_documents_in_the_format_of_the_corpora(name: str) -> None:
+    async with (fake := FakeEngine(name)).running():
+        found, nothing, blank = await search(name, fake.options(), ["größe 漢字", NOTHING, "  "])
+    hits = as_found(found)
+    assert [hit.document.id for hit in hits] == [f"https://a.example/größe 漢字/{i}" for i in (1, 2, 3)]
+    assert hits[0].document.contents == '"Title 1"\nAbout größe 漢字. More.'
+    assert [hit.score for hit in hits] == [1.0, 1 / 2, 1 / 3]
+    assert nothing == ()
+    assert blank == ()
+    assert sorted(asked.query for asked in fake.asked) == ["größe 漢字", NOTHING]
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_asks_for_the_pages_it_needs_and_no_more(name: str) -> None:
+    async with (fake := FakeEngine(name)).running():
+        for topk, num_hits, num_requests in [(2, 2, 1), (10, 3, 1), (11, 6, 2), (100, 6, 3), (1000, 6, 3)]:
+            fake.asked.clear()
+            [found] = await search(name, fake.options(), topk=topk)
+            assert len(as_found(found)) == num_hits
+            assert len(fake.asked) == num_requests
+    ids = [hit.document.id for hit in as_found(found)]
+    assert len(set(ids)) == 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_wrong_key_is_refused_and_never_shown(name: str) -> None:
+    wrong = "falsch-9876543210"
+    async with (fake := FakeEngine(name)).running():
+        options = OnlineOptions(keys={key: SecretStr(wrong) for key in KEYS}, url=fake.url)
+        [outcome] = await search(name, options)
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.kind is FailureKind.REFUSED
+    assert "the key is not accepted" in outcome.reason
+    assert "_KEY" in outcome.reason
+    assert wrong not in outcome.reason
+    assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "body"),
+    [
+        ("serper", 400, '{"message": "Not enough credits", "statusCode": 400}'),
+        ("serpapi", 429, '{"error": "Your account has run out of searches."}'),
+        (
+            "google",
+            429,
+            '{"error": {"message": "Quota exceeded for quota metric and limit Queries per day"}}',
+        ),
+        ("google", 403, '{"error": {"errors": [{"reason": "dailyLimitExceeded"}]}}'),
+        (
+            "bing",
+            403,
+            '{"error": {"message": "Out of call volume quota. Quota will be replenished in 2 days"}}',
+        ),
+    ],
+)
+async def test_a_used_up_quota_is_named_without_another_attempt(name: str, status: int, body: str) -> None:
+    failure = await fail(fake := FakeEngine(name, faults=[Fault(status=status, body=body)]))
+    assert failure.kind is FailureKind.QUOTA
+    assert "quota is used up" in failure.reason
+    assert len(fake.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=429, body='{"error": "limit: Queries per minute per user"}'),
+        Fault(status=403, body='{"error": {"errors": [{"reason": "rateLimitExceeded"}]}}'),
+        Fault(status=500),
+        Fault(status=503),
+        Fault(status=408),
+        Fault(status=200, body='{"organic": [', breaks_off=True),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+async def test_what_may_pass_is_tried_again(name: str, fault: Fault) -> None:
+    async with (fake := FakeEngine(name, faults=[fault])).running():
+        [found] = await search(name, fake.options())
+    assert len(as_found(found)) == 3
+    assert len(fake.asked) == 2
+
+
+async def test_retry_after_is_obeyed() -> None:
+    fault = Fault(status=429, headers={"Retry-After": "1"})
+    async with (fake := FakeEngine("serper", faults=[fault])).running():
+        started = time.monotonic()
+        [found] = await search("serper", fake.options())
+    assert 1.0 <= time.monotonic() - started < 2.0
+    assert as_found(found)
+
+
+async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
+    fault = Fault(status=429, headers={"Retry-After": "60"})
+    started = time.monotonic()
+    failure = await fail(FakeEngine("bing", faults=[fault]))
+    assert time.monotonic() - started < 1.0
+    assert failure.kind is FailureKind.QUOTA
+    assert "60 s" in failure.reason
+
+
+async def test_attempts_are_few_because_each_may_cost() -> None:
+    failure = await fail(fake := FakeEngine("serper", faults=[Fault(status=500)] * 9))
+    assert failure.kind is FailureKind.UNAVAILABLE
+    assert "tried 4 times" in failure.reason
+    assert len(fake.asked) == 4
+
+
+async def test_a_silent_engine_ends_at_the_deadline() -> None:
+    started = time.monotonic()
+    failure = await fail(FakeEngine("google", faults=[Fault(hangs=True)] * 9), timeout_s=0.4)
+    assert 0.4 <= time.monotonic() - started < 1.0
+    assert failure.kind is FailureKind.DEADLINE
+    assert "within 0.4 s" in failure.reason
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0])
+async def test_without_time_nothing_is_asked(timeout_s: float) -> None:
+    failure = await fail(fake := FakeEngine("serper"), timeout_s=timeout_s)
+    assert failure.kind is FailureKind.DEADLINE
+    assert fake.asked == []
+
+
+async def test_a_dead_engine_is_unavailable() -> None:
+    options = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/search")
+    [outcome] = await search("serpapi", options, timeout_s=1.0)
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.kind is FailureKind.UNAVAILABLE
+    assert "ConnectError" in outcome.reason
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<html>busy</html>",
+        "",
+        "[1]",
+        "null",
+        '{"a": ',
+        "[" * 100_000,
+        "{}",
+        '{"message": "hello"}',
+        '{"organic": {"a": 1}, "organic_results": 3, "items": "x", "webPages": {"value": {}}}',
+        '{"organic": [3], "organic_results": [3], "items": [3], "webPages": {"value": [3]}}',
+        '{"organic": [{}], "organic_results": [{}], "items": [{}], "webPages": {"value": [{}]}}',
+        '{"organic": [{"link": 3}], "organic_results": [{"link": 3}], "items": [{"link": [3]}], '
+        '"webPages": {"value": [{"url": 3}]}}',
+        b"\xff\xfe",
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+async def test_an_unreadable_answer_is_a_failure_and_no_document(name: str, body: str | bytes) -> None:
+    failure = await fail(FakeEngine(name, faults=[Fault(status=200, body=body)]))
+    assert failure.kind is FailureKind.MALFORMED
+    assert len(failure.reason) < 700
+
+
+async def test_an_endless_answer_is_not_read_to_its_end() -> None:
+    failure = await fail(FakeEngine("serper", faults=[Fault(status=200, body=b" " * (9 << 20))]))
+    assert failure.kind is FailureKind.MALFORMED
+    assert "8 MiB" in failure.reason
+
+
+async def test_a_broken_encoding_is_malformed() -> None:
+    fault = Fault(status=200, body="no gzip", headers={"Content-Encoding": "gzip"})
+    assert (await fail(FakeEngine("serper", faults=[fault]))).kind is FailureKind.MALFORMED
+
+
+@pytest.mark.parametrize(("status", "kind"), [(302, "unavailable"), (404, "unavailable"), (414, "refused")])
+async def test_other_statuses(status: int, kind: str) -> None:
+    fault = Fault(status=status, headers={"Location": "http://127.0.0.1:9/"})
+    assert (await fail(FakeEngine("bing", faults=[fault]))).kind == kind
+
+
+async def test_a_query_that_no_engine_takes_is_not_sent() -> None:
+    async with (fake := FakeEngine("serper")).running():
+        [outcome] = await search("serper", fake.options(), ["x" * 2049])
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.kind is FailureKind.REFUSED
+    assert "2049 characters" in outcome.reason
+    assert fake.asked == []
+
+
+async def test_half_characters_of_query_and_answer_do_no_harm() -> None:
+    body = r'{"organic": [{"title": "a\ud800b", "link": "https://x", "snippet": "\udc00"}]}'
+    async with (fake := FakeEngine("serper", faults=[Fault(status=200, body=body)])).running():
+        [found] = await search("serper", fake.options(), ["caf\udce9"])
+    assert fake.asked[0].query == "caf?"
+    assert as_found(found)[0].document.contents == '"a?b"\n?'
+
+
+async def test_one_failed_query_leaves_the_others_alone() -> None:
+    async with (fake := FakeEngine("serper", faults=[Fault(status=400)])).running():
+        outcomes = await search("serper", fake.options(), ["a", "b", "c"])
+    assert sum(isinstance(outcome, SearchFailure) for outcome in outcomes) == 1
+
+
+async def test_a_thousand_calls_use_few_connections_and_leave_none() -> None:
+    process = psutil.Process()
+    async with (fake := FakeEngine("serper")).running():
+        retriever = build_online("serper", options=fake.options(num_parallel_calls=8))
+        await retriever.search(["warm"], topk=3, timeout_s=5.0)
+        before = process.num_fds()
+        for _ in range(10):
+            outcomes = await retriever.search([f"q{i}" for i in range(100)], topk=3, timeout_s=30.0)
+            assert all(len(as_found(outcome)) == 3 for outcome in outcomes)
+        assert process.num_fds() <= before + 2 * 7  # both ends of seven more connections
+        assert fake.most_open <= 8
+        await retriever.aclose()
+        for _ in range(100):
+            if not fake.num_open:
+                break
+            await asyncio.sleep(0.01)
+        assert fake.num_open == 0
+
+
+async def test_a_cancelled_search_hangs_up() -> None:
+    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
+        retriever = build_online("serper", options=fake.options())
+        task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
+        while not fake.asked:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while fake.num_open:
+            await asyncio.sleep(0.01)
+        await retriever.aclose()
+
+
+async def test_a_recorded_run_is_replayed_without_any_connection(tmp_path: Path) -> None:
+    queries = ["moon", "  moon ", NOTHING, "größe 漢字", "sun"]
+    cache = tmp_path / "deep" / "searches.sqlite"
+    async with (fake := FakeEngine("serper", delay_s=0.05)).running():
+        recording = fake.options(mode=OnlineMode.RECORD, cache_path=cache)
+        recorded = [await search("serper", recording, [query]) for query in queries]
+        assert len(fake.asked) == 4  # the second spelling of the first query is not another query
+        again = [await search("serper", recording, [query]) for query in queries]
+        assert len(fake.asked) == 4
+        connections = fake.num_connections
+        replaying = OnlineOptions(mode=OnlineMode.REPLAY, cache_path=cache, url=fake.url)  # without keys
+        replayed = [await search("serper", replaying, [query]) for query in queries]
+        [other, fewer] = [
+            *await search("serper", replaying, ["mars"]),
+            *await search("serper", replaying, ["moon"], topk=2),
+        ]
+        assert fake.num_connections == connections
+    assert recorded == again == replayed
+    assert recorded[2] == [()]
+    for missing in (other, fewer):
+        assert isinstance(missing, SearchFailure)
+        assert missing.kind is FailureKind.NOT_RECORDED
+        assert "--online_mode record" in missing.reason
+
+
+async def test_failures_are_not_recorded(tmp_path: Path) -> None:
+    fake = FakeEngine("google", faults=[Fault(status=400), Fault(status=200, body="<html>")])
+    async with fake.running():
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
+        kinds = [type((await search("google", options))[0]) for _ in range(3)]
+    assert kinds == [SearchFailure, SearchFailure, tuple]
+
+
+async def test_a_recording_belongs_to_engine_and_date(tmp_path: Path) -> None:
+    cache = tmp_path / "s.sqlite"
+
+    async def ask(fake: FakeEngine, mode: OnlineMode, date: str | None) -> int:
+        before = len(fake.asked)
+        await search(fake.name, fake.options(mode=mode, cache_path=cache, date=date))
+        return len(fake.asked) - before
+
+    async with (bing := FakeEngine("bing")).running(), (serper := FakeEngine("serper")).running():
+        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 1
+        assert await ask(serper, OnlineMode.RECORD, "2025-01-31") == 1
+        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 0
+        assert await ask(bing, OnlineMode.RECORD, "2025-02-01") == 1
+        assert await ask(bing, OnlineMode.RECORD, "any") == 0
+        assert await ask(bing, OnlineMode.RECORD, None) == 1  # today
+        assert await ask(bing, OnlineMode.LIVE, None) == 1
+        for date, is_known in [("2025-01-31", True), ("2025-03-01", False), ("any", True), (None, True)]:
+            options = bing.options(mode=OnlineMode.REPLAY, cache_path=cache, date=date)
+            [outcome] = await search("bing", options)
+            assert isinstance(outcome, tuple) is is_known
+
+
+async def test_the_cap_holds_to_the_request_under_concurrency(tmp_path: Path) -> None:
+    cache = tmp_path / "s.sqlite"
+    async with (fake := FakeEngine("serper")).running():
+        options = fake.options(cache_path=cache, spend_cap_usd=0.025, price_per_1000_usd=1.0)
+        queries = [f"q{i}" for i in range(40)]
+        outcomes = [
+            outcome
+            for half in await asyncio.gather(
+                search("serper", options, queries[:20], timeout_s=30.0),
+                search("serper", options, queries[20:], timeout_s=30.0),
+            )
+            for outcome in half
+        ]
+        assert len(fake.asked) == 25
+        failures = [outcome for outcome in outcomes if isinstance(outcome, SearchFailure)]
+        assert len(failures) == 15
+        assert {failure.kind for failure in failures} == {FailureKind.QUOTA}
+        assert "25 requests, 0.0250 USD" in failures[-1].reason
+        assert "--spend_cap_usd 0.025" in failures[-1].reason
+        # The count outlives the process; a higher cap goes on from it.
+        raised = fake.options(cache_path=cache, spend_cap_usd=0.026, price_per_1000_usd=1.0)
+        outcomes = await search("serper", raised, ["a", "b"], timeout_s=30.0)
+        assert [type(outcome) for outcome in outcomes].count(SearchFailure) == 1
+    assert len(fake.asked) == 26
+
+
+async def test_retries_are_charged_and_unmade_connections_are_not(tmp_path: Path) -> None:
+    cache = tmp_path / "s.sqlite"
+    async with (fake := FakeEngine("bing", faults=[Fault(status=500), Fault(status=429)])).running():
+        options = fake.options(cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=25.0)
+        await search("bing", options)
+    dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/", cache_path=cache)
+    await search("bing", dead, timeout_s=1.0)
+    store = OnlineStore(cache, read_only=True)
+    spent = await store.spending()
+    await store.aclose()
+    assert spent.num_requests == 3
+    assert spent.nano_usd == 75_000_000
+
+
+async def test_recorded_answers_are_free(tmp_path: Path) -> None:
+    async with (fake := FakeEngine("serper")).running():
+        options = fake.options(
+            mode=OnlineMode.RECORD,
+            cache_path=tmp_path / "s.sqlite",
+            spend_cap_usd=0.001,
+            price_per_1000_usd=1.0,
+        )
+        outcomes = [(await search("serper", options))[0] for _ in range(3)]
+    assert len(fake.asked) == 1
+    assert all(as_found(outcome) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_the_key_reaches_the_engine_and_nothing_else(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Planted: echoed by the engine in titles, addresses, refusals and broken answers."""
+    caplog.set_level(logging.DEBUG)
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        caplog.set_level(logging.DEBUG, logger=noisy)
+    cache = tmp_path / "s.sqlite"
+    result = f'{{"title": "{SECRET}", "name": "{SECRET}", "link": "https://x/?k={SECRET}", "url": "u"}}'
+    echo = f'{{"organic": [{result}], "organic_results": [{result}], "items": [{result}], "webPages": '
+    faults = [
+        Fault(status=200, body=echo + f'{{"value": [{result}]}}}}'),
+        *[Fault(status=status, body=f"denied: {SECRET}") for status in (400, 401, 403, 404, 429, 500)],
+        Fault(status=200, body=f"<html>{SECRET}</html>"),
+        Fault(status=200, body=f'{{"said": "{SECRET}"}}'),
+        Fault(hangs=True),
+    ]
+    seen: list[str] = []
+    async with (fake := FakeEngine(name, faults=faults)).running():
+        options = fake.options(
+            mode=OnlineMode.RECORD, cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=1.0
+        )
+        retriever = build_online(name, options=options)
+        for i in range(12):
+            outcomes = await retriever.search([f"query {i}"], topk=3, timeout_s=0.5)
+            seen += [repr(outcomes), repr(retriever.describe()), repr(retriever), repr(options)]
+        await retriever.aclose()
+        dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/")
+        seen.append(repr(await search(name, dead, timeout_s=0.3)))
+    assert all(SECRET in (repr(asked.params) + repr(asked.headers)) for asked in fake.asked)
+    seen += [caplog.text, *(str(record.args) for record in caplog.records), *capfd.readouterr()]
+    assert "HTTP Request" in caplog.text  # httpx does log addresses
+    for text in seen:
+        assert SECRET not in text
+        assert "geheim" not in text
+    for file in tmp_path.iterdir():
+        assert b"geheim" not in file.read_bytes()
+
+
+async def test_no_exception_shows_the_key(tmp_path: Path) -> None:
+    """Not even the chain of causes that a debugger would print."""
+    from search_r1.search.online.engines import ENGINES, EngineError
+    from search_r1.search.online.transport import Transport
+
+    async def nothing() -> None:
+        """No charge."""
+
+    async with (fake := FakeEngine("serpapi", faults=[Fault(status=401, body=SECRET)])).running():
+        engine = ENGINES["serpapi"]
+        transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1)
+        with pytest.raises(EngineError) as caught:
+            await transport.ask(engine.make_call("q", 0), timeout_s=1.0, charge=nothing, refund=nothing)
+        await transport.aclose()
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_describes_itself(tmp_path: Path) -> None:
+    cache = tmp_path / "s.sqlite"
+    options = OnlineOptions(keys=KEYS, mode=OnlineMode.RECORD, cache_path=cache, date="2025-01-31")
+    retriever = build_online("google", options=options)
+    assert retriever.describe() == {
+        "retriever": "google",
+        "url": "https://customsearch.googleapis.com/customsearch/v1",
+        "mode": "record",
+        "date": "2025-01-31",
+        "recording": "s.sqlite",
+        "spend_cap_usd": None,
+        "price_per_1000_usd": 5.0,
+    }
+    assert retriever.num_passages is None
+    assert retriever.num_parallel_calls > 1
+    await retriever.aclose()

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search_r1.search.errors import RetrieverError
+from search_r1.search.online.store import AnswerKey, CapReachedError, OnlineStore, normalise_query
+from search_r1.search.retriever import Found, Hit
+from search_r1.search.schema import Document
+
+SPENDER = """
+import asyncio, sys
+from pathlib import Path
+from search_r1.search.online.store import CapReachedError, OnlineStore
+
+async def main():
+    store = OnlineStore(Path(sys.argv[1]), read_only=False)
+    sent = 0
+    try:
+        while True:
+            await store.charge("serper", price=1_000_000, cap=300_000_000)
+            sent += 1
+    except CapReachedError:
+        print(sent)
+    await store.aclose()
+
+asyncio.run(main())
+"""
+
+
+def key(date: str = "2025-01-31") -> AnswerKey:
+    return AnswerKey(source="serper", query="q", topk=3, date=date)
+
+
+def hits(*texts: str) -> Found:
+    return tuple(
+        Hit(document=Document(id=f"https://{t}", contents=t), score=1 / (i + 1)) for i, t in enumerate(texts)
+    )
+
+
+async def test_gives_back_what_was_recorded(tmp_path: Path) -> None:
+    store = OnlineStore(tmp_path / "s.sqlite", read_only=False)
+    assert await store.find(key()) is None
+    assert await store.keep(key(), hits("größe", "b", "c")) == hits("größe", "b", "c")
+    assert await store.find(key()) == hits("größe", "b", "c")
+    # Whoever comes second gets what the first one recorded: both runs can be replayed.
+    assert await store.keep(key(), hits("x")) == hits("größe", "b", "c")
+    await store.keep(key("2025-03-01"), hits("new"))
+    assert await store.find(key("any")) == hits("new")
+    await store.keep(key("2024-01-01"), ())
+    assert await store.find(key("2024-01-01")) == ()
+    await store.aclose()
+
+
+async def test_a_cap_is_kept_exactly_by_several_processes(tmp_path: Path) -> None:
+    """They also make the file, all at once."""
+    path = tmp_path / "s.sqlite"
+    spenders = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", SPENDER, str(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(3)
+    ]
+    counts = []
+    for spender in spenders:
+        out, err = await spender.communicate()
+        assert spender.returncode == 0, err.decode()
+        counts.append(int(out))
+    assert sum(counts) == 300
+    store = OnlineStore(path, read_only=True)
+    assert (await store.spending()).num_requests == 300
+    await store.aclose()
+
+
+async def test_prices_may_change_and_money_is_exact(tmp_path: Path) -> None:
+    store = OnlineStore(tmp_path / "s.sqlite", read_only=False)
+    for _ in range(3):
+        await store.charge("serper", price=300_000, cap=None)  # 0.0003 USD
+    await store.charge("google", price=5_000_000, cap=5_900_000)
+    with pytest.raises(CapReachedError, match=r"4 requests, 0\.0059 USD"):
+        await store.charge("google", price=1, cap=5_900_000)
+    await store.refund("serper", price=300_000)
+    assert (await store.spending()).nano_usd == 5_600_000
+    await store.aclose()
+
+
+async def test_a_recording_can_be_replayed_while_another_process_records(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    writer = OnlineStore(path, read_only=False)
+    reader = OnlineStore(path, read_only=True)
+    await writer.keep(key(), hits("a"))
+    assert await reader.find(key()) == hits("a")
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        await reader.keep(key("2025-02-02"), hits("b"))
+    await writer.aclose()
+    assert await reader.find(key()) == hits("a")
+    await reader.aclose()
+
+
+@pytest.mark.parametrize("kind", ["text", "other database", "folder", "newer"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_is_something_else_is_refused_and_left_alone(
+    kind: str, read_only: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.sqlite"
+    if kind == "text":
+        path.write_text("no database\n" * 100)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        database = sqlite3.connect(path)
+        database.execute("CREATE TABLE mine (a)" if kind == "other database" else "PRAGMA user_version = 9")
+        database.close()
+    with pytest.raises(RetrieverError, match=r"--online_cache .*s\.sqlite"):
+        OnlineStore(path, read_only=read_only)
+    if kind == "text":
+        assert path.read_text() == "no database\n" * 100
+
+
+def test_a_missing_recording_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RetrieverError, match=r"none\.sqlite is not a file; record one first"):
+        OnlineStore(tmp_path / "none.sqlite", read_only=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_queries_have_one_spelling() -> None:
+    assert normalise_query("  Cafe\u0301\n de  Paris ") == "Café de Paris"
+    assert normalise_query("A b") != normalise_query("a b")
+    assert normalise_query("x\ud800") == "x?"
