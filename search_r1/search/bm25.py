@@ -1,0 +1,310 @@
+"""Lexical search: BM25 over a tantivy index in a folder, the only file that imports tantivy.
+
+    build_bm25(Path("wiki-18.jsonl"), index_path=Path("index/bm25"))
+    search = load_bm25(Path("index/bm25"), corpus_path=Path("wiki-18.jsonl"))
+
+The index holds terms and row numbers; the passages stay in the corpus. It is memory-mapped.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tantivy
+
+from search_r1.search.bm25_manifest import (
+    LANGUAGES,
+    Bm25Manifest,
+    describe_bm25,
+    list_bm25_misfits,
+    list_changed_bm25_files,
+    load_bm25_manifest,
+    locate_bm25_manifest,
+)
+from search_r1.search.corpus import Corpus, open_corpus, sample_rows
+from search_r1.search.errors import RetrieverError
+from search_r1.search.retriever import Hit
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int], None]
+"""`report(phase, done, total)`"""
+
+MAX_QUERY_TERMS = 512
+"""Distinct terms of a query that are looked up, the first ones: the lexical `max_length`."""
+_MIN_MEMORY_MIB = 16
+"""Of one indexing thread: tantivy refuses less."""
+_MAX_TIED = 1 << 17
+"""Equal scores that are put in order; of more than that, tantivy chooses."""
+_NUM_SELF_TESTS = 10
+_SELF_TEST_DEPTH = 10
+_PASSAGES_PER_REPORT = 1000
+# A run of letters, digits and marks is a term; a script that is written without spaces has one per character.
+_NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\x{30FC}"
+_TERM = rf"[{_NO_SPACES}]|[\p{{L}}\p{{N}}\p{{M}}&&[^{_NO_SPACES}]]+"
+_MAX_TERM_BYTES = 255
+_FOLDER = "terms-"
+
+
+class Bm25Retriever:
+    """Score passages by the terms they share with the query (tantivy's k1 = 1.2, b = 0.75).
+
+    Scores of passages that are equally good are ordered by row.
+    """
+
+    def __init__(
+        self, index: tantivy.Index, *, corpus: Corpus, manifest: Bm25Manifest, num_threads: int
+    ) -> None:
+        index.config_reader(reload_policy="manual")  # no thread that watches the folder
+        index.reload()
+        self._schema = index.schema
+        self._searcher = index.searcher()
+        self._analyzer = _build_analyzer(manifest.language)
+        self._corpus = corpus
+        self._manifest = manifest
+        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def facts(self) -> Mapping[str, str | int | float | None]:
+        """What the answers depend on."""
+        return {
+            "retriever": "bm25",
+            "language": self._manifest.language,
+            "k1": self._manifest.k1,
+            "b": self._manifest.b,
+            "passages": self._manifest.count,
+            "corpus_sha256": self._manifest.corpus.sha256,
+        }
+
+    def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
+        """A query without a term (blank, or nothing but punctuation) finds nothing."""
+        return list(self._threads.map(lambda query: self._search_one(query, topk=topk), queries))
+
+    def check(self) -> None:
+        """Ten known passages must find themselves: raises RetrieverError when most do not."""
+        sample = [self._corpus[row] for row in sample_rows(len(self._corpus), size=_NUM_SELF_TESTS)]
+        known = [document for document in sample if self._list_terms(document.contents)]
+        found = self.search([document.contents for document in known], topk=_SELF_TEST_DEPTH)
+        lost = [
+            document.id
+            for document, hits in zip(known, found, strict=True)
+            if document.contents not in [hit.document.contents for hit in hits]
+        ]
+        message = f"{len(lost)} of {len(known)} known passages do not find themselves (ids {lost})"
+        if 2 * len(lost) > len(known):
+            raise RetrieverError(f"{message}: the BM25 index was made of another corpus; rebuild it")
+        if lost:
+            logger.warning("%s: others match their words better", message)
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._corpus.close()
+        del self._searcher
+
+    def _list_terms(self, text: str) -> list[str]:
+        return self._analyzer.analyze(_clean(text))
+
+    def _search_one(self, text: str, *, topk: int) -> list[Hit]:
+        # Each term is looked up as it is, so that nothing in a query is query syntax.
+        counts = Counter(self._list_terms(text))
+        if not counts:
+            return []
+        clauses = [self._weigh(term, count) for term, count in counts.items()][:MAX_QUERY_TERMS]
+        ranked = self._rank(tantivy.Query.boolean_query(clauses), topk=topk)
+        return [Hit(document=self._corpus[row], score=score) for score, row in ranked]
+
+    def _weigh(self, term: str, count: int) -> tuple[tantivy.Occur, tantivy.Query]:
+        query = tantivy.Query.term_query(self._schema, "contents", term, index_option="freq")
+        if count > 1:
+            query = tantivy.Query.boost_query(query, float(count))
+        return tantivy.Occur.Should, query
+
+    def _rank(self, query: tantivy.Query, *, topk: int) -> list[tuple[float, int]]:
+        """The `topk` best pairs of score and row.
+
+        Tantivy orders equal scores by where it put the passages. So as many are asked for as it takes to see
+        all that are equal to the last one, and these are ordered here.
+        """
+        most = min(len(self._corpus), max(_MAX_TIED, topk))
+        limit = min(topk + 1, most)
+        while True:
+            hits = self._searcher.search(query, limit=limit, count=False).hits
+            is_tied = len(hits) == limit and hits[-1][0] == hits[min(topk, limit) - 1][0]
+            if limit == most or not is_tied:
+                break
+            limit = min(8 * limit, most)
+        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
+        pairs = ((float(score), int(row)) for (score, _), row in zip(hits, rows, strict=True))
+        return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:topk]
+
+
+def build_bm25(
+    corpus_path: Path | str,
+    *,
+    index_path: Path | str,
+    language: str = "english",
+    memory_mib: int = 256,
+    num_threads: int = 1,
+    report: Report | None = None,
+) -> Bm25Manifest:
+    """Write the folder `index_path`, replacing an older BM25 index; raises RetrieverError on bad input.
+
+    `memory_mib`: of the index in the making, before it goes to disk.
+    """
+    corpus_path, index_path = Path(corpus_path), Path(index_path)
+    _check_settings(index_path, language=language, memory_mib=memory_mib, num_threads=num_threads)
+    corpus = open_corpus(corpus_path)
+    folder = _make_folder(index_path)
+    try:
+        index = tantivy.Index(_build_schema(), path=str(folder))
+        index.register_tokenizer("terms", _build_analyzer(language))
+        writer = index.writer(heap_size=memory_mib << 20, num_threads=num_threads)
+        _write_passages(writer, corpus=corpus, report=report or _be_silent)
+        manifest = describe_bm25(
+            folder, corpus=corpus, language=language, tantivy_version=tantivy.__version__
+        )
+        manifest.save(index_path)
+    except RetrieverError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a write failed in one of tantivy's threads
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RetrieverError(f"BM25 index {index_path} cannot be written: {error}") from error
+    finally:
+        corpus.close()
+    _remove_folders(index_path, keep=folder)
+    return manifest
+
+
+def load_bm25(
+    index_path: Path | str, *, corpus_path: Path | str, num_threads: int = 1, full_check: bool = False
+) -> Bm25Retriever:
+    """Raises RetrieverError unless the index is whole and belongs to the corpus.
+
+    `num_threads` queries are searched at once. `full_check` reads every byte of corpus and index.
+    """
+    index_path, corpus_path = Path(index_path), Path(corpus_path)
+    rebuild = (
+        "python -m search_r1.search.index_builder --retrieval_method bm25"
+        f" --corpus_path {corpus_path} --index_path {index_path}"
+    )
+    manifest = load_bm25_manifest(index_path, rebuild=rebuild)
+    if problems := list_changed_bm25_files(manifest, index_path=index_path, full_check=full_check):
+        raise RetrieverError(
+            f"BM25 index {index_path} is damaged:\n  "
+            + "\n  ".join(problems)
+            + f"\ncopy it again, or rebuild it: {rebuild}"
+        )
+    corpus = open_corpus(corpus_path)
+    if problems := list_bm25_misfits(manifest, corpus=corpus, full_check=full_check):
+        corpus.close()
+        raise RetrieverError(
+            f"BM25 index {index_path} does not belong to corpus {corpus_path}:\n  "
+            + "\n  ".join(problems)
+            + f"\nname the files that belong together, or rebuild the index: {rebuild}"
+        )
+    try:
+        index = tantivy.Index.open(str(index_path / manifest.folder))
+        retriever = Bm25Retriever(index, corpus=corpus, manifest=manifest, num_threads=num_threads)
+    except ValueError as error:
+        corpus.close()
+        raise RetrieverError(
+            f"BM25 index {index_path}, written by tantivy {manifest.tantivy_version}, cannot be read "
+            f"by tantivy {tantivy.__version__} ({error}); rebuild it: {rebuild}"
+        ) from error
+    retriever.check()
+    return retriever
+
+
+def _check_settings(index_path: Path, *, language: str, memory_mib: int, num_threads: int) -> None:
+    if language not in LANGUAGES:
+        raise RetrieverError(f"language {language!r} is not known to BM25; expected one of {list(LANGUAGES)}")
+    if memory_mib < _MIN_MEMORY_MIB * num_threads:
+        raise RetrieverError(
+            f"memory_mib {memory_mib} is too little for {num_threads} threads; "
+            f"expected at least {_MIN_MEMORY_MIB} for each"
+        )
+    is_ours = locate_bm25_manifest(index_path).is_file()
+    if index_path.is_file() or (
+        index_path.is_dir() and not is_ours and any(map(_is_foreign, index_path.iterdir()))
+    ):
+        raise RetrieverError(
+            f"{index_path} is no BM25 index, so it is not replaced; remove it or name another folder"
+        )
+
+
+def _is_foreign(path: Path) -> bool:
+    return not path.name.startswith(_FOLDER)
+
+
+def _make_folder(index_path: Path) -> Path:
+    """The next one; what a killed build left behind goes first."""
+    current = None
+    if locate_bm25_manifest(index_path).is_file():
+        current = index_path / load_bm25_manifest(index_path, rebuild="remove the folder first").folder
+    _remove_folders(index_path, keep=current)
+    number = 1 if current is None else int(current.name.removeprefix(_FOLDER)) + 1
+    folder = index_path / f"{_FOLDER}{number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _remove_folders(index_path: Path, *, keep: Path | None) -> None:
+    for folder in index_path.glob(f"{_FOLDER}*"):
+        if folder != keep:
+            shutil.rmtree(folder)
+
+
+def _build_schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("contents", tokenizer_name="terms", index_option="freq")
+    builder.add_unsigned_field("row", fast=True)
+    return builder.build()
+
+
+def _build_analyzer(language: str) -> tantivy.TextAnalyzer:
+    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.regex(_TERM))
+    filters = [
+        tantivy.Filter.remove_long(_MAX_TERM_BYTES),
+        tantivy.Filter.lowercase(),
+        tantivy.Filter.ascii_fold(),
+    ]
+    if language != "none":
+        filters.append(tantivy.Filter.stemmer(language))
+    for step in filters:
+        builder = builder.filter(step)
+    return builder.build()
+
+
+def _clean(text: str) -> str:
+    """One spelling of every character: é may be one or two, A may be wide. Lone surrogates are no text."""
+    return unicodedata.normalize("NFKC", text).encode("utf-8", "replace").decode("utf-8")
+
+
+def _be_silent(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def _write_passages(writer: tantivy.IndexWriter, *, corpus: Corpus, report: Report) -> None:
+    total = len(corpus)
+    try:
+        for row in range(total):
+            passage = tantivy.Document()
+            passage.add_text("contents", _clean(corpus[row].contents))
+            passage.add_unsigned("row", row)
+            writer.add_document(passage)
+            if (row + 1) % _PASSAGES_PER_REPORT == 0:
+                report("index passages", row + 1, total)
+        writer.commit()
+    finally:
+        writer.wait_merging_threads()  # none of them writes into the folder any more
+    report("index passages", total, total)
