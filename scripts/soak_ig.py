@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import sys
 import time
 from collections import Counter
@@ -24,11 +23,11 @@ from tempfile import TemporaryDirectory
 import httpx
 import psutil
 from rich.console import Console
-from rich.table import Table
 from screen import Screen
 from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.service import WORLD, read_counters, start_ig_service
+from bench.soak import MAX_COMPLAINTS, MAX_GROWTH, edges, soak_table
 from bench.workload import Rollout, grpo_steps, load_evidence
 
 QUESTIONS, ROLLOUTS = 8, 4
@@ -39,7 +38,6 @@ SMALL_CACHES = ("--sample-cache-size", "48", "--pair-cache-size", "512")
 SHARES = {"good": 0.88, "malformed": 0.05, "vanishing": 0.05, "impatient": 0.02}
 MAX_ITEMS_PER_REQUEST = 4
 TOLERANCE = 1e-5
-MAX_GROWTH = 0.10
 MALFORMED: tuple[object, ...] = (
     {"items": [{"question": "Who?", "context": ""}]},
     {"items": [{"question": None, "context": "", "answers": ["x"]}]},
@@ -65,7 +63,7 @@ class Seen:
 
     def complain(self, text: str) -> None:
         """Keep the first few for the eye."""
-        if len(self.complaints) < 10:
+        if len(self.complaints) < MAX_COMPLAINTS:
             self.complaints.append(text)
 
 
@@ -177,7 +175,8 @@ def soak(
         restarts = int(read_counters(url)["ig_worker_restarts_total"])
     first, last = edges(memory)
     summary = summarise(abuse.seen, arguments=arguments, restarts=restarts, first=first, last=last)
-    screen.console.print(table(summary, abuse.seen))
+    title = f"{summary.clients} clients for {summary.seconds:g} s"
+    screen.console.print(soak_table(title, facts=asdict(summary), complaints=abuse.seen.complaints))
     return summary
 
 
@@ -290,12 +289,6 @@ def worker_processes() -> list[psutil.Process]:
     return found
 
 
-def edges(memory: Sequence[int]) -> tuple[float, float]:
-    """Median bytes of the middle and of the last third: the first one warms up."""
-    third = max(1, len(memory) // 3)
-    return statistics.median(memory[third : 2 * third] or memory), statistics.median(memory[-third:])
-
-
 def summarise(
     seen: Seen, *, arguments: argparse.Namespace, restarts: int, first: float, last: float
 ) -> Summary:
@@ -323,18 +316,6 @@ def summarise(
         memory_last_mb=round(last / 1e6, 1),
         passed=passed,
     )
-
-
-def table(summary: Summary, seen: Seen) -> Table:
-    """What a person reads."""
-    shown = Table(title=f"{summary.clients} clients for {summary.seconds:g} s")
-    shown.add_column("what")
-    shown.add_column("count", justify="right")
-    for name, value in asdict(summary).items():
-        shown.add_row(name.replace("_", " "), str(value))
-    for complaint in seen.complaints:
-        shown.add_row("complaint", complaint)
-    return shown
 
 
 if __name__ == "__main__":

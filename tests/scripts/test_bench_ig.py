@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from bench_ig import Measured, naive_pairs
 from bench_ig import summarise as summarise_bench
-from soak_ig import Abuse, Seen, edges
+from soak_ig import Abuse, Seen
 from soak_ig import summarise as summarise_soak
 
+from bench.soak import edges
 from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
 from tests.IG.service.backends import FakeBackend, serving
 

@@ -1,0 +1,396 @@
+"""How fast is the retriever? Single queries from many clients, against its limit and against no batching.
+
+`make bench-retriever` runs this. It makes a corpus of a million passages whose 768-dimensional vectors are
+random but clustered, builds a flat index of it with the project's builder, and measures, in turn and in the
+same run, with all cores each
+
+    the server             64 clients, one query a request
+    without batching       the same server and clients, each query searched by itself
+    the bare index         Faiss in a process of its own, batches of 64 vectors, no text, no HTTP
+
+Then every other kind of index is built from the same vectors and served alone: queries per second, recall@3
+against the flat one, the server's memory beyond that of the same server with a thousand passages, seconds
+from the command to the first answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+from rich.console import Console
+from rich.table import Table
+from screen import Screen
+from supervise import Child, ChildFailedError, Supervisor, service_environment
+
+from bench import bare_index, clustered
+from bench.load import Load, ask_all_the_time
+from bench.service import ROOT, start_service
+
+TOPK = 3
+BATCH = 64
+WARM_UP_S = 3.0
+OTHER_KINDS = ("fp16", "sq8", "ivf", "ivf_pq", "hnsw", "binary")
+RECALL_QUERIES = 1000
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What one kind of index does."""
+
+    qps: float
+    recall_at_3: float
+    memory_mb: float
+    """Of the server, beyond that of a server with a thousand passages."""
+    memory_vs_flat: float
+    start_s: float
+    disk_mb: float
+    build_s: float
+    build_peak_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The result, in the order of the JSON line."""
+
+    qps_64: float
+    vs_unbatched: float
+    vs_bare_index: float
+    p50_ms: float
+    p99_ms: float
+    passages: int
+    clients: int
+    base_memory_mb: float
+    kinds: dict[str, Kind]
+
+
+@dataclass(slots=True)
+class Speeds:
+    """Of the flat index, round by round."""
+
+    batched: list[Load] = field(default_factory=list)
+    unbatched: list[Load] = field(default_factory=list)
+    bare_per_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """Queries and what is right for them."""
+
+    vectors: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A server that runs."""
+
+    url: str
+    start_s: float
+    child: Child
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """An index on disk."""
+
+    path: Path
+    seconds: float
+    peak_bytes: int
+    """Of the builder; pages that it maps count."""
+
+    @property
+    def num_bytes(self) -> int:
+        """With what lies beside it and begins with its name."""
+        return sum(file.stat().st_size for file in self.path.parent.glob(self.path.name + "*"))
+
+
+def main() -> int:
+    """Exit status: 0 measured, 1 something could not be built or started."""
+    arguments = parse_arguments()
+    screen = Screen(Console())
+    try:
+        with TemporaryDirectory(prefix="bench-retriever-") as folder:
+            summary = Bench(screen, arguments=arguments, folder=arguments.folder or Path(folder)).run()
+    except (ChildFailedError, ExceptionGroup) as error:
+        screen.say(str(error), style="bold red")
+        return 1
+    screen.console.print(table(summary))
+    print(json.dumps(asdict(summary)))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--passages", type=int, default=1_000_000, help="of the corpus (default 1000000)")
+    add("--dim", type=int, default=768, help="of the vectors (default 768)")
+    add("--clients", type=int, default=64, help="asking at the same time (default 64)")
+    add("--seconds", type=float, default=15.0, help="of each measurement (default 15)")
+    add("--rounds", type=int, default=2, help="of server, no batching and bare index in turn (default 2)")
+    add("--kinds", default=",".join(OTHER_KINDS), help=f"beside flat (default {','.join(OTHER_KINDS)})")
+    add("--seed", type=int, default=0, help="of corpus, encoder and queries (default 0)")
+    add("--folder", type=Path, help="keep corpus and indexes here and take what lies there already")
+    arguments = parser.parse_args()
+    arguments.kinds = [kind for kind in arguments.kinds.split(",") if kind]
+    unknown = sorted(set(arguments.kinds) - set(OTHER_KINDS))
+    if unknown:
+        parser.error(f"--kinds has {unknown}, expected some of {list(OTHER_KINDS)}")
+    if arguments.passages < 10_000:
+        parser.error(f"--passages is {arguments.passages}, expected at least 10000")
+    return arguments
+
+
+class Bench:
+    """One run in one folder."""
+
+    def __init__(self, screen: Screen, *, arguments: argparse.Namespace, folder: Path) -> None:
+        self._screen = screen
+        self._arguments = arguments
+        self._folder = folder
+        self._encoder = folder / "encoder"
+        self._corpus = folder / "corpus.jsonl"
+
+    def run(self) -> Summary:
+        """Build, measure, build the next."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._make_corpus()
+        self._make_few()
+        flat = self._build("flat")
+        reference = self._reference(flat.path)
+        base_bytes = self._memory_of_few()
+        speeds, flat_start_s, flat_bytes = self._measure_flat(flat.path, reference.vectors)
+        served = {"flat": (speeds.batched, flat_start_s, flat_bytes - base_bytes, 1.0, flat)}
+        for kind in self._arguments.kinds:
+            built = self._build(kind, source=flat.path)
+            recall = self._recall(built.path, reference)
+            load, start_s, num_bytes = self._measure_kind(kind, built.path)
+            served[kind] = ([load], start_s, num_bytes - base_bytes, recall, built)
+        kinds = {
+            kind: Kind(
+                qps=round(statistics.fmean(load.queries_per_s for load in loads), 1),
+                recall_at_3=round(recall, 4),
+                memory_mb=round(extra / 1e6, 1),
+                memory_vs_flat=round(extra / (flat_bytes - base_bytes), 3),
+                start_s=round(start_s, 2),
+                disk_mb=round(built.num_bytes / 1e6, 1),
+                build_s=round(built.seconds, 1),
+                build_peak_mb=round(built.peak_bytes / 1e6, 1),
+            )
+            for kind, (loads, start_s, extra, recall, built) in served.items()
+        }
+        return summarise(speeds, kinds=kinds, arguments=self._arguments, base_bytes=base_bytes)
+
+    def _make_corpus(self) -> None:
+        size, seed = self._arguments.passages, self._arguments.seed
+        if not self._encoder.exists():
+            clustered.save_encoder(self._encoder, dim=self._arguments.dim, seed=seed)
+        if not self._corpus.exists():
+            with self._screen.phase("writing the corpus", total=size) as update:
+                clustered.write_corpus(
+                    self._corpus, size=size, seed=seed, report=lambda count: update(count, "passages")
+                )
+
+    def _make_few(self) -> None:
+        """The first thousand passages, for what a server takes without an index."""
+        few = self._folder / "few.jsonl"
+        with self._corpus.open(encoding="utf-8") as lines, few.open("w", encoding="utf-8") as kept:
+            kept.writelines(line for line, _ in zip(lines, range(1000), strict=False))
+
+    def _build(self, kind: str, *, source: Path | None = None, corpus: Path | None = None) -> Built:
+        """With the project's builder, in a process of its own. Raises ChildFailedError."""
+        corpus = corpus or self._corpus
+        path = self._folder / f"{corpus.stem}_{kind}.index"
+        facts = self._folder / f"{path.name}-build.json"
+        if path.exists() and facts.exists():
+            return Built(path=path, **json.loads(facts.read_text()))
+        command = [sys.executable, "-P", "-m", "search_r1.search.index_builder", "--kind", kind]
+        command += ["--corpus_path", str(corpus), "--model_path", str(self._encoder)]
+        command += ["--index_path", str(path), *(("--from_index", str(source)) if source else ())]
+        began = time.monotonic()
+        with Supervisor() as supervisor, self._screen.phase(f"building {path.name}") as update:
+            child = supervisor.start(
+                f"the builder of {path.name}",
+                command=command,
+                log=self._folder / f"{path.name}-build.log",
+                cwd=ROOT,
+                environment=service_environment(),
+            )
+            peak_bytes = 0
+            while child.process.poll() is None:
+                current_bytes = resident_bytes(child)
+                peak_bytes = max(peak_bytes, current_bytes)
+                update(0, f"{current_bytes / 1e9:.1f} GB")
+                time.sleep(0.1)
+            if child.process.returncode:
+                child.check_alive()
+        built = Built(path=path, seconds=time.monotonic() - began, peak_bytes=peak_bytes)
+        facts.write_text(json.dumps({"seconds": built.seconds, "peak_bytes": peak_bytes}))
+        return built
+
+    @contextmanager
+    def _server(self, path: Path, *extra: str, corpus: Path | None = None) -> Iterator[Served]:
+        """A server of this index with all cores."""
+        flags = ["--index_path", str(path), "--corpus_path", str(corpus or self._corpus)]
+        flags += ["--retriever_model", str(self._encoder), "--num_threads", str(CORES), "--cache_size", "0"]
+        began = time.monotonic()
+        with Supervisor() as supervisor:
+            with self._screen.phase(f"starting a server of {path.name} {' '.join(extra)}") as update:
+                url = start_service(
+                    supervisor,
+                    f"the retriever of {path.name}",
+                    module="search_r1.search.retrieval_server",
+                    arguments=[*flags, *extra],
+                    log=self._folder / "server.log",
+                    update=update,
+                )
+            yield Served(url=url, start_s=time.monotonic() - began, child=supervisor.children[0])
+
+    def _load(self, url: str, *, seed: int, seconds: float | None = None) -> Load:
+        arguments = self._arguments
+        queries = self._queries(50_000, seed=seed)
+        return asyncio.run(
+            ask_all_the_time(
+                url,
+                queries,
+                clients=arguments.clients,
+                topk=TOPK,
+                seconds=seconds or arguments.seconds,
+                warm_up_s=WARM_UP_S,
+            )
+        )
+
+    def _measure_flat(self, path: Path, vectors: npt.NDArray[np.float32]) -> tuple[Speeds, float, int]:
+        """Speeds, seconds to start and bytes of the server."""
+        speeds = Speeds()
+        starts_s, num_bytes = [], 0
+        with ProcessPoolExecutor(
+            1,
+            multiprocessing.get_context("spawn"),
+            initializer=bare_index.load,
+            initargs=(str(path), CORES),
+        ) as bare:
+            bare.submit(bare_index.search, vectors, topk=TOPK, batch_size=BATCH, seconds=1.0).result()
+            for number in range(self._arguments.rounds):
+                with self._server(path) as served, self._screen.phase("64 clients, batches"):
+                    speeds.batched.append(self._load(served.url, seed=2 * number))
+                    starts_s.append(served.start_s)
+                    num_bytes = resident_bytes(served.child)
+                with self._screen.phase("the bare index"):
+                    answered, seconds = bare.submit(
+                        bare_index.search,
+                        vectors,
+                        topk=TOPK,
+                        batch_size=BATCH,
+                        seconds=self._arguments.seconds,
+                    ).result()
+                    speeds.bare_per_s.append(answered / seconds)
+                with (
+                    self._server(path, "--no_batching") as served,
+                    self._screen.phase("64 clients, no batches"),
+                ):
+                    speeds.unbatched.append(self._load(served.url, seed=2 * number + 1))
+        return speeds, statistics.fmean(starts_s), num_bytes
+
+    def _measure_kind(self, kind: str, path: Path) -> tuple[Load, float, int]:
+        """Its load, seconds to start and bytes of the server."""
+        with self._server(path) as served, self._screen.phase(f"{self._arguments.clients} clients, {kind}"):
+            return self._load(served.url, seed=100), served.start_s, resident_bytes(served.child)
+
+    def _memory_of_few(self) -> int:
+        """Bytes of a server that has next to nothing to search, after some searches."""
+        few = self._folder / "few.jsonl"
+        built = self._build("flat", corpus=few)
+        with self._server(built.path, corpus=few) as served, self._screen.phase("a thousand passages"):
+            self._load(served.url, seed=200, seconds=3.0)
+            return resident_bytes(served.child)
+
+    def _reference(self, path: Path) -> Reference:
+        """What the flat index finds."""
+        from search_r1.search.encoder import TextEncoder
+        from search_r1.search.vector_index import open_index
+
+        texts = self._queries(RECALL_QUERIES, seed=300)
+        vectors = TextEncoder(self._encoder).encode_queries(texts)
+        return Reference(vectors=vectors, rows=open_index(path, kind=None).search(vectors, topk=TOPK)[1])
+
+    def _queries(self, count: int, *, seed: int) -> list[str]:
+        arguments = self._arguments
+        return list(clustered.queries(arguments.passages, corpus_seed=arguments.seed, count=count, seed=seed))
+
+    def _recall(self, path: Path, reference: Reference) -> float:
+        """Share of the true best three that are found."""
+        from search_r1.search.vector_index import open_index
+
+        found = open_index(path, kind=None).search(reference.vectors, topk=TOPK)[1]
+        pairs = zip(reference.rows.tolist(), found.tolist(), strict=True)
+        return statistics.fmean(len(set(best) & set(rows)) / TOPK for best, rows in pairs)
+
+
+def resident_bytes(child: Child) -> int:
+    """Of a process and those below it, mapped pages included; 0 when it has just ended."""
+    try:
+        process = psutil.Process(child.process.pid)
+        return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def summarise(
+    speeds: Speeds, *, kinds: dict[str, Kind], arguments: argparse.Namespace, base_bytes: int
+) -> Summary:
+    """Ratios of the means over all rounds."""
+    batched = statistics.fmean(load.queries_per_s for load in speeds.batched)
+    unbatched = statistics.fmean(load.queries_per_s for load in speeds.unbatched)
+    cuts = statistics.quantiles([1000 * s for load in speeds.batched for s in load.latencies_s], n=100)
+    return Summary(
+        qps_64=round(batched, 1),
+        vs_unbatched=round(batched / unbatched, 2),
+        vs_bare_index=round(batched / statistics.fmean(speeds.bare_per_s), 3),
+        p50_ms=round(cuts[49], 1),
+        p99_ms=round(cuts[98], 1),
+        passages=arguments.passages,
+        clients=arguments.clients,
+        base_memory_mb=round(base_bytes / 1e6, 1),
+        kinds=kinds,
+    )
+
+
+def table(summary: Summary) -> Table:
+    """What a person reads."""
+    shown = Table(
+        title=f"{summary.passages} passages, {summary.clients} clients: {summary.qps_64} queries/s, "
+        f"{summary.vs_unbatched} x without batching, {summary.vs_bare_index} x the bare index"
+    )
+    for name in ("kind", "queries/s", "recall@3", "memory MB", "of flat", "start s", "disk MB", "build s"):
+        shown.add_column(name, justify="left" if name == "kind" else "right")
+    shown.add_column("build peak MB", justify="right")
+    for name, kind in summary.kinds.items():
+        shown.add_row(name, *(f"{value:g}" for value in asdict(kind).values()))
+    shown.caption = (
+        f"median {summary.p50_ms} ms, 99 % {summary.p99_ms} ms; {CORES} cores shared with the clients; "
+        f"memory beyond the {summary.base_memory_mb} MB of a server with a thousand passages"
+    )
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Does the retriever stay right under many clients? Every answer is compared with the serial one.
+
+`make soak-retriever` runs this. First every query is asked alone, one after the other. Then 200 clients ask
+the same server 5,000 queries, singly and several at a time, while some send malformed requests, some go away
+before their answer and some have no time. The exit status is 0 only if every good query was answered as it
+was alone, nobody got a 5xx, and memory stayed flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import TypeAlias
+
+import httpx
+import pyarrow.parquet as pq
+from rich.console import Console
+from screen import Screen, Update
+from supervise import ChildFailedError, MemoryWatch, Supervisor
+
+from bench.service import WORLD, start_service
+from bench.soak import MAX_COMPLAINTS, MAX_GROWTH, edges, soak_table
+
+TIMEOUT_S = 60.0
+TOPK = 5
+MAX_QUERIES_PER_REQUEST = 4
+TOLERANCE = 1e-5
+"""Of a score: a batch rounds otherwise than a single query."""
+SHARES = {"good": 0.9, "malformed": 0.04, "vanishing": 0.04, "impatient": 0.02}
+MALFORMED: tuple[object, ...] = (
+    {"queries": "one"},
+    {"query": "a", "queries": ["b"]},
+    {"queries": [None]},
+    {"query": "a", "topk": 0},
+    {"query": "a", "timeout_s": -1},
+    [],
+)
+Answer: TypeAlias = list[tuple[str, float]]
+"""Ids and scores, best first."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the clients saw, all together."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    queries_right: int = 0
+    queries_wrong: int = 0
+    broken_connections: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+    def complain(self, text: str) -> None:
+        """Keep the first few for the eye."""
+        if len(self.complaints) < MAX_COMPLAINTS:
+            self.complaints.append(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The result, in the order of the JSON line."""
+
+    queries: int
+    clients: int
+    seconds: float
+    requests: dict[str, int]
+    statuses: dict[str, int]
+    queries_right: int
+    queries_wrong: int
+    broken_connections: int
+    memory_first_mb: float
+    memory_last_mb: float
+    passed: bool
+
+
+def main() -> int:
+    """Exit status: 0 passed, 1 not."""
+    arguments = parse_arguments()
+    screen = Screen(Console())
+    questions = pq.read_table(WORLD / "train.parquet", columns=["question"])["question"].to_pylist()
+    try:
+        with TemporaryDirectory(prefix="soak-retriever-") as folder:
+            summary = soak(screen, questions, arguments=arguments, folder=Path(folder))
+    except ChildFailedError as error:
+        screen.say(str(error), style="bold red")
+        return 1
+    print(json.dumps(asdict(summary)))
+    return 0 if summary.passed else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--queries", type=int, default=5000, help="good ones in all (default 5000)")
+    parser.add_argument("--clients", type=int, default=200, help="concurrent clients (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the clients (default 0)")
+    parser.add_argument(
+        "--server-flags", default="", help="further flags of the server, in one string (default none)"
+    )
+    return parser.parse_args()
+
+
+def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namespace, folder: Path) -> Summary:
+    """Serial answers, then all clients at once."""
+    memory: list[int] = []
+    with Supervisor() as supervisor:
+        with screen.phase("starting the retriever") as update:
+            url = start_service(
+                supervisor,
+                "the retriever",
+                module="search_r1.search.retrieval_server",
+                # Fewer answers kept than there are questions: nearly every query is searched again.
+                arguments=["--cache_size", "100", *arguments.server_flags.split()],
+                log=folder / "server.log",
+                update=update,
+            )
+        with screen.phase("every query alone", total=len(questions)) as update:
+            right = ask_serially(url, questions, update=update)
+        crowd = Crowd(url, questions, right=right, arguments=arguments)
+        began = time.monotonic()
+        with (
+            MemoryWatch(supervisor, interval_s=0.2) as watch,
+            screen.phase(f"{arguments.clients} clients", total=arguments.queries) as update,
+        ):
+
+            async def look() -> None:
+                running = asyncio.ensure_future(crowd.run())
+                while not running.done():
+                    await asyncio.wait([running], timeout=0.2)
+                    memory.append(watch.current_bytes)
+                    update(crowd.seen.queries_right, f"{watch.current_bytes / 1e9:.2f} GB")
+                await running
+
+            asyncio.run(look())
+        supervisor.children[0].check_alive()
+    summary = summarise(crowd.seen, arguments=arguments, seconds=time.monotonic() - began, ends=edges(memory))
+    title = f"{summary.queries} queries from {summary.clients} clients"
+    screen.console.print(soak_table(title, facts=asdict(summary), complaints=crowd.seen.complaints))
+    return summary
+
+
+def ask_serially(url: str, questions: Sequence[str], *, update: Update) -> list[Answer]:
+    """What is right. Raises ChildFailedError for anything but an answer."""
+    right = []
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
+        for count, question in enumerate(questions, start=1):
+            answer = http.post("/retrieve", json={"query": question, "topk": TOPK, "return_scores": True})
+            if answer.status_code != 200:
+                raise ChildFailedError(f"{question!r} alone: {answer.status_code} {answer.text[:200]}")
+            right += read_answers(answer)
+            update(count, "queries")
+    return right
+
+
+def read_answers(answer: httpx.Response) -> list[Answer]:
+    return [[(hit["document"]["id"], hit["score"]) for hit in hits] for hits in answer.json()["result"]]
+
+
+def agree(found: Answer, right: Answer) -> bool:
+    """The same passages with the same scores; passages that score the same may change places."""
+    if len(found) != len(right):
+        return False
+    of_right = dict(right)
+    lowest = right[-1][1] if right else 0.0
+    return all(
+        abs(score - expected) <= TOLERANCE
+        # Among several that score like the last one, any may be the last one.
+        and (abs(of_right.get(passage, lowest) - score) <= TOLERANCE)
+        for (passage, score), (_, expected) in zip(found, right, strict=True)
+    )
+
+
+class Crowd:
+    """All clients."""
+
+    def __init__(
+        self, url: str, questions: Sequence[str], *, right: Sequence[Answer], arguments: argparse.Namespace
+    ) -> None:
+        self.seen = Seen()
+        self._url = url
+        self._questions = questions
+        self._right = right
+        self._arguments = arguments
+        self._left = arguments.queries
+
+    async def run(self) -> None:
+        """Until all queries are asked and answered."""
+        limits = httpx.Limits(max_connections=None)
+        async with (
+            httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            for number in range(self._arguments.clients):
+                group.create_task(self._client(http, Random(f"client {self._arguments.seed} {number}")))
+
+    async def _client(self, http: httpx.AsyncClient, rng: Random) -> None:
+        while self._left > 0:
+            (kind,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
+            self.seen.requests[kind] += 1
+            try:
+                if kind == "malformed":
+                    await self._send_nonsense(http, rng)
+                else:
+                    await self._ask(http, kind, rng=rng)
+            except httpx.HTTPError as error:
+                self.seen.broken_connections += 1
+                self.seen.complain(f"{kind}: {type(error).__name__} {error}")
+
+    async def _send_nonsense(self, http: httpx.AsyncClient, rng: Random) -> None:
+        answer = await http.post("/retrieve", json=rng.choice(MALFORMED))
+        self.seen.statuses[answer.status_code] += 1
+        if answer.status_code != 422:
+            self.seen.complain(f"malformed: {answer.status_code} {answer.text[:200]}")
+
+    async def _ask(self, http: httpx.AsyncClient, kind: str, *, rng: Random) -> None:
+        chosen = rng.sample(range(len(self._questions)), rng.randint(1, MAX_QUERIES_PER_REQUEST))
+        queries = [self._questions[number] for number in chosen]
+        body: dict[str, object] = {"queries": queries, "topk": TOPK, "return_scores": True}
+        if kind == "impatient":  # no time at all: some are answered from the cache, none may be wrong
+            body |= {"timeout_s": 0.001, "allow_failures": True}
+        call = http.post("/retrieve", json=body)
+        if kind == "vanishing":
+            with suppress(TimeoutError):
+                await asyncio.wait_for(call, rng.uniform(0.0, 0.05))
+            return
+        if kind == "good":
+            self._left -= len(chosen)
+        answer = await call
+        self.seen.statuses[answer.status_code] += 1
+        if answer.status_code != 200:
+            self.seen.complain(f"{kind}: {answer.status_code} {answer.text[:200]}")
+        elif kind == "good":
+            self._check(read_answers(answer), chosen)
+
+    def _check(self, answers: Sequence[Answer], chosen: Sequence[int]) -> None:
+        for number, found in zip(chosen, answers, strict=True):
+            if agree(found, self._right[number]):
+                self.seen.queries_right += 1
+            else:
+                self.seen.queries_wrong += 1
+                self.seen.complain(f"{self._questions[number]!r}: {found}, alone {self._right[number]}")
+
+
+def summarise(
+    seen: Seen, *, arguments: argparse.Namespace, seconds: float, ends: tuple[float, float]
+) -> Summary:
+    """Passed only if everything that was asked was answered right."""
+    first, last = ends
+    passed = (
+        seen.queries_right >= arguments.queries
+        and seen.queries_wrong == seen.broken_connections == 0
+        and set(seen.statuses) <= {200, 422}
+        and seen.statuses[422] == seen.requests["malformed"]
+        and last <= first * (1 + MAX_GROWTH)
+    )
+    return Summary(
+        queries=arguments.queries,
+        clients=arguments.clients,
+        seconds=round(seconds, 1),
+        requests=dict(seen.requests),
+        statuses={str(status): count for status, count in sorted(seen.statuses.items())},
+        queries_right=seen.queries_right,
+        queries_wrong=seen.queries_wrong,
+        broken_connections=seen.broken_connections,
+        memory_first_mb=round(first / 1e6, 1),
+        memory_last_mb=round(last / 1e6, 1),
+        passed=passed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
