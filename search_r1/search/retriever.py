@@ -91,6 +91,10 @@ class BatchSearch(Protocol):
         """One list per query, best first, at most `topk` long, empty when nothing was found."""
         ...
 
+    def close(self) -> None:
+        """Let go of threads and files. Called once, after the last search."""
+        ...
+
 
 class ThreadedRetriever:
     """A computing search as a Retriever: its calls run one after the other in a thread of their own."""
@@ -109,6 +113,7 @@ class ThreadedRetriever:
         self._batch_search = batch_search
         self._facts = dict(facts)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
+        self._is_closed = False
 
     @property
     def num_passages(self) -> int | None:
@@ -132,4 +137,8 @@ class ThreadedRetriever:
 
     async def aclose(self) -> None:
         """Wait for the running call; drop those that wait."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        self._batch_search.close()
