@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,3 +337,37 @@ class FakePairJudge:
         await asyncio.sleep(self.pause_s)
         judged: list[float | Exception] = self.model.probabilities(pairs).tolist()
         return judged
+
+
+@dataclass(slots=True)
+class AnsweringServer:
+    """A real HTTP server that answers as `answer` says of the JSON it is sent; keeps what it read."""
+
+    answer: Callable[[dict[str, Any]], Reply]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    num_abandoned: int = 0
+    """Requests whose caller hung up before the answer."""
+    url: str = ""
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[AnsweringServer]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield self
+        server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        length = int(head.partition("content-length: ")[2].split("\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        self.bodies.append(body)
+        reply = self.answer(body)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(reply.delay_s):
+                await reader.read(1)
+                self.num_abandoned += 1
+        text = reply.body.encode()
+        extra = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
+        start = f"HTTP/1.1 {reply.status} fake\r\nContent-Length: {len(text)}\r\n{extra}"
+        writer.write(f"{start}Connection: close\r\n\r\n".encode() + text)
+        writer.close()

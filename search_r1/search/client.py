@@ -1,101 +1,154 @@
-"""The agent loop's way to the retriever: gathers concurrent queries, checks every answer, fails by name."""
+"""The agent loop's way to the retriever: gathers concurrent queries, and fails each by its own name."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Sequence
 
-from pydantic import ValidationError
-
-from search_r1.search.schema import Document, ScoredAnswer
+from search_r1.search.remote import SERVICE, RemoteRetriever
+from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 from verl.errors import ServiceError
 from verl.types import Passage
-from verl.utils.http import JsonService
+from verl.utils.http import translated_calls, translated_settings
 
-_NAME = "retriever"
-_FIX = "start it with `bash retrieval_launch.sh` and check retriever.url"
 _GATHER_S = 0.005
-_MAX_QUERIES = 256
+_POLL_S = 0.5
+_PROBE = "ready?"
+_BROKEN_OFF = SearchFailure(kind=FailureKind.INTERNAL, reason="the search was broken off")
+_PASSING_KINDS = frozenset({FailureKind.DEADLINE, FailureKind.UNAVAILABLE})
+"""Failures that waiting may mend."""
 
 
-@dataclass(slots=True)
 class _Batch:
-    """Queries that travel in one request."""
+    """Queries that travel in one request, and who waits for them."""
 
-    queries: list[str] = field(default_factory=list)
-    answer: asyncio.Task[list[tuple[Passage, ...]]] | None = None
+    def __init__(self, *, deadline: float) -> None:
+        self.deadline = deadline
+        """On the clock of `time.monotonic`; of its oldest query."""
+        self.waiting: dict[str, list[asyncio.Future[Outcome]]] = {}
+        self.sending: asyncio.Task[None] | None = None
+        """Set once nobody can join any more."""
+
+    def add(self, query: str) -> asyncio.Future[Outcome]:
+        """Join those who wait for this query."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(self._leave)
+        self.waiting.setdefault(query, []).append(future)
+        return future
+
+    def close(self, *, sending: asyncio.Task[None] | None) -> list[str]:
+        """Nobody joins from now on. The queries that somebody still waits for."""
+        self.sending = sending
+        self.waiting = {query: futures for query, futures in self.waiting.items() if _is_wanted(futures)}
+        return list(self.waiting)
+
+    def settle(self, outcomes: Iterable[Outcome]) -> None:
+        """One outcome per query, in order."""
+        for futures, outcome in zip(self.waiting.values(), outcomes, strict=True):
+            for future in futures:
+                if not future.done():
+                    future.set_result(outcome)
+
+    def _leave(self, _: asyncio.Future[Outcome]) -> None:
+        """When nobody waits any more, the connection closes and the server can give the request up."""
+        if self.sending is not None and not any(map(_is_wanted, self.waiting.values())):
+            self.sending.cancel()
 
 
 class HttpSearch:
-    """Search over HTTP. Queries asked within 5 ms of each other share one request. One per event loop."""
+    """Search over HTTP. Queries asked within 5 ms of each other share one request, equal ones an answer.
 
-    def __init__(self, url: str, *, topk: int, timeout_s: float) -> None:
-        """`url`: of the server or of its `/retrieve`. `timeout_s`: of a search, with all its attempts."""
-        self._url = url.rstrip("/").removesuffix("/retrieve")
+    One per event loop.
+    """
+
+    def __init__(self, url: str, *, topk: int, timeout_s: float, token: str | None = None) -> None:
+        """`url`: of the server or of its `/retrieve`. `timeout_s`: of a search, with all its attempts.
+
+        Raises ConfigError for a bad URL, timeout or token.
+        """
+        with translated_settings():
+            if not timeout_s > 0:
+                raise ValueError(f"timeout of the {SERVICE} must be more than 0 seconds, got {timeout_s}")
+            self._remote = RemoteRetriever(url, token=token)
         self._topk = topk
-        self._service = JsonService(self._url, name=_NAME, timeout_s=timeout_s, fix=_FIX)
+        self._timeout_s = timeout_s
         self._open: _Batch | None = None
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         """Best first; empty when nothing was found. Raises ServiceError when the search itself failed."""
         if not query.strip():
             return ()
         if self._open is None:
-            self._open = _Batch()
-            self._open.answer = asyncio.create_task(self._send_soon(self._open))
-            # When a run is stopped, nobody may be left to ask for the outcome: that is no error.
-            self._open.answer.add_done_callback(lambda answer: answer.cancelled() or answer.exception())
+            self._open = self._start_batch()
         batch = self._open
-        position = len(batch.queries)
-        # Lone surrogates have no UTF-8 form and would spoil the request of all the others.
-        batch.queries.append(query.encode("utf-8", "replace").decode("utf-8"))
-        if len(batch.queries) == _MAX_QUERIES:
+        waiting = batch.add(query)
+        if len(batch.waiting) >= self._remote.max_batch:
             self._open = None
-        assert batch.answer is not None
-        # Shielded: one cancelled episode must not take the searches of the others with it.
-        return (await asyncio.shield(batch.answer))[position]
+        # Each waits for a future of its own: one cancelled episode leaves the searches of the others alone.
+        outcome = await waiting
+        if isinstance(outcome, SearchFailure):
+            raise ServiceError(SERVICE, outcome.reason)
+        return tuple(map(_make_passage, outcome))
 
     async def wait_ready(self, deadline_s: float) -> None:
-        """Return once a search is answered; ServiceError if that takes longer than `deadline_s`.
+        """Return once the server answers a search.
 
-        Asks what any server of this wire format answers, not a health route of ours.
+        Raises ServiceError if that takes longer than `deadline_s`, and at once when waiting does not help (a
+        wrong token, a key that its engine refuses). Asks what any server of this wire format answers, not a
+        health route of ours.
         """
-        probe = JsonService(self._url, name=_NAME, timeout_s=deadline_s, fix=_FIX)
-        try:
-            await self._retrieve(["ready?"], service=probe)
-        finally:
-            await probe.aclose()
+        end = time.monotonic() + deadline_s
+        while True:
+            left_s = max(0.001, end - time.monotonic())
+            (outcome,) = await self._remote.search([_PROBE], topk=self._topk, timeout_s=left_s)
+            # Who replays recorded searches need not have recorded this one.
+            if not isinstance(outcome, SearchFailure) or outcome.kind is FailureKind.NOT_RECORDED:
+                return
+            if outcome.kind not in _PASSING_KINDS or time.monotonic() + _POLL_S >= end:
+                raise ServiceError(SERVICE, outcome.reason)
+            await asyncio.sleep(_POLL_S)
+
+    async def describe(self) -> dict[str, object] | None:
+        """What the server's answers depend on; None from one that does not say. Raises ServiceError."""
+        with translated_calls():
+            return await self._remote.fetch_description(timeout_s=self._timeout_s)
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._service.aclose()
+        """Stop what is under way and close all connections."""
+        self._open = None
+        for task in (sending := list(self._sending)):
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        await self._remote.aclose()
 
-    async def _send_soon(self, batch: _Batch) -> list[tuple[Passage, ...]]:
+    def _start_batch(self) -> _Batch:
+        batch = _Batch(deadline=time.monotonic() + self._timeout_s)
+        task = asyncio.create_task(self._send_soon(batch))
+        self._sending.add(task)
+
+        def leave_nobody_waiting(task: asyncio.Task[None]) -> None:
+            # After a defect, or when this client is closed. A task that never started has no `finally`.
+            self._sending.discard(task)
+            batch.settle([_BROKEN_OFF] * len(batch.waiting))
+
+        task.add_done_callback(leave_nobody_waiting)
+        return batch
+
+    async def _send_soon(self, batch: _Batch) -> None:
         await asyncio.sleep(_GATHER_S)
         if self._open is batch:
             self._open = None
-        return await self._retrieve(batch.queries, service=self._service)
-
-    async def _retrieve(self, queries: list[str], *, service: JsonService) -> list[tuple[Passage, ...]]:
-        payload = {"queries": queries, "topk": self._topk, "return_scores": True}
-        body = await service.post("/retrieve", payload)
-        try:
-            found = ScoredAnswer.model_validate(body).result
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ServiceError(
-                _NAME, f"{self._url}: answer is malformed at {where}: {first['msg']}"
-            ) from error
-        if len(found) != len(queries):
-            problem = f"{len(queries)} queries were answered by {len(found)} lists"
-            raise ServiceError(_NAME, f"{self._url}: answer is malformed: {problem}")
-        longest = max(len(hits) for hits in found)
-        if longest > self._topk:
-            raise ServiceError(_NAME, f"{self._url}: answer has {longest} passages, asked for {self._topk}")
-        return [tuple(_make_passage(hit.document, score=hit.score) for hit in hits) for hits in found]
+        if queries := batch.close(sending=asyncio.current_task()):
+            left_s = batch.deadline - time.monotonic()
+            batch.settle(await self._remote.search(queries, topk=self._topk, timeout_s=left_s))
 
 
-def _make_passage(document: Document, *, score: float) -> Passage:
-    title, _, text = document.contents.partition("\n")
-    return Passage(id=document.id, title=title, text=text, score=score)
+def _is_wanted(futures: Sequence[asyncio.Future[Outcome]]) -> bool:
+    return not all(future.done() for future in futures)
+
+
+def _make_passage(hit: Hit) -> Passage:
+    title, _, text = hit.document.contents.partition("\n")
+    return Passage(id=hit.document.id, title=title, text=text, score=hit.score)

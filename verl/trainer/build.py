@@ -28,7 +28,7 @@ from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
 from verl.rollout.recorder import Recorder
 from verl.rollout.tokenizer import HfTokenizer
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import count_gpus, launch_models
 from verl.trainer.ppo.advantage import outcome_plus_gain
@@ -175,23 +175,27 @@ async def connect_services(
     config: Config, stack: AsyncExitStack
 ) -> tuple[HttpSearch, IGClient | None, dict[str, object]]:
     """Clients of the retriever and the IG service, both answering; and what they said of themselves."""
-    search = HttpSearch(
-        config.retriever.url, topk=config.retriever.topk, timeout_s=config.retriever.timeout_s
-    )
-    stack.push_async_callback(search.aclose)
-    waits = [search.wait_ready(config.trainer.service_wait_s)]
-    services: dict[str, object] = {"retriever": {"url": config.retriever.url, "topk": config.retriever.topk}}
-    if config.reward.gain == "none":
-        await asyncio.gather(*waits)
-        return search, None, services
-    semantic = config.reward.semantic
+    retriever, semantic = config.retriever, config.reward.semantic
+    wait_s = config.trainer.service_wait_s
     # A secret is no setting: it stands in no configuration, so in no manifest and on no command line.
+    token = os.environ.get("RETRIEVER_TOKEN") or None
+    search = HttpSearch(retriever.url, topk=retriever.topk, timeout_s=retriever.timeout_s, token=token)
+    stack.push_async_callback(search.aclose)
+    if config.reward.gain == "none":
+        await search.wait_ready(wait_s)
+        return search, None, {"retriever": await describe_retriever(search, config.retriever)}
     token = os.environ.get("IG_TOKEN") or None
     gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token)
     stack.push_async_callback(gains.aclose)
-    health, _ = await asyncio.gather(gains.wait_ready(config.trainer.service_wait_s), *waits)
+    health, _ = await asyncio.gather(gains.wait_ready(wait_s), search.wait_ready(wait_s))
+    services: dict[str, object] = {"retriever": await describe_retriever(search, config.retriever)}
     services["ig_service"] = {"url": semantic.url, "health": health, "version": await gains.describe()}
     return search, gains, services
+
+
+async def describe_retriever(search: HttpSearch, config: RetrieverConfig) -> dict[str, object]:
+    """What the passages of this run depend on: two runs with another index are not comparable."""
+    return {"url": config.url, "topk": config.topk, "version": await search.describe()}
 
 
 def load_data(config: Config, tokenizer: HfTokenizer) -> tuple[list[Question], list[Question]]:

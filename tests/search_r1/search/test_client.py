@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from search_r1.search.client import HttpSearch
-from tests.fakes import Reply, ScriptedServer
+from tests.fakes import AnsweringServer, Reply, ScriptedServer
 from tests.search_r1.search.small_world import PASSAGES, RunningServer
-from verl.errors import ServiceError
+from verl.errors import ConfigError, ServiceError
 from verl.types import Passage
 
 
@@ -46,11 +46,91 @@ async def test_concurrent_searches_share_one_request_and_get_their_own_answers()
         await search.aclose()
     assert [passages[0].id for passages in found] == ["0", "1", "2", "3", "4"]
     assert len(scripted.requests) == 1
-    assert json.loads(scripted.requests[0][2]) == {
+    asked = json.loads(scripted.requests[0][2])
+    assert asked.pop("timeout_s") == pytest.approx(4.5, abs=0.1)
+    assert asked == {
         "queries": ["q0", "q1", "q2", "q3", "q4"],
         "topk": 3,
         "return_scores": True,
+        "allow_failures": True,
     }
+
+
+async def test_equal_queries_are_sent_once() -> None:
+    """The samples of a group often ask the same."""
+    scripted = ScriptedServer([Reply(render([("0", "a\nb", 1.0)], [("1", "c\nd", 1.0)]))])
+    async with scripted.running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
+        found = await asyncio.gather(*(search.search(query) for query in ("x", "y", "x", "y", "x")))
+        await search.aclose()
+    assert [passages[0].id for passages in found] == ["0", "1", "0", "1", "0"]
+    assert [json.loads(body)["queries"] for _, _, body in scripted.requests] == [["x", "y"]]
+
+
+async def test_a_failed_query_fails_alone_and_is_not_the_one_that_found_nothing() -> None:
+    body = {
+        "result": [[{"document": {"id": "7", "contents": "T\nt"}, "score": 1.0}], None, []],
+        "errors": [None, {"kind": "quota", "reason": "the spend cap of 5 USD is used up"}, None],
+    }
+    async with (scripted := ScriptedServer([Reply(json.dumps(body))])).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
+        asked = [search.search(query) for query in ("good", "dear", "rare")]
+        good, dear, rare = await asyncio.gather(*asked, return_exceptions=True)
+        await search.aclose()
+    assert isinstance(good, tuple)
+    assert [passage.id for passage in good] == ["7"]
+    assert isinstance(dear, ServiceError)
+    assert str(dear) == f"retriever: {scripted.url}: quota: the spend cap of 5 USD is used up"
+    assert rare == ()
+
+
+async def test_the_token_is_sent_and_a_wrong_one_noticed_at_once() -> None:
+    async with (scripted := ScriptedServer([Reply(ONE), Reply("{}", 401)])).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0, token="geheim-7")
+        await search.wait_ready(5.0)
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match=r"401 .*not its token") as caught:
+            await search.wait_ready(60.0)
+        assert time.monotonic() - started < 2.0
+        await search.aclose()
+    assert [headers["authorization"] for _, headers, _ in scripted.requests] == ["Bearer geheim-7"] * 2
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "complaint"), [("refused", "refused: no such key"), ("not_recorded", None)])
+async def test_an_engine_that_refuses_its_key_is_noticed_before_training(
+    kind: str, complaint: str | None
+) -> None:
+    error = {"kind": kind, "reason": "no such key"}
+    reply = Reply(json.dumps({"result": [None], "errors": [error]}))
+    async with (scripted := ScriptedServer([reply])).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
+        if complaint is None:
+            await search.wait_ready(60.0)
+        else:
+            with pytest.raises(ServiceError, match=complaint):
+                await search.wait_ready(60.0)
+        await search.aclose()
+    assert len(scripted.requests) == 1
+
+
+async def test_an_engine_that_comes_up_late_is_waited_for() -> None:
+    down = {"result": [None], "errors": [{"kind": "unavailable", "reason": "no route"}]}
+    async with (scripted := ScriptedServer([Reply(json.dumps(down)), Reply(ONE)])).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
+        await search.wait_ready(30.0)
+        await search.aclose()
+    assert len(scripted.requests) == 2
+
+
+async def test_what_the_server_says_of_itself() -> None:
+    replies = [Reply('{"index_sha256": "ab"}'), Reply("{}", 404)]
+    async with (scripted := ScriptedServer(replies)).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
+        assert await search.describe() == {"index_sha256": "ab"}
+        assert await search.describe() is None
+        await search.aclose()
+    assert {line.split()[1] for line, _, _ in scripted.requests} == {"/version"}
 
 
 async def test_real_concurrent_answers_equal_serial_ones(server: RunningServer) -> None:
@@ -96,9 +176,10 @@ async def test_waits_for_a_server_that_still_loads() -> None:
     ("reply", "complaint"),
     [
         (Reply("nonsense"), "not JSON"),
-        (Reply("{}"), "malformed at result"),
-        (Reply('{"result": null}'), "malformed at result"),
-        (Reply('{"result": [[{"id": "1", "contents": "t"}]]}'), "malformed at result.0.0.document"),
+        (Reply("{}"), "malformed: expected a list 'result'"),
+        (Reply('{"result": null}'), "malformed: expected a list 'result'"),
+        (Reply('{"result": [null]}'), "malformed: a result is null without an error"),
+        (Reply('{"result": [[{"id": "1", "contents": "t"}]]}'), "malformed: result.0.document"),
         (Reply('{"result": [[{"document": {"id": "1"}, "score": 1}]]}'), "document.contents"),
         (Reply('{"result": [[{"document": {"id": "1", "contents": "t"}, "score": null}]]}'), "score"),
         (Reply('{"result": [[{"document": {"id": "1", "contents": "t"}, "score": NaN}]]}'), "NaN"),
@@ -106,6 +187,8 @@ async def test_waits_for_a_server_that_still_loads() -> None:
         (Reply(render([], [])), "1 queries were answered by 2 lists"),
         (Reply(render([("1", "t", 1.0)] * 4)), "4 passages, asked for 3"),
         (Reply('{"detail": "index is gone"}', 500), "index is gone"),
+        (Reply(status=429, headers=(("Retry-After", "60"),)), "it asks to wait 60 s"),
+        (Reply(status=503, headers=(("Retry-After", "60"),)), "it asks to wait 60 s"),
         (Reply(hangs_up=True), "within 0.5 s"),
         (Reply(delay_s=60.0), "within 0.5 s"),
     ],
@@ -141,3 +224,62 @@ async def test_one_cancelled_search_leaves_the_others_alone() -> None:
         first.cancel()
         assert [passage.id for passage in await second] == ["1"]
         await search.aclose()
+
+
+async def test_a_search_that_nobody_waits_for_is_given_up() -> None:
+    async with (server := AnsweringServer(lambda _: Reply(ONE, delay_s=30.0))).running():
+        search = HttpSearch(server.url, topk=3, timeout_s=60.0)
+        asking = [asyncio.create_task(search.search(query)) for query in ("a", "a", "b")]
+        while not server.bodies:
+            await asyncio.sleep(0.01)
+        for task in asking:
+            task.cancel()
+        async with asyncio.timeout(5.0):
+            while not server.num_abandoned:
+                await asyncio.sleep(0.01)
+        # Given up before it was sent: not sent.
+        early = asyncio.create_task(search.search("c"))
+        await asyncio.sleep(0)
+        early.cancel()
+        late = asyncio.create_task(search.search("d"))
+        await asyncio.sleep(0.1)
+        assert [body["queries"] for body in server.bodies] == [["a", "b"], ["d"]]
+        late.cancel()
+        await search.aclose()
+
+
+async def test_closing_leaves_nobody_waiting() -> None:
+    async with (server := AnsweringServer(lambda _: Reply(ONE, delay_s=30.0))).running():
+        search = HttpSearch(server.url, topk=3, timeout_s=60.0)
+        sent = asyncio.create_task(search.search("sent"))
+        while not server.bodies:
+            await asyncio.sleep(0.01)
+        gathered = asyncio.create_task(search.search("gathered"))
+        await asyncio.sleep(0)
+        await search.aclose()
+        for task in (sent, gathered):
+            with pytest.raises(ServiceError, match="broken off"):
+                await task
+
+
+async def test_being_turned_away_is_obeyed_within_the_deadline() -> None:
+    away = [Reply(status=status, headers=(("Retry-After", "1"),)) for status in (429, 503)]
+    async with (scripted := ScriptedServer([*away, Reply(ONE)])).running():
+        search = HttpSearch(scripted.url, topk=3, timeout_s=10.0)
+        started = time.monotonic()
+        assert [passage.id for passage in await search.search("q")] == ["7"]
+        assert 2.0 <= time.monotonic() - started < 5.0
+        await search.aclose()
+    left = [json.loads(body)["timeout_s"] for _, _, body in scripted.requests]
+    # One deadline, sent along: less is left for each attempt.
+    assert left[0] > left[1] + 0.8 > left[2] + 1.6
+
+
+def test_a_setting_that_cannot_be_is_a_config_error() -> None:
+    for url, timeout_s, token in (
+        ("localhost:8000", 1.0, None),
+        ("http://localhost:8000", 0.0, None),
+        ("http://localhost:8000", 1.0, "a b"),
+    ):
+        with pytest.raises(ConfigError, match="of the retriever must"):
+            HttpSearch(url, topk=3, timeout_s=timeout_s, token=token)

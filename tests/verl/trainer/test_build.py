@@ -17,10 +17,12 @@ from verl.utils.manifest import MANIFEST_FILE, write_manifest
 from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"
+RETRIEVER_TOKEN = "verborgen-4712"
 HEALTHY = Reply('{"status": "healthy", "mode": "single-CPU", "device": "cpu"}')
 VERSION = Reply('{"version": "0.1.0", "generator_digest": "abc"}')
 NO_ITEMS = Reply('{"scores": [], "errors": [], "details": null}')
 FOUND_NOTHING = Reply('{"result": [[]]}')
+INDEX = Reply('{"index_sha256": "abc"}')
 REQUEST = GainRequest(question="Where?", context="There.", golds=("Bolton",))
 
 
@@ -38,8 +40,9 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
 ) -> None:
     caplog.set_level(0)
     monkeypatch.setenv("IG_TOKEN", TOKEN)
+    monkeypatch.setenv("RETRIEVER_TOKEN", RETRIEVER_TOKEN)
     retriever, service = (
-        ScriptedServer([FOUND_NOTHING]),
+        ScriptedServer([FOUND_NOTHING, INDEX]),
         ScriptedServer([HEALTHY, NO_ITEMS, VERSION, NO_ITEMS]),
     )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
@@ -48,7 +51,9 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
         assert gains is not None
         await gains.submit(REQUEST)
     assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 4
-    assert all("authorization" not in headers for _, headers, _ in retriever.requests)
+    assert [headers["authorization"] for _, headers, _ in retriever.requests] == [
+        f"Bearer {RETRIEVER_TOKEN}"
+    ] * 2
     write_manifest(
         tmp_path,
         config=dataclasses.asdict(config),
@@ -61,7 +66,10 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert manifest["services"]["ig_service"]["health"]["mode"] == "single-CPU"
     assert manifest["services"]["ig_service"]["version"]["generator_digest"] == "abc"
-    assert TOKEN not in (tmp_path / MANIFEST_FILE).read_text() + caplog.text
+    assert manifest["services"]["retriever"]["version"]["index_sha256"] == "abc"
+    told = (tmp_path / MANIFEST_FILE).read_text() + caplog.text
+    assert TOKEN not in told
+    assert RETRIEVER_TOKEN not in told
 
 
 async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

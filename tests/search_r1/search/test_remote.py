@@ -1,0 +1,152 @@
+"""Servers of several makes, asked so that one query fails alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from search_r1.search.remote import RemoteRetriever
+from search_r1.search.retriever import FailureKind, Outcome, SearchFailure
+from tests.fakes import AnsweringServer, Reply
+
+OUR_KEYS = {"allow_failures", "timeout_s"}
+
+
+def find(query: str) -> list[dict[str, Any]]:
+    return [{"document": {"id": query, "contents": f"T\n{query}"}, "score": 1.0}]
+
+
+def answer(body: dict[str, Any]) -> Reply:
+    """Ignores what it does not know, as the published server."""
+    return Reply(json.dumps({"result": [find(query) for query in body["queries"]]}))
+
+
+def answer_strictly(body: dict[str, Any]) -> Reply:
+    return Reply("unknown keys", 422) if OUR_KEYS & set(body) else answer(body)
+
+
+async def ask(server: AnsweringServer, queries: list[str], *, timeout_s: float = 5.0) -> list[Outcome]:
+    async with server.running():
+        remote = RemoteRetriever(server.url)
+        outcomes = await remote.search(queries, topk=3, timeout_s=timeout_s)
+        await remote.aclose()
+    return outcomes
+
+
+def ids(outcomes: list[Outcome]) -> list[str]:
+    """Of the best document; the kind of a failure, nothing where nothing was found."""
+    return [
+        outcome.kind if isinstance(outcome, SearchFailure) else outcome[0].document.id if outcome else ""
+        for outcome in outcomes
+    ]
+
+
+async def test_a_published_server_answers_in_one_request() -> None:
+    server = AnsweringServer(answer)
+    assert ids(await ask(server, ["a", " ", "b"])) == ["a", "", "b"]
+    assert [body["queries"] for body in server.bodies] == [["a", "b"]]
+
+
+async def test_a_strict_server_is_asked_without_our_keys_from_then_on() -> None:
+    server = AnsweringServer(answer_strictly)
+    async with server.running():
+        remote = RemoteRetriever(server.url)
+        for query in ("a", "b"):
+            assert ids(await remote.search([query], topk=3, timeout_s=5.0)) == [query]
+        await remote.aclose()
+    assert [bool(OUR_KEYS & set(body)) for body in server.bodies] == [True, False, False]
+
+
+async def test_a_refusal_of_a_server_that_knows_our_keys_is_not_tried_without_them() -> None:
+    server = AnsweringServer(lambda body: Reply("bad", 422) if "bad" in body["queries"] else answer(body))
+    async with server.running():
+        remote = RemoteRetriever(server.url)
+        await remote.search(["a"], topk=3, timeout_s=5.0)
+        (outcome,) = await remote.search(["bad"], topk=3, timeout_s=5.0)
+        await remote.aclose()
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.kind is FailureKind.REFUSED
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize("is_strict", [False, True])
+async def test_one_bad_query_of_a_published_server_fails_alone(status: int, is_strict: bool) -> None:
+    """It knows no failures of single queries: the whole request is refused."""
+    good = answer_strictly if is_strict else answer
+    server = AnsweringServer(
+        lambda body: Reply("crashed", status) if "bad" in body["queries"] else good(body)
+    )
+    queries = [f"q{row}" for row in range(20)]
+    queries[13] = "bad"
+    outcomes = await ask(server, queries)
+    bad = outcomes.pop(13)
+    queries.pop(13)
+    assert ids(outcomes) == queries
+    assert isinstance(bad, SearchFailure)
+    assert "crashed" in bad.reason
+    assert len(server.bodies) <= 25
+
+
+async def test_a_broken_server_is_not_asked_for_every_query_alone() -> None:
+    server = AnsweringServer(lambda _: Reply("out of memory", 500))
+    outcomes = await ask(server, [f"q{row}" for row in range(256)])
+    assert set(ids(outcomes)) == {FailureKind.INTERNAL}
+    assert len(server.bodies) <= 70
+
+
+async def test_a_413_teaches_how_much_a_request_may_hold() -> None:
+    server = AnsweringServer(lambda body: Reply("", 413) if len(body["queries"]) > 10 else answer(body))
+    queries = [f"q{row}" for row in range(40)]
+    async with server.running():
+        remote = RemoteRetriever(server.url)
+        assert ids(await remote.search(queries, topk=3, timeout_s=5.0)) == queries
+        assert remote.max_batch == 10
+        await remote.aclose()
+
+
+async def test_what_cannot_be_read_fails_alone_too() -> None:
+    lists: list[object] = [find("a"), [{"document": {}, "score": 1.0}], None, "text", find("b") * 4, []]
+    outcomes = await ask(
+        AnsweringServer(lambda _: Reply(json.dumps({"result": lists}))), [f"q{row}" for row in range(6)]
+    )
+    assert ids(outcomes) == ["a", *[FailureKind.MALFORMED] * 4, ""]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"kind": "deadline", "reason": "5 s are over"}, FailureKind.DEADLINE),
+        ({"kind": "brand_new", "reason": "?"}, FailureKind.INTERNAL),
+        ({}, FailureKind.INTERNAL),
+        ("plain words", FailureKind.INTERNAL),
+    ],
+)
+async def test_the_error_of_a_query_is_a_failure_even_beside_documents(
+    error: object, kind: FailureKind
+) -> None:
+    body = {"result": [find("Error: engine down"), find("b")], "errors": [error, None]}
+    outcomes = await ask(AnsweringServer(lambda _: Reply(json.dumps(body))), ["a", "b"])
+    assert ids(outcomes) == [kind, "b"]
+
+
+async def test_half_characters_spoil_neither_a_request_nor_a_passage() -> None:
+    document = '{"document": {"id": "1", "contents": "T\\nhalf \\ud83d of it"}, "score": 1}'
+    server = AnsweringServer(lambda body: Reply(f'{{"result": [[{document}]]}}'))
+    (outcome,) = await ask(server, ["half \ud83d too"])
+    assert not isinstance(outcome, SearchFailure)
+    assert "half" in outcome[0].document.contents
+    assert outcome[0].document.contents.encode()
+    assert server.bodies[0]["queries"] == ["half ? too"]
+
+
+async def test_the_deadline_ends_everything_that_is_asked_in_halves() -> None:
+    server = AnsweringServer(
+        lambda body: Reply("", 500) if len(body["queries"]) > 4 else Reply("", delay_s=60.0)
+    )
+    async with asyncio.timeout(5.0):
+        outcomes = await ask(server, [f"q{row}" for row in range(16)], timeout_s=1.0)
+    assert set(ids(outcomes)) == {FailureKind.DEADLINE}

@@ -1,0 +1,121 @@
+"""A failed search from the server's answer to the advantage: named, masked, counted, and nowhere evidence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from search_r1.agent.loop import SearchAgent
+from search_r1.agent.prompts import NOTHING_FOUND, render_context
+from search_r1.search.client import HttpSearch
+from tests.fakes import AnsweringServer, CharTokenizer, Reply, make_question
+from verl.errors import TrainingHaltedError
+from verl.reward.outcome import Outcome
+from verl.reward.reward import Reward
+from verl.rollout.collector import Collector
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.trainer.ppo.metrics import reward_metrics, rollout_metrics
+from verl.types import Completion, Finish, Group, IntArray, Sampling, Stop, Trajectory
+
+CHARS = CharTokenizer()
+SECRET = "Traceback: engine key 4711 in /srv/engine.py"
+DOCUMENT = {"document": {"id": "7", "contents": '"Bolton"\nA town.'}, "score": 0.5}
+
+
+class SearchThenAnswer:
+    """Every other sample of a group asks for what the question names, the others for `good`."""
+
+    def __init__(self) -> None:
+        self.num_started = 0
+
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+        text = CHARS.decode(prompt_ids.tolist())
+        if "<information>" in text:
+            sampled = "<answer>Bolton</answer>"
+        else:
+            self.num_started += 1
+            sampled = f"<search>{'good' if self.num_started % 2 == 0 else text}</search>"
+        ids = np.array(CHARS.encode(sampled), np.int32)
+        log_probs = np.full(len(ids), -1.0, np.float32)
+        return Completion(ids=ids, log_probs=log_probs, finish=Finish.STOP, version=0)
+
+
+def answer_ours(body: dict[str, Any]) -> Reply:
+    """`bad` queries fail, `rare` ones find nothing."""
+    kinds = ["bad" if "bad" in query else "rare" if "rare" in query else "good" for query in body["queries"]]
+    result = [{"bad": None, "rare": [], "good": [DOCUMENT]}[kind] for kind in kinds]
+    errors = [{"kind": "unavailable", "reason": SECRET} if kind == "bad" else None for kind in kinds]
+    return Reply(json.dumps({"result": result, "errors": errors}))
+
+
+def answer_published(body: dict[str, Any]) -> Reply:
+    """Search-R1's server: crashes on a bad query, with every query that shares its request."""
+    if any("bad" in query for query in body["queries"]):
+        return Reply(SECRET, 500)
+    return Reply(json.dumps({"result": json.loads(answer_ours(body).body)["result"]}))
+
+
+def answer_published_strictly(body: dict[str, Any]) -> Reply:
+    return Reply(SECRET, 422) if "allow_failures" in body else answer_published(body)
+
+
+async def collect(server: AnsweringServer, *, max_failure_share: float) -> list[Group]:
+    async with server.running():
+        search = HttpSearch(server.url, topk=3, timeout_s=5.0)
+        agent = SearchAgent(
+            generate=SearchThenAnswer(),
+            search=search,
+            tokenizer=CHARS,
+            max_turns=2,
+            max_start_length=100,
+            max_prompt_length=4000,
+            max_response_length=100,
+            max_obs_length=400,
+            temperature=1.0,
+        )
+        collector = Collector(agent, n=4, max_concurrent=64, max_failure_share=max_failure_share, seed=0)
+        questions = [make_question(f"nq/test/{text}", text=text) for text in ("good", "rare", "bad")]
+        groups = await collector.collect(questions, step=0)
+        await search.aclose()
+    return groups
+
+
+def judge(trajectory: Trajectory) -> Outcome:
+    return Outcome(value=float(trajectory.sample == 3), metrics={})
+
+
+@pytest.mark.parametrize("answer", [answer_ours, answer_published, answer_published_strictly])
+async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
+    good, rare, bad = await collect(AnsweringServer(answer), max_failure_share=0.5)
+    assert all(t.stop is Stop.ANSWERED for t in (*good.trajectories, *rare.trajectories))
+    assert [t.stop for t in bad.trajectories] == [Stop.FAILED, Stop.ANSWERED] * 2
+    everything = [t for group in (good, rare, bad) for t in group.trajectories]
+    seen = "".join(CHARS.decode(t.token_ids.tolist()) + render_context(t) for t in everything)
+    assert "Traceback" not in seen
+    assert all(str(t.failure).startswith("search_failed: retriever: http://") for t in bad.trajectories[::2])
+
+    # Found nothing is an observation that says so, in an episode that counts.
+    shown = CHARS.decode(rare.trajectories[0].token_ids.tolist())
+    assert NOTHING_FOUND in shown
+    assert rare.trajectories[0].searches[0].passages == ()
+    metrics = rollout_metrics(everything)
+    assert metrics["rollout/failures_search_failed"] == 2
+    assert metrics["rollout/failed_share"] == pytest.approx(2 / 12)
+    assert metrics["rollout/empty_search_share"] == pytest.approx(2 / 10)
+
+    scores = (await Reward(judge, gain=None, max_failure_share=0.5).score([bad]))[0]
+    assert [score.outcome for score in scores] == [None, 0.0, None, 1.0]
+    assert reward_metrics(scores, gain_weight=0.6)["reward/failed_share"] == pytest.approx(2 / 4)
+    credit = outcome_plus_gain(gain_weight=0.6, normalise_by_std=True)(bad.trajectories, scores)
+    assert [bool(array.any()) for array in credit] == [False, True, False, True]
+
+
+async def test_a_retriever_that_is_down_halts_the_step_and_is_named() -> None:
+    server = AnsweringServer(lambda _: Reply(SECRET, 500))
+    async with asyncio.timeout(20.0):
+        with pytest.raises(TrainingHaltedError, match=r"2 x search_failed.*status 500.*mend the retriever"):
+            await collect(server, max_failure_share=0.1)
