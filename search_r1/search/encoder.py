@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from transformers.utils import logging as transformers_logging
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.model_files import check_weights, find_model, hash_model, name_model
+from search_r1.search.model_files import check_weights, find_model, hash_model, list_module_files, name_model
 from search_r1.search.recipes import (
     EncodingRecipe,
     PartialRecipe,
@@ -115,6 +115,12 @@ class TextEncoder:
         return vectors
 
 
+def silence_transformers() -> None:
+    """No progress bars, and no tables of missing weights: whoever loads a model here refuses those."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 class _WholeTransformer(Transformer):
     """Refuses weights that lack something, which would be random instead."""
 
@@ -132,8 +138,7 @@ def _load_model(
     folder: Path, *, stated: StatedModel, recipe: EncodingRecipe, device: torch.device, dtype: torch.dtype
 ) -> SentenceTransformer:
     """Vectors are normalised by the caller, in fp32, so a module for that is left out."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # its report on missing weights: see _WholeTransformer
+    silence_transformers()
     modules: list[torch.nn.Module] = []
     try:
         for kind, place in stated.modules:
@@ -186,10 +191,5 @@ def _load_pooling(folder: Path, *, place: str, pooling: str, dim: int) -> Poolin
 def hash_encoder(folder: Path, *, stated: StatedModel) -> str:
     """One hash of all files that the vectors depend on; what the recipe says is not among them."""
     transformer = folder / stated.modules[0][1]
-    further = sorted(transformer.glob("sentence_*_config.json"))
-    for kind, place in stated.modules[1:]:
-        if kind != "Normalize" and place:
-            further += sorted((folder / place).glob("*.json")) + sorted(
-                (folder / place).glob("*.safetensors")
-            )
-    return hash_model(transformer, further=further)
+    sentence_configs = sorted(transformer.glob("sentence_*_config.json"))
+    return hash_model(transformer, further=[*sentence_configs, *list_module_files(folder)])

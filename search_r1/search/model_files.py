@@ -85,6 +85,35 @@ def check_weights(folder: Path, *, role: str) -> None:
     raise RetrieverError(f"{role} {folder} does not load (no *.safetensors); the weights are missing")
 
 
+def read_modules(folder: Path) -> list[tuple[str, str]] | None:
+    """(class, folder) of what a text goes through, in order; folders relative to the model's.
+
+    None when there is no modules.json, as in a plain transformer. Raises RetrieverError for a broken one.
+    """
+    path = folder / "modules.json"
+    if not path.is_file():
+        return None
+    try:
+        modules = [(str(entry["type"]), str(entry["path"])) for entry in json.loads(path.read_bytes())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RetrieverError(f"{path} is not a list of modules ({error!r}); copy the model again") from error
+    for _, place in modules:
+        if not (folder / place).resolve().is_relative_to(folder.resolve()):
+            raise RetrieverError(f"{path} names a module outside of the model's folder: {place!r}")
+    return modules
+
+
+def list_module_files(folder: Path) -> list[Path]:
+    """Configuration and weights of the modules behind the first, which have folders of their own."""
+    places = [place for _, place in (read_modules(folder) or [])[1:] if place]
+    return [
+        file
+        for place in places
+        for pattern in ("*.json", "*.safetensors")
+        for file in sorted((folder / place).glob(pattern))
+    ]
+
+
 def hash_model(folder: Path, *, further: Sequence[Path] = ()) -> str:
     """One hash of weights, configuration and tokenizer in `folder`, and of the `further` files.
 

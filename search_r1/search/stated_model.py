@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.model_files import read_json
+from search_r1.search.model_files import read_json, read_modules
 from search_r1.search.recipes import POOLINGS, PartialRecipe, StatedModel
 
 _MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Normalize")
+_PLAIN = (("Transformer", ""), ("Pooling", ""))
 _SENTENCE_CONFIGS = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -36,10 +36,9 @@ _PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer
 
 def read_stated_model(folder: Path) -> StatedModel:
     """Raises RetrieverError when the files cannot be read or want what is not supported here."""
-    modules = _read_modules(folder)
-    is_sentence_encoder = modules is not None
-    if modules is None:
-        modules = (("Transformer", ""), ("Pooling", ""))
+    listed = read_modules(folder)
+    is_sentence_encoder = listed is not None
+    modules = _PLAIN if listed is None else _check_modules(folder, listed)
     transformer = folder / modules[0][1]
     config = read_json(folder / "config_sentence_transformers.json")
     kind = config.get("model_type", "SentenceTransformer")
@@ -65,31 +64,24 @@ def read_stated_model(folder: Path) -> StatedModel:
     )
 
 
-def _read_modules(folder: Path) -> tuple[tuple[str, str], ...] | None:
-    path = folder / "modules.json"
-    if not path.is_file():
-        return None
-    try:
-        entries = [(str(entry["type"]), str(entry["path"])) for entry in json.loads(path.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RetrieverError(f"{path} is not a list of modules ({error!r}); copy the model again") from error
-    modules = []
-    for reference, place in entries:
-        library, _, kind = reference.split(".")[0], "", reference.rsplit(".", 1)[-1]
-        if library != "sentence_transformers" or kind not in _MODULES:
+def _check_modules(folder: Path, modules: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """With the bare names of the classes. Raises RetrieverError for what is not supported."""
+    checked = []
+    for reference, place in modules:
+        kind = reference.rsplit(".", 1)[-1]
+        if not reference.startswith("sentence_transformers.") or kind not in _MODULES:
             raise RetrieverError(
                 f"encoder {folder} wants a module {reference!r}; supported are {list(_MODULES)} of "
                 "sentence_transformers, and code that comes with a model is never run"
             )
-        if not (folder / place).resolve().is_relative_to(folder.resolve()):
-            raise RetrieverError(f"{path} names a module outside of the model's folder: {place!r}")
-        modules.append((kind, place))
-    kinds = [kind for kind, _ in modules]
+        checked.append((kind, place))
+    kinds = [kind for kind, _ in checked]
     if kinds[:1] != ["Transformer"] or kinds.count("Transformer") > 1 or kinds.count("Pooling") != 1:
         raise RetrieverError(
-            f"{path} has the modules {kinds}; expected a Transformer, then one Pooling and what refines it"
+            f"encoder {folder} has the modules {kinds}; expected a Transformer, then one Pooling and what "
+            "refines it"
         )
-    return tuple(modules)
+    return tuple(checked)
 
 
 def _read_prompts(prompts: Mapping[str, object]) -> tuple[str | None, str | None]:

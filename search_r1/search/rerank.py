@@ -1,0 +1,214 @@
+"""A second opinion: a cross-encoder reads each query with the documents found for it and orders them anew."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from sentence_transformers import CrossEncoder
+
+from search_r1.search.encoder import silence_transformers
+from search_r1.search.errors import RetrieverError
+from search_r1.search.model_files import (
+    check_weights,
+    find_model,
+    hash_model,
+    list_module_files,
+    name_model,
+    read_modules,
+)
+from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, Retriever, SearchFailure
+
+logger = logging.getLogger(__name__)
+
+_MAX_PAIRS = 1024
+"""Pairs of one call, which cannot be interrupted: a small cross-encoder reads hundreds a second on a CPU."""
+
+
+class Reranker(Protocol):
+    """Say how well documents answer queries. Called from one thread at a time."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """One score for every (query, document), higher is better; what is not finite is no score."""
+        ...
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        """What its scores depend on."""
+        ...
+
+
+class CrossEncoderReranker:
+    """A sequence classifier with one label, over pairs. Not thread-safe. fp32 on a CPU, fp16 on a GPU."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        """Raises RetrieverError when `path`, a folder or the name of a hub model, is not such a model.
+
+        `device` None: a GPU if there is one. `max_length`: tokens of query and document together, where the
+        longer one is cut first; None for what the model says.
+        """
+        folder = find_model(path, role="reranker")
+        for place in {"", *(place for _, place in read_modules(folder) or ())}:
+            if not place or any((folder / place).glob("*.bin")):
+                check_weights(folder / place, role="reranker")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._name = name_model(folder)
+        self._model = _load_cross_encoder(folder, device=device)
+        self._batch_size = batch_size
+        limit = self._model.max_seq_length
+        if max_length is not None:
+            if not 8 <= max_length <= limit:
+                raise RetrieverError(
+                    f"max_length {max_length} does not fit reranker {self._name}; expected 8 to {limit}"
+                )
+            self._model.max_seq_length = max_length
+        self._sha256 = hash_model(folder, further=list_module_files(folder))
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Batches are of like length; the activation is the one the model was made for."""
+        if not pairs:
+            return []
+        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False)
+        return [float(score) for score in scores]
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        return {
+            "reranker": self._name,
+            "reranker_sha256": self._sha256,
+            "reranker_max_length": self._model.max_seq_length,
+            "reranker_activation": type(self._model.activation_fn).__name__,
+        }
+
+
+class RerankedRetriever:
+    """Ask `inner` for more than is wanted, and keep what the model likes best of it.
+
+    A query is scored with its own documents only, all queries of a call in one batch, in a thread. The scores
+    of the hits are the model's. What `inner` did not answer stays unanswered.
+    """
+
+    def __init__(self, inner: Retriever, *, model: Reranker, depth: int) -> None:
+        """`depth`: documents per query that the model reads (more if more are asked for)."""
+        if depth < 1:
+            raise RetrieverError(f"the depth of reranking is {depth}, expected at least 1")
+        self.max_batch = max(1, min(inner.max_batch, _MAX_PAIRS // depth))
+        self.num_parallel_calls = inner.num_parallel_calls
+        self._inner = inner
+        self._model = model
+        self._depth = depth
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rerank")
+
+    @property
+    def num_passages(self) -> int | None:
+        return self._inner.num_passages
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        return {**self._inner.describe(), **self._model.describe(), "rerank_depth": self._depth}
+
+    async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        end = time.monotonic() + timeout_s
+        outcomes = await self._inner.search(queries, topk=max(self._depth, topk), timeout_s=timeout_s)
+        asked = [(query, found) for query, found in zip(queries, outcomes, strict=True) if _has_hits(found)]
+        if not asked:
+            return outcomes
+        if time.monotonic() >= end:
+            late = SearchFailure(
+                kind=FailureKind.DEADLINE, reason="the documents came too late to be reranked"
+            )
+            return [late if _has_hits(found) else found for found in outcomes]
+        loop = asyncio.get_running_loop()
+        reranked = iter(await loop.run_in_executor(self._thread, self._rerank, asked))
+        return [_cut(next(reranked), topk) if _has_hits(found) else found for found in outcomes]
+
+    async def aclose(self) -> None:
+        """Wait for the running batch; drop those that wait. Then close the inner one."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        await self._inner.aclose()
+
+    def _rerank(self, asked: Sequence[tuple[str, Outcome]]) -> list[Outcome]:
+        found = [(query, hits) for query, hits in asked if not isinstance(hits, SearchFailure)]
+        pairs = [(query, hit.document.contents) for query, hits in found for hit in hits]
+        try:
+            scores = iter(self._model.score(pairs))
+        except RuntimeError as error:  # torch: out of memory, for one
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.exception("reranking %d pairs failed", len(pairs))
+            failure = SearchFailure(kind=FailureKind.INTERNAL, reason=f"the reranker failed: {first_line}")
+            return [failure] * len(found)
+        return [_order(hits, [next(scores) for _ in hits]) for _, hits in found]
+
+
+def load_reranker(
+    path: str | Path, *, device: str | None = None, max_length: int | None = None
+) -> CrossEncoderReranker:
+    """See CrossEncoderReranker."""
+    return CrossEncoderReranker(path, device=device, max_length=max_length)
+
+
+def _has_hits(outcome: Outcome) -> bool:
+    return not isinstance(outcome, SearchFailure) and len(outcome) > 0
+
+
+def _cut(outcome: Outcome, topk: int) -> Outcome:
+    return outcome if isinstance(outcome, SearchFailure) else outcome[:topk]
+
+
+def _order(hits: Found, scores: Sequence[float]) -> Outcome:
+    """Best score first, equal ones in the order they came in; without a number for each there is no order."""
+    if not all(map(math.isfinite, scores)):
+        return SearchFailure(kind=FailureKind.INTERNAL, reason="the reranker gave a score that is no number")
+    rescored = [Hit(document=hit.document, score=score) for hit, score in zip(hits, scores, strict=True)]
+    return tuple(sorted(rescored, key=lambda hit: -hit.score))  # stable
+
+
+def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
+    silence_transformers()
+    weights = {"dtype": torch.float32 if device == "cpu" else torch.float16, "use_safetensors": True}
+    try:
+        model = CrossEncoder(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs=dict(weights),
+        )
+        network = model.transformers_model
+        if network is None:
+            raise RetrieverError(f"reranker {folder} has no transformer, expected a cross-encoder")
+        # The library does not say which weights it had to make up: ask again. A head that is missing, because
+        # this is an encoder, would order documents at random.
+        _, report = type(network).from_pretrained(
+            str(folder), config=network.config, local_files_only=True, output_loading_info=True, **weights
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        if isinstance(error, RetrieverError):
+            raise
+        first_line = (str(error).splitlines() or [""])[0]
+        raise RetrieverError(
+            f"reranker {folder} does not load ({first_line}); expected a cross-encoder's folder or name"
+        ) from error
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise RetrieverError(
+            f"reranker {folder} lacks the weights {absent[:3]} ({len(absent)} in all); "
+            "expected a cross-encoder, not the encoder that it was made of"
+        )
+    if model.num_labels != 1:
+        raise RetrieverError(
+            f"reranker {folder} sorts into {model.num_labels} classes, expected a model with one score "
+            "(num_labels 1)"
+        )
+    return model

@@ -1,0 +1,274 @@
+"""Reranking: who reads what, in which order it comes out, and what a model is refused for."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from search_r1.search.errors import RetrieverError
+from search_r1.search.rerank import RerankedRetriever, load_reranker
+from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
+from search_r1.search.schema import Document
+from tests.search_r1.search.tiny_models import save_cross_encoder, save_transformer
+
+BROKEN = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="down")
+
+
+def find(*texts: str) -> Found:
+    return tuple(
+        Hit(document=Document(id=text, contents=text), score=9.0 - rank) for rank, text in enumerate(texts)
+    )
+
+
+class Inner:
+    """Finds what its table says."""
+
+    max_batch = 256
+    num_parallel_calls = 3
+    num_passages = 11
+
+    def __init__(self, table: Mapping[str, Outcome], *, delay_s: float = 0.0) -> None:
+        self.depths: list[int] = []
+        self.is_closed = False
+        self._table = table
+        self._delay_s = delay_s
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        return {"retriever": "inner"}
+
+    async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        self.depths.append(topk)
+        await asyncio.sleep(self._delay_s)
+        outcomes = [self._table[query] for query in queries]
+        return [found if isinstance(found, SearchFailure) else found[:topk] for found in outcomes]
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+class Judge:
+    """Scores a pair by a table, else by the length of its document; remembers pairs and threads."""
+
+    def __init__(self, scores: Mapping[tuple[str, str], float] | None = None) -> None:
+        self.calls: list[list[tuple[str, str]]] = []
+        self.threads: set[int] = set()
+        self._scores = scores or {}
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        self.calls.append(list(pairs))
+        self.threads.add(threading.get_ident())
+        return [self._scores.get(pair, float(len(pair[1]))) for pair in pairs]
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        return {"reranker": "judge", "reranker_sha256": "f00"}
+
+
+def list_ids(outcome: Outcome) -> list[str]:
+    assert not isinstance(outcome, SearchFailure)
+    return [hit.document.id for hit in outcome]
+
+
+async def test_each_query_is_read_with_its_own_documents_only_in_one_batch() -> None:
+    inner = Inner({"p": find("a", "bbb", "cc", "dddd"), "q": find("eeeee", "f"), "r": find("g")})
+    judge = Judge()
+    reranked = RerankedRetriever(inner, model=judge, depth=3)
+    outcomes = await reranked.search(["p", "q", "r"], topk=2, timeout_s=5)
+    pairs = [("p", "a"), ("p", "bbb"), ("p", "cc"), ("q", "eeeee"), ("q", "f"), ("r", "g")]
+    assert judge.calls == [pairs]  # the fourth of p is beyond the depth
+    assert inner.depths == [3]
+    assert [list_ids(found) for found in outcomes] == [["bbb", "cc"], ["eeeee", "f"], ["g"]]
+    first = outcomes[0]
+    assert not isinstance(first, SearchFailure)
+    assert [hit.score for hit in first] == [3.0, 2.0]  # the model's, not the inner one's
+    assert judge.threads.isdisjoint({threading.get_ident()})
+    await reranked.aclose()
+    assert inner.is_closed
+
+
+async def test_more_documents_than_the_depth_are_read_when_more_are_asked_for() -> None:
+    inner = Inner({"p": find("a", "bbb", "cc", "dddd")})
+    reranked = RerankedRetriever(inner, model=Judge(), depth=2)
+    assert list_ids((await reranked.search(["p"], topk=4, timeout_s=5))[0]) == ["dddd", "bbb", "cc", "a"]
+    assert inner.depths == [4]
+
+
+async def test_equal_scores_keep_the_order_of_the_inner_retriever() -> None:
+    reranked = RerankedRetriever(Inner({"p": find("bb", "aa", "c", "ab")}), model=Judge(), depth=4)
+    assert list_ids((await reranked.search(["p"], topk=4, timeout_s=5))[0]) == ["bb", "aa", "ab", "c"]
+
+
+async def test_failures_and_empty_answers_pass_through_unread() -> None:
+    inner = Inner({"bad": BROKEN, "": (), "p": find("a", "bb")})
+    judge = Judge()
+    reranked = RerankedRetriever(inner, model=judge, depth=5)
+    outcomes = await reranked.search(["bad", "", "p"], topk=1, timeout_s=5)
+    assert outcomes[0] is BROKEN
+    assert outcomes[1] == ()
+    assert list_ids(outcomes[2]) == ["bb"]
+    assert await reranked.search(["bad", ""], topk=1, timeout_s=5) == [BROKEN, ()]
+    assert len(judge.calls) == 1
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+async def test_a_score_that_is_no_number_fails_its_query_and_no_other(score: float) -> None:
+    inner = Inner({"p": find("a", "bb"), "q": find("a", "bb")})
+    reranked = RerankedRetriever(inner, model=Judge({("p", "bb"): score}), depth=2)
+    spoilt, whole = await reranked.search(["p", "q"], topk=2, timeout_s=5)
+    assert isinstance(spoilt, SearchFailure)
+    assert (spoilt.kind, "no number" in spoilt.reason) == (FailureKind.INTERNAL, True)
+    assert list_ids(whole) == ["bb", "a"]
+
+
+async def test_a_model_that_breaks_fails_what_it_should_have_read() -> None:
+    class Breaking(Judge):
+        def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+            raise RuntimeError("out of memory\ntrace")
+
+    reranked = RerankedRetriever(Inner({"p": find("a"), "": ()}), model=Breaking(), depth=2)
+    broken, empty = await reranked.search(["p", ""], topk=1, timeout_s=5)
+    assert broken == SearchFailure(kind=FailureKind.INTERNAL, reason="the reranker failed: out of memory")
+    assert empty == ()
+
+
+async def test_documents_that_come_after_the_deadline_are_not_read() -> None:
+    judge = Judge()
+    reranked = RerankedRetriever(Inner({"p": find("a"), "bad": BROKEN}, delay_s=0.05), model=judge, depth=2)
+    late, broken = await reranked.search(["p", "bad"], topk=1, timeout_s=0.01)
+    assert isinstance(late, SearchFailure)
+    assert (late.kind, broken) == (FailureKind.DEADLINE, BROKEN)
+    assert judge.calls == []
+
+
+async def test_the_event_loop_stays_free_and_calls_of_the_model_do_not_overlap() -> None:
+    class Slow(Judge):
+        num_running = 0
+
+        def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+            self.num_running += 1
+            assert self.num_running == 1
+            time.sleep(0.05)
+            self.num_running -= 1
+            return super().score(pairs)
+
+    reranked = RerankedRetriever(Inner({"p": find("a", "bb")}), model=Slow(), depth=2)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+    ticker = asyncio.create_task(tick())
+    outcomes = await asyncio.gather(*(reranked.search(["p"], topk=1, timeout_s=5) for _ in range(3)))
+    ticker.cancel()
+    assert [list_ids(found[0]) for found in outcomes] == [["bb"]] * 3
+    assert ticks >= 5
+    await reranked.aclose()
+
+
+def test_facts_of_both_and_bounded_batches() -> None:
+    reranked = RerankedRetriever(Inner({}), model=Judge(), depth=20)
+    facts = {"retriever": "inner", "reranker": "judge", "reranker_sha256": "f00", "rerank_depth": 20}
+    assert reranked.describe() == facts
+    assert reranked.max_batch == 51  # 1024 pairs
+    assert (reranked.num_passages, reranked.num_parallel_calls) == (11, 3)
+    assert RerankedRetriever(Inner({}), model=Judge(), depth=2000).max_batch == 1
+    with pytest.raises(RetrieverError, match="depth of reranking is 0"):
+        RerankedRetriever(Inner({}), model=Judge(), depth=0)
+
+
+# ------------------------------------------------------------------------------------------- the real models
+
+
+PAIRS = [("the cat", "a cat sat"), ("old ship", "the ship lies in the harbour"), ("the cat", "river flows")]
+
+
+def score_by_hand(folder: Path, *, max_length: int = 64) -> list[float]:
+    """Logits, one pair at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return [
+            float(
+                model(
+                    **tokenizer(query, text, return_tensors="pt", truncation=True, max_length=max_length)
+                ).logits[0, 0]
+            )
+            for query, text in PAIRS
+        ]
+
+
+def test_scores_are_the_models_own(tmp_path: Path) -> None:
+    """Sigmoid unless the model says otherwise; in one padded batch as by hand."""
+    folder = save_cross_encoder(tmp_path / "tiny")
+    reranker = load_reranker(folder, device="cpu")
+    logits = np.array(score_by_hand(folder))
+    np.testing.assert_allclose(reranker.score(PAIRS), 1 / (1 + np.exp(-logits)), atol=1e-6)
+    facts = reranker.describe()
+    assert (facts["reranker"], facts["reranker_max_length"]) == ("tiny", 64)
+    assert facts["reranker_activation"] == "Sigmoid"
+    assert reranker.score([]) == []
+    identity = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+    other = load_reranker(save_cross_encoder(tmp_path / "identity", **identity), device="cpu")
+    np.testing.assert_allclose(other.score(PAIRS), logits, atol=1e-5)
+    assert other.describe()["reranker_activation"] == "Identity"
+    assert other.describe()["reranker_sha256"] != facts["reranker_sha256"]
+
+
+def test_pairs_are_cut_at_the_models_length(tmp_path: Path) -> None:
+    folder = save_cross_encoder(tmp_path / "tiny")
+    reranker = load_reranker(folder, device="cpu", max_length=8)
+    long = [("the cat", "a cat sat " * 50), ("the cat", "a cat sat " * 5)]
+    scores = reranker.score(long)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+    assert reranker.describe()["reranker_max_length"] == 8
+    with pytest.raises(RetrieverError, match="max_length 65 does not fit reranker tiny; expected 8 to 64"):
+        load_reranker(folder, device="cpu", max_length=65)
+
+
+def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RetrieverError, match="sorts into 3 classes, expected a model with one score"):
+        load_reranker(save_cross_encoder(tmp_path / "classes", num_labels=3), device="cpu")
+    with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.bias', .*not the encoder"):
+        load_reranker(save_transformer(tmp_path / "encoder"), device="cpu")
+    with pytest.raises(RetrieverError, match=r"reranker .*nowhere does not load"):
+        load_reranker(tmp_path / "nowhere", device="cpu")
+    folder = save_cross_encoder(tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RetrieverError, match="a pickle"):
+        load_reranker(folder, device="cpu")
+    folder = save_cross_encoder(tmp_path / "cut")
+    weights = load_file(folder / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.weight'\]"):
+        load_reranker(folder, device="cpu")
+
+
+def test_loading_and_scoring_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_reranker(save_cross_encoder(tmp_path / "tiny"), device="cpu").score(PAIRS * 40)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_real_model_reranks(tmp_path: Path) -> None:
+    folder = save_cross_encoder(tmp_path / "tiny")
+    scores = dict(zip(PAIRS, score_by_hand(folder), strict=True))
+    texts = ["a cat sat", "river flows"]
+    reranked = RerankedRetriever(
+        Inner({"the cat": find(*texts)}), model=load_reranker(folder, device="cpu"), depth=2
+    )
+    found = (await reranked.search(["the cat"], topk=2, timeout_s=30))[0]
+    assert list_ids(found) == sorted(texts, key=lambda text: -scores["the cat", text])
+    await reranked.aclose()
