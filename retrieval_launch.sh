@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Start the retriever in the foreground. Stop it with Ctrl-C.
+# Start the retriever in the foreground. Stop it with Ctrl-C. Every flag goes to the server, which reads its
+# variables itself; a flag wins over its variable.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Start the retriever: a dense Faiss index behind POST /retrieve.
+Start the retriever: an index, or a search engine, behind POST /retrieve.
 
   bash retrieval_launch.sh                      the embedded world on http://127.0.0.1:8000
   bash retrieval_launch.sh --port 8001          all flags go to retrieval_server.py
   INDEX_PATH=e5_Flat.index CORPUS_PATH=wiki-18.jsonl RETRIEVER_MODEL=intfloat/e5-base-v2 \
       bash retrieval_launch.sh --faiss_gpu      Wikipedia, as published by Search-R1
+  bash retrieval_launch.sh --retriever_name mock    an online engine that makes all answers up
 
-Variables, used where they are set and the flag is not given:
-  RETRIEVER_HOST  RETRIEVER_PORT  INDEX_PATH  CORPUS_PATH  RETRIEVER_MODEL  TOPK
+Variables, used where the flag is not given: RETRIEVER_HOST  RETRIEVER_PORT  RETRIEVER_NAME  INDEX_PATH
+  CORPUS_PATH  RETRIEVER_MODEL  TOPK  RETRIEVER_TOKEN, and what is named behind each flag below
 
 Ready?   curl -s localhost:8000/health
 Ask it:  curl -s localhost:8000/retrieve -H 'Content-Type: application/json' \
@@ -24,14 +26,6 @@ TEXT
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"
 
-flags=()
-[[ -n "${RETRIEVER_HOST:-}" ]] && flags+=(--host "$RETRIEVER_HOST")
-[[ -n "${RETRIEVER_PORT:-}" ]] && flags+=(--port "$RETRIEVER_PORT")
-[[ -n "${INDEX_PATH:-}" ]] && flags+=(--index_path "$INDEX_PATH")
-[[ -n "${CORPUS_PATH:-}" ]] && flags+=(--corpus_path "$CORPUS_PATH")
-[[ -n "${RETRIEVER_MODEL:-}" ]] && flags+=(--retriever_model "$RETRIEVER_MODEL")
-[[ -n "${TOPK:-}" ]] && flags+=(--topk "$TOPK")
-
 for argument in "$@"; do
     if [[ "$argument" == --help || "$argument" == -h ]]; then
         usage
@@ -39,4 +33,4 @@ for argument in "$@"; do
     fi
 done
 
-exec "$python" -P -m search_r1.search.retrieval_server "${flags[@]}" "$@"
+exec "$python" -P -m search_r1.search.retrieval_server "$@"

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """Raises SettingError and InputError; exits as argparse does on an unknown flag and on --help."""
     given = vars(build_parser().parse_args(arguments))
-    flags = [part for s in SETTINGS if given[s.name] is not None for part in (s.flag, given[s.name])]
+    flags = [part for s in SETTINGS if s.name in given for part in (s.flag, given[s.name])]
     config = resolve_config(flags)
     if config.num_generations > given["max_samples"]:
         raise SettingError(

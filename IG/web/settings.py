@@ -128,22 +128,29 @@ def read_token_file(path: str) -> Value:
 def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Setting]) -> None:
     """The flag of every setting, for `resolve_settings` or for a command line that has more of them.
 
-    Every value stays text, None where the flag is not given.
+    Every value stays text; a flag that is not given leaves nothing in the namespace.
     """
     for setting in settings:
         meaning = f"{setting.meaning} (${setting.env}; default {setting.shown})".replace("%", "%%")
         if setting.parse is parse_switch:
             parser.add_argument(
-                setting.flag, dest=setting.name, action="store_const", const=_ON, help=meaning
+                setting.flag,
+                dest=setting.name,
+                action="store_const",
+                const=_ON,
+                default=argparse.SUPPRESS,
+                help=meaning,
             )
         else:
-            parser.add_argument(setting.flag, dest=setting.name, metavar="X", help=meaning)
+            parser.add_argument(
+                setting.flag, dest=setting.name, metavar="X", default=argparse.SUPPRESS, help=meaning
+            )
 
 
 def resolve_settings(
     settings: Iterable[Setting],
     *,
-    flags: Mapping[str, str | None],
+    flags: Mapping[str, str],
     environ: Mapping[str, str],
     derive_default: Callable[[Setting, Mapping[str, Value]], str] = lambda setting, _: setting.default,
 ) -> dict[str, Value]:

@@ -3,8 +3,8 @@
     python search_r1/search/retrieval_server.py --index_path e5_Flat.index --corpus_path wiki-18.jsonl
     curl -s localhost:8000/retrieve -H 'Content-Type: application/json' -d '{"query": "capital of France"}'
 
-The port is taken first and the models are loaded behind it: `/livez` answers at once, `/readyz`, `/health`
-and `/retrieve` say 503 until the retriever is there.
+The port is taken first and the retriever is loaded behind it: `/livez` answers at once, `/readyz`, `/health`
+and `/retrieve` say 503 until it is there.
 """
 
 from __future__ import annotations
@@ -16,248 +16,319 @@ if not __package__:
     # Run as a file: Python then searches this folder, whose modules are not meant to be top-level ones.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import argparse
 import asyncio
+import gc
 import logging
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal
 
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 
-from search_r1.search import defaults
+from IG.web.application import add_guards, add_states, make_application, package_version, wait_until_left
+from IG.web.host import Host
+from IG.web.limits import Admission, bounded_route
+from IG.web.loading import is_loading
+from IG.web.metrics import CONTENT_TYPE
+from IG.web.openapi import COMMON, Explained, metrics_response, refusals, security
+from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from search_r1.search.answers import find_refusal, render_answer
+from search_r1.search.assemble import check_files, open_retriever
+from search_r1.search.batching import BatchOptions, MicroBatcher
 from search_r1.search.errors import RetrieverError
-from search_r1.search.retriever import BatchSearch, Hit
-from search_r1.search.schema import MAX_TOPK, RetrieveRequest
+from search_r1.search.retriever import Outcome, Retriever
+from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
+from search_r1.search.server_metrics import RetrieverMetrics
+from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("search_r1.search.retrieval_server")
 
-_DRAIN_S = 5
+_WORK_PATH = "/retrieve"
+_TOKEN_VARIABLE = "RETRIEVER_TOKEN"
+_MAX_PASSAGES = 50_000
+"""Passages that one request may ask for, so that no answer fills the memory."""
+_LARGE_ANSWER = 1000
+"""Passages whose rendering takes so long that it is done beside the event loop."""
+
+_DESCRIPTION = """
+Give it queries, get the passages that fit best.
+
+* Queries that arrive at about the same time are searched together, equal ones once.
+* Without `allow_failures` a request fails when one of its queries does; with it that query's list is `null`
+  and `errors` says why. `null` is not an empty list, which says that nothing was found.
+* A caller who goes away cancels what nobody else waits for.
+* 429 and 503 carry `Retry-After`, in seconds.
+"""
+
+_REFUSALS: Explained = COMMON | {
+    413: (
+        "Too many queries or passages, or too long a body: ask for less at once.",
+        "the request has 5000 queries, expected at most 1024; split it or raise --max_queries",
+    ),
+    429: (
+        "So many queries wait that these must come back later, or the engine's quota is used up.",
+        "the queue is full: 4096 of 4096 queries wait or are worked on, no place for 4 more; try again "
+        "in 3 s",
+    ),
+    500: ("The search crashed.", "query 0 'Bolton': internal: the search crashed (ValueError: no such row)"),
+    502: (
+        "A search engine refused or gave what cannot be read.",
+        "query 0 'Bolton': refused: the engine does not accept the key",
+    ),
+    503: ("Not ready: loading, shutting down, or a search engine out of reach.", "Retriever not loaded"),
+    504: ("Not answered in time.", "query 0 'Bolton': deadline: not answered within 5 s"),
+}
 
 
-class RetrieverHost:
-    """Holds the retriever: loads it in the background, then searches in one thread off the event loop."""
+class HealthResponse(BaseModel):
+    """State of the server."""
 
-    def __init__(self, load: Callable[[], BatchSearch]) -> None:
-        self._load = load
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
-        self._retriever: BatchSearch | None = None
-        self.failure: RetrieverError | None = None
+    status: Literal["healthy", "loading", "stopping"]
+    passages: int | None = Field(description="In the corpus; null when nobody knows.", examples=[21015324])
+    topk: int = Field(description="Passages per query where the request names no number.", examples=[3])
 
-    @property
-    def num_passages(self) -> int | None:
-        """None until loaded."""
-        return None if self._retriever is None else len(self._retriever)
 
-    def start_loading(self, *, on_end: Callable[[], None]) -> None:
-        """`on_end` is called from the loading thread, whether it went well or not (see `failure`)."""
+class VersionResponse(BaseModel):
+    """Everything that the answers depend on."""
 
-        def run() -> None:
-            try:
-                self._retriever = self._load()
-            except RetrieverError as error:
-                self.failure = error
-            finally:
-                on_end()
-
-        # A daemon, so that a stop signal need not wait for an index of gigabytes.
-        threading.Thread(target=run, name="load", daemon=True).start()
-
-    async def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """Only when `num_passages` is not None."""
-        assert self._retriever is not None
-        search = self._retriever.search
-        return await asyncio.get_running_loop().run_in_executor(
-            self._worker, lambda: search(queries, topk=topk)
-        )
-
-    def close(self) -> None:
-        """Let the running search end, drop the waiting ones."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    version: str = Field(description="Of this package; `unknown` where it is not installed.")
+    topk: int = Field(examples=[3])
+    passages: int | None = Field(description="Null until it is loaded, and when nobody knows.")
+    retriever: dict[str, str | int | float | None] | None = Field(
+        description="What was built and opened: names, hashes, parameters. Null until it is loaded."
+    )
 
 
 def create_app(
-    load: Callable[[], BatchSearch],
+    open_retriever: Callable[[], Awaitable[Retriever]],
     *,
-    topk: int = 3,
-    on_loaded: Callable[[RetrieverHost], None] | None = None,
+    settings: ServerSettings | None = None,
+    on_ready: Callable[[Retriever], None] = lambda _: None,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The service. `load` runs in a thread once the app starts; `topk` is the default of a request."""
-    host = RetrieverHost(load)
+    """The application; `open_retriever` is awaited in the background once it runs.
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        host.start_loading(on_end=lambda: on_loaded(host) if on_loaded else None)
-        yield
-        host.close()
+    `settings`: by default those of the server without any flag.
+    """
+    settings = settings or resolve_server(environ={})[0]
 
-    app = FastAPI(title="Retriever", lifespan=lifespan)
+    async def start() -> MicroBatcher:
+        return MicroBatcher(await open_retriever(), options=_batch_options(settings), counts=metrics)
 
-    @app.exception_handler(RequestValidationError)
-    async def explain(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Without the echoed input: it may be large, and need not be representable in JSON.
-        problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
-        return JSONResponse({"detail": problems}, status_code=422)
-
-    @app.exception_handler(RetrieverError)
-    async def report(_: Request, error: RetrieverError) -> JSONResponse:
-        logger.error("search failed: %s", error)
-        return JSONResponse({"detail": str(error)}, status_code=500)
-
-    @app.middleware("http")
-    async def check_loaded(
-        request: Request, call_next: Callable[[Request], Awaitable[JSONResponse]]
-    ) -> JSONResponse:
-        if host.num_passages is None and request.url.path in ("/retrieve", "/readyz", "/health"):
-            state = {"status": "loading", "detail": "the retriever is still loading"}
-            return JSONResponse(state, status_code=503, headers={"Retry-After": "1"})
-        return await call_next(request)
-
-    @app.get("/livez")
-    async def live() -> dict[str, str]:
-        return {"status": "alive"}
-
-    @app.get("/readyz")
-    async def ready() -> dict[str, str]:
-        return {"status": "ready"}
-
-    @app.get("/health")
-    async def health() -> dict[str, object]:
-        return {"status": "healthy", "passages": host.num_passages, "topk": topk}
-
-    @app.post("/retrieve")
-    async def retrieve(request: RetrieveRequest) -> JSONResponse:
-        found = await host.search(request.texts, topk=request.topk or topk)
-        return JSONResponse({"result": [_render(hits, with_scores=request.return_scores) for hits in found]})
-
+    host: Host[MicroBatcher] = Host(
+        start,
+        admission=Admission(max_things=settings.max_queue, things="queries"),
+        not_loaded="Retriever not loaded",
+    )
+    metrics = RetrieverMetrics(
+        in_progress=lambda: host.admission.num_held,
+        waiting=lambda: host.backend.num_waiting if host.backend else 0,
+    )
+    app = make_application(
+        host,
+        title="Retriever",
+        summary="Which passages of a corpus fit a query best?",
+        description=_DESCRIPTION,
+        on_ready=lambda batcher: on_ready(batcher.retriever),
+        on_failure=on_failure,
+    )
+    add_states(app, require_ready=host.require_open, responses=refusals(_REFUSALS, 503))
+    _add_health(app, host=host, settings=settings)
+    guarded = APIRouter(
+        dependencies=security(needs_token=bool(settings.token), described="--token_file or RETRIEVER_TOKEN"),
+        responses=refusals(_REFUSALS, 401),
+    )
+    _add_reports(guarded, host=host, metrics=metrics, settings=settings)
+    guarded.include_router(_work(host=host, metrics=metrics, settings=settings))
+    app.include_router(guarded)
+    add_guards(
+        app,
+        max_body_bytes=settings.max_body_bytes,
+        body_flag="--max_body_mb",
+        things="queries",
+        token=settings.token,
+        metrics=metrics.requests,
+        work_path=_WORK_PATH,
+    )
     return app
 
 
-def _render(hits: Sequence[Hit], *, with_scores: bool) -> list[dict[str, object]]:
-    documents: list[dict[str, object]] = [
-        {"id": hit.document.id, "contents": hit.document.contents} for hit in hits
-    ]
-    if not with_scores:
-        return documents
-    return [{"document": document, "score": hit.score} for document, hit in zip(documents, hits, strict=True)]
+def _batch_options(settings: ServerSettings) -> BatchOptions:
+    return BatchOptions(
+        together=settings.batching,
+        max_batch=settings.max_batch,
+        window_s=settings.batch_window_ms / 1000,
+        cache_size=settings.cache_size,
+    )
 
 
-def serve(settings: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM. Exit status: 0 stopped, 1 bad files or a taken port."""
-    started = time.monotonic()
-    try:
-        _check_files(settings)
-        listener = _take_port(settings.host, settings.port)
-    except RetrieverError as error:
-        logger.error("%s", error)
-        return 1
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSettings) -> None:
+    @app.get(
+        "/health",
+        tags=["state"],
+        response_model=HealthResponse,
+        responses={503: {"model": HealthResponse, "description": "Loading or stopping."}},
+    )
+    async def health() -> Response:
+        """State of the server; 503 unless it answers searches."""
+        status = "stopping" if host.draining else "loading" if host.backend is None else "healthy"
+        passages = host.backend.retriever.num_passages if host.backend else None
+        body = {"status": status, "passages": passages, "topk": settings.topk}
+        if status == "healthy":
+            return JSONResponse(body)
+        return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
-    def load() -> BatchSearch:
-        # Here, because torch and faiss take seconds to import and --help or a taken port need neither.
-        from search_r1.search.dense import load_dense
 
-        return load_dense(
-            Path(settings.index_path),
-            corpus_path=Path(settings.corpus_path),
-            encoder_path=settings.retriever_model,
-            retriever_name=settings.retriever_name,
-            on_gpu=settings.faiss_gpu,
-            num_threads=settings.num_threads,
+def _add_reports(
+    router: APIRouter, *, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings
+) -> None:
+    @router.get("/version", tags=["state"])
+    async def version() -> VersionResponse:
+        """Everything that the answers depend on."""
+        retriever = host.backend.retriever if host.backend else None
+        return VersionResponse(
+            version=package_version(),
+            topk=settings.topk,
+            passages=retriever.num_passages if retriever else None,
+            retriever=dict(retriever.describe()) if retriever else None,
         )
 
-    def announce(host: RetrieverHost) -> None:
-        if host.num_passages is None:
-            logger.error("the retriever does not start: %s", host.failure or "loading crashed, see above")
-            server.should_exit = True
-            failed.set()
-            return
-        seconds = time.monotonic() - started
-        logger.info("ready: %s/retrieve (%d passages, %.1f s)", url, host.num_passages, seconds)
+    example = "retriever_queries_in_progress 0.0\n"
 
-    failed = threading.Event()
-    app = create_app(load, topk=settings.topk, on_loaded=announce)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+    @router.get("/metrics", tags=["state"], response_class=Response, responses=metrics_response(example))
+    async def read_metrics() -> Response:
+        """Counters in the text format of Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings) -> APIRouter:
+    def require_fitting(value: object) -> None:
+        _require_fitting(value, settings=settings)
+
+    router = APIRouter(
+        route_class=bounded_route(read=host.read, require_fitting=require_fitting, things="queries")
     )
-    logger.info("loading %s, %s and %s", settings.corpus_path, settings.index_path, settings.retriever_model)
-    with listener:
-        server.run(sockets=[listener])
-    return 1 if failed.is_set() else 0
 
-
-def _check_files(settings: argparse.Namespace) -> None:
-    """What can be seen without loading anything, so that a typo costs no waiting."""
-    if not Path(settings.corpus_path).is_file():
-        raise RetrieverError(f"--corpus_path {settings.corpus_path} is not a file; expected a JSONL file")
-    if not Path(settings.index_path).is_file():
-        fix = "build it with `bash search_r1/search/build_index.sh` (see its --help)"
-        raise RetrieverError(f"--index_path {settings.index_path} is not a file; {fix}")
-    model = Path(settings.retriever_model)
-    if model.is_absolute() and not model.is_dir():  # a relative one may be a name in the hub cache
-        raise RetrieverError(f"--retriever_model {model} is not a folder; expected a Hugging Face model")
-
-
-def _take_port(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio asks: no 40 ms delays
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        fix = "stop what runs there, or choose another one with --port (and retriever.url in the training)"
-        raise RetrieverError(f"cannot listen on {host}:{port} ({error.strerror}): {fix}") from error
-    return listener
-
-
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="retrieval_server",
-        description="Serve a dense index over HTTP. Without arguments: the embedded world.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    @router.post(
+        _WORK_PATH,
+        tags=["search"],
+        response_model=ScoredAnswer | BareAnswer,
+        responses=refusals(_REFUSALS, 400, 408, 413, 415, 422, 429, 500, 502, 503, 504),
     )
-    add = parser.add_argument
-    add("--index_path", default=str(defaults.INDEX_PATH), help="Faiss index")
-    add("--corpus_path", default=str(defaults.CORPUS_PATH), help='JSONL with {"id", "contents"} per line')
-    add("--topk", default=3, type=int, help="passages per query where the request names no number")
-    add("--retriever_name", default=defaults.RETRIEVER_NAME, help="encoder family: prefixes and pooling")
-    add("--retriever_model", default=str(defaults.ENCODER_PATH), help="encoder: folder or cached model name")
-    add("--faiss_gpu", action="store_true", help="search on all visible GPUs (needs a GPU build of Faiss)")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for other machines")
-    add("--port", default=8000, type=int, help="0 takes a free one")
-    # Half of the cores: the trainer and its engines work next door, and waiting threads burn their time.
-    half = max(1, len(os.sched_getaffinity(0)) // 2)
-    add("--num_threads", default=half, type=int, help="for encoding and search on the CPU")
-    settings = parser.parse_args(arguments)
-    if not 1 <= settings.topk <= MAX_TOPK:
-        parser.error(f"--topk must be in 1..{MAX_TOPK}, got {settings.topk}")
-    if settings.num_threads < 1:
-        parser.error(f"--num_threads must be at least 1, got {settings.num_threads}")
-    if not 0 <= settings.port <= 65535:
-        parser.error(f"--port must be in 0..65535, got {settings.port}")
-    return settings
+    async def retrieve(body: RetrieveRequest, request: Request) -> Response:
+        """The best passages for every query, in order."""
+        queries = body.texts
+        timeout_s = body.timeout_s or settings.request_timeout_s
+
+        async def search(batcher: MicroBatcher) -> list[Outcome]:
+            return await batcher.search(queries, topk=body.topk or settings.topk, timeout_s=timeout_s)
+
+        outcomes = await host.run(search, size=len(queries), caller_left=lambda: wait_until_left(request))
+        metrics.count_outcomes(outcomes)
+        if not body.allow_failures:
+            _require_answered(outcomes, queries=queries)
+        answer = await _render(outcomes, body=body)
+        return Response(answer, media_type="application/json")
+
+    return router
+
+
+def _require_fitting(value: object, *, settings: ServerSettings) -> None:
+    """Raises HTTPException for a request that can never be accepted."""
+    if not isinstance(value, dict) or not isinstance(queries := value.get("queries"), list):
+        return
+    limit, flag = min((settings.max_queries, "--max_queries"), (settings.max_queue, "--max_queue"))
+    if len(queries) > limit:
+        raise HTTPException(
+            413, f"the request has {len(queries)} queries, expected at most {limit}; split it or raise {flag}"
+        )
+    topk = value.get("topk") or settings.topk
+    if isinstance(topk, int) and topk * len(queries) > _MAX_PASSAGES:
+        raise HTTPException(
+            413,
+            f"the request asks for {topk} passages for each of {len(queries)} queries, expected at most "
+            f"{_MAX_PASSAGES} together; split it",
+        )
+
+
+def _require_answered(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> None:
+    """Raises HTTPException that names the first query without an answer."""
+    refusal = find_refusal(outcomes, queries=queries)
+    if refusal is None:
+        return
+    headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
+    raise HTTPException(refusal.status, refusal.detail, headers=headers)
+
+
+async def _render(outcomes: Sequence[Outcome], *, body: RetrieveRequest) -> bytes:
+    def render() -> bytes:
+        return render_answer(outcomes, with_scores=body.return_scores, with_errors=body.allow_failures)
+
+    num_passages = sum(len(outcome) for outcome in outcomes if isinstance(outcome, tuple))
+    return render() if num_passages <= _LARGE_ANSWER else await asyncio.to_thread(render)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the flags, set up logging and stop signals, serve."""
-    settings = _parse_arguments(arguments)
+    """Serve until SIGINT or SIGTERM. Exit status: 0 stopped, 1 it could not start or load.
+
+    Ends the process by itself when it was stopped while it still loads, which nothing can interrupt.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s retriever %(levelname)s %(message)s")
-    for noisy in ("uvicorn", "uvicorn.error", "faiss", "faiss.loader", "httpx"):
+    for noisy in ("uvicorn", "uvicorn.error", "faiss", "faiss.loader", "httpx", "sentence_transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # The server raises the signal again once it has drained: that is a wished-for end, not a death.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(0))
-    return serve(settings)
+    try:
+        server, retriever = resolve_server(sys.argv[1:] if arguments is None else arguments)
+        check_files(retriever)
+        listener = listen(server.host, server.port, env="RETRIEVER_PORT")
+    except (RetrieverError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    os.environ.pop(_TOKEN_VARIABLE, None)  # what child processes inherit is none of their business
+    with listener:
+        status = _serve(server, retriever, listener)
+    if is_loading():
+        leave(status)
+    return status
+
+
+def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket.socket) -> int:
+    started = time.monotonic()
+    url = url_of(settings.host, listener.getsockname()[1])
+
+    def announce(retriever: Retriever) -> None:
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not look at it again and again
+        number = "?" if retriever.num_passages is None else f"{retriever.num_passages}"
+        seconds = time.monotonic() - started
+        logger.info("ready: %s%s (%s passages, %.1f s)", url, _WORK_PATH, number, seconds)
+
+    app = create_app(
+        lambda: open_retriever(opened),
+        settings=settings,
+        on_ready=announce,
+        on_failure=lambda: server.stop_at_once(),
+    )
+    host: Host[MicroBatcher] = app.state.host
+    server = GracefulServer(app, host=host, grace_s=settings.shutdown_grace_s)
+    if not settings.token and not is_loopback(settings.host):
+        logger.warning(
+            "anyone who reaches %s may search; %s or --token_file asks for a token", url, _TOKEN_VARIABLE
+        )
+    if opened.is_online:
+        logger.info("opening %s", opened.retriever_name)
+    else:
+        logger.info("loading %s, %s and %s", opened.corpus_path, opened.index_path, opened.retriever_model)
+    server.run_on(listener)
+    error = host.start_error
+    if isinstance(error, RetrieverError):
+        logger.error("the retriever does not start: %s", error)
+    elif error is not None:
+        logger.error("the retriever does not start: %s: %s", type(error).__name__, error, exc_info=error)
+    return 0 if error is None else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""What the retriever counts, in a registry of its own, for `GET /metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from IG.web.metrics import RequestMetrics, render_metrics
+from search_r1.search.batching import Source
+from search_r1.search.retriever import FailureKind, Outcome, SearchFailure
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class RetrieverMetrics:
+    """Counters of one server; they start at 0 with it."""
+
+    def __init__(self, *, in_progress: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Numbers of queries: accepted and not answered yet, and those of them that wait for their search."""
+        self._registry = CollectorRegistry()
+        self.requests = RequestMetrics(
+            self._registry, prefix="retriever", purpose="passages", buckets=_SECONDS
+        )
+        self._queries = Counter(
+            "retriever_queries",
+            "Queries, by the source of their answer.",
+            ["source"],
+            registry=self._registry,
+        )
+        self._failures = Counter(
+            "retriever_failures", "Queries without an answer, by kind.", ["kind"], registry=self._registry
+        )
+        for source in Source:  # so that all are there, at 0, from the start
+            self._queries.labels(source)
+        for kind in FailureKind:
+            self._failures.labels(kind)
+        self._batch_queries = Histogram(
+            "retriever_batch_queries", "Queries of one search.", buckets=_SIZES, registry=self._registry
+        )
+        self._batch_seconds = Histogram(
+            "retriever_batch_seconds", "Seconds of one search.", buckets=_SECONDS, registry=self._registry
+        )
+        self._gauge("retriever_queries_in_progress", "Queries accepted and not answered yet.", in_progress)
+        self._gauge("retriever_queries_waiting", "Queries that wait for their search.", waiting)
+
+    def count_query(self, source: Source) -> None:
+        """One query was asked."""
+        self._queries.labels(source).inc()
+
+    def count_batch(self, *, size: int, seconds: float) -> None:
+        """One search came to its end."""
+        self._batch_queries.observe(size)
+        self._batch_seconds.observe(seconds)
+
+    def count_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """What became of the queries of one request."""
+        for outcome in outcomes:
+            if isinstance(outcome, SearchFailure):
+                self._failures.labels(outcome.kind).inc()
+
+    def render(self) -> bytes:
+        """Everything in the text format of Prometheus."""
+        return render_metrics(self._registry)
+
+    def _gauge(self, name: str, meaning: str, read: Callable[[], int]) -> None:
+        Gauge(name, meaning, registry=self._registry).set_function(read)
