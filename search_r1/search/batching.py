@@ -211,11 +211,10 @@ class MicroBatcher:
         """
         if lane.since is None:
             lane.since = now
-        num_waiting = len(lane.queue)
-        if lane.request is not None or num_waiting >= self._max_batch or num_waiting >= max(lane.crowd, 2):
+        if lane.request is not None or len(lane.queue) >= self._max_batch:
             return lane.since
         window_s = self._options.window_s
-        if num_waiting < lane.crowd:
+        if len(lane.queue) < lane.crowd:
             window_s = max(window_s, STRETCH * lane.search_s)
         return lane.since + window_s
 
@@ -232,7 +231,7 @@ class MicroBatcher:
         deadline = max(asked.deadline for asked in batch)
         outcomes: list[Outcome] = [_STOPPED] * len(batch)
         try:
-            outcomes = await self._search([asked.query for asked in batch], topk=lane.topk, deadline=deadline)
+            outcomes = await self._search(batch, topk=lane.topk)
         finally:
             seconds = time.monotonic() - started
             lane.search_s = seconds if not lane.search_s else (lane.search_s + seconds) / 2
@@ -248,27 +247,28 @@ class MicroBatcher:
                     self._settle(asked, outcome)
             self._drop_if_done(lane)
 
-    async def _search(self, queries: list[str], *, topk: int, deadline: float) -> list[Outcome]:
+    async def _search(self, batch: list[_Asked], *, topk: int) -> list[Outcome]:
         """One outcome per query. A crash is looked for in halves: it must not take the neighbours with it."""
-        timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.001)
+        queries = [asked.query for asked in batch]
+        left_s = max(asked.deadline for asked in batch) - asyncio.get_running_loop().time()
         try:
-            outcomes = await self.retriever.search(queries, topk=topk, timeout_s=timeout_s)
+            outcomes = await self.retriever.search(queries, topk=topk, timeout_s=max(left_s, 0.001))
         except RetrieverError as error:
             logger.error("a search of %d queries failed: %s", len(queries), error)
-            return [SearchFailure(kind=FailureKind.INTERNAL, reason=str(error))] * len(queries)
+            return _fail(queries, str(error))
         except Exception as error:  # whatever is behind the retriever: each query must have its outcome
-            logger.exception("a search of %d queries crashed", len(queries))
-            if len(queries) > 1 and asyncio.get_running_loop().time() < deadline:
-                half = len(queries) // 2
-                first = await self._search(queries[:half], topk=topk, deadline=deadline)
-                return first + await self._search(queries[half:], topk=topk, deadline=deadline)
-            reason = f"the search crashed ({type(error).__name__}: {error})"
-            return [SearchFailure(kind=FailureKind.INTERNAL, reason=reason)] * len(queries)
-        if len(outcomes) != len(queries):
+            if len(queries) == 1 or not any(asked.num_waiting for asked in batch):
+                logger.exception("a search of %d queries crashed", len(queries))
+                return _fail(queries, f"the search crashed ({type(error).__name__}: {error})")
+        else:
+            if len(outcomes) == len(queries):
+                return [_check_scores(outcome) for outcome in outcomes]
             reason = f"{len(queries)} queries had {len(outcomes)} outcomes"
             logger.error("the retriever is out of order: %s", reason)
-            return [SearchFailure(kind=FailureKind.INTERNAL, reason=reason)] * len(queries)
-        return [_check_scores(outcome) for outcome in outcomes]
+            return _fail(queries, reason)
+        half = len(batch) // 2
+        first = await self._search(batch[:half], topk=topk)
+        return first + await self._search(batch[half:], topk=topk)
 
     def _settle(self, asked: _Asked, outcome: Outcome) -> None:
         self._forget(asked)
@@ -290,6 +290,10 @@ class MicroBatcher:
             lane.since = None
             if lane.request is not None:
                 self._lanes.pop((lane.topk, lane.request), None)
+
+
+def _fail(queries: Sequence[str], reason: str) -> list[Outcome]:
+    return [SearchFailure(kind=FailureKind.INTERNAL, reason=reason) for _ in queries]
 
 
 def _is_premature(outcome: Outcome, *, called_until: float, wanted_until: float) -> bool:

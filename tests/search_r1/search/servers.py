@@ -1,0 +1,94 @@
+"""A retriever without an index, and the server over it: over a real socket, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from search_r1.search.retrieval_server import create_app
+from search_r1.search.retriever import Hit, Outcome
+from search_r1.search.schema import Document
+from search_r1.search.settings import resolve_server
+
+
+def hits_for(query: str, topk: int) -> tuple[Hit, ...]:
+    return tuple(
+        Hit(document=Document(id=f"{query}/{row}", contents=query), score=-row) for row in range(topk)
+    )
+
+
+@dataclass(slots=True)
+class EchoRetriever:
+    """Finds what names its query; `act` says what goes wrong with which."""
+
+    search_s: float = 0.0
+    max_batch: int = 256
+    num_parallel_calls: int = 1
+    num_passages: int | None = None
+    act: Mapping[str, Outcome | Exception] = field(default_factory=dict)
+    calls: list[tuple[str, ...]] = field(default_factory=list)
+    topks: list[int] = field(default_factory=list)
+    timeouts_s: list[float] = field(default_factory=list)
+    running: int = 0
+    most: int = 0
+    closed: bool = False
+
+    def describe(self) -> dict[str, str | int | float | None]:
+        return {"retriever": "echo"}
+
+    async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        assert 0 < len(queries) <= self.max_batch
+        self.calls.append(tuple(queries))
+        self.topks.append(topk)
+        self.timeouts_s.append(timeout_s)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(self.search_s)
+        finally:
+            self.running -= 1
+        for query in queries:
+            if isinstance(error := self.act.get(query), Exception):
+                raise type(error)(*error.args)
+        return [self.act.get(query, hits_for(query, topk)) for query in queries]  # type: ignore[misc]
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def make_app(
+    retriever: EchoRetriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+) -> FastAPI:
+    """The application with the settings of a command line."""
+
+    async def load() -> EchoRetriever:
+        await asyncio.sleep(load_s)
+        return retriever
+
+    return create_app(load, settings=resolve_server(flags, environ=environ or {})[0])
+
+
+@asynccontextmanager
+async def serving(
+    retriever: EchoRetriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Ready for work unless `load_s` says otherwise."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = make_app(retriever, *flags, load_s=load_s, environ=environ)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="h11"))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, limits=limits) as client:
+        while (await client.get("/livez" if load_s else "/readyz")).status_code != 200:
+            await asyncio.sleep(0.01)
+        yield client
+    server.should_exit = True
+    await running
