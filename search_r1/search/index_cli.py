@@ -64,9 +64,21 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "ceiling": Command(
         module="search_r1.search.ceiling",
-        meaning="share of questions whose answer is in the passages found: what exact match cannot exceed",
+        meaning="share of questions whose answer is in the passages that their text finds, at several depths",
     ),
 }
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults where there are some and the text does not tell them itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        says_so = "default" in text if text else True
+        if says_so or default is None or default is False or default in ("", argparse.SUPPRESS):
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default {shown.replace('%', '%%')})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"index {name}",
         description=f"{COMMANDS[name].meaning.capitalize()}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     module.add_arguments(parser)

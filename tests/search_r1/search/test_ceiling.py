@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import Table as ArrowTable
+from pyarrow import parquet
+
+from IG.doctor.matching import em_key
+from search_r1.search import assemble
+from search_r1.search.answer_ranks import (
+    AnswerRank,
+    find_rank,
+    measure_ranks,
+    normalise_words,
+    share_within,
+    wilson_share,
+)
+from search_r1.search.ceiling_plot import draw_ceiling
+from search_r1.search.errors import RetrieverError
+from search_r1.search.index_cli import main
+from search_r1.search.questions import AskedQuestion, read_questions
+from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
+from search_r1.search.schema import Document
+from tests.fakes import Reply, ScriptedServer
+from verl.utils.reward_score.qa_em import exact_match, normalise_answer
+
+BOLTON = AskedQuestion(text="Where was Alice Marsh born?", golds=("Bolton",), data_source="one")
+
+
+def hits(*contents: str) -> Found:
+    return tuple(
+        Hit(document=Document(id=str(k), contents=text), score=1.0) for k, text in enumerate(contents)
+    )
+
+
+class FakeRetriever:
+    """Answers what is scripted for a query, nothing else."""
+
+    def __init__(self, outcomes: dict[str, Outcome], *, max_batch: int = 256) -> None:
+        self.outcomes = outcomes
+        self.max_batch = max_batch
+        self.num_parallel_calls = 2
+        self.num_passages = None
+        self.batches: list[int] = []
+        self.is_closed = False
+
+    def describe(self) -> dict[str, str]:
+        return {"index": "fake"}
+
+    async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        self.batches.append(len(queries))
+        found = [self.outcomes.get(query, ()) for query in queries]
+        return [part if isinstance(part, SearchFailure) else part[:topk] for part in found]
+
+    async def aclose(self) -> None:
+        self.is_closed = True
+
+
+@given(st.text(alphabet="aAnNtThHeE \t.,'-é漢İß0_\"", max_size=40))
+def test_the_normalisation_is_that_of_exact_match(text: str) -> None:
+    assert normalise_words(text) == normalise_answer(text) == em_key(text)
+
+
+@given(
+    st.lists(st.text(alphabet="ab the.,-'", max_size=12), min_size=1, max_size=4),
+    st.text("ab the.", max_size=9),
+)
+def test_who_quotes_a_gold_from_a_passage_is_right_by_exact_match(golds: list[str], around: str) -> None:
+    """And nothing that exact match accepts is missed where it is quoted as it is."""
+    for gold in golds:
+        if exact_match(gold, golds):
+            assert find_rank(hits(f"{around} . {gold} . {around}"), golds) == 1
+
+
+@pytest.mark.parametrize(
+    ("golds", "rank"),
+    [
+        (("art",), None),
+        (("party",), 1),
+        (("The Silver Harbour",), 2),
+        (("harbour silver",), None),
+        (("silver harbour!", "zzz"), 2),
+        (("1,234",), 3),
+        (("the", "...", ""), None),
+        (("Über",), 4),
+    ],
+)
+def test_a_gold_is_found_as_whole_words_in_a_row(golds: tuple[str, ...], rank: int | None) -> None:
+    found = hits(
+        '"Party"\nA party was held.',
+        '"Films"\nThe silver, harbour film.',
+        '"Numbers"\nIt has 1,234 rooms.',
+        '"Größe"\nÜBER alles.',
+    )
+    assert find_rank(found, golds) == rank
+
+
+def test_wilson_intervals() -> None:
+    """8 of 10: textbook value 0.490 to 0.943; at the edges the interval stays inside and is not empty."""
+    share = wilson_share(8, 10)
+    assert (share.value, share.low, share.high) == pytest.approx((0.8, 0.49016, 0.94331), abs=1e-5)
+    none, every = wilson_share(0, 150), wilson_share(150, 150)
+    assert (none.low, every.high) == (0.0, 1.0)
+    assert none.high == pytest.approx(0.02497, abs=1e-4)
+    assert every.low == pytest.approx(1 - none.high)
+
+
+async def test_a_failed_search_is_neither_found_nor_missed() -> None:
+    failure = SearchFailure(kind=FailureKind.DEADLINE, reason="late")
+    outcomes: dict[str, Outcome] = {
+        "first": hits("Bolton", "x"),
+        "third": hits("x", "y", "in Bolton, England"),
+        "never": hits("x"),
+        "broken": failure,
+        "nothing": (),
+    }
+    questions = [AskedQuestion(text=text, golds=("bolton",), data_source="s") for text in outcomes]
+    retriever, done = FakeRetriever(outcomes, max_batch=2), []
+    ranks = await measure_ranks(
+        questions, retriever, topk=10, batch_size=64, timeout_s=1.0, report=done.append
+    )
+    assert [ranked.rank for ranked in ranks] == [1, 3, None, None, None]
+    assert [ranked.failure for ranked in ranks] == [None, None, None, failure, None]
+    assert sorted(retriever.batches) == sorted(done) == [1, 2, 2]
+    shares = [share_within(ranks, k) for k in (1, 3)]
+    assert [share and share.value for share in shares] == [1 / 4, 2 / 4]
+    assert share_within(ranks[3:4], 1) is None
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+async def test_batches_do_not_change_the_result(batch_size: int) -> None:
+    outcomes: dict[str, Outcome] = {f"q{k}": hits(*["x"] * k, "Bolton") for k in range(20)}
+    questions = [AskedQuestion(text=text, golds=("Bolton",), data_source="s") for text in outcomes]
+    ranks = await measure_ranks(
+        questions,
+        FakeRetriever(outcomes),
+        topk=100,
+        batch_size=batch_size,
+        timeout_s=1.0,
+        report=lambda _: None,
+    )
+    assert [ranked.rank for ranked in ranks] == list(range(1, 21))
+
+
+def test_questions_of_all_kinds_of_files(tmp_path: Path) -> None:
+    lines = tmp_path / "mine.jsonl"
+    lines.write_text(
+        '{"question": " Where? ", "golden_answers": ["A", 1999]}\n\n'
+        '{"question": "Who?", "answers": ["B"], "data_source": "nq"}\n'
+    )
+    table = tmp_path / "test.parquet"
+    truth = {"style": "rule", "ground_truth": {"target": ["C"]}}
+    parquet.write_table(
+        ArrowTable.from_pylist([{"question": "When?", "data_source": "tq", "reward_model": truth}]), table
+    )
+    questions = read_questions([lines, table])
+    assert [(q.text, q.golds, q.data_source) for q in questions] == [
+        ("Where?", ("A", "1999"), "mine"),
+        ("Who?", ("B",), "nq"),
+        ("When?", ("C",), "tq"),
+    ]
+    assert len(read_questions([lines, table], limit=2)) == 2
+    assert read_questions([lines, table], limit=2) == read_questions([lines, table], limit=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("nonsense", "is not JSON"),
+        ("[1]", r"the line is \[1\]"),
+        ('{"golden_answers": ["A"]}', "question is None"),
+        ('{"question": "Q"}', "golden_answers or answers is None"),
+        ('{"question": "Q", "golden_answers": []}', r"golden_answers is \[\]"),
+        ('{"question": "Q", "golden_answers": [""]}', "golden_answers is ''"),
+        ('{"question": "Q", "golden_answers": [null]}', "golden_answers is None"),
+    ],
+)
+def test_a_bad_row_is_named(line: str, complaint: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "Q", "golden_answers": ["A"]}\n' + line + "\n")
+    with pytest.raises(RetrieverError, match=f"mine.jsonl:2.*{complaint}"):
+        read_questions([file])
+
+
+def test_a_file_that_is_no_parquet_or_has_other_columns_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    with pytest.raises(RetrieverError, match="is not a file"):
+        read_questions([file])
+    file.write_text("text")
+    with pytest.raises(RetrieverError, match="not a readable parquet file"):
+        read_questions([file])
+    parquet.write_table(ArrowTable.from_pylist([{"prompt": "?"}]), file)
+    with pytest.raises(RetrieverError, match="column question, reward_model is missing"):
+        read_questions([file])
+
+
+def write_questions(path: Path, count: int) -> Path:
+    rows = [
+        {"question": f"q{k}", "golden_answers": ["Bolton"], "data_source": "ab"[k % 2]} for k in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_command_from_questions_to_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = SearchFailure(kind=FailureKind.QUOTA, reason="spent")
+    outcomes: dict[str, Outcome] = {f"q{k}": hits(*["x"] * k, "Bolton") for k in range(9)} | {"q9": failure}
+    retriever = FakeRetriever(outcomes)
+
+    async def open_fake(settings: object) -> FakeRetriever:
+        return retriever
+
+    monkeypatch.setattr(assemble, "open_retriever", open_fake)
+    questions = write_questions(tmp_path / "q.jsonl", 10)
+    plot, details = tmp_path / "new" / "c.png", tmp_path / "new" / "d.jsonl"
+    flags = ["--questions", str(questions), "--plot", str(plot), "--details", str(details)]
+    assert main(["ceiling", *flags, "--topk", "5", "1"]) == 0
+    *shown, last = capsys.readouterr().out.splitlines()
+    summary = json.loads(last)
+    assert (summary["questions"], summary["failed"], summary["failures"]) == (10, 1, {"quota": 1})
+    assert summary["ceiling"] == {"1": pytest.approx(1 / 9, abs=1e-4), "5": pytest.approx(5 / 9, abs=1e-4)}
+    assert summary["by_source"]["b"]["ceiling"]["5"] == pytest.approx(2 / 4)
+    assert summary["retriever"] == {"index": "fake"}
+    assert summary["passages_mean"] == pytest.approx(35 / 9, abs=0.01)
+    assert "55.6%" in "".join(shown)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    ranks = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [row["rank"] for row in ranks] == [1, 2, 3, 4, 5, None, None, None, None, None]
+    assert [row["failure"] for row in ranks][8:] == [None, "quota: spent"]
+    assert retriever.is_closed
+
+
+def test_nothing_but_failures_is_no_ceiling_of_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="no route")
+    retriever = FakeRetriever({"q0": failure, "q1": failure})
+
+    async def open_fake(settings: object) -> FakeRetriever:
+        return retriever
+
+    monkeypatch.setattr(assemble, "open_retriever", open_fake)
+    questions = write_questions(tmp_path / "q.jsonl", 2)
+    assert main(["ceiling", "--questions", str(questions), "--plot", str(tmp_path / "c.png")]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["ceiling"] == {"1": None, "3": None, "10": None, "100": None}
+    assert not (tmp_path / "c.png").exists()
+
+
+async def test_a_running_server_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {"document": {"id": "1", "contents": "T\nBolton"}, "score": 1.0}
+    replies = [Reply('{"index_sha256": "ab"}'), Reply(json.dumps({"result": [[document], []]}))]
+    monkeypatch.setenv("RETRIEVER_TOKEN", "geheim")
+    questions = write_questions(tmp_path / "q.jsonl", 2)
+    async with (server := ScriptedServer(replies)).running():
+        flags = ["--questions", str(questions), "--plot", str(tmp_path / "c.png"), "--url", server.url]
+        assert await asyncio.to_thread(main, ["ceiling", *flags, "--topk", "3"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["ceiling"] == {"3": 0.5}
+    assert summary["retriever"] == {"url": server.url, "index_sha256": "ab"}
+    assert [headers["authorization"] for _, headers, _ in server.requests] == ["Bearer geheim"] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--topk", "0"], "--topk must be in 1"),
+        (["--num_questions", "0"], "--num_questions must be at least 1"),
+        (["--timeout_s", "0"], "--timeout_s must be more than 0"),
+        (["--url", "http://x", "--index_path", "y"], "has its own --index_path"),
+        (["--url", "localhost:8000"], "URL of the retriever must look like"),
+        (["--questions", "missing.jsonl"], "is not a file"),
+    ],
+)
+def test_wrong_settings_are_said_and_end_with_1(
+    flags: list[str], complaint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["ceiling", *flags]) == 1
+    assert complaint in caplog.text
+
+
+def test_the_picture_draws_many_sources_and_one(tmp_path: Path) -> None:
+    ranks = [
+        AnswerRank(
+            question=AskedQuestion(text="q", golds=("g",), data_source=f"s{k % 10}"),
+            rank=1 + k % 7 if k % 3 else None,
+            num_found=10,
+        )
+        for k in range(60)
+    ]
+    for name, part in (("many", ranks), ("one", ranks[::10])):
+        draw_ceiling(part, tmp_path / f"{name}.png", ks=[1, 3, 10], title="t")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
