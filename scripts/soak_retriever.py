@@ -22,16 +22,17 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
+import aiohttp
 import httpx
 import pyarrow.parquet as pq
 from rich.console import Console
 from screen import Screen, Update
 from supervise import ChildFailedError, MemoryWatch, Supervisor
 
+from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD, start_service
 from bench.soak import MAX_COMPLAINTS, MAX_GROWTH, edges, soak_table
 
-TIMEOUT_S = 60.0
 TOPK = 5
 MAX_QUERIES_PER_REQUEST = 4
 TOLERANCE = 1e-5
@@ -158,13 +159,18 @@ def ask_serially(url: str, questions: Sequence[str], *, update: Update) -> list[
             answer = http.post("/retrieve", json={"query": question, "topk": TOPK, "return_scores": True})
             if answer.status_code != 200:
                 raise ChildFailedError(f"{question!r} alone: {answer.status_code} {answer.text[:200]}")
-            right += read_answers(answer)
+            right += read_answers(answer.text)
             update(count, "queries")
     return right
 
 
-def read_answers(answer: httpx.Response) -> list[Answer]:
-    return [[(hit["document"]["id"], hit["score"]) for hit in hits] for hits in answer.json()["result"]]
+def read_answers(body: str) -> list[Answer]:
+    return [[(hit["document"]["id"], hit["score"]) for hit in hits] for hits in json.loads(body)["result"]]
+
+
+async def post(http: aiohttp.ClientSession, body: object) -> tuple[int, str]:
+    async with http.post("/retrieve", json=body) as answer:
+        return answer.status, await answer.text()
 
 
 def agree(found: Answer, right: Answer) -> bool:
@@ -196,15 +202,12 @@ class Crowd:
 
     async def run(self) -> None:
         """Until all queries are asked and answered."""
-        limits = httpx.Limits(max_connections=None)
-        async with (
-            httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits, trust_env=False) as http,
-            asyncio.TaskGroup() as group,
-        ):
-            for number in range(self._arguments.clients):
+        clients = self._arguments.clients
+        async with open_session(self._url, clients=clients) as http, asyncio.TaskGroup() as group:
+            for number in range(clients):
                 group.create_task(self._client(http, Random(f"client {self._arguments.seed} {number}")))
 
-    async def _client(self, http: httpx.AsyncClient, rng: Random) -> None:
+    async def _client(self, http: aiohttp.ClientSession, rng: Random) -> None:
         while self._left > 0:
             (kind,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
             self.seen.requests[kind] += 1
@@ -213,35 +216,34 @@ class Crowd:
                     await self._send_nonsense(http, rng)
                 else:
                     await self._ask(http, kind, rng=rng)
-            except httpx.HTTPError as error:
+            except (aiohttp.ClientError, TimeoutError) as error:
                 self.seen.broken_connections += 1
                 self.seen.complain(f"{kind}: {type(error).__name__} {error}")
 
-    async def _send_nonsense(self, http: httpx.AsyncClient, rng: Random) -> None:
-        answer = await http.post("/retrieve", json=rng.choice(MALFORMED))
-        self.seen.statuses[answer.status_code] += 1
-        if answer.status_code != 422:
-            self.seen.complain(f"malformed: {answer.status_code} {answer.text[:200]}")
+    async def _send_nonsense(self, http: aiohttp.ClientSession, rng: Random) -> None:
+        status, text = await post(http, rng.choice(MALFORMED))
+        self.seen.statuses[status] += 1
+        if status != 422:
+            self.seen.complain(f"malformed: {status} {text[:200]}")
 
-    async def _ask(self, http: httpx.AsyncClient, kind: str, *, rng: Random) -> None:
+    async def _ask(self, http: aiohttp.ClientSession, kind: str, *, rng: Random) -> None:
         chosen = rng.sample(range(len(self._questions)), rng.randint(1, MAX_QUERIES_PER_REQUEST))
         queries = [self._questions[number] for number in chosen]
         body: dict[str, object] = {"queries": queries, "topk": TOPK, "return_scores": True}
         if kind == "impatient":  # no time at all: some are answered from the cache, none may be wrong
             body |= {"timeout_s": 0.001, "allow_failures": True}
-        call = http.post("/retrieve", json=body)
         if kind == "vanishing":
             with suppress(TimeoutError):
-                await asyncio.wait_for(call, rng.uniform(0.0, 0.05))
+                await asyncio.wait_for(post(http, body), rng.uniform(0.0, 0.05))
             return
         if kind == "good":
             self._left -= len(chosen)
-        answer = await call
-        self.seen.statuses[answer.status_code] += 1
-        if answer.status_code != 200:
-            self.seen.complain(f"{kind}: {answer.status_code} {answer.text[:200]}")
+        status, text = await post(http, body)
+        self.seen.statuses[status] += 1
+        if status != 200:
+            self.seen.complain(f"{kind}: {status} {text[:200]}")
         elif kind == "good":
-            self._check(read_answers(answer), chosen)
+            self._check(read_answers(text), chosen)
 
     def _check(self, answers: Sequence[Answer], chosen: Sequence[int]) -> None:
         for number, found in zip(chosen, answers, strict=True):
