@@ -4,6 +4,7 @@
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to mend it
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
+# make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
 # What is installed, else the CPU: the quickstart needs no GPU, not even where there is one.
 PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
@@ -13,10 +14,10 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart bench-ig soak-ig clean
+.PHONY: help venv doctor check format test test-fast quickstart bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 venv: .venv/.installed-$(PLATFORM)
 
@@ -51,6 +52,12 @@ bench-ig: venv
 
 soak-ig: venv
 	@$(BIN)/python scripts/soak_ig.py $(BENCH_ARGS)
+
+bench-retriever: venv
+	@$(BIN)/python scripts/bench_retriever.py $(BENCH_ARGS)
+
+soak-retriever: venv
+	@$(BIN)/python scripts/soak_retriever.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build *.egg-info

@@ -73,7 +73,10 @@ def test_the_tree_shows_what_git_tracks(readme: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["test", "test-fast", "check", "quickstart", "venv", "doctor", "bench-ig", "soak-ig", "clean"],
+    [
+        *("test", "test-fast", "check", "quickstart", "venv", "doctor", "clean"),
+        *("bench-ig", "soak-ig", "bench-retriever", "soak-retriever"),
+    ],
 )
 def test_make_knows_its_targets(name: str) -> None:
     done = subprocess.run(["make", "--dry-run", name], cwd=ROOT, capture_output=True, text=True)
