@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.normalize import Normalize
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, AutoTokenizer
 
 from search_r1.search.encoder import FloatArray, TextEncoder
 from search_r1.search.errors import RetrieverError
+from search_r1.search.recipes import EncodingRecipe
 from tests.search_r1.search.tiny_models import (
     DIM,
     describe_sentence_encoder,
@@ -103,6 +108,24 @@ def test_the_last_token_is_found_where_padding_is_on_the_left(tmp_path: Path) ->
     assert (encoder.retriever_name, encoder.recipe.pooling) == ("qwen3_embedding", "last")
     for text, vector in zip(TEXTS, encoder.encode_passages(TEXTS), strict=True):
         np.testing.assert_allclose(vector, unit(token_states(folder, text)[-1]), atol=2e-6)
+
+
+def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_path: Path) -> None:
+    transformer = Transformer(str(folder))
+    transformer.max_seq_length = 20
+    published = SentenceTransformer(
+        modules=[transformer, Pooling(DIM, "weightedmean"), Normalize()],
+        prompts={"query": "query: ", "document": "passage: "},
+        device="cpu",
+    )
+    published.save_pretrained(str(tmp_path / "saved"))
+    encoder = TextEncoder(tmp_path / "saved", device="cpu")
+    assert encoder.recipe == EncodingRecipe(
+        query_prefix="query: ", passage_prefix="passage: ", pooling="weighted", max_length=20, normalised=True
+    )
+    texts = [*TEXTS, "the old ship lies in the harbour " * 5]
+    np.testing.assert_allclose(encoder.encode_queries(texts), published.encode_query(texts), atol=1e-6)
+    np.testing.assert_allclose(encoder.encode_passages(texts), published.encode_document(texts), atol=1e-6)
 
 
 def test_a_plain_transformer_is_encoded_as_its_family_wants_it(folder: Path) -> None:
