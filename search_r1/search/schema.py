@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_TOPK = 1000
 MAX_QUERY_CHARS = 20_000
@@ -29,6 +29,11 @@ def _check_encodable(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"not valid Unicode at character {error.start}") from error
     return text
+
+
+def _read_whole(value: object) -> object:
+    """JSON has one kind of number: 3.0 is 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 QueryText = Annotated[str, Field(max_length=MAX_QUERY_CHARS), AfterValidator(_check_encodable)]
@@ -56,12 +61,13 @@ class RetrieveRequest(BaseModel):
     queries: Annotated[list[QueryText], Field(fail_fast=True)] | None = Field(
         default=None, description="Any number up to --max_queries; a blank one finds nothing."
     )
-    topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = Field(
+    topk: Annotated[int, Field(strict=True, ge=1, le=MAX_TOPK), BeforeValidator(_read_whole)] | None = Field(
         default=None, description="Passages per query at most. Null: the server's default."
     )
-    return_scores: bool = Field(default=False, description="Give every document with its score.")
+    return_scores: bool = Field(default=False, strict=True, description="Give every document with its score.")
     timeout_s: float | None = Field(
         default=None,
+        strict=True,
         gt=0,
         le=MAX_TIMEOUT_S,
         allow_inf_nan=False,
@@ -69,7 +75,9 @@ class RetrieveRequest(BaseModel):
         "the server's default.",
     )
     allow_failures: bool = Field(
-        default=False, description="Answer the other queries where one fails, and say which in `errors`."
+        default=False,
+        strict=True,
+        description="Answer the other queries where one fails, and say which in `errors`.",
     )
 
     @model_validator(mode="after")
