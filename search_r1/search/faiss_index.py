@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from search_r1.search.clustering import find_nearest
 from search_r1.search.errors import RetrieverError
-from search_r1.search.kinds import IndexKind, SearchOptions
+from search_r1.search.kinds import SCANNED_KINDS, IndexKind, SearchOptions
 from search_r1.search.ranking import FloatArray, RowArray, order_hits
 
 FAISS_VERSION: str = faiss.__version__
@@ -64,14 +64,6 @@ class CodeRows:
             return codes.view(np.float32)
         return self._codec.sa_decode(codes, out[: stop - start])
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, dim)"""
-        return len(self), self.dim
-
-    def __getitem__(self, rows: slice) -> FloatArray:
-        return self._codec.sa_decode(np.ascontiguousarray(self._codes[rows]))
-
     def gather(self, rows: RowArray) -> FloatArray:
         """[len(rows), dim]"""
         return self._codec.sa_decode(self._codes[rows]) if len(rows) else np.empty((0, self.dim), np.float32)
@@ -82,15 +74,46 @@ def open_rows(path: Path, *, mmap: bool, scattered: bool = False) -> CodeRows:
 
     `scattered`: rows will be read here and there, so that reading ahead would waste the disk.
     """
+    codec, kind = _open_codec(path)
+    count, code_size = int(codec.ntotal), int(codec.code_size)
+    codes = _map_tail(path, num_bytes=count * code_size, mmap=mmap, scattered=scattered)
+    return CodeRows(codec, codes=codes.reshape(count, code_size), kind=kind)
+
+
+class StoredVectors:
+    """The same as a VectorSource: read from the file and not mapped, so that memory holds one block."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises RetrieverError when the file does not hold whole vectors or is cut short."""
+        self._codec, _ = _open_codec(path)
+        self._path = path
+        self._code_size = int(self._codec.code_size)
+        self.shape = (int(self._codec.ntotal), int(self._codec.d))
+        self._offset = path.stat().st_size - self.shape[0] * self._code_size
+
+    def __getitem__(self, rows: slice) -> FloatArray:
+        """[rows, dim]"""
+        start, stop, step = rows.indices(self.shape[0])
+        codes = np.fromfile(
+            self._path,
+            dtype=np.uint8,
+            count=max(0, stop - start) * self._code_size,
+            offset=self._offset + start * self._code_size,
+        )
+        return self._codec.sa_decode(codes.reshape(-1, self._code_size))[::step]
+
+
+def _open_codec(path: Path) -> tuple[faiss.IndexFlatCodes, IndexKind]:
+    """The mapped index of a file that holds whole vectors, none missing."""
     index = _read(path, mmap=True)
     kind = _classify(index, path)
-    if not isinstance(index, faiss.IndexFlatCodes) or kind is IndexKind.BINARY:
+    if kind not in SCANNED_KINDS:
         raise RetrieverError(f"index {path} is of kind {kind}, which does not hold whole vectors")
-    count, code_size = int(index.ntotal), int(index.code_size)
-    if int(index.codes.size()) != count * code_size:
-        raise RetrieverError(f"index {path} is damaged: {count} vectors announced, others found; rebuild it")
-    codes = _map_tail(path, num_bytes=count * code_size, mmap=mmap, scattered=scattered)
-    return CodeRows(index, codes=codes.reshape(count, code_size), kind=kind)
+    if int(index.codes.size()) != int(index.ntotal) * int(index.code_size):
+        raise RetrieverError(
+            f"index {path} is damaged: it announces {index.ntotal} vectors and holds others; rebuild it"
+        )
+    return index, kind
 
 
 def _map_tail(path: Path, *, num_bytes: int, mmap: bool, scattered: bool) -> npt.NDArray[np.uint8]:

@@ -34,7 +34,8 @@ _BLOCK_BYTES = 1 << 26
 _SAMPLE_BYTES = 400 << 20
 """Of the vectors that an index is trained on."""
 _ROWS_PER_CENTROID = 48
-_PQ_SAMPLE_ROWS = 65_536
+_PQ_SAMPLE_ROWS = 16_384
+"""64 for each of the 256 centroids of a codebook."""
 _SCALAR_SAMPLE_ROWS = 100_000
 _SCALAR_TYPES = {
     Storage.FP16: faiss.ScalarQuantizer.QT_fp16,

@@ -1,8 +1,8 @@
 """Exact search by torch: blocks of vectors times all queries, and a running list of the best.
 
 On a CPU the vectors stay where they are (memory-mapped) and are decoded a block at a time, once for all
-queries of a batch; on GPUs they lie in memory as float16, in one shard per GPU. What was found is scored again
-by `ranking.rescore`, so that scores and order do not depend on the batch, the block or the device.
+queries of a batch; on GPUs they lie in memory as float16, in one shard per GPU. What was found is scored once
+more by `ranking.rescore`, so that scores and order do not depend on the batch, the block or the device.
 """
 
 from __future__ import annotations

@@ -77,14 +77,14 @@ def locate_vectors(path: Path) -> Path:
 
 
 def open_vectors(path: Path) -> VectorSource:
-    """The stored vectors of a `flat`, `fp16` or `sq8` index, or of a `.vectors` file, left on disk.
+    """The stored vectors of a `flat`, `fp16` or `sq8` index, or of a `.vectors` file, read in blocks.
 
     Raises RetrieverError for any other.
     """
     from search_r1.search import faiss_index
 
     _check_file(path)
-    return faiss_index.open_rows(path, mmap=True)
+    return faiss_index.StoredVectors(path)
 
 
 def engine_version() -> str:
