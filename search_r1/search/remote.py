@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from IG.http import CallError, JsonService
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
-from search_r1.search.schema import Document, ScoredDocument
+from search_r1.search.schema import MAX_TIMEOUT_S, Document, ScoredDocument
 
 SERVICE = "retriever"
 _START = "start it with `bash retrieval_launch.sh` and check its URL"
@@ -25,7 +25,6 @@ _MAX_QUERIES = 256
 _MAX_CALLS = 8
 _MAX_DIVISIONS = 32
 """Requests of a call that may be asked again in halves: enough to find a few bad queries among 256."""
-_LONGEST_TIMEOUT_S = 3600.0
 _MAX_REASON_CHARS = 300
 _REFUSALS_OF_KEYS = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY})
 _REFUSALS_OF_ONE = _REFUSALS_OF_KEYS | {
@@ -207,4 +206,4 @@ def _kind_of(error: CallError) -> FailureKind:
 def _add_our_keys(bare: Mapping[str, object], left_s: float) -> dict[str, object]:
     """The server's deadline lies before ours, so that an answer in parts arrives in time."""
     patience_s = max(0.001, left_s - min(1.0, 0.1 * left_s))
-    return {**bare, "allow_failures": True, "timeout_s": round(min(_LONGEST_TIMEOUT_S, patience_s), 3)}
+    return {**bare, "allow_failures": True, "timeout_s": round(min(MAX_TIMEOUT_S, patience_s), 3)}

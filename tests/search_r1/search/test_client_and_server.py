@@ -1,0 +1,98 @@
+"""Our client and our server, over a real socket: limits of the one are no failures of the other."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from search_r1.search.client import HttpSearch
+from search_r1.search.retriever import FailureKind, SearchFailure
+from tests.search_r1.search.servers import EchoRetriever, serving
+from verl.errors import ServiceError
+
+TOKEN = "a-token-of-ours"
+
+
+@asynccontextmanager
+async def searching(
+    retriever: EchoRetriever, *flags: str, timeout_s: float = 20.0, token: str = "", load_s: float = 0.0
+) -> AsyncIterator[HttpSearch]:
+    environ = {"RETRIEVER_TOKEN": token} if token else {}
+    async with serving(retriever, *flags, environ=environ, load_s=load_s) as client:
+        search = HttpSearch(str(client.base_url), topk=2, timeout_s=timeout_s, token=token or None)
+        yield search
+        await search.aclose()
+
+
+async def ask_all(search: HttpSearch, queries: list[str]) -> list[str]:
+    """The id of the best passage, or the message of the failure."""
+    outcomes = await asyncio.gather(*map(search.search, queries), return_exceptions=True)
+    assert all(isinstance(outcome, tuple | ServiceError) for outcome in outcomes)
+    return [outcome[0].id if isinstance(outcome, tuple) else str(outcome) for outcome in outcomes]
+
+
+@pytest.mark.parametrize("kind", list(FailureKind))
+async def test_a_query_fails_alone_whatever_its_failure(kind: FailureKind) -> None:
+    retriever = EchoRetriever(act={"bad": SearchFailure(kind=kind, reason="for a reason")})
+    async with searching(retriever) as search:
+        first, bad, last = await ask_all(search, ["first", "bad", "last"])
+    assert (first, last) == ("first/0", "last/0")
+    assert bad.startswith("retriever: http://")
+    assert bad.endswith(f"{kind}: for a reason")
+
+
+async def test_a_defect_of_one_search_is_a_named_failure() -> None:
+    async with searching(EchoRetriever(act={"bad": RuntimeError("index is gone")})) as search:
+        with pytest.raises(ServiceError, match="retriever: http"):
+            await search.search("bad")
+        assert len(await search.search("good")) == 2
+
+
+async def test_the_deadline_of_the_client_is_that_of_the_server() -> None:
+    retriever = EchoRetriever(search_s=60.0)
+    async with searching(retriever, timeout_s=1.0) as search:
+        started = time.monotonic()
+        with pytest.raises(ServiceError, match="deadline: "):
+            await search.search("slow")
+        assert time.monotonic() - started < 1.2
+    assert retriever.timeouts_s == [pytest.approx(0.9, abs=0.1)]
+
+
+async def test_more_queries_than_a_request_may_hold_are_divided() -> None:
+    queries = [f"q{row}" for row in range(100)]
+    async with searching(EchoRetriever(), "--max_queries", "7") as search:
+        assert await ask_all(search, queries) == [f"{query}/0" for query in queries]
+
+
+async def test_a_full_queue_is_waited_for() -> None:
+    queries = [f"q{row}" for row in range(30)]
+    async with searching(EchoRetriever(search_s=0.2), "--max_queue", "20", "--max_batch", "4") as search:
+        busy = asyncio.create_task(ask_all(search, queries[:16]))
+        await asyncio.sleep(0.1)
+        assert await ask_all(search, queries[16:]) == [f"{query}/0" for query in queries[16:]]
+        assert await busy == [f"{query}/0" for query in queries[:16]]
+
+
+async def test_a_query_of_many_pages_fails_alone() -> None:
+    async with searching(EchoRetriever()) as search:
+        first, long, last = await ask_all(search, ["first", "x" * 30_000, "last"])
+    assert (first, last) == ("first/0", "last/0")
+    assert "refused with status 422" in long
+
+
+async def test_token_and_description() -> None:
+    async with searching(EchoRetriever(), token=TOKEN) as search:
+        await search.wait_ready(5.0)
+        described = await search.describe()
+    assert described is not None
+    assert described["retriever"] == {"retriever": "echo"}
+
+
+async def test_a_server_that_loads_is_waited_for() -> None:
+    async with searching(EchoRetriever(), load_s=1.0) as search:
+        await search.wait_ready(10.0)
+        assert len(await search.search("q")) == 2
