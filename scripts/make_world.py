@@ -145,8 +145,9 @@ class Maker:
             self.out / "corpus.jsonl",
             encoder_path=self.models / "encoder",
             index_path=self.out / "index" / name_index(RETRIEVER_NAME),
-            device="cpu",
-            report=lambda encoded, total: self.progress.update(task, completed=encoded, total=total),
+            retriever_name=RETRIEVER_NAME,
+            devices=["cpu"],
+            report=lambda _, done, total: self.progress.update(task, completed=done, total=total),
         )
 
     def make_entailment(self) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from IG.web.loading import load_in_thread
 from search_r1.search.errors import RetrieverError
@@ -89,16 +89,24 @@ async def _open_first_stage(settings: RetrieverSettings) -> Retriever:
 async def _open_dense(settings: RetrieverSettings, *, family: str | None) -> Retriever:
     def load() -> ThreadedRetriever:
         from search_r1.search.dense import load_dense
+        from search_r1.search.kinds import SearchOptions
+        from search_r1.search.vector_index import Device
 
         dense = load_dense(
             settings.index_path,
             corpus_path=settings.corpus_path,
             encoder_path=settings.retriever_model,
-            retriever_name=family or "e5",
-            on_gpu=settings.index_device == "faiss_gpu",
+            retriever_name=family,
+            device=cast(Device, settings.index_device),
+            mmap=settings.mmap,
+            search=SearchOptions(
+                nprobe=settings.nprobe or None,
+                ef_search=settings.ef_search or None,
+                rescore_factor=settings.rescore_factor or None,
+            ),
             num_threads=settings.num_threads,
         )
-        return ThreadedRetriever(dense, facts={})
+        return ThreadedRetriever(dense, facts=dense.facts())
 
     return await _load(load, name="index")
 

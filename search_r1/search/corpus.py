@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LINES_PER_REPORT = 100_000
+_LINES_PER_REPORT = 250_000
 _EXPECTED = 'expected one JSON object like {"id": "0", "contents": "\\"Title\\"\\ntext"}'
 _SHOWN = 60
 # Compressed columns are unpacked into memory as they are opened; mapped ones take next to nothing.

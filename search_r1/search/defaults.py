@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -11,9 +12,9 @@ INDEX_DIR = REPOSITORY / "world" / "index"
 RETRIEVER_NAME = "e5"
 
 
-def name_index(retriever_name: str) -> str:
-    """File name of a flat index, as published: `e5_Flat.index`."""
-    return f"{retriever_name}_Flat.index"
+def name_index(retriever_name: str, kind: str = "Flat") -> str:
+    """File name of an index, as published: `e5_Flat.index`."""
+    return re.sub(r"[^\w.,-]", "_", f"{retriever_name}_{kind}.index")
 
 
 INDEX_PATH = INDEX_DIR / name_index(RETRIEVER_NAME)

@@ -1,85 +1,45 @@
-"""Exact inner-product search over unit vectors: the only file of this package that imports faiss."""
+"""Dense search: encode the queries, search the vectors, look the rows up in the corpus."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
-import faiss
-import numpy as np
-import numpy.typing as npt
-import torch
-
+from search_r1.search.agreement import Trial, list_misfits, prepare_trial, run_trial
 from search_r1.search.corpus import Corpus, open_corpus
-from search_r1.search.encoder import FloatArray, TextEncoder
+from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.manifest import IndexManifest, compare_manifests, hash_index, load_manifest
+from search_r1.search.fingerprint import hash_file
+from search_r1.search.kinds import SearchOptions
+from search_r1.search.manifest import IndexManifest, list_changed_files, load_manifest
+from search_r1.search.ranking import FloatArray
 from search_r1.search.retriever import Hit
+from search_r1.search.vector_index import Device, VectorIndex, open_index, set_num_threads
 
 logger = logging.getLogger(__name__)
 
-METRIC = "inner_product"
-_NUM_SELF_TESTS = 8
-
-
-class VectorIndex:
-    """A Faiss index whose vectors are numbered as the rows of the corpus."""
-
-    def __init__(self, index: faiss.Index) -> None:
-        self._index = index
-
-    @classmethod
-    def create_flat(cls, dim: int) -> VectorIndex:
-        """An empty exact index."""
-        return cls(faiss.IndexFlatIP(dim))
-
-    @classmethod
-    def load(cls, path: Path, *, on_gpu: bool) -> VectorIndex:
-        """Raises RetrieverError when the file is missing, unreadable or of another metric."""
-        if not path.is_file():
-            raise RetrieverError(f"index {path} is not a file; build it first (see build_index.sh)")
-        try:
-            index = faiss.read_index(str(path))
-        except RuntimeError as error:
-            raise RetrieverError(
-                f"index {path} is not a readable Faiss index ({error}); rebuild it"
-            ) from error
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise RetrieverError(f"index {path} has Faiss metric {index.metric_type}, expected {METRIC}")
-        return cls(_move_to_gpus(index) if on_gpu else index)
-
-    @property
-    def dim(self) -> int:
-        return int(self._index.d)
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal)
-
-    def add(self, vectors: FloatArray) -> None:
-        """Append [n, dim]."""
-        self._index.add(vectors)
-
-    def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, npt.NDArray[np.int64]]:
-        """Scores and rows [n, topk], best first; row -1 where there are fewer than `topk`."""
-        scores, rows = self._index.search(vectors, topk)
-        return scores, rows
-
-    def save(self, path: Path) -> None:
-        """Write atomically."""
-        partial = path.with_name(path.name + ".partial")
-        faiss.write_index(self._index, str(partial))
-        os.replace(partial, path)
+Facts = dict[str, str | int | float | None]
 
 
 class DenseRetriever:
-    """Encode the queries, search the index, look the rows up in the corpus. Not thread-safe."""
+    """A `BatchSearch`. Not thread-safe."""
 
-    def __init__(self, index: VectorIndex, *, corpus: Corpus, encoder: TextEncoder) -> None:
+    def __init__(
+        self,
+        index: VectorIndex,
+        *,
+        corpus: Corpus,
+        encoder: TextEncoder,
+        facts: Mapping[str, str | int | float | None],
+    ) -> None:
+        """The three must belong together: `load_dense` sees to it. `facts` is what `facts()` returns."""
         self._index = index
         self._corpus = corpus
         self._encoder = encoder
+        self._facts = dict(facts)
 
     def __len__(self) -> int:
         return len(self._corpus)
@@ -94,22 +54,13 @@ class DenseRetriever:
                 found[row] = hits
         return found
 
-    def check(self) -> None:
-        """Some known passages must find themselves: raises RetrieverError when most do not."""
-        stride = max(1, len(self._corpus) // _NUM_SELF_TESTS)
-        known = [self._corpus[row] for row in range(0, len(self._corpus), stride)][:_NUM_SELF_TESTS]
-        vectors = self._encoder.encode_passages([document.contents for document in known])
-        hits = self._look_up(vectors, topk=1)
-        lost = [
-            document.id
-            for document, best in zip(known, hits, strict=True)
-            if not best or best[0].document.contents != document.contents
-        ]
-        message = f"{len(lost)} of {len(known)} known passages do not find themselves (ids {lost})"
-        if 2 * len(lost) > len(known):
-            raise RetrieverError(f"{message}: the index was made by another encoder or from another corpus")
-        if lost:
-            logger.warning("%s: expected of an approximate index only", message)
+    def facts(self) -> Facts:
+        """What its answers depend on."""
+        return dict(self._facts)
+
+    def close(self) -> None:
+        """Release the corpus; the vectors go with the object."""
+        self._corpus.close()
 
     def _look_up(self, vectors: FloatArray, *, topk: int) -> list[list[Hit]]:
         scores, rows = self._index.search(vectors, topk=min(topk, len(self._index)))
@@ -123,58 +74,46 @@ class DenseRetriever:
         ]
 
 
-def describe_index(
-    index: VectorIndex, *, index_sha256: str, corpus: Corpus, encoder: TextEncoder, retriever_name: str
-) -> IndexManifest:
-    """The manifest of what is at hand; `index_sha256` is the hash of the index's file."""
-    return IndexManifest(
-        retriever_name=retriever_name,
-        encoder_sha256=encoder.sha256,
-        pooling=encoder.recipe.pooling,
-        query_prefix=encoder.recipe.query_prefix,
-        passage_prefix=encoder.recipe.passage_prefix,
-        max_length=encoder.recipe.max_length,
-        normalised=encoder.recipe.normalised,
-        metric=METRIC,
-        dim=index.dim,
-        index_sha256=index_sha256,
-        corpus_sha256=corpus.sha256,
-        count=len(corpus),
-        faiss_version=faiss.__version__,
-    )
-
-
 def load_dense(
     index_path: Path,
     *,
     corpus_path: Path,
-    encoder_path: str,
-    retriever_name: str,
-    on_gpu: bool = False,
+    encoder_path: str | Path,
+    retriever_name: str | None = None,
+    device: Device = "cpu",
+    mmap: bool = True,
+    search: SearchOptions | None = None,
     num_threads: int | None = None,
+    max_length: int | None = None,
+    pooling: str | None = None,
+    use_fp16: bool | None = None,
+    encoder_device: str | None = None,
+    full_check: bool = False,
 ) -> DenseRetriever:
-    """Load all three parts; raises RetrieverError unless they are whole and belong together.
+    """Open all three parts; raises RetrieverError unless they are whole and belong together.
 
-    The manifest vouches for every line of the corpus; without one each is parsed here, so that a malformed
-    one is met now and not by a query later. `num_threads`: of the whole process, for encoding and for
-    search; None leaves it as it is.
+    Files are told by their fingerprints, so that a start does not read gigabytes; `full_check` reads them
+    all. Without a manifest count, dimension and the trial decide, and all of the corpus is parsed, once.
+    `pooling` and `max_length` None: what the manifest says. `retriever_name` None: the manifest's prefixes; a
+    name whose prefixes are others is refused. `device` is where the vectors are searched. `num_threads`: of
+    the whole process, for encoding and for search; None leaves it as it is.
     """
     if num_threads is not None:
-        torch.set_num_threads(num_threads)
-        faiss.omp_set_num_threads(num_threads)
-    rebuild = (
-        f"python -m search_r1.search.index_builder --retrieval_method {retriever_name}"
-        f" --model_path {encoder_path} --corpus_path {corpus_path} --index_path {index_path}"
-    )
-    corpus = open_corpus(corpus_path)
+        set_num_threads(num_threads)
     recorded = load_manifest(index_path)
-    if recorded is not None:
-        _check_index_file(index_path, recorded=recorded, rebuild=rebuild)
-    index = VectorIndex.load(index_path, on_gpu=on_gpu)
-    encoder = TextEncoder(encoder_path, retriever_name=retriever_name)
-    problems = _list_misfits(
-        index, recorded=recorded, corpus=corpus, encoder=encoder, retriever_name=retriever_name
+    rebuild = write_command(index_path, corpus_path, encoder_path, recorded, retriever_name)
+    if recorded is not None and index_path.is_file():
+        _check_files(recorded, index_path=index_path, full=full_check, rebuild=rebuild)
+    corpus = open_corpus(corpus_path)
+    index = open_index(index_path, mmap=mmap, device=device, search=search or SearchOptions())
+    encoder = TextEncoder(
+        encoder_path,
+        retriever_name=retriever_name,
+        device=encoder_device,
+        use_fp16=use_fp16,
+        **_choose_recipe(recorded, retriever_name=retriever_name, max_length=max_length, pooling=pooling),
     )
+    problems = list_misfits(recorded, index=index, corpus=corpus, encoder=encoder, full=full_check)
     if problems:
         raise RetrieverError(
             f"index {index_path} does not belong to corpus {corpus_path} and encoder {encoder_path}:\n  "
@@ -182,62 +121,100 @@ def load_dense(
             + f"\nname the files that belong together, or rebuild the index: {rebuild}"
         )
     if recorded is None:
-        logger.warning(
-            "index %s has no manifest: only its count, its dimension and some passages are checked; "
-            "parsing all %d lines of the corpus, which takes a while if there are millions",
-            index_path,
-            len(corpus),
-        )
-        corpus.check()
-    retriever = DenseRetriever(index, corpus=corpus, encoder=encoder)
-    retriever.check()
-    return retriever
+        _check_unrecorded(corpus, index_path=index_path)
+    trial: Trial = prepare_trial(corpus, encoder)
+    run_trial(
+        trial,
+        index=index,
+        corpus=corpus,
+        needed=f"name the files that belong together, or rebuild: {rebuild}",
+    )
+    facts = describe_dense(index, corpus=corpus, encoder=encoder, recorded=recorded)
+    return DenseRetriever(index, corpus=corpus, encoder=encoder, facts=facts | {"index_device": device})
 
 
-def _check_index_file(index_path: Path, *, recorded: IndexManifest, rebuild: str) -> None:
-    """Before Faiss reads the file: damaged vectors look like any others, a damaged header may crash it."""
-    if not index_path.is_file():
-        return  # reported as missing, by the loading itself
-    found = hash_index(index_path)
-    if found != recorded.index_sha256:
-        raise RetrieverError(
-            f"index {index_path} is damaged or not the one its manifest is about: its SHA-256 is {found}, "
-            f"the manifest says {recorded.index_sha256}; copy both again, or rebuild the index: {rebuild}"
-        )
+class _Recipe(TypedDict, total=False):
+    pooling: str | None
+    max_length: int | None
+    query_prefix: str
+    passage_prefix: str
+    normalised: bool
 
 
-def _list_misfits(
-    index: VectorIndex,
-    *,
+def _choose_recipe(
+    recorded: IndexManifest | None, *, retriever_name: str | None, max_length: int | None, pooling: str | None
+) -> _Recipe:
+    """What to tell the encoder beside its own configuration."""
+    if recorded is None:
+        return {"pooling": pooling, "max_length": max_length}
+    told: _Recipe = {
+        "pooling": pooling or recorded.pooling,
+        "max_length": max_length or recorded.max_length,
+    }
+    if retriever_name is not None:
+        return told
+    return {
+        **told,
+        "query_prefix": recorded.query_prefix,
+        "passage_prefix": recorded.passage_prefix,
+        "normalised": recorded.normalised,
+    }
+
+
+def describe_dense(
+    index: VectorIndex, *, corpus: Corpus, encoder: TextEncoder, recorded: IndexManifest | None
+) -> Facts:
+    """What the answers of the three depend on."""
+    return {
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.sha256,
+        **asdict(encoder.recipe),
+        "corpus_fingerprint": corpus.fingerprint,
+        "corpus_sha256": recorded.corpus.sha256 if recorded else None,
+        "count": len(corpus),
+        **{f"index_{name}": value for name, value in index.describe().items()},
+    }
+
+
+def write_command(
+    index_path: Path,
+    corpus_path: Path,
+    encoder_path: str | Path,
     recorded: IndexManifest | None,
-    corpus: Corpus,
-    encoder: TextEncoder,
-    retriever_name: str,
-) -> list[str]:
-    """One line for every fact that the three parts do not agree on."""
-    problems = []
-    if recorded is not None:
-        actual = describe_index(
-            index,
-            index_sha256=recorded.index_sha256,  # checked before the index was read
-            corpus=corpus,
-            encoder=encoder,
-            retriever_name=retriever_name,
-        )
-        problems += compare_manifests(recorded, actual=actual)
-    if len(index) != len(corpus):
-        problems.append(f"count: the index holds {len(index)} vectors, the corpus {len(corpus)} passages")
-    if index.dim != encoder.dim:
-        problems.append(f"dim: the index holds vectors of {index.dim}, the encoder makes {encoder.dim}")
-    return problems
+    retriever_name: str | None,
+) -> str:
+    """The command that builds this index again."""
+    name = retriever_name or (recorded.retriever_name if recorded else None)
+    method = f" --retrieval_method {name}" if name else ""
+    kind = f" --kind {recorded.kind}" if recorded and recorded.kind != "flat" else ""
+    return (
+        f"python -m search_r1.search.index_builder{method} --model_path {encoder_path}"
+        f" --corpus_path {corpus_path} --index_path {index_path}{kind}"
+    )
 
 
-def _move_to_gpus(index: faiss.Index) -> faiss.Index:
-    if faiss.get_num_gpus() == 0:
+def _check_files(recorded: IndexManifest, *, index_path: Path, full: bool, rebuild: str) -> None:
+    """Before anything reads them: damaged vectors look like any others, a damaged header may crash Faiss."""
+    problems = list_changed_files(recorded, index_path)
+    if full and not problems:
+        problems = [
+            f"files.{name}.sha256: index was built with {facts.sha256}, found {found}"
+            for name, facts in recorded.files.items()
+            if (found := hash_file(index_path.with_name(name))) != facts.sha256
+        ]
+    if problems:
         raise RetrieverError(
-            "--faiss_gpu: this Faiss build sees no GPU; install a GPU build of Faiss or leave the flag out"
+            f"index {index_path} is damaged or not the one its manifest is about:\n  "
+            + "\n  ".join(problems)
+            + f"\ncopy all its files again, or rebuild it: {rebuild}"
         )
-    options = faiss.GpuMultipleClonerOptions()
-    options.useFloat16 = True
-    options.shard = True
-    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def _check_unrecorded(corpus: Corpus, *, index_path: Path) -> None:
+    logger.warning(
+        "index %s has no manifest: only its count, its dimension and some passages are checked; "
+        "the first time all %d passages of the corpus are parsed, which takes a while if there are millions",
+        index_path,
+        len(corpus),
+    )
+    corpus.check(lambda done, total: logger.info("checked %d of %d passages", done, total))

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from search_r1.search.errors import RetrieverError
+from search_r1.search.fingerprint import FileFacts, fingerprint
+
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexManifest:
-    """The facts that corpus, encoder and index must agree on."""
+    """The facts that corpus, encoder and index must agree on. No paths: the files may move together."""
 
-    retriever_name: str
+    version: int
+    kind: str
+    parameters: dict[str, int | str]
+    """What the index was built with, every number set."""
+    retriever_name: str | None
+    """For the record, like the name of the encoder: what they decide is in the fields below."""
+    encoder: str
     encoder_sha256: str
     pooling: str
     query_prefix: str
     passage_prefix: str
     max_length: int
-    normalised: bool
-    metric: str
     dim: int
-    index_sha256: str
-    """Of the index file, as written."""
-    corpus_sha256: str
+    metric: str
+    normalised: bool
+    corpus: FileFacts
     count: int
     """Passages in corpus and index."""
+    files: dict[str, FileFacts]
+    """Every file of the index by its name; all lie in the folder of the manifest."""
     faiss_version: str
-    """For the record; any version may read the index."""
+    built_with: str
+    """Version of this package. For the record, like that of Faiss."""
 
     def save(self, index_path: Path) -> None:
         """Write it next to the index, atomically."""
         path = locate_manifest(index_path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-
-
-def hash_index(index_path: Path) -> str:
-    """SHA-256 of the file: about a second per 1.5 GB, so 45 s for wiki-18, if the disk keeps up."""
-    with index_path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate_manifest(index_path: Path) -> Path:
@@ -60,20 +67,80 @@ def load_manifest(index_path: Path) -> IndexManifest | None:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RetrieverError(f"index manifest {path} is not JSON ({error}); rebuild the index") from error
-    names = {field.name for field in fields(IndexManifest)}
-    if not isinstance(entries, dict) or set(entries) != names:
-        found = sorted(entries) if isinstance(entries, dict) else type(entries).__name__
+    if not isinstance(entries, dict):
+        kind = type(entries).__name__
+        raise RetrieverError(f"index manifest {path} is a JSON {kind}, expected an object; rebuild the index")
+    version = entries.get("version", 1)
+    if version != VERSION:
         raise RetrieverError(
-            f"index manifest {path} has {found}, expected {sorted(names)}; rebuild the index"
+            f"index manifest {path} has version {version!r}, not {VERSION}; rebuild the index"
         )
-    return IndexManifest(**entries)
+    try:
+        return _read_entries(entries)
+    except (TypeError, ValueError) as error:
+        raise RetrieverError(f"index manifest {path} is malformed: {error}; rebuild the index") from error
 
 
-def compare_manifests(recorded: IndexManifest, *, actual: IndexManifest) -> list[str]:
-    """One line for every fact that differs, except the Faiss version."""
-    pairs = (
-        (field.name, getattr(recorded, field.name), getattr(actual, field.name))
-        for field in fields(IndexManifest)
-        if field.name != "faiss_version"
-    )
-    return [f"{name}: index was built with {old!r}, found {new!r}" for name, old, new in pairs if old != new]
+def list_changed_files(manifest: IndexManifest, index_path: Path) -> list[str]:
+    """One line for every file of the index that is missing or not the one that was built, by fingerprint."""
+    problems = []
+    for name, facts in manifest.files.items():
+        path = index_path.with_name(name)
+        if not path.is_file():
+            problems.append(f"files.{name}: missing in {index_path.parent}; copy it there too")
+            continue
+        size = path.stat().st_size
+        if size != facts.bytes:
+            problems.append(f"files.{name}.bytes: index was built with {facts.bytes}, found {size}")
+        elif (found := fingerprint(path)) != facts.fingerprint:
+            problems.append(
+                f"files.{name}.fingerprint: index was built with {facts.fingerprint}, found {found}"
+            )
+    return problems
+
+
+_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "version": int,
+    "kind": str,
+    "parameters": dict,
+    "retriever_name": (str, type(None)),
+    "encoder": str,
+    "encoder_sha256": str,
+    "pooling": str,
+    "query_prefix": str,
+    "passage_prefix": str,
+    "max_length": int,
+    "dim": int,
+    "metric": str,
+    "normalised": bool,
+    "corpus": dict,
+    "count": int,
+    "files": dict,
+    "faiss_version": str,
+    "built_with": str,
+}
+
+
+def _read_entries(entries: dict[str, Any]) -> IndexManifest:
+    """Raises ValueError that names the first entry that is missing, unknown or of a wrong type."""
+    names = [field.name for field in fields(IndexManifest)]
+    if missing := [name for name in names if name not in entries]:
+        raise ValueError(f"{missing[0]!r} is missing")
+    if unknown := sorted(set(entries) - set(names)):
+        raise ValueError(f"{unknown[0]!r} is unknown")
+    for name, expected in _FIELD_TYPES.items():
+        if not isinstance(entries[name], expected):
+            raise ValueError(f"{name!r} is {entries[name]!r}")
+    files = {name: _read_facts(f"files.{name}", facts) for name, facts in entries["files"].items()}
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"'files' names {outside[0]!r}, expected a bare file name")
+    return IndexManifest(**{**entries, "corpus": _read_facts("corpus", entries["corpus"]), "files": files})
+
+
+def _read_facts(name: str, entries: object) -> FileFacts:
+    expected = {field.name for field in fields(FileFacts)}
+    if not isinstance(entries, dict) or set(entries) != expected:
+        raise ValueError(f"{name!r} is {entries!r}, expected the keys {sorted(expected)}")
+    if not isinstance(entries["bytes"], int):
+        raise ValueError(f"'{name}.bytes' is {entries['bytes']!r}")
+    return FileFacts(**entries)

@@ -34,6 +34,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(corpus, encoder, index)
 
 
+@pytest.fixture
+def copied_world(world: World, tmp_path: Path) -> World:
+    """A world that a test may spoil."""
+    return world.copy(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningServer]]:
     """Start `command` plus a port; stops what is left at the end of the session."""

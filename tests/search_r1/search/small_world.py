@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class World:
     def flags(self) -> list[str]:
         files = ["--corpus_path", str(self.corpus), "--index_path", str(self.index)]
         return [*files, "--retriever_model", str(self.encoder)]
+
+    def copy(self, folder: Path) -> World:
+        """The same files elsewhere."""
+        shutil.copytree(self.index.parent, folder / "index")
+        shutil.copy(self.corpus, folder / "corpus.jsonl")
+        shutil.copytree(self.encoder, folder / "encoder")
+        return World(folder / "corpus.jsonl", folder / "encoder", folder / "index" / self.index.name)
 
 
 def write_corpus(path: Path, passages: dict[str, str]) -> Path:

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from search_r1.search.corpus import open_corpus
+from search_r1.search.encoding_run import (
+    EncoderSpec,
+    EncodingRun,
+    VectorFile,
+    check_disk,
+    encode_here,
+    encode_in_processes,
+    lock_folder,
+)
+from search_r1.search.errors import RetrieverError
+from tests.search_r1.search.small_world import PASSAGES, REPOSITORY, World, save_encoder, write_corpus
+
+DIM = 4
+FACTS = {"encoder_sha256": "e", "corpus_fingerprint": "c"}
+
+
+class CountingEncoder:
+    """The vector of a passage is its number."""
+
+    def __init__(self, *, stop_after: int = 1000) -> None:
+        self.encoded: list[str] = []
+        self._stop_after = stop_after
+
+    def encode_passages(self, passages: Sequence[str], *, batch_size: int) -> np.ndarray:
+        if len(self.encoded) + len(passages) > self._stop_after:
+            raise KeyboardInterrupt
+        self.encoded += passages
+        return np.array([[float(text)] * DIM for text in passages], dtype=np.float32)
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    return write_corpus(tmp_path / "corpus.jsonl", {str(row): str(row) for row in range(10)})
+
+
+def open_run(folder: Path, **changes: object) -> EncodingRun:
+    folder.mkdir(exist_ok=True)
+    settings = {"facts": FACTS, "count": 10, "dim": DIM, "chunk_size": 3, "restart": False} | changes
+    return EncodingRun(folder, **settings)
+
+
+def encode(run: EncodingRun, corpus: Path, encoder: CountingEncoder) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+    encode_here(
+        run, corpus=open_corpus(corpus), encoder=encoder, batch_size=2, report=lambda *told: seen.append(told)
+    )
+    return seen
+
+
+def test_what_was_encoded_is_not_encoded_again(tmp_path: Path, numbers: Path) -> None:
+    first = CountingEncoder(stop_after=7)
+    with pytest.raises(KeyboardInterrupt):
+        encode(open_run(tmp_path / "run"), numbers, first)
+    assert len(first.encoded) == 6
+    again, second = open_run(tmp_path / "run", chunk_size=5), CountingEncoder()
+    assert again.num_encoded == 6
+    assert again.chunk_size == 3
+    assert encode(again, numbers, second) == [(9, 10), (10, 10)]
+    assert second.encoded == ["6", "7", "8", "9"]
+    np.testing.assert_array_equal(again.vectors[:][:, 0], np.arange(10))
+    assert again.list_unfinished() == []
+
+
+def test_a_cut_off_log_line_does_not_count(tmp_path: Path, numbers: Path) -> None:
+    run = open_run(tmp_path / "run")
+    encode(run, numbers, CountingEncoder())
+    log = tmp_path / "run" / "finished.log"
+    log.write_text("0\n2\n3\n1")  # killed while it wrote 1 or 12
+    again = open_run(tmp_path / "run")
+    assert again.list_unfinished() == [1]
+    again.finish(1)
+    assert log.read_text() == "0\n2\n3\n1\n"
+
+
+def test_a_log_without_its_vectors_is_not_believed(tmp_path: Path, numbers: Path) -> None:
+    encode(open_run(tmp_path / "run"), numbers, CountingEncoder())
+    (tmp_path / "run" / "vectors.f32").unlink()
+    assert open_run(tmp_path / "run").num_encoded == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"facts": FACTS | {"encoder_sha256": "x"}}, "encoder_sha256: 'e' there, 'x' now"),
+        ({"count": 11}, "count: 10 there, 11 now"),
+    ],
+)
+def test_unfinished_work_of_another_build_is_kept_unless_told(
+    tmp_path: Path, numbers: Path, changes: dict[str, object], named: str
+) -> None:
+    encode(open_run(tmp_path / "run"), numbers, CountingEncoder())
+    with pytest.raises(RetrieverError, match=f"{named}.*--restart"):
+        open_run(tmp_path / "run", **changes)
+    assert open_run(tmp_path / "run").num_encoded == 10
+    assert open_run(tmp_path / "run", restart=True, **changes).num_encoded == 0
+
+
+def test_a_damaged_state_starts_afresh(tmp_path: Path, numbers: Path) -> None:
+    encode(open_run(tmp_path / "run"), numbers, CountingEncoder())
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert open_run(tmp_path / "run").num_encoded == 0
+
+
+def test_rows_of_a_vector_file(tmp_path: Path) -> None:
+    file = VectorFile(tmp_path / "v", count=5, dim=3)
+    rows = np.arange(15, dtype=np.float32).reshape(5, 3)
+    file.write(rows[3:], start=3)
+    file.write(rows[:3], start=0)
+    np.testing.assert_array_equal(file[1:4], rows[1:4])
+    assert file[5:9].shape == (0, 3)
+    assert (len(file), file.shape, file.num_bytes) == (5, (5, 3), 60)
+    file.close()
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "v", dtype=np.float32), rows.ravel())
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    held = lock_folder(tmp_path / "run")
+    try_it = (
+        "import sys; from pathlib import Path\n"
+        "from search_r1.search.encoding_run import lock_folder\n"
+        "lock_folder(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", try_it, str(tmp_path / "run")]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert f"another builder (process {os.getpid()}) is at work" in ended.stderr
+    os.close(held)
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
+
+
+def test_a_full_disk_is_named_before_the_work(tmp_path: Path) -> None:
+    check_disk(tmp_path, needed=1)
+    with pytest.raises(RetrieverError, match=r"needs 1000000000\.0 GB in .* GB are free"):
+        check_disk(tmp_path, needed=10**18)
+
+
+@pytest.mark.slow
+def test_processes_share_the_chunks(world: World, tmp_path: Path) -> None:
+    def build(folder: Path, devices: Sequence[str] | None) -> tuple[EncodingRun, set[int]]:
+        run = open_run(folder, count=len(PASSAGES), dim=32, chunk_size=1)
+        pids: set[int] = set()
+
+        def report(*_: int) -> None:
+            pids.update(child.pid for child in psutil.Process().children())
+
+        if devices is None:
+            encoder = spec.load("cpu")
+            encode_here(run, corpus=open_corpus(world.corpus), encoder=encoder, batch_size=4, report=report)
+        else:
+            encode_in_processes(
+                run,
+                corpus_path=world.corpus,
+                spec=spec,
+                devices=devices,
+                num_threads=1,
+                batch_size=4,
+                report=report,
+            )
+        return run, pids
+
+    spec = EncoderSpec(path=str(world.encoder), retriever_name="e5")
+    alone, _ = build(tmp_path / "alone", None)
+    shared, pids = build(tmp_path / "shared", ["cpu", "cpu"])
+    assert len(pids) >= 2
+    assert shared.list_unfinished() == []
+    np.testing.assert_allclose(shared.vectors[:], alone.vectors[:], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_encoding_process_that_cannot_or_dies_is_named(world: World, tmp_path: Path) -> None:
+    def build(folder: str, path: Path, *, killed: bool = False) -> None:
+        run = open_run(tmp_path / folder, count=len(PASSAGES), dim=32, chunk_size=1)
+
+        def report(*_: int) -> None:
+            for child in psutil.Process().children() if killed else ():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+
+        encode_in_processes(
+            run,
+            corpus_path=world.corpus,
+            spec=EncoderSpec(path=str(path), retriever_name="e5"),
+            devices=["cpu"],
+            num_threads=1,
+            batch_size=4,
+            report=report,
+        )
+
+    with pytest.raises(RetrieverError, match="nowhere does not load"):
+        build("one", tmp_path / "nowhere")
+    with pytest.raises(RetrieverError, match=r"encode cpu.*ended with status -9"):
+        build("two", world.encoder, killed=True)
+
+
+BUILD = """
+import logging, sys
+from pathlib import Path
+from search_r1.search.index_builder import build_index
+logging.basicConfig(level=logging.INFO)
+corpus, encoder, index, processes = sys.argv[1:]
+build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5", num_threads=1, chunk_size=64,
+            batch_size=16, devices=["cpu"], num_processes=int(processes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, num_processes: int) -> None:
+    words = " ".join(PASSAGES.values()).split()
+    texts = {str(row): " ".join(words[(row * 7 + k) % len(words)] for k in range(40)) for row in range(6000)}
+    texts = {row: f"{row} {text}" for row, text in texts.items()}
+    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    encoder = save_encoder(tmp_path / "encoder", seed=0)
+    index = tmp_path / "out" / "e5_Flat.index"
+    command = [sys.executable, "-c", BUILD, *map(str, (corpus, encoder, index, num_processes))]
+    log = index.with_name(index.name + ".building") / "finished.log"
+    with (tmp_path / "log").open("w") as stream:
+        builder = subprocess.Popen(command, cwd=REPOSITORY, stdout=stream, stderr=stream)
+    workers: list[psutil.Process] = []
+    while not (log.exists() and len(log.read_text().split()) >= 10):
+        assert builder.poll() is None, (tmp_path / "log").read_text()
+        workers = psutil.Process(builder.pid).children()
+        time.sleep(0.01)
+    builder.send_signal(signal.SIGKILL)
+    builder.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # they end by themselves
+    done = len(log.read_text().split())
+    assert done < 6000 // 64
+    assert not index.exists()
+    assert json.loads(log.with_name("run.json").read_text())["count"] == 6000
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert f"going on: {done * 64} of 6000 passages" in ended.stderr
+    assert f"encoded {6000 - done * 64} passages in" in ended.stderr
+    assert sorted(path.name for path in index.parent.iterdir()) == [index.name, index.name + ".manifest.json"]
+    whole = tmp_path / "whole" / index.name
+    command[-2] = str(whole)
+    subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True)
+    assert whole.read_bytes() == index.read_bytes()
