@@ -177,14 +177,20 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     ),
     _setting("no_mmap", "false", parse_switch, "read the index into memory instead of mapping its file"),
     _setting(
-        "nprobe", "0", parse_integer(0), "cells that ivf and ivf_pq look into", shown_default="the kind's own"
+        "nprobe", "0", parse_integer(0), "lists that ivf and ivf_pq look into", shown_default="the kind's own"
     ),
-    _setting("ef_search", "0", parse_integer(0), "breadth of search of hnsw", shown_default="the kind's own"),
+    _setting(
+        "ef_search",
+        "0",
+        parse_integer(0),
+        "candidates that hnsw keeps while it searches",
+        shown_default="the kind's own",
+    ),
     _setting(
         "rescore_factor",
         "0",
         parse_integer(0),
-        "candidates per passage that binary scores again",
+        "candidates per passage that ivf_pq and binary score again",
         shown_default="the kind's own",
     ),
     _setting("hybrid_depth", "100", parse_integer(1, MAX_TOPK), "passages of each part that hybrid joins"),

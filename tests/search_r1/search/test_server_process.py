@@ -1,0 +1,169 @@
+"""The server as a process: its signals, its exit status, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+WITHOUT_INDEX = """
+import asyncio, os, sys, time
+from IG.web.loading import load_in_thread
+from search_r1.search import retrieval_server
+from search_r1.search.errors import RetrieverError
+from tests.search_r1.search.servers import EchoRetriever
+
+async def open_retriever(settings):
+    assert "RETRIEVER_TOKEN" not in os.environ
+    way = sys.argv[1]
+    if way == "broken":
+        raise RetrieverError("the index is broken")
+    if way == "crashing":
+        raise KeyError("row")
+    if way == "endless":
+        await load_in_thread(lambda: time.sleep(600), name="index")
+    return EchoRetriever(search_s=float(way))
+
+retrieval_server.open_retriever = open_retriever
+sys.exit(retrieval_server.main(sys.argv[2:]))
+"""
+HEADERS = {"Authorization": "Bearer a-token"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(
+    way: float | str, *flags: str, port: int | None = None
+) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """The process without an index, each of whose searches takes `way` seconds, and a client of it."""
+    port = port or free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITHOUT_INDEX, str(way), "--port", str(port), *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RETRIEVER_TOKEN": "a-token"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=20, trust_env=False, headers=HEADERS) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(client: httpx.Client, path: str, status: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if client.get(path).status_code == status:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.02)
+    pytest.fail(f"{path} did not become {status}")
+
+
+def ask(client: httpx.Client, executor: ThreadPoolExecutor) -> Future[httpx.Response]:
+    """One request, sent and accepted."""
+    asked = executor.submit(client.post, "/retrieve", json={"query": "a", "topk": 1})
+    deadline = time.monotonic() + 10
+    while "retriever_queries_in_progress 1.0" not in client.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return asked
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_what_was_accepted_and_refuses_the_rest(number: signal.Signals) -> None:
+    with running(1.0) as (process, client), ThreadPoolExecutor() as executor:
+        wait_for(client, "/readyz", 200)
+        accepted = ask(client, executor)
+        process.send_signal(number)
+        wait_for(client, "/readyz", 503)
+        refused = client.post("/retrieve", json={"query": "b"})
+        health = client.get("/health").json()
+        assert accepted.result().json() == {"result": [[{"id": "a/0", "contents": "a"}]]}
+        _, log = process.communicate(timeout=5)
+        assert process.returncode == 0
+    assert (refused.status_code, refused.json()) == (503, {"detail": "Shutting down"})
+    assert health["status"] == "stopping"
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(("flags", "num_signals"), [((), 2), (("--shutdown_grace_s", "0.2"), 1)])
+def test_a_second_signal_or_the_end_of_the_grace_cancels(flags: tuple[str, ...], num_signals: int) -> None:
+    with running(60, *flags) as (process, client), ThreadPoolExecutor() as executor:
+        wait_for(client, "/readyz", 200)
+        accepted = ask(client, executor)
+        for _ in range(num_signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        started = time.monotonic()
+        assert accepted.result().status_code == 503
+        assert process.wait(timeout=5) == 0
+        assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_it_loads_ends_at_once(number: signal.Signals) -> None:
+    with running("endless") as (process, client):
+        wait_for(client, "/livez", 200)
+        assert client.get("/readyz").status_code == 503
+        started = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 0
+        assert time.monotonic() - started < 3
+
+
+def test_after_a_kill_the_port_is_free_again() -> None:
+    port = free_port()
+    with running(60, port=port) as (process, client), ThreadPoolExecutor() as executor:
+        wait_for(client, "/readyz", 200)
+        accepted = ask(client, executor)
+        process.kill()
+        with pytest.raises(httpx.TransportError):
+            accepted.result()
+    with running(0, port=port) as (_, client):
+        wait_for(client, "/readyz", 200)
+        assert client.post("/retrieve", json={"query": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("way", "told", "has_traceback"),
+    [
+        ("broken", "the retriever does not start: the index is broken", False),
+        ("crashing", "the retriever does not start: KeyError: 'row'", True),
+    ],
+)
+def test_a_retriever_that_does_not_load_is_named_and_the_status_says_so(
+    way: str, told: str, has_traceback: bool
+) -> None:
+    with running(way) as (process, _):
+        _, log = process.communicate(timeout=20)
+        assert process.returncode == 1
+    assert told in log
+    assert ("Traceback" in log) is has_traceback
+
+
+def test_who_listens_to_other_machines_without_a_token_is_warned() -> None:
+    told = "may search; RETRIEVER_TOKEN or --token_file asks for a token"
+    command = [sys.executable, "-c", WITHOUT_INDEX, "broken", "--host", "0.0.0.0", "--port", "0"]
+    for token, is_warned in (("", True), ("a-token", False)):
+        environ = os.environ | {"RETRIEVER_TOKEN": token}
+        ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=30)
+        assert (told in ended.stderr) is is_warned
+        assert "a-token" not in ended.stderr

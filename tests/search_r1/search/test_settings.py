@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from IG.web.settings import settings_table
+from search_r1.search import defaults, settings
+from search_r1.search.errors import RetrieverError
+from search_r1.search.settings import (
+    RETRIEVER_SETTINGS,
+    SERVER_SETTINGS,
+    RetrieverSettings,
+    add_retriever_arguments,
+    build_parser,
+    resolve_retriever,
+    resolve_server,
+)
+
+README = Path(settings.__file__).with_name("README.md")
+
+
+def resolve(*arguments: str, **environ: str) -> RetrieverSettings:
+    return resolve_server(arguments, environ=environ)[1]
+
+
+def test_without_flags_the_embedded_world_is_served_to_this_machine_only() -> None:
+    server, retriever = resolve_server(environ={})
+    assert (server.host, server.port, server.topk, server.token) == ("127.0.0.1", 8000, 3, "")
+    assert server.batching
+    assert retriever.index_path == defaults.INDEX_PATH
+    assert retriever.corpus_path == defaults.CORPUS_PATH
+    assert retriever.retriever_model == str(defaults.ENCODER_PATH)
+    assert (retriever.retriever_name, retriever.index_device, retriever.mmap) == ("", "cpu", True)
+
+
+def test_the_published_flags_mean_what_they_meant() -> None:
+    given = "--index_path i --corpus_path c --topk 5 --retriever_name e5 --retriever_model m --faiss_gpu"
+    server, retriever = resolve_server(given.split(), environ={})
+    assert (retriever.index_path, retriever.corpus_path) == (Path("i"), Path("c"))
+    assert (retriever.retriever_name, retriever.retriever_model) == ("e5", "m")
+    assert (server.topk, retriever.index_device) == (5, "faiss_gpu")
+
+
+def test_a_flag_wins_over_its_variable() -> None:
+    environ = {"INDEX_PATH": "i", "TOPK": "7", "RETRIEVER_PORT": "9", "RETRIEVER_NO_BATCHING": "true"}
+    server, retriever = resolve_server(["--index_path", "j"], environ=environ)
+    assert (retriever.index_path, server.topk, server.port, server.batching) == (Path("j"), 7, 9, False)
+
+
+def test_bm25_takes_the_published_flag_for_its_folder() -> None:
+    assert resolve("--retriever_name", "bm25").index_path == defaults.INDEX_DIR / "bm25"
+    assert resolve("--retriever_name", "BM25", "--index_path", "words").index_path == Path("words")
+    hybrid = resolve("--retriever_name", "hybrid", "--bm25_index_path", "words")
+    assert (hybrid.index_path, hybrid.bm25_index_path) == (defaults.INDEX_PATH, Path("words"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topk", "0"], r"--topk is '0', expected a whole number from 1 to 1000"),
+        (["--index_device", "tpu"], r"--index_device is 'tpu', expected one of cpu, faiss_gpu, torch"),
+        (["--faiss_gpu", "--index_device", "torch"], r"--faiss_gpu and --index_device torch exclude"),
+        (["--rerank_depth", "many"], r"--rerank_depth is 'many'"),
+        (["--token_file", "/no/such/file"], r"--token_file is '/no/such/file', which cannot be read"),
+        (["--online_mode", "replay"], r"--online_cache"),
+    ],
+)
+def test_a_bad_value_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(RetrieverError, match=message):
+        resolve_server(arguments, environ={})
+
+
+def test_other_commands_ask_for_the_same_retriever() -> None:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_retriever_arguments(parser)
+    namespace = parser.parse_args(["--nprobe", "32", "--retriever_name", "mock"])
+    resolved = resolve_retriever(namespace, environ={"IGPO_MOCK_SEARCH": "true"})
+    assert (resolved.nprobe, resolved.is_online, resolved.online.mock) == (32, True, True)
+    assert "(default: None)" not in "".join(
+        line for line in parser.format_help().splitlines() if "RETRIEVER" in line
+    )
+
+
+def test_the_token_is_never_shown() -> None:
+    server, _ = resolve_server(environ={"RETRIEVER_TOKEN": "s3cret"})
+    assert server.token == "s3cret"
+    assert "s3cret" not in repr(server)
+
+
+def test_readme_has_the_tables_and_every_flag() -> None:
+    readme = README.read_text()
+    assert settings_table(RETRIEVER_SETTINGS) in readme
+    assert settings_table(SERVER_SETTINGS) in readme
+    flags = [flag for action in build_parser()._actions for flag in action.option_strings]
+    assert len(flags) > 30
+    assert [flag for flag in flags if f"`{flag}`" not in readme and flag not in ("-h", "--help")] == []
