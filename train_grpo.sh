@@ -20,7 +20,7 @@ Variables (what you export wins over the recipe; an override on the command line
   BASE_MODEL       model folder or hub id           DATA_DIR         folder with train.parquet and test.parquet
   RETRIEVER_URL    http://127.0.0.1:8000/retrieve   IG_SERVICE_URL   http://127.0.0.1:8310
   IG_BATCH_SIZE    items per request                IG_TIMEOUT       seconds a step may wait for its gains
-  IG_TOKEN         the service's token, if it wants one
+  IG_TOKEN, RETRIEVER_TOKEN                         the services' tokens, where they want one
   WANDB_PROJECT    project name                     EXPERIMENT_NAME  name of the run, and of its folder
   N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (4)
   RECIPE           world | gpu, instead of guessing

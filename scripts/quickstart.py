@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from screen import Screen
 from supervise import (
-    SERVICE_PREFIXES,
     ChildFailedError,
     MemoryWatch,
     Supervisor,
     free_ports,
+    is_service_variable,
     service_environment,
     wait_until_ready,
 )
@@ -321,7 +321,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     run_dir = new_run_dir(arguments.run_dir)
     screen = Screen(console)
     screen.say(f"run folder: {run_dir}")
-    if dropped := sorted(name for name in os.environ if name.startswith(SERVICE_PREFIXES)):
+    if dropped := sorted(name for name in os.environ if is_service_variable(name)):
         screen.say("not passed on, for the services are set up here: " + ", ".join(dropped), style="yellow")
     try:
         summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])

@@ -31,8 +31,8 @@ _READER_GRACE_S = 2.0
 # What is asked runs on this machine: a proxy that the caller has set must not stand in between.
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-SERVICE_PREFIXES = ("IG_", "RETRIEVER_")
-"""Environment variables that set up our services."""
+_SERVICE_PREFIXES = ("IG_", "RETRIEVER_")
+_SERVICE_NAMES = ("INDEX_PATH", "CORPUS_PATH", "BM25_INDEX_PATH", "TOPK", "IGPO_MOCK_SEARCH")
 
 
 class ChildFailedError(RuntimeError):
@@ -199,9 +199,14 @@ def service_environment() -> dict[str, str]:
 
     Nothing of the embedded world is looked for on the network, unless the caller says so.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SERVICE_PREFIXES)}
+    kept = {name: value for name, value in os.environ.items() if not is_service_variable(name)}
     defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**defaults, **kept, "PYTHONUNBUFFERED": "1"}
+
+
+def is_service_variable(name: str) -> bool:
+    """Whether an environment variable sets up one of our services."""
+    return name.startswith(_SERVICE_PREFIXES) or name in _SERVICE_NAMES
 
 
 def free_ports(count: int) -> list[int]:

@@ -17,7 +17,10 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from quickstart import QUICKSTART_OVERRIDES, SMOKE_OVERRIDES, Metrics, override, summarise
+from supervise import is_service_variable
 
+from search_r1.search.online.options import MOCK_VARIABLE
+from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
 from verl.trainer.config.loading import check_override_keys, load_config, register_schema
 from verl.trainer.config.validate import validate
 
@@ -117,6 +120,7 @@ def test_a_run_ends_with_one_json_line_and_no_process(
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there, nor is it asked
     monkeypatch.setenv("IG_HOST", "no such address")
+    monkeypatch.setenv("INDEX_PATH", "of another corpus")
     process = start("--steps", "12", "--", "wait=1")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -131,8 +135,15 @@ def test_a_run_ends_with_one_json_line_and_no_process(
     assert 0.02 < summary["peak_rss_gb"] < 2
     assert "the trainer says hello" in output
     assert "the trainer says hello" in (tree / "run" / "console.log").read_text()
-    assert "not passed on, for the services are set up here: IG_HOST" in output
+    assert "not passed on, for the services are set up here: IG_HOST, INDEX_PATH" in output
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tree)]
+
+
+def test_no_setting_of_the_callers_retriever_reaches_ours() -> None:
+    settings = (*RETRIEVER_SETTINGS, *SERVER_SETTINGS)
+    assert [setting.env for setting in settings if not is_service_variable(setting.env)] == []
+    assert is_service_variable(MOCK_VARIABLE)
+    assert not is_service_variable("PATH")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
