@@ -24,6 +24,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import read_kind
 from search_r1.search.kinds import IndexKind, IndexOptions, Storage
 from search_r1.search.ranking import FloatArray
+from search_r1.search.sizes import count_bytes
 from search_r1.search.vector_index import Report, locate_vectors
 from search_r1.search.vector_source import VectorSource, read_blocks, sample_rows
 
@@ -31,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 26
 """Of a block of vectors as float32."""
-_SAMPLE_BYTES = 400 << 20
-"""Of the vectors that an index is trained on."""
 _ROWS_PER_CENTROID = 48
 _PQ_SAMPLE_ROWS = 16_384
 """64 for each of the 256 centroids of a codebook."""
@@ -76,6 +75,7 @@ class _Writer:
         self._options = options
         self._report = report
         self._num_rows, self._dim = vectors.shape
+        self._sample_bytes = count_bytes(options, self._num_rows, self._dim).sample
         self._block_rows = max(1, _BLOCK_BYTES // (4 * self._dim))
 
     def write(self) -> None:
@@ -241,7 +241,7 @@ class _Writer:
             vector.resize(length)
 
     def _sample(self, max_rows: int) -> FloatArray:
-        within = max(1, _SAMPLE_BYTES // (4 * self._dim))
+        within = max(1, self._sample_bytes // (4 * self._dim))
         self._report("sampling", 0, 1)
         sample = sample_rows(self._vectors, max_rows=min(max_rows, within), seed=self._options.seed)
         self._report("sampling", 1, 1)
