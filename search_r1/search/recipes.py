@@ -223,7 +223,7 @@ def _check_flags(
 ) -> None:
     if retriever_name is not None and retriever_name not in FAMILIES:
         raise RetrieverError(f"retriever name {retriever_name!r} is unknown; known are {sorted(FAMILIES)}")
-    if flags.pooling is not None and flags.pooling not in POOLINGS:
+    if flags.pooling is not None and not set(flags.pooling.split("+")) <= set(POOLINGS):
         raise RetrieverError(f"pooling {flags.pooling!r} is unknown; known are {list(POOLINGS)}")
     if flags.max_length is not None and not 3 <= flags.max_length <= (limit or flags.max_length):
         raise RetrieverError(

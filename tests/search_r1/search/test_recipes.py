@@ -174,6 +174,10 @@ def test_a_flag_overrules_the_model_and_says_so(folder: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert resolve(folder, pooling="cls", query_prefix="q ").pooling == "cls"
     assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert resolve(folder, "e5", pooling="cls+max", query_prefix="q ").pooling == "cls+max"
+    assert "overruled by the flag's 'cls+max'" in caplog.text
+    caplog.clear()
     recipe = resolve(
         folder, pooling="mean", query_prefix="", passage_prefix="p ", max_length=64, normalised=False
     )
