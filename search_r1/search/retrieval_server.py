@@ -290,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.pop(_TOKEN_VARIABLE, None)  # what child processes inherit is none of their business
     with listener:
         status = _serve(server, retriever, listener)
+    gc.unfreeze()  # a library counts what the interpreter's end does not collect, and complains
     if is_loading():
         leave(status)
     return status
