@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from search_r1.search.errors import RetrieverError
 from search_r1.search.online.engines import (
     MAX_QUERY_CHARS,
     MAX_RESULTS,
@@ -67,6 +68,8 @@ class OnlineRetriever:
         self._price = 0 if price is None else round(price * NANO / 1000)
         cap = options.spend_cap_usd
         self._cap = None if cap is None else round(cap * NANO)
+        self._running: set[asyncio.Task[Outcome]] = set()
+        self._is_closed = False
 
     def describe(self) -> Mapping[str, str | int | float | None]:
         options = self._options
@@ -82,13 +85,35 @@ class OnlineRetriever:
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """One request per query and started ten of `topk`; pages may be short, and nothing is past 100."""
+        if self._is_closed:
+            raise RetrieverError(f"{self._engine.name}: the retriever is closed; open another one")
         deadline = time.monotonic() + timeout_s
-        return await asyncio.gather(
-            *(self._search_one(query, topk=topk, deadline=deadline) for query in queries)
-        )
+        tasks = [
+            asyncio.create_task(self._search_one(query, topk=topk, deadline=deadline)) for query in queries
+        ]
+        self._running.update(tasks)
+        try:
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._running.difference_update(tasks)
+        return [self._read_end(end) for end in ends]
+
+    def _read_end(self, end: Outcome | BaseException) -> Outcome:
+        if isinstance(end, asyncio.CancelledError):
+            return self._fail(FailureKind.UNAVAILABLE, "stopped, because the retriever was closed")
+        if isinstance(end, BaseException):
+            raise end
+        return end
 
     async def aclose(self) -> None:
-        """Close connections and file; say what was spent."""
+        """Stop what runs, close connections and file; say what was spent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        running = list(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         if self._transport is not None:
             await self._transport.aclose()
         if self._store is not None:

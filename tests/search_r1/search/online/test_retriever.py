@@ -11,6 +11,7 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
+from search_r1.search.errors import RetrieverError
 from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
 from search_r1.search.online.store import OnlineStore
@@ -274,6 +275,22 @@ async def test_a_cancelled_search_hangs_up() -> None:
         while fake.num_open:
             await asyncio.sleep(0.01)
         await retriever.aclose()
+
+
+async def test_closing_stops_what_runs(tmp_path: Path) -> None:
+    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
+        retriever = build_online("serper", options=options)
+        task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
+        while not fake.asked:
+            await asyncio.sleep(0.01)
+        await retriever.aclose()
+        await retriever.aclose()
+        [outcome] = await task
+    assert isinstance(outcome, SearchFailure)
+    assert outcome.kind is FailureKind.UNAVAILABLE
+    with pytest.raises(RetrieverError, match="serper: the retriever is closed"):
+        await retriever.search(["a"], topk=3, timeout_s=1.0)
 
 
 async def test_a_recorded_run_is_replayed_without_any_connection(tmp_path: Path) -> None:
