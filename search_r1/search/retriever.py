@@ -71,6 +71,7 @@ class Retriever(Protocol):
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """One outcome per query, in order, at most `topk` hits each; a blank query finds nothing.
 
+        Queries are text: whoever lets them in has seen to it that none holds a lone surrogate.
         Raises nothing but RetrieverError, for what concerns every query alike.
         """
         ...

@@ -1,0 +1,224 @@
+"""Every back end, opened on one small world for the conformance suite, as it is and behind the server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import uvicorn
+from transformers import BertConfig, BertForSequenceClassification
+
+from search_r1.search.bm25 import build_bm25, load_bm25
+from search_r1.search.hybrid import HybridRetriever
+from search_r1.search.online.assemble import build_online
+from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.remote import RemoteRetriever
+from search_r1.search.rerank import RerankedRetriever, load_reranker
+from search_r1.search.retrieval_server import create_app
+from search_r1.search.retriever import BatchSearch, Retriever, ThreadedRetriever
+from tests.search_r1.search.conformance import Subject
+from tests.search_r1.search.online.fake_engines import NAMES, NOTHING, SECRET, FakeEngine, Fault
+from tests.search_r1.search.small_world import PASSAGES, save_encoder, write_corpus
+
+QUERIES = (
+    "Bolton town England",
+    "where was Alice Marsh born",
+    "The Silver Harbour film",
+    "größe 漢字",
+    "river in Scotland",
+    "ships of Brann Works",
+    "a film in Calder",
+)
+NO_WORDS = "xylophone quagga zeppelin"
+_NUM_PASSAGES = 200
+_NUM_REMOTE_CALLS = {"bm25": 1000, "serper": 1000}
+"""Server and client are the same for all others."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The world on disk; each index is built when it is first asked for."""
+
+    folder: Path
+
+    @cached_property
+    def corpus(self) -> Path:
+        rng = random.Random(0)
+        words = sorted({word for text in PASSAGES.values() for word in text.replace('"', "").split()})
+        passages = dict(PASSAGES)
+        for row in range(len(PASSAGES), _NUM_PASSAGES):
+            title, *text = rng.choices(words, k=rng.randint(6, 16))
+            passages[f"p{row}"] = f'"{title} {row}"\n{" ".join(text)}'
+        return write_corpus(self.folder / "corpus.jsonl", passages)
+
+    @cached_property
+    def bm25(self) -> Path:
+        build_bm25(self.corpus, index_path=self.folder / "bm25")
+        return self.folder / "bm25"
+
+    @cached_property
+    def plain_bm25(self) -> Path:
+        build_bm25(self.corpus, index_path=self.folder / "plain", language="none")
+        return self.folder / "plain"
+
+    @cached_property
+    def reranker(self) -> Path:
+        folder = save_encoder(self.folder / "reranker", seed=1)
+        torch.manual_seed(1)
+        config = BertConfig.from_pretrained(folder, num_labels=1)
+        BertForSequenceClassification(config).save_pretrained(folder)
+        return folder
+
+    @contextmanager
+    def unreadable_corpus(self) -> Iterator[None]:
+        """As a disk would: the file is there, and says nothing any more."""
+        content = self.corpus.read_bytes()
+        _overwrite(self.corpus, b"\0" * len(content))
+        try:
+            yield
+        finally:
+            _overwrite(self.corpus, content)
+
+    def subject(self, retriever: Retriever, *, nothing: str | None) -> Subject:
+        """Of a retriever over the corpus."""
+        return Subject(
+            retriever=retriever,
+            queries=QUERIES,
+            nothing=nothing,
+            max_hits=_NUM_PASSAGES,
+            folder=self.folder,
+            breaks=self.unreadable_corpus,
+        )
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """In place: who has mapped the file sees it."""
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def _thread(search: BatchSearch) -> ThreadedRetriever:
+    return ThreadedRetriever(search, facts=search.facts())  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def _closing(subject: Subject) -> AsyncIterator[Subject]:
+    try:
+        yield subject
+    finally:
+        await subject.retriever.aclose()
+
+
+def _open_bm25(files: Files) -> AbstractAsyncContextManager[Subject]:
+    search = load_bm25(files.bm25, corpus_path=files.corpus, num_threads=2)
+    return _closing(files.subject(_thread(search), nothing=NO_WORDS))
+
+
+def _open_hybrid(files: Files) -> AbstractAsyncContextManager[Subject]:
+    parts = [_thread(load_bm25(index, corpus_path=files.corpus)) for index in (files.bm25, files.plain_bm25)]
+    return _closing(files.subject(HybridRetriever(parts, depth=20), nothing=NO_WORDS))
+
+
+def _open_reranked(files: Files) -> AbstractAsyncContextManager[Subject]:
+    inner = _thread(load_bm25(files.bm25, corpus_path=files.corpus))
+    model = load_reranker(files.reranker, device="cpu")
+    return _closing(files.subject(RerankedRetriever(inner, model=model, depth=5), nothing=NO_WORDS))
+
+
+def _open_mock(files: Files) -> AbstractAsyncContextManager[Subject]:
+    return _closing(
+        Subject(
+            retriever=build_online("mock", options=OnlineOptions()),
+            queries=QUERIES,
+            nothing=None,
+            max_hits=100,
+            folder=files.folder,
+        )
+    )
+
+
+@asynccontextmanager
+async def _open_online(files: Files, *, name: str, records: bool = False) -> AsyncIterator[Subject]:
+    async with (fake := FakeEngine(name)).running():
+        options = fake.options()
+        if records:
+            options = replace(options, mode=OnlineMode.RECORD, cache_path=files.folder / f"{name}.sqlite")
+        subject = Subject(
+            retriever=build_online(name, options=options),
+            queries=QUERIES,
+            nothing=NOTHING,
+            max_hits=6,
+            folder=files.folder,
+            secrets=(SECRET,),
+            breaks=partial(_breaking, fake),
+            hangs=partial(_hanging, fake),
+            counter=_COUNTER,
+        )
+        async with _closing(subject):
+            yield subject
+
+
+_COUNTER = itertools.count()
+"""For all: what was recorded is not asked again."""
+
+
+@contextmanager
+def _breaking(fake: FakeEngine) -> Iterator[None]:
+    fake.faults += [Fault(status=500)] * 100
+    try:
+        yield
+    finally:
+        fake.faults.clear()
+
+
+@contextmanager
+def _hanging(fake: FakeEngine) -> Iterator[None]:
+    fake.delay_s = 2.0
+    try:
+        yield
+    finally:
+        fake.delay_s = 0.0
+
+
+BACK_ENDS: dict[str, Callable[[Files], AbstractAsyncContextManager[Subject]]] = {
+    "bm25": _open_bm25,
+    "hybrid": _open_hybrid,
+    "reranked": _open_reranked,
+    "mock": _open_mock,
+    "recorded": partial(_open_online, name="serper", records=True),
+    **{name: partial(_open_online, name=name) for name in NAMES},
+}
+
+
+@asynccontextmanager
+async def open_remote(files: Files, *, name: str) -> AsyncIterator[Subject]:
+    """The back end behind our server, over a socket, by our client."""
+    num_calls = _NUM_REMOTE_CALLS.get(name, 50)
+    async with BACK_ENDS[name](files) as behind, _serving(behind.retriever) as url:
+        remote = replace(behind, retriever=RemoteRetriever(url), is_edge=True, num_calls=num_calls)
+        async with _closing(remote):
+            yield remote
+
+
+@asynccontextmanager
+async def _serving(retriever: Retriever) -> AsyncIterator[str]:
+    async def open_retriever() -> Retriever:
+        return retriever
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    ready = asyncio.Event()
+    app = create_app(open_retriever, on_ready=lambda _: ready.set())
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error"))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    await ready.wait()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    await running
