@@ -207,13 +207,14 @@ def test_an_encoding_process_that_cannot_or_dies_is_named(world: World, tmp_path
         build("two", world.encoder, killed=True)
 
 
+NUM_PASSAGES, CHUNK = 2000, 16
 BUILD = """
 import logging, sys
 from pathlib import Path
 from search_r1.search.index_builder import build_index
 logging.basicConfig(level=logging.INFO)
 corpus, encoder, index, processes = sys.argv[1:]
-build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5", num_threads=1, chunk_size=64,
+build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5", num_threads=1, chunk_size=16,
             batch_size=16, devices=["cpu"], num_processes=int(processes))
 """
 
@@ -222,7 +223,7 @@ build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5",
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, num_processes: int) -> None:
     words = " ".join(PASSAGES.values()).split()
-    texts = {str(row): " ".join(words[(row * 7 + k) % len(words)] for k in range(40)) for row in range(6000)}
+    texts = {str(row): " ".join(words[(row * 7 + k) % len(words)] for k in range(40)) for row in range(NUM_PASSAGES)}
     texts = {row: f"{row} {text}" for row, text in texts.items()}
     corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
     encoder = save_encoder(tmp_path / "encoder", seed=0)
@@ -240,13 +241,13 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, num_processes: int)
     builder.wait()
     assert psutil.wait_procs(workers, timeout=20)[1] == []  # they end by themselves
     done = len(log.read_text().split())
-    assert done < 6000 // 64
+    assert done < NUM_PASSAGES // CHUNK
     assert not index.exists()
-    assert json.loads(log.with_name("run.json").read_text())["count"] == 6000
+    assert json.loads(log.with_name("run.json").read_text())["count"] == NUM_PASSAGES
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert f"going on: {done * 64} of 6000 passages" in ended.stderr
-    assert f"encoded {6000 - done * 64} passages in" in ended.stderr
+    assert f"going on: {done * CHUNK} of {NUM_PASSAGES} passages" in ended.stderr
+    assert f"encoded {NUM_PASSAGES - done * CHUNK} passages in" in ended.stderr
     assert sorted(path.name for path in index.parent.iterdir()) == [index.name, index.name + ".manifest.json"]
     whole = tmp_path / "whole" / index.name
     command[-2] = str(whole)
