@@ -213,7 +213,8 @@ def _cells(name: str, ranks: Sequence[AnswerRank], ks: Sequence[int]) -> tuple[T
 
 
 def _show_share(share: Share | None) -> str:
-    return "-" if share is None else f"{share.value:.1%}\n{100 * share.low:.1f}-{100 * share.high:.1f}"
+    """The interval in whole percent, so that the table fits a terminal."""
+    return "-" if share is None else f"{share.value:.1%}\n{100 * share.low:.0f}-{100 * share.high:.0f}"
 
 
 def _explain(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> None:
