@@ -26,7 +26,9 @@ from search_r1.search.retriever import FailureKind, Found, Outcome, Retriever, S
 logger = logging.getLogger(__name__)
 
 STRETCH = 0.05
-"""Longest wait for others, as a share of what recent searches took."""
+"""How long to wait for one more asker, as a share of what recent searches took."""
+LONGEST_STRETCH = 0.25
+"""The same for as many as keep coming: two halves that search in turns would be slower."""
 _MAX_REMEMBERED_HITS = 100
 _MAX_REMEMBERED_CHARS = 1000
 """Longer answers and queries are not remembered, so that the memory of many is bounded, too."""
@@ -101,6 +103,8 @@ class _Lane:
     """What recent calls took."""
     since: float | None = None
     """When a call could have started first, on the loop's clock."""
+    latest: float = 0.0
+    """When somebody asked last."""
 
 
 class MicroBatcher:
@@ -172,6 +176,7 @@ class MicroBatcher:
             asked = _Asked(query, lane, asyncio.get_running_loop().create_future())
             self._flying[key] = asked
             lane.queue.append(asked)
+            lane.latest = asyncio.get_running_loop().time()
             self._counts.count_query(Source.SEARCHED)
         else:
             self._counts.count_query(Source.JOINED)
@@ -213,10 +218,11 @@ class MicroBatcher:
             lane.since = now
         if lane.request is not None or len(lane.queue) >= self._max_batch:
             return lane.since
-        window_s = self._options.window_s
-        if len(lane.queue) < lane.crowd:
-            window_s = max(window_s, STRETCH * lane.search_s)
-        return lane.since + window_s
+        start = lane.since + self._options.window_s
+        if len(lane.queue) >= lane.crowd:
+            return start
+        patient = max(lane.since, lane.latest) + STRETCH * lane.search_s
+        return max(start, min(patient, lane.since + LONGEST_STRETCH * lane.search_s))
 
     def _start(self, lane: _Lane) -> None:
         batch = [lane.queue.popleft() for _ in range(min(len(lane.queue), self._max_batch))]

@@ -227,7 +227,7 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
         "batch_window_ms",
         "2",
         parse_real(0, 1000),
-        "how long a query waits for others to be searched with; at most 5 % of a search where that is longer",
+        "how long a query waits for others to be searched with; longer where searches are slow",
     ),
     _setting("cache_size", "10000", parse_integer(0), "answers that are remembered; 0 for none"),
     _setting("max_queue", "4096", parse_integer(1), "queries accepted and not answered yet; more get 429"),
