@@ -9,11 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,137 +20,14 @@ import pytest
 from hub import DownloadError
 from rich.console import Console
 
+from tests.scripts.fake_hub import CORPUS_REPO, INDEX_REPO, FakeHub, Fault, serving
+
 PARTS = [random.Random(seed).randbytes(300_000 + seed) for seed in (1, 2)]
 INDEX = PARTS[0] + PARTS[1]
 CORPUS = b"".join(b'{"id": "%d", "contents": "passage %d"}\n' % (i, i * i) for i in range(20_000))
 ARCHIVE = gzip.compress(CORPUS)
-INDEX_REPO = "PeterJinGo/wiki-18-e5-index"
-CORPUS_REPO = "PeterJinGo/wiki-18-corpus"
 TOKEN = "hf_geheim"
 SCRIPT = Path(download.__file__)
-
-
-@dataclass(slots=True)
-class Fault:
-    """What the server does wrong with one GET (or HEAD, by `method`)."""
-
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    break_after: int | None = None
-    """Bytes of the body before the connection breaks."""
-    ignores_range: bool = False
-    announces: int | None = None
-    """Another Content-Length."""
-    content: bytes | None = None
-    """Another content."""
-    content_range: str | None = None
-    excess: bytes = b""
-    """After the body, in an answer without length."""
-    hangs_s: float = 0.0
-    stalls_after: int | None = None
-    """Bytes of the body before it stops, the connection left open."""
-    method: str = "GET"
-    is_lasting: bool = False
-    file: str = ""
-
-
-@dataclass(slots=True)
-class FakeHub:
-    """A hub on a free port: `/datasets/<repo>/resolve/main/<file>` redirects to a store, as the real one."""
-
-    files: dict[str, bytes]
-    faults: list[Fault] = field(default_factory=list)
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """Method, path, Range."""
-    num_bytes: int = 0
-    token: str | None = None
-    has_hashes: bool = True
-    is_redirecting: bool = True
-    url: str = ""
-
-    def next_fault(self, method: str, path: str) -> Fault:
-        for fault in self.faults:
-            if fault.method == method and path.endswith(fault.file):
-                if not fault.is_lasting:
-                    self.faults.remove(fault)
-                return fault
-        return Fault()
-
-    def count(self, method: str) -> int:
-        return sum(asked[0] == method for asked in self.asked)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: FakeHub
-
-    def log_message(self, *args: object) -> None:
-        """Quietly."""
-
-    def do_HEAD(self) -> None:
-        self.answer("HEAD")
-
-    def do_GET(self) -> None:
-        self.answer("GET")
-
-    def answer(self, method: str) -> None:
-        hub, path = self.hub, self.path
-        if path.startswith("/datasets/"):
-            hub.asked.append((method, path, self.headers.get("Range")))
-        fault = hub.next_fault(method, path)
-        content = hub.files.get(re.sub(r"^/(datasets|store)/|resolve/main/", "", path))
-        if fault.status:
-            self.say(fault.status, fault.headers)
-        elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            self.say(401, {})
-        elif content is None:
-            self.say(404, {})
-        elif method == "HEAD":
-            self.say(*self.facts(content))
-        elif path.startswith("/datasets/") and hub.is_redirecting:
-            self.say(302, {"Location": path.replace("/datasets/", "/store/").replace("resolve/main/", "")})
-            if fault != Fault():
-                hub.faults.insert(0, fault)
-        else:
-            self.send_content(content if fault.content is None else fault.content, fault)
-
-    def facts(self, content: bytes) -> tuple[int, dict[str, str]]:
-        digest = hashlib.sha256(content).hexdigest() if self.hub.has_hashes else "none"
-        if self.hub.is_redirecting:
-            linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
-            return 302, {**linked, "Location": f"{self.hub.url}/store/x", "X-Repo-Commit": "c0ffee"}
-        return 200, {"Content-Length": str(len(content)), "ETag": f'W/"{digest}"'}
-
-    def say(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": "0"} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def send_content(self, content: bytes, fault: Fault) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(match[1]) if match and not fault.ignores_range else 0
-        headers = {"Content-Length": str(fault.announces or len(content) - start)}
-        if match and not fault.ignores_range:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if fault.content_range:
-            headers["Content-Range"] = fault.content_range
-        body = content[start:]
-        if fault.excess:
-            headers |= {"Connection": "close"}
-            body += fault.excess
-            headers["Content-Length"] = str(len(body))
-        if fault.break_after is not None or fault.stalls_after is not None:
-            body = body[: fault.break_after if fault.stalls_after is None else fault.stalls_after]
-        if fault.hangs_s:
-            threading.Event().wait(fault.hangs_s)
-        self.say(206 if "Content-Range" in headers else 200, headers)
-        self.hub.num_bytes += len(body)
-        self.wfile.write(body)
-        if fault.stalls_after is not None:
-            threading.Event().wait(30.0)
-        if fault.break_after is not None:
-            self.close_connection = True
 
 
 @pytest.fixture
@@ -165,15 +39,8 @@ def hub() -> Iterator[FakeHub]:
             f"{CORPUS_REPO}/wiki-18.jsonl.gz": ARCHIVE,
         }
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": fake}))
-    server.daemon_threads = True
-    fake.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield fake
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(fake):
+        yield fake
 
 
 def run(hub: FakeHub, folder: Path, *flags: str, token: str | None = None) -> str:

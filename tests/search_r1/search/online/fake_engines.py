@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import SecretStr
 
+from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.retriever import Found, Outcome, SearchFailure
 
 SECRET = "geheim-0123456789-geheim"
 KEY_VARIABLES = ("SERPER_API_KEY", "SERPAPI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_CSE_ID", "BING_API_KEY")
@@ -195,3 +197,23 @@ _FORMATS: dict[str, Callable[[Asked], tuple[int, Json]]] = {
     "google": _google,
     "bing": _bing,
 }
+
+
+async def search(
+    engine: str,
+    options: OnlineOptions,
+    queries: Sequence[str] = ("moon",),
+    *,
+    topk: int = 3,
+    timeout_s: float = 5.0,
+) -> list[Outcome]:
+    retriever = build_online(engine, options=options)
+    try:
+        return await retriever.search(queries, topk=topk, timeout_s=timeout_s)
+    finally:
+        await retriever.aclose()
+
+
+def as_found(outcome: Outcome) -> Found:
+    assert not isinstance(outcome, SearchFailure), outcome
+    return outcome

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,24 +11,16 @@ from pydantic import SecretStr
 from search_r1.search.errors import RetrieverError
 from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
-from search_r1.search.online.store import OnlineStore
-from search_r1.search.retriever import FailureKind, Found, Outcome, SearchFailure
-from tests.search_r1.search.online.fake_engines import KEYS, NAMES, NOTHING, SECRET, FakeEngine, Fault
-
-
-async def search(
-    engine: str,
-    options: OnlineOptions,
-    queries: Sequence[str] = ("moon",),
-    *,
-    topk: int = 3,
-    timeout_s: float = 5.0,
-) -> list[Outcome]:
-    retriever = build_online(engine, options=options)
-    try:
-        return await retriever.search(queries, topk=topk, timeout_s=timeout_s)
-    finally:
-        await retriever.aclose()
+from search_r1.search.retriever import FailureKind, SearchFailure
+from tests.search_r1.search.online.fake_engines import (
+    KEYS,
+    NAMES,
+    NOTHING,
+    FakeEngine,
+    Fault,
+    as_found,
+    search,
+)
 
 
 async def fail(fake: FakeEngine, *, timeout_s: float = 5.0) -> SearchFailure:
@@ -39,11 +28,6 @@ async def fail(fake: FakeEngine, *, timeout_s: float = 5.0) -> SearchFailure:
         [outcome] = await search(fake.name, fake.options(), timeout_s=timeout_s)
     assert isinstance(outcome, SearchFailure)
     assert outcome.reason.startswith(f"{fake.name}: ")
-    return outcome
-
-
-def as_found(outcome: Outcome) -> Found:
-    assert not isinstance(outcome, SearchFailure), outcome
     return outcome
 
 
@@ -291,171 +275,6 @@ async def test_closing_stops_what_runs(tmp_path: Path) -> None:
     assert outcome.kind is FailureKind.UNAVAILABLE
     with pytest.raises(RetrieverError, match="serper: the retriever is closed"):
         await retriever.search(["a"], topk=3, timeout_s=1.0)
-
-
-async def test_a_recorded_run_is_replayed_without_any_connection(tmp_path: Path) -> None:
-    queries = ["moon", "  moon ", NOTHING, "größe 漢字", "sun"]
-    cache = tmp_path / "deep" / "searches.sqlite"
-    async with (fake := FakeEngine("serper", delay_s=0.05)).running():
-        recording = fake.options(mode=OnlineMode.RECORD, cache_path=cache)
-        recorded = [await search("serper", recording, [query]) for query in queries]
-        assert len(fake.asked) == 4  # the second spelling of the first query is not another query
-        again = [await search("serper", recording, [query]) for query in queries]
-        assert len(fake.asked) == 4
-        connections = fake.num_connections
-        replaying = OnlineOptions(mode=OnlineMode.REPLAY, cache_path=cache, url=fake.url)  # without keys
-        replayed = [await search("serper", replaying, [query]) for query in queries]
-        [other, fewer] = [
-            *await search("serper", replaying, ["mars"]),
-            *await search("serper", replaying, ["moon"], topk=2),
-        ]
-        assert fake.num_connections == connections
-    assert recorded == again == replayed
-    assert recorded[2] == [()]
-    for missing in (other, fewer):
-        assert isinstance(missing, SearchFailure)
-        assert missing.kind is FailureKind.NOT_RECORDED
-        assert "--online_mode record" in missing.reason
-
-
-async def test_failures_are_not_recorded(tmp_path: Path) -> None:
-    fake = FakeEngine("google", faults=[Fault(status=400), Fault(status=200, body="<html>")])
-    async with fake.running():
-        options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
-        kinds = [type((await search("google", options))[0]) for _ in range(3)]
-    assert kinds == [SearchFailure, SearchFailure, tuple]
-
-
-async def test_a_recording_belongs_to_engine_and_date(tmp_path: Path) -> None:
-    cache = tmp_path / "s.sqlite"
-
-    async def ask(fake: FakeEngine, mode: OnlineMode, date: str | None) -> int:
-        before = len(fake.asked)
-        await search(fake.name, fake.options(mode=mode, cache_path=cache, date=date))
-        return len(fake.asked) - before
-
-    async with (bing := FakeEngine("bing")).running(), (serper := FakeEngine("serper")).running():
-        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 1
-        assert await ask(serper, OnlineMode.RECORD, "2025-01-31") == 1
-        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 0
-        assert await ask(bing, OnlineMode.RECORD, "2025-02-01") == 1
-        assert await ask(bing, OnlineMode.RECORD, "any") == 0
-        assert await ask(bing, OnlineMode.RECORD, None) == 1  # today
-        assert await ask(bing, OnlineMode.LIVE, None) == 1
-        for date, is_known in [("2025-01-31", True), ("2025-03-01", False), ("any", True), (None, True)]:
-            options = bing.options(mode=OnlineMode.REPLAY, cache_path=cache, date=date)
-            [outcome] = await search("bing", options)
-            assert isinstance(outcome, tuple) is is_known
-
-
-async def test_the_cap_holds_to_the_request_under_concurrency(tmp_path: Path) -> None:
-    cache = tmp_path / "s.sqlite"
-    async with (fake := FakeEngine("serper")).running():
-        options = fake.options(cache_path=cache, spend_cap_usd=0.025, price_per_1000_usd=1.0)
-        queries = [f"q{i}" for i in range(40)]
-        outcomes = [
-            outcome
-            for half in await asyncio.gather(
-                search("serper", options, queries[:20], timeout_s=30.0),
-                search("serper", options, queries[20:], timeout_s=30.0),
-            )
-            for outcome in half
-        ]
-        assert len(fake.asked) == 25
-        failures = [outcome for outcome in outcomes if isinstance(outcome, SearchFailure)]
-        assert len(failures) == 15
-        assert {failure.kind for failure in failures} == {FailureKind.QUOTA}
-        assert "25 requests, 0.0250 USD" in failures[-1].reason
-        assert "--spend_cap_usd 0.025" in failures[-1].reason
-        # The count outlives the process; a higher cap goes on from it.
-        raised = fake.options(cache_path=cache, spend_cap_usd=0.026, price_per_1000_usd=1.0)
-        outcomes = await search("serper", raised, ["a", "b"], timeout_s=30.0)
-        assert [type(outcome) for outcome in outcomes].count(SearchFailure) == 1
-    assert len(fake.asked) == 26
-
-
-async def test_retries_are_charged_and_unmade_connections_are_not(tmp_path: Path) -> None:
-    cache = tmp_path / "s.sqlite"
-    async with (fake := FakeEngine("bing", faults=[Fault(status=500), Fault(status=429)])).running():
-        options = fake.options(cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=25.0)
-        await search("bing", options)
-    dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/", cache_path=cache)
-    await search("bing", dead, timeout_s=1.0)
-    store = OnlineStore(cache, read_only=True)
-    spent = await store.spending()
-    await store.aclose()
-    assert spent.num_requests == 3
-    assert spent.nano_usd == 75_000_000
-
-
-async def test_recorded_answers_are_free(tmp_path: Path) -> None:
-    async with (fake := FakeEngine("serper")).running():
-        options = fake.options(
-            mode=OnlineMode.RECORD,
-            cache_path=tmp_path / "s.sqlite",
-            spend_cap_usd=0.001,
-            price_per_1000_usd=1.0,
-        )
-        outcomes = [(await search("serper", options))[0] for _ in range(3)]
-    assert len(fake.asked) == 1
-    assert all(as_found(outcome) for outcome in outcomes)
-
-
-@pytest.mark.parametrize("name", NAMES)
-async def test_the_key_reaches_the_engine_and_nothing_else(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Planted: echoed by the engine in titles, addresses, refusals and broken answers."""
-    caplog.set_level(logging.DEBUG)
-    for noisy in ("httpx", "httpcore", "asyncio"):
-        caplog.set_level(logging.DEBUG, logger=noisy)
-    cache = tmp_path / "s.sqlite"
-    result = f'{{"title": "{SECRET}", "name": "{SECRET}", "link": "https://x/?k={SECRET}", "url": "u"}}'
-    echo = f'{{"organic": [{result}], "organic_results": [{result}], "items": [{result}], "webPages": '
-    faults = [
-        Fault(status=200, body=echo + f'{{"value": [{result}]}}}}'),
-        *[Fault(status=status, body=f"denied: {SECRET}") for status in (400, 401, 403, 404, 429, 500)],
-        Fault(status=200, body=f"<html>{SECRET}</html>"),
-        Fault(status=200, body=f'{{"said": "{SECRET}"}}'),
-        Fault(hangs=True),
-    ]
-    seen: list[str] = []
-    async with (fake := FakeEngine(name, faults=faults)).running():
-        options = fake.options(
-            mode=OnlineMode.RECORD, cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=1.0
-        )
-        retriever = build_online(name, options=options)
-        for i in range(12):
-            outcomes = await retriever.search([f"query {i}"], topk=3, timeout_s=0.5)
-            seen += [repr(outcomes), repr(retriever.describe()), repr(retriever), repr(options)]
-        await retriever.aclose()
-        dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/")
-        seen.append(repr(await search(name, dead, timeout_s=0.3)))
-    assert all(SECRET in (repr(asked.params) + repr(asked.headers)) for asked in fake.asked)
-    seen += [caplog.text, *(str(record.args) for record in caplog.records), *capfd.readouterr()]
-    assert "HTTP Request" in caplog.text  # httpx does log addresses
-    for text in seen:
-        assert SECRET not in text
-        assert "geheim" not in text
-    for file in tmp_path.iterdir():
-        assert b"geheim" not in file.read_bytes()
-
-
-async def test_no_exception_shows_the_key(tmp_path: Path) -> None:
-    """Not even the chain of causes that a debugger would print."""
-    from search_r1.search.online.engines import ENGINES, EngineError
-    from search_r1.search.online.transport import Transport
-
-    async def nothing() -> None:
-        """No charge."""
-
-    async with (fake := FakeEngine("serpapi", faults=[Fault(status=401, body=SECRET)])).running():
-        engine = ENGINES["serpapi"]
-        transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1)
-        with pytest.raises(EngineError) as caught:
-            await transport.ask(engine.make_call("q", 0), timeout_s=1.0, charge=nothing, refund=nothing)
-        await transport.aclose()
-    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 async def test_describes_itself(tmp_path: Path) -> None:
