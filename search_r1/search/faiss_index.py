@@ -217,7 +217,11 @@ def open_faiss(path: Path, *, mmap: bool, on_gpu: bool, search: SearchOptions) -
 def _read(path: Path, *, mmap: bool) -> faiss.Index:
     flags = faiss.IO_FLAG_MMAP_IFC if mmap else 0
     try:
-        return faiss.read_index(str(path), flags)
+        index = faiss.read_index(str(path), flags)
+        if mmap and isinstance(index, faiss.IndexIVF):
+            # Reading the other way compares the lists with the length of the file, which this way does not.
+            faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        return index
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise RetrieverError(f"index {path} is not a readable Faiss index ({reason}); rebuild it") from error

@@ -129,7 +129,7 @@ def _print_table(made: _Plan) -> None:
 
     console = Console()
     console.width = max(console.width, _MIN_WIDTH)
-    table = Table(title=f"{made.num_vectors:,} vectors of {made.dim} dimensions, {made.threads} cores")
+    table = Table(title=f"{made.num_vectors:,} vectors of {made.dim} dimensions, cores: {made.threads}")
     names = ("kind", "disk", "memory", "at least", "build peak", "build*", "1 query*", f"{BATCH} queries*")
     for name in names:
         table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
@@ -156,9 +156,9 @@ def _explain_columns(made: _Plan) -> str:
     shown = ", ".join(f"{field.name} {getattr(made.rates, field.name):.2g}" for field in fields(made.rates))
     return (
         "Sizes are formulas, checked against built indexes; GB are 10^9 bytes. memory: process and index,"
-        " when all that queries read is in memory. at least: what the process cannot give back while the file is"
-        " memory-mapped; with no more than that every query reads the disk. build peak: of the process that"
-        " builds from encoded vectors.\n"
+        " when all that queries read is in memory. at least: what the process cannot give back while the file"
+        " is memory-mapped; with no more than that every query reads the disk. build peak: of the process"
+        " that builds from encoded vectors.\n"
         "* Estimates. build: without encoding the passages, which without a GPU takes far longer than all of"
         f" this. Rates of one core in a second, {source}: {shown}. recall@3: expected of embeddings of text;"
         " `index recall` measures it."
