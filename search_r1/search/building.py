@@ -35,6 +35,7 @@ from search_r1.search.encoding_run import (
     encode_in_processes,
 )
 from search_r1.search.errors import RetrieverError
+from search_r1.search.estimates import estimate
 from search_r1.search.fingerprint import FileFacts, describe_file
 from search_r1.search.kinds import IndexKind, IndexOptions
 from search_r1.search.manifest import VERSION, IndexManifest, load_manifest, locate_manifest
@@ -99,7 +100,7 @@ def build(plan: BuildPlan, *, report: Report) -> IndexManifest:
     gc.collect()
     manifest = _write(plan, manifest, vectors=vectors, corpus=corpus, trial=trial, report=report)
     _say_recall(plan, vectors=vectors, questions=questions, report=report)
-    if plan.keep_vectors is not None and isinstance(vectors, VectorFile):
+    if plan.keep_vectors is not None and plan.vectors_from is None:
         shutil.move(plan.folder / VECTORS_FILE, plan.keep_vectors)
     corpus.close()
     return manifest
@@ -149,7 +150,8 @@ def _get_vectors(
 
 
 def _check_room(plan: BuildPlan, *, count: int, dim: int, num_unencoded: int) -> None:
-    check_disk(plan.folder, needed=(num_unencoded + count) * dim * _FLOAT_BYTES)
+    index_bytes = estimate(plan.options, count, dim).disk_bytes
+    check_disk(plan.folder, needed=num_unencoded * dim * _FLOAT_BYTES + index_bytes)
 
 
 def open_known_vectors(path: Path, *, corpus: Corpus, encoder: TextEncoder, trial: Trial) -> VectorSource:
@@ -163,7 +165,7 @@ def open_known_vectors(path: Path, *, corpus: Corpus, encoder: TextEncoder, tria
         raise RetrieverError(f"{path} is of another corpus or encoder:\n  " + "\n  ".join(problems))
     shape = (len(corpus), encoder.dim)
     if path.stat().st_size == shape[0] * shape[1] * _FLOAT_BYTES:
-        vectors: VectorSource = np.memmap(path, dtype=np.float32, mode="r", shape=shape)
+        vectors: VectorSource = VectorFile(path, count=shape[0], dim=shape[1], writable=False)
     else:
         vectors = open_vectors(path)
     if tuple(vectors.shape) != shape:

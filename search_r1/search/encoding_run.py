@@ -65,11 +65,12 @@ class EncoderSpec:
 class VectorFile:
     """Rows of float32 in a raw file: read and written in blocks, never mapped, so memory holds one block."""
 
-    def __init__(self, path: Path, *, count: int, dim: int) -> None:
-        """Makes the file, sparse, where there is none."""
+    def __init__(self, path: Path, *, count: int, dim: int, writable: bool = True) -> None:
+        """A file to write is made, sparse, where there is none."""
         self.shape = (count, dim)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(self._descriptor).st_size != self.num_bytes:
+        flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        if writable and os.fstat(self._descriptor).st_size != self.num_bytes:
             os.truncate(self._descriptor, self.num_bytes)
 
     @property

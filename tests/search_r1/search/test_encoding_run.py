@@ -223,9 +223,8 @@ build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5",
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, num_processes: int) -> None:
     words = " ".join(PASSAGES.values()).split()
-    texts = {str(row): " ".join(words[(row * 7 + k) % len(words)] for k in range(40)) for row in range(NUM_PASSAGES)}
-    texts = {row: f"{row} {text}" for row, text in texts.items()}
-    corpus = write_corpus(tmp_path / "corpus.jsonl", texts)
+    texts = [" ".join(words[(row * 7 + k) % len(words)] for k in range(40)) for row in range(NUM_PASSAGES)]
+    corpus = write_corpus(tmp_path / "corpus.jsonl", {str(row): text for row, text in enumerate(texts)})
     encoder = save_encoder(tmp_path / "encoder", seed=0)
     index = tmp_path / "out" / "e5_Flat.index"
     command = [sys.executable, "-c", BUILD, *map(str, (corpus, encoder, index, num_processes))]

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from search_r1.search.manifest import load_manifest, locate_manifest
 from search_r1.search.vector_index import open_index
 from tests.search_r1.search.small_world import PASSAGES, REPOSITORY, World, save_encoder, write_corpus
 
-WORDS = sorted({word for text in PASSAGES.values() for word in text.replace(".", " ").split()})
+WORDS = sorted({word for text in PASSAGES.values() for word in re.findall(r"\w+", text)})
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,51 @@ def test_the_worlds_encoder_is_of_family_e5() -> None:
     assert choose_method(None, model_path=str(REPOSITORY / "world" / "models" / "encoder")) == "e5"
     assert choose_method(None, model_path="BAAI/bge-base-en-v1.5") is None
     assert choose_method("gte", model_path="x") == "gte"
+
+
+MEASURED_BUILD = """
+import sys
+import numpy as np
+from search_r1.search.corpus import open_corpus, sample_rows
+from search_r1.search.encoder import TextEncoder
+from search_r1.search.index_builder import main
+from pathlib import Path
+
+corpus_path, encoder_path, vectors_path, index_path, kind = sys.argv[1:]
+corpus = open_corpus(Path(corpus_path))
+rows = sample_rows(len(corpus), size=10)  # the known passages; the other vectors are drawn
+vectors = np.memmap(vectors_path, dtype=np.float32, mode="r+").reshape(len(corpus), -1)
+known = TextEncoder(encoder_path, retriever_name="e5").encode_passages([corpus[row].contents for row in rows])
+vectors[rows] = known
+vectors.flush()
+del vectors
+flags = ["--corpus_path", corpus_path, "--model_path", encoder_path, "--retrieval_method", "e5"]
+flags += ["--from_index", vectors_path, "--index_path", index_path, "--num_threads", "1", "--kind", kind]
+assert main(flags) == 0
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", [IndexKind.FLAT, IndexKind.SQ8])
+def test_a_build_takes_no_more_memory_than_the_index_and_a_gibibyte(tmp_path: Path, kind: IndexKind) -> None:
+    count, dim = 800_000, 256
+    save_encoder(tmp_path / "encoder", seed=0, dim=dim)
+    with (tmp_path / "corpus.jsonl").open("w") as file:
+        for row in range(count):
+            file.write(f'{{"id": "{row}", "contents": "{WORDS[row % len(WORDS)]} {row}"}}\n')
+    rng = np.random.default_rng(0)
+    with (tmp_path / "vectors").open("wb") as raw:
+        for _ in range(count // 10_000):
+            block = rng.normal(size=(10_000, dim)).astype(np.float32)
+            raw.write((block / np.linalg.norm(block, axis=1, keepdims=True)).tobytes())
+    index = tmp_path / "i.index"
+    files = [str(tmp_path / name) for name in ("corpus.jsonl", "encoder", "vectors", "i.index")]
+    command = [sys.executable, "-c", MEASURED_BUILD, *files, kind]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    peak, size = int(ended.stdout.split()[-1]) * 1024, index.stat().st_size
+    print(f"{kind}: index of {size / 2**20:.0f} MiB, peak {peak / 2**20:.0f} MiB")  # noqa: T201
+    assert load_manifest(index) is not None
+    assert peak <= size + 2**30
