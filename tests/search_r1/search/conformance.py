@@ -53,6 +53,8 @@ class Subject:
     """Within, what was not asked before cannot be answered."""
     hangs: Callable[[], AbstractContextManager[None]] | None = None
     """Within, what was not asked before is answered too late."""
+    is_exact: bool = True
+    """No passage is better than those it finds."""
     is_edge: bool = False
     """What it is asked comes from outside."""
     num_calls: int = 1000
@@ -149,7 +151,10 @@ async def asking_again_gives_the_same(subject: Subject) -> None:
 async def fewer_are_the_first_of_more(subject: Subject) -> None:
     for query in subject.queries[:3]:
         [few], [more] = await ask(subject, query, topk=1), await ask(subject, query, topk=5)
-        assert_same(few, found(more)[:1])
+        if subject.is_exact:
+            assert_same(few, found(more)[:1])
+        else:  # who looks for more looks around more
+            assert found(few)[0].score <= found(more)[0].score + SCORE_NOISE
 
 
 async def more_than_there_are_gives_all_there_are(subject: Subject) -> None:
@@ -250,7 +255,7 @@ async def callers_of_different_depths_each_have_theirs(subject: Subject) -> None
     answers = await asyncio.gather(*(ask(subject, query, topk=1 + n % 4) for n in range(20)))
     for n, [outcome] in enumerate(answers):
         assert len(found(outcome)) <= 1 + n % 4
-        assert_same(found(outcome)[:1], found(answers[0][0]))
+        assert_same(outcome, (await ask(subject, query, topk=1 + n % 4))[0])
 
 
 async def no_time_is_no_empty_answer(subject: Subject) -> None:
@@ -311,8 +316,7 @@ async def a_thousand_calls_leave_nothing_open(subject: Subject) -> None:
     before = _count_open()
     await _call_often(subject, subject.num_calls)
     allowed = before.plus(_NUM_POOLED)
-    await _settle(allowed)
-    assert _count_open() <= allowed
+    assert await _settle(allowed) <= allowed
 
 
 async def it_says_what_it_is(subject: Subject) -> None:
@@ -341,8 +345,7 @@ async def closing_lets_go_of_everything(open_subject: Open) -> None:
         async with open_subject() as subject:
             await _call_often(subject, 5)
     del subject
-    await _settle(before)
-    assert _count_open() <= before
+    assert await _settle(before) <= before
     assert _list_mapped(folder) == []
 
 
@@ -414,11 +417,12 @@ def _count_open() -> _Open:
     )
 
 
-async def _settle(goal: _Open) -> None:
+async def _settle(goal: _Open) -> _Open:
     """Threads that were told to end, and sockets that were told to close, need a moment."""
     end = time.monotonic() + _SETTLE_S
-    while not _count_open() <= goal and time.monotonic() < end:
+    while not (count := _count_open()) <= goal and time.monotonic() < end:
         await asyncio.sleep(0.02)
+    return count
 
 
 def _list_mapped(folder: Path) -> list[str]:

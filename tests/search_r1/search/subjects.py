@@ -17,13 +17,16 @@ import uvicorn
 from transformers import BertConfig, BertForSequenceClassification
 
 from search_r1.search.bm25 import build_bm25, load_bm25
+from search_r1.search.dense import load_dense
 from search_r1.search.hybrid import HybridRetriever
+from search_r1.search.index_builder import build_index
+from search_r1.search.kinds import IndexKind, IndexOptions
 from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
 from search_r1.search.remote import RemoteRetriever
 from search_r1.search.rerank import RerankedRetriever, load_reranker
 from search_r1.search.retrieval_server import create_app
-from search_r1.search.retriever import BatchSearch, Retriever, ThreadedRetriever
+from search_r1.search.retriever import Retriever, ThreadedRetriever
 from tests.search_r1.search.conformance import Subject
 from tests.search_r1.search.online.fake_engines import NAMES, NOTHING, SECRET, FakeEngine, Fault
 from tests.search_r1.search.small_world import PASSAGES, save_encoder, write_corpus
@@ -65,9 +68,17 @@ class Files:
         return self.folder / "bm25"
 
     @cached_property
-    def plain_bm25(self) -> Path:
-        build_bm25(self.corpus, index_path=self.folder / "plain", language="none")
-        return self.folder / "plain"
+    def encoder(self) -> Path:
+        return save_encoder(self.folder / "encoder", seed=0)
+
+    def dense(self, kind: IndexKind) -> Path:
+        index = self.folder / f"{kind}.index"
+        if not index.exists():
+            options = IndexOptions(kind=kind)
+            build_index(
+                self.corpus, encoder_path=self.encoder, index_path=index, retriever_name="e5", options=options
+            )
+        return index
 
     @cached_property
     def reranker(self) -> Path:
@@ -87,7 +98,7 @@ class Files:
         finally:
             _overwrite(self.corpus, content)
 
-    def subject(self, retriever: Retriever, *, nothing: str | None) -> Subject:
+    def subject(self, retriever: Retriever, *, nothing: str | None = None, is_exact: bool = True) -> Subject:
         """Of a retriever over the corpus."""
         return Subject(
             retriever=retriever,
@@ -96,6 +107,7 @@ class Files:
             max_hits=_NUM_PASSAGES,
             folder=self.folder,
             breaks=self.unreadable_corpus,
+            is_exact=is_exact,
         )
 
 
@@ -103,10 +115,6 @@ def _overwrite(path: Path, content: bytes) -> None:
     """In place: who has mapped the file sees it."""
     with path.open("r+b") as file:
         file.write(content)
-
-
-def _thread(search: BatchSearch) -> ThreadedRetriever:
-    return ThreadedRetriever(search, facts=search.facts())  # type: ignore[attr-defined]
 
 
 @asynccontextmanager
@@ -117,20 +125,36 @@ async def _closing(subject: Subject) -> AsyncIterator[Subject]:
         await subject.retriever.aclose()
 
 
-def _open_bm25(files: Files) -> AbstractAsyncContextManager[Subject]:
+def _load_bm25(files: Files) -> Retriever:
     search = load_bm25(files.bm25, corpus_path=files.corpus, num_threads=2)
-    return _closing(files.subject(_thread(search), nothing=NO_WORDS))
+    return ThreadedRetriever(search, facts=search.facts())
+
+
+def _load_dense(files: Files, *, kind: IndexKind) -> Retriever:
+    search = load_dense(
+        files.dense(kind), corpus_path=files.corpus, encoder_path=files.encoder, num_threads=1
+    )
+    return ThreadedRetriever(search, facts=search.facts())
+
+
+def _open_bm25(files: Files) -> AbstractAsyncContextManager[Subject]:
+    return _closing(files.subject(_load_bm25(files), nothing=NO_WORDS))
+
+
+def _open_dense(files: Files, *, kind: IndexKind) -> AbstractAsyncContextManager[Subject]:
+    is_exact = kind not in (IndexKind.HNSW, IndexKind.BINARY)
+    return _closing(files.subject(_load_dense(files, kind=kind), is_exact=is_exact))
 
 
 def _open_hybrid(files: Files) -> AbstractAsyncContextManager[Subject]:
-    parts = [_thread(load_bm25(index, corpus_path=files.corpus)) for index in (files.bm25, files.plain_bm25)]
-    return _closing(files.subject(HybridRetriever(parts, depth=20), nothing=NO_WORDS))
+    parts = [_load_dense(files, kind=IndexKind.FLAT), _load_bm25(files)]
+    return _closing(files.subject(HybridRetriever(parts, depth=20)))
 
 
 def _open_reranked(files: Files) -> AbstractAsyncContextManager[Subject]:
-    inner = _thread(load_bm25(files.bm25, corpus_path=files.corpus))
     model = load_reranker(files.reranker, device="cpu")
-    return _closing(files.subject(RerankedRetriever(inner, model=model, depth=5), nothing=NO_WORDS))
+    reranked = RerankedRetriever(_load_bm25(files), model=model, depth=5)
+    return _closing(files.subject(reranked, nothing=NO_WORDS))
 
 
 def _open_mock(files: Files) -> AbstractAsyncContextManager[Subject]:
@@ -190,6 +214,10 @@ def _hanging(fake: FakeEngine) -> Iterator[None]:
 
 BACK_ENDS: dict[str, Callable[[Files], AbstractAsyncContextManager[Subject]]] = {
     "bm25": _open_bm25,
+    **{
+        kind.value: partial(_open_dense, kind=kind)
+        for kind in (IndexKind.FLAT, IndexKind.SQ8, IndexKind.BINARY, IndexKind.HNSW)
+    },
     "hybrid": _open_hybrid,
     "reranked": _open_reranked,
     "mock": _open_mock,

@@ -16,7 +16,7 @@ from tests.search_r1.search.subjects import BACK_ENDS, Files, open_remote  # noq
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REMOTE = "behind the server: "
-QUICKLY_SERVED = ("bm25", "hybrid", "serper")
+QUICKLY_SERVED = ("bm25", "flat", "serper")
 """The others take the same way through server and client."""
 NAMES = [
     *BACK_ENDS,
@@ -38,6 +38,13 @@ def open_named(files: Files, name: str) -> Open:
     return partial(BACK_ENDS[name], files)
 
 
+# First, while no other subject is open.
+@pytest.mark.parametrize("case", LIFE_CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("name", [*BACK_ENDS, *(REMOTE + name for name in QUICKLY_SERVED)])
+async def test_at_the_end(files: Files, name: str, case: LifeCase) -> None:
+    await case(open_named(files, name))
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=NAMES)
 async def subject(request: pytest.FixtureRequest, files: Files) -> AsyncIterator[Subject]:
     async with open_named(files, request.param)() as subject:
@@ -47,9 +54,3 @@ async def subject(request: pytest.FixtureRequest, files: Files) -> AsyncIterator
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 async def test_while_open(subject: Subject, case: Case) -> None:
     await case(subject)
-
-
-@pytest.mark.parametrize("case", LIFE_CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize("name", [*BACK_ENDS, *(REMOTE + name for name in QUICKLY_SERVED)])
-async def test_at_the_end(files: Files, name: str, case: LifeCase) -> None:
-    await case(open_named(files, name))
