@@ -105,6 +105,10 @@ async def _open_dense(settings: RetrieverSettings, *, family: str | None) -> Ret
                 rescore_factor=settings.rescore_factor or None,
             ),
             num_threads=settings.num_threads,
+            pooling=settings.encoding.pooling_method,
+            query_prefix=settings.encoding.query_prefix,
+            passage_prefix=settings.encoding.passage_prefix,
+            max_length=settings.encoding.max_length,
         )
         return ThreadedRetriever(dense, facts=dense.facts())
 

@@ -86,6 +86,8 @@ def load_dense(
     num_threads: int | None = None,
     max_length: int | None = None,
     pooling: str | None = None,
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
     use_fp16: bool | None = None,
     encoder_device: str | None = None,
     full_check: bool = False,
@@ -94,9 +96,9 @@ def load_dense(
 
     Files are told by their fingerprints, so that a start does not read gigabytes; `full_check` reads them
     all. Without a manifest count, dimension and the trial decide, and all of the corpus is parsed, once.
-    `pooling` and `max_length` None: what the manifest says. `retriever_name` None: the manifest's prefixes; a
-    name whose prefixes are others is refused. `device` is where the vectors are searched. `num_threads`: of
-    the whole process, for encoding and for search; None leaves it as it is.
+    `pooling`, `max_length`, prefixes None: what the manifest says. `retriever_name` None: the manifest's
+    prefixes; a name whose prefixes are others is refused. `device` is where the vectors are searched.
+    `num_threads`: of the whole process, for encoding and for search; None leaves it as it is.
     """
     if num_threads is not None:
         set_num_threads(num_threads)
@@ -111,7 +113,16 @@ def load_dense(
         retriever_name=retriever_name,
         device=encoder_device,
         use_fp16=use_fp16,
-        **_choose_recipe(recorded, retriever_name=retriever_name, max_length=max_length, pooling=pooling),
+        **_choose_recipe(
+            recorded,
+            retriever_name=retriever_name,
+            told={
+                "pooling": pooling,
+                "max_length": max_length,
+                "query_prefix": query_prefix,
+                "passage_prefix": passage_prefix,
+            },
+        ),
     )
     problems = list_misfits(recorded, index=index, corpus=corpus, encoder=encoder, full=full_check)
     if problems:
@@ -136,29 +147,23 @@ def load_dense(
 class _Recipe(TypedDict, total=False):
     pooling: str | None
     max_length: int | None
-    query_prefix: str
-    passage_prefix: str
-    normalised: bool
+    query_prefix: str | None
+    passage_prefix: str | None
+    normalised: bool | None
 
 
-def _choose_recipe(
-    recorded: IndexManifest | None, *, retriever_name: str | None, max_length: int | None, pooling: str | None
-) -> _Recipe:
-    """What to tell the encoder beside its own configuration."""
+def _choose_recipe(recorded: IndexManifest | None, *, retriever_name: str | None, told: _Recipe) -> _Recipe:
+    """What to tell the encoder beside its own configuration: what is told, then what is recorded."""
     if recorded is None:
-        return {"pooling": pooling, "max_length": max_length}
-    told: _Recipe = {
-        "pooling": pooling or recorded.pooling,
-        "max_length": max_length or recorded.max_length,
-    }
-    if retriever_name is not None:
         return told
-    return {
-        **told,
-        "query_prefix": recorded.query_prefix,
-        "passage_prefix": recorded.passage_prefix,
-        "normalised": recorded.normalised,
-    }
+    known: _Recipe = {"pooling": recorded.pooling, "max_length": recorded.max_length}
+    if retriever_name is None:
+        known |= {
+            "query_prefix": recorded.query_prefix,
+            "passage_prefix": recorded.passage_prefix,
+            "normalised": recorded.normalised,
+        }
+    return {**known, **{name: value for name, value in told.items() if value is not None}}  # type: ignore[typeddict-item]
 
 
 def describe_dense(

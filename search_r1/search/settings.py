@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from IG.web.settings import (
@@ -42,6 +42,16 @@ DEVICES = ("cpu", "faiss_gpu", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How the encoder wants its texts, where neither a manifest nor the model says so. None: not told."""
+
+    pooling_method: str | None = None
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrieverSettings:
     """Which retriever to open, and how. Zeros mean that the kind of the index decides."""
 
@@ -50,6 +60,7 @@ class RetrieverSettings:
     index_path: Path
     corpus_path: Path
     retriever_model: str
+    encoding: Encoding
     index_device: str
     mmap: bool
     nprobe: int
@@ -261,6 +272,7 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
 def add_retriever_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every retriever, for `resolve_retriever`."""
     add_settings(parser.add_argument_group("retriever"), RETRIEVER_SETTINGS)
+    _add_encoding_arguments(parser)
     add_online_arguments(parser)
 
 
@@ -281,6 +293,7 @@ def resolve_retriever(
         index_path=Path(str(values["index_path"])),
         corpus_path=Path(str(values["corpus_path"])),
         retriever_model=str(values["retriever_model"]),
+        encoding=Encoding(**{field.name: vars(namespace).get(field.name) for field in fields(Encoding)}),
         index_device=str(values["index_device"]) or "cpu",
         mmap=not values["no_mmap"],
         nprobe=int(values["nprobe"]),
@@ -293,6 +306,18 @@ def resolve_retriever(
         num_threads=int(values["num_threads"]) or max(1, len(os.sched_getaffinity(0)) // 2),
         online=resolve_online(namespace, variables),
     )
+
+
+def _add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "encoder of an index without a manifest",
+        "only where the model says nothing itself and --retriever_name names no family",
+    ).add_argument
+    missing = argparse.SUPPRESS
+    add("--pooling_method", metavar="X", default=missing, help="of the token states: mean, cls, max, ...")
+    add("--query_prefix", metavar="TEXT", default=missing, help="put before every query; may be empty")
+    add("--passage_prefix", metavar="TEXT", default=missing, help="what was put before every passage")
+    add("--max_length", metavar="N", default=missing, type=int, help="tokens of a text that are read")
 
 
 def build_parser() -> argparse.ArgumentParser:
