@@ -79,7 +79,9 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     train, held_out = load_data(config, tokenizer)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
-    checkpoints, progress, resumed = find_progress(config, run_dir, total_steps=total_steps)
+    checkpoints, progress, resumed = find_progress(
+        config, run_dir, total_steps=total_steps, services=services
+    )
     if resumed is not None:
         sampler.load_state_dict({name: int(str(value)) for name, value in progress.sampler.items()})
     describe_run(
@@ -216,7 +218,7 @@ def count_steps(config: Config, *, batches_per_epoch: int) -> int:
 
 
 def find_progress(
-    config: Config, run_dir: Path, *, total_steps: int
+    config: Config, run_dir: Path, *, total_steps: int, services: Mapping[str, object]
 ) -> tuple[CheckpointStore, Progress, Path | None]:
     """The newest good checkpoint of the run folder, or a fresh start.
 
@@ -238,20 +240,34 @@ def find_progress(
             "trainer.experiment_name or with trainer.resume_mode=disable"
         )
     logger.info("going on from %s (trainer.resume_mode=auto)", newest)
-    for change in changed_settings(run_dir, dataclasses.asdict(config)):
+    for change in list_changes(run_dir, dataclasses.asdict(config), services=services):
         logger.warning("changed since this run was started: %s", change)
     return checkpoints, progress, newest
 
 
-def changed_settings(run_dir: Path, config: dict[str, object]) -> list[str]:
-    """Settings that differ from the manifest of the run that is resumed, as `key: old -> new`."""
+def list_changes(run_dir: Path, config: dict[str, object], *, services: Mapping[str, object]) -> list[str]:
+    """What differs from the manifest of the run that is resumed, as `key: old -> new`.
+
+    Settings, and what the retriever says of its index: going on with another one must be seen.
+    """
     manifest = read_manifest(run_dir) or {}
     before, after = flatten(manifest.get("config") or {}), flatten(redact(config))
+    old, new = (retriever_facts(of) for of in (manifest.get("services") or {}, services))
+    if old and new:
+        before, after = before | old, after | new
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
     ]
+
+
+def retriever_facts(services: Mapping[str, object]) -> dict[str, object]:
+    """What its answers depend on, as dotted keys; empty where nothing was said."""
+    retriever = services.get("retriever")
+    version = retriever.get("version") if isinstance(retriever, Mapping) else None
+    facts = version.get("retriever") if isinstance(version, Mapping) else None
+    return flatten(facts, "retriever.index.") if isinstance(facts, Mapping) else {}
 
 
 def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:

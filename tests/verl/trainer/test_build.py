@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
 from verl.errors import ServiceError
-from verl.trainer.build import connect_services
+from verl.trainer.build import connect_services, list_changes
 from verl.trainer.config.schema import Config
 from verl.utils.manifest import MANIFEST_FILE, write_manifest
 from verl.utils.reward_score.IG_client import GainRequest
@@ -79,3 +79,26 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
             await connect_services(make_config(retriever, service), stack)
     assert TOKEN not in str(caught.value)
+
+
+def test_going_on_with_another_index_or_setting_is_said(tmp_path: Path) -> None:
+    config, was = Config(), {"retriever": {"version": {"retriever": {"corpus_sha256": "ab", "count": 9}}}}
+    write_manifest(
+        tmp_path,
+        config=dataclasses.asdict(config),
+        data_files=[],
+        model_path="org/name",
+        seeds={},
+        services=was,
+        prompt="",
+    )
+    same = dataclasses.asdict(config)
+    assert list_changes(tmp_path, same, services=was) == []
+    config.retriever.topk = 5
+    now = {"retriever": {"version": {"retriever": {"corpus_sha256": "cd", "count": 9}}}}
+    assert list_changes(tmp_path, dataclasses.asdict(config), services=now) == [
+        "retriever.index.corpus_sha256: 'ab' -> 'cd'",
+        "retriever.topk: 3 -> 5",
+    ]
+    # A published server says nothing of itself: then there is nothing to compare.
+    assert list_changes(tmp_path, same, services={"retriever": {"version": None}}) == []
