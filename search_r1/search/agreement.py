@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,32 @@ def list_misfits(
         told = (("kind", recorded.kind, str(index.kind)), ("dim", recorded.dim, index.dim))
         problems += _compare((*told, ("count", recorded.count, len(index))), fix="rebuild the index")
     return problems
+
+
+class RecipeFlags(TypedDict, total=False):
+    """What an encoder is told beside its own configuration."""
+
+    pooling: str | None
+    max_length: int | None
+    query_prefix: str | None
+    passage_prefix: str | None
+    normalised: bool | None
+
+
+def choose_recipe(
+    recorded: IndexManifest | None, *, retriever_name: str | None, told: RecipeFlags
+) -> RecipeFlags:
+    """What to tell the encoder beside its own configuration: what is told, then what is recorded."""
+    if recorded is None:
+        return told
+    known: RecipeFlags = {"pooling": recorded.pooling, "max_length": recorded.max_length}
+    if retriever_name is None:
+        known |= {
+            "query_prefix": recorded.query_prefix,
+            "passage_prefix": recorded.passage_prefix,
+            "normalised": recorded.normalised,
+        }
+    return {**known, **{name: value for name, value in told.items() if value is not None}}  # type: ignore[typeddict-item]
 
 
 def compare_corpus(recorded: IndexManifest, *, corpus: Corpus, full: bool) -> list[str]:

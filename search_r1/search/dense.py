@@ -6,9 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypedDict
 
-from search_r1.search.agreement import Trial, list_misfits, prepare_trial, run_trial
+from search_r1.search.agreement import Trial, choose_recipe, list_misfits, prepare_trial, run_trial
 from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
@@ -113,7 +112,7 @@ def load_dense(
         retriever_name=retriever_name,
         device=encoder_device,
         use_fp16=use_fp16,
-        **_choose_recipe(
+        **choose_recipe(
             recorded,
             retriever_name=retriever_name,
             told={
@@ -142,28 +141,6 @@ def load_dense(
     )
     facts = describe_dense(index, corpus=corpus, encoder=encoder, recorded=recorded)
     return DenseRetriever(index, corpus=corpus, encoder=encoder, facts=facts | {"index_device": device})
-
-
-class _Recipe(TypedDict, total=False):
-    pooling: str | None
-    max_length: int | None
-    query_prefix: str | None
-    passage_prefix: str | None
-    normalised: bool | None
-
-
-def _choose_recipe(recorded: IndexManifest | None, *, retriever_name: str | None, told: _Recipe) -> _Recipe:
-    """What to tell the encoder beside its own configuration: what is told, then what is recorded."""
-    if recorded is None:
-        return told
-    known: _Recipe = {"pooling": recorded.pooling, "max_length": recorded.max_length}
-    if retriever_name is None:
-        known |= {
-            "query_prefix": recorded.query_prefix,
-            "passage_prefix": recorded.passage_prefix,
-            "normalised": recorded.normalised,
-        }
-    return {**known, **{name: value for name, value in told.items() if value is not None}}  # type: ignore[typeddict-item]
 
 
 def describe_dense(

@@ -137,7 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_parse_positive,
         help="tokens of a passage (default: the model's or its family's)",
     )
-    add("--pooling_method", choices=POOLINGS, help="of the token states (default: as --max_length)")
+    add(
+        "--pooling_method",
+        help=f"of the token states: {', '.join(POOLINGS)}, or several joined by + (default: as --max_length)",
+    )
     add("--query_prefix", help="put before every query (default: as --max_length)")
     add("--passage_prefix", help="put before every passage (default: as --max_length)")
     add(

@@ -52,7 +52,12 @@ class Check:
 
 
 def verify_index(
-    index_path: Path, *, corpus_path: Path, encoder_path: str | None = None, report: Report | None = None
+    index_path: Path,
+    *,
+    corpus_path: Path,
+    encoder_path: str | None = None,
+    family: str | None = None,
+    report: Report | None = None,
 ) -> list[Check]:
     """Everything that can be checked, in order; raises RetrieverError where there is nothing to check."""
     report = report or (lambda *_: None)
@@ -61,7 +66,7 @@ def verify_index(
     corpus = open_corpus(corpus_path, report=partial(report, "find lines"))
     checks += _check_corpus(corpus, recorded, report)
     if all(check.is_good for check in checks if check.name.startswith("files.")):
-        checks += _check_vectors(index_path, corpus, recorded, encoder_path=encoder_path)
+        checks += _check_vectors(index_path, corpus, recorded, encoder_path=encoder_path, family=family)
     corpus.close()
     return checks
 
@@ -100,7 +105,12 @@ def _check_corpus(corpus: Corpus, recorded: IndexManifest | None, report: Report
 
 
 def _check_vectors(
-    index_path: Path, corpus: Corpus, recorded: IndexManifest | None, *, encoder_path: str | None
+    index_path: Path,
+    corpus: Corpus,
+    recorded: IndexManifest | None,
+    *,
+    encoder_path: str | None,
+    family: str | None,
 ) -> Iterator[Check]:
     from search_r1.search.vector_index import open_index
 
@@ -113,27 +123,25 @@ def _check_vectors(
     yield Check(name="dim", expected=recorded.dim if recorded else None, found=index.dim)
     yield Check(name="count", expected=len(corpus), found=len(index))
     if encoder_path is not None and len(index) == len(corpus):
-        yield from _check_encoder(index, corpus, recorded, encoder_path=encoder_path)
+        yield from _check_encoder(index, corpus, recorded, encoder_path=encoder_path, family=family)
 
 
 def _check_encoder(
-    index: VectorIndex, corpus: Corpus, recorded: IndexManifest | None, *, encoder_path: str
+    index: VectorIndex,
+    corpus: Corpus,
+    recorded: IndexManifest | None,
+    *,
+    encoder_path: str,
+    family: str | None,
 ) -> Iterator[Check]:
-    from search_r1.search.agreement import prepare_trial, run_trial
+    from search_r1.search.agreement import choose_recipe, prepare_trial, run_trial
     from search_r1.search.encoder import TextEncoder
 
-    encoder = TextEncoder(
-        encoder_path,
-        retriever_name=recorded.retriever_name if recorded else None,
-        max_length=recorded.max_length if recorded else None,
-        pooling=recorded.pooling if recorded else None,
-    )
+    recipe = choose_recipe(recorded, retriever_name=None, told={})
+    encoder = TextEncoder(encoder_path, retriever_name=family, **recipe)
     yield Check(name="encoder dim", expected=index.dim, found=encoder.dim)
     if recorded is not None:
         yield Check(name="encoder_sha256", expected=recorded.encoder_sha256, found=encoder.sha256)
-        for name in ("pooling", "query_prefix", "passage_prefix", "max_length", "normalised"):
-            yield Check(name=name, expected=getattr(recorded, name), found=getattr(encoder.recipe, name))
-        yield Check(name="metric", expected=recorded.metric, found=encoder.recipe.similarity)
     if encoder.dim == index.dim:
         trial = prepare_trial(corpus, encoder)
         needed = "rebuild the index with this encoder"
@@ -158,6 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--index_path", default=str(defaults.INDEX_PATH), help="the index, or the folder of a bm25 index")
     add("--corpus_path", default=str(defaults.CORPUS_PATH), help="the corpus it should be of")
     add("--encoder", help="the encoder it should be of: folder or name on the hub (default: not checked)")
+    add("--retriever_name", help="its family, where neither manifest nor model say how it encodes")
 
 
 def run(settings: argparse.Namespace) -> int:
@@ -167,7 +176,11 @@ def run(settings: argparse.Namespace) -> int:
         return _verify_words(index_path, corpus_path)
     with PhaseProgress() as progress:
         checks = verify_index(
-            index_path, corpus_path=corpus_path, encoder_path=settings.encoder, report=progress
+            index_path,
+            corpus_path=corpus_path,
+            encoder_path=settings.encoder,
+            family=settings.retriever_name,
+            report=progress,
         )
     console = Console()
     console.print(_draw(checks, title=str(index_path)))

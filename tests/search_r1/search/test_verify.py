@@ -30,7 +30,6 @@ def test_everything_is_looked_at(world: World) -> None:
         "dim",
         "count",
         "encoder_sha256",
-        "query_prefix",
         "6 known passages",
     }
     assert "encoder_sha256" not in verify(world, encoder_path=None)
