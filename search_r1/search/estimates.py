@@ -57,18 +57,18 @@ class Rates:
     """Floating-point operations of a matrix product in torch, float32."""
     stream_bytes: float = 13e9
     """Read from memory in order."""
-    decode_fp16: float = 1.2e9
+    decode_fp16: float = 0.8e9
     """Components made float32."""
-    decode_sq8: float = 4.0e9
+    decode_sq8: float = 3.0e9
     scan_list: float = 6.0e9
     """Components of list entries compared by Faiss."""
     bits_bytes: float = 10e9
     """Of sign bits compared by Faiss."""
-    lookups: float = 0.8e9
+    lookups: float = 1.5e9
     """Bytes of product-quantized codes compared by Faiss."""
     graph: float = 6.0e9
     """Components compared while a graph is walked, which is reading here and there."""
-    gather: float = 0.6e9
+    gather: float = 0.3e9
     """Components decoded and scored for rescoring."""
     quantize: float = 25e9
     """Floating-point operations of product quantization in Faiss."""
@@ -163,8 +163,7 @@ def _estimate_build(
         visited = 2.5 * (options.ef_construction or 1) * (options.num_links or 1)
         work += num_vectors * visited * dim / rates.graph
     if options.num_lists is not None:
-        rows = min(48 * options.num_lists, size.sample // (4 * dim), num_vectors)
-        work += _KMEANS_ROUNDS * 2 * rows * options.num_lists * dim / rates.products
+        work += _KMEANS_ROUNDS * 2 * (size.trained_on / 4) * options.num_lists / rates.products
         work += 2 * components * options.num_lists / rates.products
     if kind is IndexKind.IVF_PQ:
         work += 2 * components * _PQ_CENTROIDS / rates.quantize

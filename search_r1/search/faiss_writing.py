@@ -24,7 +24,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import read_kind
 from search_r1.search.kinds import IndexKind, IndexOptions, Storage
 from search_r1.search.ranking import FloatArray
-from search_r1.search.sizes import count_bytes
+from search_r1.search.sizes import SCALAR_SAMPLE_ROWS, count_bytes
 from search_r1.search.vector_index import Report, locate_vectors
 from search_r1.search.vector_source import VectorSource, read_blocks, sample_rows
 
@@ -32,10 +32,9 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 26
 """Of a block of vectors as float32."""
-_ROWS_PER_CENTROID = 48
 _PQ_SAMPLE_ROWS = 16_384
 """64 for each of the 256 centroids of a codebook."""
-_SCALAR_SAMPLE_ROWS = 100_000
+_RESIDUAL_SAMPLE_ROWS = 65_536
 _SCALAR_TYPES = {
     Storage.FP16: faiss.ScalarQuantizer.QT_fp16,
     Storage.SQ8: faiss.ScalarQuantizer.QT_8bit,
@@ -75,7 +74,7 @@ class _Writer:
         self._options = options
         self._report = report
         self._num_rows, self._dim = vectors.shape
-        self._sample_bytes = count_bytes(options, self._num_rows, self._dim).sample
+        self._sample_rows = count_bytes(options, self._num_rows, self._dim).trained_on // (4 * self._dim)
         self._block_rows = max(1, _BLOCK_BYTES // (4 * self._dim))
 
     def write(self) -> None:
@@ -132,20 +131,20 @@ class _Writer:
         if storage is Storage.FLAT:
             return faiss.IndexFlatIP(self._dim)
         codec = faiss.IndexScalarQuantizer(self._dim, _SCALAR_TYPES[storage], faiss.METRIC_INNER_PRODUCT)
-        codec.train(self._sample(_SCALAR_SAMPLE_ROWS))
+        codec.train(self._sample(SCALAR_SAMPLE_ROWS))
         return codec
 
     def _make_bits(self) -> faiss.IndexLSH:
         """One bit per component: whether it is above its median. Signs alone say little of vectors that lie
         to one side of the origin, as those of most text encoders do."""
         bits = faiss.IndexLSH(self._dim, self._dim, False, True)
-        bits.train(self._sample(_SCALAR_SAMPLE_ROWS))
+        bits.train(self._sample(SCALAR_SAMPLE_ROWS // 2))  # Faiss makes a second copy
         return bits
 
     def _make_lists(self) -> faiss.IndexIVF:
         options = self._options
         count = options.num_lists or 1
-        sample = self._sample(max(_ROWS_PER_CENTROID * count, _PQ_SAMPLE_ROWS))
+        sample = self._sample(self._sample_rows)
         centroids = train_centroids(
             sample,
             count=count,
@@ -178,7 +177,7 @@ class _Writer:
         elif options.kind is IndexKind.IVF:
             scalar_type = _SCALAR_TYPES[options.storage or Storage.SQ8]
             index = faiss.IndexIVFScalarQuantizer(quantizer, self._dim, count, scalar_type, metric)
-            residuals = _subtract_centroids(sample[:_SCALAR_SAMPLE_ROWS], centroids)
+            residuals = self._take_residuals(sample, centroids, count=_RESIDUAL_SAMPLE_ROWS)
             index.train_encoder(len(residuals), faiss.swig_ptr(residuals), None)
         else:
             index = faiss.IndexIVFPQ(quantizer, self._dim, count, options.pq_bytes or 1, 8, metric)
@@ -189,8 +188,7 @@ class _Writer:
         return index
 
     def _train_product(self, index: faiss.IndexIVFPQ, *, sample: FloatArray, centroids: FloatArray) -> None:
-        chosen = np.random.default_rng(self._options.seed).permutation(len(sample))[:_PQ_SAMPLE_ROWS]
-        residuals = _subtract_centroids(sample[np.sort(chosen)], centroids)
+        residuals = self._take_residuals(sample, centroids, count=_PQ_SAMPLE_ROWS)
         books = train_codebooks(
             residuals,
             num_parts=int(index.pq.M),
@@ -198,6 +196,14 @@ class _Writer:
             report=lambda done, total: self._report("codebooks", done, total),
         )
         faiss.copy_array_to_vector(books.reshape(-1), index.pq.centroids)
+
+    def _take_residuals(self, sample: FloatArray, centroids: FloatArray, *, count: int) -> FloatArray:
+        """Some vectors of the sample, less the nearest centroid of each."""
+        chosen = np.random.default_rng(self._options.seed).permutation(len(sample))[:count]
+        vectors = sample[np.sort(chosen)]
+        _, nearest = find_nearest(vectors, centroids, num_found=1)
+        vectors -= centroids[nearest[:, 0]]
+        return vectors
 
     def _assign(self, centroids: FloatArray) -> npt.NDArray[np.int32]:
         assigned = np.empty(self._num_rows, dtype=np.int32)
@@ -216,7 +222,7 @@ class _Writer:
         else:
             scalar_type = _SCALAR_TYPES[options.storage or Storage.SQ8]
             index = faiss.IndexHNSWSQ(self._dim, scalar_type, links, metric)
-            index.train(self._sample(_SCALAR_SAMPLE_ROWS))
+            index.train(self._sample(SCALAR_SAMPLE_ROWS))
         index.hnsw.efConstruction = options.ef_construction or 1
         self._reserve_graph(index, links=links)
         # Small blocks at first: the nodes of one block are linked at the same time.
@@ -241,19 +247,15 @@ class _Writer:
             vector.resize(length)
 
     def _sample(self, max_rows: int) -> FloatArray:
-        within = max(1, self._sample_bytes // (4 * self._dim))
         self._report("sampling", 0, 1)
-        sample = sample_rows(self._vectors, max_rows=min(max_rows, within), seed=self._options.seed)
+        sample = sample_rows(
+            self._vectors, max_rows=min(max_rows, self._sample_rows), seed=self._options.seed
+        )
         self._report("sampling", 1, 1)
         return sample
 
     def _name_partial(self, path: Path) -> Path:
         return path.with_name(path.name + ".partial")
-
-
-def _subtract_centroids(vectors: FloatArray, centroids: FloatArray) -> FloatArray:
-    _, nearest = find_nearest(vectors, centroids, num_found=1)
-    return np.ascontiguousarray(vectors - centroids[nearest[:, 0]])
 
 
 def _write_codes(file: BinaryIO, codes: npt.NDArray[np.uint8]) -> None:

@@ -15,7 +15,7 @@ import torch
 from search_r1.search.estimates import BATCH, Rates
 from search_r1.search.kinds import IndexKind, IndexOptions, SearchOptions, Storage
 from search_r1.search.ranking import FloatArray
-from search_r1.search.vector_index import VectorIndex, open_index, set_num_threads, write_index
+from search_r1.search.vector_index import Report, VectorIndex, open_index, set_num_threads, write_index
 
 _NUM_VECTORS = 40_000
 _NUM_LISTS = 64
@@ -46,11 +46,10 @@ def _measure(vectors: FloatArray, folder: Path) -> Rates:
     lists = IndexOptions(kind=IndexKind.IVF, num_lists=_NUM_LISTS, storage=Storage.SQ8)
     indexes[IndexKind.IVF] = _build(vectors, folder, lists)
     products = IndexOptions(kind=IndexKind.IVF_PQ, num_lists=_NUM_LISTS, rescore_storage=Storage.NONE)
-    started = time.process_time()
-    write_index(vectors[: count // 4], folder / "warm", options=products)
-    partly = time.process_time() - started
-    indexes[IndexKind.IVF_PQ] = _build(vectors, folder, products)
-    whole = time.process_time() - started - partly
+    ends: dict[str, float] = {}
+    indexes[IndexKind.IVF_PQ] = _build(
+        vectors, folder, products, report=lambda phase, *_: ends.update({phase: time.process_time()})
+    )
     graph = IndexOptions(kind=IndexKind.HNSW, num_links=_NUM_LINKS)
     indexes[IndexKind.HNSW] = _build(vectors[: count // 2], folder, graph)
 
@@ -58,7 +57,6 @@ def _measure(vectors: FloatArray, folder: Path) -> Rates:
         return _time(lambda: indexes[kind].search(queries[:num_queries], topk=_TOPK)) / num_queries
 
     code_bytes = IndexOptions(kind=IndexKind.IVF_PQ).resolve(count, dim).pq_bytes or 1
-    added = max(1e-6, whole - partly)
     return Rates(
         products=_measure_products(vectors),
         stream_bytes=4 * components / search(IndexKind.FLAT, 1),
@@ -67,7 +65,7 @@ def _measure(vectors: FloatArray, folder: Path) -> Rates:
         scan_list=components / search(IndexKind.IVF, BATCH),
         lookups=count * code_bytes / search(IndexKind.IVF_PQ, BATCH),
         graph=_EF * _NUM_LINKS * dim / search(IndexKind.HNSW, BATCH),
-        quantize=2 * 0.75 * components * 256 / added,
+        quantize=2 * components * 256 / (ends["adding"] - ends["assigning"]),
         **_measure_binary(vectors, folder),
         disk_bytes=_measure_disk(folder),
     )
@@ -104,9 +102,11 @@ def _measure_disk(folder: Path) -> float:
     return len(content) / (time.perf_counter() - started)
 
 
-def _build(vectors: FloatArray, folder: Path, options: IndexOptions) -> VectorIndex:
+def _build(
+    vectors: FloatArray, folder: Path, options: IndexOptions, *, report: Report | None = None
+) -> VectorIndex:
     path = folder / options.kind
-    write_index(vectors, path, options=options)
+    write_index(vectors, path, options=options, report=report)
     return open_index(path, search=SearchOptions(nprobe=_NUM_LISTS, ef_search=_EF))
 
 

@@ -21,10 +21,13 @@ _SCANNED_STORAGE = {
 }
 _PQ_CENTROIDS = 256
 
-PROCESS_BYTES = 450 * 10**6
-"""Of a Python process with torch and Faiss loaded, and a block of vectors in work."""
-SAMPLE_BYTES = 400 << 20
-"""Of the vectors that an index is trained on, at least; a large index may be trained on more."""
+PROCESS_BYTES = 500 * 10**6
+"""Of a Python process with torch and Faiss loaded, and some blocks of vectors in work."""
+SCALAR_SAMPLE_ROWS = 100_000
+"""Vectors that the range of a component is learnt from."""
+_ROWS_PER_CENTROID = 48
+_SAMPLE_BYTES = 400 << 20
+"""Of the vectors that lists are trained on; a large index may be trained on more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class IndexBytes:
     """The file with vectors for rescoring; read here and there, never whole."""
     made_in_memory: bool
     """The main file is put together in memory when it is built; else it is streamed to disk."""
+    trained_on: int
+    """Most bytes of vectors that are in memory for training."""
 
     @property
     def disk(self) -> int:
@@ -44,15 +49,8 @@ class IndexBytes:
 
     @property
     def build_peak(self) -> int:
-        """Memory of the process that builds it."""
-        if not self.made_in_memory:
-            return PROCESS_BYTES + SAMPLE_BYTES
-        return PROCESS_BYTES + max(self.main, self.sample)
-
-    @property
-    def sample(self) -> int:
-        """Most memory that training vectors may take: less than the index that is not there yet."""
-        return max(SAMPLE_BYTES, self.main // 2) if self.made_in_memory else SAMPLE_BYTES
+        """Most memory of the process that builds it. Training is over before the index is put together."""
+        return PROCESS_BYTES + max(self.main if self.made_in_memory else 0, self.trained_on)
 
 
 def count_bytes(options: IndexOptions, num_vectors: int, dim: int) -> IndexBytes:
@@ -71,7 +69,19 @@ def count_bytes(options: IndexOptions, num_vectors: int, dim: int) -> IndexBytes
         main=main,
         vectors=side,
         made_in_memory=kind in (IndexKind.IVF, IndexKind.IVF_PQ, IndexKind.HNSW),
+        trained_on=4 * dim * _count_training_rows(options, num_vectors, dim, main_bytes=main),
     )
+
+
+def _count_training_rows(options: IndexOptions, num_vectors: int, dim: int, *, main_bytes: int) -> int:
+    if options.kind is IndexKind.FLAT or (options.storage is Storage.FLAT and options.num_lists is None):
+        return 0
+    rows = SCALAR_SAMPLE_ROWS
+    if options.num_lists is not None:
+        rows = max(rows, _ROWS_PER_CENTROID * options.num_lists)
+    # Vectors for training may take as much as half of the index, which is not there yet.
+    bound = max(_SAMPLE_BYTES, main_bytes // 2) // (4 * dim)
+    return min(num_vectors, rows, max(1, bound))
 
 
 def _count_node_bytes(options: IndexOptions, dim: int) -> float:
