@@ -221,7 +221,11 @@ def load_bm25(
             f"BM25 index {index_path}, written by tantivy {manifest.tantivy_version}, cannot be read "
             f"by tantivy {tantivy.__version__} ({error}); rebuild it: {rebuild}"
         ) from error
-    retriever.check()
+    try:
+        retriever.check()
+    except RetrieverError:
+        retriever.close()
+        raise
     return retriever
 
 
