@@ -241,6 +241,8 @@ def choose_method(given: str | None, *, model_path: str) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 built, 1 bad input, 2 bad flags."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for noisy in ("faiss", "faiss.loader", "httpx", "sentence_transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(
         prog="index_builder",
         description="Build the index of a corpus, with its manifest; goes on where a killed build stopped. "
