@@ -53,20 +53,26 @@ def find_refusal(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> Refu
 def render_answer(outcomes: Sequence[Outcome], *, with_scores: bool, with_errors: bool) -> bytes:
     """The JSON of an answer; `with_errors` where failures are allowed."""
     render = _render_scored if with_scores else _render_bare
-    answer: dict[str, object] = {
-        "result": [
-            None if isinstance(outcome, SearchFailure) else [render(hit) for hit in outcome]
-            for outcome in outcomes
-        ]
-    }
+    # List by list: whoever writes a large answer in a thread lets others have turns in between.
+    results = ",".join(
+        "null" if isinstance(outcome, SearchFailure) else _dump([render(hit) for hit in outcome])
+        for outcome in outcomes
+    )
+    errors = ""
     if with_errors:
-        answer["errors"] = [
-            {"kind": outcome.kind, "reason": outcome.reason} if isinstance(outcome, SearchFailure) else None
-            for outcome in outcomes
-        ]
-    text = json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        errors = f',"errors":{_dump([_render_error(outcome) for outcome in outcomes])}'
     # A library's message or an engine's text may hold half a character, which no JSON can carry.
-    return text.encode("utf-8", "replace")
+    return f'{{"result":[{results}]{errors}}}'.encode("utf-8", "replace")
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _render_error(outcome: Outcome) -> dict[str, object] | None:
+    if not isinstance(outcome, SearchFailure):
+        return None
+    return {"kind": outcome.kind, "reason": outcome.reason}
 
 
 def _render_bare(hit: Hit) -> dict[str, object]:
