@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from search_r1.search.errors import RetrieverError
@@ -43,6 +43,8 @@ class _Plan:
     measured: bool
     rows: Sequence[PlanRow]
     recommendation: Recommendation
+    names: Mapping[str, str]
+    """What the user called a kind, where that says more."""
 
     @property
     def command(self) -> str | None:
@@ -51,7 +53,7 @@ class _Plan:
             return None
         return (
             "index build --corpus_path CORPUS.jsonl --model_path ENCODER --save_dir index"
-            f" --faiss_type {self.recommendation.kind}"
+            f" --faiss_type {self.names.get(self.recommendation.kind, self.recommendation.kind)}"
         )
 
 
@@ -98,6 +100,7 @@ def run(settings: argparse.Namespace) -> int:
         measured=settings.measure,
         rows=rows,
         recommendation=recommend(rows, ram, batch_s=settings.batch_s),
+        names=dict(zip((row.kind for row in rows), settings.kind or (), strict=False)),
     )
     if settings.json:
         _print_json(made)

@@ -144,8 +144,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Measure and print; raises RetrieverError."""
+    from search_r1.search.agreement import choose_recipe
     from search_r1.search.corpus import open_corpus
     from search_r1.search.encoder import TextEncoder
+    from search_r1.search.manifest import load_manifest
     from search_r1.search.vector_index import open_index
 
     search = SearchOptions(
@@ -155,7 +157,14 @@ def run(settings: argparse.Namespace) -> int:
         raise RetrieverError(f"--num_queries must be at least 1, got {settings.num_queries}")
     index = open_index(settings.index_path, search=search)
     corpus = open_corpus(settings.corpus_path)
-    encoder = TextEncoder(settings.retriever_model, retriever_name=settings.retriever_name)
+    recorded = load_manifest(settings.index_path)
+    recipe = choose_recipe(recorded, retriever_name=settings.retriever_name, told={})
+    encoder = TextEncoder(settings.retriever_model, retriever_name=settings.retriever_name, **recipe)
+    if recorded is not None and recorded.encoder_sha256 != encoder.sha256:
+        raise RetrieverError(
+            f"index {settings.index_path} was built with encoder {recorded.encoder}, not with"
+            f" {settings.retriever_model} (encoder_sha256 differs): name the encoder it was built with"
+        )
     if (len(index), index.dim) != (len(corpus), encoder.dim):
         raise RetrieverError(
             f"index {settings.index_path} holds {len(index)} vectors of {index.dim}; corpus and encoder"

@@ -110,6 +110,11 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["rates_measured_here"] is False
 
 
+def test_the_command_builds_what_was_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    _, shown = run(capsys, "--n", "1000", "--ram", "16GB", "--json", "--kind", "HNSW64,SQ8")
+    assert json.loads(shown)["command"].endswith("--faiss_type HNSW64,SQ8")
+
+
 def test_numbers_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RetrieverError, match="--n must be greater than 0, got 0"):
         run(capsys, "--n", "0")
