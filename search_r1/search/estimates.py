@@ -158,7 +158,7 @@ def _estimate_build(
 ) -> float:
     """Seconds from vectors on disk to a finished index."""
     kind, components = options.kind, num_vectors * dim
-    work = components / rates.decode_fp16  # each component converted once
+    work = (components + size.trained_on) / rates.decode_fp16  # each component converted once, bytes sampled
     if kind is IndexKind.HNSW:
         visited = 2.5 * (options.ef_construction or 1) * (options.num_links or 1)
         work += num_vectors * visited * dim / rates.graph
