@@ -99,9 +99,6 @@ def assert_same(left: Outcome, right: Outcome) -> None:
             assert one.document in near or one == left[-1]
 
 
-# ----------------------------------------------------------------------------------------------- the answers
-
-
 async def hits_are_whole_and_best_first(subject: Subject) -> None:
     for outcome in await ask(subject, *subject.queries, topk=10):
         hits = found(outcome)
@@ -321,9 +318,6 @@ async def it_says_what_it_is(subject: Subject) -> None:
     assert subject.retriever.num_passages in (None, subject.max_hits)
     assert subject.retriever.max_batch >= 1
     assert subject.retriever.num_parallel_calls >= 1
-
-
-# --------------------------------------------------------------------------------------------------- the end
 
 
 async def closing_lets_go_of_everything(open_subject: Open) -> None:
