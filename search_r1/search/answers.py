@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 
 _SHOWN_CHARS = 80
-_SECONDS_UNTIL_QUOTA = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,16 +20,17 @@ class Refusal:
     retry_after_s: int | None = None
 
 
+# Clients ask again after 408, 429, 502, 503 and 504. Nobody should run against a spend cap: 402 is final.
 _STATUS = {
     FailureKind.DEADLINE: 504,
     FailureKind.UNAVAILABLE: 503,
-    FailureKind.QUOTA: 429,
+    FailureKind.QUOTA: 402,
     FailureKind.REFUSED: 502,
     FailureKind.MALFORMED: 502,
     FailureKind.NOT_RECORDED: 502,
     FailureKind.INTERNAL: 500,
 }
-_RETRY_AFTER_S = {FailureKind.UNAVAILABLE: 5, FailureKind.QUOTA: _SECONDS_UNTIL_QUOTA}
+_RETRY_AFTER_S = {FailureKind.UNAVAILABLE: 5}
 
 
 def find_refusal(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> Refusal | None:

@@ -65,12 +65,16 @@ Give it queries, get the passages that fit best.
 """
 
 _REFUSALS: Explained = COMMON | {
+    402: (
+        "The engine's quota or the spend cap is used up: asking again does not help.",
+        "query 0 'Bolton': quota: serper: our own spend cap is reached: 5.0000 USD were charged",
+    ),
     413: (
         "Too many queries or passages, or too long a body: ask for less at once.",
         "the request has 5000 queries, expected at most 1024; split it or raise --max_queries",
     ),
     429: (
-        "So many queries wait that these must come back later, or the engine's quota is used up.",
+        "So many queries wait that these must come back later.",
         "the queue is full: 4096 of 4096 queries wait or are worked on, no place for 4 more; try again "
         "in 3 s",
     ),
@@ -217,7 +221,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         _WORK_PATH,
         tags=["search"],
         response_model=ScoredAnswer | BareAnswer,
-        responses=refusals(_REFUSALS, 400, 408, 413, 415, 422, 429, 500, 502, 503, 504),
+        responses=refusals(_REFUSALS, 400, 402, 408, 413, 415, 422, 429, 500, 502, 503, 504),
     )
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """The best passages for every query, in order."""

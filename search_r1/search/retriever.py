@@ -25,11 +25,11 @@ class FailureKind(StrEnum):
 
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
-    """The engine cannot be reached or is out of order."""
+    """The engine cannot be reached, is out of order, or asks for fewer queries at a time."""
     REFUSED = "refused"
     """The engine does not accept the key or the query."""
     QUOTA = "quota"
-    """The engine's quota or our own spend cap is used up."""
+    """The engine's quota or our own spend cap is used up: asking again does not help."""
     MALFORMED = "malformed"
     """The engine's answer cannot be read."""
     NOT_RECORDED = "not_recorded"

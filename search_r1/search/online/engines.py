@@ -188,7 +188,7 @@ def explain_refusal(engine: Engine, status: int, said: str) -> EngineError:
     quoted = f"status {status}: {quote(said)}"
     if status in (403, 429) and may_pass(status, said):
         reason = f"too many requests at a time ({quoted}); lower --online_parallel"
-        return EngineError(FailureKind.QUOTA, reason)
+        return EngineError(FailureKind.UNAVAILABLE, reason)
     if status in (402, 429) or (status in (400, 403) and _USED_UP.search(said)):
         return EngineError(FailureKind.QUOTA, f"the quota is used up ({quoted}); wait or buy more")
     if status in (401, 403) or (status == 400 and re.search(r"api.?key", said, re.IGNORECASE)):

@@ -27,6 +27,11 @@ from search_r1.search.retriever import FailureKind
 
 MAX_ATTEMPTS = 4
 """Each may be billed."""
+_CONNECT_S = 5.0
+_SILENCE_S = 15.0
+"""Engines answer within a few seconds: who says nothing for so long is asked again while there is time."""
+_RATE_LIMIT_S = 1.0
+"""Engines count requests by the second at least; not all say how long to wait."""
 _MAX_ANSWER_BYTES = 8 << 20
 _MIN_KEY_CHARS = 8
 """Shorter ones are no keys, and could not be struck out of texts without harm."""
@@ -47,9 +52,16 @@ class Transport:
     """Asks one engine. Lives on one event loop; holds at most `max_connections` sockets until closed."""
 
     def __init__(
-        self, engine: Engine, *, url: str, keys: Keys, proxy: SecretStr | None, max_connections: int
+        self,
+        engine: Engine,
+        *,
+        url: str,
+        keys: Keys,
+        proxy: SecretStr | None,
+        max_connections: int,
+        silence_s: float = _SILENCE_S,
     ) -> None:
-        """`url`: where the engine is asked."""
+        """`url`: where the engine is asked. An attempt ends after `silence_s` without any byte."""
         self._engine = engine
         self._url = url
         self._secrets = [keys[name].get_secret_value() for name in engine.key_variables]
@@ -57,7 +69,9 @@ class Transport:
         wire = httpx.AsyncHTTPTransport(limits=limits, proxy=proxy.get_secret_value() if proxy else None)
         # The environment is not looked at here: the proxy was resolved with the other settings.
         self._client = httpx.AsyncClient(
-            transport=_KeyAdder(wire, engine=engine, keys=keys), timeout=None, trust_env=False
+            transport=_KeyAdder(wire, engine=engine, keys=keys),
+            timeout=httpx.Timeout(silence_s, connect=min(_CONNECT_S, silence_s), pool=None),
+            trust_env=False,
         )
 
     async def ask(
@@ -100,7 +114,7 @@ class Transport:
         try:
             async with self._client.stream(method, url, json=call.body) as answer:
                 content = await _read_bounded(answer)
-        except httpx.ConnectError as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             await refund()
             raise self._failed(error) from None
         except httpx.TransportError as error:
@@ -112,11 +126,12 @@ class Transport:
             return self._parse(content)
         said = self.hide(content.decode("utf-8", "replace"))
         final = explain_refusal(self._engine, answer.status_code, said)
-        if may_pass(answer.status_code, said):
-            raise _FailedAttemptError(
-                final, retry_after_s=parse_retry_after(answer.headers.get("Retry-After"))
-            )
-        raise final
+        if not may_pass(answer.status_code, said):
+            raise final
+        retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
+        if retry_after_s is None and answer.status_code in (403, 429):
+            retry_after_s = _RATE_LIMIT_S
+        raise _FailedAttemptError(final, retry_after_s=retry_after_s)
 
     def _failed(self, error: httpx.TransportError) -> _FailedAttemptError:
         reason = f"cannot be reached ({type(error).__name__} {self.hide(str(error))})".replace(" )", ")")

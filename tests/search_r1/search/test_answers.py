@@ -34,7 +34,7 @@ def test_both_published_shapes_and_what_the_schema_reads() -> None:
 def test_a_refusal_names_the_query_in_short(queries: list[str], detail: str) -> None:
     refusal = find_refusal([FAILURE], queries=queries)
     assert refusal is not None
-    assert (refusal.status, refusal.detail, refusal.retry_after_s) == (429, detail, 60)
+    assert (refusal.status, refusal.detail, refusal.retry_after_s) == (402, detail, None)
 
 
 def test_of_several_failures_the_first_is_named_and_all_are_counted() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from IG.http import CallError, JsonService
 from IG.web import limits
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.servers import EchoRetriever, serving
@@ -60,6 +61,17 @@ def failing(kind: FailureKind) -> EchoRetriever:
 # ------------------------------------------------------------------------------------------------- failures
 
 
+async def test_a_client_that_retries_does_not_run_against_a_used_up_quota() -> None:
+    retriever = failing(FailureKind.QUOTA)
+    async with serving(retriever) as client:
+        service = JsonService(str(client.base_url), name="retriever", timeout_s=90.0)
+        with pytest.raises(CallError, match="quota: for a reason") as caught:
+            await service.post("/retrieve", {"query": "bad"})
+        await service.aclose()
+    assert (caught.value.status, caught.value.may_pass) == (402, False)
+    assert len(retriever.calls) == 1
+
+
 async def test_where_failures_are_allowed_the_others_are_answered() -> None:
     async with serving(failing(FailureKind.QUOTA)) as client:
         asked = {"queries": ["good", "bad", " "], "topk": 1, "allow_failures": True}
@@ -77,7 +89,7 @@ async def test_where_failures_are_allowed_the_others_are_answered() -> None:
     [
         (FailureKind.DEADLINE, 504, None),
         (FailureKind.UNAVAILABLE, 503, "5"),
-        (FailureKind.QUOTA, 429, "60"),
+        (FailureKind.QUOTA, 402, None),
         (FailureKind.REFUSED, 502, None),
         (FailureKind.MALFORMED, 502, None),
         (FailureKind.NOT_RECORDED, 502, None),

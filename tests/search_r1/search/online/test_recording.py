@@ -99,7 +99,11 @@ async def test_the_cap_holds_to_the_request_under_concurrency(tmp_path: Path) ->
 
 async def test_retries_are_charged_and_unmade_connections_are_not(tmp_path: Path) -> None:
     cache = tmp_path / "s.sqlite"
-    async with (fake := FakeEngine("bing", faults=[Fault(status=500), Fault(status=429)])).running():
+    async with (
+        fake := FakeEngine(
+            "bing", faults=[Fault(status=500), Fault(status=429, headers={"Retry-After": "0"})]
+        )
+    ).running():
         options = fake.options(cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=25.0)
         await search("bing", options)
     dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/", cache_path=cache)

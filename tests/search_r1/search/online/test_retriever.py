@@ -10,7 +10,9 @@ from pydantic import SecretStr
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.online.assemble import build_online
+from search_r1.search.online.engines import ENGINES, read_answer
 from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.transport import Transport
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.online.fake_engines import (
     KEYS,
@@ -98,8 +100,6 @@ async def test_a_used_up_quota_is_named_without_another_attempt(name: str, statu
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(status=429, body='{"error": "limit: Queries per minute per user"}'),
-        Fault(status=403, body='{"error": {"errors": [{"reason": "rateLimitExceeded"}]}}'),
         Fault(status=500),
         Fault(status=503),
         Fault(status=408),
@@ -114,8 +114,16 @@ async def test_what_may_pass_is_tried_again(name: str, fault: Fault) -> None:
     assert len(fake.asked) == 2
 
 
-async def test_retry_after_is_obeyed() -> None:
-    fault = Fault(status=429, headers={"Retry-After": "1"})
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=503, headers={"Retry-After": "1"}),
+        # Without the header: the shortest limits are counted by the second.
+        Fault(status=429, body='{"error": "limit: Queries per minute per user"}'),
+        Fault(status=403, body='{"error": {"errors": [{"reason": "rateLimitExceeded"}]}}'),
+    ],
+)
+async def test_a_rate_limit_is_waited_for(fault: Fault) -> None:
     async with (fake := FakeEngine("serper", faults=[fault])).running():
         started = time.monotonic()
         [found] = await search("serper", fake.options())
@@ -128,7 +136,7 @@ async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
     started = time.monotonic()
     failure = await fail(FakeEngine("bing", faults=[fault]))
     assert time.monotonic() - started < 1.0
-    assert failure.kind is FailureKind.QUOTA
+    assert failure.kind is FailureKind.UNAVAILABLE
     assert "60 s" in failure.reason
 
 
@@ -145,6 +153,26 @@ async def test_a_silent_engine_ends_at_the_deadline() -> None:
     assert 0.4 <= time.monotonic() - started < 1.0
     assert failure.kind is FailureKind.DEADLINE
     assert "within 0.4 s" in failure.reason
+
+
+async def test_a_request_that_hangs_is_given_up_and_sent_again() -> None:
+    engine = ENGINES["serper"]
+    charges: list[int] = []
+
+    async def charge() -> None:
+        charges.append(1)
+
+    async def refund() -> None:
+        charges.append(-1)
+
+    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
+        transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1, silence_s=0.1)
+        call = engine.make_call("moon", 0)
+        answer = await transport.ask(call, timeout_s=10.0, charge=charge, refund=refund)
+        await transport.aclose()
+    assert read_answer(engine, answer)
+    assert len(fake.asked) == 2
+    assert charges == [1, 1]  # the engine may bill both
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
