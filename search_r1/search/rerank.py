@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import safe_open
 from sentence_transformers import CrossEncoder
 
 from search_r1.search.encoder import silence_transformers
@@ -176,23 +177,19 @@ def _order(hits: Found, scores: Sequence[float]) -> Outcome:
 
 def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
     silence_transformers()
-    weights = {"dtype": torch.float32 if device == "cpu" else torch.float16, "use_safetensors": True}
+    dtype = torch.float32 if device == "cpu" else torch.float16
     try:
         model = CrossEncoder(
             str(folder),
             device=device,
             local_files_only=True,
             trust_remote_code=False,
-            model_kwargs=dict(weights),
+            model_kwargs={"dtype": dtype, "use_safetensors": True},
         )
         network = model.transformers_model
         if network is None:
             raise RetrieverError(f"reranker {folder} has no transformer, expected a cross-encoder")
-        # The library does not say which weights it had to make up: ask again. A head that is missing, because
-        # this is an encoder, would order documents at random.
-        _, report = type(network).from_pretrained(
-            str(folder), config=network.config, local_files_only=True, output_loading_info=True, **weights
-        )
+        absent = _list_absent(network, folder=folder)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, RetrieverError):
             raise
@@ -200,7 +197,6 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
         raise RetrieverError(
             f"reranker {folder} does not load ({first_line}); expected a cross-encoder's folder or name"
         ) from error
-    absent = sorted(report["missing_keys"])
     if absent:
         raise RetrieverError(
             f"reranker {folder} lacks the weights {absent[:3]} ({len(absent)} in all); "
@@ -212,3 +208,21 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
             "(num_labels 1)"
         )
     return model
+
+
+def _list_absent(network: torch.nn.Module, *, folder: Path) -> list[str]:
+    """Weights that the library made up, which it does not say: it is asked again, with names and shapes only.
+
+    A head that is missing, because this is an encoder, would order documents at random. No weight is read
+    twice: each stands for itself by one number, whatever its shape.
+    """
+    place = next((place for _, place in read_modules(folder) or ()), "")
+    stand_ins: dict[str, torch.Tensor] = {}
+    for file in sorted((folder / place).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                stand_ins[name] = torch.zeros(()).expand(weights.get_slice(name).get_shape())
+    _, report = type(network).from_pretrained(  # type: ignore[operator]
+        None, config=network.config, state_dict=stand_ins, dtype=torch.float32, output_loading_info=True
+    )
+    return sorted(report["missing_keys"])

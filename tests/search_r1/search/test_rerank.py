@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from search_r1.search.errors import RetrieverError
@@ -255,6 +256,18 @@ def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.weight'\]"):
         load_reranker(folder, device="cpu")
+
+
+def test_a_model_saved_by_the_library_or_under_old_names_is_whole(tmp_path: Path) -> None:
+    folder = save_cross_encoder(tmp_path / "tiny")
+    scores = load_reranker(folder, device="cpu").score(PAIRS)
+    CrossEncoder(str(folder), device="cpu", local_files_only=True).save_pretrained(str(tmp_path / "saved"))
+    assert load_reranker(tmp_path / "saved", device="cpu").score(PAIRS) == pytest.approx(scores)
+    weights = load_file(folder / "model.safetensors")
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): weight for name, weight in weights.items()}
+    assert old.keys() != weights.keys()
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_reranker(folder, device="cpu").score(PAIRS) == pytest.approx(scores)
 
 
 def test_loading_and_scoring_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
