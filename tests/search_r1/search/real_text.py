@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
+
+from tests.search_r1.search.small_world import write_corpus
 
 _WORDS_PER_PASSAGE = 100
 _LONGEST_TOPIC = 30_000  # characters
@@ -57,6 +58,5 @@ def cut_passages() -> list[str]:
 def write_real_corpus(path: Path) -> list[str]:
     """As JSONL, ids from 0; returns the passages."""
     passages = cut_passages()
-    lines = (json.dumps({"id": str(row), "contents": text}) for row, text in enumerate(passages))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_corpus(path, {str(row): text for row, text in enumerate(passages)})
     return passages

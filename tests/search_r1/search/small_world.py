@@ -11,8 +11,9 @@ from pathlib import Path
 
 import httpx
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
+
+from tests.search_r1.search.tiny_models import save_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SERVER = REPOSITORY / "search_r1" / "search" / "retrieval_server.py"
@@ -57,17 +58,10 @@ def write_corpus(path: Path, passages: dict[str, str]) -> Path:
 def save_encoder(path: Path, *, seed: int, dim: int = 32) -> Path:
     """Random weights, words as tokens: texts that share words are near each other."""
     words = sorted({word for text in PASSAGES.values() for word in text.lower().replace(".", " ").split()})
-    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(path)
+    num_tokens = save_tokenizer(path, words=words, model_max_length=256)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=num_tokens,
         hidden_size=dim,
         num_hidden_layers=1,
         num_attention_heads=2,

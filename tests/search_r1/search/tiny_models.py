@@ -37,8 +37,15 @@ WORDS = [
 ]
 
 
-def save_tokenizer(folder: Path, *, padding_side: str = "right", model_max_length: int = 64) -> None:
-    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+def save_tokenizer(
+    folder: Path,
+    *,
+    words: Sequence[str] = WORDS,
+    padding_side: str = "right",
+    model_max_length: int = 64,
+) -> int:
+    """Words as tokens; returns how many tokens there are."""
+    vocabulary = {word: row for row, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -52,6 +59,7 @@ def save_tokenizer(folder: Path, *, padding_side: str = "right", model_max_lengt
         padding_side=padding_side,
         model_max_length=model_max_length,
     ).save_pretrained(folder)
+    return len(vocabulary)
 
 
 def save_transformer(folder: Path, *, seed: int = 0) -> Path:
