@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,9 +29,12 @@ STRETCH = 0.05
 """How long to wait for one more asker, as a share of what recent searches took."""
 LONGEST_STRETCH = 0.25
 """The same for as many as keep coming: two halves that search in turns would be slower."""
-_MAX_REMEMBERED_HITS = 100
+LONGEST_WAIT_S = 0.5
+"""However slow searches are, nobody waits longer than this for company."""
+PASSAGES_PER_ANSWER = 10
+"""Remembered are that many for every answer that may be, however they are spread: they take the memory."""
 _MAX_REMEMBERED_CHARS = 1000
-"""Longer answers and queries are not remembered, so that the memory of many is bounded, too."""
+"""Longer queries are not remembered."""
 _STOPPED = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="the server is shutting down")
 
 
@@ -74,7 +77,7 @@ class BatchOptions:
     window_s: float = 0.002
     """How long a query waits for others where searches are quick."""
     cache_size: int = 10_000
-    """Answers that are remembered; 0 for none."""
+    """Answers that are remembered, as long as their passages are not too many; 0 for none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +86,8 @@ class _Asked:
 
     query: str
     lane: _Lane
+    request: int
+    """Whose query it was first."""
     answer: asyncio.Future[Outcome]
     deadline: float = 0.0
     """Of the one who waits longest."""
@@ -94,9 +99,8 @@ class _Lane:
     """Queries that may share a call: those that ask for the same number of passages."""
 
     topk: int
-    request: int | None
-    """Whose queries these are, where requests are not put together."""
-    queue: deque[_Asked] = field(default_factory=deque)
+    queue: OrderedDict[_Asked, None] = field(default_factory=OrderedDict)
+    """In the order of their arrival."""
     crowd: int = 1
     """How many queries were there when the last call ended: those just answered and those waiting."""
     search_s: float = 0.0
@@ -115,9 +119,12 @@ class MicroBatcher:
         self._options = options
         self._max_batch = max(1, min(options.max_batch, retriever.max_batch))
         self._counts = counts or _CountNothing()
-        self._lanes: dict[tuple[int, int | None], _Lane] = {}
+        self._lanes: dict[int, _Lane] = {}
         self._flying: dict[tuple[str, int], _Asked] = {}
+        """Everything that is not answered yet, queued or searched."""
         self._remembered: OrderedDict[tuple[str, int], Found] = OrderedDict()
+        self._num_passages_remembered = 0
+        self._facts = retriever.describe()
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._num_requests = 0
@@ -131,8 +138,8 @@ class MicroBatcher:
         """One outcome per query, in order. Raises nothing; cancelling it drops what nobody else waits for."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         self._num_requests += 1
-        request = None if self._options.together else self._num_requests
-        answers = [self._ask(query, topk=topk, request=request, deadline=deadline) for query in queries]
+        self._forget_what_does_not_hold()
+        answers = [self._ask(query, topk=topk, deadline=deadline) for query in queries]
         waited_for = [answer for answer in answers if isinstance(answer, _Asked)]
         self._look()
         try:
@@ -153,14 +160,23 @@ class MicroBatcher:
     async def aclose(self) -> None:
         """Cancel what runs, fail what waits, and let go of the retriever."""
         for lane in self._lanes.values():
-            while lane.queue:
-                self._settle(lane.queue.popleft(), _STOPPED)
+            lane.queue.clear()
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
+        # Not only what was queued: a call that is cancelled before its first step answers nobody.
+        for asked in list(self._flying.values()):
+            self._settle(asked, _STOPPED)
         await self.retriever.aclose()
 
-    def _ask(self, query: str, *, topk: int, request: int | None, deadline: float) -> _Asked | Found:
+    def _forget_what_does_not_hold(self) -> None:
+        """An engine's recording begins a new day: what answers depend on is another."""
+        if (facts := self.retriever.describe()) != self._facts:
+            self._facts = facts
+            self._remembered.clear()
+            self._num_passages_remembered = 0
+
+    def _ask(self, query: str, *, topk: int, deadline: float) -> _Asked | Found:
         """What is known, or what to wait for."""
         if not query.strip():
             self._counts.count_query(Source.BLANK)
@@ -172,10 +188,10 @@ class MicroBatcher:
             return found
         asked = self._flying.get(key)
         if asked is None:
-            lane = self._lanes.setdefault((topk, request), _Lane(topk, request))
-            asked = _Asked(query, lane, asyncio.get_running_loop().create_future())
+            lane = self._lanes.setdefault(topk, _Lane(topk))
+            asked = _Asked(query, lane, self._num_requests, asyncio.get_running_loop().create_future())
             self._flying[key] = asked
-            lane.queue.append(asked)
+            lane.queue[asked] = None
             lane.latest = asyncio.get_running_loop().time()
             self._counts.count_query(Source.SEARCHED)
         else:
@@ -189,9 +205,10 @@ class MicroBatcher:
         for asked in waited_for:
             asked.num_waiting -= 1
             if asked.num_waiting == 0 and not asked.answer.done() and asked in asked.lane.queue:
-                asked.lane.queue.remove(asked)
+                del asked.lane.queue[asked]
                 self._forget(asked)
-                self._drop_if_done(asked.lane)
+                if not asked.lane.queue:
+                    asked.lane.since = None
 
     def _look(self) -> None:
         """Start the calls that should start now, and come back for the next one."""
@@ -216,16 +233,23 @@ class MicroBatcher:
         """
         if lane.since is None:
             lane.since = now
-        if lane.request is not None or len(lane.queue) >= self._max_batch:
+        if not self._options.together or len(lane.queue) >= self._max_batch:
             return lane.since
         start = lane.since + self._options.window_s
         if len(lane.queue) >= lane.crowd:
             return start
         patient = max(lane.since, lane.latest) + STRETCH * lane.search_s
-        return max(start, min(patient, lane.since + LONGEST_STRETCH * lane.search_s))
+        longest = min(LONGEST_STRETCH * lane.search_s, LONGEST_WAIT_S)
+        return max(start, min(patient, lane.since + longest))
 
     def _start(self, lane: _Lane) -> None:
-        batch = [lane.queue.popleft() for _ in range(min(len(lane.queue), self._max_batch))]
+        batch: list[_Asked] = []
+        while lane.queue and len(batch) < self._max_batch:
+            asked = next(iter(lane.queue))
+            if batch and not self._options.together and asked.request != batch[0].request:
+                break
+            del lane.queue[asked]
+            batch.append(asked)
         lane.since = None
         call = asyncio.create_task(self._call(lane, batch))
         self._calls.add(call)
@@ -248,10 +272,9 @@ class MicroBatcher:
                 if asked.num_waiting and _is_premature(
                     outcome, called_until=deadline, wanted_until=asked.deadline
                 ):
-                    lane.queue.append(asked)
+                    lane.queue[asked] = None
                 else:
                     self._settle(asked, outcome)
-            self._drop_if_done(lane)
 
     async def _search(self, batch: list[_Asked], *, topk: int) -> list[Outcome]:
         """One outcome per query. A crash is looked for in halves: it must not take the neighbours with it."""
@@ -279,23 +302,20 @@ class MicroBatcher:
     def _settle(self, asked: _Asked, outcome: Outcome) -> None:
         self._forget(asked)
         asked.answer.set_result(outcome)
-        if isinstance(outcome, SearchFailure) or not self._options.cache_size:
-            return
-        if len(outcome) <= _MAX_REMEMBERED_HITS and len(asked.query) <= _MAX_REMEMBERED_CHARS:
-            self._remembered[asked.query, asked.lane.topk] = outcome
-            if len(self._remembered) > self._options.cache_size:
-                self._remembered.popitem(last=False)
+        if not isinstance(outcome, SearchFailure) and len(asked.query) <= _MAX_REMEMBERED_CHARS:
+            self._remember((asked.query, asked.lane.topk), outcome)
+
+    def _remember(self, key: tuple[str, int], found: Found) -> None:
+        size = self._options.cache_size
+        self._remembered[key] = found
+        self._num_passages_remembered += len(found)
+        while len(self._remembered) > size or self._num_passages_remembered > PASSAGES_PER_ANSWER * size:
+            _, oldest = self._remembered.popitem(last=False)
+            self._num_passages_remembered -= len(oldest)
 
     def _forget(self, asked: _Asked) -> None:
         """Who asks the same from now on is not answered by this one."""
         self._flying.pop((asked.query, asked.lane.topk), None)
-
-    def _drop_if_done(self, lane: _Lane) -> None:
-        """What was learned of a lane is kept only where requests meet in it."""
-        if not lane.queue:
-            lane.since = None
-            if lane.request is not None:
-                self._lanes.pop((lane.topk, lane.request), None)
 
 
 def _fail(queries: Sequence[str], reason: str) -> list[Outcome]:

@@ -36,18 +36,22 @@ class EchoRetriever:
     calls: list[tuple[str, ...]] = field(default_factory=list)
     topks: list[int] = field(default_factory=list)
     timeouts_s: list[float] = field(default_factory=list)
+    started_s: list[float] = field(default_factory=list)
+    """On the loop's clock."""
+    facts: dict[str, str | int | float | None] = field(default_factory=lambda: {"retriever": "echo"})
     running: int = 0
     most: int = 0
     closed: bool = False
 
     def describe(self) -> dict[str, str | int | float | None]:
-        return {"retriever": "echo"}
+        return self.facts
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         assert 0 < len(queries) <= self.max_batch
         self.calls.append(tuple(queries))
         self.topks.append(topk)
         self.timeouts_s.append(timeout_s)
+        self.started_s.append(asyncio.get_running_loop().time())
         self.running += 1
         self.most = max(self.most, self.running)
         try:
