@@ -6,6 +6,7 @@ all get the same results. It needs no manifest.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,6 +173,16 @@ class RecipeFlags(TypedDict, total=False):
     query_prefix: str | None
     passage_prefix: str | None
     normalised: bool | None
+
+
+def read_recipe_flags(settings: argparse.Namespace) -> RecipeFlags:
+    """Of `recipes.add_recipe_arguments`."""
+    return {
+        "pooling": settings.pooling_method,
+        "max_length": settings.max_length,
+        "query_prefix": settings.query_prefix,
+        "passage_prefix": settings.passage_prefix,
+    }
 
 
 def choose_recipe(

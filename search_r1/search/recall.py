@@ -19,6 +19,7 @@ import numpy as np
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, SearchOptions
+from search_r1.search.recipes import add_recipe_arguments
 
 if TYPE_CHECKING:
     from search_r1.search.corpus import Corpus
@@ -140,11 +141,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ef_search", default=None, type=int, help="candidates kept (hnsw)")
     add("--rescore_factor", default=None, type=int, help="candidates rescored per result (ivf_pq, binary)")
     add("--json", action="store_true", help="print JSON and no table")
+    add_recipe_arguments(parser)
 
 
 def run(settings: argparse.Namespace) -> int:
     """Measure and print; raises RetrieverError."""
-    from search_r1.search.agreement import choose_recipe
+    from search_r1.search.agreement import choose_recipe, compare_encoder, read_recipe_flags
     from search_r1.search.corpus import open_corpus
     from search_r1.search.encoder import TextEncoder
     from search_r1.search.manifest import load_manifest
@@ -158,13 +160,11 @@ def run(settings: argparse.Namespace) -> int:
     index = open_index(settings.index_path, search=search)
     corpus = open_corpus(settings.corpus_path)
     recorded = load_manifest(settings.index_path)
-    recipe = choose_recipe(recorded, retriever_name=settings.retriever_name, told={})
+    told = read_recipe_flags(settings)
+    recipe = choose_recipe(recorded, retriever_name=settings.retriever_name, told=told)
     encoder = TextEncoder(settings.retriever_model, retriever_name=settings.retriever_name, **recipe)
-    if recorded is not None and recorded.encoder_sha256 != encoder.sha256:
-        raise RetrieverError(
-            f"index {settings.index_path} was built with encoder {recorded.encoder}, not with"
-            f" {settings.retriever_model} (encoder_sha256 differs): name the encoder it was built with"
-        )
+    if recorded is not None and (misfits := compare_encoder(recorded, encoder=encoder)):
+        raise RetrieverError(f"index {settings.index_path}: " + "\n".join(misfits))
     if (len(index), index.dim) != (len(corpus), encoder.dim):
         raise RetrieverError(
             f"index {settings.index_path} holds {len(index)} vectors of {index.dim}; corpus and encoder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 from collections.abc import Mapping
@@ -81,10 +82,10 @@ def _state(query: str, passage: str, pooling: str, max_length: int, normalised: 
     )
 
 
-# The first family that fits a name is its family, so the special come before the general. `source` is the card of
-# a member, which decides in doubt. Taken as they are commonly quoted, without the card at hand, are: bge_m3 (its
-# queries need no instruction), contriever, arctic, dot, and that gte takes the mean. The length of e5 is that of
-# the published retrieval server.
+# The first family that fits a name is its family, so the special come before the general. `source` is the
+# card of a member, which decides in doubt. Taken as commonly quoted, without the card at hand, are: bge_m3
+# (that its queries need no instruction), contriever, arctic, dot, and that gte takes the mean. The length of
+# e5 is the one of the published retrieval server.
 FAMILIES: Mapping[str, Family] = {
     "e5_mistral": Family(
         pattern=r"e5-mistral",
@@ -215,6 +216,18 @@ def resolve_recipe(
     facts = (f"{name} {getattr(recipe, name)!r} ({origin})" for name, origin in origins.items())
     logger.info("encoder %s: %s", model_name, ", ".join(facts))
     return recipe
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """The flags of a recipe, for those who open an index."""
+    add = parser.add_argument_group(
+        "encoder of an index without a manifest",
+        "only where the model says nothing itself and --retriever_name names no family",
+    ).add_argument
+    add("--pooling_method", metavar="X", default=default, help="of the token states: mean, cls, max, ...")
+    add("--query_prefix", metavar="TEXT", default=default, help="put before every query; may be empty")
+    add("--passage_prefix", metavar="TEXT", default=default, help="what was put before every passage")
+    add("--max_length", metavar="N", default=default, type=int, help="tokens of a text that are read")
 
 
 # Of a model that was made to encode texts and mentions nothing of the kind; sentence-transformers' own.

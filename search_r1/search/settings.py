@@ -34,6 +34,7 @@ from search_r1.search.online.options import (
     add_online_arguments,
     resolve_online,
 )
+from search_r1.search.recipes import add_recipe_arguments
 from search_r1.search.schema import MAX_TIMEOUT_S, MAX_TOPK
 
 BM25 = "bm25"
@@ -272,7 +273,7 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
 def add_retriever_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every retriever, for `resolve_retriever`."""
     add_settings(parser.add_argument_group("retriever"), RETRIEVER_SETTINGS)
-    _add_encoding_arguments(parser)
+    add_recipe_arguments(parser, default=argparse.SUPPRESS)
     add_online_arguments(parser)
 
 
@@ -306,18 +307,6 @@ def resolve_retriever(
         num_threads=int(values["num_threads"]) or max(1, len(os.sched_getaffinity(0)) // 2),
         online=resolve_online(namespace, variables),
     )
-
-
-def _add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "encoder of an index without a manifest",
-        "only where the model says nothing itself and --retriever_name names no family",
-    ).add_argument
-    missing = argparse.SUPPRESS
-    add("--pooling_method", metavar="X", default=missing, help="of the token states: mean, cls, max, ...")
-    add("--query_prefix", metavar="TEXT", default=missing, help="put before every query; may be empty")
-    add("--passage_prefix", metavar="TEXT", default=missing, help="what was put before every passage")
-    add("--max_length", metavar="N", default=missing, type=int, help="tokens of a text that are read")
 
 
 def build_parser() -> argparse.ArgumentParser:

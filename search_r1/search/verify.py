@@ -21,8 +21,10 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.fingerprint import describe_file
 from search_r1.search.manifest import IndexManifest, load_manifest
 from search_r1.search.progress import PhaseProgress
+from search_r1.search.recipes import add_recipe_arguments
 
 if TYPE_CHECKING:
+    from search_r1.search.agreement import RecipeFlags
     from search_r1.search.vector_index import VectorIndex
 
 Report: TypeAlias = Callable[[str, int, int], None]
@@ -57,16 +59,22 @@ def verify_index(
     corpus_path: Path,
     encoder_path: str | None = None,
     family: str | None = None,
+    told: RecipeFlags | None = None,
     report: Report | None = None,
 ) -> list[Check]:
-    """Everything that can be checked, in order; raises RetrieverError where there is nothing to check."""
+    """Everything that can be checked, in order; raises RetrieverError where there is nothing to check.
+
+    `family` and `told` say how the encoder encodes, where neither manifest nor model does.
+    """
     report = report or (lambda *_: None)
     recorded = load_manifest(index_path)
     checks = list(_check_files(index_path, recorded, report))
     corpus = open_corpus(corpus_path, report=partial(report, "find lines"))
     checks += _check_corpus(corpus, recorded, report)
     if all(check.is_good for check in checks if check.name.startswith("files.")):
-        checks += _check_vectors(index_path, corpus, recorded, encoder_path=encoder_path, family=family)
+        checks += _check_vectors(
+            index_path, corpus, recorded, encoder_path=encoder_path, family=family, told=told or {}
+        )
     corpus.close()
     return checks
 
@@ -111,6 +119,7 @@ def _check_vectors(
     *,
     encoder_path: str | None,
     family: str | None,
+    told: RecipeFlags,
 ) -> Iterator[Check]:
     from search_r1.search.vector_index import open_index
 
@@ -123,7 +132,9 @@ def _check_vectors(
     yield Check(name="dim", expected=recorded.dim if recorded else None, found=index.dim)
     yield Check(name="count", expected=len(corpus), found=len(index))
     if encoder_path is not None and len(index) == len(corpus):
-        yield from _check_encoder(index, corpus, recorded, encoder_path=encoder_path, family=family)
+        yield from _check_encoder(
+            index, corpus, recorded, encoder_path=encoder_path, family=family, told=told
+        )
 
 
 def _check_encoder(
@@ -133,15 +144,18 @@ def _check_encoder(
     *,
     encoder_path: str,
     family: str | None,
+    told: RecipeFlags,
 ) -> Iterator[Check]:
     from search_r1.search.agreement import choose_recipe, prepare_trial, run_trial
     from search_r1.search.encoder import TextEncoder
 
-    recipe = choose_recipe(recorded, retriever_name=None, told={})
+    recipe = choose_recipe(recorded, retriever_name=None, told=told)
     encoder = TextEncoder(encoder_path, retriever_name=family, **recipe)
     yield Check(name="encoder dim", expected=index.dim, found=encoder.dim)
     if recorded is not None:
         yield Check(name="encoder_sha256", expected=recorded.encoder_sha256, found=encoder.sha256)
+        for field in ("pooling", "query_prefix", "passage_prefix", "max_length", "normalised"):
+            yield Check(name=field, expected=getattr(recorded, field), found=getattr(encoder.recipe, field))
     if encoder.dim == index.dim:
         trial = prepare_trial(corpus, encoder)
         needed = "rebuild the index with this encoder"
@@ -167,10 +181,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--corpus_path", default=str(defaults.CORPUS_PATH), help="the corpus it should be of")
     add("--encoder", help="the encoder it should be of: folder or name on the hub (default: not checked)")
     add("--retriever_name", help="its family, where neither manifest nor model say how it encodes")
+    add_recipe_arguments(parser)
 
 
 def run(settings: argparse.Namespace) -> int:
     """Show a table of what was checked. Exit status: 0 all is well, 1 something differs."""
+    from search_r1.search.agreement import read_recipe_flags
+
     index_path, corpus_path = Path(settings.index_path), Path(settings.corpus_path)
     if index_path.is_dir():
         return _verify_words(index_path, corpus_path)
@@ -180,6 +197,7 @@ def run(settings: argparse.Namespace) -> int:
             corpus_path=corpus_path,
             encoder_path=settings.encoder,
             family=settings.retriever_name,
+            told=read_recipe_flags(settings),
             report=progress,
         )
     console = Console()

@@ -10,6 +10,7 @@ import pytest
 from search_r1.search import recall
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
+from search_r1.search.index_builder import build_index
 from search_r1.search.kinds import IndexKind, IndexOptions, SearchOptions, parse_options
 from search_r1.search.recall import compare_rows, measure_recall, take_query
 from search_r1.search.vector_index import open_index, open_vectors, write_index
@@ -106,6 +107,21 @@ def test_an_index_with_vectors_for_rescoring_is_measured_against_those_and_says_
 ) -> None:
     facts = json.loads(run(capsys, world | {"--index_path": str(tmp_path / "binary")}, "--json"))
     assert "its own binary.vectors" in facts["reference"].replace("the index's own", "its own")
+
+
+def test_an_encoder_may_be_told_how_it_encodes_but_not_otherwise_than_the_manifest_says(
+    capsys: pytest.CaptureFixture[str], world: dict[str, str], tmp_path: Path
+) -> None:
+    del world["--retriever_name"]
+    told = ["--pooling_method", "mean", "--query_prefix", "", "--passage_prefix", "", "--reencode", "--json"]
+    with pytest.raises(RetrieverError, match="--passage_prefix"):
+        run(capsys, world, "--reencode")
+    assert json.loads(run(capsys, world, *told))["num_queries"] == len(PASSAGES)
+    corpus, encoder = (Path(world[flag]) for flag in ("--corpus_path", "--retriever_model"))
+    build_index(corpus, encoder_path=encoder, index_path=tmp_path / "own", retriever_name="e5")
+    capsys.readouterr()
+    with pytest.raises(RetrieverError, match="passage_prefix: index was built with 'passage: ', found ''"):
+        run(capsys, world | {"--index_path": str(tmp_path / "own")}, *told)
 
 
 def test_queries_are_read_from_a_file(

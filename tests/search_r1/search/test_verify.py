@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_without_a_manifest_what_can_be_checked_is(copied_world: World) -> None:
     checks = verify(copied_world, encoder_path=None)
     assert checks["corpus.sha256"].verdict == "not recorded"
     assert checks["count"].verdict == "same"
+
+
+def test_an_unknown_encoder_of_an_index_without_a_manifest_can_be_told_how_it_encodes(
+    copied_world: World, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ["--index_path", str(copied_world.index), "--corpus_path", str(copied_world.corpus)]
+    command = ["verify", *files, "--encoder", str(copied_world.encoder)]
+    told = ["--pooling_method", "mean", "--query_prefix", "query: ", "--passage_prefix"]
+    assert main([*command, *told, "other: "]) == 1
+    assert re.search(r"passage_prefix .*passage: .*other: .*differs", capsys.readouterr().out)
+    locate_manifest(copied_world.index).unlink()
+    assert main(command) == 1
+    assert "--passage_prefix" in caplog.text
+    assert main([*command, *told, "passage: "]) == 0
 
 
 def test_a_missing_index_is_named(tmp_path: Path, world: World) -> None:
