@@ -20,14 +20,14 @@ class Refusal:
     retry_after_s: int | None = None
 
 
-# Clients ask again after 408, 429, 502, 503 and 504. Nobody should run against a spend cap: 402 is final.
+# Clients ask again after 408, 429, 502, 503 and 504. What will be no other for that is final: 402 and 424.
 _STATUS = {
     FailureKind.DEADLINE: 504,
     FailureKind.UNAVAILABLE: 503,
     FailureKind.QUOTA: 402,
-    FailureKind.REFUSED: 502,
+    FailureKind.REFUSED: 424,
     FailureKind.MALFORMED: 502,
-    FailureKind.NOT_RECORDED: 502,
+    FailureKind.NOT_RECORDED: 424,
     FailureKind.INTERNAL: 500,
 }
 _RETRY_AFTER_S = {FailureKind.UNAVAILABLE: 5}
@@ -45,7 +45,7 @@ def find_refusal(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> Refu
     others = f" ({len(failed)} of {len(queries)} queries failed)" if len(queries) > 1 else ""
     return Refusal(
         status=_STATUS[first.kind],
-        detail=f"query {failed[0]} {shown!r}: {first.kind}: {first.reason}{others}",
+        detail=_encode(f"query {failed[0]} {shown!r}: {first.kind}: {first.reason}{others}").decode("utf-8"),
         retry_after_s=_RETRY_AFTER_S.get(first.kind),
     )
 
@@ -61,8 +61,12 @@ def render_answer(outcomes: Sequence[Outcome], *, with_scores: bool, with_errors
     errors = ""
     if with_errors:
         errors = f',"errors":{_dump([_render_error(outcome) for outcome in outcomes])}'
-    # A library's message or an engine's text may hold half a character, which no JSON can carry.
-    return f'{{"result":[{results}]{errors}}}'.encode("utf-8", "replace")
+    return _encode(f'{{"result":[{results}]{errors}}}')
+
+
+def _encode(text: str) -> bytes:
+    """A library's message or an engine's text may hold half a character, which no JSON can carry."""
+    return text.encode("utf-8", "replace")
 
 
 def _dump(value: object) -> str:

@@ -41,7 +41,7 @@ from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Outcome, Retriever
-from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
+from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer, read_whole
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 
@@ -60,7 +60,7 @@ Give it queries, get the passages that fit best.
 * Queries that arrive at about the same time are searched together, equal ones once.
 * Without `allow_failures` a request fails when one of its queries does; with it that query's list is `null`
   and `errors` says why. `null` is not an empty list, which says that nothing was found.
-* A caller who goes away cancels what nobody else waits for.
+* A caller who goes away takes what nobody else waits for out of the queue.
 * 429 and 503 carry `Retry-After`, in seconds.
 """
 
@@ -78,10 +78,14 @@ _REFUSALS: Explained = COMMON | {
         "the queue is full: 4096 of 4096 queries wait or are worked on, no place for 4 more; try again "
         "in 3 s",
     ),
+    424: (
+        "A search engine refused, or a replay has no answer: asking again does not help.",
+        "query 0 'Bolton': refused: serper: the key is not accepted (status 403); check SERPER_API_KEY",
+    ),
     500: ("The search crashed.", "query 0 'Bolton': internal: the search crashed (ValueError: no such row)"),
     502: (
-        "A search engine refused or gave what cannot be read.",
-        "query 0 'Bolton': refused: the engine does not accept the key",
+        "A search engine gave what cannot be read.",
+        "query 0 'Bolton': malformed: serper: the answer is not JSON",
     ),
     503: ("Not ready: loading, shutting down, or a search engine out of reach.", "Retriever not loaded"),
     504: ("Not answered in time.", "query 0 'Bolton': deadline: not answered within 5 s"),
@@ -221,7 +225,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         _WORK_PATH,
         tags=["search"],
         response_model=ScoredAnswer | BareAnswer,
-        responses=refusals(_REFUSALS, 400, 402, 408, 413, 415, 422, 429, 500, 502, 503, 504),
+        responses=refusals(_REFUSALS, 400, 402, 408, 413, 415, 422, 424, 429, 500, 502, 503, 504),
     )
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """The best passages for every query, in order."""
@@ -250,7 +254,7 @@ def _require_fitting(value: object, *, settings: ServerSettings) -> None:
         raise HTTPException(
             413, f"the request has {len(queries)} queries, expected at most {limit}; split it or raise {flag}"
         )
-    topk = value.get("topk") or settings.topk
+    topk = read_whole(value.get("topk")) or settings.topk
     if isinstance(topk, int) and topk * len(queries) > _MAX_PASSAGES:
         raise HTTPException(
             413,
@@ -326,7 +330,7 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
     if opened.is_online:
         logger.info("opening %s", opened.retriever_name)
     else:
-        logger.info("loading %s, %s and %s", opened.corpus_path, opened.index_path, opened.retriever_model)
+        logger.info("loading %s", ", ".join(opened.files))
     server.run_on(listener)
     error = host.start_error
     if isinstance(error, RetrieverError):

@@ -31,7 +31,7 @@ def _check_encodable(text: str) -> str:
     return text
 
 
-def _read_whole(value: object) -> object:
+def read_whole(value: object) -> object:
     """JSON has one kind of number: 3.0 is 3."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -61,7 +61,7 @@ class RetrieveRequest(BaseModel):
     queries: Annotated[list[QueryText], Field(fail_fast=True)] | None = Field(
         default=None, description="Any number up to --max_queries; a blank one finds nothing."
     )
-    topk: Annotated[int, Field(strict=True, ge=1, le=MAX_TOPK), BeforeValidator(_read_whole)] | None = Field(
+    topk: Annotated[int, Field(strict=True, ge=1, le=MAX_TOPK), BeforeValidator(read_whole)] | None = Field(
         default=None, description="Passages per query at most. Null: the server's default."
     )
     return_scores: bool = Field(default=False, strict=True, description="Give every document with its score.")

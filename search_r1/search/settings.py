@@ -79,6 +79,16 @@ class RetrieverSettings:
         """Whether it asks others; then no file of ours is read."""
         return self.retriever_name in ONLINE_NAMES
 
+    @property
+    def files(self) -> list[str]:
+        """What is read, for people."""
+        files = [str(self.corpus_path), str(self.index_path)]
+        if self.retriever_name == HYBRID:
+            files.append(str(self.bm25_index_path))
+        if self.retriever_name != BM25:
+            files.append(self.retriever_model)
+        return files + [self.reranker_model] * bool(self.reranker_model)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -131,6 +141,10 @@ def _parse_anything(text: str) -> Value:
     return text
 
 
+def _parse_name(text: str) -> Value:
+    return text.lower()
+
+
 def _parse_device(text: str) -> Value:
     if text and text not in DEVICES:
         raise SettingError(f"{text!r}, expected one of {', '.join(DEVICES)}")
@@ -141,7 +155,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "retriever_name",
         "",
-        _parse_anything,
+        _parse_name,
         "family of the encoder (e5, bge, gte, ...), or bm25, hybrid (dense and bm25), or an online engine: "
         + ", ".join(ONLINE_NAMES),
         env="RETRIEVER_NAME",
@@ -290,7 +304,7 @@ def resolve_retriever(
             )
         values["index_device"] = "faiss_gpu"
     return RetrieverSettings(
-        retriever_name=str(values["retriever_name"]).lower(),
+        retriever_name=str(values["retriever_name"]),
         index_path=Path(str(values["index_path"])),
         corpus_path=Path(str(values["corpus_path"])),
         retriever_model=str(values["retriever_model"]),

@@ -61,14 +61,20 @@ def failing(kind: FailureKind) -> EchoRetriever:
 # ------------------------------------------------------------------------------------------------- failures
 
 
-async def test_a_client_that_retries_does_not_run_against_a_used_up_quota() -> None:
-    retriever = failing(FailureKind.QUOTA)
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(FailureKind.QUOTA, 402), (FailureKind.REFUSED, 424), (FailureKind.NOT_RECORDED, 424)],
+)
+async def test_a_client_that_retries_does_not_run_against_what_is_final(
+    kind: FailureKind, status: int
+) -> None:
+    retriever = failing(kind)
     async with serving(retriever) as client:
         service = JsonService(str(client.base_url), name="retriever", timeout_s=90.0)
-        with pytest.raises(CallError, match="quota: for a reason") as caught:
+        with pytest.raises(CallError, match=f"{kind}: for a reason") as caught:
             await service.post("/retrieve", {"query": "bad"})
         await service.aclose()
-    assert (caught.value.status, caught.value.may_pass) == (402, False)
+    assert (caught.value.status, caught.value.may_pass) == (status, False)
     assert len(retriever.calls) == 1
 
 
@@ -90,9 +96,9 @@ async def test_where_failures_are_allowed_the_others_are_answered() -> None:
         (FailureKind.DEADLINE, 504, None),
         (FailureKind.UNAVAILABLE, 503, "5"),
         (FailureKind.QUOTA, 402, None),
-        (FailureKind.REFUSED, 502, None),
+        (FailureKind.REFUSED, 424, None),
         (FailureKind.MALFORMED, 502, None),
-        (FailureKind.NOT_RECORDED, 502, None),
+        (FailureKind.NOT_RECORDED, 424, None),
         (FailureKind.INTERNAL, 500, None),
     ],
 )
@@ -132,7 +138,9 @@ async def test_half_a_character_of_an_engine_is_no_failure_of_the_server() -> No
     failure = SearchFailure(kind=FailureKind.REFUSED, reason="odd \ud800 text")
     async with serving(EchoRetriever(act={"bad": failure})) as client:
         answer = await retrieve(client, query="bad", allow_failures=True)
+        refused = await retrieve(client, query="bad")
     assert answer.json()["errors"] == [{"kind": "refused", "reason": "odd ? text"}]
+    assert refused.json() == {"detail": "query 0 'bad': refused: odd ? text"}
 
 
 # --------------------------------------------------------------------------------------------------- limits
@@ -163,6 +171,7 @@ async def test_a_full_queue_is_a_429_with_a_time_also_before_the_body_is_read() 
         ),
         (("--max_queue", "3"), {"queries": ["a"] * 4}, "--max_queue"),
         ((), {"queries": ["a"] * 51, "topk": 1000}, "asks for 1000 passages for each of 51 queries"),
+        ((), {"queries": ["a"] * 51, "topk": 1000.0}, "asks for 1000 passages for each of 51 queries"),
         ((), {"queries": [0] * 5000}, "the request has 5000 queries"),
         (("--max_body_mb", "0.01"), {"query": "a" * 11000}, "longer than 0.01 MiB; send fewer queries"),
     ],

@@ -50,8 +50,9 @@ def test_a_flag_wins_over_its_variable() -> None:
 
 
 def test_bm25_takes_the_published_flag_for_its_folder() -> None:
-    assert resolve("--retriever_name", "bm25").index_path == defaults.INDEX_DIR / "bm25"
-    assert resolve("--retriever_name", "BM25", "--index_path", "words").index_path == Path("words")
+    for name in ("bm25", "BM25"):
+        assert resolve("--retriever_name", name).index_path == defaults.INDEX_DIR / "bm25"
+        assert resolve("--retriever_name", name, "--index_path", "words").index_path == Path("words")
     hybrid = resolve("--retriever_name", "hybrid", "--bm25_index_path", "words")
     assert (hybrid.index_path, hybrid.bm25_index_path) == (defaults.INDEX_PATH, Path("words"))
 
@@ -70,6 +71,12 @@ def test_bm25_takes_the_published_flag_for_its_folder() -> None:
 def test_a_bad_value_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(RetrieverError, match=message):
         resolve_server(arguments, environ={})
+
+
+def test_what_is_read_is_what_the_log_names() -> None:
+    read = {name: len(resolve("--retriever_name", name).files) for name in ("e5", "bm25", "hybrid")}
+    assert read == {"e5": 3, "bm25": 2, "hybrid": 4}
+    assert resolve("--reranker_model", "model").files[-1] == "model"
 
 
 def test_other_commands_ask_for_the_same_retriever() -> None:
