@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import random
 import re
 import threading
 from collections.abc import Iterator
@@ -12,6 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 INDEX_REPO = "PeterJinGo/wiki-18-e5-index"
 CORPUS_REPO = "PeterJinGo/wiki-18-corpus"
+PARTS = [random.Random(seed).randbytes(300_000 + seed) for seed in (1, 2)]
+INDEX = PARTS[0] + PARTS[1]
+CORPUS = b"".join(b'{"id": "%d", "contents": "passage %d"}\n' % (i, i * i) for i in range(20_000))
+ARCHIVE = gzip.compress(CORPUS)
+PUBLISHED = {
+    f"{INDEX_REPO}/part_aa": PARTS[0],
+    f"{INDEX_REPO}/part_ab": PARTS[1],
+    f"{CORPUS_REPO}/wiki-18.jsonl.gz": ARCHIVE,
+}
+"""Small stand-ins under the names that the hub knows."""
 
 
 @dataclass(slots=True)
@@ -42,7 +54,7 @@ class Fault:
 class FakeHub:
     """A hub on a free port: `/datasets/<repo>/resolve/main/<file>` redirects to a store, as the real one."""
 
-    files: dict[str, bytes]
+    files: dict[str, bytes] = field(default_factory=lambda: dict(PUBLISHED))
     faults: list[Fault] = field(default_factory=list)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path, Range."""
