@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 _MAX_PAIRS = 1024
 """Pairs of one call, which cannot be interrupted: a small cross-encoder reads hundreds a second on a CPU."""
 
+_LATE = SearchFailure(kind=FailureKind.DEADLINE, reason="the documents came too late to be reranked")
+
 
 class Reranker(Protocol):
     """Say how well documents answer queries. Called from one thread at a time."""
@@ -125,13 +127,8 @@ class RerankedRetriever:
         asked = [(query, found) for query, found in zip(queries, outcomes, strict=True) if _has_hits(found)]
         if not asked:
             return outcomes
-        if time.monotonic() >= end:
-            late = SearchFailure(
-                kind=FailureKind.DEADLINE, reason="the documents came too late to be reranked"
-            )
-            return [late if _has_hits(found) else found for found in outcomes]
         loop = asyncio.get_running_loop()
-        reranked = iter(await loop.run_in_executor(self._thread, self._rerank, asked))
+        reranked = iter(await loop.run_in_executor(self._thread, self._rerank, asked, end))
         return [_cut(next(reranked), topk) if _has_hits(found) else found for found in outcomes]
 
     async def aclose(self) -> None:
@@ -139,7 +136,10 @@ class RerankedRetriever:
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
         await self._inner.aclose()
 
-    def _rerank(self, asked: Sequence[tuple[str, Outcome]]) -> list[Outcome]:
+    def _rerank(self, asked: Sequence[tuple[str, Outcome]], end: float) -> list[Outcome]:
+        """Nothing is read for callers who went away while other batches were read: `end` is their deadline."""
+        if time.monotonic() >= end:
+            return [_LATE] * len(asked)
         found = [(query, hits) for query, hits in asked if not isinstance(hits, SearchFailure)]
         pairs = [(query, hit.document.contents) for query, hits in found for hit in hits]
         try:

@@ -150,6 +150,24 @@ async def test_documents_that_come_after_the_deadline_are_not_read() -> None:
     assert judge.calls == []
 
 
+async def test_nothing_is_read_for_those_whose_deadline_passes_while_others_are_read() -> None:
+    class Slow(Judge):
+        def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+            time.sleep(0.3)
+            return super().score(pairs)
+
+    judge = Slow()
+    reranked = RerankedRetriever(Inner({"p": find("a"), "q": find("b")}), model=judge, depth=2)
+    patient = asyncio.create_task(reranked.search(["p"], topk=1, timeout_s=5))
+    await asyncio.sleep(0.1)
+    [late] = await reranked.search(["q"], topk=1, timeout_s=0.1)
+    assert isinstance(late, SearchFailure)
+    assert late.kind is FailureKind.DEADLINE
+    assert list_ids((await patient)[0]) == ["a"]
+    assert judge.calls == [[("p", "a")]]
+    await reranked.aclose()
+
+
 async def test_the_event_loop_stays_free_and_calls_of_the_model_do_not_overlap() -> None:
     class Slow(Judge):
         num_running = 0
