@@ -137,7 +137,7 @@ class RerankedRetriever:
         await self._inner.aclose()
 
     def _rerank(self, asked: Sequence[tuple[str, Outcome]], end: float) -> list[Outcome]:
-        """Nothing is read for callers who went away while other batches were read: `end` is their deadline."""
+        """`end` is the deadline of the callers, who may have gone away while other batches were read."""
         if time.monotonic() >= end:
             return [_LATE] * len(asked)
         found = [(query, hits) for query, hits in asked if not isinstance(hits, SearchFailure)]

@@ -31,6 +31,7 @@ def build_online(engine: str, *, options: OnlineOptions) -> Retriever:
     if not replays:
         _check_keys(known, options)
         _check_price(known, options)
+        _check_address(known, options)
     transport = None if replays else _connect(known, options)
     store = OnlineStore(options.cache_path, read_only=replays) if options.cache_path else None
     logger.info("online engine %s, %s", engine, _say_use(known, options))
@@ -62,6 +63,14 @@ def _check_price(engine: Engine, options: OnlineOptions) -> None:
         raise RetrieverError(
             f"--spend_cap_usd needs a price: {engine.name} publishes none; say what 1,000 queries cost you "
             "with --price_per_1000_usd"
+        )
+
+
+def _check_address(engine: Engine, options: OnlineOptions) -> None:
+    if engine.is_retired and options.url is None:
+        raise RetrieverError(
+            f"--retriever_name {engine.name}: {engine.url} was retired; name a service that speaks its "
+            "format with --online_url"
         )
 
 

@@ -63,6 +63,8 @@ class Engine:
     """Whether an answer without results says that there are none."""
     title_field: str = "title"
     url_field: str = "link"
+    is_retired: bool = False
+    """Nobody answers at `url` any more; others offer the same format elsewhere."""
 
     @property
     def key_variables(self) -> tuple[str, ...]:
@@ -131,6 +133,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 is_answer=lambda body: body.get("_type") == "SearchResponse",
                 title_field="name",
                 url_field="url",
+                is_retired=True,
             ),
         )
     }

@@ -157,3 +157,8 @@ def test_a_cap_needs_a_price(tmp_path: Path) -> None:
     options = OnlineOptions(keys=KEYS, cache_path=tmp_path / "s.sqlite", spend_cap_usd=1.0)
     with pytest.raises(RetrieverError, match=r"bing publishes none.*--price_per_1000_usd"):
         build_online("bing", options=options)
+
+
+def test_an_address_that_was_retired_is_not_asked() -> None:
+    with pytest.raises(RetrieverError, match=r"api\.bing\.microsoft\.com.* was retired; .* --online_url"):
+        build_online("bing", options=OnlineOptions(keys=KEYS))
