@@ -1,4 +1,4 @@
-"""A retriever without an index, and the server over it: over a real socket, in this process."""
+"""A retriever without an index, and the server over any: over a real socket, in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from search_r1.search.retrieval_server import create_app
-from search_r1.search.retriever import Hit, Outcome
+from search_r1.search.retriever import Hit, Outcome, Retriever
 from search_r1.search.schema import Document
 from search_r1.search.settings import resolve_server
 
@@ -74,11 +74,11 @@ class EchoRetriever:
 
 
 def make_app(
-    retriever: EchoRetriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+    retriever: Retriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
 ) -> FastAPI:
     """The application with the settings of a command line."""
 
-    async def load() -> EchoRetriever:
+    async def load() -> Retriever:
         await asyncio.sleep(load_s)
         return retriever
 
@@ -87,7 +87,7 @@ def make_app(
 
 @asynccontextmanager
 async def serving(
-    retriever: EchoRetriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+    retriever: Retriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Ready for work unless `load_s` says otherwise."""
     listener = socket.create_server(("127.0.0.1", 0))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import uvicorn
 from transformers import BertConfig, BertForSequenceClassification
 
 from search_r1.search.bm25 import build_bm25, load_bm25
@@ -25,10 +22,10 @@ from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
 from search_r1.search.remote import RemoteRetriever
 from search_r1.search.rerank import RerankedRetriever, load_reranker
-from search_r1.search.retrieval_server import create_app
 from search_r1.search.retriever import Retriever, ThreadedRetriever
 from tests.search_r1.search.conformance import Subject
 from tests.search_r1.search.online.fake_engines import NAMES, NOTHING, SECRET, FakeEngine, Fault
+from tests.search_r1.search.servers import serving
 from tests.search_r1.search.small_world import PASSAGES, save_encoder, write_corpus
 
 QUERIES = (
@@ -230,23 +227,9 @@ BACK_ENDS: dict[str, Callable[[Files], AbstractAsyncContextManager[Subject]]] = 
 async def open_remote(files: Files, *, name: str) -> AsyncIterator[Subject]:
     """The back end behind our server, over a socket, by our client."""
     num_calls = _NUM_REMOTE_CALLS.get(name, 50)
-    async with BACK_ENDS[name](files) as behind, _serving(behind.retriever) as url:
-        remote = replace(behind, retriever=RemoteRetriever(url), is_edge=True, num_calls=num_calls)
+    async with BACK_ENDS[name](files) as behind, serving(behind.retriever) as client:
+        remote = replace(
+            behind, retriever=RemoteRetriever(str(client.base_url)), is_edge=True, num_calls=num_calls
+        )
         async with _closing(remote):
             yield remote
-
-
-@asynccontextmanager
-async def _serving(retriever: Retriever) -> AsyncIterator[str]:
-    async def open_retriever() -> Retriever:
-        return retriever
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    ready = asyncio.Event()
-    app = create_app(open_retriever, on_ready=lambda _: ready.set())
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="error"))
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    await ready.wait()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    await running
