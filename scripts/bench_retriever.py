@@ -124,7 +124,7 @@ class Built:
 def main() -> int:
     """Exit status: 0 measured, 1 something could not be built or started."""
     arguments = parse_arguments()
-    screen = Screen(Console())
+    screen = Screen(Console(width=None if sys.stdout.isatty() else 120))
     try:
         with TemporaryDirectory(prefix="bench-retriever-") as folder:
             summary = Bench(screen, arguments=arguments, folder=arguments.folder or Path(folder)).run()
