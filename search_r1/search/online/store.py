@@ -234,5 +234,10 @@ def _dump(hits: Found) -> str:
 
 
 def _load(text: str) -> Found:
-    rows = json.loads(text)
-    return tuple(Hit(document=Document(id=name, contents=text), score=score) for name, text, score in rows)
+    try:
+        rows = json.loads(text)
+        return tuple(
+            Hit(document=Document(id=name, contents=text), score=score) for name, text, score in rows
+        )
+    except (ValueError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"a recorded answer cannot be read ({error}); record anew") from error

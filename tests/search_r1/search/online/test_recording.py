@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 from search_r1.search.online.options import OnlineMode, OnlineOptions
@@ -47,6 +48,20 @@ async def test_failures_are_not_recorded(tmp_path: Path) -> None:
         options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
         kinds = [type((await search("google", options))[0]) for _ in range(3)]
     assert kinds == [SearchFailure, SearchFailure, tuple]
+
+
+async def test_a_damaged_recording_fails_the_queries_that_it_concerns(tmp_path: Path) -> None:
+    cache = tmp_path / "s.sqlite"
+    async with (fake := FakeEngine("serper")).running():
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=cache)
+        await search("serper", options, ["a", "b"])
+        with sqlite3.connect(cache) as database:
+            database.execute("UPDATE answers SET hits = '[[1, 2' WHERE query = 'a'")
+        damaged, whole = await search("serper", options, ["a", "b"])
+    assert isinstance(damaged, SearchFailure)
+    assert damaged.kind is FailureKind.INTERNAL
+    assert "--online_cache s.sqlite: a recorded answer cannot be read" in damaged.reason
+    assert as_found(whole)
 
 
 async def test_a_recording_belongs_to_engine_and_date(tmp_path: Path) -> None:
