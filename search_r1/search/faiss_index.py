@@ -155,6 +155,12 @@ class FaissIndex:
             )
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         scores, rows = self._find(vectors, num_found)
+        if rows.min() < -1 or rows.max() >= len(self):
+            wrong = rows[(rows < -1) | (rows >= len(self))][0]
+            raise RetrieverError(
+                f"index is damaged: it found row {wrong} of {len(self)}; look at it with index verify,"
+                " and copy or build it again"
+            )
         return order_hits(-scores if self.kind is IndexKind.BINARY else scores, rows, topk=topk)
 
     def describe(self) -> dict[str, str | int]:

@@ -24,6 +24,8 @@ _GPU_BLOCK_ROWS = 1 << 18
 _SPARE_CANDIDATES = 16
 """Found beyond `topk`: matrix products order vectors that are nearly equal by chance."""
 _GPU_SPARE_CANDIDATES = 64
+_MANY_EQUAL = 1024
+"""Found beyond `topk` where those are all equal: the first rows of so many copies of a passage are found."""
 
 
 def set_num_threads(count: int) -> None:
@@ -120,11 +122,21 @@ class ExactIndex:
 
     def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, RowArray]:
         """As VectorIndex."""
-        count = min(len(self), topk + self._finder.num_spare)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        _, found = self._finder.find(torch.from_numpy(vectors), count=count)
+        scores, rows = self._rank(vectors, count=topk + self._finder.num_spare)
+        # The worst candidate is as good as the last hit: equal ones may be missing, any of them.
+        tied = np.flatnonzero(scores[:, topk - 1] == scores[:, -1])
+        if len(tied) and len(self) > scores.shape[1]:
+            scores, rows = scores[:, :topk], rows[:, :topk]
+            more, more_rows = self._rank(vectors[tied], count=topk + _MANY_EQUAL)
+            scores[tied], rows[tied] = more[:, :topk], more_rows[:, :topk]
+        return scores[:, :topk], rows[:, :topk]
+
+    def _rank(self, vectors: FloatArray, *, count: int) -> tuple[FloatArray, RowArray]:
+        """The best `count` candidates, in order."""
+        _, found = self._finder.find(torch.from_numpy(vectors), count=min(len(self), count))
         rows = found.numpy()
-        return order_hits(rescore(vectors, rows, stored=self._stored), rows, topk=topk)
+        return order_hits(rescore(vectors, rows, stored=self._stored), rows, topk=count)
 
     def describe(self) -> dict[str, str | int]:
         return {"kind": str(self.kind), "count": len(self), "dim": self.dim, **self._facts}

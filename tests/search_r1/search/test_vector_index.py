@@ -87,6 +87,34 @@ def test_equal_scores_are_ordered_by_row(kind: IndexKind, tmp_path: Path) -> Non
         assert open_index(tmp_path / "index").search(vectors[7:8], topk=2)[1][0].tolist() == [7, 40]
 
 
+@pytest.mark.parametrize("kind", SCANNED_KINDS)
+def test_of_many_copies_the_first_are_found(kind: IndexKind, tmp_path: Path) -> None:
+    vectors = make_vectors(9000, DIM)  # more than a block
+    copies = np.sort(np.random.default_rng(0).choice(9000, 200, replace=False))
+    vectors[copies] = vectors[copies[0]]
+    write_index(vectors, tmp_path / "index", options=IndexOptions(kind=kind), num_threads=1)
+    index = open_index(tmp_path / "index")
+    queries = vectors[[copies[0], 1, copies[5]]]
+    scores, rows = index.search(queries, topk=3)
+    assert rows[0].tolist() == rows[2].tolist() == copies[:3].tolist()
+    assert rows[1, 0] == 1
+    alone, alone_rows = index.search(queries[:1], topk=3)
+    assert (alone_rows[0] == rows[0]).all()
+    assert (alone[0] == scores[0]).all()
+
+
+@pytest.mark.parametrize("kind", [IndexKind.IVF, IndexKind.IVF_PQ])
+def test_rows_that_are_none_of_the_index_are_damage(
+    kind: IndexKind, vectors: FloatArray, queries: FloatArray, tmp_path: Path
+) -> None:
+    write_index(vectors, tmp_path / "index", options=IndexOptions(kind=kind), num_threads=1)
+    content = bytearray((tmp_path / "index").read_bytes())
+    content[-6000:-100] = np.random.default_rng(0).bytes(5900)  # ids of the last lists
+    (tmp_path / "index").write_bytes(content)
+    with pytest.raises(RetrieverError, match=r"damaged: it found row -?\d+ of 3000"):
+        open_index(tmp_path / "index", search=SearchOptions(nprobe=10_000)).search(queries, topk=300)
+
+
 @EVERY_KIND
 def test_more_results_than_vectors_are_filled_with_none(kind: IndexKind, tmp_path: Path) -> None:
     vectors = make_vectors(3, DIM)
