@@ -153,6 +153,8 @@ class ArrowCorpus(_CorpusFile):
                 "expected 'id' and 'contents'"
             )
         self._ids, self._contents = table["id"], table["contents"]
+        for name in ("id", "contents"):
+            _check_column(table[name], f"{path}: column {name!r}")
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -196,6 +198,25 @@ def _map_table(path: Path) -> pa.Table:
             f"f.write_feather(f.read_table('{path}'), '{path.stem}.arrow', compression='uncompressed')\""
         )
     return table
+
+
+def _check_column(column: pa.ChunkedArray, where: str) -> None:
+    """Arrow follows damaged offsets wherever they lead, and the process dies of it."""
+    import pyarrow as pa
+
+    known = {pa.string(): np.int32, pa.large_string(): np.int64}
+    if pa.types.is_integer(column.type):
+        return
+    if column.type not in known:
+        raise RetrieverError(
+            f"{where} has the type {column.type}, expected string, large_string or (of 'id') an integer"
+        )
+    for chunk in column.chunks:
+        _, offsets, text = chunk.buffers()
+        found = np.frombuffer(offsets, known[column.type])[chunk.offset : chunk.offset + len(chunk) + 1]
+        size = text.size if text is not None else 0
+        if len(found) and (found[0] < 0 or found[-1] > size or (found[1:] < found[:-1]).any()):
+            raise RetrieverError(f"{where} is damaged: its texts do not follow each other; copy it again")
 
 
 def _check_rows(corpus: JsonlCorpus | ArrowCorpus, report: Report | None) -> None:

@@ -252,3 +252,19 @@ def test_a_million_lines_open_at_once_and_stay_out_of_memory(tmp_path: Path) -> 
     assert figures[1][0] < 0.5
     assert figures[1][1] < 4
     assert figures[0][1] < 50
+
+
+def test_damaged_arrow_texts_are_named_before_they_are_followed(tmp_path: Path) -> None:
+    count = 2000
+    columns = {"id": list(range(count)), "contents": [f"passage {row}" for row in range(count)]}
+    path = tmp_path / "corpus.arrow"
+    feather.write_feather(pa.table(columns), str(path), compression="uncompressed")
+    content = bytearray(path.read_bytes())
+    offsets = content.index(np.arange(0, 4 * len("passage 0"), len("passage 0"), dtype=np.int32).tobytes())
+    content[offsets + 400 : offsets + 404] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+    with pytest.raises(RetrieverError, match=r"column 'contents' is damaged"):
+        open_corpus(path)
+    feather.write_feather(pa.table(columns | {"id": [0.5] * count}), str(path), compression="uncompressed")
+    with pytest.raises(RetrieverError, match=r"column 'id' has the type double, expected string"):
+        open_corpus(path)
