@@ -184,9 +184,13 @@ def plan(num_vectors: int, dim: int, *, threads: int = 1, rates: Rates | None = 
 class Recommendation:
     """Which kind to build, and why."""
 
-    kind: str | None
+    row: PlanRow | None
     """None: nothing fits."""
     reason: str
+
+    @property
+    def kind(self) -> str | None:
+        return self.row.kind if self.row else None
 
 
 _RANKS = {recall: rank for rank, recall in enumerate(reversed(RecallClass))}
@@ -203,7 +207,7 @@ def recommend(rows: Sequence[PlanRow], ram_bytes: int, *, batch_s: float = 2.0) 
         smallest = min(rows, key=lambda row: max(row.memory_bytes, row.build_peak_bytes))
         needed = max(smallest.memory_bytes, smallest.build_peak_bytes) / _USABLE_SHARE
         return Recommendation(
-            kind=None,
+            row=None,
             reason=f"no kind fits {show_bytes(ram_bytes)} of RAM: the smallest, {smallest.kind},"
             f" needs {show_bytes(needed)}",
         )
@@ -214,7 +218,7 @@ def recommend(rows: Sequence[PlanRow], ram_bytes: int, *, batch_s: float = 2.0) 
         else min(fitting, key=lambda row: row.batch_s)
     )
     return Recommendation(
-        kind=best.kind, reason=_explain(best, rows, fitting=fitting, fast=bool(fast), usable=usable)
+        row=best, reason=_explain(best, rows, fitting=fitting, fast=bool(fast), usable=usable)
     )
 
 

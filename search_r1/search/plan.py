@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 from search_r1.search.errors import RetrieverError
@@ -43,18 +43,16 @@ class _Plan:
     measured: bool
     rows: Sequence[PlanRow]
     recommendation: Recommendation
-    names: Mapping[str, str]
-    """What the user called a kind, where that says more."""
+    names: Sequence[str]
+    """Of the rows, as the user called them."""
 
     @property
     def command(self) -> str | None:
         """That builds the recommended kind."""
-        if self.recommendation.kind is None:
+        if self.recommendation.row is None:
             return None
-        return (
-            "index build --corpus_path CORPUS.jsonl --model_path ENCODER --save_dir index"
-            f" --faiss_type {self.names.get(self.recommendation.kind, self.recommendation.kind)}"
-        )
+        name = self.names[self.rows.index(self.recommendation.row)]
+        return f"index build --corpus_path CORPUS.jsonl --model_path ENCODER --save_dir index --kind {name}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +98,7 @@ def run(settings: argparse.Namespace) -> int:
         measured=settings.measure,
         rows=rows,
         recommendation=recommend(rows, ram, batch_s=settings.batch_s),
-        names=dict(zip((row.kind for row in rows), settings.kind or (), strict=False)),
+        names=settings.kind or [row.kind for row in rows],
     )
     if settings.json:
         _print_json(made)
@@ -140,7 +138,7 @@ def _print_table(made: _Plan) -> None:
     for row in made.rows:
         sizes = (row.disk_bytes, row.memory_bytes, row.mapped_bytes, row.build_peak_bytes)
         times = (row.build_s, row.query_s, row.batch_s)
-        chosen = row.kind == made.recommendation.kind
+        chosen = row is made.recommendation.row
         cells = (row.kind, *map(show_bytes, sizes), *map(show_seconds, times), row.recall)
         table.add_row(*cells, style="bold" if chosen else None)
     console.print(table)
@@ -161,7 +159,8 @@ def _explain_columns(made: _Plan) -> str:
         "Sizes are formulas, checked against built indexes; GB are 10^9 bytes. memory: process and index,"
         " when all that queries read is in memory. at least: what the process cannot give back while the file"
         " is memory-mapped; with no more than that every query reads the disk. build peak: of the process"
-        " that builds from encoded vectors.\n"
+        " that builds from encoded vectors; until it is done these lie on the disk beside the index,"
+        f" {show_bytes(4 * made.num_vectors * made.dim)}.\n"
         "* Estimates. build: without encoding the passages, which without a GPU takes far longer than all of"
         f" this. Rates of one core in a second, {source}: {shown}. recall@3: expected of embeddings of text;"
         " `index recall` measures it."

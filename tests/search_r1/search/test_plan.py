@@ -97,7 +97,7 @@ def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
 def test_the_table_names_every_kind_and_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, shown = run(capsys, "--n", str(WIKI), "--ram", "16GB", "--threads", "2")
     assert status == 0
-    for word in (*IndexKind, "64.6 GB", "Estimates", "assumed", "--faiss_type ivf_pq", "14.9 GiB"):
+    for word in (*IndexKind, "64.6 GB", "Estimates", "assumed", "--kind ivf_pq", "14.9 GiB"):
         assert word in shown
 
 
@@ -112,9 +112,18 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_builds_what_was_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
     _, shown = run(capsys, "--n", "1000", "--ram", "16GB", "--json", "--kind", "HNSW64,SQ8")
-    assert json.loads(shown)["command"].endswith("--faiss_type HNSW64,SQ8")
+    assert json.loads(shown)["command"].endswith("--kind HNSW64,SQ8")
 
 
 def test_numbers_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RetrieverError, match="--n must be greater than 0, got 0"):
         run(capsys, "--n", "0")
+
+
+def test_of_two_of_one_kind_the_command_builds_the_recommended(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ["--kind", "IVF2048,PQ64", "--kind", "IVF4096,PQ96"]
+    for given in (kinds, [*kinds[2:], *kinds[:2]]):
+        _, shown = run(capsys, "--n", "1000000", "--ram", "16GB", "--json", *given)
+        facts = json.loads(shown)
+        assert facts["kinds"][given.index("IVF2048,PQ64") // 2]["disk_bytes"] < 850e6
+        assert facts["command"].endswith("--kind IVF2048,PQ64")
