@@ -24,6 +24,7 @@ from search_r1.search.recipes import add_recipe_arguments
 if TYPE_CHECKING:
     from search_r1.search.corpus import Corpus
     from search_r1.search.encoder import TextEncoder
+    from search_r1.search.manifest import IndexManifest
     from search_r1.search.ranking import FloatArray, RowArray
     from search_r1.search.vector_index import VectorIndex
     from search_r1.search.vector_source import VectorSource
@@ -146,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Measure and print; raises RetrieverError."""
-    from search_r1.search.agreement import choose_recipe, compare_encoder, read_recipe_flags
+    from search_r1.search.agreement import choose_recipe, read_recipe_flags
     from search_r1.search.corpus import open_corpus
     from search_r1.search.encoder import TextEncoder
     from search_r1.search.manifest import load_manifest
@@ -163,13 +164,7 @@ def run(settings: argparse.Namespace) -> int:
     told = read_recipe_flags(settings)
     recipe = choose_recipe(recorded, retriever_name=settings.retriever_name, told=told)
     encoder = TextEncoder(settings.retriever_model, retriever_name=settings.retriever_name, **recipe)
-    if recorded is not None and (misfits := compare_encoder(recorded, encoder=encoder)):
-        raise RetrieverError(f"index {settings.index_path}: " + "\n".join(misfits))
-    if (len(index), index.dim) != (len(corpus), encoder.dim):
-        raise RetrieverError(
-            f"index {settings.index_path} holds {len(index)} vectors of {index.dim}; corpus and encoder"
-            f" would make {len(corpus)} of {encoder.dim}: name the files that belong together"
-        )
+    _refuse_misfit(settings.index_path, recorded, index=index, corpus=corpus, encoder=encoder)
     reference, reference_name = _choose_reference(settings, index=index, corpus=corpus, encoder=encoder)
     texts = _read_queries(settings) if settings.queries else _sample_queries(settings, corpus)
     recall = measure_recall(index, reference=reference, queries=encoder.encode_queries(texts))
@@ -181,14 +176,35 @@ def run(settings: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_misfit(
+    path: Path,
+    recorded: IndexManifest | None,
+    *,
+    index: VectorIndex,
+    corpus: Corpus,
+    encoder: TextEncoder,
+) -> None:
+    """Recall of things that do not belong together is a number like any other, and means nothing."""
+    from search_r1.search.agreement import list_misfits
+    from search_r1.search.manifest import list_changed_files
+
+    problems = list_changed_files(recorded, path) if recorded else []
+    problems += list_misfits(recorded, index=index, corpus=corpus, encoder=encoder)
+    if problems:
+        raise RetrieverError(f"index {path} cannot be measured with these files:\n  " + "\n  ".join(problems))
+
+
 def _choose_reference(
     settings: argparse.Namespace, *, index: VectorIndex, corpus: Corpus, encoder: TextEncoder
 ) -> tuple[VectorIndex | VectorSource, str]:
     """What to compare with, and how to name it honestly."""
+    from search_r1.search.manifest import load_manifest
     from search_r1.search.vector_index import locate_vectors, open_index, open_vectors
 
     if settings.reference_path is not None:
         reference = open_index(settings.reference_path)
+        recorded = load_manifest(settings.reference_path)
+        _refuse_misfit(settings.reference_path, recorded, index=reference, corpus=corpus, encoder=encoder)
         if reference.kind not in SCANNED_KINDS:
             raise RetrieverError(
                 f"--reference_path {settings.reference_path} is of kind {reference.kind}, which is itself"

@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--index_path", default=str(defaults.INDEX_PATH), help="the index, or the folder of a bm25 index")
     add("--corpus_path", default=str(defaults.CORPUS_PATH), help="the corpus it should be of")
-    add("--encoder", help="the encoder it should be of: folder or name on the hub (default: not checked)")
+    add("--retriever_model", help="encoder it should be of, folder or name on the hub (default: not checked)")
     add("--retriever_name", help="its family, where neither manifest nor model say how it encodes")
     add_recipe_arguments(parser)
 
@@ -195,7 +195,7 @@ def run(settings: argparse.Namespace) -> int:
         checks = verify_index(
             index_path,
             corpus_path=corpus_path,
-            encoder_path=settings.encoder,
+            encoder_path=settings.retriever_model,
             family=settings.retriever_name,
             told=read_recipe_flags(settings),
             report=progress,

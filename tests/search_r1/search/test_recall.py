@@ -134,3 +134,22 @@ def test_queries_are_read_from_a_file(
     queries.write_text('fine\n{"text": 1}\n')
     with pytest.raises(RetrieverError, match=r"queries:2 has no 'question' or 'query', only \['text'\]"):
         run(capsys, world, "--queries", str(queries), "--reencode")
+
+
+def test_recall_of_what_does_not_belong_together_is_not_measured(
+    capsys: pytest.CaptureFixture[str], world: dict[str, str], tmp_path: Path
+) -> None:
+    encoder = Path(world["--retriever_model"])
+    for name, passages in (
+        ("own", PASSAGES),
+        ("other", dict(zip(PASSAGES, reversed(PASSAGES.values()), strict=True))),
+    ):
+        path = write_corpus(tmp_path / f"{name}.jsonl", passages)
+        build_index(path, encoder_path=encoder, index_path=tmp_path / name, retriever_name="e5")
+    own = world | {"--index_path": str(tmp_path / "own")}
+    assert "recall@1" in run(capsys, own, "--reference_path", str(tmp_path / "own"))
+    with pytest.raises(RetrieverError, match=r"index .*other cannot be measured.*\n  corpus\.fingerprint: "):
+        run(capsys, own, "--reference_path", str(tmp_path / "other"))
+    own["--corpus_path"] = str(tmp_path / "other.jsonl")
+    with pytest.raises(RetrieverError, match=r"index .*own cannot be measured.*\n  corpus\.fingerprint: "):
+        run(capsys, own)

@@ -81,7 +81,7 @@ def test_an_unknown_encoder_of_an_index_without_a_manifest_can_be_told_how_it_en
     copied_world: World, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     files = ["--index_path", str(copied_world.index), "--corpus_path", str(copied_world.corpus)]
-    command = ["verify", *files, "--encoder", str(copied_world.encoder)]
+    command = ["verify", *files, "--retriever_model", str(copied_world.encoder)]
     told = ["--pooling_method", "mean", "--query_prefix", "query: ", "--passage_prefix"]
     assert main([*command, *told, "other: "]) == 1
     assert re.search(r"passage_prefix .*passage: .*other: .*differs", capsys.readouterr().out)
