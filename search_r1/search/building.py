@@ -33,6 +33,7 @@ from search_r1.search.encoding_run import (
     check_disk,
     encode_here,
     encode_in_processes,
+    holds_unfinished,
 )
 from search_r1.search.errors import RetrieverError
 from search_r1.search.estimates import estimate
@@ -88,6 +89,7 @@ class BuildPlan:
 
 
 def build(plan: BuildPlan, *, report: Report) -> IndexManifest:
+    state = _look_at(plan.corpus_path)
     corpus = open_corpus(plan.corpus_path, report=partial(report, "find lines"))
     corpus.check(partial(report, "check passages"))
     encoder = plan.spec.load(plan.devices[0] if len(plan.devices) == 1 else "cpu")
@@ -95,6 +97,11 @@ def build(plan: BuildPlan, *, report: Report) -> IndexManifest:
     trial = prepare_trial(corpus, encoder)
     questions = _encode_questions(corpus, encoder)
     vectors = _get_vectors(plan, corpus=corpus, encoder=encoder, trial=trial, report=report)
+    if _look_at(plan.corpus_path) != state:
+        raise RetrieverError(
+            f"corpus {plan.corpus_path} was written to while it was encoded; let it be, and start again with"
+            " --restart"
+        )
     manifest = _describe(plan, corpus=corpus, encoder=encoder)
     del encoder  # its weights and the index need not be in memory together
     gc.collect()
@@ -106,18 +113,35 @@ def build(plan: BuildPlan, *, report: Report) -> IndexManifest:
     return manifest
 
 
+def _look_at(path: Path) -> tuple[int, int, int] | None:
+    """Changes when the file is written or replaced."""
+    if not path.is_file():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
 def _get_vectors(
     plan: BuildPlan, *, corpus: Corpus, encoder: TextEncoder, trial: Trial, report: Report
 ) -> VectorSource:
     """All rows, encoded now or earlier."""
     if plan.vectors_from is not None:
+        if plan.vectors_from.resolve() in (path.resolve() for path in _list_targets(plan.index_path)):
+            raise RetrieverError(
+                f"--from_index {plan.vectors_from} is the index to be written; name another --index_path"
+            )
+        if holds_unfinished(plan.folder) and not plan.restart:
+            raise RetrieverError(
+                f"{plan.folder} holds the vectors of an unfinished build, which --from_index would throw"
+                " away; finish that one without --from_index, name another --index_path, or pass --restart"
+            )
         _check_room(plan, count=len(corpus), dim=encoder.dim, num_unencoded=0)
         return open_known_vectors(plan.vectors_from, corpus=corpus, encoder=encoder, trial=trial)
     run = EncodingRun(
         plan.folder,
         facts={
             "corpus_bytes": corpus.num_bytes,
-            "corpus_fingerprint": corpus.fingerprint,
+            "corpus_sha256": corpus.sha256,  # all of it: a fingerprint misses a changed word
             "encoder_sha256": encoder.sha256,
             **asdict(encoder.recipe),
         },
@@ -230,13 +254,18 @@ def _write(
 
 
 def _publish(files: Sequence[Path], manifest: IndexManifest, *, index_path: Path) -> None:
-    """Without the old manifest first: killed in between, no manifest vouches for a wrong index."""
-    locate_manifest(index_path).unlink(missing_ok=True)
-    for file in files:
+    """The old files go before the new ones come, the index itself last: killed in between, there is no index
+    beside the vectors of another, and no manifest vouches for a wrong one."""
+    for old in (locate_manifest(index_path), *_list_targets(index_path)):
+        old.unlink(missing_ok=True)
+    for file in reversed(files):
         os.replace(file, index_path.with_name(file.name))
-    if locate_vectors(index_path).name not in manifest.files:
-        locate_vectors(index_path).unlink(missing_ok=True)  # of an older index of another kind
     manifest.save(index_path)
+
+
+def _list_targets(index_path: Path) -> tuple[Path, Path]:
+    """Where files of any kind of index come to lie."""
+    return index_path, locate_vectors(index_path)
 
 
 def _encode_questions(corpus: Corpus, encoder: TextEncoder) -> FloatArray:

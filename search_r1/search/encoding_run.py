@@ -39,6 +39,7 @@ ChunkReport: TypeAlias = Callable[[int, int], None]
 CHUNK_SIZE = 1024
 """Passages that are encoded between two looks at the log: seconds on a GPU."""
 VECTORS_FILE = "vectors.f32"
+_STATE_FILE = "run.json"
 _FLOAT_BYTES = 4
 
 
@@ -68,6 +69,7 @@ class VectorFile:
     def __init__(self, path: Path, *, count: int, dim: int, writable: bool = True) -> None:
         """A file to write is made, sparse, where there is none."""
         self.shape = (count, dim)
+        self._path = path
         flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
         if writable and os.fstat(self._descriptor).st_size != self.num_bytes:
@@ -91,7 +93,10 @@ class VectorFile:
         block = np.empty((max(0, stop - start), self.shape[1]), dtype=np.float32)
         view, done = block.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
-            done += os.preadv(self._descriptor, [view[done:]], start * self._row_bytes + done)
+            count = os.preadv(self._descriptor, [view[done:]], start * self._row_bytes + done)
+            if not count:
+                raise RetrieverError(f"{self._path} ends within row {start + done // self._row_bytes}")
+            done += count
         return block
 
     def write(self, vectors: FloatArray, *, start: int) -> None:
@@ -131,6 +136,11 @@ def lock_folder(folder: Path) -> int:
         os.close(descriptor)
 
 
+def holds_unfinished(folder: Path) -> bool:
+    """Whether there is encoded work in the folder that a build can go on with."""
+    return (folder / _STATE_FILE).exists()
+
+
 class EncodingRun:
     """What of the work in a (locked) folder is done."""
 
@@ -151,8 +161,8 @@ class EncodingRun:
             self._log.unlink(missing_ok=True)
         self.vectors = VectorFile(self.vectors_path, count=count, dim=dim)
         self._finished = self._read_log()
-        if not (folder / "run.json").exists():
-            _write_json(folder / "run.json", {**described, "chunk_size": self.chunk_size})
+        if not holds_unfinished(folder):
+            _write_json(folder / _STATE_FILE, {**described, "chunk_size": self.chunk_size})
 
     @property
     def num_encoded(self) -> int:
@@ -180,7 +190,7 @@ class EncodingRun:
 
     def _read_state(self, described: Facts, *, restart: bool) -> int | None:
         """Chunk size of the work that lies here; None where there is none, or none worth keeping."""
-        path = self.folder / "run.json"
+        path = self.folder / _STATE_FILE
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

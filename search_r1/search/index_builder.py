@@ -21,7 +21,7 @@ from pathlib import Path
 
 from search_r1.search import defaults
 from search_r1.search.building import BuildPlan, Report, build
-from search_r1.search.encoding_run import CHUNK_SIZE, EncoderSpec, lock_folder
+from search_r1.search.encoding_run import CHUNK_SIZE, EncoderSpec, holds_unfinished, lock_folder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.kinds import IndexOptions, Storage, parse_options
 from search_r1.search.manifest import IndexManifest
@@ -89,10 +89,13 @@ def build_index(
     lock = lock_folder(plan.folder)
     try:
         manifest = build(plan, report=report or _be_silent)
+    except BaseException:
+        if not holds_unfinished(plan.folder):
+            shutil.rmtree(plan.folder)
+        raise
+    else:
         shutil.rmtree(plan.folder)
     finally:
-        if plan.folder.exists() and not (plan.folder / "run.json").exists():
-            shutil.rmtree(plan.folder)  # nothing to go on with
         os.close(lock)
     return manifest
 
@@ -123,7 +126,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*sorted(FAMILIES), _BM25],
         help="family of the encoder, for what its files do not say (default: by its name), or bm25",
     )
-    add("--save_dir", default=str(defaults.INDEX_DIR), help="the index is <save_dir>/<method>_<kind>.index")
+    add(
+        "--save_dir",
+        help="the index is <save_dir>/<method>_<kind>.index "
+        f"(default: {defaults.INDEX_DIR} for the embedded world, else ./index)",
+    )
     add("--index_path", help="file of the index, instead of --save_dir")
     add(
         "--kind",
@@ -196,7 +203,7 @@ def run(settings: argparse.Namespace) -> int:
 def _build_words(settings: argparse.Namespace, report: Report) -> tuple[Path, int]:
     from search_r1.search.bm25 import build_bm25
 
-    path = Path(settings.index_path or Path(settings.save_dir) / _BM25)
+    path = Path(settings.index_path or choose_folder(settings) / _BM25)
     manifest = build_bm25(
         Path(settings.corpus_path), index_path=path, language=settings.bm25_language, report=report
     )
@@ -206,7 +213,7 @@ def _build_words(settings: argparse.Namespace, report: Report) -> tuple[Path, in
 def _build_vectors(settings: argparse.Namespace, report: Report) -> tuple[Path, int]:
     method = choose_method(settings.retrieval_method, model_path=settings.model_path)
     name = defaults.name_index(method or Path(settings.model_path).name, settings.kind)
-    path = Path(settings.index_path or Path(settings.save_dir) / name)
+    path = Path(settings.index_path or choose_folder(settings) / name)
     options = parse_options(settings.kind)
     given = {name: getattr(settings, name) for name in _KIND_FLAGS if getattr(settings, name) is not None}
     manifest = build_index(
@@ -230,6 +237,17 @@ def _build_vectors(settings: argparse.Namespace, report: Report) -> tuple[Path, 
         report=report,
     )
     return path, manifest.count
+
+
+def choose_folder(settings: argparse.Namespace) -> Path:
+    """An index of another corpus or by another encoder must not take the place of the embedded world's."""
+    if settings.save_dir is not None:
+        return Path(settings.save_dir)
+    of_world = (
+        Path(settings.corpus_path).resolve() == defaults.CORPUS_PATH.resolve()
+        and Path(settings.model_path).resolve() == defaults.ENCODER_PATH.resolve()
+    )
+    return defaults.INDEX_DIR if of_world else Path("index")
 
 
 def choose_method(given: str | None, *, model_path: str) -> str | None:

@@ -12,6 +12,8 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.fingerprint import FileFacts, fingerprint
 
 VERSION = 2
+VECTORS_SUFFIX = ".vectors"
+"""Of the file next to an `ivf_pq` or `binary` index with the vectors that rescore its candidates."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,12 @@ def load_manifest(index_path: Path) -> IndexManifest | None:
 def list_changed_files(manifest: IndexManifest, index_path: Path) -> list[str]:
     """One line for every file of the index that is missing or not the one that was built, by fingerprint."""
     problems = []
+    main = index_path.name
+    if main not in manifest.files:
+        problems.append(f"files: {sorted(manifest.files)} were built, not {main}; give it its name again")
+    side = main + VECTORS_SUFFIX
+    if side not in manifest.files and index_path.with_name(side).exists():
+        problems.append(f"files.{side}: index was built without such a file, found one; take it away")
     for name, facts in manifest.files.items():
         path = index_path.with_name(name)
         if not path.is_file():

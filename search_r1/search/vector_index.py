@@ -15,15 +15,13 @@ from typing import Literal, Protocol, TypeAlias
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions
+from search_r1.search.manifest import VECTORS_SUFFIX
 from search_r1.search.ranking import FloatArray, RowArray
 from search_r1.search.vector_source import VectorSource
 
 Device: TypeAlias = Literal["cpu", "faiss_gpu", "torch"]
 Report: TypeAlias = Callable[[str, int, int], None]
 """Called with a phase, how much of it is done, and the total."""
-
-VECTORS_SUFFIX = ".vectors"
-"""Of the file next to an `ivf_pq` or `binary` index with the vectors that rescore its candidates."""
 
 
 class VectorIndex(Protocol):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -133,12 +134,13 @@ def test_files_are_told_by_fingerprints_and_read_whole_when_asked(
 ) -> None:
     path = locate_manifest(copied_world.index)
     recorded = json.loads(path.read_text())
+    files = copy.deepcopy(recorded["files"])
     recorded["files"][copied_world.index.name]["sha256"] = "0" * 64
     path.write_text(json.dumps(recorded))
     load(copied_world)
     with pytest.raises(RetrieverError, match=rf"files\.{copied_world.index.name}\.sha256: .*0000"):
         load(copied_world, full_check=True)
-    recorded["files"] = {}
+    recorded["files"] = files
     recorded["corpus"]["sha256"] = "1" * 64
     path.write_text(json.dumps(recorded))
     with pytest.raises(RetrieverError, match=r"corpus\.sha256: .*1111"):

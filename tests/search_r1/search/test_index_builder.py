@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -12,12 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r1.search import building
+from search_r1.search import building, defaults
 from search_r1.search.dense import load_dense
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.encoding_run import lock_folder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.index_builder import build_index, choose_method, main, share_devices
+from search_r1.search.index_builder import (
+    add_arguments,
+    build_index,
+    choose_folder,
+    choose_method,
+    main,
+    share_devices,
+)
 from search_r1.search.kinds import IndexKind, IndexOptions
 from search_r1.search.manifest import load_manifest, locate_manifest
 from search_r1.search.vector_index import open_index
@@ -149,6 +157,7 @@ def test_a_manifest_never_vouches_for_files_that_are_half_replaced(
         build(varied, index, options=IndexOptions(kind=IndexKind.BINARY, seed=1))
     assert calls == 2
     assert not locate_manifest(index).exists()
+    assert not index.exists()  # and never beside the vectors of another
     monkeypatch.undo()
     build(varied, index)
     assert sorted(path.name for path in tmp_path.iterdir()) == [index.name, locate_manifest(index).name]
@@ -249,6 +258,53 @@ def test_the_worlds_encoder_is_of_family_e5() -> None:
     assert choose_method("gte", model_path="x") == "gte"
 
 
+def test_only_the_embedded_world_is_built_into_its_folder(world: World) -> None:
+    def choose(*flags: str) -> Path:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        return choose_folder(parser.parse_args(flags))
+
+    assert choose() == defaults.INDEX_DIR
+    assert choose("--corpus_path", str(world.corpus)) == Path("index")
+    assert choose("--model_path", str(world.encoder)) == Path("index")
+    assert choose("--save_dir", "x") == Path("x")
+
+
+def test_a_corpus_that_changes_under_the_build_is_refused(world: World, tmp_path: Path) -> None:
+    copied = world.copy(tmp_path)
+
+    def change(phase: str, done: int, total: int) -> None:
+        if phase == "encode passages" and done == total:
+            copied.corpus.write_text(copied.corpus.read_text().replace("Bolton", "Dalton"))
+
+    index = tmp_path / "i.index"
+    with pytest.raises(RetrieverError, match="was written to while it was encoded"):
+        build(copied, index, report=change)
+    assert not index.exists()
+    with pytest.raises(RetrieverError, match=r"unfinished work of another build \(corpus_sha256"):
+        build(copied, index)
+    build(copied, index, restart=True)
+    assert index.exists()
+
+
+def test_encoded_work_is_not_thrown_away_for_a_build_from_other_vectors(
+    varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat, index = tmp_path / "flat" / "i.index", tmp_path / "out" / "i.index"
+    build(varied, flat)
+    with monkeypatch.context() as broken:
+        broken.setattr(building, "write_index", None)
+        with pytest.raises(TypeError):
+            build(varied, index)
+    with pytest.raises(RetrieverError, match="vectors of an unfinished build"):
+        build(varied, index, from_index=flat)
+    assert (index.with_name("i.index.building") / "vectors.f32").exists()
+    build(varied, index, from_index=flat, restart=True)
+    assert index.read_bytes() == flat.read_bytes()
+    with pytest.raises(RetrieverError, match="is the index to be written"):
+        build(varied, index, from_index=index, options=IndexOptions(kind=IndexKind.SQ8))
+
+
 MEASURED_BUILD = """
 import sys
 import numpy as np
@@ -274,9 +330,8 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", [IndexKind.FLAT, IndexKind.SQ8])
-def test_a_build_takes_no_more_memory_than_the_index_and_a_gibibyte(tmp_path: Path, kind: IndexKind) -> None:
-    count, dim = 800_000, 256
+def test_a_build_takes_no_more_memory_than_the_index_and_a_gibibyte(tmp_path: Path) -> None:
+    kind, count, dim = IndexKind.SQ8, 800_000, 256
     save_encoder(tmp_path / "encoder", seed=0, dim=dim)
     with (tmp_path / "corpus.jsonl").open("w") as file:
         for row in range(count):

@@ -85,3 +85,16 @@ def test_changed_files_are_listed(tmp_path: Path) -> None:
         "files.missing",
         "files.other.fingerprint",
     ]
+
+
+def test_a_renamed_index_and_vectors_that_are_not_its_own_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("abc")
+    manifest = make(files={"a": describe_file(tmp_path / "a")})
+    assert list_changed_files(manifest, tmp_path / "a") == []
+    (tmp_path / "a.vectors").write_text("of another index")
+    assert list_changed_files(manifest, tmp_path / "a") == [
+        "files.a.vectors: index was built without such a file, found one; take it away"
+    ]
+    assert list_changed_files(manifest, tmp_path / "b") == [
+        "files: ['a'] were built, not b; give it its name again"
+    ]
