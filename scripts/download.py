@@ -260,7 +260,7 @@ def read_checksums(texts: Sequence[str], files: Sequence[str]) -> dict[str, Dige
     """`NAME=HEX` from flags and `HEX  NAME` lines of files, as `sha256sum` writes them."""
     pairs = [tuple(text.split("=", 1)) if "=" in text else (text, "") for text in texts]
     for file in files:
-        for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+        for number, line in enumerate(_read_lines(file), 1):
             if line.strip():
                 value, _, name = line.strip().partition(" ")
                 name = name.strip().removeprefix("*")
@@ -272,6 +272,24 @@ def read_checksums(texts: Sequence[str], files: Sequence[str]) -> dict[str, Dige
             raise DownloadError(f"--sha256 {name}: {value!r} is no SHA-256; expected 64 hexadecimal digits")
         found[name] = digest
     return found
+
+
+def _read_lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DownloadError(
+            f"--checksums {file} cannot be read ({error}); name what sha256sum wrote"
+        ) from error
+
+
+def _parse_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 86_400:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no time to wait, expected more than 0 seconds, up to a day"
+        )
+    return seconds
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -302,7 +320,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allow_unchecked", action="store_true", help="also take files for which nobody names a hash")
     add("--keep_archive", action="store_true", help="keep the packed corpus beside the unpacked one")
     add("--verify", action="store_true", help="read finished files again and compare their hash")
-    add("--timeout", type=float, default=60.0, help="seconds without a byte before another attempt")
+    add("--timeout", type=_parse_seconds, default=60.0, help="seconds without a byte before another attempt")
     add("--retries", type=int, default=8, help="attempts in a row without progress before giving up")
     return parser.parse_args(arguments)
 

@@ -209,6 +209,8 @@ def unpack(archive: Path, partial: Path, *, show: Show) -> Piece:
                 out.write(block)
                 hasher.update(block)
                 report(packed.tell())
+            if not packed.tell():
+                raise EOFError("it is empty")
             out.flush()
             os.fsync(out.fileno())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

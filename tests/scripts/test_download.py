@@ -271,6 +271,7 @@ def test_a_checksum_file_speaks_for_parts_and_results(hub: FakeHub, tmp_path: Pa
         said = fail(hub, tmp_path / name, "--sha256", f"{name}={'0' * 64}")
         assert name in said
         assert "expected " + "0" * 64 in said
+    assert "--checksums /no/where cannot be read" in fail(hub, tmp_path / "b", "--checksums", "/no/where")
     assert "is no SHA-256; expected 64" in fail(hub, tmp_path / "b", "--sha256", "part_aa=123")
 
 
@@ -294,7 +295,7 @@ def test_renamed_repositories_are_followed(hub: FakeHub, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", [ARCHIVE[:-9], b"no gzip at all", ARCHIVE[:5000] + b"\0" + ARCHIVE[5001:]]
+    "content", [b"", ARCHIVE[:-9], b"no gzip at all", ARCHIVE[:5000] + b"\0" + ARCHIVE[5001:]]
 )
 def test_a_broken_archive_is_named(hub: FakeHub, tmp_path: Path, content: bytes) -> None:
     hub.files[f"{CORPUS_REPO}/wiki-18.jsonl.gz"] = content
