@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -257,13 +256,14 @@ class MicroBatcher:
         call.add_done_callback(lambda _: self._look())
 
     async def _call(self, lane: _Lane, batch: list[_Asked]) -> None:
-        started = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        started = clock()
         deadline = max(asked.deadline for asked in batch)
         outcomes: list[Outcome] = [_STOPPED] * len(batch)
         try:
             outcomes = await self._search(batch, topk=lane.topk)
         finally:
-            seconds = time.monotonic() - started
+            seconds = clock() - started
             lane.search_s = seconds if not lane.search_s else (lane.search_s + seconds) / 2
             num_wanted = sum(asked.num_waiting > 0 for asked in batch)
             lane.crowd = max(1, num_wanted + len(lane.queue))
