@@ -33,8 +33,8 @@ class Counted:
 
 def make(retriever: EchoRetriever, counts: Counted | None = None, **options: object) -> MicroBatcher:
     """Its window is so long that a busy machine does not tear apart what is asked at the same time."""
-    known = BatchOptions(**({"window_s": 0.02} | options))  # type: ignore[arg-type]
-    return MicroBatcher(retriever, options=known, counts=counts)
+    known = {"window_s": 0.02} | options
+    return MicroBatcher(retriever, options=BatchOptions(**known), counts=counts)  # type: ignore[arg-type]
 
 
 def ask(
