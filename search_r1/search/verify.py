@@ -19,7 +19,7 @@ from search_r1.search import defaults
 from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.errors import RetrieverError
 from search_r1.search.fingerprint import describe_file
-from search_r1.search.manifest import IndexManifest, load_manifest
+from search_r1.search.manifest import VECTORS_SUFFIX, IndexManifest, load_manifest
 from search_r1.search.progress import PhaseProgress
 from search_r1.search.recipes import add_recipe_arguments
 
@@ -85,6 +85,9 @@ def _check_files(index_path: Path, recorded: IndexManifest | None, report: Repor
             f"index {index_path} is not a file; pass --index_path of the index, not of its folder"
         )
     expected = recorded.files if recorded else {index_path.name: None}
+    for path in (index_path, index_path.with_name(index_path.name + VECTORS_SUFFIX)):
+        if recorded and path.name not in expected and path.exists():
+            yield Check(name=f"files.{path.name}", expected="not there", found="a file")
     for name, facts in expected.items():
         path = index_path.with_name(name)
         if not path.is_file():

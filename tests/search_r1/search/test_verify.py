@@ -10,6 +10,7 @@ from search_r1.search.bm25 import build_bm25
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index_cli import main
 from search_r1.search.manifest import locate_manifest
+from search_r1.search.vector_index import locate_vectors
 from search_r1.search.verify import Check, verify_index
 from tests.search_r1.search.small_world import World, save_encoder
 
@@ -54,9 +55,14 @@ def break_a_line(world: World) -> None:
     world.corpus.write_text(world.corpus.read_text().replace('"contents"', '"content"', 1))
 
 
+def add_vectors_of_another(world: World) -> None:
+    locate_vectors(world.index).write_bytes(world.index.read_bytes())
+
+
 @pytest.mark.parametrize(
     ("spoil", "names"),
     [
+        (add_vectors_of_another, {"files.e5_Flat.index.vectors"}),
         (flip_a_vector, {"files.e5_Flat.index.sha256", "files.e5_Flat.index.fingerprint"}),
         (change_a_word, {"corpus.sha256", "corpus.fingerprint"}),
         (change_the_encoder, {"encoder_sha256", "6 known passages"}),
