@@ -41,7 +41,7 @@ from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Outcome, Retriever
-from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer, read_whole
+from search_r1.search.schema import MAX_TOPK, BareAnswer, RetrieveRequest, ScoredAnswer, read_whole
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 
@@ -255,7 +255,7 @@ def _require_fitting(value: object, *, settings: ServerSettings) -> None:
             413, f"the request has {len(queries)} queries, expected at most {limit}; split it or raise {flag}"
         )
     topk = read_whole(value.get("topk")) or settings.topk
-    if isinstance(topk, int) and topk * len(queries) > _MAX_PASSAGES:
+    if isinstance(topk, int) and topk <= MAX_TOPK and topk * len(queries) > _MAX_PASSAGES:
         raise HTTPException(
             413,
             f"the request asks for {topk} passages for each of {len(queries)} queries, expected at most "

@@ -196,6 +196,7 @@ async def test_what_is_too_much_is_refused_with_what_to_do(
         {"query": "a", "timeout_s": 1e9},
         {"query": "a", "allow_failures": "maybe"},
         {"query": "a" * 20_001},
+        {"queries": ["a"] * 100, "topk": 1001},
         {"queries": None},
     ],
 )

@@ -49,6 +49,9 @@ def test_no_request_breaks_the_contract(case: Case, url: str) -> None:
     if answer.status_code == 504:  # they may ask for an answer within 5e-324 s
         assert case.body["timeout_s"] < 1
         return
+    if answer.status_code == 413:  # is told before anything of it is looked at
+        assert len(case.body["queries"]) > 50
+        return
     case.validate_response(answer)
 
 
