@@ -58,7 +58,7 @@ async def test_the_deadline_of_the_client_is_that_of_the_server() -> None:
         started = time.monotonic()
         with pytest.raises(ServiceError, match="deadline: "):
             await search.search("slow")
-        assert time.monotonic() - started < 1.2
+        assert time.monotonic() - started < 3.0
     assert retriever.timeouts_s == [pytest.approx(0.9, abs=0.1)]
 
 
