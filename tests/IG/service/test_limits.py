@@ -154,7 +154,7 @@ async def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_body_that_takes_long_to_read_keeps_nobody_waiting() -> None:
-    """Reading JSON lets nobody else have a turn: this would take seconds, of processor time as measured here."""
+    """Reading JSON lets nobody else have a turn: this would take seconds of processor time."""
     body = b'{"items": [' + b"[]," * 6_000_000 + b"[]]}"
     async with serving(FakeBackend()) as client:
         answer = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
