@@ -194,7 +194,7 @@ def resolve_recipe(
     published = FAMILIES[family].recipe if family else PartialRecipe()
     if not stated.is_sentence_encoder and published.pooling is None:
         _demand_flags(flags, model_name=model_name)
-    sources = {"flag": flags, "model": stated.recipe, f"family {family}": published, "default": _DEFAULTS}
+    sources = {"given": flags, "model": stated.recipe, f"family {family}": published, "default": _DEFAULTS}
     chosen: dict[str, object] = {}
     origins: dict[str, str] = {}
     for field in fields(PartialRecipe):
@@ -202,13 +202,13 @@ def resolve_recipe(
         said = {name: value for name, value in said.items() if value is not None}
         origin = next(iter(said))
         chosen[field.name], origins[field.name] = said[origin], origin
-        if origin == "flag" and said.get("model", said["flag"]) != said["flag"]:
+        if origin == "given" and said.get("model", said["given"]) != said["given"]:
             logger.warning(
-                "encoder %s: %s %r of its own configuration is overruled by the flag's %r",
+                "encoder %s: %s %r of its own configuration is overruled by the given %r",
                 model_name,
                 field.name,
                 said["model"],
-                said["flag"],
+                said["given"],
             )
     recipe = EncodingRecipe(**chosen)  # type: ignore[arg-type]
     if stated.length_limit is not None and recipe.max_length > stated.length_limit:

@@ -176,7 +176,7 @@ def test_a_flag_overrules_the_model_and_says_so(folder: Path, caplog: pytest.Log
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert resolve(folder, "e5", pooling="cls+max", query_prefix="q ").pooling == "cls+max"
-    assert "overruled by the flag's 'cls+max'" in caplog.text
+    assert "overruled by the given 'cls+max'" in caplog.text
     caplog.clear()
     recipe = resolve(
         folder, pooling="mean", query_prefix="", passage_prefix="p ", max_length=64, normalised=False
@@ -186,7 +186,7 @@ def test_a_flag_overrules_the_model_and_says_so(folder: Path, caplog: pytest.Log
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 5
-    assert "pooling 'cls' of its own configuration is overruled by the flag's 'mean'" in "\n".join(warnings)
+    assert "pooling 'cls' of its own configuration is overruled by the given 'mean'" in "\n".join(warnings)
 
 
 def test_a_family_that_the_name_contradicts_is_followed_and_logged(
