@@ -13,30 +13,15 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from IG.doctor.noise import NoiseReport
 from IG.doctor.scenarios import LABELS, Scenario
+from IG.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#5b6470"
-_RC = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": "#39424e",
-    "xtick.color": "#39424e",
-    "ytick.color": "#39424e",
-    "axes.grid": True,
-    "grid.color": "#e3e7eb",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 GainsByScenario = Mapping[str, Mapping[Scenario, Sequence[float]]]
 """Gains by kind of question, then by scenario."""
 
 
 def draw_estimation_error(noise: NoiseReport, path: Path, *, gain: str) -> None:
     """Error of the gain against the number of samples, both logarithmic."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.7), layout="constrained")
         axes = figure.subplots()
         _draw_levels(axes, noise)
@@ -69,7 +54,7 @@ def draw_estimation_error(noise: NoiseReport, path: Path, *, gain: str) -> None:
 
 def draw_gain_by_scenario(gains: GainsByScenario, path: Path, *, gain: str) -> None:
     """A box per scenario, one panel per kind of question: quartiles, 5 to 95 %, and every gain as a dot."""
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.8 + 3.1 * len(gains), 3.7), layout="constrained")
         widths = [len(scenarios) for scenarios in gains.values()]
         panels = figure.subplots(1, len(gains), sharey=True, squeeze=False, width_ratios=widths)[0]

@@ -10,38 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
+from IG.plotting import COLOURS, INK, STYLE
 from search_r1.search.answer_ranks import AnswerRank, by_source, share_within
-
-_INK, _GREY = "#1f2933", "#5b6470"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f3c8d")
-_RC = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": "#39424e",
-    "xtick.color": "#39424e",
-    "ytick.color": "#39424e",
-    "axes.grid": True,
-    "grid.color": "#e3e7eb",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 
 
 def draw_ceiling(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int], title: str) -> None:
     """A line per data source and one for all of them, which has its interval of 95 %; marks at `ks`."""
     sources = by_source(ranks)
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.0, 4.1), layout="constrained")
         axes = figure.subplots()
         if len(sources) > 1:
             for number, (source, of_source) in enumerate(sources.items()):
-                _draw_line(axes, of_source, ks=ks, colour=_COLOURS[number % len(_COLOURS)], label=source)
+                _draw_line(axes, of_source, ks=ks, colour=COLOURS[number % len(COLOURS)], label=source)
         label = f"all {len(ranks)} questions" if len(sources) > 1 else next(iter(sources))
-        _draw_line(axes, ranks, ks=ks, colour=_INK, label=label, with_interval=True)
+        _draw_line(axes, ranks, ks=ks, colour=INK, label=label, with_interval=True)
         _draw_axes(axes, ks)
         axes.set_title(title, loc="left", fontsize=10)
         if len(sources) > 1:

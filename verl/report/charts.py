@@ -14,29 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from IG.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
 from verl.report.run_data import RunData, Series
 
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#00795a", "#5b6470"
 PHASE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a7f00", "#5b6470")
 SMOOTHING = 5
 MIN_STEPS_TO_SMOOTH = 10
 MAX_BARS = 80
-_RC = {
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": "#39424e",
-    "xtick.color": "#39424e",
-    "ytick.color": "#39424e",
-    "axes.grid": True,
-    "grid.color": "#e3e7eb",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
+SVG_STYLE = {**STYLE, "svg.fonttype": "none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +112,7 @@ def _phases(run: RunData) -> dict[str, Series]:
 
 
 def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
-    with mpl.rc_context({**_RC, "svg.hashsalt": chart.title}):
+    with mpl.rc_context({**SVG_STYLE, "svg.hashsalt": chart.title}):
         figure, axes = _new_figure()
         if chart.has_zero_line:
             axes.axhline(0, color="#9aa3ad", linewidth=1)
@@ -162,7 +147,7 @@ def _draw_curve(axes: Axes, curve: Curve, series: Series) -> None:
 
 
 def _draw_phases(phases: dict[str, Series]) -> str:
-    with mpl.rc_context({**_RC, "svg.hashsalt": "phases"}):
+    with mpl.rc_context({**SVG_STYLE, "svg.hashsalt": "phases"}):
         figure, axes = _new_figure(right=0.72)
         steps = sorted({step for series in phases.values() for step in series.steps})
         bins = np.array_split(np.array(steps), min(len(steps), MAX_BARS))
