@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from screen import Screen
 from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.service import WORLD, read_counters, start_ig_service
-from bench.soak import MAX_COMPLAINTS, MAX_GROWTH, edges, soak_table
+from bench.soak import MAX_GROWTH, Seen, edges, soak_table
 from bench.workload import Rollout, grpo_steps, load_evidence
 
 QUESTIONS, ROLLOUTS = 8, 4
@@ -45,26 +45,6 @@ MALFORMED: tuple[object, ...] = (
     {"items": [{"question": "Who?", "context": "", "answers": "x"}], "timeout_s": -1},
     [],
 )
-
-
-@dataclass(slots=True)
-class Seen:
-    """What the clients saw, all together."""
-
-    statuses: Counter[int] = field(default_factory=Counter)
-    requests: Counter[str] = field(default_factory=Counter)
-    items_right: int = 0
-    items_wrong: int = 0
-    items_failed: int = 0
-    items_late: int = 0
-    broken_connections: int = 0
-    workers_killed: int = 0
-    complaints: list[str] = field(default_factory=list)
-
-    def complain(self, text: str) -> None:
-        """Keep the first few for the eye."""
-        if len(self.complaints) < MAX_COMPLAINTS:
-            self.complaints.append(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,15 +146,22 @@ def soak(
                         memory.append(watch.current_bytes)
                     update(
                         second,
-                        f"{abuse.seen.items_right} right, {abuse.seen.items_wrong + abuse.seen.items_failed} "
-                        f"not, {abuse.seen.workers_killed} killed, {watch.current_bytes / 1e9:.1f} GB",
+                        f"{abuse.seen.right} right, {abuse.seen.wrong + abuse.seen.failed} "
+                        f"not, {abuse.workers_killed} killed, {watch.current_bytes / 1e9:.1f} GB",
                     )
 
                 asyncio.run(abuse.run(look))
         supervisor.children[0].check_alive()
         restarts = int(read_counters(url)["ig_worker_restarts_total"])
     first, last = edges(memory)
-    summary = summarise(abuse.seen, arguments=arguments, restarts=restarts, first=first, last=last)
+    summary = summarise(
+        abuse.seen,
+        arguments=arguments,
+        workers_killed=abuse.workers_killed,
+        restarts=restarts,
+        first=first,
+        last=last,
+    )
     title = f"{summary.clients} clients for {summary.seconds:g} s"
     screen.console.print(soak_table(title, facts=asdict(summary), complaints=abuse.seen.complaints))
     return summary
@@ -187,6 +174,7 @@ class Abuse:
         self, url: str, rollouts: Sequence[Rollout], *, gains: Sequence[float], arguments: argparse.Namespace
     ) -> None:
         self.seen = Seen()
+        self.workers_killed = 0
         self._url = url
         self._rollouts = rollouts
         self._gains = gains
@@ -218,7 +206,7 @@ class Abuse:
         for worker in worker_processes():
             if rng.random() < self._arguments.kill_share:
                 worker.kill()
-                self.seen.workers_killed += 1
+                self.workers_killed += 1
 
     async def _client(self, http: httpx.AsyncClient, rng: Random) -> None:
         kinds = list(SHARES)
@@ -265,14 +253,14 @@ class Abuse:
         for k, score, error in zip(chosen, answer["scores"], answer["errors"], strict=True):
             if score is None:
                 if str(error).startswith("deadline"):
-                    self.seen.items_late += 1
+                    self.seen.late += 1
                 else:
-                    self.seen.items_failed += 1
+                    self.seen.failed += 1
                     self.seen.complain(f"failed: {error}")
             elif abs(float(score) - self._gains[k]) <= TOLERANCE:
-                self.seen.items_right += 1
+                self.seen.right += 1
             else:
-                self.seen.items_wrong += 1
+                self.seen.wrong += 1
                 self.seen.complain(f"wrong: {score}, right is {self._gains[k]}: {self._rollouts[k]}")
 
 
@@ -290,13 +278,19 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def summarise(
-    seen: Seen, *, arguments: argparse.Namespace, restarts: int, first: float, last: float
+    seen: Seen,
+    *,
+    arguments: argparse.Namespace,
+    workers_killed: int,
+    restarts: int,
+    first: float,
+    last: float,
 ) -> Summary:
     server_errors = sum(count for status, count in seen.statuses.items() if status >= 500)
     malformed = seen.requests["malformed"]
     passed = (
-        seen.items_wrong == seen.items_failed == seen.broken_connections == server_errors == 0
-        and seen.items_right > 0
+        seen.wrong == seen.failed == seen.broken_connections == server_errors == 0
+        and seen.right > 0
         and seen.statuses[422] == malformed
         and last <= first * (1 + MAX_GROWTH)
     )
@@ -305,12 +299,12 @@ def summarise(
         clients=arguments.clients,
         requests=dict(seen.requests),
         statuses={str(status): count for status, count in sorted(seen.statuses.items())},
-        items_right=seen.items_right,
-        items_wrong=seen.items_wrong,
-        items_failed=seen.items_failed,
-        items_late=seen.items_late,
+        items_right=seen.right,
+        items_wrong=seen.wrong,
+        items_failed=seen.failed,
+        items_late=seen.late,
         broken_connections=seen.broken_connections,
-        workers_killed=seen.workers_killed,
+        workers_killed=workers_killed,
         worker_restarts=restarts,
         memory_first_mb=round(first / 1e6, 1),
         memory_last_mb=round(last / 1e6, 1),

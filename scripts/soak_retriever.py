@@ -13,10 +13,9 @@ import asyncio
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -31,7 +30,7 @@ from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD, start_service
-from bench.soak import MAX_COMPLAINTS, MAX_GROWTH, edges, soak_table
+from bench.soak import MAX_GROWTH, Seen, edges, soak_table
 
 TOPK = 5
 MAX_QUERIES_PER_REQUEST = 4
@@ -48,23 +47,6 @@ MALFORMED: tuple[object, ...] = (
 )
 Answer: TypeAlias = list[tuple[str, float]]
 """Ids and scores, best first."""
-
-
-@dataclass(slots=True)
-class Seen:
-    """What the clients saw, all together."""
-
-    statuses: Counter[int] = field(default_factory=Counter)
-    requests: Counter[str] = field(default_factory=Counter)
-    queries_right: int = 0
-    queries_wrong: int = 0
-    broken_connections: int = 0
-    complaints: list[str] = field(default_factory=list)
-
-    def complain(self, text: str) -> None:
-        """Keep the first few for the eye."""
-        if len(self.complaints) < MAX_COMPLAINTS:
-            self.complaints.append(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +122,7 @@ def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namesp
                 while not running.done():
                     await asyncio.wait([running], timeout=0.2)
                     memory.append(watch.current_bytes)
-                    update(crowd.seen.queries_right, f"{watch.current_bytes / 1e9:.2f} GB")
+                    update(crowd.seen.right, f"{watch.current_bytes / 1e9:.2f} GB")
                 await running
 
             asyncio.run(look())
@@ -248,9 +230,9 @@ class Crowd:
     def _check(self, answers: Sequence[Answer], chosen: Sequence[int]) -> None:
         for number, found in zip(chosen, answers, strict=True):
             if agree(found, self._right[number]):
-                self.seen.queries_right += 1
+                self.seen.right += 1
             else:
-                self.seen.queries_wrong += 1
+                self.seen.wrong += 1
                 self.seen.complain(f"{self._questions[number]!r}: {found}, alone {self._right[number]}")
 
 
@@ -260,8 +242,8 @@ def summarise(
     """Passed only if everything that was asked was answered right."""
     first, last = ends
     passed = (
-        seen.queries_right >= arguments.queries
-        and seen.queries_wrong == seen.broken_connections == 0
+        seen.right >= arguments.queries
+        and seen.wrong == seen.broken_connections == 0
         and set(seen.statuses) <= {200, 422}
         and seen.statuses[422] == seen.requests["malformed"]
         and last <= first * (1 + MAX_GROWTH)
@@ -272,8 +254,8 @@ def summarise(
         seconds=round(seconds, 1),
         requests=dict(seen.requests),
         statuses={str(status): count for status, count in sorted(seen.statuses.items())},
-        queries_right=seen.queries_right,
-        queries_wrong=seen.queries_wrong,
+        queries_right=seen.right,
+        queries_wrong=seen.wrong,
         broken_connections=seen.broken_connections,
         memory_first_mb=round(first / 1e6, 1),
         memory_last_mb=round(last / 1e6, 1),

@@ -1,15 +1,36 @@
-"""What the soaks share: the memory at their two ends, and their table."""
+"""What the soaks share: what their clients saw, the memory at their two ends, their table."""
 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich.table import Table
 
 MAX_GROWTH = 0.10
 """Of the memory, from the middle of a soak to its end."""
-MAX_COMPLAINTS = 10
+_MAX_COMPLAINTS = 10
+
+
+@dataclass(slots=True)
+class Seen:
+    """What all clients saw together. Right, wrong, failed and late are single questions, not requests."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    right: int = 0
+    wrong: int = 0
+    failed: int = 0
+    late: int = 0
+    broken_connections: int = 0
+    complaints: list[str] = field(default_factory=list)
+
+    def complain(self, text: str) -> None:
+        """Keep the first few for the eye."""
+        if len(self.complaints) < _MAX_COMPLAINTS:
+            self.complaints.append(text)
 
 
 def edges(memory: Sequence[int]) -> tuple[float, float]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from bench_ig import Measured, naive_pairs
 from bench_ig import summarise as summarise_bench
-from soak_ig import Abuse, Seen
+from soak_ig import Abuse, Summary
 from soak_ig import summarise as summarise_soak
 
-from bench.soak import edges
+from bench.soak import Seen, edges
 from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
 from tests.IG.service.backends import FakeBackend, serving
 
@@ -78,6 +78,10 @@ def test_what_was_not_measured_is_not_a_number() -> None:
     assert summarise_bench(measured, steps=[[ROLLOUT] * 32], workers=1).vs_item_by_item is None
 
 
+def _conclude(seen: Seen, *, first: float = 100.0, last: float = 100.0) -> Summary:
+    return summarise_soak(seen, arguments=SOAK, workers_killed=0, restarts=0, first=first, last=last)
+
+
 async def _abuse(gain: float) -> Seen:
     async with serving(FakeBackend()) as client:
         abuse = Abuse(str(client.base_url), [ROLLOUT] * 8, gains=[gain] * 8, arguments=SOAK)
@@ -94,37 +98,45 @@ async def _right_gain() -> float:
 
 async def test_the_soak_passes_a_service_that_is_right() -> None:
     seen = await _abuse(await _right_gain())
-    summary = summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=105.0)
+    summary = _conclude(seen, first=100.0, last=105.0)
     assert summary.passed, seen
-    assert seen.items_right > 50
+    assert seen.right > 50
     assert set(seen.statuses) <= {200, 422}
     assert seen.statuses[422] == seen.requests["malformed"] > 0
 
 
 async def test_the_soak_fails_a_service_that_is_wrong() -> None:
     seen = await _abuse(await _right_gain() + 0.1)
-    assert seen.items_wrong > 50
-    assert not summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+    assert seen.wrong > 50
+    assert not summarise_soak(
+        seen, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
+    ).passed
 
 
 @pytest.mark.parametrize(
     "seen",
     [
-        Seen(items_right=9, items_failed=1),
-        Seen(items_right=9, broken_connections=1),
+        Seen(right=9, failed=1),
+        Seen(right=9, broken_connections=1),
         Seen(),
     ],
 )
 def test_the_soak_fails_for_failures_and_for_nothing_done(seen: Seen) -> None:
-    assert not summarise_soak(seen, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+    assert not summarise_soak(
+        seen, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
+    ).passed
 
 
 def test_the_soak_fails_for_a_server_error_and_for_growing_memory() -> None:
-    good = Seen(items_right=9)
-    assert summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=109.0).passed
-    assert not summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=111.0).passed
+    good = Seen(right=9)
+    assert _conclude(good, first=100.0, last=109.0).passed
+    assert not summarise_soak(
+        good, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=111.0
+    ).passed
     good.statuses[503] += 1
-    assert not summarise_soak(good, arguments=SOAK, restarts=0, first=100.0, last=100.0).passed
+    assert not summarise_soak(
+        good, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
+    ).passed
 
 
 def test_memory_is_compared_after_the_first_third() -> None:

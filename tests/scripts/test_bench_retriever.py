@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from bench_retriever import Kind, Speeds
 from bench_retriever import summarise as summarise_bench
-from soak_retriever import Answer, Crowd, Seen, agree, ask_serially
+from soak_retriever import Answer, Crowd, agree, ask_serially
 from soak_retriever import summarise as summarise_soak
 from supervise import Supervisor
 
 from bench import clustered
 from bench.load import Load, ask_all_the_time
 from bench.service import WORLD, start_service
+from bench.soak import Seen
 
 RIGHT: Answer = [("a", 0.9), ("b", 0.8), ("c", 0.7)]
 SOAK = argparse.Namespace(queries=60, clients=8, seed=0)
@@ -135,7 +136,7 @@ async def test_the_soak_passes_a_server_that_is_right_and_no_other(url: str) -> 
     assert not summarise_soak(crowd.seen, arguments=SOAK, seconds=1, ends=(100, 100)).passed
     wrong = Crowd(url, questions, right=[answer[::-1] for answer in right], arguments=SOAK)
     await wrong.run()
-    assert wrong.seen.queries_wrong > 0
+    assert wrong.seen.wrong > 0
     assert not summarise_soak(wrong.seen, arguments=SOAK, seconds=1, ends=(100, 100)).passed
 
 
