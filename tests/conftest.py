@@ -23,7 +23,7 @@ _LOOK_EVERY_S = 0.5
 
 def pytest_configure() -> None:
     """Set the environment before any test module imports torch, transformers, ray or wandb."""
-    # Explicitly: a shell starts background jobs with SIGINT ignored, and what the tests start would inherit that.
+    # A shell starts background jobs with SIGINT ignored, and what the tests start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ[SESSION_MARK] = uuid.uuid4().hex
     os.environ["HF_HUB_OFFLINE"] = "1"
