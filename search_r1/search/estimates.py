@@ -27,6 +27,7 @@ class RecallClass(StrEnum):
     NEARLY = ">= 0.99"
     HIGH = ">= 0.95"
     TUNED = "0.90 - 0.99"
+    WALKED = "0.80 - 0.99"
 
 
 _RECALL = {
@@ -35,7 +36,7 @@ _RECALL = {
     IndexKind.SQ8: RecallClass.HIGH,
     IndexKind.IVF: RecallClass.TUNED,
     IndexKind.IVF_PQ: RecallClass.TUNED,
-    IndexKind.HNSW: RecallClass.TUNED,
+    IndexKind.HNSW: RecallClass.WALKED,
     IndexKind.BINARY: RecallClass.TUNED,
 }
 _NOTES = {
@@ -66,7 +67,7 @@ class Rates:
     """Of sign bits compared by Faiss."""
     lookups: float = 1.5e9
     """Bytes of product-quantized codes compared by Faiss."""
-    graph: float = 6.0e9
+    graph: float = 3.0e9
     """Components compared while a graph is walked, which is reading here and there."""
     gather: float = 0.3e9
     """Components decoded and scored for rescoring."""
