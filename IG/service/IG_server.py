@@ -26,7 +26,7 @@ from IG.service.metrics import ServiceMetrics
 from IG.service.models import ModelMissingError, require_models
 from IG.service.rendering import render
 from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse, VersionResponse
-from IG.web.application import add_guards, add_states, make_application, package_version, wait_until_left
+from IG.web.application import add_guards, add_states, make_application, wait_until_left
 from IG.web.host import Host
 from IG.web.limits import bounded_route
 from IG.web.loading import is_loading
@@ -34,6 +34,7 @@ from IG.web.metrics import CONTENT_TYPE
 from IG.web.openapi import metrics_response, refusals, security
 from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
 from IG.web.settings import SettingError
+from IG.web.version import package_version
 
 logger = logging.getLogger("IG.service")
 

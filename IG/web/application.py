@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,16 +14,7 @@ from IG.web.host import Backend, Host, UnavailableError
 from IG.web.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken
 from IG.web.metrics import CALLER_LEFT, CountRequests, RequestMetrics
 from IG.web.openapi import StateResponse
-
-_DISTRIBUTION = "inforeasoner"
-
-
-def package_version() -> str:
-    """Of the installed distribution; `unknown` where this folder is used without installing it."""
-    try:
-        return importlib.metadata.version(_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+from IG.web.version import package_version
 
 
 def make_application(

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from IG.web.loading import load_in_thread
 from search_r1.search.errors import RetrieverError
@@ -18,8 +17,6 @@ from search_r1.search.retriever import Retriever, ThreadedRetriever
 from search_r1.search.settings import BM25, HYBRID, RetrieverSettings
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 def check_files(settings: RetrieverSettings) -> None:
@@ -53,7 +50,10 @@ async def open_retriever(settings: RetrieverSettings) -> Retriever:
         from search_r1.search.rerank import RerankedRetriever, load_reranker
 
         device = "cuda" if settings.index_device != "cpu" else None
-        model = await _load(lambda: load_reranker(settings.reranker_model, device=device), name="reranker")
+        # In a thread that a stop signal need not wait for: an index may have gigabytes, a model, too.
+        model = await load_in_thread(
+            lambda: load_reranker(settings.reranker_model, device=device), name="reranker"
+        )
         return RerankedRetriever(retriever, model=model, depth=settings.rerank_depth)
     except BaseException:
         await retriever.aclose()
@@ -112,7 +112,7 @@ async def _open_dense(settings: RetrieverSettings, *, family: str | None) -> Ret
         )
         return ThreadedRetriever(dense, facts=dense.facts())
 
-    return await _load(load, name="index")
+    return await load_in_thread(load, name="index")
 
 
 async def _open_bm25(settings: RetrieverSettings) -> Retriever:
@@ -123,12 +123,7 @@ async def _open_bm25(settings: RetrieverSettings) -> Retriever:
         lexical = load_bm25(folder, corpus_path=settings.corpus_path, num_threads=settings.num_threads)
         return ThreadedRetriever(lexical, facts=lexical.facts())
 
-    return await _load(load, name="bm25")
-
-
-async def _load(load: Callable[[], T], *, name: str) -> T:
-    """In a thread that a stop signal need not wait for: an index may have gigabytes."""
-    return await load_in_thread(load, name=name)
+    return await load_in_thread(load, name="bm25")
 
 
 def _locate_bm25(settings: RetrieverSettings) -> tuple[str, Path]:

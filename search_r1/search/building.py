@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from IG.web.version import package_version
 from search_r1.search.agreement import (
     FloatArray,
     Trial,
@@ -227,7 +227,7 @@ def _describe(plan: BuildPlan, *, corpus: Corpus, encoder: TextEncoder) -> Index
         count=len(corpus),
         files={},
         faiss_version=engine_version(),
-        built_with=_find_version(),
+        built_with=package_version(),
     )
 
 
@@ -287,10 +287,3 @@ def _say_recall(plan: BuildPlan, *, vectors: VectorSource, questions: FloatArray
     )
     figures = ", ".join(f"@{k} {share:.4f}" for k, share in recall.at.items())
     logger.info("recall against exact search, %d queries: %s", recall.num_queries, figures)
-
-
-def _find_version() -> str:
-    try:
-        return importlib.metadata.version("inforeasoner")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -29,13 +29,14 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from IG.web.application import add_guards, add_states, make_application, package_version, wait_until_left
+from IG.web.application import add_guards, add_states, make_application, wait_until_left
 from IG.web.host import Host
 from IG.web.limits import Admission, bounded_route
 from IG.web.loading import is_loading
 from IG.web.metrics import CONTENT_TYPE
 from IG.web.openapi import COMMON, Explained, metrics_response, refusals, security
 from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from IG.web.version import package_version
 from search_r1.search.answers import find_refusal, render_answer
 from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import psutil
+
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 280.0
@@ -48,12 +48,6 @@ def answers(url: str) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def start_service(*command: str, folder: Path) -> tuple[subprocess.Popen[str], str]:

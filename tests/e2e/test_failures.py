@@ -13,13 +13,13 @@ import pytest
 
 from tests.e2e.running import (
     end_training,
-    free_port,
     read_steps,
     start_gain_service,
     start_retriever,
     start_training,
     wait_for,
 )
+from tests.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

@@ -12,8 +12,8 @@ from IG.estimator import GainEstimate, Work
 from IG.service.rendering import detail_of
 from IG.service.schema import WorkDetail
 from IG.sharing import Source
-from IG.web import application
-from IG.web.application import package_version
+from IG.web import version as version_module
+from IG.web.version import package_version
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 
@@ -305,9 +305,9 @@ async def test_version_names_what_the_numbers_depend_on() -> None:
 
 def test_a_plain_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_nothing(name: str) -> str:
-        raise application.importlib.metadata.PackageNotFoundError(name)
+        raise version_module.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(application.importlib.metadata, "version", find_nothing)
+    monkeypatch.setattr(version_module.importlib.metadata, "version", find_nothing)
     assert package_version() == "unknown"
 
 

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import hypothesis
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck
 from schemathesis import Case
 
 from tests.IG.service.backends import FakeBackend, make_app
+from tests.processes import served_in_thread
 
 FLAGS = ("--max-items", "50")
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The service over a real socket, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(make_app(FakeBackend(), *FLAGS), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while httpx.get(f"{address}/readyz", trust_env=False).status_code != 200:
-        time.sleep(0.01)
-    yield address
-    server.should_exit = True
-    thread.join()
+    with served_in_thread(make_app(FakeBackend(), *FLAGS)) as address:
+        yield address
 
 
 schema = schemathesis.openapi.from_dict(make_app(FakeBackend(), *FLAGS).openapi())

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -20,6 +18,7 @@ import pytest
 from IG.service.IG_server import main
 from IG.web.serving import listen
 from tests.IG.service.backends import GOOD
+from tests.processes import post_accepted, running_script, wait_for
 
 
 def test_a_taken_port_is_named_before_any_model_loads(
@@ -139,47 +138,14 @@ sys.exit(IG_server.main(sys.argv[2:]))
 """
 
 
-@contextmanager
-def running(pause_s: float | str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """The process without models, each of whose requests takes `pause_s`, and a client of it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WITHOUT_MODELS, str(pause_s), "--port", str(port), *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"IG_TOKEN": "a-token"},
-    )
-    headers = {"Authorization": "Bearer a-token"}
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url, timeout=20, trust_env=False, headers=headers) as client:
-            yield process, client
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(client: httpx.Client, path: str, status: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            if client.get(path).status_code == status:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.02)
-    pytest.fail(f"{path} did not become {status}")
+running = partial(running_script, WITHOUT_MODELS, token_variable="IG_TOKEN")
+"""The service without models, each of whose requests takes so many seconds, and a client of it."""
 
 
 def ask(client: httpx.Client, executor: ThreadPoolExecutor) -> Future[httpx.Response]:
-    """One request, sent and accepted."""
-    asked = executor.submit(client.post, "/compute_info_gain", json={"items": [GOOD]})
-    deadline = time.monotonic() + 10
-    while "ig_items_in_progress 1.0" not in client.get("/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return asked
+    body = {"items": [GOOD]}
+    in_progress = "ig_items_in_progress 1.0"
+    return post_accepted(client, executor, "/compute_info_gain", body, in_progress=in_progress)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from search_r1.search.index_builder import build_index
+from tests.processes import free_port
 from tests.search_r1.search.small_world import (
     PASSAGES,
     REPOSITORY,
@@ -62,22 +62,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 
 @pytest.fixture(scope="session")
-def server(
-    world: World, start_server: Callable[..., RunningServer], free_port: Callable[[], int]
-) -> RunningServer:
+def server(world: World, start_server: Callable[..., RunningServer]) -> RunningServer:
     """The real server as users start it, on the small world."""
     port = free_port()
     running = start_server([sys.executable, str(SERVER), *world.flags, "--port", str(port)], port=port)
     wait_until_ready(running)
     return running
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    def find() -> int:
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return find

@@ -3,12 +3,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
 
 import pytest
 
 from search_r1.search.client import HttpSearch
 from tests.fakes import AnsweringServer, Reply, ScriptedServer
+from tests.processes import free_port
 from tests.search_r1.search.small_world import PASSAGES, RunningServer
 from verl.errors import ConfigError, ServiceError
 from verl.types import Passage
@@ -206,7 +206,7 @@ async def test_a_failed_search_says_so_in_time(reply: Reply, complaint: str) -> 
     assert complaint in str(caught.value)
 
 
-async def test_a_dead_server_is_named_with_the_fix(free_port: Callable[[], int]) -> None:
+async def test_a_dead_server_is_named_with_the_fix() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     search = HttpSearch(url, topk=3, timeout_s=0.5)
     for call in (search.search("q"), search.wait_ready(0.5)):

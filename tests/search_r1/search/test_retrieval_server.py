@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import free_port
 from tests.search_r1.search.small_world import (
     PASSAGES,
     REPOSITORY,
@@ -175,7 +176,7 @@ def test_wrong_flags_are_refused(arguments: list[str]) -> None:
     ("way", "number"), [("module", signal.SIGTERM), ("launcher", signal.SIGINT)], ids=["module", "launcher"]
 )
 def test_starts_in_every_way_says_when_it_is_ready_and_stops_cleanly(
-    world: World, start_server: Start, free_port: Callable[[], int], way: str, number: int, tmp_path: Path
+    world: World, start_server: Start, way: str, number: int, tmp_path: Path
 ) -> None:
     port = free_port()
     if way == "module":

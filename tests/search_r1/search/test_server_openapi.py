@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import hypothesis
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck
 from schemathesis import Case
 
+from tests.processes import served_in_thread
 from tests.search_r1.search.servers import EchoRetriever, make_app
 
 FLAGS = ("--max_queries", "50")
@@ -23,17 +19,8 @@ FLAGS = ("--max_queries", "50")
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The server over a real socket, in a thread."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(make_app(EchoRetriever(), *FLAGS), log_level="error", http="h11"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while httpx.get(f"{address}/readyz", trust_env=False).status_code != 200:
-        time.sleep(0.01)
-    yield address
-    server.should_exit = True
-    thread.join()
+    with served_in_thread(make_app(EchoRetriever(), *FLAGS)) as address:
+        yield address
 
 
 schema = schemathesis.openapi.from_dict(make_app(EchoRetriever(), *FLAGS).openapi())

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 
 import httpx
 import pytest
+
+from tests.processes import free_port, post_accepted, running_script, wait_for
 
 WITHOUT_INDEX = """
 import asyncio, os, sys, time
@@ -36,55 +36,14 @@ async def open_retriever(settings):
 retrieval_server.open_retriever = open_retriever
 sys.exit(retrieval_server.main(sys.argv[2:]))
 """
-HEADERS = {"Authorization": "Bearer a-token"}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-@contextmanager
-def running(
-    way: float | str, *flags: str, port: int | None = None
-) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """The process without an index, each of whose searches takes `way` seconds, and a client of it."""
-    port = port or free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", WITHOUT_INDEX, str(way), "--port", str(port), *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"RETRIEVER_TOKEN": "a-token"},
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        with httpx.Client(base_url=url, timeout=20, trust_env=False, headers=HEADERS) as client:
-            yield process, client
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(client: httpx.Client, path: str, status: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            if client.get(path).status_code == status:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.02)
-    pytest.fail(f"{path} did not become {status}")
+running = partial(running_script, WITHOUT_INDEX, token_variable="RETRIEVER_TOKEN")
+"""The server without an index, each of whose searches takes so many seconds, and a client of it."""
 
 
 def ask(client: httpx.Client, executor: ThreadPoolExecutor) -> Future[httpx.Response]:
-    """One request, sent and accepted."""
-    asked = executor.submit(client.post, "/retrieve", json={"query": "a", "topk": 1})
-    deadline = time.monotonic() + 10
-    while "retriever_queries_in_progress 1.0" not in client.get("/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return asked
+    body = {"query": "a", "topk": 1}
+    in_progress = "retriever_queries_in_progress 1.0"
+    return post_accepted(client, executor, "/retrieve", body, in_progress=in_progress)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.processes import free_port
 from tests.search_r1.search.online.fake_engines import KEY_VARIABLES, SECRET, FakeEngine, Fault
 from tests.search_r1.search.small_world import SERVER, RunningServer, wait_until_ready
 
@@ -41,7 +42,7 @@ async def ask(running: RunningServer, queries: list[str]) -> dict[str, object]:
 
 
 async def test_a_run_is_recorded_and_replayed_by_the_server_and_no_key_shows(
-    start_server: Start, free_port: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_server: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
     cache = str(tmp_path / "searches.sqlite")
@@ -77,9 +78,7 @@ async def test_a_run_is_recorded_and_replayed_by_the_server_and_no_key_shows(
         assert SECRET.encode() not in file.read_bytes()
 
 
-async def test_a_missing_key_ends_the_start_with_its_name(
-    start_server: Start, free_port: Callable[[], int]
-) -> None:
+async def test_a_missing_key_ends_the_start_with_its_name(start_server: Start) -> None:
     port = free_port()
     running = start_server(
         [sys.executable, str(SERVER), "--retriever_name", "google", "--port", str(port)], port=port
