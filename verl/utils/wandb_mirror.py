@@ -1,6 +1,7 @@
 """Weights & Biases as a mirror of the metrics: never needed, never asking, never in the way.
 
-Without a key it runs offline (`wandb sync` sends it later). What goes wrong is said once; training goes on.
+Without a key, or when the server does not answer, it runs offline (`wandb sync` sends it later). What goes
+wrong is said once; training goes on.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import ssl
+import threading
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from verl.utils.redaction import redact
 
@@ -20,8 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PROBE_TIMEOUT_S = 3.0
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
+_MAX_QUOTED_CHARS = 200
 
 
 class WandbMirror:
@@ -30,17 +38,14 @@ class WandbMirror:
     def __init__(self, run_dir: Path, *, project: str, experiment: str, config: Mapping[str, object]) -> None:
         self._run: wandb.Run | None = None
         mode = wandb_mode(os.environ)
-        if mode == "disabled":
-            return
-        if mode == "offline":
-            logger.info(
-                "W&B mirrors offline; send it later with: wandb sync %s", run_dir / "wandb" / "offline-run-*"
-            )
-        self._guarded("start", lambda: self._start(run_dir, mode, project, experiment, config))
+        if mode != "disabled":
+            self._guarded("start", lambda: self._start(run_dir, mode, project, experiment, config))
 
     def _start(
         self, run_dir: Path, mode: str, project: str, experiment: str, config: Mapping[str, object]
     ) -> None:
+        # W&B's reports about itself wait 10 s for a silent server, offline runs included.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # here, so that a run without W&B neither needs nor loads it
 
         settings = wandb.Settings(
@@ -53,16 +58,34 @@ class WandbMirror:
             x_disable_machine_info=True,
             x_disable_stats=True,
         )
-        self._run = wandb.init(
-            mode="offline" if mode == "offline" else "online",
-            dir=str(run_dir),
-            project=project,
-            name=experiment,
-            id=_run_id(run_dir),
-            resume="allow" if mode == "online" else None,
-            config=redact(dict(config)),
-            settings=settings,
-        )
+
+        def start(*, online: bool) -> None:
+            self._run = wandb.init(
+                mode="online" if online else "offline",
+                dir=str(run_dir),
+                project=project,
+                name=experiment,
+                id=_run_id(run_dir),
+                resume="allow" if online else None,
+                config=redact(dict(config)),
+                settings=settings,
+            )
+
+        if mode == "online":
+            failure = _find_failure(wandb.setup(settings).settings.base_url)
+            try:
+                if failure is None:
+                    start(online=True)
+            except wandb.Error as error:
+                failure = " ".join(str(error).split())[:_MAX_QUOTED_CHARS]
+                wandb.teardown()  # else the failed run still holds the id
+            if failure is not None:
+                logger.warning("W&B cannot be used (%s); going offline", failure)
+        if self._run is None:
+            synced = run_dir / "wandb" / "offline-run-*"
+            logger.info("W&B mirrors offline; send it later with: wandb sync %s", synced)
+            start(online=False)
+        assert self._run is not None
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -108,6 +131,31 @@ def _has_login(environ: Mapping[str, str]) -> bool:
         return host is not None and netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _find_failure(base_url: str) -> str | None:
+    """Return why the server at `base_url` cannot be used, None if it answers within PROBE_TIMEOUT_S.
+
+    W&B's client itself keeps trying for all of INIT_TIMEOUT_S. The thread bounds name resolution, too.
+    """
+    failure: list[str | None] = [f"{base_url} did not answer within {PROBE_TIMEOUT_S:g} s"]
+
+    def probe() -> None:
+        try:
+            urlopen(f"{base_url}/graphql", timeout=PROBE_TIMEOUT_S).close()
+            failure[0] = None
+        except HTTPError as error:  # a refusal is an answer; 5xx comes from a proxy that finds no server
+            failure[0] = f"{base_url}: {error}" if error.code >= 500 else None
+        except (OSError, HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            # W&B brings certificates of its own: it decides.
+            is_answer = isinstance(reason, ssl.SSLCertVerificationError)
+            failure[0] = None if is_answer else f"{base_url}: {reason}"
+
+    thread = threading.Thread(target=probe, name="wandb-probe", daemon=True)
+    thread.start()
+    thread.join(PROBE_TIMEOUT_S)
+    return failure[0]
 
 
 def _run_id(run_dir: Path) -> str:

@@ -3,8 +3,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 
@@ -144,13 +149,49 @@ tracker.finish()
 """
 
 
+class _RefusesKey(BaseHTTPRequestHandler):
+    """Answers every request of W&B's client with 401."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def servers() -> Iterator[dict[str, socket.socket]]:
+    """A port where nothing listens, one that accepts and never answers, one that refuses the key."""
+    with (
+        socket.socket() as closed,
+        socket.socket() as silent,
+        ThreadingHTTPServer(("127.0.0.1", 0), _RefusesKey) as refusing,
+    ):
+        for unused in (closed, silent):
+            unused.bind(("127.0.0.1", 0))
+        silent.listen()
+        threading.Thread(target=refusing.serve_forever, args=[0.05]).start()
+        yield {"closed": closed, "silent": silent, "refusing": refusing.socket}
+        refusing.shutdown()
+
+
 @pytest.mark.slow
-def test_wandb_without_key_and_stdin_runs_offline_inside_the_run_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("server", "reason"),
+    [(None, ""), ("closed", "Connection refused"), ("silent", "did not answer"), ("refusing", "error 401")],
+)
+def test_wandb_without_key_or_server_runs_offline_inside_the_run_folder(
+    tmp_path: Path, servers: dict[str, socket.socket], server: str | None, reason: str
+) -> None:
     run_dir = tmp_path / "run"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    command = [sys.executable, "-c", _OFFLINE_RUN, str(run_dir)]
+    if server is not None:
+        url = f"http://127.0.0.1:{servers[server].getsockname()[1]}"
+        environ |= {"WANDB_API_KEY": "planted-secret-" + 40 * "0", "WANDB_BASE_URL": url, "NO_PROXY": "*"}
     done = subprocess.run(
-        command,
+        [sys.executable, "-c", _OFFLINE_RUN, str(run_dir)],
         env=environ,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -159,11 +200,17 @@ def test_wandb_without_key_and_stdin_runs_offline_inside_the_run_folder(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "failed" not in done.stderr, done.stderr
+    assert "W&B failed" not in done.stderr, done.stderr
+    assert re.search(f"cannot be used .*{reason}.*; going offline", done.stderr) or server is None
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert read_metrics(run_dir)[0]["reward/mean"] == 0.5
     for path in run_dir.rglob("*"):
         assert not path.is_file() or b"planted-secret" not in path.read_bytes(), path
+    servers["silent"].setblocking(False)
+    if server == "silent":
+        servers["silent"].accept()[0].close()
+    with pytest.raises(BlockingIOError):  # only the probe came: W&B's client would wait for 30 s
+        servers["silent"].accept()
 
 
 def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
