@@ -14,6 +14,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Sequence
@@ -229,13 +230,19 @@ def _lock_folder(folder: Path) -> IO[bytes]:
 
 
 def _remove_stale_folders(memory: Path) -> None:
-    """Free the memory of runs that were killed: their lock is gone, whatever container they ran in."""
+    """Free the memory of runs that were killed: their lock is gone, whatever container they ran in.
+
+    Other users can write to `memory`: only folders of this user are opened, and nothing that is not a folder.
+    """
     for folder in memory.glob(f"{_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime < _MIN_STALE_AGE_S:
-                continue  # its owner may be between making it and locking it
-            with (folder / _LOCK_FILE).open("rb") as lock:
+            status = folder.lstat()
+            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if not is_ours or time.time() - status.st_mtime < _MIN_STALE_AGE_S:
+                continue  # a young one's owner may be between making it and locking it
+            lock = os.open(folder / _LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(lock, "rb"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # locked, gone meanwhile, or someone else's
+            continue  # locked, or gone meanwhile
