@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -31,8 +31,10 @@ _GATHER_S = 0.005
 """What is asked for within this time travels together."""
 _GRACE_S = 0.2
 """A call that ends at its deadline may say why; only then is it given up without a reason."""
-_SPLIT_STATUSES = frozenset({413, 422})
+_SPLIT_STATUSES = frozenset({413, 422, 500})
 """The service refuses a whole request for its size or for one item of it: ask for the halves."""
+_MAX_SPLITS_AFTER_500 = 32
+"""Of one request: enough to find a few bad items among 256 without flooding a service that always fails."""
 _SOME_LOST = "Some workers are unhealthy"
 """What /health says while the other workers go on."""
 T = TypeVar("T")
@@ -226,7 +228,9 @@ class IGClient:
         """Settle the batch; what may wait longer than its most urgent request goes back to the queue."""
         deadline = min(pending.deadline for pending in batch)
         try:
-            results, _ = await self._ask([pending.request for pending in batch], deadline=deadline)
+            requests = [pending.request for pending in batch]
+            splits = iter(range(_MAX_SPLITS_AFTER_500))
+            results, _ = await self._ask(requests, deadline=deadline, splits=splits)
         except BaseException as error:  # closed, or a defect: nobody may wait for an answer till the deadline
             _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
@@ -239,7 +243,7 @@ class IGClient:
         self._queue.extendleft(reversed(again))
 
     async def _ask(
-        self, requests: Sequence[GainRequest], *, deadline: float
+        self, requests: Sequence[GainRequest], *, deadline: float, splits: Iterator[int]
     ) -> tuple[list[GainResult], bool]:
         """Results, and whether the service took them as one request.
 
@@ -251,12 +255,18 @@ class IGClient:
             )
             results = read_results(body, expected=len(requests))
         except CallError as error:
-            if error.status not in _SPLIT_STATUSES or len(requests) == 1:
+            if (
+                error.status not in _SPLIT_STATUSES
+                or len(requests) == 1
+                or (error.status == HTTPStatus.INTERNAL_SERVER_ERROR and next(splits, None) is None)
+            ):
                 failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
                 return [failure] * len(requests), False
             half = (len(requests) + 1) // 2
-            halves = (self._ask(part, deadline=deadline) for part in (requests[:half], requests[half:]))
-            (first, took_first), (second, took_second) = await asyncio.gather(*halves)
+            (first, took_first), (second, took_second) = await asyncio.gather(
+                self._ask(requests[:half], deadline=deadline, splits=splits),
+                self._ask(requests[half:], deadline=deadline, splits=splits),
+            )
             if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and took_first and took_second:
                 self._batch_size = min(self._batch_size, half)
             return first + second, False

@@ -1,19 +1,21 @@
 """One retry-with-deadline policy for every service call: JSON in, JSON object out, or `CallError` in time.
 
 A call ends at its deadline at the latest, however many attempts it took and whatever hangs. Worth another
-attempt are answers that say so (408, 429, 502, 503, 504) and connections that fail; every other refusal is
-final. A repeated POST must be harmless: the services of this project compute, they store nothing.
-Cancelling a call closes its connection, so that the service can stop working for it.
+attempt are answers that say so (408, 429, 502, 503, 504), connections that fail, and a 500 at the first
+attempt; every other refusal is final. A repeated POST must be harmless: the services of this project compute,
+they store nothing. Cancelling a call closes its connection, so that the service can stop working for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import itertools
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+import zlib
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import NoReturn, TypeVar
 
 import httpx
@@ -33,8 +35,15 @@ Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 """What to send; a callable makes it anew for each attempt, from the seconds that are left."""
 
 _RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
+_RETRIED_AT_FIRST = _RETRIED_STATUSES | {500}
 _BACKOFF = wait_exponential(multiplier=0.1, max=2.0) + wait_random(0.0, 0.1)
 _MAX_QUOTED_CHARS = 300
+_MAX_ANSWER_BYTES = 64 * 2**20
+"""Of an unpacked answer; parsing so much takes half a second."""
+ACCEPT_ENCODING = {"Accept-Encoding": "gzip, deflate"}
+"""What `read_body` can unpack."""
+_GZIP_OR_ZLIB = 47
+"""The `wbits` with which zlib finds out which of the two it is."""
 
 
 class CallError(RuntimeError):
@@ -73,6 +82,10 @@ class OutOfTimeError(Exception):
         self.last = last
         """How the last attempt failed; None when the first one never ended."""
         self.fix = fix
+
+
+class BodyError(ValueError):
+    """The body of an answer cannot be unpacked, or is too long."""
 
 
 async def retry_within(
@@ -153,7 +166,8 @@ class JsonService:
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),
             trust_env=False,
-            headers={"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else None,
+            headers=ACCEPT_ENCODING
+            | ({"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else {}),
         )
 
     async def post(self, path: str, payload: Payload, *, timeout_s: float | None = None) -> dict[str, object]:
@@ -176,8 +190,11 @@ class JsonService:
         if patience_s <= 0:
             self._fail(url, "not asked: no time was left", may_pass=True)
 
+        attempts = itertools.count()
+
         async def attempt(left_s: float) -> dict[str, object]:
-            return await self._attempt(method, url, payload, left_s=left_s)
+            retried = _RETRIED_STATUSES if next(attempts) else _RETRIED_AT_FIRST
+            return await self._attempt(method, url, payload, left_s=left_s, retried=retried)
 
         try:
             return await retry_within(patience_s, attempt)
@@ -185,42 +202,64 @@ class JsonService:
             self._fail(url, f"{error}; {error.fix or self._fix}", may_pass=True)
 
     async def _attempt(
-        self, method: str, url: str, payload: Payload | None, *, left_s: float
+        self, method: str, url: str, payload: Payload | None, *, left_s: float, retried: Container[int]
     ) -> dict[str, object]:
         content = payload(left_s) if callable(payload) else payload
         try:
-            answer = await self._client.request(method, url, json=content)
+            async with self._client.stream(method, url, json=content) as answer:
+                body = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
         except httpx.TransportError as error:
             raise PassingFailureError(f"{type(error).__name__} {error}".strip()) from error
-        except httpx.RequestError as error:
-            self._fail(url, f"unreadable answer ({type(error).__name__} {error}); {self._fix}")
-        if answer.status_code in _RETRIED_STATUSES:
+        except BodyError as error:
+            self._fail(url, f"unreadable answer ({error}); {self._fix}")
+        said = _quote(body)
+        if answer.status_code in retried:
             retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
-            said = f"status {answer.status_code} {quote(answer.text)}"
-            raise PassingFailureError(said, retry_after_s=retry_after_s)
+            raise PassingFailureError(f"status {answer.status_code} {said}", retry_after_s=retry_after_s)
         if not answer.is_success:
-            said = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
-            self._fail(url, f"{said}: {quote(answer.text)}", status=answer.status_code)
-        return self._parse(answer, url=url)
+            refused = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
+            self._fail(url, f"{refused}: {said}", status=answer.status_code)
+        return self._parse(body, url=url)
 
     def _hint(self, status: int) -> str:
         if status != httpx.codes.UNAUTHORIZED:
             return ""
         return " (the token that was sent is not its token)" if self._has_token else " (no token was sent)"
 
-    def _parse(self, answer: httpx.Response, *, url: str) -> dict[str, object]:
+    def _parse(self, body: bytes, *, url: str) -> dict[str, object]:
+        said = _quote(body)
         try:
-            body = json.loads(answer.content, parse_constant=_refuse_constant)
+            parsed = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            self._fail(url, f"answer is not JSON ({error}): {quote(answer.text)}; {self._fix}")
-        if not isinstance(body, dict):
-            kind = type(body).__name__
-            self._fail(url, f"answer is a JSON {kind}, not an object: {quote(answer.text)}; {self._fix}")
-        return body
+            self._fail(url, f"answer is not JSON ({error}): {said}; {self._fix}")
+        if not isinstance(parsed, dict):
+            kind = type(parsed).__name__
+            self._fail(url, f"answer is a JSON {kind}, not an object: {said}; {self._fix}")
+        return parsed
 
     def _fail(self, url: str, message: str, *, status: int | None = None, may_pass: bool = False) -> NoReturn:
         message = f"{_without_credentials(url)}: {message}"
         raise CallError(self._name, message, status=status, may_pass=may_pass)
+
+
+async def read_body(answer: httpx.Response, *, max_bytes: int) -> bytes:
+    """The unpacked body of a streamed answer, of which no more is ever unpacked than `max_bytes`.
+
+    Raises BodyError, and httpx.TransportError.
+    """
+    encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "deflate"):
+        raise BodyError(f"its Content-Encoding is {encoding[:50]!r}, expected gzip, deflate or none")
+    unpacker = None if encoding == "identity" else zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
+    body = bytearray()
+    async for part in answer.aiter_raw():
+        try:
+            body += part if unpacker is None else unpacker.decompress(part, max_bytes + 1 - len(body))
+        except zlib.error as error:
+            raise BodyError(f"it is not {encoding}: {error}") from error
+        if len(body) > max_bytes:
+            raise BodyError(f"it has more than {max_bytes / 2**20:g} MiB")
+    return bytes(body)
 
 
 def _checked_url(base_url: str, *, name: str) -> str:
@@ -260,7 +299,7 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def quote(text: str) -> str:
+def _quote(body: bytes) -> str:
     """The beginning of a body, on one line."""
-    line = " ".join(text.split())
+    line = " ".join(body[: 4 * _MAX_QUOTED_CHARS].decode(errors="replace").split())
     return repr(line if len(line) <= _MAX_QUOTED_CHARS else line[:_MAX_QUOTED_CHARS] + "…")

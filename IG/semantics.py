@@ -14,6 +14,7 @@ probability that response r entails gold g, and of `gold_entails_response` that 
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 
 import numpy as np
@@ -23,6 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+LOG_RATIO_LIMIT = 3.0
 _ROUNDING = 1e-12
 """Scores that differ by less are the same, summed differently."""
 
@@ -139,9 +141,16 @@ def log_score(score: FloatArray, *, floor: float) -> FloatArray:
     return np.asarray(np.log(np.maximum(score, floor)), dtype=np.float64)
 
 
-def log_ratio_gain(with_context: float, no_context: float, *, limit: float = 3.0) -> float:
-    """Growth of the log-score, within +-limit."""
-    return float(np.clip(with_context - no_context, -limit, limit))
+def log_ratio_gain(with_context: float, no_context: float) -> float:
+    """Growth of the log-score, within +-LOG_RATIO_LIMIT."""
+    return float(np.clip(with_context - no_context, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def gain_limit(kind: GainKind, *, num_samples: int) -> float:
+    """Largest absolute value of a gain from so many samples per condition."""
+    if kind is GainKind.entropy:
+        return math.log(max(num_samples, 2))
+    return LOG_RATIO_LIMIT if kind is GainKind.log_ratio else 1.0
 
 
 def entropy_gain(with_context: float, no_context: float) -> float:

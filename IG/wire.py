@@ -12,6 +12,9 @@ from IG.http import CallError
 SERVICE = "IG service"
 _LONGEST_TIMEOUT_S = 86400.0
 """The service takes no longer deadline."""
+_ROUNDING = 1e-6
+_LARGEST_LIMIT = 20.0
+"""No gain of the service is larger: an entropy over that many nats takes 5e8 different answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +69,23 @@ def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResul
     if not isinstance(spreads, list) or not len(scores) == len(errors) == len(spreads) == expected:
         counts = f"{len(scores)} scores and {len(errors)} errors"
         raise CallError(SERVICE, f"asked for {expected} scores, got {counts}")
-    return [_read_result(*parts) for parts in zip(scores, spreads, errors, strict=True)]
+    limit = _as_number(body.get("gain_limit", 1.0))  # the published gain is a difference of probabilities
+    if limit is None or not 0 < limit <= _LARGEST_LIMIT:
+        expected_limit = f"a number above 0 up to {_LARGEST_LIMIT:g}"
+        raise CallError(SERVICE, f"gain_limit must be {expected_limit}, got {body['gain_limit']!r:.100}")
+    return [_read_result(*parts, limit=limit) for parts in zip(scores, spreads, errors, strict=True)]
 
 
-def _read_result(score: object, spread: object, error: object) -> GainResult:
+def _read_result(score: object, spread: object, error: object, *, limit: float) -> GainResult:
     if error is not None:
         return failed(str(error), may_pass=str(error).startswith("deadline"))
     gain, standard_error = _as_number(score), _as_number(spread)
     if gain is None:
-        return failed(f"a finite score was expected, got {score!r}")
+        return failed(f"a finite score was expected, got {score!r:.100}")
+    if abs(gain) > limit + _ROUNDING:
+        return failed(f"a score from {-limit:g} to {limit:g} was expected, got {gain:g}")
     if spread is not None and (standard_error is None or standard_error < 0):
-        return failed(f"a standard error was expected, got {spread!r}")
+        return failed(f"a standard error was expected, got {spread!r:.100}")
     return GainResult(gain=gain, standard_error=standard_error)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class Reply:
     """One scripted HTTP answer; `delay_s` before it, or `hangs_up` instead of it."""
 
-    body: str = "{}"
+    body: str | bytes = "{}"
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     delay_s: float = 0.0
@@ -68,7 +68,7 @@ class ScriptedServer:
         reply = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         await asyncio.sleep(reply.delay_s)
         if not reply.hangs_up:
-            text = reply.body.encode()
+            text = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
             extra = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
             start = f"HTTP/1.1 {reply.status} scripted\r\nContent-Length: {len(text)}\r\n{extra}"
             writer.write(f"{start}Connection: close\r\n\r\n".encode() + text)

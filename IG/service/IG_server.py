@@ -18,6 +18,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import Response
 
 from IG.estimator import GainQuery
+from IG.semantics import gain_limit
 from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
 from IG.service.config import IGServiceConfig, resolve_config, visible_device
@@ -142,7 +143,7 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
         responses=refusals(openapi.REFUSALS, 400, 408, 413, 415, 422, 429, 503),
     )
     async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
-        """Gain of every item, in order; a failed item has a null score and its error."""
+        """Gain of every item, in order; a failed item has a null score (`compat`: 0.0) and its error."""
         queries = [
             GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
             for item in body.items
@@ -154,7 +155,13 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
             caller_left=lambda: wait_until_left(request),
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
-        answer = await render(estimates, include_details=body.include_details)
+        is_compatible = config.compat if body.compat is None else body.compat
+        answer = await render(
+            estimates,
+            include_details=body.include_details,
+            gain_limit=gain_limit(config.gain, num_samples=config.num_generations),
+            failed_score=0.0 if is_compatible else None,
+        )
         return Response(answer, media_type="application/json")
 
     return router

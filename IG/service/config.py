@@ -19,6 +19,7 @@ from IG.web.settings import (
     parse_choice,
     parse_integer,
     parse_real,
+    parse_switch,
     parse_text,
     parse_token,
     read_token_file,
@@ -53,6 +54,7 @@ class IGServiceConfig:
     max_body_mb: float
     request_timeout_s: float
     shutdown_grace_s: float
+    compat: bool
     token: str = field(repr=False)
     """Callers must present it as a bearer token; empty lets everyone in."""
     num_workers: int
@@ -151,6 +153,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting(
         "shutdown_grace_s", "30", parse_real(0, 86400), "how long accepted work may go on when asked to stop"
+    ),
+    _setting(
+        "compat",
+        "false",
+        parse_switch,
+        "give items that fail the score 0.0, as the published service does, instead of null",
     ),
     _setting(
         "token",

@@ -18,9 +18,11 @@ from IG.service.schema import (
 _ITEMS_AT_ONCE = 32
 
 
-async def render(estimates: Estimates, *, include_details: bool) -> bytes:
+async def render(
+    estimates: Estimates, *, include_details: bool, gain_limit: float, failed_score: float | None
+) -> bytes:
     """The response as JSON; others on the event loop have their turn in between."""
-    bare = build_response(estimates).model_dump_json()
+    bare = build_response(estimates, gain_limit=gain_limit, failed_score=failed_score).model_dump_json()
     if not include_details or not estimates.outcomes:
         return bare.encode()
     details = []
@@ -33,17 +35,20 @@ async def render(estimates: Estimates, *, include_details: bool) -> bytes:
     return f'{before}"details":[{",".join(details)}]{after}'.encode()
 
 
-def build_response(estimates: Estimates) -> InfoGainResponse:
-    """Scores, errors and work of a request, without details."""
+def build_response(
+    estimates: Estimates, *, gain_limit: float, failed_score: float | None
+) -> InfoGainResponse:
+    """Scores, errors and work of a request, without details; `failed_score` stands for what failed."""
     measured = [outcome if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
     return InfoGainResponse(
-        scores=[estimate.gain if estimate else None for estimate in measured],
+        scores=[estimate.gain if estimate else failed_score for estimate in measured],
         errors=[
             _whole(outcome.reason) if isinstance(outcome, GainFailure) else None
             for outcome in estimates.outcomes
         ],
         details=None,
         standard_errors=[estimate.standard_error if estimate else None for estimate in measured],
+        gain_limit=gain_limit,
         work=WorkDetail(**asdict(estimates.work)),
     )
 

@@ -74,6 +74,12 @@ class InfoGainRequest(BaseModel):
         strict=True,
         description="Return the evidence of every score too; leaving it out is faster.",
     )
+    compat: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Give items that fail the score 0.0 beside their error, as the published service does, "
+        "instead of null. Null: what the service was started with, `--compat`.",
+    )
     timeout_s: float | None = Field(
         default=None,
         strict=True,
@@ -174,13 +180,18 @@ class WorkDetail(BaseModel):
 
 
 class InfoGainResponse(BaseModel):
-    """Everything in the order of the items; a failed item has a null score and its error."""
+    """Everything in the order of the items; a failed item has a null score (`compat`: 0.0) and its error."""
 
     scores: list[float | None] = Field(description="The gains. Null is not 0.", examples=[[0.5]])
     errors: list[str | None] = Field(description="Why there is no score.", examples=[[None]])
     details: list[InfoGainDetail | None] | None = Field(description="Null when they were not asked for.")
     standard_errors: list[float | None] = Field(
         description="Jackknife standard error of every gain; null where there is none.", examples=[[0.21]]
+    )
+    gain_limit: float = Field(
+        description="Largest absolute value that a score can have here: 1 for `--gain difference`, 3 for "
+        "`log_ratio`, log(--num-generations) for `entropy`.",
+        examples=[1.0],
     )
     work: WorkDetail
 

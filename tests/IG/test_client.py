@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from IG.client import GainRequest, GainResult, IGClient, SyncIGClient
 from IG.http import CallError
-from tests.fakes import FakeGainService, Reply, ScriptedServer
+from tests.fakes import AnsweringServer, FakeGainService, Reply, ScriptedServer
 from tests.IG.service.backends import FakeBackend, serving
 
 GOLDS = ("Bolton", "Bolton, England")
@@ -33,7 +34,7 @@ def answer(scores: list[float | None], errors: list[str | None] | None = None, *
 
 
 async def compute(
-    server: ScriptedServer | FakeGainService,
+    server: ScriptedServer | FakeGainService | AnsweringServer,
     count: int,
     *,
     batch_size: int = 256,
@@ -100,6 +101,10 @@ async def test_nothing_is_asked_for_nothing() -> None:
         (Reply('{"scores": 3}'), "must hold lists", False),
         (Reply("[]"), "not an object", False),
         (answer([None, None]), "finite score was expected, got None", False),
+        (answer([1e308, -50]), "a score from -1 to 1 was expected, got", False),
+        (answer([3.1, -3.1], gain_limit=3.0), "a score from -3 to 3 was expected, got", False),
+        (answer([0.5, 0.5], gain_limit=1e9), "gain_limit must be a number above 0 up to 20", False),
+        (answer([0.5, 0.5], gain_limit=None), "gain_limit must be a number", False),
         (answer([None, None], ["deadline: not done"] * 2), "deadline: not done", True),
         (Reply('{"scores": ["0.5", true], "errors": [null, null]}'), "finite score was expected", False),
         (Reply('{"scores": [1e999, 1e999], "errors": [null, null]}'), "finite score", False),
@@ -123,11 +128,35 @@ async def test_a_busy_service_is_asked_again_when_it_says() -> None:
     assert 1.0 <= time.monotonic() - started < 2.0
 
 
-async def test_a_failed_request_does_not_touch_the_others() -> None:
-    results = await compute(ScriptedServer([Reply("kaput", 500), answer([0.5, 0.5])]), 6, batch_size=2)
-    failed = [result.gain is None for result in results]
-    assert sorted(failed[::2]) == [False, False, True]
-    assert failed[::2] == failed[1::2]
+async def test_one_500_costs_no_gain() -> None:
+    server = ScriptedServer([Reply("kaput", 500), answer([0.5, -1.0])])
+    assert await compute(server, 2) == [GainResult(gain=0.5), GainResult(gain=-1.0)]
+    assert len(server.requests) == 2
+
+
+async def test_what_always_fails_is_found_and_its_neighbors_are_measured() -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        asked = [(item["question"], item["context"]) for item in body["items"]]
+        if any(question == "Where 5?" for question, _ in asked):
+            return Reply("kaput", 500)
+        return answer([FakeGainService.gain(*texts) for texts in asked])
+
+    results = await compute(AnsweringServer(reply), 8)
+    assert [k for k, result in enumerate(results) if result.gain is None] == [5]
+    assert "500" in (results[5].error or "")
+    assert results[:5] + results[6:] == expected(requests(8)[:5] + requests(8)[6:])
+
+
+async def test_a_service_that_always_fails_is_not_flooded() -> None:
+    server = ScriptedServer([Reply("kaput", 500)])
+    results = await compute(server, 100, timeout_s=30.0)
+    assert all("500" in (result.error or "") for result in results)
+    assert len(server.requests) <= 2 * (1 + 2 * 32)
+
+
+async def test_gains_may_be_as_large_as_the_service_says() -> None:
+    server = ScriptedServer([answer([3.0, -2.5], gain_limit=3.0)])
+    assert await compute(server, 2) == [GainResult(gain=3.0), GainResult(gain=-2.5)]
 
 
 async def test_single_gains_travel_together_and_come_back_to_who_asked() -> None:

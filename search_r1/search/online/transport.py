@@ -13,7 +13,15 @@ from urllib.parse import quote_plus
 import httpx
 from pydantic import SecretStr
 
-from IG.http import OutOfTimeError, PassingFailureError, parse_retry_after, retry_within
+from IG.http import (
+    ACCEPT_ENCODING,
+    BodyError,
+    OutOfTimeError,
+    PassingFailureError,
+    parse_retry_after,
+    read_body,
+    retry_within,
+)
 from search_r1.search.online.engines import (
     Body,
     Call,
@@ -72,6 +80,7 @@ class Transport:
             transport=_KeyAdder(wire, engine=engine, keys=keys),
             timeout=httpx.Timeout(silence_s, connect=min(_CONNECT_S, silence_s), pool=None),
             trust_env=False,
+            headers=ACCEPT_ENCODING,
         )
 
     async def ask(
@@ -113,15 +122,14 @@ class Transport:
         url = httpx.URL(self._url).copy_merge_params(call.params) if call.params else self._url
         try:
             async with self._client.stream(method, url, json=call.body) as answer:
-                content = await _read_bounded(answer)
+                content = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             await refund()
             raise self._failed(error) from None
         except httpx.TransportError as error:
             raise self._failed(error) from None
-        except httpx.RequestError as error:
-            reason = f"unreadable answer ({type(error).__name__})"
-            raise EngineError(FailureKind.MALFORMED, reason) from None
+        except BodyError as error:
+            raise EngineError(FailureKind.MALFORMED, f"unreadable answer ({error})") from None
         if answer.is_success:
             return self._parse(content)
         said = self.hide(content.decode("utf-8", "replace"))
@@ -179,19 +187,6 @@ class _KeyAdder(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._wire.aclose()
-
-
-async def _read_bounded(answer: httpx.Response) -> bytes:
-    """Raises EngineError for a body that is no list of ten results."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in answer.aiter_bytes():
-        size += len(part)
-        if size > _MAX_ANSWER_BYTES:
-            reason = f"the answer is longer than {_MAX_ANSWER_BYTES >> 20} MiB"
-            raise EngineError(FailureKind.MALFORMED, reason)
-        parts.append(part)
-    return b"".join(parts)
 
 
 def check_key(name: str, key: str) -> str:

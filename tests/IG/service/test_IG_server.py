@@ -61,7 +61,7 @@ async def test_wire_format_with_one_bad_item() -> None:
     poison = GOOD | {"context": "poison"}
     async with serving(FakeBackend()) as client:
         answer = (await client.post("/compute_info_gain", json={"items": [GOOD, poison, GOOD]})).json()
-    assert set(answer) == {"scores", "errors", "details", "standard_errors", "work"}
+    assert set(answer) == {"scores", "errors", "details", "standard_errors", "gain_limit", "work"}
     assert answer["scores"] == [pytest.approx(0.5), None, pytest.approx(0.5)]
     assert answer["errors"] == [None, "RuntimeError: boom", None]
     assert answer["standard_errors"][0] == answer["details"][0]["gain_standard_error"] > 0
@@ -95,6 +95,7 @@ async def test_details_can_be_left_out_and_nothing_asks_for_nothing() -> None:
         "errors": [],
         "details": None,
         "standard_errors": [],
+        "gain_limit": 1.0,
         "work": asdict(Work()),
     }
 
@@ -110,6 +111,29 @@ async def test_the_published_client_gets_what_it_reads() -> None:
     assert [float(score) for score in body["scores"]] == [0.5, 0.0]
     assert not any(body["errors"])
     assert len(body["details"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "failed_score"),
+    [
+        ((), {}, None),
+        ((), {"compat": True}, 0.0),
+        (("--compat",), {}, 0.0),
+        (("--compat",), {"compat": False}, None),
+        (("--compat",), {"compat": None}, 0.0),
+    ],
+)
+async def test_a_failed_item_has_the_published_score_only_where_it_was_asked_for(
+    flags: tuple[str, ...], field: dict[str, object], failed_score: float | None
+) -> None:
+    poison = GOOD | {"context": "poison"}
+    async with calling(FakeBackend(), *flags) as client:
+        answer = await client.post("/compute_info_gain", json={"items": [GOOD, poison], **field})
+    body = answer.json()
+    assert body["scores"] == [pytest.approx(0.5), failed_score]
+    assert body["errors"] == [None, "RuntimeError: boom"]
+    assert body["standard_errors"][1] is None
+    assert body["details"][1] is None
 
 
 @pytest.mark.parametrize(
