@@ -1,8 +1,13 @@
 """Sampled token ids -> `Action`, with the token span of the query or answer; nothing is ever encoded again.
 
-An action is the first `<search>..</search>` or `<answer>..</answer>` pair. Tags may be tokens of their own,
-spread over several, or merged with their neighbours in one token. Whatever the last token holds after the
-closing tag stays in the ids, because the policy did sample it.
+Generation stops at the first `</search>` or `</answer>`. This closing tag and the nearest opening tag of
+the same name before it are the action; a second complete pair is never sampled. Tags that were opened
+earlier and never closed, as in `<think> I may use <search> </think><answer> a </answer>`, do not spoil it.
+Search-R1 reads the same, with two exceptions: it also searches for an empty query, and of a tag that was
+opened twice it reads from the first opening.
+
+Tags may be tokens of their own, spread over several, or merged with their neighbors in one token. Text after
+the closing tag in the last token stays in the ids, because the policy did sample it.
 """
 
 from __future__ import annotations
@@ -14,16 +19,16 @@ from verl.types import Action, ActionKind
 
 STOP_STRINGS = ("</search>", "</answer>")
 
-_TAG = re.compile(r"<(/?)(think|search|information|answer)>")
+_CLOSING_TAG = re.compile(r"</(search|answer)>")
 _INVALID = Action(kind=ActionKind.INVALID)
 
 
 def parse_action(ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> Action:
-    """Read the first action.
+    """Read the action that stopped the turn.
 
-    INVALID is: none, an unclosed one, another tag inside it, a closing tag first, an empty query. An empty
-    answer is an answer (a wrong one). The span holds every token with at least one character of the stripped
-    text, also when it shares that token with a tag.
+    INVALID is: no closing tag, one that was not opened before, an empty query. An empty answer is an answer
+    (a wrong one). The span holds every token with at least one character of the stripped text, also when it
+    shares that token with a tag.
     """
     text = decode(ids)
     located = _locate(text)
@@ -40,20 +45,13 @@ def parse_action(ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) 
 
 
 def _locate(text: str) -> tuple[ActionKind, int, int] | None:
-    """Kind and characters `[start, end)` between the tags of the first action."""
-    opened: re.Match[str] | None = None
-    for tag in _TAG.finditer(text):
-        closes, name = tag.group(1) == "/", tag.group(2)
-        if opened is not None:
-            if closes and name == opened.group(2):
-                return ActionKind(name), opened.end(), tag.start()
-            return None
-        if name in ("think", "information"):
-            continue
-        if closes:
-            return None
-        opened = tag
-    return None
+    """Kind and characters `[start, end)` between the tags of the action."""
+    closing = _CLOSING_TAG.search(text)
+    if closing is None:
+        return None
+    opening = f"<{closing.group(1)}>"
+    opened = text.rfind(opening, 0, closing.start())
+    return None if opened < 0 else (ActionKind(closing.group(1)), opened + len(opening), closing.start())
 
 
 def _token_span(

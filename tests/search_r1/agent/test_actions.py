@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
+import re
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_r1.agent.actions import parse_action
+from search_r1.agent.actions import STOP_STRINGS, parse_action
 from verl.types import Action, ActionKind
 
 INVALID = Action(kind=ActionKind.INVALID)
@@ -45,11 +47,7 @@ def test_one_token_may_hold_everything() -> None:
         "</answer><answer>a</answer>",
         "<search></search>",
         "<search>  \n</search>",
-        "<search> a <search> b </search>",
-        "<answer> a <search> b </search>",
         "<search> a </answer>",
-        "<search> a <think> b </think></search>",
-        "<answer> <information> x </information></answer>",
         "<Search>a</Search>",
     ],
 )
@@ -57,9 +55,60 @@ def test_what_is_no_action(text: str) -> None:
     assert parse_pieces(list(text)) == INVALID
 
 
-def test_the_first_pair_wins_and_other_tags_around_it_do_not_matter() -> None:
-    assert parse_pieces(["</think><answer>", "a", "</answer><search>", "b", "</search>"]).text == "a"
-    assert parse_pieces(["<think><information>", "<search>", "q", "</search>"]).text == "q"
+@pytest.mark.parametrize(
+    ("text", "kind", "content"),
+    [
+        ("<think> use <search> first </think><answer>X</answer>", ActionKind.ANSWER, "X"),
+        ("<think> or <answer> now? </think><search> q </search>", ActionKind.SEARCH, "q"),
+        ("<think> use <search> tags </think><search> q </search>", ActionKind.SEARCH, "q"),
+        ("<answer> a <search> b </search>", ActionKind.SEARCH, "b"),
+        ("<search> a <think> b </think></search>", ActionKind.SEARCH, "a <think> b </think>"),
+        ("</think><answer>a</answer><search>b</search>", ActionKind.ANSWER, "a"),
+        ("<think><information><search>q</search>", ActionKind.SEARCH, "q"),
+    ],
+)
+def test_the_pair_that_stopped_the_turn_is_the_action(text: str, kind: ActionKind, content: str) -> None:
+    action = parse_pieces(list(text))
+    assert (action.kind, action.text, text[action.start : action.end]) == (kind, content, content)
+
+
+WORDS = (
+    "a ",
+    "b\n",
+    "<",
+    "<think>",
+    "</think>",
+    "<search>",
+    "</search>",
+    "<answer>",
+    "</answer>",
+    "<information>",
+)
+
+
+def sample_transcript(rng: random.Random) -> str:
+    """What an engine that stops at the first `</search>` or `</answer>` returns."""
+    text = "".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+    stops = [text.index(stop) + len(stop) for stop in STOP_STRINGS if stop in text]
+    return text[: min(stops, default=len(text))]
+
+
+def parse_as_search_r1(text: str) -> tuple[str, str]:
+    """Kind and content by the rule of Search-R1's `postprocess_predictions`."""
+    match = re.search(r"<(search|answer)>(.*?)</\1>", text, re.DOTALL)
+    return (match.group(1), match.group(2).strip()) if match else ("invalid", "")
+
+
+def test_what_search_r1_reads_is_read_here() -> None:
+    rng = random.Random(0)
+    for _ in range(2_000):
+        text = sample_transcript(rng)
+        kind, content = parse_as_search_r1(text)
+        content = content.rpartition(f"<{kind}>")[2].strip()  # of a tag that was opened twice
+        if kind == "search" and not content:
+            kind = "invalid"
+        action = parse_pieces(list(text))
+        assert (action.kind, action.text) == (kind, content), text
 
 
 def test_an_empty_answer_is_an_answer() -> None:
