@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 
 from IG.web.host import Backend, Host, UnavailableError
-from IG.web.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken
+from IG.web.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken, TrimSlash
 from IG.web.metrics import CALLER_LEFT, CountRequests, RequestMetrics
 from IG.web.openapi import StateResponse
 from IG.web.version import package_version
@@ -41,6 +41,7 @@ def make_application(
         version=package_version(),
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to wherever the Host header says
     )
     app.state.host = host
     for error, explain in _EXPLANATIONS.items():
@@ -81,6 +82,7 @@ def add_guards(
     if token:
         app.add_middleware(RequireToken, token=token)
     app.add_middleware(CountRequests, metrics=metrics, path=work_path)
+    app.add_middleware(TrimSlash)
 
 
 async def wait_until_left(request: Request) -> None:

@@ -34,6 +34,18 @@ _MAX_VALUES = 1_000_000
 """Reading so many takes about half a second, in which nobody else is answered."""
 
 
+class TrimSlash:
+    """Serve `/path/` as `/path`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
+
+
 class RequireToken:
     """Turns away who does not present the bearer token, before anything of the body is read."""
 

@@ -14,6 +14,8 @@ from typing import NoReturn, Protocol
 import uvicorn
 from fastapi import FastAPI
 
+from IG.web.connections import Connection, raise_open_files_limit
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_BYTES_S = 10
 """How long finished answers may take to go out."""
@@ -72,7 +74,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",  # httptools reads headers of any length
+                http=Connection,  # h11: httptools reads headers of any length
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -88,6 +90,7 @@ class GracefulServer(uvicorn.Server):
 
     def run_on(self, listener: socket.socket) -> None:
         """Serve until it is stopped."""
+        raise_open_files_limit()
         for number in _STOP_SIGNALS:  # also for the moments before and after uvicorn's own handlers
             signal.signal(number, self.handle_exit)
         self.run(sockets=[listener])

@@ -234,7 +234,7 @@ async def test_without_the_token_nothing_is_told(presented: str | None) -> None:
     async with calling(FakeBackend(), environ={"IG_TOKEN": TOKEN}) as client:
         refusals = [
             await client.get(path, headers=headers)
-            for path in ("/metrics", "/version", "/openapi.json", "/docs", "/nowhere", "/health/")
+            for path in ("/metrics", "/version", "/openapi.json", "/docs", "/nowhere", "/metrics/")
         ]
         refusals.append(await client.post("/compute_info_gain", headers=headers, content=b"not even json"))
     for refused in refusals:
