@@ -22,6 +22,8 @@ Pair = tuple[str, str]
 
 _SMALLEST_BATCH = 16
 """Pairs that are not worth being shared among threads."""
+_MAX_TOKENS = 4096
+"""Of a pair, for models that have no limit of their own."""
 
 
 class DeviceLostError(RuntimeError):
@@ -113,8 +115,24 @@ class EntailmentModel:
 
     @property
     def _max_tokens(self) -> int:
-        positions: int = self._model.config.max_position_embeddings
+        positions = count_positions(self._model) or _MAX_TOKENS
         return min(positions, int(self._tokenizer.model_max_length))
+
+
+def count_positions(model: PreTrainedModel) -> int | None:
+    """Longest sequence that the model has positions for; None where it does not limit them.
+
+    RoBERTa and its relatives number positions from the id of the padding token + 1, so they have fewer than
+    `max_position_embeddings`.
+    """
+    import torch
+
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None  # XLNet's is -1
 
 
 def entailment_label(id2label: dict[int, str], *, model: str) -> int:

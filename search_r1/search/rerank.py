@@ -26,6 +26,7 @@ from search_r1.search.model_files import (
     read_modules,
 )
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, Retriever, SearchFailure
+from search_r1.search.stated_model import read_length_limit
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class CrossEncoderReranker:
         longer one is cut first; None for what the model says.
         """
         folder = find_model(path, role="reranker")
-        for place in {"", *(place for _, place in read_modules(folder) or ())}:
+        places = [place for _, place in read_modules(folder) or ()]
+        for place in {"", *places}:
             if not place or any((folder / place).glob("*.bin")):
                 check_weights(folder / place, role="reranker")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,12 +74,12 @@ class CrossEncoderReranker:
         self._model = _load_cross_encoder(folder, device=device)
         self._batch_size = batch_size
         limit = self._model.max_seq_length
-        if max_length is not None:
-            if not 8 <= max_length <= limit:
-                raise RetrieverError(
-                    f"max_length {max_length} does not fit reranker {self._name}; expected 8 to {limit}"
-                )
-            self._model.max_seq_length = max_length
+        limit = min(limit, read_length_limit(folder / (places or [""])[0]) or limit)
+        if max_length is not None and not 8 <= max_length <= limit:
+            raise RetrieverError(
+                f"max_length {max_length} does not fit reranker {self._name}; expected 8 to {limit}"
+            )
+        self._model.max_seq_length = max_length or limit
         self._sha256 = hash_model(folder, further=list_module_files(folder))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -31,7 +31,20 @@ _POOLING_KEYS = {
 _POOLING_NAMES = {"lasttoken": "last", "weightedmean": "weighted", "mean_sqrt_len_tokens": "mean_sqrt_len"}
 _QUERY_PROMPTS = ("query", "s2p_query", "retrieval.query", "search_query", "web_search_query", "question")
 _PASSAGE_PROMPTS = ("document", "passage", "corpus", "retrieval.passage", "search_document", "doc", "text")
-_PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Types of models that number positions from the id of the padding token + 1."""
 
 
 def read_stated_model(folder: Path) -> StatedModel:
@@ -46,7 +59,7 @@ def read_stated_model(folder: Path) -> StatedModel:
         raise RetrieverError(f"encoder {folder} is a {kind}, expected a model that makes one vector per text")
     prompts = config.get("prompts")
     query_prefix, passage_prefix = _read_prompts(prompts if isinstance(prompts, dict) else {})
-    limit = _read_length_limit(transformer)
+    limit = read_length_limit(transformer)
     truncated_dim = config.get("truncate_dim")
     recipe = PartialRecipe(
         query_prefix=query_prefix,
@@ -141,9 +154,12 @@ def _shorter(length: int, limit: int | None) -> int:
     return length if limit is None else min(length, limit)
 
 
-def _read_length_limit(transformer: Path) -> int | None:
+def read_length_limit(transformer: Path) -> int | None:
+    """Longest sequence that the model in this folder has positions for; None where it does not say."""
     config = read_json(transformer / "config.json")
-    positions = config.get("max_position_embeddings")
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     if not isinstance(positions, int) or positions < 1:
         return None
-    return positions - 2 if config.get("model_type") in _PADDED_POSITIONS else positions
+    if config.get("model_type") in _POSITIONS_AFTER_PADDING and isinstance(padding, int):
+        return positions - padding - 1
+    return positions

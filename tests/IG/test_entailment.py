@@ -3,14 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
-from IG.entailment import DeviceLostError, EntailmentModel, entailment_label
+from IG.entailment import DeviceLostError, EntailmentModel, count_positions, entailment_label
 from IG.prompts import entailment_text
 from IG.service.config import WORLD_ENTAILMENT
 
@@ -33,30 +38,59 @@ def test_a_model_without_the_label_is_refused() -> None:
         entailment_label({0: "LABEL_0", 1: "LABEL_1"}, model="m")
 
 
-def test_batches_of_any_size_judge_alike_and_in_order() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
-    spelling = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "[UNK]"))
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Single letters as tokens; no limit of length."""
+    spelling = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, "[UNK]"))
     spelling.pre_tokenizer = pre_tokenizers.Whitespace()
     spelling.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, pad_token="[PAD]", unk_token="[UNK]")
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        num_labels=3,
-        type_vocab_size=0,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        initializer_range=0.3,
-        max_position_embeddings=64,
+    return PreTrainedTokenizerFast(
+        tokenizer_object=spelling, pad_token="[PAD]", unk_token="[UNK]", truncation_side="left"
     )
+
+
+SMALL = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_labels": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize(("padding", "limit"), [(0, 63), (1, 62), (3, 60)])
+def test_a_roberta_reads_no_more_than_it_has_positions_for(padding: int, limit: int) -> None:
+    """It numbers positions from the id of its padding token + 1."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = WORDS[padding]
+    model = RobertaForSequenceClassification(RobertaConfig(**SMALL, pad_token_id=padding)).eval()
+    assert count_positions(model) == limit
+    entailment = EntailmentModel(model, tokenizer=tokenizer, entailment_index=2, batch_size=8, num_threads=1)
+    long, longer = entailment.probabilities([("a", "b c d " * 50), ("a", "e " + "b c d " * 50)])
+    assert long == pytest.approx(longer, abs=1e-6)  # the end counts
+
+
+def test_a_model_without_a_limit_of_positions_reads_long_texts() -> None:
+    config = XLNetConfig(vocab_size=12, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=3)
+    model = XLNetForSequenceClassification(config).eval()
+    assert count_positions(model) is None
+    judged = EntailmentModel(
+        model, tokenizer=make_tokenizer(), entailment_index=2, batch_size=8, num_threads=1
+    )
+    assert judged.probabilities([("a", "b c d " * 50)]).shape == (1,)
+
+
+def test_batches_of_any_size_judge_alike_and_in_order() -> None:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = DebertaV2Config(**SMALL, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"])
     model = DebertaV2ForSequenceClassification(config).eval()
     pairs = [("a b c d e", "a"), ("a", "b"), ("c d", "e f g h"), ("a", "a"), ("", "b")]
 
@@ -100,6 +134,9 @@ def test_a_device_that_is_lost_is_told_from_a_batch_that_is_too_large(
     class Broken:
         device = "cpu"
         config = DebertaV2Config(max_position_embeddings=64)
+
+        def modules(self) -> list[torch.nn.Module]:
+            return []
 
         def __call__(self, **_: object) -> None:
             raise error

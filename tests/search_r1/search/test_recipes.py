@@ -201,7 +201,11 @@ def test_lengths_fit_the_positions_of_the_model(folder: Path) -> None:
     with pytest.raises(RetrieverError, match=r"max_length 513 does not fit .* 3 to 512"):
         resolve(folder, "e5-base", max_length=513)
     write_json(folder / "config.json", {"model_type": "xlm-roberta", "max_position_embeddings": 514})
-    assert resolve(folder, "bge-m3").max_length == 512  # two positions are for padding
+    assert resolve(folder, "bge-m3").max_length == 512  # positions begin after the padding token's id, 1
+    config = {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 3}
+    write_json(folder / "config.json", config)
+    assert resolve(folder, "bge-m3").max_length == 510
+    write_json(folder / "config.json", config | {"pad_token_id": 1})
     describe_sentence_encoder(folder)
     write_json(folder / "tokenizer_config.json", {"model_max_length": 100})
     assert resolve(folder).max_length == 100

@@ -14,13 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.rerank import RerankedRetriever, load_reranker
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
-from tests.search_r1.search.tiny_models import save_cross_encoder, save_transformer
+from tests.search_r1.search.tiny_models import save_cross_encoder, save_tokenizer, save_transformer
 
 BROKEN = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="down")
 
@@ -254,6 +259,25 @@ def test_pairs_are_cut_at_the_models_length(tmp_path: Path) -> None:
     assert reranker.describe()["reranker_max_length"] == 8
     with pytest.raises(RetrieverError, match="max_length 65 does not fit reranker tiny; expected 8 to 64"):
         load_reranker(folder, device="cpu", max_length=65)
+
+
+def test_a_roberta_reads_no_more_than_it_has_positions_for(tmp_path: Path) -> None:
+    folder = tmp_path / "roberta"
+    vocab_size = save_tokenizer(folder, model_max_length=10**30)
+    config = RobertaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=66,
+        pad_token_id=0,
+        num_labels=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    reranker = load_reranker(folder, device="cpu")
+    assert reranker.describe()["reranker_max_length"] == 65
+    assert len(reranker.score([("the cat", "a cat sat " * 50)])) == 1
 
 
 def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
