@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from IG import semantics
-from IG.prompts import entailment_text, normalise_answer
+from IG.prompts import entailment_text
 from IG.sampler import SampledAnswer
 from IG.semantics import BoolArray, FloatArray, IntArray, ScoreKind
 from IG.sharing import SharedJudgements, Source, Work
+from serving.answers import same_text_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -203,7 +204,7 @@ def _distinct(
     a kind that is known, the known one, so that an answer that is a gold relates to others as the gold does.
     """
     plainest: dict[str, str] = {}
-    keys = [normalise_answer(text) for text in texts]
+    keys = [same_text_key(text) for text in texts]
     for key, text in zip(keys, texts, strict=True):
         plainest[key] = min(plainest.get(key, text), text, key=lambda spelling: (len(spelling), spelling))
     number = {key: at for at, key in enumerate(plainest)}

@@ -158,18 +158,19 @@ def run_python(code: str, *, cwd: Path) -> str | None:
 
 def check_own_packages() -> Finding:
     """`verl` must be ours: the package of that name on the registries is another project."""
+    own = "verl, search_r1, IG, serving"
     with tempfile.TemporaryDirectory() as empty:
-        code = "import verl, search_r1, IG; print(verl.__file__)"
+        code = f"import {own}; print(verl.__file__)"
         done = subprocess.run([sys.executable, "-c", code], cwd=empty, capture_output=True, text=True)
     place = done.stdout.strip()
     other = installed_version("verl")
     if done.returncode == 0 and other is None and Path(place).resolve().is_relative_to(ROOT):
-        return Finding(name="verl, search_r1, IG", status="ok", found=f"ours, in {ROOT}")
+        return Finding(name=own, status="ok", found=f"ours, in {ROOT}")
     if other is not None:
         fix = "pip uninstall -y verl && pip install --no-deps -e ."
         return Finding(name="verl", status="error", found=f"another verl {other} shadows ours", fix=fix)
     told = f"verl is {place}" if place else (done.stderr.strip().splitlines() or ["not importable"])[-1]
-    return Finding(name="verl, search_r1, IG", status="error", found=told, fix="pip install --no-deps -e .")
+    return Finding(name=own, status="error", found=told, fix="pip install --no-deps -e .")
 
 
 def check_hardware() -> Iterator[Finding]:

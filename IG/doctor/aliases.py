@@ -11,7 +11,7 @@ import numpy as np
 from IG.doctor.matching import Match, matches_of
 from IG.doctor.questions import AskedQuestion
 from IG.doctor.readings import GainRule, QuestionReading
-from IG.prompts import normalise_answer
+from serving.answers import same_text_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def alias_report(readings: Sequence[QuestionReading], rule: GainRule) -> AliasRe
     for reading in known:
         for samples in reading.conditions.values():
             matches.update(matches_of(samples, reading.question.golds, threshold=rule.threshold))
-            distinct.append(len({normalise_answer(text) for text in samples.texts}))
+            distinct.append(len({same_text_key(text) for text in samples.texts}))
     full = [gain for reading in known for gain in _context_gains(reading, rule)]
     first = [gain for reading in known for gain in _context_gains(_first_gold(reading), rule)]
     moved = np.abs(np.asarray(full) - np.asarray(first)) > 0.01
@@ -64,7 +64,7 @@ def alias_report(readings: Sequence[QuestionReading], rule: GainRule) -> AliasRe
 
 
 def _num_golds(question: AskedQuestion) -> int:
-    return len({normalise_answer(gold) for gold in question.golds})
+    return len({same_text_key(gold) for gold in question.golds})
 
 
 def _context_gains(reading: QuestionReading, rule: GainRule) -> list[float]:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Iterable
 from enum import StrEnum
 
 import numpy as np
 
 from IG.doctor.readings import Samples
-from IG.prompts import normalise_answer
 from IG.semantics import FloatArray
-
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from serving.answers import normalize_answer, same_text_key
 
 
 class Match(StrEnum):
@@ -29,26 +24,21 @@ class Match(StrEnum):
     none = "none"
 
 
-def em_key(text: str) -> str:
-    """Lower case; ASCII punctuation deleted; the words a, an, the dropped; single spaces. May be empty."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_PUNCTUATION)).split())
-
-
 def exact_matches(texts: Iterable[str], golds: Iterable[str]) -> FloatArray:
-    """1.0 for every text that equals a gold after normalisation; what normalises to nothing never does."""
-    keys = {key for gold in golds if (key := em_key(gold))}
-    return np.asarray([float(em_key(text) in keys) for text in texts], dtype=np.float64)
+    """Return 1.0 for every text that equals a gold answer after normalization, blank ones never."""
+    keys = {normalize_answer(gold) for gold in golds} - {""}
+    return np.asarray([float(normalize_answer(text) in keys) for text in texts], dtype=np.float64)
 
 
 def matches_of(samples: Samples, golds: Iterable[str], *, threshold: float) -> list[Match]:
     """How every sampled answer is right."""
     accepted = tuple(golds)
-    same_text = {normalise_answer(gold) for gold in accepted}
+    same_text = {same_text_key(gold) for gold in accepted}
     by_em = exact_matches(samples.texts, accepted)
     by_model = np.asarray(samples.equivalent_to_gold(threshold=threshold).any(axis=1))
     kinds = []
     for text, is_exact, is_equivalent in zip(samples.texts, by_em, by_model, strict=True):
-        if normalise_answer(text) in same_text:
+        if same_text_key(text) in same_text:
             kinds.append(Match.text)
         elif is_exact:
             kinds.append(Match.exact_match)

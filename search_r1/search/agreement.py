@@ -19,6 +19,7 @@ from search_r1.search.corpus import Corpus, sample_rows
 from search_r1.search.errors import RetrieverError
 from search_r1.search.kinds import IndexKind
 from search_r1.search.manifest import IndexManifest
+from serving.answers import truncate_words
 
 if TYPE_CHECKING:
     from search_r1.search.encoder import TextEncoder
@@ -87,7 +88,7 @@ def prepare_trial(corpus: Corpus, encoder: TextEncoder) -> Trial:
 
 def shorten_to_query(contents: str) -> str:
     """The first words of a passage without quotes and line ends: something like a query about it."""
-    return " ".join(contents.replace('"', " ").split()[:_QUERY_WORDS])
+    return truncate_words(" ".join(contents.replace('"', " ").split()), max_words=_QUERY_WORDS)
 
 
 def run_trial(trial: Trial, *, index: VectorIndex, corpus: Corpus, needed: str) -> None:

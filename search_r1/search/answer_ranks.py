@@ -1,6 +1,6 @@
 """Where the answer of a question stands among the passages that its text finds, and shares of that.
 
-A passage has the answer when the words of a gold occur in it in a row, both normalised as exact match does.
+A passage has the answer when the words of a gold occur in it in a row, both normalized as exact match does.
 That is necessary for a reader to quote it, not sufficient: a gold like `no` occurs by chance.
 """
 
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
-import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from search_r1.search.questions import AskedQuestion
-from search_r1.search.retriever import Found, Outcome, Retriever, SearchFailure
+from search_r1.search.retriever import Outcome, Retriever, SearchFailure
+from serving.answers import AnswerRule, find_answer
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _Z = 1.959963984540054
 """97.5 % point of the normal distribution: intervals of 95 %."""
 
@@ -44,26 +41,12 @@ class Share:
     high: float
 
 
-def normalise_words(text: str) -> str:
-    """As exact match does: lower case, no ASCII punctuation, no a, an, the, single spaces. May be empty."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_PUNCTUATION)).split())
-
-
-def find_rank(found: Found, golds: Iterable[str]) -> int | None:
-    """Rank from 1 of the first passage that has a gold. What normalises to nothing is never found."""
-    wanted = [f" {words} " for gold in golds if (words := normalise_words(gold))]
-    for rank, hit in enumerate(found, start=1):
-        words = f" {normalise_words(hit.document.contents)} "
-        if any(gold in words for gold in wanted):
-            return rank
-    return None
-
-
 async def measure_ranks(
     questions: Sequence[AskedQuestion],
     retriever: Retriever,
     *,
     topk: int,
+    rule: AnswerRule,
     batch_size: int,
     timeout_s: float,
     report: Callable[[int], None],
@@ -80,7 +63,7 @@ async def measure_ranks(
             texts = [question.text for question in batch]
             outcomes = await retriever.search(texts, topk=topk, timeout_s=timeout_s)
             parts = zip(batch, outcomes, strict=True)
-            ranked = await asyncio.to_thread(lambda: [_rank(*part) for part in parts])
+            ranked = await asyncio.to_thread(lambda: [_rank(*part, rule=rule) for part in parts])
         report(len(batch))
         return ranked
 
@@ -92,11 +75,11 @@ async def measure_ranks(
     return [ranked for task in tasks for ranked in task.result()]
 
 
-def _rank(question: AskedQuestion, outcome: Outcome) -> AnswerRank:
+def _rank(question: AskedQuestion, outcome: Outcome, *, rule: AnswerRule) -> AnswerRank:
     if isinstance(outcome, SearchFailure):
         return AnswerRank(question=question, rank=None, num_found=0, failure=outcome)
-    rank = find_rank(outcome, question.golds)
-    return AnswerRank(question=question, rank=rank, num_found=len(outcome))
+    index = find_answer([hit.document.contents for hit in outcome], question.golds, rule=rule)
+    return AnswerRank(question=question, rank=None if index is None else index + 1, num_found=len(outcome))
 
 
 def share_within(ranks: Sequence[AnswerRank], k: int) -> Share | None:

@@ -33,7 +33,6 @@ from search_r1.search.answer_ranks import (
     Share,
     by_source,
     measure_ranks,
-    normalise_words,
     share_within,
 )
 from search_r1.search.defaults import REPOSITORY
@@ -41,6 +40,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.questions import AskedQuestion, read_questions
 from search_r1.search.schema import MAX_TOPK
 from search_r1.search.settings import RETRIEVER_SETTINGS, add_retriever_arguments, resolve_retriever
+from serving.answers import AnswerRule, normalize_answer
 
 if TYPE_CHECKING:
     from search_r1.search.retriever import Retriever
@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default world/test.parquet)",
     )
     add("--url", help="ask this running retriever; without it, one is opened by the flags below")
+    add(
+        "--answer_rule",
+        choices=tuple(map(str, AnswerRule)),
+        default=str(AnswerRule.folded),
+        help="how answers and passages are normalized: as reward.answer_rule of the trainer (default folded)",
+    )
     add("--topk", type=int, nargs="+", default=[1, 3, 10, 100], metavar="K", help="depths to look at")
     add("--num_questions", type=int, metavar="N", help="draw so many of them at random (all if left out)")
     add("--batch_size", type=int, default=64, help="questions searched at once")
@@ -79,7 +85,8 @@ def run(settings: argparse.Namespace) -> int:
     _check(settings)
     started = time.monotonic()
     questions = read_questions(settings.questions, limit=settings.num_questions)
-    hopeless = sum(not any(map(normalise_words, question.golds)) for question in questions)
+    rule = AnswerRule(settings.answer_rule)
+    hopeless = sum(not any(normalize_answer(gold, rule=rule) for gold in q.golds) for q in questions)
     if hopeless:
         logger.warning("%d questions have no answer that exact match can accept: they are missed", hopeless)
     ranks, facts = asyncio.run(_measure(questions, settings))
@@ -154,6 +161,7 @@ async def _measure(
                 questions,
                 retriever,
                 topk=max(settings.topk),
+                rule=AnswerRule(settings.answer_rule),
                 batch_size=settings.batch_size,
                 timeout_s=settings.timeout_s,
                 report=lambda count: progress.advance(task, count),

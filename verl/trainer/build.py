@@ -18,6 +18,7 @@ import numpy as np
 from search_r1.agent.loop import SearchAgent
 from search_r1.agent.prompts import render_context
 from search_r1.search.client import HttpSearch
+from serving.answers import AnswerRule
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
@@ -136,7 +137,12 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
             seed=config.trainer.seed,
         ),
         reward=Reward(
-            partial(measure_outcome, metric=config.reward.outcome, format_score=config.reward.format_score),
+            partial(
+                measure_outcome,
+                metric=config.reward.outcome,
+                format_score=config.reward.format_score,
+                rule=AnswerRule(config.reward.answer_rule),
+            ),
             gain=SemanticGain(
                 gains, render_context=render_context, timeout_s=config.reward.semantic.timeout_s
             )

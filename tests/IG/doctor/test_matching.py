@@ -6,22 +6,15 @@ import numpy as np
 import pytest
 
 from IG.doctor.aliases import alias_report
-from IG.doctor.matching import Match, em_key, exact_matches, matches_of
+from IG.doctor.matching import Match, exact_matches, matches_of
 from IG.doctor.readings import GainRule
 from IG.doctor.scenarios import Scenario
 from tests.IG.doctor.synthetic import GOLD, reading, samples
 
 
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [("The U.S. Army", "us army"), (" An  Apple-pie ", "applepie"), ("the", ""), ("A.", "")],
-)
-def test_em_normalises_as_question_answering_does(text: str, key: str) -> None:
-    assert em_key(text) == key
-
-
-def test_what_normalises_to_nothing_matches_nothing() -> None:
-    assert exact_matches(["the", "The Bolton.", ""], ["a", "bolton"]).tolist() == [0.0, 1.0, 0.0]
+def test_exact_match_counts_as_the_reward_does() -> None:
+    right = exact_matches(["the", "The Bolton.", "", "A."], ["a", "bolton"])
+    assert right.tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_each_answer_counts_by_the_first_way_it_is_right() -> None:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from serving.answers import AnswerRule
 from verl.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -209,6 +210,7 @@ class SemanticGainConfig:
 @dataclass
 class RewardConfig:
     outcome: str = "em"
+    answer_rule: str = "folded"
     format_score: float = 0.0
     gain: str = "semantic"
     gain_weight: float = 0.6
@@ -217,6 +219,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _one_of("reward.outcome", self.outcome, OUTCOMES)
+        _one_of("reward.answer_rule", self.answer_rule, tuple(AnswerRule))
         _one_of("reward.gain", self.gain, GAINS)
         _not_negative("reward", format_score=self.format_score, gain_weight=self.gain_weight)
         _check(

@@ -1,4 +1,4 @@
-"""How right a short answer is: exact match, cover match and word F1 against several golds (SQuAD rules).
+"""Score a short answer against several gold answers: exact match, cover match and word F1.
 
     >>> exact_match("The Bolton.", ["Bolton, England", "bolton"])
     1.0
@@ -9,39 +9,44 @@ structured fact of the trajectory, so nothing in a prompt or in an observation c
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Iterable
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from serving.answers import AnswerRule, fold, normalize_answer, split_words
 
 
-def normalise_answer(text: str) -> str:
-    """Lower case; ASCII punctuation deleted; the words a, an, the dropped; single spaces. May be empty."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_PUNCTUATION)).split())
+def exact_match(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
+    """Return 1.0 if the prediction equals a gold answer after normalization; an empty one equals none."""
+    predicted = normalize_answer(prediction, rule=rule)
+    return float(bool(predicted) and any(predicted == normalize_answer(gold, rule=rule) for gold in golds))
 
 
-def exact_match(prediction: str, golds: Iterable[str]) -> float:
-    """1.0 if the prediction equals a gold after normalisation. What normalises to nothing equals nothing."""
-    predicted = normalise_answer(prediction)
-    return float(bool(predicted) and any(predicted == normalise_answer(gold) for gold in golds))
+def sub_exact_match(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
+    """Return 1.0 if a gold answer occurs in the prediction after normalization (cover match).
 
-
-def sub_exact_match(prediction: str, golds: Iterable[str]) -> float:
-    """1.0 if a gold occurs in the prediction after normalisation (cover match).
-
-    Lenient, as published: long predictions cover much, and `art` is found inside `party`.
+    Lenient, as published: long predictions cover much, and `art` is found inside `party`. A gold answer of
+    articles and punctuation alone must be equal: `a` is inside almost every text.
     """
-    predicted = normalise_answer(prediction)
-    return float(any(gold in predicted for gold in map(normalise_answer, golds) if gold))
+    accepted = tuple(golds)
+    if exact_match(prediction, accepted, rule=rule):
+        return 1.0
+    folded = [fold(text) if rule is AnswerRule.folded else text for text in (prediction, *accepted)]
+    predicted, *inside = (normalize_answer(text, rule=AnswerRule.published) for text in folded)
+    return float(any(gold in predicted for gold in inside if gold))
 
 
-def word_f1(prediction: str, golds: Iterable[str]) -> float:
-    """Best F1 over the golds between the bags (not sets) of normalised words: repeated words count."""
-    predicted = Counter(normalise_answer(prediction).split())
-    return max((_bag_f1(predicted, Counter(normalise_answer(gold).split())) for gold in golds), default=0.0)
+def word_f1(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
+    """Return the best F1 over the gold answers between bags (not sets) of normalized words.
+
+    In scripts without spaces each character is a word; by the published rule only white space separates.
+    """
+    predicted = _count_words(prediction, rule=rule)
+    return max((_bag_f1(predicted, _count_words(gold, rule=rule)) for gold in golds), default=0.0)
+
+
+def _count_words(text: str, *, rule: AnswerRule) -> Counter[str]:
+    normalized = normalize_answer(text, rule=rule)
+    return Counter(split_words(normalized) if rule is AnswerRule.folded else normalized.split())
 
 
 def _bag_f1(predicted: Counter[str], gold: Counter[str]) -> float:

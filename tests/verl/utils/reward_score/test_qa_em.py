@@ -2,23 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from verl.utils.reward_score.qa_em import exact_match, normalise_answer, sub_exact_match, word_f1
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The U.S. Army", "us army"),
-        (" An  Apple-pie ", "applepie"),
-        ("A.", ""),
-        ("the", ""),
-        ("Theatre and anthem", "theatre and anthem"),
-        ("\u201cquoted\u201d it\u2019s", "\u201cquoted\u201d it\u2019s"),
-        ("Zürich\n東京", "zürich 東京"),
-    ],
-)
-def test_normalisation(text: str, expected: str) -> None:
-    assert normalise_answer(text) == expected
+from serving.answers import AnswerRule
+from verl.utils.reward_score.qa_em import exact_match, sub_exact_match, word_f1
 
 
 @pytest.mark.parametrize(
@@ -28,6 +13,12 @@ def test_normalisation(text: str, expected: str) -> None:
         ("Bolton England", ["Bolton, England"], 1.0),
         ("in Bolton", ["Bolton"], 0.0),
         ("the", ["a"], 0.0),
+        ("A.", ["A"], 1.0),
+        ("the the", ["The The"], 1.0),
+        ("!!!", ["!!!"], 1.0),
+        ("?", ["!!!"], 0.0),
+        ("\u201cit\u2019s\u201d", ["It's"], 1.0),
+        ("\uff11\uff19\uff19\uff10\u5e74", ["1990\u5e74"], 1.0),
         ("", [""], 0.0),
         ("", ["Bolton"], 0.0),
         ("Bolton", [], 0.0),
@@ -43,6 +34,9 @@ def test_exact_match(prediction: str, golds: list[str], expected: float) -> None
         ("It is in Bolton, in England", ["Paris", "Bolton"], 1.0),
         ("Bolton", ["Bolton, England"], 0.0),
         ("anything", ["the"], 0.0),
+        ("The.", ["the"], 1.0),
+        ("the the", ["he"], 0.0),
+        ("Caf\u00e9 \u201cde\u201d Flore", ["cafe\u0301 de"], 1.0),
         ("", ["", "Bolton"], 0.0),
     ],
 )
@@ -58,9 +52,21 @@ def test_cover_match_ignores_golds_that_normalise_to_nothing(
         ("The city of Bolton, England", ["Bolton, England"], 2 * 2 / (4 + 2)),
         ("New York New York", ["New York City"], 4 / 7),  # bags; sets would give 0.8
         ("Bolton", ["Paris", "bolton town", "Bolton"], 1.0),
-        ("the", ["the"], 0.0),
+        ("the", ["the"], 1.0),
+        ("the", ["a"], 0.0),
         ("Paris", ["Bolton"], 0.0),
+        ("\u6771\u4eac\u90fd", ["\u6771\u4eac"], 2 * 2 / (3 + 2)),
+        ("in \u6771\u4eac", ["\u6771\u4eac\u3002"], 2 * 2 / (3 + 2)),
     ],
 )
 def test_f1_is_over_bags_of_normalised_words(prediction: str, golds: list[str], expected: float) -> None:
     assert word_f1(prediction, golds) == pytest.approx(expected)
+
+
+def test_the_published_rule_folds_nothing() -> None:
+    published = AnswerRule.published
+    assert exact_match("The Bolton.", ["bolton"], rule=published) == 1.0
+    assert exact_match("it\u2019s", ["it's"], rule=published) == 0.0
+    assert exact_match("A", ["A"], rule=published) == 0.0
+    assert sub_exact_match("it\u2019s so", ["it's"], rule=published) == 0.0
+    assert word_f1("\u6771\u4eac\u90fd", ["\u6771\u4eac"], rule=published) == 0.0
