@@ -39,7 +39,7 @@ class Question:
     uid: str
     """`data_source/split/index`: unique over merged data sets, the key of a GRPO group."""
     text: str
-    """The bare question, as the IG service is asked."""
+    """The question that the IG service is asked: see `complete_question`."""
     messages: tuple[Message, ...]
     """The chat prompt the policy sees."""
     golds: tuple[str, ...]
@@ -49,11 +49,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """One search result as the policy read it: as the retriever returned it, unless it was cut."""
+    """One search result as the policy read it: as retrieved, but cut to fit and with tags neutralized."""
 
     id: str
     title: str
-    """First line of `contents`, quotes kept."""
+    """First line of `contents`, quotes kept; empty when `contents` has no line break."""
     text: str
     """The rest of `contents`; only its start where an observation had no room for more."""
     score: float
@@ -220,6 +220,16 @@ class Score:
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further measures of the answer (em, sub_em, f1), for logs only."""
+
+
+def complete_question(text: str) -> str:
+    """Strip a question and end it in a question mark.
+
+    The prompt of Search-R1 and all published IG clients do so. Both the policy's instruction and the text for
+    the IG service go through here.
+    """
+    text = text.strip()
+    return text if text.endswith("?") else f"{text}?"
 
 
 def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from search_r1.agent.actions import STOP_STRINGS, parse_action
-from search_r1.agent.prompts import RETRY, render_passages, wrap_observation
+from search_r1.agent.prompts import RETRY, neutralize_tags, render_passages, wrap_observation
 from verl.errors import ConfigError, RolloutError, ServiceError
 from verl.protocols import Generate, Search, Tokenizer
 from verl.types import (
@@ -30,6 +30,10 @@ from verl.types import (
     Trajectory,
     Turn,
 )
+
+_MAX_CHARS_PER_TOKEN = 16
+"""Text beyond this many characters per token of room is cut before it is encoded. Text of any language has
+fewer, so this limits the work for long passages and nothing else."""
 
 
 class SearchAgent:
@@ -59,7 +63,9 @@ class SearchAgent:
         self._max_obs_length = max_obs_length
         self._temperature = temperature
         self._retry_ids = _as_ids(tokenizer.encode(RETRY))
-        shortest = max(len(self._retry_ids), len(tokenizer.encode(wrap_observation(""))))
+        bare = render_passages([Passage(id="", title="", text="", score=0.0)])
+        replies = [RETRY, wrap_observation(""), wrap_observation(bare)]
+        shortest = max(len(tokenizer.encode(reply)) for reply in replies)
         if max_obs_length < shortest:
             raise ConfigError(
                 f"data.max_obs_length={max_obs_length} cannot hold the fixed replies of the environment: "
@@ -131,24 +137,35 @@ class SearchAgent:
         """The same turn with the environment's reply. Raises ServiceError."""
         if turn.action.kind is not ActionKind.SEARCH:
             return replace(turn, observation_ids=self._retry_ids)
-        found = await self._search.search(turn.action.text)
-        ids = self._tokenizer.encode(wrap_observation(render_passages(found)))
-        if len(ids) <= self._max_obs_length:
-            return replace(turn, passages=found, observation_ids=_as_ids(ids))
-        shown, ids = _cut_observation(found, encode=self._tokenizer.encode, max_length=self._max_obs_length)
-        return replace(turn, passages=shown, observation_ids=_as_ids(ids), observation_truncated=True)
+        max_chars = self._max_obs_length * _MAX_CHARS_PER_TOKEN
+        found = tuple(
+            neutralize_tags(replace(passage, title=passage.title[:max_chars], text=passage.text[:max_chars]))
+            for passage in await self._search.search(turn.action.text)
+        )
+        shown, ids = _fit_observation(
+            found, encode=self._tokenizer.encode, max_length=self._max_obs_length, max_chars=max_chars
+        )
+        return replace(
+            turn, passages=shown, observation_ids=_as_ids(ids), observation_truncated=shown != found
+        )
 
 
-def _cut_observation(
-    passages: Sequence[Passage], *, encode: Callable[[str], list[int]], max_length: int
+def _fit_observation(
+    passages: tuple[Passage, ...], *, encode: Callable[[str], list[int]], max_length: int, max_chars: int
 ) -> tuple[tuple[Passage, ...], list[int]]:
-    """The passages as they are shown, and at most `max_length` ids with the closing tag.
+    """Return the passages as they are shown and the ids of their observation, at most `max_length`.
 
-    The documents are cut from their end: the last passage keeps the text that is left of it, and one of which
-    only the heading would be left is dropped. Rendering the passages gives the text of the ids again.
+    Documents that do not fit or have more than `max_chars` characters are cut from their end: the last
+    passage keeps the text that is left of it, and one of which only the heading would be left is dropped. The
+    first one is never dropped: its title is cut instead. Rendering the shown passages gives the text of the
+    ids again.
     """
     documents = render_passages(passages)
-    low, high = 0, len(documents)
+    if len(documents) <= max_chars:
+        ids = encode(wrap_observation(documents))
+        if len(ids) <= max_length:
+            return passages, ids
+    low, high = 0, min(len(documents), max_chars)
     while low < high:
         middle = (low + high + 1) // 2
         fits = len(encode(wrap_observation(documents[:middle].rstrip()))) <= max_length
@@ -163,7 +180,7 @@ def _cut_observation(
 
 
 def _shown_passages(documents: str, *, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-    """What can be read in the start of the rendered passages: the last one with its text cut."""
+    """Return what can be read in the start of the rendered passages, at least part of the first one."""
     for count in range(len(passages), 0, -1):
         bare = replace(passages[count - 1], text="")
         heading = render_passages([*passages[: count - 1], bare])
@@ -171,7 +188,9 @@ def _shown_passages(documents: str, *, passages: Sequence[Passage]) -> tuple[Pas
             whole = render_passages(passages[:count])
             text = documents[: len(whole)].rstrip()[len(heading) + 1 :]
             return (*passages[: count - 1], replace(bare, text=text))
-    return ()
+    first = passages[0]
+    start = len(render_passages([replace(first, title="", text="")])) - 1
+    return (replace(first, title=documents[start : start + len(first.title)], text=""),)
 
 
 def _turn_seed(seed: int, turn: int) -> int:

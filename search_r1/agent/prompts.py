@@ -6,9 +6,11 @@ are pure and take structured passages: nothing here reads a transcript.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from verl.types import Passage, Trajectory
+from verl.types import Passage, Trajectory, complete_question
 
 RETRY = (
     "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
@@ -16,6 +18,9 @@ RETRY = (
 )
 NOTHING_FOUND = "Nothing was found for this query."
 
+_TAG = re.compile(
+    r"<(?=/?(?:think|search|information|answer|documents|refine|tool_call|tool_response)>)", re.IGNORECASE
+)
 _OPENING = "\n\n<information>"
 _CLOSING = "</information>\n\n"
 
@@ -30,12 +35,19 @@ _INSTRUCTION = (
 
 def search_instruction(question: str) -> str:
     """The user message for a bare question; a missing question mark is added."""
-    question = question.strip()
-    return _INSTRUCTION.format(question=question if question.endswith("?") else f"{question}?")
+    return _INSTRUCTION.format(question=complete_question(question))
+
+
+def neutralize_tags(passage: Passage) -> Passage:
+    """Put a space after the `<` of every agent tag in a passage, as in `< /information>`.
+
+    No page can then end its observation or act for the policy. Other text stays as it is.
+    """
+    return replace(passage, title=_TAG.sub("< ", passage.title), text=_TAG.sub("< ", passage.text))
 
 
 def render_passages(passages: Sequence[Passage]) -> str:
-    """`Doc k(Title: title) text`, one line per passage, k from 1."""
+    """`Doc k(Title: title) text`, one line per passage, k from 1; the title may be empty."""
     lines = [f"Doc {k}(Title: {p.title}) {p.text}\n" for k, p in enumerate(passages, start=1)]
     return "".join(lines).strip()
 

@@ -150,5 +150,8 @@ def _is_wanted(futures: Sequence[asyncio.Future[Outcome]]) -> bool:
 
 
 def _make_passage(hit: Hit) -> Passage:
-    title, _, text = hit.document.contents.partition("\n")
+    """Split `contents` after its first line, the title. Contents of one line have none: all of it is text."""
+    title, newline, text = hit.document.contents.partition("\n")
+    if not newline:
+        title, text = "", title
     return Passage(id=hit.document.id, title=title, text=text, score=hit.score)

@@ -100,7 +100,7 @@ class Document(BaseModel):
     id: str = Field(default="", examples=["7"])
     """Empty when the server sends none, as Search-R1's lexical retriever."""
     contents: str = Field(
-        description="Title on the first line, text on the rest.",
+        description="The first line is the title, the rest the text; a single line is text without a title.",
         examples=['"Alice Marsh"\nAlice Marsh was born in Bolton.'],
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from verl.errors import DataError
 from verl.protocols import Tokenizer
-from verl.types import Message, Question
+from verl.types import Message, Question, complete_question
 
 if TYPE_CHECKING:
     import pyarrow
@@ -92,7 +92,7 @@ def _parse_row(row: Mapping[str, object], *, place: str) -> Question:
     data_source = _text(row["data_source"], place=place, column="data_source")
     return Question(
         uid=f"{data_source}/{split}/{index}",
-        text=_text(row["question"], place=place, column="question"),
+        text=complete_question(_text(row["question"], place=place, column="question")),
         messages=_parse_messages(row["prompt"], place=place),
         golds=_parse_golds(row["reward_model"], place=place),
         data_source=data_source,
@@ -136,7 +136,7 @@ def _text(value: object, *, place: str, column: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         _refuse(place, column, value, "a text that is not empty")
-    return value.strip() if column == "question" else value
+    return value
 
 
 def _refuse(place: str, column: str, value: object, expected: str) -> NoReturn:

@@ -37,6 +37,25 @@ async def test_passages_from_the_real_server(server: RunningServer, suffix: str)
     assert found[0].title == '"Größe 漢字"'
 
 
+@pytest.mark.parametrize(
+    ("contents", "title", "text"),
+    [
+        ('"Bolton"\nA town.\nIn England.', '"Bolton"', "A town.\nIn England."),
+        ("All of this is text.", "", "All of this is text."),
+        ("\nAll of this is text.", "", "All of this is text."),
+        ('"Bolton"\n', '"Bolton"', ""),
+    ],
+)
+async def test_the_first_line_is_the_title_unless_it_is_the_only_one(
+    contents: str, title: str, text: str
+) -> None:
+    async with (scripted := ScriptedServer([Reply(render([("7", contents, 0.5)]))])).running():
+        search = HttpSearch(scripted.url, topk=1, timeout_s=5.0)
+        found = await search.search("q")
+        await search.aclose()
+    assert found == (Passage(id="7", title=title, text=text, score=0.5),)
+
+
 async def test_concurrent_searches_share_one_request_and_get_their_own_answers() -> None:
     lists = [[(str(row), f'"T{row}"\nt', 1.0)] for row in range(5)]
     scripted = ScriptedServer([Reply(render(*lists))])

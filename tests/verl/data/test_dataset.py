@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from search_r1.agent.prompts import search_instruction
 from tests.fakes import CharTokenizer
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.errors import DataError
@@ -42,6 +43,13 @@ def test_rows_become_questions(tmp_path: Path) -> None:
     assert (first.uid, first.text, first.golds) == ("nq/train/0", "q0?", ("Bolton", "Bolton, England"))
     assert first.messages == (Message(role="user", content="Question: q0?\n"),)
     assert (second.uid, second.data_source) == ("nq/train/1", "nq")
+
+
+def test_the_question_for_the_ig_service_is_the_one_that_the_instruction_asks(tmp_path: Path) -> None:
+    row = make_row(0, question=" who wrote it ")
+    (question,) = load_questions([write(tmp_path / "a.parquet", row)])
+    assert question.text == "who wrote it?"
+    assert f"Question: {question.text}\n" in search_instruction(" who wrote it ")
 
 
 def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) -> None:
