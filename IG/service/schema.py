@@ -1,6 +1,8 @@
 """The wire format: what `POST /compute_info_gain` takes and gives, and what the other addresses say.
 
-Field names are the published ones; what is new is optional in requests and added to responses.
+Field names are the published ones; what is new is optional in requests and added to responses. Values are
+read as the published service reads them: "5" is 5, "true" and 1 are true, unknown fields are ignored. An item
+that is too large fails alone, and only the first 1,000,000 characters of a context are read.
 """
 
 from __future__ import annotations
@@ -8,8 +10,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
-
-from IG.estimator import MAX_CHARS, MAX_GOLDS
 
 MAX_TIMEOUT_S = 86400.0
 MAX_CONTEXT_CHARS = 1_000_000
@@ -24,8 +24,8 @@ def _require_whole_characters(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(max_length=MAX_CHARS), AfterValidator(_require_whole_characters)]
-Context = Annotated[str, Field(max_length=MAX_CONTEXT_CHARS), AfterValidator(_require_whole_characters)]
+Text = Annotated[str, AfterValidator(_require_whole_characters)]
+Context = Annotated[Text, AfterValidator(lambda text: text[:MAX_CONTEXT_CHARS])]
 
 # A list stops at its first bad entry: a hostile body must not be answered with a million problems.
 
@@ -39,7 +39,6 @@ class InfoGainItem(BaseModel):
         examples=["Alice Marsh was born in Bolton."],
     )
     answers: Annotated[list[Text], FailFast()] = Field(
-        max_length=MAX_GOLDS,
         description="Accepted answers; at least one, except for `--gain entropy`.",
         examples=[["Bolton", "Bolton, England"]],
     )
@@ -71,7 +70,6 @@ class InfoGainRequest(BaseModel):
     )
     include_details: bool = Field(
         default=True,
-        strict=True,
         description="Return the evidence of every score too; leaving it out is faster.",
     )
     compat: bool | None = Field(
@@ -82,7 +80,6 @@ class InfoGainRequest(BaseModel):
     )
     timeout_s: float | None = Field(
         default=None,
-        strict=True,
         gt=0,
         le=MAX_TIMEOUT_S,
         allow_inf_nan=False,

@@ -42,7 +42,7 @@ from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Outcome, Retriever
-from search_r1.search.schema import MAX_TOPK, BareAnswer, RetrieveRequest, ScoredAnswer, read_whole
+from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 
@@ -72,7 +72,7 @@ _REFUSALS: Explained = COMMON | {
     ),
     413: (
         "Too many queries or passages, or too long a body: ask for less at once.",
-        "the request has 5000 queries, expected at most 1024; split it or raise --max_queries",
+        "the request has 5000 queries, expected at most 4096; split it or raise --max_queries",
     ),
     429: (
         "So many queries wait that these must come back later.",
@@ -230,11 +230,17 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
     )
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """The best passages for every query, in order."""
-        queries = body.texts
+        queries, topk = body.texts, body.topk or settings.topk
+        if topk * len(queries) > _MAX_PASSAGES:
+            raise HTTPException(
+                413,
+                f"the request asks for {topk} passages for each of {len(queries)} queries, expected at most "
+                f"{_MAX_PASSAGES} together; split it",
+            )
         timeout_s = body.timeout_s or settings.request_timeout_s
 
         async def search(batcher: MicroBatcher) -> list[Outcome]:
-            return await batcher.search(queries, topk=body.topk or settings.topk, timeout_s=timeout_s)
+            return await batcher.search(queries, topk=topk, timeout_s=timeout_s)
 
         outcomes = await host.run(search, size=len(queries), caller_left=lambda: wait_until_left(request))
         metrics.count_outcomes(outcomes)
@@ -254,13 +260,6 @@ def _require_fitting(value: object, *, settings: ServerSettings) -> None:
     if len(queries) > limit:
         raise HTTPException(
             413, f"the request has {len(queries)} queries, expected at most {limit}; split it or raise {flag}"
-        )
-    topk = read_whole(value.get("topk")) or settings.topk
-    if isinstance(topk, int) and topk <= MAX_TOPK and topk * len(queries) > _MAX_PASSAGES:
-        raise HTTPException(
-            413,
-            f"the request asks for {topk} passages for each of {len(queries)} queries, expected at most "
-            f"{_MAX_PASSAGES} together; split it",
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_TOPK = 1000
 MAX_QUERY_CHARS = 20_000
@@ -22,28 +22,26 @@ MAX_TIMEOUT_S = 86_400.0
 Score = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _check_encodable(text: str) -> str:
-    """JSON can spell lone surrogates, which are no text: tokenizers choke on them."""
+def _read_query(text: str) -> str:
+    """Cut a long query. Raises ValueError for a lone surrogate, which no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"not valid Unicode at character {error.start}") from error
-    return text
+    return text[:MAX_QUERY_CHARS]
 
 
-def read_whole(value: object) -> object:
-    """JSON has one kind of number: 3.0 is 3."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-QueryText = Annotated[str, Field(max_length=MAX_QUERY_CHARS), AfterValidator(_check_encodable)]
+QueryText = Annotated[str, AfterValidator(_read_query)]
 
 
 class RetrieveRequest(BaseModel):
-    """What a client asks. Exactly one of `query` and `queries`."""
+    """What a client asks. Exactly one of `query` and `queries`.
+
+    Values are read as the published server reads them: "3" and 3.0 are 3, "true" and 1 are true, and fields
+    that are not known are ignored.
+    """
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [
                 {"queries": ["Where was Alice Marsh born?"], "topk": 3, "return_scores": True},
@@ -56,18 +54,22 @@ class RetrieveRequest(BaseModel):
         },
     )
 
-    query: QueryText | None = Field(default=None, description="A single query.")
+    query: QueryText | None = Field(
+        default=None, description=f"A single query; its first {MAX_QUERY_CHARS} characters are read."
+    )
     # A list stops at its first bad entry: a hostile body must not be answered with a million problems.
     queries: Annotated[list[QueryText], Field(fail_fast=True)] | None = Field(
         default=None, description="Any number up to --max_queries; a blank one finds nothing."
     )
-    topk: Annotated[int, Field(strict=True, ge=1, le=MAX_TOPK), BeforeValidator(read_whole)] | None = Field(
-        default=None, description="Passages per query at most. Null: the server's default."
+    topk: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOPK,
+        description="Passages per query at most. Null or 0: the server's default.",
     )
-    return_scores: bool = Field(default=False, strict=True, description="Give every document with its score.")
+    return_scores: bool = Field(default=False, description="Give every document with its score.")
     timeout_s: float | None = Field(
         default=None,
-        strict=True,
         gt=0,
         le=MAX_TIMEOUT_S,
         allow_inf_nan=False,
@@ -76,7 +78,6 @@ class RetrieveRequest(BaseModel):
     )
     allow_failures: bool = Field(
         default=False,
-        strict=True,
         description="Answer the other queries where one fails, and say which in `errors`.",
     )
 

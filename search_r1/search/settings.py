@@ -257,7 +257,7 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
     ),
     _setting("cache_size", "10000", parse_integer(0), "answers that are remembered; 0 for none"),
     _setting("max_queue", "4096", parse_integer(1), "queries accepted and not answered yet; more get 429"),
-    _setting("max_queries", "1024", parse_integer(1), "queries per request; more get 413"),
+    _setting("max_queries", "4096", parse_integer(1), "queries per request; more get 413"),
     _setting(
         "max_body_mb", "16", parse_real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
     ),

@@ -122,7 +122,7 @@ class OnlineRetriever:
             await self._store.aclose()
 
     async def _search_one(self, query: str, *, topk: int, deadline: float) -> Outcome:
-        text = normalise_query(query)
+        text = normalise_query(query)[:MAX_QUERY_CHARS].rstrip()
         if not text:
             return ()
         try:
@@ -162,9 +162,6 @@ class OnlineRetriever:
         return ANY_DATE if self._options.mode is OnlineMode.REPLAY else today()
 
     async def _ask(self, query: str, *, topk: int, deadline: float) -> Found:
-        if len(query) > MAX_QUERY_CHARS:
-            reason = f"the query has {len(query)} characters, engines take at most {MAX_QUERY_CHARS}"
-            raise EngineError(FailureKind.REFUSED, reason)
         wanted = min(topk, MAX_RESULTS)
         documents: dict[str, Document] = {}
         for start in range(0, wanted, PAGE_SIZE):

@@ -66,9 +66,26 @@ def test_a_single_query_is_a_list_of_one(server: RunningServer) -> None:
     assert len(single.json()["result"]) == 1
 
 
-@pytest.mark.parametrize("payload", [{}, {"topk": None}])
+@pytest.mark.parametrize("payload", [{}, {"topk": None}, {"topk": 0}])
 def test_the_default_number_of_passages(server: RunningServer, payload: dict[str, object]) -> None:
     assert len(retrieve(server, query="river", **payload).json()["result"][0]) == 3
+
+
+@pytest.mark.parametrize("topk", ["2", 2.0])
+@pytest.mark.parametrize("yes", ["true", "True", "1", 1])
+def test_values_are_read_as_the_published_server_reads_them(
+    server: RunningServer, topk: object, yes: object
+) -> None:
+    asked = {"queries": ["river"], "topk": topk, "return_scores": yes, "timeout_s": "30", "top_p": 0.9}
+    expected = retrieve(server, queries=["river"], topk=2, return_scores=True)
+    assert retrieve(server, **asked).json() == expected.json()
+
+
+def test_a_batch_of_the_published_trainer_with_an_overlong_query_is_answered(server: RunningServer) -> None:
+    """512 questions of 5 episodes each are searched for in one request."""
+    queries = ["river"] * 2559 + ["river " * 10_000]
+    result = retrieve(server, queries=queries, topk=3, return_scores=True).json()["result"]
+    assert [len(hits) for hits in result] == [3] * 2560
 
 
 def test_edges(server: RunningServer) -> None:
@@ -90,11 +107,11 @@ def test_edges(server: RunningServer) -> None:
         (b'{"queries": "a"}', "queries"),
         (b'{"queries": ["a", null]}', "queries"),
         (b'{"queries": ["a", 3]}', "queries"),
-        (b'{"query": "a", "topk": 0}', "topk"),
         (b'{"query": "a", "topk": -1}', "topk"),
         (b'{"query": "a", "topk": 100000}', "topk"),
         (b'{"query": "a", "topk": "many"}', "topk"),
-        (b'{"query": "a", "top_k": 3}', "top_k"),
+        (b'{"query": "a", "topk": 2.5}', "topk"),
+        (b'{"query": "a", "return_scores": "maybe"}', "return_scores"),
         (b'{"query": "\\ud800"}', "query"),
         (b'{"query": "\xff"}', ""),
     ],

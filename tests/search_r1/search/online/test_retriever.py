@@ -233,13 +233,11 @@ async def test_other_statuses(status: int, kind: str) -> None:
     assert (await fail(FakeEngine("bing", faults=[fault]))).kind == kind
 
 
-async def test_a_query_that_no_engine_takes_is_not_sent() -> None:
+async def test_of_a_long_query_the_engine_is_asked_as_much_as_it_takes() -> None:
     async with (fake := FakeEngine("serper")).running():
-        [outcome] = await search("serper", fake.options(), ["x" * 2049])
-    assert isinstance(outcome, SearchFailure)
-    assert outcome.kind is FailureKind.REFUSED
-    assert "2049 characters" in outcome.reason
-    assert fake.asked == []
+        [outcome] = await search("serper", fake.options(), ["x" * 2047 + " and more"])
+    assert not isinstance(outcome, SearchFailure)
+    assert {asked.query for asked in fake.asked} == {"x" * 2047}
 
 
 async def test_half_characters_of_query_and_answer_do_no_harm() -> None:
