@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from search_r1.agent.prompts import search_instruction
+from serving.golds import EXPECTED_GOLDS, parse_golds
 from verl.errors import ConfigError, DataError
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -97,17 +98,12 @@ def read_record(line: str, *, number: int) -> Record:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-    question, golds = fields.get("question"), fields.get("golden_answers")
+    question, golds = fields.get("question"), parse_golds(fields.get("golden_answers"))
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f'"question" must be a text that is not empty, got {question!r}')
-    if not isinstance(golds, list) or not golds:
-        raise ValueError(f'"golden_answers" must be a list of at least one text, got {golds!r}')
-    for gold in golds:
-        if not isinstance(gold, str) or not gold.strip():
-            raise ValueError(
-                f'"golden_answers" holds {gold!r}; every answer must be a text that is not empty'
-            )
-    return Record(id=str(fields.get("id", number - 1)), question=question.strip(), golds=tuple(golds))
+    if not golds:
+        raise ValueError(f'"golden_answers" must be {EXPECTED_GOLDS}, got {fields.get("golden_answers")!r}')
+    return Record(id=str(fields.get("id", number - 1)), question=question.strip(), golds=golds)
 
 
 def read_source(source: Source) -> Iterator[Record]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from serving.golds import EXPECTED_GOLDS, parse_golds
+
 T = TypeVar("T")
 
 PARQUET_COLUMNS = ("question", "reward_model")
@@ -75,11 +77,12 @@ def read_json_lines(path: Path) -> list[tuple[str, Mapping[str, object]]]:
     return objects
 
 
-def require_texts(value: object, *, where: str, name: str) -> tuple[str, ...]:
-    """A list of texts that are not blank. Raises InputError."""
-    if not isinstance(value, list):
-        refuse(where, name, value, "a list of texts")
-    return tuple(require_text(text, where=where, name=f"{name}[{k}]") for k, text in enumerate(value))
+def require_golds(value: object, *, where: str, name: str) -> tuple[str, ...]:
+    """Return accepted answers; an empty list has none. Raises InputError."""
+    golds = parse_golds(value)
+    if not golds and value != []:
+        refuse(where, name, value, EXPECTED_GOLDS)
+    return golds
 
 
 def require_text(value: object, *, where: str, name: str) -> str:
@@ -122,7 +125,7 @@ def _read_lines(path: Path) -> list[AskedQuestion]:
     return [
         AskedQuestion(
             text=require_text(fields.get("question"), where=where, name="question").strip(),
-            golds=require_texts(fields.get("answers", []), where=where, name="answers"),
+            golds=require_golds(fields.get("answers", []), where=where, name="answers"),
             documents=_documents(fields.get("documents", []), where=where),
         )
         for where, fields in read_json_lines(path)
@@ -165,9 +168,8 @@ def _parse_row(row: Mapping[str, object], *, where: str) -> AskedQuestion:
     reward_model = row["reward_model"]
     truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     target = truth.get("target") if isinstance(truth, dict) else None
-    golds = target if isinstance(target, list) else [target]
     return AskedQuestion(
         text=require_text(row["question"], where=where, name="question").strip(),
-        golds=require_texts(golds, where=where, name="reward_model.ground_truth.target"),
+        golds=require_golds(target, where=where, name="reward_model.ground_truth.target"),
         documents=(),
     )

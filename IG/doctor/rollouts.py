@@ -18,8 +18,8 @@ from IG.doctor.questions import (
     InputError,
     read_json_lines,
     refuse,
+    require_golds,
     require_text,
-    require_texts,
     require_whole,
 )
 
@@ -109,7 +109,7 @@ def _parse(fields: Mapping[str, object], *, where: str) -> RecordedRollout:
     return RecordedRollout(
         group=f"{fields.get('step')}/{require_text(fields.get('uid'), where=where, name='uid')}",
         question=require_text(fields.get("question"), where=where, name="question"),
-        golds=require_texts(fields.get("golds"), where=where, name="golds"),
+        golds=require_golds(fields.get("golds"), where=where, name="golds"),
         context=_context(fields.get("turns"), where=where),
         answer=answer if isinstance(answer := fields.get("answer"), str) else None,
         outcome=_number(fields.get("outcome"), where=where, name="outcome"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from search_r1.search.errors import RetrieverError
+from serving.golds import EXPECTED_GOLDS, parse_golds
 
 _GOLDS_NAMES = ("golden_answers", "answers")
 _PARQUET_COLUMNS = ("question", "reward_model")
@@ -104,16 +105,14 @@ def _golds(row: Mapping[str, object], *, where: str) -> tuple[str, ...]:
             "reward_model.ground_truth.target",
             truth.get("target") if isinstance(truth, dict) else None,
         )
-    golds = target if isinstance(target, list) else [target]
-    if not golds or target is None:
-        _refuse(where, name or " or ".join(_GOLDS_NAMES), target, "at least one accepted answer")
-    return tuple(_text(gold, where=where, name=str(name)) for gold in golds)
+    golds = parse_golds(target)
+    if not golds:
+        _refuse(where, name or " or ".join(_GOLDS_NAMES), target, EXPECTED_GOLDS)
+    return golds
 
 
 def _text(value: object, *, where: str, name: str) -> str:
-    """A text that says something and that UTF-8 can spell; golds are often years."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+    """A text that says something and that UTF-8 can spell."""
     if not isinstance(value, str) or not value.strip():
         _refuse(where, name, value, "a text that is not empty")
     return value.encode("utf-8", "replace").decode("utf-8")

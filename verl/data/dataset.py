@@ -6,11 +6,11 @@ Read are `data_source`, `prompt` (chat messages), `reward_model.ground_truth.tar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from serving.golds import EXPECTED_GOLDS, parse_golds
 from verl.errors import DataError
 from verl.protocols import Tokenizer
 from verl.types import Message, Question, complete_question
@@ -117,11 +117,10 @@ def _parse_golds(value: object, *, place: str) -> tuple[str, ...]:
     column = "reward_model.ground_truth.target"
     reward_model = _mapping(value, place=place, column="reward_model")
     truth = _mapping(reward_model.get("ground_truth"), place=place, column="reward_model.ground_truth")
-    target = truth.get("target")
-    golds = target if isinstance(target, list) else [target]
+    golds = parse_golds(truth.get("target"))
     if not golds:
-        _refuse(place, column, target, "at least one accepted answer")
-    return tuple(_text(gold, place=place, column=column) for gold in golds)
+        _refuse(place, column, truth.get("target"), EXPECTED_GOLDS)
+    return golds
 
 
 def _mapping(value: object, *, place: str, column: str) -> Mapping[str, object]:
@@ -131,9 +130,7 @@ def _mapping(value: object, *, place: str, column: str) -> Mapping[str, object]:
 
 
 def _text(value: object, *, place: str, column: str) -> str:
-    """A text that says something; numbers are accepted as golds are often years."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    """A text that says something."""
     if not isinstance(value, str) or not value.strip():
         _refuse(place, column, value, "a text that is not empty")
     return value

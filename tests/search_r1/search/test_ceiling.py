@@ -140,8 +140,8 @@ def test_questions_of_all_kinds_of_files(tmp_path: Path) -> None:
         ('{"golden_answers": ["A"]}', "question is None"),
         ('{"question": "Q"}', "golden_answers or answers is None"),
         ('{"question": "Q", "golden_answers": []}', r"golden_answers is \[\]"),
-        ('{"question": "Q", "golden_answers": [""]}', "golden_answers is ''"),
-        ('{"question": "Q", "golden_answers": [null]}', "golden_answers is None"),
+        ('{"question": "Q", "golden_answers": [""]}', r"golden_answers is \[''\]"),
+        ('{"question": "Q", "golden_answers": [null]}', r"golden_answers is \[None\]"),
     ],
 )
 def test_a_bad_row_is_named(line: str, complaint: str, tmp_path: Path) -> None:

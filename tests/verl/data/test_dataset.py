@@ -60,19 +60,24 @@ def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("target", "golds"), [("Bolton", ("Bolton",)), (1987, ("1987",)), ([1987], ("1987",))]
+    ("target", "golds"),
+    [
+        ("Bolton", ("Bolton",)),
+        (1987, ("1987",)),
+        ([1987.0, None], ("1987",)),
+        ([None, "Bolton"], ("Bolton",)),
+    ],
 )
-def test_a_single_gold_need_not_be_a_list(tmp_path: Path, target: object, golds: tuple[str, ...]) -> None:
+def test_golds_of_every_column_type(tmp_path: Path, target: object, golds: tuple[str, ...]) -> None:
     assert load_questions([write(tmp_path / "a.parquet", make_row(target=target))])[0].golds == golds
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"target": [""]}, r"reward_model\.ground_truth\.target is ''"),
-        ({"target": []}, r"target is \[\], expected at least one"),
-        ({"target": [float("nan")]}, "target is nan"),
-        ({"target": ["a", None]}, "target is None"),
+        ({"target": [""]}, r"reward_model\.ground_truth\.target is \[''\]"),
+        ({"target": []}, r"target is \[\], expected a text, a number or a list"),
+        ({"target": [float("nan"), None]}, r"target is \[nan, None\]"),
         ({"question": "  "}, "question is '  '"),
         ({"question": float("nan")}, "question is nan"),
         ({"data_source": None}, "data_source is None"),
