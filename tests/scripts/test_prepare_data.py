@@ -52,7 +52,7 @@ def test_flashrag_folders_become_search_r1_parquet(tmp_path: Path) -> None:
         ("nq", 0), ("hotpotqa", 0), ("hotpotqa", 1),
     ]  # fmt: skip
     held_out = load_questions([str(out / "test.parquet")])
-    assert [question.text for question in held_out] == ["who painted guernica?", "q3"]
+    assert [question.text for question in held_out] == ["who painted guernica?", "q3?"]
     assert held_out[1].golds == ("c",)
 
 
