@@ -132,4 +132,5 @@ def _delete(text: str, level: Level, *, rule: AnswerRule) -> str:
 
 
 def _spaced(text: str) -> str:
-    return f" {' '.join(split_words(text))} "
+    """Return the words with one space around each, of a text that has single spaces."""
+    return f" {text if text.isascii() else ' '.join(split_words(text))} "

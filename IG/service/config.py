@@ -133,7 +133,10 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("temperature", "1.0", parse_real(0, 10), "sampling temperature; 0 is greedy"),
     _setting("max_new_tokens", "128", parse_integer(1), "longest sampled answer, in tokens"),
     _setting(
-        "max_context_words", "4096", parse_integer(1), "longest context, in words; the first ones are kept"
+        "max_context_words",
+        "4096",
+        parse_integer(1),
+        "longest context, in words (in scripts without spaces, characters); the first ones are kept",
     ),
     _setting("prompt_type", "default", parse_choice(PromptType), "instruction: default, chat or long-form"),
     _setting("computation_chunk_size", "64", parse_integer(1), "pairs the entailment model judges together"),

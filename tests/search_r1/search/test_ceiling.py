@@ -16,6 +16,7 @@ from search_r1.search.answer_ranks import (
     share_within,
     wilson_share,
 )
+from search_r1.search.bm25 import build_bm25
 from search_r1.search.ceiling_plot import draw_ceiling
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index_cli import main
@@ -24,6 +25,7 @@ from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchF
 from search_r1.search.schema import Document
 from serving.answers import AnswerRule
 from tests.fakes import Reply, ScriptedServer
+from tests.search_r1.search.small_world import write_corpus
 
 BOLTON = AskedQuestion(text="Where was Alice Marsh born?", golds=("Bolton",), data_source="one")
 
@@ -232,6 +234,35 @@ async def test_a_running_server_is_asked(
     assert summary["ceiling"] == {"3": 0.5}
     assert summary["retriever"] == {"url": server.url, "index_sha256": "ab"}
     assert [headers["authorization"] for _, headers, _ in server.requests] == ["Bearer geheim"] * 2
+
+
+UNSPACED = {
+    "東京タワー": (
+        "東京タワーは日本の東京都港区にある電波塔である。",
+        "東京タワーはどこにありますか",
+        "東京都港区",
+    ),
+    "上海": ("上海位于中国东部、长江入海口。", "上海在哪条河的入海口", "长江"),
+    "北京": ("北京是中华人民共和国的首都。", "中国的首都是哪里", "北京。"),
+    "大阪": ("大阪城は\uff11\uff15\uff18\uff13年に築かれた。", "大阪城はいつ築かれたか", "1583年"),
+    "เชียงใหม่": ("จังหวัดเชียงใหม่อยู่ในภาคเหนือของประเทศไทย", "เชียงใหม่อยู่ในภาคใด", "ภาคเหนือ"),
+}
+
+
+@pytest.mark.parametrize(("rule", "share"), [("folded", 1.0), ("published", 0.6)])
+def test_answers_in_scripts_without_spaces_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rule: str, share: float
+) -> None:
+    """With a real BM25 index: every answer is in the first passage, where it has no spaces around it."""
+    corpus, index, questions = (tmp_path / name for name in ("corpus.jsonl", "bm25", "q.jsonl"))
+    write_corpus(corpus, {title: f'"{title}"\n{text}' for title, (text, _, _) in UNSPACED.items()})
+    build_bm25(corpus, index_path=index)
+    rows = [{"question": asked, "golden_answers": [gold]} for _, asked, gold in UNSPACED.values()]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--retriever_name", "bm25", "--index_path", str(index), "--corpus_path", str(corpus)]
+    flags += ["--questions", str(questions), "--plot", str(tmp_path / "c.png"), "--answer_rule", rule]
+    assert main(["ceiling", *flags, "--topk", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ceiling"] == {"1": share}
 
 
 @pytest.mark.parametrize(
