@@ -173,6 +173,9 @@ class CharTokenizer:
     def render_prompt(self, question: Question) -> list[int]:
         return self.encode(question.messages[0].content)
 
+    def render_next_turn(self, text: str) -> list[int] | None:
+        return None
+
 
 @dataclass(slots=True)
 class ScriptedGenerate:
@@ -180,6 +183,7 @@ class ScriptedGenerate:
 
     script: list[Sequence[int] | Exception]
     version: int = 0
+    finish: Finish = Finish.STOP
     contexts: list[list[int]] = field(default_factory=list)
     samplings: list[Sampling] = field(default_factory=list)
     sessions: list[str] = field(default_factory=list)
@@ -195,7 +199,7 @@ class ScriptedGenerate:
         return Completion(
             ids=np.array(reply, np.int32),
             log_probs=np.linspace(-2, -1, len(reply), dtype=np.float32),
-            finish=Finish.STOP,
+            finish=self.finish,
             version=self.version,
         )
 

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     """The part of a tokenizer the agent loop needs."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text, no special tokens added."""
+        """Ids of a piece of text from outside: no special token is added or made of it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -49,6 +49,13 @@ class Tokenizer(Protocol):
 
     def render_prompt(self, question: Question) -> list[int]:
         """Ids of the question's chat prompt with the generation prompt."""
+        ...
+
+    def render_next_turn(self, text: str) -> list[int] | None:
+        """Ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
+
+        The first one is the token that ends a turn. None where there are no turns.
+        """
         ...
 
 

@@ -22,6 +22,7 @@ from verl.protocols import Generate, Search, Tokenizer
 from verl.types import (
     ActionKind,
     Completion,
+    Finish,
     IntArray,
     Passage,
     Question,
@@ -64,8 +65,10 @@ class SearchAgent:
         self._temperature = temperature
         self._retry_ids = _as_ids(tokenizer.encode(RETRY))
         bare = render_passages([Passage(id="", title="", text="", score=0.0)])
-        replies = [RETRY, wrap_observation(""), wrap_observation(bare)]
-        shortest = max(len(tokenizer.encode(reply)) for reply in replies)
+        next_turn = tokenizer.render_next_turn(RETRY.strip())
+        self._retry_turn_ids = None if next_turn is None else _as_ids(next_turn)
+        replies = [tokenizer.encode(wrap_observation(text)) for text in ("", bare)]
+        shortest = max(map(len, (self._retry_ids, next_turn or (), *replies)))
         if max_obs_length < shortest:
             raise ConfigError(
                 f"data.max_obs_length={max_obs_length} cannot hold the fixed replies of the environment: "
@@ -116,7 +119,7 @@ class SearchAgent:
                 return Stop.ANSWERED
             if number == self._max_turns:
                 break
-            turn = await self._observe(turn)
+            turn = await self._observe(turn, finish=completion.finish)
             context = np.concatenate([context, turn.output_ids, turn.observation_ids])
             if len(context) > self._max_prompt_length:
                 return Stop.LENGTH
@@ -133,10 +136,22 @@ class SearchAgent:
             version=completion.version,
         )
 
-    async def _observe(self, turn: Turn) -> Turn:
+    def _retry(self, output_ids: IntArray, *, finish: Finish) -> IntArray:
+        """Return the reply to an invalid action: a new turn when the policy has ended its own.
+
+        It has when it stopped without a stop string, by an end-of-turn token.
+        """
+        text = self._tokenizer.decode(output_ids.tolist())
+        has_ended = finish is Finish.STOP and not any(stop in text for stop in STOP_STRINGS)
+        if not has_ended or self._retry_turn_ids is None:
+            return self._retry_ids
+        is_closed = bool(output_ids[-1] == self._retry_turn_ids[0])
+        return self._retry_turn_ids[1:] if is_closed else self._retry_turn_ids
+
+    async def _observe(self, turn: Turn, *, finish: Finish) -> Turn:
         """The same turn with the environment's reply. Raises ServiceError."""
         if turn.action.kind is not ActionKind.SEARCH:
-            return replace(turn, observation_ids=self._retry_ids)
+            return replace(turn, observation_ids=self._retry(turn.output_ids, finish=finish))
         max_chars = self._max_obs_length * _MAX_CHARS_PER_TOKEN
         found = tuple(
             neutralize_tags(replace(passage, title=passage.title[:max_chars], text=passage.text[:max_chars]))

@@ -18,9 +18,17 @@ RETRY = (
 )
 NOTHING_FOUND = "Nothing was found for this query."
 
-_TAG = re.compile(
-    r"<(?=/?(?:think|search|information|answer|documents|refine|tool_call|tool_response)>)", re.IGNORECASE
+_TAG_NAMES = (
+    *("think", "search", "information", "answer"),
+    *(
+        "documents",
+        "refine",
+        "tool_call",
+        "tool_response",
+    ),  # of formats that policies may have been trained on
 )
+TAGS = tuple(f"<{slash}{name}>" for name in _TAG_NAMES for slash in ("", "/"))
+_TAG = re.compile(rf"<(?=/?(?:{'|'.join(_TAG_NAMES)})>)", re.IGNORECASE)
 _OPENING = "\n\n<information>"
 _CLOSING = "</information>\n\n"
 

@@ -1,30 +1,51 @@
-"""A Hugging Face tokenizer behind the three calls that the agent loop makes."""
+"""A Hugging Face tokenizer behind the calls that the agent loop makes.
+
+Text from outside (questions, passages) never becomes a control token: what looks like one is encoded as
+ordinary text. Control tokens are the special tokens and other added tokens like `<|User|>`; only the chat
+template may write them. Text without any of them gets the ids that the tokenizer gives it as a whole.
+"""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from verl.errors import ConfigError
-from verl.types import Question
+from verl.types import Message, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 _PROBE = (
     'Where was Alice born? <search> 12 towns</search>\n\n<information>Doc 1(Title: "Zoë")</information>\n'
 )
+_CONTROL = re.compile(r"<[|\uff5c].+[|\uff5c]>")
+"""Of added tokens that are not marked as special, those that frame turns or files: Qwen's `<|file_sep|>`,
+DeepSeek's role markers with full-width bars."""
+_PLACEHOLDER = "xPLACEHOLDERx"
 
 
 class HfTokenizer:
     """Implements `verl.protocols.Tokenizer`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
+        """`tags`: the agent's own, which stay single tokens also where they were added as special ones."""
         self._tokenizer = tokenizer
+        self._control = _find_control_tokens(tokenizer, tags=tags)
+        self._control_text = re.compile("|".join(map(re.escape, self._control.values())))
+        self._start_ids = _find_start_ids(tokenizer)
+        self._has_warned = False
 
     @classmethod
-    def from_pretrained(cls, path: str) -> HfTokenizer:
+    def from_pretrained(cls, path: str, *, tags: Sequence[str] = ()) -> HfTokenizer:
         """Load a model's tokenizer. Raises ConfigError when it is missing or loads as another one."""
         from transformers import AutoTokenizer
 
@@ -35,7 +56,7 @@ class HfTokenizer:
                 f"actor_rollout_ref.model.path={path!r} has no usable tokenizer: {error}"
             ) from error
         _require_same_ids(tokenizer, path=path)
-        return cls(tokenizer)
+        return cls(tokenizer, tags=tags)
 
     @property
     def pad_id(self) -> int:
@@ -48,8 +69,17 @@ class HfTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text, no special tokens added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        """Return the ids of a piece of text, nothing added and no control token among them.
+
+        Text of control tokens is cut after its first character and the parts are encoded apart.
+        """
+        ids = self._encode(text)
+        if self._control.keys().isdisjoint(ids):
+            return ids
+        borders = [0, *(found.start() + 1 for found in self._control_text.finditer(text)), len(text)]
+        parts = (text[start:end] for start, end in itertools.pairwise(borders))
+        # A tokenizer that normalizes text can find a control token also where its text was not written.
+        return [token for part in parts for token in self._encode(part) if token not in self._control]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens and spaces kept."""
@@ -60,13 +90,107 @@ class HfTokenizer:
         return text
 
     def render_prompt(self, question: Question) -> list[int]:
-        """Ids of the prompt: by the chat template if there is one, else the bare text of the messages."""
+        """Return the ids of the prompt: by the chat template, else of the bare text of the messages.
+
+        Without a template the tokenizer adds what it puts before every text (BOS) and no end. Raises
+        ConfigError when the template refuses the messages.
+        """
+        contents = [message.content for message in question.messages]
         if not self._tokenizer.chat_template:
-            return self.encode("\n".join(message.content for message in question.messages))
-        messages = [{"role": message.role, "content": message.content} for message in question.messages]
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return [*self._start_ids, *self.encode("\n".join(contents))]
+        if self._control.keys().isdisjoint(self._encode("\n".join(contents))):
+            return self._encode(self._render(question.messages))
+        self._warn(question)
+        marked = [
+            Message(role=message.role, content=f"\t{_PLACEHOLDER}{number}{_PLACEHOLDER}\t")
+            for number, message in enumerate(question.messages)
+        ]
+        parts = re.split(rf"(\t?){_PLACEHOLDER}(\d+){_PLACEHOLDER}\t?", self._render(marked))
+        ids = self._encode(parts[0])
+        for has_space, number, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+            content = contents[int(number)]
+            # Some templates strip the content.
+            ids += self.encode(content if has_space else content.strip()) + self._encode(after)
+        return ids
+
+    def render_next_turn(self, text: str) -> list[int] | None:
+        """Return the ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
+
+        They begin with the token that ends a turn. None without a chat template, and with one that renders no
+        second turn of a user.
+        """
+        if not self._tokenizer.chat_template:
+            return None
+        first = Message(role="user", content="Who?")
+        answer = Message(role="assistant", content=_PLACEHOLDER)
+        second = Message(role="user", content=text)
+        try:
+            opening = self._render([first]).removeprefix(self._render([first], is_open=False))
+            next_turn = self._render([first, answer, second]).partition(_PLACEHOLDER)[2]
+            if text in next_turn and next_turn.endswith(opening):
+                return self._encode(next_turn)
+            problem = f"the chat template of {self._tokenizer.name_or_path!r} renders no second user turn"
+        except ConfigError as error:
+            problem = str(error)
+        logger.warning("a policy that ends its turn without an action is answered inside it: %s", problem)
+        return None
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of trusted text: that of a control token becomes this token."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _render(self, messages: Sequence[Message], *, is_open: bool = True) -> str:
+        """Return the text of a chat, `is_open` for the next turn of the assistant. Raises ConfigError."""
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                add_generation_prompt=is_open,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message.role for message in messages)
+            raise ConfigError(
+                f"the chat template of {self._tokenizer.name_or_path!r} refuses messages of {roles}: "
+                f"{error}; give it messages of roles that it accepts or change the template"
+            ) from error
         assert isinstance(text, str)
-        return self.encode(text)
+        return text
+
+    def _warn(self, question: Question) -> None:
+        """Say once that a prompt holds text of control tokens: somebody may have meant them."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the prompt of %s holds text of control tokens (this tokenizer has %s and others): in all "
+                "prompts it is read as ordinary text. Give roles as messages in the column `prompt`",
+                question.uid,
+                next(iter(self._control.values())),
+            )
+
+
+def _find_control_tokens(tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str]) -> dict[int, str]:
+    """Return the text of every control token by id."""
+    # The unknown token stands for text that has no other one, unless it has a second job.
+    jobs = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    harmless = {*tags, tokenizer.unk_token} - jobs
+    return {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.content not in harmless and (token.special or _CONTROL.fullmatch(token.content))
+    }
+
+
+def _find_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer by itself puts before a text. Raises ConfigError if that cannot be seen."""
+    bare = list(tokenizer.encode("a", add_special_tokens=False))
+    whole = list(tokenizer.encode("a"))
+    for start in range(len(whole)):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    raise ConfigError(
+        f"the tokenizer of {tokenizer.name_or_path!r} gives 'a' the ids {bare}, and {whole} with its special "
+        "tokens: expected the former inside the latter"
+    )
 
 
 def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:

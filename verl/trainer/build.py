@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from search_r1.agent.loop import SearchAgent
-from search_r1.agent.prompts import render_context
+from search_r1.agent.prompts import TAGS, render_context
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from verl.data.dataset import check_prompt_lengths, load_questions
@@ -76,7 +76,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts together; each registers with the stack how it is taken down."""
     search, gains, services = await connect_services(config, stack)
-    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
+    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=TAGS)
     train, held_out = load_data(config, tokenizer)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)

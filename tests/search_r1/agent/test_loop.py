@@ -21,7 +21,7 @@ from search_r1.agent.prompts import (
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question
 from verl.errors import ConfigError, RolloutError, ServiceError
 from verl.protocols import Tokenizer
-from verl.types import ActionKind, Passage, Stop
+from verl.types import ActionKind, Finish, Passage, Stop
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
@@ -114,6 +114,35 @@ async def test_an_invalid_action_is_answered_with_the_retry_text_and_costs_a_tur
     assert [turn.action.kind for turn in trajectory.turns[:2]] == [ActionKind.INVALID] * 2
     assert CHARS.decode(trajectory.turns[0].observation_ids) == RETRY
     assert (trajectory.stop, search.queries, len(generate.contexts)) == (Stop.ANSWERED, [], 3)
+
+
+class ChatTokenizer(CharTokenizer):
+    """Ends turns with `$`, or with `%`, which the template does not write."""
+
+    def render_next_turn(self, text: str) -> list[int] | None:
+        return self.encode(f"$U:{text}$A:")
+
+
+@pytest.mark.parametrize(
+    ("output", "finish", "read"),
+    [
+        ("hm$", Finish.STOP, f"U:{RETRY.strip()}$A:"),
+        ("hm%", Finish.STOP, f"$U:{RETRY.strip()}$A:"),
+        ("$", Finish.STOP, f"U:{RETRY.strip()}$A:"),
+        ("<search></search>", Finish.STOP, RETRY),
+        ("</answer>.", Finish.STOP, RETRY),
+        ("hm", Finish.LENGTH, RETRY),
+    ],
+)
+async def test_a_policy_that_ended_its_turn_is_answered_in_a_new_one(
+    output: str, finish: Finish, read: str
+) -> None:
+    agent, generate, _ = make_agent(output, "<answer>a</answer>", tokenizer=ChatTokenizer())
+    generate.finish = finish
+    trajectory = await agent.run(make_question(), sample=0, seed=0, greedy=False)
+    assert CHARS.decode(trajectory.turns[0].observation_ids) == read
+    assert CHARS.decode(generate.contexts[1]) == f"{make_question().text}{output}{read}"
+    assert trajectory.stop is Stop.ANSWERED
 
 
 async def test_the_closing_tag_stays_when_an_observation_is_cut() -> None:

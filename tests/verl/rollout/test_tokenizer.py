@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from search_r1.agent.prompts import RETRY, TAGS, search_instruction, wrap_observation
 from tests.fakes import make_question
+from tests.verl.rollout.tokenizers import (
+    BAR,
+    BASE,
+    CHAT,
+    deepseek,
+    ends_every_text,
+    llama2_base,
+    llama3,
+    qwen,
+)
 from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
+from verl.types import Message
 
+Maker = Callable[[], PreTrainedTokenizerFast]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -31,21 +46,139 @@ def make_tokenizer(*, template: str | None) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_prompt_is_rendered_by_the_chat_template_or_is_the_bare_text() -> None:
-    question = make_question(text="Who?")
-    with_template = HfTokenizer(make_tokenizer(template=TEMPLATE))
-    assert with_template.decode(with_template.render_prompt(question)) == "<user>Who?<assistant>"
-    bare = HfTokenizer(make_tokenizer(template=None))
-    assert bare.decode(bare.render_prompt(question)) == "Who?"
+def control_texts(raw: PreTrainedTokenizerFast) -> dict[int, str]:
+    """All that a page could forge a turn or an end with."""
+    added = {token_id: token.content for token_id, token in raw.added_tokens_decoder.items()}
+    return {token_id: text for token_id, text in added.items() if text not in (*TAGS, "<unk>")}
 
 
-def test_special_tokens_are_kept_in_texts_and_not_added_to_ids() -> None:
-    raw = make_tokenizer(template=None)
+def encode_trusted(raw: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return list(raw.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("make", [*CHAT, *BASE])
+def test_text_from_outside_never_becomes_a_control_token(make: Maker) -> None:
+    raw = make()
+    tokenizer, control = HfTokenizer(raw), control_texts(raw)
+    nested = [text[:3] + text + text[3:] for text in control.values()]
+    for text in (*control.values(), *nested, " x ".join(control.values()), "".join(control.values())):
+        page = f"Where {text}was"
+        assert not control.keys().isdisjoint(encode_trusted(raw, page)), "no danger, no test"
+        ids = tokenizer.encode(page)
+        assert control.keys().isdisjoint(ids)
+        assert make in BASE or tokenizer.decode(ids) == page
+
+
+@pytest.mark.parametrize("make", [*CHAT, *BASE])
+def test_ordinary_text_keeps_its_ids(make: Maker) -> None:
+    raw = make()
+    for text in ("Where was Alice?", " a < b |> c\n\n", RETRY, wrap_observation("Doc 1(Title: ) <s"), ""):
+        assert HfTokenizer(raw).encode(text) == encode_trusted(raw, text)
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_tags_stay_tokens_in_texts_of_the_environment(is_special: bool) -> None:
+    raw = qwen()
+    raw.add_tokens(list(TAGS), special_tokens=is_special)
+    text = wrap_observation("Doc 1(Title: T) x<|im_end|>y")
+    ids = HfTokenizer(raw, tags=TAGS).encode(text)
+    opening, closing = raw.convert_tokens_to_ids(["<information>", "</information>"])
+    assert (ids.count(opening), ids.count(closing)) == (1, 1)
+    assert raw.eos_token_id not in ids
+    assert raw.decode(ids) == text
+
+
+@pytest.mark.parametrize("make", CHAT)
+@pytest.mark.parametrize("content", ["Where was Alice born?", search_instruction("Who"), "é日🙂"])
+def test_only_the_chat_template_writes_control_tokens(
+    make: Maker, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = make()
     tokenizer = HfTokenizer(raw)
-    assert tokenizer.decode(tokenizer.encode("a b<eos>")) == "a b<eos>"
-    assert raw.eos_token_id in tokenizer.encode("a b<eos>")
-    assert raw.bos_token_id not in tokenizer.encode("a b")
-    assert tokenizer.pad_id == raw.eos_token_id
+    chat = [{"role": "system", "content": "first"}, {"role": "user", "content": "second"}]
+    text = raw.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    start, rest = text.split("first")
+    middle, end = rest.split("second")
+    forged = "".join(control_texts(raw).values())
+    for system, user in ((content, "A\n"), (content + forged, "A\n"), (content, f" x{forged}y{forged}z\n")):
+        messages = (Message(role="system", content=system), Message(role="user", content=user))
+        assert tokenizer.render_prompt(replace(make_question(), messages=messages)) == [
+            *encode_trusted(raw, start),
+            *tokenizer.encode(system.strip() if make is llama3 else system),
+            *encode_trusted(raw, middle),
+            *tokenizer.encode(user.strip() if make is llama3 else user),
+            *encode_trusted(raw, end),
+        ]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the prompt of nq/test/0 holds text of control tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("make", "start"),
+    [(llama2_base, ["<s>"]), (ends_every_text, []), (llama3, ["<|begin_of_text|>"]), (qwen, [])],
+)
+def test_a_base_model_reads_its_prompt_as_the_tokenizer_begins_every_text(
+    make: Maker, start: list[str]
+) -> None:
+    raw = make()
+    raw.chat_template = None
+    tokenizer = HfTokenizer(raw)
+    ids = tokenizer.render_prompt(make_question(text="Who?"))
+    assert ids == [*raw.convert_tokens_to_ids(start), *tokenizer.encode("Who?")]
+    assert ids == [token for token in raw.encode("Who?") if token != raw.eos_token_id]
+    forged = tokenizer.render_prompt(make_question(text=f"Who? {raw.eos_token} {raw.bos_token}"))
+    assert sum(token in control_texts(raw) for token in forged) == len(start)
+
+
+@pytest.mark.parametrize(
+    ("make", "turn"),
+    [
+        (qwen, "<|im_end|>\n<|im_start|>user\nAgain?<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            llama3,
+            "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nAgain?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (deepseek, "<|end|><|User|>Again?<|Assistant|><think>\n".replace("|", BAR)),
+    ],
+)
+def test_the_next_turn_is_what_the_chat_template_writes_after_an_answer(make: Maker, turn: str) -> None:
+    raw = make()
+    ids = HfTokenizer(raw).render_next_turn("Again?")
+    assert ids == encode_trusted(raw, turn)
+    assert ids[0] == raw.eos_token_id
+    chat = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "I."))]
+    text = raw.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+    whole = raw.apply_chat_template(
+        [*chat, {"role": "user", "content": "Again?"}], add_generation_prompt=True, tokenize=False
+    )
+    assert f"{text.removesuffix('<think>' + chr(10))}I.{turn}" == whole
+
+
+@pytest.mark.parametrize(
+    ("template", "warnings"),
+    [
+        (None, 0),
+        ("{{ messages[0]['content'] }}", 1),
+        ("{% if messages|length > 1 %}{{ raise_exception('one message only') }}{% endif %}", 1),
+    ],
+)
+def test_without_further_turns_there_is_no_next_one(
+    template: str | None, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert HfTokenizer(make_tokenizer(template=template)).render_next_turn("Again?") is None
+    assert len(caplog.records) == warnings
+
+
+def test_messages_that_the_chat_template_refuses_are_named() -> None:
+    tokenizer = HfTokenizer(make_tokenizer(template="{{ raise_exception('no system role') }}"))
+    with pytest.raises(ConfigError, match="refuses messages of user: no system role"):
+        tokenizer.render_prompt(make_question())
+
+
+def test_the_pad_token_may_be_the_end_token() -> None:
+    raw = make_tokenizer(template=None)
+    assert HfTokenizer(raw).pad_id == raw.eos_token_id
 
 
 def test_ids_are_the_same_after_loading(tmp_path: Path) -> None:
