@@ -40,7 +40,7 @@ from verl.types import IntArray, Question
 from verl.utils.logs import configure_logging
 from verl.utils.manifest import finish_manifest, read_manifest, set_aside_previous_run, write_manifest
 from verl.utils.redaction import redact
-from verl.utils.reward_score.IG_client import IGClient
+from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.tracking import Tracker
 from verl.workers.checkpoint import CheckpointStore
 from verl.workers.weight_sync import WeightPublisher
@@ -181,7 +181,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
 
 async def connect_services(
     config: Config, stack: AsyncExitStack
-) -> tuple[HttpSearch, IGClient | None, dict[str, object]]:
+) -> tuple[HttpSearch, GainClient | None, dict[str, object]]:
     """Clients of the retriever and the IG service, both answering; and what they said of themselves."""
     retriever, semantic = config.retriever, config.reward.semantic
     wait_s = config.trainer.service_wait_s
@@ -193,7 +193,9 @@ async def connect_services(
         await search.wait_ready(wait_s)
         return search, None, {"retriever": await describe_retriever(search, config.retriever)}
     token = os.environ.get("IG_TOKEN") or None
-    gains = IGClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token)
+    gains = GainClient(
+        semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
+    )
     stack.push_async_callback(gains.aclose)
     health, _ = await asyncio.gather(gains.wait_ready(wait_s), search.wait_ready(wait_s))
     services: dict[str, object] = {"retriever": await describe_retriever(search, config.retriever)}

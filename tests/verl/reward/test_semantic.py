@@ -17,7 +17,7 @@ from verl.errors import TrainingHaltedError
 from verl.reward.semantic import HIDDEN, VISIBLE, SemanticGain
 from verl.rollout.collector import Collector
 from verl.types import ActionKind, Gain, Group, Question, Stop, Trajectory
-from verl.utils.reward_score.IG_client import GainRequest, GainResult, IGClient
+from verl.utils.reward_score.IG_client import GainClient, GainRequest, GainResult
 
 QUESTION = make_question(golds=("Bolton", "Bolton, England"), text="Where?")
 QUESTIONS = [make_question(f"nq/train/{k}") for k in range(4)]
@@ -58,7 +58,7 @@ async def connected(
     server: FakeGainService | ScriptedServer, *, timeout_s: float = 10.0
 ) -> AsyncIterator[SemanticGain]:
     async with server.running():
-        client = IGClient(server.url, timeout_s=timeout_s)
+        client = GainClient(server.url, timeout_s=timeout_s)
         yield SemanticGain(client, render_context=titles, timeout_s=timeout_s)
         await client.aclose()
 

@@ -1,18 +1,37 @@
-"""The trainer's client of the information-gain service: that of `IG`, its errors in the trainer's words."""
+"""Clients of the information-gain service: `GainClient` for the trainer, `IGClient` as published.
+
+`get_ig_client`, `is_ig_service_available` and `IGClient` keep the names and signatures of InfoReasoner for
+scripts that import them. One thing differs: a gain that could not be measured is None, not 0.0.
+
+    client = get_ig_client("http://127.0.0.1:8310")
+    gains = client.compute_info_gain_batch([{"question": q, "context": passages, "answers": ["Bolton"]}])
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
-from IG.client import GainRequest, GainResult
+import numpy as np
+
+from IG.client import GainRequest, GainResult, SyncIGClient
 from IG.client import IGClient as _IGClient
+from serving.golds import parse_golds
+from verl.errors import ServiceError
 from verl.utils.http import translated_calls, translated_settings
 
-__all__ = ["GainRequest", "GainResult", "IGClient"]
+__all__ = ["GainClient", "GainRequest", "GainResult", "IGClient", "get_ig_client", "is_ig_service_available"]
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_URL = "http://127.0.0.1:8310"
+_HEALTH_TIMEOUT_S = 2.0
 
 
-class IGClient:
-    """Asks for gains, many at once or one by one; what failed is a named error in its result."""
+class GainClient:
+    """Client of the trainer: asks for gains many at once or one by one; failures are named in the result."""
 
     def __init__(
         self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
@@ -49,3 +68,94 @@ class IGClient:
     async def aclose(self) -> None:
         """Stop what is under way and close all connections."""
         await self._client.aclose()
+
+
+class IGClient:
+    """The published client: plain calls, usable with and without a running event loop."""
+
+    def __init__(
+        self,
+        service_url: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 3,
+        retry_delay: float = 1.0,
+    ) -> None:
+        """Use `service_url`, else the variable IG_SERVICE_URL; the token is the variable IG_TOKEN.
+
+        `timeout` (seconds) covers a call with all its retries: the other two have no effect.
+        """
+        self.service_url = (service_url or os.environ.get("IG_SERVICE_URL") or _DEFAULT_URL).rstrip("/")
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.retry_delay = retry_delay
+
+    def health_check(self) -> bool:
+        """Return whether the service can measure gains now."""
+        try:
+            with self._connect() as client, translated_calls():
+                client.wait_ready(min(self.timeout, _HEALTH_TIMEOUT_S))
+        except ServiceError:
+            return False
+        return True
+
+    def compute_info_gain(self, question: str, context: str, answers: object) -> float | None:
+        """Return the gain of one item, as `compute_info_gain_batch` does."""
+        return self.compute_info_gain_batch([{"question": question, "context": context, "answers": answers}])[
+            0
+        ]
+
+    def compute_info_gain_batch(self, items: Sequence[Mapping[str, object]]) -> list[float | None]:
+        """Return the gains of items with `question`, `context` (empty if left out) and `answers`, in order.
+
+        `answers` is a text, a number, an array or a list of these. None stands for an item that could not be
+        measured, and the reason is logged. Raises RuntimeError if that is so for all of them.
+        """
+        requests = [
+            GainRequest(
+                question=str(item["question"]),
+                context=str(item.get("context", "")),
+                golds=parse_golds(list(_flatten(item["answers"]))),
+            )
+            for item in items
+        ]
+        if not requests:
+            return []
+        with self._connect() as client:
+            results = client.compute(requests)
+        errors = [result.error for result in results if result.error is not None]
+        if len(errors) == len(results):
+            raise RuntimeError(f"no gain could be measured by {self.service_url}: {errors[0]}")
+        if errors:
+            logger.warning("%d of %d gains were not measured: %s", len(errors), len(results), errors[0])
+        return [result.gain for result in results]
+
+    def _connect(self) -> SyncIGClient:
+        with translated_settings():
+            token = os.environ.get("IG_TOKEN") or None
+            return SyncIGClient(self.service_url, timeout_s=self.timeout, token=token)
+
+
+def get_ig_client(service_url: str | None = None) -> IGClient | None:
+    """Return the one client of a URL, by default of the variable IG_SERVICE_URL; None without a URL."""
+    url = service_url or os.environ.get("IG_SERVICE_URL")
+    return _client_of(url.rstrip("/")) if url else None
+
+
+def is_ig_service_available() -> bool:
+    """Return whether the service that IG_SERVICE_URL names can measure gains now."""
+    client = get_ig_client()
+    return client is not None and client.health_check()
+
+
+@cache
+def _client_of(url: str) -> IGClient:
+    return IGClient(url)
+
+
+def _flatten(answers: object) -> Iterator[object]:
+    """Yield the members of nested lists and arrays; NumPy numbers as Python's."""
+    if isinstance(answers, list | tuple | np.ndarray):
+        for member in answers:
+            yield from _flatten(member)
+    else:
+        yield answers.item() if isinstance(answers, np.generic) else answers

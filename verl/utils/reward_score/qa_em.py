@@ -3,22 +3,33 @@
     >>> exact_match("The Bolton.", ["Bolton, England", "bolton"])
     1.0
 
-Strings in, floats in [0, 1] out. Finding the answer in what the policy wrote is not done here: it is a
-structured fact of the trajectory, so nothing in a prompt or in an observation can be mistaken for it.
+Strings in, floats in [0, 1] out. The trainer takes the answer from the trajectory, where it is a structured
+fact. The functions below `normalize_answer` keep the names and signatures of Search-R1 and InfoReasoner for
+scripts that import them; they read a transcript, with or without its prompt, by the published rule.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from serving.answers import AnswerRule, fold, normalize_answer, split_words
+from serving import answers
+from serving.answers import AnswerRule, fold, split_words
+from verl.utils.reward_score.IG_reward import combine
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_INFORMATION = re.compile(r"<information>\s*\S.*?</information>", re.DOTALL)
+_END_OF_INSTRUCTION = "<answer> Beijing </answer>. Question:"
+"""The published instruction has answer and information tags of its own, before the question."""
+_GAIN_WEIGHT = 0.6
 
 
 def exact_match(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
     """Return 1.0 if the prediction equals a gold answer after normalization; an empty one equals none."""
-    predicted = normalize_answer(prediction, rule=rule)
-    return float(bool(predicted) and any(predicted == normalize_answer(gold, rule=rule) for gold in golds))
+    predicted = answers.normalize_answer(prediction, rule=rule)
+    accepted = {answers.normalize_answer(gold, rule=rule) for gold in golds}
+    return float(predicted in accepted - {""})
 
 
 def sub_exact_match(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
@@ -31,7 +42,7 @@ def sub_exact_match(prediction: str, golds: Iterable[str], *, rule: AnswerRule =
     if exact_match(prediction, accepted, rule=rule):
         return 1.0
     folded = [fold(text) if rule is AnswerRule.folded else text for text in (prediction, *accepted)]
-    predicted, *inside = (normalize_answer(text, rule=AnswerRule.published) for text in folded)
+    predicted, *inside = (answers.normalize_answer(text, rule=AnswerRule.published) for text in folded)
     return float(any(gold in predicted for gold in inside if gold))
 
 
@@ -45,10 +56,78 @@ def word_f1(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerR
 
 
 def _count_words(text: str, *, rule: AnswerRule) -> Counter[str]:
-    normalized = normalize_answer(text, rule=rule)
+    normalized = answers.normalize_answer(text, rule=rule)
     return Counter(split_words(normalized) if rule is AnswerRule.folded else normalized.split())
 
 
 def _bag_f1(predicted: Counter[str], gold: Counter[str]) -> float:
     common = (predicted & gold).total()
     return 2.0 * common / (predicted.total() + gold.total()) if common else 0.0
+
+
+def normalize_answer(s: str) -> str:
+    """Return the answer in lower case without ASCII punctuation and articles: the rule of SQuAD alone."""
+    return answers.normalize_answer(s, rule=AnswerRule.published)
+
+
+def em_check(prediction: str, golden_answers: str | Iterable[str]) -> int:
+    """Return 1 if the prediction equals a gold answer by the published rule; an empty one equals none."""
+    return int(exact_match(prediction, _as_golds(golden_answers), rule=AnswerRule.published))
+
+
+def subem_check(prediction: str, golden_answers: str | Iterable[str]) -> int:
+    """Return 1 if a gold answer occurs in the prediction by the published rule; an empty one never does."""
+    return int(sub_exact_match(prediction, _as_golds(golden_answers), rule=AnswerRule.published))
+
+
+def extract_solution(solution_str: str) -> str | None:
+    """Return the last complete answer of a transcript; None if it has none.
+
+    The example in the prompt does not count: as published, a transcript without an answer had "Beijing".
+    """
+    found = _ANSWER.findall(_response_of(solution_str))
+    return found[-1].strip() if found else None
+
+
+def compute_score_em(
+    solution_str: str,
+    ground_truth: Mapping[str, str | Iterable[str]],
+    method: str = "strict",  # noqa: ARG001 - published, and without effect there too
+    format_score: float = 0.0,
+    score: float = 1.0,
+    info_gain_score: float | None = None,
+) -> float:
+    """Return `score` for an answer that equals a gold answer, else `format_score`; 0 without an answer.
+
+    0.6 of `info_gain_score` is added if the transcript has search results, as in InfoReasoner. None adds
+    nothing, as in Search-R1: the gain is not asked for here, see `IG_client.IGClient`.
+    """
+    answer = extract_solution(solution_str)
+    if answer is None:
+        return 0.0
+    outcome = score if em_check(answer, ground_truth["target"]) else format_score
+    has_results = _INFORMATION.search(_response_of(solution_str)) is not None
+    return combine(outcome, info_gain_score if has_results else None, weight=_GAIN_WEIGHT)
+
+
+def compute_score_subem(
+    solution_str: str,
+    ground_truth: Mapping[str, str | Iterable[str]],
+    method: str = "strict",  # noqa: ARG001 - published, and without effect there too
+    format_score: float = 0.0,
+    score: float = 1.0,
+) -> float:
+    """Return `score` if the answer covers a gold answer, else `format_score`; 0 without an answer."""
+    answer = extract_solution(solution_str)
+    if answer is None:
+        return 0.0
+    return score if subem_check(answer, ground_truth["target"]) else format_score
+
+
+def _response_of(solution_str: str) -> str:
+    _, end, response = solution_str.partition(_END_OF_INSTRUCTION)
+    return response if end else solution_str
+
+
+def _as_golds(golden_answers: str | Iterable[str]) -> list[str]:
+    return [golden_answers] if isinstance(golden_answers, str) else list(golden_answers)

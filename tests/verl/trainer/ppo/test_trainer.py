@@ -26,7 +26,7 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.progress import Progress
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question, Trajectory
-from verl.utils.reward_score.IG_client import IGClient
+from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.tracking import Tracker, read_metrics
 from verl.workers.batch import TrainBatch
 from verl.workers.checkpoint import CheckpointStore
@@ -157,7 +157,7 @@ async def train_with_gains(run_dir: Path, estimator: type[SemanticGain]) -> list
     """The metrics of three steps."""
     run = Run(run_dir, save_freq=0, test_freq=0, val_before_train=False, val_after_train=False)
     async with (server := FakeGainService(delay_s=0.01)).running():
-        client = IGClient(server.url, timeout_s=5)
+        client = GainClient(server.url, timeout_s=5)
         gain: GainEstimator = estimator(client, render_context=render, timeout_s=5)
         run.trainer.parts = dataclasses.replace(
             run.trainer.parts,

@@ -2,8 +2,19 @@ from __future__ import annotations
 
 import pytest
 
+from search_r1.agent.prompts import search_instruction
 from serving.answers import AnswerRule
-from verl.utils.reward_score.qa_em import exact_match, sub_exact_match, word_f1
+from verl.utils.reward_score.qa_em import (
+    compute_score_em,
+    compute_score_subem,
+    em_check,
+    exact_match,
+    extract_solution,
+    normalize_answer,
+    sub_exact_match,
+    subem_check,
+    word_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +81,45 @@ def test_the_published_rule_folds_nothing() -> None:
     assert exact_match("A", ["A"], rule=published) == 0.0
     assert sub_exact_match("it\u2019s so", ["it's"], rule=published) == 0.0
     assert word_f1("\u6771\u4eac\u90fd", ["\u6771\u4eac"], rule=published) == 0.0
+
+
+PUBLISHED_PROMPT = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first. [...] it will "
+    "return the top searched results between <information> and </information>. [...] you can directly give "
+    "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
+    "</answer>. Question: Where was Alice born?\n"
+)
+SEARCHED = "<think>x</think><search>Alice</search>\n\n<information>Doc 1(Title: A) B</information>\n\n"
+
+
+@pytest.mark.parametrize("prompt", ["", PUBLISHED_PROMPT, search_instruction("Where was Alice born?")])
+@pytest.mark.parametrize(
+    ("response", "answer", "em", "subem", "with_gain"),
+    [
+        ("<answer> The Bolton. </answer>", "The Bolton.", 1.0, 1.0, 1.0),
+        (f"{SEARCHED}<answer>Bolton</answer>", "Bolton", 1.0, 1.0, 1.3),
+        (f"{SEARCHED}<answer>in Bolton</answer>", "in Bolton", 0.1, 1.0, 0.4),
+        ("<answer>Bolton</answer> or <answer>Hull</answer>", "Hull", 0.1, 0.1, 0.1),
+        ("<answer>two\nlines</answer>", "two\nlines", 0.1, 0.1, 0.1),
+        (f"{SEARCHED}<answer>Bolton", None, 0.0, 0.0, 0.0),  # not "Beijing"
+        ("<information> </information><answer>Bolton</answer>", "Bolton", 1.0, 1.0, 1.0),
+    ],
+)
+def test_published_functions_score_a_transcript_with_and_without_its_prompt(
+    prompt: str, response: str, answer: str | None, em: float, subem: float, with_gain: float
+) -> None:
+    transcript, truth = prompt + response, {"target": ["Bolton", "Bolton, England"]}
+    assert extract_solution(transcript) == answer
+    assert compute_score_em(transcript, truth, method="strict", format_score=0.1) == em
+    assert compute_score_subem(transcript, truth, "strict", 0.1) == subem
+    gained = compute_score_em(transcript, truth, format_score=0.1, info_gain_score=0.5)
+    assert gained == pytest.approx(with_gain)
+    assert compute_score_em(transcript, {"target": "bolton"}, score=2.0) == (2.0 if em == 1.0 else 0.0)
+
+
+def test_published_checks_follow_the_published_rule() -> None:
+    assert normalize_answer(" An  Apple-pie, it\u2019s ") == "applepie it\u2019s"
+    assert (em_check("The U.S. Army", "us army"), em_check("it\u2019s", ["it's"])) == (1, 0)
+    assert (subem_check("in the party", ["art", "x"]), subem_check("in Bolton", "Hull")) == (1, 0)
+    # Where published code compares empty texts, nothing is right.
+    assert (em_check("the", ["a"]), subem_check("anything", ["the"])) == (0, 0)
