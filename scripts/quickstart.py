@@ -33,6 +33,8 @@ from supervise import (
     wait_until_ready,
 )
 
+from serving.logs import safe_text
+
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30
 
@@ -326,7 +328,9 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     try:
         summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
     except ChildFailedError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"error: {safe_text(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         screen.say("interrupted; everything was stopped", style="yellow")

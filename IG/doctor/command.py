@@ -38,6 +38,7 @@ from IG.service.config import (
     visible_device,
 )
 from IG.web.settings import SettingError, add_settings
+from serving.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,9 @@ class Request:
 
 def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend = PooledBackend.start) -> int:
     """Examine and report. Exit status: 0 done, 1 wrong input or settings or no models, 130 interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "vllm"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    configure_logging(
+        "%(asctime)s %(levelname)s %(name)s: %(message)s", quiet=("httpx", "vllm"), quiet_level=logging.ERROR
+    )
     try:
         request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(request.config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))

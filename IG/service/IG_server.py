@@ -36,6 +36,7 @@ from IG.web.openapi import metrics_response, refusals, security
 from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
 from IG.web.settings import SettingError
 from IG.web.version import package_version
+from serving.logs import configure_logging
 
 logger = logging.getLogger("IG.service")
 
@@ -216,9 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Ends the process by itself when it was stopped while a model still loads, which nothing can interrupt.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for chatty in ("httpx", "uvicorn", "vllm"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    configure_logging(
+        "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        quiet=("httpx", "uvicorn", "vllm"),
+        quiet_level=logging.ERROR,
+    )
     try:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))

@@ -27,6 +27,7 @@ from search_r1.search.kinds import IndexOptions, Storage, parse_options
 from search_r1.search.manifest import IndexManifest
 from search_r1.search.progress import PhaseProgress, format_seconds
 from search_r1.search.recipes import FAMILIES, POOLINGS
+from serving.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -258,9 +259,10 @@ def choose_method(given: str | None, *, model_path: str) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 built, 1 bad input, 2 bad flags."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("faiss", "faiss.loader", "httpx", "sentence_transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging(
+        "%(asctime)s %(levelname)s %(message)s",
+        quiet=("faiss", "faiss.loader", "httpx", "sentence_transformers"),
+    )
     parser = argparse.ArgumentParser(
         prog="index_builder",
         description="Build the index of a corpus, with its manifest; goes on where a killed build stopped. "

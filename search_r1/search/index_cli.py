@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from search_r1.search.errors import RetrieverError
+from serving.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: of the command; 1 what it could not do, 2 wrong arguments, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = _read_name(given[:1])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for noisy in ("faiss", "faiss.loader", "httpx", "matplotlib", "sentence_transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging(
+        "%(asctime)s %(levelname)s %(message)s",
+        quiet=("faiss", "faiss.loader", "httpx", "matplotlib", "sentence_transformers"),
+    )
     module = cast(CommandModule, importlib.import_module(COMMANDS[name].module))
     parser = argparse.ArgumentParser(
         prog=f"index {name}",

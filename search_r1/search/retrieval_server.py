@@ -45,6 +45,7 @@ from search_r1.search.retriever import Outcome, Retriever
 from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
+from serving.logs import configure_logging
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
 
@@ -285,9 +286,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Ends the process by itself when it was stopped while it still loads, which nothing can interrupt.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s retriever %(levelname)s %(message)s")
-    for noisy in ("uvicorn", "uvicorn.error", "faiss", "faiss.loader", "httpx", "sentence_transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logging(
+        "%(asctime)s retriever %(levelname)s %(message)s",
+        quiet=("uvicorn", "uvicorn.error", "faiss", "faiss.loader", "httpx", "sentence_transformers"),
+    )
     try:
         server, retriever = resolve_server(sys.argv[1:] if arguments is None else arguments)
         check_files(retriever)

@@ -183,7 +183,7 @@ def test_a_failing_trainer_is_named(start: Start) -> None:
     output, _ = (process := start("--", "code=7")).communicate(timeout=60)
     assert process.returncode == 1
     assert "the trainer ended with exit code 7" in output
-    assert "console.log ends:\nthe trainer says hello" in output
+    assert "console.log ends:\n  the trainer says hello" in output
     assert "em_before" not in output
 
 

@@ -19,6 +19,7 @@ from search_r1.agent.loop import SearchAgent
 from search_r1.agent.prompts import TAGS, render_context
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
+from serving.redaction import redact
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
@@ -39,7 +40,6 @@ from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import IntArray, Question
 from verl.utils.logs import configure_logging
 from verl.utils.manifest import finish_manifest, read_manifest, set_aside_previous_run, write_manifest
-from verl.utils.redaction import redact
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.tracking import Tracker
 from verl.workers.checkpoint import CheckpointStore

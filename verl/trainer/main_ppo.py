@@ -9,6 +9,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from serving.logs import safe_text
 from verl.errors import (
     ConfigError,
     DataError,
@@ -48,7 +49,7 @@ def run(raw: DictConfig) -> None:
     try:
         asyncio.run(train(load_config(raw)))
     except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {safe_text(str(error))}")
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
 
@@ -57,7 +58,7 @@ def main() -> None:
     try:
         check_override_keys(sys.argv[1:])
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {safe_text(str(error))}")
     register_schema()
     run()
 

@@ -1,4 +1,4 @@
-"""Logging of an entry point: readable on stderr, complete in the run folder, secrets in neither."""
+"""Logging of an entry point: readable on stderr, complete in the run folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 
+from serving.logs import SafeFormatter
 from verl.errors import ConfigError
-from verl.utils.redaction import redact_text
 
 _CHATTY = (
     "httpx",
@@ -24,25 +24,18 @@ _CHATTY = (
 )
 
 
-class _RedactingFormatter(logging.Formatter):
-    """Formats first, so that secrets in arguments and in tracebacks are hidden as well."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact_text(super().format(record))
-
-
 def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> None:
     """Set up the root logger; calling it again replaces the earlier set-up."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ConfigError(f"log level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}")
     screen = RichHandler(console=_stderr_console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
-    screen.setFormatter(_RedactingFormatter("%(message)s"))
+    screen.setFormatter(SafeFormatter("%(message)s"))
     handlers: list[logging.Handler] = [screen]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        to_file.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         handlers.append(to_file)
     logging.basicConfig(level=number, handlers=handlers, force=True)
     for name in _CHATTY:

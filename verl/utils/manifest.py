@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from serving.redaction import redact, redact_text
 from verl.errors import DataError
 from verl.utils.files import write_atomically
-from verl.utils.redaction import redact, redact_text
 
 MANIFEST_FILE = "run_manifest.json"
 RUN_PARTS = (

@@ -19,6 +19,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from serving.redaction import redact_text
 from verl.errors import DataError
 from verl.types import (
     Action,
@@ -33,7 +34,6 @@ from verl.types import (
     Trajectory,
     Turn,
 )
-from verl.utils.redaction import redact_text
 
 Decode = Callable[[Sequence[int]], str]
 TRAJECTORIES = "trajectories"

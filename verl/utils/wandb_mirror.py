@@ -19,7 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
-from verl.utils.redaction import redact
+from serving.redaction import redact
 
 if TYPE_CHECKING:
     import wandb
