@@ -41,7 +41,9 @@ _TYPOGRAPHY = str.maketrans(
     | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb\u300c\u300d\u300e\u300f\u301d\u301e\u301f", '"')
     # Hyphens, dashes and the minus sign, not the letters and marks that look like them (U+30FC, U+00AF).
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63", "-")
-    | {"\u3001": ",", "\u3002": "."}
+    # The dot between parts of a foreign name in Chinese and Japanese.
+    | dict.fromkeys("\u2022\u2027\u22c5\u30fb", "\u00b7")
+    | {"\u3001": ",", "\u3002": ".", "\u2026": "...", "\u301c": "~"}
     # Invisible: soft hyphen, zero-width space, direction marks, word joiner, byte order mark.
     | dict.fromkeys("\u00ad\u200b\u200e\u200f\u2060\ufeff", "")
 )
@@ -60,8 +62,8 @@ def fold(text: str) -> str:
     """Return the text with each character in its plain form, where that cannot change the meaning.
 
     Composed characters (NFC); full- and half-width forms of East Asian typesetting as the characters they
-    stand for; typographic quotes, dashes and the minus sign as in ASCII; no invisible characters. NFKC would
-    do more than that: it takes the meaning out of superscripts and fractions.
+    stand for; typographic quotes, dashes, minus sign and ellipsis as in ASCII; no invisible characters.
+    NFKC would do more than that: it takes the meaning out of superscripts and fractions.
     """
     if text.isascii():
         return text

@@ -37,6 +37,8 @@ TEXTS = st.text(max_size=12) | st.text(
         ("Cafe\u0301", "cafe\u0301", "caf\u00e9"),
         ("\u6771\u4eac\u3002", "\u6771\u4eac\u3002", "\u6771\u4eac"),
         ("New\u200b York", "new\u200b york", "new york"),
+        ("Wait\u2026", "wait\u2026", "wait"),
+        ("ジョン\u30fbミル", "ジョン\u30fbミル", "ジョン\u00b7ミル"),
         # What has a meaning of its own stays.
         ("10\u00b2", "10\u00b2", "10\u00b2"),
         ("\u00bd", "\u00bd", "\u00bd"),
