@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from serving.answers import AnswerRule
 from tests.fakes import make_question, make_trajectory
 from verl.reward.outcome import measure_outcome
 
@@ -32,6 +33,13 @@ def test_value(answer: str | None, metric: str, format_score: float, expected: f
 def test_all_measures_are_reported_whichever_is_the_reward(metric: str) -> None:
     outcome = measure_outcome(make_trajectory(QUESTION, answer="in Bolton"), metric=metric)
     assert outcome.metrics == {"em": 0.0, "sub_em": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(("rule", "value"), [(AnswerRule.folded, 1.0), (AnswerRule.published, 0.0)])
+@pytest.mark.parametrize(("gold", "answer"), [("A", "A."), ("caf\u00e9", "\u201cCafe\u0301\u201d")])
+def test_the_rule_decides_what_is_equal(rule: AnswerRule, value: float, gold: str, answer: str) -> None:
+    trajectory = make_trajectory(make_question(golds=(gold,)), answer=answer)
+    assert measure_outcome(trajectory, rule=rule).metrics == dict.fromkeys(("em", "sub_em", "f1"), value)
 
 
 def test_an_answer_in_the_search_results_is_not_the_answer() -> None:
