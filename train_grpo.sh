@@ -18,12 +18,14 @@ Start the services first, each in a terminal of its own: bash retrieval_launch.s
 
 Variables (what you export wins over the recipe; an override on the command line wins over both):
   BASE_MODEL       model folder or hub id           DATA_DIR         folder with train.parquet and test.parquet
+  N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (4)
+  EXPERIMENT_NAME  name of the run, and of its folder
+  RECIPE           world | gpu, instead of guessing
+Variables that the trainer reads, also when it is started without this script:
   RETRIEVER_URL    http://127.0.0.1:8000/retrieve   IG_SERVICE_URL   http://127.0.0.1:8310
   IG_BATCH_SIZE    items per request                IG_TIMEOUT       seconds a step may wait for its gains
   IG_TOKEN, RETRIEVER_TOKEN                         the services' tokens, where they want one
-  WANDB_PROJECT    project name                     EXPERIMENT_NAME  name of the run, and of its folder
-  N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (4)
-  RECIPE           world | gpu, instead of guessing
+  WANDB_PROJECT    project name, also as WAND_PROJECT
 
 All keys of the configuration: bash train_grpo.sh --cfg job
 TEXT
@@ -54,6 +56,8 @@ if [[ -z "${RECIPE:-}" ]]; then
 fi
 
 # Paths are relative to where the caller stands; everything below runs in the repository's root.
+[[ "${DATA_DIR:-}" == "~"?(/*) ]] && DATA_DIR="$HOME${DATA_DIR:1}"
+[[ "${BASE_MODEL:-}" == "~"?(/*) ]] && BASE_MODEL="$HOME${BASE_MODEL:1}"
 [[ -n "${DATA_DIR:-}" ]] && DATA_DIR="$(realpath -m "$DATA_DIR")"
 [[ -d "${BASE_MODEL:-}" ]] && BASE_MODEL="$(realpath "$BASE_MODEL")"
 
@@ -70,6 +74,7 @@ world)
     )
     ;;
 gpu)
+    export IG_BATCH_SIZE="${IG_BATCH_SIZE:-512}" IG_TIMEOUT="${IG_TIMEOUT:-120}"
     settings=(
         "actor_rollout_ref.model.path=$(q "${BASE_MODEL:-Qwen/Qwen2.5-3B}")"
         "data.train_files=$(q "${DATA_DIR:-data/nq_hotpotqa_train}/train.parquet")"
@@ -90,6 +95,7 @@ gpu)
         actor_rollout_ref.actor.use_kl_loss=true
         actor_rollout_ref.actor.kl_loss_coef=0.001
         actor_rollout_ref.actor.kl_loss_type=low_var_kl
+        actor_rollout_ref.actor.entropy_coeff=0.001
         actor_rollout_ref.rollout.n_agent=3
         actor_rollout_ref.rollout.temperature=1.0
         "actor_rollout_ref.rollout.tensor_model_parallel_size=${TP_SIZE:-4}"
@@ -97,10 +103,10 @@ gpu)
         max_turns=2
         retriever.topk=3
         reward.gain_weight=0.6
-        reward.semantic.batch_size=512
-        reward.semantic.timeout_s=120
+        reward.answer_rule=published
         trainer.device=cuda
         "trainer.n_gpus_per_node=${N_GPUS:-8}"
+        trainer.val_before_train=false
         trainer.total_epochs=15
         trainer.total_training_steps=1005
         trainer.save_freq=50
@@ -114,11 +120,6 @@ gpu)
     ;;
 esac
 
-[[ -n "${RETRIEVER_URL:-}" ]] && settings+=("retriever.url=$(q "$RETRIEVER_URL")")
-[[ -n "${IG_SERVICE_URL:-}" ]] && settings+=("reward.semantic.url=$(q "$IG_SERVICE_URL")")
-[[ -n "${IG_BATCH_SIZE:-}" ]] && settings+=("reward.semantic.batch_size=$IG_BATCH_SIZE")
-[[ -n "${IG_TIMEOUT:-}" ]] && settings+=("reward.semantic.timeout_s=$IG_TIMEOUT")
-[[ -n "${WANDB_PROJECT:-}" ]] && settings+=("trainer.project_name=$(q "$WANDB_PROJECT")")
 [[ -n "${EXPERIMENT_NAME:-}" ]] && settings+=("trainer.experiment_name=$(q "$EXPERIMENT_NAME")")
 
 cd "$root"

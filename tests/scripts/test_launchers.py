@@ -13,7 +13,8 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from verl.trainer.config.loading import check_override_keys, load_config, register_schema
+from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = (
@@ -26,6 +27,7 @@ LAUNCHERS = (
 DIFFICULT = "é (1),[x]=~'&张"
 FAKE_PYTHON = f"""#!/usr/bin/env bash
 if [[ "$1" == */quickstart.py ]]; then exec {sys.executable} "$@"; fi
+env > "$0.env"
 printf "%s\\n" "$@"
 """
 
@@ -60,10 +62,15 @@ def launch(tree: Path, *arguments: str, **variables: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def environment(tree: Path) -> set[str]:
+    """Variables of the last launch, as NAME=VALUE."""
+    return set((tree / ".venv/bin/python.env").read_text().splitlines())
+
+
 def overrides(printed: list[str]) -> dict[str, object]:
     """What Hydra understands of it."""
     assert printed[:3] == ["-P", "-m", "verl.trainer.main_ppo"]
-    check_override_keys(printed[3:])
+    check_overrides(printed[3:])
     parsed = OverridesParser.create().parse_overrides(printed[3:])
     return {override.key_or_group: override.value() for override in parsed}
 
@@ -88,11 +95,7 @@ def test_what_the_caller_exports_wins_and_arguments_come_last(tree: Path) -> Non
         "trainer.save_freq=10",
         BASE_MODEL="Qwen/Qwen2.5-7B",
         DATA_DIR=f"{DIFFICULT}\\",
-        IG_SERVICE_URL="http://10.0.0.5:310",
         IG_BATCH_SIZE="64",
-        IG_TIMEOUT="33",
-        RETRIEVER_URL="http://10.0.0.6:8000/retrieve",
-        WANDB_PROJECT="p",
         EXPERIMENT_NAME="it's [3]",
         N_GPUS="4",
         TP_SIZE="2",
@@ -101,13 +104,18 @@ def test_what_the_caller_exports_wins_and_arguments_come_last(tree: Path) -> Non
     given = overrides(printed)
     assert given["actor_rollout_ref.model.path"] == "Qwen/Qwen2.5-7B"
     assert given["data.train_files"] == f"{tree}/{DIFFICULT}\\/train.parquet"
-    assert given["reward.semantic.url"] == "http://10.0.0.5:310"
-    assert given["reward.semantic.batch_size"] == 64
-    assert given["reward.semantic.timeout_s"] == 33
-    assert given["retriever.url"] == "http://10.0.0.6:8000/retrieve"
-    assert (given["trainer.project_name"], given["trainer.experiment_name"]) == ("p", "it's [3]")
+    assert given["trainer.experiment_name"] == "it's [3]"
+    # What the trainer reads from the environment by itself, with the recipe's defaults.
+    assert {"IG_BATCH_SIZE=64", "IG_TIMEOUT=120"} <= environment(tree)
     assert (given["trainer.n_gpus_per_node"], given["trainer.device"]) == (4, "cuda")
     assert given["actor_rollout_ref.rollout.tensor_model_parallel_size"] == 2
+
+
+def test_a_home_in_variables_is_expanded(tree: Path) -> None:
+    given = overrides(launch(tree, RECIPE="gpu", HOME="/home/me", DATA_DIR="~/data", BASE_MODEL="~/models/m"))
+    assert given["data.train_files"] == "/home/me/data/train.parquet"
+    assert given["actor_rollout_ref.model.path"] == "/home/me/models/m"
+    assert overrides(launch(tree, BASE_MODEL="~other/m"))["actor_rollout_ref.model.path"] == "~other/m"
 
 
 def test_the_gpu_recipe_is_the_published_one(tree: Path) -> None:
@@ -124,8 +132,9 @@ def test_the_gpu_recipe_is_the_published_one(tree: Path) -> None:
         "actor_rollout_ref.rollout.temperature": 1.0,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 4,
         "actor_rollout_ref.rollout.gpu_memory_utilization": 0.5,
-        "reward.semantic.batch_size": 512,
-        "reward.semantic.timeout_s": 120,
+        "actor_rollout_ref.actor.entropy_coeff": 0.001,
+        "trainer.val_before_train": False,
+        "reward.answer_rule": "published",
         "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.285,
         "actor_rollout_ref.actor.kl_loss_coef": 0.001,
         "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
@@ -142,6 +151,7 @@ def test_the_gpu_recipe_is_the_published_one(tree: Path) -> None:
         "trainer.n_gpus_per_node": 8,
     }
     assert {key: given[key] for key in published} == published
+    assert {"IG_BATCH_SIZE=512", "IG_TIMEOUT=120"} <= environment(tree)
     register_schema()
     with initialize_config_module("verl.trainer.config", version_base=None):
         load_config(compose("ppo_trainer", overrides=printed[3:]))
@@ -162,17 +172,12 @@ def test_help_of_the_trainer_names_every_variable() -> None:
     script = (ROOT / "train_grpo.sh").read_text()
     done = subprocess.run(["bash", str(ROOT / "train_grpo.sh"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for name in (
-        "BASE_MODEL",
-        "DATA_DIR",
-        "IG_SERVICE_URL",
-        "IG_TIMEOUT",
-        "IG_BATCH_SIZE",
-        "RETRIEVER_URL",
-        "N_GPUS",
-    ):
-        assert f"${{{name}:-" in script
-        assert name in done.stdout
+    assert set(re.findall(r"\$\{([A-Z_]+):-", script)) <= set(re.findall(r"\w+", done.stdout))
+    configuration = (ROOT / "verl/trainer/config/ppo_trainer.yaml").read_text()
+    read = {
+        name for names in re.findall(r": \$\{env:([A-Z_,]+),", configuration) for name in names.split(",")
+    }
+    assert {"RETRIEVER_URL", "WANDB_PROJECT", "WAND_PROJECT"} <= read <= set(re.findall(r"\w+", done.stdout))
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

@@ -21,7 +21,8 @@ from supervise import is_service_variable
 
 from search_r1.search.online.options import MOCK_VARIABLE
 from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
-from verl.trainer.config.loading import check_override_keys, load_config, register_schema
+from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.validate import validate
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -198,7 +199,7 @@ def test_a_used_run_folder_is_refused(start: Start, tree: Path) -> None:
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_settings_are_a_valid_configuration_with_and_without_a_gpu(num_gpus: int) -> None:
     overrides = [override(key, value) for key, value in {**QUICKSTART_OVERRIDES, **SMOKE_OVERRIDES}.items()]
-    check_override_keys(overrides)
+    check_overrides(overrides)
     register_schema()
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = load_config(compose("ppo_trainer", overrides=overrides))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from serving.logs import safe_text
 from verl.errors import (
@@ -19,7 +22,8 @@ from verl.errors import (
     WeightSyncError,
 )
 from verl.trainer.build import open_trainer
-from verl.trainer.config.loading import check_override_keys, load_config, register_schema
+from verl.trainer.config.loading import first_line, load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.utils.actors import ActorError
 
@@ -55,12 +59,14 @@ def run(raw: DictConfig) -> None:
 
 
 def main() -> None:
-    try:
-        check_override_keys(sys.argv[1:])
-    except ConfigError as error:
-        sys.exit(f"error: {safe_text(str(error))}")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines of its own and exits
     register_schema()
-    run()
+    try:
+        sys.argv[1:] = check_overrides(sys.argv[1:])
+        run()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        text = str(error) if isinstance(error, ConfigError) else first_line(error)
+        sys.exit(f"error: {safe_text(text)}")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""From YAML and command line to checked dataclasses: the only place below `main_*` that knows OmegaConf."""
+"""From YAML, command line and environment to checked dataclasses: where configuration is resolved."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterator
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 
 
 def register_schema() -> None:
-    """Make Hydra check types and refuse unknown keys; called once by an entry point."""
+    """Make Hydra check types and keys and read `${env:...}`; called once by an entry point."""
     ConfigStore.instance().store(name="ppo_schema", node=Config)
+    OmegaConf.register_new_resolver("env", _read_environment, replace=True)
 
 
 def load_config(raw: DictConfig) -> Config:
     """Resolve interpolations and run every range check. Raises ConfigError."""
-    config = OmegaConf.to_object(raw)
+    try:
+        config = OmegaConf.to_object(raw)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{first_line(error)}{_name_variables(raw)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_name_variables(raw)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"expected the ppo_schema configuration, got {type(config).__name__}")
     return config
@@ -36,29 +45,24 @@ def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
             yield from schema_keys(factory, f"{key}.")
 
 
-def check_override_keys(arguments: Sequence[str]) -> None:
-    """Refuse `key=value` arguments whose key the schema does not know, naming the nearest one.
-
-    Hydra would refuse them, too, but suggests nothing. Its own keys and flags pass. Raises ConfigError.
-    """
-    known = list(schema_keys())
-    problems = []
-    for argument in arguments:
-        key, separator, _ = argument.partition("=")
-        key = key.lstrip("+~").split("@")[0]
-        if not separator or argument.startswith("-") or key.startswith(("hydra.", "hydra/")):
-            continue
-        if key not in known:
-            problems.append(f"  {key}{_suggestion(key, known)}")
-    if problems:
-        raise ConfigError(
-            "unknown configuration keys:\n"
-            + "\n".join(problems)
-            + "\nAll keys: verl/trainer/config/ppo_trainer.yaml"
-        )
+def first_line(error: Exception) -> str:
+    """Return what OmegaConf or Hydra complain about, with the key, in one line."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected NAME=VALUE"
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None)
+    message = str(cause).partition("\n")[0].rpartition("}': ")[2].rstrip(".")
+    return f"{key}: {message}" if key else message
 
 
-def _suggestion(key: str, known: Sequence[str]) -> str:
-    by_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) if not by_leaf else by_leaf[:1]
-    return f": did you mean {nearest[0]}?" if nearest else ""
+def _read_environment(*names_and_default: object) -> object:
+    """Resolve `${env:NAME,...,DEFAULT}`: the first variable that is set and not empty, else the default."""
+    *names, default = names_and_default
+    return next((os.environ[str(name)] for name in names if os.environ.get(str(name))), default)
+
+
+def _name_variables(raw: DictConfig) -> str:
+    """Name the environment variables that this configuration was read from; empty: none."""
+    names = re.findall(r"[A-Z_]+(?=,)", " ".join(re.findall(r"\$\{env:([^}]*)\}", OmegaConf.to_yaml(raw))))
+    used = [name for name in names if os.environ.get(name)]
+    return f" (read from the environment: {', '.join(used)})" if used else ""

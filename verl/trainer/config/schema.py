@@ -7,6 +7,7 @@ them); nothing assigns to them after `load_config`. Standard library only: any l
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,7 @@ def _file_list(key: str, value: Any) -> tuple[str, ...]:
         value,
         "a parquet file or a list of them",
     )
-    return tuple(files)
+    return tuple(os.path.expanduser(file) for file in files)
 
 
 @dataclass
@@ -101,6 +102,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.path), "actor_rollout_ref.model.path", self.path, "a model folder or hub id")
+        self.path = os.path.expanduser(self.path)
         _one_of("actor_rollout_ref.model.dtype", self.dtype, DTYPES)
         _one_of("actor_rollout_ref.model.attention", self.attention, ATTENTIONS)
 
@@ -276,6 +278,7 @@ class TrainerConfig:
         _one_of("trainer.resume_mode", self.resume_mode, RESUME_MODES)
         for logger in self.logger:
             _one_of("trainer.logger", logger, LOGGERS)
+        self.default_local_dir = os.path.expanduser(self.default_local_dir)
 
 
 @dataclass

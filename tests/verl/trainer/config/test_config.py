@@ -1,4 +1,4 @@
-"""The YAML cannot drift from the schema, unknown keys are refused with a hint, and bad values are named."""
+"""The YAML cannot drift from the schema, variables are read, and bad values are named."""
 
 from __future__ import annotations
 
@@ -11,11 +11,26 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 
 from verl.errors import ConfigError
-from verl.trainer.config.loading import check_override_keys, load_config, register_schema, schema_keys
+from verl.trainer.config.loading import load_config, register_schema, schema_keys
+from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import validate
 
 REPOSITORY = Path(__file__).resolve().parents[4]
+VARIABLES = {
+    "RETRIEVER_URL": "http://10.0.0.1:8000/retrieve",
+    "IG_SERVICE_URL": "http://10.0.0.2:310",
+    "IG_BATCH_SIZE": "64",
+    "IG_TIMEOUT": "33",
+    "WAND_PROJECT": "published",
+    "WANDB_PROJECT": "ours",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def composed(overrides: Sequence[str] = ()) -> Config:
@@ -48,21 +63,44 @@ def test_every_key_is_read_by_code() -> None:
     assert unread == []
 
 
+def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    config = composed()
+    semantic = config.reward.semantic
+    assert (semantic.url, semantic.batch_size, semantic.timeout_s) == ("http://10.0.0.2:310", 64, 33.0)
+    assert config.retriever.url == "http://10.0.0.1:8000/retrieve"
+    assert config.trainer.project_name == "ours"
+    assert composed(["reward.semantic.timeout_s=5"]).reward.semantic.timeout_s == 5
+    monkeypatch.setenv("WANDB_PROJECT", "")  # as good as none
+    assert composed().trainer.default_local_dir == "runs/published/grpo"
+
+
 @pytest.mark.parametrize(
-    ("override", "hint"),
+    ("name", "value", "message"),
     [
-        ("data.train_batch_sise=4", "data.train_batch_size"),
-        ("actor_rollout_ref.actor.lr=1e-5", "actor_rollout_ref.actor.optim.lr"),
-        ("+trainer.n_gpu_per_node=2", "trainer.n_gpus_per_node"),
+        ("IG_TIMEOUT", "two minutes", "reward.semantic.timeout_s: Value 'two minutes'"),
+        ("IG_BATCH_SIZE", "0", "reward.semantic.batch_size must be greater than 0, got 0"),
+        ("RETRIEVER_URL", "localhost:8000", "retriever.url must be an http"),
     ],
 )
-def test_unknown_key_names_the_nearest(override: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=hint):
-        check_override_keys([override, "trainer.seed=1"])
+def test_a_bad_variable_is_named(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{message}.*\(read from the environment: {name}\)$"):
+        composed()
 
 
-def test_known_keys_hydra_keys_and_flags_pass() -> None:
-    check_override_keys(["data.train_batch_size=4", "hydra.run.dir=x", "--cfg", "--config-name=mine"])
+def test_a_home_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ["data.train_files=['~/a.parquet',/b.parquet]", "data.val_files=~/v=#.parquet"]
+    overrides = [*paths, "actor_rollout_ref.model.path=~/m", "trainer.default_local_dir=~/runs/x"]
+    config = composed(check_overrides(overrides))
+    assert config.data.train_paths == ("/home/me/a.parquet", "/b.parquet")
+    assert config.data.val_paths == ("/home/me/v=#.parquet",)
+    assert config.actor_rollout_ref.model.path == "/home/me/m"
+    assert config.trainer.default_local_dir == "/home/me/runs/x"
 
 
 def test_wrong_type_is_refused_with_its_key() -> None:

@@ -1,0 +1,128 @@
+"""Check the arguments of `main_ppo` before Hydra composes them: other trainers' keys, typing errors, quotes.
+
+Hydra stops at the first argument that it cannot use, and names neither what replaces a key nor how to quote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from verl.errors import ConfigError
+from verl.trainer.config.loading import schema_keys
+from verl.trainer.config.published import PROJECTS, find_rule, recognize
+
+_NEAR = 0.85
+"""Similarity from which a key counts as a typing error of another."""
+
+
+class Argument:
+    """One argument of the command line. Flags and Hydra's own keys are no overrides of our configuration."""
+
+    def __init__(self, text: str) -> None:
+        name, _, value = text.partition("=")
+        # Hydra's grammar has no bare path that begins in the home folder.
+        self.text = f"{name}={_in_quotes(value)}" if re.match(r"~(/[^,]*)?$", value) else text
+        self.key = name.lstrip("+~").split("@")[0]
+        sets_key = "=" in text or text.startswith("~")
+        self.is_override = sets_key and not text.startswith("-") and not re.match("hydra[./]", self.key)
+
+    @cached_property
+    def parsed(self) -> Override | None:
+        """None: the grammar of Hydra does not allow it."""
+        try:
+            return OverridesParser.create().parse_override(self.text)
+        except HydraException:
+            return None
+
+    @property
+    def value(self) -> Any:
+        return self.parsed.value() if self.parsed else self.text.partition("=")[2]
+
+
+def check_overrides(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments for Hydra, without the `+` before keys that exist.
+
+    Raises one ConfigError that lists every argument that cannot be used, and what to write instead.
+    """
+    known = set(schema_keys())
+    read = [Argument(text) for text in arguments]
+    overrides = [argument for argument in read if argument.is_override]
+    project = recognize(a.key for a in overrides if a.key not in known)
+    settings = {a.key: a.value for a in overrides}
+    sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
+    problems: dict[str, None] = {}
+    for argument in read:
+        is_known = argument.is_override and argument.key in known
+        form = _check_form(argument, sweeps=sweeps) if is_known else None
+        key = _check_key(argument, settings, known=known, project=project)
+        problems.update(dict.fromkeys(problem for problem in (form, key) if problem))
+    if problems:
+        raise ConfigError(_join(list(problems), project))
+    return [a.text.lstrip("+") if a.is_override and a.key in known else a.text for a in read]
+
+
+def _join(problems: Sequence[str], project: str) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    origin = f" as they are in {PROJECTS[project]} (docs/migration.md)" if project else ""
+    return "\n".join([f"{len(problems)} arguments cannot be used{origin}:", *problems])
+
+
+def _check_key(
+    argument: Argument, settings: dict[str, Any], *, known: Collection[str], project: str
+) -> str | None:
+    """Return what replaces a key that is unknown here, or that means something else in `project`."""
+    key = argument.key
+    is_unknown = argument.is_override and key not in known
+    rule = find_rule(key, settings, projects=project) if project else None
+    if rule is None and is_unknown:
+        rule = find_rule(key, settings, projects="".join(PROJECTS))
+    if rule is not None:
+        return f"{key}: {rule.advise(key, settings)}"
+    if is_unknown:
+        return f"{key}: no such key{_suggest(key, known)}; all keys: verl/trainer/config/ppo_trainer.yaml"
+    return None
+
+
+def _suggest(key: str, known: Collection[str]) -> str:
+    """Name the key that was meant: the same name in another section, or one with a typing error."""
+    same_name = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=_NEAR)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _check_form(argument: Argument, *, sweeps: bool) -> str | None:
+    """Return what is wrong with the form of an override of a key that exists."""
+    key, value = argument.key, argument.text.partition("=")[2]
+    if argument.text.startswith("~"):
+        return f"{argument.text}: a setting cannot be removed; write {key}=VALUE"
+    if argument.parsed is None:
+        return f"{argument.text}: put the value in quotes: {_quote(key, value)}"
+    if argument.parsed.is_sweep_override() and not sweeps:
+        as_list = _quote(key, f"[{value}]")
+        return f"{argument.text}: for a list write {as_list}, for one text {_quote(key, value)}"
+    return None
+
+
+def _quote(key: str, value: str) -> str:
+    """Write `key=value` for a shell, with quotes in the grammar of Hydra; a list keeps its brackets."""
+    if value.startswith("[") and value.endswith("]"):
+        elements = ",".join(_in_quotes(element.strip()) for element in value[1:-1].split(","))
+        return shlex.quote(f"{key}=[{elements}]")
+    return shlex.quote(f"{key}={_in_quotes(value)}")
+
+
+def _in_quotes(text: str) -> str:
+    """Double the backslashes before a quote and at the end; elsewhere they count as they are."""
+    if re.fullmatch(r"\"[^\"]*\"|'[^']*'", text):
+        return text
+    return '"{}"'.format(re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', r"\""), text))
