@@ -21,7 +21,7 @@ help:
 
 venv: .venv/.installed-$(PLATFORM)
 
-.venv/.installed-$(PLATFORM): requirements/$(PLATFORM).lock pyproject.toml
+.venv/.installed-$(PLATFORM): requirements/$(PLATFORM).lock pyproject.toml scripts/install.sh
 	@bash scripts/install.sh $(PLATFORM)
 
 # Looks, mends nothing: any Python does where .venv is missing.

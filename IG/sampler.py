@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from IG.lifeline import Lifeline
 from IG.prompts import STOP_STRINGS
 from IG.web.loading import load_in_thread
+from serving.machine import prepare_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -281,13 +282,18 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
 
 
 def set_environment(options: EngineOptions) -> None:
-    """What vLLM reads when it is imported; call it before that."""
+    """Set what vLLM reads when it is imported; call it before that. Raises MachineError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A separate executor process would import everything once more; a fork would share the guard's pipe.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
+    import torch
+
+    prepare_engine(
+        on_cpu=options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    )
     # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 

