@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from search_r1.search.errors import RetrieverError
+from search_r1.search.errors import ChangedFileError, RetrieverError
 from search_r1.search.retriever import FailureKind, Found, Outcome, Retriever, SearchFailure
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class MicroBatcher:
 
     def __init__(self, retriever: Retriever, *, options: BatchOptions, counts: Counts | None = None) -> None:
         self.retriever = retriever
+        self.defect: str | None = None
+        """Which file was changed under the retriever, as the newest search found."""
         self._options = options
         self._max_batch = max(1, min(options.max_batch, retriever.max_batch))
         self._counts = counts or _CountNothing()
@@ -282,8 +284,12 @@ class MicroBatcher:
         left_s = max(asked.deadline for asked in batch) - asyncio.get_running_loop().time()
         try:
             outcomes = await self.retriever.search(queries, topk=topk, timeout_s=max(left_s, 0.001))
+            self.defect = None
         except RetrieverError as error:
             logger.error("a search of %d queries failed: %s", len(queries), error)
+            if isinstance(error, ChangedFileError):
+                self.defect = str(error)
+                return [SearchFailure(kind=FailureKind.UNAVAILABLE, reason=self.defect)] * len(queries)
             return _fail(queries, str(error))
         except Exception as error:  # whatever is behind the retriever: each query must have its outcome
             if len(queries) == 1 or not any(asked.num_waiting for asked in batch):

@@ -30,6 +30,7 @@ from search_r1.search.bm25_manifest import (
 from search_r1.search.corpus import Corpus, open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Hit
+from search_r1.search.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,15 @@ class Bm25Retriever:
     """
 
     def __init__(
-        self, index: tantivy.Index, *, corpus: Corpus, manifest: Bm25Manifest, num_threads: int
+        self,
+        index: tantivy.Index,
+        *,
+        corpus: Corpus,
+        manifest: Bm25Manifest,
+        files: Sequence[WatchedFile],
+        num_threads: int,
     ) -> None:
+        """`files`: of the index; none of them may change while it is searched."""
         index.config_reader(reload_policy="manual")  # no thread that watches the folder
         index.reload()
         self._schema = index.schema
@@ -68,6 +76,7 @@ class Bm25Retriever:
         self._analyzer = _build_analyzer(manifest.language)
         self._corpus = corpus
         self._manifest = manifest
+        self._files = files
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
     def __len__(self) -> int:
@@ -85,8 +94,11 @@ class Bm25Retriever:
         }
 
     def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """A query without a term (blank, or nothing but punctuation) finds nothing."""
-        return list(self._threads.map(lambda query: self._search_one(query, topk=topk), queries))
+        """A query without a term (blank, or only punctuation) finds nothing. Raises ChangedFileError."""
+        self._check_files()
+        found = list(self._threads.map(lambda query: self._search_one(query, topk=topk), queries))
+        self._check_files()
+        return found
 
     def check(self) -> None:
         """Ten known passages must find themselves: raises RetrieverError when most do not."""
@@ -108,7 +120,13 @@ class Bm25Retriever:
         """Let go of threads and files."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._corpus.close()
+        for file in self._files:
+            file.close()
         del self._searcher
+
+    def _check_files(self) -> None:
+        for file in self._files:
+            file.check()
 
     def _list_terms(self, text: str) -> list[str]:
         return self._analyzer.analyze(_clean(text))
@@ -214,7 +232,10 @@ def load_bm25(
         )
     try:
         index = tantivy.Index.open(str(index_path / manifest.folder))
-        retriever = Bm25Retriever(index, corpus=corpus, manifest=manifest, num_threads=num_threads)
+        files = [WatchedFile(index_path / manifest.folder / name) for name in manifest.files]
+        retriever = Bm25Retriever(
+            index, corpus=corpus, manifest=manifest, files=files, num_threads=num_threads
+        )
     except ValueError as error:
         corpus.close()
         raise RetrieverError(

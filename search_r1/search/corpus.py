@@ -1,14 +1,15 @@
-"""Passages by row number, out of a memory-mapped file: JSON lines, or Arrow (uncompressed).
+"""Passages by row number, read from a file: JSON lines, or Arrow (uncompressed, memory-mapped).
 
 Nothing of the text is held in memory, and of a large JSONL file not even the line offsets: those lie in a
-sidecar, memory-mapped as well (see line_offsets.py). Lines are parsed when they are asked for.
+memory-mapped sidecar (see line_offsets.py). Lines are parsed when they are asked for. A file that was changed
+since it was opened is noticed at every look (see watched_file.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import mmap
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.fingerprint import fingerprint, hash_file
-from search_r1.search.line_offsets import find_line_starts, is_checked, map_file, mark_checked
+from search_r1.search.line_offsets import find_line_starts, is_checked, mark_checked
 from search_r1.search.schema import Document
+from search_r1.search.watched_file import WatchedFile
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +45,8 @@ class Corpus(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Document:
-        """Raises IndexError; RetrieverError that names file and line when the passage is malformed."""
+        """Raises IndexError; RetrieverError that names file and line when the passage is malformed, and
+        ChangedFileError when the file is not the one that was opened."""
         ...
 
     @property
@@ -66,7 +69,7 @@ class Corpus(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the mapping."""
+        """Close the file."""
         ...
 
 
@@ -99,6 +102,7 @@ class _CorpusFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = WatchedFile(path)
         self.num_bytes = path.stat().st_size
 
     @cached_property
@@ -116,7 +120,8 @@ class JsonlCorpus(_CorpusFile):
     def __init__(self, path: Path, *, report: Report | None = None) -> None:
         super().__init__(path)
         self._starts, self._sidecar = find_line_starts(path, fingerprint=self.fingerprint, report=report)
-        self._map: mmap.mmap = map_file(path)
+        sidecar = self._sidecar
+        self._offsets_file = None if sidecar is None else WatchedFile(sidecar, size_only=True)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -124,7 +129,12 @@ class JsonlCorpus(_CorpusFile):
     def __getitem__(self, row: int) -> Document:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        return parse_line(self._map[self._starts[row] : self._starts[row + 1]], f"{self.path}:{row + 1}")
+        if self._offsets_file is not None:
+            self._offsets_file.check()
+        start, stop = int(self._starts[row]), int(self._starts[row + 1])
+        line = os.pread(self._file.descriptor, stop - start, start)
+        self._file.check()
+        return parse_line(line, f"{self.path}:{row + 1}")
 
     def __iter__(self) -> Iterator[Document]:
         return (self[row] for row in range(len(self)))
@@ -137,7 +147,9 @@ class JsonlCorpus(_CorpusFile):
         mark_checked(self._sidecar)
 
     def close(self) -> None:
-        self._map.close()
+        self._file.close()
+        if self._offsets_file is not None:
+            self._offsets_file.close()
 
 
 class ArrowCorpus(_CorpusFile):
@@ -162,6 +174,7 @@ class ArrowCorpus(_CorpusFile):
     def __getitem__(self, row: int) -> Document:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        self._file.check()
         where = f"{self.path}: row {row + 1}"
         try:
             passage_id, contents = self._ids[row].as_py(), self._contents[row].as_py()
@@ -177,6 +190,7 @@ class ArrowCorpus(_CorpusFile):
 
     def close(self) -> None:
         """The mapping goes with the last look at it."""
+        self._file.close()
         self._ids = self._contents = None
 
 

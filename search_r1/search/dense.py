@@ -16,7 +16,14 @@ from search_r1.search.kinds import SearchOptions
 from search_r1.search.manifest import IndexManifest, list_changed_files, load_manifest
 from search_r1.search.ranking import FloatArray
 from search_r1.search.retriever import Hit
-from search_r1.search.vector_index import Device, VectorIndex, open_index, set_num_threads
+from search_r1.search.vector_index import (
+    Device,
+    VectorIndex,
+    locate_vectors,
+    open_index,
+    set_num_threads,
+)
+from search_r1.search.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +39,15 @@ class DenseRetriever:
         *,
         corpus: Corpus,
         encoder: TextEncoder,
+        files: Sequence[WatchedFile],
         facts: Mapping[str, str | int | float | None],
     ) -> None:
-        """The three must belong together: `load_dense` sees to it. `facts` is what `facts()` returns."""
+        """The three must belong together: `load_dense` sees to it. `facts` is what `facts()` returns.
+
+        `files`: of the index; none of them may change while it is searched.
+        """
         self._index = index
+        self._files = files
         self._corpus = corpus
         self._encoder = encoder
         self._facts = dict(facts)
@@ -44,7 +56,7 @@ class DenseRetriever:
         return len(self._corpus)
 
     def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """A blank query finds nothing."""
+        """A blank query finds nothing. Raises ChangedFileError."""
         asked = [row for row, query in enumerate(queries) if query.strip()]
         found: list[list[Hit]] = [[] for _ in queries]
         if asked:
@@ -60,9 +72,17 @@ class DenseRetriever:
     def close(self) -> None:
         """Release the corpus; the vectors go with the object."""
         self._corpus.close()
+        for file in self._files:
+            file.close()
+
+    def _check_files(self) -> None:
+        for file in self._files:
+            file.check()
 
     def _look_up(self, vectors: FloatArray, *, topk: int) -> list[list[Hit]]:
+        self._check_files()  # a mapped file that was cut short must not be looked at
         scores, rows = self._index.search(vectors, topk=min(topk, len(self._index)))
+        self._check_files()  # nor may what was found while it was rewritten be believed
         return [
             [
                 Hit(document=self._corpus[int(row)], score=float(score))
@@ -105,6 +125,7 @@ def load_dense(
     rebuild = write_command(index_path, corpus_path, encoder_path, recorded, retriever_name)
     if recorded is not None and index_path.is_file():
         _check_files(recorded, index_path=index_path, full=full_check, rebuild=rebuild)
+    files = [WatchedFile(path) for path in (index_path, locate_vectors(index_path)) if path.is_file()]
     corpus = open_corpus(corpus_path)
     index = open_index(index_path, mmap=mmap, device=device, search=search or SearchOptions())
     encoder = TextEncoder(
@@ -140,7 +161,8 @@ def load_dense(
         needed=f"name the files that belong together, or rebuild: {rebuild}",
     )
     facts = describe_dense(index, corpus=corpus, encoder=encoder, recorded=recorded)
-    return DenseRetriever(index, corpus=corpus, encoder=encoder, facts=facts | {"index_device": device})
+    facts["index_device"] = device
+    return DenseRetriever(index, corpus=corpus, encoder=encoder, files=files, facts=facts)
 
 
 def describe_dense(

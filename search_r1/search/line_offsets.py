@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -162,9 +161,3 @@ def _scan(path: Path, report: Callable[[int, int], None] | None) -> Iterator[Off
                 report(done, size)
     if last != done:  # no newline after the last line
         yield np.array([done], dtype=np.int64)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """Read-only; the file must not be empty."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

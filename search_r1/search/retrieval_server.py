@@ -17,6 +17,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -30,7 +31,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from IG.web.application import add_guards, add_states, make_application, wait_until_left
-from IG.web.host import Host
+from IG.web.host import Host, UnavailableError
 from IG.web.limits import Admission, bounded_route
 from IG.web.loading import is_loading
 from IG.web.metrics import CONTENT_TYPE
@@ -89,7 +90,10 @@ _REFUSALS: Explained = COMMON | {
         "A search engine gave what cannot be read.",
         "query 0 'Bolton': malformed: serper: the answer is not JSON",
     ),
-    503: ("Not ready: loading, shutting down, or a search engine out of reach.", "Retriever not loaded"),
+    503: (
+        "Not ready: loading, shutting down, a file changed in place, or a search engine out of reach.",
+        "Retriever not loaded",
+    ),
     504: ("Not answered in time.", "query 0 'Bolton': deadline: not answered within 5 s"),
 }
 
@@ -97,7 +101,7 @@ _REFUSALS: Explained = COMMON | {
 class HealthResponse(BaseModel):
     """State of the server."""
 
-    status: Literal["healthy", "loading", "stopping"]
+    status: Literal["healthy", "loading", "stopping", "unusable"]
     passages: int | None = Field(description="In the corpus; null when nobody knows.", examples=[21015324])
     topk: int = Field(description="Passages per query where the request names no number.", examples=[3])
 
@@ -146,7 +150,12 @@ def create_app(
         on_ready=lambda batcher: on_ready(batcher.retriever),
         on_failure=on_failure,
     )
-    add_states(app, require_ready=host.require_open, responses=refusals(_REFUSALS, 503))
+
+    def require_ready() -> None:
+        if (defect := host.require_open().defect) is not None:
+            raise UnavailableError(defect, retry_after_s=60)
+
+    add_states(app, require_ready=require_ready, responses=refusals(_REFUSALS, 503))
     _add_health(app, host=host, settings=settings)
     guarded = APIRouter(
         dependencies=security(needs_token=bool(settings.token), described="--token_file or RETRIEVER_TOKEN"),
@@ -181,11 +190,18 @@ def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSetti
         "/health",
         tags=["state"],
         response_model=HealthResponse,
-        responses={503: {"model": HealthResponse, "description": "Loading or stopping."}},
+        responses={
+            503: {
+                "model": HealthResponse,
+                "description": "Loading, stopping, or a file was changed in place.",
+            }
+        },
     )
     async def health() -> Response:
         """State of the server; 503 unless it answers searches."""
         status = "stopping" if host.draining else "loading" if host.backend is None else "healthy"
+        if host.backend and host.backend.defect:
+            status = "unusable"
         passages = host.backend.retriever.num_passages if host.backend else None
         body = {"status": status, "passages": passages, "topk": settings.topk}
         if status == "healthy":
@@ -343,4 +359,5 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # names the place of a fault, such as in a mapped file that was cut short just now
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -88,12 +89,13 @@ class Files:
     @contextmanager
     def unreadable_corpus(self) -> Iterator[None]:
         """As a disk would: the file is there, and says nothing any more."""
-        content = self.corpus.read_bytes()
+        content, before = self.corpus.read_bytes(), self.corpus.stat()
         _overwrite(self.corpus, b"\0" * len(content))
         try:
             yield
         finally:
             _overwrite(self.corpus, content)
+            os.utime(self.corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def subject(self, retriever: Retriever, *, nothing: str | None = None, is_exact: bool = True) -> Subject:
         """Of a retriever over the corpus."""
