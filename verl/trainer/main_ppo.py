@@ -21,7 +21,6 @@ from verl.errors import (
     TrainingHaltedError,
     WeightSyncError,
 )
-from verl.trainer.build import open_trainer
 from verl.trainer.config.loading import first_line, load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
@@ -40,6 +39,8 @@ USER_ERRORS = (
 
 async def train(config: Config) -> None:
     """Build everything, train, and take everything down again, also when interrupted."""
+    from verl.trainer.build import open_trainer  # takes seconds: only once the arguments are right
+
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

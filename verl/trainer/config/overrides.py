@@ -49,7 +49,7 @@ class Argument:
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments for Hydra, without the `+` before keys that exist.
+    """Return the arguments for Hydra: flags first, or it rejects what follows them; no `+` before known keys.
 
     Raises one ConfigError that lists every argument that cannot be used, and what to write instead.
     """
@@ -67,6 +67,7 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
         problems.update(dict.fromkeys(problem for problem in (form, key) if problem))
     if problems:
         raise ConfigError(_join(list(problems), project))
+    read.sort(key=lambda argument: re.match(r"[^-].*=|~", argument.text) is not None)
     return [a.text.lstrip("+") if a.is_override and a.key in known else a.text for a in read]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +75,13 @@ def test_variables_are_read_and_overrides_win(monkeypatch: pytest.MonkeyPatch) -
     assert composed(["reward.semantic.timeout_s=5"]).reward.semantic.timeout_s == 5
     monkeypatch.setenv("WANDB_PROJECT", "")  # as good as none
     assert composed().trainer.default_local_dir == "runs/published/grpo"
+
+
+def test_the_migration_guide_names_every_variable() -> None:
+    guide = (REPOSITORY / "docs/migration.md").read_text()
+    raw = (REPOSITORY / "verl/trainer/config/ppo_trainer.yaml").read_text()
+    for names in re.findall(r": \$\{env:([A-Z_,]+),", raw):
+        assert f"| {', else '.join(f'`{name}`' for name in names.split(','))} | `" in guide
 
 
 @pytest.mark.parametrize(

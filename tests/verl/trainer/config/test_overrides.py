@@ -155,12 +155,20 @@ def test_one_refusal_is_one_line(argument: str, advice: str) -> None:
 
 
 def test_keys_that_exist_keys_of_hydra_and_flags_pass() -> None:
-    passing = ["data.train_batch_size=4", "hydra.run.dir=x", "--cfg", "job", "--config-name=mine"]
-    assert check_overrides([*passing, "+trainer.seed=1", "++max_turns=2"]) == [
-        *passing,
-        "trainer.seed=1",
-        "max_turns=2",
+    ours = ["+trainer.seed=1", "--cfg", "job", "hydra.run.dir=x", "++max_turns=2", "--config-name=mine"]
+    assert check_overrides(ours) == [
+        *("--cfg", "job", "--config-name=mine"),
+        *("trainer.seed=1", "hydra.run.dir=x", "max_turns=2"),
     ]
+
+
+def test_overrides_may_stand_before_and_after_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["main_ppo", "trainer.seed=7", "--cfg", "job", "max_turns=4"])
+    main()
+    assert {"  seed: 7", "max_turns: 4"} <= set(capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_commas_are_a_list_or_one_text() -> None:
         ["a.parquet", "b.parquet"],
         "a.parquet,b.parquet",
     ]
-    assert check_overrides(["trainer.seed=1,2", "--multirun"]) == ["trainer.seed=1,2", "--multirun"]
+    assert check_overrides(["trainer.seed=1,2", "-m"]) == ["-m", "trainer.seed=1,2"]
 
 
 def test_elements_of_a_list_are_quoted_one_by_one() -> None:
