@@ -6,6 +6,7 @@ A table of them makes the command line, its help and the table of a README.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ def parse_text(text: str) -> Value:
     if not text.strip():
         raise SettingError("empty, expected a text")
     return text
+
+
+def parse_path(text: str) -> Value:
+    """Anything but nothing; `~` is the home folder, also where the shell did not expand it."""
+    return os.path.expanduser(str(parse_text(text)))
 
 
 def parse_switch(text: str) -> Value:

@@ -19,6 +19,7 @@ from IG.web.settings import (
     Value,
     add_settings,
     parse_integer,
+    parse_path,
     parse_real,
     parse_switch,
     parse_text,
@@ -137,8 +138,8 @@ def _setting(
     )
 
 
-def _parse_anything(text: str) -> Value:
-    return text
+def _parse_optional_path(text: str) -> Value:
+    return parse_path(text) if text else ""
 
 
 def _parse_name(text: str) -> Value:
@@ -164,7 +165,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "bm25_index_path",
         str(defaults.INDEX_DIR / "bm25"),
-        parse_text,
+        parse_path,
         "folder of the BM25 index, for hybrid",
         env="BM25_INDEX_PATH",
         shown_default="world/index/bm25",
@@ -172,7 +173,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "index_path",
         "",
-        parse_text,
+        parse_path,
         "index: a file of Faiss, or the folder of a BM25 index for bm25",
         env="INDEX_PATH",
         shown_default="world/index/e5_Flat.index",
@@ -180,7 +181,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "corpus_path",
         str(defaults.CORPUS_PATH),
-        parse_text,
+        parse_path,
         'passages: JSONL with {"id", "contents"} per line, or Arrow',
         env="CORPUS_PATH",
         shown_default="world/corpus.jsonl",
@@ -188,7 +189,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "retriever_model",
         str(defaults.ENCODER_PATH),
-        parse_text,
+        parse_path,
         "encoder: a folder or the name of a cached model",
         env="RETRIEVER_MODEL",
         shown_default="world/models/encoder",
@@ -223,7 +224,7 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
     _setting(
         "reranker_model",
         "",
-        _parse_anything,
+        _parse_optional_path,
         "cross-encoder that orders the passages again: a folder or the name of a cached model",
         shown_default="none",
     ),

@@ -49,6 +49,13 @@ def test_a_flag_wins_over_its_variable() -> None:
     assert (retriever.index_path, server.topk, server.port, server.batching) == (Path("j"), 7, 9, False)
 
 
+def test_a_home_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    retriever = resolve("--corpus_path=~/c", "--reranker_model=~/r", INDEX_PATH="~/i", RETRIEVER_MODEL="~/m")
+    assert (retriever.corpus_path, retriever.index_path) == (Path("/home/me/c"), Path("/home/me/i"))
+    assert (retriever.retriever_model, retriever.reranker_model) == ("/home/me/m", "/home/me/r")
+
+
 def test_bm25_takes_the_published_flag_for_its_folder() -> None:
     for name in ("bm25", "BM25"):
         assert resolve("--retriever_name", name).index_path == defaults.INDEX_DIR / "bm25"
