@@ -5,9 +5,10 @@
   HF_ENDPOINT=https://mirror.example python scripts/download.py --save_path data/wiki-18
 
 Run it again after an interruption: it goes on where it stopped, and does nothing when everything is there.
-Parts are appended to one file as they arrive, so joining takes no room of its own. Every part is checked by
-the SHA-256 that the hub names (or --sha256), the unpacked corpus by the checksum inside the archive. A token,
-where one is needed, is read from HF_TOKEN.
+Parts are appended to one file as they arrive, so joining takes no room of its own. That file is not called
+e5_Flat.index: the published `cat part_* > e5_Flat.index`, which is not needed, would empty it. Every part is
+checked by the SHA-256 that the hub names (or --sha256), the unpacked corpus by the checksum inside the
+archive. A token, where one is needed, is read from HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -302,7 +303,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--what", choices=["index", "corpus", "all"], default="all", help="default: all")
     add("--index_repo", default="PeterJinGo/wiki-18-e5-index")
     add("--index_files", nargs="+", default=["part_aa", "part_ab"], help="parts, in order")
-    add("--index_name", default="e5_Flat.index", help="file that the parts are joined to")
+    add("--index_name", default="wiki-18-e5_Flat.index", help="file that the parts are joined to")
     add("--corpus_repo", default="PeterJinGo/wiki-18-corpus")
     add("--corpus_file", default="wiki-18.jsonl.gz", help="unpacked when it ends in .gz")
     add("--repo_type", choices=["dataset", "model"], default="dataset")

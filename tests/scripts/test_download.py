@@ -63,11 +63,15 @@ def names(folder: Path) -> set[str]:
 def test_fetches_joins_and_unpacks_once(hub: FakeHub, tmp_path: Path, is_redirecting: bool) -> None:
     hub.is_redirecting = is_redirecting
     said = run(hub, tmp_path)
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert (tmp_path / "wiki-18.jsonl").read_bytes() == CORPUS
-    assert names(tmp_path) == {"e5_Flat.index", "wiki-18.jsonl", "download.json"}
-    assert "e5_Flat.index: 600,003 bytes, checked" in said
+    assert names(tmp_path) == {"wiki-18-e5_Flat.index", "wiki-18.jsonl", "download.json"}
+    assert "wiki-18-e5_Flat.index: 600,003 bytes, checked" in said
     num_asked = len(hub.asked)
+    # The next two commands of the published README, which are for parts and an archive.
+    subprocess.run("cat part_* > e5_Flat.index; gzip -d wiki-18.jsonl.gz", shell=True, cwd=tmp_path)
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18.jsonl").read_bytes() == CORPUS
     said = run(hub, tmp_path)
     assert len(hub.asked) == num_asked  # not even a look
     assert said.count("there already") == 2
@@ -77,7 +81,10 @@ def test_one_of_both(hub: FakeHub, tmp_path: Path) -> None:
     run(hub, tmp_path, "--what", "corpus", "--keep_archive")
     assert names(tmp_path) == {"wiki-18.jsonl", "wiki-18.jsonl.gz", "download.json"}
     run(hub, tmp_path, "--what", "index")
-    assert json.loads((tmp_path / "download.json").read_text()).keys() == {"wiki-18.jsonl", "e5_Flat.index"}
+    assert json.loads((tmp_path / "download.json").read_text()).keys() == {
+        "wiki-18.jsonl",
+        "wiki-18-e5_Flat.index",
+    }
 
 
 def test_other_repositories_and_names(hub: FakeHub, tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_other_repositories_and_names(hub: FakeHub, tmp_path: Path) -> None:
 def test_what_goes_wrong_once_ends_in_the_right_file(hub: FakeHub, tmp_path: Path, fault: Fault) -> None:
     hub.faults = [fault]
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert not hub.faults
 
 
@@ -120,14 +127,14 @@ def test_a_connection_that_keeps_breaking_still_gets_there_without_loading_twice
 ) -> None:
     hub.faults = [Fault(break_after=30_000, is_lasting=True)]
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert hub.num_bytes == len(INDEX)
 
 
 def test_a_server_that_ignores_ranges(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults = [Fault(break_after=100_000), Fault(ignores_range=True, is_lasting=True)]
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 def test_a_server_that_ignores_ranges_and_breaks_off_ends_with_its_name(hub: FakeHub, tmp_path: Path) -> None:
@@ -139,7 +146,7 @@ def test_a_server_that_ignores_ranges_and_breaks_off_ends_with_its_name(hub: Fak
 def test_silence_is_not_waited_for(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults = [Fault(hangs_s=1.0)]
     run(hub, tmp_path, "--what", "index", "--timeout", "0.2")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 @pytest.mark.parametrize("break_after", [0, 100_000, 299_999])
@@ -151,13 +158,13 @@ def test_another_run_goes_on_where_the_first_one_stopped(
         *[Fault(status=503, file="part_ab") for _ in range(4)],
     ]
     assert "part_ab" in fail(hub, tmp_path, "--what", "index")
-    assert names(tmp_path) == {"e5_Flat.index.partial", "e5_Flat.index.partial.json"}
-    assert (tmp_path / "e5_Flat.index.partial").stat().st_size == len(PARTS[0]) + break_after
+    assert names(tmp_path) == {"wiki-18-e5_Flat.index.partial", "wiki-18-e5_Flat.index.partial.json"}
+    assert (tmp_path / "wiki-18-e5_Flat.index.partial").stat().st_size == len(PARTS[0]) + break_after
     hub.faults.clear()
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert hub.num_bytes == len(INDEX)
-    assert names(tmp_path) == {"e5_Flat.index", "download.json"}
+    assert names(tmp_path) == {"wiki-18-e5_Flat.index", "download.json"}
 
 
 def test_what_another_file_left_behind_is_not_built_upon(hub: FakeHub, tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_what_another_file_left_behind_is_not_built_upon(hub: FakeHub, tmp_path:
     hub.faults.clear()
     hub.files[f"{INDEX_REPO}/part_aa"] = b"a new version" * 50_000
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == b"a new version" * 50_000 + PARTS[1]
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == b"a new version" * 50_000 + PARTS[1]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "longer", "no notes", "torn notes"])
@@ -174,7 +181,10 @@ def test_a_damaged_beginning_is_noticed(hub: FakeHub, tmp_path: Path, damage: st
     hub.faults = [Fault(break_after=200_000), Fault(status=503, is_lasting=True)]
     fail(hub, tmp_path, "--what", "index")
     hub.faults.clear()
-    partial, notes = tmp_path / "e5_Flat.index.partial", tmp_path / "e5_Flat.index.partial.json"
+    partial, notes = (
+        tmp_path / "wiki-18-e5_Flat.index.partial",
+        tmp_path / "wiki-18-e5_Flat.index.partial.json",
+    )
     if damage == "flipped":
         partial.write_bytes(bytes(partial.read_bytes()[:-1]) + b"\0\0")
     elif damage == "longer":
@@ -184,7 +194,7 @@ def test_a_damaged_beginning_is_noticed(hub: FakeHub, tmp_path: Path, damage: st
     else:
         notes.write_text('{"sour')
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 def test_a_wrong_hash_names_file_value_and_expectation(hub: FakeHub, tmp_path: Path) -> None:
@@ -195,11 +205,11 @@ def test_a_wrong_hash_names_file_value_and_expectation(hub: FakeHub, tmp_path: P
     assert hashlib.sha256(evil).hexdigest() in said
     assert hashlib.sha256(PARTS[0]).hexdigest() in said
     assert "run again" in said
-    assert "e5_Flat.index" not in names(tmp_path)
-    assert (tmp_path / "e5_Flat.index.partial").stat().st_size == 0
+    assert "wiki-18-e5_Flat.index" not in names(tmp_path)
+    assert (tmp_path / "wiki-18-e5_Flat.index.partial").stat().st_size == 0
     hub.faults.clear()
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 @pytest.mark.parametrize(
@@ -226,10 +236,10 @@ def test_what_lasts_is_named(hub: FakeHub, tmp_path: Path, fault: Fault, expecte
     fault.file = "part_aa"
     hub.faults = [fault]
     assert re.match(expected, fail(hub, tmp_path, "--what", "index"))
-    assert "e5_Flat.index" not in names(tmp_path)
+    assert "wiki-18-e5_Flat.index" not in names(tmp_path)
     hub.faults.clear()
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 def test_a_dead_endpoint_is_named(tmp_path: Path) -> None:
@@ -243,7 +253,7 @@ def test_a_token_opens_and_is_not_shown(hub: FakeHub, tmp_path: Path) -> None:
     assert "the token in HF_TOKEN does not open it" in said
     assert "falsch" not in said
     run(hub, tmp_path, token=TOKEN)
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert all(TOKEN.encode() not in path.read_bytes() for path in tmp_path.iterdir())
     assert "one line of ASCII" in fail(hub, tmp_path, token="hf_\nx")
 
@@ -257,17 +267,17 @@ def test_without_a_hash_one_has_to_be_given(hub: FakeHub, tmp_path: Path) -> Non
         f"--sha256=part_a{c}={hashlib.sha256(part).hexdigest()}" for c, part in zip("ab", PARTS, strict=True)
     ]
     run(hub, tmp_path, "--what", "index", *given)
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     run(hub, tmp_path / "unchecked", "--what", "index", "--allow_unchecked")
-    assert (tmp_path / "unchecked" / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "unchecked" / "wiki-18-e5_Flat.index").read_bytes() == INDEX
 
 
 def test_a_checksum_file_speaks_for_parts_and_results(hub: FakeHub, tmp_path: Path) -> None:
     sums = tmp_path / "SHA256SUMS"
-    right = {"e5_Flat.index": INDEX, "part_aa": PARTS[0], "wiki-18.jsonl": CORPUS}
+    right = {"wiki-18-e5_Flat.index": INDEX, "part_aa": PARTS[0], "wiki-18.jsonl": CORPUS}
     sums.write_text("".join(f"{hashlib.sha256(c).hexdigest()}  ./{name}\n" for name, c in right.items()))
     run(hub, tmp_path / "a", "--checksums", str(sums))
-    for name in ("e5_Flat.index", "wiki-18.jsonl", "part_ab"):
+    for name in ("wiki-18-e5_Flat.index", "wiki-18.jsonl", "part_ab"):
         said = fail(hub, tmp_path / name, "--sha256", f"{name}={'0' * 64}")
         assert name in said
         assert "expected " + "0" * 64 in said
@@ -280,7 +290,9 @@ def test_small_files_have_gits_hash(hub: FakeHub, tmp_path: Path) -> None:
     small = {"Content-Length": str(len(PARTS[0])), "ETag": f'"{git}"'}
     hub.faults = [Fault(method="HEAD", status=200, headers=small, file="part_aa")]
     run(hub, tmp_path, "--what", "index")
-    assert json.loads((tmp_path / "download.json").read_text())["e5_Flat.index"]["pieces"][0]["digest"] == {
+    assert json.loads((tmp_path / "download.json").read_text())["wiki-18-e5_Flat.index"]["pieces"][0][
+        "digest"
+    ] == {
         "kind": "git-sha1",
         "value": git,
     }
@@ -291,7 +303,7 @@ def test_renamed_repositories_are_followed(hub: FakeHub, tmp_path: Path) -> None
     hub.faults = [Fault(method="HEAD", status=307, headers=moved, file="old/name/resolve/main/part_aa")]
     hub.files["old/name/part_aa"] = PARTS[0]
     run(hub, tmp_path, "--what", "index", "--index_repo", "old/name", "--index_files", "part_aa")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == PARTS[0]
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == PARTS[0]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +331,7 @@ def test_an_archive_that_is_there_is_not_loaded_again(hub: FakeHub, tmp_path: Pa
 
 
 def test_a_file_from_elsewhere_is_checked_and_kept(hub: FakeHub, tmp_path: Path) -> None:
-    (tmp_path / "e5_Flat.index").write_bytes(INDEX)
+    (tmp_path / "wiki-18-e5_Flat.index").write_bytes(INDEX)
     run(hub, tmp_path, "--what", "index")
     assert hub.count("GET") == 0
     for content, complaint in [
@@ -328,11 +340,11 @@ def test_a_file_from_elsewhere_is_checked_and_kept(hub: FakeHub, tmp_path: Path)
     ]:
         other = tmp_path / complaint[:8]
         other.mkdir()
-        (other / "e5_Flat.index").write_bytes(content)
+        (other / "wiki-18-e5_Flat.index").write_bytes(content)
         said = fail(hub, other, "--what", "index")
         assert complaint in said
         assert "delete it or choose another --save_path" in said
-        assert (other / "e5_Flat.index").read_bytes() == content
+        assert (other / "wiki-18-e5_Flat.index").read_bytes() == content
     (tmp_path / "wiki-18.jsonl").write_bytes(CORPUS)
     assert "download.json says nothing of it" in fail(hub, tmp_path, "--what", "corpus")
 
@@ -345,7 +357,7 @@ def test_finished_files_are_verified_on_request(hub: FakeHub, tmp_path: Path) ->
     run(hub, tmp_path)
     said = fail(hub, tmp_path, "--verify")
     assert re.search(r"wiki-18\.jsonl: the sha256 of wiki-18\.jsonl is .*, expected .* delete it", said)
-    (tmp_path / "e5_Flat.index").write_bytes(b"short")
+    (tmp_path / "wiki-18-e5_Flat.index").write_bytes(b"short")
     assert "has 5 bytes, expected 600,003" in fail(hub, tmp_path, "--what", "index")
     assert "was made of PeterJinGo" in fail(hub, tmp_path, "--what", "index", "--index_repo", "me/mine")
 
@@ -381,7 +393,7 @@ def test_a_killed_run_loses_nothing(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults = [Fault(stalls_after=200_000, file="part_ab")]
     flags = ["--save_path", str(tmp_path), "--endpoint", hub.url, "--what", "index"]
     process = subprocess.Popen([sys.executable, download.__file__, *flags], stderr=subprocess.DEVNULL)
-    partial = tmp_path / "e5_Flat.index.partial"
+    partial = tmp_path / "wiki-18-e5_Flat.index.partial"
     deadline = time.monotonic() + 60
     while not partial.is_file() or partial.stat().st_size < len(PARTS[0]) + 100_000:
         assert time.monotonic() < deadline
@@ -391,7 +403,7 @@ def test_a_killed_run_loses_nothing(hub: FakeHub, tmp_path: Path) -> None:
     size = partial.stat().st_size
     loaded = hub.num_bytes
     run(hub, tmp_path, "--what", "index")
-    assert (tmp_path / "e5_Flat.index").read_bytes() == INDEX
+    assert (tmp_path / "wiki-18-e5_Flat.index").read_bytes() == INDEX
     assert hub.num_bytes - loaded == len(INDEX) - size
 
 
