@@ -23,7 +23,7 @@ import numpy as np
 from IG import semantics
 from IG.belief import Belief, BeliefReader
 from IG.prompts import PromptType, build_prompt
-from IG.sampler import AnswerSampler, PoisonedError, SamplingError, SamplingOptions
+from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError, SamplingOptions
 from IG.semantics import GainKind, ScoreKind
 from IG.sharing import (
     JudgementError,
@@ -45,6 +45,7 @@ __all__ = [
     "GainOptions",
     "GainQuery",
     "Work",
+    "explain_empty",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ _STARTED_TOGETHER = 32
 """Queries that are begun before others on the event loop have their turn."""
 _READ_TOGETHER = 512
 """Conditions of a request whose answers are compared at a time: the pairs of each take memory meanwhile."""
+_WATCHED_ANSWERS = 100
+"""Sampled before a warning about empty ones."""
+_MANY_EMPTY = 0.5
 MAX_GOLDS = 1000
 MAX_CHARS = 20_000
 """Of a question and of a gold: far more than an entailment model reads, few enough to hold nobody up."""
@@ -151,6 +155,16 @@ class _Request:
     """Failures that the log has a trace of."""
 
 
+def explain_empty(num_empty: int, *, of: int) -> str | None:
+    """Return a warning when at least half of the sampled answers are empty, else None."""
+    if of == 0 or num_empty / of < _MANY_EMPTY:
+        return None
+    return (
+        f"{num_empty} of {of} sampled answers are empty ({num_empty / of:.0%}): gains from them say little. "
+        "An instruct model needs --prompt-style chat, a base model --prompt-style plain"
+    )
+
+
 class _InvalidQueryError(ValueError):
     """Nothing can be measured of this query."""
 
@@ -188,6 +202,8 @@ class GainEstimator:
         self._samples = SharedSamples(sampler, key_of=self._key_of, size=sample_cache_size)
         judgements = SharedJudgements(judge, size=pair_cache_size)
         self._reader = BeliefReader(judgements, score=score, threshold=threshold)
+        self._num_answers = self._num_empty = 0
+        self._has_warned = False
 
     async def estimate(
         self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None = None
@@ -216,7 +232,18 @@ class GainEstimator:
         outcomes = [failure if task.cancelled() else task.result() for task in tasks]
         request.work.items = len(queries)
         request.work.distinct_prompts = len(request.prompts)
+        self._watch(request.work)
         return Estimates(outcomes=outcomes, work=request.work)
+
+    def _watch(self, work: Work) -> None:
+        """Warn once when many of the answers so far are empty."""
+        self._num_answers += work.answers_sampled
+        self._num_empty += work.answers_empty
+        if self._has_warned or self._num_answers < _WATCHED_ANSWERS:
+            return
+        if warning := explain_empty(self._num_empty, of=self._num_answers):
+            self._has_warned = True
+            logger.warning("%s", warning)
 
     async def _outcome(self, query: GainQuery, *, request: _Request) -> GainEstimate | GainFailure:
         try:
@@ -258,7 +285,7 @@ class GainEstimator:
         if plan.prompt == plan.baseline:
             no_context = await self._believe(plan, prompt=plan.baseline, request=request)
             again = Source.cached if no_context.source is Source.cached else Source.joined
-            self._count(plan, source=again, num_answers=len(no_context.answers), work=request.work)
+            self._count(plan, source=again, answers=no_context.answers, work=request.work)
             return self._compare(replace(no_context, source=again), no_context)
         try:
             async with asyncio.TaskGroup() as conditions:  # when one fails the other is not needed
@@ -274,7 +301,7 @@ class GainEstimator:
         answers, source = await self._samples.of(prompt)
         if prompt == plan.baseline and source is Source.sampled:
             request.work.baselines_sampled += 1
-        self._count(plan, source=source, num_answers=len(answers), work=request.work)
+        self._count(plan, source=source, answers=answers, work=request.work)
         async with request.reading:
             return await self._reader.read(
                 answers,
@@ -319,11 +346,14 @@ class GainEstimator:
         )
         return float(log_score), semantics.jackknife_error(np.asarray(left_out))
 
-    def _count(self, plan: _Plan, *, source: Source, num_answers: int, work: Work) -> None:
+    def _count(self, plan: _Plan, *, source: Source, answers: Sequence[SampledAnswer], work: Work) -> None:
+        num_answers = len(answers)
         work.prompts_sampled += source is Source.sampled
         work.prompts_joined += source is Source.joined
         work.prompts_cached += source is Source.cached
-        work.answers_sampled += num_answers if source is Source.sampled else 0
+        if source is Source.sampled:
+            work.answers_sampled += num_answers
+            work.answers_empty += sum(not answer.text for answer in answers)
         work.pairs_naive += 2 * num_answers * len(plan.golds)
         if self._score is ScoreKind.hard or self._options.gain is GainKind.entropy:
             work.pairs_naive += num_answers * (num_answers - 1)
@@ -334,6 +364,7 @@ class GainEstimator:
             context=context,
             prompt_type=self._options.prompt_type,
             max_context_words=self._options.max_context_words,
+            prompt_style=self._sampling.prompt_style,
         )
 
     def _key_of(self, prompt: str) -> SampleKey:
@@ -345,4 +376,5 @@ class GainEstimator:
             temperature=sampling.temperature,
             max_new_tokens=sampling.max_new_tokens,
             seed=sampling.seed,
+            prompt_style=sampling.prompt_style,
         )

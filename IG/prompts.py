@@ -24,15 +24,33 @@ INSTRUCTIONS = {
     ),
 }
 
+
+class PromptStyle(StrEnum):
+    """How the generator reads a prompt."""
+
+    plain = "plain"
+    """As text that it completes."""
+    chat = "chat"
+    """As the user's message in the model's chat template."""
+
+
 STOP_STRINGS = ("\n\n\n\n", "\n\n\n", "\n\n", "\n", "Question:", "Context:")
-"""Where an answer ends, besides the end-of-sequence token; none of them is part of the answer."""
+"""Where an answer ends once it has begun, besides the end-of-sequence token; no part of the answer."""
 
 
-def build_prompt(question: str, *, context: str, prompt_type: PromptType, max_context_words: int) -> str:
-    """Prompt of one condition, to be completed as plain text; a blank context leaves its line out."""
+def build_prompt(
+    question: str,
+    *,
+    context: str,
+    prompt_type: PromptType,
+    max_context_words: int,
+    prompt_style: PromptStyle = PromptStyle.plain,
+) -> str:
+    """Return the prompt of one condition, without a chat template; a blank context leaves its line out."""
     kept = truncate_words(context, max_words=max_context_words)
     context_line = f"Context: {kept}\n" if kept.strip() else ""
-    return f"{INSTRUCTIONS[prompt_type]}\n{context_line}Question: {question}\nAnswer:"
+    cue = "\nAnswer:" if prompt_style is PromptStyle.plain else ""
+    return f"{INSTRUCTIONS[prompt_type]}\n{context_line}Question: {question}{cue}"
 
 
 def entailment_text(question: str, answer: str) -> str:

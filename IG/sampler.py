@@ -15,13 +15,15 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Protocol
 
+from IG.frames import make_frame
 from IG.lifeline import Lifeline
-from IG.prompts import STOP_STRINGS
+from IG.prompts import STOP_STRINGS, PromptStyle
 from IG.web.loading import load_in_thread
+from serving.encoding import TextEncoder
 from serving.machine import prepare_engine
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _SHORT_PROMPT_CHARS = 20_000
 """Read on the event loop within milliseconds."""
 _MAX_CHARS_PER_TOKEN = 100
 """Text has 2 to 5; a prompt with more than that for each token it may have is not read at all."""
+_MAX_LEADING_BREAKS = 8
+"""An answer may begin after so many line breaks, each of which takes a request to the engine."""
 
 
 class SamplingError(RuntimeError):
@@ -56,7 +60,7 @@ class SampledAnswer:
     """One sampled answer."""
 
     text: str
-    """Stripped; without the stop string; possibly empty."""
+    """Stripped, also of leading line breaks; without the stop string; possibly empty."""
     mean_log_prob: float
     """Mean log-prob, at temperature 1, of the tokens that write the answer."""
     num_tokens: int
@@ -79,6 +83,7 @@ class SamplingOptions:
     temperature: float
     max_new_tokens: int
     seed: int
+    prompt_style: PromptStyle = PromptStyle.plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +142,8 @@ class VllmSampler:
         self._engine = engine
         self._options = options
         self._tokenizer = engine.get_tokenizer()
+        self._encoder = TextEncoder(self._tokenizer)
+        self._frame = make_frame(self._tokenizer, encoder=self._encoder, prompt_style=options.prompt_style)
         self._max_prompt_tokens = engine.model_config.max_model_len - options.max_new_tokens
         self._request_ids = itertools.count()
         self._lifeline = lifeline
@@ -168,10 +175,12 @@ class VllmSampler:
         Raises SamplingError and EngineLostError.
         """
         prompt_ids = await self._encode(prompt)
-        outputs = await self._generate(prompt_ids, params=sampling_params(self._options, prompt))
-        if len(outputs) == 1:  # greedy: every sample is the same
-            outputs = outputs * self._options.num_answers
-        return tuple(self._answer(output) for output in outputs)
+        outputs = await self._generate(prompt_ids, params=self._params(prompt, options=self._options))
+        answers = await asyncio.gather(
+            *(self._answer(output, prompt_ids, key=f"{prompt}\x00{k}") for k, output in enumerate(outputs))
+        )
+        # Greedy: every sample is the same.
+        return tuple(answers) * (self._options.num_answers if len(outputs) == 1 else 1)
 
     @property
     def alive(self) -> bool:
@@ -194,9 +203,10 @@ class VllmSampler:
         if len(prompt) > _MAX_CHARS_PER_TOKEN * self._max_prompt_tokens:
             raise SamplingError(f"the prompt has {len(prompt)} characters, {takes}")
         if len(prompt) <= _SHORT_PROMPT_CHARS:
-            prompt_ids: list[int] = self._tokenizer.encode(prompt)
+            encoded = self._encoder.encode(prompt)
         else:
-            prompt_ids = await asyncio.to_thread(self._tokenizer.encode, prompt)
+            encoded = await asyncio.to_thread(self._encoder.encode, prompt)
+        prompt_ids = [*self._frame.before, *encoded, *self._frame.after]
         if len(prompt_ids) > self._max_prompt_tokens:
             raise SamplingError(f"the prompt has {len(prompt_ids)} tokens, {takes}")
         return prompt_ids
@@ -217,20 +227,43 @@ class VllmSampler:
             raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
         return outputs
 
-    def _answer(self, output: CompletionOutput) -> SampledAnswer:
-        if output.logprobs is None or not output.token_ids:
-            raise SamplingError("the engine gave an answer without tokens or log-probs")
+    async def _answer(self, output: CompletionOutput, prompt_ids: list[int], *, key: str) -> SampledAnswer:
+        """Return the answer of an output; after nothing but line breaks it is sampled further."""
+        token_ids, log_probs = list(output.token_ids), _log_probs(output)
+        for _ in range(_MAX_LEADING_BREAKS):
+            num_left = self._options.max_new_tokens - len(token_ids)
+            if not _ended_in_break(output) or num_left < 1:
+                break
+            options = replace(self._options, num_answers=1, max_new_tokens=num_left)
+            params = self._params(f"{key}\x00{len(token_ids)}", options=options)
+            (output,) = await self._generate([*prompt_ids, *token_ids], params=params)
+            token_ids += output.token_ids
+            log_probs += _log_probs(output)
         text = output.text.strip()
-        length = answer_length(output.token_ids, text, tokenizer=self._tokenizer)
-        log_probs = [
-            output.logprobs[position][token].logprob
-            for position, token in enumerate(output.token_ids[:length])
-        ]
-        return SampledAnswer(text=text, mean_log_prob=sum(log_probs) / length, num_tokens=length)
+        length = answer_length(token_ids, text, tokenizer=self._tokenizer)
+        return SampledAnswer(text=text, mean_log_prob=sum(log_probs[:length]) / length, num_tokens=length)
+
+    def _params(self, key: str, *, options: SamplingOptions) -> SamplingParams:
+        return sampling_params(options, key, stop_token_ids=self._frame.stop_token_ids)
 
 
-def sampling_params(options: SamplingOptions, prompt: str) -> SamplingParams:
-    """How the engine is asked for the answers to a prompt."""
+def _log_probs(output: CompletionOutput) -> list[float]:
+    """Raises SamplingError when there are none."""
+    if output.logprobs is None or not output.token_ids:
+        raise SamplingError("the engine gave an answer without tokens or log-probs")
+    return [output.logprobs[position][token].logprob for position, token in enumerate(output.token_ids)]
+
+
+def _ended_in_break(output: CompletionOutput) -> bool:
+    """Whether a line break ended the output before anything was written."""
+    stop = output.stop_reason
+    return isinstance(stop, str) and not stop.strip() and not output.text.strip()
+
+
+def sampling_params(
+    options: SamplingOptions, key: str, *, stop_token_ids: Sequence[int] = ()
+) -> SamplingParams:
+    """Return how the engine is asked for answers; the seed is made of `key`, the prompt."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     greedy = options.temperature == 0
@@ -244,8 +277,9 @@ def sampling_params(options: SamplingOptions, prompt: str) -> SamplingParams:
         presence_penalty=0.0,
         frequency_penalty=0.0,
         max_tokens=options.max_new_tokens,
-        seed=None if greedy else prompt_seed(options.seed, prompt),
+        seed=None if greedy else prompt_seed(options.seed, key),
         stop=list(STOP_STRINGS),
+        stop_token_ids=list(stop_token_ids),
         logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -61,11 +61,15 @@ class SampleKey:
     temperature: float
     max_new_tokens: int
     seed: int
+    prompt_style: str
 
     @property
     def digest(self) -> bytes:
         """Stands for the key where many are kept: prompts are long."""
-        options = (self.model_digest, self.num_answers, self.temperature, self.max_new_tokens, self.seed)
+        options = (
+            self.model_digest, self.num_answers, self.temperature, self.max_new_tokens, self.seed,
+            self.prompt_style,
+        )  # fmt: skip
         return hashlib.sha256(f"{options!r}\x00{self.prompt}".encode(errors="surrogatepass")).digest()
 
 
@@ -85,6 +89,8 @@ class Work:
     """Conditions without context."""
     baselines_sampled: int = 0
     answers_sampled: int = 0
+    answers_empty: int = 0
+    """Of those, without any text."""
     pairs_naive: int = 0
     """Directed pairs that a reading without any sharing judges."""
     pairs_judged: int = 0

@@ -52,6 +52,7 @@ SHOWN_SETTINGS = (
     "temperature",
     "max_new_tokens",
     "prompt_type",
+    "prompt_style",
     "seed",
 )
 

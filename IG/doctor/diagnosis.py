@@ -143,7 +143,7 @@ def gains_by_scenario(
 
 def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
     """The figures that a script wants, on one line."""
-    noise, agreement = diagnosis.noise, diagnosis.agreement
+    noise, agreement, work = diagnosis.noise, diagnosis.agreement, diagnosis.work
     return {
         "questions": diagnosis.num_questions,
         "failed": diagnosis.num_failures,
@@ -164,6 +164,9 @@ def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
         "gain": str(plan.rule.gain),
         "spearman_em": _rounded(agreement.spearman.value if agreement and agreement.spearman else None),
         "auc_em": _rounded(agreement.auc.value if agreement and agreement.auc else None),
+        "empty_share": _rounded(
+            work["answers_empty"] / sampled if (sampled := work["answers_sampled"]) else None
+        ),
         "skipped": sorted(diagnosis.skipped),
     }
 

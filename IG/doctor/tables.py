@@ -14,6 +14,7 @@ from IG.doctor.matching import Match
 from IG.doctor.noise import NoiseLevel, NoiseReport
 from IG.doctor.scenarios import LABELS
 from IG.doctor.statistics import Interval
+from IG.estimator import explain_empty
 
 _MATCHES = {
     Match.text: "equal to a gold by text",
@@ -170,7 +171,7 @@ def _aliases(aliases: AliasReport) -> Table:
 
 
 def _work(work: dict[str, int]) -> Table:
-    naive = max(1, work["pairs_naive"])
+    naive, answers = max(1, work["pairs_naive"]), max(1, work["answers_sampled"])
     return Table(
         title="Work",
         meaning="What this took; the service shares work in the same way while it trains.",
@@ -181,6 +182,7 @@ def _work(work: dict[str, int]) -> Table:
             ("baselines asked", str(work["baselines"])),
             ("baselines sampled", str(work["baselines_sampled"])),
             ("answers sampled", str(work["answers_sampled"])),
+            ("answers that are empty", f"{work['answers_empty']} ({work['answers_empty'] / answers:.1%})"),
             ("entailment pairs without any sharing", str(work["pairs_naive"])),
             ("entailment pairs judged", f"{work['pairs_judged']} ({work['pairs_judged'] / naive:.1%})"),
         ),
@@ -188,7 +190,10 @@ def _work(work: dict[str, int]) -> Table:
 
 
 def skipped_lines(diagnosis: Diagnosis) -> Iterator[str]:
-    """What could not be looked at, in sentences."""
+    """What could not be looked at, and what makes the rest doubtful, in sentences."""
+    work = diagnosis.work
+    if warning := explain_empty(work["answers_empty"], of=work["answers_sampled"]):
+        yield f"Warning: {warning}."
     for name, reason in diagnosis.skipped.items():
         yield f"Not done: {name}; {reason}."
     if diagnosis.num_failures:

@@ -115,6 +115,7 @@ def _add_reports(
             max_new_tokens=config.max_new_tokens,
             max_context_words=config.max_context_words,
             prompt_type=config.prompt_type,
+            prompt_style=config.prompt_style,
             seed=config.seed,
         )
 

@@ -82,6 +82,7 @@ class LocalWorker:
                 context="",
                 prompt_type=config.prompt_type,
                 max_context_words=config.max_context_words,
+                prompt_style=config.prompt_style,
             )
             await asyncio.gather(worker.sample(prompt), worker.judge(_WARM_UP_PAIRS))
         except BaseException:
@@ -138,6 +139,7 @@ def sampling_options(config: IGServiceConfig) -> SamplingOptions:
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
         seed=config.seed,
+        prompt_style=config.prompt_style,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from IG.prompts import PromptType
+from IG.prompts import PromptStyle, PromptType
 from IG.semantics import GainKind, ScoreKind
 from IG.web.settings import (
     Parse,
@@ -47,6 +47,7 @@ class IGServiceConfig:
     max_new_tokens: int
     max_context_words: int
     prompt_type: PromptType
+    prompt_style: PromptStyle
     computation_chunk_size: int
     max_concurrent_requests: int
     max_queued_items: int
@@ -139,6 +140,13 @@ SETTINGS: tuple[Setting, ...] = (
         "longest context, in words (in scripts without spaces, characters); the first ones are kept",
     ),
     _setting("prompt_type", "default", parse_choice(PromptType), "instruction: default, chat or long-form"),
+    _setting(
+        "prompt_style",
+        "plain",
+        parse_choice(PromptStyle),
+        "plain: the generator completes the prompt as text, as published; chat: it reads the prompt as a "
+        "message in its chat template (instruct models)",
+    ),
     _setting("computation_chunk_size", "64", parse_integer(1), "pairs the entailment model judges together"),
     _setting("max_concurrent_requests", "512", parse_integer(1), "requests worked on at once; others wait"),
     _setting(

@@ -27,6 +27,7 @@ class ServiceMetrics:
         self._items = self._counter("ig_items", "Items, by outcome: scored or a kind of failure.", "outcome")
         self._prompts = self._counter("ig_prompts", "Conditions, by source of their samples.", "source")
         self._baselines = self._counter("ig_baselines", "Conditions without context, by source.", "source")
+        self._answers = self._counter("ig_answers", "Sampled answers: written or empty.", "text")
         self._pairs = self._counter("ig_pairs", "Entailment pairs, by how they were settled.", "source")
         self.count_outcomes([], work=Work())  # so that every source is there, at 0, from the start
         in_progress = Gauge(
@@ -47,6 +48,8 @@ class ServiceMetrics:
             self._prompts.labels(source).inc(count)
         self._baselines.labels("sampled").inc(work.baselines_sampled)
         self._baselines.labels("shared").inc(work.baselines - work.baselines_sampled)
+        self._answers.labels("written").inc(work.answers_sampled - work.answers_empty)
+        self._answers.labels("empty").inc(work.answers_empty)
         for source, count in (
             ("judged", work.pairs_judged),
             ("shared", work.pairs_shared),

@@ -72,6 +72,8 @@ def detail_of(estimate: GainEstimate) -> InfoGainDetail:
         standard_error_with_context=estimate.standard_error_with_context,
         standard_error_no_context=estimate.standard_error_no_context,
         gain_standard_error=estimate.standard_error,
+        empty_share_with_context=_empty_share(after),
+        empty_share_no_context=_empty_share(before),
         source_with_context=after.source.value,
         source_no_context=before.source.value,
     )
@@ -82,6 +84,10 @@ def _responses(belief: Belief) -> list[ResponseDetail]:
         ResponseDetail(text=_whole(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens)
         for answer in belief.answers
     ]
+
+
+def _empty_share(belief: Belief) -> float:
+    return sum(not answer.text for answer in belief.answers) / len(belief.answers)
 
 
 def _entailment(belief: Belief) -> EntailmentDetail:

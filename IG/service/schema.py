@@ -145,6 +145,10 @@ class InfoGainDetail(BaseModel):
     gain_standard_error: float | None = Field(
         description="Of the gain, both conditions together.", examples=[0.21]
     )
+    empty_share_with_context: float = Field(
+        description="Share of the answers that have no text.", examples=[0.0]
+    )
+    empty_share_no_context: float = Field(examples=[0.5])
     source_with_context: SampleSource = Field(
         description="`sampled` for this condition, `joined` to sampling under way for another condition or "
         "request, or `cached` from before."
@@ -168,6 +172,7 @@ class WorkDetail(BaseModel):
     baselines: int = Field(description="Conditions without context.", examples=[4])
     baselines_sampled: int = Field(description="Of those, really sampled by this request.", examples=[1])
     answers_sampled: int = Field(examples=[50])
+    answers_empty: int = Field(description="Of those, without any text.", examples=[0])
     pairs_naive: int = Field(
         description="Directed pairs that a reading without any sharing judges.", examples=[760]
     )
@@ -229,4 +234,5 @@ class VersionResponse(BaseModel):
     max_new_tokens: int = Field(examples=[128])
     max_context_words: int = Field(examples=[4096])
     prompt_type: str = Field(examples=["default"])
+    prompt_style: str = Field(examples=["plain"])
     seed: int = Field(examples=[0])

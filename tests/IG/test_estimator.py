@@ -143,6 +143,23 @@ async def test_a_query_without_question_or_golds_is_a_named_failure(bad: GainQue
     assert "expected" in estimates.outcomes[0].reason
 
 
+@pytest.mark.parametrize(("num_empty", "warnings"), [(3, 1), (1, 0)])
+async def test_many_empty_answers_are_counted_and_warned_about_once(
+    num_empty: int, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [""] * num_empty + ["Bolton"] * (4 - num_empty)
+    shared = estimator(FakeAnswerSampler({}, default=texts), cache_size=1000)
+    for _ in range(2):
+        queries = [query(f"passage {k}") for k in range(60)]
+        work = (await shared.estimate(queries, details=False)).work
+    assert work.answers_empty == 0  # the second time all are remembered
+    work = (await shared.estimate([query("another")], details=False)).work
+    assert (work.answers_sampled, work.answers_empty) == (4, num_empty)
+    said = [record.message for record in caplog.records if "answers are empty" in record.message]
+    assert len(said) == warnings
+    assert all("183 of 244" in line and "--prompt-style chat" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("unreadable", "reason"),
     [

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from IG.lifeline import Lifeline
+from IG.prompts import STOP_STRINGS
 from IG.sampler import (
     EngineLostError,
     SamplingError,
@@ -17,6 +19,9 @@ from IG.sampler import (
     answer_length,
     prompt_seed,
 )
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 
 class Spelling:
@@ -61,9 +66,15 @@ def test_the_seed_depends_on_prompt_and_service_seed_alone() -> None:
 class Characters:
     """A token for each character, two for a line break; it takes its time over long texts."""
 
-    def encode(self, text: str) -> list[int]:
+    added_tokens_decoder: Mapping[int, object] = {}
+    bos_token = eos_token = pad_token = unk_token = None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         time.sleep(len(text) * 1e-6)
-        return [0] * (len(text) + text.count("\n"))
+        return [ord(character) for character in text.replace("\n", "\n\n")]
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(map(chr, ids))
 
 
 class Engine:
@@ -122,6 +133,52 @@ async def test_a_prompt_that_is_too_long_is_refused_and_says_what_to_do(prompt: 
         with pytest.raises(SamplingError, match=f"{reason}.*--max-context-words.*--max-model-len"):
             await sampler.sample(prompt)
         assert len(await sampler._encode("x" * 56)) == 56
+
+
+class Scripted(Engine):
+    """Plays a script of texts, one request after the other; each text ends at its first stop string."""
+
+    def __init__(self, *script: list[str]) -> None:
+        super().__init__()
+        self.requests: list[tuple[str, SamplingParams]] = []
+        self._script = list(script)
+
+    async def generate(
+        self, prompt: dict[str, list[int]], params: SamplingParams, _: object
+    ) -> AsyncIterator[SimpleNamespace]:
+        self.requests.append(("".join(map(chr, prompt["prompt_token_ids"])), params))
+        yield SimpleNamespace(outputs=[self._output(text) for text in self._script.pop(0)])
+
+    def _output(self, text: str) -> SimpleNamespace:
+        found = next((stop for stop in STOP_STRINGS if stop in text), None)
+        return SimpleNamespace(
+            text=text.partition(found)[0] if found else text,
+            token_ids=[ord(character) for character in text],
+            logprobs=[{ord(c): SimpleNamespace(logprob=-float(len(text)))} for c in text],
+            finish_reason="stop",
+            stop_reason=found,
+        )
+
+
+async def test_line_breaks_before_an_answer_do_not_end_it() -> None:
+    engine = Scripted(["\n", "Bolton\n"], ["\n"], ["Leeds"])
+    with sampling(engine) as sampler:
+        leeds, bolton = await sampler.sample("Q")
+    assert (leeds.text, bolton.text) == ("Leeds", "Bolton")
+    assert leeds.num_tokens == len("\n\nLeeds")
+    assert leeds.mean_log_prob == pytest.approx((-1 - 1 - 5 * 5) / 7)
+    assert [prompt for prompt, _ in engine.requests] == ["Q", "Q\n", "Q\n\n"]
+    assert [(params.n, params.max_tokens) for _, params in engine.requests] == [(2, 8), (1, 7), (1, 6)]
+    assert len({params.seed for _, params in engine.requests}) == 3
+
+
+@pytest.mark.parametrize("script", [[" "], ["Question:"], ["\n"] * 8, ["\n"] * 9])
+async def test_an_answer_that_never_begins_is_empty(script: list[str]) -> None:
+    engine = Scripted([script[0], "Leeds"], *([text] for text in script[1:]))
+    with sampling(engine) as sampler:
+        empty, leeds = await sampler.sample("Q")
+    assert (empty.text, leeds.text) == ("", "Leeds")
+    assert len(engine.requests) == min(8, len(script))
 
 
 async def test_reading_a_long_prompt_leaves_the_event_loop_to_others() -> None:

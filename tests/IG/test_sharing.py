@@ -11,7 +11,15 @@ import pytest
 from IG.sampler import PoisonedError, SampledAnswer, SamplingError
 from IG.sharing import JudgementError, SampleKey, SharedJudgements, SharedSamples, Source, Work
 
-KEY = SampleKey(model_digest="m", prompt="p", num_answers=2, temperature=1.0, max_new_tokens=8, seed=0)
+KEY = SampleKey(
+    model_digest="m",
+    prompt="p",
+    num_answers=2,
+    temperature=1.0,
+    max_new_tokens=8,
+    seed=0,
+    prompt_style="plain",
+)
 
 
 @dataclass(slots=True)

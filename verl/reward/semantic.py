@@ -24,7 +24,7 @@ NOTHING_TO_MEASURE = Gain()
 VISIBLE, HIDDEN = "perf/gain_visible_s", "perf/gain_hidden_s"
 """Seconds that a step waited for gains once its episodes had ended; seconds in which at least one request for
 a gain was under way while episodes still ran."""
-_WORK = ("prompts_sampled", "baselines_sampled", "pairs_judged")
+_WORK = ("prompts_sampled", "baselines_sampled", "answers_sampled", "answers_empty", "pairs_judged")
 """Counters of the service that become metrics of their own."""
 
 

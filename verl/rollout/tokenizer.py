@@ -1,13 +1,11 @@
 """A Hugging Face tokenizer behind the calls that the agent loop makes.
 
-Text from outside (questions, passages) never becomes a control token: what looks like one is encoded as
-ordinary text. Control tokens are the special tokens and other added tokens like `<|User|>`; only the chat
-template may write them. Text without any of them gets the ids that the tokenizer gives it as a whole.
+Text from outside (questions, passages) never becomes a control token (see `serving.encoding`); only the chat
+template may write them.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from serving.encoding import TextEncoder
 from verl.errors import ConfigError
 from verl.types import Message, Question
 
@@ -27,9 +26,6 @@ logger = logging.getLogger(__name__)
 _PROBE = (
     'Where was Alice born? <search> 12 towns</search>\n\n<information>Doc 1(Title: "Zoë")</information>\n'
 )
-_CONTROL = re.compile(r"<[|\uff5c].+[|\uff5c]>")
-"""Of added tokens that are not marked as special, those that frame turns or files: Qwen's `<|file_sep|>`,
-DeepSeek's role markers with full-width bars."""
 _PLACEHOLDER = "xPLACEHOLDERx"
 
 
@@ -39,9 +35,10 @@ class HfTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
         """`tags`: the agent's own, which stay single tokens also where they were added as special ones."""
         self._tokenizer = tokenizer
-        self._control = _find_control_tokens(tokenizer, tags=tags)
-        self._control_text = re.compile("|".join(map(re.escape, self._control.values())))
-        self._start_ids = _find_start_ids(tokenizer)
+        try:
+            self._encoder = TextEncoder(tokenizer, tags=tags)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self._has_warned = False
 
     @classmethod
@@ -69,17 +66,8 @@ class HfTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a piece of text, nothing added and no control token among them.
-
-        Text of control tokens is cut after its first character and the parts are encoded apart.
-        """
-        ids = self._encode(text)
-        if self._control.keys().isdisjoint(ids):
-            return ids
-        borders = [0, *(found.start() + 1 for found in self._control_text.finditer(text)), len(text)]
-        parts = (text[start:end] for start, end in itertools.pairwise(borders))
-        # A tokenizer that normalizes text can find a control token also where its text was not written.
-        return [token for part in parts for token in self._encode(part) if token not in self._control]
+        """Return the ids of a piece of text, nothing added and no control token among them."""
+        return self._encoder.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens and spaces kept."""
@@ -97,20 +85,22 @@ class HfTokenizer:
         """
         contents = [message.content for message in question.messages]
         if not self._tokenizer.chat_template:
-            return [*self._start_ids, *self.encode("\n".join(contents))]
-        if self._control.keys().isdisjoint(self._encode("\n".join(contents))):
-            return self._encode(self._render(question.messages))
+            return [*self._encoder.start_ids, *self.encode("\n".join(contents))]
+        if self._encoder.control.keys().isdisjoint(self._encoder.encode_trusted("\n".join(contents))):
+            return self._encoder.encode_trusted(self._render(question.messages))
         self._warn(question)
         marked = [
             Message(role=message.role, content=f"\t{_PLACEHOLDER}{number}{_PLACEHOLDER}\t")
             for number, message in enumerate(question.messages)
         ]
         parts = re.split(rf"(\t?){_PLACEHOLDER}(\d+){_PLACEHOLDER}\t?", self._render(marked))
-        ids = self._encode(parts[0])
+        ids = self._encoder.encode_trusted(parts[0])
         for has_space, number, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
             content = contents[int(number)]
             # Some templates strip the content.
-            ids += self.encode(content if has_space else content.strip()) + self._encode(after)
+            ids += self.encode(content if has_space else content.strip()) + self._encoder.encode_trusted(
+                after
+            )
         return ids
 
     def render_next_turn(self, text: str) -> list[int] | None:
@@ -128,16 +118,12 @@ class HfTokenizer:
             opening = self._render([first]).removeprefix(self._render([first], is_open=False))
             next_turn = self._render([first, answer, second]).partition(_PLACEHOLDER)[2]
             if text in next_turn and next_turn.endswith(opening):
-                return self._encode(next_turn)
+                return self._encoder.encode_trusted(next_turn)
             problem = f"the chat template of {self._tokenizer.name_or_path!r} renders no second user turn"
         except ConfigError as error:
             problem = str(error)
         logger.warning("a policy that ends its turn without an action is answered inside it: %s", problem)
         return None
-
-    def _encode(self, text: str) -> list[int]:
-        """Return the ids of trusted text: that of a control token becomes this token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _render(self, messages: Sequence[Message], *, is_open: bool = True) -> str:
         """Return the text of a chat, `is_open` for the next turn of the assistant. Raises ConfigError."""
@@ -164,33 +150,8 @@ class HfTokenizer:
                 "the prompt of %s holds text of control tokens (this tokenizer has %s and others): in all "
                 "prompts it is read as ordinary text. Give roles as messages in the column `prompt`",
                 question.uid,
-                next(iter(self._control.values())),
+                next(iter(self._encoder.control.values())),
             )
-
-
-def _find_control_tokens(tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str]) -> dict[int, str]:
-    """Return the text of every control token by id."""
-    # The unknown token stands for text that has no other one, unless it has a second job.
-    jobs = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    harmless = {*tags, tokenizer.unk_token} - jobs
-    return {
-        token_id: token.content
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.content not in harmless and (token.special or _CONTROL.fullmatch(token.content))
-    }
-
-
-def _find_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer by itself puts before a text. Raises ConfigError if that cannot be seen."""
-    bare = list(tokenizer.encode("a", add_special_tokens=False))
-    whole = list(tokenizer.encode("a"))
-    for start in range(len(whole)):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    raise ConfigError(
-        f"the tokenizer of {tokenizer.name_or_path!r} gives 'a' the ids {bare}, and {whole} with its special "
-        "tokens: expected the former inside the latter"
-    )
 
 
 def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:

@@ -124,6 +124,7 @@ def test_a_whole_examination(run: Run, started: list[FakeBackend], tmp_path: Pat
     assert started[0].is_closed
     assert started[0].config.num_generations == 64
     assert (line["questions"], line["failed"], line["groups"], line["skipped"]) == (10, 0, "simulated", [])
+    assert line["empty_share"] == 0.0
     assert isinstance(line["signal"], float)
     assert 0.2 < line["signal"] < 0.6
     assert line["group_size"] in (2, 3, 4)

@@ -9,6 +9,7 @@ import pytest
 
 from IG.belief import Belief, FullReading
 from IG.estimator import GainEstimate, Work
+from IG.sampler import SampledAnswer
 from IG.service.rendering import detail_of
 from IG.service.schema import WorkDetail
 from IG.sharing import Source
@@ -27,7 +28,7 @@ def test_matrices_are_flat_and_row_by_row() -> None:
         left_out_entropies=np.asarray([0.5, 0.5]),
     )
     belief = Belief(
-        answers=(),
+        answers=tuple(SampledAnswer(text=text, mean_log_prob=-1.0, num_tokens=1) for text in ("Bolton", "")),
         weights=np.asarray([0.5, 0.5]),
         score=0.0,
         left_out_scores=None,
@@ -50,6 +51,7 @@ def test_matrices_are_flat_and_row_by_row() -> None:
     assert entailment.ans_entails_resp == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.1])
     assert (detail.standard_error_with_context, detail.standard_error_no_context) == (0.1, 0.2)
     assert detail.gain_standard_error == 0.3
+    assert (detail.empty_share_with_context, detail.empty_share_no_context) == (0.5, 0.5)
 
 
 def test_the_wire_tells_all_the_work() -> None:
@@ -79,6 +81,7 @@ async def test_wire_format_with_one_bad_item() -> None:
     }
     assert detail["clusters_with_context"] == [0, 0, 1, 0]
     assert (detail["score_with_context"], detail["score_no_context"]) == (0.75, 0.25)
+    assert (detail["empty_share_with_context"], detail["empty_share_no_context"]) == (0.0, 0.0)
     assert (detail["source_with_context"], answer["details"][2]["source_with_context"]) == (
         "sampled",
         "joined",

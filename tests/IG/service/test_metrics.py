@@ -34,6 +34,8 @@ async def test_everything_is_counted_once() -> None:
     assert metrics['ig_baselines_total{source="shared"}'] == 3
     assert metrics['ig_prompts_total{source="sampled"}'] == 2
     assert metrics['ig_prompts_total{source="cached"}'] == 4
+    assert metrics['ig_answers_total{text="written"}'] == 8
+    assert metrics['ig_answers_total{text="empty"}'] == 0
     assert metrics['ig_pairs_total{source="judged"}'] > 0
     assert metrics['ig_pairs_total{source="equal"}'] > 0
     assert metrics["ig_items_in_progress"] == 0

@@ -273,7 +273,7 @@ async def test_a_halted_step_leaves_no_request_behind(caplog: pytest.LogCaptureF
 
 
 async def test_the_work_of_the_service_is_told_per_step() -> None:
-    work = {"items": 4, "prompts_sampled": 2, "baselines_sampled": 1, "pairs_judged": 5}
+    work = {"items": 4, "prompts_sampled": 2, "baselines_sampled": 1, "answers_empty": 3, "pairs_judged": 5}
     async with connected(FakeGainService(work=work)) as gain:
         for _ in range(2):
             trajectory = make_trajectory(QUESTION, queries=("q",), answer="x")
@@ -284,6 +284,7 @@ async def test_the_work_of_the_service_is_told_per_step() -> None:
             assert told == {
                 "ig/prompts_sampled": 4.0,
                 "ig/baselines_sampled": 2.0,
+                "ig/answers_empty": 6.0,
                 "ig/pairs_judged": 10.0,
             }
 

@@ -1,0 +1,52 @@
+"""What stands around a prompt: BOS, or the chat template of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from IG.prompts import PromptStyle
+from serving.encoding import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = "xPLACEHOLDERx"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """What stands around every prompt."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """End an answer besides the end-of-sequence token of the model's configuration."""
+
+
+def make_frame(
+    tokenizer: PreTrainedTokenizerBase, *, encoder: TextEncoder, prompt_style: PromptStyle
+) -> Frame:
+    """Return what the prompt style puts around a prompt: BOS, or the chat template. Raises ValueError."""
+    if prompt_style is PromptStyle.plain:
+        return Frame(before=tuple(encoder.start_ids))
+    from jinja2 import TemplateError
+
+    message = {"role": "user", "content": _PLACEHOLDER}
+    try:
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    except (TemplateError, ValueError) as error:
+        raise ValueError(
+            f"--prompt-style chat: the chat template of {tokenizer.name_or_path!r} cannot be used ({error}); "
+            "take an instruct model or --prompt-style plain"
+        ) from error
+    before, _, after = str(text).partition(_PLACEHOLDER)
+    after_ids = encoder.encode_trusted(after)
+    # The token that ends a turn, which the configuration of some models does not name.
+    turn_ends = [token for token in after_ids if token in encoder.control][:1]
+    ends = [*turn_ends, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
+    return Frame(
+        before=tuple(encoder.encode_trusted(before)),
+        after=tuple(after_ids),
+        stop_token_ids=tuple(dict.fromkeys(ends)),
+    )
