@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from verl.errors import DataError
 from verl.report.report import write_report
+from verl.utils.entry import error_line
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl, e.g. runs/quickstart-...")
     options = parser.parse_args(arguments)
-    try:
+    with error_line():
         path = write_report(options.run_dir)
-    except DataError as error:
-        sys.exit(f"error: {error}")
     print(path)
 
 

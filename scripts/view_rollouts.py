@@ -8,7 +8,6 @@ python scripts/view_rollouts.py runs/NAME/evaluation/step_000050.jsonl --limit 3
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from verl.errors import DataError
 from verl.report.examples import is_right
 from verl.report.run_data import count_searches
 from verl.report.text import split_output
+from verl.utils.entry import error_line
 from verl.utils.records import (
     EVALUATION,
     TRAJECTORIES,
@@ -43,14 +43,12 @@ VERDICTS = ("right", "wrong", "failed")
 def main(arguments: list[str] | None = None, *, console: Console | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = console or Console(soft_wrap=False)
-    try:
+    with error_line():
         path = find_file(options.path, step=options.step, evaluation=options.evaluation)
         shown = 0
         for record in islice(select(path, only=options.only, contains=options.contains), options.limit):
             console.print(render(record))
             shown += 1
-    except DataError as error:
-        sys.exit(f"error: {error}")
     console.print(Text(f"{shown} trajectories of {path}", style="dim"))
 
 

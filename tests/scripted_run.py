@@ -15,7 +15,7 @@ import numpy as np
 from verl.rollout.recorder import Recorder
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.types import Action, ActionKind, Group, Passage, Question, Score, Stop, Trajectory, Turn
-from verl.utils.manifest import finish_manifest, write_manifest
+from verl.utils.manifest import finish_manifest, make_manifest, write_manifest
 from verl.utils.tracking import Tracker
 
 GAIN_WEIGHT = 0.6
@@ -188,14 +188,14 @@ def write_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     data = run_dir.parent / "train.parquet"
     data.write_bytes(b"PAR1")
-    write_manifest(
-        run_dir,
+    manifest = make_manifest(
         config=_CONFIG,
         data_files=[data],
         model_path="models/policy",
         seeds={"run": 0},
         services=_SERVICES,
     )
+    write_manifest(run_dir, manifest)
     tracker = Tracker(run_dir, loggers=())
     recorder = Recorder(run_dir, decode=decode)
     rule = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)

@@ -78,7 +78,9 @@ def _read_table(file: Path) -> pyarrow.Table:
     if not file.is_file():
         raise DataError(f"{file}: no such file; check data.train_files and data.val_files")
     try:
-        return parquet.read_table(file)
+        table = parquet.read_table(file)
+        table.validate(full=True)  # texts are UTF-8
+        return table
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: not a readable parquet file ({error}); make it again") from error
 

@@ -240,7 +240,10 @@ def _number(value: object) -> str | None:
 
 
 def _timestamp(value: object) -> float | None:
-    return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else None
+    try:
+        return datetime.fromisoformat(str(value)).timestamp()
+    except ValueError:
+        return None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -14,7 +14,6 @@ from verl.utils.records import (
     Decode,
     TrajectoryRecord,
     step_file,
-    step_files,
     to_record,
 )
 
@@ -22,14 +21,9 @@ from verl.utils.records import (
 class Recorder:
     """Write trajectories with their scores and credit; each file is whole or not there."""
 
-    def __init__(self, run_dir: Path, *, decode: Decode, resume_step: int = 0) -> None:
-        """Files of steps after `resume_step` are removed: the resumed run writes them again."""
+    def __init__(self, run_dir: Path, *, decode: Decode) -> None:
         self._run_dir = run_dir
         self._decode = decode
-        for folder in (TRAJECTORIES, EVALUATION):
-            for step, path in step_files(run_dir, folder).items():
-                if step > resume_step:
-                    path.unlink()
 
     def write(
         self,

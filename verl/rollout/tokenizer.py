@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from serving.encoding import TextEncoder
 from verl.errors import ConfigError
 from verl.types import Message, Question
@@ -48,12 +46,15 @@ class HfTokenizer:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+            _require_same_ids(tokenizer, path=path)
+            return cls(tokenizer, tags=tags)
+        except ConfigError:
+            raise
+        except Exception as error:  # the errors of damaged files share no class
             raise ConfigError(
-                f"actor_rollout_ref.model.path={path!r} has no usable tokenizer: {error}"
+                f"actor_rollout_ref.model.path={path!r} has no usable tokenizer ({type(error).__name__}: "
+                f"{error}); copy the model again"
             ) from error
-        _require_same_ids(tokenizer, path=path)
-        return cls(tokenizer, tags=tags)
 
     @property
     def pad_id(self) -> int:
@@ -133,7 +134,7 @@ class HfTokenizer:
                 add_generation_prompt=is_open,
                 tokenize=False,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program that came with the model
             roles = ", ".join(message.role for message in messages)
             raise ConfigError(
                 f"the chat template of {self._tokenizer.name_or_path!r} refuses messages of {roles}: "

@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from search_r1.agent.loop import SearchAgent
 from search_r1.agent.prompts import TAGS, render_context
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
-from serving.redaction import redact
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
@@ -32,17 +31,19 @@ from verl.rollout.recorder import Recorder
 from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
-from verl.trainer.launch import count_gpus, launch_models
+from verl.trainer.launch import count_gpus, count_workers, launch_models
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.progress import Progress, run_identity
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
+from verl.trainer.resume import find_progress
 from verl.types import IntArray, Question
 from verl.utils.logs import configure_logging
-from verl.utils.manifest import finish_manifest, read_manifest, set_aside_previous_run, write_manifest
+from verl.utils.manifest import finish_manifest, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainClient
+from verl.utils.shutdown import close_quietly
 from verl.utils.tracking import Tracker
-from verl.workers.checkpoint import CheckpointStore
+from verl.workers.model import check_model
 from verl.workers.weight_sync import WeightPublisher
 
 logger = logging.getLogger(__name__)
@@ -76,18 +77,28 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts together; each registers with the stack how it is taken down."""
     search, gains, services = await connect_services(config, stack)
+    model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=TAGS)
+    pad_id = tokenizer.pad_id
     train, held_out = load_data(config, tokenizer)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
+    manifest = make_manifest(
+        config=dataclasses.asdict(config),
+        data_files=[*config.data.train_paths, *config.data.val_paths],
+        model_path=config.actor_rollout_ref.model.path,
+        model_folder=model_folder,
+        seeds={"trainer.seed": config.trainer.seed},
+        services=services,
+        prompt=tokenizer.decode(tokenizer.render_prompt(train[0])),
+    )
+    identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
     checkpoints, progress, resumed = find_progress(
-        config, run_dir, total_steps=total_steps, services=services
+        config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
     )
     if resumed is not None:
-        sampler.load_state_dict({name: int(str(value)) for name, value in progress.sampler.items()})
-    describe_run(
-        config, run_dir, services=services, tokenizer=tokenizer, question=train[0], step=progress.step
-    )
+        sampler.load_state_dict(progress.sampler)
+    write_manifest(run_dir, manifest, resumed_from=progress.step or None)
     stack.enter_context(account_for_end(run_dir, progress))
     scratch = stack.enter_context(scratch_folder(run_dir))
 
@@ -103,17 +114,16 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         probe_ids=probe_ids(tokenizer, train),
         tolerance=tolerance,
     )
-    stack.callback(publisher.close)
+    close_quietly(stack, publisher.close)
     tracker = Tracker(
         run_dir,
         loggers=config.trainer.logger,
         project=config.trainer.project_name,
         experiment=config.trainer.experiment_name,
         config=dataclasses.asdict(config),
-        resume_step=progress.step,
         total_steps=total_steps,
     )
-    stack.callback(tracker.finish)
+    close_quietly(stack, tracker.finish)
     rollout = config.actor_rollout_ref.rollout
     agent = SearchAgent(
         generate=engines,
@@ -166,16 +176,16 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
             max_log_prob_difference=tolerance,
         ),
         tracker=tracker,
-        recorder=Recorder(run_dir, decode=tokenizer.decode, resume_step=progress.step),
+        recorder=Recorder(run_dir, decode=tokenizer.decode),
     )
     return PPOTrainer(
         parts,
         settings=config.trainer,
         total_steps=total_steps,
         gain_weight=config.reward.gain_weight,
-        pad_id=tokenizer.pad_id,
+        pad_id=pad_id,
         progress=progress,
-        identity=run_identity(config),
+        identity=identity,
     )
 
 
@@ -188,7 +198,7 @@ async def connect_services(
     # A secret is no setting: it stands in no configuration, so in no manifest and on no command line.
     token = os.environ.get("RETRIEVER_TOKEN") or None
     search = HttpSearch(retriever.url, topk=retriever.topk, timeout_s=retriever.timeout_s, token=token)
-    stack.push_async_callback(search.aclose)
+    close_quietly(stack, search.aclose)
     if config.reward.gain == "none":
         await search.wait_ready(wait_s)
         return search, None, {"retriever": await describe_retriever(search, config.retriever)}
@@ -196,7 +206,7 @@ async def connect_services(
     gains = GainClient(
         semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
     )
-    stack.push_async_callback(gains.aclose)
+    close_quietly(stack, gains.aclose)
     health, _ = await asyncio.gather(gains.wait_ready(wait_s), search.wait_ready(wait_s))
     services: dict[str, object] = {"retriever": await describe_retriever(search, config.retriever)}
     services["ig_service"] = {"url": semantic.url, "health": health, "version": await gains.describe()}
@@ -223,91 +233,6 @@ def count_steps(config: Config, *, batches_per_epoch: int) -> int:
     epochs = config.trainer.total_epochs * batches_per_epoch
     limit = config.trainer.total_training_steps
     return epochs if limit is None else min(epochs, limit)
-
-
-def find_progress(
-    config: Config, run_dir: Path, *, total_steps: int, services: Mapping[str, object]
-) -> tuple[CheckpointStore, Progress, Path | None]:
-    """The newest good checkpoint of the run folder, or a fresh start.
-
-    Raises ConfigError if it belongs to another run or has nothing left to do.
-    """
-    if config.trainer.resume_mode == "disable":
-        previous = set_aside_previous_run(run_dir)
-        if previous is not None:
-            logger.info("trainer.resume_mode=disable: the earlier run was moved to %s", previous)
-    checkpoints = CheckpointStore(run_dir / "checkpoints", keep=config.trainer.max_checkpoints_to_keep)
-    newest = checkpoints.latest()
-    if newest is None:
-        return checkpoints, Progress(), None
-    progress = Progress.load(newest, identity=run_identity(config))
-    if progress.step >= total_steps:
-        raise ConfigError(
-            f"the run in {run_dir} has done {progress.step} of {total_steps} steps: nothing is left. Raise "
-            "trainer.total_training_steps (and total_epochs) to go on, or start another run with another "
-            "trainer.experiment_name or with trainer.resume_mode=disable"
-        )
-    logger.info("going on from %s (trainer.resume_mode=auto)", newest)
-    for change in list_changes(run_dir, dataclasses.asdict(config), services=services):
-        logger.warning("changed since this run was started: %s", change)
-    return checkpoints, progress, newest
-
-
-def list_changes(run_dir: Path, config: dict[str, object], *, services: Mapping[str, object]) -> list[str]:
-    """What differs from the manifest of the run that is resumed, as `key: old -> new`.
-
-    Settings, and what the retriever says of its index: going on with another one must be seen.
-    """
-    manifest = read_manifest(run_dir) or {}
-    before, after = flatten(manifest.get("config") or {}), flatten(redact(config))
-    old, new = (retriever_facts(of) for of in (manifest.get("services") or {}, services))
-    if old and new:
-        before, after = before | old, after | new
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
-
-
-def retriever_facts(services: Mapping[str, object]) -> dict[str, object]:
-    """What its answers depend on, as dotted keys; empty where nothing was said."""
-    retriever = services.get("retriever")
-    version = retriever.get("version") if isinstance(retriever, Mapping) else None
-    facts = version.get("retriever") if isinstance(version, Mapping) else None
-    return flatten(facts, "retriever.index.") if isinstance(facts, Mapping) else {}
-
-
-def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted keys of nested sections."""
-    flat: dict[str, object] = {}
-    for name, value in settings.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        )
-    return flat
-
-
-def describe_run(
-    config: Config,
-    run_dir: Path,
-    *,
-    services: dict[str, object],
-    tokenizer: HfTokenizer,
-    question: Question,
-    step: int,
-) -> None:
-    """Write run_manifest.json: all that is needed to compare this run with another."""
-    write_manifest(
-        run_dir,
-        config=dataclasses.asdict(config),
-        data_files=[*config.data.train_paths, *config.data.val_paths],
-        model_path=config.actor_rollout_ref.model.path,
-        seeds={"trainer.seed": config.trainer.seed},
-        services=services,
-        prompt=tokenizer.decode(tokenizer.render_prompt(question)),
-        resumed_from=step or None,
-    )
 
 
 def probe_tolerance(config: Config, *, device: str) -> float:
@@ -355,7 +280,10 @@ def scratch_folder(run_dir: Path) -> Iterator[Path]:
 
 @contextmanager
 def account_for_end(run_dir: Path, progress: Progress) -> Iterator[None]:
-    """Record how the run ended and write its report, also when it failed."""
+    """Record how the run ended and write its report, also when it failed.
+
+    What cannot be written is logged: it must not hide how the run itself ended.
+    """
     status, reason = "completed", None
     try:
         yield
@@ -366,8 +294,11 @@ def account_for_end(run_dir: Path, progress: Progress) -> Iterator[None]:
         status, reason = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        finish_manifest(run_dir, status=status, reason=reason, step=progress.step)
+        try:
+            finish_manifest(run_dir, status=status, reason=reason, step=progress.step)
+        except (DataError, OSError) as error:
+            logger.error("the manifest cannot say how the run ended (%s): %s", status, error)
         try:
             logger.info("report: %s", write_report(run_dir))
-        except (DataError, OSError) as error:  # must not hide how the run itself ended
-            logger.error("no report: %s; mend it and run scripts/report.py %s", error, run_dir)
+        except (DataError, OSError) as error:
+            logger.error("no report: %s; repair it and run scripts/report.py %s", error, run_dir)

@@ -15,6 +15,7 @@ from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import Config
 from verl.utils.actors import Launcher, make_launcher
+from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.model import prepare_engine_model
 from verl.workers.worker_group import WorkerGroup
 
@@ -31,7 +32,8 @@ async def launch_models(
     trainer = config.trainer
     logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
     launcher = make_launcher(trainer.launcher)
-    stack.callback(launcher.shutdown)
+    close_quietly(stack, launcher.shutdown)
+    await stack.enter_async_context(ended_by(launcher.watch()))
     launch_group = partial(
         WorkerGroup.launch,
         launcher,
@@ -41,21 +43,21 @@ async def launch_models(
         total_steps=total_steps,
         seed=trainer.seed,
         device=device,
-        world_size=trainer.n_gpus_per_node if device == "cuda" else trainer.num_cpu_workers,
+        world_size=count_workers(config, device=device),
         scratch=scratch,
         num_threads=os.cpu_count() if device == "cpu" else None,
     )
     try:
         async with asyncio.timeout(trainer.startup_timeout_s):
             engines = launch_engines(config, launcher, device=device, scratch=scratch)
-            stack.push_async_callback(engines.shutdown)
+            close_quietly(stack, engines.shutdown)
             async with alone_on_gpus(engines, device=device):
                 policy = launch_group(name="policy", trainable=True)
-                stack.callback(policy.shutdown)
+                close_quietly(stack, policy.shutdown)
                 reference = None
-                if config.actor_rollout_ref.actor.use_kl_loss:
+                if config.actor_rollout_ref.actor.use_kl_loss and not trainer.evaluates_only:
                     reference = launch_group(name="reference", trainable=False)
-                    stack.callback(reference.shutdown)
+                    close_quietly(stack, reference.shutdown)
                     await reference.wait_until_ready()
                 num_parameters = await policy.wait_until_ready()
             await engines.start()
@@ -115,6 +117,11 @@ def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: 
         request_timeout_s=settings.rollout.request_timeout_s,
         rests=device == "cuda" and settings.rollout.free_cache_engine,
     )
+
+
+def count_workers(config: Config, *, device: str) -> int:
+    """Ranks of the policy."""
+    return config.trainer.n_gpus_per_node if device == "cuda" else config.trainer.num_cpu_workers
 
 
 def see_gpus(indices: range) -> dict[str, str]:

@@ -12,29 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from serving.logs import safe_text
-from verl.errors import (
-    ConfigError,
-    DataError,
-    RolloutError,
-    ServiceError,
-    TrainingHaltedError,
-    WeightSyncError,
-)
+from verl.errors import ConfigError
 from verl.trainer.config.loading import first_line, load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
-from verl.utils.actors import ActorError
-
-USER_ERRORS = (
-    ActorError,
-    ConfigError,
-    DataError,
-    RolloutError,
-    ServiceError,
-    TrainingHaltedError,
-    WeightSyncError,
-)
+from verl.utils.entry import error_line
 
 
 async def train(config: Config) -> None:
@@ -43,31 +25,33 @@ async def train(config: Config) -> None:
 
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with open_trainer(config) as trainer:
         await trainer.fit()
 
 
 @hydra.main(version_base=None, config_path="config", config_name="ppo_trainer")
 def run(raw: DictConfig) -> None:
-    """What a user can mend becomes one message and exit code 1; anything else is a bug with its traceback."""
+    """Train; exit code 130 after an interrupt."""
     try:
-        asyncio.run(train(load_config(raw)))
-    except USER_ERRORS as error:
-        sys.exit(f"error: {safe_text(str(error))}")
+        with error_line():
+            asyncio.run(train(load_config(raw)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
 
 
 def main() -> None:
+    """Check the arguments and train; whatever goes wrong ends as one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines of its own and exits
     register_schema()
-    try:
+    with error_line():
         sys.argv[1:] = check_overrides(sys.argv[1:])
-        run()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        text = str(error) if isinstance(error, ConfigError) else first_line(error)
-        sys.exit(f"error: {safe_text(text)}")
+        try:
+            run()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(first_line(error)) from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import asyncio
 import inspect
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -25,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from verl.errors import ConfigError
 from verl.utils.reaper import MARK, start_reaper
 
@@ -33,6 +36,9 @@ logger = logging.getLogger(__name__)
 _NUM_QUOTED_LINES = 15
 _REAPER_TIMEOUT_S = 30.0
 _START_ATTEMPTS = 3
+_WATCH_INTERVAL_S = 1.0
+# Ray's patience with its own dead processes: long enough to save what the actors hold.
+_SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
 _MAX_SOCKET_ROOT_CHARS = 24
 """Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
 
@@ -67,6 +73,10 @@ class Launcher(Protocol):
         max_concurrency: int = 1,
     ) -> Actor:
         """Build `cls(**kwargs)` without waiting for it, in an environment with `env` added."""
+        ...
+
+    async def watch(self) -> None:
+        """Raise ActorError once a process that all actors depend on has ended."""
         ...
 
     def shutdown(self) -> None:
@@ -143,6 +153,9 @@ class LocalLauncher:
         self._actors.append(actor)
         return actor
 
+    async def watch(self) -> None:
+        await asyncio.Event().wait()  # this process is the only one
+
     def shutdown(self) -> None:
         for actor in self._actors:
             actor.kill()
@@ -150,8 +163,9 @@ class LocalLauncher:
 
 
 class _RayActor:
-    def __init__(self, actor: Any, *, name: str, role: str, logs: Path) -> None:
+    def __init__(self, actor: Any, *, cluster: RayLauncher, name: str, role: str, logs: Path) -> None:
         self._actor = actor
+        self._cluster = cluster
         self._name = name
         self._role = role
         self._logs = logs
@@ -187,7 +201,7 @@ class _RayActor:
     def kill(self) -> None:
         import ray
 
-        if ray.is_initialized():
+        if ray.is_initialized() and self._cluster.find_dead() is None:  # else the reaper kills it
             ray.kill(self._actor)
 
 
@@ -207,6 +221,8 @@ class RayLauncher:
             raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut it down first")
         self._folder, self._reaper = _start_cluster(object_store_mb)
         self._actors: list[_RayActor] = []
+        named = [(child, child.name()) for child in psutil.Process().children()]
+        self._essential = [(child, name) for child, name in named if name in ("raylet", "gcs_server")]
 
     def launch(
         self,
@@ -224,18 +240,39 @@ class RayLauncher:
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
-        actor = _RayActor(remote, name=name, role=cls.__name__, logs=self._folder / "session_latest" / "logs")
+        logs = self._folder / "session_latest" / "logs"
+        actor = _RayActor(remote, cluster=self, name=name, role=cls.__name__, logs=logs)
         self._actors.append(actor)
         return actor
+
+    async def watch(self) -> None:
+        """Actors live on for some minutes, so that a caller can still save what they hold."""
+        while (dead := self.find_dead()) is None:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        raise ActorError(
+            f"Ray's {dead} ended (killed, perhaps for want of memory?), and no actor lives long without it; "
+            "the same command starts another one"
+        )
+
+    def find_dead(self) -> str | None:
+        """A process of the cluster's own, by name, that has ended; None while all run."""
+        for process, name in self._essential:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return name
+        return None
 
     def shutdown(self) -> None:
         import ray
 
+        if self.find_dead() is not None:  # then Ray would wait in vain for what its reaper ends
+            self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
         for actor in self._actors:
             actor.kill()
         self._actors.clear()
         ray.shutdown()
-        self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
+        if self._reaper.returncode is None:
+            self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
+        shutil.rmtree(self._folder, ignore_errors=True)  # what Ray logged after the reaper's end
 
 
 @contextmanager
@@ -271,13 +308,17 @@ def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]
                     log_to_driver=False,
                     logging_level="error",
                     _temp_dir=str(folder),
+                    _system_config=_SURVIVAL,
                 )
             return folder, start_reaper(folder)
         except Exception as error:  # Ray raises the bare class when its processes are slow to start
             ray.shutdown()
             start_reaper(folder).communicate(timeout=_REAPER_TIMEOUT_S)
             if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
-                raise
+                raise ActorError(
+                    f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and "
+                    f"disk in {root}, or look for the cause with trainer.launcher=local, which starts no Ray"
+                ) from error
             logger.warning(
                 "Ray did not start in time (a busy machine?); attempt %d failed, once more", attempt
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from rich.logging import RichHandler
 from serving.logs import SafeFormatter
 from verl.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+ONLY_IN_FILE = {"only_in_file": True}
+"""`extra` of a record that is not for the screen."""
 _CHATTY = (
     "httpx",
     "httpcore",
@@ -24,6 +29,17 @@ _CHATTY = (
 )
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that says once that it cannot be written, as on a full disk."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - the library's form
+        if not self._has_failed:
+            self._has_failed = True
+            logger.warning("%s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
+
+
 def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> None:
     """Set up the root logger; calling it again replaces the earlier set-up."""
     number = logging.getLevelNamesMapping().get(level.upper())
@@ -31,10 +47,11 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
         raise ConfigError(f"log level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}")
     screen = RichHandler(console=_stderr_console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
     screen.setFormatter(SafeFormatter("%(message)s"))
+    screen.addFilter(lambda record: not vars(record).keys() & ONLY_IN_FILE.keys())
     handlers: list[logging.Handler] = [screen]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        to_file = _LogFile(log_file, encoding="utf-8")
         to_file.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         handlers.append(to_file)
     logging.basicConfig(level=number, handlers=handlers, force=True)

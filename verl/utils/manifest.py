@@ -15,55 +15,75 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict
+
 from serving.redaction import redact, redact_text
 from verl.errors import DataError
-from verl.utils.files import write_atomically
+from verl.utils.files import parse_json, write_atomically
 
 MANIFEST_FILE = "run_manifest.json"
-RUN_PARTS = (
-    MANIFEST_FILE,
-    "metrics.jsonl",
-    "trajectories",
-    "evaluation",
-    "skipped",
-    "checkpoints",
-    "report.html",
-    "wandb",
-    "wandb_id",
-)
-"""What a run leaves in its folder, the log apart, which is open."""
 MAX_HASHED_BYTES = 512 * 2**20
-"""Larger files of a model folder are listed by size only; data files are hashed whatever their size."""
+"""Of a larger file of a model folder only this much is hashed; data files are hashed whole."""
 
 Manifest = dict[str, Any]
 
 
-def write_manifest(
-    run_dir: Path,
+class _Git(TypedDict):
+    sha: str
+    dirty: bool
+
+
+class _Machine(TypedDict, total=False):
+    gpus: list[str]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Shape(TypedDict, total=False):
+    """What readers of a manifest rely on."""
+
+    status: str
+    reason: str | None
+    started: str
+    finished: str | None
+    saved_step: int | None
+    resumed_from: int | None
+    config: dict[str, Any]
+    seeds: dict[str, int]
+    data: list[dict[str, Any]]
+    services: dict[str, Any]
+    git: _Git | None
+    machine: _Machine
+    packages: dict[str, str]
+    earlier_starts: list[dict[str, Any]]
+
+
+_SHAPE = TypeAdapter(_Shape)
+
+
+def make_manifest(
     *,
     config: Mapping[str, object],
     data_files: Sequence[str | Path],
     model_path: str,
+    model_folder: Path | None = None,
     seeds: Mapping[str, int],
     services: Mapping[str, object],
     prompt: str | None = None,
-    resumed_from: int | None = None,
-) -> Path:
-    """Write the manifest at the start of a run, secrets redacted; returns its path.
+) -> Manifest:
+    """Describe a run that starts. Raises DataError for a missing data file.
 
-    `services` holds what the health endpoints answered, `prompt` a rendered prompt. A manifest
-    that is already there (a resumed run) goes to `earlier_starts`. Raises DataError for a missing data file.
+    `model_folder` holds the files of `model_path`, `services` what the health endpoints answered, `prompt` a
+    rendered prompt.
     """
-    path = run_dir / MANIFEST_FILE
-    manifest: Manifest = {
+    return {
         "status": "running",
         "reason": None,
         "started": _now(),
         "finished": None,
-        "resumed_from": resumed_from,
         "config": config,
         "seeds": dict(seeds),
-        "model": describe_model(model_path),
+        "model": describe_model(model_path, model_folder or Path(model_path)),
         "data": [describe_file(Path(file)) for file in data_files],
         "services": services,
         "prompt": None
@@ -72,59 +92,65 @@ def write_manifest(
         "git": describe_git(Path(__file__).resolve().parents[2]),
         "machine": describe_machine(),
         "packages": dict(sorted((d.name, d.version) for d in metadata.distributions())),
-        "earlier_starts": _earlier_starts(run_dir),
     }
-    write_atomically(path, _as_json(redact(manifest)))
+
+
+def write_manifest(run_dir: Path, manifest: Manifest, *, resumed_from: int | None = None) -> Path:
+    """Write the manifest at the start of a run, secrets redacted; returns its path.
+
+    Of one that is already there, `earlier_starts` keeps how it ended, and `saved_step` stays.
+    """
+    earlier = read_manifest(run_dir)
+    starts = {
+        "resumed_from": resumed_from,
+        "saved_step": (earlier or {}).get("saved_step"),
+        "earlier_starts": [] if earlier is None else [*earlier.get("earlier_starts", []), _summary(earlier)],
+    }
+    path = run_dir / MANIFEST_FILE
+    write_atomically(path, _as_json(redact(manifest | starts)))
     return path
 
 
-def finish_manifest(run_dir: Path, *, status: str, reason: str | None = None, **facts: object) -> None:
-    """Say how the run ended: `status` is completed, failed or interrupted, `facts` are results to keep."""
-    manifest = read_manifest(run_dir) or {}
-    manifest |= {"status": status, "reason": reason, "finished": _now(), "results": facts}
+def update_manifest(run_dir: Path, **changes: object) -> None:
+    """Replace entries of the manifest."""
+    manifest = (read_manifest(run_dir) or {}) | changes
     write_atomically(run_dir / MANIFEST_FILE, _as_json(redact(manifest)))
 
 
+def finish_manifest(run_dir: Path, *, status: str, reason: str | None = None, **facts: object) -> None:
+    """Record how the run ended: `status` is completed, failed or interrupted, `facts` are results to keep."""
+    update_manifest(run_dir, status=status, reason=reason, finished=_now(), results=facts)
+
+
 def read_manifest(run_dir: Path) -> Manifest | None:
-    """The manifest, or None if the run has none. Raises DataError if it is not JSON."""
+    """Return the manifest, or None if the run has none. Raises DataError if it is damaged."""
     path = run_dir / MANIFEST_FILE
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); remove it to go on without it") from error
-    assert isinstance(manifest, dict)
+    text = path.read_bytes()
+    parse_json(text, shape=_SHAPE, where=str(path), fix="restore it, or remove it to go on without it")
+    manifest: Manifest = json.loads(text)
     return manifest
 
 
-def set_aside_previous_run(run_dir: Path) -> Path | None:
-    """Move what an earlier run left here to `previous-<time>/`: a new run mixes nothing, loses nothing."""
-    left = [run_dir / name for name in RUN_PARTS if (run_dir / name).exists()]
-    if not left:
-        return None
-    target = run_dir / f"previous-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
-    target.mkdir()
-    for path in left:
-        path.rename(target / path.name)
-    return target
-
-
 def describe_file(path: Path, *, max_hashed_bytes: int | None = None) -> Manifest:
-    """Path, size and SHA-256 (null above `max_hashed_bytes`)."""
+    """Path, size and SHA-256; of a file larger than `max_hashed_bytes` that of its beginning alone."""
     if not path.is_file():
         raise DataError(f"data file {path} is not there")
     size = path.stat().st_size
-    digest = None
-    if max_hashed_bytes is None or size <= max_hashed_bytes:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "bytes": size, "sha256": digest}
+    with path.open("rb") as file:
+        if max_hashed_bytes is None or size <= max_hashed_bytes:
+            return {
+                "path": str(path),
+                "bytes": size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
+        beginning = hashlib.sha256(file.read(max_hashed_bytes)).hexdigest()
+    return {"path": str(path), "bytes": size, "sha256": None, "sha256_of_beginning": beginning}
 
 
-def describe_model(model_path: str) -> Manifest:
-    """A local folder file by file; a hub id by its name."""
-    folder = Path(model_path)
+def describe_model(model_path: str, folder: Path) -> Manifest:
+    """Path or hub id, and every file of the folder if there is one."""
     if not folder.is_dir():
         return {"path": model_path, "files": None}
     files = {
@@ -134,9 +160,7 @@ def describe_model(model_path: str) -> Manifest:
     }
     return {
         "path": model_path,
-        "files": {
-            name: {"bytes": facts["bytes"], "sha256": facts["sha256"]} for name, facts in files.items()
-        },
+        "files": {name: {k: v for k, v in facts.items() if k != "path"} for name, facts in files.items()},
     }
 
 
@@ -164,12 +188,11 @@ def describe_machine() -> Manifest:
     }
 
 
-def _earlier_starts(run_dir: Path) -> list[Manifest]:
-    earlier = read_manifest(run_dir)
-    if earlier is None:
-        return []
+def _summary(manifest: Manifest) -> Manifest:
     kept = ("started", "finished", "status", "reason", "resumed_from", "git")
-    return [*earlier.get("earlier_starts", []), {name: earlier.get(name) for name in kept}]
+    summary = {name: manifest.get(name) for name in kept}
+    # The folder is ours now, so a run that still counts as running was killed.
+    return summary | ({"status": "killed"} if summary["status"] == "running" else {})
 
 
 def _output(*command: str) -> str | None:

@@ -9,15 +9,16 @@ rule can be run again on it:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from serving.redaction import redact_text
 from verl.errors import DataError
@@ -34,6 +35,7 @@ from verl.types import (
     Trajectory,
     Turn,
 )
+from verl.utils.files import parse_json
 
 Decode = Callable[[Sequence[int]], str]
 TRAJECTORIES = "trajectories"
@@ -218,23 +220,21 @@ def read_records(path: Path) -> list[TrajectoryRecord]:
 
 def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
     """The trajectories of one file, one at a time. Raises DataError that names file and line."""
+    fix = "was the file cut or edited? Restore it"
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                yield _parse(line, where=f"{path}:{number}")
+                record = parse_json(line, shape=_shape(), where=f"{path}:{number}", fix=fix)
+                if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
+                    raise DataError(f"{path}:{number}: mask_runs does not fit the turns; {fix}")
+                yield record
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there; expected a JSONL file of recorded trajectories") from error
 
 
-def _parse(line: str, *, where: str) -> TrajectoryRecord:
-    try:
-        record: TrajectoryRecord = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error}); was the file cut or edited?") from error
-    missing = TrajectoryRecord.__required_keys__ - set(record) if isinstance(record, dict) else {"everything"}
-    if missing:
-        raise DataError(f"{where} is not a recorded trajectory: it lacks {', '.join(sorted(missing))}")
-    return record
+@cache
+def _shape() -> TypeAdapter[TrajectoryRecord]:
+    return TypeAdapter(TrajectoryRecord)
 
 
 def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:

@@ -13,18 +13,29 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, with_config
 from rich.console import Console
 from rich.text import Text
+from typing_extensions import TypedDict
 
-from verl.errors import DataError
-from verl.utils.files import write_atomically
+from verl.utils.files import naming_file, parse_json, write_atomically
 from verl.utils.wandb_mirror import WandbMirror
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-MetricsLine = dict[str, float | int | str | None]
+MetricsLine = dict[str, Any]
+
+
+@with_config(ConfigDict(extra="allow"))
+class _LineShape(TypedDict):
+    step: int
+    kind: str
+
+
+_LINE_SHAPE = TypeAdapter(_LineShape)
 
 _SHOWN = {
     "train": (
@@ -60,16 +71,13 @@ class Tracker:
         project: str = "inforeasoner",
         experiment: str = "grpo",
         config: Mapping[str, object] | None = None,
-        resume_step: int = 0,
         total_steps: int | None = None,
         console: Console | None = None,
     ) -> None:
-        """Lines of steps after `resume_step` are dropped: the resumed run writes them again."""
-        self.path = run_dir / METRICS_FILE
-        run_dir.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(run_dir) if _step(line) <= resume_step]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._seen = {(_step(line), str(line["kind"])) for line in kept}
+        """Go on with the metrics that are there; a last line that a crash cut is dropped."""
+        lines = read_metrics(run_dir)
+        self.path = write_metrics(run_dir, lines)
+        self._seen = {(line["step"], line["kind"]) for line in lines}
         self._file = self.path.open("a", encoding="utf-8")
         self._total_steps = total_steps
         self._console = (console or Console(soft_wrap=True)) if "console" in loggers else None
@@ -84,27 +92,46 @@ class Tracker:
         self._seen.add((step, kind))
         numbers = {name: _finite(step, name, float(value)) for name, value in metrics.items()}
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming_file(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._console is not None:
-            self._console.print(console_line(step, numbers, kind=kind, total_steps=self._total_steps))
+            self._show(console_line(step, numbers, kind=kind, total_steps=self._total_steps))
         if self._mirror is not None:
             self._mirror.log(step, {name: value for name, value in numbers.items() if value is not None})
 
     def finish(self) -> None:
         """Close the file and the mirror; safe to call twice."""
-        self._file.close()
-        if self._mirror is not None:
-            self._mirror.finish()
+        try:
+            self._file.close()
+        finally:
+            if self._mirror is not None:
+                self._mirror.finish()
+
+    def _show(self, line: Text) -> None:
+        """Print a line as long as there is a console: a terminal that went away ends no run."""
+        assert self._console is not None
+        try:
+            self._console.print(line)
+        except OSError as error:
+            self._console = None
+            logger.warning("the console cannot be written any more (%s); see %s", error, self.path)
 
     def _forget(self, step: int, kind: str) -> None:
         self._file.close()
-        kept = [
-            line for line in read_metrics(self.path.parent) if (_step(line), line["kind"]) != (step, kind)
-        ]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        run_dir = self.path.parent
+        write_metrics(
+            run_dir, [line for line in read_metrics(run_dir) if (line["step"], line["kind"]) != (step, kind)]
+        )
         self._file = self.path.open("a", encoding="utf-8")
+
+
+def write_metrics(run_dir: Path, lines: Sequence[MetricsLine]) -> Path:
+    """Replace the metrics of a run; returns the file."""
+    path = run_dir / METRICS_FILE
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def read_metrics(run_dir: Path) -> list[MetricsLine]:
@@ -115,24 +142,13 @@ def read_metrics(run_dir: Path) -> list[MetricsLine]:
     path = run_dir / METRICS_FILE
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, cut = text.rpartition("\n")
+    *whole, cut = path.read_bytes().split(b"\n")
     if cut:
         logger.warning("%s: the last line was cut while being written and is left out", path)
-    lines: list[MetricsLine] = []
-    for number, raw in enumerate(whole.split("\n") if whole else [], start=1):
-        lines.append(_parse_line(raw, where=f"{path}:{number}"))
-    return lines
-
-
-def _parse_line(raw: str, *, where: str) -> MetricsLine:
-    try:
-        line = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error}); remove the line or restore the file") from error
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or "kind" not in line:
-        raise DataError(f"{where} has no integer 'step' and 'kind'; remove the line or restore the file")
-    return line
+    fix = "restore the file, or remove the line"
+    for number, line in enumerate(whole, start=1):
+        parse_json(line, shape=_LINE_SHAPE, where=f"{path}:{number}", fix=fix)
+    return [json.loads(line) for line in whole]
 
 
 def console_line(
@@ -172,9 +188,3 @@ def _finite(step: int, name: str, value: float) -> float | None:
         return value
     logger.warning("step %d: %s is %s, written as null", step, name, value)
     return None
-
-
-def _step(line: MetricsLine) -> int:
-    step = line["step"]
-    assert isinstance(step, int)
-    return step

@@ -27,11 +27,14 @@ _PREFIX = "global_step_"
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, root: Path, *, keep: int) -> None:
-        """`keep`: how many to keep; the last good one always stays."""
+    def __init__(self, root: Path, *, keep: int, on_write: Callable[[int], None] | None = None) -> None:
+        """`keep`: how many to keep; the last good one always stays. `on_write` gets each step written."""
         self._root = root
         self._keep = keep
+        self._on_write = on_write
         self._good: set[Path] = set()
+        self.damages: dict[Path, str] = {}
+        """What is wrong with each damaged checkpoint that `latest` found."""
         for left in root.glob(f".{_PREFIX}*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -56,6 +59,8 @@ class CheckpointStore:
         _fsync(self._root)
         write_atomically(self._root / _POINTER, folder.name + "\n")
         self._good.add(folder)
+        if self._on_write is not None:
+            self._on_write(step)
         self._prune(step)
         return folder
 
@@ -68,14 +73,15 @@ class CheckpointStore:
             if damage is None:
                 self._good.add(folder)
                 return folder
-            logger.warning("checkpoint %s is damaged (%s); looking for an older one", folder, damage)
+            self.damages[folder] = damage
+            logger.warning("checkpoint %s is damaged: %s", folder, damage)
         return None
 
     def _candidates(self) -> list[Path]:
         folders = [f for f in self._root.glob(f"{_PREFIX}*") if f.is_dir() and _step_of(f) is not None]
         folders.sort(key=lambda folder: _step_of(folder) or 0, reverse=True)
         pointer = self._root / _POINTER
-        last = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        last = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
         return sorted(folders, key=lambda folder: folder.name != last)
 
     def _prune(self, step: int) -> None:
@@ -100,6 +106,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} has changed"
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
+    except OSError as error:
+        return f"{error.filename or _MANIFEST} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} cannot be read"
     return None

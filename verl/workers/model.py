@@ -10,13 +10,16 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
+import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -85,30 +88,36 @@ def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
 
 
-def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
-    """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
+def check_model(config: ModelConfig, *, device: str) -> Path:
+    """Return the model's folder. Raises ConfigError for what shows without loading the weights."""
     folder = resolve_model_folder(config.path)
-    dtype = torch.float32 if trainable else compute_dtype(config, device=device)
-    disable_progress_bar()
-    try:
-        with _LOADING:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=_choose_attention(config, device=device),
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"{_KEY}.path={config.path} cannot be loaded as a causal language model: {error}"
-        ) from error
-    settings = model.config.to_dict()
+    compute_dtype(config, device=device)
+    _choose_attention(config, device=device)
+    with _naming_model(config.path):
+        settings = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).to_dict()
     for name in _UNSUPPORTED_SETTINGS:
         if settings.get(name) not in (None, 1.0):
             raise ConfigError(
                 f"{_KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
             )
+    return folder
+
+
+def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
+    """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
+    folder = check_model(config, device=device)
+    dtype = torch.float32 if trainable else compute_dtype(config, device=device)
+    disable_progress_bar()
+    with _LOADING, _naming_model(config.path):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=_choose_attention(config, device=device),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     model.requires_grad_(trainable)
     model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
     if trainable and config.enable_gradient_checkpointing:
@@ -116,6 +125,18 @@ def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrain
         model.train()
         _disable_dropout(model)
     return model
+
+
+@contextlib.contextmanager
+def _naming_model(path: str | Path) -> Iterator[None]:
+    """Raise ConfigError for whatever the libraries raise: the errors of damaged files share no class."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{_KEY}.path={path} cannot be loaded as a causal language model ({type(error).__name__}: "
+            f"{error}); copy the model again or choose another one"
+        ) from error
 
 
 class PolicyNetwork(nn.Module):
@@ -163,8 +184,9 @@ class PolicyNetwork(nn.Module):
 
 def is_tied(folder: Path) -> bool:
     """Whether input and output embeddings of a model are one tensor."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return bool(config.tie_word_embeddings)
+    with _naming_model(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return bool(config.tie_word_embeddings)
 
 
 def untie(state: Mapping[str, Tensor], *, embedding: str, head: str = "lm_head.weight") -> dict[str, Tensor]:
@@ -182,12 +204,13 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
     if device != "cpu" or not is_tied(source):
         return source
     logger.info("%s has tied embeddings: the CPU engine gets an untied copy in %s", config.path, folder)
-    state = {
-        name: tensor
-        for file in sorted(source.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, local_files_only=True))
+    with _naming_model(config.path):
+        state = {
+            name: tensor
+            for file in sorted(source.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, local_files_only=True))
     write_model(folder, untie(state, embedding=embedding_name(model)), source=source, tied=False)
     return folder
 
@@ -219,8 +242,22 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors`; a reader sees the whole file or none."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.safetensors.partial"
-    save_file(dict(state), partial, metadata={"format": "pt"})
+    with writing_tensors(partial):
+        save_file(dict(state), partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
+
+
+@contextlib.contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """Raise the OSError behind what safetensors raises for a full disk, or torch with a file of Python's."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        cause, named = error.__context__, re.search(r"os error (\d+)", str(error))
+        number = cause.errno if isinstance(cause, OSError) else int(named[1]) if named else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _choose_attention(config: ModelConfig, *, device: str) -> str:

@@ -29,6 +29,7 @@ from verl.workers.model import (
     untie,
     write_model,
     write_weights,
+    writing_tensors,
 )
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
@@ -191,7 +192,9 @@ class PolicyWorker:
             "random": torch.get_rng_state(),
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
-        torch.save(record, self._rank_file(folder))
+        path = self._rank_file(folder)
+        with writing_tensors(path), path.open("wb") as file:
+            torch.save(record, file)
         wait_for_ranks(self._ranks)
 
     def load(self, folder: str) -> None:

@@ -133,7 +133,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         question=question, sample=0, prompt_ids=prompt, turns=(turn, answer), stop=Stop.ANSWERED
     )
     failed = replace(trajectory, stop=Stop.FAILED, failure=HOSTILE)
-    recorder = Recorder(tmp_path, decode=decode, resume_step=9)
+    recorder = Recorder(tmp_path, decode=decode)
     recorder.write_evaluation(0, [trajectory], [Score(outcome=0.0, metrics={"em": 0.0})])
     recorder.write_evaluation(9, [trajectory], [Score(outcome=1.0, metrics={"em": 1.0})])
     recorder.write_evaluation(5, [failed], [Score(outcome=None, failure=HOSTILE)])

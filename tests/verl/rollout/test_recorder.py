@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import json
-import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.scripted_run import GAIN_WEIGHT, decode, make_question, make_step, make_turn, score, search_turn
+from tests.scripted_run import GAIN_WEIGHT, decode, make_question, make_step, make_turn, search_turn
 from verl.errors import DataError
 from verl.rollout.recorder import Recorder
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.types import Action, ActionKind, Passage, Score, Stop, Trajectory
-from verl.utils.records import EVALUATION, read_records, rebuild_step, step_files
+from verl.utils.records import EVALUATION, read_records, rebuild_step
 
 RULE = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
 
@@ -21,7 +21,7 @@ RULE = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
 def _record_step(run_dir: Path, step: int = 3) -> Path:
     groups, scores = make_step(step, steps=6, num_questions=8, num_samples=5)
     credit = [RULE(group.trajectories, s) for group, s in zip(groups, scores, strict=True)]
-    return Recorder(run_dir, decode=decode, resume_step=step).write(step, groups, scores, credit)
+    return Recorder(run_dir, decode=decode).write(step, groups, scores, credit)
 
 
 def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
@@ -89,22 +89,22 @@ def test_a_non_finite_log_prob_is_null_and_comes_back_as_nan(tmp_path: Path) -> 
     assert np.isnan(rebuilt.turns[0].output_log_probs).all()
 
 
-def test_resume_removes_later_steps_only(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        _record_step(tmp_path, step)
-    recorder = Recorder(tmp_path, decode=decode, resume_step=2)
-    assert list(step_files(tmp_path)) == [1, 2]
-    groups, _ = make_step(1, steps=2, num_questions=1, num_samples=1)
-    trajectory = groups[0].trajectories[0]
-    recorder.write_evaluation(2, [trajectory], [score(trajectory, random.Random(0), with_gain=False)])
-    assert list(step_files(tmp_path, EVALUATION)) == [2]
-
-
-def test_a_bad_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda line: b'{"step": 3}', "kind: Field required"),
+        (lambda line: line[: len(line) // 2], "Invalid JSON"),
+        (lambda line: line.replace(b'"question": "', b'"question": "\xff'), "invalid unicode"),
+        (lambda line: line.replace(b'"turns": [', b'"turns": [7, '), "turns.0: Input should be"),
+        (lambda line: b"[]", "should be an object|valid dictionary"),
+        (lambda line: b"", "Invalid JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, change: Callable[[bytes], bytes], named: str) -> None:
     path = _record_step(tmp_path)
-    with path.open("a") as file:
-        file.write('{"step": 3}\n')
-    with pytest.raises(DataError, match=r"step_000003\.jsonl:41 .* lacks .*turns"):
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, change(rest[0]).rstrip(b"\n") + b"\n", *rest[1:]]))
+    with pytest.raises(DataError, match=rf"step_000003\.jsonl:2: .*({named})"):
         read_records(path)
     with pytest.raises(DataError, match="is not there"):
         read_records(tmp_path / "absent.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 
 from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
 from verl.errors import ServiceError
-from verl.trainer.build import connect_services, list_changes
+from verl.trainer.build import account_for_end, connect_services
 from verl.trainer.config.schema import Config
-from verl.utils.manifest import MANIFEST_FILE, write_manifest
+from verl.trainer.ppo.progress import Progress
+from verl.utils.manifest import MANIFEST_FILE, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"
@@ -54,8 +56,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     assert [headers["authorization"] for _, headers, _ in retriever.requests] == [
         f"Bearer {RETRIEVER_TOKEN}"
     ] * 2
-    write_manifest(
-        tmp_path,
+    started = make_manifest(
         config=dataclasses.asdict(config),
         data_files=[],
         model_path="org/name",
@@ -63,6 +64,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
         services=services,
         prompt=make_question().text,
     )
+    write_manifest(tmp_path, started)
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert manifest["services"]["ig_service"]["health"]["mode"] == "single-CPU"
     assert manifest["services"]["ig_service"]["version"]["generator_digest"] == "abc"
@@ -81,24 +83,11 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
     assert TOKEN not in str(caught.value)
 
 
-def test_going_on_with_another_index_or_setting_is_said(tmp_path: Path) -> None:
-    config, was = Config(), {"retriever": {"version": {"retriever": {"corpus_sha256": "ab", "count": 9}}}}
-    write_manifest(
-        tmp_path,
-        config=dataclasses.asdict(config),
-        data_files=[],
-        model_path="org/name",
-        seeds={},
-        services=was,
-        prompt="",
-    )
-    same = dataclasses.asdict(config)
-    assert list_changes(tmp_path, same, services=was) == []
-    config.retriever.topk = 5
-    now = {"retriever": {"version": {"retriever": {"corpus_sha256": "cd", "count": 9}}}}
-    assert list_changes(tmp_path, dataclasses.asdict(config), services=now) == [
-        "retriever.index.corpus_sha256: 'ab' -> 'cd'",
-        "retriever.topk: 3 -> 5",
-    ]
-    # A published server says nothing of itself: then there is nothing to compare.
-    assert list_changes(tmp_path, same, services={"retriever": {"version": None}}) == []
+@pytest.mark.parametrize("spoiled", ["run_manifest.json", "metrics.jsonl"])
+def test_how_a_run_ended_is_raised_also_where_nothing_can_be_written(
+    tmp_path: Path, spoiled: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / spoiled).write_bytes(b"\xff\n")
+    with pytest.raises(OSError, match="No space left"), account_for_end(tmp_path, Progress()):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(tmp_path / spoiled) in caplog.text

@@ -195,6 +195,49 @@ def test_ray_leaves_nothing_behind_when_its_owner_is_killed(tmp_path: Path) -> N
     assert not Path(folder).exists()
 
 
+_BEREAVED = """
+import asyncio, sys
+import psutil
+from tests.verl.utils.test_actors import Counter
+from verl.utils.actors import ActorError, make_launcher
+
+async def main():
+    launcher = make_launcher("ray", object_store_mb=80)
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter")
+    await actor.call("add", 1)
+    next(child for child in psutil.Process().children() if child.name() == sys.argv[1]).kill()
+    try:
+        await launcher.watch()
+    except ActorError as error:
+        print(error)
+    print("the actor holds", await actor.call("add", 1))
+    launcher.shutdown()
+    print("folder:", launcher._folder.exists(), "children:", len(psutil.Process().children()))
+
+asyncio.run(main())
+sys.exit("error: last line")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_cluster_that_loses_a_process_says_so_while_actors_can_still_save(name: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _BEREAVED, name],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[3],
+        check=False,
+    )
+    lines = ended.stdout.splitlines()  # Ray's own among them
+    assert any(line.startswith(f"Ray's {name} ended") for line in lines), ended.stderr
+    assert "the actor holds 2" in lines
+    assert lines[-1] == "folder: False children: 0"
+    assert ended.stderr.splitlines()[-1] == "error: last line"
+    assert ended.returncode == 1
+
+
 def test_an_unknown_launcher_is_refused() -> None:
     with pytest.raises(ConfigError, match="ray, local, got 'slurm'"):
         make_launcher("slurm")

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from verl.errors import DataError
-from verl.utils.manifest import finish_manifest, read_manifest, set_aside_previous_run, write_manifest
+from verl.utils.manifest import (
+    describe_file,
+    finish_manifest,
+    make_manifest,
+    read_manifest,
+    update_manifest,
+    write_manifest,
+)
 
 CONFIG = {
     "actor": {"ppo_max_token_len_per_gpu": 8192, "optim": {"lr": 1e-6}},
@@ -20,8 +27,7 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "train.parquet").write_bytes(b"rows")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    write_manifest(
-        tmp_path / "run",
+    manifest = make_manifest(
         config=CONFIG,
         data_files=[tmp_path / "train.parquet"],
         model_path=str(tmp_path / "model"),
@@ -29,6 +35,7 @@ def run_dir(tmp_path: Path) -> Path:
         services={"ig": {"status": "healthy", "api_key": "planted-key"}},
         prompt="Question: why?",
     )
+    write_manifest(tmp_path / "run", manifest)
     return tmp_path / "run"
 
 
@@ -61,31 +68,47 @@ def test_the_end_is_recorded(run_dir: Path) -> None:
     assert manifest["finished"] >= manifest["started"]
 
 
-def test_a_resumed_run_remembers_its_earlier_starts(run_dir: Path) -> None:
-    finish_manifest(run_dir, status="failed", reason="killed")
-    write_manifest(
-        run_dir, config={}, data_files=[], model_path="hub/name", seeds={}, services={}, resumed_from=4
-    )
+def test_a_resumed_run_remembers_its_earlier_starts_and_what_was_saved(run_dir: Path) -> None:
+    again = make_manifest(config={}, data_files=[], model_path="hub/name", seeds={}, services={})
+    finish_manifest(run_dir, status="failed", reason="retriever: gone")
+    update_manifest(run_dir, saved_step=4)
+    write_manifest(run_dir, again, resumed_from=4)
+    write_manifest(run_dir, again, resumed_from=4)  # the one before was killed: it never said how it ended
     manifest = read_manifest(run_dir)
     assert manifest is not None
-    assert [start["reason"] for start in manifest["earlier_starts"]] == ["killed"]
-    assert manifest["resumed_from"] == 4
+    assert [start["status"] for start in manifest["earlier_starts"]] == ["failed", "killed"]
+    assert manifest["earlier_starts"][0]["reason"] == "retriever: gone"
+    assert (manifest["resumed_from"], manifest["saved_step"]) == (4, 4)
     assert manifest["model"] == {"path": "hub/name", "files": None}
 
 
-def test_a_fresh_start_sets_the_previous_run_aside(run_dir: Path) -> None:
-    (run_dir / "checkpoints").mkdir()
-    target = set_aside_previous_run(run_dir)
-    assert target is not None
-    assert read_manifest(run_dir) is None
-    assert read_manifest(target) is not None
-    assert (target / "checkpoints").is_dir()
-    assert list(run_dir.iterdir()) == [target]
-    assert set_aside_previous_run(run_dir) is None
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (b"", "Invalid JSON"),
+        (b"[]", "dictionary|object"),
+        (b'{"status": "\xff"}', "invalid unicode"),
+        (b'{"config": 3}', "config: Input should be"),
+        (b'{"git": {}}', "git.sha: Field required"),
+        (b'{"earlier_starts": [7]}', "earlier_starts.0: Input should be"),
+    ],
+)
+def test_a_damaged_manifest_is_named(run_dir: Path, text: bytes, named: str) -> None:
+    (run_dir / "run_manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match=rf"run_manifest\.json: .*({named}).*; restore it, or remove it"):
+        read_manifest(run_dir)
+
+
+def test_of_a_large_file_the_beginning_is_hashed(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"abcdef")
+    assert describe_file(tmp_path / "weights", max_hashed_bytes=3) == {
+        "path": str(tmp_path / "weights"),
+        "bytes": 6,
+        "sha256": None,
+        "sha256_of_beginning": hashlib.sha256(b"abc").hexdigest(),
+    }
 
 
 def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.parquet"):
-        write_manifest(
-            tmp_path, config={}, data_files=["nowhere.parquet"], model_path="m", seeds={}, services={}
-        )
+        make_manifest(config={}, data_files=["nowhere.parquet"], model_path="m", seeds={}, services={})

@@ -34,20 +34,13 @@ def _steps(run_dir: Path) -> list[tuple[object, object]]:
     return [(line["step"], line["kind"]) for line in read_metrics(run_dir)]
 
 
-def test_resume_leaves_no_gap_and_no_duplicate(tmp_path: Path) -> None:
-    first = Tracker(tmp_path, loggers=())
-    first.log(0, {"val/em": 0.1}, kind="val")
-    for step in range(1, 6):
-        first.log(step, {"reward/mean": 0.0})
-    first.finish()
-
-    second = Tracker(tmp_path, loggers=(), resume_step=3)
-    assert _steps(tmp_path) == [(0, "val"), (1, "train"), (2, "train"), (3, "train")]
-    for step in range(4, 7):
-        second.log(step, {"reward/mean": 1.0})
-    second.finish()
-    assert _steps(tmp_path) == [(0, "val"), *((step, "train") for step in range(1, 7))]
-    assert [line["reward/mean"] for line in read_metrics(tmp_path)[1:]] == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
+    for steps in ((1, 2), (3, 4)):
+        tracker = Tracker(tmp_path, loggers=())
+        for step in steps:
+            tracker.log(step, {"reward/mean": 0.0})
+        tracker.finish()
+    assert _steps(tmp_path) == [(step, "train") for step in range(1, 5)]
 
 
 def test_the_same_step_again_replaces_its_line(tmp_path: Path) -> None:
@@ -68,14 +61,39 @@ def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path, caplog: pytest.LogCap
         file.write('{"step": 2, "ki')
     assert _steps(tmp_path) == [(1, "train")]
     assert "cut" in caplog.text
-    Tracker(tmp_path, loggers=(), resume_step=9).finish()
+    Tracker(tmp_path, loggers=()).finish()
     assert tracker.path.read_text().count("\n") == 1
 
 
-def test_a_malformed_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\nnot json\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2"):
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"not json", "Invalid JSON"),
+        (b'{"step": 1, "kind": "\xff"}', "invalid unicode"),
+        (b"", "Invalid JSON"),
+        (b"[]", "dictionary|object"),
+        (b'{"step": "one", "kind": "train"}', "step: Input should be a valid integer"),
+        (b'{"step": 1}', "kind: Field required"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, named: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "kind": "train"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl:2: .*({named})"):
         read_metrics(tmp_path)
+
+
+class _Gone(StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_console_that_went_away_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, console=Console(file=_Gone()))
+    for step in (1, 2):
+        tracker.log(step, STEP)
+    tracker.finish()
+    assert len(read_metrics(tmp_path)) == 2
+    assert caplog.text.count("the console cannot be written any more") == 1
 
 
 def test_non_finite_numbers_are_null_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

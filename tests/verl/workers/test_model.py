@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,11 +40,52 @@ def test_missing_models_are_named_with_a_fix(tmp_path: Path) -> None:
         resolve_model_folder(str(tmp_path))
 
 
-def test_damaged_and_unfit_models_are_config_errors(tmp_path: Path, model_folder: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
-    (tmp_path / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
-    with pytest.raises(ConfigError, match="cannot be loaded as a causal language model"):
-        load_model(ModelConfig(path=str(tmp_path)), device="cpu", trainable=False)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda content: b'{"model_type": "no_such_type"}'),
+        ("config.json", lambda content: b"[]"),
+        ("config.json", lambda content: b"\xff"),
+        (
+            "config.json",
+            lambda content: content.replace(b'"num_key_value_heads": ', b'"num_key_value_heads": 0'),
+        ),
+        ("model.safetensors", lambda content: b""),
+        ("model.safetensors", lambda content: content[:-9]),
+        ("model.safetensors", lambda content: b"\xff" + content[1:]),
+    ],
+)
+def test_damaged_and_unfit_models_are_config_errors(
+    tmp_path: Path, tied_folder: Path, name: str, change: Callable[[bytes], bytes]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tied_folder, folder)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    config = ModelConfig(path=str(folder))
+    with pytest.raises(ConfigError, match=rf"path={folder} cannot be loaded as a causal language model"):
+        load_model(config, device="cpu", trainable=False)
+    with pytest.raises(ConfigError, match=rf"path={folder} cannot be loaded as a causal language model"):
+        prepare_engine_model(config, device="cpu", folder=tmp_path / "engine")
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Let larger writes of this process fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_file(tmp_path: Path, model_folder: Path) -> None:
+    worker = make_worker(model_folder)
+    files = {"model.safetensors.partial": worker.export_weights, "policy_rank_0_of_1.pt": worker.save}
+    for name, write in files.items():
+        with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
+            write(str(tmp_path))
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
 
 
 def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) -> None:

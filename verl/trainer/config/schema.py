@@ -35,6 +35,12 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     _check(value in allowed, key, value, "one of " + ", ".join(allowed))
 
 
+def _inside(key: str, name: str) -> None:
+    """Refuse a name that leads out of the folder it is joined to."""
+    is_inside = name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
+    _check(is_inside, key, name, "a name: printable, not absolute, without '..'")
+
+
 def _positive(section: str, **values: float) -> None:
     for name, value in values.items():
         _check(value > 0 and math.isfinite(value), f"{section}.{name}", value, "greater than 0")
@@ -247,6 +253,7 @@ class TrainerConfig:
     max_checkpoints_to_keep: int = 2
     val_before_train: bool = True
     val_after_train: bool = True
+    val_only: bool = False
     device: str = "auto"
     launcher: str = "ray"
     n_gpus_per_node: int = 8
@@ -272,13 +279,20 @@ class TrainerConfig:
         _positive("trainer", startup_timeout_s=self.startup_timeout_s, service_wait_s=self.service_wait_s)
         _not_negative("trainer", test_freq=self.test_freq, save_freq=self.save_freq, seed=self.seed)
         if self.total_training_steps is not None:
-            _positive("trainer", total_training_steps=self.total_training_steps)
+            _not_negative("trainer", total_training_steps=self.total_training_steps)
+        _inside("trainer.project_name", self.project_name)
+        _inside("trainer.experiment_name", self.experiment_name)
         _one_of("trainer.device", self.device, DEVICES)
         _one_of("trainer.launcher", self.launcher, LAUNCHERS)
         _one_of("trainer.resume_mode", self.resume_mode, RESUME_MODES)
         for logger in self.logger:
             _one_of("trainer.logger", logger, LOGGERS)
         self.default_local_dir = os.path.expanduser(self.default_local_dir)
+
+    @property
+    def evaluates_only(self) -> bool:
+        """Whether the run evaluates its newest checkpoint, or the initial model, and trains nothing."""
+        return self.val_only or self.total_training_steps == 0
 
 
 @dataclass

@@ -6,28 +6,34 @@ driver draws nothing from global generators: every seed is derived from the run'
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from verl.errors import ConfigError
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+from verl.errors import ConfigError, DataError
 from verl.trainer.config.schema import Config
+from verl.utils.files import parse_json
+from verl.utils.manifest import Manifest
 
 PROGRESS_FILE = "progress.json"
-_FRESH_START = "set trainer.resume_mode=disable and another trainer.default_local_dir to start afresh"
+_FRESH_START = "start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
+_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 Identity = dict[str, object]
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True, kw_only=True)
 class Progress:
     """The resumable state of the driver. The trainer sets `step` after each finished step."""
 
     step: int = 0
-    sampler: dict[str, object] = field(default_factory=dict)
-    """`state_dict()` of the question sampler, opaque here; must be JSON."""
+    sampler: dict[str, int] = field(default_factory=dict)
+    """`state_dict()` of the question sampler."""
 
     def save(self, folder: Path, *, identity: Identity) -> None:
         """Write the state and the run's identity into a checkpoint folder."""
@@ -41,27 +47,54 @@ class Progress:
         Raises ConfigError if the file is missing or damaged, or if the run is not the one that was saved.
         """
         path = folder / PROGRESS_FILE
-        record = _read(path)
-        differences = identity_differences(record["identity"], identity)
+        fix = f"delete {folder.name} so that an older one is resumed, or {_FRESH_START}"
+        try:
+            record = parse_json(path.read_bytes(), shape=_SHAPE, where=str(path), fix=fix)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing; {fix}") from error
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+        differences = identity_differences(record.identity, identity)
         if differences:
             raise ConfigError(
                 f"{folder} cannot be resumed with this configuration: " + "; ".join(differences) + ". "
-                f"Fix: restore these settings, or {_FRESH_START}."
+                f"Fix: restore these settings and files, or {_FRESH_START}; {folder / 'huggingface'} can be "
+                "its actor_rollout_ref.model.path."
             )
-        try:
-            return cls(**record["progress"])
-        except TypeError as error:
-            raise _damaged(path, str(error)) from error
+        return record.progress
 
 
-def run_identity(config: Config) -> Identity:
-    """The settings a resumed run must share with the saved one: the rest may change between runs."""
+@dataclass(slots=True, kw_only=True)
+class _Record:
+    progress: Progress
+    identity: Identity
+
+
+_SHAPE = TypeAdapter(_Record)
+
+
+def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Identity:
+    """What a resumed run must share with the saved one; the rest may change between runs.
+
+    Training data and model count by content. With other questions the position in the data means nothing, and
+    with another model the reference of the KL term is another: the run would go on as a mixture of two, and
+    no metric would show it. Each worker's part of the weights is a file of its own, hence their number.
+    """
+    model = config.actor_rollout_ref.model.path
+    hashes = {facts["path"]: facts["sha256"] for facts in manifest["data"]}
     return {
-        "actor_rollout_ref.model.path": config.actor_rollout_ref.model.path,
-        "data.train_files": list(config.data.train_paths),
+        "actor_rollout_ref.model.path": f"{model} ({_model_digest(manifest['model'])})",
+        "data.train_files": [f"{path} ({hashes[str(Path(path))][:12]})" for path in config.data.train_paths],
         "data.train_batch_size": config.data.train_batch_size,
         "trainer.seed": config.trainer.seed,
+        "number of workers (trainer.num_cpu_workers or trainer.n_gpus_per_node)": num_workers,
     }
+
+
+def _model_digest(model: Manifest) -> str:
+    """One hash over sizes and hashes of the files that make the model, its tokenizer and its template."""
+    files = {n: facts for n, facts in (model["files"] or {}).items() if Path(n).suffix in _MODEL_FILES}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def identity_differences(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
@@ -71,24 +104,3 @@ def identity_differences(saved: Mapping[str, object], current: Mapping[str, obje
         for key in sorted({*saved, *current})
         if saved.get(key) != current.get(key)
     ]
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _damaged(path, "there is no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(path, f"not JSON: {error}") from error
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(k), dict) for k in ("progress", "identity")
-    ):
-        raise _damaged(path, "expected an object with progress and identity")
-    return record
-
-
-def _damaged(path: Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"{path} is not the progress of a checkpoint ({why}); delete the folder so that an older one is "
-        f"resumed, or {_FRESH_START}"
-    )

@@ -6,10 +6,10 @@ this process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from verl.data.sampler import QuestionSampler
@@ -80,11 +80,16 @@ class PPOTrainer:
         self.timer = Timer()
         self.saved_step = progress.step
         self.is_updating = False
+        self.unrecorded: Callable[[], None] = _nothing
+        """Records the step whose update is done."""
 
     async def fit(self) -> None:
         """Train from `progress.step` to `total_steps`. Raises TrainingHaltedError when it must stop."""
         await self.parts.publisher.prove(version=self.progress.step)
         self.parts.engines.expect_version(self.progress.step)
+        if self.settings.evaluates_only:
+            await self.evaluate()
+            return
         if self.settings.val_before_train and self.progress.step == 0:
             await self.evaluate()
         try:
@@ -94,7 +99,7 @@ class PPOTrainer:
                     await self.evaluate()
                 if self.is_due(self.settings.save_freq) or self.progress.step == self.total_steps:
                     await self.save()
-        except (TrainingHaltedError, asyncio.CancelledError):
+        except BaseException:  # whatever ends the run: an interrupt, a dead engine, a full disk
             await self.rescue()
             raise
         if self.settings.val_after_train:
@@ -130,15 +135,15 @@ class PPOTrainer:
                 with timer("update"):
                     self.is_updating = True
                     update = await parts.policy.update(batch)
+                    self.progress.step = step
+                    self.progress.sampler = parts.questions.state_dict()
+                    self.unrecorded = partial(self.record, groups, scores, credit, update)
+                    self.is_updating = False
 
-            self.progress.step = step
-            self.progress.sampler = dict(parts.questions.state_dict())
-            self.is_updating = False
             with timer("publish"):
                 update["publish_difference"] = await self.publish(step)
 
-        parts.recorder.write(step, groups, scores, credit)
-        self.report(groups, scores, credit, update)
+        self.unrecorded()
 
     async def publish(self, version: int) -> float:
         """Bring the weights to the engines; from now on completions of other weights are refused."""
@@ -167,15 +172,19 @@ class PPOTrainer:
             )
         return build_batch([t for t, _ in kept], [a for _, a in kept], pad_id=self.pad_id)
 
-    def report(
+    def record(
         self,
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         credit: Sequence[Sequence[FloatArray]],
         update: dict[str, float],
     ) -> None:
-        """Log the step; raise TrainingHaltedError after too many skipped updates."""
+        """Write trajectories and metrics of the step.
+
+        Raises TrainingHaltedError after too many skipped updates.
+        """
         step = self.progress.step
+        self.parts.recorder.write(step, groups, scores, credit)
         metrics = step_metrics(
             groups,
             scores,
@@ -186,6 +195,7 @@ class PPOTrainer:
             gain_weight=self.gain_weight,
         )
         self.parts.tracker.log(step, metrics)
+        self.unrecorded = _nothing
         for alarm in self.parts.guard.alarms(metrics):
             logger.warning("step %d: %s", step, alarm)
         self.parts.guard.check_update(
@@ -217,10 +227,32 @@ class PPOTrainer:
         self.saved_step = self.progress.step
 
     async def rescue(self) -> None:
-        """Save the finished steps of a run that ends early, unless an update was cut off half-way."""
-        if self.progress.step > self.saved_step and not self.is_updating:
-            logger.info("saving step %d before the end", self.progress.step)
-            await self.save()
+        """Record and save the finished steps of a run that ends early, or say which are lost.
+
+        They are lost if an update was cut off half-way, as the weights are then those of no step. Errors are
+        logged: what the user must see last is why the run ended.
+        """
+        first, last = self.saved_step + 1, self.progress.step
+        try:
+            self.unrecorded()
+        except Exception as error:
+            logger.error("step %d is not recorded: %s: %s", last, type(error).__name__, error)
+        why = f"the update of step {last + 1} was cut off"
+        if not self.is_updating:
+            if first > last:
+                return
+            logger.info("saving step %d before the end", last)
+            try:
+                await self.save()
+                return
+            except Exception as error:
+                why = f"no checkpoint could be written: {type(error).__name__}: {error}"
+        if first <= last:
+            logger.error("steps %d to %d are lost: %s", first, last, why)
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.progress.step % frequency == 0
+
+
+def _nothing() -> None:
+    """There is no step to record."""

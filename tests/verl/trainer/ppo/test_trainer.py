@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Sequence
+import errno
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.progress import Progress
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question, Trajectory
+from verl.utils.actors import ActorError
+from verl.utils.records import step_files
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.tracking import Tracker, read_metrics
 from verl.workers.batch import TrainBatch
@@ -217,7 +220,56 @@ async def test_a_halted_run_keeps_its_finished_steps_and_resumes_with_the_batch_
     assert {question.uid for question in resumed.next_batch()} == run.questions(12, 18)
 
 
-async def test_weights_of_an_update_that_was_cut_off_are_not_saved(run: Run) -> None:
+def fail(error: Exception) -> Callable[[], None]:
+    def hook() -> None:
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("call", ["publish 2", "wake"])
+async def test_a_step_whose_engine_died_is_recorded_and_saved(run: Run, call: str) -> None:
+    def die() -> None:
+        if "publish 1" in run.models.calls:
+            raise ActorError("actor 'engine-0' died")
+
+    run.models.hooks[call] = die
+    with pytest.raises(ActorError, match="engine-0"):
+        await run.trainer.fit()
+    newest = run.checkpoints.latest()
+    assert newest is not None
+    assert Progress.load(newest, identity=IDENTITY).step == 2
+    run_dir = run.tracker.path.parent
+    assert [line["step"] for line in read_metrics(run_dir)] == [1, 2]
+    assert list(step_files(run_dir)) == [1, 2]
+
+
+async def test_what_cannot_be_saved_is_named_and_the_first_cause_raised(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.models.hooks["publish 2"] = fail(OSError(errno.ENOSPC, "No space left on device"))
+    run.models.hooks["save"] = fail(ActorError("actor 'policy-0' died"))
+    with pytest.raises(OSError, match="No space left"):
+        await run.trainer.fit()
+    assert (
+        "steps 1 to 2 are lost: no checkpoint could be written: ActorError: actor 'policy-0' died"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("settings", [{"val_only": True}, {"total_training_steps": 0}])
+async def test_an_evaluation_trains_and_saves_nothing(tmp_path: Path, settings: dict[str, int]) -> None:
+    run = Run(tmp_path, **settings)
+    await run.trainer.fit()
+    run.tracker.finish()
+    assert run.models.calls == ["prove 0", "expect 0"]
+    assert [is_greedy for *_, is_greedy in run.agent.asked] == [True] * len(HELD_OUT)
+    assert [line["kind"] for line in read_metrics(tmp_path)] == ["val"]
+
+
+async def test_weights_of_an_update_that_was_cut_off_are_not_saved(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     def interrupt() -> None:
         if "publish 1" in run.models.calls:
             raise asyncio.CancelledError
@@ -226,3 +278,4 @@ async def test_weights_of_an_update_that_was_cut_off_are_not_saved(run: Run) -> 
     with pytest.raises(asyncio.CancelledError):
         await run.trainer.fit()
     assert run.checkpoints.latest() is None
+    assert "steps 1 to 1 are lost: the update of step 2 was cut off" in caplog.text

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from verl.utils.actors import ActorError
+from verl.utils.shutdown import close_quietly, ended_by
+
+
+async def fail_soon() -> None:
+    await asyncio.sleep(0)
+    raise ActorError("Ray's raylet ended")
+
+
+async def run_forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def test_a_watch_that_fails_ends_what_runs_and_lets_it_clean_up() -> None:
+    saved = []
+
+    async def train() -> None:
+        try:
+            await run_forever()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # what is left to do can still wait for something
+            saved.append("step 3")
+            raise
+
+    with pytest.raises(ActorError, match="raylet"):
+        async with ended_by(fail_soon()):
+            await train()
+    assert saved == ["step 3"]
+    await asyncio.sleep(0)  # the task itself is not cancelled any more
+
+
+async def test_an_interrupt_stays_one_and_an_error_its_own() -> None:
+    async def watched() -> None:
+        async with ended_by(run_forever()):
+            await run_forever()
+
+    task = asyncio.create_task(watched())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(OSError, match="full"):
+        async with ended_by(run_forever()):
+            raise OSError("full")
+
+
+async def test_what_fails_while_taking_down_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    closed = []
+
+    def close() -> None:
+        closed.append("file")
+        raise OSError("disk full")
+
+    async def aclose() -> None:
+        closed.append("client")
+        raise RuntimeError("no loop")
+
+    stack = AsyncExitStack()
+    close_quietly(stack, close)
+    close_quietly(stack, aclose)
+    with pytest.raises(ActorError, match="engine"):
+        async with stack:
+            raise ActorError("the engine died")
+    assert closed == ["client", "file"]
+    assert "OSError: disk full" in caplog.text
+    assert "RuntimeError: no loop" in caplog.text

@@ -1,0 +1,67 @@
+"""How a program ends when something went wrong: with exit code 1 and one `error:` line that says what."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from serving.logs import safe_text
+from verl.errors import (
+    ConfigError,
+    DataError,
+    RolloutError,
+    ServiceError,
+    TrainingHaltedError,
+    WeightSyncError,
+)
+from verl.utils.actors import ActorError
+from verl.utils.logs import ONLY_IN_FILE
+
+logger = logging.getLogger(__name__)
+
+_USER_ERRORS = (
+    ActorError,
+    ConfigError,
+    DataError,
+    RolloutError,
+    ServiceError,
+    TrainingHaltedError,
+    WeightSyncError,
+)
+_FIXES = {
+    errno.ENOSPC: "free some space there and repeat the command",
+    errno.EDQUOT: "raise the quota or free some space there, and repeat the command",
+    errno.EFBIG: "raise the limit (ulimit -f) and repeat the command",
+    errno.EROFS: "make it writable or name another folder",
+    errno.EACCES: "change its permissions or name another folder",
+    errno.EPERM: "change its permissions or name another folder",
+    errno.EMFILE: "raise the limit (ulimit -n) and repeat the command",
+}
+
+
+@contextmanager
+def error_line() -> Iterator[None]:
+    """Exit with code 1 and the error of what runs inside as one line.
+
+    Its traceback goes to the log file; that of a defect, which a user cannot repair, also to the screen.
+    """
+    try:
+        yield
+    except (*_USER_ERRORS, OSError) as error:
+        logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
+        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        sys.exit(f"error: {safe_text(text)}")
+    except Exception as error:
+        logger.exception("a defect of this program")
+        text = f"unexpected {type(error).__name__}: {error}; please report the traceback above"
+        sys.exit(f"error: {safe_text(text)}")
+
+
+def describe_os_error(error: OSError) -> str:
+    """File, what is wrong with it and the fix, as far as the system says."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    fix = _FIXES.get(error.errno or 0)
+    return f"{what}; {fix}" if fix else what
