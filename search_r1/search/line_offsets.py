@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -27,7 +28,7 @@ _VERSION = 1
 _HEADER = 7
 _CHECKED_AT = 2  # position in the header of: every line was parsed once and is well formed
 _CHUNK_BYTES = 1 << 24
-_CACHE = Path.home() / ".cache" / "inforeasoner" / "offsets"
+_CACHE = Path("~/.cache/inforeasoner/offsets")
 
 
 def find_line_starts(
@@ -42,7 +43,9 @@ def find_line_starts(
     if path.stat().st_size < SIDECAR_FROM_BYTES:
         return _collect(path, report), None
     header = _make_header(path, fingerprint)
-    places = (path.with_name(path.name + ".offsets.npy"), _locate_cached(path))
+    places = [path.with_name(path.name + ".offsets.npy")]
+    with suppress(RuntimeError):  # a user without a home, as in some containers
+        places.append(_locate_cached(path))
     for sidecar in places:
         starts = _open_sidecar(sidecar, header=header)
         if starts is not None:
@@ -58,9 +61,9 @@ def find_line_starts(
         if starts is not None:
             return starts, sidecar
     logger.warning(
-        "line offsets of %s stay in memory and are made again at every start: %s and %s cannot be written",
+        "line offsets of %s stay in memory and are made again at every start: %s cannot be written",
         path,
-        *(place.parent for place in places),
+        " and ".join(str(place.parent) for place in places),
     )
     return _collect(path, report), None
 
@@ -85,7 +88,7 @@ def mark_checked(sidecar: Path | None) -> None:
 
 def _locate_cached(path: Path) -> Path:
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return _CACHE / f"{path.name}.{place}.offsets.npy"
+    return _CACHE.expanduser() / f"{path.name}.{place}.offsets.npy"
 
 
 def _make_header(path: Path, fingerprint: str) -> Offsets:

@@ -170,9 +170,11 @@ def test_a_folder_that_cannot_be_written_has_its_offsets_in_the_cache(
     (cached,) = (tmp_path / "cache").iterdir()
     assert len(np.load(cached)) == 7 + 6
     write(tmp_path / "file", "")
-    monkeypatch.setattr(line_offsets, "_CACHE", tmp_path / "file" / "cache")
-    assert len(open_corpus(path)) == 5
-    assert "stay in memory" in caplog.text
+    for folder in (tmp_path / "file" / "cache", Path("~no-such-user/cache")):  # neither folder nor home
+        monkeypatch.setattr(line_offsets, "_CACHE", folder)
+        caplog.clear()
+        assert len(open_corpus(path)) == 5
+        assert "stay in memory" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
