@@ -41,6 +41,7 @@ from supervise import Child, ChildFailedError, Supervisor, service_environment
 from bench import bare_index, clustered
 from bench.load import Load, ask_all_the_time
 from bench.service import ROOT, start_service
+from IG.web.settings import expand_home
 
 TOPK = 3
 BATCH = 64
@@ -149,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kinds", default=",".join(OTHER_KINDS), help=f"beside flat (default {','.join(OTHER_KINDS)})")
     add("--seed", type=int, default=0, help="of corpus, encoder and queries (default 0)")
     add("--folder", type=Path, help="keep corpus and indexes here and take what lies there already")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(expand_home(None))
     arguments.kinds = [kind for kind in arguments.kinds.split(",") if kind]
     unknown = sorted(set(arguments.kinds) - set(OTHER_KINDS))
     if unknown:

@@ -47,6 +47,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from IG.web.settings import expand_home
+
 RECEIPTS = "download.json"
 LOCK = ".download.lock"
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -323,7 +325,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--verify", action="store_true", help="read finished files again and compare their hash")
     add("--timeout", type=_parse_seconds, default=60.0, help="seconds without a byte before another attempt")
     add("--retries", type=int, default=8, help="attempts in a row without progress before giving up")
-    return parser.parse_args(arguments)
+    return parser.parse_args(expand_home(arguments))
 
 
 def choose_targets(settings: argparse.Namespace) -> list[Target]:

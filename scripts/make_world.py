@@ -31,6 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from IG.web.settings import expand_home
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
 from search_r1.search.index_builder import build_index
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
@@ -290,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args(expand_home(arguments))
     plan = SMALL if chosen.small else FULL
     if chosen.persons is not None:
         plan = replace(plan, size=replace(plan.size, persons=chosen.persons))

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from IG.web.settings import expand_home
 from search_r1.agent.prompts import search_instruction
 from serving.golds import EXPECTED_GOLDS, parse_golds
 from verl.errors import ConfigError, DataError
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME[=FILE]", help="held-out questions")
     parser.add_argument("--flashrag-dir", type=Path, help="folder with one folder per FlashRAG data set")
     parser.add_argument("--out-dir", type=Path, required=True, help="train.parquet and test.parquet go here")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(expand_home(argv))
     console = Console()
     try:
         if not arguments.train and not arguments.test:

@@ -33,6 +33,7 @@ from supervise import (
     wait_until_ready,
 )
 
+from IG.web.settings import expand_home
 from serving.logs import safe_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,7 +298,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--print-overrides", action="store_true", help="print the training settings, do nothing"
     )
-    return parser.parse_args(own), overrides
+    return parser.parse_args(expand_home(own)), overrides
 
 
 def new_run_dir(asked: Path | None) -> Path:

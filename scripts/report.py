@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from IG.web.settings import expand_home
 from verl.report.report import write_report
 from verl.utils.entry import error_line
 
@@ -12,7 +13,7 @@ from verl.utils.entry import error_line
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl, e.g. runs/quickstart-...")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(expand_home(arguments))
     with error_line():
         path = write_report(options.run_dir)
     print(path)

@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from IG.web.settings import expand_home
 from verl.errors import DataError
 from verl.report.examples import is_right
 from verl.report.run_data import count_searches
@@ -41,7 +42,7 @@ VERDICTS = ("right", "wrong", "failed")
 
 
 def main(arguments: list[str] | None = None, *, console: Console | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(expand_home(arguments))
     console = console or Console(soft_wrap=False)
     with error_line():
         path = find_file(options.path, step=options.step, evaluation=options.evaluation)

@@ -37,7 +37,7 @@ from IG.service.config import (
     resolve_config,
     visible_device,
 )
-from IG.web.settings import SettingError, add_settings
+from IG.web.settings import SettingError, add_settings, expand_home
 from serving.logs import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """Raises SettingError and InputError; exits as argparse does on an unknown flag and on --help."""
-    given = vars(build_parser().parse_args(arguments))
+    given = vars(build_parser().parse_args(expand_home(arguments)))
     flags = [part for s in SETTINGS if s.name in given for part in (s.flag, given[s.name])]
     config = resolve_config(flags)
     if config.num_generations > given["max_samples"]:

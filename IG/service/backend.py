@@ -197,9 +197,7 @@ async def _start_and_identify(pool: WorkerPool, *, config: IGServiceConfig) -> M
     """Start the workers and read the models' files meanwhile, where they are here already."""
 
     async def digest(name: str) -> str:
-        if (
-            not Path(name).expanduser().is_dir()
-        ):  # in the hub's cache, complete once the workers have loaded it
+        if not Path(name).is_dir():  # in the hub's cache, complete once the workers have loaded it
             await started.wait()
         return await load_in_thread(lambda: model_digest(model_folder(name)), name="digest")
 

@@ -20,7 +20,7 @@ class ModelMissingError(ValueError):
 def require_models(config: IGServiceConfig) -> None:
     """Look for both models' config.json. Raises ModelMissingError."""
     for flag, name in (("--model-path", config.model_path), ("--entailment-model", config.entailment_model)):
-        folder = Path(name).expanduser()
+        folder = Path(name)
         if (folder / "config.json").is_file():
             continue
         if folder.is_dir():
@@ -50,7 +50,7 @@ def model_digest(folder: Path) -> str:
 
 def model_folder(name: str) -> Path:
     """Where the files of a model are: the folder itself, or what the hub's cache holds once it was loaded."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +17,7 @@ from pathlib import Path
 Value = str | int | float | bool
 Parse = Callable[[str], Value]
 
+_HOME = re.compile(r"^([^=]*=|)(~[^/]*)")
 _TOKEN = re.compile(r"[!-~]+")
 _ON = "true"
 _SWITCH = {_ON: True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -96,6 +98,15 @@ def parse_text(text: str) -> Value:
     if not text.strip():
         raise SettingError("empty, expected a text")
     return text
+
+
+def expand_home(arguments: Sequence[str] | None) -> list[str]:
+    """Return a command line (None: this program's) with the home folder in place of `~`.
+
+    A shell leaves it in `--flag=~/x`, in `NAME=~/x` and in quotes.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return [_HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), text) for text in given]
 
 
 def parse_path(text: str) -> Value:

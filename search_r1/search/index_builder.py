@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from IG.web.settings import expand_home
 from search_r1.search import defaults
 from search_r1.search.building import BuildPlan, Report, build
 from search_r1.search.encoding_run import CHUNK_SIZE, EncoderSpec, holds_unfinished, lock_folder
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     try:
-        return run(parser.parse_args(arguments))
+        return run(parser.parse_args(expand_home(arguments)))
     except RetrieverError as error:
         logger.error("no index was written: %s", error)
         return 1

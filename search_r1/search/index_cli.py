@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from IG.web.settings import expand_home
 from search_r1.search.errors import RetrieverError
 from serving.logs import configure_logging
 
@@ -84,7 +85,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: of the command; 1 what it could not do, 2 wrong arguments, 130 interrupted."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = expand_home(arguments)
     name = _read_name(given[:1])
     configure_logging(
         "%(asctime)s %(levelname)s %(message)s",

@@ -18,6 +18,7 @@ from IG.web.settings import (
     SettingError,
     Value,
     add_settings,
+    expand_home,
     parse_integer,
     parse_path,
     parse_real,
@@ -341,7 +342,7 @@ def resolve_server(
     arguments: Sequence[str] = (), *, environ: Mapping[str, str] | None = None
 ) -> tuple[ServerSettings, RetrieverSettings]:
     """Settle every setting. Raises RetrieverError; exits as argparse does on a flag it does not know."""
-    namespace = build_parser().parse_args(arguments)
+    namespace = build_parser().parse_args(expand_home(arguments))
     variables = os.environ if environ is None else environ
     values = _resolve(SERVER_SETTINGS, namespace, environ=variables)
     batching = not values.pop("no_batching")

@@ -31,6 +31,12 @@ def test_entailment_model_follows_the_generator_unless_it_is_named() -> None:
     assert named.entailment_model == "mine"
 
 
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = resolve_config(["--model-path=~/m"], environ={"IG_ENTAILMENT_MODEL": "~/e"})
+    assert (config.model_path, config.entailment_model) == ("/home/me/m", "/home/me/e")
+
+
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
