@@ -102,6 +102,8 @@ class EngineOptions:
     """Key-value cache on the CPU."""
     cpu_threads: int
     """Threads of the engine on the CPU; more than it has free cores makes it many times slower."""
+    dtype: str = "auto"
+    """Precision; `auto` is float32 on a CPU, and what the model says on a GPU."""
 
 
 def prompt_seed(service_seed: int, prompt: str) -> int:
@@ -340,6 +342,7 @@ def engine_arguments(options: EngineOptions, *, device: str) -> dict[str, object
         "model": options.model,
         "trust_remote_code": False,
         "generation_config": "vllm",  # sampling is what the service says, not what the checkpoint suggests
+        "dtype": options.dtype,
         "max_model_len": options.max_model_len,
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.gpu_memory_utilization,
@@ -348,7 +351,7 @@ def engine_arguments(options: EngineOptions, *, device: str) -> dict[str, object
     }
     if device == "cpu":
         arguments |= {
-            "dtype": "float32",
+            "dtype": "float32" if options.dtype == "auto" else options.dtype,
             "enforce_eager": True,
             "kv_cache_memory_bytes": options.cpu_cache_bytes,
             "block_size": 32,

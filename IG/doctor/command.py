@@ -34,11 +34,14 @@ from IG.service.config import (
     SETTINGS,
     WORLD_GENERATOR,
     IGServiceConfig,
+    count_gpus,
+    require_devices,
     resolve_config,
     visible_device,
 )
 from IG.web.settings import SettingError, add_settings, expand_home
 from serving.logs import configure_logging
+from serving.machine import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
     try:
         request = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(request.config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        require_devices(request.config, count_gpus=count_gpus, has_bfloat16=has_bfloat16)
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
         line = asyncio.run(examine(request, start_backend=start_backend))

@@ -21,10 +21,16 @@ from IG.estimator import GainQuery
 from IG.semantics import gain_limit
 from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
-from IG.service.config import IGServiceConfig, resolve_config, visible_device
+from IG.service.config import (
+    IGServiceConfig,
+    count_gpus,
+    require_devices,
+    resolve_config,
+    visible_device,
+)
 from IG.service.lifecycle import Service, StartBackend
 from IG.service.metrics import ServiceMetrics
-from IG.service.models import ModelMissingError, require_models
+from IG.service.models import require_models
 from IG.service.rendering import render
 from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse, VersionResponse
 from IG.web.application import add_guards, add_states, make_application, wait_until_left
@@ -34,9 +40,9 @@ from IG.web.loading import is_loading
 from IG.web.metrics import CONTENT_TYPE
 from IG.web.openapi import metrics_response, refusals, security
 from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
-from IG.web.settings import SettingError
 from IG.web.version import package_version
 from serving.logs import configure_logging
+from serving.machine import has_bfloat16
 
 logger = logging.getLogger("IG.service")
 
@@ -226,9 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = resolve_config(sys.argv[1:] if arguments is None else arguments)
         device = visible_device(config, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        require_devices(config, count_gpus=count_gpus, has_bfloat16=has_bfloat16)
         require_models(config)
         listener = listen(config.host, config.port, env="IG_PORT")
-    except (SettingError, ModelMissingError, OSError) as error:
+    except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1
     os.environ.pop("IG_TOKEN", None)  # what the workers inherit is none of their business

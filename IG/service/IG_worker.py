@@ -158,6 +158,7 @@ def engine_options(config: IGServiceConfig, *, cores: float) -> EngineOptions:
         gpu_memory_utilization=config.gpu_memory_utilization,
         cpu_cache_bytes=int(config.cpu_cache_gb * 2**30),
         cpu_threads=config.cpu_threads or max(1, int(cores / 2)),
+        dtype=config.dtype,
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -42,6 +44,7 @@ class IGServiceConfig:
     model_path: str
     entailment_model: str
     device: str
+    dtype: str
     num_generations: int
     sub_batch_size: int
     temperature: float
@@ -130,6 +133,13 @@ SETTINGS: tuple[Setting, ...] = (
         shown_default=f"world/models/entailment with the default generator, else {LARGE_ENTAILMENT}",
     ),
     _setting("device", "auto", parse_text, "auto, cpu, cuda or cuda:N"),
+    _setting(
+        "dtype",
+        "auto",
+        parse_choice(("auto", "float32", "bfloat16")),
+        "precision of the generator: auto (float32 on a CPU, as the model says on a GPU), float32, or "
+        "bfloat16 (on a CPU only where it has instructions for it)",
+    ),
     _setting("num_generations", "10", parse_integer(1), "answers sampled per question and condition"),
     _setting("sub_batch_size", "512", parse_integer(1), "answers the engine decodes together"),
     _setting("temperature", "1.0", parse_real(0, 10), "sampling temperature; 0 is greedy"),
@@ -255,6 +265,39 @@ def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | Non
             f"{len(names)} GPUs, counted from 0; name one of those or let it show more"
         )
     return names[int(index)]
+
+
+def require_devices(
+    config: IGServiceConfig, *, count_gpus: Callable[[], int], has_bfloat16: Callable[[], bool]
+) -> None:
+    """Refuse what this machine does not have. Raises SettingError.
+
+    GPUs are counted only where that decides something: it takes seconds.
+    """
+    kind, _, index = config.device.partition(":")
+    if kind == "cuda" or config.num_gpus > 1:
+        wanted, found = int(index) + 1 if index else config.num_gpus, count_gpus()
+        if found < wanted:
+            raise SettingError(
+                f"--num-gpus is {config.num_gpus} and --device is {config.device!r}, but PyTorch sees "
+                f"{found} GPUs here; lower them, let CUDA_VISIBLE_DEVICES show more, or use --device cpu"
+            )
+    elif (
+        config.dtype == "bfloat16"
+        and not has_bfloat16()
+        and (kind == "cpu" or config.num_workers > 1 or count_gpus() == 0)
+    ):
+        raise SettingError(
+            "--dtype is 'bfloat16', but this CPU has no instructions for it (avx512_bf16 or amx_bf16); use "
+            "--dtype auto, which is float32 on a CPU"
+        )
+
+
+def count_gpus() -> int:
+    """Return how many GPUs PyTorch sees, asked in a process of its own: here CUDA must not start yet."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
 
 
 def _derived_default(setting: Setting, values: Mapping[str, Value]) -> str:

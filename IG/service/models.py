@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+from IG.entailment import entailment_label
+from IG.prompts import PromptStyle
 from IG.service.config import IGServiceConfig
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -18,11 +22,26 @@ class ModelMissingError(ValueError):
 
 
 def require_models(config: IGServiceConfig) -> None:
-    """Look for both models' config.json. Raises ModelMissingError."""
-    for flag, name in (("--model-path", config.model_path), ("--entailment-model", config.entailment_model)):
-        folder = Path(name)
-        if (folder / "config.json").is_file():
-            continue
+    """Refuse in seconds what would fail after minutes of loading: models that are missing or do not fit.
+
+    Raises ModelMissingError for a model that is not there, ValueError for one that cannot do its work.
+    """
+    generator = _read_settings(config.model_path, flag="--model-path")
+    entailment = _read_settings(config.entailment_model, flag="--entailment-model")
+    labels = entailment.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    entailment_label(labels, model=config.entailment_model)
+    _require_length(config, positions=generator.get("max_position_embeddings"))
+    if config.prompt_style is PromptStyle.chat and not _has_chat_template(config.model_path):
+        raise ValueError(
+            f"--prompt-style chat: the model {config.model_path} has no chat template; take an instruct "
+            "model or --prompt-style plain"
+        )
+
+
+def _read_settings(name: str, *, flag: str) -> dict[str, Any]:
+    """Return the config.json of a model. Raises ModelMissingError."""
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
         if folder.is_dir():
             raise ModelMissingError(
                 f"{flag} {name}: the folder has no config.json, expected a Hugging Face model"
@@ -32,7 +51,38 @@ def require_models(config: IGServiceConfig) -> None:
                 f"{flag} {name}: no such folder; give the folder of a Hugging Face model or a hub name such "
                 "as Qwen/Qwen2.5-3B (the small default models come with a full checkout: world/models)"
             )
-        _require_on_hub(name, flag=flag)
+        folder = _fetch(name, flag=flag).parent
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelMissingError(f"{flag} {name}: its config.json is not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise ModelMissingError(f"{flag} {name}: its config.json is not a JSON object")
+    return settings
+
+
+def _require_length(config: IGServiceConfig, *, positions: object) -> None:
+    limit = config.max_model_len or (positions if isinstance(positions, int) else 0)
+    if 0 < limit <= config.max_new_tokens:
+        raise ValueError(
+            f"--max-new-tokens is {config.max_new_tokens}, which leaves no room for a prompt: prompt and "
+            f"answer have at most {limit} tokens (--max-model-len, or the model's positions)"
+        )
+
+
+def _has_chat_template(name: str) -> bool:
+    """Whether a model, which is there, comes with a chat template."""
+    folder = Path(name)
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        path = folder / file
+        if not folder.is_dir():
+            try:
+                path = _fetch(name, flag="--model-path", file=file)
+            except ModelMissingError:
+                continue
+        if path.is_file() and (path.suffix == ".jinja" or '"chat_template"' in path.read_text("utf-8")):
+            return True
+    return False
 
 
 def model_digest(folder: Path) -> str:
@@ -58,11 +108,12 @@ def model_folder(name: str) -> Path:
     return Path(snapshot_download(name, local_files_only=True))
 
 
-def _require_on_hub(name: str, *, flag: str) -> None:
+def _fetch(name: str, *, flag: str, file: str = "config.json") -> Path:
+    """Return a file of a model of the hub. Raises ModelMissingError."""
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(name, "config.json", etag_timeout=10)
+        return Path(hf_hub_download(name, file, etag_timeout=10))
     except (OSError, ValueError) as error:  # offline, unknown, gated: all are OSErrors or ValueErrors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelMissingError(

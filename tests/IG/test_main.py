@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,19 @@ def test_examining_needs_nothing_of_the_trainer() -> None:
         check=True,
     )
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_gpus_that_are_not_there_are_refused_before_any_model_loads(command: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "IG", command, "--num-gpus", "4"],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert "--num-gpus is 4" in ended.stderr
+    assert "PyTorch sees 0 GPUs here" in ended.stderr
+    assert "loading" not in ended.stderr + ended.stdout

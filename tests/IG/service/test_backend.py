@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,6 +109,49 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     config = resolve_config(["--model-path", str(tmp_path)], environ={})
     with pytest.raises(ModelMissingError, match=r"has no config\.json"):
         require_models(config)
+    for text in ("", "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelMissingError, match=r"its config\.json is not "):
+            require_models(config)
+
+
+LABELS = {"id2label": {"0": "entailment", "1": "neutral"}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "generator", "entailment", "message"),
+    [
+        ([], {}, {}, "entailment model .* expected one called 'entailment'"),
+        ([], {}, {"id2label": {"0": "yes"}}, "has the labels .*'yes'"),
+        (["--max-new-tokens", "64"], {"max_position_embeddings": 64}, LABELS, "leaves no room for a prompt"),
+        (["--max-new-tokens", "64", "--max-model-len", "32"], {}, LABELS, "leaves no room for a prompt"),
+        (["--prompt-style", "chat"], {}, LABELS, "--prompt-style chat: .* has no chat template"),
+    ],
+)
+def test_models_that_do_not_fit_the_settings_are_refused_before_anything_starts(
+    flags: list[str],
+    generator: dict[str, object],
+    entailment: dict[str, object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    for name, settings in (("generator", generator), ("entailment", entailment)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    models = ["--model-path", str(tmp_path / "generator"), "--entailment-model", str(tmp_path / "entailment")]
+    with pytest.raises(ValueError, match=message):
+        require_models(resolve_config([*models, *flags], environ={}))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("tokenizer_config.json", '{"chat_template": "x"}'), ("chat_template.jinja", "x")]
+)
+def test_a_chat_template_is_found_where_models_have_it(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LABELS))
+    (tmp_path / file).write_text(text)
+    folder = str(tmp_path)
+    flags = ["--prompt-style", "chat", "--model-path", folder, "--entailment-model", folder]
+    require_models(resolve_config(flags, environ={}))
 
 
 @pytest.mark.parametrize(

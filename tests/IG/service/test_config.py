@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import IG.service.config as config_module
-from IG.service.config import SETTINGS, build_parser, resolve_config, visible_device
+from IG.service.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
 from IG.web.settings import SettingError, settings_table
 
 README = Path(config_module.__file__).with_name("README.md")
@@ -115,6 +115,33 @@ def test_a_gpu_that_is_not_visible_is_refused(visible: str) -> None:
     config = resolve_config(["--device", "cuda:2"], environ={})
     with pytest.raises(SettingError, match=rf"--device is 'cuda:2', but CUDA_VISIBLE_DEVICES is '{visible}'"):
         visible_device(config, visible=visible)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_gpus", "message"),
+    [
+        (["--num-gpus", "4"], 0, "--num-gpus is 4 and --device is 'auto', but PyTorch sees 0 GPUs"),
+        (["--num-gpus", "4", "--device", "cuda"], 2, "PyTorch sees 2 GPUs"),
+        (["--device", "cuda"], 0, "--device is 'cuda', but PyTorch sees 0 GPUs"),
+        (["--device", "cuda:2"], 2, "--device is 'cuda:2', but PyTorch sees 2 GPUs"),
+        (["--dtype", "bfloat16", "--device", "cpu"], 4, "--dtype is 'bfloat16', but this CPU"),
+        (["--dtype", "bfloat16", "--num-workers", "2"], 4, "--dtype is 'bfloat16', but this CPU"),
+        (["--dtype", "bfloat16"], 0, "--dtype is 'bfloat16', but this CPU"),
+    ],
+)
+def test_what_the_machine_does_not_have_is_refused(flags: list[str], num_gpus: int, message: str) -> None:
+    config = resolve_config(flags, environ={})
+    with pytest.raises(SettingError, match=message):
+        require_devices(config, count_gpus=lambda: num_gpus, has_bfloat16=lambda: False)
+    require_devices(config, count_gpus=lambda: 4, has_bfloat16=lambda: True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--device", "cpu"], ["--num-workers", "2"]])
+def test_gpus_are_not_counted_where_that_decides_nothing(flags: list[str]) -> None:
+    def count() -> int:
+        raise AssertionError("it takes seconds")
+
+    require_devices(resolve_config(flags, environ={}), count_gpus=count, has_bfloat16=lambda: False)
 
 
 def test_readme_has_the_table_and_help_every_flag() -> None:

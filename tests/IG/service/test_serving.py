@@ -24,7 +24,7 @@ from tests.processes import post_accepted, running_script, wait_for
 def test_a_taken_port_is_named_before_any_model_loads(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "entailment"}}')
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
@@ -96,7 +96,7 @@ sys.exit(IG_server.main())
 def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
     slow: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "entailment"}}')
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
