@@ -35,6 +35,7 @@ from supervise import (
 
 from IG.web.settings import expand_home
 from serving.logs import safe_text
+from verl.utils.entry import error_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30
@@ -341,4 +342,5 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())

@@ -55,7 +55,7 @@ class VllmEngine:
     ) -> None:
         """`device` is cpu or cuda and must be what the installed vLLM was built for.
 
-        Raises ConfigError when the model or the device is not there; vLLM's own error when it cannot start.
+        Raises ConfigError when the model or the device is not there, RolloutError when vLLM cannot start.
         """
         _require_model(model_path)
         os.environ.update(_environment(on_cpu=device == "cpu", num_threads=num_threads))
@@ -91,6 +91,8 @@ class VllmEngine:
         self._watchdog = Watchdog()
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+        except Exception as error:  # vLLM's errors share no class
+            raise RolloutError(f"vLLM cannot start: {type(error).__name__}: {error}") from error
         finally:
             self._watchdog.guard()
 
@@ -151,8 +153,14 @@ class VllmEngine:
         if not any(Path(folder).glob("*.safetensors")):
             raise WeightSyncError(f"{folder} holds no *.safetensors file to load weights from")
         self._version = _UNKNOWN_VERSION
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        if not await self._llm.reset_prefix_cache():
+        try:
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            is_reset = await self._llm.reset_prefix_cache()
+        except Exception as error:  # vLLM's errors share no class
+            raise WeightSyncError(
+                f"vLLM failed to take over weights: {type(error).__name__}: {error}"
+            ) from error
+        if not is_reset:
             raise WeightSyncError("the engine did not drop the prefix cache of the old weights")
         self._version = version
 

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from verl.errors import ConfigError
+from verl.errors import ConfigError, RolloutError
 from verl.utils.reaper import MARK, start_reaper
 
 logger = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class _RayActor:
         self._role = role
         self._logs = logs
         self._pid: int | None = None
+        self._has_answered = False
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
@@ -177,12 +178,18 @@ class _RayActor:
         try:
             if self._pid is None:
                 self._pid = await self._actor.pid.remote()
-            return await self._actor.call.remote(method, args, kwargs)
+            result = await self._actor.call.remote(method, args, kwargs)
         except RayTaskError as error:
             cause = error.cause
-            raise (cause if isinstance(cause, Exception) else ActorError(f"{self._who}: {error}")) from error
+            if not isinstance(cause, Exception):
+                raise ActorError(f"{self._who}: {error}") from error
+            if isinstance(cause, RolloutError) and not self._has_answered:
+                cause.add_note(self._last_words())  # an engine that cannot start says why on stderr alone
+            raise cause from error
         except RayActorError as error:
             raise ActorError(self._describe_death(method, error)) from error
+        self._has_answered = True
+        return result
 
     @property
     def _who(self) -> str:
@@ -190,13 +197,18 @@ class _RayActor:
 
     def _describe_death(self, method: str, error: Exception) -> str:
         reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
-        message = f"{self._who} died; {method!r} has no result. {reason}"
+        return f"{self._who} died; {method!r} has no result. {reason}{self._last_words()}"
+
+    def _last_words(self) -> str:
+        """The end of what the process wrote to stderr; empty if it wrote nothing."""
         logs = sorted(self._logs.glob(f"worker-*-{self._pid}.err"))
-        lines = [line for log in logs for line in log.read_text().splitlines()]
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
         lines = [line for line in lines if line.strip() and not line.startswith(":")]  # ":x" is Ray's own
-        if lines:
-            message += "\nIts last words:\n  " + "\n  ".join(lines[-_NUM_QUOTED_LINES:])
-        return message
+        return (
+            "\n".join(["\nIts last words:", *(f"  {line}" for line in lines[-_NUM_QUOTED_LINES:])])
+            if lines
+            else ""
+        )
 
     def kill(self) -> None:
         import ray

@@ -53,6 +53,7 @@ def error_line() -> Iterator[None]:
     except (*_USER_ERRORS, OSError) as error:
         logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
         text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        text = "".join([text, *getattr(error, "__notes__", [])])
         sys.exit(f"error: {safe_text(text)}")
     except Exception as error:
         logger.exception("a defect of this program")

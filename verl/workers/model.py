@@ -211,7 +211,8 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
             for name, tensor in load_file(file).items()
         }
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, local_files_only=True))
-    write_model(folder, untie(state, embedding=embedding_name(model)), source=source, tied=False)
+        untied = untie(state, embedding=embedding_name(model))
+    write_model(folder, untied, source=source, tied=False)
     return folder
 
 

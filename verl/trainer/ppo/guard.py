@@ -16,6 +16,8 @@ import numpy as np
 
 from verl.errors import TrainingHaltedError
 from verl.types import FloatArray, Group, Score
+from verl.utils.files import naming_file
+from verl.utils.run_folder import SKIPPED
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Guard:
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + skipped
         halted = self._skipped_in_a_row >= self._max_skipped_updates
         if halted or len(self._dumps) < MAX_DUMPS:
-            self._dumps.append(self._run_dir / "skipped" / f"step_{step:06d}.jsonl")
+            self._dumps.append(self._run_dir / SKIPPED / f"step_{step:06d}.jsonl")
             dump_batch(self._dumps[-1], groups, scores, credit)
         logger.warning(
             "step %d: %d of %d updates skipped (loss or gradient not finite); last batch kept: %s",
@@ -117,7 +119,7 @@ def dump_batch(
     Floats are written in full, and NaN as NaN (Python's JSON reads it), because it is what one looks for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with naming_file(path), path.open("w", encoding="utf-8") as file:
         for group, of_group, arrays in zip(groups, scores, credit, strict=True):
             for trajectory, score, array in zip(group.trajectories, of_group, arrays, strict=True):
                 line = {"trajectory": asdict(trajectory), "score": asdict(score), "credit": array}

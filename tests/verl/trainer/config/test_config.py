@@ -125,6 +125,10 @@ def test_wrong_type_is_refused_with_its_key() -> None:
         ("reward.max_failure_share=1.5", r"reward.max_failure_share must be in \[0, 1\]"),
         ("retriever.url=localhost:8000", "an http"),
         ("trainer.logger=[tensorboard]", "trainer.logger must be one of"),
+        ("trainer.experiment_name=../../x", r"trainer.experiment_name must be a name: .*got '../../x'"),
+        ("trainer.project_name=/abs", "trainer.project_name must be a name"),
+        ("trainer.experiment_name=''", "trainer.experiment_name must be a name"),
+        ("trainer.total_training_steps=-1", "at least 0"),
     ],
 )
 def test_bad_value_is_named(override: str, message: str) -> None:
