@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from serving import machine
-from serving.machine import MachineError, prepare_engine, socket_root
+from serving.machine import MachineError, has_bfloat16, prepare_engine, socket_root
 
 
 @pytest.fixture
@@ -47,3 +47,19 @@ def test_lscpu_is_replaced_where_it(is_there: bool, monkeypatch: pytest.MonkeyPa
     prepare_engine(on_cpu=True)
     found = subprocess.check_output("lscpu --json --extended=CPU,CORE,NODE --online", shell=True, text=True)
     assert json.loads(found) == {"cpus": []}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags : fpu avx512f avx512_bf16 avx512vl\n", True),
+        ("flags : fpu amx_bf16\n", True),
+        ("Features : fp asimd bf16\n", True),  # ARM
+        ("flags : fpu avx512f avx512vl\n", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_is_known_by_its_instructions(flags: str | None, expected: bool, tmp_path: Path) -> None:
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    assert has_bfloat16(cpu_info=tmp_path / "cpuinfo") is expected

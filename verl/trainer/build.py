@@ -19,6 +19,7 @@ from search_r1.agent.loop import SearchAgent
 from search_r1.agent.prompts import TAGS, render_context
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
+from serving.machine import has_bfloat16
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
@@ -63,7 +64,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
     how the run ended and the report is written. Raises ConfigError, DataError, ServiceError before training.
     """
     num_gpus = count_gpus()
-    validate(config, num_gpus=num_gpus)
+    validate(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16())
     run_dir = Path(config.trainer.default_local_dir).resolve()
     with own_folder(run_dir):
         configure_logging(log_file=run_dir / "train.log")

@@ -78,14 +78,10 @@ def resolve_model_folder(path: str) -> Path:
 
 
 def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
-    """Precision of forward passes and of exported weights. Raises ConfigError for bfloat16 on the CPU."""
-    if device == "cpu":
-        if config.dtype == "bfloat16":
-            raise ConfigError(
-                f"{_KEY}.dtype=bfloat16 needs trainer.device=cuda; on the CPU use auto or float32"
-            )
-        return torch.float32
-    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+    """Return the precision of forward passes and of exported weights."""
+    if config.dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 def check_model(config: ModelConfig, *, device: str) -> Path:
@@ -210,7 +206,9 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
             for file in sorted(source.glob("*.safetensors"))
             for name, tensor in load_file(file).items()
         }
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, local_files_only=True))
+        settings = AutoConfig.from_pretrained(source, local_files_only=True)
+        with _LOADING, torch.device("meta"):  # for the names of its parameters alone
+            model = AutoModelForCausalLM.from_config(settings)
         untied = untie(state, embedding=embedding_name(model))
     write_model(folder, untied, source=source, tied=False)
     return folder

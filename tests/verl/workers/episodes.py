@@ -64,9 +64,11 @@ def make_actor(**changes: object) -> ActorConfig:
     )
 
 
-def make_worker(folder: Path, *, actor: ActorConfig | None = None, trainable: bool = True) -> PolicyWorker:
+def make_worker(
+    folder: Path, *, actor: ActorConfig | None = None, trainable: bool = True, dtype: str = "auto"
+) -> PolicyWorker:
     return PolicyWorker(
-        model=ModelConfig(path=str(folder)),
+        model=ModelConfig(path=str(folder), dtype=dtype),
         actor=actor or make_actor(),
         temperature=1.0,
         total_steps=10,

@@ -88,11 +88,23 @@ def test_a_disk_that_takes_no_more_is_an_error_of_the_file(tmp_path: Path, model
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("setting", "device", "expected"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("float32", "cuda", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+    ],
+)
+def test_the_precision_is_that_of_the_device_unless_it_is_set(
+    setting: str, device: str, expected: torch.dtype
+) -> None:
+    assert compute_dtype(ModelConfig(path="m", dtype=setting), device=device) == expected
+
+
 def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) -> None:
     config = ModelConfig(path=str(model_folder))
-    with pytest.raises(ConfigError, match=r"bfloat16 needs trainer\.device=cuda"):
-        compute_dtype(replace(config, dtype="bfloat16"), device="cpu")
-    assert compute_dtype(config, device="cuda") == torch.bfloat16
     with pytest.raises(ConfigError, match="flash_attention_2 needs a GPU"):
         load_model(replace(config, attention="flash_attention_2"), device="cpu", trainable=True)
 

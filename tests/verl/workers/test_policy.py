@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.verl.workers.episodes import make_actor, make_worker, one_shard, random_batch
@@ -330,6 +331,20 @@ def test_the_size_of_exported_weights_is_known_before(
     worker.export_weights(str(tmp_path))
     header = 8192
     assert 0 <= (tmp_path / "model.safetensors").stat().st_size - worker.export_bytes() < header
+
+
+def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path, tmp_path: Path) -> None:
+    """It is correct on every CPU, and refused before on those where it is slow."""
+    worker, precise = make_worker(model_folder, dtype="bfloat16"), make_worker(model_folder)
+    shard = one_shard(random_batch(4))
+    np.testing.assert_allclose(worker.log_probs(shard), precise.log_probs(shard), atol=0.1)
+    before = worker.log_probs(shard)
+    assert worker.update(shard)["grad_norm"] > 0
+    assert not np.array_equal(worker.log_probs(shard), before)
+    worker.export_weights(str(tmp_path))
+    exported = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in worker._parameters} == {torch.float32}
 
 
 def test_a_frozen_worker_is_not_updated(model_folder: Path) -> None:

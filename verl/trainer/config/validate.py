@@ -12,9 +12,10 @@ from verl.trainer.config.schema import Config
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def validate(config: Config, *, num_gpus: int) -> None:
-    """Raise one ConfigError that lists every contradiction; `num_gpus` is what this machine has."""
+def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
+    """Raise one ConfigError that lists every contradiction, also with what this machine has."""
     problems = [*_check_files(config), *_check_model(config), *_check_devices(config, num_gpus)]
+    problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
     if problems:
         raise ConfigError(
             "the configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems)
@@ -91,3 +92,13 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
             "trainer.launcher=local runs one worker; use trainer.launcher=ray or trainer.num_cpu_workers=1"
         )
     return problems
+
+
+def _check_precision(config: Config, num_gpus: int, *, cpu_has_bfloat16: bool) -> list[str]:
+    is_coarse = config.actor_rollout_ref.model.dtype == "bfloat16"
+    if is_coarse and not cpu_has_bfloat16 and resolve_device(config, num_gpus=num_gpus) == "cpu":
+        return [
+            "actor_rollout_ref.model.dtype=bfloat16: this CPU has no instructions for it (avx512_bf16 or "
+            "amx_bf16); use auto or float32"
+        ]
+    return []

@@ -142,11 +142,25 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
         ["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
     )
     with pytest.raises(ConfigError) as error:
-        validate(config, num_gpus=0)
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
     message = str(error.value)
     assert "data.train_files: no such file 'gone.parquet'" in message
     assert "actor_rollout_ref.model.path: no such folder" in message
     assert "this machine has 0 GPUs" in message
+
+
+@pytest.mark.parametrize(("device", "cpu_has_it", "refused"), [("cpu", 0, 1), ("cpu", 1, 0), ("cuda", 0, 0)])
+def test_bfloat16_is_refused_on_a_cpu_without_it(device: str, cpu_has_it: bool, refused: bool) -> None:
+    config = composed(
+        [
+            f"trainer.device={device}",
+            "actor_rollout_ref.model.dtype=bfloat16",
+            "data.train_files=gone.parquet",
+        ]
+    )
+    with pytest.raises(ConfigError) as error:
+        validate(config, num_gpus=8, cpu_has_bfloat16=cpu_has_it)
+    assert ("this CPU has no instructions for it" in str(error.value)) is bool(refused)
 
 
 def test_file_lists_and_single_files_are_both_taken() -> None:
