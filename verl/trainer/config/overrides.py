@@ -45,7 +45,9 @@ class Argument:
 
     @property
     def value(self) -> Any:
-        return self.parsed.value() if self.parsed else self.text.partition("=")[2]
+        if self.parsed is None or self.parsed.is_sweep_override():
+            return self.text.partition("=")[2]
+        return self.parsed.value()
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:

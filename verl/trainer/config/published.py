@@ -32,15 +32,13 @@ class Rule:
         return re.fullmatch(re.sub(r"[{},*.]", lambda sign: _SIGNS[sign[0]], self.keys), key) is not None
 
     def advise(self, key: str, settings: Mapping[str, Any]) -> str:
-        """Return what to write instead of `key`, with the values computed from the script's settings."""
-        overrides = _fill(self.here, _by_last_part(settings, key))
-        if overrides == f"{key}={_text(settings.get(key))}":
+        """Return what to write instead of `key`, with values computed from the script; of null nothing is."""
+        value = settings.get(key)
+        overrides = "" if value is None else _fill(self.here, _by_last_part(settings, key))
+        if overrides == f"{key}={_text(value)}":
             return self.note
-        return (
-            f"write {overrides}; {self.note}".removesuffix("; ")
-            if overrides
-            else f"leave it out: {self.note}"
-        )
+        advice = f"write {overrides}; " if overrides else "leave it out: "
+        return f"{advice}{self.note}".rstrip("; :")
 
 
 @cache

@@ -116,6 +116,12 @@ def test_values_are_converted(arguments: list[str], key: str, advice: str) -> No
     assert refusals(arguments)[key].partition(";")[0] == f"write {advice}"
 
 
+def test_of_an_unset_key_nothing_is_computed() -> None:
+    key = f"{ACTOR}.ppo_micro_batch_size_per_gpu"
+    assert refusals([f"{key}=null"])[key].startswith("leave it out: a forward pass is limited in tokens")
+    assert refusals([f"{ROLLOUT}.n=null"]) == {f"{ROLLOUT}.n": "leave it out"}
+
+
 def test_the_same_name_is_taken_as_ours_without_signs_of_another_trainer() -> None:
     ours = ["data.max_prompt_length=4096", "max_turns=9", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
     assert check_overrides(ours) == ours
