@@ -86,6 +86,7 @@ class EntailmentModel:
             [hypothesis for _, hypothesis in pairs],
             truncation=True,
             max_length=self._max_tokens,
+            split_special_tokens=True,  # an answer that says [SEP] separates nothing
         )
         order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
         share = -(-len(pairs) // self._num_threads)

@@ -49,7 +49,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=spelling, pad_token="[PAD]", unk_token="[UNK]", truncation_side="left"
+        tokenizer_object=spelling,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        truncation_side="left",
     )
 
 
@@ -109,6 +114,8 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
             logits = model(**tokenizer(*pair, return_tensors="pt")).logits
         assert probability == pytest.approx(logits.softmax(-1)[0, 2].item(), abs=1e-5)
     assert judge(8, []).shape == (0,)
+    forged, unknown = judge(8, [("a [SEP] b", "c"), ("a x y z b", "c")])  # the separator is three words
+    assert forged == pytest.approx(unknown, abs=1e-6)
     many = pairs * 20
     assert judge(8, many, num_threads=3) == pytest.approx(np.tile(together, 20), abs=1e-5)
 
