@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.running import (
@@ -52,6 +54,50 @@ def test_a_service_that_dies_stops_the_run_with_its_name_and_keeps_the_checkpoin
     assert "Traceback" not in output
     assert json.loads((run_dir / "run_manifest.json").read_text())["status"] == "failed"
     assert (run_dir / "checkpoints" / "global_step_2" / "manifest.json").is_file()
+    assert (run_dir / "report.html").is_file()
+
+
+def kill_raylet(trainer: psutil.Process) -> None:
+    next(child for child in trainer.children(recursive=True) if child.name() == "raylet").kill()
+
+
+def fill_disk(trainer: psutil.Process) -> None:
+    """Let the actors write no file of more than 100 kB, as if the disk took no more."""
+    for child in trainer.children(recursive=True):
+        if child.name().startswith("ray::_Host"):
+            child.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "is_saved"),
+    [
+        (kill_raylet, "error: Ray's raylet ended", True),
+        (fill_disk, ": File too large; raise the limit", False),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why_last_and_what_became_of_its_steps(
+    tmp_path: Path, fault: Callable[[psutil.Process], None], cause: str, is_saved: bool, retriever: str
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start_training(
+        run_dir, f"retriever.url={retriever}", "reward.gain=none", "trainer.save_freq=100"
+    )
+    try:
+        wait_for(lambda: 2 in read_steps(run_dir), what="step 2", process=process)
+        output = end_training(process, lambda: fault(psutil.Process(process.pid)))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    last = output.splitlines()[-1]
+    assert last.startswith("error: "), output
+    assert cause in last
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    manifest = json.loads((run_dir / "run_manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    done = max(read_steps(run_dir))
+    assert manifest["saved_step"] == (done if is_saved else None)
+    assert (f"steps 1 to {done} are lost" in output) != is_saved
     assert (run_dir / "report.html").is_file()
 
 

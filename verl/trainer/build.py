@@ -28,6 +28,7 @@ from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
 from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
+from verl.rollout.pool import EnginePool
 from verl.rollout.recorder import Recorder
 from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.config.schema import Config, RetrieverConfig
@@ -40,7 +41,7 @@ from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.resume import find_progress
 from verl.types import IntArray, Question
 from verl.utils.logs import configure_logging
-from verl.utils.manifest import finish_manifest, make_manifest, write_manifest
+from verl.utils.manifest import Manifest, finish_manifest, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
 from verl.utils.tracking import Tracker
@@ -84,15 +85,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     train, held_out = load_data(config, tokenizer)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
-    manifest = make_manifest(
-        config=dataclasses.asdict(config),
-        data_files=[*config.data.train_paths, *config.data.val_paths],
-        model_path=config.actor_rollout_ref.model.path,
-        model_folder=model_folder,
-        seeds={"trainer.seed": config.trainer.seed},
-        services=services,
-        prompt=tokenizer.decode(tokenizer.render_prompt(train[0])),
-    )
+    prompt = tokenizer.decode(tokenizer.render_prompt(train[0]))
+    manifest = describe_run(config, services=services, model_folder=model_folder, prompt=prompt)
     identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
     checkpoints, progress, resumed = find_progress(
         config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
@@ -109,59 +103,16 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     if resumed is not None:
         await policy.load(resumed)
     tolerance = probe_tolerance(config, device=device)
-    publisher = WeightPublisher(
-        policy,
-        engines.receivers,
-        probe_ids=probe_ids(tokenizer, train),
-        tolerance=tolerance,
-    )
+    probe = probe_ids(tokenizer, train)
+    publisher = WeightPublisher(policy, engines.receivers, probe_ids=probe, tolerance=tolerance)
     close_quietly(stack, publisher.close)
-    tracker = Tracker(
-        run_dir,
-        loggers=config.trainer.logger,
-        project=config.trainer.project_name,
-        experiment=config.trainer.experiment_name,
-        config=dataclasses.asdict(config),
-        total_steps=total_steps,
-    )
+    tracker = make_tracker(config, run_dir, total_steps=total_steps)
     close_quietly(stack, tracker.finish)
-    rollout = config.actor_rollout_ref.rollout
-    agent = SearchAgent(
-        generate=engines,
-        search=search,
-        tokenizer=tokenizer,
-        max_turns=config.max_turns,
-        max_start_length=config.data.max_start_length,
-        max_prompt_length=config.data.max_prompt_length,
-        max_response_length=config.data.max_response_length,
-        max_obs_length=config.data.max_obs_length,
-        temperature=rollout.temperature,
-    )
     parts = Parts(
         questions=sampler,
         held_out=held_out,
-        collector=Collector(
-            agent,
-            n=rollout.n_agent,
-            max_concurrent=config.trainer.max_concurrent_episodes,
-            max_failure_share=config.reward.max_failure_share,
-            seed=config.trainer.seed,
-        ),
-        reward=Reward(
-            partial(
-                measure_outcome,
-                metric=config.reward.outcome,
-                format_score=config.reward.format_score,
-                rule=AnswerRule(config.reward.answer_rule),
-            ),
-            gain=SemanticGain(
-                gains, render_context=render_context, timeout_s=config.reward.semantic.timeout_s
-            )
-            if gains
-            else None,
-            max_failure_share=config.reward.max_failure_share,
-            fix=f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?",
-        ),
+        collector=make_collector(config, search=search, engines=engines, tokenizer=tokenizer),
+        reward=make_reward(config, gains),
         credit_rule=CREDIT_RULES[config.algorithm.adv_estimator](
             gain_weight=config.reward.gain_weight,
             normalise_by_std=config.algorithm.norm_adv_by_std_in_grpo,
@@ -171,11 +122,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         engines=engines,
         publisher=publisher,
         checkpoints=checkpoints,
-        guard=Guard(
-            run_dir,
-            max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates,
-            max_log_prob_difference=tolerance,
-        ),
+        guard=make_guard(config, run_dir, tolerance=tolerance),
         tracker=tracker,
         recorder=Recorder(run_dir, decode=tokenizer.decode),
     )
@@ -188,6 +135,81 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         progress=progress,
         identity=identity,
     )
+
+
+def describe_run(config: Config, *, services: dict[str, object], model_folder: Path, prompt: str) -> Manifest:
+    """Describe all that is needed to compare this run with another."""
+    return make_manifest(
+        config=dataclasses.asdict(config),
+        data_files=[*config.data.train_paths, *config.data.val_paths],
+        model_path=config.actor_rollout_ref.model.path,
+        model_folder=model_folder,
+        seeds={"trainer.seed": config.trainer.seed},
+        services=services,
+        prompt=prompt,
+    )
+
+
+def make_collector(
+    config: Config, *, search: HttpSearch, engines: EnginePool, tokenizer: HfTokenizer
+) -> Collector:
+    """Make what plays the episodes of a step."""
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    agent = SearchAgent(
+        generate=engines,
+        search=search,
+        tokenizer=tokenizer,
+        max_turns=config.max_turns,
+        max_start_length=data.max_start_length,
+        max_prompt_length=data.max_prompt_length,
+        max_response_length=data.max_response_length,
+        max_obs_length=data.max_obs_length,
+        temperature=rollout.temperature,
+    )
+    return Collector(
+        agent,
+        n=rollout.n_agent,
+        max_concurrent=config.trainer.max_concurrent_episodes,
+        max_failure_share=config.reward.max_failure_share,
+        seed=config.trainer.seed,
+    )
+
+
+def make_reward(config: Config, gains: GainClient | None) -> Reward:
+    """Make what scores the episodes: by their outcome, and by their gain where there is a service for it."""
+    reward, semantic = config.reward, config.reward.semantic
+    outcome = partial(
+        measure_outcome,
+        metric=reward.outcome,
+        format_score=reward.format_score,
+        rule=AnswerRule(reward.answer_rule),
+    )
+    return Reward(
+        outcome,
+        gain=SemanticGain(gains, render_context=render_context, timeout_s=semantic.timeout_s)
+        if gains
+        else None,
+        max_failure_share=reward.max_failure_share,
+        fix=f"is the IG service at {semantic.url} (reward.semantic.url) up?",
+    )
+
+
+def make_tracker(config: Config, run_dir: Path, *, total_steps: int) -> Tracker:
+    """Make what writes the metrics."""
+    return Tracker(
+        run_dir,
+        loggers=config.trainer.logger,
+        project=config.trainer.project_name,
+        experiment=config.trainer.experiment_name,
+        config=dataclasses.asdict(config),
+        total_steps=total_steps,
+    )
+
+
+def make_guard(config: Config, run_dir: Path, *, tolerance: float) -> Guard:
+    """Make what watches the updates."""
+    max_skipped = config.actor_rollout_ref.actor.max_skipped_updates
+    return Guard(run_dir, max_skipped_updates=max_skipped, max_log_prob_difference=tolerance)
 
 
 async def connect_services(
