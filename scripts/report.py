@@ -15,8 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl, e.g. runs/quickstart-...")
     options = parser.parse_args(expand_home(arguments))
     with error_line():
-        path = write_report(options.run_dir)
-    print(path)
+        print(write_report(options.run_dir))
 
 
 if __name__ == "__main__":

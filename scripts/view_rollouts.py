@@ -42,7 +42,10 @@ VERDICTS = ("right", "wrong", "failed")
 
 
 def main(arguments: list[str] | None = None, *, console: Console | None = None) -> None:
-    options = _parser().parse_args(expand_home(arguments))
+    parser = _parser()
+    options = parser.parse_args(expand_home(arguments))
+    if options.limit < 0:
+        parser.error(f"--limit must be at least 0, got {options.limit}")
     console = console or Console(soft_wrap=False)
     with error_line():
         path = find_file(options.path, step=options.step, evaluation=options.evaluation)
