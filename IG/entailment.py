@@ -59,10 +59,13 @@ class EntailmentModel:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from serving.weights import copy_weights
+
         if device == "cpu":
             torch.set_num_threads(1)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        copy_weights(model)
         # Texts that are too long lose their beginning: the answers stand at the end, behind a question.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
         return cls(

@@ -25,6 +25,7 @@ from search_r1.search.recipes import (
     resolve_recipe,
 )
 from search_r1.search.stated_model import read_stated_model
+from serving.weights import copy_weights
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +160,11 @@ def _load_model(
             f"encoder {folder} does not load ({first_line}); expected a Hugging Face model folder "
             "or the name of a model on the hub"
         ) from error
-    return SentenceTransformer(
+    model = SentenceTransformer(
         modules=modules, device=str(device), local_files_only=True, truncate_dim=stated.truncated_dim
     ).eval()
+    copy_weights(model)
+    return model
 
 
 def _load_transformer(folder: Path, *, place: str, recipe: EncodingRecipe, dtype: torch.dtype) -> Transformer:

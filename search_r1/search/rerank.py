@@ -27,6 +27,7 @@ from search_r1.search.model_files import (
 )
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, Retriever, SearchFailure
 from search_r1.search.stated_model import read_length_limit
+from serving.weights import copy_weights
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
         network = model.transformers_model
         if network is None:
             raise RetrieverError(f"reranker {folder} has no transformer, expected a cross-encoder")
+        copy_weights(network)
         absent = _list_absent(network, folder=folder)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, RetrieverError):

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from serving.weights import copy_weights
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.losses import log_probs_and_entropy
@@ -114,6 +115,7 @@ def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrain
             local_files_only=True,
             trust_remote_code=False,
         )
+    copy_weights(model)
     model.requires_grad_(trainable)
     model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
     if trainable and config.enable_gradient_checkpointing:

@@ -1,0 +1,44 @@
+"""No model keeps the file of its weights mapped, which others may cut short or rewrite."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from IG.entailment import EntailmentModel
+from search_r1.search.encoder import TextEncoder
+from search_r1.search.rerank import load_reranker
+from tests.search_r1.search.subjects import Files
+from verl.trainer.config.schema import ModelConfig
+from verl.workers.model import load_model
+
+MODELS = Path(__file__).resolve().parents[2] / "world" / "models"
+
+
+def load_policy(folder: Path) -> object:
+    return load_model(ModelConfig(path=str(folder)), device="cpu", trainable=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("encoder", lambda folder: TextEncoder(folder, retriever_name="e5", device="cpu")),
+        ("reranker", lambda folder: load_reranker(folder, device="cpu")),
+        (
+            "entailment",
+            lambda folder: EntailmentModel.load(str(folder), device="cpu", batch_size=1, cpu_threads=1),
+        ),
+        ("policy", load_policy),
+    ],
+)
+def test_the_file_of_the_weights_is_not_mapped(
+    name: str, load: Callable[[Path], object], tmp_path: Path
+) -> None:
+    source = Files(tmp_path).reranker if name == "reranker" else MODELS / name
+    folder = shutil.copytree(source, tmp_path / "model")
+    model = load(folder)
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    del model
