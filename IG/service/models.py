@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def require_models(config: IGServiceConfig) -> None:
     entailment = _read_settings(config.entailment_model, flag="--entailment-model")
     labels = entailment.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
     entailment_label(labels, model=config.entailment_model)
-    _require_length(config, positions=generator.get("max_position_embeddings"))
+    _require_length(config, generator)
     if config.prompt_style is PromptStyle.chat and not _has_chat_template(config.model_path):
         raise ValueError(
             f"--prompt-style chat: the model {config.model_path} has no chat template; take an instruct "
@@ -61,8 +62,18 @@ def _read_settings(name: str, *, flag: str) -> dict[str, Any]:
     return settings
 
 
-def _require_length(config: IGServiceConfig, *, positions: object) -> None:
-    limit = config.max_model_len or (positions if isinstance(positions, int) else 0)
+def _require_length(config: IGServiceConfig, generator: Mapping[str, Any]) -> None:
+    """Raises ValueError when prompt and answer cannot have the tokens that the settings ask for."""
+    stated = generator.get("max_position_embeddings")
+    positions = stated if isinstance(stated, int) else 0
+    stretches = generator.get("rope_scaling") or generator.get("rope_parameters") or {}
+    is_stretched = stretches.get("rope_type", stretches.get("type", "default")) != "default"
+    if 0 < positions < config.max_model_len and not is_stretched:
+        raise ValueError(
+            f"--max-model-len is {config.max_model_len}, but {config.model_path} has {positions} positions; "
+            "lower it, or use 0 for the model's own limit"
+        )
+    limit = config.max_model_len or positions
     if 0 < limit <= config.max_new_tokens:
         raise ValueError(
             f"--max-new-tokens is {config.max_new_tokens}, which leaves no room for a prompt: prompt and "

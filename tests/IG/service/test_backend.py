@@ -125,6 +125,7 @@ LABELS = {"id2label": {"0": "entailment", "1": "neutral"}}
         ([], {}, {"id2label": {"0": "yes"}}, "has the labels .*'yes'"),
         (["--max-new-tokens", "64"], {"max_position_embeddings": 64}, LABELS, "leaves no room for a prompt"),
         (["--max-new-tokens", "64", "--max-model-len", "32"], {}, LABELS, "leaves no room for a prompt"),
+        (["--max-model-len", "65"], {"max_position_embeddings": 64}, LABELS, "has 64 positions"),
         (["--prompt-style", "chat"], {}, LABELS, "--prompt-style chat: .* has no chat template"),
     ],
 )
@@ -141,6 +142,14 @@ def test_models_that_do_not_fit_the_settings_are_refused_before_anything_starts(
     models = ["--model-path", str(tmp_path / "generator"), "--entailment-model", str(tmp_path / "entailment")]
     with pytest.raises(ValueError, match=message):
         require_models(resolve_config([*models, *flags], environ={}))
+
+
+def test_a_stretched_rotary_embedding_takes_longer_prompts(tmp_path: Path) -> None:
+    settings = LABELS | {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "yarn", "factor": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    folder = str(tmp_path)
+    flags = ["--max-model-len", "256", "--model-path", folder, "--entailment-model", folder]
+    require_models(resolve_config(flags, environ={}))
 
 
 @pytest.mark.parametrize(
