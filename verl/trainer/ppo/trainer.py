@@ -6,6 +6,7 @@ this process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class PPOTrainer:
         self.identity = identity
         self.timer = Timer()
         self.saved_step = progress.step
-        self.is_updating = False
+        self.updating: asyncio.Task[dict[str, float]] | None = None
+        """The newest update, whether it still runs or not."""
         self.unrecorded: Callable[[], None] = _nothing
         """Records the step whose update is done."""
 
@@ -133,17 +135,28 @@ class PPOTrainer:
                         batch = batch.with_reference(await parts.reference.log_probs(batch))
 
                 with timer("update"):
-                    self.is_updating = True
-                    update = await parts.policy.update(batch)
-                    self.progress.step = step
-                    self.progress.sampler = parts.questions.state_dict()
-                    self.unrecorded = partial(self.record, groups, scores, credit, update)
-                    self.is_updating = False
+                    self.updating = asyncio.create_task(self.update(step, batch, groups, scores, credit))
+                    update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
             with timer("publish"):
                 update["publish_difference"] = await self.publish(step)
 
         self.unrecorded()
+
+    async def update(
+        self,
+        step: int,
+        batch: TrainBatch,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+    ) -> dict[str, float]:
+        """Train on the batch; then the step is done, and remains to be recorded."""
+        update = await self.parts.policy.update(batch)
+        self.progress.step = step
+        self.progress.sampler = self.parts.questions.state_dict()
+        self.unrecorded = partial(self.record, groups, scores, credit, update)
+        return update
 
     async def publish(self, version: int) -> float:
         """Bring the weights to the engines; from now on completions of other weights are refused."""
@@ -229,16 +242,20 @@ class PPOTrainer:
     async def rescue(self) -> None:
         """Record and save the finished steps of a run that ends early, or say which are lost.
 
-        They are lost if an update was cut off half-way, as the weights are then those of no step. Errors are
-        logged: what the user must see last is why the run ended.
+        An update that runs is waited for. One that failed half-way leaves the weights of no step, so that the
+        steps since the last checkpoint are lost. Errors are logged: the user must see last why the run ended.
         """
+        if self.updating is not None:
+            if not self.updating.done():
+                logger.info("finishing the update of step %d before the end", self.progress.step + 1)
+            await asyncio.wait([self.updating])
         first, last = self.saved_step + 1, self.progress.step
         try:
             self.unrecorded()
         except Exception as error:
             logger.error("step %d is not recorded: %s: %s", last, type(error).__name__, error)
         why = f"the update of step {last + 1} was cut off"
-        if not self.is_updating:
+        if self.updating is None or has_succeeded(self.updating):
             if first > last:
                 return
             logger.info("saving step %d before the end", last)
@@ -252,6 +269,11 @@ class PPOTrainer:
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.progress.step % frequency == 0
+
+
+def has_succeeded(task: asyncio.Task[dict[str, float]]) -> bool:
+    """Whether a task that has ended gave a result."""
+    return not task.cancelled() and task.exception() is None
 
 
 def _nothing() -> None:

@@ -244,6 +244,26 @@ async def test_a_step_whose_engine_died_is_recorded_and_saved(run: Run, call: st
     assert list(step_files(run_dir)) == [1, 2]
 
 
+async def test_an_update_that_runs_when_the_run_is_interrupted_is_finished_and_saved(run: Run) -> None:
+    is_slow = asyncio.Event()
+
+    async def update(batch: TrainBatch) -> dict[str, float]:
+        is_slow.set()
+        await asyncio.sleep(0.05)
+        return {"num_updates": 1.0, "skipped_updates": 0.0}
+
+    run.models.update = update  # type: ignore[method-assign]
+    training = asyncio.create_task(run.trainer.fit())
+    await is_slow.wait()
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+    newest = run.checkpoints.latest()
+    assert newest is not None
+    assert Progress.load(newest, identity=IDENTITY).step == 1
+    assert [line["step"] for line in read_metrics(run.tracker.path.parent)] == [1]
+
+
 async def test_what_cannot_be_saved_is_named_and_the_first_cause_raised(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
