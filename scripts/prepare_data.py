@@ -1,11 +1,14 @@
-"""Question files (JSON lines) to the parquet files that train and test a search agent.
+"""Question files (JSON lines, JSON arrays, parquet) to the parquet files that train and test a search agent.
 
-A line is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
+A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
-questions. Files are local; nothing is downloaded.
+questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well; the
+prompt is always that of this project. A corpus of BEIR, pyserini or DPR becomes the JSON lines of the
+retriever. Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
+  python scripts/prepare_data.py --corpus scifact/corpus.jsonl --out-dir data/scifact
   python scripts/prepare_data.py --train mine=questions.jsonl --test mine=held_out.jsonl --out-dir data/mine
 
 With --flashrag-dir a bare name is the folder FlashRAG_datasets/NAME: train.jsonl for --train, and for --test
@@ -29,7 +32,7 @@ from rich.progress import track
 
 from IG.web.settings import expand_home
 from search_r1.agent.prompts import search_instruction
-from serving.golds import EXPECTED_GOLDS, parse_golds
+from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
 from verl.errors import ConfigError, DataError
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
@@ -91,42 +94,25 @@ def find_source(text: str, *, split: str, flashrag_dir: Path | None) -> Source:
     raise ConfigError(f"--{split} {text}: none of {looked} exists; FlashRAG's names: {known}")
 
 
-def read_record(line: str, *, number: int) -> Record:
-    """Raises ValueError saying what is wrong with the line and what is expected."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-    question, golds = fields.get("question"), parse_golds(fields.get("golden_answers"))
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f'"question" must be a text that is not empty, got {question!r}')
-    if not golds:
-        raise ValueError(f'"golden_answers" must be {EXPECTED_GOLDS}, got {fields.get("golden_answers")!r}')
-    return Record(id=str(fields.get("id", number - 1)), question=question.strip(), golds=golds)
-
-
 def read_source(source: Source) -> Iterator[Record]:
-    """Every line of a file. Raises DataError that names file and line of the first malformed ones."""
-    problems = []
+    """Yield every question of a file. Raises DataError that names the first malformed rows."""
+    problems: list[str] = []
     num_records = 0
-    with source.path.open(encoding="utf-8", errors="strict") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = read_record(line, number=number)
-                except ValueError as error:
-                    problems.append(f"  {source.path}:{number}: {error}")
-                    if len(problems) == MAX_PROBLEMS_SHOWN:
-                        break
-                    continue
-                num_records += 1
-                yield record
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source.path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+    try:
+        for number, (where, row) in enumerate(read_rows(source.path)):
+            try:
+                question, golds = find_question(row, where=where), find_golds(row, where=where)
+            except QuestionError as error:
+                problems.append(f"  {error}")
+                if len(problems) == MAX_PROBLEMS_SHOWN:
+                    break
+                continue
+            num_records += 1
+            yield Record(id=str(row.get("id", row.get("_id", number))), question=question, golds=golds)
+    except QuestionError as error:
+        problems.append(f"  {error}")
     if problems:
-        raise DataError("malformed lines; mend or delete them:\n" + "\n".join(problems))
+        raise DataError("malformed rows:\n" + "\n".join(problems))
     if not num_records:
         raise DataError(f"{source.path}: the file is empty")
 
@@ -143,6 +129,40 @@ def to_row(record: Record, *, source: Source, split: str, index: int) -> dict[st
         "reward_model": {"style": "rule", "ground_truth": {"target": list(record.golds)}},
         "extra_info": {"split": split, "index": index},
     }
+
+
+def to_passage(row: Row, *, where: str) -> dict[str, object]:
+    """Return the retriever's corpus line of a passage in pyserini's, BEIR's or DPR's columns.
+
+    The first of several lines is the title. Raises QuestionError.
+    """
+    passage_id, contents = row.get("_id", row.get("id")), row.get("contents")
+    if isinstance(passage_id, bool) or not isinstance(passage_id, str | int):
+        refuse(passage_id, where=where, name="_id or id", expected="a text or a number")
+    if contents is None:
+        text = require_text(row.get("text"), where=where, name="contents or text")
+        title = row.get("title")
+        contents = f'"{title}"\n{text}' if title else " ".join(text.split())
+    return {"id": str(passage_id), "contents": require_text(contents, where=where, name="contents")}
+
+
+def convert_corpus(path: Path, *, out: Path) -> int:
+    """Write the corpus file of the retriever. Return the number of passages. Raises DataError."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    count = 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for where, row in read_rows(path):
+                file.write(json.dumps(to_passage(row, where=where)) + "\n")
+                count += 1
+    except QuestionError as error:
+        partial.unlink()
+        raise DataError(str(error)) from error
+    if not count:
+        raise DataError(f"{path}: the file is empty")
+    partial.replace(out)
+    return count
 
 
 def convert(sources: Sequence[Source], *, split: str, out: Path) -> Counter[str]:
@@ -167,13 +187,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--train", nargs="*", default=[], metavar="NAME[=FILE]", help="training questions")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME[=FILE]", help="held-out questions")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="passages: BEIR, pyserini, DPR")
     parser.add_argument("--flashrag-dir", type=Path, help="folder with one folder per FlashRAG data set")
-    parser.add_argument("--out-dir", type=Path, required=True, help="train.parquet and test.parquet go here")
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder of the files that are written")
     arguments = parser.parse_args(expand_home(argv))
     console = Console()
     try:
-        if not arguments.train and not arguments.test:
-            raise ConfigError("nothing to do: give --train or --test")
+        if not arguments.train and not arguments.test and arguments.corpus is None:
+            raise ConfigError("nothing to do: give --train, --test or --corpus")
+        if arguments.corpus is not None:
+            out = arguments.out_dir / "corpus.jsonl"
+            count = convert_corpus(arguments.corpus, out=out)
+            console.print(f"{out}: {count} passages", highlight=False)
         for split, names in (("train", arguments.train), ("test", arguments.test)):
             chosen = [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
             if chosen:

@@ -3,8 +3,8 @@
     {"question": "Where did the director of The Velvet Forest study?", "answers": ["Dover University"],
      "documents": [{"text": "The director of ...", "role": "first"}, {"text": "...", "role": "second"}]}
 
-One object per line; a Search-R1 parquet file is taken too and has no documents. The texts of a question's
-documents are what the trained policy would read, joined by newlines.
+One object per line; the parquet files of serving/questions.py are taken too and have no documents. The texts
+of a question's documents are what the trained policy would read, joined by newlines.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from serving.golds import EXPECTED_GOLDS, parse_golds
+from serving.questions import QuestionError, find_golds, find_question, read_rows
 
 T = TypeVar("T")
-
-PARQUET_COLUMNS = ("question", "reward_model")
 
 
 class InputError(ValueError):
@@ -50,7 +49,7 @@ class AskedQuestion:
 def read_questions(path: Path) -> list[AskedQuestion]:
     """Every question of a JSONL or parquet file, in order. Raises InputError."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected questions as JSONL or as Search-R1 parquet")
+        raise InputError(f"{path}: no such file; expected questions as JSONL or parquet")
     questions = _read_parquet(path) if path.suffix == ".parquet" else _read_lines(path)
     if not questions:
         raise InputError(f"{path}: it has no questions")
@@ -147,29 +146,14 @@ def _documents(value: object, *, where: str) -> tuple[Document, ...]:
 
 
 def _read_parquet(path: Path) -> list[AskedQuestion]:
-    import pyarrow
-    from pyarrow import parquet
-
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error})") from None
-    missing = [column for column in PARQUET_COLUMNS if column not in table.column_names]
-    if missing:
-        raise InputError(
-            f"{path}: column {', '.join(missing)} is missing (it has {', '.join(table.column_names)}); "
-            "expected the Search-R1 schema"
-        )
-    rows = table.select(list(PARQUET_COLUMNS)).to_pylist()
-    return [_parse_row(row, where=f"{path}, row {number}") for number, row in enumerate(rows)]
-
-
-def _parse_row(row: Mapping[str, object], *, where: str) -> AskedQuestion:
-    reward_model = row["reward_model"]
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    target = truth.get("target") if isinstance(truth, dict) else None
-    return AskedQuestion(
-        text=require_text(row["question"], where=where, name="question").strip(),
-        golds=require_golds(target, where=where, name="reward_model.ground_truth.target"),
-        documents=(),
-    )
+        return [
+            AskedQuestion(
+                text=require_whole(find_question(row, where=where), where=where, name="question"),
+                golds=find_golds(row, where=where),
+                documents=(),
+            )
+            for where, row in read_rows(path)
+        ]
+    except QuestionError as error:
+        raise InputError(str(error)) from None

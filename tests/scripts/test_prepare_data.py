@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepare_data import main
 
 from search_r1.agent.prompts import search_instruction
+from search_r1.search.corpus import open_corpus
 from verl.data.dataset import load_questions
 
 
@@ -51,22 +53,87 @@ def test_flashrag_folders_become_search_r1_parquet(tmp_path: Path) -> None:
     assert [(row["data_source"], row["extra_info"]["index"]) for row in rows] == [
         ("nq", 0), ("hotpotqa", 0), ("hotpotqa", 1),
     ]  # fmt: skip
-    held_out = load_questions([str(out / "test.parquet")])
+    held_out = load_questions([out / "test.parquet"], write_prompt=search_instruction)
     assert [question.text for question in held_out] == ["who painted guernica?", "q3?"]
     assert held_out[1].golds == ("c",)
+
+
+HOTPOTQA = [{"_id": "5a", "question": "q1", "answer": "yes", "supporting_facts": []}]
+VERL_GSM8K = {"data_source": "openai/gsm8k", "prompt": [{"role": "user", "content": "q1 Use `####`."}]} | {
+    "reward_model": {"ground_truth": "5"},
+    "extra_info": {"split": "train", "index": 0, "question": "q1"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "golds"),
+    [
+        ("hotpot.json", json.dumps(HOTPOTQA, indent=1).encode(), ("yes",)),
+        ("bom.json", b"\xef\xbb\xbf" + json.dumps(HOTPOTQA).encode(), ("yes",)),
+        ("crlf.jsonl", b'\xef\xbb\xbf{"question": "q1", "golden_answers": [1990.0]}\r\n\r\n', ("1990",)),
+        ("no_newline.jsonl", b'\n{"question": "q1", "answers": "a"}', ("a",)),
+        ("gsm8k.parquet", VERL_GSM8K, ("5",)),
+    ],
+)
+def test_other_forms_of_question_files(
+    tmp_path: Path, name: str, content: bytes | dict[str, object], golds: tuple[str, ...]
+) -> None:
+    file = tmp_path / name
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        pq.write_table(pa.Table.from_pylist([content]), file)
+    assert main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")]) == 0
+    (question,) = load_questions([tmp_path / "out" / "train.parquet"], write_prompt=search_instruction)
+    assert (question.uid, question.text, question.golds) == ("mine/train/0", "q1?", golds)
+    assert question.messages[0].content == search_instruction("q1")
+
+
+@pytest.mark.parametrize(
+    ("passage", "title", "text"),
+    [
+        ({"_id": "7", "title": "T", "text": "a\nb", "metadata": {}}, '"T"', "a\nb"),
+        ({"_id": 7, "title": "", "text": "a\nb"}, "", "a b"),
+        ({"id": "7", "contents": "T\na"}, "T", "a"),
+    ],
+)
+def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(
+    tmp_path: Path, passage: dict[str, object], title: str, text: str
+) -> None:
+    file = tmp_path / "corpus.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(passage).encode() + b"\r\n\r\n")
+    assert main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")]) == 0
+    (document,) = open_corpus(tmp_path / "out" / "corpus.jsonl")
+    assert document.id == "7"
+    assert document.contents == (f"{title}\n{text}" if title else text)
+
+
+@pytest.mark.parametrize(
+    ("passage", "complaint"),
+    [
+        ({"title": "T", "text": "a"}, "_id or id is None"),
+        ({"_id": "7", "title": "T"}, "contents or text is None"),
+    ],
+)
+def test_a_malformed_passage_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], passage: dict[str, object], complaint: str
+) -> None:
+    file = write_lines(tmp_path / "corpus.jsonl", {"_id": 1, "text": "fine"}, passage)
+    assert main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")]) == 1
+    assert f"{file}:2: {complaint}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
         ("{not json", "not JSON"),
-        ("", "not JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ({"golden_answers": ["a"]}, '"question" must be a text that is not empty, got None'),
-        (line("  ", "a"), '"question" must be'),
-        (line("q"), '"golden_answers" must be a text, a number or a list of these with at least one that'),
-        ({"question": "q", "golden_answers": ["a", True]}, "got ['a', True]"),
-        (line("q", ""), "got ['']"),
+        ("[1]", "the row is [1], expected an object"),
+        ({"golden_answers": ["a"]}, "none of question, extra_info.question"),
+        (line("  ", "a"), "question is '  '"),
+        (line("q"), "golden_answers is [], expected a text, a number or a list of these"),
+        ({"question": "q", "golden_answers": ["a", True]}, "golden_answers is ['a', True]"),
+        (line("q", ""), "golden_answers is ['']"),
     ],
 )
 def test_a_malformed_line_is_named(
@@ -83,7 +150,7 @@ def test_a_malformed_line_is_named(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "give --train or --test"),
+        ([], "give --train, --test or --corpus"),
         (["--train", "nq"], "a bare name needs --flashrag-dir"),
         (["--train", "mine=nowhere.jsonl"], "expected NAME=FILE with an existing file"),
         (["--flashrag-dir", "nowhere", "--test", "nq"], "FlashRAG's names: nq, triviaqa"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from search_r1.agent.loop import SearchAgent
-from search_r1.agent.prompts import TAGS, render_context
+from search_r1.agent.prompts import TAGS, render_context, search_instruction
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from serving.machine import has_bfloat16
@@ -243,8 +243,10 @@ async def describe_retriever(search: HttpSearch, config: RetrieverConfig) -> dic
 
 def load_data(config: Config, tokenizer: HfTokenizer) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions; none of them longer than a prompt may be."""
-    train = load_questions(config.data.train_paths)
-    held_out = load_questions(config.data.val_paths, limit=config.data.val_max_questions)
+    train = load_questions(config.data.train_paths, write_prompt=search_instruction)
+    held_out = load_questions(
+        config.data.val_paths, write_prompt=search_instruction, limit=config.data.val_max_questions
+    )
     check_prompt_lengths(
         [*train, *held_out], tokenizer=tokenizer, max_start_length=config.data.max_start_length
     )

@@ -63,13 +63,13 @@ def test_what_is_not_there_or_empty_or_no_text_is_named(tmp_path: Path) -> None:
         read_questions(tmp_path / "bytes.jsonl")
 
 
-def test_search_r1_parquet_has_no_documents(tmp_path: Path) -> None:
+def test_parquet_has_no_documents(tmp_path: Path) -> None:
     row = {"question": "Where?", "reward_model": {"ground_truth": {"target": ["Bolton", "Bolton, England"]}}}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
     (question,) = read_questions(tmp_path / "q.parquet")
     assert (question.golds, question.documents) == (("Bolton", "Bolton, England"), ())
     pq.write_table(pa.Table.from_pylist([{"question": "Where?"}]), tmp_path / "other.parquet")
-    with pytest.raises(InputError, match="column reward_model is missing"):
+    with pytest.raises(InputError, match="none of reward_model"):
         read_questions(tmp_path / "other.parquet")
     (tmp_path / "no.parquet").write_text("no")
     with pytest.raises(InputError, match="not a readable parquet file"):

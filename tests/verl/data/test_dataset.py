@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from search_r1.agent.prompts import search_instruction
 from tests.fakes import CharTokenizer
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.errors import DataError
-from verl.types import Message
+from verl.types import Message, Question
 
 
 def make_row(
@@ -21,7 +22,7 @@ def make_row(
 ) -> dict[str, Any]:
     return {
         "data_source": source,
-        "prompt": [{"role": "user", "content": f"Question: q{index}?\n"}],
+        "prompt": [{"role": "user", "content": f"<answer>: q{index}?\n"}],
         "ability": "fact-reasoning",
         "reward_model": {
             "style": "rule",
@@ -32,6 +33,9 @@ def make_row(
     } | changes
 
 
+load = partial(load_questions, write_prompt=search_instruction)
+
+
 def write(file: Path, *rows: dict[str, Any]) -> Path:
     parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
     return file
@@ -39,15 +43,15 @@ def write(file: Path, *rows: dict[str, Any]) -> Path:
 
 def test_rows_become_questions(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", make_row(0, target=["Bolton", "Bolton, England"]), make_row(1))
-    first, second = load_questions([file])
+    first, second = load([file])
     assert (first.uid, first.text, first.golds) == ("nq/train/0", "q0?", ("Bolton", "Bolton, England"))
-    assert first.messages == (Message(role="user", content="Question: q0?\n"),)
+    assert first.messages == (Message(role="user", content="<answer>: q0?\n"),)
     assert (second.uid, second.data_source) == ("nq/train/1", "nq")
 
 
 def test_the_question_for_the_ig_service_is_the_one_that_the_instruction_asks(tmp_path: Path) -> None:
     row = make_row(0, question=" who wrote it ")
-    (question,) = load_questions([write(tmp_path / "a.parquet", row)])
+    (question,) = load([write(tmp_path / "a.parquet", row)])
     assert question.text == "who wrote it?"
     assert f"Question: {question.text}\n" in search_instruction(" who wrote it ")
 
@@ -55,8 +59,8 @@ def test_the_question_for_the_ig_service_is_the_one_that_the_instruction_asks(tm
 def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) -> None:
     one = write(tmp_path / "a.parquet", make_row(0))
     two = write(tmp_path / "b.parquet", make_row(0, source="hotpotqa"))
-    assert [q.uid for q in load_questions([one, two])] == ["nq/train/0", "hotpotqa/train/0"]
-    assert len(load_questions([one, two], limit=1)) == 1
+    assert [q.uid for q in load([one, two])] == ["nq/train/0", "hotpotqa/train/0"]
+    assert len(load([one, two], limit=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,12 +73,66 @@ def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) ->
     ],
 )
 def test_golds_of_every_column_type(tmp_path: Path, target: object, golds: tuple[str, ...]) -> None:
-    assert load_questions([write(tmp_path / "a.parquet", make_row(target=target))])[0].golds == golds
+    assert load([write(tmp_path / "a.parquet", make_row(target=target))])[0].golds == golds
+
+
+ASKED = [{"role": "user", "content": "Reason, then give <answer> x </answer>. Question: Where?"}]
+POLITE = [{"role": "system", "content": "You are a helpful and harmless assistant."}, *ASKED]
+BARE = [{"role": "user", "content": "Where?"}]
+TRUTH = {"style": "rule", "ground_truth": {"target": ["Ramsey", "Ramsey, England"]}}
+EXTRA = {"split": "train", "index": 0}
+NEIGHBORS: dict[str, dict[str, Any]] = {
+    "Search-R1": {"id": "train_0", "question": "Where?", "golden_answers": ["Ramsey", "Ramsey, England"]}
+    | {"data_source": "nq", "prompt": ASKED, "reward_model": TRUTH, "extra_info": EXTRA},
+    "verl": {"data_source": "nq", "prompt": POLITE, "reward_model": TRUTH, "metadata": None}
+    | {"extra_info": EXTRA | {"question": "Where?", "need_tools_kwargs": True}},
+    "SkyRL": {"data_source": "nq", "prompt": POLITE, "reward_spec": TRUTH, "env_class": "search"}
+    | {"extra_info": EXTRA | {"question": "Where?"}},
+    "IGPO": {"data_source": "nq", "prompt": BARE, "extra_info": {"index": "0", "split": "train"}}
+    | {"reward_model": {"ground_truth": "Ramsey<|answer_split|>Ramsey, England", "style": "unknown"}},
+    "a list as ground truth": {
+        "data_source": "nq",
+        "prompt": ASKED,
+        "question": "Where?",
+        "extra_info": EXTRA,
+    }
+    | {"reward_model": {"ground_truth": ["Ramsey", "Ramsey, England"]}},
+    "JSON text as ground truth": {"data_source": "nq", "prompt": ASKED, "question": "Where?"}
+    | {"extra_info": EXTRA, "reward_model": {"ground_truth": '{"target": ["Ramsey", "Ramsey, England"]}'}},
+}
+
+
+@pytest.mark.parametrize("project", NEIGHBORS)
+def test_rows_of_neighboring_projects(tmp_path: Path, project: str) -> None:
+    row = NEIGHBORS[project]
+    (question,) = load([write(tmp_path / "a.parquet", row)])
+    prompt = (
+        [{"role": "user", "content": search_instruction("Where?")}] if project == "IGPO" else row["prompt"]
+    )
+    assert question == Question(
+        uid="nq/train/0",
+        text="Where?",
+        messages=tuple(Message(**message) for message in prompt),
+        golds=("Ramsey", "Ramsey, England"),
+        data_source="nq",
+    )
+
+
+@pytest.mark.parametrize("prompt", [BARE, [POLITE[0], *BARE]])
+def test_a_prompt_that_does_not_show_how_to_answer_is_refused(tmp_path: Path, prompt: object) -> None:
+    """As that of verl's gsm8k example, which asks for `####`: nothing could ever be rewarded."""
+    file = write(tmp_path / "a.parquet", make_row(prompt=prompt))
+    with pytest.raises(DataError, match=r"a\.parquet, row 0: prompt never says .*prepare_data\.py --train"):
+        load([file])
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
+        (
+            {"reward_model": None},
+            r"none of reward_model\.ground_truth, .* \(there are data_source",
+        ),
         ({"target": [""]}, r"reward_model\.ground_truth\.target is \[''\]"),
         ({"target": []}, r"target is \[\], expected a text, a number or a list"),
         ({"target": [float("nan"), None]}, r"target is \[nan, None\]"),
@@ -84,46 +142,46 @@ def test_golds_of_every_column_type(tmp_path: Path, target: object, golds: tuple
         ({"prompt": []}, r"prompt is \[\]"),
         ({"prompt": "Who?"}, "prompt is 'Who"),
         ({"prompt": [{"role": "user", "content": ""}]}, r"prompt\[0\]\.content is ''"),
-        ({"reward_model": {"style": "rule"}}, r"reward_model\.ground_truth is None"),
+        ({"reward_model": {"style": "rule"}}, r"none of reward_model\.ground_truth, reward_spec"),
         ({"extra_info": {"split": "train"}}, r"extra_info\.index is None"),
         ({"extra_info": {"index": 1}}, r"extra_info\.split is None"),
-        ({"extra_info": "x"}, "extra_info is 'x'"),
+        ({"extra_info": "x"}, r"extra_info\.split is None"),
     ],
 )
 def test_a_malformed_row_is_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     file = write(tmp_path / "bad.parquet", make_row(**changes))
     with pytest.raises(DataError, match=rf"bad\.parquet, row 0: .*{complaint}.*correct or drop"):
-        load_questions([file])
+        load([file])
 
 
 def test_the_row_number_counts_from_the_start_of_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", make_row(0), make_row(1), make_row(2, target=[""]))
     with pytest.raises(DataError, match="row 2"):
-        load_questions([file])
+        load([file])
 
 
 def test_a_uid_that_occurs_twice_names_both_places(tmp_path: Path) -> None:
     files = [write(tmp_path / name, make_row(7)) for name in ("a.parquet", "b.parquet")]
     with pytest.raises(DataError, match=r"b\.parquet, row 0: uid 'nq/train/7'.*a\.parquet, row 0"):
-        load_questions(files)
+        load(files)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.parquet: no such file"):
-        load_questions([tmp_path / "none.parquet"])
+        load([tmp_path / "none.parquet"])
     (tmp_path / "text.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"text\.parquet: not a readable parquet file"):
-        load_questions([tmp_path / "text.parquet"])
+        load([tmp_path / "text.parquet"])
     parquet.write_table(pyarrow.table({"question": ["q"]}), tmp_path / "short.parquet")
-    with pytest.raises(DataError, match=r"short\.parquet: column data_source, prompt.*prepare_data"):
-        load_questions([tmp_path / "short.parquet"])
+    with pytest.raises(DataError, match=r"short\.parquet, row 0: extra_info\.split is None"):
+        load([tmp_path / "short.parquet"])
     parquet.write_table(pyarrow.Table.from_pylist([make_row()]).slice(0, 0), tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="no questions"):
-        load_questions([tmp_path / "empty.parquet"])
+        load([tmp_path / "empty.parquet"])
 
 
 def test_prompts_that_are_too_long_are_named_with_the_length_they_need(tmp_path: Path) -> None:
-    questions = load_questions([write(tmp_path / "a.parquet", make_row(0), make_row(100))])
+    questions = load([write(tmp_path / "a.parquet", make_row(0), make_row(100))])
     check_prompt_lengths(questions, tokenizer=CharTokenizer(), max_start_length=16)
     with pytest.raises(
         DataError, match=r"1 of 2 prompts .*=14, as nq/train/100 \(16\); set it to at least 16"

@@ -1,0 +1,181 @@
+"""Read question files of this project and of its neighbours, the same way for every reader.
+
+| written by                          | question             | gold answers                        |
+|-------------------------------------|----------------------|-------------------------------------|
+| Search-R1, our prepare_data         | question             | reward_model.ground_truth.target    |
+| verl (preprocess_search_r1_dataset) | extra_info.question  | reward_model.ground_truth.target    |
+| SkyRL                               | extra_info.question  | reward_spec.ground_truth.target     |
+| IGPO                                | prompt (one message) | reward_model.ground_truth, one text |
+| FlashRAG, own JSON lines            | question             | golden_answers or answers           |
+| HotpotQA (a JSON array)             | question             | answer                              |
+
+A ground truth may be a struct with `target`, a list, a text, the JSON text of the first two, or one text with
+`<|answer_split|>` between the answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from serving.golds import EXPECTED_GOLDS, parse_golds
+
+Row = Mapping[str, object]
+
+_QUESTIONS = ("question", "extra_info.question")
+_GOLDS = (
+    "reward_model.ground_truth",
+    "reward_spec.ground_truth",
+    "golden_answers",
+    "answers",
+    "answer",
+)
+_SEPARATOR = "<|answer_split|>"
+_MAX_SHOWN_CHARS = 80
+
+
+class QuestionError(ValueError):
+    """A file or row that holds no question; the message names file, row, column, value and fix."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield where a row stands and the row itself, of a parquet, JSON-lines or JSON-array file in UTF-8.
+
+    A byte order mark and blank lines are skipped. Raises QuestionError.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"PAR1") or path.suffix == ".parquet":
+            yield from _read_parquet(path)
+        elif start.startswith(b"["):
+            yield from _read_array(path)
+        else:
+            yield from _read_lines(path)
+    except OSError as error:
+        raise QuestionError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def find_question(row: Row, *, where: str) -> str:
+    """Return the text of the question. Raises QuestionError."""
+    if (bare := find_bare_prompt(row)) is not None:
+        return bare
+    name, value = _require(row, _QUESTIONS, where=where)
+    return require_text(value, where=where, name=name).strip()
+
+
+def find_bare_prompt(row: Row) -> str | None:
+    """Return the question of a row whose prompt is nothing else and which has no other question."""
+    prompt = row.get("prompt")
+    if _find(row, _QUESTIONS) is not None or not isinstance(prompt, list) or len(prompt) != 1:
+        return None
+    content = prompt[0].get("content") if isinstance(prompt[0], Mapping) else None
+    if not isinstance(content, str) or not content.strip() or "<answer>" in content:
+        return None
+    return content.strip()
+
+
+def find_golds(row: Row, *, where: str) -> tuple[str, ...]:
+    """Return the accepted answers, at least one. Raises QuestionError."""
+    name, value = _require(row, _GOLDS, where=where)
+    if isinstance(value, str):
+        value = _unpack(value)
+    if isinstance(value, Mapping):
+        name, value = f"{name}.target", value.get("target")
+    golds = parse_golds(value)
+    if not golds:
+        refuse(value, where=where, name=name, expected=EXPECTED_GOLDS)
+    return golds
+
+
+def require_text(value: object, *, where: str, name: str) -> str:
+    """Return the value if it is a text that says something. Raises QuestionError."""
+    if not isinstance(value, str) or not value.strip():
+        refuse(value, where=where, name=name, expected="a text that is not empty")
+    return value
+
+
+def refuse(value: object, *, where: str, name: str, expected: str) -> NoReturn:
+    """Raise the QuestionError of a value."""
+    shown = repr(value)
+    shown = shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}…"
+    raise QuestionError(f"{where}: {name} is {shown}, expected {expected}; correct or drop this row")
+
+
+def _require(row: Row, names: tuple[str, ...], *, where: str) -> tuple[str, object]:
+    """Return what `_find` finds. Raises QuestionError that names the columns that there are."""
+    if (found := _find(row, names)) is None:
+        raise QuestionError(
+            f"{where}: none of {', '.join(names)} holds anything (there are {', '.join(row) or 'none'});"
+            " add one of these, or correct or drop this row"
+        )
+    return found
+
+
+def _find(row: Row, names: tuple[str, ...]) -> tuple[str, object] | None:
+    """Return the first name that holds something, and what it holds."""
+    for name in names:
+        value: object = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return name, value
+    return None
+
+
+def _unpack(text: str) -> object:
+    """Return the ground truth that one text holds."""
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            parsed: object = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        is_truth = isinstance(parsed, list) or (isinstance(parsed, dict) and "target" in parsed)
+        return parsed if is_truth else text
+    return text.split(_SEPARATOR)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+        table.validate(full=True)  # texts are UTF-8
+    except (pyarrow.ArrowException, OSError) as error:
+        raise QuestionError(f"{path}: not a readable parquet file ({error}); make it again") from error
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{path}, row {number}", row
+
+
+def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows: object = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise QuestionError(f"{path}: not a JSON array in UTF-8 ({error}); save it again") from error
+    assert isinstance(rows, list)
+    for number, row in enumerate(rows):
+        yield (where := f"{path}, row {number}"), _require_object(row, where=where)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:  # bytes: the line that is not UTF-8 has a number, too
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                continue
+            try:
+                row: object = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise QuestionError(f"{where}: not JSON in UTF-8 ({error}); correct or drop it") from error
+            yield where, _require_object(row, where=where)
+
+
+def _require_object(row: object, *, where: str) -> Row:
+    if not isinstance(row, dict):
+        refuse(
+            row, where=where, name="the row", expected='an object like {"question": "...", "answers": [...]}'
+        )
+    return row
