@@ -60,7 +60,7 @@ class HybridRetriever:
                     group.create_task(part.search(queries, topk=depth, timeout_s=timeout_s))
                     for part in self._parts
                 ]
-        except* RetrieverError as errors:
+        except ExceptionGroup as errors:  # what `except*` raises, Python 3.11.2 (Debian 12) wraps in a group
             raise _first(errors) from errors
         by_query = zip(*(task.result() for task in tasks), strict=True)
         return [self._join(outcomes, topk=topk) for outcomes in by_query]
@@ -103,8 +103,8 @@ def fuse_rankings(rankings: Sequence[Found], *, rrf_k: int = RRF_K) -> Found:
     return tuple(Hit(document=hit.document, score=score) for score, hit in scored)
 
 
-def _first(group: BaseExceptionGroup[RetrieverError]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
