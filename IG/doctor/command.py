@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=WORLD_QUESTIONS,
         metavar="FILE",
-        help="JSONL with answers and documents, or Search-R1 parquet (default world/doctor.jsonl)",
+        help="JSONL with answers and documents, or parquet as for training (default world/doctor.jsonl)",
     )
     own.add_argument(
         "--num-questions",

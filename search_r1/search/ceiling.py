@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[_WORLD_QUESTIONS],
         metavar="FILE",
-        help="parquet in Search-R1's schema, or JSONL with question and golden_answers "
-        "(default world/test.parquet)",
+        help="parquet as for training, or JSON with question and golden_answers (default world/test.parquet)",
     )
     add("--url", help="ask this running retriever; without it, one is opened by the flags below")
     add(
