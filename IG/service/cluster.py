@@ -1,4 +1,4 @@
-"""Actors in a private Ray cluster that ends with this process, even by kill -9. The only one to import ray.
+"""Actors in a private Ray cluster that ends with this process, even by kill -9.
 
 cluster = await RayCluster.start()
 actor = cluster.launch(Counter, name="counter")
@@ -9,10 +9,8 @@ await cluster.aclose()
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,18 +21,13 @@ import psutil
 
 from IG.lifeline import Lifeline
 from IG.web.loading import load_in_thread
+from serving.ray_start import describe_death, make_ray_folder, start_ray
 
-logger = logging.getLogger(__name__)
-
-_START_ATTEMPTS = 3
 _LOOK_EVERY_S = 0.2
 _OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less
 _CALLS_AT_ONCE = 10_000
-_NUM_QUOTED_LINES = 15
-_MAX_SOCKET_ROOT_CHARS = 24
-"""Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
-_NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_NEEDED_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class ActorLostError(RuntimeError):
@@ -44,12 +37,12 @@ class ActorLostError(RuntimeError):
 class RayActor:
     """An object with async methods in a process of its own; many calls run at once."""
 
-    def __init__(self, actor: Any, *, name: str, logs: Path) -> None:
+    def __init__(self, actor: Any, *, name: str, folder: Path) -> None:
         self.pid: int | None = None
-        """Of its process, as far as somebody said; whose last words to quote."""
+        """Of its process, when known; the end of its stderr is quoted when it dies."""
         self._actor = actor
         self._name = name
-        self._logs = logs
+        self._folder = folder
 
     async def call(self, method: str, /, *arguments: object) -> Any:
         """What the method returns or raises; cancelled, the method is, too. Raises ActorLostError."""
@@ -65,8 +58,8 @@ class RayActor:
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))) from error
         except RayError as error:
-            reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
-            raise ActorLostError(f"the process of {self._name} died. {reason}{self._last_words()}") from error
+            death = describe_death(error, folder=self._folder, pid=self.pid)
+            raise ActorLostError(f"the process of {self._name} died. {death}") from error
 
     def kill(self) -> None:
         """End it now, whatever it does."""
@@ -74,17 +67,6 @@ class RayActor:
 
         if ray.is_initialized():
             ray.kill(self._actor)
-
-    def _last_words(self) -> str:
-        if self.pid is None:
-            return ""
-        lines = [
-            line
-            for log in sorted(self._logs.glob(f"worker-*-{self.pid}.err"))
-            for line in log.read_text(errors="replace").splitlines()
-            if line.strip() and not line.startswith(":")  # ":x" is Ray's own
-        ]
-        return "\nIts last words:\n  " + "\n  ".join(lines[-_NUM_QUOTED_LINES:]) if lines else ""
 
 
 class RayCluster:
@@ -104,9 +86,7 @@ class RayCluster:
     @classmethod
     async def start(cls) -> RayCluster:
         """Start Ray. Raises what it raises; cancelled, it ends what it started as soon as Ray lets it."""
-        root = tempfile.gettempdir()
-        root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS and root.split() == [root] else "/tmp"
-        cluster = cls(Path(tempfile.mkdtemp(prefix="ray-", dir=root)))
+        cluster = cls(make_ray_folder())
         loading = load_in_thread(cluster._begin, name="ray", then=cluster._end_when_asked)
         try:
             while not loading.done():
@@ -125,7 +105,7 @@ class RayCluster:
 
         options = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": _CALLS_AT_ONCE, "max_restarts": 0}
         actor = ray.remote(cls).options(**options).remote()
-        return RayActor(actor, name=name, logs=self._folder / "session_latest" / "logs")
+        return RayActor(actor, name=name, folder=self._folder)
 
     def tie_processes(self) -> None:
         """Let the processes that there are now, Ray's and those that they started, die with this one."""
@@ -137,7 +117,10 @@ class RayCluster:
         await asyncio.to_thread(self._ended.wait)
 
     def _begin(self) -> None:
-        _start_ray(self._folder)
+        # As for the engine: Ctrl-C must not end Ray's processes before this one has finished.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with _without_secrets():
+            start_ray(self._folder, object_store_bytes=_OBJECT_STORE_BYTES, num_gpus=0)
         self._is_begun = True
 
     def _end_when_asked(self) -> None:
@@ -152,42 +135,9 @@ class RayCluster:
             self.tie_processes()
 
 
-def _start_ray(folder: Path) -> None:
-    """Start the servants. Raises what Ray raises."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as for the engine: theirs is not the decision
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray binds to loopback only where it thinks clusters unsupported; it reads this when imported.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-
-    if ray.is_initialized():
-        raise RuntimeError("Ray already runs in this process; several workers need one of their own")
-    for attempt in range(1, _START_ATTEMPTS + 1):
-        try:
-            with _without_secrets():
-                # No CPUs: actors ask for none, so few cores never block one, and Ray stocks no idle workers.
-                ray.init(
-                    address="local",
-                    num_cpus=0,
-                    num_gpus=0,
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    log_to_driver=False,
-                    logging_level="error",
-                    _temp_dir=str(folder),
-                )
-            return
-        except Exception as error:  # Ray raises the bare class when its processes are slow to start
-            ray.shutdown()
-            if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
-                raise
-            logger.warning("Ray did not start in time (a busy machine?); attempt %d failed", attempt)
-    raise AssertionError("unreachable")
-
-
 @contextmanager
 def _without_secrets() -> Iterator[None]:
-    """Start processes without the secrets of this one's environment, but for those that open the hub."""
+    """Start processes without this one's secrets, but for those that open the hub and Ray."""
     secrets = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""Run a class in this process or as a Ray actor, with the same calls; the only file here that imports ray.
+"""Run a class in this process or as a Ray actor, with the same calls.
 
 Either way the object lives in a `_Host`: built and called on threads of its own, one call at a time unless
 told otherwise, so that all sync calls of a default actor share one thread and the event loop stays free.
@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,19 +26,14 @@ from typing import Any, Protocol
 
 import psutil
 
+from serving.ray_start import describe_death, make_ray_folder, read_stderr_end, start_ray
 from verl.errors import ConfigError, RolloutError
 from verl.utils.reaper import MARK, start_reaper
 
-logger = logging.getLogger(__name__)
-
-_NUM_QUOTED_LINES = 15
 _REAPER_TIMEOUT_S = 30.0
-_START_ATTEMPTS = 3
 _WATCH_INTERVAL_S = 1.0
 # Ray's patience with its own dead processes: long enough to save what the actors hold.
 _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
-_MAX_SOCKET_ROOT_CHARS = 24
-"""Ray puts unix sockets (at most 107 characters) about 80 characters below its folder."""
 
 
 class ActorError(RuntimeError):
@@ -163,12 +156,12 @@ class LocalLauncher:
 
 
 class _RayActor:
-    def __init__(self, actor: Any, *, cluster: RayLauncher, name: str, role: str, logs: Path) -> None:
+    def __init__(self, actor: Any, *, cluster: RayLauncher, name: str, role: str, folder: Path) -> None:
         self._actor = actor
         self._cluster = cluster
         self._name = name
         self._role = role
-        self._logs = logs
+        self._folder = folder
         self._pid: int | None = None
         self._has_answered = False
 
@@ -184,31 +177,18 @@ class _RayActor:
             if not isinstance(cause, Exception):
                 raise ActorError(f"{self._who}: {error}") from error
             if isinstance(cause, RolloutError) and not self._has_answered:
-                cause.add_note(self._last_words())  # an engine that cannot start says why on stderr alone
+                # An engine that cannot start says why on stderr alone.
+                cause.add_note(read_stderr_end(folder=self._folder, pid=self._pid))
             raise cause from error
         except RayActorError as error:
-            raise ActorError(self._describe_death(method, error)) from error
+            death = describe_death(error, folder=self._folder, pid=self._pid)
+            raise ActorError(f"{self._who} died; {method!r} has no result. {death}") from error
         self._has_answered = True
         return result
 
     @property
     def _who(self) -> str:
         return f"actor {self._name!r} ({self._role})"
-
-    def _describe_death(self, method: str, error: Exception) -> str:
-        reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
-        return f"{self._who} died; {method!r} has no result. {reason}{self._last_words()}"
-
-    def _last_words(self) -> str:
-        """The end of what the process wrote to stderr; empty if it wrote nothing."""
-        logs = sorted(self._logs.glob(f"worker-*-{self._pid}.err"))
-        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-        lines = [line for line in lines if line.strip() and not line.startswith(":")]  # ":x" is Ray's own
-        return (
-            "\n".join(["\nIts last words:", *(f"  {line}" for line in lines[-_NUM_QUOTED_LINES:])])
-            if lines
-            else ""
-        )
 
     def kill(self) -> None:
         import ray
@@ -224,13 +204,6 @@ class RayLauncher:
     """
 
     def __init__(self, *, object_store_mb: int) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray binds to loopback only where it thinks clusters unsupported; it reads this when imported.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        import ray
-
-        if ray.is_initialized():
-            raise ConfigError("trainer.launcher=ray: Ray already runs in this process; shut it down first")
         self._folder, self._reaper = _start_cluster(object_store_mb)
         self._actors: list[_RayActor] = []
         named = [(child, child.name()) for child in psutil.Process().children()]
@@ -252,8 +225,7 @@ class RayLauncher:
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
-        logs = self._folder / "session_latest" / "logs"
-        actor = _RayActor(remote, cluster=self, name=name, role=cls.__name__, logs=logs)
+        actor = _RayActor(remote, cluster=self, name=name, role=cls.__name__, folder=self._folder)
         self._actors.append(actor)
         return actor
 
@@ -301,39 +273,18 @@ def keep_sigterm_handler() -> Iterator[None]:
 
 
 def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]:
-    """Start Ray; its folder, and the reaper that watches over it."""
-    import ray
-
-    root = tempfile.gettempdir()
-    root = root if len(root) <= _MAX_SOCKET_ROOT_CHARS else "/tmp"
-    for attempt in range(1, _START_ATTEMPTS + 1):
-        folder = Path(tempfile.mkdtemp(prefix="ray-", dir=root))
-        os.environ[MARK] = str(folder)
-        try:
-            with keep_sigterm_handler():
-                # No CPUs: actors ask for none, so two cores never block one, and Ray stocks no idle workers.
-                ray.init(
-                    address="local",
-                    num_cpus=0,
-                    include_dashboard=False,
-                    object_store_memory=object_store_mb * 2**20,
-                    log_to_driver=False,
-                    logging_level="error",
-                    _temp_dir=str(folder),
-                    _system_config=_SURVIVAL,
-                )
-            return folder, start_reaper(folder)
-        except Exception as error:  # Ray raises the bare class when its processes are slow to start
-            ray.shutdown()
-            start_reaper(folder).communicate(timeout=_REAPER_TIMEOUT_S)
-            if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
-                raise ActorError(
-                    f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and "
-                    f"disk in {root}, or look for the cause with trainer.launcher=local, which starts no Ray"
-                ) from error
-            logger.warning(
-                "Ray did not start in time (a busy machine?); attempt %d failed, once more", attempt
-            )
-        finally:
-            del os.environ[MARK]
-    raise AssertionError("unreachable")
+    """Start Ray. Return its folder, and the reaper that watches over it."""
+    folder = make_ray_folder()
+    os.environ[MARK] = str(folder)
+    try:
+        with keep_sigterm_handler():
+            start_ray(folder, object_store_bytes=object_store_mb * 2**20, system_config=_SURVIVAL)
+    except Exception as error:  # Ray raises the bare class
+        start_reaper(folder).communicate(timeout=_REAPER_TIMEOUT_S)
+        raise ActorError(
+            f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and "
+            f"disk in {folder.parent}, or look for the cause with trainer.launcher=local, which starts no Ray"
+        ) from error
+    finally:
+        del os.environ[MARK]
+    return folder, start_reaper(folder)

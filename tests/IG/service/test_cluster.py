@@ -70,6 +70,7 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
         first.pid = pid
         assert "IG_TOKEN" not in environment
         assert environment["HF_TOKEN"] == "needed"
+        assert Path(environment["RAY_AUTH_TOKEN_PATH"]).parent == started._folder
 
         waiting = asyncio.create_task(first.call("sleep_until_cancelled", str(tmp_path / "note")))
         await asyncio.sleep(1)

@@ -140,7 +140,7 @@ async def test_a_dead_ray_actor_names_itself_and_its_last_words(ray: Launcher) -
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
 def test_a_second_ray_launcher_is_refused() -> None:
-    with pytest.raises(ConfigError, match="already runs"):
+    with pytest.raises(ActorError, match="already runs"):
         make_launcher("ray")
 
 
