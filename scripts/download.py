@@ -6,9 +6,10 @@
 
 Run it again after an interruption: it goes on where it stopped, and does nothing when everything is there.
 Parts are appended to one file as they arrive, so joining takes no room of its own. That file is not called
-e5_Flat.index: the published `cat part_* > e5_Flat.index`, which is not needed, would empty it. Every part is
-checked by the SHA-256 that the hub names (or --sha256), the unpacked corpus by the checksum inside the
-archive. A token, where one is needed, is read from HF_TOKEN.
+e5_Flat.index: the published `cat part_* > e5_Flat.index`, which is not needed, would empty it. Where there is
+one already, --index_name e5_Flat.index checks and keeps it. Every part is checked by the SHA-256 that the hub
+names (or --sha256), the unpacked corpus by the checksum inside the archive. A token, where one is needed, is
+read from HF_TOKEN.
 """
 
 from __future__ import annotations
