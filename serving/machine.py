@@ -44,7 +44,7 @@ def prepare_engine(*, on_cpu: bool) -> None:
     os.environ["VLLM_RPC_BASE_PATH"] = socket_root()
     if on_cpu:
         # Even with enforce_eager, vLLM compiles a few functions at the first request, which takes a C++
-        # compiler and 10 s of processor time for each engine; decoding is no faster with them.
+        # compiler and 7 s of processor time for each engine; decoding takes as much with them as without.
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         _provide_libnuma()
         _provide_lscpu()
