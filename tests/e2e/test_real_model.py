@@ -1,0 +1,90 @@
+"""A real pretrained instruct model through the IG service, the trainer's engine and one training step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.running import ROOT, read_steps, start_service, start_training, stop
+from world.smollm2 import ModelUnavailableError, make_smollm2
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
+
+ITEMS = [
+    {
+        "question": "What is the capital of France?",
+        "context": "Paris is the capital of France.",
+        "answers": ["Paris", "Paris, France"],
+    },
+    {
+        "question": "Where was Alice Marsh born?",
+        "context": "Alice Marsh was born in Bolton.",
+        "answers": ["Bolton", "Bolton, England"],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        yield make_smollm2(folder / "model", cache=folder / "cache")
+    except ModelUnavailableError as error:
+        pytest.skip(str(error))
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_an_instruct_model_answers_in_its_chat_template_and_a_passage_informs_it(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    flags = ("--prompt-style", "chat", "--max-new-tokens", "24", "--max-model-len", "1024")
+    flags += ("--num-generations", "20")
+    models = ("--model-path", str(smollm2), "--entailment-model", str(ROOT / "world/models/entailment"))
+    process, url = start_service("IG.service.IG_server", *models, *flags, folder=tmp_path)
+    try:
+        asked = {"items": ITEMS, "include_details": True}
+        answer = httpx.post(f"{url}/compute_info_gain", json=asked, timeout=200, trust_env=False)
+    finally:
+        stop(process)
+    body = answer.json()
+    assert body["errors"] == [None, None]
+    assert body["work"]["answers_empty"] < 0.2 * body["work"]["answers_sampled"]
+    for detail in body["details"]:
+        assert not any("<|im_" in response["text"] for response in detail["with_context"])
+    for detail, place in zip(body["details"], ("Paris", "Bolton"), strict=True):
+        assert sum(place in response["text"] for response in detail["with_context"]) >= 5
+    assert body["scores"][1] > 0.2  # what the first passage says the model knows without it
+
+
+def test_a_tied_model_reaches_the_engine_and_trains(smollm2: Path, tmp_path: Path, retriever: str) -> None:
+    run_dir = tmp_path / "run"
+    training = start_training(
+        run_dir,
+        f"actor_rollout_ref.model.path={smollm2}",
+        f"retriever.url={retriever}",
+        "reward.gain=none",
+        "trainer.total_training_steps=1",
+        "data.train_batch_size=1",
+        "data.max_response_length=64",
+        "actor_rollout_ref.rollout.n_agent=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.use_kl_loss=false",
+        "actor_rollout_ref.actor.entropy_coeff=0.01",  # a gradient also where both rewards are equal
+    )
+    try:
+        output, _ = training.communicate(timeout=400)
+    finally:
+        training.kill()
+    assert training.returncode == 0, output
+    step = read_steps(run_dir)[1]
+    assert step["policy/publish_difference"] < 1e-3
+    assert step["policy/log_prob_difference_mean"] < 1e-3
+    assert step["policy/grad_norm"] > 0
+    settings = json.loads((run_dir / "checkpoints/global_step_1/huggingface/config.json").read_text())
+    assert settings["tie_word_embeddings"] is True
