@@ -34,7 +34,12 @@ def make_frame(
 
     message = {"role": "user", "content": _PLACEHOLDER}
     try:
-        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [message],
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # where a template knows it: a short answer has no room for thoughts
+        )
     except (TemplateError, ValueError) as error:
         raise ValueError(
             f"--prompt-style chat: the chat template of {tokenizer.name_or_path!r} cannot be used ({error}); "

@@ -44,6 +44,13 @@ def test_the_end_of_a_turn_ends_an_answer() -> None:
     assert raw.convert_ids_to_tokens(list(frame.stop_token_ids)) == ["<|im_end|>", "<|endoftext|>"]
 
 
+def test_a_model_that_can_think_is_asked_not_to() -> None:
+    raw = qwen()
+    raw.chat_template += "{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}"
+    ids = render(raw, "Where?", context="", style=PromptStyle.chat)
+    assert str(raw.decode(ids)).endswith("assistant\n<think>\n\n</think>\n")
+
+
 @pytest.mark.parametrize("make", [qwen, llama3, deepseek])
 @pytest.mark.parametrize("style", list(PromptStyle))
 def test_a_passage_writes_no_control_token(make: Maker, style: PromptStyle) -> None:
