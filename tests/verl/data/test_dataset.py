@@ -172,6 +172,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"text\.parquet: not a readable parquet file"):
         load([tmp_path / "text.parquet"])
+    flipped = pyarrow.Table.from_pylist([make_row()]).set_column(
+        0, "data_source", pyarrow.array([b"nq\xff"]).cast(pyarrow.string(), safe=False)
+    )
+    parquet.write_table(flipped, tmp_path / "flipped.parquet")
+    with pytest.raises(DataError, match=r"flipped\.parquet: not a readable parquet file .*UTF"):
+        load([tmp_path / "flipped.parquet"])
     parquet.write_table(pyarrow.table({"question": ["q"]}), tmp_path / "short.parquet")
     with pytest.raises(DataError, match=r"short\.parquet, row 0: extra_info\.split is None"):
         load([tmp_path / "short.parquet"])

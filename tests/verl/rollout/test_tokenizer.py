@@ -170,9 +170,19 @@ def test_without_further_turns_there_is_no_next_one(
     assert len(caplog.records) == warnings
 
 
-def test_messages_that_the_chat_template_refuses_are_named() -> None:
-    tokenizer = HfTokenizer(make_tokenizer(template="{{ raise_exception('no system role') }}"))
-    with pytest.raises(ConfigError, match="refuses messages of user: no system role"):
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for %}", "Expected"),
+        ("{{ messages[5].content.x }}", "no element 5"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate"),
+    ],
+)
+def test_messages_that_the_chat_template_refuses_are_named(template: str, reason: str) -> None:
+    tokenizer = HfTokenizer(make_tokenizer(template=template))
+    with pytest.raises(ConfigError, match=f"refuses messages of user: .*{reason}"):
         tokenizer.render_prompt(make_question())
 
 
@@ -199,6 +209,19 @@ def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path
         HfTokenizer.from_pretrained(str(tmp_path))
 
 
-def test_a_missing_tokenizer_names_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no usable tokenizer"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        *(("tokenizer.json", content) for content in (b"", b"[]", b'{"model": 3}', b'{"\xff": 1}')),
+        *(("tokenizer_config.json", content) for content in (b"", b"[]", b'{"\xff": 1}')),
+    ],
+)
+def test_a_missing_or_damaged_tokenizer_names_the_folder(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    if content is not None:
+        make_tokenizer(template=None).save_pretrained(tmp_path)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"path='{tmp_path}' has no usable tokenizer"):
         HfTokenizer.from_pretrained(str(tmp_path))
