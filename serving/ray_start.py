@@ -82,12 +82,15 @@ def describe_death(error: Exception, *, folder: Path, pid: int | None) -> str:
 
 
 def read_stderr_end(*, folder: Path, pid: int | None) -> str:
-    """Return the last lines that an actor's process wrote to stderr under a heading; empty if none."""
+    """Return the last lines that an actor's process wrote to stderr under a heading; empty if none.
+
+    The inside of tracebacks is left out: what is raised at their end says more.
+    """
     lines = [
         f"  {line}"
         for log in sorted((folder / _RAY_FOLDER / "session_latest" / "logs").glob(f"worker-*-{pid}.err"))
         for line in log.read_text(errors="replace").splitlines()
-        if line.strip() and not line.startswith(":")  # ":x" is Ray's own
+        if line and not line.startswith((":", "  "))  # ":x" is Ray's own
     ]
     return "\n".join(["\nIts stderr ends:", *lines[-_NUM_QUOTED_LINES:]]) if lines else ""
 

@@ -40,6 +40,7 @@ from verl.trainer.ppo.progress import Progress, run_identity
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.resume import find_progress
 from verl.types import IntArray, Question
+from verl.utils.entry import describe_error
 from verl.utils.logs import configure_logging
 from verl.utils.manifest import Manifest, finish_manifest, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainClient
@@ -316,7 +317,7 @@ def account_for_end(run_dir: Path, progress: Progress) -> Iterator[None]:
         status = "interrupted"
         raise
     except BaseException as error:
-        status, reason = "failed", f"{type(error).__name__}: {error}"
+        status, reason = "failed", f"{type(error).__name__}: {describe_error(error)}"
         raise
     finally:
         try:

@@ -52,17 +52,17 @@ def error_line() -> Iterator[None]:
         yield
     except (*_USER_ERRORS, OSError) as error:
         logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
-        text = describe_os_error(error) if isinstance(error, OSError) else str(error)
-        text = "".join([text, *getattr(error, "__notes__", [])])
-        sys.exit(f"error: {safe_text(text)}")
+        sys.exit(f"error: {safe_text(describe_error(error))}")
     except Exception as error:
         logger.exception("a defect of this program")
         text = f"unexpected {type(error).__name__}: {error}; please report the traceback above"
         sys.exit(f"error: {safe_text(text)}")
 
 
-def describe_os_error(error: OSError) -> str:
-    """File, what is wrong with it and the fix, as far as the system says."""
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    fix = _FIXES.get(error.errno or 0)
-    return f"{what}; {fix}" if fix else what
+def describe_error(error: BaseException) -> str:
+    """What is wrong, with its notes; of an error of the system its file and the fix, as far as it says."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else text
+        text = "; ".join([text, *filter(None, [_FIXES.get(error.errno or 0)])])
+    return "".join([text, *getattr(error, "__notes__", [])])
