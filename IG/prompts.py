@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from serving.answers import truncate_words
+from serving.answers import complete_question, truncate_words
 
 
 class PromptType(StrEnum):
@@ -54,6 +54,5 @@ def build_prompt(
 
 
 def entailment_text(question: str, answer: str) -> str:
-    """An answer in its question's setting, the way the entailment model reads it."""
-    mark = "" if question.endswith("?") else "?"
-    return f"{question}{mark} {answer}"
+    """Return an answer behind its question, as the entailment model reads it."""
+    return f"{complete_question(question)} {answer}"

@@ -1,4 +1,4 @@
-"""Compare short answers: folding, normalization and words, for the reward, the IG service and the analysis.
+"""Compare short answers, and end questions: one rule each for the reward, the IG service and the analysis.
 
 Two answers can be equal in two senses. `normalize_answer` is the rule of SQuAD, by which exact match, cover
 match and F1 count. `same_text_key` is stricter: it decides which sampled answers are one text for the
@@ -56,6 +56,8 @@ _UNSPACED = (
 )
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _FINAL = ".,;:!? "
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f", "\u037e")
+"""Latin, full-width, Arabic and Greek."""
 
 
 def fold(text: str) -> str:
@@ -121,6 +123,16 @@ def same_text_key(answer: str) -> str:
     if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
         bare = bare[1:-1].strip().rstrip(_FINAL)
     return bare or words
+
+
+def complete_question(text: str) -> str:
+    """Strip a question and end it in a question mark, unless one of any script ends it already.
+
+    The prompt of Search-R1 and all published IG clients do so. The policy's instruction, what the IG service
+    is asked and what its entailment model reads go through here.
+    """
+    text = text.strip()
+    return text if text.endswith(_QUESTION_MARKS) else f"{text}?"
 
 
 def _delete(text: str, level: Level, *, rule: AnswerRule) -> str:

@@ -39,7 +39,7 @@ class Question:
     uid: str
     """`data_source/split/index`: unique over merged data sets, the key of a GRPO group."""
     text: str
-    """The question that the IG service is asked: see `complete_question`."""
+    """The question that the IG service is asked: see `serving.answers.complete_question`."""
     messages: tuple[Message, ...]
     """The chat prompt the policy sees."""
     golds: tuple[str, ...]
@@ -220,16 +220,6 @@ class Score:
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further measures of the answer (em, sub_em, f1), for logs only."""
-
-
-def complete_question(text: str) -> str:
-    """Strip a question and end it in a question mark.
-
-    The prompt of Search-R1 and all published IG clients do so. Both the policy's instruction and the text for
-    the IG service go through here.
-    """
-    text = text.strip()
-    return text if text.endswith("?") else f"{text}?"
 
 
 def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from verl.types import Passage, Trajectory, complete_question
+from serving.answers import complete_question
+from verl.types import Passage, Trajectory
 
 RETRY = (
     "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "

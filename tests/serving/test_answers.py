@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from serving.answers import (
     AnswerRule,
+    complete_question,
     find_answer,
     fold,
     normalize_answer,
@@ -212,3 +213,16 @@ def test_what_exact_match_accepts_is_found_where_it_is_quoted(golds: list[str], 
         for gold in golds:
             if normalize_answer(gold, rule=rule):
                 assert find_answer([f"{around} . {gold} . {around}"], golds, rule=rule) == 0
+
+
+@pytest.mark.parametrize(
+    ("question", "completed"),
+    [
+        (" who wrote it ", "who wrote it?"),
+        ("Who wrote it?", "Who wrote it?"),
+        ("谁写的\uff1f", "谁写的\uff1f"),
+        ("من كتبه\u061f", "من كتبه\u061f"),
+    ],
+)
+def test_a_question_ends_in_one_question_mark(question: str, completed: str) -> None:
+    assert complete_question(question) == completed

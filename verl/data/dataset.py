@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from serving.answers import complete_question
 from serving.questions import (
     QuestionError,
     Row,
@@ -21,7 +22,7 @@ from serving.questions import (
 )
 from verl.errors import DataError
 from verl.protocols import Tokenizer
-from verl.types import Message, Question, complete_question
+from verl.types import Message, Question
 
 _MAX_NAMED = 3
 
