@@ -64,7 +64,9 @@ def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResul
     """Results of one answer. Raises CallError when it does not fit its request."""
     scores, errors = body.get("scores"), body.get("errors")
     if not isinstance(scores, list) or not isinstance(errors, list):
-        raise CallError(SERVICE, f"the answer must hold lists scores and errors, got the keys {sorted(body)}")
+        raise CallError(
+            SERVICE, f"the answer must hold lists scores and errors, got the keys {sorted(body)!s:.100}"
+        )
     spreads = body.get("standard_errors", [None] * expected)
     if not isinstance(spreads, list) or not len(scores) == len(errors) == len(spreads) == expected:
         counts = f"{len(scores)} scores and {len(errors)} errors"
@@ -78,7 +80,7 @@ def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResul
 
 def _read_result(score: object, spread: object, error: object, *, limit: float) -> GainResult:
     if error is not None:
-        return failed(str(error), may_pass=str(error).startswith("deadline"))
+        return failed(f"{error!s:.300}", may_pass=str(error).startswith("deadline"))
     gain, standard_error = _as_number(score), _as_number(spread)
     if gain is None:
         return failed(f"a finite score was expected, got {score!r:.100}")

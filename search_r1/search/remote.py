@@ -186,7 +186,7 @@ def _whole(text: str) -> str:
 
 def _read_failure(error: object, *, url: str) -> SearchFailure:
     fields = error if isinstance(error, Mapping) else {"reason": error}
-    name, reason = str(fields.get("kind")), str(fields.get("reason"))[:_MAX_REASON_CHARS]
+    name, reason = (str(fields.get(key))[:_MAX_REASON_CHARS] for key in ("kind", "reason"))
     kind = FailureKind(name) if name in set(FailureKind) else FailureKind.INTERNAL
     return SearchFailure(kind=kind, reason=f"{url}: {name}: {reason}")
 

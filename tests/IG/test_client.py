@@ -99,6 +99,8 @@ async def test_nothing_is_asked_for_nothing() -> None:
         (answer([0.5, 0.5], standard_errors=[0.1]), "asked for 2 scores", False),
         (answer([0.5, 0.5], standard_errors=[-0.1, "x"]), "standard error was expected", False),
         (Reply('{"scores": 3}'), "must hold lists", False),
+        (Reply(json.dumps({"x" * 10**6: 3})), "must hold lists", False),
+        (answer([None, None], ["y" * 10**6] * 2), "yyy", False),
         (Reply("[]"), "not an object", False),
         (answer([None, None]), "finite score was expected, got None", False),
         (answer([1e308, -50]), "a score from -1 to 1 was expected, got", False),
@@ -118,6 +120,7 @@ async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str, may
     for result in results:
         assert result.gain is None
         assert why in (result.error or "")
+        assert len(result.error or "") < 1000
         assert result.may_pass is may_pass
 
 

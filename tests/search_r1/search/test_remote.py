@@ -123,6 +123,7 @@ async def test_what_cannot_be_read_fails_alone_too() -> None:
         ({"kind": "brand_new", "reason": "?"}, FailureKind.INTERNAL),
         ({}, FailureKind.INTERNAL),
         ("plain words", FailureKind.INTERNAL),
+        ({"kind": "x" * 10**6, "reason": "y" * 10**6}, FailureKind.INTERNAL),
     ],
 )
 async def test_the_error_of_a_query_is_a_failure_even_beside_documents(
@@ -131,6 +132,8 @@ async def test_the_error_of_a_query_is_a_failure_even_beside_documents(
     body = {"result": [find("Error: engine down"), find("b")], "errors": [error, None]}
     outcomes = await ask(AnsweringServer(lambda _: Reply(json.dumps(body))), ["a", "b"])
     assert ids(outcomes) == [kind, "b"]
+    assert isinstance(outcomes[0], SearchFailure)
+    assert len(outcomes[0].reason) < 1000
 
 
 async def test_half_characters_spoil_neither_a_request_nor_a_passage() -> None:
