@@ -38,6 +38,7 @@ from IG.prompts import PromptType, build_prompt
 from IG.sampler import SamplingOptions
 from IG.service.config import resolve_config
 from IG.service.IG_worker import engine_options, sampling_options
+from verl.utils.entry import error_line
 
 QUESTIONS, ROLLOUTS, ANSWERS, MAX_NEW_TOKENS = 8, 4, 10, 16
 ENGINE_SEQUENCES = 512
@@ -316,4 +317,5 @@ def table(summary: Summary, measured: Measured) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())

@@ -42,6 +42,7 @@ from bench import bare_index, clustered
 from bench.load import Load, ask_all_the_time
 from bench.service import ROOT, start_service
 from IG.web.settings import expand_home
+from verl.utils.entry import error_line
 
 TOPK = 3
 BATCH = 64
@@ -394,4 +395,5 @@ def table(summary: Summary) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())

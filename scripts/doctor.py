@@ -331,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--lock", type=Path, help="compare with this lock file (default: the one that fits)")
     arguments = parser.parse_args(argv)
-    findings = diagnose((arguments.lock or default_lock()).expanduser())
+    lock = (arguments.lock or default_lock()).expanduser()
+    if not lock.is_file():
+        parser.error(f"--lock {lock}: no such file; give one of requirements/*.lock")
+    findings = diagnose(lock)
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
         print(

@@ -34,6 +34,7 @@ from transformers import (
 from IG.web.settings import expand_home
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
 from search_r1.search.index_builder import build_index
+from verl.utils.entry import error_line
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
 from world.facts import World, WorldSize, draw_world
 from world.initialise import language_model
@@ -316,4 +317,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with error_line():
+        main()

@@ -34,6 +34,7 @@ from IG.web.settings import expand_home
 from search_r1.agent.prompts import search_instruction
 from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
 from verl.errors import ConfigError, DataError
+from verl.utils.entry import error_line
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
@@ -212,4 +213,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())

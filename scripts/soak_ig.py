@@ -29,6 +29,7 @@ from supervise import ChildFailedError, MemoryWatch, Supervisor
 from bench.service import WORLD, read_counters, start_ig_service
 from bench.soak import MAX_GROWTH, Seen, edges, soak_table
 from bench.workload import Rollout, grpo_steps, load_evidence
+from verl.utils.entry import error_line
 
 QUESTIONS, ROLLOUTS = 8, 4
 TIMEOUT_S = 120.0
@@ -313,4 +314,5 @@ def summarise(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())

@@ -31,6 +31,7 @@ from supervise import ChildFailedError, MemoryWatch, Supervisor
 from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD, start_service
 from bench.soak import MAX_GROWTH, Seen, edges, soak_table
+from verl.utils.entry import error_line
 
 TOPK = 5
 MAX_QUERIES_PER_REQUEST = 4
@@ -264,4 +265,5 @@ def summarise(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with error_line():
+        sys.exit(main())
