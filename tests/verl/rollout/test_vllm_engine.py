@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -203,6 +204,26 @@ def test_it_stops_after_a_stop_string_and_keeps_its_tokens(
     assert stopped.finish is Finish.STOP
     assert tokenizer.decode(stopped.ids).endswith(stop)
     assert np.array_equal(stopped.ids, whole[: len(stopped.ids)])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_token_that_ends_a_turn_is_kept(
+    engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
+) -> None:
+    eos = json.loads((models[0] / "config.json").read_text())["eos_token_id"]
+    wild = replace(SAMPLING, temperature=2.0, max_tokens=100, stop=())
+
+    async def sample() -> list[Completion]:
+        requests = (replace(wild, seed=seed) for seed in range(60))
+        return await asyncio.gather(*(engine.generate(make_prompts(1)[0], request) for request in requests))
+
+    completions = loop.run(sample())
+    ended = [completion for completion in completions if eos in completion.ids]
+    assert ended
+    for completion in completions:
+        assert completion.finish is (Finish.STOP if eos in completion.ids else Finish.LENGTH)
+    assert all(completion.ids.tolist().index(eos) == len(completion.ids) - 1 for completion in ended)
 
 
 @pytest.mark.slow
