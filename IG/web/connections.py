@@ -63,7 +63,7 @@ class Connection(H11Protocol):
             for other in self.connections
             if isinstance(other, Connection)
             and other is not self
-            and other.conn.their_state is not h11.DONE  # a whole request is being worked on
+            and other.conn.their_state in (h11.IDLE, h11.SEND_BODY)  # no whole request is being worked on
             and not other.transport.is_closing()
         ]
         silent.sort(key=lambda other: other._heard_at)

@@ -28,10 +28,10 @@ HEAD = (
 
 
 @contextmanager
-def running(service: str, *, first: str) -> Iterator[httpx.Client]:
+def running(service: str, *, first: str, work_s: float = 0) -> Iterator[httpx.Client]:
     """A client of a service whose process runs the statements `first` before anything else."""
     script, token_variable, _, _ = SERVICES[service]
-    with running_script(f"{first}\n{script}", 0, token_variable=token_variable) as (_, client):
+    with running_script(f"{first}\n{script}", work_s, token_variable=token_variable) as (_, client):
         wait_for(client, "/readyz", 200)
         yield client
 
@@ -42,20 +42,36 @@ def connect(client: httpx.Client) -> socket.socket:
     return connection
 
 
+FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))"
+
+
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("sent", ["nothing", "half a head", "a head"])
 def test_more_silent_clients_than_open_files_shut_nobody_out(service: str, sent: str) -> None:
     _, _, path, body = SERVICES[service]
     raise_open_files_limit()
-    first = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))"
     head = HEAD % (path.encode(), 1000)
     start = {"nothing": b"", "half a head": head[:60], "a head": head}[sent]
-    with running(service, first=first) as client, ExitStack() as open_connections:
+    with running(service, first=FEW_FILES) as client, ExitStack() as open_connections:
         for _ in range(1100):
             open_connections.enter_context(connect(client)).sendall(start)
         with httpx.Client(base_url=client.base_url, headers=client.headers, trust_env=False) as newcomer:
             answers = [newcomer.get("/livez"), newcomer.post(path, json=body)]
     assert [answer.status_code for answer in answers] == [200, 200]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_whole_request_keeps_its_connection_however_many_clients_are_silent(service: str) -> None:
+    _, _, path, body = SERVICES[service]
+    raise_open_files_limit()
+    content = json.dumps(body).encode()
+    head = HEAD.replace(b"Content-Type", b"Connection: close\r\nContent-Type") % (path.encode(), len(content))
+    with running(service, first=FEW_FILES, work_s=3) as client, ExitStack() as open_connections:
+        waiting = open_connections.enter_context(connect(client))
+        waiting.sendall(head + content)
+        for _ in range(1100):
+            open_connections.enter_context(connect(client))
+        assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("service", SERVICES)
