@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from serving.answers import complete_question
 from serving.golds import EXPECTED_GOLDS, parse_golds
 from serving.questions import QuestionError, find_golds, find_question, read_rows
 
@@ -123,7 +124,7 @@ def _parse_line(line: bytes, *, where: str) -> Mapping[str, object]:
 def _read_lines(path: Path) -> list[AskedQuestion]:
     return [
         AskedQuestion(
-            text=require_text(fields.get("question"), where=where, name="question").strip(),
+            text=complete_question(require_text(fields.get("question"), where=where, name="question")),
             golds=require_golds(fields.get("answers", []), where=where, name="answers"),
             documents=_documents(fields.get("documents", []), where=where),
         )
@@ -149,7 +150,9 @@ def _read_parquet(path: Path) -> list[AskedQuestion]:
     try:
         return [
             AskedQuestion(
-                text=require_whole(find_question(row, where=where), where=where, name="question"),
+                text=complete_question(
+                    require_whole(find_question(row, where=where), where=where, name="question")
+                ),
                 golds=find_golds(row, where=where),
                 documents=(),
             )

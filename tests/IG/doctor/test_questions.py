@@ -11,7 +11,7 @@ import pytest
 from IG.doctor.questions import InputError, choose, read_questions
 
 GOOD = {
-    "question": " Where? ",
+    "question": " Where ",
     "answers": ["Bolton"],
     "documents": [{"text": "It is Bolton.", "role": "first"}],
 }
