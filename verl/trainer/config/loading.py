@@ -26,10 +26,9 @@ def load_config(raw: DictConfig) -> Config:
     """Resolve interpolations and run every range check. Raises ConfigError."""
     try:
         config = OmegaConf.to_object(raw)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{first_line(error)}{_name_variables(raw)}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{error}{_name_variables(raw)}") from error
+    except (ConfigError, OmegaConfBaseException) as error:
+        message = str(error) if isinstance(error, ConfigError) else first_line(error)
+        raise ConfigError(f"{message}{_name_variable(raw, message)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"expected the ppo_schema configuration, got {type(config).__name__}")
     return config
@@ -61,8 +60,11 @@ def _read_environment(*names_and_default: object) -> object:
     return next((os.environ[str(name)] for name in names if os.environ.get(str(name))), default)
 
 
-def _name_variables(raw: DictConfig) -> str:
-    """Name the environment variables that this configuration was read from; empty: none."""
-    names = re.findall(r"[A-Z_]+(?=,)", " ".join(re.findall(r"\$\{env:([^}]*)\}", OmegaConf.to_yaml(raw))))
-    used = [name for name in names if os.environ.get(name)]
-    return f" (read from the environment: {', '.join(used)})" if used else ""
+def _name_variable(raw: DictConfig, message: str) -> str:
+    """Name the environment variable that the refused key, the first word of `message`, was read from."""
+    value: object = OmegaConf.to_container(raw, resolve=False)
+    for name in re.split("[: ]", message)[0].split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    variables = re.findall(r"[A-Z_]+(?=,)", value) if isinstance(value, str) else []
+    used = next(filter(os.environ.get, variables), None)
+    return f" (read from the environment: {used})" if used else ""
