@@ -30,7 +30,7 @@ class TextEncoder:
         """Text of every control token by id."""
         self.start_ids = _find_start_ids(tokenizer)
         """What the tokenizer by itself puts before a text (BOS)."""
-        self._control_text = re.compile("|".join(map(re.escape, self.control.values())))
+        self._control_text = re.compile("|".join(map(re.escape, self.control.values())), re.IGNORECASE)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text, nothing added and no control token among them.
@@ -44,6 +44,14 @@ class TextEncoder:
         parts = (text[start:end] for start, end in itertools.pairwise(borders))
         # A tokenizer that normalizes text can find a control token also where its text was not written.
         return [token for part in parts for token in self.encode_trusted(part) if token not in self.control]
+
+    def has_control(self, text: str) -> bool:
+        """Return whether encoding this text as trusted gives a control token."""
+        if text.isascii() and self._control_text.search(text) is None:
+            return (
+                False  # nothing that normalization could turn into one; encoding would take 1000 times longer
+            )
+        return not self.control.keys().isdisjoint(self.encode_trusted(text))
 
     def encode_trusted(self, text: str) -> list[int]:
         """Return the ids of trusted text: that of a control token becomes this token."""

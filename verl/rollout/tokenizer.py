@@ -87,7 +87,7 @@ class HfTokenizer:
         contents = [message.content for message in question.messages]
         if not self._tokenizer.chat_template:
             return [*self._encoder.start_ids, *self.encode("\n".join(contents))]
-        if self._encoder.control.keys().isdisjoint(self._encoder.encode_trusted("\n".join(contents))):
+        if not self._encoder.has_control("\n".join(contents)):
             return self._encoder.encode_trusted(self._render(question.messages))
         self._warn(question)
         marked = [
