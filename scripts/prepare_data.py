@@ -3,8 +3,8 @@
 A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
 questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well; the
-prompt is always that of this project. A corpus of BEIR, pyserini or DPR becomes the JSON lines of the
-retriever. Files are local; nothing is downloaded.
+prompt is always that of this project. A corpus of BEIR or pyserini becomes the JSON lines of the retriever.
+Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from search_r1.agent.prompts import search_instruction
 from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
 from verl.errors import ConfigError, DataError
 from verl.utils.entry import error_line
+from verl.utils.files import naming_file
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
@@ -133,7 +133,7 @@ def to_row(record: Record, *, source: Source, split: str, index: int) -> dict[st
 
 
 def to_passage(row: Row, *, where: str) -> dict[str, object]:
-    """Return the retriever's corpus line of a passage in pyserini's, BEIR's or DPR's columns.
+    """Return the retriever's corpus line of a passage in the columns of BEIR or pyserini.
 
     The first of several lines is the title. Raises QuestionError.
     """
@@ -143,7 +143,7 @@ def to_passage(row: Row, *, where: str) -> dict[str, object]:
     if contents is None:
         text = require_text(row.get("text"), where=where, name="contents or text")
         title = row.get("title")
-        contents = f'"{title}"\n{text}' if title else " ".join(text.split())
+        contents = f'"{" ".join(str(title).split())}"\n{text}' if title else " ".join(text.split())
     return {"id": str(passage_id), "contents": require_text(contents, where=where, name="contents")}
 
 
@@ -153,16 +153,17 @@ def convert_corpus(path: Path, *, out: Path) -> int:
     partial = out.with_suffix(".partial")
     count = 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with naming_file(partial), partial.open("w", encoding="utf-8") as file:
             for where, row in read_rows(path):
                 file.write(json.dumps(to_passage(row, where=where)) + "\n")
                 count += 1
+        if not count:
+            raise DataError(f"{path}: the file is empty")
+        partial.replace(out)
     except QuestionError as error:
-        partial.unlink()
         raise DataError(str(error)) from error
-    if not count:
-        raise DataError(f"{path}: the file is empty")
-    partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return count
 
 
@@ -176,24 +177,27 @@ def convert(sources: Sequence[Source], *, split: str, out: Path) -> Counter[str]
             counts[source.name] += 1
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    partial.replace(out)
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
     return counts
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 1 after one message that names what is wrong."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the files, or exit with one line that names what is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train", nargs="*", default=[], metavar="NAME[=FILE]", help="training questions")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME[=FILE]", help="held-out questions")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="passages: BEIR, pyserini, DPR")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="passages of BEIR or pyserini")
     parser.add_argument("--flashrag-dir", type=Path, help="folder with one folder per FlashRAG data set")
     parser.add_argument("--out-dir", type=Path, required=True, help="folder of the files that are written")
     arguments = parser.parse_args(expand_home(argv))
     console = Console()
-    try:
+    with error_line():
         if not arguments.train and not arguments.test and arguments.corpus is None:
             raise ConfigError("nothing to do: give --train, --test or --corpus")
         if arguments.corpus is not None:
@@ -206,12 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 out = arguments.out_dir / f"{split}.parquet"
                 for name, count in convert(chosen, split=split, out=out).items():
                     console.print(f"{out}: {count} questions from {name}", highlight=False)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    with error_line():
-        sys.exit(main())
+    main()

@@ -47,10 +47,9 @@ class TextEncoder:
 
     def has_control(self, text: str) -> bool:
         """Return whether encoding this text as trusted gives a control token."""
+        # Searching is much faster than encoding; no normalization makes a control token of other ASCII text.
         if text.isascii() and self._control_text.search(text) is None:
-            return (
-                False  # nothing that normalization could turn into one; encoding would take 1000 times longer
-            )
+            return False
         return not self.control.keys().isdisjoint(self.encode_trusted(text))
 
     def encode_trusted(self, text: str) -> list[int]:

@@ -160,3 +160,9 @@ def test_both_locks_agree_on_what_they_share() -> None:
     different = {name for name in cpu.keys() & gpu.keys() if cpu[name].removesuffix("+cpu") != gpu[name]}
     # The CUDA build of vllm pins these two itself.
     assert different <= {"apache-tvm-ffi", "triton"}
+
+
+def test_a_lock_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main(["--lock", "nowhere.lock"])
+    assert "--lock nowhere.lock: no such file" in capsys.readouterr().err

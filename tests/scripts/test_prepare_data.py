@@ -37,7 +37,7 @@ def test_flashrag_folders_become_search_r1_parquet(tmp_path: Path) -> None:
     write_lines(source / "hotpotqa/dev.jsonl", line("q3", "c"))
     out = tmp_path / "out"
     arguments = ["--flashrag-dir", str(source), "--train", "nq", "hotpotqa", "--test", "nq", "hotpotqa"]
-    assert main([*arguments, "--out-dir", str(out)]) == 0
+    main([*arguments, "--out-dir", str(out)])
 
     rows = pq.read_table(out / "train.parquet").to_pylist()
     assert rows[0] == {
@@ -83,7 +83,7 @@ def test_other_forms_of_question_files(
         file.write_bytes(content)
     else:
         pq.write_table(pa.Table.from_pylist([content]), file)
-    assert main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")]) == 0
+    main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")])
     (question,) = load_questions([tmp_path / "out" / "train.parquet"], write_prompt=search_instruction)
     assert (question.uid, question.text, question.golds) == ("mine/train/0", "q1?", golds)
     assert question.messages[0].content == search_instruction("q1")
@@ -102,7 +102,7 @@ def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(
 ) -> None:
     file = tmp_path / "corpus.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(passage).encode() + b"\r\n\r\n")
-    assert main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")]) == 0
+    main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")])
     (document,) = open_corpus(tmp_path / "out" / "corpus.jsonl")
     assert document.id == "7"
     assert document.contents == (f"{title}\n{text}" if title else text)
@@ -115,12 +115,11 @@ def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(
         ({"_id": "7", "title": "T"}, "contents or text is None"),
     ],
 )
-def test_a_malformed_passage_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], passage: dict[str, object], complaint: str
-) -> None:
+def test_a_malformed_passage_is_named(tmp_path: Path, passage: dict[str, object], complaint: str) -> None:
     file = write_lines(tmp_path / "corpus.jsonl", {"_id": 1, "text": "fine"}, passage)
-    assert main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")]) == 1
-    assert f"{file}:2: {complaint}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")])
+    assert f"{file}:2: {complaint}" in str(end.value.code)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -136,12 +135,11 @@ def test_a_malformed_passage_is_named(
         (line("q", ""), "golden_answers is ['']"),
     ],
 )
-def test_a_malformed_line_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: object, told: str
-) -> None:
+def test_a_malformed_line_is_named(tmp_path: Path, bad: object, told: str) -> None:
     file = write_lines(tmp_path / "mine.jsonl", line("fine", "a"), bad, line("fine too", "b"))
-    assert main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")]) == 1
-    message = capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")])
+    message = str(end.value.code)
     assert f"{file}:2: " in message
     assert told in message
     assert not (tmp_path / "out").exists()
@@ -156,14 +154,21 @@ def test_a_malformed_line_is_named(
         (["--flashrag-dir", "nowhere", "--test", "nq"], "FlashRAG's names: nq, triviaqa"),
     ],
 )
-def test_a_missing_file_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
-) -> None:
-    assert main([*arguments, "--out-dir", str(tmp_path)]) == 1
-    assert told in capsys.readouterr().err
+def test_a_missing_file_is_named(tmp_path: Path, arguments: list[str], told: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--out-dir", str(tmp_path)])
+    assert told in str(end.value.code)
 
 
-def test_an_empty_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "mine.jsonl")
-    assert main(["--test", f"mine={file}", "--out-dir", str(tmp_path)]) == 1
-    assert "the file is empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--test", f"mine={file}", "--out-dir", str(tmp_path)])
+    assert "the file is empty" in str(end.value.code)
+
+
+@pytest.mark.parametrize("kind", ["--train", "--corpus"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, kind: str) -> None:
+    file = write_lines(tmp_path / "mine.jsonl", line("fine", "a") | {"id": 1, "contents": "fine"})
+    with pytest.raises(SystemExit, match=r"error: .*mine\.jsonl/out: Not a directory"):
+        main([kind, f"{'mine=' * (kind == '--train')}{file}", "--out-dir", str(file / "out")])

@@ -1,4 +1,4 @@
-"""How a program ends when something went wrong: with exit code 1 and one `error:` line that says what."""
+"""End a program that fails with exit code 1 and one `error:` line that says why."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ _FIXES = {
     errno.EROFS: "make it writable or name another folder",
     errno.EACCES: "change its permissions or name another folder",
     errno.EPERM: "change its permissions or name another folder",
+    errno.EEXIST: "it is no folder: move it away or name another folder",
+    errno.ENOTDIR: "a part of it is no folder: name another folder",
     errno.EMFILE: "raise the limit (ulimit -n) and repeat the command",
 }
 
@@ -60,9 +62,10 @@ def error_line() -> Iterator[None]:
 
 
 def describe_error(error: BaseException) -> str:
-    """What is wrong, with its notes; of an error of the system its file and the fix, as far as it says."""
+    """Return the message with its notes; of an OSError the file, what is wrong and the fix, where known."""
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else text
-        text = "; ".join([text, *filter(None, [_FIXES.get(error.errno or 0)])])
+        fix = _FIXES.get(error.errno or 0)
+        text = f"{text}; {fix}" if fix else text
     return "".join([text, *getattr(error, "__notes__", [])])

@@ -46,6 +46,8 @@ def end_with(error: BaseException) -> str:
          "error: run/metrics.jsonl: No space left on device; free some space there and repeat the command"),
         (PermissionError(errno.EACCES, "Permission denied", "run"),
          "error: run: Permission denied; change its permissions or name another folder"),
+        (FileExistsError(errno.EEXIST, "File exists", "run"),
+         "error: run: File exists; it is no folder: move it away or name another folder"),
         (OSError("no address"), "error: no address"),
     ],
 )  # fmt: skip
