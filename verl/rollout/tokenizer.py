@@ -144,7 +144,7 @@ class HfTokenizer:
         return text
 
     def _warn(self, question: Question) -> None:
-        """Say once that a prompt holds text of control tokens: somebody may have meant them."""
+        """Warn once that a prompt contains text of control tokens, which may have been intended."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -154,7 +154,7 @@ def describe_run(config: Config, *, services: dict[str, object], model_folder: P
 def make_collector(
     config: Config, *, search: HttpSearch, engines: EnginePool, tokenizer: HfTokenizer
 ) -> Collector:
-    """Make what plays the episodes of a step."""
+    """Make the collector, which runs the episodes of a step."""
     rollout, data = config.actor_rollout_ref.rollout, config.data
     agent = SearchAgent(
         generate=engines,
@@ -177,7 +177,7 @@ def make_collector(
 
 
 def make_reward(config: Config, gains: GainClient | None) -> Reward:
-    """Make what scores the episodes: by their outcome, and by their gain where there is a service for it."""
+    """Make the reward: the outcome of an episode, and its gain where there is a service for it."""
     reward, semantic = config.reward, config.reward.semantic
     outcome = partial(
         measure_outcome,
@@ -196,7 +196,7 @@ def make_reward(config: Config, gains: GainClient | None) -> Reward:
 
 
 def make_tracker(config: Config, run_dir: Path, *, total_steps: int) -> Tracker:
-    """Make what writes the metrics."""
+    """Make the tracker, which writes the metrics."""
     return Tracker(
         run_dir,
         loggers=config.trainer.logger,
@@ -208,7 +208,7 @@ def make_tracker(config: Config, run_dir: Path, *, total_steps: int) -> Tracker:
 
 
 def make_guard(config: Config, run_dir: Path, *, tolerance: float) -> Guard:
-    """Make what watches the updates."""
+    """Make the guard, which watches the updates."""
     max_skipped = config.actor_rollout_ref.actor.max_skipped_updates
     return Guard(run_dir, max_skipped_updates=max_skipped, max_log_prob_difference=tolerance)
 

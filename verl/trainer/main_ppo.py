@@ -43,7 +43,7 @@ def run(raw: DictConfig) -> None:
 
 
 def main() -> None:
-    """Check the arguments and train; whatever goes wrong ends as one line."""
+    """Check the arguments and train; every error ends as one line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines of its own and exits
     register_schema()
     with error_line():

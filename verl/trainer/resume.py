@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest good checkpoint, what changed since, and what must not get lost."""
+"""Find where a run resumes, list what changed since then, and refuse what would lose its records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def find_progress(
     config: Config, run_dir: Path, *, total_steps: int, identity: Identity, manifest: Manifest
 ) -> tuple[CheckpointStore, Progress, Path | None]:
-    """The newest good checkpoint of the run folder, or a fresh start; records beyond it are set aside.
+    """Return the newest good checkpoint of the run folder, or a fresh start; set later records aside.
 
     Raises ConfigError if checkpoints are damaged, missing or those of another run, or nothing is left to do.
     """
@@ -91,7 +91,7 @@ def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int
 
 
 def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
-    """What differs between the manifests of a run and of its resumption, as `key: old -> new`.
+    """Return what differs between the manifests of a run and of its resumption, as `key: old -> new`.
 
     Settings, held-out data and the retriever's index: the run may go on with others, but its scores before
     and after cannot be compared. Training data and model may not change: see `run_identity`.
@@ -109,12 +109,12 @@ def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
 
 
 def file_hashes(manifest: Manifest) -> dict[str, object]:
-    """SHA-256 of every data file by its path."""
+    """Return the SHA-256 of every data file by its path."""
     return {f"sha256 of {facts.get('path')}": facts.get("sha256") for facts in manifest.get("data") or []}
 
 
 def retriever_facts(manifest: Manifest) -> dict[str, object]:
-    """What the retriever's answers depend on, as dotted keys; empty where it did not say."""
+    """Return what the retriever's answers depend on, as dotted keys; empty where it did not say."""
     retriever = (manifest.get("services") or {}).get("retriever")
     version = retriever.get("version") if isinstance(retriever, Mapping) else None
     facts = version.get("retriever") if isinstance(version, Mapping) else None

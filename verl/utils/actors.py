@@ -32,7 +32,7 @@ from verl.utils.reaper import MARK, start_reaper
 
 _REAPER_TIMEOUT_S = 30.0
 _WATCH_INTERVAL_S = 1.0
-# Ray's patience with its own dead processes: long enough to save what the actors hold.
+# How long Ray outlives one of its processes: long enough to save what the actors hold.
 _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
 
 
@@ -177,7 +177,7 @@ class _RayActor:
             if not isinstance(cause, Exception):
                 raise ActorError(f"{self._who}: {error}") from error
             if isinstance(cause, RolloutError) and not self._has_answered:
-                # An engine that cannot start says why on stderr alone.
+                # Why an engine cannot start is only on its stderr.
                 cause.add_note(read_stderr_end(folder=self._folder, pid=self._pid))
             raise cause from error
         except RayActorError as error:
@@ -234,12 +234,12 @@ class RayLauncher:
         while (dead := self.find_dead()) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         raise ActorError(
-            f"Ray's {dead} ended (killed, perhaps for want of memory?), and no actor lives long without it; "
-            "the same command starts another one"
+            f"Ray's {dead} ended (killed because memory ran out?), and no actor can work without it; repeat "
+            "the command to resume"
         )
 
     def find_dead(self) -> str | None:
-        """A process of the cluster's own, by name, that has ended; None while all run."""
+        """Return the name of a process of the cluster that has ended; None while all run."""
         for process, name in self._essential:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 return name
@@ -248,7 +248,7 @@ class RayLauncher:
     def shutdown(self) -> None:
         import ray
 
-        if self.find_dead() is not None:  # then Ray would wait in vain for what its reaper ends
+        if self.find_dead() is not None:  # else Ray waits for processes that only the reaper ends
             self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
         for actor in self._actors:
             actor.kill()

@@ -30,7 +30,7 @@ _CHATTY = (
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that says once that it cannot be written, as on a full disk."""
+    """A log file that warns once when it cannot be written, as on a full disk."""
 
     _has_failed = False
 

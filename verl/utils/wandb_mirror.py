@@ -1,7 +1,7 @@
 """Weights & Biases as a mirror of the metrics: never needed, never asking, never in the way.
 
-Without a key, or when the server does not answer, it runs offline (`wandb sync` sends it later). What goes
-wrong is said once; training goes on.
+Without a key, or when the server does not answer, it runs offline (`wandb sync` sends it later). A failure is
+logged once; training goes on.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _find_failure(base_url: str) -> str | None:
             failure[0] = f"{base_url}: {error}" if error.code >= 500 else None
         except (OSError, HTTPException) as error:
             reason = error.reason if isinstance(error, URLError) else error
-            # W&B brings certificates of its own: it decides.
+            # W&B has certificates of its own and may accept this one.
             is_answer = isinstance(reason, ssl.SSLCertVerificationError)
             failure[0] = None if is_answer else f"{base_url}: {reason}"
 

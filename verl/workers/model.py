@@ -127,7 +127,7 @@ def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrain
 
 @contextlib.contextmanager
 def _naming_model(path: str | Path) -> Iterator[None]:
-    """Raise ConfigError for whatever the libraries raise: the errors of damaged files share no class."""
+    """Raise ConfigError for every exception of the libraries: the errors of damaged files share no class."""
     try:
         yield
     except Exception as error:

@@ -195,7 +195,7 @@ def test_ray_leaves_nothing_behind_when_its_owner_is_killed(tmp_path: Path) -> N
     assert not Path(folder).exists()
 
 
-_BEREAVED = """
+_LOSE_PROCESS = """
 import asyncio, sys
 import psutil
 from tests.verl.utils.test_actors import Counter
@@ -223,7 +223,7 @@ sys.exit("error: last line")
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_cluster_that_loses_a_process_says_so_while_actors_can_still_save(name: str) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", _BEREAVED, name],
+        [sys.executable, "-c", _LOSE_PROCESS, name],
         capture_output=True,
         text=True,
         timeout=120,

@@ -101,7 +101,7 @@ class PPOTrainer:
                     await self.evaluate()
                 if self.is_due(self.settings.save_freq) or self.progress.step == self.total_steps:
                     await self.save()
-        except BaseException:  # whatever ends the run: an interrupt, a dead engine, a full disk
+        except BaseException:  # an interrupt, too
             await self.rescue()
             raise
         if self.settings.val_after_train:
@@ -240,7 +240,7 @@ class PPOTrainer:
         self.saved_step = self.progress.step
 
     async def rescue(self) -> None:
-        """Record and save the finished steps of a run that ends early, or say which are lost.
+        """Record and save the finished steps of a run that ends early, or report which are lost.
 
         An update that runs is waited for. One that failed half-way leaves the weights of no step, so that the
         steps since the last checkpoint are lost. Errors are logged: the user must see last why the run ended.
