@@ -9,7 +9,8 @@ EXPECTED_GOLDS = "a text, a number or a list of these with at least one that is 
 """For the message of the reader, which knows file, row and column."""
 
 _INFINITE = (math.inf, -math.inf)
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can spell and no tokenizer can read."""
 
 
 def parse_golds(value: object) -> tuple[str, ...]:
@@ -39,5 +40,4 @@ def _write(member: object) -> str | None:
     if isinstance(member, bool) or not isinstance(member, str | int | float) or member in _INFINITE:
         return None
     text = str(member)
-    # JSON can spell half a character, a lone surrogate, which no tokenizer can read.
-    return text if text.isascii() or not _SURROGATE.search(text) else None
+    return None if SURROGATE.search(text) else text

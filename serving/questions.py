@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from serving.golds import EXPECTED_GOLDS, parse_golds
+from serving.golds import EXPECTED_GOLDS, SURROGATE, parse_golds
 
 Row = Mapping[str, object]
 
@@ -61,8 +61,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def find_question(row: Row, *, where: str) -> str:
     """Return the text of the question. Raises QuestionError."""
     if (bare := find_bare_prompt(row)) is not None:
-        return bare
-    name, value = _require(row, _QUESTIONS, where=where)
+        return require_text(bare, where=where, name="prompt[0].content")
+    name, value = _find(row, _QUESTIONS) or _refuse_row(row, _QUESTIONS, where=where)
     return require_text(value, where=where, name=name).strip()
 
 
@@ -77,9 +77,12 @@ def find_bare_prompt(row: Row) -> str | None:
     return content.strip()
 
 
-def find_golds(row: Row, *, where: str) -> tuple[str, ...]:
-    """Return the accepted answers, at least one. Raises QuestionError."""
-    name, value = _require(row, _GOLDS, where=where)
+def find_golds(row: Row, *, where: str, optional: bool = False) -> tuple[str, ...]:
+    """Return the accepted answers, at least one unless they are optional. Raises QuestionError."""
+    found = _find(row, _GOLDS)
+    if optional and (found is None or found[1] == []):
+        return ()
+    name, value = found or _refuse_row(row, _GOLDS, where=where)
     if isinstance(value, str):
         value = _unpack(value)
     if isinstance(value, Mapping):
@@ -94,6 +97,8 @@ def require_text(value: object, *, where: str, name: str) -> str:
     """Return the value if it is a text that says something. Raises QuestionError."""
     if not isinstance(value, str) or not value.strip():
         refuse(value, where=where, name=name, expected="a text that is not empty")
+    if half := SURROGATE.search(value):
+        refuse(half[0], where=where, name=f"character {half.start()} of {name}", expected="a whole character")
     return value
 
 
@@ -104,14 +109,12 @@ def refuse(value: object, *, where: str, name: str, expected: str) -> NoReturn:
     raise QuestionError(f"{where}: {name} is {shown}, expected {expected}; correct or drop this row")
 
 
-def _require(row: Row, names: tuple[str, ...], *, where: str) -> tuple[str, object]:
-    """Return what `_find` finds. Raises QuestionError that names the columns that there are."""
-    if (found := _find(row, names)) is None:
-        raise QuestionError(
-            f"{where}: none of {', '.join(names)} holds anything (there are {', '.join(row) or 'none'});"
-            " add one of these, or correct or drop this row"
-        )
-    return found
+def _refuse_row(row: Row, names: tuple[str, ...], *, where: str) -> NoReturn:
+    """Raise the QuestionError of a row that holds none of these, with the columns that there are."""
+    raise QuestionError(
+        f"{where}: none of {', '.join(names)} holds anything (there are {', '.join(row) or 'none'});"
+        " add one of these, or correct or drop this row"
+    )
 
 
 def _find(row: Row, names: tuple[str, ...]) -> tuple[str, object] | None:

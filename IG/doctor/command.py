@@ -24,7 +24,7 @@ from rich.table import Table as RichTable
 
 from IG.doctor.diagnosis import Diagnosis, Plan, diagnose, summary
 from IG.doctor.measuring import Measured, add_work, measure_questions, measure_rollouts
-from IG.doctor.questions import AskedQuestion, InputError, choose, read_questions
+from IG.doctor.questions import AskedQuestion, choose, read_questions
 from IG.doctor.readings import GainRule
 from IG.doctor.report import write_report
 from IG.doctor.rollouts import RecordedRollout, by_group, have_gains, read_rollouts, with_gains
@@ -42,6 +42,7 @@ from IG.service.config import (
 from IG.web.settings import SettingError, add_settings, expand_home
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
+from serving.questions import QuestionError
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
         if device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = device
         line = asyncio.run(examine(request, start_backend=start_backend))
-    except (InputError, SettingError, StartError, OSError) as error:
+    except (QuestionError, SettingError, StartError, OSError) as error:
         logger.error("%s", error)
         return 1
     except KeyboardInterrupt:
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
-    """Raises SettingError and InputError; exits as argparse does on an unknown flag and on --help."""
+    """Raises SettingError; exits as argparse does on an unknown flag and on --help."""
     given = vars(build_parser().parse_args(expand_home(arguments)))
     flags = [part for s in SETTINGS if s.name in given for part in (s.flag, given[s.name])]
     config = resolve_config(flags)
@@ -143,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=WORLD_QUESTIONS,
         metavar="FILE",
-        help="JSONL with answers and documents, or parquet as for training (default world/doctor.jsonl)",
+        help="JSONL with answers and documents, or JSON or parquet without (default world/doctor.jsonl)",
     )
     own.add_argument(
         "--num-questions",
@@ -192,7 +193,7 @@ async def examine(request: Request, *, start_backend: StartBackend) -> str:
     _make_folder(request.out)  # not after hours of measuring
     measured, rollouts = await _measure(request, questions, rollouts, start_backend=start_backend)
     if not measured.readings:
-        raise InputError(f"no question could be measured, the first: {measured.failures[0]}")
+        raise QuestionError(f"no question could be measured, the first: {measured.failures[0]}")
     plan = Plan(
         rule=GainRule(score=config.score, gain=config.gain, threshold=config.threshold),
         num_generations=config.num_generations,
@@ -244,7 +245,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
+        raise SettingError(
             f"--out is {path}, expected a folder or a place for one ({error.strerror})"
         ) from None
 

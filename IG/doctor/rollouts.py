@@ -14,14 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from IG.doctor.groups import RewardGroup
-from IG.doctor.questions import (
-    InputError,
-    read_json_lines,
-    refuse,
-    require_golds,
-    require_text,
-    require_whole,
-)
+from serving.golds import EXPECTED_GOLDS, parse_golds
+from serving.questions import QuestionError, Row, read_rows, refuse, require_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +40,12 @@ class RecordedRollout:
 
 
 def read_rollouts(path: Path) -> list[RecordedRollout]:
-    """All rollouts of a JSONL file, of a folder of them, or of a run folder. Raises InputError."""
+    """All rollouts of a JSONL file, of a folder of them, or of a run folder. Raises QuestionError."""
     folder = path / "trajectories" if (path / "trajectories").is_dir() else path
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else [path]
     rollouts = [rollout for file in files for rollout in _read_file(file)]
     if not rollouts:
-        raise InputError(f"{path}: no rollout that has an outcome; expected trajectories of a training run")
+        raise QuestionError(f"{path}: no rollout has an outcome; expected trajectories of a training run")
     return rollouts
 
 
@@ -96,20 +90,19 @@ def by_group(rollouts: Sequence[RecordedRollout]) -> dict[str, list[RecordedRoll
 
 
 def _read_file(path: Path) -> list[RecordedRollout]:
-    parsed = [(where, fields) for where, fields in read_json_lines(path)]
-    return [_parse(fields, where=where) for where, fields in parsed if _is_whole(fields)]
+    return [_parse(fields, where=where) for where, fields in read_rows(path) if _is_whole(fields)]
 
 
-def _is_whole(fields: Mapping[str, object]) -> bool:
+def _is_whole(fields: Row) -> bool:
     """Failed trajectories have no reward and are left out of training, hence of this."""
     return fields.get("failure") is None and fields.get("outcome") is not None
 
 
-def _parse(fields: Mapping[str, object], *, where: str) -> RecordedRollout:
+def _parse(fields: Row, *, where: str) -> RecordedRollout:
     return RecordedRollout(
         group=f"{fields.get('step')}/{require_text(fields.get('uid'), where=where, name='uid')}",
         question=require_text(fields.get("question"), where=where, name="question"),
-        golds=require_golds(fields.get("golds"), where=where, name="golds"),
+        golds=_golds(fields.get("golds"), where=where),
         context=_context(fields.get("turns"), where=where),
         answer=answer if isinstance(answer := fields.get("answer"), str) else None,
         outcome=_number(fields.get("outcome"), where=where, name="outcome"),
@@ -117,18 +110,25 @@ def _parse(fields: Mapping[str, object], *, where: str) -> RecordedRollout:
     )
 
 
+def _golds(value: object, *, where: str) -> tuple[str, ...]:
+    golds = parse_golds(value)
+    if not golds and value != []:
+        refuse(value, where=where, name="golds", expected=EXPECTED_GOLDS)
+    return golds
+
+
 def _context(turns: object, *, where: str) -> str:
     """Every search's passages as the policy read them: `Doc k(Title: ...) text`, one per line."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        refuse(where, "turns", turns, "a list of objects")
+        refuse(turns, where=where, name="turns", expected="a list of objects")
     searches = [turn.get("passages") or [] for turn in turns]
     context = "\n".join(_render(passages, where=where) for passages in searches if passages)
-    return require_whole(context, where=where, name="passages")
+    return require_text(context, where=where, name="passages") if context else ""
 
 
 def _render(passages: object, *, where: str) -> str:
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-        refuse(where, "passages", passages, "a list of objects with title and text")
+        refuse(passages, where=where, name="passages", expected="a list of objects with title and text")
     return "\n".join(
         f"Doc {k}(Title: {passage.get('title', '')}) {passage.get('text', '')}"
         for k, passage in enumerate(passages, start=1)
@@ -137,7 +137,7 @@ def _render(passages: object, *, where: str) -> str:
 
 def _number(value: object, *, where: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        refuse(where, name, value, "a number")
+        refuse(value, where=where, name=name, expected="a number")
     if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number beyond all floats
-        refuse(where, name, value, "a finite number")
+        refuse(value, where=where, name=name, expected="a finite number")
     return float(value)

@@ -43,7 +43,8 @@ def _read_file(path: Path) -> Iterator[AskedQuestion]:
     try:
         for where, row in read_rows(path):
             source = require_text(row.get("data_source", path.stem), where=where, name="data_source")
-            text = find_question(row, where=where).encode("utf-8", "replace").decode()
-            yield AskedQuestion(text=text, golds=find_golds(row, where=where), data_source=source)
+            yield AskedQuestion(
+                text=find_question(row, where=where), golds=find_golds(row, where=where), data_source=source
+            )
     except QuestionError as error:
         raise RetrieverError(str(error)) from error

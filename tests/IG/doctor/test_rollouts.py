@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from IG.doctor.questions import InputError
 from IG.doctor.rollouts import have_gains, observed_groups, read_rollouts, with_gains
+from serving.questions import QuestionError
 
 PASSAGES = [{"id": "1", "title": '"A"', "text": "is a", "score": 1.0}, {"title": "B", "text": "is b"}]
 
@@ -76,14 +76,14 @@ def test_gains_that_nobody_measured_can_be_filled_in(tmp_path: Path) -> None:
         ([line(outcome="good")], "t.jsonl:1: outcome is 'good', expected a number"),
         ([line(outcome=10**400)], "expected a finite number"),
         ([line(gain=float("nan"))], "t.jsonl:1: gain is nan, expected a finite number"),
-        ([line(turns=[{"passages": [{"title": "\ud800"}]}])], "t.jsonl:1: passages has '\\ud800'"),
+        ([line(turns=[{"passages": [{"title": "\ud800"}]}])], "t.jsonl:1: character 13 of passages is"),
         ([line(gain=True)], "t.jsonl:1: gain is True, expected a number"),
         ([line(turns="x")], "t.jsonl:1: turns is 'x', expected a list of objects"),
         ([line(turns=[{"passages": ["x"]}])], "t.jsonl:1: passages is ['x']"),
-        ([line(failure="broken")], "t.jsonl: no rollout that has an outcome"),
+        ([line(failure="broken")], "t.jsonl: no rollout has an outcome"),
     ],
 )
 def test_what_is_no_rollout_is_named(tmp_path: Path, lines: list[object], message: str) -> None:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(QuestionError) as raised:
         read_rollouts(write(tmp_path / "t.jsonl", *lines))
     assert message in str(raised.value)

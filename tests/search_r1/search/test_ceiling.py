@@ -141,6 +141,7 @@ def test_questions_of_all_kinds_of_files(tmp_path: Path) -> None:
         ("[1]", r"the row is \[1\]"),
         ('{"golden_answers": ["A"]}', "none of question, "),
         ('{"question": "Q"}', "none of reward_model"),
+        (r'{"question": "Q\ud800", "golden_answers": ["A"]}', "character 1 of question is"),
         ('{"question": "Q", "golden_answers": []}', r"golden_answers is \[\]"),
         ('{"question": "Q", "golden_answers": [""]}', r"golden_answers is \[''\]"),
         ('{"question": "Q", "golden_answers": [null]}', r"golden_answers is \[None\]"),
