@@ -139,12 +139,13 @@ def count_positions(model: PreTrainedModel) -> int | None:
     return positions if positions is not None and positions > 0 else None  # XLNet's is -1
 
 
-def entailment_label(id2label: dict[int, str], *, model: str) -> int:
-    """Index of the label called entailment, whatever its case. Raises ValueError when there is none."""
-    found = [index for index, label in id2label.items() if label.lower() in ("entailment", "entail")]
+def entailment_label(id2label: object, *, model: str) -> int:
+    """Return the index of the label called entailment, in any case. Raises ValueError when there is none."""
+    labels = id2label if isinstance(id2label, dict) else {}
+    found = [index for index, label in labels.items() if str(label).lower() in ("entailment", "entail")]
     if len(found) != 1:
         raise ValueError(
-            f"entailment model {model}: its config.json has the labels {dict(id2label)}, expected one called "
+            f"entailment model {model}: its config.json has the labels {id2label}, expected one called "
             "'entailment'; choose a model trained on natural-language inference or name its labels there"
         )
     return int(found[0])

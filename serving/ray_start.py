@@ -72,7 +72,6 @@ def start_ray(
             if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
                 raise
             logger.warning("Ray did not start in time (a busy machine?); attempt %d failed", attempt)
-    raise AssertionError("unreachable")
 
 
 def describe_death(error: Exception, *, folder: Path, pid: int | None) -> str:

@@ -66,7 +66,8 @@ def _require_length(config: IGServiceConfig, generator: Mapping[str, Any]) -> No
     """Raises ValueError when prompt and answer cannot have the tokens that the settings ask for."""
     stated = generator.get("max_position_embeddings")
     positions = stated if isinstance(stated, int) else 0
-    stretches = generator.get("rope_scaling") or generator.get("rope_parameters") or {}
+    stretches = generator.get("rope_scaling") or generator.get("rope_parameters")
+    stretches = stretches if isinstance(stretches, dict) else {}
     is_stretched = stretches.get("rope_type", stretches.get("type", "default")) != "default"
     if 0 < positions < config.max_model_len and not is_stretched:
         raise ValueError(

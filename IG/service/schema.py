@@ -74,7 +74,6 @@ class InfoGainRequest(BaseModel):
     )
     compat: bool | None = Field(
         default=None,
-        strict=True,
         description="Give items that fail the score 0.0 beside their error, as the published service does, "
         "instead of null. Null: what the service was started with, `--compat`.",
     )

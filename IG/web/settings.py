@@ -110,7 +110,7 @@ def expand_home(arguments: Sequence[str] | None) -> list[str]:
 
 
 def parse_path(text: str) -> Value:
-    """Anything but nothing; `~` is the home folder, also where the shell did not expand it."""
+    """Parse a path that is not empty; `~` is the home folder, also in a variable of the environment."""
     return os.path.expanduser(str(parse_text(text)))
 
 

@@ -19,15 +19,8 @@ RETRY = (
 )
 NOTHING_FOUND = "Nothing was found for this query."
 
-_TAG_NAMES = (
-    *("think", "search", "information", "answer"),
-    *(
-        "documents",
-        "refine",
-        "tool_call",
-        "tool_response",
-    ),  # of formats that policies may have been trained on
-)
+# The agent's own, and those of other formats that a policy may have been trained on.
+_TAG_NAMES = ("think", "search", "information", "answer", "documents", "refine", "tool_call", "tool_response")
 TAGS = tuple(f"<{slash}{name}>" for name in _TAG_NAMES for slash in ("", "/"))
 _TAG = re.compile(rf"<(?=/?(?:{'|'.join(_TAG_NAMES)})>)", re.IGNORECASE)
 _OPENING = "\n\n<information>"

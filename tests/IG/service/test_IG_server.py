@@ -121,6 +121,7 @@ async def test_the_published_client_gets_what_it_reads() -> None:
     [
         ((), {}, None),
         ((), {"compat": True}, 0.0),
+        ((), {"compat": "true"}, 0.0),
         (("--compat",), {}, 0.0),
         (("--compat",), {"compat": False}, None),
         (("--compat",), {"compat": None}, 0.0),

@@ -122,10 +122,16 @@ LABELS = {"id2label": {"0": "entailment", "1": "neutral"}}
     ("flags", "generator", "entailment", "message"),
     [
         ([], {}, {}, "entailment model .* expected one called 'entailment'"),
-        ([], {}, {"id2label": {"0": "yes"}}, "has the labels .*'yes'"),
+        ([], {}, {"id2label": {"0": "yes", "1": 1}}, "has the labels .*'yes'"),
+        ([], {}, {"id2label": ["entailment"]}, "has the labels .*'entailment'"),
         (["--max-new-tokens", "64"], {"max_position_embeddings": 64}, LABELS, "leaves no room for a prompt"),
         (["--max-new-tokens", "64", "--max-model-len", "32"], {}, LABELS, "leaves no room for a prompt"),
-        (["--max-model-len", "65"], {"max_position_embeddings": 64}, LABELS, "has 64 positions"),
+        (
+            ["--max-model-len", "65"],
+            {"max_position_embeddings": 64, "rope_scaling": ["yarn"]},
+            LABELS,
+            "has 64 positions",
+        ),
         (["--prompt-style", "chat"], {}, LABELS, "--prompt-style chat: .* has no chat template"),
     ],
 )
