@@ -80,7 +80,7 @@ def _parse_row(row: Row, *, where: str, write_prompt: Callable[[str], str]) -> Q
     split = require_text(extra.get("split"), where=where, name="extra_info.split")
     index = extra.get("index")
     if not isinstance(index, int | str) or isinstance(index, bool) or index == "":
-        refuse(index, where=where, name="extra_info.index", expected="a number or a name")
+        refuse(index, where=where, name="extra_info.index", expected="a whole number or a name")
     data_source = require_text(row.get("data_source"), where=where, name="data_source")
     text = find_question(row, where=where)
     if find_bare_prompt(row) is None:
