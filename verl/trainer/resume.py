@@ -10,7 +10,7 @@ from serving.redaction import redact
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.progress import Identity, Progress
-from verl.utils.manifest import Manifest, read_manifest, update_manifest
+from verl.utils.manifest import MANIFEST_FILE, Manifest, read_manifest, update_manifest
 from verl.utils.run_folder import (
     CHECKPOINTS,
     has_records,
@@ -31,12 +31,12 @@ def find_progress(
 
     Raises ConfigError if checkpoints are damaged, missing or those of another run, or nothing is left to do.
     """
-    settings = config.trainer
-    if settings.resume_mode == "disable" and (previous := set_aside_run(run_dir)):
+    trainer = config.trainer
+    if trainer.resume_mode == "disable" and (previous := set_aside_run(run_dir)):
         logger.info("trainer.resume_mode=disable: the earlier run was moved to %s", previous)
     checkpoints = CheckpointStore(
         run_dir / CHECKPOINTS,
-        keep=settings.max_checkpoints_to_keep,
+        keep=trainer.max_checkpoints_to_keep,
         on_write=lambda step: update_manifest(run_dir, saved_step=step),
     )
     earlier = read_manifest(run_dir) or {}
@@ -51,7 +51,7 @@ def find_progress(
             )
         return checkpoints, Progress(), None
     progress = Progress.load(newest, identity=identity)
-    if progress.step >= total_steps and not settings.evaluates_only:
+    if progress.step >= total_steps and not trainer.evaluates_only:
         raise ConfigError(
             f"the run in {run_dir} has done {progress.step} of {total_steps} steps: nothing is left. Raise "
             "trainer.total_training_steps (and total_epochs) to go on, evaluate with trainer.val_only=true, "
@@ -67,9 +67,11 @@ def find_progress(
     recorded = {line["step"] for line in read_metrics(run_dir) if line["kind"] == "train"}
     if missing := set(range(1, progress.step + 1)) - recorded:
         logger.warning("%d of %d finished steps are missing in metrics.jsonl", len(missing), progress.step)
+    if not earlier:
+        logger.warning("%s is missing: what changed since the last start is unknown", MANIFEST_FILE)
     for change in list_changes(earlier, manifest):
-        logger.warning("changed since this run was started: %s", change)
-    set_aside = set_aside_evaluation if settings.evaluates_only else set_aside_later_steps
+        logger.warning("changed since the last start of this run: %s", change)
+    set_aside = set_aside_evaluation if trainer.evaluates_only else set_aside_later_steps
     if (previous := set_aside(run_dir, step=progress.step)) is not None:
         logger.info("records that this run writes again were moved to %s", previous)
     return checkpoints, progress, newest
@@ -96,16 +98,22 @@ def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
     Settings, held-out data and the retriever's index: the run may go on with others, but its scores before
     and after cannot be compared. Training data and model may not change: see `run_identity`.
     """
-    before, after = flatten(earlier.get("config") or {}), flatten(redact(manifest["config"]))
-    for describe in (retriever_facts, file_hashes):
+    before: dict[str, object] = {}
+    after: dict[str, object] = {}
+    for describe in (settings, retriever_facts, file_hashes):
         old, new = describe(earlier), describe(manifest)
         if old and new:
             before, after = before | old, after | new
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after})
+        for key in sorted({*before, *after} - {"trainer.val_only"})
         if before.get(key) != after.get(key)
     ]
+
+
+def settings(manifest: Manifest) -> dict[str, object]:
+    """Return the configuration as dotted keys, secrets redacted."""
+    return flatten(redact(manifest.get("config") or {}))
 
 
 def file_hashes(manifest: Manifest) -> dict[str, object]:

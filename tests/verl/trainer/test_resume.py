@@ -155,5 +155,8 @@ def test_changes_are_listed() -> None:
         "retriever.topk: 3 -> 5",
         "sha256 of test.parquet: 'ab' -> 'cd'",
     ]
+    config.trainer.val_only = True  # an evaluation changes nothing
+    assert len(list_changes(earlier, describe(config, services=index("ab")) | {"data": earlier["data"]})) == 1
+    assert list_changes({}, now) == []  # the manifest was removed
     # A published server does not describe itself: then there is nothing to compare.
     assert list_changes(earlier, earlier | {"services": {"retriever": {"version": None}}}) == []
