@@ -26,7 +26,7 @@ _NAMED_VALUE = re.compile(
 )
 _HEADER = re.compile(r"""(?i)((?:authorization|cookie)["']?\s*[=:]\s*["']?)[^"'\n]{4,}""")
 _BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}")
-_BASIC = re.compile(r"(\b[Bb]asic\s+)(?=[a-z+/]*[A-Z0-9=])[\w+/]{8,}={0,2}")
+_BASIC = re.compile(r"(\b[Bb]asic\s+)(?=[A-Za-z+/]*[0-9=]|[\w+/][a-z+/]*[A-Z])[\w+/]{8,}={0,2}")
 _KNOWN_FORMS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END|\Z)"
     r"|\b(?:"

@@ -124,7 +124,7 @@ def parse_switch(text: str) -> Value:
 def parse_token(text: str) -> Value:
     """Unlike the others, what this raises does not repeat the value."""
     if text and not _TOKEN.fullmatch(text):
-        raise SettingError("no bearer token: expected visible ASCII characters without spaces")
+        raise SettingError("no bearer token, expected visible ASCII characters without spaces")
     return text
 
 
@@ -138,7 +138,7 @@ def read_token_file(path: str) -> Value:
             f"{path!r}, which cannot be read ({reason}); expected a file with a token"
         ) from None
     if not _TOKEN.fullmatch(token):
-        raise SettingError(f"{path!r}, which holds no bearer token: expected visible ASCII without spaces")
+        raise SettingError(f"{path!r}, which holds no bearer token, expected visible ASCII without spaces")
     return token
 
 

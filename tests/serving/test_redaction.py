@@ -78,6 +78,7 @@ def test_free_text(text: str) -> None:
     "text",
     [
         "the key to the city; a basic retriever; 30 tokens = 1 line; see http://127.0.0.1:8000/retrieve",
+        "Basic Information about basic algorithms",
         "policy_tokens=12, max_tokens: 96, num_keys=4000, sort_key=title",
         "ask-me-anything-about-this, task-0123456789-abcdef, eyJ",
         "mail to http://host/?to=me and a@b",

@@ -7,6 +7,7 @@ import pytest
 import IG.service.config as config_module
 from IG.service.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
 from IG.web.settings import SettingError, settings_table
+from serving.redaction import redact_text
 
 README = Path(config_module.__file__).with_name("README.md")
 
@@ -89,7 +90,9 @@ def test_a_bad_token_is_refused_without_being_repeated(token: str, tmp_path: Pat
         resolve_config([], environ={"IG_TOKEN": token})
     with pytest.raises(SettingError, match="holds no bearer token") as from_file:
         resolve_config(["--token-file", str(file)], environ={})
-    assert token not in f"{from_environment.value} {from_file.value}"
+    messages = f"{from_environment.value} {from_file.value}"
+    assert token not in messages
+    assert redact_text(messages) == messages  # the log shows all of them
 
 
 @pytest.mark.parametrize(
