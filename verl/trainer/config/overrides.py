@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 
 from verl.errors import ConfigError
 from verl.trainer.config.loading import schema_keys
-from verl.trainer.config.published import PROJECTS, find_rule, recognize
+from verl.trainer.config.published import PROJECTS, find_rule, has_key, recognize
 
 _NEAR = 0.85
 """Similarity from which a key counts as a typing error of another."""
@@ -60,12 +60,15 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     overrides = [argument for argument in read if argument.is_override]
     project = recognize(a.key for a in overrides if a.key not in known)
     settings = {a.key: a.value for a in overrides}
+    # A key that exists only here shows a script that is written or converted for this trainer.
+    is_ours = not project or any(key in known and not has_key(project, key) for key in settings)
     sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
     problems: dict[str, None] = {}
     for argument in read:
         is_known = argument.is_override and argument.key in known
         form = _check_form(argument, sweeps=sweeps) if is_known else None
-        key = _check_key(argument, settings, known=known, project=project)
+        is_settled = is_known and is_ours
+        key = None if is_settled else _check_key(argument, settings, known=known, project=project)
         problems.update(dict.fromkeys(problem for problem in (form, key) if problem))
     if problems:
         raise ConfigError(_join(list(problems), project))

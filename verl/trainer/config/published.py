@@ -29,7 +29,7 @@ class Rule:
     note: str
 
     def covers(self, key: str) -> bool:
-        return re.fullmatch(re.sub(r"[{},*.]", lambda sign: _SIGNS[sign[0]], self.keys), key) is not None
+        return _matches(self.keys, key)
 
     def advise(self, key: str, settings: Mapping[str, Any]) -> str:
         """Return what to write instead of `key`, with values computed from the script; of null nothing is."""
@@ -72,6 +72,12 @@ def recognize(unknown: Iterable[str]) -> str:
     return letters.most_common(1)[0][0] if letters else ""
 
 
+def has_key(project: str, key: str) -> bool:
+    """Return whether `project` (a letter of PROJECTS) has this key, too."""
+    is_same = any(_matches(pattern, key) for pattern in read_same_keys(project))
+    return is_same or any(project in rule.projects and rule.covers(key) for rule in read_rules())
+
+
 def find_rule(key: str, settings: Mapping[str, Any], *, projects: str) -> Rule | None:
     """Return the first rule of these projects that holds for `key` in a script with these settings."""
     names = _by_last_part(settings, key)
@@ -79,6 +85,10 @@ def find_rule(key: str, settings: Mapping[str, Any], *, projects: str) -> Rule |
         if set(projects) & set(rule.projects) and rule.covers(key) and _holds(rule.condition, names):
             return rule
     return None
+
+
+def _matches(pattern: str, key: str) -> bool:
+    return re.fullmatch(re.sub(r"[{},*.]", lambda sign: _SIGNS[sign[0]], pattern), key) is not None
 
 
 def _by_last_part(settings: Mapping[str, Any], key: str) -> dict[str, Any]:

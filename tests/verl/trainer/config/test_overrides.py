@@ -127,6 +127,17 @@ def test_the_same_name_is_taken_as_ours_without_signs_of_another_trainer() -> No
     assert check_overrides(ours) == ours
 
 
+@pytest.mark.parametrize(
+    ("script", "left"), [("verl, search", "trainer.nnodes=1"), ("IGPO", "codeact_env_disabled=true")]
+)
+def test_a_script_that_is_converted_but_for_one_key_is_not_converted_again(script: str, left: str) -> None:
+    said = refusals(SCRIPTS[script])
+    kept = [a for a in SCRIPTS[script] if a.partition("=")[0].lstrip("+") not in said]
+    advised = [advice.partition(";")[0] for advice in said.values() if advice.startswith("write ")]
+    converted = " ".join(text.removeprefix("write ") for text in advised).split()
+    assert list(refusals([*kept, *converted, left])) == [left.partition("=")[0]]
+
+
 def test_what_belongs_to_igpo_says_so() -> None:
     said = refusals(SCRIPTS["IGPO"])
     its_own = [key for key in said if re.match(r"algorithm\.(gamma|info_gain|use_curr|curr|use_vec)", key)]
