@@ -348,7 +348,7 @@ def test_a_plain_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_health_answers_at_once_under_full_load_and_turns_are_limited() -> None:
-    """At once: in processor time of the loop's thread, on which a busy machine has no influence."""
+    """At once: in a small part of all processor time of the loop's thread, whatever the machine's speed."""
     backend = FakeBackend(pause_s=0.5)
     flags = ("--max-concurrent-requests", "2", "--max-queued-items", "6000")
     async with serving(backend, *flags) as client:
@@ -356,19 +356,20 @@ async def test_health_answers_at_once_under_full_load_and_turns_are_limited() ->
         work = [
             asyncio.create_task(client.post("/compute_info_gain", json={"items": items})) for _ in range(4)
         ]
-        slowest, num_answered = 0.0, 0
+        slowest, num_answered, began = 0.0, 0, time.thread_time()
         while not all(task.done() for task in work):
             started = time.thread_time()
             assert (await client.get("/health")).json()["status"] == "healthy"
             slowest = max(slowest, time.thread_time() - started)
             num_answered += not any(task.done() for task in work)
             await asyncio.sleep(0.02)
+        whole = time.thread_time() - began
         answers = [(await task).json() for task in work]
     assert all(answer["scores"] == [0.5] * 1250 for answer in answers)
     assert backend.most == 2
     assert backend.closed
     assert num_answered >= 3, "while the first two were worked on, which takes half a second"
-    assert slowest < 1.0
+    assert slowest < whole / 3, (slowest, whole)
 
 
 async def test_a_backend_that_breaks_gives_every_item_its_error() -> None:

@@ -98,11 +98,11 @@ def _interrupt_at_work(process: subprocess.Popen[bytes], client: httpx.Client) -
 
 def test_alone_or_in_a_crowd_on_two_workers_a_score_is_the_same_and_an_interrupt_loses_none() -> None:
     """Two services, whose caches are fresh: only the seeds can agree."""
-    with serving() as (process, client):
+    with serving("--shutdown-grace-s", "500") as (process, client):
         alone = _score(client, [ITEM])
         _interrupt_at_work(process, client)
     too_long = ITEM | {"context": "Alice Marsh " * 2000}
-    with serving("--num-workers", "2") as (process, client):
+    with serving("--num-workers", "2", "--shutdown-grace-s", "500") as (process, client):
         assert client.get("/health").json()["mode"] == "multi-CPU"
         together = _score(client, [*_crowd(20), ITEM, *_crowd(40)[20:], too_long])
         _interrupt_at_work(process, client)
