@@ -93,6 +93,8 @@ class RayCluster:
                 cluster.tie_processes()
                 await asyncio.wait([loading], timeout=_LOOK_EVERY_S)
             loading.result()
+            # Ray put its own handler, which prints a stack and aborts, in place of the one that Python knows.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         except BaseException:
             loading.cancel()
             cluster._stop.set()

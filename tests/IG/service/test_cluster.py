@@ -54,6 +54,19 @@ async def cluster() -> AsyncIterator[RayCluster]:
         await started.aclose()
 
 
+async def test_a_signal_to_stop_reaches_the_handler_and_not_ray(capfd: pytest.CaptureFixture[str]) -> None:
+    received = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(received.set))
+    try:
+        async with cluster():
+            os.kill(os.getpid(), signal.SIGTERM)
+            await received.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "SIGTERM" not in capfd.readouterr().err
+
+
 async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IG_TOKEN", "hush")
     monkeypatch.setenv("HF_TOKEN", "needed")
