@@ -88,7 +88,6 @@ def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
 def check_model(config: ModelConfig, *, device: str) -> Path:
     """Return the model's folder. Raises ConfigError for what shows without loading the weights."""
     folder = resolve_model_folder(config.path)
-    compute_dtype(config, device=device)
     _choose_attention(config, device=device)
     with _naming_model(config.path):
         settings = AutoConfig.from_pretrained(
