@@ -50,6 +50,9 @@ def start_ray(
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # When it loses the raylet, Ray ends a process whose parent is process 1 (nohup, a container) at once with
+    # nothing taken down. This is the process it checks instead; the workers get the raylet's id.
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     import ray
 
     for attempt in range(1, _START_ATTEMPTS + 1):

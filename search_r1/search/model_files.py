@@ -35,7 +35,7 @@ def find_model(path: str | Path, *, role: str) -> Path:
     if not _HUB_NAME.fullmatch(str(path)):
         raise RetrieverError(f"{role} {path} does not load (there is no such folder); {expected}")
     disable_progress_bars()
-    logger.info("%s %s is no folder here: looking in the cache and on the hub", role, path)
+    logger.info("%s %s is not a folder here: looking in the cache and on the hub", role, path)
     try:
         return Path(
             huggingface_hub.snapshot_download(

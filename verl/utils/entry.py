@@ -6,7 +6,8 @@ import errno
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from serving.logs import safe_text
 from verl.errors import (
@@ -38,8 +39,8 @@ _FIXES = {
     errno.EROFS: "make it writable or name another folder",
     errno.EACCES: "change its permissions or name another folder",
     errno.EPERM: "change its permissions or name another folder",
-    errno.EEXIST: "it is no folder: move it away or name another folder",
-    errno.ENOTDIR: "a part of it is no folder: name another folder",
+    errno.EEXIST: "it is not a folder: move it away or name another folder",
+    errno.ENOTDIR: "a part of it is not a folder: name another folder",
     errno.EMFILE: "raise the limit (ulimit -n) and repeat the command",
 }
 
@@ -54,11 +55,16 @@ def error_line() -> Iterator[None]:
         yield
     except (*_USER_ERRORS, OSError) as error:
         logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
-        sys.exit(f"error: {safe_text(describe_error(error))}")
+        _exit(describe_error(error))
     except Exception as error:
         logger.exception("a defect of this program")
-        text = f"unexpected {type(error).__name__}: {error}; please report the traceback above"
-        sys.exit(f"error: {safe_text(text)}")
+        _exit(f"unexpected {type(error).__name__}: {error}; please report the traceback above")
+
+
+def _exit(text: str) -> NoReturn:
+    with suppress(OSError):  # nobody reads it
+        sys.stdout.flush()  # or what Ray printed would follow the line
+    sys.exit(f"error: {safe_text(text)}")
 
 
 def describe_error(error: BaseException) -> str:

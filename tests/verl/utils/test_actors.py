@@ -222,8 +222,9 @@ sys.exit("error: last line")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_cluster_that_loses_a_process_says_so_while_actors_can_still_save(name: str) -> None:
+    # Without a parent, as after nohup and in containers: Ray then takes every failed write for its end.
     ended = subprocess.run(
-        [sys.executable, "-c", _LOSE_PROCESS, name],
+        ["sh", "-c", '"$@" &', "sh", sys.executable, "-c", _LOSE_PROCESS, name],
         capture_output=True,
         text=True,
         timeout=120,
@@ -235,7 +236,6 @@ def test_a_cluster_that_loses_a_process_says_so_while_actors_can_still_save(name
     assert "the actor holds 2" in lines
     assert lines[-1] == "folder: False children: 0"
     assert ended.stderr.splitlines()[-1] == "error: last line"
-    assert ended.returncode == 1
 
 
 def test_an_unknown_launcher_is_refused() -> None:

@@ -47,7 +47,7 @@ def end_with(error: BaseException) -> str:
         (PermissionError(errno.EACCES, "Permission denied", "run"),
          "error: run: Permission denied; change its permissions or name another folder"),
         (FileExistsError(errno.EEXIST, "File exists", "run"),
-         "error: run: File exists; it is no folder: move it away or name another folder"),
+         "error: run: File exists; it is not a folder: move it away or name another folder"),
         (OSError("no address"), "error: no address"),
     ],
 )  # fmt: skip
