@@ -20,11 +20,11 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Protocol
 
 from IG.frames import make_frame
-from IG.lifeline import Lifeline
 from IG.prompts import STOP_STRINGS, PromptStyle
-from IG.web.loading import load_in_thread
 from serving.encoding import TextEncoder
+from serving.lifeline import Lifeline
 from serving.machine import prepare_engine
+from serving.web.loading import load_in_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +154,7 @@ class VllmSampler:
     async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
         """Load the model in a process of its own, which dies with this one. Raises what vLLM raises.
 
-        Cancelling it ends that process at once and leaves the thread that loads behind (see IG.web.loading).
+        Cancelling it ends that process at once and leaves the loading thread behind (see serving.web.loading).
         """
         lifeline = Lifeline()
         loading = load_in_thread(lambda: _load_engine(engine), name="engine")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from IG.http import CallError
+from serving.http import CallError
 
 SERVICE = "IG service"
 _LONGEST_TIMEOUT_S = 86400.0

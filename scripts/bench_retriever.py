@@ -41,7 +41,7 @@ from supervise import Child, ChildFailedError, Supervisor, service_environment
 from bench import bare_index, clustered
 from bench.load import Load, ask_all_the_time
 from bench.service import ROOT, start_service
-from IG.web.settings import expand_home
+from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 
 TOPK = 3

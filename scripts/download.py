@@ -48,7 +48,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from IG.web.settings import expand_home
+from serving.web.settings import expand_home
 
 RECEIPTS = "download.json"
 LOCK = ".download.lock"

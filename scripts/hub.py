@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import httpx
 
-from IG.http import parse_retry_after
+from serving.http import parse_retry_after
 
 _MAX_REDIRECTS = 5
 _LONGEST_PAUSE_S = 30.0

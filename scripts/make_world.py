@@ -31,9 +31,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from IG.web.settings import expand_home
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
 from search_r1.search.index_builder import build_index
+from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
 from world.facts import World, WorldSize, draw_world

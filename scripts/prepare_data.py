@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from IG.web.settings import expand_home
-from search_r1.agent.prompts import search_instruction
 from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
+from serving.web.settings import expand_home
+from verl.agent.prompts import search_instruction
 from verl.errors import ConfigError, DataError
 from verl.utils.entry import error_line
 from verl.utils.files import naming_file

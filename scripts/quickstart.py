@@ -33,8 +33,8 @@ from supervise import (
     wait_until_ready,
 )
 
-from IG.web.settings import expand_home
 from serving.logs import safe_text
+from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from IG.web.settings import expand_home
-from verl.report.report import write_report
+from serving.web.settings import expand_home
+from verl.run.report.report import write_report
 from verl.utils.entry import error_line
 
 

@@ -16,13 +16,9 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from IG.web.settings import expand_home
+from serving.web.settings import expand_home
 from verl.errors import DataError
-from verl.report.examples import is_right
-from verl.report.run_data import count_searches
-from verl.report.text import split_output
-from verl.utils.entry import error_line
-from verl.utils.records import (
+from verl.run.records import (
     EVALUATION,
     TRAJECTORIES,
     TrajectoryRecord,
@@ -30,6 +26,10 @@ from verl.utils.records import (
     iterate_records,
     step_files,
 )
+from verl.run.report.examples import is_right
+from verl.run.report.run_data import count_searches
+from verl.run.report.text import split_output
+from verl.utils.entry import error_line
 
 STYLES = {
     "think": "magenta",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from verl.rollout.recorder import Recorder
+from verl.run.manifest import finish_manifest, make_manifest, write_manifest
+from verl.run.recorder import Recorder
+from verl.run.tracking import Tracker
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.types import Action, ActionKind, Group, Passage, Question, Score, Stop, Trajectory, Turn
-from verl.utils.manifest import finish_manifest, make_manifest, write_manifest
-from verl.utils.tracking import Tracker
 
 GAIN_WEIGHT = 0.6
 _FACTS = (

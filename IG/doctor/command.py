@@ -39,10 +39,10 @@ from IG.service.config import (
     resolve_config,
     visible_device,
 )
-from IG.web.settings import SettingError, add_settings, expand_home
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
 from serving.questions import QuestionError
+from serving.web.settings import SettingError, add_settings, expand_home
 
 logger = logging.getLogger(__name__)
 

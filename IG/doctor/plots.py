@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from IG.doctor.noise import NoiseReport
 from IG.doctor.scenarios import LABELS, Scenario
-from IG.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
+from serving.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
 
 GainsByScenario = Mapping[str, Mapping[Scenario, Sequence[float]]]
 """Gains by kind of question, then by scenario."""

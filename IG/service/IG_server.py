@@ -33,16 +33,16 @@ from IG.service.metrics import ServiceMetrics
 from IG.service.models import require_models
 from IG.service.rendering import render
 from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse, VersionResponse
-from IG.web.application import add_guards, add_states, make_application, wait_until_left
-from IG.web.host import Host
-from IG.web.limits import bounded_route
-from IG.web.loading import is_loading
-from IG.web.metrics import CONTENT_TYPE
-from IG.web.openapi import metrics_response, refusals, security
-from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
-from IG.web.version import package_version
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
+from serving.web.application import add_guards, add_states, make_application, wait_until_left
+from serving.web.host import Host
+from serving.web.limits import bounded_route
+from serving.web.loading import is_loading
+from serving.web.metrics import CONTENT_TYPE
+from serving.web.openapi import metrics_response, refusals, security
+from serving.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
 

@@ -28,7 +28,7 @@ from IG.sampler import (
 from IG.service.cluster import ActorLostError, RayActor, RayCluster
 from IG.service.config import IGServiceConfig
 from IG.service.pool import WorkerLostError
-from IG.web.loading import load_in_thread
+from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

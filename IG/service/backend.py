@@ -18,7 +18,7 @@ from IG.service.IG_worker import LocalWorker, RayWorker, count_workers, sampling
 from IG.service.models import model_digest, model_folder, require_models
 from IG.service.pool import StartWorker, Worker, WorkerPool
 from IG.sharing import ModelIdentity
-from IG.web.loading import load_in_thread
+from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import psutil
 
-from IG.lifeline import Lifeline
-from IG.web.loading import load_in_thread
+from serving.lifeline import Lifeline
 from serving.ray_start import describe_death, make_ray_folder, start_ray
+from serving.web.loading import load_in_thread
 
 _LOOK_EVERY_S = 0.2
 _OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from IG.prompts import PromptStyle, PromptType
 from IG.semantics import GainKind, ScoreKind
-from IG.web.settings import (
+from serving.web.settings import (
     Parse,
     Setting,
     SettingError,

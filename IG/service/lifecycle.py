@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from IG.estimator import Estimates, FailureKind, GainFailure, GainQuery
 from IG.service.backend import Backend
 from IG.sharing import ModelIdentity, Work
-from IG.web.host import Host, UnavailableError
-from IG.web.limits import Admission
+from serving.web.host import Host, UnavailableError
+from serving.web.limits import Admission
 
 logger = logging.getLogger(__name__)
 

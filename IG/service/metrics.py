@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from IG.estimator import GainEstimate, GainFailure
 from IG.service.backend import Backend
 from IG.sharing import Work
-from IG.web.metrics import RequestMetrics, render_metrics
+from serving.web.metrics import RequestMetrics, render_metrics
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from IG.web.openapi import COMMON, Explained
+from serving.web.openapi import COMMON, Explained
 
 DESCRIPTION = """
 The service samples short answers to a question with a context and without it, groups them by meaning, and

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import cast
 
-from IG.web.loading import load_in_thread
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Retriever, ThreadedRetriever
 from search_r1.search.settings import BM25, HYBRID, RetrieverSettings
+from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from IG.web.version import package_version
 from search_r1.search.agreement import (
     FloatArray,
     Trial,
@@ -50,6 +49,7 @@ from search_r1.search.vector_index import (
     open_vectors,
     write_index,
 )
+from serving.web.version import package_version
 
 if TYPE_CHECKING:
     from search_r1.search.encoder import TextEncoder

@@ -183,8 +183,8 @@ async def _open(settings: argparse.Namespace) -> tuple[Retriever, dict[str, obje
 
 
 async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
-    from IG.http import CallError
     from search_r1.search.remote import RemoteRetriever
+    from serving.http import CallError
 
     try:
         remote = RemoteRetriever(url, token=os.environ.get("RETRIEVER_TOKEN") or None)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
-from IG.plotting import COLOURS, INK, STYLE
 from search_r1.search.answer_ranks import AnswerRank, by_source, share_within
+from serving.plotting import COLOURS, INK, STYLE
 
 
 def draw_ceiling(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int], title: str) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from IG.web.settings import expand_home
 from search_r1.search import defaults
 from search_r1.search.building import BuildPlan, Report, build
 from search_r1.search.encoding_run import CHUNK_SIZE, EncoderSpec, holds_unfinished, lock_folder
@@ -29,6 +28,7 @@ from search_r1.search.manifest import IndexManifest
 from search_r1.search.progress import PhaseProgress, format_seconds
 from search_r1.search.recipes import FAMILIES, POOLINGS
 from serving.logs import configure_logging
+from serving.web.settings import expand_home
 
 logger = logging.getLogger(__name__)
 

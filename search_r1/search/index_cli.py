@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from IG.web.settings import expand_home
 from search_r1.search.errors import RetrieverError
 from serving.logs import configure_logging
+from serving.web.settings import expand_home
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from http import HTTPStatus
 
 from pydantic import TypeAdapter, ValidationError
 
-from IG.http import CallError, JsonService
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import MAX_TIMEOUT_S, Document, ScoredDocument
+from serving.http import CallError, JsonService
 
 SERVICE = "retriever"
 _START = "start it with `bash retrieval_launch.sh` and check its URL"

@@ -30,14 +30,6 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from IG.web.application import add_guards, add_states, make_application, wait_until_left
-from IG.web.host import Host, UnavailableError
-from IG.web.limits import Admission, bounded_route
-from IG.web.loading import is_loading
-from IG.web.metrics import CONTENT_TYPE
-from IG.web.openapi import COMMON, Explained, metrics_response, refusals, security
-from IG.web.serving import GracefulServer, is_loopback, leave, listen, url_of
-from IG.web.version import package_version
 from search_r1.search.answers import find_refusal, render_answer
 from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher
@@ -47,6 +39,14 @@ from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 from serving.logs import configure_logging
+from serving.web.application import add_guards, add_states, make_application, wait_until_left
+from serving.web.host import Host, UnavailableError
+from serving.web.limits import Admission, bounded_route
+from serving.web.loading import is_loading
+from serving.web.metrics import CONTENT_TYPE
+from serving.web.openapi import COMMON, Explained, metrics_response, refusals, security
+from serving.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.version import package_version
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
 

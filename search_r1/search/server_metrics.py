@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from IG.web.metrics import RequestMetrics, render_metrics
 from search_r1.search.batching import Source
 from search_r1.search.retriever import FailureKind, Outcome, SearchFailure
+from serving.web.metrics import RequestMetrics, render_metrics
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from IG.web.settings import (
+from search_r1.search import defaults
+from search_r1.search.errors import RetrieverError
+from search_r1.search.online.options import (
+    ONLINE_NAMES,
+    OnlineOptions,
+    add_online_arguments,
+    resolve_online,
+)
+from search_r1.search.recipes import add_recipe_arguments
+from search_r1.search.schema import MAX_TIMEOUT_S, MAX_TOPK
+from serving.web.settings import (
     Parse,
     Setting,
     SettingError,
@@ -28,16 +38,6 @@ from IG.web.settings import (
     read_token_file,
     resolve_settings,
 )
-from search_r1.search import defaults
-from search_r1.search.errors import RetrieverError
-from search_r1.search.online.options import (
-    ONLINE_NAMES,
-    OnlineOptions,
-    add_online_arguments,
-    resolve_online,
-)
-from search_r1.search.recipes import add_recipe_arguments
-from search_r1.search.schema import MAX_TIMEOUT_S, MAX_TOPK
 
 BM25 = "bm25"
 HYBRID = "hybrid"

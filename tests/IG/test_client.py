@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from IG.client import GainRequest, GainResult, IGClient, SyncIGClient
-from IG.http import CallError
+from serving.http import CallError
 from tests.fakes import AnsweringServer, FakeGainService, Reply, ScriptedServer
 from tests.IG.service.backends import FakeBackend, serving
 

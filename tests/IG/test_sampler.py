@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from IG.lifeline import Lifeline
 from IG.prompts import STOP_STRINGS
 from IG.sampler import (
     EngineLostError,
@@ -19,6 +18,7 @@ from IG.sampler import (
     answer_length,
     prompt_seed,
 )
+from serving.lifeline import Lifeline
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

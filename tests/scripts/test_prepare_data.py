@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from prepare_data import main
 
-from search_r1.agent.prompts import search_instruction
 from search_r1.search.corpus import open_corpus
+from verl.agent.prompts import search_instruction
 from verl.data.dataset import load_questions
 
 

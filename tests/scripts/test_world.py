@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from IG.prompts import PromptType, build_prompt, entailment_text
-from search_r1.agent.prompts import RETRY, render_passages, wrap_observation
 from search_r1.search.dense import load_dense
+from verl.agent.prompts import RETRY, render_passages, wrap_observation
 from verl.types import Passage
 from world import dataset, encoder, entailment, evaluation, generator, policy, text, tokenizer, training
 from world.facts import BRIDGES, Kind, World, WorldSize, draw_world

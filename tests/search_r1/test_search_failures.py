@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search_r1.agent.loop import SearchAgent
-from search_r1.agent.prompts import NOTHING_FOUND, render_context
 from search_r1.search.client import HttpSearch
 from tests.fakes import AnsweringServer, CharTokenizer, Reply, make_question
+from verl.agent.loop import SearchAgent
+from verl.agent.prompts import NOTHING_FOUND, render_context
 from verl.errors import TrainingHaltedError
 from verl.reward.outcome import Outcome
 from verl.reward.reward import Reward

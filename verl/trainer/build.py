@@ -15,37 +15,37 @@ from pathlib import Path
 
 import numpy as np
 
-from search_r1.agent.loop import SearchAgent
-from search_r1.agent.prompts import TAGS, render_context, search_instruction
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from serving.machine import has_bfloat16
+from verl.agent.loop import SearchAgent
+from verl.agent.prompts import TAGS, render_context, search_instruction
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
-from verl.report.report import write_report
 from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
 from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
-from verl.rollout.recorder import Recorder
 from verl.rollout.tokenizer import HfTokenizer
+from verl.run.manifest import Manifest, finish_manifest, make_manifest, write_manifest
+from verl.run.progress import Progress, run_identity
+from verl.run.recorder import Recorder
+from verl.run.report.report import write_report
+from verl.run.resume import find_progress
+from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import count_gpus, count_workers, launch_models
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
-from verl.trainer.ppo.progress import Progress, run_identity
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
-from verl.trainer.resume import find_progress
 from verl.types import IntArray, Question
 from verl.utils.entry import describe_error
 from verl.utils.logs import configure_logging
-from verl.utils.manifest import Manifest, finish_manifest, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
-from verl.utils.tracking import Tracker
 from verl.workers.model import check_model
 from verl.workers.weight_sync import WeightPublisher
 

@@ -1,11 +1,11 @@
-"""Service calls of the trainer follow `IG.http` (retries, one deadline); here its errors become ours."""
+"""Service calls of the trainer follow `serving.http` (retries, one deadline); here its errors become ours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from IG import http
+from serving import http
 from verl.errors import ConfigError, ServiceError
 
 

@@ -1,4 +1,4 @@
-"""One engine's connections: a request per call, by the retry policy of `IG.http`; keys never come to light.
+"""One engine's connections: a request per call, retried as in `serving.http`; keys are never logged.
 
 The keys are added below the HTTP client, whose log lines and errors therefore cannot show them, and whatever
 an engine says is searched for them before it is quoted.
@@ -13,15 +13,6 @@ from urllib.parse import quote_plus
 import httpx
 from pydantic import SecretStr
 
-from IG.http import (
-    ACCEPT_ENCODING,
-    BodyError,
-    OutOfTimeError,
-    PassingFailureError,
-    parse_retry_after,
-    read_body,
-    retry_within,
-)
 from search_r1.search.online.engines import (
     Body,
     Call,
@@ -32,6 +23,15 @@ from search_r1.search.online.engines import (
     quote,
 )
 from search_r1.search.retriever import FailureKind
+from serving.http import (
+    ACCEPT_ENCODING,
+    BodyError,
+    OutOfTimeError,
+    PassingFailureError,
+    parse_retry_after,
+    read_body,
+    retry_within,
+)
 
 MAX_ATTEMPTS = 4
 """Each may be billed."""

@@ -17,7 +17,7 @@ from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
 from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
 from IG.service.config import IGServiceConfig
 from IG.sharing import ModelIdentity
-from IG.web.settings import SettingError
+from serving.web.settings import SettingError
 from tests.fakes import FakePairJudge
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]

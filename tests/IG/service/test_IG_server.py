@@ -13,8 +13,8 @@ from IG.sampler import SampledAnswer
 from IG.service.rendering import detail_of
 from IG.service.schema import WorkDetail
 from IG.sharing import Source
-from IG.web import version as version_module
-from IG.web.version import package_version
+from serving.web import version as version_module
+from serving.web.version import package_version
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 

@@ -6,8 +6,8 @@ import pytest
 
 import IG.service.config as config_module
 from IG.service.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
-from IG.web.settings import SettingError, settings_table
 from serving.redaction import redact_text
+from serving.web.settings import SettingError, settings_table
 
 README = Path(config_module.__file__).with_name("README.md")
 

@@ -12,8 +12,8 @@ import pytest
 
 from IG.estimator import Estimates, GainQuery
 from IG.service.lifecycle import Service
-from IG.web.host import UnavailableError
-from IG.web.limits import CallerLeftError, QueueFullError
+from serving.web.host import UnavailableError
+from serving.web.limits import CallerLeftError, QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from IG.web import limits
+from serving.web import limits
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 TOKEN = "a-token-of-ours"

@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from IG.http import CallError, JsonService
-from IG.web import limits
 from search_r1.search.answers import render_answer
 from search_r1.search.retriever import FailureKind, SearchFailure
+from serving.http import CallError, JsonService
+from serving.web import limits
 from tests.search_r1.search.servers import EchoRetriever, hits_for, serving
 
 TOKEN = "a-token-of-ours"

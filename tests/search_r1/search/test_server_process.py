@@ -17,7 +17,7 @@ from tests.processes import free_port, post_accepted, running_script, wait_for
 
 WITHOUT_INDEX = """
 import asyncio, os, sys, time
-from IG.web.loading import load_in_thread
+from serving.web.loading import load_in_thread
 from search_r1.search import retrieval_server
 from search_r1.search.errors import RetrieverError
 from tests.search_r1.search.servers import EchoRetriever

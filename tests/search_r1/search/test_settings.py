@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from IG.web.settings import settings_table
 from search_r1.search import defaults, settings
 from search_r1.search.errors import RetrieverError
 from search_r1.search.settings import (
@@ -17,6 +16,7 @@ from search_r1.search.settings import (
     resolve_retriever,
     resolve_server,
 )
+from serving.web.settings import settings_table
 
 README = Path(settings.__file__).with_name("README.md")
 

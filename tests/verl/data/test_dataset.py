@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from search_r1.agent.prompts import search_instruction
 from tests.fakes import CharTokenizer
+from verl.agent.prompts import search_instruction
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.errors import DataError
 from verl.types import Message, Question

@@ -11,7 +11,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from search_r1.agent.prompts import RETRY, TAGS, search_instruction, wrap_observation
 from tests.fakes import make_question
 from tests.verl.rollout.tokenizers import (
     BAR,
@@ -23,6 +22,7 @@ from tests.verl.rollout.tokenizers import (
     llama3,
     qwen,
 )
+from verl.agent.prompts import RETRY, TAGS, search_instruction, wrap_observation
 from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
 from verl.types import Message

@@ -12,10 +12,10 @@ import pytest
 
 from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
 from verl.errors import ServiceError
+from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
+from verl.run.progress import Progress
 from verl.trainer.build import account_for_end, connect_services
 from verl.trainer.config.schema import Config
-from verl.trainer.ppo.progress import Progress
-from verl.utils.manifest import MANIFEST_FILE, make_manifest, write_manifest
 from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from IG.http import CallError, JsonService
+from serving.http import CallError, JsonService
 from tests.fakes import Reply, ScriptedServer
 from verl.errors import ConfigError, ServiceError
 from verl.utils.http import translated_calls, translated_settings

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from verl.errors import TrainingHaltedError
+from verl.run.folder import SKIPPED
 from verl.types import FloatArray, Group, Score
 from verl.utils.files import naming_file
-from verl.utils.run_folder import SKIPPED
 
 logger = logging.getLogger(__name__)
 

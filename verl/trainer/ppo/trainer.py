@@ -19,16 +19,16 @@ from verl.protocols import CreditRule
 from verl.reward.reward import Reward
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
-from verl.rollout.recorder import Recorder
+from verl.run.progress import Identity, Progress
+from verl.run.recorder import Recorder
+from verl.run.tracking import Tracker
 from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import step_metrics
-from verl.trainer.ppo.progress import Identity, Progress
 from verl.types import FloatArray, Group, Question, Score
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
-from verl.utils.tracking import Tracker
 from verl.workers.batch import TrainBatch, build_batch
 from verl.workers.checkpoint import CheckpointStore
 from verl.workers.weight_sync import WeightPublisher

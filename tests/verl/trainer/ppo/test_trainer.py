@@ -20,17 +20,17 @@ from verl.reward.outcome import measure_outcome
 from verl.reward.reward import Reward
 from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
-from verl.rollout.recorder import Recorder
+from verl.run.progress import Progress
+from verl.run.recorder import Recorder
+from verl.run.records import step_files
+from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
-from verl.trainer.ppo.progress import Progress
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question, Trajectory
 from verl.utils.actors import ActorError
-from verl.utils.records import step_files
 from verl.utils.reward_score.IG_client import GainClient
-from verl.utils.tracking import Tracker, read_metrics
 from verl.workers.batch import TrainBatch
 from verl.workers.checkpoint import CheckpointStore
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from search_r1.agent.prompts import search_instruction
 from serving.answers import AnswerRule
+from verl.agent.prompts import search_instruction
 from verl.utils.reward_score.qa_em import (
     compute_score_em,
     compute_score_subem,

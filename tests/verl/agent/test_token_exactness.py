@@ -1,0 +1,174 @@
+"""Random episodes, several kinds of tokenizer: the trained ids are the sampled and the injected ones."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from tests.fakes import ScriptedGenerate, ScriptedSearch, make_question
+from verl.agent.actions import parse_action
+from verl.agent.loop import SearchAgent
+from verl.agent.prompts import RETRY, render_passages, wrap_observation
+from verl.rollout.tokenizer import HfTokenizer
+from verl.types import ActionKind, Passage
+
+TEXT = [
+    'Where was Alice Marsh born? Doc 1(Title: "Bolton") Bolton is a town in England.</search>.',
+    "<think> birthplace of Alice</think> <search> Alice 1987, née Zoë 日本 🙂</search>",
+    "\n\n<answer>Bolton</answer>",
+    wrap_observation("Doc 2(Title: it's)"),
+    RETRY,
+] * 3
+TAGS = [
+    "<think>",
+    "</think>",
+    "<search>",
+    "</search>",
+    "<information>",
+    "</information>",
+    "<answer>",
+    "</answer>",
+]
+PASSAGES = (
+    Passage(id="1", title='"Zoë"', text="Zoë was born in 日本. It's so.", score=1.0),
+    Passage(id="2", title='"Bolton"', text="A town " * 30, score=0.5),
+)
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """GPT-2 style, tags as ordinary text that merges with its neighbours."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def qwen2_with_added_tags() -> Qwen2Tokenizer:
+    """Qwen2's own pre-tokenization, tags as added ordinary tokens: the embedded world's kind."""
+    blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
+    backend = Tokenizer(models.BPE())
+    backend.normalizer, backend.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+def unigram_with_byte_fallback() -> PreTrainedTokenizerFast:
+    """SentencePiece style; tags are special tokens."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator(
+        TEXT, trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>", *TAGS])
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    """BERT style: decoding loses spaces, so encoding a decoded text would give other ids."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.train_from_iterator(TEXT, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
+    return tokenizer
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """A piece per byte: characters are spread over tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [], trainers.BpeTrainer(vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+MAKERS = [byte_bpe, qwen2_with_added_tags, unigram_with_byte_fallback, word_piece, characters]
+
+
+@pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
+def tokenizer(request: pytest.FixtureRequest) -> HfTokenizer:
+    return HfTokenizer(request.param())
+
+
+PIECES = [
+    "<think> I need the</think>",
+    "<search> Zoë 日本 🙂</search>",
+    "<search>birthplace of Alice</search>.",
+    "<answer> Bolton, England</answer>",
+    "<answer></answer>",
+    "<search> a <search>",
+    "é日🙂",
+    " ",
+    "\n",
+    "who?",
+]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    outputs=st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), min_size=4, max_size=4),
+    noise=st.lists(st.integers(0, 250), max_size=3),
+    found=st.lists(st.sampled_from(PASSAGES), max_size=3),
+)
+def test_trained_ids_are_sampled_plus_injected_ids(
+    tokenizer: HfTokenizer, outputs: list[list[str]], noise: list[int], found: list[Passage]
+) -> None:
+    # Pieces encoded one by one, and random ids: what is sampled need not be what its text encodes to.
+    script = [[*noise, *itertools.chain.from_iterable(map(tokenizer.encode, pieces))] for pieces in outputs]
+    generate = ScriptedGenerate(list(script))
+    queries = [parse_action(ids, decode=tokenizer.decode).text for ids in script]
+    agent = SearchAgent(
+        generate=generate,
+        search=ScriptedSearch({query: tuple(found) for query in queries}),
+        tokenizer=tokenizer,
+        max_turns=3,
+        max_start_length=200,
+        max_prompt_length=8000,
+        max_response_length=100,
+        max_obs_length=260,
+        temperature=1.0,
+    )
+    trajectory = asyncio.run(agent.run(make_question(), sample=0, seed=0, greedy=False))
+
+    expected = tokenizer.render_prompt(make_question())
+    mask = [False] * len(expected)
+    for turn, output, context in zip(trajectory.turns, script, generate.contexts, strict=False):
+        assert context == expected, "the engine continued something else than what is trained"
+        injected = turn.observation_ids.tolist()
+        expected = [*expected, *output, *injected]
+        mask += [True] * len(output) + [False] * len(injected)
+        assert len(injected) <= 260
+        if turn.action.kind is ActionKind.SEARCH and len(injected):
+            assert tokenizer.decode(injected).rstrip().endswith("</information>")
+            assert injected == tokenizer.encode(wrap_observation(render_passages(turn.passages)))
+            assert turn.observation_truncated or turn.passages == tuple(found)
+        if turn.action.text:
+            span = tokenizer.decode(output[turn.action.start : turn.action.end])
+            assert turn.action.text in span or "\ufffd" in span
+    assert trajectory.token_ids.tolist() == expected
+    assert np.array_equal(trajectory.policy_mask, mask)
+
+
+def test_the_retry_text_and_tags_survive_every_tokenizer(tokenizer: HfTokenizer) -> None:
+    assert "</search>" in tokenizer.decode(tokenizer.encode("<search> a </search>"))

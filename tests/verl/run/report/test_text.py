@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from verl.run.report.text import Segment, names_gold, split_output
+
+
+def test_output_is_cut_at_its_tags_and_nothing_is_lost() -> None:
+    assert split_output("a <think> b </think> <search> c </search><|im_end|>") == [
+        Segment(kind="other", text="a "),
+        Segment(kind="think", text="b"),
+        Segment(kind="search", text="c"),
+        Segment(kind="other", text="<|im_end|>"),
+    ]
+
+
+def test_a_tag_that_never_closes_runs_to_the_end() -> None:
+    assert split_output("<think> b <search> c") == [
+        Segment(kind="think", text="b <search> c", is_closed=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Born in Bolton, England.", True),
+        ("born in BOLTON", True),
+        ("Boltonia is a plant", False),
+        ("", False),
+    ],
+)
+def test_a_gold_is_found_as_a_word(text: str, expected: bool) -> None:
+    assert names_gold({"id": "1", "title": "t", "text": text, "score": 0.5}, ["Bolton", ""]) is expected

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.scripted_run import write_run
+from verl.errors import DataError
+from verl.run.folder import SKIPPED, has_records, set_aside_later_steps, set_aside_run
+from verl.run.manifest import read_manifest
+from verl.run.records import EVALUATION, TRAJECTORIES, step_files
+from verl.run.tracking import read_metrics
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder, what was set aside left out."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: content for name, content in files.items() if not name.startswith("previous-")}
+
+
+def test_a_whole_run_is_moved(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=2)
+    (run_dir / "checkpoints").mkdir()  # empty: a volume may be mounted here, which cannot be moved
+    before = contents(run_dir)
+    target = set_aside_run(run_dir)
+    assert target is not None
+    assert contents(target) == before
+    assert read_manifest(run_dir) is None
+    assert not has_records(run_dir)
+    assert sorted(run_dir.iterdir()) == sorted([run_dir / "checkpoints", target])
+    assert set_aside_run(run_dir) is None
+
+
+def test_later_steps_are_moved_and_nothing_is_lost(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=4)
+    (run_dir / SKIPPED).mkdir()
+    (run_dir / SKIPPED / "step_000004.jsonl").write_text("{}\n")
+    before = contents(run_dir)
+    lines = read_metrics(run_dir)
+    assert set_aside_later_steps(run_dir, step=4) is None
+    target = set_aside_later_steps(run_dir, step=2)
+    assert target is not None
+    assert [line["step"] for line in read_metrics(run_dir)] == [0, 1, 2]
+    assert read_metrics(run_dir) + read_metrics(target) == lines
+    assert (list(step_files(run_dir, TRAJECTORIES)), list(step_files(target, TRAJECTORIES))) == (
+        [1, 2],
+        [3, 4],
+    )
+    assert (list(step_files(run_dir, EVALUATION)), list(step_files(target, EVALUATION))) == ([0], [4])
+    after = contents(run_dir) | contents(target)
+    assert after.keys() == before.keys()
+    del before["metrics.jsonl"]
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("move", [set_aside_later_steps, lambda run_dir, step: has_records(run_dir)])
+def test_metrics_that_cannot_be_read_are_left_as_they_are(tmp_path: Path, move: object) -> None:
+    assert callable(move)
+    run_dir = write_run(tmp_path / "run", steps=2)
+    with (run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")
+    before = contents(run_dir)
+    with pytest.raises(DataError, match=r"metrics\.jsonl:5"):
+        move(run_dir, step=1)
+    assert contents(run_dir) == before

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.scripted_run import GAIN_WEIGHT, decode, make_question, make_step, make_turn, search_turn
+from verl.errors import DataError
+from verl.run.recorder import Recorder
+from verl.run.records import EVALUATION, read_records, rebuild_step
+from verl.trainer.ppo.advantage import outcome_plus_gain
+from verl.types import Action, ActionKind, Passage, Score, Stop, Trajectory
+
+RULE = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
+
+
+def _record_step(run_dir: Path, step: int = 3) -> Path:
+    groups, scores = make_step(step, steps=6, num_questions=8, num_samples=5)
+    credit = [RULE(group.trajectories, s) for group, s in zip(groups, scores, strict=True)]
+    return Recorder(run_dir, decode=decode).write(step, groups, scores, credit)
+
+
+def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
+    groups, _ = make_step(3, steps=6, num_questions=8, num_samples=5)
+    step = rebuild_step(read_records(_record_step(tmp_path)))
+    assert any(s.failure for scores in step.scores for s in scores), "the script must contain a failure"
+    for group, again in zip(groups, step.groups, strict=True):
+        assert again.question == group.question
+        for trajectory, rebuilt in zip(group.trajectories, again.trajectories, strict=True):
+            np.testing.assert_array_equal(rebuilt.token_ids, trajectory.token_ids)
+            np.testing.assert_array_equal(rebuilt.policy_mask, trajectory.policy_mask)
+            np.testing.assert_allclose(rebuilt.sampling_log_probs, trajectory.sampling_log_probs, atol=1e-6)
+            assert rebuilt.passages == trajectory.passages
+            assert (rebuilt.answer, rebuilt.stop) == (trajectory.answer, trajectory.stop)
+
+
+def test_the_credit_rule_on_a_rebuilt_step_gives_the_recorded_advantages(tmp_path: Path) -> None:
+    step = rebuild_step(read_records(_record_step(tmp_path)))
+    spread = 0.0
+    for group, scores, credit in zip(step.groups, step.scores, step.credit, strict=True):
+        for computed, recorded in zip(RULE(group.trajectories, scores), credit, strict=True):
+            assert recorded is not None
+            np.testing.assert_allclose(recorded, computed, atol=1e-6)
+            spread = max(spread, float(np.abs(recorded).max(initial=0.0)))
+    assert spread > 0.5, "a comparison of zeros shows nothing"
+
+
+def test_a_line_is_readable_by_itself(tmp_path: Path) -> None:
+    question = make_question(1)
+    passage = Passage(id="9", title='"Bolton"', text="A town.\u2028 \ud800", score=float("nan"))
+    turns = (search_turn("where", [passage]), make_turn("??", Action(kind=ActionKind.INVALID)))
+    prompt = np.array([81, 58], dtype=np.int32)
+    failed = Trajectory(
+        question=question,
+        sample=0,
+        prompt_ids=prompt,
+        turns=turns,
+        stop=Stop.FAILED,
+        failure="search_failed: http://u:pw@h/",
+    )
+    verdict = Score(outcome=None, failure=failed.failure)
+    path = Recorder(tmp_path, decode=decode).write_evaluation(0, [failed], [verdict])
+    assert path == tmp_path / EVALUATION / "step_000000.jsonl"
+    (line,) = [json.loads(line) for line in path.read_text().split("\n") if line]
+    assert line["prompt_text"] == "Q:"
+    assert line["mask_runs"] == [2, len(turns[0].output_ids), len(turns[0].observation_ids), 2, 0]
+    assert line["turns"][0]["action"]["text"] == "where"
+    assert line["turns"][0]["passages"][0]["score"] is None
+    assert line["failure"] == "search_failed: http://***@h/"
+    assert line["advantage"] is None
+    assert "NaN" not in path.read_text()
+
+
+def test_a_non_finite_log_prob_is_null_and_comes_back_as_nan(tmp_path: Path) -> None:
+    groups, scores = make_step(2, steps=2, num_questions=1, num_samples=2)
+    broken = groups[0].trajectories[0]
+    turn = replace(
+        broken.turns[0], output_log_probs=np.full(len(broken.turns[0].output_ids), np.nan, np.float32)
+    )
+    group = replace(
+        groups[0], trajectories=(replace(broken, turns=(turn, *broken.turns[1:])), groups[0].trajectories[1])
+    )
+    path = Recorder(tmp_path, decode=decode).write(1, [group], scores, [RULE(group.trajectories, scores[0])])
+    rebuilt = rebuild_step(read_records(path)).groups[0].trajectories[0]
+    assert np.isnan(rebuilt.turns[0].output_log_probs).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda line: b'{"step": 3}', "kind: Field required"),
+        (lambda line: line[: len(line) // 2], "Invalid JSON"),
+        (lambda line: line.replace(b'"question": "', b'"question": "\xff'), "invalid unicode"),
+        (lambda line: line.replace(b'"turns": [', b'"turns": [7, '), "turns.0: Input should be"),
+        (lambda line: b"[]", "should be an object|valid dictionary"),
+        (lambda line: b"", "Invalid JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, change: Callable[[bytes], bytes], named: str) -> None:
+    path = _record_step(tmp_path)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, change(rest[0]).rstrip(b"\n") + b"\n", *rest[1:]]))
+    with pytest.raises(DataError, match=rf"step_000003\.jsonl:2: .*({named})"):
+        read_records(path)
+    with pytest.raises(DataError, match="is not there"):
+        read_records(tmp_path / "absent.jsonl")

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from verl.errors import DataError
+from verl.run.tracking import Tracker, console_line, read_metrics
+from verl.run.wandb_mirror import wandb_mode
+
+STEP = {
+    "reward/mean": 0.5,
+    "ig/gain_mean": -0.25,
+    "policy/kl": 0.001,
+    "rollout/searches_mean": 1.5,
+    "time/rollout_s": 2.0,
+    "time/update_s": 1.0,
+}
+
+
+def _steps(run_dir: Path) -> list[tuple[object, object]]:
+    return [(line["step"], line["kind"]) for line in read_metrics(run_dir)]
+
+
+def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
+    for steps in ((1, 2), (3, 4)):
+        tracker = Tracker(tmp_path, loggers=())
+        for step in steps:
+            tracker.log(step, {"reward/mean": 0.0})
+        tracker.finish()
+    assert _steps(tmp_path) == [(step, "train") for step in range(1, 5)]
+
+
+def test_the_same_step_again_replaces_its_line(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, loggers=())
+    tracker.log(0, {"val/em": 0.1}, kind="val")
+    tracker.log(0, {"val/em": 0.2}, kind="val")
+    tracker.log(1, {"reward/mean": 0.0})
+    tracker.finish()
+    assert _steps(tmp_path) == [(0, "val"), (1, "train")]
+    assert read_metrics(tmp_path)[0]["val/em"] == 0.2
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, loggers=())
+    tracker.log(1, {"reward/mean": 0.0})
+    tracker.finish()
+    with tracker.path.open("a") as file:
+        file.write('{"step": 2, "ki')
+    assert _steps(tmp_path) == [(1, "train")]
+    assert "cut" in caplog.text
+    Tracker(tmp_path, loggers=()).finish()
+    assert tracker.path.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"not json", "Invalid JSON"),
+        (b'{"step": 1, "kind": "\xff"}', "invalid unicode"),
+        (b"", "Invalid JSON"),
+        (b"[]", "dictionary|object"),
+        (b'{"step": "one", "kind": "train"}', "step: Input should be a valid integer"),
+        (b'{"step": 1}', "kind: Field required"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, named: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "kind": "train"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl:2: .*({named})"):
+        read_metrics(tmp_path)
+
+
+class _Gone(StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_console_that_went_away_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, console=Console(file=_Gone()))
+    for step in (1, 2):
+        tracker.log(step, STEP)
+    tracker.finish()
+    assert len(read_metrics(tmp_path)) == 2
+    assert caplog.text.count("the console cannot be written any more") == 1
+
+
+def test_non_finite_numbers_are_null_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = Tracker(tmp_path, loggers=("console",), console=Console(file=StringIO()))
+    with caplog.at_level(logging.WARNING):
+        tracker.log(7, {"reward/mean": float("nan"), "policy/kl": float("inf")})
+    tracker.finish()
+    line = json.loads(tracker.path.read_text())
+    assert line["reward/mean"] is None
+    assert line["policy/kl"] is None
+    assert "step 7: reward/mean is nan" in caplog.text
+
+
+def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, loggers=())
+    tracker.log(1, STEP)
+    assert read_metrics(tmp_path)[0]["ig/gain_mean"] == -0.25
+    tracker.finish()
+
+
+def test_console_line_is_one_line_with_the_phases(tmp_path: Path) -> None:
+    screen = StringIO()
+    tracker = Tracker(tmp_path, total_steps=50, console=Console(file=screen, width=40, soft_wrap=True))
+    tracker.log(3, STEP)
+    tracker.finish()
+    assert screen.getvalue().count("\n") == 1
+    for part in (
+        "step    3/50",
+        "reward 0.500",
+        "gain -0.250",
+        "searches 1.50",
+        "3.0 s",
+        "rollout 2.0",
+        "update 1.0",
+    ):
+        assert part in screen.getvalue()
+
+
+def test_a_held_out_line_shows_the_overall_numbers() -> None:
+    line = console_line(0, {"val/em": 0.25, "val/em/nq": 0.5}, kind="val", total_steps=None)
+    assert line.plain == "step    0 held-out  em 0.250"
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [
+        ({}, "offline"),
+        ({"WANDB_MODE": "online"}, "offline"),
+        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": "k"}, "disabled"),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, "offline"),
+        ({"WANDB_API_KEY": "k"}, "online"),
+    ],
+)
+def test_never_online_without_a_key(environ: dict[str, str], mode: str, tmp_path: Path) -> None:
+    assert wandb_mode({"HOME": str(tmp_path), **environ}) == mode
+
+
+def test_a_stored_login_counts_as_a_key(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
+    assert wandb_mode({"HOME": str(tmp_path)}) == "online"
+
+
+_OFFLINE_RUN = """
+import sys
+from pathlib import Path
+from verl.run.tracking import Tracker
+config = {"api_key": "planted-secret", "lr": 0.1}
+tracker = Tracker(Path(sys.argv[1]), loggers=("console", "wandb"), config=config)
+tracker.log(1, {"reward/mean": 0.5})
+tracker.finish()
+"""
+
+
+class _RefusesKey(BaseHTTPRequestHandler):
+    """Answers every request of W&B's client with 401."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def servers() -> Iterator[dict[str, socket.socket]]:
+    """A port where nothing listens, one that accepts and never answers, one that refuses the key."""
+    with (
+        socket.socket() as closed,
+        socket.socket() as silent,
+        ThreadingHTTPServer(("127.0.0.1", 0), _RefusesKey) as refusing,
+    ):
+        for unused in (closed, silent):
+            unused.bind(("127.0.0.1", 0))
+        silent.listen()
+        threading.Thread(target=refusing.serve_forever, args=[0.05]).start()
+        yield {"closed": closed, "silent": silent, "refusing": refusing.socket}
+        refusing.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("server", "reason"),
+    [(None, ""), ("closed", "Connection refused"), ("silent", "did not answer"), ("refusing", "error 401")],
+)
+def test_wandb_without_key_or_server_runs_offline_inside_the_run_folder(
+    tmp_path: Path, servers: dict[str, socket.socket], server: str | None, reason: str
+) -> None:
+    run_dir = tmp_path / "run"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    if server is not None:
+        url = f"http://127.0.0.1:{servers[server].getsockname()[1]}"
+        environ |= {"WANDB_API_KEY": "planted-secret-" + 40 * "0", "WANDB_BASE_URL": url, "NO_PROXY": "*"}
+    done = subprocess.run(
+        [sys.executable, "-c", _OFFLINE_RUN, str(run_dir)],
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W&B failed" not in done.stderr, done.stderr
+    assert re.search(f"cannot be used .*{reason}.*; going offline", done.stderr) or server is None
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert read_metrics(run_dir)[0]["reward/mean"] == 0.5
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or b"planted-secret" not in path.read_bytes(), path
+    servers["silent"].setblocking(False)
+    if server == "silent":
+        servers["silent"].accept()[0].close()
+    with pytest.raises(BlockingIOError):  # only the probe came: W&B's client would wait for 30 s
+        servers["silent"].accept()
+
+
+def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    tracker = Tracker(tmp_path, loggers=("wandb",))
+    tracker.log(1, STEP)
+    tracker.log(2, STEP)
+    tracker.finish()
+    assert len(read_metrics(tmp_path)) == 2
+    assert caplog.text.count("the run goes on without it") == 1

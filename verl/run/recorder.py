@@ -1,0 +1,58 @@
+"""Every trajectory of a run, written down in `trajectories/` and `evaluation/`, one file per step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from verl.run.records import (
+    EVALUATION,
+    TRAJECTORIES,
+    Decode,
+    TrajectoryRecord,
+    step_file,
+    to_record,
+)
+from verl.types import FloatArray, Group, Score, Trajectory
+from verl.utils.files import write_atomically
+
+
+class Recorder:
+    """Write trajectories with their scores and credit; each file is whole or not there."""
+
+    def __init__(self, run_dir: Path, *, decode: Decode) -> None:
+        self._run_dir = run_dir
+        self._decode = decode
+
+    def write(
+        self,
+        step: int,
+        groups: Sequence[Group],
+        scores: Sequence[Sequence[Score]],
+        credit: Sequence[Sequence[FloatArray]],
+    ) -> Path:
+        """Record a training step; `scores`, `credit` follow the order of `groups` and their trajectories."""
+        records = [
+            to_record(t, score=score, advantages=advantages, step=step, kind="train", decode=self._decode)
+            for group, group_scores, group_credit in zip(groups, scores, credit, strict=True)
+            for t, score, advantages in zip(group.trajectories, group_scores, group_credit, strict=True)
+        ]
+        return self._write(TRAJECTORIES, step, records)
+
+    def write_evaluation(
+        self, step: int, trajectories: Sequence[Trajectory], scores: Sequence[Score]
+    ) -> Path:
+        """Record an evaluation after `step` updates."""
+        records = [
+            to_record(t, score=score, advantages=None, step=step, kind="val", decode=self._decode)
+            for t, score in zip(trajectories, scores, strict=True)
+        ]
+        return self._write(EVALUATION, step, records)
+
+    def _write(self, folder: str, step: int, records: Sequence[TrajectoryRecord]) -> Path:
+        path = step_file(self._run_dir, folder, step)
+        write_atomically(
+            path, "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        )
+        return path

@@ -1,0 +1,139 @@
+"""Find where a run resumes, list what changed since then, and refuse what would lose its records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from serving.redaction import redact
+from verl.errors import ConfigError
+from verl.run.folder import (
+    CHECKPOINTS,
+    has_records,
+    set_aside_evaluation,
+    set_aside_later_steps,
+    set_aside_run,
+)
+from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_manifest
+from verl.run.progress import Identity, Progress
+from verl.run.tracking import read_metrics
+from verl.trainer.config.schema import Config
+from verl.workers.checkpoint import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+
+def find_progress(
+    config: Config, run_dir: Path, *, total_steps: int, identity: Identity, manifest: Manifest
+) -> tuple[CheckpointStore, Progress, Path | None]:
+    """Return the newest good checkpoint of the run folder, or a fresh start; set later records aside.
+
+    Raises ConfigError if checkpoints are damaged, missing or those of another run, or nothing is left to do.
+    """
+    trainer = config.trainer
+    if trainer.resume_mode == "disable" and (previous := set_aside_run(run_dir)):
+        logger.info("trainer.resume_mode=disable: the earlier run was moved to %s", previous)
+    checkpoints = CheckpointStore(
+        run_dir / CHECKPOINTS,
+        keep=trainer.max_checkpoints_to_keep,
+        on_write=lambda step: update_manifest(run_dir, saved_step=step),
+    )
+    earlier = read_manifest(run_dir) or {}
+    newest = checkpoints.latest()
+    if newest is None:
+        check_unsaved(run_dir, checkpoints.damages, saved_step=earlier.get("saved_step"))
+        if has_records(run_dir):
+            logger.warning(
+                "an earlier run ended before its first checkpoint (%s); it was moved to %s, a new one starts",
+                earlier.get("reason") or earlier.get("status") or "no manifest",
+                set_aside_run(run_dir),
+            )
+        return checkpoints, Progress(), None
+    progress = Progress.load(newest, identity=identity)
+    if progress.step >= total_steps and not trainer.evaluates_only:
+        raise ConfigError(
+            f"the run in {run_dir} has done {progress.step} of {total_steps} steps: nothing is left. Raise "
+            "trainer.total_training_steps (and total_epochs) to go on, evaluate with trainer.val_only=true, "
+            "or start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
+        )
+    logger.info("going on from %s (trainer.resume_mode=auto)", newest)
+    if (earlier.get("saved_step") or 0) > progress.step:
+        logger.warning(
+            "step %d was saved, but its checkpoint cannot be used: the steps after %d are done again",
+            earlier["saved_step"],
+            progress.step,
+        )
+    recorded = {line["step"] for line in read_metrics(run_dir) if line["kind"] == "train"}
+    if missing := set(range(1, progress.step + 1)) - recorded:
+        logger.warning("%d of %d finished steps are missing in metrics.jsonl", len(missing), progress.step)
+    if not earlier:
+        logger.warning("%s is missing: what changed since the last start is unknown", MANIFEST_FILE)
+    for change in list_changes(earlier, manifest):
+        logger.warning("changed since the last start of this run: %s", change)
+    set_aside = set_aside_evaluation if trainer.evaluates_only else set_aside_later_steps
+    if (previous := set_aside(run_dir, step=progress.step)) is not None:
+        logger.info("records that this run writes again were moved to %s", previous)
+    return checkpoints, progress, newest
+
+
+def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int | None) -> None:
+    """Raise ConfigError if the run folder has lost checkpoints: a new run would hide that."""
+    root = run_dir / CHECKPOINTS
+    if damages:
+        found = "every checkpoint is damaged: " + "; ".join(f"{f.name}: {why}" for f, why in damages.items())
+    elif saved_step is not None:
+        found = f"step {saved_step} was saved, but there is no checkpoint (is a volume not mounted?)"
+    else:
+        return
+    raise ConfigError(
+        f"{root}: {found}. Restore the checkpoints, or set trainer.resume_mode=disable, which moves all "
+        f"that is left of this run to {run_dir}/previous-<time>/ and starts anew"
+    )
+
+
+def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
+    """Return what differs between the manifests of a run and of its resumption, as `key: old -> new`.
+
+    Settings, held-out data and the retriever's index: the run may go on with others, but its scores before
+    and after cannot be compared. Training data and model may not change: see `run_identity`.
+    """
+    before: dict[str, object] = {}
+    after: dict[str, object] = {}
+    for describe in (settings, retriever_facts, file_hashes):
+        old, new = describe(earlier), describe(manifest)
+        if old and new:
+            before, after = before | old, after | new
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted({*before, *after} - {"trainer.val_only"})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def settings(manifest: Manifest) -> dict[str, object]:
+    """Return the configuration as dotted keys, secrets redacted."""
+    return flatten(redact(manifest.get("config") or {}))
+
+
+def file_hashes(manifest: Manifest) -> dict[str, object]:
+    """Return the SHA-256 of every data file by its path."""
+    return {f"sha256 of {facts.get('path')}": facts.get("sha256") for facts in manifest.get("data") or []}
+
+
+def retriever_facts(manifest: Manifest) -> dict[str, object]:
+    """Return what the retriever's answers depend on, as dotted keys; empty where it did not say."""
+    retriever = (manifest.get("services") or {}).get("retriever")
+    version = retriever.get("version") if isinstance(retriever, Mapping) else None
+    facts = version.get("retriever") if isinstance(version, Mapping) else None
+    return flatten(facts, "retriever.index.") if isinstance(facts, Mapping) else {}
+
+
+def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Dotted keys of nested sections."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        flat |= (
+            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+    return flat
