@@ -110,8 +110,8 @@ class IGClient:
         """
         if self._is_closed:
             raise RuntimeError(f"this client of the {SERVICE} is closed")
-        patience_s = self._timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + patience_s
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
         results = [asyncio.get_running_loop().create_future() for _ in requests]
         self._queue.extend(
             _Pending(request=request, deadline=deadline, result=result)
@@ -120,9 +120,9 @@ class IGClient:
         self._send_soon()
         try:
             if results:
-                await asyncio.wait(results, timeout=max(0.0, patience_s) + _GRACE_S)
-            said = f"no answer within {patience_s:g} s; raise the timeout or lower the load"
-            late = failed(said, may_pass=True)
+                await asyncio.wait(results, timeout=max(0.0, timeout_s) + _GRACE_S)
+            said = f"no answer within {timeout_s:g} s; raise the timeout or lower the load"
+            late = failed(said, retryable=True)
             return [result.result() if result.done() else late for result in results]
         finally:
             for result in results:
@@ -149,7 +149,7 @@ class IGClient:
                 message = (
                     f"{self._service.shown_url} was not ready within {deadline_s:g} s ({state}); {_START}"
                 )
-                raise CallError(SERVICE, message, may_pass=True)
+                raise CallError(SERVICE, message, retryable=True)
             await asyncio.sleep(_POLL_S)
 
     async def describe(self) -> dict[str, object] | None:
@@ -172,11 +172,11 @@ class IGClient:
         _settle_all(self._queue, failed("the client was closed"))
         await self._service.aclose()
 
-    async def _state(self, patience_s: float) -> dict[str, object] | str:
+    async def _state(self, timeout_s: float) -> dict[str, object] | str:
         """What /health says when it is healthy, else why not."""
         try:
             # One short look: `wait_ready` has its own deadline.
-            health = await self._service.get("/health", timeout_s=min(5.0, max(0.1, patience_s)))
+            health = await self._service.get("/health", timeout_s=min(5.0, max(0.1, timeout_s)))
         except CallError as error:
             return error.message
         message = health.get("message")
@@ -219,7 +219,7 @@ class IGClient:
         while self._queue and len(batch) < self._batch_size:
             pending = self._queue.popleft()
             if pending.deadline <= time.monotonic():
-                pending.settle(failed("no connection was free before the deadline", may_pass=True))
+                pending.settle(failed("no connection was free before the deadline", retryable=True))
             if not pending.result.done():
                 batch.append(pending)
         return batch
@@ -236,7 +236,7 @@ class IGClient:
             raise
         again = []
         for pending, result in zip(batch, results, strict=True):
-            if result.may_pass and pending.deadline > deadline + _GRACE_S:
+            if result.retryable and pending.deadline > deadline + _GRACE_S:
                 again.append(pending)
             else:
                 pending.settle(result)
@@ -260,7 +260,7 @@ class IGClient:
                 or len(requests) == 1
                 or (error.status == HTTPStatus.INTERNAL_SERVER_ERROR and next(splits, None) is None)
             ):
-                failure = GainResult(gain=None, error=str(error), may_pass=error.may_pass)
+                failure = GainResult(gain=None, error=str(error), retryable=error.retryable)
                 return [failure] * len(requests), False
             half = (len(requests) + 1) // 2
             (first, took_first), (second, took_second) = await asyncio.gather(

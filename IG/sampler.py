@@ -154,7 +154,7 @@ class VllmSampler:
     async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
         """Load the model in a process of its own, which dies with this one. Raises what vLLM raises.
 
-        Cancelling it ends that process at once and leaves the loading thread behind (see serving.web.loading).
+        Cancelling it ends that process at once and leaves the loading thread behind, see serving.web.loading.
         """
         lifeline = Lifeline()
         loading = load_in_thread(lambda: _load_engine(engine), name="engine")

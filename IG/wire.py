@@ -35,7 +35,7 @@ class GainResult:
     standard_error: float | None = None
     """Of the gain; None where the service gives none (a single sample, an older service)."""
     error: str | None = None
-    may_pass: bool = False
+    retryable: bool = False
     """Whether asking again may help: the service was not reached or ran out of time."""
 
 
@@ -80,7 +80,7 @@ def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResul
 
 def _read_result(score: object, spread: object, error: object, *, limit: float) -> GainResult:
     if error is not None:
-        return failed(f"{error!s:.300}", may_pass=str(error).startswith("deadline"))
+        return failed(f"{error!s:.300}", retryable=str(error).startswith("deadline"))
     gain, standard_error = _as_number(score), _as_number(spread)
     if gain is None:
         return failed(f"a finite score was expected, got {score!r:.100}")
@@ -100,9 +100,9 @@ def _as_number(value: object) -> float | None:
     return None
 
 
-def failed(message: str, *, may_pass: bool = False) -> GainResult:
+def failed(message: str, *, retryable: bool = False) -> GainResult:
     """A result without a gain, in the service's name."""
-    return GainResult(gain=None, error=f"{SERVICE}: {message}", may_pass=may_pass)
+    return GainResult(gain=None, error=f"{SERVICE}: {message}", retryable=retryable)
 
 
 def read_work(body: Mapping[str, object]) -> dict[str, int]:

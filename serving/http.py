@@ -50,7 +50,7 @@ class CallError(RuntimeError):
     """A service did not give a usable answer within the deadline."""
 
     def __init__(
-        self, service: str, message: str, *, status: int | None = None, may_pass: bool = False
+        self, service: str, message: str, *, status: int | None = None, retryable: bool = False
     ) -> None:
         super().__init__(service, message)
         self.service = service
@@ -58,15 +58,15 @@ class CallError(RuntimeError):
         self.message = message
         self.status = status
         """HTTP status of a final refusal; None when there was none."""
-        self.may_pass = may_pass
+        self.retryable = retryable
         """Whether the same call may succeed later: time ran out, nothing about the call itself was wrong."""
 
     def __str__(self) -> str:
         return f"{self.service}: {self.message}"
 
 
-class PassingFailureError(Exception):
-    """One attempt failed in a way that another one may not."""
+class TransientError(Exception):
+    """One attempt failed, and another one may succeed."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -74,10 +74,10 @@ class PassingFailureError(Exception):
         """What the service asks to wait; None leaves it to us."""
 
 
-class OutOfTimeError(Exception):
+class DeadlineExceededError(Exception):
     """No attempt succeeded before the deadline."""
 
-    def __init__(self, message: str, *, last: PassingFailureError | None, fix: str | None = None) -> None:
+    def __init__(self, message: str, *, last: TransientError | None, fix: str | None = None) -> None:
         super().__init__(message)
         self.last = last
         """How the last attempt failed; None when the first one never ended."""
@@ -89,20 +89,20 @@ class BodyError(ValueError):
 
 
 async def retry_within(
-    patience_s: float, attempt: Callable[[float], Awaitable[T]], *, max_attempts: int | None = None
+    timeout_s: float, attempt: Callable[[float], Awaitable[T]], *, max_attempts: int | None = None
 ) -> T:
-    """The policy: `attempt` again, with growing pauses, while it raises PassingFailureError and time is left.
+    """Repeat `attempt`, with growing pauses, while it raises TransientError and time is left.
 
-    `attempt` is handed the seconds that are left, and is cancelled when there are none: OutOfTimeError. After
-    `max_attempts` the last PassingFailureError is raised.
+    `attempt` receives the seconds that are left and is cancelled at the deadline. Raises
+    DeadlineExceededError then, and the last TransientError after `max_attempts`.
     """
-    deadline = time.monotonic() + patience_s
-    failures: list[PassingFailureError] = []
+    deadline = time.monotonic() + timeout_s
+    failures: list[TransientError] = []
 
     def wait_s(state: RetryCallState) -> float:
         assert state.outcome is not None
         failure = state.outcome.exception()
-        assert isinstance(failure, PassingFailureError)
+        assert isinstance(failure, TransientError)
         failures.append(failure)
         return _BACKOFF(state) if failure.retry_after_s is None else _obeyed_wait_s(failure, deadline)
 
@@ -110,28 +110,30 @@ async def retry_within(
         return await attempt(deadline - time.monotonic())
 
     stop = stop_never if max_attempts is None else stop_after_attempt(max_attempts)
-    retried = retry_if_exception_type(PassingFailureError)
+    retried = retry_if_exception_type(TransientError)
     attempts = AsyncRetrying(retry=retried, wait=wait_s, stop=stop, reraise=True)
     try:
-        async with asyncio.timeout(patience_s):
+        async with asyncio.timeout(timeout_s):
             return await attempts(attempt_in_time)
     except TimeoutError as error:
         last = failures[-1] if failures else None
         said = f"last failure: {last}" if last else "it stayed silent"
-        message = f"no usable answer within {round(patience_s, 1):g} s ({said})"
-        raise OutOfTimeError(message, last=last) from error
+        message = f"no usable answer within {round(timeout_s, 1):g} s ({said})"
+        raise DeadlineExceededError(message, last=last) from error
 
 
-def _obeyed_wait_s(failure: PassingFailureError, deadline: float) -> float:
+def _obeyed_wait_s(failure: TransientError, deadline: float) -> float:
     """What Retry-After asks for, with jitter: clients turned away together must not return together.
 
-    Raises OutOfTimeError if that is more time than there is.
+    Raises DeadlineExceededError if that is more time than there is.
     """
     assert failure.retry_after_s is not None
     left_s = deadline - time.monotonic()
     if failure.retry_after_s >= left_s:
         asks = f"it asks to wait {failure.retry_after_s:g} s, and {left_s:.1f} s are left"
-        raise OutOfTimeError(f"{failure}; {asks}", last=failure, fix="lower the load or raise the timeout")
+        raise DeadlineExceededError(
+            f"{failure}; {asks}", last=failure, fix="lower the load or raise the timeout"
+        )
     return failure.retry_after_s + random.uniform(0.0, 0.1)
 
 
@@ -186,9 +188,9 @@ class JsonService:
         self, method: str, path: str, payload: Payload | None, *, timeout_s: float | None
     ) -> dict[str, object]:
         url = self._url + path
-        patience_s = self._timeout_s if timeout_s is None else timeout_s
-        if patience_s <= 0:
-            self._fail(url, "not asked: no time was left", may_pass=True)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if timeout_s <= 0:
+            self._fail(url, "not asked: no time was left", retryable=True)
 
         attempts = itertools.count()
 
@@ -197,9 +199,9 @@ class JsonService:
             return await self._attempt(method, url, payload, left_s=left_s, retried=retried)
 
         try:
-            return await retry_within(patience_s, attempt)
-        except OutOfTimeError as error:
-            self._fail(url, f"{error}; {error.fix or self._fix}", may_pass=True)
+            return await retry_within(timeout_s, attempt)
+        except DeadlineExceededError as error:
+            self._fail(url, f"{error}; {error.fix or self._fix}", retryable=True)
 
     async def _attempt(
         self, method: str, url: str, payload: Payload | None, *, left_s: float, retried: Container[int]
@@ -209,13 +211,13 @@ class JsonService:
             async with self._client.stream(method, url, json=content) as answer:
                 body = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
         except httpx.TransportError as error:
-            raise PassingFailureError(f"{type(error).__name__} {error}".strip()) from error
+            raise TransientError(f"{type(error).__name__} {error}".strip()) from error
         except BodyError as error:
             self._fail(url, f"unreadable answer ({error}); {self._fix}")
         said = _quote(body)
         if answer.status_code in retried:
             retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
-            raise PassingFailureError(f"status {answer.status_code} {said}", retry_after_s=retry_after_s)
+            raise TransientError(f"status {answer.status_code} {said}", retry_after_s=retry_after_s)
         if not answer.is_success:
             refused = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
             self._fail(url, f"{refused}: {said}", status=answer.status_code)
@@ -237,9 +239,11 @@ class JsonService:
             self._fail(url, f"answer is a JSON {kind}, not an object: {said}; {self._fix}")
         return parsed
 
-    def _fail(self, url: str, message: str, *, status: int | None = None, may_pass: bool = False) -> NoReturn:
+    def _fail(
+        self, url: str, message: str, *, status: int | None = None, retryable: bool = False
+    ) -> NoReturn:
         message = f"{_without_credentials(url)}: {message}"
-        raise CallError(self._name, message, status=status, may_pass=may_pass)
+        raise CallError(self._name, message, status=status, retryable=retryable)
 
 
 async def read_body(answer: httpx.Response, *, max_bytes: int) -> bytes:

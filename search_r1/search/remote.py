@@ -196,7 +196,7 @@ def _malformed(complaint: str, *, url: str) -> SearchFailure:
 
 
 def _kind_of(error: CallError) -> FailureKind:
-    if error.may_pass:
+    if error.retryable:
         return FailureKind.DEADLINE
     if error.status is None:
         return FailureKind.MALFORMED
@@ -205,5 +205,5 @@ def _kind_of(error: CallError) -> FailureKind:
 
 def _add_our_keys(bare: Mapping[str, object], left_s: float) -> dict[str, object]:
     """The server's deadline lies before ours, so that an answer in parts arrives in time."""
-    patience_s = max(0.001, left_s - min(1.0, 0.1 * left_s))
-    return {**bare, "allow_failures": True, "timeout_s": round(min(MAX_TIMEOUT_S, patience_s), 3)}
+    timeout_s = max(0.001, left_s - min(1.0, 0.1 * left_s))
+    return {**bare, "allow_failures": True, "timeout_s": round(min(MAX_TIMEOUT_S, timeout_s), 3)}

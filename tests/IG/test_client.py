@@ -87,7 +87,7 @@ async def test_nothing_is_asked_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "why", "may_pass"),
+    ("reply", "why", "retryable"),
     [
         (Reply("kaput", 500), "500", False),
         (Reply("busy", 429, (("Retry-After", "60"),)), "asks to wait 60 s", True),
@@ -113,7 +113,7 @@ async def test_nothing_is_asked_for_nothing() -> None:
         (Reply('{"scores": [1' + "0" * 400 + ', {}], "errors": [null, null]}'), "finite score", False),
     ],
 )
-async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str, may_pass: bool) -> None:
+async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str, retryable: bool) -> None:
     started = time.monotonic()
     results = await compute(ScriptedServer([reply]), 2, timeout_s=1.0)
     assert time.monotonic() - started < 5
@@ -121,7 +121,7 @@ async def test_a_failure_is_named_and_never_a_number(reply: Reply, why: str, may
         assert result.gain is None
         assert why in (result.error or "")
         assert len(result.error or "") < 1000
-        assert result.may_pass is may_pass
+        assert result.retryable is retryable
 
 
 async def test_a_busy_service_is_asked_again_when_it_says() -> None:
@@ -194,7 +194,7 @@ async def test_one_deadline_covers_all_requests_of_a_call_and_what_is_done_count
     results = await compute(server, 6, batch_size=1, max_in_flight=2, timeout_s=1.0)
     assert time.monotonic() - started < 2
     assert results[:4] == expected(requests(4))
-    assert all(r.gain is None and r.may_pass and "within" in (r.error or "") for r in results[4:])
+    assert all(r.gain is None and r.retryable and "within" in (r.error or "") for r in results[4:])
 
 
 async def test_the_service_is_told_how_much_time_it_has() -> None:
@@ -215,7 +215,7 @@ async def test_an_urgent_request_does_not_cut_short_its_companions() -> None:
             client.submit(requests(1)[0], timeout_s=0.3), client.submit(requests(1)[0], timeout_s=4.0)
         )
     assert urgent.gain is None
-    assert urgent.may_pass
+    assert urgent.retryable
     assert patient == GainResult(gain=0.5)
     assert [len(json.loads(body)["items"]) for _, _, body in server.requests] == [2, 1]
 
@@ -396,7 +396,7 @@ async def test_at_the_deadline_the_real_service_gives_what_is_done_and_names_the
     assert known.gain == 0.5
     for result in late:
         assert result.gain is None
-        assert result.may_pass
+        assert result.retryable
         assert (result.error or "").startswith("IG service: deadline: ")
 
 

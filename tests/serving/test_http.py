@@ -57,7 +57,7 @@ async def test_tries_again_once_after_an_error_of_the_service() -> None:
     error, _ = await fail(server)
     assert len(server.requests) == 2
     assert "status 500" in str(error)
-    assert (error.status, error.may_pass) == (500, False)
+    assert (error.status, error.retryable) == (500, False)
 
 
 def packed(body: bytes, encoding: str) -> Reply:
@@ -79,7 +79,7 @@ async def test_an_answer_that_unpacks_to_too_much_is_refused_and_holds_nobody_up
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "more than 64 MiB" in str(error)
-    assert not error.may_pass
+    assert not error.retryable
     assert peak < 300 * 2**20
 
 
@@ -115,7 +115,7 @@ async def test_does_not_wait_for_a_moment_beyond_the_deadline() -> None:
     assert seconds < 1.0
     assert "status 429" in str(error)
     assert "60 s" in str(error)
-    assert error.may_pass
+    assert error.retryable
 
 
 @pytest.mark.parametrize("header", ["soon", "\u00b2", "Mon, 01 Jan 0001 00:00:00 -0000", "-5"])
@@ -131,7 +131,7 @@ async def test_one_deadline_covers_everything(script: list[Reply]) -> None:
     assert "http://127.0.0.1:" in str(error)
     assert "within 0.6 s" in str(error)
     assert "check that it runs" in str(error)
-    assert error.may_pass
+    assert error.retryable
 
 
 async def test_a_dead_service_is_named_with_what_to_start() -> None:
@@ -149,7 +149,7 @@ async def test_a_refusal_is_final_and_quoted(status: int) -> None:
     assert str(status) in str(error)
     assert "topk is wrong" in str(error)
     assert error.status == status
-    assert not error.may_pass
+    assert not error.retryable
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ async def test_a_refusal_is_final_and_quoted(status: int) -> None:
 async def test_an_answer_that_is_no_json_object_is_a_failure(body: str, complaint: str) -> None:
     error, _ = await fail(ScriptedServer([Reply(body)]))
     assert complaint in str(error)
-    assert not error.may_pass
+    assert not error.retryable
 
 
 async def test_no_message_shows_the_password_of_the_url(caplog: pytest.LogCaptureFixture) -> None:

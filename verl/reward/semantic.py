@@ -112,7 +112,7 @@ class SemanticGain:
         results = dict(zip(fresh, await self._client.compute(fresh), strict=True)) if fresh else {}
         results |= await self._early.results(asked, timeout_s=deadline - time.monotonic())
         self._early.report_failures()
-        again = [request for request in asked if results[request].may_pass]
+        again = [request for request in asked if results[request].retryable]
         left_s = deadline - time.monotonic()
         if again and left_s > 0:
             repeated = await self._client.compute(again, timeout_s=left_s)
@@ -163,7 +163,7 @@ class _EarlyAnswers:
         tasks = [self._tasks[request] for request in requests]
         if tasks:
             await asyncio.wait(tasks, timeout=max(0.0, timeout_s))
-        late = GainResult(gain=None, error="late; raise reward.semantic.timeout_s", may_pass=True)
+        late = GainResult(gain=None, error="late; raise reward.semantic.timeout_s", retryable=True)
         return {r: t.result() if t.done() else late for r, t in zip(requests, tasks, strict=True)}
 
     def report_failures(self) -> None:

@@ -26,8 +26,8 @@ from search_r1.search.retriever import FailureKind
 from serving.http import (
     ACCEPT_ENCODING,
     BodyError,
-    OutOfTimeError,
-    PassingFailureError,
+    DeadlineExceededError,
+    TransientError,
     parse_retry_after,
     read_body,
     retry_within,
@@ -48,7 +48,7 @@ Keys = Mapping[str, SecretStr]
 """By environment variable."""
 
 
-class _FailedAttemptError(PassingFailureError):
+class _FailedAttemptError(TransientError):
     """A passing failure that knows what it is when it does not pass."""
 
     def __init__(self, final: EngineError, *, retry_after_s: float | None = None) -> None:
@@ -106,7 +106,7 @@ class Transport:
         except _FailedAttemptError as error:
             reason = f"{error.final.reason}; tried {MAX_ATTEMPTS} times"
             raise EngineError(error.final.kind, reason) from None
-        except OutOfTimeError as error:
+        except DeadlineExceededError as error:
             kind = FailureKind.DEADLINE
             if isinstance(error.last, _FailedAttemptError):
                 kind = error.last.final.kind

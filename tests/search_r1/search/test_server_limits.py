@@ -76,7 +76,7 @@ async def test_a_client_that_retries_does_not_run_against_what_is_final(
         with pytest.raises(CallError, match=f"{kind}: for a reason") as caught:
             await service.post("/retrieve", {"query": "bad"})
         await service.aclose()
-    assert (caught.value.status, caught.value.may_pass) == (status, False)
+    assert (caught.value.status, caught.value.retryable) == (status, False)
     assert len(retriever.calls) == 1
 
 

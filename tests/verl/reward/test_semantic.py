@@ -218,7 +218,7 @@ async def test_early_or_late_in_whatever_order_the_gains_are_the_same() -> None:
 async def test_a_passing_failure_of_an_early_request_is_no_failure_of_the_gain(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    passing = GainResult(gain=None, error="IG service: out of time", may_pass=True)
+    passing = GainResult(gain=None, error="IG service: out of time", retryable=True)
     client = ScriptedClient([passing, passing, GainResult(gain=0.25)])
     gain, trajectory = estimator(client), make_trajectory(QUESTION, queries=("q",), answer="x")
     async with gain.asking_early([QUESTION]) as on_episode_end:
