@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = (
@@ -25,8 +25,7 @@ LAUNCHERS = (
     "scripts/install.sh",
 )
 DIFFICULT = "é (1),[x]=~'&张"
-FAKE_PYTHON = f"""#!/usr/bin/env bash
-if [[ "$1" == */quickstart.py ]]; then exec {sys.executable} "$@"; fi
+FAKE_PYTHON = """#!/usr/bin/env bash
 env > "$0.env"
 printf "%s\\n" "$@"
 """
@@ -41,6 +40,12 @@ def tree(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("world", "__pycache__"))
     write_program(root / ".venv/bin/python", FAKE_PYTHON)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BASE_MODEL", "DATA_DIR", "EXPERIMENT_NAME", "N_GPUS", "TP_SIZE", "IG_BATCH_SIZE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def write_program(path: Path, code: str) -> None:
@@ -67,105 +72,75 @@ def environment(tree: Path) -> set[str]:
     return set((tree / ".venv/bin/python.env").read_text().splitlines())
 
 
-def overrides(printed: list[str]) -> dict[str, object]:
-    """What Hydra understands of it."""
-    assert printed[:3] == ["-P", "-m", "verl.trainer.main_ppo"]
-    check_overrides(printed[3:])
-    parsed = OverridesParser.create().parse_overrides(printed[3:])
-    return {override.key_or_group: override.value() for override in parsed}
+def composed(*arguments: str) -> Config:
+    """The configuration that the trainer gets from these arguments."""
+    register_schema()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return load_config(compose("ppo_trainer", overrides=check_overrides(arguments)))
 
 
 def test_without_arguments_it_trains_the_world_like_the_quickstart(tree: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/quickstart.py"), "--print-overrides"],
-        capture_output=True,
-        text=True,
-    )
     printed = launch(tree, RECIPE="world")
-    given = overrides(printed)
-    assert given.pop("trainer.experiment_name") == "world"
-    assert set(done.stdout.split()) <= set(printed)
-    assert "actor_rollout_ref.model.path" not in given
+    assert printed == ["-P", "-m", "verl.trainer.main_ppo", "recipe=world"]
+    world, quickstart = composed("recipe=world"), composed("recipe=quickstart")
+    assert world.trainer.experiment_name == "world"
+    world.trainer.experiment_name = "quickstart"
+    world.trainer.default_local_dir = quickstart.trainer.default_local_dir
+    assert world == quickstart
 
 
-def test_what_the_caller_exports_wins_and_arguments_come_last(tree: Path) -> None:
-    printed = launch(
-        tree,
-        "max_turns=4",
-        "trainer.save_freq=10",
-        BASE_MODEL="Qwen/Qwen2.5-7B",
-        DATA_DIR=f"{DIFFICULT}\\",
-        IG_BATCH_SIZE="64",
-        EXPERIMENT_NAME="it's [3]",
-        N_GPUS="4",
-        TP_SIZE="2",
-    )
-    assert printed[-2:] == ["max_turns=4", "trainer.save_freq=10"]
-    given = overrides(printed)
-    assert given["actor_rollout_ref.model.path"] == "Qwen/Qwen2.5-7B"
-    assert given["data.train_files"] == f"{tree}/{DIFFICULT}\\/train.parquet"
-    assert given["trainer.experiment_name"] == "it's [3]"
-    # What the trainer reads from the environment by itself, with the recipe's defaults.
-    assert {"IG_BATCH_SIZE=64", "IG_TIMEOUT=120"} <= environment(tree)
-    assert (given["trainer.n_gpus_per_node"], given["trainer.device"]) == (4, "cuda")
-    assert given["actor_rollout_ref.rollout.tensor_model_parallel_size"] == 2
+def test_what_the_caller_exports_reaches_the_recipe_and_arguments_come_last(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {
+        "BASE_MODEL": "Qwen/Qwen2.5-7B",
+        "DATA_DIR": f"{DIFFICULT}\\",
+        "IG_BATCH_SIZE": "64",
+        "EXPERIMENT_NAME": "it's [3]",
+        "N_GPUS": "4",
+        "TP_SIZE": "2",
+    }
+    printed = launch(tree, "max_turns=4", "trainer.save_freq=10", **given)
+    assert printed[3:] == ["recipe=gpu", "max_turns=4", "trainer.save_freq=10"]
+    assert f"DATA_DIR={tree}/{DIFFICULT}\\" in environment(tree)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    config = composed(*printed[3:])
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B"
+    assert config.data.train_paths == (f"{DIFFICULT}\\/train.parquet",)
+    assert config.trainer.experiment_name == "it's [3]"
+    assert (config.reward.semantic.batch_size, config.trainer.n_gpus_per_node) == (64, 4)
+    assert config.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
+    assert (config.max_turns, config.trainer.save_freq) == (4, 10)
+
+
+def test_a_recipe_on_the_command_line_takes_the_place_of_the_variable(tree: Path) -> None:
+    assert launch(tree, "recipe=quickstart", RECIPE="gpu")[3:] == ["recipe=quickstart"]
 
 
 def test_a_home_in_variables_is_expanded(tree: Path) -> None:
-    given = overrides(launch(tree, RECIPE="gpu", HOME="/home/me", DATA_DIR="~/data", BASE_MODEL="~/models/m"))
-    assert given["data.train_files"] == "/home/me/data/train.parquet"
-    assert given["actor_rollout_ref.model.path"] == "/home/me/models/m"
-    assert overrides(launch(tree, BASE_MODEL="~other/m"))["actor_rollout_ref.model.path"] == "~other/m"
+    launch(tree, HOME="/home/me", DATA_DIR="~/data", BASE_MODEL="~/models/m")
+    assert {"DATA_DIR=/home/me/data", "BASE_MODEL=/home/me/models/m"} <= environment(tree)
+    launch(tree, BASE_MODEL="~other/m")
+    assert "BASE_MODEL=~other/m" in environment(tree)
 
 
-def test_the_gpu_recipe_is_the_published_one(tree: Path) -> None:
-    printed = launch(tree, RECIPE="gpu")
-    given = overrides(printed)
-    published = {
-        "data.train_batch_size": 512,
-        "actor_rollout_ref.rollout.n_agent": 3,
-        "actor_rollout_ref.actor.optim.lr": 1e-6,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 64,
-        "actor_rollout_ref.actor.clip_ratio_low": 0.2,
-        "actor_rollout_ref.actor.clip_ratio_high": 0.2,
-        "actor_rollout_ref.actor.use_kl_loss": True,
-        "actor_rollout_ref.rollout.temperature": 1.0,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": 4,
-        "actor_rollout_ref.rollout.gpu_memory_utilization": 0.5,
-        "actor_rollout_ref.actor.entropy_coeff": 0.001,
-        "trainer.val_before_train": False,
-        "reward.answer_rule": "published",
-        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.285,
-        "actor_rollout_ref.actor.kl_loss_coef": 0.001,
-        "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
-        "data.max_prompt_length": 4096,
-        "data.max_start_length": 2048,
-        "data.max_response_length": 500,
-        "data.max_obs_length": 500,
-        "max_turns": 2,
-        "retriever.topk": 3,
-        "reward.gain_weight": 0.6,
-        "trainer.total_training_steps": 1005,
-        "trainer.save_freq": 50,
-        "trainer.test_freq": 20,
-        "trainer.n_gpus_per_node": 8,
-    }
-    assert {key: given[key] for key in published} == published
-    assert {"IG_BATCH_SIZE=512", "IG_TIMEOUT=120"} <= environment(tree)
-    register_schema()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        load_config(compose("ppo_trainer", overrides=printed[3:]))
-
-
-def test_a_wrong_recipe_is_named() -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "train_grpo.sh")],
-        env={**os.environ, "RECIPE": "tpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "RECIPE must be world or gpu, got tpu" in done.stderr
+def test_the_gpu_recipe_is_the_published_one() -> None:
+    config = composed("recipe=gpu")
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    assert model.path == "Qwen/Qwen2.5-3B"
+    assert config.trajectories_per_step == 512 * 3
+    assert (actor.optim.lr, actor.optim.lr_warmup_steps_ratio, actor.ppo_mini_batch_size) == (1e-6, 0.285, 64)
+    assert (actor.use_kl_loss, actor.kl_loss_coef, actor.kl_loss_type) == (True, 0.001, "low_var_kl")
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.entropy_coeff) == (0.2, 0.2, 0.001)
+    assert (rollout.temperature, rollout.tensor_model_parallel_size) == (1.0, 4)
+    assert (config.data.max_start_length, config.data.max_prompt_length) == (2048, 4096)
+    assert (config.data.max_response_length, config.data.max_obs_length) == (500, 500)
+    assert (config.max_turns, config.retriever.topk) == (2, 3)
+    assert (config.reward.gain_weight, config.reward.answer_rule) == (0.6, "published")
+    assert (trainer.total_training_steps, trainer.save_freq, trainer.test_freq) == (1005, 50, 20)
+    assert (trainer.device, trainer.n_gpus_per_node, trainer.val_before_train) == ("cuda", 8, False)
 
 
 def test_help_of_the_trainer_names_every_variable() -> None:
@@ -173,7 +148,7 @@ def test_help_of_the_trainer_names_every_variable() -> None:
     done = subprocess.run(["bash", str(ROOT / "train_grpo.sh"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert set(re.findall(r"\$\{([A-Z_]+):-", script)) <= set(re.findall(r"\w+", done.stdout))
-    configuration = (ROOT / "verl/trainer/config/ppo_trainer.yaml").read_text()
+    configuration = "".join(path.read_text() for path in (ROOT / "verl/trainer/config").glob("**/*.yaml"))
     read = {
         name for names in re.findall(r": \$\{env:([A-Z_,]+),", configuration) for name in names.split(",")
     }

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import OverrideParseException
@@ -42,6 +43,14 @@ def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
         factory = field.default_factory
         if isinstance(factory, type) and dataclasses.is_dataclass(factory):
             yield from schema_keys(factory, f"{key}.")
+
+
+def config_groups() -> dict[str, tuple[str, ...]]:
+    """Return the choices of each config group: `group=CHOICE` applies `group/CHOICE.yaml`."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for path in sorted(Path(__file__).parent.glob("*/*.yaml")):
+        groups[path.parent.name] = (*groups.get(path.parent.name, ()), path.stem)
+    return groups
 
 
 def first_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from verl.errors import ConfigError
-from verl.trainer.config.loading import schema_keys
+from verl.trainer.config.loading import config_groups, schema_keys
 from verl.trainer.config.published import PROJECTS, find_rule, has_key, recognize
 
 _NEAR = 0.85
@@ -55,7 +55,8 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
 
     Raises one ConfigError that lists every argument that cannot be used, and what to write instead.
     """
-    known = set(schema_keys())
+    groups = config_groups()
+    known = {*schema_keys(), *groups}
     read = [Argument(text) for text in arguments]
     overrides = [argument for argument in read if argument.is_override]
     project = recognize(a.key for a in overrides if a.key not in known)
@@ -67,6 +68,8 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     for argument in read:
         is_known = argument.is_override and argument.key in known
         form = _check_form(argument, sweeps=sweeps) if is_known else None
+        if is_known and form is None and argument.key in groups:
+            form = _check_choice(argument, groups[argument.key])
         is_settled = is_known and is_ours
         key = None if is_settled else _check_key(argument, settings, known=known, project=project)
         problems.update(dict.fromkeys(problem for problem in (form, key) if problem))
@@ -117,6 +120,13 @@ def _check_form(argument: Argument, *, sweeps: bool) -> str | None:
         as_list = _quote(key, f"[{value}]")
         return f"{argument.text}: for a list write {as_list}, for one text {_quote(key, value)}"
     return None
+
+
+def _check_choice(argument: Argument, choices: Sequence[str]) -> str | None:
+    """Return what is wrong with the choice of a config group; a sweep is left to Hydra."""
+    if argument.value in choices or argument.parsed is None or argument.parsed.is_sweep_override():
+        return None
+    return f"{argument.key} must be one of {', '.join(choices)}, got {argument.value!r}"
 
 
 def _quote(key: str, value: str) -> str:

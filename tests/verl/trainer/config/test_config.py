@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 
 from verl.errors import ConfigError
-from verl.trainer.config.loading import load_config, register_schema, schema_keys
+from verl.trainer.config.loading import config_groups, load_config, register_schema, schema_keys
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import validate
@@ -148,6 +148,11 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "data.train_files: no such file 'gone.parquet'" in message
     assert "actor_rollout_ref.model.path: no such folder" in message
     assert "this machine has 0 GPUs" in message
+
+
+@pytest.mark.parametrize("recipe", config_groups()["recipe"])
+def test_every_recipe_fits_the_schema_and_overrides_win(recipe: str) -> None:
+    assert composed([f"recipe={recipe}", "trainer.save_freq=7"]).trainer.save_freq == 7
 
 
 @pytest.mark.parametrize(("device", "cpu_has_it", "refused"), [("cpu", 0, 1), ("cpu", 1, 0), ("cuda", 0, 0)])
