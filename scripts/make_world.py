@@ -11,7 +11,6 @@ machine (threads and instruction sets change the order of sums), so what was mea
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from transformers import (
 
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
 from search_r1.search.index_builder import build_index
+from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
@@ -241,7 +241,7 @@ class Maker:
         """Every file of the world, except the two that speak about them and what is not shipped."""
         names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
         shipped = [n for n in names if n not in NOT_HASHED and not n.startswith(f"{self.scratch.name}/")]
-        return {name: hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in shipped}
+        return {name: sha256_of_file(self.out / name) for name in shipped}
 
     def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]]:
         """Figures measured just now, or stated by the present manifest, if they are of these very files.

@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from serving.files import replacing_file
 from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
 from serving.web.settings import expand_home
 from verl.agent.prompts import search_instruction
 from verl.errors import ConfigError, DataError
 from verl.utils.entry import error_line
-from verl.utils.files import naming_file
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
@@ -149,21 +149,16 @@ def to_passage(row: Row, *, where: str) -> dict[str, object]:
 
 def convert_corpus(path: Path, *, out: Path) -> int:
     """Write the corpus file of the retriever. Return the number of passages. Raises DataError."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
     count = 0
     try:
-        with naming_file(partial), partial.open("w", encoding="utf-8") as file:
+        with replacing_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for where, row in read_rows(path):
                 file.write(json.dumps(to_passage(row, where=where)) + "\n")
                 count += 1
-        if not count:
-            raise DataError(f"{path}: the file is empty")
-        partial.replace(out)
+            if not count:
+                raise DataError(f"{path}: the file is empty")
     except QuestionError as error:
         raise DataError(str(error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 
@@ -175,13 +170,8 @@ def convert(sources: Sequence[Source], *, split: str, out: Path) -> Counter[str]
         for record in read_source(source):
             rows.append(to_row(record, source=source, split=split, index=counts[source.name]))
             counts[source.name] += 1
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    try:
+    with replacing_file(out) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return counts
 
 

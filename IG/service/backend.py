@@ -15,9 +15,10 @@ from IG.estimator import Estimates, GainEstimator, GainFailure, GainOptions, Gai
 from IG.service.cluster import RayCluster
 from IG.service.config import IGServiceConfig
 from IG.service.IG_worker import LocalWorker, RayWorker, count_workers, sampling_options
-from IG.service.models import model_digest, model_folder, require_models
+from IG.service.models import model_digest, require_models
 from IG.service.pool import StartWorker, Worker, WorkerPool
 from IG.sharing import ModelIdentity
+from serving.model_files import find_model
 from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class PooledBackend:
     async def start(cls, config: IGServiceConfig) -> PooledBackend:
         """Load both models on every worker and measure one gain.
 
-        One worker lives in this process, several in Ray actors. Raises ModelMissingError before anything
+        One worker lives in this process, several in Ray actors. Raises ModelNotFoundError before anything
         slow, and what the libraries raise.
         """
         require_models(config)
@@ -199,7 +200,7 @@ async def _start_and_identify(pool: WorkerPool, *, config: IGServiceConfig) -> M
     async def digest(name: str) -> str:
         if not Path(name).is_dir():  # in the hub's cache, complete once the workers have loaded it
             await started.wait()
-        return await load_in_thread(lambda: model_digest(model_folder(name)), name="digest")
+        return await load_in_thread(lambda: model_digest(find_model(name, cached_only=True)), name="digest")
 
     started = asyncio.Event()
     digests = asyncio.gather(digest(config.model_path), digest(config.entailment_model))

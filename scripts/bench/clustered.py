@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from serving.files import replacing_file
+
 NUM_WORDS = 20_000
 TOPIC_WORDS, OWN_WORDS = 6, 10
 PASSAGES_PER_TOPIC = 200
@@ -63,8 +65,7 @@ def write_corpus(path: Path, *, size: int, seed: int, report: Callable[[int], No
     """One passage a line; `report` gets the number written so far."""
     rng = np.random.default_rng((seed, 1))
     topics = _topics(size, seed=seed)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
+    with replacing_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
         for start in range(0, size, _BLOCK):
             rows = np.arange(start, min(start + _BLOCK, size))
             own = rng.integers(NUM_WORDS, size=(len(rows), OWN_WORDS))
@@ -72,7 +73,6 @@ def write_corpus(path: Path, *, size: int, seed: int, report: Callable[[int], No
                 text = " ".join(map(_word, numbers))
                 lines.write(json.dumps({"id": str(row), "contents": f'"{_word(numbers[0])}"\n{text}'}) + "\n")
             report(start + len(rows))
-    partial.replace(path)
 
 
 def queries(size: int, *, corpus_seed: int, count: int, seed: int) -> Iterator[str]:

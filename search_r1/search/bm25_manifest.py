@@ -8,8 +8,6 @@ A new build writes the next folder and then this file, at once: killed at any ti
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from search_r1.search.corpus import Corpus
 from search_r1.search.errors import RetrieverError
-from search_r1.search.fingerprint import FileFacts, describe_file, fingerprint, hash_file
+from search_r1.search.fingerprint import FileFacts, describe_file, fingerprint
+from serving.files import sha256_of_file, write_json_atomically
 
 LANGUAGES = ("english", "none")
 """Of the stemmer."""
@@ -52,13 +51,7 @@ class Bm25Manifest:
 
     def save(self, index_path: Path) -> None:
         """Write it into the folder `index_path`, atomically."""
-        path = locate_bm25_manifest(index_path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self), indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_json_atomically(locate_bm25_manifest(index_path), asdict(self))
 
 
 def describe_bm25(folder: Path, *, corpus: Corpus, language: str, tantivy_version: str) -> Bm25Manifest:
@@ -116,7 +109,7 @@ def list_changed_bm25_files(recorded: Bm25Manifest, *, index_path: Path, full_ch
             problems.append(f"files.{name}.bytes: written with {facts.bytes}, found {size}")
         elif (found := fingerprint(path)) != facts.fingerprint:
             problems.append(f"files.{name}.fingerprint: written with {facts.fingerprint}, found {found}")
-        elif full_check and (found := hash_file(path)) != facts.sha256:
+        elif full_check and (found := sha256_of_file(path)) != facts.sha256:
             problems.append(f"files.{name}.sha256: written with {facts.sha256}, found {found}")
     return problems
 

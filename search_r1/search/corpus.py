@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.fingerprint import fingerprint, hash_file
+from search_r1.search.fingerprint import fingerprint
 from search_r1.search.line_offsets import find_line_starts, is_checked, mark_checked
 from search_r1.search.schema import Document
 from search_r1.search.watched_file import WatchedFile
+from serving.files import sha256_of_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,7 +112,7 @@ class _CorpusFile:
 
     @cached_property
     def sha256(self) -> str:
-        return hash_file(self.path)
+        return sha256_of_file(self.path)
 
 
 class JsonlCorpus(_CorpusFile):

@@ -11,7 +11,6 @@ from search_r1.search.agreement import Trial, choose_recipe, list_misfits, prepa
 from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.fingerprint import hash_file
 from search_r1.search.kinds import SearchOptions
 from search_r1.search.manifest import IndexManifest, list_changed_files, load_manifest
 from search_r1.search.ranking import FloatArray
@@ -24,6 +23,7 @@ from search_r1.search.vector_index import (
     set_num_threads,
 )
 from search_r1.search.watched_file import WatchedFile
+from serving.files import sha256_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _check_files(recorded: IndexManifest, *, index_path: Path, full: bool, rebui
         problems = [
             f"files.{name}.sha256: index was built with {facts.sha256}, found {found}"
             for name, facts in recorded.files.items()
-            if (found := hash_file(index_path.with_name(name))) != facts.sha256
+            if (found := sha256_of_file(index_path.with_name(name))) != facts.sha256
         ]
     if problems:
         raise RetrieverError(

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.errors import RetrieverError
+from serving.files import write_json_atomically
 
 if TYPE_CHECKING:
     from search_r1.search.encoder import TextEncoder
@@ -162,7 +163,7 @@ class EncodingRun:
         self.vectors = VectorFile(self.vectors_path, count=count, dim=dim)
         self._finished = self._read_log()
         if not holds_unfinished(folder):
-            _write_json(folder / _STATE_FILE, {**described, "chunk_size": self.chunk_size})
+            write_json_atomically(folder / _STATE_FILE, {**described, "chunk_size": self.chunk_size})
 
     @property
     def num_encoded(self) -> int:
@@ -349,12 +350,6 @@ def _work(connection: Connection, job: _Job, device: str | None) -> None:
 
 def _encode_rows(rows: range, corpus: Corpus, encoder: TextEncoder, *, batch_size: int) -> FloatArray:
     return encoder.encode_passages([corpus[row].contents for row in rows], batch_size=batch_size)
-
-
-def _write_json(path: Path, entries: Facts) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def check_disk(folder: Path, *, needed: int) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.files import sha256_of_file
+
 _END_BYTES = 1 << 20
 _NUM_BLOCKS = 256
 _BLOCK_BYTES = 4096
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,26 +41,10 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_file(path: Path, *, report: Callable[[int, int], None] | None = None) -> str:
-    """SHA-256 of the whole file: about a second per 1.5 GB, if the disk keeps up.
-
-    `report(done, total)` in bytes.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_READ_BYTES))
-    done = 0
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            done += count
-            if report is not None:
-                report(done, size)
-    return digest.hexdigest()
-
-
 def describe_file(path: Path, *, report: Callable[[int, int], None] | None = None) -> FileFacts:
     """Reads the whole file."""
     return FileFacts(
-        bytes=path.stat().st_size, fingerprint=fingerprint(path), sha256=hash_file(path, report=report)
+        bytes=path.stat().st_size,
+        fingerprint=fingerprint(path),
+        sha256=sha256_of_file(path, on_progress=report),
     )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,8 @@ from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from serving.files import replacing_file
 
 logger = logging.getLogger(__name__)
 
@@ -118,30 +118,20 @@ def _write_sidecar(
     path: Path, sidecar: Path, *, header: Offsets, report: Callable[[int, int], None] | None
 ) -> None:
     """Atomically, a chunk at a time: no more in memory for a larger file."""
-    sidecar.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=sidecar.parent, prefix=sidecar.name, delete=False) as file:
-        partial = Path(file.name)
-        try:
-            _write_npy_header(file, 0)
-            length = file.tell()
-            file.write(header.astype("<i8").tobytes())
-            count = _HEADER
-            for starts in _scan(path, report):
-                file.write(starts.astype("<i8").tobytes())
-                count += len(starts)
-            file.seek(0)
-            _write_npy_header(file, count)
-            assert file.tell() == length  # numpy leaves room for the number to grow
-            file.flush()
-            os.fsync(file.fileno())
-            partial.chmod(0o644)
-            os.replace(partial, sidecar)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with replacing_file(sidecar) as partial, partial.open("wb") as file:
+        _write_npy_header(file, 0)
+        length = file.tell()
+        file.write(header.astype("<i8").tobytes())
+        count = _HEADER
+        for starts in _scan(path, report):
+            file.write(starts.astype("<i8").tobytes())
+            count += len(starts)
+        file.seek(0)
+        _write_npy_header(file, count)
+        assert file.tell() == length  # numpy leaves room for the number to grow
 
 
-def _write_npy_header(file: BinaryIO | tempfile._TemporaryFileWrapper[bytes], count: int) -> None:
+def _write_npy_header(file: BinaryIO, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
 
 

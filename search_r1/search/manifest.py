@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.fingerprint import FileFacts, fingerprint
+from serving.files import write_json_atomically
 
 VERSION = 2
 VECTORS_SUFFIX = ".vectors"
@@ -46,13 +46,7 @@ class IndexManifest:
 
     def save(self, index_path: Path) -> None:
         """Write it next to the index, atomically."""
-        path = locate_manifest(index_path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_json_atomically(locate_manifest(index_path), asdict(self))
 
 
 def locate_manifest(index_path: Path) -> Path:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.utils.tqdm import disable_progress_bars
-
 from search_r1.search.errors import RetrieverError
+from serving import model_files
+from serving.files import sha256_of_file
+from serving.model_files import ModelNotFoundError
 
-logger = logging.getLogger(__name__)
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WANTED_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_UNWANTED_FILES = ["onnx/*", "openvino/*", "checkpoint-*"]
-_PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")
 
 
@@ -28,23 +20,10 @@ def find_model(path: str | Path, *, role: str) -> Path:
 
     `role` ("encoder") is for messages. Raises RetrieverError when there is no such model.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    expected = "expected a Hugging Face model folder or the name of a model on the hub"
-    if not _HUB_NAME.fullmatch(str(path)):
-        raise RetrieverError(f"{role} {path} does not load (there is no such folder); {expected}")
-    disable_progress_bars()
-    logger.info("%s %s is not a folder here: looking in the cache and on the hub", role, path)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                str(path), allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
-            )
-        )
-    except (OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise RetrieverError(f"{role} {path} does not load ({first_line}); {expected}") from error
+        return model_files.find_model(path)
+    except ModelNotFoundError as error:
+        raise RetrieverError(f"{role} {error}") from error
 
 
 def name_model(folder: Path) -> str:
@@ -70,19 +49,11 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def check_weights(folder: Path, *, role: str) -> None:
-    """Raises RetrieverError unless the weights are there, as safetensors."""
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
-    if pickled:
-        raise RetrieverError(
-            f"{role} {folder} has its weights in {pickled[0]} only, a pickle, whose loading may run any "
-            "code; take a revision with model.safetensors, or convert it where you trust it: "
-            "AutoModel.from_pretrained(folder).save_pretrained(folder)"
-        )
-    if not (folder / "config.json").is_file():
-        raise RetrieverError(f"{role} {folder} does not load (no config.json); expected a model folder")
-    raise RetrieverError(f"{role} {folder} does not load (no *.safetensors); the weights are missing")
+    """Raise RetrieverError unless the weights are there, as safetensors."""
+    try:
+        model_files.check_weights(folder)
+    except ModelNotFoundError as error:
+        raise RetrieverError(f"{role} {error}") from error
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]] | None:
@@ -124,6 +95,5 @@ def hash_model(folder: Path, *, further: Sequence[Path] = ()) -> str:
     names = [file.name for file in files] + [f"{file.parent.name}/{file.name}" for file in further]
     digest = hashlib.sha256()
     for name, file in zip(names, [*files, *further], strict=True):
-        with file.open("rb") as stream:
-            digest.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{name} {sha256_of_file(file)}\n".encode())
     return digest.hexdigest()

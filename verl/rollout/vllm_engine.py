@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.machine import MachineError, prepare_engine
+from serving.model_files import ModelNotFoundError, find_local_model
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 from verl.utils.watchdog import Watchdog
@@ -239,13 +240,11 @@ def _environment(*, on_cpu: bool, num_threads: int | None) -> dict[str, str]:
 
 
 def _require_model(model_path: str) -> None:
-    """Fail before the 20 seconds that vLLM takes to import. A hub id (`owner/name`) is left to vLLM."""
-    looks_local = model_path.startswith((".", "/")) or model_path.count("/") != 1
-    if (looks_local or Path(model_path).exists()) and not (Path(model_path) / "config.json").is_file():
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={model_path!r} is not a Hugging Face model folder: "
-            "there is no config.json in it"
-        )
+    """Raise ConfigError for a missing model, before the 20 seconds that importing vLLM takes."""
+    try:
+        find_local_model(model_path)
+    except ModelNotFoundError as error:
+        raise ConfigError(f"actor_rollout_ref.model.path={error}") from error
 
 
 def _require_device(device: str, *, on_cpu: bool) -> None:

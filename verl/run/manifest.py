@@ -18,9 +18,10 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from serving.files import sha256_of_file, write_atomically
 from serving.redaction import redact, redact_text
 from verl.errors import DataError
-from verl.utils.files import parse_json, write_atomically
+from verl.utils.files import parse_json
 
 MANIFEST_FILE = "run_manifest.json"
 MAX_HASHED_BYTES = 512 * 2**20
@@ -138,14 +139,9 @@ def describe_file(path: Path, *, max_hashed_bytes: int | None = None) -> Manifes
     if not path.is_file():
         raise DataError(f"data file {path} is not there")
     size = path.stat().st_size
-    with path.open("rb") as file:
-        if max_hashed_bytes is None or size <= max_hashed_bytes:
-            return {
-                "path": str(path),
-                "bytes": size,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            }
-        beginning = hashlib.sha256(file.read(max_hashed_bytes)).hexdigest()
+    if max_hashed_bytes is None or size <= max_hashed_bytes:
+        return {"path": str(path), "bytes": size, "sha256": sha256_of_file(path)}
+    beginning = sha256_of_file(path, max_bytes=max_hashed_bytes)
     return {"path": str(path), "bytes": size, "sha256": None, "sha256_of_beginning": beginning}
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.files import write_atomically
 from verl.run.records import (
     EVALUATION,
     TRAJECTORIES,
@@ -15,7 +16,6 @@ from verl.run.records import (
     to_record,
 )
 from verl.types import FloatArray, Group, Score, Trajectory
-from verl.utils.files import write_atomically
 
 
 class Recorder:

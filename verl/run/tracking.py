@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from serving.files import naming_file, write_atomically
 from verl.run.wandb_mirror import WandbMirror
-from verl.utils.files import naming_file, parse_json, write_atomically
+from verl.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 

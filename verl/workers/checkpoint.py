@@ -7,7 +7,6 @@ root/latest                        name of the folder written last
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from verl.utils.files import write_atomically
+from serving.files import sha256_of_file, write_atomically, write_json_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != record["size"]:
                 return f"{name} has {path.stat().st_size} bytes, not {record['size']}"
-            if _hash(path) != record["sha256"]:
+            if sha256_of_file(path) != record["sha256"]:
                 return f"{name} has changed"
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
@@ -119,8 +118,8 @@ def _seal(folder: Path) -> None:
     records = {}
     for path in files:
         _fsync(path)
-        records[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _hash(path)}
-    write_atomically(folder / _MANIFEST, json.dumps({"files": records}, indent=1) + "\n")
+        records[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+    write_json_atomically(folder / _MANIFEST, {"files": records})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _fsync(path)
 
@@ -128,11 +127,6 @@ def _seal(folder: Path) -> None:
 def _step_of(folder: Path) -> int | None:
     digits = folder.name.removeprefix(_PREFIX)
     return int(digits) if digits.isdecimal() else None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from serving.files import replacing_file
+from serving.model_files import ModelNotFoundError, check_weights, find_model
 from serving.weights import copy_weights
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 _LOADING = threading.Lock()
 
 _KEY = "actor_rollout_ref.model"
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 # Everything next to the weights that a tokenizer or a generation may read; copied, because saving a loaded
 # tokenizer again can change its ids.
 _COMPANION_FILES = (
@@ -51,31 +51,13 @@ _LOGITS_PER_CHUNK = 2**27
 
 
 def resolve_model_folder(path: str) -> Path:
-    """Folder of a local model, or of a hub model after fetching it. Raises ConfigError when there is none."""
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{_KEY}.path={path}: the folder has no config.json, so it is no Hugging Face model"
-            )
-        if not any(folder.glob("*.safetensors")):
-            raise ConfigError(
-                f"{_KEY}.path={path}: the folder has no *.safetensors weights; convert or re-save them"
-            )
-        return folder
-    if folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ConfigError(
-            f"{_KEY}.path={path}: no such folder, and not a hub id of the form owner/name; "
-            "give a folder with config.json and *.safetensors"
-        )
+    """Return the folder of a model, downloaded if it is one of the hub. Raises ConfigError."""
     try:
-        return Path(snapshot_download(path, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{_KEY}.path={path}: no such folder, and the Hugging Face hub did not give it ({reason}). Check "
-            "the name and the network, or download the model elsewhere and give its folder"
-        ) from error
+        folder = find_model(path)
+        check_weights(folder)
+    except ModelNotFoundError as error:
+        raise ConfigError(f"{_KEY}.path={error}") from error
+    return folder
 
 
 def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
@@ -240,11 +222,9 @@ def write_model(folder: Path, state: Mapping[str, Tensor], *, source: Path, tied
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Write `model.safetensors`; a reader sees the whole file or none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    with writing_tensors(partial):
+    path = folder / "model.safetensors"
+    with replacing_file(path) as partial, writing_tensors(path):
         save_file(dict(state), partial, metadata={"format": "pt"})
-    partial.replace(folder / "model.safetensors")
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ from IG.semantics import ScoreKind
 from IG.service.backend import PooledBackend
 from IG.service.config import resolve_config
 from IG.service.IG_worker import count_workers
-from IG.service.models import ModelMissingError, model_digest, require_models
+from IG.service.models import model_digest, require_models
 from IG.service.pool import WorkerPool
 from IG.sharing import ModelIdentity
+from serving.model_files import ModelNotFoundError
 from tests.fakes import FakeAnswerSampler, FakeEntailment
 
 IDENTITY = ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2")
@@ -101,17 +102,17 @@ async def test_a_backend_measures_gains() -> None:
 
 async def test_a_missing_model_is_said_before_anything_starts() -> None:
     config = resolve_config(["--model-path", "/nowhere/model"], environ={})
-    with pytest.raises(ModelMissingError, match="--model-path /nowhere/model: no such folder"):
+    with pytest.raises(ModelNotFoundError, match="--model-path /nowhere/model: no such folder"):
         await PooledBackend.start(config)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     config = resolve_config(["--model-path", str(tmp_path)], environ={})
-    with pytest.raises(ModelMissingError, match=r"has no config\.json"):
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
         require_models(config)
     for text in ("", "[]", "{"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ModelMissingError, match=r"its config\.json is not "):
+        with pytest.raises(ModelNotFoundError, match=r"its config\.json is not "):
             require_models(config)
 
 

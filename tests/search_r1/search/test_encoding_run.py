@@ -207,7 +207,7 @@ def test_an_encoding_process_that_cannot_or_dies_is_named(world: World, tmp_path
             report=report,
         )
 
-    with pytest.raises(RetrieverError, match="nowhere does not load"):
+    with pytest.raises(RetrieverError, match="nowhere: no such folder"):
         build("one", tmp_path / "nowhere")
     with pytest.raises(RetrieverError, match=r"encode cpu.*ended with status -9"):
         build("two", world.encoder, killed=True)

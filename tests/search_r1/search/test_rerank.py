@@ -285,7 +285,7 @@ def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
         load_reranker(save_cross_encoder(tmp_path / "classes", num_labels=3), device="cpu")
     with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.bias', .*not the encoder"):
         load_reranker(save_transformer(tmp_path / "encoder"), device="cpu")
-    with pytest.raises(RetrieverError, match=r"reranker .*nowhere does not load"):
+    with pytest.raises(RetrieverError, match=r"reranker .*nowhere: no such folder"):
         load_reranker(tmp_path / "nowhere", device="cpu")
     folder = save_cross_encoder(tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

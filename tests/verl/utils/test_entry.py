@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from verl.errors import ConfigError, ServiceError
 from verl.utils.actors import ActorError
 from verl.utils.entry import error_line
-from verl.utils.files import write_atomically
 from verl.utils.logs import configure_logging
 
 
@@ -69,18 +67,6 @@ def test_a_defect_keeps_its_traceback(log_file: Path, capsys: pytest.CaptureFixt
 def test_interrupts_pass() -> None:
     with pytest.raises(KeyboardInterrupt), error_line():
         raise KeyboardInterrupt
-
-
-def test_a_full_disk_names_the_file_and_leaves_no_rest(tmp_path: Path) -> None:
-    # Opening the partial file gives a file of a disk that is full.
-    (tmp_path / "file").write_text("old")
-    blocker = tmp_path / f".file.{os.getpid()}.partial"
-    blocker.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        write_atomically(tmp_path / "file", "new")
-    assert caught.value.filename == str(tmp_path / "file")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_a_log_that_cannot_be_written_says_so_once(

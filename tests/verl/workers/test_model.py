@@ -81,7 +81,7 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 def test_a_disk_that_takes_no_more_is_an_error_of_the_file(tmp_path: Path, model_folder: Path) -> None:
     worker = make_worker(model_folder)
-    files = {"model.safetensors.partial": worker.export_weights, "policy_rank_0_of_1.pt": worker.save}
+    files = {"model.safetensors": worker.export_weights, "policy_rank_0_of_1.pt": worker.save}
     for name, write in files.items():
         with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
             write(str(tmp_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from serving.files import write_atomically
 from verl.run.report.charts import draw_curves
 from verl.run.report.examples import failure_label, is_right, pick_extremes, pick_pairs, pick_steps
 from verl.run.report.run_data import (
@@ -25,7 +26,6 @@ from verl.run.report.run_data import (
     run_facts,
 )
 from verl.run.report.text import mask_strip, names_gold, reward_of, split_output
-from verl.utils.files import write_atomically
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 
+from serving.model_files import ModelNotFoundError, find_local_model, read_model_config
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
@@ -40,28 +37,17 @@ def _check_files(config: Config) -> list[str]:
 
 
 def _check_model(config: Config) -> list[str]:
-    path = Path(config.actor_rollout_ref.model.path)
-    if not path.exists():
-        if HUB_ID.fullmatch(str(path)):
-            return []  # a hub id: whether it can be fetched shows when it is loaded
-        return [
-            f"actor_rollout_ref.model.path: no such folder {str(path)!r}; "
-            "give a model folder or a hub id like org/name"
-        ]
-    settings = path / "config.json"
-    if not settings.is_file():
-        return [
-            f"actor_rollout_ref.model.path: {str(path)!r} has no config.json, "
-            "so it is no Hugging Face model folder"
-        ]
+    path = config.actor_rollout_ref.model.path
     try:
-        limit = json.loads(settings.read_text(encoding="utf-8")).get("max_position_embeddings")
-    except (ValueError, AttributeError) as error:
-        return [f"actor_rollout_ref.model.path: {settings} is no JSON object ({error}); copy the model anew"]
+        if find_local_model(path) is None:
+            return []  # a hub id: whether it can be downloaded shows when it is loaded
+        limit = read_model_config(path).get("max_position_embeddings")
+    except ModelNotFoundError as error:
+        return [f"actor_rollout_ref.model.path={error}"]
     if isinstance(limit, int) and config.data.max_model_len > limit:
         return [
             f"data.max_prompt_length + data.max_response_length = {config.data.max_model_len} exceeds "
-            f"the model's {limit} positions ({settings}); lower one of them"
+            f"the model's {limit} positions ({path}/config.json); lower one of them"
         ]
     return []
 

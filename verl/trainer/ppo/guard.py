@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.files import naming_file
 from verl.errors import TrainingHaltedError
 from verl.run.folder import SKIPPED
 from verl.types import FloatArray, Group, Score
-from verl.utils.files import naming_file
 
 logger = logging.getLogger(__name__)
 

@@ -146,7 +146,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
     message = str(error.value)
     assert "data.train_files: no such file 'gone.parquet'" in message
-    assert "actor_rollout_ref.model.path: no such folder" in message
+    assert "actor_rollout_ref.model.path=./gone: no such folder" in message
     assert "this machine has 0 GPUs" in message
 
 
