@@ -79,7 +79,7 @@ Everything after -- goes to verl.trainer.main_ppo as overrides:
 The last line of output is one JSON object:
   em_before, em_after     exact match on the held-out questions, greedy, before and after training
   gain_first, gain_last   mean information gain of the searches, first and last 5 steps (null = not measured)
-  peak_rss_gb             largest memory of all processes together in 10^9 bytes, sampled every second:
+  peak_rss_gb             largest memory of all processes together in 10^9 bytes, looked at every second:
                           the sum of proportional set sizes, so that shared pages count once
 """
 
@@ -213,7 +213,7 @@ def train(
         )
         while trainer.process.poll() is None:
             metrics.refresh()
-            update(metrics.step, f"step {metrics.step} of {asked}, {memory.current_bytes / 1e9:.1f} GB")
+            update(metrics.step, f"step {metrics.step} of {asked}, peak {memory.peak_bytes / 1e9:.1f} GB")
             for service in supervisor.children:
                 if service is not trainer:
                     service.check_alive()

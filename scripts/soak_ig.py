@@ -144,11 +144,11 @@ def soak(
 
                 def look(second: int, is_whole: bool) -> None:
                     if is_whole:  # a worker that is being replaced takes no memory yet
-                        memory.append(watch.current_bytes)
+                        memory.append(watch.measure())
                     update(
                         second,
                         f"{abuse.seen.right} right, {abuse.seen.wrong + abuse.seen.failed} "
-                        f"not, {abuse.workers_killed} killed, {watch.current_bytes / 1e9:.1f} GB",
+                        f"not, {abuse.workers_killed} killed, {watch.peak_bytes / 1e9:.1f} GB",
                     )
 
                 asyncio.run(abuse.run(look))

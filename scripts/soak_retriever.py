@@ -122,8 +122,8 @@ def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namesp
                 running = asyncio.ensure_future(crowd.run())
                 while not running.done():
                     await asyncio.wait([running], timeout=0.2)
-                    memory.append(watch.current_bytes)
-                    update(crowd.seen.right, f"{watch.current_bytes / 1e9:.2f} GB")
+                    memory.append(watch.measure())
+                    update(crowd.seen.right, f"{memory[-1] / 1e9:.2f} GB")
                 await running
 
             asyncio.run(look())
