@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "serve": "serve the information gain of contexts over HTTP until told to stop",
-    "doctor": "examine gains on a sample of questions: zero variance, noise, agreement with exact match",
+    "doctor": "measure gains on a sample of questions before training: noise, judge, advice",
 }
 
 

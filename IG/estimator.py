@@ -317,20 +317,13 @@ class GainEstimator:
         before, error_before = self._statistic(no_context)
         same = with_context.weights is no_context.weights
         return GainEstimate(
-            gain=self._gain(after, before),
+            gain=semantics.gain(self._options.gain, after, before),
             standard_error=0.0 if same else semantics.gain_error(error_after, error_before),
             standard_error_with_context=error_after,
             standard_error_no_context=error_before,
             with_context=with_context,
             no_context=no_context,
         )
-
-    def _gain(self, after: float, before: float) -> float:
-        if self._options.gain is GainKind.entropy:
-            return semantics.entropy_gain(after, before)
-        if self._options.gain is GainKind.log_ratio:
-            return semantics.log_ratio_gain(after, before)
-        return semantics.difference_gain(after, before)
 
     def _statistic(self, belief: Belief) -> tuple[float, float | None]:
         """What conditions are compared by, and its standard error."""

@@ -131,19 +131,22 @@ def semantic_entropy(weights: FloatArray, clusters: IntArray) -> FloatArray:
     return np.asarray(-(probabilities * logs).sum(axis=-1) + 0.0, dtype=np.float64)  # no -0.0
 
 
-def difference_gain(with_context: float, no_context: float) -> float:
-    """Growth of the score, in [-1, 1]."""
-    return with_context - no_context
-
-
 def log_score(score: FloatArray, *, floor: float) -> FloatArray:
     """Log of a score that is floored: R samples cannot tell 0 from rare."""
     return np.asarray(np.log(np.maximum(score, floor)), dtype=np.float64)
 
 
-def log_ratio_gain(with_context: float, no_context: float) -> float:
-    """Growth of the log-score, within +-LOG_RATIO_LIMIT."""
-    return float(np.clip(with_context - no_context, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+def gain(kind: GainKind, with_context: float, no_context: float) -> float:
+    """Compare the statistics of two conditions.
+
+    `difference` of scores, in [-1, 1]; `log_ratio` of log-scores, clipped to +-LOG_RATIO_LIMIT; `entropy` is
+    the drop of the semantic entropy and needs no gold answer.
+    """
+    if kind is GainKind.entropy:
+        return no_context - with_context
+    if kind is GainKind.log_ratio:
+        return float(np.clip(with_context - no_context, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    return with_context - no_context
 
 
 def gain_limit(kind: GainKind, *, num_samples: int) -> float:
@@ -151,11 +154,6 @@ def gain_limit(kind: GainKind, *, num_samples: int) -> float:
     if kind is GainKind.entropy:
         return math.log(max(num_samples, 2))
     return LOG_RATIO_LIMIT if kind is GainKind.log_ratio else 1.0
-
-
-def entropy_gain(with_context: float, no_context: float) -> float:
-    """Drop of the semantic entropy; needs no gold answer."""
-    return no_context - with_context
 
 
 def jackknife_error(left_out: FloatArray) -> float | None:

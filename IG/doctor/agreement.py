@@ -1,120 +1,98 @@
-"""Does the gain point where the outcome points? Correlation of gains with exact match."""
+"""Compare the entailment judge, and the gain, with exact match."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from IG.doctor.matching import exact_matches
-from IG.doctor.readings import GainRule, QuestionReading
-from IG.doctor.rollouts import RecordedRollout
-from IG.doctor.statistics import Interval, Statistic, auc, bootstrap, pearson, spearman
-from IG.semantics import FloatArray, IntArray
+from IG.doctor.readings import QuestionReading
+from IG.semantics import BoolArray, FloatArray
+from IG.service.config import IGServiceConfig
+from serving.answers import normalize_answer
 
-NUM_RESAMPLINGS = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GainOutcomes:
-    """Gains, and how often the answers that came with each were right."""
-
-    gains: FloatArray  # [context]
-    right: FloatArray  # [context]: number of right answers
-    answers: FloatArray  # [context]: number of answers
-    questions: IntArray  # [context]: which question it belongs to
+_MAX_EXAMPLES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """How gain and exact match go together, with 95 % intervals over questions; None where undefined."""
+class JudgeAgreement:
+    """How the entailment judge and exact match rate the same sampled answers, as shares of all of them."""
 
-    num_contexts: int
-    num_questions: int
-    exact_match: float
-    pearson: Interval | None
-    """Gain against the share of right answers, over contexts."""
-    spearman: Interval | None
-    auc: Interval | None
-    """Chance that a right answer came with a larger gain than a wrong one."""
-    within_question: Interval | None
-    """Pearson after the mean of every question is taken off, as a group-normalised reward does."""
+    num_answers: int
+    both: float
+    """Right by both."""
+    only_judge: float
+    """Equivalent to a gold answer by the judge alone: a paraphrase, or an error of the judge."""
+    only_exact: float
+    """An exact match that the judge rejects: always an error of the judge."""
+    examples: tuple[str, ...]
+    """Distinct answers that the two rate differently."""
 
 
-def split_half(
-    readings: Sequence[QuestionReading], rule: GainRule, *, rng: np.random.Generator
-) -> GainOutcomes:
-    """Gains from one half of the samples, exact match of the other half.
+def compare_judge(readings: Sequence[QuestionReading], config: IGServiceConfig) -> JudgeAgreement | None:
+    """Compare judge and exact match over all sampled answers; None when no question has gold answers."""
+    judged: list[BoolArray] = []
+    exact: list[BoolArray] = []
+    examples: dict[str, None] = {}
+    for reading in readings:
+        golds = reading.question.golds
+        for samples in reading.conditions.values() if golds else ():
+            judged.append(np.asarray(samples.equivalent_to_gold(threshold=config.threshold).any(axis=1)))
+            exact.append(exact_matches(samples.texts, golds))
+            for at in np.flatnonzero(judged[-1] != exact[-1]):
+                verdict = "judged equivalent" if judged[-1][at] else "judged different"
+                examples[f"{reading.question.text} {samples.texts[at]!r}, {verdict} to {golds[0]!r}"] = None
+    if not judged:
+        return None
+    by_judge, by_text = np.concatenate(judged), np.concatenate(exact)
+    return JudgeAgreement(
+        num_answers=len(by_judge),
+        both=float((by_judge & by_text).mean()),
+        only_judge=float((by_judge & ~by_text).mean()),
+        only_exact=float((~by_judge & by_text).mean()),
+        examples=tuple(examples)[:_MAX_EXAMPLES],
+    )
 
-    From the same samples the two would agree by construction.
+
+def exact_matches(texts: Iterable[str], golds: Iterable[str]) -> BoolArray:
+    """Return which texts equal a gold answer after normalization; blank texts never do."""
+    keys = {normalize_answer(gold) for gold in golds} - {""}
+    return np.asarray([normalize_answer(text) in keys for text in texts], dtype=np.bool_)
+
+
+def gain_auc(
+    readings: Sequence[QuestionReading], config: IGServiceConfig, *, rng: np.random.Generator
+) -> float | None:
+    """Return the chance that a right answer came with a larger gain than a wrong one.
+
+    Gains are computed from one half of the samples and compared with exact match of the other half: from the
+    same samples the two would agree by construction. None without both right and wrong answers.
     """
     gains: list[float] = []
-    right: list[float] = []
-    answers: list[int] = []
-    questions: list[int] = []
-    for number, reading in enumerate(readings):
+    right: list[int] = []
+    wrong: list[int] = []
+    for reading in readings:
+        if not reading.question.golds:
+            continue
         half = reading.num_samples // 2
-        shuffled = {name: rng.permutation(len(samples)) for name, samples in reading.conditions.items()}
-        measured = reading.gains_of(rule, {name: rows[None, :half] for name, rows in shuffled.items()})
+        order = {name: rng.permutation(len(samples)) for name, samples in reading.conditions.items()}
+        measured = reading.gains_of({name: rows[None, :half] for name, rows in order.items()}, config)
         for name, samples in reading.contexts.items():
-            rest = [samples.texts[row] for row in shuffled[name][half:]]
+            rest = [samples.texts[row] for row in order[name][half:]]
+            num_right = int(exact_matches(rest, reading.question.golds).sum())
             gains.append(float(measured[name][0]))
-            right.append(float(exact_matches(rest, reading.question.golds).sum()))
-            answers.append(len(rest))
-            questions.append(number)
-    return GainOutcomes(
-        gains=np.asarray(gains),
-        right=np.asarray(right),
-        answers=np.asarray(answers, dtype=np.float64),
-        questions=np.asarray(questions, dtype=np.int64),
-    )
+            right.append(num_right)
+            wrong.append(len(rest) - num_right)
+    return auc(np.asarray(gains), positives=np.asarray(right, float), negatives=np.asarray(wrong, float))
 
 
-def recorded_outcomes(rollouts: Sequence[RecordedRollout]) -> GainOutcomes:
-    """Gains of the rollouts that have one, with exact match of the answers that they gave."""
-    measured = [rollout for rollout in rollouts if rollout.gain is not None]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(r.question for r in measured))}
-    return GainOutcomes(
-        gains=np.asarray([rollout.gain for rollout in measured], dtype=np.float64),
-        right=np.asarray([float(exact_matches([r.answer or ""], r.golds)[0]) for r in measured]),
-        answers=np.ones(len(measured)),
-        questions=np.asarray([numbers[rollout.question] for rollout in measured], dtype=np.int64),
-    )
+def auc(values: FloatArray, *, positives: FloatArray, negatives: FloatArray) -> float | None:
+    """Return the chance that a positive has a larger value than a negative; ties count half.
 
-
-def measure_agreement(pairs: GainOutcomes, *, rng: np.random.Generator) -> Agreement | None:
-    """All figures; None when there is no context with a gain."""
-    if not len(pairs.gains):
+    `positives` and `negatives` count how many of each share a value. None without one of both.
+    """
+    if not positives.sum() or not negatives.sum():
         return None
-    shares = pairs.right / pairs.answers
-    gains, centred = pairs.gains, [_centre(values, pairs.questions) for values in (pairs.gains, shares)]
-
-    def interval(statistic: Statistic) -> Interval | None:
-        return bootstrap(
-            statistic,
-            clusters=pairs.questions,
-            num_resamplings=NUM_RESAMPLINGS,
-            rng=rng,
-        )
-
-    return Agreement(
-        num_contexts=len(gains),
-        num_questions=len(np.unique(pairs.questions)),
-        exact_match=float(pairs.right.sum() / pairs.answers.sum()),
-        pearson=interval(lambda rows: pearson(gains[rows], shares[rows])),
-        spearman=interval(lambda rows: spearman(gains[rows], shares[rows])),
-        auc=interval(
-            lambda rows: auc(
-                gains[rows],
-                positives=pairs.right[rows],
-                negatives=(pairs.answers - pairs.right)[rows],
-            )
-        ),
-        within_question=interval(lambda rows: pearson(centred[0][rows], centred[1][rows])),
-    )
-
-
-def _centre(values: FloatArray, groups: IntArray) -> FloatArray:
-    totals = np.bincount(groups, weights=values)
-    return np.asarray(values - (totals / np.bincount(groups))[groups], dtype=np.float64)
+    larger = (values[:, None] > values) + 0.5 * (values[:, None] == values)  # [positive, negative]
+    return float(positives @ larger @ negatives / (positives.sum() * negatives.sum()))

@@ -1,4 +1,4 @@
-"""The command line of the doctor: read, measure, analyse, report.
+"""The command line of the doctor: read questions, measure, analyze, report.
 
 python -m IG doctor --model-path Qwen/Qwen2.5-3B --questions questions.jsonl --num-questions 50
 """
@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,15 +19,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
+from rich.table import Table
 
-from IG.doctor.diagnosis import Diagnosis, Plan, diagnose, summary
-from IG.doctor.measuring import Measured, add_work, measure_questions, measure_rollouts
+from IG.doctor.diagnosis import Diagnosis, diagnose, rows, summary
+from IG.doctor.measuring import Measured, measure_questions
+from IG.doctor.plot import draw_gains
 from IG.doctor.questions import AskedQuestion, choose, read_questions
-from IG.doctor.readings import GainRule
-from IG.doctor.report import write_report
-from IG.doctor.rollouts import RecordedRollout, by_group, have_gains, read_rollouts, with_gains
-from IG.doctor.tables import skipped_lines, tables
 from IG.service.backend import Backend, PooledBackend
 from IG.service.config import (
     SETTINGS,
@@ -47,18 +43,7 @@ from serving.web.settings import SettingError, add_settings, expand_home
 logger = logging.getLogger(__name__)
 
 WORLD_QUESTIONS = WORLD_GENERATOR.parents[1] / "doctor.jsonl"
-SHOWN_SETTINGS = (
-    "model_path",
-    "entailment_model",
-    "score",
-    "gain",
-    "threshold",
-    "temperature",
-    "max_new_tokens",
-    "prompt_type",
-    "prompt_style",
-    "seed",
-)
+PLOT = "gain_by_scenario.png"
 
 StartBackend = Callable[[IGServiceConfig], Awaitable[Backend]]
 
@@ -69,16 +54,14 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be examined."""
+    """What to examine."""
 
     questions: Path
     num_questions: int
-    rollouts: Path | None
     max_samples: int
-    gain_weight: float
     out: Path
     config: IGServiceConfig
-    """As training would run the service."""
+    """The service as training will run it."""
 
 
 def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend = PooledBackend.start) -> int:
@@ -103,42 +86,33 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
 
 
 def parse_arguments(arguments: Sequence[str]) -> Request:
-    """Raises SettingError; exits as argparse does on an unknown flag and on --help."""
+    """Return the request. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
     given = vars(build_parser().parse_args(expand_home(arguments)))
     flags = [part for s in SETTINGS if s.name in given for part in (s.flag, given[s.name])]
     config = resolve_config(flags)
     if config.num_generations > given["max_samples"]:
         raise SettingError(
             f"--max-samples is {given['max_samples']}, expected at least --num-generations "
-            f"({config.num_generations}): both are answers per condition, and the larger is the yardstick"
+            f"({config.num_generations}): gains of fewer samples are compared with those of --max-samples"
         )
     if config.temperature == 0:
-        raise SettingError(
-            "--temperature is 0: all samples of a prompt are the same, there is no noise to look at"
-        )
-    return Request(
-        questions=given["questions"],
-        num_questions=given["num_questions"],
-        rollouts=given["rollouts"],
-        max_samples=given["max_samples"],
-        gain_weight=given["gain_weight"],
-        out=given["out"],
-        config=config,
-    )
+        raise SettingError("--temperature is 0: all samples of a prompt are equal and gains have no noise")
+    own = ("questions", "num_questions", "max_samples", "out")
+    return Request(config=config, **{name: given[name] for name in own})
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The doctor's own flags and every setting of the service."""
+    """Build the parser of the doctor's own flags and every setting of the service."""
     parser = argparse.ArgumentParser(
         prog="python -m IG doctor",
         description=(
-            "Look at the information gain of a sample of questions before training on it: groups with zero "
-            "variance, signal against noise, agreement with exact match, accepted answers, and what to set. "
-            "The last line of the output is JSON."
+            "Measure gains on a sample of your questions before training on them: how noisy they are, "
+            "whether helpful documents gain more than random ones, whether the entailment judge agrees with "
+            "exact match, and what to set. The last line of the output is JSON."
         ),
         allow_abbrev=False,
     )
-    own = parser.add_argument_group("what to look at")
+    own = parser.add_argument_group("what to examine")
     own.add_argument(
         "--questions",
         type=Path,
@@ -147,32 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSONL with answers and documents, or JSON or parquet without (default world/doctor.jsonl)",
     )
     own.add_argument(
-        "--num-questions",
-        type=_positive,
-        default=50,
-        metavar="N",
-        help="how many of them, and of recorded groups whose gains must be measured (default 50)",
-    )
-    own.add_argument(
-        "--rollouts",
-        type=Path,
-        metavar="PATH",
-        help="trajectories that a training run recorded: a JSONL file, a folder of them, or a run folder",
+        "--num-questions", type=_at_least(1), default=50, metavar="N", help="how many of them (default 50)"
     )
     own.add_argument(
         "--max-samples",
-        type=_at_least_two,
+        type=_at_least(2),
         default=64,
         metavar="N",
-        help="answers per condition, the yardstick for fewer (default 64)",
-    )
-    own.add_argument(
-        "--lambda",
-        dest="gain_weight",
-        type=float,
-        default=0.6,
-        metavar="X",
-        help="weight of the gain in the reward (default 0.6)",
+        help="answers per condition; gains of fewer are compared with gains of these (default 64)",
     )
     own.add_argument(
         "--out", type=Path, default=Path("doctor"), metavar="FOLDER", help="of the report (default doctor)"
@@ -183,78 +139,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def examine(request: Request, *, start_backend: StartBackend) -> str:
-    """Measure, write the report, print the tables; returns the JSON line."""
+    """Measure, write the report, print the table; return the JSON line."""
     started = time.perf_counter()
     config = request.config
-    questions = choose(
-        read_questions(request.questions), count=request.num_questions, rng=random.Random(config.seed)
-    )
-    rollouts = None if request.rollouts is None else read_rollouts(request.rollouts)
-    _make_folder(request.out)  # not after hours of measuring
-    measured, rollouts = await _measure(request, questions, rollouts, start_backend=start_backend)
+    questions = choose(read_questions(request.questions), count=request.num_questions, seed=config.seed)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)  # before measuring, which takes long
+    except OSError as error:
+        raise SettingError(
+            f"--out is {request.out}, expected a folder or a place for one ({error.strerror})"
+        ) from None
+    measured = await _measure(request, questions, start_backend=start_backend)
     if not measured.readings:
         raise QuestionError(f"no question could be measured, the first: {measured.failures[0]}")
-    plan = Plan(
-        rule=GainRule(score=config.score, gain=config.gain, threshold=config.threshold),
-        num_generations=config.num_generations,
-        gain_weight=request.gain_weight,
-        seed=config.seed,
-    )
-    diagnosis = diagnose(measured, plan, rollouts=rollouts)
-    seconds = time.perf_counter() - started
-    write_report(diagnosis, plan, request.out, settings=_settings(request), seconds=seconds)
-    _show(diagnosis, plan, request.out)
-    return json.dumps(summary(diagnosis, plan) | {"seconds": round(seconds, 1)}, allow_nan=False)
+    diagnosis = diagnose(measured, config)
+    seconds = round(time.perf_counter() - started, 1)
+    _write_report(diagnosis, request, seconds=seconds)
+    _show(diagnosis, request)
+    return json.dumps(summary(diagnosis, config) | {"seconds": seconds}, allow_nan=False)
 
 
 async def _measure(
-    request: Request,
-    questions: Sequence[AskedQuestion],
-    rollouts: list[RecordedRollout] | None,
-    *,
-    start_backend: StartBackend,
-) -> tuple[Measured, list[RecordedRollout] | None]:
+    request: Request, questions: Sequence[AskedQuestion], *, start_backend: StartBackend
+) -> Measured:
     config = replace(request.config, num_generations=request.max_samples)
-    with _progress() as progress:
+    columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         loading = progress.add_task("loading models", total=None)
         async with _running(start_backend, config) as backend:
             progress.update(loading, total=1, completed=1)
             bar = progress.add_task("questions", total=len(questions))
-            measured = await measure_questions(
-                backend, questions, seed=config.seed, advance=lambda done: progress.advance(bar, done)
+            return await measure_questions(
+                backend, questions, seed=config.seed, on_progress=lambda: progress.advance(bar)
             )
-            if rollouts is not None and not have_gains(rollouts):
-                groups = choose(
-                    list(by_group(rollouts).values()),
-                    count=request.num_questions,
-                    rng=random.Random(config.seed),
-                )
-                chosen = [rollout for members in groups for rollout in members]
-                contexts = {(each.question, each.context) for each in chosen if each.is_measurable}
-                again = progress.add_task("recorded rollouts", total=len(contexts))
-                found = await measure_rollouts(
-                    backend, chosen, advance=lambda done: progress.advance(again, done)
-                )
-                rollouts = with_gains(chosen, found.gains)
-                measured = replace(measured, failures=(*measured.failures, *sorted(found.failures)))
-                add_work(measured.work, found.work)
-    return measured, rollouts
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(
-            f"--out is {path}, expected a folder or a place for one ({error.strerror})"
-        ) from None
 
 
 @asynccontextmanager
 async def _running(start_backend: StartBackend, config: IGServiceConfig) -> AsyncIterator[Backend]:
     try:
         backend = await start_backend(config)
-    except (OSError, ValueError, RuntimeError) as error:  # what models, engines and settings raise
+    except (OSError, ValueError, RuntimeError) as error:  # raised by models, engines and settings
         raise StartError(f"the models could not be loaded: {error}") from error
     try:
         yield backend
@@ -262,62 +186,44 @@ async def _running(start_backend: StartBackend, config: IGServiceConfig) -> Asyn
         await backend.aclose()
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-
-
-def _settings(request: Request) -> dict[str, object]:
-    known = asdict(request.config)
-    return {
+def _write_report(diagnosis: Diagnosis, request: Request, *, seconds: float) -> None:
+    """Write `report.json` and the plot; the plot of an earlier report is removed."""
+    (request.out / PLOT).unlink(missing_ok=True)
+    if diagnosis.gains:
+        draw_gains(diagnosis.gains, request.out / PLOT, gain=str(request.config.gain))
+    settings = asdict(replace(request.config, token="")) | {
         "questions": str(request.questions),
-        "rollouts": None if request.rollouts is None else str(request.rollouts),
         "num_questions": request.num_questions,
         "max_samples": request.max_samples,
-        "num_generations": request.config.num_generations,
-        "lambda": request.gain_weight,
-        **{name: str(known[name]) for name in SHOWN_SETTINGS},
     }
+    del settings["token"]
+    written = {"settings": settings, "seconds": seconds, **asdict(diagnosis)}
+    text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
+    (request.out / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _show(diagnosis: Diagnosis, plan: Plan, out: Path) -> None:
+def _show(diagnosis: Diagnosis, request: Request) -> None:
     console = Console(file=sys.stdout)
-    for table in tables(diagnosis, plan):
-        shown = RichTable(title=table.title, title_justify="left")
-        for number, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if number else "left")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-        _say(console, table.meaning + "\n")
-    for line in skipped_lines(diagnosis):
-        _say(console, line)
-    _say(console, diagnosis.advice.sentence)
-    _say(console, f"Report: {out / 'report.html'}")
+    table = Table(title=f"Gains of {diagnosis.num_questions} questions", title_justify="left")
+    table.add_column("measured")
+    table.add_column("value", justify="right")
+    for row in rows(diagnosis, request.config):
+        table.add_row(*row)
+    console.print(table)
+    lines = list(diagnosis.advice)
+    if diagnosis.failures:
+        lines.append(
+            f"{len(diagnosis.failures)} gains could not be measured, the first: {diagnosis.failures[0]}"
+        )
+    lines.append(f"Report: {request.out / 'report.json'}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
+        return int(text)
 
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _at_least_two(text: str) -> int:
-    return _whole(text, least=2)
-
-
-def _whole(text: str, *, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
-    return value
+    return parse

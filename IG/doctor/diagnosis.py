@@ -1,174 +1,173 @@
-"""All analyses of one run put together: what was found, and what could not be looked at and why."""
+"""Put the measurements together: one table, one advice, one JSON line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from IG.doctor.advice import Advice, advise
-from IG.doctor.agreement import Agreement, measure_agreement, recorded_outcomes, split_half
-from IG.doctor.aliases import AliasReport, alias_report
-from IG.doctor.groups import GROUP_SIZES, RewardGroup, ZeroVariance, simulate_groups, zero_variance
+from IG.doctor.agreement import JudgeAgreement, compare_judge, gain_auc
 from IG.doctor.measuring import Measured
-from IG.doctor.noise import NUM_SAMPLES, NoiseReport, measure_noise
-from IG.doctor.readings import GainRule, QuestionReading
-from IG.doctor.rollouts import RecordedRollout, observed_groups
-from IG.doctor.scenarios import Scenario
+from IG.doctor.noise import Noise, measure_noise
+from IG.doctor.questions import Scenario
+from IG.doctor.readings import QuestionReading
+from IG.estimator import explain_empty
+from IG.service.config import IGServiceConfig
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is looked at and how."""
-
-    rule: GainRule
-    num_generations: int
-    """Samples per condition that training means to use."""
-    gain_weight: float
-    seed: int
+MAX_NOISE_SHARE = 1 / 3
+"""Largest noise of a trustworthy gain, as a share of the signal."""
+MAX_JUDGE_ERRORS = 0.02
+"""Largest share of answers that are exact matches and rejected by the judge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """Everything that the report shows."""
+    """Everything that the report shows; None for what these questions do not allow to measure."""
 
     num_questions: int
-    num_failures: int
     failures: tuple[str, ...]
-    groups_are: str
-    """`observed` or `simulated`."""
-    zero_variance: tuple[ZeroVariance, ...]
-    noise: NoiseReport | None
-    agreement: Agreement | None
-    agreement_is: str
-    """`recorded` or `sampled`: where the gains and answers come from."""
-    aliases: AliasReport | None
+    noise: Noise | None
+    judge: JudgeAgreement | None
+    auc: float | None
+    """Chance that a right answer came with a larger gain than a wrong one."""
+    gains: dict[Scenario, list[float]]
+    """Gains of all samples by scenario, one per question that has it."""
     work: dict[str, int]
-    gains: dict[str, dict[Scenario, list[float]]]
-    """By kind of question, then by scenario."""
-    advice: Advice
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Analyses that could not be made, with the reason."""
+    num_samples: int | None
+    """Smallest number of samples whose noise is small enough; None when there is none."""
+    is_trustworthy: bool | None
+    """Whether gains at the configured number of samples can be trained on; None without documents."""
+    advice: tuple[str, ...]
+    """Sentences, the most important one first."""
 
 
-def diagnose(measured: Measured, plan: Plan, *, rollouts: Sequence[RecordedRollout] | None) -> Diagnosis:
-    """Make every analysis that the questions and rollouts allow."""
-    rng = np.random.default_rng(plan.seed)
-    answerable = [reading for reading in measured.readings if reading.question.golds]
-    skipped: dict[str, str] = {}
-    noise = measure_noise(measured.readings, plan.rule, sizes={*NUM_SAMPLES, plan.num_generations}, rng=rng)
+def diagnose(measured: Measured, config: IGServiceConfig) -> Diagnosis:
+    """Make every analysis that the questions allow. `config` is that of training."""
+    rng = np.random.default_rng(config.seed)
+    noise = measure_noise(measured.readings, config, rng=rng)
+    judge = compare_judge(measured.readings, config)
+    gains = gains_by_scenario(measured.readings, config)
+    enough = None if noise is None else _enough_samples(noise)
+    advice = _noise_advice(noise, enough, config)
+    doubts = _doubts(noise, judge, gains, config)
     if noise is None:
-        skipped["signal against noise"] = "no question has documents, so there is no gain to measure"
-    groups = _groups(answerable, plan, rollouts=rollouts, skipped=skipped, rng=rng)
-    levels = [
-        zero_variance(
-            groups,
-            group_size=size,
-            gain_weight=plan.gain_weight,
-            noise=noise.noise_at(plan.num_generations) if noise else None,
-        )
-        for size in GROUP_SIZES
-    ]
-    known = tuple(level for level in levels if level is not None)
-    aliases = alias_report(answerable, plan.rule)
-    if aliases is None:
-        skipped["alias statistics"] = "no question has answers"
+        is_trustworthy = None
+    else:
+        is_trustworthy = enough is not None and enough <= config.num_generations and not doubts
+    if warning := explain_empty(measured.work.answers_empty, of=measured.work.answers_sampled):
+        doubts.append(warning)
     return Diagnosis(
         num_questions=len(measured.readings),
-        num_failures=len(measured.failures),
-        failures=measured.failures[:10],
-        groups_are="simulated" if rollouts is None else "observed",
-        zero_variance=known,
+        failures=measured.failures,
         noise=noise,
-        agreement=_agreement(answerable, plan, rollouts=rollouts, skipped=skipped, rng=rng),
-        agreement_is="sampled" if rollouts is None else "recorded",
-        aliases=aliases,
+        judge=judge,
+        auc=gain_auc(measured.readings, config, rng=rng),
+        gains=gains,
         work=asdict(measured.work),
-        gains=gains_by_scenario(measured.readings, plan.rule),
-        advice=advise(known, noise, gain_weight=plan.gain_weight),
-        skipped=skipped,
+        num_samples=enough,
+        is_trustworthy=is_trustworthy,
+        advice=(*(f"{doubt}." for doubt in doubts), advice),
     )
 
 
-def _groups(
-    answerable: Sequence[QuestionReading],
-    plan: Plan,
-    *,
-    rollouts: Sequence[RecordedRollout] | None,
-    skipped: dict[str, str],
-    rng: np.random.Generator,
-) -> list[RewardGroup]:
-    if rollouts is not None:
-        return observed_groups(rollouts)
-    if not answerable:
-        skipped["zero-variance groups"] = "no question has answers, so there is no outcome to simulate"
-    with_documents = [reading for reading in answerable if reading.contexts]
-    return simulate_groups(with_documents or answerable, plan.rule, num_samples=plan.num_generations, rng=rng)
-
-
-def _agreement(
-    answerable: Sequence[QuestionReading],
-    plan: Plan,
-    *,
-    rollouts: Sequence[RecordedRollout] | None,
-    skipped: dict[str, str],
-    rng: np.random.Generator,
-) -> Agreement | None:
-    pairs = split_half(answerable, plan.rule, rng=rng) if rollouts is None else recorded_outcomes(rollouts)
-    agreement = measure_agreement(pairs, rng=rng)
-    if agreement is None:
-        skipped["gain and exact match"] = (
-            "no question has both documents and answers" if rollouts is None else "no rollout has a gain"
-        )
-    return agreement
-
-
 def gains_by_scenario(
-    readings: Sequence[QuestionReading], rule: GainRule
-) -> dict[str, dict[Scenario, list[float]]]:
-    """Gains of all samples; questions that need several documents apart from those that need one."""
-    kinds: dict[str, dict[Scenario, list[float]]] = {}
+    readings: Sequence[QuestionReading], config: IGServiceConfig
+) -> dict[Scenario, list[float]]:
+    """Return gains of all samples for the questions that have documents."""
+    found: dict[Scenario, list[float]] = {}
     for reading in readings:
-        if not reading.contexts:
-            continue
-        kind = "one document" if len(reading.question.documents) == 1 else "several documents"
-        for name, gain in reading.gains(rule).items():
-            kinds.setdefault(kind, {}).setdefault(name, []).append(gain)
-    return {
-        kind: {name: found[name] for name in Scenario if name in found}
-        for kind, found in sorted(kinds.items())
-    }
+        if reading.contexts:
+            for name, gain in reading.gains(config).items():
+                found.setdefault(name, []).append(gain)
+    return {name: found[name] for name in Scenario if name in found}
 
 
-def summary(diagnosis: Diagnosis, plan: Plan) -> dict[str, object]:
-    """The figures that a script wants, on one line."""
-    noise, agreement, work = diagnosis.noise, diagnosis.agreement, diagnosis.work
+def rows(diagnosis: Diagnosis, config: IGServiceConfig) -> list[tuple[str, str]]:
+    """Return name and value of every row of the table."""
+    table = [
+        (f"mean gain, {name}", f"{np.mean(gains):.3f}, {len(gains)} questions")
+        for name, gains in diagnosis.gains.items()
+        if name is not Scenario.none
+    ]
+    if diagnosis.noise is not None:
+        table.append(("signal: spread of the gains of a question", f"{diagnosis.noise.signal:.3f}"))
+        for size, noise in diagnosis.noise.levels.items():
+            mark = " (configured)" if size == config.num_generations else ""
+            table.append((f"noise of a gain of {size} samples{mark}", f"{noise:.3f}"))
+    if diagnosis.auc is not None:
+        table.append(("chance that the right answer has the larger gain", f"{diagnosis.auc:.1%}"))
+    if (judge := diagnosis.judge) is not None:
+        table += [
+            ("answers right by judge and exact match", f"{judge.both:.1%}"),
+            ("answers right by the judge alone", f"{judge.only_judge:.1%}"),
+            ("exact matches that the judge rejects", f"{judge.only_exact:.1%}"),
+        ]
+    table.append(
+        ("empty answers", f"{diagnosis.work['answers_empty']} of {diagnosis.work['answers_sampled']}")
+    )
+    return table
+
+
+def summary(diagnosis: Diagnosis, config: IGServiceConfig) -> dict[str, object]:
+    """Return the figures of the JSON line."""
+    noise, judge = diagnosis.noise, diagnosis.judge
+    sampled = diagnosis.work["answers_sampled"]
     return {
         "questions": diagnosis.num_questions,
-        "failed": diagnosis.num_failures,
-        "group_size": diagnosis.advice.group_size,
-        "num_samples": diagnosis.advice.num_samples,
-        "zero_variance_outcome": {
-            str(level.group_size): _rounded(level.outcome) for level in diagnosis.zero_variance
-        },
-        "zero_variance_with_gain": {
-            str(level.group_size): _rounded(level.with_gain) for level in diagnosis.zero_variance
-        },
-        "zero_variance_beyond_noise": {
-            str(level.group_size): _rounded(level.within_noise) for level in diagnosis.zero_variance
-        },
-        "groups": diagnosis.groups_are,
+        "failed": len(diagnosis.failures),
+        "trustworthy": diagnosis.is_trustworthy,
+        "num_samples": diagnosis.num_samples,
+        "gain": str(config.gain),
         "signal": _rounded(noise.signal if noise else None),
-        "noise": _rounded(noise.noise_at(plan.num_generations) if noise else None),
-        "gain": str(plan.rule.gain),
-        "spearman_em": _rounded(agreement.spearman.value if agreement and agreement.spearman else None),
-        "auc_em": _rounded(agreement.auc.value if agreement and agreement.auc else None),
-        "empty_share": _rounded(
-            work["answers_empty"] / sampled if (sampled := work["answers_sampled"]) else None
-        ),
-        "skipped": sorted(diagnosis.skipped),
+        "noise": _rounded(noise.levels.get(config.num_generations) if noise else None),
+        "auc_em": _rounded(diagnosis.auc),
+        "judge_rejects_em": _rounded(judge.only_exact if judge else None),
+        "empty_share": _rounded(diagnosis.work["answers_empty"] / sampled if sampled else None),
     }
+
+
+def _enough_samples(noise: Noise) -> int | None:
+    limit = noise.signal * MAX_NOISE_SHARE
+    return next((size for size, error in noise.levels.items() if error < limit), None)
+
+
+def _noise_advice(noise: Noise | None, enough: int | None, config: IGServiceConfig) -> str:
+    if noise is None:
+        return "No question has documents, so no gain was measured; add documents to the questions."
+    signal = f"a third of the signal of {noise.signal:.3f}"
+    if enough is None:
+        return (
+            f"Do not train on these gains: no number of samples up to {max(noise.levels)} brings the noise "
+            f"below {signal}."
+        )
+    reason = f"the noise of {noise.levels[enough]:.3f} is below {signal}"
+    if enough > config.num_generations:
+        return f"Raise --num-generations from {config.num_generations} to {enough}: there {reason}."
+    return f"--num-generations {config.num_generations} is enough: from {enough} samples on {reason}."
+
+
+def _doubts(
+    noise: Noise | None,
+    judge: JudgeAgreement | None,
+    gains: dict[Scenario, list[float]],
+    config: IGServiceConfig,
+) -> list[str]:
+    """Return what makes the gains untrustworthy whatever the number of samples."""
+    doubts = []
+    if noise is not None and Scenario.random in gains:
+        helpful, random = (float(np.mean(gains[name])) for name in (Scenario.supporting, Scenario.random))
+        if helpful - random <= noise.levels[config.num_generations]:
+            doubts.append(
+                f"Supporting documents gain {helpful:.3f} on average and random ones {random:.3f}, no more "
+                "than the noise apart: try a larger generator or another entailment model"
+            )
+    if judge is not None and judge.only_exact > MAX_JUDGE_ERRORS:
+        doubts.append(
+            f"The entailment judge rejects {judge.only_exact:.1%} of the answers although they match a gold "
+            "answer exactly: look at judge.examples in report.json and try another --entailment-model"
+        )
+    return doubts
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,64 +1,61 @@
-"""Ask the models about every scenario of every question."""
+"""Sample answers to every question under every scenario."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Protocol
 
-from IG.doctor.questions import AskedQuestion
+from IG.doctor.questions import AskedQuestion, Scenario, contexts_of
 from IG.doctor.readings import QuestionReading, Samples
-from IG.doctor.rollouts import RecordedRollout
-from IG.doctor.scenarios import Scenario, contexts_of
 from IG.estimator import Estimates, GainEstimate, GainQuery
 from IG.sharing import Work
 
 MAX_REQUESTS = 16
-"""Questions worked on at once; enough to keep both models busy."""
-
-Advance = Callable[[int], None]
+"""Questions measured at once; enough to keep both models busy."""
 
 
 class Measure(Protocol):
-    """The part of a backend that is needed here."""
+    """The part of a backend that the doctor needs."""
 
     async def estimate(
         self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
     ) -> Estimates:
-        """One outcome per query, in order."""
+        """Return one outcome per query, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What came of it."""
+    """The samples of all questions."""
 
     readings: tuple[QuestionReading, ...]
-    """Of the questions whose baseline could be measured, in order."""
+    """Questions whose baseline could be measured, in order."""
     failures: tuple[str, ...]
-    """Question, scenario and reason of everything that could not."""
+    """Question, scenario and reason of every gain that could not be measured."""
     work: Work
 
 
 async def measure_questions(
-    models: Measure, questions: Sequence[AskedQuestion], *, seed: int, advance: Advance
+    models: Measure, questions: Sequence[AskedQuestion], *, seed: int, on_progress: Callable[[], None]
 ) -> Measured:
-    """Readings of all questions; random documents are drawn from these questions by the seed."""
+    """Measure all questions; `seed` draws their random documents from the other questions."""
     rng = random.Random(seed)
     contexts = [contexts_of(question, others=questions, rng=rng) for question in questions]
     slots = asyncio.Semaphore(MAX_REQUESTS)
     work = Work()
 
-    async def read(number: int) -> tuple[QuestionReading | None, list[str]]:
+    async def measure(number: int) -> tuple[QuestionReading | None, list[str]]:
         async with slots:
-            reading, failures, done = await _read(models, questions[number], contexts[number])
-        add_work(work, done)
-        advance(1)
+            reading, failures, done = await _measure(models, questions[number], contexts[number])
+        for counter in fields(Work):
+            setattr(work, counter.name, getattr(work, counter.name) + getattr(done, counter.name))
+        on_progress()
         return reading, failures
 
-    results = await asyncio.gather(*(read(number) for number in range(len(questions))))
+    results = await asyncio.gather(*(measure(number) for number in range(len(questions))))
     return Measured(
         readings=tuple(reading for reading, _ in results if reading is not None),
         failures=tuple(failure for _, failures in results for failure in failures),
@@ -66,9 +63,10 @@ async def measure_questions(
     )
 
 
-async def _read(
+async def _measure(
     models: Measure, question: AskedQuestion, contexts: Mapping[Scenario, str]
 ) -> tuple[QuestionReading | None, list[str], Work]:
+    # Every estimate carries the baseline, so it is only asked for alone where there is no context.
     asked = {name: context for name, context in contexts.items() if context} or contexts
     queries = [
         GainQuery(question=question.text, context=context, golds=question.golds) for context in asked.values()
@@ -84,48 +82,3 @@ async def _read(
             failures.append(f"{question.text!r}, {name}: {outcome.reason}")
     reading = QuestionReading(question=question, conditions=conditions) if conditions else None
     return reading, failures, estimates.work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredRollouts:
-    """What came of measuring rollouts again."""
-
-    gains: dict[tuple[str, str], float] = field(default_factory=dict)
-    """By question and context, of the rollouts that searched and answered; failed ones are missing."""
-    failures: list[str] = field(default_factory=list)
-    work: Work = field(default_factory=Work)
-
-
-async def measure_rollouts(
-    models: Measure, rollouts: Sequence[RecordedRollout], *, advance: Advance
-) -> MeasuredRollouts:
-    """Gains of rollouts that a run recorded without; each context of a question is asked for once."""
-    asked = {
-        (rollout.question, rollout.context): GainQuery(
-            question=rollout.question, context=rollout.context, golds=rollout.golds
-        )
-        for rollout in rollouts
-        if rollout.is_measurable
-    }
-    slots = asyncio.Semaphore(MAX_REQUESTS * 4)
-    measured = MeasuredRollouts()
-
-    async def read(key: tuple[str, str]) -> None:
-        async with slots:
-            estimates = await models.estimate([asked[key]], details=False, timeout_s=None)
-        (outcome,) = estimates.outcomes
-        if isinstance(outcome, GainEstimate):
-            measured.gains[key] = outcome.gain
-        else:
-            measured.failures.append(f"{key[0]!r}, recorded context: {outcome.reason}")
-        add_work(measured.work, estimates.work)
-        advance(1)
-
-    await asyncio.gather(*(read(key) for key in asked))
-    return measured
-
-
-def add_work(total: Work, done: Work) -> None:
-    """Add the counters of one request to those of all."""
-    for counter in fields(Work):
-        setattr(total, counter.name, getattr(total, counter.name) + getattr(done, counter.name))

@@ -1,10 +1,10 @@
-"""The questions that the doctor looks at, with the documents that answer them.
+"""Read the questions that the doctor examines, and build the contexts whose gains it measures.
 
     {"question": "Where did the director of The Velvet Forest study?", "answers": ["Dover University"],
      "documents": [{"text": "The director of ...", "role": "first"}, {"text": "...", "role": "second"}]}
 
-One object per line; the other files of serving/questions.py are read too and have no documents. The texts of
-a question's documents are what the trained policy would read, joined by newlines.
+One object per line. The other files of serving/questions.py are read too; they have no documents. The texts
+of a question's documents are what the trained policy would read, joined by newlines.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
 
 from serving.answers import complete_question
 from serving.questions import (
@@ -26,7 +26,18 @@ from serving.questions import (
     require_text,
 )
 
-T = TypeVar("T")
+FIRST = "first"
+"""Role of the document that a chain of facts begins with."""
+
+
+class Scenario(StrEnum):
+    """What a search found for a question; the value is the name of its row in the table."""
+
+    none = "no document"
+    first = "only the first document"
+    rest = "only the other documents"
+    supporting = "all supporting documents"
+    random = "random documents"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +51,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedQuestion:
-    """One question."""
+    """One question with its gold answers and supporting documents."""
 
     text: str
     golds: tuple[str, ...]
-    """Accepted answers; may be empty when the gain is the drop of entropy."""
+    """Accepted answers; may be empty with `--gain entropy`."""
     documents: tuple[Document, ...]
-    """All that is needed to answer; empty when nobody knows."""
+    """All that is needed to answer; empty when unknown."""
 
 
 def read_questions(path: Path) -> list[AskedQuestion]:
@@ -59,10 +70,34 @@ def read_questions(path: Path) -> list[AskedQuestion]:
     return questions
 
 
-def choose(population: Sequence[T], *, count: int, rng: random.Random) -> list[T]:
-    """At most `count` of them, drawn without replacement, in their order."""
-    chosen = sorted(rng.sample(range(len(population)), min(count, len(population))))
-    return [population[index] for index in chosen]
+def choose(questions: Sequence[AskedQuestion], *, count: int, seed: int) -> list[AskedQuestion]:
+    """Draw at most `count` questions without replacement and return them in file order."""
+    rng = random.Random(seed)
+    return [questions[at] for at in sorted(rng.sample(range(len(questions)), min(count, len(questions))))]
+
+
+def contexts_of(
+    question: AskedQuestion, *, others: Sequence[AskedQuestion], rng: random.Random
+) -> dict[Scenario, str]:
+    """Return the context of every scenario that the question has; `none` is always first and blank.
+
+    Random documents are drawn from `others`, never documents of the question itself.
+    """
+    contexts = {Scenario.none: ""}
+    texts = [document.text for document in question.documents]
+    if not texts:
+        return contexts
+    first = [document.text for document in question.documents if document.role == FIRST]
+    rest = [document.text for document in question.documents if document.role != FIRST]
+    if first and rest:
+        contexts[Scenario.first] = "\n".join(first)
+        contexts[Scenario.rest] = "\n".join(rest)
+    contexts[Scenario.supporting] = "\n".join(texts)
+    pool = list(dict.fromkeys(document.text for other in others for document in other.documents))
+    foreign = [text for text in pool if text not in texts]
+    if len(foreign) >= len(texts):
+        contexts[Scenario.random] = "\n".join(rng.sample(foreign, len(texts)))
+    return contexts
 
 
 def _parse(row: Row, *, where: str) -> AskedQuestion:

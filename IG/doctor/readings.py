@@ -1,8 +1,8 @@
-"""What was sampled for every question and scenario, and the gain of any part of those samples.
+"""Samples of every question and scenario, and the gain of any subset of them.
 
-Entailment relations and semantic classes are those of all samples; a part of the samples is a row of weights
-in which the others weigh 0. So gains of R samples are read off without a model, many at once, by the
-functions of `IG.semantics`.
+Entailment relations and semantic classes are those of all samples; a subset is a row of weights in which the
+other samples weigh 0. So gains of R samples are computed without a model, many at once, by the functions of
+`IG.semantics`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from IG import semantics
 from IG.belief import Belief
-from IG.doctor.questions import AskedQuestion
-from IG.doctor.scenarios import Scenario
+from IG.doctor.questions import AskedQuestion, Scenario
 from IG.semantics import BoolArray, FloatArray, GainKind, IntArray, ScoreKind
+from IG.service.config import IGServiceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,7 +34,7 @@ class Samples:
 
     @classmethod
     def of(cls, belief: Belief) -> Samples:
-        """Everything that a belief with its full reading knows."""
+        """Return the samples of a belief that was computed with its full reading."""
         assert belief.full is not None
         return cls(
             texts=tuple(answer.text for answer in belief.answers),
@@ -45,80 +45,26 @@ class Samples:
         )
 
     def equivalent_to_gold(self, *, threshold: float) -> BoolArray:
-        """`[response, gold]`."""
+        """Return which responses the entailment model holds equivalent to which golds: `[response, gold]`."""
         return semantics.equivalent(
             self.response_entails_gold, self.gold_entails_response, threshold=threshold
         )
 
     def weights(self, chosen: IntArray) -> FloatArray:
-        """Weights when only the chosen samples `[draw, size]` had been drawn: `[draw, response]`."""
+        """Return weights as if only the chosen samples `[draw, size]` existed: `[draw, response]`."""
         drawn = np.zeros((len(chosen), len(self)))
         for weights, rows in zip(drawn, chosen, strict=True):
             weights[rows] = semantics.sample_weights(self.mean_log_probs[rows])
         return drawn
 
-    def weights_without_one(self, chosen: IntArray) -> FloatArray:
-        """Weights of the chosen samples with each left out: `[left out, response]`; none for a single one."""
-        without = semantics.leave_one_out_weights(self.mean_log_probs[chosen])
-        weights = np.zeros((len(without), len(self)))
-        weights[:, chosen] = without
-        return weights
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GainRule:
-    """How the service is set to score and to compare."""
-
-    score: ScoreKind = ScoreKind.hard
-    gain: GainKind = GainKind.difference
-    threshold: float = 0.5
-
-    def statistic(self, samples: Samples, weights: FloatArray, *, num_samples: int) -> FloatArray:
-        """What two conditions are compared by, for weights `[..., response]`: `[...]`.
-
-        It is the score, its log with the floor of `num_samples` samples, or the semantic entropy.
-        """
-        if self.gain is GainKind.entropy:
-            return semantics.semantic_entropy(weights, samples.clusters)
-        if self.score is ScoreKind.hard:
-            matches = samples.equivalent_to_gold(threshold=self.threshold)
-            correct = semantics.correct_responses(samples.clusters, matches)
-            score = semantics.hard_score(weights, correct=correct)
-        else:
-            score = semantics.soft_score(
-                weights,
-                response_entails_gold=samples.response_entails_gold,
-                gold_entails_response=samples.gold_entails_response,
-            )
-        if self.gain is GainKind.log_ratio:
-            return semantics.log_score(score, floor=1 / (10 * num_samples))
-        return score
-
-    def compare(self, with_context: float, no_context: float) -> float:
-        """The gain between two statistics."""
-        if self.gain is GainKind.entropy:
-            return semantics.entropy_gain(with_context, no_context)
-        if self.gain is GainKind.log_ratio:
-            return semantics.log_ratio_gain(with_context, no_context)
-        return semantics.difference_gain(with_context, no_context)
-
-    def standard_error(self, samples: Samples, chosen: IntArray) -> float | None:
-        """Of one condition's statistic, from the chosen samples `[size]`; None for a single one."""
-        left_out = self.statistic(samples, samples.weights_without_one(chosen), num_samples=len(chosen))
-        return semantics.jackknife_error(left_out)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuestionReading:
-    """One question with the samples of every scenario that it has and that could be measured."""
+    """One question with the samples of every scenario that could be measured."""
 
     question: AskedQuestion
     conditions: dict[Scenario, Samples]
     """`none`, the baseline, is always there and always first."""
-
-    @property
-    def baseline(self) -> Samples:
-        return self.conditions[Scenario.none]
 
     @property
     def contexts(self) -> dict[Scenario, Samples]:
@@ -127,45 +73,57 @@ class QuestionReading:
 
     @property
     def num_samples(self) -> int:
+        """Samples of the condition that has the fewest."""
         return min(len(samples) for samples in self.conditions.values())
 
-    def gains(self, rule: GainRule) -> dict[Scenario, float]:
-        """Gain of every scenario from all samples."""
+    def gains(self, config: IGServiceConfig) -> dict[Scenario, float]:
+        """Return the gain of every scenario from all samples."""
         everything = {name: np.arange(len(samples))[None] for name, samples in self.conditions.items()}
-        return {name: float(gains[0]) for name, gains in self.gains_of(rule, everything).items()}
+        return {name: float(gains[0]) for name, gains in self.gains_of(everything, config).items()}
 
-    def gains_of(self, rule: GainRule, chosen: Mapping[Scenario, IntArray]) -> dict[Scenario, FloatArray]:
-        """Gains from the chosen samples `[draw, size]` of every condition: `[draw]` by scenario.
+    def gains_of(
+        self, chosen: Mapping[Scenario, IntArray], config: IGServiceConfig
+    ) -> dict[Scenario, FloatArray]:
+        """Return gains `[draw]` by scenario from the chosen samples `[draw, size]` of every condition.
 
-        The gain without a document is exactly 0; in every draw all scenarios share one baseline.
+        The gain without a document is exactly 0; within a draw all scenarios share one baseline.
         """
-        read = {
-            name: rule.statistic(
-                samples, samples.weights(chosen[name]), num_samples=chosen[name].shape[1]
-            ).tolist()
+        statistics = {
+            name: _statistic(samples, chosen[name], config).tolist()
             for name, samples in self.conditions.items()
         }
-        before = read[Scenario.none]
+        before = statistics[Scenario.none]
         gains = {
-            name: np.asarray([rule.compare(a, b) for a, b in zip(after, before, strict=True)])
-            for name, after in read.items()
+            name: np.asarray([semantics.gain(config.gain, a, b) for a, b in zip(after, before, strict=True)])
+            for name, after in statistics.items()
         }
         return gains | {Scenario.none: np.zeros(len(before))}
 
     def draw(self, *, size: int, num_draws: int, rng: np.random.Generator) -> dict[Scenario, IntArray]:
-        """Samples of every condition, without replacement: `[draw, size]`; a single draw where it takes all.
+        """Draw samples of every condition without replacement: `[draw, size]`, each row sorted.
 
-        In their order, so that all of them add up to the very same.
+        Sorted rows make a draw of all samples sum in the same order as all samples do.
         """
-        count = num_draws if size < self.num_samples else 1
         return {
-            name: np.sort(rng.random((count, len(samples))).argsort(axis=1)[:, :size], axis=1)
+            name: np.sort(rng.random((num_draws, len(samples))).argsort(axis=1)[:, :size], axis=1)
             for name, samples in self.conditions.items()
         }
 
-    def standard_errors(self, rule: GainRule, chosen: Mapping[Scenario, IntArray]) -> list[float | None]:
-        """What the service would report with every context, from the chosen samples `[size]`."""
-        errors = {
-            name: rule.standard_error(samples, chosen[name]) for name, samples in self.conditions.items()
-        }
-        return [semantics.gain_error(errors[name], errors[Scenario.none]) for name in self.contexts]
+
+def _statistic(samples: Samples, chosen: IntArray, config: IGServiceConfig) -> FloatArray:
+    """Return what two conditions are compared by, from the chosen samples `[draw, size]`: `[draw]`."""
+    weights = samples.weights(chosen)
+    if config.gain is GainKind.entropy:
+        return semantics.semantic_entropy(weights, samples.clusters)
+    if config.score is ScoreKind.hard:
+        matches = samples.equivalent_to_gold(threshold=config.threshold)
+        score = semantics.hard_score(weights, correct=semantics.correct_responses(samples.clusters, matches))
+    else:
+        score = semantics.soft_score(
+            weights,
+            response_entails_gold=samples.response_entails_gold,
+            gold_entails_response=samples.gold_entails_response,
+        )
+    if config.gain is GainKind.log_ratio:
+        return semantics.log_score(score, floor=1 / (10 * chosen.shape[1]))
+    return score

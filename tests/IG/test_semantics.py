@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from IG import semantics
+from IG.semantics import GainKind
 
 TOLERANCE = 1e-6
 
@@ -38,7 +39,7 @@ def hard_reading(
 
 def log_ratio(with_context: float, no_context: float) -> float:
     before, after = semantics.log_score(np.asarray([no_context, with_context]), floor=0.01)
-    return semantics.log_ratio_gain(after, before)
+    return semantics.gain(GainKind.log_ratio, after, before)
 
 
 def test_worked_example_of_the_hard_score_and_its_three_gains() -> None:
@@ -48,9 +49,13 @@ def test_worked_example_of_the_hard_score_and_its_three_gains() -> None:
     assert no_context == pytest.approx(0.246849, abs=TOLERANCE)
     assert entropy_with == pytest.approx(0.556108, abs=TOLERANCE)
     assert entropy_without == pytest.approx(1.118799, abs=TOLERANCE)
-    assert semantics.difference_gain(with_context, no_context) == pytest.approx(0.585424, abs=TOLERANCE)
+    assert semantics.gain(GainKind.difference, with_context, no_context) == pytest.approx(
+        0.585424, abs=TOLERANCE
+    )
     assert log_ratio(with_context, no_context) == pytest.approx(1.215384, abs=2e-6)
-    assert semantics.entropy_gain(entropy_with, entropy_without) == pytest.approx(0.562691, abs=TOLERANCE)
+    assert semantics.gain(GainKind.entropy, entropy_with, entropy_without) == pytest.approx(
+        0.562691, abs=TOLERANCE
+    )
 
 
 def test_worked_example_of_clusters_and_weights() -> None:
@@ -74,7 +79,7 @@ def test_worked_example_of_the_soft_score_keeps_golds_and_responses_apart() -> N
         response_entails_gold=np.asarray([[0.05, 0.02], [0.90, 0.10], [0.01, 0.03]]),
         gold_entails_response=np.asarray([[0.10, 0.01], [0.80, 0.20], [0.02, 0.02]]),
     )
-    gain = semantics.difference_gain(float(with_context), float(no_context))
+    gain = semantics.gain(GainKind.difference, float(with_context), float(no_context))
     assert with_context == pytest.approx(0.825479, abs=TOLERANCE)
     assert no_context == pytest.approx(0.340000, abs=TOLERANCE)
     assert gain == pytest.approx(0.485479, abs=TOLERANCE)
@@ -279,9 +284,11 @@ def test_differences_and_drops_of_entropy_telescope_and_log_ratios_do_inside_the
     scores: list[float],
 ) -> None:
     steps = list(itertools.pairwise(scores))
-    for gain in (semantics.difference_gain, semantics.entropy_gain):
-        total = math.fsum(gain(after, before) for before, after in steps)
-        assert total == pytest.approx(gain(scores[-1], scores[0]), abs=1e-12)
+    for kind in (GainKind.difference, GainKind.entropy):
+        total = math.fsum(semantics.gain(kind, after, before) for before, after in steps)
+        assert total == pytest.approx(semantics.gain(kind, scores[-1], scores[0]), abs=1e-12)
     logs = semantics.log_score(np.asarray([0.1 + 0.9 * score for score in scores]), floor=0.01).tolist()
-    total = math.fsum(semantics.log_ratio_gain(after, before) for before, after in itertools.pairwise(logs))
-    assert total == pytest.approx(semantics.log_ratio_gain(logs[-1], logs[0]), abs=1e-12)
+    total = math.fsum(
+        semantics.gain(GainKind.log_ratio, after, before) for before, after in itertools.pairwise(logs)
+    )
+    assert total == pytest.approx(semantics.gain(GainKind.log_ratio, logs[-1], logs[0]), abs=1e-12)

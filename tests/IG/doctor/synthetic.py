@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from IG.doctor.questions import AskedQuestion, Document
+from IG.doctor.questions import AskedQuestion, Document, Scenario
 from IG.doctor.readings import QuestionReading, Samples
-from IG.doctor.scenarios import Scenario
+from IG.service.config import IGServiceConfig, resolve_config
 
 GOLD = "Bolton"
+
+
+def config(*arguments: str) -> IGServiceConfig:
+    return resolve_config(arguments, environ={})
 
 
 def samples(

@@ -1,79 +1,58 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from IG.doctor.agreement import GainOutcomes, measure_agreement, recorded_outcomes, split_half
-from IG.doctor.readings import GainRule
-from IG.doctor.rollouts import RecordedRollout
-from IG.doctor.scenarios import Scenario
-from tests.IG.doctor.synthetic import bernoulli, reading
+from IG.doctor.agreement import auc, compare_judge, exact_matches, gain_auc
+from IG.doctor.questions import Scenario
+from tests.IG.doctor.synthetic import GOLD, bernoulli, config, reading, samples
 
 
-def test_gains_that_follow_the_truth_agree_with_exact_match() -> None:
+def test_exact_match_ignores_case_articles_and_punctuation_and_never_holds_for_nothing() -> None:
+    matches = exact_matches(["the bolton.", "Bolton, England", "", "York"], [GOLD, "!"])
+    assert matches.tolist() == [True, False, False, False]
+
+
+def test_the_judge_is_compared_with_exact_match_answer_by_answer() -> None:
+    asked = samples(["Bolton", "the Bolton", "a town in Lancashire", "York"])
+    judged = np.asarray([[1.0], [0.1], [0.9], [0.2]])
+    asked = replace(asked, response_entails_gold=judged, gold_entails_response=judged)
+    found = compare_judge([reading({Scenario.none: asked})], config())
+    assert found is not None
+    assert (found.num_answers, found.both, found.only_judge, found.only_exact) == (4, 0.25, 0.25, 0.25)
+    assert found.examples == (
+        "Where? 'the Bolton', judged different to 'Bolton'",
+        "Where? 'a town in Lancashire', judged equivalent to 'Bolton'",
+    )
+    assert compare_judge([reading({Scenario.none: samples(["a"], golds=())}, golds=())], config()) is None
+
+
+def test_auc_counts_ties_half_and_needs_both_classes() -> None:
+    values = np.asarray([0.1, 0.5, 0.5])
+    found = auc(values, positives=np.asarray([0.0, 1.0, 0.0]), negatives=np.asarray([1.0, 0.0, 1.0]))
+    assert found == pytest.approx(0.75)
+    assert auc(values, positives=np.zeros(3), negatives=np.ones(3)) is None
+
+
+def test_gain_and_answers_come_from_different_halves() -> None:
     rng = np.random.default_rng(0)
-    readings = [
+
+    def alike(share: float) -> list[float | None]:
+        conditions = {name: bernoulli(share, size=16, rng=rng) for name in (Scenario.none, Scenario.first)}
+        return [gain_auc([reading(conditions) for _ in range(20)], config(), rng=rng)]
+
+    (by_chance,) = alike(0.5)
+    assert by_chance is not None
+    assert 0.35 < by_chance < 0.65, "the same samples would agree by construction"
+    helped = [
         reading(
             {
-                Scenario.none: bernoulli(0.0, size=64, rng=rng),
-                Scenario.supporting: bernoulli(0.9, size=64, rng=rng),
-                Scenario.random: bernoulli(0.1, size=64, rng=rng),
+                Scenario.none: samples(["York"] * 16),
+                Scenario.first: bernoulli(share, size=16, rng=rng),
             }
         )
-        for _ in range(30)
+        for share in (0.0, 1.0) * 10
     ]
-    agreement = measure_agreement(split_half(readings, GainRule(), rng=rng), rng=rng)
-    assert agreement is not None
-    assert (agreement.num_contexts, agreement.num_questions) == (60, 30)
-    assert agreement.exact_match == pytest.approx(0.5, abs=0.03)
-    for interval in (agreement.pearson, agreement.within_question):
-        assert interval is not None
-        assert interval.low > 0.95
-    assert agreement.auc is not None
-    # A right answer has the context of 0.9 in 9 of 10 cases, a wrong one in 1 of 10: 0.81 + 2 * 0.09 / 2.
-    assert agreement.auc.value == pytest.approx(0.9, abs=0.03)
-
-
-def test_halves_of_pure_chance_do_not_agree() -> None:
-    rng = np.random.default_rng(1)
-    readings = [
-        reading(
-            {
-                Scenario.none: bernoulli(0.5, size=64, rng=rng),
-                Scenario.supporting: bernoulli(0.5, size=64, rng=rng),
-            }
-        )
-        for _ in range(300)
-    ]
-    agreement = measure_agreement(split_half(readings, GainRule(), rng=rng), rng=rng)
-    assert agreement is not None
-    assert agreement.pearson is not None
-    assert agreement.pearson.low < 0.0 < agreement.pearson.high, "gain and answers share no samples"
-    assert agreement.within_question is None, "one context per question leaves nothing to compare"
-
-
-def test_recorded_gains_go_with_the_answer_that_was_given() -> None:
-    def rollout(answer: str | None, gain: float | None, *, question: str = "Where?") -> RecordedRollout:
-        return RecordedRollout(
-            group="1",
-            question=question,
-            golds=("Bolton",),
-            context="c",
-            answer=answer,
-            outcome=0.3,
-            gain=gain,
-        )
-
-    pairs = recorded_outcomes(
-        [rollout("bolton", 0.5), rollout("York", 0.1, question="Who?"), rollout("Bolton", None)]
-    )
-    assert pairs.gains.tolist() == [0.5, 0.1]
-    assert pairs.right.tolist() == [1.0, 0.0]
-    assert pairs.questions.tolist() == [0, 1]
-
-
-def test_without_gains_there_is_nothing_to_agree() -> None:
-    empty = GainOutcomes(
-        gains=np.empty(0), right=np.empty(0), answers=np.empty(0), questions=np.empty(0, dtype=np.int64)
-    )
-    assert measure_agreement(empty, rng=np.random.default_rng(0)) is None
+    assert gain_auc(helped, config(), rng=rng) == 1.0

@@ -123,30 +123,32 @@ def test_a_whole_examination(run: Run, started: list[FakeBackend], tmp_path: Pat
     assert status == 0
     assert started[0].is_closed
     assert started[0].config.num_generations == 64
-    assert (line["questions"], line["failed"], line["groups"], line["skipped"]) == (10, 0, "simulated", [])
-    assert line["empty_share"] == 0.0
-    assert isinstance(line["signal"], float)
+    assert (line["questions"], line["failed"], line["empty_share"]) == (10, 0, 0.0)
     assert 0.2 < line["signal"] < 0.6
-    assert line["group_size"] in (2, 3, 4)
     assert line["auc_em"] > 0.6
-    for title in ("zero variance", "Signal against noise", "Gain by what was found", "exact match", "Work"):
-        assert title in shown
+    assert line["judge_rejects_em"] == 0.0
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert set(report["gains"]) == {"one document", "several documents"}
-    means = {name: np.mean(values) for name, values in report["gains"]["several documents"].items()}
-    assert means["none"] == 0.0
-    assert means["random"] < means["first"] < means["supporting"]
+    means = {name: np.mean(values) for name, values in report["gains"].items()}
+    assert means["no document"] == 0.0
+    assert means["random documents"] < means["only the first document"] < means["all supporting documents"]
     assert report["work"]["baselines_sampled"] == 10
     assert "token" not in report["settings"]
-    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "report.json",
-        "report.html",
-        "estimation_error.png",
-        "gain_by_scenario.png",
-    }
+    for text in ("mean gain, random documents", "(configured)", "rejects", *report["advice"]):
+        assert text in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "gain_by_scenario.png"}
+
+
+@pytest.mark.parametrize(
+    ("num_generations", "trustworthy", "advice"),
+    [("60", True, "is enough: from"), ("1", False, "Raise --num-generations from 1 to")],
+)
+def test_the_advice_follows_the_noise(
+    run: Run, tmp_path: Path, num_generations: str, trustworthy: bool, advice: str
+) -> None:
+    questions = write(tmp_path / "q.jsonl", lines(24))
+    status, line, shown = run("--questions", questions, "--num-generations", num_generations)
+    assert (status, line["trustworthy"]) == (0, trustworthy)
+    assert advice in shown
 
 
 def test_the_same_seed_gives_the_same_report(run: Run, tmp_path: Path) -> None:
@@ -160,29 +162,27 @@ def test_the_same_seed_gives_the_same_report(run: Run, tmp_path: Path) -> None:
     assert reports[0] == reports[1]
 
 
-def test_parquet_without_documents_gets_what_needs_none(run: Run, tmp_path: Path) -> None:
+def test_parquet_without_documents_gets_no_verdict(run: Run, tmp_path: Path) -> None:
     rows = [
         {"question": f"Q{k}?", "reward_model": {"ground_truth": {"target": ["Bolton"]}}} for k in range(6)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "estimation_error.png").write_text("of an earlier report")
+    (tmp_path / "out" / "gain_by_scenario.png").write_text("of an earlier report")
     status, line, shown = run("--questions", str(tmp_path / "q.parquet"))
     assert status == 0
-    assert line["skipped"] == ["gain and exact match", "signal against noise"]
-    assert set(line["zero_variance_with_gain"].values()) == {None}
-    assert "Not done: signal against noise; no question has documents" in shown
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "report.html"}
+    assert (line["trustworthy"], line["signal"], line["auc_em"]) == (None, None, None)
+    assert line["judge_rejects_em"] == 0.0
+    assert "No question has documents" in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json"}
 
 
 def test_entropy_needs_no_answers(run: Run, tmp_path: Path) -> None:
     bare = [{key: line[key] for key in ("question", "documents")} for line in lines()]
     status, line, _ = run("--questions", write(tmp_path / "q.jsonl", bare), "--gain", "entropy")
     assert status == 0
-    assert line["gain"] == "entropy"
+    assert (line["gain"], line["auc_em"], line["judge_rejects_em"]) == ("entropy", None, None)
     assert line["signal"] is not None
-    assert line["group_size"] is None
-    assert line["skipped"] == ["alias statistics", "gain and exact match", "zero-variance groups"]
 
 
 def test_what_cannot_be_measured_is_named_and_leaves_the_others_alone(run: Run, tmp_path: Path) -> None:
@@ -191,78 +191,8 @@ def test_what_cannot_be_measured_is_named_and_leaves_the_others_alone(run: Run, 
     status, line, shown = run("--questions", write(tmp_path / "q.jsonl", lines() + poisoned))
     assert status == 0
     assert (line["questions"], line["failed"]) == (12, 2)
-    assert "'poison?', supporting: the prompt is too long" in shown
+    assert "'poison?', all supporting documents: the prompt is too long" in shown
     assert run("--questions", write(tmp_path / "p.jsonl", poisoned))[0] == 1
-
-
-def rollout(group: int, sample: int, **changed: object) -> dict[str, object]:
-    searched = sample % 2 == 1
-    return {
-        "step": 1,
-        "uid": f"u/{group}",
-        "question": f"Q{group}?",
-        "golds": ["Bolton"],
-        "answer": "Bolton" if sample == 3 else "York",
-        "turns": [{"passages": [{"title": "T", "text": f"Q{group} document first"}]}] if searched else [],
-        "outcome": float(sample == 3),
-        "gain": (0.1 * sample if searched else None),
-        "failure": None,
-    } | changed
-
-
-def test_recorded_rollouts_are_taken_as_they_are(
-    run: Run, started: list[FakeBackend], tmp_path: Path
-) -> None:
-    recorded = write(tmp_path / "t.jsonl", [rollout(g, k) for g in range(5) for k in range(4)])
-    questions = write(tmp_path / "q.jsonl", lines())
-    status, line, shown = run("--questions", questions, "--rollouts", recorded)
-    assert status == 0
-    assert line["groups"] == "observed"
-    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    by_size = {level["group_size"]: level for level in report["zero_variance"]}
-    assert set(by_size) == {2, 3, 4}
-    # Rewards of a group are 0, 0.06, 0, 1.18: one of six pairs ties, three of six by outcome.
-    assert by_size[2]["outcome"] == pytest.approx(3 / 6)
-    assert by_size[2]["with_gain"] == pytest.approx(1 / 6)
-    assert (by_size[4]["outcome"], by_size[4]["with_gain"]) == (0.0, 0.0)
-    assert report["agreement"]["num_contexts"] == 10
-    assert "Gain and exact match (recorded)" in shown
-    assert not any("Title" in query.context for query in started[0].queries)
-
-
-def test_gains_that_a_run_did_not_measure_are_measured(
-    run: Run, started: list[FakeBackend], tmp_path: Path
-) -> None:
-    recorded = write(tmp_path / "t.jsonl", [rollout(g, k, gain=None) for g in range(5) for k in range(4)])
-    questions = write(tmp_path / "q.jsonl", lines())
-    status, line, _ = run("--questions", questions, "--rollouts", recorded, "--num-questions", "3")
-    assert status == 0
-    asked = [query.context for query in started[0].queries if "Title" in query.context]
-    assert len(asked) == len(set(asked)) == 3, "three groups of five, each context once"
-    assert set(asked) <= {f"Doc 1(Title: T) Q{group} document first" for group in range(5)}
-    assert None not in line["zero_variance_with_gain"].values()
-    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert report["zero_variance"][0]["num_groups"] == 3
-    assert report["work"]["baselines"] == sum(bool(query.context) for query in started[0].queries)
-
-
-def test_recorded_contexts_that_cannot_be_measured_are_counted_and_named(run: Run, tmp_path: Path) -> None:
-    poison = [{"passages": [{"title": "T", "text": "poison"}]}]
-    bad = [rollout(9, k, gain=None, turns=poison) for k in range(4)]
-    good = [rollout(g, k, gain=None) for g in range(2) for k in range(4)]
-    status, line, shown = run(
-        "--questions",
-        write(tmp_path / "q.jsonl", lines()),
-        "--rollouts",
-        write(tmp_path / "t.jsonl", good + bad),
-    )
-    assert status == 0
-    assert (line["questions"], line["failed"]) == (12, 1)
-    assert (
-        "1 gains could not be measured, the first: 'Q9?', recorded context: the prompt is too long" in shown
-    )
-    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert report["zero_variance"][0]["num_groups"] == 2, "rollouts that failed teach nothing"
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_models_load(
@@ -303,8 +233,8 @@ def test_flags_that_cannot_be_parsed_end_with_2(
 
 
 def test_settings_of_the_service_reach_it() -> None:
-    request = parse_arguments(["--num-generations", "5", "--score", "soft", "--lambda", "0.3"])
-    assert (request.config.num_generations, request.config.score, request.gain_weight) == (5, "soft", 0.3)
+    request = parse_arguments(["--num-generations", "5", "--score", "soft"])
+    assert (request.config.num_generations, request.config.score) == (5, "soft")
     assert request.max_samples == 64
 
 

@@ -4,12 +4,11 @@ import json
 import random
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from IG.doctor.questions import choose, read_questions
+from IG.doctor.questions import Scenario, choose, contexts_of, read_questions
 from serving.questions import QuestionError
+from tests.IG.doctor.synthetic import question
 
 GOOD = {
     "question": " Where ",
@@ -35,16 +34,7 @@ def test_questions_come_with_their_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "q.jsonl:3: not JSON"),
-        ("[" * 200_000, "q.jsonl:3: not JSON in UTF-8 (maximum recursion"),
-        ('{"question": ' + "9" * 5000 + "}", "q.jsonl:3: not JSON in UTF-8 (Exceeds the limit"),
-        (
-            GOOD | {"question": "Where\ud800?"},
-            "q.jsonl:3: character 5 of question is '\\ud800', expected",
-        ),
-        ("[1]", "q.jsonl:3: the row is [1], expected an object"),
         ({"answers": ["x"]}, "q.jsonl:3: none of question, extra_info.question holds anything"),
-        (GOOD | {"answers": [None]}, "q.jsonl:3: answers is [None], expected a text, a number or a list"),
         (GOOD | {"answers": ["a", True]}, "q.jsonl:3: answers is ['a', True], expected a text, a number or"),
         (GOOD | {"documents": {}}, "q.jsonl:3: documents is {}, expected a list"),
         (GOOD | {"documents": [{"text": "x"}]}, "q.jsonl:3: documents[0].role is None"),
@@ -57,41 +47,47 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: object, message: str) -
     assert message in str(raised.value)
 
 
-def test_what_is_not_there_or_empty_or_no_text_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
     with pytest.raises(QuestionError, match=r"none\.jsonl: no such file"):
         read_questions(tmp_path / "none.jsonl")
     with pytest.raises(QuestionError, match="it has no questions"):
         read_questions(write(tmp_path / "empty.jsonl", ""))
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"question": "Who?"}\n{"question": "caf\xe9"}\n')
-    with pytest.raises(QuestionError, match=r"bytes\.jsonl:2: not JSON in UTF-8"):
-        read_questions(tmp_path / "bytes.jsonl")
-
-
-def test_a_json_array_as_of_hotpotqa_is_read(tmp_path: Path) -> None:
-    row = {"_id": "7", "question": "Where?", "answer": "Bolton", "context": [["Bolton", ["A town."]]]}
-    (tmp_path / "q.json").write_text(json.dumps([row]))
-    (question,) = read_questions(tmp_path / "q.json")
-    assert (question.text, question.golds, question.documents) == ("Where?", ("Bolton",), ())
-
-
-def test_parquet_has_no_documents(tmp_path: Path) -> None:
-    row = {"question": "Where?", "reward_model": {"ground_truth": {"target": ["Bolton", "Bolton, England"]}}}
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "q.parquet")
-    (question,) = read_questions(tmp_path / "q.parquet")
-    assert (question.golds, question.documents) == (("Bolton", "Bolton, England"), ())
-    pq.write_table(pa.Table.from_pylist([{"text": "Where?"}]), tmp_path / "other.parquet")
-    with pytest.raises(QuestionError, match="none of question"):
-        read_questions(tmp_path / "other.parquet")
-    (tmp_path / "no.parquet").write_text("no")
-    with pytest.raises(QuestionError, match="not a readable parquet file"):
-        read_questions(tmp_path / "no.parquet")
 
 
 def test_the_same_seed_chooses_the_same_questions_in_their_order(tmp_path: Path) -> None:
     lines = [{"question": f"Question {number:02}?"} for number in range(20)]
     questions = read_questions(write(tmp_path / "q.jsonl", *lines))
-    chosen = choose(questions, count=5, rng=random.Random(1))
-    assert chosen == choose(questions, count=5, rng=random.Random(1))
+    chosen = choose(questions, count=5, seed=1)
+    assert chosen == choose(questions, count=5, seed=1)
     assert len(chosen) == 5
     assert [question.text for question in chosen] == sorted(question.text for question in chosen)
-    assert choose(questions, count=99, rng=random.Random(1)) == questions
+    assert choose(questions, count=99, seed=1) == questions
+
+
+def test_a_question_of_two_documents_has_every_scenario() -> None:
+    asked = question(num_documents=2, name="A?")
+    others = [asked, question(name="B?"), question(num_documents=2, name="C?")]
+    contexts = contexts_of(asked, others=others, rng=random.Random(0))
+    assert list(contexts) == list(Scenario)
+    assert contexts[Scenario.none] == ""
+    assert contexts[Scenario.first] == "A? document first"
+    assert contexts[Scenario.rest] == "A? document second"
+    assert contexts[Scenario.supporting] == "A? document first\nA? document second"
+    drawn = contexts[Scenario.random].split("\n")
+    assert len(set(drawn)) == 2, "as many as it needs"
+    assert not any(text.startswith("A?") for text in drawn)
+
+
+def test_one_document_is_all_there_is() -> None:
+    contexts = contexts_of(question(name="A?"), others=[question(name="B?")], rng=random.Random(0))
+    assert list(contexts) == [Scenario.none, Scenario.supporting, Scenario.random]
+
+
+def test_no_documents_leave_the_question_alone() -> None:
+    others = [question(name="B?")]
+    assert contexts_of(question(num_documents=0), others=others, rng=random.Random(0)) == {Scenario.none: ""}
+
+
+def test_nothing_random_where_there_is_too_little_to_draw_from() -> None:
+    contexts = contexts_of(question(num_documents=2), others=[question(name="B?")], rng=random.Random(0))
+    assert Scenario.random not in contexts

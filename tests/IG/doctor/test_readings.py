@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from IG.doctor.readings import GainRule, QuestionReading, Samples
-from IG.doctor.scenarios import Scenario
+from IG.doctor.questions import Scenario
+from IG.doctor.readings import QuestionReading, Samples
 from IG.estimator import GainEstimate, GainEstimator, GainOptions, GainQuery
 from IG.sampler import SampledAnswer, SamplingOptions
 from IG.semantics import GainKind, ScoreKind
 from IG.sharing import ModelIdentity
 from tests.fakes import FakeEntailment, FakePairJudge
-from tests.IG.doctor.synthetic import GOLD, question, reading, samples
+from tests.IG.doctor.synthetic import GOLD, config, question, reading, samples
 
 ANSWERS = {
     "good": [("Bolton", -0.2), ("Bolton, England", -0.5), ("York", -1.0), ("in Bolton", -0.1)],
@@ -49,22 +49,14 @@ async def test_all_samples_give_what_the_service_gives(score: ScoreKind, gain: G
             Scenario.supporting: Samples.of(outcome.with_context),
         },
     )
-    rule = GainRule(score=score, gain=gain, threshold=0.5)
-    assert read.gains(rule) == {Scenario.none: 0.0, Scenario.supporting: pytest.approx(outcome.gain)}
-    everything = {name: np.arange(4) for name in read.conditions}
-    assert read.standard_errors(rule, everything) == [pytest.approx(outcome.standard_error)]
+    settings = config("--score", score, "--gain", gain)
+    assert read.gains(settings) == {Scenario.none: 0.0, Scenario.supporting: pytest.approx(outcome.gain)}
 
 
 def test_a_part_of_the_samples_weighs_as_if_the_others_were_never_drawn() -> None:
     three = samples([GOLD, "York", "Hull"], mean_log_probs=[-0.1, -0.4, -1.6])
-    part = three.weights(np.asarray([[2, 0], [1, 1]]))
     share = np.exp(-0.1) / (np.exp(-0.1) + np.exp(-1.6))
-    assert part[0] == pytest.approx([share, 0.0, 1 - share])
-    rule = GainRule()
-    assert rule.statistic(three, part[:1], num_samples=2) == pytest.approx([share])
-    without = three.weights_without_one(np.asarray([0, 2]))
-    assert without.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
-    assert three.weights_without_one(np.asarray([1])).shape == (0, 3)
+    assert three.weights(np.asarray([[2, 0]]))[0] == pytest.approx([share, 0.0, 1 - share])
 
 
 def test_every_draw_has_its_own_gain_and_none_without_a_document() -> None:
@@ -72,9 +64,7 @@ def test_every_draw_has_its_own_gain_and_none_without_a_document() -> None:
         Scenario.none: samples(["York", GOLD]),
         Scenario.supporting: samples([GOLD, GOLD, "Hull"]),
     }
-    gains = reading(conditions).gains_of(
-        GainRule(),
-        {Scenario.none: np.asarray([[0], [1]]), Scenario.supporting: np.asarray([[0], [2]])},
-    )
+    chosen = {Scenario.none: np.asarray([[0], [1]]), Scenario.supporting: np.asarray([[0], [2]])}
+    gains = reading(conditions).gains_of(chosen, config())
     assert gains[Scenario.none].tolist() == [0.0, 0.0]
     assert gains[Scenario.supporting].tolist() == [1.0, -1.0]
