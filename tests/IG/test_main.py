@@ -18,7 +18,7 @@ def test_help_explains_both_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "serve serve the information gain of contexts over HTTP" in shown
-    assert "doctor examine gains on a sample of questions" in shown
+    assert "doctor measure gains on a sample of questions" in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["bogus"]])
@@ -31,7 +31,7 @@ def test_nothing_and_anything_else_end_with_2(
     assert "serve | doctor" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "flag"), [("serve", "--port"), ("doctor", "--lambda")])
+@pytest.mark.parametrize(("command", "flag"), [("serve", "--port"), ("doctor", "--max-samples")])
 def test_every_command_has_its_own_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
