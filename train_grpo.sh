@@ -10,6 +10,7 @@ Train a search agent with GRPO and information-gain reward.
   bash train_grpo.sh recipe=gpu                 another recipe: a file of verl/trainer/config/recipe
   BASE_MODEL=Qwen/Qwen2.5-3B DATA_DIR=data/nq_hotpotqa_train bash train_grpo.sh
                                                 the 8-GPU recipe (also chosen where nvidia-smi is found)
+  bash train_grpo.sh search_r1                  another method, as algorithm=search_r1: see docs/methods.md
   bash train_grpo.sh max_turns=4 trainer.save_freq=10
                                                 all arguments are overrides of verl/trainer/config/ppo_trainer.yaml;
                                                 relative paths in them start at the repository, those in variables
@@ -61,6 +62,12 @@ recipe=("recipe=$RECIPE")
 for argument in "$@"; do
     [[ "$argument" == recipe=* ]] && recipe=()
 done
+
+# A bare word is a method: search_r1 means algorithm=search_r1.
+if [[ "${1:-}" =~ ^[a-z][a-z0-9_]*$ ]]; then
+    recipe+=("algorithm=$1")
+    shift
+fi
 
 cd "$root"
 exec "$python" -P -m verl.trainer.main_ppo "${recipe[@]}" "$@"

@@ -19,7 +19,8 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Self, TypeVar
 
-from IG.wire import SERVICE, GainRequest, GainResult, failed, make_payload, read_results, read_work
+from IG.messages import GainRequest, GainResult
+from IG.wire import SERVICE, failed, make_payload, read_results, read_work
 from serving.http import CallError, JsonService
 
 __all__ = ["GainRequest", "GainResult", "IGClient", "SyncIGClient"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
+from IG.messages import GainRequest, GainResult
 from serving.http import CallError
 
 SERVICE = "IG service"
@@ -15,28 +15,6 @@ _LONGEST_TIMEOUT_S = 86400.0
 _ROUNDING = 1e-6
 _LARGEST_LIMIT = 20.0
 """No gain of the service is larger: an entropy over that many nats takes 5e8 different answers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GainRequest:
-    """One gain to measure."""
-
-    question: str
-    context: str
-    """All passages that were found, as one text; empty asks for the baseline, whose gain is 0."""
-    golds: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GainResult:
-    """A gain, or why there is none; exactly one of `gain` and `error` is None."""
-
-    gain: float | None
-    standard_error: float | None = None
-    """Of the gain; None where the service gives none (a single sample, an older service)."""
-    error: str | None = None
-    retryable: bool = False
-    """Whether asking again may help: the service was not reached or ran out of time."""
 
 
 def make_payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, object]:

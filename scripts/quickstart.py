@@ -154,7 +154,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, str | int | float]:
     return chosen | {
         "trainer.total_training_steps": steps,
         "trainer.seed": arguments.seed,
-        "reward.gain_weight": arguments.gain_weight,
+        "algorithm.gain_weight": arguments.gain_weight,
     }
 
 

@@ -28,7 +28,7 @@ from verl.run.records import (
 )
 from verl.run.report.examples import is_right
 from verl.run.report.run_data import count_searches
-from verl.run.report.text import split_output
+from verl.run.report.text import gain_of, split_output
 from verl.utils.entry import error_line
 
 STYLES = {
@@ -106,8 +106,9 @@ def styled(text: str, style: str) -> Text:
 def render(record: TrajectoryRecord) -> Panel:
     """One trajectory as a panel; everything in it is plain text, whatever the policy wrote."""
     parts: list[RenderableType] = [styled(f"accepted: {' / '.join(record['golds'])}", "dim")]
-    for number, turn in enumerate(record["turns"], start=1):
-        parts += _render_turn(turn, number=number)
+    gains = record.get("turn_gains") or [None] * len(record["turns"])
+    for number, (turn, gain) in enumerate(zip(record["turns"], gains, strict=True), start=1):
+        parts += _render_turn(turn, number=number, gain=gain)
     if record["failure"] is not None:
         parts.append(styled(f"left out of training: {record['failure']}", "bold red"))
     parts.append(_render_end(record))
@@ -116,7 +117,7 @@ def render(record: TrajectoryRecord) -> Panel:
     return Panel(Group(*parts), title=title, subtitle=where, title_align="left", subtitle_align="right")
 
 
-def _render_turn(turn: TurnRecord, *, number: int) -> list[RenderableType]:
+def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for segment in split_output(turn["output_text"]):
         label = "" if segment.kind == "other" else f"{segment.kind}: "
@@ -126,14 +127,16 @@ def _render_turn(turn: TurnRecord, *, number: int) -> list[RenderableType]:
         lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))
     if not turn["passages"] and turn["observation_text"].strip():
         lines.append(styled(f"     environment: {turn['observation_text'].strip()}", "yellow"))
+    if gain is not None:
+        lines.append(styled(f"     gain of this turn {gain:+.3f}", "default"))
     return lines
 
 
 def _render_end(record: TrajectoryRecord) -> Text:
     colour = {"right": "green", "wrong": "red", "failed": "bold red"}[verdict(record)]
     end = Text(verdict(record), style=colour)
-    for name in ("outcome", "gain", "advantage"):
-        value = record[name]  # type: ignore[literal-required]
+    values = {"outcome": record["outcome"], "gain": gain_of(record), "advantage": record["advantage"]}
+    for name, value in values.items():
         end.append(f"   {name} {'-' if value is None else format(value, '+.3f')}", style="default")
     end.append(f"   searches {count_searches(record)}   stopped: {record['stop']}", style="default")
     return end

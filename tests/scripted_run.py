@@ -12,13 +12,25 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.methods import make_method
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
-from verl.trainer.ppo.advantage import outcome_plus_gain
-from verl.types import Action, ActionKind, Group, Passage, Question, Score, Stop, Trajectory, Turn
+from verl.types import (
+    Action,
+    ActionKind,
+    Gain,
+    Group,
+    Passage,
+    Question,
+    Score,
+    ScoredGroups,
+    Stop,
+    Trajectory,
+    Turn,
+)
 
-GAIN_WEIGHT = 0.6
+METHOD = make_method("inforeasoner")
 _FACTS = (
     ("Silver Harbour", "band", "formed in", "Bolton", "Bolton, England"),
     ("The Glass Orchard", "novel", "written by", "Mara Ellison", "M. Ellison"),
@@ -124,12 +136,10 @@ def score(trajectory: Trajectory, rng: random.Random, *, with_gain: bool = True)
         return Score(outcome=None, failure=trajectory.failure)
     em = float(trajectory.answer in trajectory.question.golds)
     gain = round(rng.uniform(-0.15, 0.75), 4) if with_gain and trajectory.passages else None
-    return Score(outcome=em, gain=gain, metrics={"em": em, "sub_em": em, "f1": max(em, 0.2)})
+    return Score(outcome=em, gain=Gain(trajectory=gain), metrics={"em": em, "sub_em": em, "f1": max(em, 0.2)})
 
 
-def make_step(
-    step: int, *, steps: int, num_questions: int, num_samples: int
-) -> tuple[list[Group], list[list[Score]]]:
+def make_step(step: int, *, steps: int, num_questions: int, num_samples: int) -> ScoredGroups:
     rng = random.Random(step)
     skill = step / steps
     groups = []
@@ -137,13 +147,15 @@ def make_step(
         question = make_question(step * num_questions + number)
         samples = tuple(make_trajectory(question, k, rng, skill=skill) for k in range(num_samples))
         groups.append(Group(question=question, trajectories=samples))
-    return groups, [[score(t, rng) for t in group.trajectories] for group in groups]
+    scores = [[score(t, rng) for t in group.trajectories] for group in groups]
+    return ScoredGroups(groups=groups, scores=scores, credits=METHOD.credit(groups, scores))
 
 
-def step_metrics(step: int, *, steps: int, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
-    flat = [s for group in scores for s in group if s.outcome is not None]
-    gains = [s.gain for s in flat if s.gain is not None]
-    rewards = [(s.outcome or 0.0) + GAIN_WEIGHT * (s.gain or 0.0) for s in flat]
+def step_metrics(step: int, *, steps: int, scored: ScoredGroups) -> dict[str, float]:
+    judged = [s for s in scored.samples() if s.score.outcome is not None]
+    flat = [s.score for s in judged]
+    gains = [value for s in flat for value in s.gain.values]
+    rewards = [value for s in judged if isinstance(value := s.credit.components["reward"], float)]
     done = step / steps
     return {
         "reward/mean": float(np.mean(rewards)),
@@ -198,13 +210,11 @@ def write_run(
     write_manifest(run_dir, manifest)
     tracker = Tracker(run_dir, loggers=())
     recorder = Recorder(run_dir, decode=decode)
-    rule = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
     write_evaluation(recorder, tracker, 0, steps=steps, num_questions=30)
     for step in range(1, (crashed_at or steps) + 1):
-        groups, scores = make_step(step, steps=steps, num_questions=num_questions, num_samples=num_samples)
-        credit = [rule(group.trajectories, s) for group, s in zip(groups, scores, strict=True)]
-        recorder.write(step, groups, scores, credit)
-        tracker.log(step, step_metrics(step, steps=steps, scores=scores))
+        scored = make_step(step, steps=steps, num_questions=num_questions, num_samples=num_samples)
+        recorder.write(step, scored)
+        tracker.log(step, step_metrics(step, steps=steps, scored=scored))
     if crashed_at is None:
         write_evaluation(recorder, tracker, steps, steps=steps, num_questions=30)
         finish_manifest(run_dir, status="completed", steps=steps)
@@ -225,6 +235,7 @@ _CONFIG = {
     },
     "max_turns": 3,
     "retriever": {"url": "http://127.0.0.1:8000/retrieve", "topk": 3},
-    "reward": {"outcome": "em", "gain": "semantic", "gain_weight": GAIN_WEIGHT},
+    "reward": {"outcome": "em"},
+    "algorithm": {"name": "inforeasoner", "adv_estimator": "grpo", "gain_weight": 0.6},
     "trainer": {"experiment_name": "scripted", "seed": 0, "total_training_steps": 12, "logger": ["console"]},
 }

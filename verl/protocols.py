@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from verl.types import (
     Completion,
-    FloatArray,
-    Gain,
-    Group,
     IntArray,
     Passage,
     Question,
     Sampling,
-    Score,
     Trajectory,
 )
 
@@ -68,32 +63,4 @@ class Agent(Protocol):
 
 
 OnEpisodeEnd = Callable[[Trajectory], None]
-"""Told of every trajectory as soon as its episode has ended."""
-
-
-class GainEstimator(Protocol):
-    """Measure how much the searches of each trajectory informed the model."""
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """What the last `measure` cost, by metric name."""
-        ...
-
-    def asking_early(self, questions: Sequence[Question]) -> AbstractAsyncContextManager[OnEpisodeEnd]:
-        """Inside, what can be asked before all episodes have ended is asked; told of each episode's end.
-
-        Changes when gains are asked for, not what they are. Nothing of it is left on the way out.
-        """
-        ...
-
-    async def measure(self, groups: Sequence[Group]) -> list[list[Gain]]:
-        """One gain per trajectory, in order. A failed one is a `Gain` with `failure` set, never a number."""
-        ...
-
-
-class CreditRule(Protocol):
-    """Turn the scores of one group into per-token advantages."""
-
-    def __call__(self, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[FloatArray]:
-        """One array per trajectory, as long as its `token_ids`; 0 outside `policy_mask` and if failed."""
-        ...
+"""Called with every trajectory as soon as its episode has ended."""

@@ -12,9 +12,10 @@ sampled; no other mask exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -202,24 +203,72 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """What a gain estimator says of one trajectory. Neither value nor failure: nothing to measure."""
+    """What a method measured of one trajectory. Neither value nor failure: there was nothing to measure."""
 
-    value: float | None = None
+    trajectory: float | None = None
+    turns: tuple[float | None, ...] = ()
+    """One per turn, None where there was nothing to measure; empty where a method measures no turns."""
     failure: str | None = None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All numbers that were measured: those of the turns, or the one of the trajectory."""
+        return tuple(value for value in (*self.turns, self.trajectory) if value is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What one trajectory is worth."""
+    """What was measured of one trajectory."""
 
     outcome: float | None
     """Reward of the final answer; None when the trajectory failed."""
-    gain: float | None = None
-    """Information gain of its searches; None without a search or when not measured."""
+    gain: Gain = Gain()
     failure: str | None = None
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further measures of the answer (em, sub_em, f1), for logs only."""
+
+
+Component = float | tuple[float | None, ...] | None
+"""A named part of a credit: one number per trajectory, or one per turn; None where it was not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Credit:
+    """What one trajectory is trained with."""
+
+    advantages: FloatArray
+    """One per token of `Trajectory.token_ids`, 0 outside `policy_mask` [L]."""
+    components: Mapping[str, Component]
+    """`reward`, what the group compares, and what else the method made it of, by name."""
+
+
+class Sample(NamedTuple):
+    """One trajectory of a step with all that is known of it."""
+
+    trajectory: Trajectory
+    score: Score
+    credit: Credit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredGroups:
+    """All groups of one step with a score and a credit per trajectory, in the same order."""
+
+    groups: Sequence[Group]
+    scores: Sequence[Sequence[Score]]
+    credits: Sequence[Sequence[Credit]]
+    stats: Mapping[str, float] = field(default_factory=dict)
+    """What measuring the gains cost, by metric name."""
+
+    def by_group(self) -> Iterator[list[Sample]]:
+        """Yield the samples of each group."""
+        for group, scores, credits in zip(self.groups, self.scores, self.credits, strict=True):
+            yield [Sample(*parts) for parts in zip(group.trajectories, scores, credits, strict=True)]
+
+    def samples(self) -> list[Sample]:
+        """Return all samples, in order."""
+        return [sample for of_group in self.by_group() for sample in of_group]
 
 
 def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -80,7 +80,7 @@ def test_a_run_that_cannot_go_on_says_why_last_and_what_became_of_its_steps(
 ) -> None:
     run_dir = tmp_path / "run"
     process = start_training(
-        run_dir, f"retriever.url={retriever}", "reward.gain=none", "trainer.save_freq=100"
+        run_dir, f"retriever.url={retriever}", "algorithm=search_r1", "trainer.save_freq=100"
     )
     try:
         wait_for(lambda: 2 in read_steps(run_dir), what="step 2", process=process)

@@ -68,7 +68,7 @@ def test_a_tied_model_reaches_the_engine_and_trains(smollm2: Path, tmp_path: Pat
         run_dir,
         f"actor_rollout_ref.model.path={smollm2}",
         f"retriever.url={retriever}",
-        "reward.gain=none",
+        "algorithm=search_r1",
         "trainer.total_training_steps=1",
         "data.train_batch_size=1",
         "data.max_response_length=64",

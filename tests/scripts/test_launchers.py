@@ -138,7 +138,7 @@ def test_the_gpu_recipe_is_the_published_one() -> None:
     assert (config.data.max_start_length, config.data.max_prompt_length) == (2048, 4096)
     assert (config.data.max_response_length, config.data.max_obs_length) == (500, 500)
     assert (config.max_turns, config.retriever.topk) == (2, 3)
-    assert (config.reward.gain_weight, config.reward.answer_rule) == (0.6, "published")
+    assert (config.algorithm.name, config.reward.answer_rule) == ("inforeasoner", "published")
     assert (trainer.total_training_steps, trainer.save_freq, trainer.test_freq) == (1005, 50, 20)
     assert (trainer.device, trainer.n_gpus_per_node, trainer.val_before_train) == ("cuda", 8, False)
 

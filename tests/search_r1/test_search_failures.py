@@ -11,13 +11,14 @@ import pytest
 
 from search_r1.search.client import HttpSearch
 from tests.fakes import AnsweringServer, CharTokenizer, Reply, make_question
+from tests.methods import make_method
 from verl.agent.loop import SearchAgent
 from verl.agent.prompts import NOTHING_FOUND, render_context
+from verl.algorithms.base import Prefetch
+from verl.algorithms.scoring.outcome import Outcome
+from verl.algorithms.scoring.reward import Reward
 from verl.errors import TrainingHaltedError
-from verl.reward.outcome import Outcome
-from verl.reward.reward import Reward
 from verl.rollout.collector import Collector
-from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.metrics import reward_metrics, rollout_metrics
 from verl.types import Completion, Finish, Group, IntArray, Sampling, Stop, Trajectory
 
@@ -107,11 +108,11 @@ async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
     assert metrics["rollout/failed_share"] == pytest.approx(2 / 12)
     assert metrics["rollout/empty_search_share"] == pytest.approx(2 / 10)
 
-    scores = (await Reward(judge, gain=None, max_failure_share=0.5).score([bad]))[0]
-    assert [score.outcome for score in scores] == [None, 0.0, None, 1.0]
-    assert reward_metrics(scores, gain_weight=0.6)["reward/failed_share"] == pytest.approx(2 / 4)
-    credit = outcome_plus_gain(gain_weight=0.6, normalise_by_std=True)(bad.trajectories, scores)
-    assert [bool(array.any()) for array in credit] == [False, True, False, True]
+    reward = Reward(judge, algorithm=make_method(), max_failure_share=0.5, fix="")
+    samples = (await reward.score([bad], prefetch=Prefetch())).samples()
+    assert [sample.score.outcome for sample in samples] == [None, 0.0, None, 1.0]
+    assert reward_metrics(samples)["reward/failed_share"] == pytest.approx(2 / 4)
+    assert [bool(sample.credit.advantages.any()) for sample in samples] == [False, True, False, True]
 
 
 async def test_a_retriever_that_is_down_halts_the_step_and_is_named() -> None:

@@ -15,7 +15,7 @@ from verl.run.records import (
     step_file,
     to_record,
 )
-from verl.types import FloatArray, Group, Score, Trajectory
+from verl.types import Score, ScoredGroups, Trajectory
 
 
 class Recorder:
@@ -25,18 +25,11 @@ class Recorder:
         self._run_dir = run_dir
         self._decode = decode
 
-    def write(
-        self,
-        step: int,
-        groups: Sequence[Group],
-        scores: Sequence[Sequence[Score]],
-        credit: Sequence[Sequence[FloatArray]],
-    ) -> Path:
-        """Record a training step; `scores`, `credit` follow the order of `groups` and their trajectories."""
+    def write(self, step: int, scored: ScoredGroups) -> Path:
+        """Record a training step."""
         records = [
-            to_record(t, score=score, advantages=advantages, step=step, kind="train", decode=self._decode)
-            for group, group_scores, group_credit in zip(groups, scores, credit, strict=True)
-            for t, score, advantages in zip(group.trajectories, group_scores, group_credit, strict=True)
+            to_record(t, score=score, credit=credit, step=step, kind="train", decode=self._decode)
+            for t, score, credit in scored.samples()
         ]
         return self._write(TRAJECTORIES, step, records)
 
@@ -45,7 +38,7 @@ class Recorder:
     ) -> Path:
         """Record an evaluation after `step` updates."""
         records = [
-            to_record(t, score=score, advantages=None, step=step, kind="val", decode=self._decode)
+            to_record(t, score=score, credit=None, step=step, kind="val", decode=self._decode)
             for t, score in zip(trajectories, scores, strict=True)
         ]
         return self._write(EVALUATION, step, records)

@@ -1,10 +1,13 @@
 """The file format of recorded trajectories: one JSON object per line, for people and to rebuild a step.
 
-A step is rebuilt from its file exactly as the trainer saw it (token ids, masks, scores), so that any credit
-rule can be run again on it:
+A step is rebuilt from its file exactly as the trainer saw it (token ids, masks, scores), so that any method
+can credit it again:
 
     step = rebuild_step(read_records(path))
-    advantages = [rule(group.trajectories, scores) for group, scores in zip(step.groups, step.scores)]
+    credits = algorithm.credit(step.groups, step.scores)
+
+Format 2 added `turn_gains`, `components` and `format` itself; files of format 1, which have none of them, are
+read as well.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -25,7 +29,10 @@ from verl.errors import DataError
 from verl.types import (
     Action,
     ActionKind,
+    Component,
+    Credit,
     FloatArray,
+    Gain,
     Group,
     IntArray,
     Passage,
@@ -41,6 +48,7 @@ Decode = Callable[[Sequence[int]], str]
 TRAJECTORIES = "trajectories"
 """Folder of the training steps in a run folder."""
 EVALUATION = "evaluation"
+FORMAT = 2
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 LOG_PROB_DIGITS = 6
 ADVANTAGE_DIGITS = 8
@@ -74,6 +82,8 @@ class TurnRecord(TypedDict):
 
 
 class TrajectoryRecord(TypedDict):
+    format: NotRequired[int]
+    """1 if absent."""
     step: int
     kind: str
     uid: str
@@ -91,6 +101,12 @@ class TrajectoryRecord(TypedDict):
     seconds: float
     outcome: float | None
     gain: float | None
+    """Of the whole trajectory."""
+    turn_gains: NotRequired[list[float | None]]
+    """One per turn; empty where the method measures no turns."""
+    gain_failure: NotRequired[str | None]
+    components: NotRequired[dict[str, float | list[float | None] | None]]
+    """Of the credit, by name; empty in an evaluation."""
     metrics: dict[str, float]
     failure: str | None
     """Why the trajectory is left out of training, be it the episode or its reward that failed."""
@@ -103,19 +119,19 @@ class TrajectoryRecord(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedStep:
-    """One step as the credit rule saw it, and the credit it gave."""
+    """One step as the method saw it, and the credit it gave."""
 
     groups: tuple[Group, ...]
     scores: tuple[tuple[Score, ...], ...]
-    credit: tuple[tuple[FloatArray | None, ...], ...]
-    """Advantage of every token; None where none was recorded."""
+    credits: tuple[tuple[Credit | None, ...], ...]
+    """None where no credit was recorded."""
 
 
 def to_record(
     trajectory: Trajectory,
     *,
     score: Score,
-    advantages: FloatArray | None,
+    credit: Credit | None,
     step: int,
     kind: str,
     decode: Decode,
@@ -123,8 +139,9 @@ def to_record(
     """Everything about one trajectory; text comes from the ids by `decode`."""
     question = trajectory.question
     mask = trajectory.policy_mask
-    sampled = advantages[mask] if advantages is not None else None
+    sampled = None if credit is None else credit.advantages[mask]
     return {
+        "format": FORMAT,
         "step": step,
         "kind": kind,
         "uid": question.uid,
@@ -135,7 +152,10 @@ def to_record(
         "answer": trajectory.answer,
         "stop": str(trajectory.stop),
         "outcome": score.outcome,
-        "gain": score.gain,
+        "gain": score.gain.trajectory,
+        "turn_gains": list(score.gain.turns),
+        "gain_failure": _redacted(score.gain.failure),
+        "components": {} if credit is None else {k: _component(v) for k, v in credit.components.items()},
         "advantage": None
         if sampled is None or not len(sampled)
         else _number(sampled.mean(), ADVANTAGE_DIGITS),
@@ -147,7 +167,7 @@ def to_record(
         "turns": [_turn_record(turn, decode=decode) for turn in trajectory.turns],
         "prompt_ids": trajectory.prompt_ids.tolist(),
         "mask_runs": _mask_runs(trajectory),
-        "advantage_runs": None if advantages is None else _runs(advantages),
+        "advantage_runs": None if credit is None else _runs(credit.advantages),
     }
 
 
@@ -182,6 +202,10 @@ def _passage_record(passage: Passage) -> PassageRecord:
 def _number(value: float | np.floating, digits: int) -> float | None:
     number = float(value)
     return round(number, digits) if math.isfinite(number) else None
+
+
+def _component(value: Component) -> float | list[float | None] | None:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _mask_runs(trajectory: Trajectory) -> list[int]:
@@ -227,6 +251,13 @@ def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
                 record = parse_json(line, shape=_shape(), where=f"{path}:{number}", fix=fix)
                 if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
                     raise DataError(f"{path}:{number}: mask_runs does not fit the turns; {fix}")
+                if len(record.get("turn_gains", ())) not in (0, len(record["turns"])):
+                    raise DataError(f"{path}:{number}: turn_gains does not fit the turns; {fix}")
+                if record.get("format", 1) > FORMAT:
+                    raise DataError(
+                        f"{path}:{number}: format {record['format']}, expected at most {FORMAT}: "
+                        "a newer version wrote it; read it with that one"
+                    )
                 yield record
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there; expected a JSONL file of recorded trajectories") from error
@@ -249,7 +280,7 @@ def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
     return RecordedStep(
         groups=tuple(groups),
         scores=tuple(tuple(_rebuild_score(record) for record in members) for members in by_uid.values()),
-        credit=tuple(tuple(_rebuild_credit(record) for record in members) for members in by_uid.values()),
+        credits=tuple(tuple(_rebuild_credit(record) for record in members) for members in by_uid.values()),
     )
 
 
@@ -293,20 +324,28 @@ def _rebuild_passage(passage: PassageRecord) -> Passage:
 
 
 def _rebuild_score(record: TrajectoryRecord) -> Score:
+    gain = Gain(
+        trajectory=record["gain"],
+        turns=tuple(record.get("turn_gains", ())),
+        failure=record.get("gain_failure"),
+    )
     return Score(
-        outcome=record["outcome"],
-        gain=record["gain"],
-        failure=record["failure"],
-        metrics=dict(record["metrics"]),
+        outcome=record["outcome"], gain=gain, failure=record["failure"], metrics=dict(record["metrics"])
     )
 
 
-def _rebuild_credit(record: TrajectoryRecord) -> FloatArray | None:
+def _rebuild_credit(record: TrajectoryRecord) -> Credit | None:
     runs = record["advantage_runs"]
     if runs is None:
         return None
     parts = [np.full(count, np.nan if value is None else value, dtype=np.float32) for value, count in runs]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+    return Credit(
+        advantages=np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32),
+        components={
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.get("components", {}).items()
+        },
+    )
 
 
 def _ids(values: list[int]) -> IntArray:

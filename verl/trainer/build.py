@@ -20,12 +20,13 @@ from serving.answers import AnswerRule
 from serving.machine import has_bfloat16
 from verl.agent.loop import SearchAgent
 from verl.agent.prompts import TAGS, render_context, search_instruction
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.base import Algorithm, Need, Services
+from verl.algorithms.scoring.outcome import measure_outcome
+from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
-from verl.reward.outcome import measure_outcome
-from verl.reward.reward import Reward
-from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
@@ -38,7 +39,6 @@ from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import count_gpus, count_workers, launch_models
-from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import IntArray, Question
@@ -51,7 +51,6 @@ from verl.workers.weight_sync import WeightPublisher
 
 logger = logging.getLogger(__name__)
 
-CREDIT_RULES = {"grpo": outcome_plus_gain}
 PROBE_TOKENS = 64
 PRECISE_TOLERANCE = 1e-3
 COARSE_TOLERANCE = 0.1
@@ -79,7 +78,8 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts together; each registers with the stack how it is taken down."""
-    search, gains, services = await connect_services(config, stack)
+    algorithm_class = find_algorithm(config)
+    search, ig_service, services = await connect_services(config, stack, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=TAGS)
     pad_id = tokenizer.pad_id
@@ -109,15 +109,15 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     close_quietly(stack, publisher.close)
     tracker = make_tracker(config, run_dir, total_steps=total_steps)
     close_quietly(stack, tracker.finish)
+    algorithm = algorithm_class(
+        config.algorithm, Services(render_context=render_context, ig_service=ig_service)
+    )
     parts = Parts(
         questions=sampler,
         held_out=held_out,
         collector=make_collector(config, search=search, engines=engines, tokenizer=tokenizer),
-        reward=make_reward(config, gains),
-        credit_rule=CREDIT_RULES[config.algorithm.adv_estimator](
-            gain_weight=config.reward.gain_weight,
-            normalise_by_std=config.algorithm.norm_adv_by_std_in_grpo,
-        ),
+        algorithm=algorithm,
+        reward=make_reward(config, algorithm),
         policy=policy,
         reference=reference,
         engines=engines,
@@ -131,7 +131,6 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         parts,
         settings=config.trainer,
         total_steps=total_steps,
-        gain_weight=config.reward.gain_weight,
         pad_id=pad_id,
         progress=progress,
         identity=identity,
@@ -176,9 +175,17 @@ def make_collector(
     )
 
 
-def make_reward(config: Config, gains: GainClient | None) -> Reward:
-    """Make the reward: the outcome of an episode, and its gain where there is a service for it."""
-    reward, semantic = config.reward, config.reward.semantic
+def find_algorithm(config: Config) -> type[Algorithm]:
+    """Return the method of `algorithm=NAME`. Raises ConfigError for a name that is not in the table."""
+    name = config.algorithm.name
+    if name not in ALGORITHMS:
+        raise ConfigError(f"algorithm.name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+    return ALGORITHMS[name]
+
+
+def make_reward(config: Config, algorithm: Algorithm) -> Reward:
+    """Make the reward: the outcome of an episode, and the gains of the method."""
+    reward = config.reward
     outcome = partial(
         measure_outcome,
         metric=reward.outcome,
@@ -187,11 +194,9 @@ def make_reward(config: Config, gains: GainClient | None) -> Reward:
     )
     return Reward(
         outcome,
-        gain=SemanticGain(gains, render_context=render_context, timeout_s=semantic.timeout_s)
-        if gains
-        else None,
+        algorithm=algorithm,
         max_failure_share=reward.max_failure_share,
-        fix=f"is the IG service at {semantic.url} (reward.semantic.url) up?",
+        fix=f"is the IG service at {reward.semantic.url} (reward.semantic.url) up?",
     )
 
 
@@ -214,16 +219,16 @@ def make_guard(config: Config, run_dir: Path, *, tolerance: float) -> Guard:
 
 
 async def connect_services(
-    config: Config, stack: AsyncExitStack
+    config: Config, stack: AsyncExitStack, *, needs: frozenset[Need]
 ) -> tuple[HttpSearch, GainClient | None, dict[str, object]]:
-    """Clients of the retriever and the IG service, both answering; and what they said of themselves."""
+    """Return clients of the retriever and, if needed, the IG service, both answering, and their versions."""
     retriever, semantic = config.retriever, config.reward.semantic
     wait_s = config.trainer.service_wait_s
     # A secret is no setting: it stands in no configuration, so in no manifest and on no command line.
     token = os.environ.get("RETRIEVER_TOKEN") or None
     search = HttpSearch(retriever.url, topk=retriever.topk, timeout_s=retriever.timeout_s, token=token)
     close_quietly(stack, search.aclose)
-    if config.reward.gain == "none":
+    if Need.IG_SERVICE not in needs:
         await search.wait_ready(wait_s)
         return search, None, {"retriever": await describe_retriever(search, config.retriever)}
     token = os.environ.get("IG_TOKEN") or None

@@ -8,27 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.scripted_run import GAIN_WEIGHT, decode, make_question, make_step, make_turn, search_turn
+from tests.scripted_run import METHOD, decode, make_question, make_step, make_turn, search_turn
 from verl.errors import DataError
 from verl.run.recorder import Recorder
 from verl.run.records import EVALUATION, read_records, rebuild_step
-from verl.trainer.ppo.advantage import outcome_plus_gain
-from verl.types import Action, ActionKind, Passage, Score, Stop, Trajectory
-
-RULE = outcome_plus_gain(gain_weight=GAIN_WEIGHT, normalise_by_std=True)
+from verl.types import Action, ActionKind, Gain, Passage, Score, Stop, Trajectory
 
 
 def _record_step(run_dir: Path, step: int = 3) -> Path:
-    groups, scores = make_step(step, steps=6, num_questions=8, num_samples=5)
-    credit = [RULE(group.trajectories, s) for group, s in zip(groups, scores, strict=True)]
-    return Recorder(run_dir, decode=decode).write(step, groups, scores, credit)
+    scored = make_step(step, steps=6, num_questions=8, num_samples=5)
+    return Recorder(run_dir, decode=decode).write(step, scored)
 
 
 def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
-    groups, _ = make_step(3, steps=6, num_questions=8, num_samples=5)
+    scored = make_step(3, steps=6, num_questions=8, num_samples=5)
     step = rebuild_step(read_records(_record_step(tmp_path)))
     assert any(s.failure for scores in step.scores for s in scores), "the script must contain a failure"
-    for group, again in zip(groups, step.groups, strict=True):
+    assert step.scores == tuple(map(tuple, scored.scores))
+    for group, again in zip(scored.groups, step.groups, strict=True):
         assert again.question == group.question
         for trajectory, rebuilt in zip(group.trajectories, again.trajectories, strict=True):
             np.testing.assert_array_equal(rebuilt.token_ids, trajectory.token_ids)
@@ -38,15 +35,49 @@ def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
             assert (rebuilt.answer, rebuilt.stop) == (trajectory.answer, trajectory.stop)
 
 
-def test_the_credit_rule_on_a_rebuilt_step_gives_the_recorded_advantages(tmp_path: Path) -> None:
+def test_the_method_on_a_rebuilt_step_gives_the_recorded_credit(tmp_path: Path) -> None:
     step = rebuild_step(read_records(_record_step(tmp_path)))
     spread = 0.0
-    for group, scores, credit in zip(step.groups, step.scores, step.credit, strict=True):
-        for computed, recorded in zip(RULE(group.trajectories, scores), credit, strict=True):
-            assert recorded is not None
-            np.testing.assert_allclose(recorded, computed, atol=1e-6)
-            spread = max(spread, float(np.abs(recorded).max(initial=0.0)))
+    for computed, recorded in zip(METHOD.credit(step.groups, step.scores), step.credits, strict=True):
+        for one, other in zip(computed, recorded, strict=True):
+            assert other is not None
+            np.testing.assert_allclose(other.advantages, one.advantages, atol=1e-6)
+            assert other.components == one.components
+            spread = max(spread, float(np.abs(other.advantages).max(initial=0.0)))
     assert spread > 0.5, "a comparison of zeros shows nothing"
+
+
+def test_gains_and_components_of_turns_come_back(tmp_path: Path) -> None:
+    scored = make_step(3, steps=6, num_questions=1, num_samples=2)
+    trajectories = scored.groups[0].trajectories
+    gains = [Gain(turns=(0.25, *[None] * (len(t.turns) - 1))) for t in trajectories]
+    scores = [replace(s, gain=gain) for s, gain in zip(scored.scores[0], gains, strict=True)]
+    credits = [
+        replace(credit, components={"reward": 1.0, "turn_gain": gain.turns})
+        for credit, gain in zip(scored.credits[0], gains, strict=True)
+    ]
+    scored = replace(scored, scores=[scores], credits=[credits])
+    step = rebuild_step(read_records(Recorder(tmp_path, decode=decode).write(1, scored)))
+    assert [score.gain for score in step.scores[0]] == gains
+    assert [credit and credit.components for credit in step.credits[0]] == [c.components for c in credits]
+
+
+def test_a_file_of_format_1_is_read(tmp_path: Path) -> None:
+    path = _record_step(tmp_path)
+    new = rebuild_step(read_records(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for key in ("format", "turn_gains", "gain_failure", "components"):
+            del line[key]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old = rebuild_step(read_records(path))
+    assert [[s.gain.trajectory for s in of_group] for of_group in old.scores] == [
+        [s.gain.trajectory for s in of_group] for of_group in new.scores
+    ]
+    lines[0]["format"] = 99
+    path.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(DataError, match="format 99, expected at most 2: a newer version wrote it"):
+        read_records(path)
 
 
 def test_a_line_is_readable_by_itself(tmp_path: Path) -> None:
@@ -76,15 +107,16 @@ def test_a_line_is_readable_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_non_finite_log_prob_is_null_and_comes_back_as_nan(tmp_path: Path) -> None:
-    groups, scores = make_step(2, steps=2, num_questions=1, num_samples=2)
-    broken = groups[0].trajectories[0]
+    scored = make_step(2, steps=2, num_questions=1, num_samples=2)
+    whole = scored.groups[0]
+    broken = whole.trajectories[0]
     turn = replace(
         broken.turns[0], output_log_probs=np.full(len(broken.turns[0].output_ids), np.nan, np.float32)
     )
     group = replace(
-        groups[0], trajectories=(replace(broken, turns=(turn, *broken.turns[1:])), groups[0].trajectories[1])
+        whole, trajectories=(replace(broken, turns=(turn, *broken.turns[1:])), whole.trajectories[1])
     )
-    path = Recorder(tmp_path, decode=decode).write(1, [group], scores, [RULE(group.trajectories, scores[0])])
+    path = Recorder(tmp_path, decode=decode).write(1, replace(scored, groups=[group]))
     rebuilt = rebuild_step(read_records(path)).groups[0].trajectories[0]
     assert np.isnan(rebuilt.turns[0].output_log_probs).all()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
+from verl.algorithms.inforeasoner import InfoReasoner
 from verl.errors import ServiceError
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
 from verl.run.progress import Progress
@@ -49,7 +50,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
-        _, gains, services = await connect_services(config, stack)
+        _, gains, services = await connect_services(config, stack, needs=InfoReasoner.needs)
         assert gains is not None
         await gains.submit(REQUEST)
     assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 4
@@ -79,7 +80,7 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
     retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([HEALTHY, Reply("{}", 401)])
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
-            await connect_services(make_config(retriever, service), stack)
+            await connect_services(make_config(retriever, service), stack, needs=InfoReasoner.needs)
     assert TOKEN not in str(caught.value)
 
 

@@ -60,7 +60,7 @@ CHARTS = (
     Chart(
         title="Reward",
         curves=(Curve(label="mean", metric="reward/mean"),),
-        meaning="What is trained on: outcome plus weighted gain.",
+        meaning="What attempts at a question are compared by: the outcome and what the method adds.",
     ),
     Chart(
         title="KL to the reference",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from verl.run.records import TrajectoryRecord, iterate_records
 from verl.run.report.run_data import RunData
+from verl.run.report.text import gain_of
 
 GROUPS_PER_STEP = 8
 PAIRS = 15
@@ -112,13 +113,14 @@ def pick_extremes(run: RunData) -> Extremes:
 def _with_gain(run: RunData, steps: Sequence[int]) -> Iterator[TrajectoryRecord]:
     for step in steps:
         yield from (
-            r for r in iterate_records(run.steps[step]) if r["failure"] is None and r["gain"] is not None
+            r for r in iterate_records(run.steps[step]) if r["failure"] is None and gain_of(r) is not None
         )
 
 
 def _gain(record: TrajectoryRecord) -> float:
-    assert record["gain"] is not None
-    return record["gain"]
+    gain = gain_of(record)
+    assert gain is not None
+    return gain
 
 
 def evenly_spaced(values: Sequence[int], count: int) -> list[int]:

@@ -25,7 +25,7 @@ from verl.run.report.run_data import (
     read_run,
     run_facts,
 )
-from verl.run.report.text import mask_strip, names_gold, reward_of, split_output
+from verl.run.report.text import gain_of, mask_strip, names_gold, split_output
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,7 +66,7 @@ def render_report(run: RunData) -> str:
     environment.tests |= {"right": is_right}
     environment.globals |= {
         "searches": count_searches,
-        "reward": lambda record: reward_of(record, gain_weight=run.gain_weight),
+        "gain": gain_of,
         "names_gold": names_gold,
         "mask_strip": mask_strip,
     }

@@ -74,12 +74,6 @@ class RunData:
         return value
 
     @property
-    def gain_weight(self) -> float:
-        weight = self.setting("reward", "gain_weight")
-        is_used = self.setting("reward", "gain") != "none" and isinstance(weight, (int, float))
-        return float(weight) if is_used and isinstance(weight, (int, float)) else 0.0
-
-    @property
     def seconds(self) -> float | None:
         """From start to end; of a run without an end, up to its last metrics."""
         started, finished = (_timestamp(self.manifest.get(name)) for name in ("started", "finished"))
@@ -214,11 +208,17 @@ def format_seconds(seconds: float | None) -> str | None:
 
 
 def _reward(run: RunData) -> str | None:
+    """Return the outcome and, of the method, its name and settings."""
     outcome = run.setting("reward", "outcome")
     if not outcome:
         return None
     name = str(outcome).replace("_", "-").upper() if outcome in ("em", "f1") else str(outcome)
-    return f"{name} + {run.gain_weight:g} x information gain" if run.gain_weight else f"{name} only"
+    settings = run.setting("algorithm")
+    method = dict(settings) if isinstance(settings, Mapping) else {}
+    label = method.pop("name", None)
+    shared = {"adv_estimator", "norm_adv_by_std_in_grpo"}
+    own = ", ".join(f"{key} {value}" for key, value in method.items() if key not in shared)
+    return f"{name}, {label}{f' ({own})' if own else ''}" if label else name
 
 
 def _machine(machine: Mapping[str, object]) -> str | None:

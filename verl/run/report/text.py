@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from verl.run.records import PassageRecord, TrajectoryRecord
-from verl.utils.reward_score.IG_reward import combine
 
 _TAGGED = re.compile(r"<(think|search|answer|information)>(.*?)(</\1>|\Z)", re.DOTALL)
 
@@ -33,11 +32,10 @@ def split_output(text: str) -> list[Segment]:
     return [s for s in segments if s.kind != "other" or s.text.strip()]
 
 
-def reward_of(record: TrajectoryRecord, *, gain_weight: float) -> float | None:
-    """What was trained on; None for a failed trajectory and in an evaluation."""
-    if record["failure"] is not None or record["outcome"] is None or record["kind"] != "train":
-        return None
-    return combine(record["outcome"], record["gain"], weight=gain_weight)
+def gain_of(record: TrajectoryRecord) -> float | None:
+    """Return the gain of the trajectory, or the sum over its turns; None where none was measured."""
+    turns = [gain for gain in record.get("turn_gains", ()) if gain is not None]
+    return sum(turns) if turns else record["gain"]
 
 
 def names_gold(passage: PassageRecord, golds: list[str]) -> bool:

@@ -13,13 +13,17 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 
 
 def register_schema() -> None:
     """Make Hydra check types and keys and read `${env:...}`; called once by an entry point."""
-    ConfigStore.instance().store(name="ppo_schema", node=Config)
+    store = ConfigStore.instance()
+    store.store(name="ppo_schema", node=Config)
+    for name, algorithm in ALGORITHMS.items():
+        store.store(group="algorithm", name=name, node=algorithm.settings_class)
     OmegaConf.register_new_resolver("env", _read_environment, replace=True)
 
 
@@ -46,8 +50,8 @@ def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
-    """Return the choices of each config group: `group=CHOICE` applies `group/CHOICE.yaml`."""
-    groups: dict[str, tuple[str, ...]] = {}
+    """Return the choices of each config group: a method, or the file `group/CHOICE.yaml`."""
+    groups: dict[str, tuple[str, ...]] = {"algorithm": tuple(ALGORITHMS)}
     for path in sorted(Path(__file__).parent.glob("*/*.yaml")):
         groups[path.parent.name] = (*groups.get(path.parent.name, ()), path.stem)
     return groups

@@ -16,7 +16,6 @@ from verl.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 LAUNCHERS = ("ray", "local")
-GAINS = ("none", "semantic")
 OUTCOMES = ("em", "sub_em", "f1")
 KL_TYPES = ("low_var_kl", "kl", "abs", "mse")
 LOSS_AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -46,7 +45,7 @@ def _positive(section: str, **values: float) -> None:
         _check(value > 0 and math.isfinite(value), f"{section}.{name}", value, "greater than 0")
 
 
-def _not_negative(section: str, **values: float) -> None:
+def check_not_negative(section: str, **values: float) -> None:
     for name, value in values.items():
         _check(value >= 0 and math.isfinite(value), f"{section}.{name}", value, "at least 0")
 
@@ -123,7 +122,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         section = "actor_rollout_ref.actor.optim"
-        _not_negative(section, lr=self.lr, weight_decay=self.weight_decay)
+        check_not_negative(section, lr=self.lr, weight_decay=self.weight_decay)
         for name in ("lr_warmup_steps_ratio", "beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"{section}.{name}", value, "in [0, 1)")
@@ -150,7 +149,7 @@ class ActorConfig:
         _positive(section, ppo_epochs=self.ppo_epochs, ppo_mini_batch_size=self.ppo_mini_batch_size)
         _positive(section, ppo_max_token_len_per_gpu=self.ppo_max_token_len_per_gpu, grad_clip=self.grad_clip)
         _positive(section, clip_ratio_low=self.clip_ratio_low, clip_ratio_high=self.clip_ratio_high)
-        _not_negative(section, kl_loss_coef=self.kl_loss_coef, entropy_coeff=self.entropy_coeff)
+        check_not_negative(section, kl_loss_coef=self.kl_loss_coef, entropy_coeff=self.entropy_coeff)
         _positive(section, max_skipped_updates=self.max_skipped_updates)
         _one_of(f"{section}.kl_loss_type", self.kl_loss_type, KL_TYPES)
         _one_of(f"{section}.loss_agg_mode", self.loss_agg_mode, LOSS_AGGREGATIONS)
@@ -220,16 +219,13 @@ class RewardConfig:
     outcome: str = "em"
     answer_rule: str = "folded"
     format_score: float = 0.0
-    gain: str = "semantic"
-    gain_weight: float = 0.6
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)
     max_failure_share: float = 0.2
 
     def __post_init__(self) -> None:
         _one_of("reward.outcome", self.outcome, OUTCOMES)
         _one_of("reward.answer_rule", self.answer_rule, tuple(AnswerRule))
-        _one_of("reward.gain", self.gain, GAINS)
-        _not_negative("reward", format_score=self.format_score, gain_weight=self.gain_weight)
+        check_not_negative("reward", format_score=self.format_score)
         _check(
             0 <= self.max_failure_share <= 1, "reward.max_failure_share", self.max_failure_share, "in [0, 1]"
         )
@@ -237,6 +233,9 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
+    """What all methods share; `algorithm=NAME` brings the class of a method, see `verl.algorithms`."""
+
+    name: str = ""
     adv_estimator: str = "grpo"
     norm_adv_by_std_in_grpo: bool = True
 
@@ -277,9 +276,9 @@ class TrainerConfig:
         )
         _positive("trainer", max_checkpoints_to_keep=self.max_checkpoints_to_keep)
         _positive("trainer", startup_timeout_s=self.startup_timeout_s, service_wait_s=self.service_wait_s)
-        _not_negative("trainer", test_freq=self.test_freq, save_freq=self.save_freq, seed=self.seed)
+        check_not_negative("trainer", test_freq=self.test_freq, save_freq=self.save_freq, seed=self.seed)
         if self.total_training_steps is not None:
-            _not_negative("trainer", total_training_steps=self.total_training_steps)
+            check_not_negative("trainer", total_training_steps=self.total_training_steps)
         _inside("trainer.project_name", self.project_name)
         _inside("trainer.experiment_name", self.experiment_name)
         _one_of("trainer.device", self.device, DEVICES)

@@ -31,7 +31,7 @@ class Evaluate(Protocol):
 class ScoreValidation(Protocol):
     """The part of the reward that is needed here."""
 
-    async def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+    def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Outcomes only."""
         ...
 
@@ -55,7 +55,7 @@ async def evaluate(
 ) -> EvaluationResult:
     """Play and score every question. Raises ValueError if one is missing, doubled or was not asked."""
     trajectories = _in_order(questions, await collector.evaluate(questions, progress=progress))
-    scores = await reward.score_validation(trajectories)
+    scores = reward.score_validation(trajectories)
     return EvaluationResult(
         trajectories=tuple(trajectories),
         scores=tuple(scores),

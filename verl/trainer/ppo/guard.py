@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from serving.files import naming_file
 from verl.errors import TrainingHaltedError
 from verl.run.folder import SKIPPED
-from verl.types import FloatArray, Group, Score
+from verl.types import ScoredGroups
 
 logger = logging.getLogger(__name__)
 
@@ -56,19 +56,10 @@ class Guard:
         self._dumps: list[Path] = []
         self._alarms = _make_alarms(alarm_steps, max_log_prob_difference)
 
-    def check_update(
-        self,
-        update: Mapping[str, float],
-        *,
-        step: int,
-        groups: Sequence[Group],
-        scores: Sequence[Sequence[Score]],
-        credit: Sequence[Sequence[FloatArray]],
-        last_checkpoint: Path | None,
-    ) -> None:
-        """Read `num_updates` (skipped ones included) and `skipped_updates`; keep the batch of a skipped one.
+    def keep_skipped(self, update: Mapping[str, float], *, step: int, scored: ScoredGroups) -> None:
+        """Count skipped updates in a row, and write the batch of a skipped one to `skipped/`.
 
-        Raises TrainingHaltedError once `max_skipped_updates` updates in a row were skipped.
+        Reads `num_updates` (skipped ones included) and `skipped_updates`.
         """
         skipped = int(update["skipped_updates"])
         if not skipped:
@@ -76,10 +67,9 @@ class Guard:
             return
         applied = int(update["num_updates"]) - skipped
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + skipped
-        halted = self._skipped_in_a_row >= self._max_skipped_updates
-        if halted or len(self._dumps) < MAX_DUMPS:
+        if self._is_over or len(self._dumps) < MAX_DUMPS:
             self._dumps.append(self._run_dir / SKIPPED / f"step_{step:06d}.jsonl")
-            dump_batch(self._dumps[-1], groups, scores, credit)
+            dump_batch(self._dumps[-1], scored)
         logger.warning(
             "step %d: %d of %d updates skipped (loss or gradient not finite); last batch kept: %s",
             step,
@@ -87,43 +77,44 @@ class Guard:
             skipped + applied,
             self._dumps[-1],
         )
-        if halted:
-            raise TrainingHaltedError(self._halt_message(step, self._dumps[-1], last_checkpoint))
+
+    def check(self, *, last_checkpoint: Path | None) -> None:
+        """Raise TrainingHaltedError once `max_skipped_updates` updates in a row were skipped."""
+        if self._is_over:
+            raise TrainingHaltedError(self._halt_message(last_checkpoint))
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
         """Warnings that became due with this step's metrics; each once until its condition has passed."""
         return [warning for alarm in self._alarms if (warning := alarm.observe(metrics)) is not None]
 
-    def _halt_message(self, step: int, dump: Path, last_checkpoint: Path | None) -> str:
+    @property
+    def _is_over(self) -> bool:
+        return self._skipped_in_a_row >= self._max_skipped_updates
+
+    def _halt_message(self, last_checkpoint: Path | None) -> str:
         good = (
             f"The last good checkpoint is {last_checkpoint}"
             if last_checkpoint
             else "No checkpoint was saved yet"
         )
         return (
-            f"step {step}: {self._skipped_in_a_row} updates in a row were skipped because loss or gradient "
+            f"{self._skipped_in_a_row} updates in a row were skipped because loss or gradient "
             f"was not finite (actor_rollout_ref.actor.max_skipped_updates={self._max_skipped_updates}). "
-            f"{good}; the batch is in {dump}. Fix: lower actor_rollout_ref.actor.optim.lr or raise "
-            f"actor_rollout_ref.actor.kl_loss_coef, then run the same command to resume."
+            f"{good}; the batch is in {self._dumps[-1]}. Fix: lower actor_rollout_ref.actor.optim.lr or "
+            "raise actor_rollout_ref.actor.kl_loss_coef, then run the same command to resume."
         )
 
 
-def dump_batch(
-    path: Path,
-    groups: Sequence[Group],
-    scores: Sequence[Sequence[Score]],
-    credit: Sequence[Sequence[FloatArray]],
-) -> None:
-    """Write one trajectory per line with its score and per-token credit, exact enough to replay the update.
+def dump_batch(path: Path, scored: ScoredGroups) -> None:
+    """Write one trajectory per line with its score and credit, exact enough to replay the update.
 
     Floats are written in full, and NaN as NaN (Python's JSON reads it), because it is what one looks for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_file(path), path.open("w", encoding="utf-8") as file:
-        for group, of_group, arrays in zip(groups, scores, credit, strict=True):
-            for trajectory, score, array in zip(group.trajectories, of_group, arrays, strict=True):
-                line = {"trajectory": asdict(trajectory), "score": asdict(score), "credit": array}
-                file.write(json.dumps(line, default=_plain) + "\n")
+        for sample in scored.samples():
+            line = {name: asdict(part) for name, part in sample._asdict().items()}
+            file.write(json.dumps(line, default=_plain) + "\n")
 
 
 def _plain(value: object) -> object:

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from verl.trainer.ppo.advantage import trajectory_reward
-from verl.types import ActionKind, FloatArray, Group, Score, Stop, Trajectory, count_policy_tokens
+from verl.types import ActionKind, Sample, Score, ScoredGroups, Stop, Trajectory, count_policy_tokens
 from verl.utils.failures import failure_name
 
 logger = logging.getLogger(__name__)
@@ -24,28 +23,18 @@ Metrics = dict[str, float]
 
 
 def step_metrics(
-    groups: Sequence[Group],
-    scores: Sequence[Sequence[Score]],
-    credit: Sequence[Sequence[FloatArray]],
-    *,
-    update: Mapping[str, float],
-    gain_figures: Mapping[str, float],
-    seconds: Mapping[str, float],
-    gain_weight: float,
+    scored: ScoredGroups, *, update: Mapping[str, float], seconds: Mapping[str, float]
 ) -> Metrics:
-    """Everything logged of one training step. `seconds` are wall seconds per phase, `step` the whole.
-
-    `gain_figures`, by metric name, are what the gains cost; see `verl.protocols.GainEstimator`.
-    """
-    trajectories = [t for group in groups for t in group.trajectories]
-    flat_scores = [score for of_group in scores for score in of_group]
+    """Return everything logged of one training step. `seconds`: wall seconds per phase, `step` the whole."""
+    samples = scored.samples()
+    trajectories = [sample.trajectory for sample in samples]
     return finite(
         {
             **rollout_metrics(trajectories),
-            **reward_metrics(flat_scores, gain_weight=gain_weight),
-            **gain_metrics(trajectories, flat_scores),
-            **gain_figures,
-            **credit_metrics(scores, credit),
+            **reward_metrics(samples),
+            **gain_metrics([(sample.trajectory, sample.score) for sample in samples]),
+            **scored.stats,
+            **credit_metrics(scored),
             **{f"policy/{name}": value for name, value in update.items()},
             **time_metrics(trajectories, seconds),
         }
@@ -111,11 +100,11 @@ def _length_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     }
 
 
-def reward_metrics(scores: Sequence[Score], *, gain_weight: float) -> Metrics:
-    """The reward trained on, over valid samples; outcome, em, sub_em and f1 over all that were judged."""
-    rewards = [r for s in scores if (r := trajectory_reward(s, gain_weight=gain_weight)) is not None]
-    judged = [s for s in scores if s.outcome is not None]
-    names = sorted({name for s in judged for name in s.metrics})
+def reward_metrics(samples: Sequence[Sample]) -> Metrics:
+    """Return the reward trained on, over valid samples; outcome, em, sub_em, f1 over all that were judged."""
+    rewards = _numbers(samples, "reward")
+    judged = [s.score for s in samples if s.score.outcome is not None]
+    names = sorted({name for score in judged for name in score.metrics})
     return finite(
         {
             **_spread("reward/", rewards),
@@ -124,37 +113,42 @@ def reward_metrics(scores: Sequence[Score], *, gain_weight: float) -> Metrics:
                 f"reward/{name}_mean": _mean([s.metrics[name] for s in judged if name in s.metrics])
                 for name in names
             },
-            "reward/failed_share": _ratio(len(scores) - len(rewards), len(scores)),
+            "reward/failed_share": _ratio(len(samples) - len(rewards), len(samples)),
         }
     )
 
 
-def gain_metrics(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> Metrics:
-    """Gains over what was measured; failures as a share of what was asked for."""
-    played = [(t, s) for t, s in zip(trajectories, scores, strict=True) if t.stop is not Stop.FAILED]
-    gains = [s.gain for _, s in played if s.gain is not None]
-    failures = Counter(failure_name(s.failure) for _, s in played if s.failure is not None)
+def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
+    """Return gains over all that was measured, per turn or per trajectory; failures as a share of both."""
+    played = [score for trajectory, score in scores if trajectory.stop is not Stop.FAILED]
+    measured = [score.gain.values for score in played if score.gain.values]
+    gains = [value for values in measured for value in values]
+    failures = Counter(failure_name(score.failure) for score in played if score.failure is not None)
     return finite(
         {
             **_spread("ig/gain_", gains),
             "ig/positive_share": _mean([gain > 0 for gain in gains]),
-            "ig/measured_share": _ratio(len(gains), len(played)),
-            "ig/failed_share": _ratio(failures.total(), len(gains) + failures.total()),
+            "ig/measured_share": _ratio(len(measured), len(played)),
+            "ig/failed_share": _ratio(failures.total(), len(measured) + failures.total()),
             **{f"ig/failures_{name}": count for name, count in sorted(failures.items())},
         }
     )
 
 
-def credit_metrics(scores: Sequence[Sequence[Score]], credit: Sequence[Sequence[FloatArray]]) -> Metrics:
-    """Groups that teach nothing (all advantages 0), and the size of the others' advantages."""
-    peaks = [[float(np.abs(array).max(initial=0.0)) for array in of_group] for of_group in credit]
-    lonely = sum(sum(score.failure is None for score in of_group) < 2 for of_group in scores)
+def credit_metrics(scored: ScoredGroups) -> Metrics:
+    """Return the share of groups without any advantage, the size of the advantages, and the components."""
+    groups = list(scored.by_group())
+    peaks = [[float(np.abs(s.credit.advantages).max(initial=0.0)) for s in group] for group in groups]
+    lone = sum(sum(s.score.failure is None for s in group) < 2 for group in groups)
+    samples = scored.samples()
+    names = sorted({name for s in samples for name in s.credit.components} - {"reward", "outcome", "gain"})
     return finite(
         {
             "credit/dead_group_share": _mean([not any(of_group) for of_group in peaks]),
-            "credit/lone_group_share": _ratio(lonely, len(scores)),
+            "credit/lone_group_share": _ratio(lone, len(groups)),
             "credit/advantage_abs_mean": _mean([peak for of_group in peaks for peak in of_group]),
             "credit/advantage_abs_max": max((peak for of_group in peaks for peak in of_group), default=None),
+            **{f"credit/{name}_mean": _mean(_numbers(samples, name)) for name in names},
         }
     )
 
@@ -171,6 +165,16 @@ def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float
             "perf/trajectories_per_s": _ratio(len(trajectories), seconds.get("step", 0.0)),
         }
     )
+
+
+def _numbers(samples: Sequence[Sample], name: str) -> list[float]:
+    """Return all numbers of a component, of trajectories or of turns."""
+    values: list[float] = []
+    for sample in samples:
+        component = sample.credit.components.get(name)
+        parts = component if isinstance(component, tuple) else (component,)
+        values += [value for value in parts if value is not None]
+    return values
 
 
 def _spread(prefix: str, values: Sequence[float]) -> dict[str, float | None]:

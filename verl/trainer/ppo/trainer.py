@@ -1,7 +1,7 @@
-"""GRPO with information gain, on one page: `PPOTrainer.fit`.
+"""The training loop on one page: `PPOTrainer.fit` and `PPOTrainer.train_step`.
 
-The trainer knows neither how a gain is measured nor how credit is assigned, nor whether its parts live in
-this process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
+The trainer knows neither how a method measures and credits a step, nor whether its parts live in this
+process, in Ray actors or on GPUs; `verl/trainer/build.py` decides that.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from verl.algorithms.base import Algorithm
+from verl.algorithms.scoring.reward import Reward
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
-from verl.protocols import CreditRule
-from verl.reward.reward import Reward
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.run.progress import Identity, Progress
@@ -26,7 +27,7 @@ from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import step_metrics
-from verl.types import FloatArray, Group, Question, Score
+from verl.types import Question, ScoredGroups
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
@@ -44,8 +45,8 @@ class Parts:
     questions: QuestionSampler
     held_out: Sequence[Question]
     collector: Collector
+    algorithm: Algorithm
     reward: Reward
-    credit_rule: CreditRule
     policy: WorkerGroup
     reference: WorkerGroup | None
     """Frozen initial policy of the KL term; None without it."""
@@ -58,7 +59,7 @@ class Parts:
 
 
 class PPOTrainer:
-    """Sample groups of episodes, score them, credit their tokens, update the policy, publish it; again."""
+    """Runs the steps: sample groups of episodes, score and credit them, update the policy, publish it."""
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class PPOTrainer:
         *,
         settings: TrainerConfig,
         total_steps: int,
-        gain_weight: float,
         pad_id: int,
         progress: Progress,
         identity: Identity,
@@ -74,7 +74,6 @@ class PPOTrainer:
         self.parts = parts
         self.settings = settings
         self.total_steps = total_steps
-        self.gain_weight = gain_weight
         self.pad_id = pad_id
         self.progress = progress
         self.identity = identity
@@ -108,54 +107,45 @@ class PPOTrainer:
             await self.evaluate()
 
     async def train_step(self, step: int) -> None:
-        """GRPO with information gain: sample, score, credit, update, publish."""
+        """Collect episodes, make room on the device, score and credit them, update, publish."""
         parts, timer = self.parts, self.timer
         timer.reset()
+        questions = parts.questions.next_batch()
         with timer("step"):
-            questions = parts.questions.next_batch()
-
-            async with parts.reward.asking_early(questions) as on_episode_end:
+            async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
                 with timer("rollout"):  # all episodes at once, each at its own pace
                     progress = ProgressLog(logger, f"step {step}: episodes")
                     groups = await parts.collector.collect(
-                        questions, step=step, progress=progress, on_episode_end=on_episode_end
+                        questions, step=step, progress=progress, on_episode_end=prefetch.on_episode_end
                     )
 
-                with timer("reward"):  # outcome + information gain, per trajectory
-                    scores = await parts.reward.score(groups)
+                async with parts.engines.resting():
+                    with timer("reward"):  # may run the policy, which now has the device
+                        scored = await parts.reward.score(groups, prefetch=prefetch)
+                        batch = self.build_batch(scored)
 
-            credit = [parts.credit_rule(g.trajectories, s) for g, s in zip(groups, scores, strict=True)]
-            batch = self.build_batch(groups, scores, credit)
+                    with timer("log_probs"):
+                        if not parts.policy.is_on_policy(batch):
+                            batch = batch.with_old(await parts.policy.log_probs(batch))
+                        if parts.reference is not None:
+                            batch = batch.with_reference(await parts.reference.log_probs(batch))
 
-            async with parts.engines.resting():
-                with timer("log_probs"):
-                    if not parts.policy.is_on_policy(batch):
-                        batch = batch.with_old(await parts.policy.log_probs(batch))
-                    if parts.reference is not None:
-                        batch = batch.with_reference(await parts.reference.log_probs(batch))
-
-                with timer("update"):
-                    self.updating = asyncio.create_task(self.update(step, batch, groups, scores, credit))
-                    update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
+                    with timer("update"):
+                        self.updating = asyncio.create_task(self.update(step, batch, scored))
+                        update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
             with timer("publish"):
                 update["publish_difference"] = await self.publish(step)
 
         self.unrecorded()
+        parts.guard.check(last_checkpoint=parts.checkpoints.latest())
 
-    async def update(
-        self,
-        step: int,
-        batch: TrainBatch,
-        groups: Sequence[Group],
-        scores: Sequence[Sequence[Score]],
-        credit: Sequence[Sequence[FloatArray]],
-    ) -> dict[str, float]:
+    async def update(self, step: int, batch: TrainBatch, scored: ScoredGroups) -> dict[str, float]:
         """Train on the batch; then the step is done, and remains to be recorded."""
         update = await self.parts.policy.update(batch)
         self.progress.step = step
         self.progress.sampler = self.parts.questions.state_dict()
-        self.unrecorded = partial(self.record, groups, scores, credit, update)
+        self.unrecorded = partial(self.record, scored, update)
         return update
 
     async def publish(self, version: int) -> float:
@@ -164,61 +154,29 @@ class PPOTrainer:
         self.parts.engines.expect_version(version)
         return difference
 
-    def build_batch(
-        self,
-        groups: Sequence[Group],
-        scores: Sequence[Sequence[Score]],
-        credit: Sequence[Sequence[FloatArray]],
-    ) -> TrainBatch:
-        """Tensors of all trajectories that did not fail; from here on nobody knows what a gain is."""
-        kept = [
-            (trajectory, advantages)
-            for group, of_group, credit_of_group in zip(groups, scores, credit, strict=True)
-            for trajectory, score, advantages in zip(
-                group.trajectories, of_group, credit_of_group, strict=True
-            )
-            if score.failure is None and trajectory.num_policy_tokens
-        ]
+    def build_batch(self, scored: ScoredGroups) -> TrainBatch:
+        """Return tensors of all trajectories that did not fail; from here on only advantages count."""
+        kept = [s for s in scored.samples() if s.score.failure is None and s.trajectory.num_policy_tokens]
         if not kept:
             raise TrainingHaltedError(
                 f"step {self.progress.step + 1}: every trajectory failed, nothing to train on"
             )
-        return build_batch([t for t, _ in kept], [a for _, a in kept], pad_id=self.pad_id)
-
-    def record(
-        self,
-        groups: Sequence[Group],
-        scores: Sequence[Sequence[Score]],
-        credit: Sequence[Sequence[FloatArray]],
-        update: dict[str, float],
-    ) -> None:
-        """Write trajectories and metrics of the step.
-
-        Raises TrainingHaltedError after too many skipped updates.
-        """
-        step = self.progress.step
-        self.parts.recorder.write(step, groups, scores, credit)
-        metrics = step_metrics(
-            groups,
-            scores,
-            credit,
-            update=update,
-            gain_figures=self.parts.reward.figures,
-            seconds=self.timer.seconds,
-            gain_weight=self.gain_weight,
+        return build_batch(
+            [sample.trajectory for sample in kept],
+            [sample.credit.advantages for sample in kept],
+            pad_id=self.pad_id,
         )
+
+    def record(self, scored: ScoredGroups, update: dict[str, float]) -> None:
+        """Write trajectories and metrics of the step, and the batch of a skipped update."""
+        step = self.progress.step
+        self.parts.recorder.write(step, scored)
+        metrics = step_metrics(scored, update=update, seconds=self.timer.seconds)
         self.parts.tracker.log(step, metrics)
         self.unrecorded = _nothing
         for alarm in self.parts.guard.alarms(metrics):
             logger.warning("step %d: %s", step, alarm)
-        self.parts.guard.check_update(
-            update,
-            step=step,
-            groups=groups,
-            scores=scores,
-            credit=credit,
-            last_checkpoint=self.parts.checkpoints.latest(),
-        )
+        self.parts.guard.keep_skipped(update, step=step, scored=scored)
 
     async def evaluate(self) -> None:
         """Every held-out question once, greedy, without gains."""

@@ -16,13 +16,14 @@ from functools import cache
 
 import numpy as np
 
-from IG.client import GainRequest, GainResult, SyncIGClient
 from IG.client import IGClient as _IGClient
+from IG.client import SyncIGClient
+from IG.messages import GainRequest, GainResult
 from serving.golds import parse_golds
 from verl.errors import ServiceError
 from verl.utils.http import translated_calls, translated_settings
 
-__all__ = ["GainClient", "GainRequest", "GainResult", "IGClient", "get_ig_client", "is_ig_service_available"]
+__all__ = ["GainClient", "IGClient", "get_ig_client", "is_ig_service_available"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,14 @@ class GainClient:
         self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
     ) -> None:
         """`timeout_s` covers a call from asking to the last result. Raises ConfigError for a bad setting."""
+        self._timeout_s = timeout_s
         with translated_settings():
             self._client = _IGClient(url, timeout_s=timeout_s, batch_size=batch_size, token=token)
+
+    @property
+    def timeout_s(self) -> float:
+        """The longest that a step may wait for its gains."""
+        return self._timeout_s
 
     @property
     def work(self) -> Mapping[str, int]:

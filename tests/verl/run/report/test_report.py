@@ -54,7 +54,7 @@ def test_a_finished_run(finished: Path) -> None:
     text = " ".join(elements.text.split())
     for expected in (
         "completed",
-        "EM + 0.6 x information gain",
+        "EM, inforeasoner (gain_weight 0.6)",
         "Step 0 against step 12",
         "world_one_hop",
         "First step (1)",

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import pytest
 
 from tests.fakes import make_question, make_trajectory
-from verl.reward.outcome import measure_outcome
-from verl.reward.reward import Reward
+from tests.methods import make_method
+from verl.algorithms.scoring.outcome import measure_outcome
+from verl.algorithms.scoring.reward import Reward
 from verl.trainer.ppo.evaluation import Progress, evaluate
 from verl.types import Question, Trajectory
 
-REWARD = Reward(measure_outcome, gain=None, max_failure_share=0.0)
+REWARD = Reward(measure_outcome, algorithm=make_method(), max_failure_share=0.0, fix="")
 
 
 @dataclass

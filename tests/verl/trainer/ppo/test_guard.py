@@ -9,12 +9,22 @@ import pytest
 from tests.fakes import make_question, make_trajectory
 from verl.errors import TrainingHaltedError
 from verl.trainer.ppo.guard import MAX_DUMPS, Guard
-from verl.types import Group, Score
+from verl.types import Credit, Gain, Group, Score, ScoredGroups
 
 QUESTION = make_question()
 GROUP = Group(question=QUESTION, trajectories=(make_trajectory(QUESTION, queries=("q",), answer="Bolton é"),))
-SCORES = [[Score(outcome=1.0, gain=0.25, metrics={"em": 1.0})]]
-CREDIT = [[np.full(len(GROUP.trajectories[0].token_ids), 0.1, np.float32)]]
+SCORED = ScoredGroups(
+    groups=[GROUP],
+    scores=[[Score(outcome=1.0, gain=Gain(trajectory=0.25), metrics={"em": 1.0})]],
+    credits=[
+        [
+            Credit(
+                advantages=np.full(len(GROUP.trajectories[0].token_ids), 0.1, np.float32),
+                components={"reward": 1.15},
+            )
+        ]
+    ],
+)
 SKIPPED = {"num_updates": 1.0, "skipped_updates": 1.0}
 APPLIED = {"num_updates": 1.0, "skipped_updates": 0.0}
 
@@ -29,9 +39,8 @@ def make_guard(run_dir: Path, *, max_skipped_updates: int = 1, alarm_steps: int 
 
 
 def check(guard: Guard, update: dict[str, float], *, step: int = 1, checkpoint: Path | None = None) -> None:
-    guard.check_update(
-        update, step=step, groups=[GROUP], scores=SCORES, credit=CREDIT, last_checkpoint=checkpoint
-    )
+    guard.keep_skipped(update, step=step, scored=SCORED)
+    guard.check(last_checkpoint=checkpoint)
 
 
 def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
@@ -64,8 +73,10 @@ def test_the_batch_of_a_skipped_update_can_be_replayed(tmp_path: Path) -> None:
     assert record["trajectory"]["question"]["uid"] == QUESTION.uid
     assert turn["output_ids"] == original.output_ids.tolist()
     np.testing.assert_array_equal(np.array(turn["output_log_probs"], np.float32), original.output_log_probs)
-    assert record["score"]["gain"] == 0.25
-    np.testing.assert_array_equal(np.array(record["credit"], np.float32), CREDIT[0][0])
+    assert record["score"]["gain"]["trajectory"] == 0.25
+    assert record["credit"]["components"] == {"reward": 1.15}
+    advantages = np.array(record["credit"]["advantages"], np.float32)
+    np.testing.assert_array_equal(advantages, SCORED.credits[0][0].advantages)
 
 
 def test_only_the_first_batches_are_kept(tmp_path: Path) -> None:

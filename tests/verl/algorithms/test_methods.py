@@ -1,0 +1,92 @@
+"""What every method holds, and what the two that the trainer began with make of scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.fakes import make_question, make_trajectory
+from tests.methods import credit_group, make_method
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.statistics import group_advantages
+from verl.errors import ConfigError
+from verl.types import Gain, Score, Trajectory
+
+
+def play(*outcomes: tuple[float | None, float | None, str | None]) -> tuple[list[Trajectory], list[Score]]:
+    """Trajectories of 0, 1, 2, ... searches with these outcomes, gains and failures."""
+    question = make_question()
+    trajectories = [
+        make_trajectory(question, sample=i, queries=("q",) * i, answer="x") for i in range(len(outcomes))
+    ]
+    return trajectories, [Score(outcome=o, gain=Gain(trajectory=g), failure=f) for o, g, f in outcomes]
+
+
+@pytest.mark.parametrize(
+    ("method", "rewards"),
+    [
+        ("search_r1", [1.0, 0.0, 0.0, 0.0]),
+        ("inforeasoner", [1.12, 0.30, 0.0, -0.06]),  # outcome + 0.6 * gain
+    ],
+)
+def test_every_policy_token_gets_the_advantage_of_the_reward_and_no_other_token(
+    method: str, rewards: list[float]
+) -> None:
+    trajectories, scores = play((1.0, 0.2, None), (0.0, 0.5, None), (0.0, None, None), (0.0, -0.1, None))
+    credits = credit_group(make_method(method), trajectories, scores)
+    assert [credit.components["reward"] for credit in credits] == pytest.approx(rewards)
+    assert [credit.components["outcome"] for credit in credits] == [1.0, 0.0, 0.0, 0.0]
+    for trajectory, credit, advantage in zip(trajectories, credits, group_advantages(rewards), strict=True):
+        array = credit.advantages
+        assert array.dtype == np.float32
+        assert len(array) == len(trajectory.token_ids)
+        np.testing.assert_allclose(array[trajectory.policy_mask], np.float32(advantage), rtol=1e-6)
+        np.testing.assert_array_equal(array[~trajectory.policy_mask], 0.0)
+
+
+@pytest.mark.parametrize("method", sorted(ALGORITHMS))
+def test_failures_are_masked_whatever_numbers_they_carry(method: str) -> None:
+    trajectories, scores = play(
+        (1.0, None, "gain_failed: x"), (None, None, "search_failed: y"), (0.0, 0.1, None)
+    )
+    credits = credit_group(make_method(method), trajectories, scores)
+    assert not any(credit.advantages.any() for credit in credits)
+    assert [credit.components["reward"] is None for credit in credits] == [True, True, False]
+
+
+def test_weight_zero_is_the_outcome_alone() -> None:
+    trajectories, scores = play((1.0, 0.9, None), (0.0, -0.9, None), (0.0, 0.3, None))
+    weightless = credit_group(make_method("inforeasoner", gain_weight=0.0), trajectories, scores)
+    plain = credit_group(make_method("search_r1"), trajectories, scores)
+    for one, other in zip(weightless, plain, strict=True):
+        np.testing.assert_array_equal(one.advantages, other.advantages)
+
+
+def test_without_std_the_advantage_is_the_distance_to_the_mean() -> None:
+    trajectories, scores = play((1.0, None, None), (0.0, None, None))
+    credits = credit_group(make_method("search_r1", norm_adv_by_std_in_grpo=False), trajectories, scores)
+    assert [float(credit.advantages.sum()) for credit in credits] == [
+        0.5 * trajectories[0].num_policy_tokens,
+        -0.5 * trajectories[1].num_policy_tokens,
+    ]
+
+
+def test_settings_of_another_method_are_refused() -> None:
+    settings = ALGORITHMS["search_r1"].settings_class()
+    with pytest.raises(ConfigError, match="choose the method by algorithm=search_r1"):
+        ALGORITHMS["inforeasoner"](settings, make_method().services)
+    with pytest.raises(ConfigError, match=r"algorithm\.gain_weight must be at least 0"):
+        make_method("inforeasoner", gain_weight=-1)
+
+
+def test_methods_need_numpy_alone() -> None:
+    code = (
+        "import sys, verl.algorithms\n"
+        "heavy = {'torch', 'vllm', 'ray', 'hydra', 'httpx', 'transformers', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

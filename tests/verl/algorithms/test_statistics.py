@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fakes import make_question, make_trajectory
+from verl.algorithms.statistics import group_advantages, leave_one_out, spread_turns
+
+REWARDS = st.lists(st.one_of(st.none(), st.floats(-2, 2)), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([1, 0, 0, 0, 0], [1.788850] + [-0.447213] * 4),
+        ([1, 1, 0, 0, 0], [1.095443] * 2 + [-0.730295] * 3),
+        ([1, 0, 0, 0], [1.499997] + [-0.499999] * 3),
+        ([0] * 5, [0.0] * 5),
+        ([1.12, 0.30, -0.06, 0, 1.30], [0.923131, -0.364229, -0.929411, -0.835214, 1.205722]),
+        ([0.18, 0.06, -0.03, 0, 0.24], [0.774590, -0.258197, -1.032787, -0.774590, 1.290983]),
+    ],
+)
+def test_worked_examples(rewards: list[float], expected: list[float]) -> None:
+    assert group_advantages(rewards) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rewards", [[0.7], [None, 0.7, None], [None, None], [0.1] * 7, [0.6 * 0.3] * 5, [1.0, 1.0 + 1e-7, 1.0]]
+)
+def test_nothing_to_compare_is_exactly_zero(rewards: list[float | None]) -> None:
+    assert group_advantages(rewards) == [0.0] * len(rewards)
+    assert group_advantages(rewards, by_std=False) == [0.0] * len(rewards)
+
+
+def test_without_std_it_is_the_distance_to_the_mean() -> None:
+    assert group_advantages([1, 0, 0, 0], by_std=False) == [0.75, -0.25, -0.25, -0.25]
+
+
+@settings(deadline=None, max_examples=60)
+@given(REWARDS, st.randoms())
+def test_order_does_not_matter_to_the_last_bit(rewards: list[float | None], rng: random.Random) -> None:
+    order = list(range(len(rewards)))
+    rng.shuffle(order)
+    plain = group_advantages(rewards)
+    assert group_advantages([rewards[i] for i in order]) == [plain[i] for i in order]
+
+
+@settings(deadline=None, max_examples=60)
+@given(REWARDS)
+def test_failed_samples_change_nothing_and_get_nothing(rewards: list[float | None]) -> None:
+    advantages = group_advantages(rewards)
+    kept = [advantage for advantage, reward in zip(advantages, rewards, strict=True) if reward is not None]
+    assert kept == group_advantages([reward for reward in rewards if reward is not None])
+    assert all(a == 0.0 for a, reward in zip(advantages, rewards, strict=True) if reward is None)
+
+
+@settings(deadline=None, max_examples=60)
+@given(REWARDS)
+def test_advantages_are_finite_and_centred(rewards: list[float | None]) -> None:
+    advantages = group_advantages(rewards)
+    assert np.isfinite(advantages).all()
+    assert sum(advantages) == pytest.approx(0.0, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(REWARDS)
+def test_the_leave_one_out_baseline_is_the_mean_of_the_others(
+    rewards: list[float | None],
+) -> None:
+    for i, baseline in enumerate(leave_one_out(rewards)):
+        others = [reward for j, reward in enumerate(rewards) if j != i and reward is not None]
+        if rewards[i] is None or not others:
+            assert baseline is None
+        else:
+            assert baseline == pytest.approx(sum(others) / len(others), abs=1e-9)
+
+
+def test_values_of_turns_go_to_the_tokens_that_the_policy_sampled_in_them() -> None:
+    trajectory = make_trajectory(make_question(), queries=("a", "b"), answer="x")
+    spread = spread_turns(trajectory, (0.5, -1.0, 2.0))
+    assert len(spread) == len(trajectory.token_ids)
+    assert not spread[~trajectory.policy_mask].any()
+    lengths = [len(turn.output_ids) for turn in trajectory.turns]
+    np.testing.assert_array_equal(spread[trajectory.policy_mask], np.repeat([0.5, -1.0, 2.0], lengths))

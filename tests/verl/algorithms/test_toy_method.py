@@ -1,0 +1,102 @@
+"""A method added as one class in this file: chosen by its name, it measures, credits, and is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from tests.methods import make_method
+from tests.verl.trainer.ppo.test_trainer import Run, SearchingAgent
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.base import Algorithm, Measurement, Prefetch, Services
+from verl.algorithms.statistics import group_advantages, spread, spread_turns
+from verl.run.records import read_records, step_files
+from verl.run.report.report import write_report
+from verl.run.tracking import read_metrics
+from verl.trainer.build import find_algorithm
+from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.schema import AlgorithmConfig, Config
+from verl.types import Credit, Gain, Group, Score
+
+
+@dataclass
+class ToyConfig(AlgorithmConfig):
+    name: str = "toy"
+    bonus: float = 0.5
+
+
+class Toy(Algorithm):
+    """Pays a bonus on the tokens of every turn that found a passage, beside the outcome."""
+
+    settings_class = ToyConfig
+
+    def __init__(self, settings: ToyConfig, services: Services) -> None:
+        super().__init__(settings, services)
+        self._bonus = settings.bonus
+
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
+        return Measurement(
+            gains=[
+                [Gain(turns=tuple(float(len(turn.passages)) or None for turn in t.turns)) for t in of_group]
+                for of_group in (group.trajectories for group in groups)
+            ],
+            stats={"perf/toy": 1.0},
+        )
+
+    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+        return [
+            [
+                Credit(
+                    advantages=spread(trajectory, advantage)
+                    + spread_turns(trajectory, [self._bonus * (gain or 0.0) for gain in score.gain.turns]),
+                    components={"reward": score.outcome, "outcome": score.outcome, "found": score.gain.turns},
+                )
+                for trajectory, score, advantage in zip(
+                    group.trajectories, of_group, group_advantages([s.outcome for s in of_group]), strict=True
+                )
+            ]
+            for group, of_group in zip(groups, scores, strict=True)
+        ]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "toy", Toy)
+
+
+def compose_config(*arguments: str) -> Config:
+    register_schema()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return load_config(compose("ppo_trainer", overrides=check_overrides(arguments)))
+
+
+@pytest.mark.usefixtures("toy")
+async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Path) -> None:
+    config = compose_config("algorithm=toy", "algorithm.bonus=0.25")
+    algorithm = find_algorithm(config)(config.algorithm, make_method().services)
+    run = Run(
+        tmp_path,
+        algorithm=algorithm,
+        agent=SearchingAgent(),
+        save_freq=0,
+        test_freq=0,
+        val_before_train=False,
+        val_after_train=False,
+    )
+    await run.trainer.fit()
+    run.tracker.finish()
+
+    line = read_metrics(tmp_path)[0]
+    assert line["ig/gain_mean"] == 1.0
+    assert line["credit/found_mean"] == 1.0
+    assert line["perf/toy"] == 1.0
+    assert line["credit/advantage_abs_max"] == 0.25  # every answer is right: the outcomes cancel out
+    record = read_records(step_files(tmp_path)[1])[0]
+    assert record["turn_gains"] == [1.0, None]
+    assert record["components"] == {"reward": 1.0, "outcome": 1.0, "found": [1.0, None]}
+    assert "Gain of this turn +1.0000" in write_report(tmp_path).read_text()

@@ -1,0 +1,114 @@
+"""What a method is: what it needs, what it measures of a step, and how it credits the sampled tokens.
+
+algorithm = ALGORITHMS["inforeasoner"](settings, services)
+async with aclosing(algorithm.prefetch(questions)) as prefetch:
+    ...                                                           # episodes run
+    measurement = await algorithm.measure(groups, prefetch=prefetch)
+credits = algorithm.credit(groups, scores)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar, Protocol
+
+from IG.messages import GainRequest, GainResult
+from verl.errors import ConfigError
+from verl.trainer.config.schema import AlgorithmConfig
+from verl.types import Credit, Gain, Group, Question, Score, Trajectory
+
+
+class Need(StrEnum):
+    """What a method measures with, beyond the outcome of the answer. It is given what it names, no more."""
+
+    IG_SERVICE = "ig_service"
+    """The semantic information gain of passages: `Services.ig_service`."""
+
+
+class IGService(Protocol):
+    """The part of the IG service's client that methods use."""
+
+    @property
+    def timeout_s(self) -> float:
+        """The longest that a step may wait for its gains."""
+        ...
+
+    @property
+    def work(self) -> Mapping[str, int]:
+        """The service's own account of all work it did for this client so far."""
+        ...
+
+    async def compute(
+        self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
+    ) -> list[GainResult]:
+        """Return one result per request, in order; failures are in the results."""
+        ...
+
+    async def submit(self, request: GainRequest) -> GainResult:
+        """Return the result of one request; a failure is in the result."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What methods measure with; None where the method did not name it in `needs`."""
+
+    render_context: Callable[[Trajectory], str]
+    """Return the passages of a trajectory as the text that the policy read."""
+    ig_service: IGService | None = None
+
+
+class Prefetch:
+    """Requests of one step that are sent while its episodes run. This base class sends none."""
+
+    def on_episode_end(self, trajectory: Trajectory) -> None:
+        """Send what can be asked of a trajectory whose episode has just ended."""
+
+    async def aclose(self) -> None:
+        """Cancel what is under way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measurement:
+    """The gains of one step, and what measuring them cost."""
+
+    gains: list[list[Gain]]
+    """One per trajectory, in order. A failed one has `failure` set, never a number."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """By metric name."""
+
+
+class Algorithm(ABC):
+    """A method. Prefetching and measuring do nothing unless a method overrides them; crediting is its own."""
+
+    settings_class: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    """Its keys below `algorithm.`, with their defaults and checks."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def __init__(self, settings: AlgorithmConfig, services: Services) -> None:
+        """Raises ConfigError for the settings of another method."""
+        if type(settings) is not self.settings_class:
+            raise ConfigError(
+                f"algorithm.name={settings.name!r}: choose the method by algorithm={settings.name}, "
+                "which brings its settings"
+            )
+        self.services = services
+
+    def prefetch(self, questions: Sequence[Question]) -> Prefetch:  # noqa: ARG002
+        """Begin a step over these questions: return what may send requests while its episodes run."""
+        return Prefetch()
+
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+        """Measure the gains of all trajectories of the step that `prefetch` began."""
+        return Measurement(gains=[[Gain()] * len(group.trajectories) for group in groups])
+
+    @abstractmethod
+    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+        """Return one credit per trajectory, in order. Pure; sees the whole batch.
+
+        Advantages are 0 outside `policy_mask` and on trajectories whose score failed. Components are named
+        `reward`, what the group compares, and as the method likes; metrics, records and the report read them.
+        """

@@ -1,0 +1,85 @@
+"""InfoReasoner: GRPO on `outcome + lambda * semantic information gain` of all passages of a trajectory.
+
+The IG service samples short answers with and without the passages and compares the mass of the right meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from IG.messages import GainRequest
+from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
+from verl.algorithms.scoring.ig_service import GainRequests, as_gain
+from verl.algorithms.statistics import credit_by_group
+from verl.trainer.config.schema import AlgorithmConfig, check_not_negative
+from verl.types import Credit, Gain, Group, Question, Score, Stop, Trajectory
+from verl.utils.reward_score.IG_reward import combine
+
+
+@dataclass
+class InfoReasonerConfig(AlgorithmConfig):
+    """Settings of `algorithm=inforeasoner`."""
+
+    name: str = "inforeasoner"
+    gain_weight: float = 0.6
+    """lambda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative("algorithm", gain_weight=self.gain_weight)
+
+
+class InfoReasoner(Algorithm):
+    """Reward a trajectory by its outcome and the gain of all that it read, one number per trajectory."""
+
+    settings_class = InfoReasonerConfig
+    needs = frozenset({Need.IG_SERVICE})
+
+    def __init__(self, settings: InfoReasonerConfig, services: Services) -> None:
+        super().__init__(settings, services)
+        self._by_std = settings.norm_adv_by_std_in_grpo
+        self._weight = settings.gain_weight
+
+    def prefetch(self, questions: Sequence[Question]) -> GainRequests:
+        """Ask for the baselines at once, and for every gain as soon as its episode has ended."""
+        assert self.services.ig_service is not None
+        requests = GainRequests(self.services.ig_service, requests_of=self._requests_of)
+        for question in questions:
+            requests.send(GainRequest(question=question.text, context="", golds=question.golds))
+        return requests
+
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
+        """Return the gains of all trajectories that read a passage and answered."""
+        assert isinstance(prefetch, GainRequests)
+        requests = [[self._requests_of(t) for t in group.trajectories] for group in groups]
+        results = await prefetch.results([r for of_group in requests for some in of_group for r in some])
+        gains = [
+            [Gain() if not some else as_gain(results[some[0]]) for some in of_group] for of_group in requests
+        ]
+        return Measurement(gains=gains, stats=prefetch.stats)
+
+    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+        """Credit outcome plus weighted gain: see `credit_by_group`."""
+        return [
+            credit_by_group(
+                group.trajectories,
+                [self._reward(score) for score in of_group],
+                components=[{"outcome": s.outcome, "gain": s.gain.trajectory} for s in of_group],
+                by_std=self._by_std,
+            )
+            for group, of_group in zip(groups, scores, strict=True)
+        ]
+
+    def _requests_of(self, trajectory: Trajectory) -> list[GainRequest]:
+        """Without an answer the published reward is 0 whatever was found, so no gain is paid for it."""
+        if trajectory.stop is Stop.FAILED or trajectory.answer is None or not trajectory.passages:
+            return []
+        question = trajectory.question
+        context = self.services.render_context(trajectory)
+        return [GainRequest(question=question.text, context=context, golds=question.golds)]
+
+    def _reward(self, score: Score) -> float | None:
+        if score.failure is not None or score.outcome is None:
+            return None
+        return combine(score.outcome, score.gain.trajectory, weight=self._weight)

@@ -1,0 +1,66 @@
+"""The scores of a step: the outcome of every answer and the method's gains, and a halt when too many failed.
+
+A trajectory or a gain that failed is named, masked and counted, never 0; above a share of failures training
+halts, because what is left is no longer the batch that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from verl.algorithms.base import Algorithm, Prefetch
+from verl.algorithms.scoring.outcome import Outcome
+from verl.types import Gain, Group, Score, ScoredGroups, Stop, Trajectory
+from verl.utils.failures import check_failure_share
+
+OutcomeRule = Callable[[Trajectory], Outcome]
+
+
+class Reward:
+    """Scores trajectories: `score` for training, `score_validation` for evaluation."""
+
+    def __init__(
+        self, outcome: OutcomeRule, *, algorithm: Algorithm, max_failure_share: float, fix: str
+    ) -> None:
+        """`max_failure_share` in [0, 1]; `fix` ends the message of a halt: name the service's URL in it."""
+        self._outcome = outcome
+        self._algorithm = algorithm
+        self._max_failure_share = max_failure_share
+        self._fix = fix
+
+    async def score(self, groups: Sequence[Group], *, prefetch: Prefetch) -> ScoredGroups:
+        """Measure and credit every trajectory. Raises TrainingHaltedError above the failure share."""
+        measurement = await self._algorithm.measure(groups, prefetch=prefetch)
+        scores = [
+            [self._score(t, gain) for t, gain in zip(group.trajectories, gains, strict=True)]
+            for group, gains in zip(groups, measurement.gains, strict=True)
+        ]
+        measured = [g for gains in measurement.gains for g in gains if g.values or g.failure is not None]
+        self._check("gain measurements", [gain.failure for gain in measured], fix=self._fix)
+        failures = [score.failure for of_group in scores for score in of_group]
+        self._check("trajectories", failures, fix="repair what the failures name.")
+        return ScoredGroups(
+            groups=groups,
+            scores=scores,
+            credits=self._algorithm.credit(groups, scores),
+            stats=measurement.stats,
+        )
+
+    def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        """Return outcomes only: evaluation asks for no gain, and its failures are counted by the caller."""
+        return [self._score(trajectory, Gain()) for trajectory in trajectories]
+
+    def _check(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
+        check_failure_share(
+            [failure for failure in failures if failure is not None],
+            total=len(failures),
+            max_share=self._max_failure_share,
+            what=what,
+            fix=fix,
+        )
+
+    def _score(self, trajectory: Trajectory, gain: Gain) -> Score:
+        if trajectory.stop is Stop.FAILED:
+            return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
+        outcome = self._outcome(trajectory)
+        return Score(outcome=outcome.value, gain=gain, failure=gain.failure, metrics=outcome.metrics)
