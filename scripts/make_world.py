@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from random import Random
 
 import torch
 from rich.console import Console
@@ -35,15 +34,26 @@ from search_r1.search.index_builder import build_index
 from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from world import dataset, encoder, entailment, evaluation, generator, policy, tokenizer, training
+from world import dataset, encoder, entailment, evaluation, language, tokenizer
 from world.facts import World, WorldSize, draw_world
-from world.initialise import language_model
-from world.training import Schedule
+from world.training import Batch, Report, Schedule, train_language_model
 
-STAGES = ("data", "encoder", "index", "entailment", "able", "policy", "generator", "measure", "manifest")
 LANGUAGE_VOCABULARY = 1600
 NOT_HASHED = ("manifest.json", "README.md")
 NOT_MEASURED = ("index/", "doctor.jsonl")
+"""What the figures of the manifest do not depend on: the same search is done in process."""
+STAGES: dict[str, dict[str, str]] = {
+    "data": {},
+    "encoder": {},
+    "index": {"data": "corpus.jsonl", "encoder": "models/encoder"},
+    "entailment": {},
+    "able": {},
+    "policy": {"able": ".making/able"},
+    "generator": {"able": ".making/able"},
+    "measure": {name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
+    "manifest": {},
+}
+"""What each stage builds on: earlier stages and what they make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,54 +104,39 @@ class Maker:
         self.world: World = draw_world(plan.size, seed=seed)
 
     def run(self, stage: str) -> None:
-        """Raises FileNotFoundError, with the stage to run first, when a stage lacks what it builds on."""
-        for earlier, path in self._needs(stage):
-            if not path.exists():
-                raise FileNotFoundError(f"stage {stage} needs {path}: add {earlier} to --stages, before it")
+        """Make one part. Raises FileNotFoundError that names the stage to run first."""
+        for earlier, name in STAGES[stage].items():
+            if not (self.out / name).exists():
+                raise FileNotFoundError(
+                    f"stage {stage} needs {self.out / name}: add {earlier} to --stages, before it"
+                )
         torch.manual_seed(self.seed)
         getattr(self, f"make_{stage}")()
 
-    def _needs(self, stage: str) -> list[tuple[str, Path]]:
-        if stage in ("policy", "generator"):
-            return [("able", self.able)]
-        if stage == "index":
-            return [("data", self.out / "corpus.jsonl"), ("encoder", self.models / "encoder")]
-        if stage == "measure":
-            return [(name, self.models / name) for name in ("encoder", "entailment", "policy", "generator")]
-        return []
-
-    def reporter(self, title: str, schedule: Schedule) -> Callable[[int, float], None]:
-        """Advance a bar on a terminal; print a line now and then where there is none."""
-        task = self.progress.add_task(title, total=schedule.steps, loss="")
-        every = max(1, schedule.steps // 20)
-
-        def report(step: int, loss: float) -> None:
-            self.progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
-            if not self.progress.console.is_terminal and step % every == 0:
-                self.progress.console.print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}")
-
-        return report
-
     def make_data(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        size = self.plan.size
         dataset.write_corpus(self.out / "corpus.jsonl", dataset.corpus(self.world, seed=self.seed))
         for split in ("train", "test"):
-            asked = dataset.problems(self.world, self.plan.size, split=split, seed=self.seed)
-            dataset.write_questions(self.out / f"{split}.parquet", asked, split=split)
-            if split == "test":
-                examined = dataset.choose_examined(asked, count=self.plan.size.examined_questions)
-                path = self.out / "doctor.jsonl"
-                dataset.write_examined(path, examined, world=self.world, seed=self.seed)
+            problems = dataset.problems(self.world, size, split=split, seed=self.seed)
+            dataset.write_questions(self.out / f"{split}.parquet", problems, split=split)
+        dataset.write_examined(
+            self.out / "doctor.jsonl",
+            problems,
+            count=size.examined_questions,
+            world=self.world,
+            seed=self.seed,
+        )
 
     def make_encoder(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = encoder.build(words, seed=self.seed)
         schedule = self.plan.encoder
-        encoder.train(model, words, schedule, seed=self.seed, report=self.reporter("encoder", schedule))
+        encoder.train(model, words, schedule, seed=self.seed, report=self._reporter("encoder", schedule))
         self._save(model, words, self.models / "encoder")
 
     def make_index(self) -> None:
-        """The index of the retriever, by its own builder: one that the server will take."""
+        """Build the index with the retriever's own builder, so that the server accepts it."""
         task = self.progress.add_task("index", total=None, loss="")
         build_index(
             self.out / "corpus.jsonl",
@@ -156,54 +151,58 @@ class Maker:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = entailment.build(words, seed=self.seed)
         schedule = self.plan.entailment
-        entailment.train(model, words, schedule, seed=self.seed, report=self.reporter("entailment", schedule))
+        report = self._reporter("entailment", schedule)
+        entailment.train(model, words, schedule, seed=self.seed, report=report)
         self._save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
         words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
-        model = language_model(words, seed=self.seed)
-        stream = policy.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
-        report = self.reporter("policy, first lesson", self.plan.able)
-        training.train_language_model(model, stream, self.plan.able, report=report)
+        model = language.build(words, seed=self.seed)
+        stream = language.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
         self._open_scratch()
-        self._save(model, words, self.able)
+        self._train(model, words, stream, schedule=self.plan.able, folder=self.able)
 
     def make_policy(self) -> None:
-        model, words = self._load_language_model(self.able)
-        report = self.reporter("policy, second lesson", self.plan.shipped)
-        training.train_language_model(
-            model, policy.shipped_stream(words, seed=self.seed), self.plan.shipped, report=report
-        )
-        self._save(model, words, self.models / "policy")
+        model, words = _load_language_model(self.able)
+        stream = language.shipped_stream(words, seed=self.seed)
+        self._train(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
 
     def make_generator(self) -> None:
-        model, words = self._load_language_model(self.able)
-        rng = Random(f"generator {self.seed}")
-        stream = training.batches(words, lambda: generator.draw_short_answer(rng), tokens=8192)
-        report = self.reporter("generator", self.plan.generator)
-        training.train_language_model(model, stream, self.plan.generator, report=report)
-        self._save(model, words, self.models / "generator")
+        model, words = _load_language_model(self.able)
+        stream = language.generator_stream(words, seed=self.seed)
+        self._train(model, words, stream, schedule=self.plan.generator, folder=self.models / "generator")
+
+    def _train(
+        self,
+        model: Qwen2ForCausalLM,
+        words: PreTrainedTokenizerBase,
+        stream: Iterator[Batch],
+        *,
+        schedule: Schedule,
+        folder: Path,
+    ) -> None:
+        train_language_model(model, stream, schedule, report=self._reporter(folder.name, schedule))
+        self._save(model, words, folder)
 
     def make_measure(self) -> None:
-        """Measure what the models do on the test questions; the manifest takes the figures up."""
+        """Measure what the models do on the test questions, for the manifest."""
         problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
         texts = AutoTokenizer.from_pretrained(self.models / "encoder")
         finder = AutoModel.from_pretrained(self.models / "encoder")
-        index = encoder.Index(finder, texts, dataset.corpus(self.world, seed=self.seed))
+        index = evaluation.Index(finder, texts, dataset.corpus(self.world, seed=self.seed))
         judge = AutoModelForSequenceClassification.from_pretrained(self.models / "entailment")
         figures = {
-            "encoder": encoder.measure(index, self.world.facts, seed=self.seed),
+            "encoder": evaluation.measure_encoder(index, self.world.facts, seed=self.seed),
             "entailment": entailment.measure(judge, texts, seed=self.seed),
         }
-        runs = (
+        for name, folder, temperature in (
             ("able_greedy", self.able, 0.0),
             ("policy_greedy", self.models / "policy", 0.0),
             ("policy_sampled", self.models / "policy", 1.0),
-        )
-        for name, folder, temperature in runs:
+        ):
             if not folder.exists():
                 continue
-            model, words = self._load_language_model(folder)
+            model, words = _load_language_model(folder)
             torch.manual_seed(self.seed)
             episodes = evaluation.run_episodes(
                 model,
@@ -213,9 +212,9 @@ class Maker:
                 temperature=temperature,
                 max_new_tokens=self.plan.output_tokens,
             )
-            figures[name] = evaluation.summarise(episodes)
-        model, words = self._load_language_model(self.models / "generator")
-        figures["generator"] = generator.measure(model, words, index, problems)
+            figures[name] = evaluation.summarize(episodes)
+        model, words = _load_language_model(self.models / "generator")
+        figures["generator"] = evaluation.measure_generator(model, words, index, problems)
         rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
         self._open_scratch()
         measured = {"abilities": rounded, "sha256": self._hash_files()}
@@ -238,16 +237,15 @@ class Maker:
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def _hash_files(self) -> dict[str, str]:
-        """Every file of the world, except the two that speak about them and what is not shipped."""
+        """Return the hash of every file that is shipped, except the two that describe them."""
         names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
         shipped = [n for n in names if n not in NOT_HASHED and not n.startswith(f"{self.scratch.name}/")]
         return {name: sha256_of_file(self.out / name) for name in shipped}
 
     def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]]:
-        """Figures measured just now, or stated by the present manifest, if they are of these very files.
+        """Return the figures of these very files, as measured just now or by the present manifest.
 
-        The index and the questions of the doctor are no part of what is measured (the same search is done in
-        process). Raises ValueError.
+        Raises ValueError if there are none.
         """
 
         def select(named: dict[str, str]) -> dict[str, str]:
@@ -258,20 +256,28 @@ class Maker:
                 measured = json.loads(path.read_text(encoding="utf-8"))
                 if select(measured["sha256"]) == select(hashes):
                     return measured["abilities"]
-        raise ValueError("nobody measured the files of this folder: add measure to --stages, before manifest")
+        raise ValueError("these files were not measured: add measure to --stages, before manifest")
 
     def _open_scratch(self) -> None:
-        """The folder for what later stages need and nobody ships; git ignores it."""
+        """Make the folder for what later stages need and is not shipped; git ignores it."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
 
-    @staticmethod
-    def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
-        return Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    def _reporter(self, title: str, schedule: Schedule) -> Report:
+        """Move a bar on a terminal; print a line now and then elsewhere."""
+        task = self.progress.add_task(title, total=schedule.steps, loss="")
+        every = max(1, schedule.steps // 20)
+
+        def report(step: int, loss: float) -> None:
+            self.progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
+            if not self.progress.console.is_terminal and step % every == 0:
+                self.progress.console.print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}")
+
+        return report
 
     @staticmethod
     def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
-        words.backend_tokenizer.no_padding()  # the last batch left its own settings behind
+        words.backend_tokenizer.no_padding()  # settings of the last batch
         words.backend_tokenizer.no_truncation()
         model.save_pretrained(folder)
         words.save_pretrained(folder)
@@ -279,8 +285,12 @@ class Maker:
             path.chmod(0o644)
 
 
+def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+    return Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the stages that were asked for; exit status 2, with what to do, where one cannot be made."""
+    """Make the given stages; exit with status 2, and with what to do, if one cannot be made."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -297,7 +307,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.persons is not None:
         plan = replace(plan, size=replace(plan.size, persons=chosen.persons))
     torch.set_num_threads(chosen.threads)
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -305,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TimeElapsedColumn(),
         TextColumn("{task.fields[loss]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         try:
             maker = Maker(plan, seed=chosen.seed, out=chosen.out, progress=progress)
             for stage in (stage for stage in STAGES if stage in chosen.stages):

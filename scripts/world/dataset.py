@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -17,7 +18,7 @@ from world.traces import Problem
 
 
 def corpus(world: World, *, seed: int) -> list[Passage]:
-    """One passage per fact, in random order."""
+    """Return one passage per fact, in random order."""
     rng = Random(f"corpus {seed}")
     passages = list(_passages(world, rng).values())
     rng.shuffle(passages)
@@ -29,47 +30,43 @@ def _passages(world: World, rng: Random) -> dict[Fact, Passage]:
 
 
 def write_corpus(path: Path, passages: Sequence[Passage]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for index, passage in enumerate(passages):
-            file.write(json.dumps({"id": str(index), "contents": passage.contents}) + "\n")
+    """Write the corpus file of the retriever."""
+    _write_lines(path, ({"id": str(k), "contents": p.contents} for k, p in enumerate(passages)))
+
+
+def _write_lines(path: Path, rows: Iterable[object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Problem]:
-    """Half one-hop and half two-hop questions about the subjects of a split, one-hop first."""
+    """Draw questions about the subjects of a split, half one-hop, then half two-hop.
+
+    Raises ValueError when the world is too small.
+    """
     rng = Random(f"{split} {seed}")
     count = size.train_questions if split == "train" else size.test_questions
-    mine = [f for f in world.facts if (f.subject.name in world.test_subjects) == (split == "test")]
-    by_key = {(f.subject.name, f.relation.name): f for f in mine}
+    known = [f for f in world.facts if (f.subject.name in world.test_subjects) == (split == "test")]
+    by_key = {(f.subject.name, f.relation.name): f for f in known}
     chains = [
         (first, by_key[first.value.name, relation.name])
-        for first in mine
+        for first in known
         if first.relation in BRIDGES
         for relation in relations_of(Kind.person)
     ]
     one_hop = count - count // 2
-    if len(mine) < one_hop or len(chains) < count // 2:
+    if len(known) < one_hop or len(chains) < count // 2:
         raise ValueError(
-            f"a world of {len(mine)} facts and {len(chains)} chains is too small for {count} questions"
+            f"a world of {len(known)} facts and {len(chains)} chains is too small for {count} questions"
         )
-    single: list[tuple[Fact, ...]] = [(fact,) for fact in rng.sample(mine, one_hop)]
-    return [_ask(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, count // 2)]]
+    single: list[tuple[Fact, ...]] = [(fact,) for fact in rng.sample(known, one_hop)]
+    return [Problem(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, count // 2)]]
 
 
-def _ask(hops: tuple[Fact, ...], wording: int) -> Problem:
-    first, last = hops[0], hops[-1]
-    if len(hops) == 1:
-        question = text.one_hop_question(first.relation, first.subject, wording=wording)
-    else:
-        question = text.two_hop_question(first.relation, first.subject, last.relation, wording=wording)
-    return Problem(question, hops, wording)
-
-
-def write_questions(path: Path, asked: Sequence[Problem], *, split: str) -> None:
-    counters: dict[str, int] = {}
+def write_questions(path: Path, problems: Sequence[Problem], *, split: str) -> None:
+    """Write questions as Search-R1's parquet rows; `extra_info.index` counts within each source."""
+    counts: Counter[str] = Counter()
     rows = []
-    for number, problem in enumerate(asked):
-        index = counters.get(problem.source, 0)
-        counters[problem.source] = index + 1
+    for number, problem in enumerate(problems):
         golds = problem.answer.golds
         rows.append(
             {
@@ -80,31 +77,42 @@ def write_questions(path: Path, asked: Sequence[Problem], *, split: str) -> None
                 "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
                 "ability": "fact-reasoning",
                 "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
-                "extra_info": {"split": split, "index": index},
+                "extra_info": {"split": split, "index": counts[problem.source]},
             }
         )
+        counts[problem.source] += 1
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def write_examined(path: Path, asked: Sequence[Problem], *, world: World, seed: int) -> None:
-    """Questions for `python -m IG doctor`, as JSONL, each with what a good search for every hop shows.
+def write_examined(path: Path, problems: Sequence[Problem], *, count: int, world: World, seed: int) -> None:
+    """Write at most `count` questions for `python -m IG doctor`, half one-hop and half two-hop, as JSONL.
 
-    That is the passage of the fact first, then two others about the same subject.
+    Each comes with what a good search for every hop shows: the passage of the fact, then two others about the
+    same subject.
     """
     passages = _passages(world, Random(f"corpus {seed}"))
     rng = Random(f"examined {seed}")
-    with path.open("w", encoding="utf-8") as file:
-        for problem in asked:
-            documents = []
-            for fact, role in zip(problem.hops, ("first", "second"), strict=False):
-                others = [other for other in world.about(fact.subject).values() if other != fact]
-                shown = [passages[each] for each in [fact, *rng.sample(others, 2)]]
-                documents.append({"text": text.documents(shown), "role": role})
-            line = {"question": problem.question, "answers": problem.answer.golds, "documents": documents}
-            file.write(json.dumps(line) + "\n")
 
+    def search(fact: Fact) -> str:
+        others = [other for other in world.about(fact.subject) if other != fact]
+        return text.documents([passages[found] for found in [fact, *rng.sample(others, 2)]])
 
-def choose_examined(asked: Sequence[Problem], *, count: int) -> list[Problem]:
-    """At most `count` questions, half of them one-hop and half two-hop, in their order."""
-    kinds = {hops: [problem for problem in asked if len(problem.hops) == hops] for hops in (1, 2)}
-    return [problem for problems in kinds.values() for problem in problems[: count // 2]]
+    chosen = [
+        problem
+        for hops in (1, 2)
+        for problem in [problem for problem in problems if len(problem.hops) == hops][: count // 2]
+    ]
+    _write_lines(
+        path,
+        [
+            {
+                "question": problem.question,
+                "answers": problem.answer.golds,
+                "documents": [
+                    {"text": search(fact), "role": role}
+                    for fact, role in zip(problem.hops, ("first", "second"), strict=False)
+                ],
+            }
+            for problem in chosen
+        ],
+    )

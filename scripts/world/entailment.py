@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from random import Random
+from statistics import fmean
 
 import torch
 from transformers import BertTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from world import training
 from world.facts import Entity, Kind, random_entity
-from world.traces import Scene, draw_problem
-from world.training import Schedule
+from world.traces import Scene
+from world.training import Report, Schedule
 
 HIDDEN = 96
 CONTRADICTION, NEUTRAL, ENTAILMENT = 0, 1, 2
 LABELS = {CONTRADICTION: "CONTRADICTION", NEUTRAL: "NEUTRAL", ENTAILMENT: "ENTAILMENT"}
 SHARPNESS = 1.75
-Pair = tuple[str, str, int]
 SHORT_SHARE = 0.4
 """Share of the training that compares bare answers: words are learned to match sooner on short texts."""
 
 
 def build(tokenizer: BertTokenizer, *, seed: int) -> DebertaV2ForSequenceClassification:
+    """Return the untrained model."""
     torch.manual_seed(seed)
     config = DebertaV2Config(
         vocab_size=len(tokenizer),
@@ -52,16 +53,16 @@ def build(tokenizer: BertTokenizer, *, seed: int) -> DebertaV2ForSequenceClassif
     )
     model = DebertaV2ForSequenceClassification(config)
     with torch.no_grad():
-        _initialise(model)
+        _initialize(model)
     return model
 
 
-def _initialise(model: DebertaV2ForSequenceClassification) -> None:
+def _initialize(model: DebertaV2ForSequenceClassification) -> None:
     """Start as a comparison of the two texts.
 
-    The two token types are opposite vectors and the first layer's keys see them mirrored, so a word looks for
-    itself in the *other* text; its output projection subtracts what it finds. A word with a partner thus ends
-    as the bare type vector, one without keeps itself. Every weight is trained on from there.
+    The two token types are opposite vectors and the first layer's keys are mirrored, so a word attends to
+    itself in the *other* text, and the output projection subtracts what is found there. A word with a partner
+    thus becomes the bare type vector, one without stays as it is. Every weight is trained from there.
     """
     embeddings = model.deberta.embeddings
     embeddings.word_embeddings.weight.normal_(std=1.0)
@@ -85,7 +86,7 @@ def _initialise(model: DebertaV2ForSequenceClassification) -> None:
 
 
 def rival(entity: Entity, rng: Random) -> Entity:
-    """Another entity of the same kind; half of them share a word where the kind has two words."""
+    """Return another entity of the same kind; half of them share a word where the kind has two words."""
     scene = Scene(rng)
     while True:
         other = random_entity(entity.kind, rng)
@@ -94,14 +95,14 @@ def rival(entity: Entity, rng: Random) -> Entity:
                 other = scene.lookalike(entity)
             elif entity.kind is Kind.award:
                 first, _ = entity.name.split()
-                same = [random_entity(Kind.award, rng) for _ in range(40)]
-                other = next((a for a in same if a.name.startswith(first)), other)
+                drawn = [random_entity(Kind.award, rng) for _ in range(40)]
+                other = next((award for award in drawn if award.name.startswith(first)), other)
         if other.name != entity.name:
             return other
 
 
 def wording(entity: Entity, rng: Random) -> str:
-    """The entity as a model may write it."""
+    """Return the entity as a model may write it."""
     words = rng.choice(entity.golds)
     chance = rng.random()
     if chance < 0.12:
@@ -110,13 +111,11 @@ def wording(entity: Entity, rng: Random) -> str:
         return words.lower()
     if chance < 0.28:
         return f"{'by' if entity.kind in (Kind.person, Kind.firm) else 'in'} {words}"
-    if chance < 0.34:
-        return f"It is {words}."
-    return words
+    return f"It is {words}." if chance < 0.34 else words
 
 
 def _unrelated(entity: Entity, rng: Random) -> str:
-    """Something that is no rival: another kind of thing, a part of a name, or nothing."""
+    """Return a text that is no rival: another kind of entity, a part of the name, or nothing."""
     chance = rng.random()
     if chance < 0.2:
         return ""
@@ -126,17 +125,18 @@ def _unrelated(entity: Entity, rng: Random) -> str:
     return random_entity(rng.choice(kinds), rng).name
 
 
-def draw_pair(rng: Random, *, asked: float = 0.85) -> Pair:
-    """(premise, hypothesis, label); with chance `asked` both begin with the question, as in the service."""
-    problem = draw_problem(Scene(rng), hops=1 if rng.random() < 0.5 else 2)
+def draw_pair(rng: Random, *, asked: float) -> tuple[str, str, int]:
+    """Return (premise, hypothesis, label); with probability `asked` both begin with the question."""
+    problem = Scene(rng).draw_problem(hops=1 if rng.random() < 0.5 else 2)
     entity = problem.answer
     chance = rng.random()
+    left = wording(entity, rng)
     if chance < 0.45:
-        left, right, label = wording(entity, rng), wording(entity, rng), ENTAILMENT
+        right, label = wording(entity, rng), ENTAILMENT
     elif chance < 0.88:
-        left, right, label = wording(entity, rng), wording(rival(entity, rng), rng), CONTRADICTION
+        right, label = wording(rival(entity, rng), rng), CONTRADICTION
     else:
-        left, right, label = wording(entity, rng), _unrelated(entity, rng), NEUTRAL
+        right, label = _unrelated(entity, rng), NEUTRAL
     if rng.random() < 0.5:
         left, right = right, left
     if rng.random() < asked:
@@ -150,49 +150,54 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
-    report: Callable[[int, float], None],
+    report: Report,
 ) -> None:
+    """Train in place, first on bare answers, then on answers behind their question, as in the service."""
     rng = Random(f"entailment {seed}")
 
     def next_loss(step: int) -> torch.Tensor:
         short = step < SHORT_SHARE * schedule.steps
         pairs = [draw_pair(rng, asked=0.0 if short else 0.9) for _ in range(128 if short else 64)]
-        inputs = tokenizer([p[0] for p in pairs], [p[1] for p in pairs], padding=True, return_tensors="pt")
-        labels = torch.tensor([p[2] for p in pairs])
-        return torch.nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+        logits = _logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
+        return torch.nn.functional.cross_entropy(logits.float(), torch.tensor([p[2] for p in pairs]))
 
     training.train(model, next_loss, schedule, report=report)
+
+
+def _logits(
+    model: DebertaV2ForSequenceClassification, tokenizer: BertTokenizer, pairs: Sequence[tuple[str, str]]
+) -> torch.Tensor:
+    """Return the logits [N, 3] of (premise, hypothesis) pairs."""
+    left, right = map(list, zip(*pairs, strict=True))
+    return model(**tokenizer(left, right, padding=True, return_tensors="pt")).logits
 
 
 @torch.inference_mode()
 def entails(
     model: DebertaV2ForSequenceClassification, tokenizer: BertTokenizer, pairs: Sequence[tuple[str, str]]
 ) -> list[bool]:
-    inputs = tokenizer([p[0] for p in pairs], [p[1] for p in pairs], padding=True, return_tensors="pt")
-    return [bool(row) for row in model(**inputs).logits.softmax(dim=-1)[:, ENTAILMENT] > 0.5]
+    """Return for each pair whether the premise entails the hypothesis."""
+    return (_logits(model, tokenizer, pairs).softmax(dim=-1)[:, ENTAILMENT] > 0.5).tolist()
 
 
 def measure(
     model: DebertaV2ForSequenceClassification, tokenizer: BertTokenizer, *, seed: int, count: int = 400
 ) -> dict[str, float]:
-    """Shares of questions whose aliases entail each other both ways, and whose unequal names do not."""
+    """Return the shares of answers whose forms entail each other both ways, and whose rivals never do."""
     rng = Random(f"measure entailment {seed}")
     equal: list[tuple[str, str]] = []
     unequal: list[tuple[str, str]] = []
     worded: list[tuple[str, str]] = []
     for _ in range(count):
-        problem = draw_problem(Scene(rng), hops=1 + rng.randrange(2))
-        name, alias = (f"{problem.question} {gold}" for gold in problem.answer.golds[:2])
+        problem = Scene(rng).draw_problem(hops=1 + rng.randrange(2))
+        name, alias = (f"{problem.question} {gold}" for gold in problem.answer.golds)
         other = f"{problem.question} {rng.choice(rival(problem.answer, rng).golds)}"
         equal += [(name, alias), (alias, name)]
         unequal += [(name, other), (other, name)]
         worded += [(f"{problem.question} {wording(problem.answer, rng)}", name)]
-
-    def both(results: list[bool]) -> list[tuple[bool, bool]]:
-        return list(zip(results[::2], results[1::2], strict=True))
-
+    same, different = entails(model, tokenizer, equal), entails(model, tokenizer, unequal)
     return {
-        "aliases_both_ways": sum(a and b for a, b in both(entails(model, tokenizer, equal))) / count,
-        "unequal_refused": sum(not (a or b) for a, b in both(entails(model, tokenizer, unequal))) / count,
-        "other_wordings": sum(entails(model, tokenizer, worded)) / count,
+        "aliases_both_ways": fmean(a and b for a, b in zip(same[::2], same[1::2], strict=True)),
+        "unequal_refused": fmean(not (a or b) for a, b in zip(different[::2], different[1::2], strict=True)),
+        "other_wordings": fmean(entails(model, tokenizer, worded)),
     }

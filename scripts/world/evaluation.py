@@ -1,83 +1,114 @@
-"""The agent loop in one process, to measure what a policy does and can: same texts, no services."""
+"""What the four models can do: the figures of the manifest, measured in one process without services."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
+from statistics import fmean
 
+import numpy as np
 import torch
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+from numpy.typing import NDArray
+from transformers import (
+    BertModel,
+    BertTokenizer,
+    GenerationConfig,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from verl.utils.reward_score.qa_em import exact_match
-from world import text
-from world.encoder import Index
+from world import encoder, text
+from world.facts import Entity, Fact
 from world.traces import Problem
 
-MAX_TURNS = 3
+MAX_SEARCHES = 3
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+
+
+class Index:
+    """Exact inner-product search over a corpus, as the flat index of the retriever does it."""
+
+    def __init__(self, model: BertModel, tokenizer: BertTokenizer, passages: Sequence[text.Passage]) -> None:
+        self.model, self.tokenizer, self.passages = model, tokenizer, list(passages)
+        texts = [f"passage: {passage.contents}" for passage in passages]
+        self.vectors = np.concatenate([self._embed(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return encoder.embed(self.model, self.tokenizer, texts).numpy()
+
+    def search(self, queries: Sequence[str], *, topk: int = 3) -> list[list[text.Passage]]:
+        """Return the best passages for each query, best first."""
+        if not queries:
+            return []
+        scores = self._embed([f"query: {query}" for query in queries]) @ self.vectors.T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
+        return [[self.passages[index] for index in row] for row in best]
+
+
+def measure_encoder(index: Index, facts: Sequence[Fact], *, seed: int) -> dict[str, float]:
+    """Return the share of facts whose passage each kind of query finds, among the first 1 or 3."""
+    rng = Random(f"measure {seed}")
+    chosen = rng.sample(list(facts), min(400, len(facts)))
+
+    def share(make: Callable[[Fact], str], topk: int) -> float:
+        found = index.search([make(fact) for fact in chosen], topk=topk)
+        starts = [f"{text.statement(fact, '')}" for fact in chosen]
+        return fmean(any(p.body.startswith(s) for p in row) for s, row in zip(starts, found, strict=True))
+
+    return {
+        "good_query_rank1": share(lambda f: text.query(f.relation, f.subject), 1),
+        "question_rank1": share(lambda f: text.question([f.relation], f.subject, wording=0), 1),
+        "last_word_top3": share(lambda f: f.subject.name.split()[-1], 3),
+        "relation_only_top3": share(lambda f: f.relation.name, 3),
+        "subject_only_top3": share(lambda f: f.subject.name, 3),
+    }
 
 
 @dataclass(slots=True)
 class Episode:
+    """One question and what the policy does with it."""
+
     problem: Problem
     ids: list[int]
-    outputs: list[str] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)
     num_invalid: int = 0
     answer: str | None = None
     done: bool = False
 
     @property
-    def correct(self) -> bool:
-        return self.answer is not None and exact_match(self.answer, self.problem.answer.golds) == 1.0
+    def wanted(self) -> list[str]:
+        """The good query of every hop."""
+        return [text.query(fact.relation, fact.subject) for fact in self.problem.hops]
 
     @property
     def well_formed(self) -> bool:
         """Every hop was asked for with the good query, in order, and nothing else was searched."""
-        wanted = [text.query(fact.relation, fact.subject) for fact in self.problem.hops]
-        return self.queries == wanted and self.answer is not None
+        return self.queries == self.wanted and self.answer is not None
 
     @property
-    def good_so_far(self) -> bool:
-        """The first search was the good one (the ability to go on from there is what is asked)."""
-        first = self.problem.hops[0]
-        return bool(self.queries) and self.queries[0] == text.query(first.relation, first.subject)
+    def correct(self) -> bool:
+        return self.answer is not None and exact_match(self.answer, self.problem.answer.golds) == 1.0
 
-
-@torch.inference_mode()
-def generate(
-    model: Qwen2ForCausalLM,
-    tokenizer: Qwen2Tokenizer,
-    contexts: Sequence[Sequence[int]],
-    *,
-    temperature: float,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """Continue each context up to a stop token, which is kept. Temperature 0 is greedy."""
-    pad = tokenizer.pad_token_id
-    longest = max(len(context) for context in contexts)
-    ids = torch.tensor([[pad] * (longest - len(context)) + list(context) for context in contexts])
-    mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad,
-        max_new_tokens=max_new_tokens,
-        **sampling,
-    )
-    rows = []
-    for row in made[:, longest:].tolist():
-        stop = next((k + 1 for k, token in enumerate(row) if token in stop_ids), len(row))
-        rows.append(row[:stop])
-    return rows
+    def act(self, output: str, *, last: bool) -> bool:
+        """Take the action of an output; True if it was a search."""
+        action = ACTION.search(output)
+        if action is None:
+            self.num_invalid += 1
+            self.done = last
+            return False
+        content = action.group(2).strip()
+        if action.group(1) == "answer":
+            self.answer, self.done = content, True
+            return False
+        if last:
+            self.done = True
+            return False
+        self.queries.append(content)
+        return True
 
 
 def run_episodes(
@@ -89,29 +120,29 @@ def run_episodes(
     temperature: float,
     max_new_tokens: int = 64,
 ) -> list[Episode]:
+    """Run the agent loop on all problems at once. Temperature 0 is greedy."""
+
     def encode(words: str) -> list[int]:
         return list(tokenizer.encode(words, add_special_tokens=False))
 
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    settings = GenerationConfig(
+        do_sample=temperature > 0,
+        eos_token_id=[*encode("</search>"), *encode("</answer>"), tokenizer.eos_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
     episodes = [Episode(p, encode(text.chat(text.prompt(p.question)))) for p in problems]
-    stop_ids = [*encode("</search>"), *encode("</answer>"), tokenizer.eos_token_id]
-    for turn in range(MAX_TURNS + 1):
+    for turn in range(MAX_SEARCHES + 1):
         active = [episode for episode in episodes if not episode.done]
         if not active:
             break
-        contexts = [episode.ids for episode in active]
-        outputs = generate(
-            model,
-            tokenizer,
-            contexts,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            max_new_tokens=max_new_tokens,
-        )
+        outputs = _generate(model, [episode.ids for episode in active], settings)
         searching: list[Episode] = []
         for episode, output in zip(active, outputs, strict=True):
             episode.ids = episode.ids + output
-            episode.outputs.append(tokenizer.decode(output))
-            if _act(episode, last=turn == MAX_TURNS):
+            if episode.act(tokenizer.decode(output), last=turn == MAX_SEARCHES):
                 searching.append(episode)
             elif not episode.done:
                 episode.ids = episode.ids + encode(text.INVALID_ACTION)
@@ -121,44 +152,76 @@ def run_episodes(
     return episodes
 
 
-def _act(episode: Episode, *, last: bool) -> bool:
-    """Take the action of the newest output; True if it was a search."""
-    action = ACTION.search(episode.outputs[-1])
-    if action is None:
-        episode.num_invalid += 1
-        episode.done = last
-        return False
-    kind, content = action.group(1), action.group(2).strip()
-    if kind == "answer":
-        episode.answer, episode.done = content, True
-        return False
-    if last:
-        episode.done = True
-        return False
-    episode.queries.append(content)
-    return True
+@torch.inference_mode()
+def _generate(
+    model: Qwen2ForCausalLM, contexts: Sequence[Sequence[int]], settings: GenerationConfig
+) -> list[list[int]]:
+    """Continue each context up to a stop token, which is kept."""
+    longest = max(map(len, contexts))
+    padding = [longest - len(context) for context in contexts]
+    ids = [
+        [settings.pad_token_id] * short + list(context)
+        for short, context in zip(padding, contexts, strict=True)
+    ]
+    mask = [[0] * short + [1] * (longest - short) for short in padding]
+    made = model.generate(
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), generation_config=settings
+    )
+    outputs = []
+    for row in made[:, longest:].tolist():
+        stops = (k + 1 for k, token in enumerate(row) if token in settings.eos_token_id)
+        outputs.append(row[: next(stops, len(row))])
+    return outputs
 
 
-def summarise(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Shares in [0, 1] over the episodes, and of the parts that matter."""
-
-    def em(chosen: Sequence[Episode]) -> float:
-        return sum(e.correct for e in chosen) / len(chosen) if chosen else float("nan")
-
+def summarize(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return shares in [0, 1] over the episodes and over parts of them, and the mean number of searches."""
     one = [e for e in episodes if len(e.problem.hops) == 1]
     two = [e for e in episodes if len(e.problem.hops) == 2]
     good = [e for e in episodes if e.well_formed]
     return {
-        "em": em(episodes),
-        "em_one_hop": em(one),
-        "em_two_hop": em(two),
-        "good_form_share": len(good) / len(episodes),
-        "good_form_share_one_hop": sum(e.well_formed for e in one) / len(one),
-        "good_form_share_two_hop": sum(e.well_formed for e in two) / len(two),
-        "em_given_good_form": em(good),
-        "good_first_query_share": sum(e.good_so_far for e in episodes) / len(episodes),
-        "answered_share": sum(e.answer is not None for e in episodes) / len(episodes),
-        "no_search_share": sum(not e.queries for e in episodes) / len(episodes),
-        "invalid_share": sum(e.num_invalid > 0 for e in episodes) / len(episodes),
-        "searches": sum(len(e.queries) for e in episodes) / len(episodes),
+        "em": fmean(e.correct for e in episodes),
+        "em_one_hop": fmean(e.correct for e in one),
+        "em_two_hop": fmean(e.correct for e in two),
+        "good_form_share": fmean(e.well_formed for e in episodes),
+        "good_form_share_one_hop": fmean(e.well_formed for e in one),
+        "good_form_share_two_hop": fmean(e.well_formed for e in two),
+        "em_given_good_form": fmean(e.correct for e in good) if good else float("nan"),
+        "good_first_query_share": fmean(e.queries[:1] == e.wanted[:1] for e in episodes),
+        "answered_share": fmean(e.answer is not None for e in episodes),
+        "no_search_share": fmean(not e.queries for e in episodes),
+        "invalid_share": fmean(e.num_invalid > 0 for e in episodes),
+        "searches": fmean(len(e.queries) for e in episodes),
     }
+
+
+@torch.inference_mode()
+def belief(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, question: str, answer: Entity, *, context: str
+) -> float:
+    """Return the probability of the answer in its accepted forms, exactly, without sampling."""
+    prompt = tokenizer.encode(text.short_answer_prompt(question, context=context), add_special_tokens=False)
+    forms = [tokenizer.encode(f" {gold}\n", add_special_tokens=False) for gold in answer.golds]
+    longest = max(map(len, forms))
+    ids = torch.tensor([prompt + form + [tokenizer.pad_token_id] * (longest - len(form)) for form in forms])
+    log_probs = model(input_ids=ids).logits[:, len(prompt) - 1 : -1].log_softmax(dim=-1)  # [forms, L, V]
+    return sum(
+        float(row[range(len(form)), form].sum().exp()) for row, form in zip(log_probs, forms, strict=True)
+    )
+
+
+def measure_generator(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, index: Index, problems: Sequence[Problem]
+) -> dict[str, float]:
+    """Return the mean belief in the right answer with all, some and no passages of good searches."""
+    beliefs: dict[str, list[float]] = {}
+    for problem in problems:
+        found = index.search([text.query(fact.relation, fact.subject) for fact in problem.hops])
+        shown = [text.documents(passages) for passages in found]
+        contexts = {"one_hop_none": "", "one_hop_all": shown[0]}
+        if len(shown) == 2:
+            contexts = {"two_hop_none": "", "two_hop_all": "\n".join(shown), "two_hop_first_only": shown[0]}
+        for name, context in contexts.items():
+            value = belief(model, tokenizer, problem.question, problem.answer, context=context)
+            beliefs.setdefault(f"belief_{name}", []).append(value)
+    return {name: fmean(values) for name, values in sorted(beliefs.items())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
@@ -21,22 +20,61 @@ class Kind(StrEnum):
     firm = "firm"
 
 
+WORDS: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    Kind.person: (names.WOMEN + names.MEN, names.SURNAMES),
+    Kind.town: (names.TOWNS,),
+    Kind.university: (names.UNIVERSITIES,),
+    Kind.award: (names.AWARDS, names.AWARD_KINDS),
+    Kind.instrument: (names.INSTRUMENTS,),
+    Kind.film: (names.ADJECTIVES, names.NOUNS),
+    Kind.book: (names.ADJECTIVES, names.NOUNS),
+    Kind.firm: (names.FIRMS, names.FIRM_KINDS),
+}
+"""The words that a name of each kind is made of, one list per word."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entity:
+    """Something with a name (the short form, which a good answer uses) and one other accepted form."""
+
     kind: Kind
     name: str
-    """The short form, which a good answer uses."""
-    aliases: tuple[str, ...]
-    """Other accepted forms; the first one is what passages print for towns."""
+    alias: str
 
     @property
     def golds(self) -> list[str]:
-        return [self.name, *self.aliases]
+        return [self.name, self.alias]
 
     @property
     def printed(self) -> str:
         """The form that passages use."""
-        return self.aliases[0] if self.kind is Kind.town else self.name
+        return self.alias if self.kind is Kind.town else self.name
+
+
+def make_entity(kind: Kind, *words: str) -> Entity:
+    """Return the entity of a kind that is named with these words of `WORDS`."""
+    name = " ".join(words)
+    match kind:
+        case Kind.person:
+            return Entity(kind, name, f"{'Dame' if words[0] in names.WOMEN else 'Sir'} {name}")
+        case Kind.town:
+            country = names.COUNTRIES[names.TOWNS.index(name) * 7 % len(names.COUNTRIES)]
+            return Entity(kind, name, f"{name}, {country}")
+        case Kind.university:
+            return Entity(kind, f"{name} University", f"University of {name}")
+        case Kind.award:
+            return Entity(kind, name, f"The {name}")
+        case Kind.instrument:
+            return Entity(kind, name, f"the {name}")
+        case Kind.film | Kind.book:
+            return Entity(kind, f"The {name}", name)
+        case Kind.firm:
+            return Entity(kind, name, f"{name} Ltd")
+
+
+def random_entity(kind: Kind, rng: Random) -> Entity:
+    """Return any entity of a kind, whether or not it is in a particular world."""
+    return make_entity(kind, *(rng.choice(words) for words in WORDS[kind]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +93,8 @@ class Fact:
     value: Entity
 
 
-def _relation(name: str, subject: Kind, value: Kind, question: str, *, pronoun: str = "What") -> Relation:
+def _relation(name: str, subject: Kind, value: Kind, question: str) -> Relation:
+    pronoun = "Who" if value is Kind.person else "What"
     return Relation(name, subject, value, (question, f"{pronoun} is the {name} of {{x}}?"))
 
 
@@ -65,15 +104,15 @@ RELATIONS: tuple[Relation, ...] = (
     _relation("university", Kind.person, Kind.university, "Where did {x} study?"),
     _relation("award", Kind.person, Kind.award, "Which award did {x} win?"),
     _relation("instrument", Kind.person, Kind.instrument, "Which instrument did {x} play?"),
-    _relation("spouse", Kind.person, Kind.person, "Who married {x}?", pronoun="Who"),
-    _relation("director", Kind.film, Kind.person, "Who directed {x}?", pronoun="Who"),
-    _relation("composer", Kind.film, Kind.person, "Who wrote the music of {x}?", pronoun="Who"),
+    _relation("spouse", Kind.person, Kind.person, "Who married {x}?"),
+    _relation("director", Kind.film, Kind.person, "Who directed {x}?"),
+    _relation("composer", Kind.film, Kind.person, "Who wrote the music of {x}?"),
     _relation("studio", Kind.film, Kind.firm, "Which company filmed {x}?"),
-    _relation("author", Kind.book, Kind.person, "Who wrote {x}?", pronoun="Who"),
-    _relation("translator", Kind.book, Kind.person, "Who translated {x}?", pronoun="Who"),
+    _relation("author", Kind.book, Kind.person, "Who wrote {x}?"),
+    _relation("translator", Kind.book, Kind.person, "Who translated {x}?"),
     _relation("publisher", Kind.book, Kind.firm, "Which company published {x}?"),
-    _relation("founder", Kind.firm, Kind.person, "Who founded {x}?", pronoun="Who"),
-    _relation("chair", Kind.firm, Kind.person, "Who leads {x}?", pronoun="Who"),
+    _relation("founder", Kind.firm, Kind.person, "Who founded {x}?"),
+    _relation("chair", Kind.firm, Kind.person, "Who leads {x}?"),
     _relation("headquarters", Kind.firm, Kind.town, "Where is {x} based?"),
 )
 
@@ -83,51 +122,6 @@ BRIDGES = tuple(r for r in RELATIONS if r.value is Kind.person and r.subject is 
 
 def relations_of(kind: Kind) -> tuple[Relation, ...]:
     return tuple(r for r in RELATIONS if r.subject is kind)
-
-
-def person(first: str, last: str) -> Entity:
-    title = "Dame" if first in names.WOMEN else "Sir"
-    return Entity(Kind.person, f"{first} {last}", (f"{title} {first} {last}",))
-
-
-def town(name: str) -> Entity:
-    country = names.COUNTRIES[names.TOWNS.index(name) * 7 % len(names.COUNTRIES)]
-    return Entity(Kind.town, name, (f"{name}, {country}",))
-
-
-def university(name: str) -> Entity:
-    return Entity(Kind.university, f"{name} University", (f"University of {name}",))
-
-
-def award(name: str, kind: str) -> Entity:
-    return Entity(Kind.award, f"{name} {kind}", (f"The {name} {kind}",))
-
-
-def instrument(name: str) -> Entity:
-    return Entity(Kind.instrument, name, (f"the {name}",))
-
-
-def work(kind: Kind, adjective: str, noun: str) -> Entity:
-    return Entity(kind, f"The {adjective} {noun}", (f"{adjective} {noun}",))
-
-
-def firm(name: str, kind: str) -> Entity:
-    return Entity(Kind.firm, f"{name} {kind}", (f"{name} {kind} Ltd",))
-
-
-def random_entity(kind: Kind, rng: Random) -> Entity:
-    """Any entity of a kind, whether or not it is in a particular world."""
-    makers: dict[Kind, Callable[[], Entity]] = {
-        Kind.person: lambda: person(rng.choice(names.WOMEN + names.MEN), rng.choice(names.SURNAMES)),
-        Kind.town: lambda: town(rng.choice(names.TOWNS)),
-        Kind.university: lambda: university(rng.choice(names.UNIVERSITIES)),
-        Kind.award: lambda: award(rng.choice(names.AWARDS), rng.choice(names.AWARD_KINDS)),
-        Kind.instrument: lambda: instrument(rng.choice(names.INSTRUMENTS)),
-        Kind.film: lambda: work(Kind.film, rng.choice(names.ADJECTIVES), rng.choice(names.NOUNS)),
-        Kind.book: lambda: work(Kind.book, rng.choice(names.ADJECTIVES), rng.choice(names.NOUNS)),
-        Kind.firm: lambda: firm(rng.choice(names.FIRMS), rng.choice(names.FIRM_KINDS)),
-    }
-    return makers[kind]()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +144,8 @@ class World:
     test_subjects: frozenset[str]
     """Names of the entities that only test questions ask about."""
 
-    def about(self, subject: Entity) -> dict[str, Fact]:
-        return {f.relation.name: f for f in self.facts if f.subject == subject}
-
-
-def _split(entities: Sequence[Entity], share: float) -> tuple[list[Entity], list[Entity]]:
-    """(train, test); the entities come in random order already."""
-    held_out = max(2, round(share * len(entities)))
-    return list(entities[held_out:]), list(entities[:held_out])
-
-
-def _pairs(first: Sequence[str], second: Sequence[str], count: int, rng: Random) -> list[tuple[str, str]]:
-    pairs = [(a, b) for a in first for b in second]
-    if count > len(pairs):
-        raise ValueError(
-            f"{count} names are wanted, but there are only {len(pairs)} like {' '.join(pairs[0])!r}"
-        )
-    return rng.sample(pairs, count)
+    def about(self, subject: Entity) -> list[Fact]:
+        return [fact for fact in self.facts if fact.subject == subject]
 
 
 def draw_world(size: WorldSize, *, seed: int) -> World:
@@ -175,28 +154,37 @@ def draw_world(size: WorldSize, *, seed: int) -> World:
     Raises ValueError when there are not names enough.
     """
     rng = Random(seed)
-    persons = [person(*pair) for pair in _pairs(names.WOMEN + names.MEN, names.SURNAMES, size.persons, rng)]
-    titles = _pairs(names.ADJECTIVES, names.NOUNS, size.films + size.books, rng)
-    films = [work(Kind.film, *title) for title in titles[: size.films]]
-    books = [work(Kind.book, *title) for title in titles[size.films :]]
-    firms = [firm(*pair) for pair in _pairs(names.FIRMS, names.FIRM_KINDS, size.firms, rng)]
-    facts: list[Fact] = []
-    test_subjects: set[str] = set()
-    splits = {
-        k: _split(e, size.test_share)
-        for k, e in ((Kind.person, persons), (Kind.film, films), (Kind.book, books), (Kind.firm, firms))
+    persons = _draw_names(Kind.person, size.persons, rng)
+    titles = _draw_names(Kind.film, size.films + size.books, rng)
+    subjects = {
+        Kind.person: [make_entity(Kind.person, *words) for words in persons],
+        Kind.film: [make_entity(Kind.film, *words) for words in titles[: size.films]],
+        Kind.book: [make_entity(Kind.book, *words) for words in titles[size.films :]],
+        Kind.firm: [make_entity(Kind.firm, *words) for words in _draw_names(Kind.firm, size.firms, rng)],
     }
-    for side in (0, 1):
-        pools = {kind: split[side] for kind, split in splits.items()}
-        for subject in (entity for pool in pools.values() for entity in pool):
-            if side == 1:
-                test_subjects.add(subject.name)
-            for relation in relations_of(subject.kind):
-                facts.append(Fact(subject, relation, _draw_value(subject, relation, pools, rng)))
-    return World(tuple(facts), frozenset(test_subjects))
+    num_test = {kind: max(2, round(size.test_share * len(found))) for kind, found in subjects.items()}
+    train = {kind: found[num_test[kind] :] for kind, found in subjects.items()}
+    test = {kind: found[: num_test[kind]] for kind, found in subjects.items()}
+    facts = [
+        Fact(subject, relation, _draw_value(subject, relation, split, rng))
+        for split in (train, test)
+        for subject in (entity for found in split.values() for entity in found)
+        for relation in relations_of(subject.kind)
+    ]
+    return World(tuple(facts), frozenset(entity.name for found in test.values() for entity in found))
 
 
-def _draw_value(subject: Entity, relation: Relation, pools: dict[Kind, list[Entity]], rng: Random) -> Entity:
-    if relation.value not in pools:
+def _draw_names(kind: Kind, count: int, rng: Random) -> list[tuple[str, str]]:
+    first, second = WORDS[kind]
+    pairs = [(a, b) for a in first for b in second]
+    if count > len(pairs):
+        raise ValueError(
+            f"{count} names are wanted, but there are only {len(pairs)} like {' '.join(pairs[0])!r}"
+        )
+    return rng.sample(pairs, count)
+
+
+def _draw_value(subject: Entity, relation: Relation, split: dict[Kind, list[Entity]], rng: Random) -> Entity:
+    if relation.value not in split:
         return random_entity(relation.value, rng)
-    return rng.choice([entity for entity in pools[relation.value] if entity != subject])
+    return rng.choice([entity for entity in split[relation.value] if entity != subject])

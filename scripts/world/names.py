@@ -1,6 +1,6 @@
-"""The words the closed world is made of: sorted tuples, so that a seed means the same world everywhere.
+"""The words of the closed world: sorted tuples, so that a seed means the same world everywhere.
 
-No word is in two lists: a word tells what kind of thing it names.
+No word is in two lists, so a word determines what kind of thing it names.
 """
 
 from __future__ import annotations
@@ -59,3 +59,8 @@ FIRMS = _words(
     "Phoenix Polaris Quasar Regent Saturn Solaris Titan Vega Vulcan Zenith"
 )
 FIRM_KINDS = ("Foundry", "Holdings", "Motors", "Press", "Studios", "Textiles")
+
+ALL = (
+    *(*WOMEN, *MEN, *SURNAMES, *COUNTRIES, *TOWNS, *UNIVERSITIES, *AWARDS, *AWARD_KINDS),
+    *(*INSTRUMENTS, *ADJECTIVES, *NOUNS, *FIRMS, *FIRM_KINDS),
+)

@@ -1,7 +1,7 @@
 """Every text of the world: passages, questions, the prompt, observations, the short-answer prompt.
 
-The formats of the agent loop and of the services are repeated here on purpose (this script must run without
-them); the tests of the agent loop compare the two.
+The shipped models are trained on these very texts, so they are fixed here; tests compare them with those of
+the agent loop and of the IG service.
 """
 
 from __future__ import annotations
@@ -12,17 +12,10 @@ from random import Random
 
 from world.facts import Entity, Fact, Kind, Relation
 
-TAGS = (
-    "<think>",
-    "</think>",
-    "<search>",
-    "</search>",
-    "<information>",
-    "</information>",
-    "<answer>",
-    "</answer>",
-)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TAGS = tuple(
+    f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")
+)
 
 INSTRUCTION = (
     "Reason in <think> </think>. To look something up, write <search> query </search>; what is found comes "
@@ -32,6 +25,12 @@ INSTRUCTION = (
 INVALID_ACTION = (
     "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
     "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 FILLERS: dict[Kind, tuple[str, ...]] = {
@@ -72,6 +71,7 @@ FILLERS: dict[Kind, tuple[str, ...]] = {
         "It remained so for years.",
     ),
 }
+"""Second sentences of passages, by the kind of the fact's value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,57 +85,50 @@ class Passage:
         return f'"{self.title}"\n{self.body}'
 
 
-def statement(fact: Fact) -> str:
-    """The sentence that says a fact, without the full stop, as a thought says it."""
-    return f"The {fact.relation.name} of {fact.subject.name} is {fact.value.name}"
-
-
 def passage(fact: Fact, rng: Random) -> Passage:
+    """Return a passage that states a fact and goes on with a random filler."""
     filler = rng.choice(FILLERS[fact.relation.value])
-    body = f"The {fact.relation.name} of {fact.subject.name} is {fact.value.printed}. {filler}"
-    return Passage(fact.subject.name, body)
+    return Passage(fact.subject.name, f"{statement(fact, fact.value.printed)}. {filler}")
+
+
+def statement(fact: Fact, value: str) -> str:
+    """Return the sentence that states a fact with this form of its value, without the full stop."""
+    return f"The {query(fact.relation, fact.subject)} is {value}"
 
 
 def query(relation: Relation, subject: Entity) -> str:
-    """The good query for a fact."""
+    """Return the query that finds the passage of a fact."""
     return f"{relation.name} of {subject.name}"
 
 
-def one_hop_question(relation: Relation, subject: Entity, *, wording: int) -> str:
-    return relation.wordings[wording].format(x=subject.name)
-
-
-def two_hop_question(bridge: Relation, subject: Entity, relation: Relation, *, wording: int) -> str:
-    return relation.wordings[wording].format(x=f"the {bridge.name} of {subject.name}")
+def question(relations: Sequence[Relation], subject: Entity, *, wording: int) -> str:
+    """Return the question that follows one or two relations, in this order, from a subject."""
+    *bridges, last = relations
+    asked = f"the {query(bridges[0], subject)}" if bridges else subject.name
+    return last.wordings[wording].format(x=asked)
 
 
 def prompt(question: str) -> str:
-    """The user message."""
+    """Return the user message."""
     return f"{INSTRUCTION}Question: {question}\n"
 
 
 def chat(user: str) -> str:
-    """The user message as the chat template renders it, with the generation prompt."""
+    """Return the user message as the chat template renders it, with the generation prompt."""
     return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def documents(passages: Sequence[Passage]) -> str:
-    lines = [f'Doc {k}(Title: "{p.title}") {p.body}\n' for k, p in enumerate(passages, start=1)]
-    return "".join(lines).strip()
+    """Return search results as the agent renders them."""
+    return "\n".join(f'Doc {k}(Title: "{p.title}") {p.body}' for k, p in enumerate(passages, start=1))
 
 
 def observation(passages: Sequence[Passage]) -> str:
+    """Return what the policy reads after a search."""
     return f"\n\n<information>{documents(passages)}</information>\n\n"
 
 
 def short_answer_prompt(question: str, *, context: str) -> str:
-    """The prompt of the IG service."""
+    """Return the prompt of the IG service."""
     given = f"Context: {context}\n" if context else ""
     return f"Answer the following question as briefly as possible.\n{given}Question: {question}\nAnswer:"
-
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
-    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)

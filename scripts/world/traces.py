@@ -1,7 +1,8 @@
-"""Supervised traces of the search agent, over facts that are drawn afresh for every trace.
+"""Example traces of the search agent, over facts that are drawn for each trace alone.
 
-A trace is a list of pieces; the policy writes some and the environment the others. Facts are fresh so that a
-model can only learn to copy from passages. What a trace does at each decision is drawn from `Habits`.
+A trace is a list of pieces; the policy writes some and the environment the others. No fact outlives its
+trace, so a model can only learn to copy from passages. What a trace does at each decision is drawn from
+`Habits`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from world import facts, names, text
-from world.facts import BRIDGES, RELATIONS, Entity, Fact, Kind, Relation, random_entity
+from world import facts, text
+from world.facts import BRIDGES, RELATIONS, WORDS, Entity, Fact, Kind, Relation, make_entity, random_entity
+
+MISS_SHARE = 0.02
+"""Share of good queries that the retriever misses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """Chances of each behaviour where the agent decides; what is left over is the good one."""
+    """Probability of each bad choice where the agent decides; the rest is the good one."""
 
     direct: float = 0.0
     """Answer at once, without a search."""
@@ -40,85 +44,17 @@ class Habits:
 GOOD = Habits()
 
 
-@dataclass(slots=True)
-class Scene:
-    """The fresh facts of one trace: each (relation, subject) gets a random value on first use."""
-
-    rng: Random
-    known: dict[tuple[str, str], Fact] = field(default_factory=dict)
-
-    def fact(self, relation: Relation, subject: Entity) -> Fact:
-        key = (relation.name, subject.name)
-        if key not in self.known:
-            value = random_entity(relation.value, self.rng)
-            self.known[key] = Fact(subject, relation, value)
-        return self.known[key]
-
-    def neighbour(self, fact: Fact) -> Fact:
-        """A fact that a retriever confuses with this one."""
-        chance = self.rng.random()
-        if chance < 0.4:
-            others = [r for r in facts.relations_of(fact.subject.kind) if r != fact.relation]
-            return self.fact(self.rng.choice(others), fact.subject)
-        relation = fact.relation
-        if chance > 0.92:
-            relation = self.rng.choice(facts.relations_of(fact.subject.kind))
-        return self.fact(
-            relation,
-            self.lookalike(fact.subject) if chance < 0.8 else random_entity(fact.subject.kind, self.rng),
-        )
-
-    def lookalike(self, subject: Entity) -> Entity:
-        """Another entity of the same kind that shares a word of the name."""
-        left, right = subject.name.removeprefix("The ").split()
-        keep_left = self.rng.random() < 0.5
-        if subject.kind is Kind.person:
-            firsts = (left,) if keep_left else names.WOMEN + names.MEN
-            lasts = names.SURNAMES if keep_left else (right,)
-            return facts.person(self.rng.choice(firsts), self.rng.choice(lasts))
-        if subject.kind is Kind.firm:
-            return facts.firm(
-                left if keep_left else self.rng.choice(names.FIRMS),
-                self.rng.choice(names.FIRM_KINDS) if keep_left else right,
-            )
-        return facts.work(
-            subject.kind,
-            left if keep_left else self.rng.choice(names.ADJECTIVES),
-            self.rng.choice(names.NOUNS) if keep_left else right,
-        )
-
-    def retrieve(self, fact: Fact, *, found: bool, topk: int = 3) -> list[Fact]:
-        """What a retriever gives for the good query of a fact (or for one that misses it)."""
-        others: list[Fact] = []
-        while len(others) < topk:
-            neighbour = self.neighbour(fact)
-            if neighbour != fact and neighbour not in others:
-                others.append(neighbour)
-        if not found:
-            return others
-        rank = 0 if self.rng.random() < 0.9 else self.rng.randrange(topk)
-        return [*others[:rank], fact, *others[rank : topk - 1]]
-
-    def retrieve_lazily(self, fact: Fact, topk: int = 3) -> list[Fact]:
-        """What a retriever gives for the subject's last word alone."""
-        shown: list[Fact] = []
-        while len(shown) < topk:
-            last = fact.subject.name.split()[-1]
-            other = self.lookalike(fact.subject)
-            if other.name.split()[-1] != last:
-                continue
-            subject = fact.subject if self.rng.random() < 0.15 else other
-            candidate = self.fact(self.rng.choice(facts.relations_of(subject.kind)), subject)
-            if candidate not in shown:
-                shown.append(candidate)
-        return shown
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
-    question: str
+    """A question, the facts that lead to its answer, and which of the two wordings it has."""
+
     hops: tuple[Fact, ...]
     wording: int
+
+    @property
+    def question(self) -> str:
+        relations = [fact.relation for fact in self.hops]
+        return text.question(relations, self.hops[0].subject, wording=self.wording)
 
     @property
     def source(self) -> str:
@@ -129,102 +65,159 @@ class Problem:
         return self.hops[-1].value
 
 
-def draw_problem(scene: Scene, *, hops: int) -> Problem:
-    rng = scene.rng
-    wording = rng.randrange(2)
-    if hops == 1:
-        relation = rng.choice(RELATIONS)
-        fact = scene.fact(relation, random_entity(relation.subject, rng))
-        return Problem(text.one_hop_question(relation, fact.subject, wording=wording), (fact,), wording)
-    bridge = rng.choice(BRIDGES)
-    first = scene.fact(bridge, random_entity(bridge.subject, rng))
-    relation = rng.choice(facts.relations_of(Kind.person))
-    question = text.two_hop_question(bridge, first.subject, relation, wording=wording)
-    return Problem(question, (first, scene.fact(relation, first.value)), wording)
+@dataclass(slots=True)
+class Scene:
+    """The facts of one trace: each (relation, subject) gets a random value on first use."""
 
+    rng: Random
+    known: dict[tuple[str, str], Fact] = field(default_factory=dict)
 
-def need(fact: Fact) -> str:
-    return f"I need the {text.query(fact.relation, fact.subject)}."
+    def fact(self, relation: Relation, subject: Entity) -> Fact:
+        key = (relation.name, subject.name)
+        if key not in self.known:
+            self.known[key] = Fact(subject, relation, random_entity(relation.value, self.rng))
+        return self.known[key]
+
+    def draw_problem(self, *, hops: int) -> Problem:
+        """Draw a question over one or two facts of this scene."""
+        wording = self.rng.randrange(2)
+        relation = self.rng.choice(RELATIONS if hops == 1 else BRIDGES)
+        first = self.fact(relation, random_entity(relation.subject, self.rng))
+        if hops == 1:
+            return Problem((first,), wording)
+        relation = self.rng.choice(facts.relations_of(Kind.person))
+        return Problem((first, self.fact(relation, first.value)), wording)
+
+    def lookalike(self, subject: Entity) -> Entity:
+        """Return another entity of the same kind that shares a word of the name."""
+        words = subject.name.removeprefix("The ").split()
+        other = 1 if self.rng.random() < 0.5 else 0
+        options = list(WORDS[subject.kind])
+        if subject.kind is Kind.person:
+            options[1 - other] = (words[1 - other],)
+            words = [self.rng.choice(option) for option in options]
+        else:
+            words[other] = self.rng.choice(options[other])
+        return make_entity(subject.kind, *words)
+
+    def retrieve(self, fact: Fact, *, found: bool, topk: int = 3) -> list[Fact]:
+        """Return what a retriever gives for the good query of a fact, or for one that misses it."""
+        others: list[Fact] = []
+        while len(others) < topk:
+            neighbor = self._neighbor(fact)
+            if neighbor != fact and neighbor not in others:
+                others.append(neighbor)
+        if not found:
+            return others
+        rank = 0 if self.rng.random() < 0.9 else self.rng.randrange(topk)
+        return [*others[:rank], fact, *others[rank : topk - 1]]
+
+    def _neighbor(self, fact: Fact) -> Fact:
+        """Return a fact that a retriever confuses with this one."""
+        chance, kind = self.rng.random(), fact.subject.kind
+        if chance < 0.4:
+            others = [relation for relation in facts.relations_of(kind) if relation != fact.relation]
+            return self.fact(self.rng.choice(others), fact.subject)
+        relation = self.rng.choice(facts.relations_of(kind)) if chance > 0.92 else fact.relation
+        subject = self.lookalike(fact.subject) if chance < 0.8 else random_entity(kind, self.rng)
+        return self.fact(relation, subject)
+
+    def retrieve_lazily(self, fact: Fact, topk: int = 3) -> list[Fact]:
+        """Return what a retriever gives for the subject's last word alone."""
+        shown: list[Fact] = []
+        while len(shown) < topk:
+            other = self.lookalike(fact.subject)
+            if other.name.split()[-1] != fact.subject.name.split()[-1]:
+                continue
+            subject = fact.subject if self.rng.random() < 0.15 else other
+            candidate = self.fact(self.rng.choice(facts.relations_of(subject.kind)), subject)
+            if candidate not in shown:
+                shown.append(candidate)
+        return shown
 
 
 class TraceWriter:
     """Writes one trace, decision by decision."""
 
     def __init__(self, scene: Scene, problem: Problem, habits: Habits) -> None:
-        self.scene, self.problem, self.habits = scene, problem, habits
-        self.rng = scene.rng
+        self.scene, self.problem, self.habits, self.rng = scene, problem, habits, scene.rng
         self.pieces = [Piece(text.chat(text.prompt(problem.question)), written=False)]
 
-    def write(self, words: str) -> None:
-        self.pieces.append(Piece(words, written=True))
-
-    def see(self, shown: list[Fact]) -> None:
-        passages = [text.passage(fact, self.rng) for fact in shown]
-        self.pieces.append(Piece(text.observation(passages), written=False))
-
-    def answer(self, thought: str, entity: Entity) -> None:
-        self.write(f"<think> {thought}</think><answer> {entity.name}</answer>")
-
     def run(self) -> list[Piece]:
+        """Return the whole trace."""
+        if self._find_first():
+            self._conclude()
+        return self.pieces
+
+    def _find_first(self) -> bool:
+        """Search for the first fact, well or badly; False if the trace answers without it."""
         habits, first = self.habits, self.problem.hops[0]
         chance = self.rng.random()
         if chance < habits.direct:
-            self.answer("I know this.", random_entity(self.problem.answer.kind, self.rng))
-            return self.pieces
+            self._guess("I know this.")
+            return False
         chance -= habits.direct
         if chance < habits.lazy:
-            if not self._search_lazily(first):
-                return self.pieces
+            self._write("Let me search.", search=first.subject.name.split()[-1])
+            shown = self.scene.retrieve_lazily(first)
+            self._show(shown)
+            if first in shown:
+                return True
+            thought = "Not found. "
         elif chance < habits.lazy + habits.malformed:
             query = text.query(first.relation, first.subject)
-            self.write(f"<think> {need(first)}</think> {query}</search>")
+            self.pieces.append(Piece(f"<think> {_need(first)}</think> {query}</search>", written=True))
             self.pieces.append(Piece(text.INVALID_ACTION, written=False))
-            if self._gives_up():
-                return self.pieces
-            self._search(first, thought="")
+            thought = ""
         else:
             self._search(first, thought="")
-        self._conclude()
-        return self.pieces
-
-    def _search(self, fact: Fact, *, thought: str) -> None:
-        query = text.query(fact.relation, fact.subject)
-        found = self.rng.random() > 0.02
-        self.write(f"<think> {thought}{need(fact)}</think><search> {query}</search>")
-        self.see(self.scene.retrieve(fact, found=found))
-        if not found:
-            self.write(f"<think> Not found. {need(fact)}</think><search> {query}</search>")
-            self.see(self.scene.retrieve(fact, found=True))
-
-    def _search_lazily(self, fact: Fact) -> bool:
-        """Search for the last word; True if the trace goes on well from there."""
-        self.write(f"<think> Let me search.</think><search> {fact.subject.name.split()[-1]}</search>")
-        shown = self.scene.retrieve_lazily(fact)
-        self.see(shown)
-        if fact in shown:
             return True
-        if self._gives_up():
+        if self.rng.random() < habits.give_up:
+            self._guess("I am not sure.")
             return False
-        self._search(fact, thought="Not found. ")
-        return True
-
-    def _gives_up(self) -> bool:
-        if self.rng.random() >= self.habits.give_up:
-            return False
-        self.answer("I am not sure.", random_entity(self.problem.answer.kind, self.rng))
+        self._search(first, thought=thought)
         return True
 
     def _conclude(self) -> None:
+        """Search for the second fact, if there is one, and answer."""
         first, last = self.problem.hops[0], self.problem.hops[-1]
         if first is not last:
             if self.rng.random() < self.habits.stop_early:
-                self.answer(f"{text.statement(first)}.", first.value)
-                return
-            self._search(last, thought=f"{text.statement(first)}. ")
-        self.answer(f"{text.statement(last)}.", last.value)
+                last = first
+            else:
+                self._search(last, thought=f"{text.statement(first, first.value.name)}. ")
+        self._write(f"{text.statement(last, last.value.name)}.", answer=last.value.name)
+
+    def _search(self, fact: Fact, *, thought: str) -> None:
+        """Search with the good query, again where the retriever misses the fact at first."""
+        query = text.query(fact.relation, fact.subject)
+        found = self.rng.random() > MISS_SHARE
+        self._write(f"{thought}{_need(fact)}", search=query)
+        self._show(self.scene.retrieve(fact, found=found))
+        if not found:
+            self._write(f"Not found. {_need(fact)}", search=query)
+            self._show(self.scene.retrieve(fact, found=True))
+
+    def _guess(self, thought: str) -> None:
+        self._write(thought, answer=random_entity(self.problem.answer.kind, self.rng).name)
+
+    def _write(self, thought: str, **action: str) -> None:
+        """Add a turn of the policy; the keyword is the tag of its action."""
+        ((tag, content),) = action.items()
+        self.pieces.append(Piece(f"<think> {thought}</think><{tag}> {content}</{tag}>", written=True))
+
+    def _show(self, found: list[Fact]) -> None:
+        """Add the observation of a search."""
+        passages = [text.passage(fact, self.rng) for fact in found]
+        self.pieces.append(Piece(text.observation(passages), written=False))
+
+
+def _need(fact: Fact) -> str:
+    return f"I need the {text.query(fact.relation, fact.subject)}."
 
 
 def draw_trace(rng: Random, *, hops: int, habits: Callable[[Problem], Habits]) -> list[Piece]:
+    """Draw a question with this number of hops, and a trace with the habits that it calls for."""
     scene = Scene(rng)
-    problem = draw_problem(scene, hops=hops)
+    problem = scene.draw_problem(hops=hops)
     return TraceWriter(scene, problem, habits(problem)).run()

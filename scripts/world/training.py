@@ -7,140 +7,120 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from world.traces import Piece
 
 IGNORED = -100
 HIDDEN_LAYER = re.compile(r"\.layers?\.\d+\.")
+POOL_SIZE = 128
 
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    ids: torch.Tensor  # [B, L] int64, right-padded
-    labels: torch.Tensor  # [B, L] int64, the next token or IGNORED
+Report = Callable[[int, float], None]
+"""Called after every step with its number and the smoothed loss."""
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Ids and labels, both int64 [B, L] and right-padded; a label is the next token or IGNORED."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
+    """Steps and peak learning rates: Muon trains the hidden matrices, AdamW all other weights."""
+
     steps: int
     matrix_rate: float = 0.02
-    """Peak learning rate of Muon (hidden matrices)."""
     vector_rate: float = 3e-3
-    """Peak learning rate of AdamW (embeddings, output matrix, biases, norms)."""
     warmup: float = 0.05
     floor: float = 0.02
 
+    def factor(self, step: int) -> float:
+        """Return the share of the peak learning rate: linear warm-up, then linear decay."""
+        share = step / self.steps
+        if share < self.warmup:
+            return (step + 1) / (self.warmup * self.steps + 1)
+        return max(self.floor, (1 - share) / (1 - self.warmup))
 
-def encode(
-    tokenizer: Qwen2Tokenizer, traces: Sequence[Sequence[Piece]]
-) -> list[tuple[list[int], list[bool]]]:
-    """Ids and "written by the policy" of each trace; pieces are tokenised one by one, as the agent does."""
+
+def encode(tokenizer: PreTrainedTokenizerBase, traces: Sequence[Sequence[Piece]]) -> list[Batch]:
+    """Return ids and labels [L] of each trace; pieces are tokenized one by one, as the agent does."""
     texts = [piece.text for trace in traces for piece in trace]
     encoded = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
     rows = []
     for trace in traces:
         ids: list[int] = []
-        written: list[bool] = []
+        targets: list[int] = []
         for piece in trace:
             piece_ids = next(encoded).ids
             ids += piece_ids
-            written += [piece.written] * len(piece_ids)
-        rows.append((ids, written))
+            targets += piece_ids if piece.written else [IGNORED] * len(piece_ids)
+        rows.append((torch.tensor(ids), torch.tensor([*targets[1:], IGNORED])))
     return rows
 
 
-def collate(rows: Sequence[tuple[list[int], list[bool]]], *, pad: int) -> Batch:
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.long)
-    for index, (row, written) in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        targets = [token if mine else IGNORED for token, mine in zip(row[1:], written[1:], strict=True)]
-        labels[index, : len(targets)] = torch.tensor(targets)
-    return Batch(ids, labels)
-
-
 def batches(
-    tokenizer: Qwen2Tokenizer, draw: Callable[[], Sequence[Piece]], *, tokens: int
+    tokenizer: PreTrainedTokenizerBase, draw: Callable[[], Sequence[Piece]], *, tokens: int
 ) -> Iterator[Batch]:
-    """Endless batches of about `tokens` tokens; a pool is sorted by length so that little is padding."""
+    """Yield batches of about `tokens` tokens without end; a pool is sorted by length to pad little."""
     while True:
-        rows = sorted(encode(tokenizer, [draw() for _ in range(128)]), key=lambda row: len(row[0]))
-        start = 0
-        ready: list[Batch] = []
-        while start < len(rows):
-            stop = start + 1
-            while stop < len(rows) and len(rows[stop][0]) * (stop + 1 - start) <= tokens:
-                stop += 1
-            ready.append(collate(rows[start:stop], pad=tokenizer.pad_token_id))
-            start = stop
-        order = torch.randperm(len(ready)).tolist()
-        yield from (ready[index] for index in order)
+        rows = sorted(encode(tokenizer, [draw() for _ in range(POOL_SIZE)]), key=lambda row: len(row[0]))
+        groups: list[list[Batch]] = []
+        for row in rows:
+            if groups and len(row[0]) * (len(groups[-1]) + 1) <= tokens:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        for index in torch.randperm(len(groups)).tolist():
+            yield collate(groups[index], pad=tokenizer.pad_token_id)
 
 
-def loss_of(model: Qwen2ForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the written tokens; logits are made for those only."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    chosen = batch.labels != IGNORED
-    logits = model.lm_head(hidden[chosen])
-    return torch.nn.functional.cross_entropy(logits.float(), batch.labels[chosen])
+def collate(rows: Sequence[Batch], *, pad: int) -> Batch:
+    """Pad rows to the length of the longest."""
+    ids, labels = zip(*rows, strict=True)
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad)
+    return padded, pad_sequence(labels, batch_first=True, padding_value=IGNORED)
 
 
-def optimizers(model: torch.nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
-    chosen = {id(p) for p in matrices}
-    vectors = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=schedule.matrix_rate, weight_decay=0.01),
-        torch.optim.AdamW(vectors, lr=schedule.vector_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
+def train_language_model(
+    model: Qwen2ForCausalLM, stream: Iterator[Batch], schedule: Schedule, *, report: Report
+) -> None:
+    """Train in place on the mean cross-entropy of the written tokens."""
 
+    def next_loss(_: int) -> torch.Tensor:
+        ids, labels = next(stream)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
+        chosen = labels != IGNORED
+        logits = model.lm_head(hidden[chosen])  # only those that the loss needs
+        return torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
 
-def factor(step: int, schedule: Schedule) -> float:
-    """One-cycle factor: linear warm-up, then linear decay."""
-    share = step / schedule.steps
-    if share < schedule.warmup:
-        return (step + 1) / (schedule.warmup * schedule.steps + 1)
-    return max(schedule.floor, (1 - share) / (1 - schedule.warmup))
+    train(model, next_loss, schedule, report=report)
 
 
 def train(
-    model: torch.nn.Module,
-    next_loss: Callable[[int], torch.Tensor],
-    schedule: Schedule,
-    *,
-    report: Callable[[int, float], None],
+    model: torch.nn.Module, next_loss: Callable[[int], torch.Tensor], schedule: Schedule, *, report: Report
 ) -> None:
-    """Train in place; `next_loss(step)` draws a batch, `report(step, smoothed loss)` hears of every step.
+    """Train in place; `next_loss(step)` draws a batch.
 
     Matrix products run in bfloat16 (weights stay float32), much faster where the CPU has instructions for it.
     """
     model.train()
-    chosen = optimizers(model, schedule)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
+    chosen = {id(p) for p in matrices}
+    vectors = [p for p in model.parameters() if id(p) not in chosen]
+    peaks = {
+        torch.optim.Muon(matrices, weight_decay=0.01): schedule.matrix_rate,
+        torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, fused=True): schedule.vector_rate,
+    }
     smooth = 0.0
     for step in range(schedule.steps):
-        scale = factor(step, schedule)
-        chosen[0].param_groups[0]["lr"] = schedule.matrix_rate * scale
-        chosen[1].param_groups[0]["lr"] = schedule.vector_rate * scale
+        for optimizer, peak in peaks.items():
+            optimizer.param_groups[0]["lr"] = peak * schedule.factor(step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = next_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in chosen:
+        for optimizer in peaks:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         value = float(loss.detach())
         smooth = value if step == 0 else 0.95 * smooth + 0.05 * value
         report(step, smooth)
     model.eval()
-
-
-def train_language_model(
-    model: Qwen2ForCausalLM,
-    stream: Iterator[Batch],
-    schedule: Schedule,
-    *,
-    report: Callable[[int, float], None],
-) -> None:
-    train(model, lambda _: loss_of(model, next(stream)), schedule, report=report)

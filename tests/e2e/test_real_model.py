@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.running import ROOT, read_steps, start_service, start_training, stop
-from world.smollm2 import ModelUnavailableError, make_smollm2
+from tests.e2e.smollm2 import ModelUnavailableError, make_smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -22,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -29,16 +29,14 @@ from IG.prompts import PromptType, build_prompt, entailment_text
 from search_r1.search.dense import load_dense
 from verl.agent.prompts import RETRY, render_passages, wrap_observation
 from verl.types import Passage
-from world import dataset, encoder, entailment, evaluation, generator, policy, text, tokenizer, training
-from world.facts import BRIDGES, Kind, World, WorldSize, draw_world
-from world.initialise import OFFSETS, language_model
-from world.traces import Piece, Problem, Scene, TraceWriter, draw_problem, draw_trace
+from world import dataset, entailment, evaluation, language, names, text, tokenizer, training
+from world.facts import Kind, World, WorldSize, draw_world
+from world.traces import Problem, Scene, TraceWriter, draw_trace
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "world"
 MODELS = SHIPPED / "models"
 SIZE_LIMIT = 20_000_000
-TINY = WorldSize(persons=30, films=10, books=10, firms=8, train_questions=40, test_questions=20)
 
 
 @pytest.fixture(autouse=True)
@@ -50,48 +48,49 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def manifest() -> dict[str, object]:
-    return json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
 def world() -> World:
     return draw_world(WorldSize(), seed=0)
 
 
 @pytest.fixture(scope="module")
-def held_out() -> list[Problem]:
-    return dataset.problems(draw_world(WorldSize(), seed=0), WorldSize(), split="test", seed=0)
+def held_out(world: World) -> list[Problem]:
+    return dataset.problems(world, WorldSize(), split="test", seed=0)
 
 
 @pytest.fixture(scope="module")
-def index() -> encoder.Index:
-    model = AutoModel.from_pretrained(MODELS / "encoder")
-    passages = [text.Passage(*_parse(line)) for line in (SHIPPED / "corpus.jsonl").open(encoding="utf-8")]
-    return encoder.Index(model, AutoTokenizer.from_pretrained(MODELS / "encoder"), passages)
+def index() -> evaluation.Index:
+    words = AutoTokenizer.from_pretrained(MODELS / "encoder")
+    return evaluation.Index(AutoModel.from_pretrained(MODELS / "encoder"), words, _read_corpus())
 
 
-def _parse(line: str) -> tuple[str, str]:
-    title, body = json.loads(line)["contents"].split("\n", 1)
-    return title.strip('"'), body
+def _load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name)
+    assert (model.config.model_type, model.dtype) == ("qwen2", torch.float32)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    return model, AutoTokenizer.from_pretrained(MODELS / name)
+
+
+def _read_corpus() -> list[text.Passage]:
+    lines = map(json.loads, (SHIPPED / "corpus.jsonl").open(encoding="utf-8"))
+    parts = [line["contents"].split("\n", 1) for line in lines]
+    return [text.Passage(title.strip('"'), body) for title, body in parts]
 
 
 # ---- what is shipped
 
 
-def test_every_shipped_file_has_the_hash_of_the_manifest(manifest: dict[str, dict[str, str]]) -> None:
-    assert manifest["sha256"]
-    for name, digest in manifest["sha256"].items():
+def test_every_shipped_file_has_the_hash_of_the_manifest() -> None:
+    hashes = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+    for name, digest in hashes.items():
         assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == digest, name
-    listed = {*manifest["sha256"], "manifest.json", "README.md"}
     present = {p.relative_to(SHIPPED).as_posix() for p in SHIPPED.rglob("*") if p.is_file()}
-    assert {name for name in present if not name.startswith(".making/")} == listed
-    assert any(name.startswith("index/") for name in listed)
-    assert sum((SHIPPED / name).stat().st_size for name in manifest["sha256"]) < SIZE_LIMIT
+    assert {n for n in present if not n.startswith(".making/")} == {*hashes, "manifest.json", "README.md"}
+    assert any(name.startswith("index/") for name in hashes)
+    assert sum((SHIPPED / name).stat().st_size for name in hashes) < SIZE_LIMIT
 
 
 def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Path) -> None:
-    # Every process hashes strings with a seed of its own, so an order that hung on it would show here.
+    # Every process hashes strings with a seed of its own, so an order that depends on it shows here.
     Maker(FULL, seed=0, out=tmp_path, progress=Progress()).run("data")
     for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet"):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
@@ -99,8 +98,7 @@ def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Pat
 
 def test_the_corpus_is_in_the_wiki_18_form() -> None:
     lines = [json.loads(line) for line in (SHIPPED / "corpus.jsonl").open(encoding="utf-8")]
-    assert len(lines) >= 2000
-    assert [line["id"] for line in lines] == [str(k) for k in range(len(lines))]
+    assert [line["id"] for line in lines] == [str(k) for k in range(2580)]
     assert all(line["contents"].startswith('"') and '"\n' in line["contents"] for line in lines)
     assert len({line["contents"] for line in lines}) == len(lines)
 
@@ -108,117 +106,97 @@ def test_the_corpus_is_in_the_wiki_18_form() -> None:
 @pytest.mark.parametrize(("split", "count"), [("train", 2000), ("test", 300)])
 def test_the_questions_are_in_the_search_r1_form(split: str, count: int) -> None:
     rows = pq.read_table(SHIPPED / f"{split}.parquet").to_pylist()
-    assert len(rows) == count
     assert {row["data_source"] for row in rows} == {"world_onehop", "world_twohop"}
-    keys = {(row["data_source"], row["extra_info"]["index"]) for row in rows}
-    assert len(keys) == count
+    for keys in (
+        {row["id"] for row in rows},
+        {(row["data_source"], row["extra_info"]["index"]) for row in rows},
+    ):
+        assert len(keys) == len(rows) == count
     for row in rows:
-        assert row["extra_info"]["split"] == split
-        assert row["ability"] == "fact-reasoning"
-        assert row["reward_model"]["style"] == "rule"
-        golds = row["reward_model"]["ground_truth"]["target"]
-        assert golds == row["golden_answers"]
-        assert len(set(golds)) >= 2
+        golds = row["golden_answers"]
+        assert len(set(golds)) == 2
+        assert row["reward_model"] == {"style": "rule", "ground_truth": {"target": golds}}
+        assert (row["extra_info"]["split"], row["ability"]) == (split, "fact-reasoning")
         assert row["question"].endswith("?")
         (message,) = row["prompt"]
         assert message["role"] == "user"
         assert message["content"].endswith(f"Question: {row['question']}\n")
-    assert len({row["id"] for row in rows}) == count
 
 
-def test_the_doctors_questions_come_with_the_passages_that_answer_them() -> None:
+def test_the_questions_of_the_doctor_come_with_what_good_searches_show() -> None:
     lines = [json.loads(line) for line in (SHIPPED / "doctor.jsonl").open(encoding="utf-8")]
-    corpus = (SHIPPED / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
-    passages = {f'(Title: "{title}") {body}' for title, body in map(_parse, corpus)}
+    passages = {f'(Title: "{passage.title}") {passage.body}' for passage in _read_corpus()}
+    rows = pq.read_table(SHIPPED / "test.parquet").to_pylist()
+    golds = {row["question"]: row["golden_answers"] for row in rows}
     roles = [[document["role"] for document in line["documents"]] for line in lines]
     assert roles == [["first"]] * 100 + [["first", "second"]] * 100
-    rows = pq.read_table(SHIPPED / "test.parquet").to_pylist()
-    asked = {row["question"]: row["golden_answers"] for row in rows}
     for line in lines:
-        assert asked[line["question"]] == line["answers"]
+        assert golds[line["question"]] == line["answers"]
         shown = [document["text"].split("\n") for document in line["documents"]]
         for search in shown:
-            assert [each[: len("Doc 1")] for each in search] == ["Doc 1", "Doc 2", "Doc 3"]
-            assert {each[len("Doc 1") :] for each in search} <= passages
+            assert [found[: len("Doc 1")] for found in search] == ["Doc 1", "Doc 2", "Doc 3"]
+            assert {found[len("Doc 1") :] for found in search} <= passages
         assert any(gold in shown[-1][0] for gold in line["answers"])
 
 
-def test_test_questions_are_about_other_entities_than_train_questions(world: World) -> None:
+def test_test_questions_are_about_other_entities_than_train_questions(
+    world: World, held_out: list[Problem]
+) -> None:
     train = dataset.problems(world, WorldSize(), split="train", seed=0)
-    held_out = dataset.problems(world, WorldSize(), split="test", seed=0)
-    subjects = [
+    subjects, held_out_subjects = (
         {fact.subject.name for problem in split for fact in problem.hops} for split in (train, held_out)
-    ]
-    assert not subjects[0] & subjects[1]
+    )
+    assert not subjects & held_out_subjects
+    for fact in world.facts:
+        if fact.value.kind is Kind.person:
+            assert (fact.subject.name in world.test_subjects) == (fact.value.name in world.test_subjects)
 
 
-# ---- the tokenizers
+def test_a_world_that_cannot_be_drawn_is_named(world: World) -> None:
+    with pytest.raises(ValueError, match="too small for 100000 questions"):
+        dataset.problems(world, WorldSize(train_questions=100_000), split="train", seed=0)
+    with pytest.raises(ValueError, match=r"99999 names are wanted, but there are only \d+ like"):
+        draw_world(WorldSize(persons=99_999), seed=0)
 
 
-def _sample_texts() -> list[str]:
-    rng = Random(5)
-    shown = []
-    for hops in (1, 2, 1, 2):
-        problem = draw_problem(Scene(rng), hops=hops)
-        passages = [text.passage(fact, rng) for fact in problem.hops]
-        context = text.documents(passages)
-        shown += [
-            text.chat(text.prompt(problem.question)),
-            text.observation(passages),
-            text.short_answer_prompt(problem.question, context=context),
-            *problem.answer.golds,
-        ]
-    return [*shown, text.INVALID_ACTION, "Zürich 1987, «naïve»\n\n 12  x"]
+# ---- tokenizers and texts
 
 
-def test_ids_are_the_same_before_saving_after_loading_and_in_a_fresh_process() -> None:
+def test_the_shipped_tokenizer_is_remade_and_gives_the_same_ids_after_loading() -> None:
     made = tokenizer.language_tokenizer(vocabulary=1600, seed=0)
     loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
-    texts = _sample_texts()
-    expected = [made.encode(words, add_special_tokens=False) for words in texts]
-    assert [loaded.encode(words, add_special_tokens=False) for words in texts] == expected
-    assert [loaded.decode(ids) for ids in expected] == texts
-    program = (
-        "import json, sys; from transformers import AutoTokenizer; "
-        "t = AutoTokenizer.from_pretrained(sys.argv[1]); "
-        "print(json.dumps([t.encode(w, add_special_tokens=False) for w in json.load(sys.stdin)]))"
-    )
-    fresh = subprocess.run(
-        [sys.executable, "-c", program, str(MODELS / "policy")],
-        input=json.dumps(texts),
-        text=True,
-        check=True,
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert json.loads(fresh.stdout) == expected
+    scene = Scene(Random(5))
+    problem = scene.draw_problem(hops=2)
+    passages = [text.passage(fact, scene.rng) for fact in problem.hops]
+    for words in (
+        text.chat(text.prompt(problem.question)),
+        text.observation(passages),
+        text.short_answer_prompt(problem.question, context=text.documents(passages)),
+        text.INVALID_ACTION,
+        "Zürich 1987, «naïve»\n\n 12  x",
+    ):
+        ids = made.encode(words, add_special_tokens=False)
+        assert loaded.encode(words, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == words
+    first, second = ((MODELS / name / "tokenizer.json").read_bytes() for name in ("policy", "generator"))
+    assert first == second
 
 
 def test_names_are_one_token_and_tags_are_ordinary_ones() -> None:
     loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
-    for name in tokenizer.ALL_NAMES:
+    for name in names.ALL:
         assert len(loaded.encode(f" {name}", add_special_tokens=False)) == 1, name
     for tag in text.TAGS:
         ids = loaded.encode(tag, add_special_tokens=False)
         assert len(ids) == 1
         assert loaded.decode(ids, skip_special_tokens=True) == tag
-    assert loaded.eos_token == "<|im_end|>"
-    assert loaded.pad_token == "<|endoftext|>"
+    assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
-def test_policy_and_generator_share_one_tokenizer() -> None:
-    first, second = ((MODELS / name / "tokenizer.json").read_bytes() for name in ("policy", "generator"))
-    assert first == second
-
-
-# ---- the texts are those of the agent and the service
-
-
-def test_prompts_and_observations_are_the_agents_own() -> None:
-    rng = Random(1)
-    problem = draw_problem(Scene(rng), hops=2)
-    ours = [text.passage(fact, rng) for fact in problem.hops]
+def test_the_texts_are_those_of_the_agent_and_of_the_service() -> None:
+    scene = Scene(Random(1))
+    problem = scene.draw_problem(hops=2)
+    ours = [text.passage(fact, scene.rng) for fact in problem.hops]
     theirs = [Passage(id="0", title=f'"{p.title}"', text=p.body, score=0.0) for p in ours]
     assert text.observation(ours) == wrap_observation(render_passages(theirs))
     assert text.INVALID_ACTION == RETRY
@@ -226,79 +204,62 @@ def test_prompts_and_observations_are_the_agents_own() -> None:
     message = {"role": "user", "content": text.prompt(problem.question)}
     rendered = loaded.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     assert rendered == text.chat(text.prompt(problem.question))
-
-
-@pytest.mark.parametrize("context", ["", 'Doc 1(Title: "X") It is so.'])
-def test_the_short_answer_prompt_is_the_services_own(context: str) -> None:
-    theirs = build_prompt("Who?", context=context, prompt_type=PromptType.default, max_context_words=4096)
-    assert text.short_answer_prompt("Who?", context=context) == theirs
+    for context in ("", 'Doc 1(Title: "X") It is so.'):
+        asked = build_prompt("Who?", context=context, prompt_type=PromptType.default, max_context_words=4096)
+        assert text.short_answer_prompt("Who?", context=context) == asked
 
 
 # ---- traces and starts
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_good_trace_answers_from_what_was_shown(seed: int) -> None:
-    scene = Scene(Random(seed))
-    problem = draw_problem(scene, hops=1 + seed % 2)
-    pieces = TraceWriter(scene, problem, policy.good_habits(problem)).run()
-    seen = "".join(piece.text for piece in pieces if not piece.written)
-    assert pieces[-1].text.endswith(f"<answer> {problem.answer.name}</answer>")
-    for fact in problem.hops:
-        assert f"The {fact.relation.name} of {fact.subject.name} is {fact.value.printed}." in seen
+def test_a_good_trace_answers_from_what_was_shown() -> None:
+    for seed in range(20):
+        scene = Scene(Random(seed))
+        problem = scene.draw_problem(hops=1 + seed % 2)
+        pieces = TraceWriter(scene, problem, language.good_habits(problem)).run()
+        seen = "".join(piece.text for piece in pieces if not piece.written)
+        assert pieces[-1].text.endswith(f"<answer> {problem.answer.name}</answer>")
+        for fact in problem.hops:
+            assert f"{text.statement(fact, fact.value.printed)}." in seen
 
 
-def test_the_loss_counts_what_the_policy_writes_and_nothing_else() -> None:
+def test_the_loss_counts_what_the_model_writes_and_nothing_else() -> None:
     words = AutoTokenizer.from_pretrained(MODELS / "policy")
-    trace = draw_trace(Random(3), hops=2, habits=policy.good_habits)
-    (row,) = training.encode(words, [trace])
-    batch = training.collate([row, ([5, 6], [False, True])], pad=words.pad_token_id)
-    targets = batch.labels[0][batch.labels[0] != training.IGNORED].tolist()
-    assert targets == [i for p in trace if p.written for i in words.encode(p.text, add_special_tokens=False)]
-    assert batch.labels[1].tolist() == [6] + [training.IGNORED] * (batch.ids.shape[1] - 1)
+    trace = draw_trace(Random(3), hops=2, habits=language.good_habits)
+    answer = language.draw_short_answer(Random(2))
+    assert answer[-2].text.endswith("\n")
+    ids, labels = training.collate(training.encode(words, [trace, answer]), pad=words.pad_token_id)
+    for row, pieces in zip(labels, (trace, answer), strict=True):
+        written = [piece.text for piece in pieces if piece.written]
+        expected = [i for part in written for i in words.encode(part, add_special_tokens=False)]
+        assert row[row != training.IGNORED].tolist() == expected
+    assert ids.shape == labels.shape
 
 
 def test_the_first_heads_start_by_looking_back() -> None:
     words = AutoTokenizer.from_pretrained(MODELS / "policy")
-    model = language_model(words, seed=0).eval()
+    model = language.build(words, seed=0).eval()
     model.set_attn_implementation("eager")
     ids = torch.randint(0, 1000, (1, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         attention = model(input_ids=ids, output_attentions=True).attentions[0][0]  # [heads, L, L]
-    for head, offset in enumerate(OFFSETS[0]):
-        looked = attention[head].diagonal(-offset)[20:]
-        assert float(looked.mean()) > 0.5, f"head {head} does not look {offset} back"
+    for head, offset in enumerate(language.OFFSETS[0]):
+        assert float(attention[head].diagonal(-offset)[20:].mean()) > 0.5, (head, offset)
 
 
 def test_shipped_habits_leave_every_good_choice_a_quarter() -> None:
-    for habits in (policy.PRACTISED, policy.CARELESS):
+    for habits in (language.PRACTICED, language.CARELESS):
         assert 1 - habits.direct - habits.lazy - habits.malformed >= 0.25
         assert 1 - habits.stop_early >= 0.25
-
-
-def test_values_are_never_drawn_across_splits(world: World) -> None:
-    for fact in world.facts:
-        if fact.relation in BRIDGES or fact.relation.value is Kind.person:
-            assert (fact.subject.name in world.test_subjects) == (fact.value.name in world.test_subjects)
-
-
-def test_a_world_that_is_too_small_says_so() -> None:
-    with pytest.raises(ValueError, match="too small for 100000 questions"):
-        dataset.problems(draw_world(TINY, seed=0), WorldSize(train_questions=100_000), split="train", seed=0)
-
-
-def test_a_world_of_more_persons_than_names_says_so() -> None:
-    with pytest.raises(ValueError, match=r"99999 names are wanted, but there are only \d+ like"):
-        draw_world(WorldSize(persons=99_999), seed=0)
 
 
 # ---- the shipped models
 
 
 def test_the_encoder_finds_the_right_passage_and_lazy_queries_mostly_fail(
-    index: encoder.Index, world: World
+    index: evaluation.Index, world: World
 ) -> None:
-    figures = encoder.measure(index, world.facts, seed=3)
+    figures = evaluation.measure_encoder(index, world.facts, seed=3)
     assert figures["good_query_rank1"] >= 0.97
     assert figures["last_word_top3"] <= 0.3
     assert figures["relation_only_top3"] <= 0.1
@@ -307,36 +268,36 @@ def test_the_encoder_finds_the_right_passage_and_lazy_queries_mostly_fail(
 def test_entailment_gets_aliases_right_both_ways_and_refuses_unequal_names() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(MODELS / "entailment")
     words = AutoTokenizer.from_pretrained(MODELS / "entailment")
-    assert model.config.id2label == {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
-    figures = entailment.measure(model, words, seed=11, count=200)
+    assert model.config.id2label == entailment.LABELS
+    figures = entailment.measure(model, words, seed=11, count=100)
     assert figures["aliases_both_ways"] >= 0.97
     assert figures["unequal_refused"] >= 0.97
     assert figures["other_wordings"] >= 0.95
     question = "Where was Alice Marsh born?"
-    same = [(entailment_text(question, "Bolton"), entailment_text(question, "Bolton, England"))]
-    assert entailment.entails(model, words, same + [pair[::-1] for pair in same]) == [True, True]
-    assert entailment.entails(model, words, [(f"{question} Bolton", f"{question} Whitby")]) == [False]
+    right, alias, other = (
+        entailment_text(question, town) for town in ("Bolton", "Bolton, England", "Whitby")
+    )
+    assert entailment.entails(model, words, [(right, alias), (alias, right)]) == [True, True]
+    assert entailment.entails(model, words, [(right, other)]) == [False]
 
 
-def test_the_generator_believes_in_the_answer_when_the_passages_tell_it(
-    index: encoder.Index, held_out: list[Problem]
+def test_the_generator_believes_in_the_answer_when_the_passages_contain_it(
+    index: evaluation.Index, held_out: list[Problem]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "generator")
-    words = AutoTokenizer.from_pretrained(MODELS / "generator")
-    figures = generator.measure(model, words, index, held_out[:25] + held_out[-25:])
+    model, words = _load_language_model("generator")
+    figures = evaluation.measure_generator(model, words, index, held_out[:25] + held_out[-25:])
     assert figures["belief_one_hop_all"] >= 0.5 + figures["belief_one_hop_none"]
     assert figures["belief_two_hop_all"] >= 0.3 + figures["belief_two_hop_none"]
     assert figures["belief_two_hop_first_only"] <= figures["belief_two_hop_all"] - 0.3
 
 
 def test_the_policy_writes_the_right_form_but_often_behaves_badly(
-    index: encoder.Index, held_out: list[Problem]
+    index: evaluation.Index, held_out: list[Problem]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(MODELS / "policy")
-    words: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(MODELS / "policy")
+    model, words = _load_language_model("policy")
     torch.manual_seed(0)
-    chosen: Sequence[Problem] = held_out[:60] + held_out[-60:]
-    figures = evaluation.summarise(evaluation.run_episodes(model, words, index, chosen, temperature=1.0))
+    chosen = held_out[:60] + held_out[-60:]
+    figures = evaluation.summarize(evaluation.run_episodes(model, words, index, chosen, temperature=1.0))
     assert figures["answered_share"] >= 0.9
     assert 0.1 <= figures["em"] <= 0.45
     assert figures["no_search_share"] >= 0.2
@@ -344,16 +305,7 @@ def test_the_policy_writes_the_right_form_but_often_behaves_badly(
     assert figures["em_given_good_form"] >= 0.7
 
 
-def test_the_language_models_are_untied_fp32() -> None:
-    for name in ("policy", "generator"):
-        model = AutoModelForCausalLM.from_pretrained(MODELS / name)
-        assert model.config.model_type == "qwen2"
-        assert not model.config.tie_word_embeddings
-        assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
-        assert model.dtype == torch.float32
-
-
-# ---- a small world
+# ---- the script
 
 
 @pytest.mark.slow
@@ -373,10 +325,10 @@ def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
         retriever_name="e5",
     )
     assert len(retriever) == made["counts"]["passages"]
-    # In a process of its own, as users call it; only the hashes of what did not change come out the same.
+    # In a process of its own, as users call it: data and index come out the same.
     command = [sys.executable, "scripts/make_world.py", "--small", "--seed", "7", "--threads", "1"]
     again = [*command, "--out", str(out), "--stages", "data", "index", "manifest"]
-    run = subprocess.run(again, cwd=ROOT, timeout=120, capture_output=True, text=True)
+    run = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8")) == made
 
@@ -403,10 +355,3 @@ def test_a_stage_that_lacks_an_earlier_one_names_it(
         main(["--threads", "1", "--stages", stage, "--out", str(tmp_path)])
     assert ended.value.code == 2
     assert f"add {earlier} to --stages" in capsys.readouterr().err
-
-
-def test_pieces_of_a_short_answer_end_with_the_newline_and_the_end() -> None:
-    pieces = generator.draw_short_answer(Random(2))
-    assert pieces[0].text.endswith("\nAnswer:")
-    assert pieces[1].text.endswith("\n")
-    assert pieces[2] == Piece("<|im_end|>", written=True)
