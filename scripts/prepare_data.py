@@ -1,4 +1,4 @@
-"""Question files (JSON lines, JSON arrays, parquet) to the parquet files that train and test a search agent.
+"""Convert question files (JSON lines, JSON arrays, parquet) to parquet files for training and evaluation.
 
 A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
@@ -20,8 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,99 +39,81 @@ FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "mus
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
 MAX_PROBLEMS_SHOWN = 10
 
-TEXTS = pa.list_(pa.string())
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("question", pa.string()),
-        ("golden_answers", TEXTS),
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        (
-            "reward_model",
-            pa.struct([("style", pa.string()), ("ground_truth", pa.struct([("target", TEXTS)]))]),
-        ),
-        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
-    ]
-)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file of questions and the name under which its results are reported."""
-
-    name: str
-    path: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One valid line."""
-
-    id: str
-    question: str
-    golds: tuple[str, ...]
-
-
-def find_source(text: str, *, split: str, flashrag_dir: Path | None) -> Source:
-    """`NAME=FILE`, or `NAME` below the FlashRAG folder. Raises ConfigError if there is no such file."""
-    name, separator, file = text.partition("=")
+def find_source(argument: str, *, split: str, flashrag_dir: Path | None) -> tuple[str, Path]:
+    """Return name and file of `NAME=FILE`, or of `NAME` below the FlashRAG folder. Raises ConfigError."""
+    name, separator, file = argument.partition("=")
     if separator:
         if not name or not Path(file).is_file():
             raise ConfigError(
-                f"--{split} {text}: expected NAME=FILE with an existing file, found none at {file!r}"
+                f"--{split} {argument}: expected NAME=FILE with an existing file, found none at {file!r}"
             )
-        return Source(name=name, path=Path(file))
+        return name, Path(file)
     if flashrag_dir is None:
-        raise ConfigError(f"--{split} {text}: a bare name needs --flashrag-dir; or give {text}=FILE.jsonl")
+        raise ConfigError(
+            f"--{split} {argument}: a bare name needs --flashrag-dir; or give {argument}=FILE.jsonl"
+        )
     candidates = [flashrag_dir / name / file for file in SPLIT_FILES[split]]
     for path in candidates:
         if path.is_file():
-            return Source(name=name, path=path)
-    known = ", ".join(FLASHRAG_NAMES)
-    looked = ", ".join(str(path) for path in candidates)
-    raise ConfigError(f"--{split} {text}: none of {looked} exists; FlashRAG's names: {known}")
+            return name, path
+    raise ConfigError(
+        f"--{split} {argument}: none of {', '.join(map(str, candidates))} exists; "
+        f"FlashRAG's names: {', '.join(FLASHRAG_NAMES)}"
+    )
 
 
-def read_source(source: Source) -> Iterator[Record]:
-    """Yield every question of a file. Raises DataError that names the first malformed rows."""
+def read_questions(path: Path, *, source: str, split: str, start: int) -> list[Row]:
+    """Return Search-R1's parquet rows of a file, counted from `start`.
+
+    Raises DataError that names the first malformed rows.
+    """
+    rows: list[Row] = []
     problems: list[str] = []
-    num_records = 0
     try:
-        for number, (where, row) in enumerate(read_rows(source.path)):
+        for number, (where, row) in enumerate(read_rows(path)):
             try:
-                question, golds = find_question(row, where=where), find_golds(row, where=where)
+                question, golds = find_question(row, where=where), list(find_golds(row, where=where))
             except QuestionError as error:
                 problems.append(f"  {error}")
                 if len(problems) == MAX_PROBLEMS_SHOWN:
                     break
                 continue
-            num_records += 1
-            yield Record(id=str(row.get("id", row.get("_id", number))), question=question, golds=golds)
-    except QuestionError as error:
+            rows.append(
+                {
+                    "id": str(row.get("id", row.get("_id", number))),
+                    "question": question,
+                    "golden_answers": golds,
+                    "data_source": source,
+                    "prompt": [{"role": "user", "content": search_instruction(question)}],
+                    "ability": "fact-reasoning",
+                    "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
+                    "extra_info": {"split": split, "index": start + len(rows)},
+                }
+            )
+    except QuestionError as error:  # the file as a whole, or a line that is not JSON
         problems.append(f"  {error}")
     if problems:
         raise DataError("malformed rows:\n" + "\n".join(problems))
-    if not num_records:
-        raise DataError(f"{source.path}: the file is empty")
+    if not rows:
+        raise DataError(f"{path}: the file is empty")
+    return rows
 
 
-def to_row(record: Record, *, source: Source, split: str, index: int) -> dict[str, object]:
-    """Search-R1's parquet row."""
-    return {
-        "id": record.id,
-        "question": record.question,
-        "golden_answers": list(record.golds),
-        "data_source": source.name,
-        "prompt": [{"role": "user", "content": search_instruction(record.question)}],
-        "ability": "fact-reasoning",
-        "reward_model": {"style": "rule", "ground_truth": {"target": list(record.golds)}},
-        "extra_info": {"split": split, "index": index},
-    }
+def convert_questions(sources: Sequence[tuple[str, Path]], *, split: str, out: Path) -> Counter[str]:
+    """Write one parquet file; the index counts within each name. Return rows per name. Raises DataError."""
+    counts: Counter[str] = Counter()
+    rows: list[Row] = []
+    for name, path in track(sources, description=f"reading {split}", transient=True):
+        found = read_questions(path, source=name, split=split, start=counts[name])
+        counts[name] += len(found)
+        rows += found
+    with replacing_file(out) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)
+    return counts
 
 
-def to_passage(row: Row, *, where: str) -> dict[str, object]:
+def to_passage(row: Row, *, where: str) -> Row:
     """Return the retriever's corpus line of a passage in the columns of BEIR or pyserini.
 
     The first of several lines is the title. Raises QuestionError.
@@ -162,21 +143,8 @@ def convert_corpus(path: Path, *, out: Path) -> int:
     return count
 
 
-def convert(sources: Sequence[Source], *, split: str, out: Path) -> Counter[str]:
-    """Write one parquet file with all sources; the index counts within each name. Returns rows per name."""
-    counts: Counter[str] = Counter()
-    rows = []
-    for source in track(sources, description=f"reading {split}", transient=True):
-        for record in read_source(source):
-            rows.append(to_row(record, source=source, split=split, index=counts[source.name]))
-            counts[source.name] += 1
-    with replacing_file(out) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    return counts
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the files, or exit with one line that names what is wrong."""
+    """Write the files, or exit with one line that says what is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
             if chosen:
                 out = arguments.out_dir / f"{split}.parquet"
-                for name, count in convert(chosen, split=split, out=out).items():
+                for name, count in convert_questions(chosen, split=split, out=out).items():
                     console.print(f"{out}: {count} questions from {name}", highlight=False)
 
 
