@@ -1,9 +1,9 @@
-"""One retry-with-deadline policy for every service call: JSON in, JSON object out, or `CallError` in time.
+"""Call services: JSON in, a JSON object out, or `CallError`; one policy of retries and deadlines.
 
-A call ends at its deadline at the latest, however many attempts it took and whatever hangs. Worth another
-attempt are answers that say so (408, 429, 502, 503, 504), connections that fail, and a 500 at the first
-attempt; every other refusal is final. A repeated POST must be harmless: the services of this project compute,
-they store nothing. Cancelling a call closes its connection, so that the service can stop working for it.
+A call ends at its deadline at the latest, whatever hangs. It is repeated after the statuses 408, 429, 502,
+503 and 504, after failed connections, and once after a 500; every other refusal is final. Repeating a POST
+must be harmless: the services of this project compute, they store nothing. Cancelling a call closes its
+connection, so that the service can stop working on it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import json
 import random
 import time
-import zlib
 from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import NoReturn, TypeVar
 
@@ -32,18 +31,14 @@ from tenacity import (
 T = TypeVar("T")
 
 Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
-"""What to send; a callable makes it anew for each attempt, from the seconds that are left."""
+"""What to send; a callable makes the payload of each attempt from the seconds that are left."""
 
 _RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 _RETRIED_AT_FIRST = _RETRIED_STATUSES | {500}
 _BACKOFF = wait_exponential(multiplier=0.1, max=2.0) + wait_random(0.0, 0.1)
 _MAX_QUOTED_CHARS = 300
 _MAX_ANSWER_BYTES = 64 * 2**20
-"""Of an unpacked answer; parsing so much takes half a second."""
-ACCEPT_ENCODING = {"Accept-Encoding": "gzip, deflate"}
-"""What `read_body` can unpack."""
-_GZIP_OR_ZLIB = 47
-"""The `wbits` with which zlib finds out which of the two it is."""
+"""Of a decompressed answer; parsing so much takes half a second."""
 
 
 class CallError(RuntimeError):
@@ -71,7 +66,7 @@ class TransientError(Exception):
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-        """What the service asks to wait; None leaves it to us."""
+        """How long the service asks to wait, None if it does not."""
 
 
 class DeadlineExceededError(Exception):
@@ -80,12 +75,12 @@ class DeadlineExceededError(Exception):
     def __init__(self, message: str, *, last: TransientError | None, fix: str | None = None) -> None:
         super().__init__(message)
         self.last = last
-        """How the last attempt failed; None when the first one never ended."""
+        """The last failure; None when the first attempt never ended."""
         self.fix = fix
 
 
 class BodyError(ValueError):
-    """The body of an answer cannot be unpacked, or is too long."""
+    """The body of an answer cannot be decompressed, or is too long."""
 
 
 async def retry_within(
@@ -104,7 +99,7 @@ async def retry_within(
         failure = state.outcome.exception()
         assert isinstance(failure, TransientError)
         failures.append(failure)
-        return _BACKOFF(state) if failure.retry_after_s is None else _obeyed_wait_s(failure, deadline)
+        return _BACKOFF(state) if failure.retry_after_s is None else _requested_wait_s(failure, deadline)
 
     async def attempt_in_time() -> T:
         return await attempt(deadline - time.monotonic())
@@ -117,15 +112,15 @@ async def retry_within(
             return await attempts(attempt_in_time)
     except TimeoutError as error:
         last = failures[-1] if failures else None
-        said = f"last failure: {last}" if last else "it stayed silent"
-        message = f"no usable answer within {round(timeout_s, 1):g} s ({said})"
+        reason = f"last failure: {last}" if last else "no answer to the first attempt"
+        message = f"no usable answer within {round(timeout_s, 1):g} s ({reason})"
         raise DeadlineExceededError(message, last=last) from error
 
 
-def _obeyed_wait_s(failure: TransientError, deadline: float) -> float:
-    """What Retry-After asks for, with jitter: clients turned away together must not return together.
+def _requested_wait_s(failure: TransientError, deadline: float) -> float:
+    """Return the seconds of Retry-After, with jitter: rejected clients must not all return at once.
 
-    Raises DeadlineExceededError if that is more time than there is.
+    Raises DeadlineExceededError if that is more than the time that is left.
     """
     assert failure.retry_after_s is not None
     left_s = deadline - time.monotonic()
@@ -138,7 +133,7 @@ def _obeyed_wait_s(failure: TransientError, deadline: float) -> float:
 
 
 class JsonService:
-    """Client of one service. Keep one per event loop and close it: it holds `max_connections` sockets."""
+    """The client of one service, with a pool of connections. Use it on one event loop, and close it."""
 
     def __init__(
         self,
@@ -156,7 +151,7 @@ class JsonService:
         """
         self._url = _checked_url(base_url, name=name)
         self.shown_url = _without_credentials(self._url)
-        """For messages."""
+        """Without credentials, for messages."""
         if not timeout_s > 0:
             raise ValueError(f"timeout of the {name} must be more than 0 seconds, got {timeout_s}")
         self._name = name
@@ -168,8 +163,7 @@ class JsonService:
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),
             trust_env=False,
-            headers=ACCEPT_ENCODING
-            | ({"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else {}),
+            headers={"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else {},
         )
 
     async def post(self, path: str, payload: Payload, *, timeout_s: float | None = None) -> dict[str, object]:
@@ -177,7 +171,7 @@ class JsonService:
         return await self._call("POST", path, payload, timeout_s=timeout_s)
 
     async def get(self, path: str, *, timeout_s: float | None = None) -> dict[str, object]:
-        """Raises CallError at the deadline at the latest."""
+        """Return the JSON object at this path. Raises CallError at the deadline at the latest."""
         return await self._call("GET", path, None, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
@@ -190,7 +184,7 @@ class JsonService:
         url = self._url + path
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if timeout_s <= 0:
-            self._fail(url, "not asked: no time was left", retryable=True)
+            self._fail(url, "not called: no time was left", retryable=True)
 
         attempts = itertools.count()
 
@@ -214,13 +208,13 @@ class JsonService:
             raise TransientError(f"{type(error).__name__} {error}".strip()) from error
         except BodyError as error:
             self._fail(url, f"unreadable answer ({error}); {self._fix}")
-        said = _quote(body)
+        quoted = _quote(body)
         if answer.status_code in retried:
             retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
-            raise TransientError(f"status {answer.status_code} {said}", retry_after_s=retry_after_s)
+            raise TransientError(f"status {answer.status_code} {quoted}", retry_after_s=retry_after_s)
         if not answer.is_success:
             refused = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
-            self._fail(url, f"{refused}: {said}", status=answer.status_code)
+            self._fail(url, f"{refused}: {quoted}", status=answer.status_code)
         return self._parse(body, url=url)
 
     def _hint(self, status: int) -> str:
@@ -229,14 +223,14 @@ class JsonService:
         return " (the token that was sent is not its token)" if self._has_token else " (no token was sent)"
 
     def _parse(self, body: bytes, *, url: str) -> dict[str, object]:
-        said = _quote(body)
+        quoted = _quote(body)
         try:
             parsed = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            self._fail(url, f"answer is not JSON ({error}): {said}; {self._fix}")
+            self._fail(url, f"answer is not JSON ({error}): {quoted}; {self._fix}")
         if not isinstance(parsed, dict):
             kind = type(parsed).__name__
-            self._fail(url, f"answer is a JSON {kind}, not an object: {said}; {self._fix}")
+            self._fail(url, f"answer is a JSON {kind}, not an object: {quoted}; {self._fix}")
         return parsed
 
     def _fail(
@@ -247,22 +241,18 @@ class JsonService:
 
 
 async def read_body(answer: httpx.Response, *, max_bytes: int) -> bytes:
-    """The unpacked body of a streamed answer, of which no more is ever unpacked than `max_bytes`.
+    """Return the decompressed body of a streamed answer.
 
-    Raises BodyError, and httpx.TransportError.
+    Raises BodyError, also as soon as more than `max_bytes` are decompressed, and httpx.TransportError.
     """
-    encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "deflate"):
-        raise BodyError(f"its Content-Encoding is {encoding[:50]!r}, expected gzip, deflate or none")
-    unpacker = None if encoding == "identity" else zlib.decompressobj(wbits=_GZIP_OR_ZLIB)
     body = bytearray()
-    async for part in answer.aiter_raw():
-        try:
-            body += part if unpacker is None else unpacker.decompress(part, max_bytes + 1 - len(body))
-        except zlib.error as error:
-            raise BodyError(f"it is not {encoding}: {error}") from error
-        if len(body) > max_bytes:
-            raise BodyError(f"it has more than {max_bytes / 2**20:g} MiB")
+    try:
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > max_bytes:
+                raise BodyError(f"it has more than {max_bytes / 2**20:g} MiB")
+    except httpx.DecodingError as error:
+        raise BodyError(f"its Content-Encoding is wrong: {error}") from error
     return bytes(body)
 
 
@@ -277,7 +267,7 @@ def _checked_url(base_url: str, *, name: str) -> str:
 
 
 def _checked_token(token: str, *, name: str) -> str:
-    """What a header can carry. The message does not show the token."""
+    """Return the token if a header can contain it. The message of the ValueError does not show it."""
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(f"token of the {name} must be printable ASCII without spaces")
     return token
@@ -288,7 +278,7 @@ def _without_credentials(url: str) -> str:
 
 
 def parse_retry_after(header: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds a number or a date; None when absent or unreadable."""
+    """Return the seconds of a Retry-After header, a number or a date; None if it is absent or unreadable."""
     if header is None:
         return None
     if header.strip().isdecimal():
@@ -304,6 +294,6 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _quote(body: bytes) -> str:
-    """The beginning of a body, on one line."""
+    """Return the beginning of a body, on one line."""
     line = " ".join(body[: 4 * _MAX_QUOTED_CHARS].decode(errors="replace").split())
     return repr(line if len(line) <= _MAX_QUOTED_CHARS else line[:_MAX_QUOTED_CHARS] + "…")

@@ -24,7 +24,6 @@ from search_r1.search.online.engines import (
 )
 from search_r1.search.retriever import FailureKind
 from serving.http import (
-    ACCEPT_ENCODING,
     BodyError,
     DeadlineExceededError,
     TransientError,
@@ -80,7 +79,6 @@ class Transport:
             transport=_KeyAdder(wire, engine=engine, keys=keys),
             timeout=httpx.Timeout(silence_s, connect=min(_CONNECT_S, silence_s), pool=None),
             trust_env=False,
-            headers=ACCEPT_ENCODING,
         )
 
     async def ask(
