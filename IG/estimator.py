@@ -1,19 +1,18 @@
-"""Information gain of contexts: sample answers with and without each, read both beliefs, compare.
+"""Measure the information gain of contexts: sample answers with and without each, read both beliefs, compare.
 
-All conditions of all questions go to the sampler together and equal conditions go once: the baseline of a
-question is sampled once however many contexts it has, in this request, in one beside it, and in later
-ones as long as the cache holds it.
-A question without context is its own baseline, so its gain is exactly 0.
+All conditions of all questions go to the sampler together, and equal conditions once: the baseline of a
+question is sampled once for all its contexts, within a request, between concurrent requests, and in later
+ones as long as the cache holds it. A question without context is its own baseline, so its gain is exactly 0.
 
-    estimator = GainEstimator(sampler, judge, options=GainOptions(), sampling=sampling, ...)
+    estimator = GainEstimator(sampler, judge, config=config, generator_digest=digest)
     estimates = await estimator.estimate([GainQuery(question=..., context=..., golds=(...,))], details=False)
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -22,63 +21,43 @@ import numpy as np
 
 from IG import semantics
 from IG.belief import Belief, BeliefReader
-from IG.prompts import PromptType, build_prompt
-from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError, SamplingOptions
+from IG.config import IGServiceConfig
+from IG.prompts import build_prompt
+from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError
 from IG.semantics import GainKind, ScoreKind
-from IG.sharing import (
-    JudgementError,
-    ModelIdentity,
-    PairJudge,
-    SampleKey,
-    SharedJudgements,
-    SharedSamples,
-    Source,
-    Work,
-)
-
-__all__ = [
-    "Estimates",
-    "FailureKind",
-    "GainEstimate",
-    "GainEstimator",
-    "GainFailure",
-    "GainOptions",
-    "GainQuery",
-    "Work",
-    "explain_empty",
-]
+from IG.sharing import JudgementError, PairJudge, SharedJudgements, SharedSamples, Source, Work
 
 logger = logging.getLogger(__name__)
 
 _STARTED_TOGETHER = 32
-"""Queries that are begun before others on the event loop have their turn."""
+"""Queries that are started before other tasks on the event loop have their turn."""
 _READ_TOGETHER = 512
-"""Conditions of a request whose answers are compared at a time: the pairs of each take memory meanwhile."""
+"""Conditions of a request whose answers are compared at a time, which bounds the memory of their pairs."""
 _WATCHED_ANSWERS = 100
-"""Sampled before a warning about empty ones."""
+"""Answers sampled before a warning about empty ones."""
 _MANY_EMPTY = 0.5
 MAX_GOLDS = 1000
 MAX_CHARS = 20_000
-"""Of a question and of a gold: far more than an entailment model reads, few enough to hold nobody up."""
+"""Of a question and of a gold answer: more than an entailment model reads, too few to block the service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainQuery:
-    """What one gain is asked about."""
+    """One gain to measure."""
 
     question: str
     context: str
-    """What was found; blank for nothing."""
+    """Everything that was found; blank for nothing."""
     golds: tuple[str, ...]
-    """Accepted answers; may only be empty when the gain is the drop of entropy."""
+    """Accepted answers; may be empty only when the gain is the drop of entropy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GainEstimate:
-    """A measured gain and what it was measured from.
+    """A measured gain and what it was computed from.
 
     Standard errors are of what the gain compares: the score, its logarithm, or the semantic entropy. They
-    are None where there is one sample only; 0 means that all samples agree.
+    are None for a single sample; 0 means that all samples agree.
     """
 
     gain: float
@@ -90,16 +69,16 @@ class GainEstimate:
 
 
 class FailureKind(StrEnum):
-    """Why there is no gain, for those who count."""
+    """Why a gain could not be measured."""
 
     invalid = "invalid"
-    """The query itself."""
+    """The query itself is wrong."""
     sampling = "sampling"
-    """Its prompt."""
+    """One of its prompts cannot be sampled from."""
     entailment = "entailment"
-    """One of its pairs of answers."""
+    """One of its pairs cannot be judged."""
     poisoned = "poisoned"
-    """It killed what worked on it."""
+    """Its work killed two workers and is quarantined."""
     deadline = "deadline"
     internal = "internal"
 
@@ -114,7 +93,7 @@ class GainFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """What came of a request."""
+    """The result of a request."""
 
     outcomes: list[GainEstimate | GainFailure]
     """One per query, in order."""
@@ -122,19 +101,8 @@ class Estimates:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GainOptions:
-    """How a gain is defined."""
-
-    gain: GainKind = GainKind.difference
-    prompt_type: PromptType = PromptType.default
-    max_context_words: int = 4096
-    log_floor: float = 0.01
-    """Smallest score the log-ratio believes in; 1 / (10 * samples) is a good choice."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """A query that can be worked on."""
+    """A valid query with its two prompts."""
 
     question: str
     golds: tuple[str, ...]
@@ -145,14 +113,27 @@ class _Plan:
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
-    """What the queries of one request have in common."""
+    """State that the queries of one request share."""
 
     full: bool
     work: Work = field(default_factory=Work)
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_READ_TOGETHER))
     prompts: set[str] = field(default_factory=set)
-    reported: set[str] = field(default_factory=set)
-    """Failures that the log has a trace of."""
+    logged: set[str] = field(default_factory=set)
+    """Unexpected failures whose traceback is in the log."""
+
+
+class _InvalidQueryError(ValueError):
+    """The query cannot be measured whatever the models do."""
+
+
+_FAILURE_KINDS: dict[type[Exception], FailureKind] = {
+    _InvalidQueryError: FailureKind.invalid,
+    PoisonedError: FailureKind.poisoned,
+    SamplingError: FailureKind.sampling,
+    JudgementError: FailureKind.entailment,
+}
+"""By exact class: PoisonedError is a SamplingError."""
 
 
 def explain_empty(num_empty: int, *, of: int) -> str | None:
@@ -165,56 +146,30 @@ def explain_empty(num_empty: int, *, of: int) -> str | None:
     )
 
 
-class _InvalidQueryError(ValueError):
-    """Nothing can be measured of this query."""
-
-
-def _require_readable(question: str, *, golds: Sequence[str]) -> None:
-    """Every gold is judged with every answer, together with those of others who wait. Raises as it says."""
-    if len(golds) > MAX_GOLDS:
-        raise _InvalidQueryError(f"answers holds {len(golds)} texts, expected at most {MAX_GOLDS}")
-    longest = max((len(gold) for gold in golds), default=0)
-    for name, length in (("question", len(question)), ("longest text of answers", longest)):
-        if length > MAX_CHARS:
-            raise _InvalidQueryError(f"the {name} has {length} characters, expected at most {MAX_CHARS}")
-
-
 class GainEstimator:
-    """Measures gains; what its requests have in common is done once."""
+    """Measures gains; work that its requests have in common is done once."""
 
     def __init__(
-        self,
-        sampler: AnswerSampler,
-        judge: PairJudge,
-        *,
-        options: GainOptions,
-        sampling: SamplingOptions,
-        score: ScoreKind,
-        threshold: float,
-        identity: ModelIdentity,
-        sample_cache_size: int,
-        pair_cache_size: int,
+        self, sampler: AnswerSampler, judge: PairJudge, *, config: IGServiceConfig, generator_digest: str
     ) -> None:
-        self._options = options
-        self._score = score
-        self._sampling = sampling
-        self._model_digest = identity.generator_digest
-        self._samples = SharedSamples(sampler, key_of=self._key_of, size=sample_cache_size)
-        judgements = SharedJudgements(judge, size=pair_cache_size)
-        self._reader = BeliefReader(judgements, score=score, threshold=threshold)
+        self._config = config
+        self._generator_digest = generator_digest
+        self._samples = SharedSamples(sampler, key_of=self._sample_key, size=config.sample_cache_size)
+        judgements = SharedJudgements(judge, size=config.pair_cache_size)
+        self._reader = BeliefReader(judgements, score=config.score, threshold=config.threshold)
         self._num_answers = self._num_empty = 0
         self._has_warned = False
 
     async def estimate(
         self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None = None
     ) -> Estimates:
-        """One outcome per query; a query that fails or is late does not touch the others.
+        """Return one outcome per query; a query that fails or is late does not affect the others.
 
-        Cancelling it cancels whatever nobody else waits for.
+        Cancelling it cancels all work that no other request waits for.
         """
         loop = asyncio.get_running_loop()
-        deadline = math.inf if timeout_s is None else loop.time() + timeout_s
-        request = _Request(full=details or self._options.gain is GainKind.entropy)
+        started = loop.time()
+        request = _Request(full=details or self._config.gain is GainKind.entropy)
         tasks: list[asyncio.Task[GainEstimate | GainFailure]] = []
         try:
             for query in queries:
@@ -222,7 +177,8 @@ class GainEstimator:
                 if len(tasks) % _STARTED_TOGETHER == 0:
                     await asyncio.sleep(0)
             if tasks:
-                await asyncio.wait(tasks, timeout=None if timeout_s is None else deadline - loop.time())
+                left_s = None if timeout_s is None else started + timeout_s - loop.time()
+                await asyncio.wait(tasks, timeout=left_s)
         finally:
             late = [task for task in tasks if task.cancel()]
         if late:
@@ -232,10 +188,10 @@ class GainEstimator:
         outcomes = [failure if task.cancelled() else task.result() for task in tasks]
         request.work.items = len(queries)
         request.work.distinct_prompts = len(request.prompts)
-        self._watch(request.work)
+        self._warn_of_empty(request.work)
         return Estimates(outcomes=outcomes, work=request.work)
 
-    def _watch(self, work: Work) -> None:
+    def _warn_of_empty(self, work: Work) -> None:
         """Warn once when many of the answers so far are empty."""
         self._num_answers += work.answers_sampled
         self._num_empty += work.answers_empty
@@ -248,18 +204,12 @@ class GainEstimator:
     async def _outcome(self, query: GainQuery, *, request: _Request) -> GainEstimate | GainFailure:
         try:
             return await self._measure(self._plan(query, request=request), request=request)
-        except _InvalidQueryError as error:
-            return GainFailure(kind=FailureKind.invalid, reason=str(error))
-        except PoisonedError as error:
-            return GainFailure(kind=FailureKind.poisoned, reason=str(error))
-        except SamplingError as error:
-            return GainFailure(kind=FailureKind.sampling, reason=str(error))
-        except JudgementError as error:
-            return GainFailure(kind=FailureKind.entailment, reason=str(error))
-        except Exception as error:  # one query must not take its neighbours with it
+        except Exception as error:  # one query's failure must not become another's
+            if (kind := _FAILURE_KINDS.get(type(error))) is not None:
+                return GainFailure(kind=kind, reason=str(error))
             reason = f"{type(error).__name__}: {error}"
-            if reason not in request.reported:  # many may fail by the same cause
-                request.reported.add(reason)
+            if reason not in request.logged:  # many queries may fail for the same cause
+                request.logged.add(reason)
                 logger.exception("information gain failed for the question %r", query.question)
             return GainFailure(kind=FailureKind.internal, reason=reason)
 
@@ -268,14 +218,27 @@ class GainEstimator:
         golds = tuple(gold.strip() for gold in query.golds if gold.strip())
         if not query.question.strip():
             raise _InvalidQueryError("the question is empty, expected the text of a question")
-        if not golds and self._options.gain is not GainKind.entropy:
+        if not golds and self._config.gain is not GainKind.entropy:
             raise _InvalidQueryError(
                 "answers holds no text, expected at least one accepted answer "
                 "(only --gain entropy does without)"
             )
-        _require_readable(query.question, golds=golds)
-        prompt = self._prompt(query.question, context=query.context)
-        baseline = self._prompt(query.question, context="")
+        if len(golds) > MAX_GOLDS:
+            raise _InvalidQueryError(f"answers holds {len(golds)} texts, expected at most {MAX_GOLDS}")
+        longest = max(map(len, golds), default=0)
+        for name, length in (("question", len(query.question)), ("longest text of answers", longest)):
+            if length > MAX_CHARS:
+                raise _InvalidQueryError(f"the {name} has {length} characters, expected at most {MAX_CHARS}")
+        prompt, baseline = (
+            build_prompt(
+                query.question,
+                context=context,
+                prompt_type=self._config.prompt_type,
+                max_context_words=self._config.max_context_words,
+                prompt_style=self._config.prompt_style,
+            )
+            for context in (query.context, "")
+        )
         request.prompts |= {prompt, baseline}
         request.work.conditions += 2
         request.work.baselines += 1
@@ -317,7 +280,7 @@ class GainEstimator:
         before, error_before = self._statistic(no_context)
         same = with_context.weights is no_context.weights
         return GainEstimate(
-            gain=semantics.gain(self._options.gain, after, before),
+            gain=semantics.gain(self._config.gain, after, before),
             standard_error=0.0 if same else semantics.gain_error(error_after, error_before),
             standard_error_with_context=error_after,
             standard_error_no_context=error_before,
@@ -326,16 +289,16 @@ class GainEstimator:
         )
 
     def _statistic(self, belief: Belief) -> tuple[float, float | None]:
-        """What conditions are compared by, and its standard error."""
-        if self._options.gain is GainKind.entropy:
+        """Return the number that two conditions are compared by, and its standard error."""
+        if self._config.gain is GainKind.entropy:
             assert belief.full is not None
             return belief.full.semantic_entropy, semantics.jackknife_error(belief.full.left_out_entropies)
         assert belief.score is not None
         assert belief.left_out_scores is not None
-        if self._options.gain is GainKind.difference:
+        if self._config.gain is GainKind.difference:
             return belief.score, semantics.jackknife_error(belief.left_out_scores)
         log_score, *left_out = semantics.log_score(
-            np.asarray([belief.score, *belief.left_out_scores]), floor=self._options.log_floor
+            np.asarray([belief.score, *belief.left_out_scores]), floor=self._config.log_floor
         )
         return float(log_score), semantics.jackknife_error(np.asarray(left_out))
 
@@ -348,26 +311,18 @@ class GainEstimator:
             work.answers_sampled += num_answers
             work.answers_empty += sum(not answer.text for answer in answers)
         work.pairs_naive += 2 * num_answers * len(plan.golds)
-        if self._score is ScoreKind.hard or self._options.gain is GainKind.entropy:
+        if self._config.score is ScoreKind.hard or self._config.gain is GainKind.entropy:
             work.pairs_naive += num_answers * (num_answers - 1)
 
-    def _prompt(self, question: str, *, context: str) -> str:
-        return build_prompt(
-            question,
-            context=context,
-            prompt_type=self._options.prompt_type,
-            max_context_words=self._options.max_context_words,
-            prompt_style=self._sampling.prompt_style,
+    def _sample_key(self, prompt: str) -> bytes:
+        """Return a key of everything that the samples of a prompt depend on."""
+        config = self._config
+        options = (
+            self._generator_digest,
+            config.num_generations,
+            config.temperature,
+            config.max_new_tokens,
+            config.seed,
+            config.prompt_style,
         )
-
-    def _key_of(self, prompt: str) -> SampleKey:
-        sampling = self._sampling
-        return SampleKey(
-            model_digest=self._model_digest,
-            prompt=prompt,
-            num_answers=sampling.num_answers,
-            temperature=sampling.temperature,
-            max_new_tokens=sampling.max_new_tokens,
-            seed=sampling.seed,
-            prompt_style=sampling.prompt_style,
-        )
+        return hashlib.sha256(f"{options!r}\x00{prompt}".encode(errors="surrogatepass")).digest()

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Protocol
 
+from IG.config import IGServiceConfig
 from IG.frames import make_frame
-from IG.prompts import STOP_STRINGS, PromptStyle
+from IG.prompts import STOP_STRINGS
 from serving.encoding import TextEncoder
 from serving.lifeline import Lifeline
 from serving.machine import prepare_engine
@@ -75,37 +76,6 @@ class AnswerSampler(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """What is asked of the generator for every prompt."""
-
-    num_answers: int
-    temperature: float
-    max_new_tokens: int
-    seed: int
-    prompt_style: PromptStyle = PromptStyle.plain
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How the engine is run."""
-
-    model: str
-    device: str
-    """`auto`, `cpu` or `cuda`: what this vLLM must run on."""
-    max_num_seqs: int
-    """Answers decoded together."""
-    max_model_len: int | None
-    """Prompt and answer, in tokens; None takes the model's own limit."""
-    gpu_memory_utilization: float
-    cpu_cache_bytes: int
-    """Key-value cache on the CPU."""
-    cpu_threads: int
-    """Threads of the engine on the CPU; more than it has free cores makes it many times slower."""
-    dtype: str = "auto"
-    """Precision; `auto` is float32 on a CPU, and what the model says on a GPU."""
-
-
 def prompt_seed(service_seed: int, prompt: str) -> int:
     """Seed of the first sample of a prompt; the engine counts up from it for the others."""
     digest = hashlib.sha256(f"{service_seed}\x00{prompt}".encode()).digest()
@@ -135,29 +105,31 @@ class VllmSampler:
         self,
         engine: AsyncLLM,
         *,
-        options: SamplingOptions,
+        config: IGServiceConfig,
         device: str,
         lifeline: Lifeline,
     ) -> None:
         self.device = device
         """`cpu` or `cuda`, as this vLLM was built."""
         self._engine = engine
-        self._options = options
+        self._config = config
         self._tokenizer = engine.get_tokenizer()
         self._encoder = TextEncoder(self._tokenizer)
-        self._frame = make_frame(self._tokenizer, encoder=self._encoder, prompt_style=options.prompt_style)
-        self._max_prompt_tokens = engine.model_config.max_model_len - options.max_new_tokens
+        self._frame = make_frame(self._tokenizer, encoder=self._encoder, prompt_style=config.prompt_style)
+        self._max_prompt_tokens = engine.model_config.max_model_len - config.max_new_tokens
         self._request_ids = itertools.count()
         self._lifeline = lifeline
 
     @classmethod
-    async def start(cls, options: SamplingOptions, *, engine: EngineOptions) -> VllmSampler:
-        """Load the model in a process of its own, which dies with this one. Raises what vLLM raises.
+    async def start(cls, config: IGServiceConfig, *, cores: float) -> VllmSampler:
+        """Load the model in a child process, which dies with this one. Raises what vLLM raises.
+
+        `cores` is the worker's share of the machine.
 
         Cancelling it ends that process at once and leaves the loading thread behind, see serving.web.loading.
         """
         lifeline = Lifeline()
-        loading = load_in_thread(lambda: _load_engine(engine), name="engine")
+        loading = load_in_thread(lambda: _load_engine(config, cores=cores), name="engine")
         try:
             while not loading.done():
                 _tie_children(lifeline)
@@ -169,7 +141,7 @@ class VllmSampler:
             lifeline.cut()
             raise
         _tie_children(lifeline)
-        return cls(loaded, options=options, device=device, lifeline=lifeline)
+        return cls(loaded, config=config, device=device, lifeline=lifeline)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """All answers to a prompt, from one engine request; cancelling it stops that.
@@ -177,12 +149,12 @@ class VllmSampler:
         Raises SamplingError and EngineLostError.
         """
         prompt_ids = await self._encode(prompt)
-        outputs = await self._generate(prompt_ids, params=self._params(prompt, options=self._options))
+        outputs = await self._generate(prompt_ids, params=self._params(prompt, config=self._config))
         answers = await asyncio.gather(
             *(self._answer(output, prompt_ids, key=f"{prompt}\x00{k}") for k, output in enumerate(outputs))
         )
         # Greedy: every sample is the same.
-        return tuple(answers) * (self._options.num_answers if len(outputs) == 1 else 1)
+        return tuple(answers) * (self._config.num_generations if len(outputs) == 1 else 1)
 
     @property
     def alive(self) -> bool:
@@ -199,7 +171,7 @@ class VllmSampler:
     async def _encode(self, prompt: str) -> list[int]:
         """Raises SamplingError when the model cannot take so much."""
         takes = (
-            f"the model takes {self._max_prompt_tokens} tokens before {self._options.max_new_tokens} new "
+            f"the model takes {self._max_prompt_tokens} tokens before {self._config.max_new_tokens} new "
             "ones; shorten the context (--max-context-words) or let the model take more (--max-model-len)"
         )
         if len(prompt) > _MAX_CHARS_PER_TOKEN * self._max_prompt_tokens:
@@ -233,11 +205,11 @@ class VllmSampler:
         """Return the answer of an output; after nothing but line breaks it is sampled further."""
         token_ids, log_probs = list(output.token_ids), _log_probs(output)
         for _ in range(_MAX_LEADING_BREAKS):
-            num_left = self._options.max_new_tokens - len(token_ids)
+            num_left = self._config.max_new_tokens - len(token_ids)
             if not _ended_in_break(output) or num_left < 1:
                 break
-            options = replace(self._options, num_answers=1, max_new_tokens=num_left)
-            params = self._params(f"{key}\x00{len(token_ids)}", options=options)
+            rest = replace(self._config, num_generations=1, max_new_tokens=num_left)
+            params = self._params(f"{key}\x00{len(token_ids)}", config=rest)
             (output,) = await self._generate([*prompt_ids, *token_ids], params=params)
             token_ids += output.token_ids
             log_probs += _log_probs(output)
@@ -245,8 +217,8 @@ class VllmSampler:
         length = answer_length(token_ids, text, tokenizer=self._tokenizer)
         return SampledAnswer(text=text, mean_log_prob=sum(log_probs[:length]) / length, num_tokens=length)
 
-    def _params(self, key: str, *, options: SamplingOptions) -> SamplingParams:
-        return sampling_params(options, key, stop_token_ids=self._frame.stop_token_ids)
+    def _params(self, key: str, *, config: IGServiceConfig) -> SamplingParams:
+        return sampling_params(config, key, stop_token_ids=self._frame.stop_token_ids)
 
 
 def _log_probs(output: CompletionOutput) -> list[float]:
@@ -263,23 +235,23 @@ def _ended_in_break(output: CompletionOutput) -> bool:
 
 
 def sampling_params(
-    options: SamplingOptions, key: str, *, stop_token_ids: Sequence[int] = ()
+    config: IGServiceConfig, key: str, *, stop_token_ids: Sequence[int] = ()
 ) -> SamplingParams:
-    """Return how the engine is asked for answers; the seed is made of `key`, the prompt."""
+    """Return the engine's parameters; their seed is derived from the service seed and `key`, the prompt."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    greedy = options.temperature == 0
+    greedy = config.temperature == 0
     return SamplingParams(
-        n=1 if greedy else options.num_answers,
-        temperature=options.temperature,
+        n=1 if greedy else config.num_generations,
+        temperature=config.temperature,
         top_p=1.0,
         top_k=0,
         min_p=0.0,
         repetition_penalty=1.0,
         presence_penalty=0.0,
         frequency_penalty=0.0,
-        max_tokens=options.max_new_tokens,
-        seed=None if greedy else prompt_seed(options.seed, key),
+        max_tokens=config.max_new_tokens,
+        seed=None if greedy else prompt_seed(config.seed, key),
         stop=list(STOP_STRINGS),
         stop_token_ids=list(stop_token_ids),
         logprobs=0,
@@ -293,7 +265,7 @@ def _tie_children(lifeline: Lifeline) -> None:
             lifeline.tie(child.pid)
 
 
-def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
+def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, str]:
     """Import vLLM (its environment has to be set before that) and load the model.
 
     In a thread of its own: what it does to signals, the engine process inherits.
@@ -302,63 +274,63 @@ def _load_engine(options: EngineOptions) -> tuple[AsyncLLM, str]:
     # comes first, because when it starts with the engine it unblocks the signal.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    set_environment(options)
+    set_environment(config, cores=cores)
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     device = "cpu" if current_platform.is_cpu() else "cuda"
-    if options.device not in ("auto", device):
+    if config.device_kind not in ("auto", device):
         raise ValueError(
-            f"--device {options.device}: the vLLM that is installed here runs on {device}; "
+            f"--device {config.device_kind}: the vLLM that is installed here runs on {device}; "
             f"use --device {device} or install the other build"
         )
-    arguments = AsyncEngineArgs(**engine_arguments(options, device=device))
+    arguments = AsyncEngineArgs(**engine_arguments(config, device=device))
     return AsyncLLM.from_engine_args(arguments), device
 
 
-def set_environment(options: EngineOptions) -> None:
+def set_environment(config: IGServiceConfig, *, cores: float) -> None:
     """Set what vLLM reads when it is imported; call it before that. Raises MachineError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A separate executor process would import everything once more; a fork would share the guard's pipe.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["OMP_NUM_THREADS"] = str(options.cpu_threads)
+    os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads or max(1, int(cores / 2)))
     import torch
 
     prepare_engine(
-        on_cpu=options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+        on_cpu=config.device_kind == "cpu" or (config.device_kind == "auto" and not torch.cuda.is_available())
     )
     # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
-def engine_arguments(options: EngineOptions, *, device: str) -> dict[str, object]:
+def engine_arguments(config: IGServiceConfig, *, device: str) -> dict[str, object]:
     """What vLLM's engines are made with on a `cpu` or on `cuda`."""
     from vllm.engine.arg_utils import EngineArgs
 
     arguments: dict[str, object] = {
-        "model": options.model,
+        "model": config.model_path,
         "trust_remote_code": False,
         "generation_config": "vllm",  # sampling is what the service says, not what the checkpoint suggests
-        "dtype": options.dtype,
-        "max_model_len": options.max_model_len,
-        "max_num_seqs": options.max_num_seqs,
-        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len or None,
+        "max_num_seqs": config.sub_batch_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
     }
     if device == "cpu":
         arguments |= {
-            "dtype": "float32" if options.dtype == "auto" else options.dtype,
+            "dtype": "float32" if config.dtype == "auto" else config.dtype,
             "enforce_eager": True,
-            "kv_cache_memory_bytes": options.cpu_cache_bytes,
+            "kv_cache_memory_bytes": int(config.cpu_cache_gb * 2**30),
             "block_size": 32,
             # A seeded request that is prefilled in chunks kills the CPU engine: whole prompts only.
             "enable_chunked_prefill": False,
         }
         # Room for one whole prompt; more than a few thousand tokens at once only misses the caches.
         longest = EngineArgs(**arguments).create_model_config().max_model_len
-        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, longest, options.max_num_seqs)
+        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, longest, config.sub_batch_size)
     return arguments

@@ -1,8 +1,8 @@
-"""Work that is done once however many ask for it: samples of a prompt, entailment of a pair.
+"""Do shared work once: samples of a prompt, entailment of a pair of texts.
 
-What is under way is shared by all who wait for it (single flight) and what is finished is kept in a bounded
-cache, least recently used first to go. Who waits is counted: when the last one goes away the work is
-cancelled and forgotten, and before that nobody's going away touches the others. Failures are never kept.
+Work under way is shared by all who wait for it (single flight); finished work is kept in a bounded cache,
+least recently used first to go. Waiters are counted: the last one that leaves cancels the work, earlier ones
+leave it alone. Failures are never cached.
 
     shared = SharedSamples(sampler, key_of=key_of, size=50_000)
     answers, source = await shared.of(prompt)
@@ -17,12 +17,11 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from IG.entailment import Pair
 from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError
 
-K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -36,7 +35,7 @@ class Source(StrEnum):
     sampled = "sampled"
     """This request started the sampling."""
     joined = "joined"
-    """It was under way already, for another condition or request."""
+    """Sampling was under way already, for another condition or request."""
     cached = "cached"
 
 
@@ -51,60 +50,45 @@ class ModelIdentity:
     entailment_digest: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleKey:
-    """Everything that the samples of a prompt depend on."""
-
-    model_digest: str
-    prompt: str
-    num_answers: int
-    temperature: float
-    max_new_tokens: int
-    seed: int
-    prompt_style: str
-
-    @property
-    def digest(self) -> bytes:
-        """Stands for the key where many are kept: prompts are long."""
-        options = (
-            self.model_digest, self.num_answers, self.temperature, self.max_new_tokens, self.seed,
-            self.prompt_style,
-        )  # fmt: skip
-        return hashlib.sha256(f"{options!r}\x00{self.prompt}".encode(errors="surrogatepass")).digest()
-
-
 @dataclass(slots=True, kw_only=True)
 class Work:
-    """What one request asked for and how much of it had to be done."""
+    """Work that a request asked for, and how much of it had to be done; the fields are those on the wire."""
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"use_attribute_docstrings": True}
+    """Lets the OpenAPI document show the docstrings of the fields."""
 
     items: int = 0
     conditions: int = 0
-    """With and without context, for every item that could be read."""
+    """With and without context, of every item that could be read."""
     distinct_prompts: int = 0
     prompts_sampled: int = 0
-    """Sampling that this request started; the three sources add up to the conditions that got samples."""
+    """Prompts whose sampling this request started."""
     prompts_joined: int = 0
+    """Conditions whose prompt was being sampled already."""
     prompts_cached: int = 0
+    """Conditions whose samples were cached."""
     baselines: int = 0
     """Conditions without context."""
     baselines_sampled: int = 0
+    """Of those, really sampled by this request."""
     answers_sampled: int = 0
     answers_empty: int = 0
     """Of those, without any text."""
     pairs_naive: int = 0
     """Directed pairs that a reading without any sharing judges."""
     pairs_judged: int = 0
+    """Pairs that this request sent to the model."""
     pairs_shared: int = 0
-    """Known, or under way already."""
+    """Pairs known or under way already."""
     pairs_equal: int = 0
-    """Settled by equal text."""
+    """Pairs settled by equal text."""
 
 
 class PairJudge(Protocol):
     """Judge pairs of texts for many callers at once."""
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
-        """P(premise entails hypothesis) of every pair, or why there is none, in order.
+        """Return P(premise entails hypothesis) of every pair, or why there is none, in order.
 
         Cancelling it drops the pairs that are not being judged yet.
         """
@@ -114,15 +98,16 @@ class PairJudge(Protocol):
 class SharedSamples:
     """The samples of each prompt, drawn once."""
 
-    def __init__(self, sampler: AnswerSampler, *, key_of: Callable[[str], SampleKey], size: int) -> None:
+    def __init__(self, sampler: AnswerSampler, *, key_of: Callable[[str], bytes], size: int) -> None:
+        """`key_of` stands for everything that the samples of a prompt depend on."""
         self._sampler = sampler
         self._key_of = key_of
-        self._finished: _Recent[bytes, tuple[SampledAnswer, ...]] = _Recent(size)
+        self._finished: _Cache[tuple[SampledAnswer, ...]] = _Cache(size)
         self._flights: dict[bytes, _Flight[tuple[SampledAnswer, ...]]] = {}
 
     async def of(self, prompt: str) -> tuple[tuple[SampledAnswer, ...], Source]:
-        """The samples and how they were come by. Raises what the sampler raises, SamplingError for NaN."""
-        key = self._key_of(prompt).digest
+        """Return the samples and their source. Raises what the sampler raises, SamplingError for NaN."""
+        key = self._key_of(prompt)
         answers = self._finished.get(key)
         if answers is not None:
             return answers, Source.cached
@@ -141,67 +126,64 @@ class SharedSamples:
     async def _sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         answers = await self._sampler.sample(prompt)
         if not answers or not all(math.isfinite(answer.mean_log_prob) for answer in answers):
-            likely = [answer.mean_log_prob for answer in answers]
-            raise SamplingError(f"the log-probs of the answers are {likely}, expected finite numbers")
+            log_probs = [answer.mean_log_prob for answer in answers]
+            raise SamplingError(f"the log-probs of the answers are {log_probs}, expected finite numbers")
         return answers
 
     def _settle(self, key: bytes, flight: _Flight[tuple[SampledAnswer, ...]]) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+        del self._flights[key]
         if (answers := flight.outcome) is not None:
             self._finished.put(key, answers)
+
+
+_Judged = dict[Pair, float | Exception]
 
 
 class SharedJudgements:
     """The entailment of each pair, judged once.
 
-    All new pairs of a call go to the judge together and are waited for together: one future for the call.
+    All new pairs of a call are one flight, so a call waits for one future and not for one per pair.
     """
 
     def __init__(self, judge: PairJudge, *, size: int) -> None:
         self._judge = judge
-        self._known: _Recent[bytes, float] = _Recent(size)
-        self._flights: dict[Pair, _Flight[dict[Pair, float | Exception]]] = {}
+        self._known: _Cache[float] = _Cache(size)
+        self._flights: dict[Pair, _Flight[_Judged]] = {}
 
     async def of(self, pairs: Sequence[Pair], work: Work) -> dict[Pair, float]:
-        """P(premise entails hypothesis) by pair.
+        """Return P(premise entails hypothesis) by pair.
 
         Raises JudgementError and PoisonedError for a pair that has none, and what the judge raises.
         """
         found: dict[Pair, float] = {}
-        fresh: list[Pair] = []
-        waiting: dict[_Flight[dict[Pair, float | Exception]], list[Pair]] = {}
+        new: list[Pair] = []
+        waiting: dict[_Flight[_Judged], list[Pair]] = {}
         for pair in dict.fromkeys(pairs):
-            probability = self._known.get(_digest(pair))
+            probability = self._known.get(_pair_key(pair))
             if probability is not None:
                 found[pair] = probability
             elif (flight := self._flights.get(pair)) is not None:
                 waiting.setdefault(flight, []).append(pair)
             else:
-                fresh.append(pair)
-        work.pairs_judged += len(fresh)
-        work.pairs_shared += len(pairs) - len(fresh)
-        if fresh:
-            waiting[self._start(fresh)] = fresh
+                new.append(pair)
+        work.pairs_judged += len(new)
+        work.pairs_shared += len(pairs) - len(new)
+        if new:
+            flight = _Flight(lambda: self._judge_all(new), on_end=lambda ended: self._settle(new, ended))
+            self._flights |= dict.fromkeys(new, flight)
+            waiting[flight] = new
         for flight in waiting:
             flight.join()
         try:
             for flight, wanted in waiting.items():
                 outcomes = await flight.result()
-                for pair in wanted:
-                    found[pair] = _probability(outcomes[pair])
+                found |= {pair: _probability(outcomes[pair]) for pair in wanted}
         finally:
             for flight in waiting:
                 flight.leave()
         return found
 
-    def _start(self, pairs: list[Pair]) -> _Flight[dict[Pair, float | Exception]]:
-        flight = _Flight(lambda: self._judge_all(pairs), on_end=lambda ended: self._settle(pairs, ended))
-        for pair in pairs:
-            self._flights[pair] = flight
-        return flight
-
-    async def _judge_all(self, pairs: list[Pair]) -> dict[Pair, float | Exception]:
+    async def _judge_all(self, pairs: list[Pair]) -> _Judged:
         outcomes = await self._judge.judge(pairs)
         if len(outcomes) != len(pairs):
             raise JudgementError(f"{len(outcomes)} judgements came back for {len(pairs)} pairs")
@@ -212,17 +194,16 @@ class SharedJudgements:
             for pair, outcome in zip(pairs, outcomes, strict=True)
         }
 
-    def _settle(self, pairs: list[Pair], flight: _Flight[dict[Pair, float | Exception]]) -> None:
+    def _settle(self, pairs: list[Pair], flight: _Flight[_Judged]) -> None:
         for pair in pairs:
-            if self._flights.get(pair) is flight:
-                del self._flights[pair]
+            del self._flights[pair]
         for pair, outcome in (flight.outcome or {}).items():
             if not isinstance(outcome, Exception):
-                self._known.put(_digest(pair), outcome)
+                self._known.put(_pair_key(pair), outcome)
 
 
-def _digest(pair: Pair) -> bytes:
-    """Stands for the pair where many are kept: texts may be long."""
+def _pair_key(pair: Pair) -> bytes:
+    """Return a short key: texts may be long and many pairs are cached."""
     premise, hypothesis = pair
     text = f"{len(premise)}\x00{premise}{hypothesis}"
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
@@ -236,30 +217,29 @@ def _probability(outcome: float | Exception) -> float:
     return outcome
 
 
-class _Recent(Generic[K, T]):
-    """The last `size` things that were put or asked for."""
+class _Cache(Generic[T]):
+    """The `size` most recently used values."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: OrderedDict[K, T] = OrderedDict()
+        self._values: OrderedDict[bytes, T] = OrderedDict()
 
-    def get(self, key: K) -> T | None:
-        value = self._kept.get(key)
+    def get(self, key: bytes) -> T | None:
+        value = self._values.get(key)
         if value is not None:
-            self._kept.move_to_end(key)
+            self._values.move_to_end(key)
         return value
 
-    def put(self, key: K, value: T) -> None:
-        self._kept[key] = value
-        self._kept.move_to_end(key)
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
+    def put(self, key: bytes, value: T) -> None:
+        self._values[key] = value
+        while len(self._values) > self._size:
+            self._values.popitem(last=False)
 
 
 class _Flight(Generic[T]):
-    """Work under way; whoever waits for it joins before and leaves afterwards.
+    """Work under way; each waiter joins before and leaves afterwards.
 
-    `on_end` is called once: at the end, or when nobody waits any more and the work is cancelled.
+    `on_end` is called once: when the work ends, or when the last waiter leaves and the work is cancelled.
     """
 
     def __init__(self, start: Callable[[], Awaitable[T]], *, on_end: Callable[[_Flight[T]], None]) -> None:
@@ -271,7 +251,7 @@ class _Flight(Generic[T]):
 
     @property
     def outcome(self) -> T | None:
-        """What came of it; None while it runs, when it failed and when it was cancelled."""
+        """The result; None while it runs, when it failed and when it was cancelled."""
         if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
             return None
         return self._task.result()
@@ -283,7 +263,7 @@ class _Flight(Generic[T]):
         self._num_waiting -= 1
         if self._num_waiting == 0 and not self._task.done():
             self._task.cancel()
-            self._end()
+            self._end()  # now, not when the task has ended: a new waiter must start new work
 
     async def result(self) -> T:
         return await asyncio.shield(self._task)
@@ -295,12 +275,12 @@ class _Flight(Generic[T]):
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # Nobody cancelled this: it would look to those who wait as if somebody had cancelled them.
+            # The work cancelled itself. Passed on, that would look like a cancellation of the waiters.
             raise RuntimeError("the worker stopped before it was done") from None
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # work that nobody waits for any more must not leave a warning behind
+            task.exception()  # marks it as retrieved: abandoned work must not log a warning
         self._end()
 
     def _end(self) -> None:

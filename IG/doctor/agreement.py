@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from IG.config import IGServiceConfig
 from IG.doctor.readings import QuestionReading
 from IG.semantics import BoolArray, FloatArray
-from IG.service.config import IGServiceConfig
 from serving.answers import normalize_answer
 
 _MAX_EXAMPLES = 20

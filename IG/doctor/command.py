@@ -21,12 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from IG.doctor.diagnosis import Diagnosis, diagnose, rows, summary
-from IG.doctor.measuring import Measured, measure_questions
-from IG.doctor.plot import draw_gains
-from IG.doctor.questions import AskedQuestion, choose, read_questions
-from IG.service.backend import Backend, PooledBackend
-from IG.service.config import (
+from IG.config import (
     SETTINGS,
     WORLD_GENERATOR,
     IGServiceConfig,
@@ -35,6 +30,11 @@ from IG.service.config import (
     resolve_config,
     visible_device,
 )
+from IG.doctor.diagnosis import Diagnosis, diagnose, rows, summary
+from IG.doctor.measuring import Measured, measure_questions
+from IG.doctor.plot import draw_gains
+from IG.doctor.questions import AskedQuestion, choose, read_questions
+from IG.service.backend import Backend, PooledBackend
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
 from serving.questions import QuestionError

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from IG.config import IGServiceConfig
 from IG.doctor.agreement import JudgeAgreement, compare_judge, gain_auc
 from IG.doctor.measuring import Measured
 from IG.doctor.noise import Noise, measure_noise
 from IG.doctor.questions import Scenario
 from IG.doctor.readings import QuestionReading
 from IG.estimator import explain_empty
-from IG.service.config import IGServiceConfig
 
 MAX_NOISE_SHARE = 1 / 3
 """Largest noise of a trustworthy gain, as a share of the signal."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from IG.config import IGServiceConfig
 from IG.doctor.readings import QuestionReading
 from IG.semantics import FloatArray
-from IG.service.config import IGServiceConfig
 
 NUM_SAMPLES = (1, 2, 4, 5, 8, 10, 16, 32, 64)
 NUM_DRAWS = 100

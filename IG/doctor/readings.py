@@ -14,9 +14,9 @@ import numpy as np
 
 from IG import semantics
 from IG.belief import Belief
+from IG.config import IGServiceConfig
 from IG.doctor.questions import AskedQuestion, Scenario
 from IG.semantics import BoolArray, FloatArray, GainKind, IntArray, ScoreKind
-from IG.service.config import IGServiceConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

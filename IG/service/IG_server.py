@@ -17,22 +17,29 @@ from dataclasses import replace
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.responses import Response
 
-from IG.estimator import GainQuery
-from IG.semantics import gain_limit
-from IG.service import openapi
-from IG.service.backend import Backend, PooledBackend
-from IG.service.config import (
+from IG.config import (
     IGServiceConfig,
     count_gpus,
     require_devices,
     resolve_config,
     visible_device,
 )
+from IG.estimator import GainQuery
+from IG.semantics import gain_limit
+from IG.service import openapi
+from IG.service.backend import Backend, PooledBackend
 from IG.service.lifecycle import Service, StartBackend
 from IG.service.metrics import ServiceMetrics
 from IG.service.models import require_models
 from IG.service.rendering import render
-from IG.service.schema import HealthResponse, InfoGainRequest, InfoGainResponse, VersionResponse
+from IG.service.schema import (
+    HealthResponse,
+    InfoGainRequest,
+    InfoGainResponse,
+    Message,
+    Mode,
+    VersionResponse,
+)
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
 from serving.web.application import add_guards, add_states, make_application, wait_until_left
@@ -56,7 +63,7 @@ def create_app(
     on_ready: Callable[[Backend], None] = lambda _: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application; `start_backend` is awaited in the background once it runs."""
+    """Build the application; `start_backend` is awaited in the background once it runs."""
     service = Service(
         start_backend,
         max_queued_items=config.max_queued_items,
@@ -96,7 +103,7 @@ def create_app(
 def _add_health(app: FastAPI, *, host: Host[Backend]) -> None:
     @app.get("/health", response_model_exclude_none=True, tags=["state"])
     async def health() -> HealthResponse:
-        """State of the service; always 200."""
+        """Return the state of the service; always 200."""
         return describe_health(host, version=app.version)
 
 
@@ -105,24 +112,13 @@ def _add_reports(
 ) -> None:
     @router.get("/version", tags=["state"])
     async def version() -> VersionResponse:
-        """Everything that the numbers depend on."""
-        identity = service.identity
-        return VersionResponse(
+        """Return everything that the numbers depend on."""
+        identity = service.host.backend.identity if service.host.backend else None
+        return VersionResponse.of(
+            config,
             version=package_version(),
-            generator=config.model_path,
             generator_digest=identity.generator_digest if identity else None,
-            entailment=config.entailment_model,
             entailment_digest=identity.entailment_digest if identity else None,
-            score=config.score,
-            gain=config.gain,
-            threshold=config.threshold,
-            num_generations=config.num_generations,
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            max_context_words=config.max_context_words,
-            prompt_type=config.prompt_type,
-            prompt_style=config.prompt_style,
-            seed=config.seed,
         )
 
     @router.get(
@@ -132,7 +128,7 @@ def _add_reports(
         responses=metrics_response("ig_items_in_progress 0.0\n"),
     )
     async def read_metrics() -> Response:
-        """Counters in the text format of Prometheus."""
+        """Return counters in the text format of Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
@@ -151,7 +147,7 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
         responses=refusals(openapi.REFUSALS, 400, 408, 413, 415, 422, 429, 503),
     )
     async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
-        """Gain of every item, in order; a failed item has a null score (`compat`: 0.0) and its error."""
+        """Return gains in order; a failed item has a null score (`compat`: 0.0) and its error."""
         queries = [
             GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
             for item in body.items
@@ -176,42 +172,37 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
 
 
 def describe_health(host: Host[Backend], *, version: str) -> HealthResponse:
-    """What `GET /health` says, with the published words."""
-    backend = host.backend
+    """Return the answer of `GET /health`, with the published words."""
+
+    def unhealthy(message: Message, reason: str | None = None) -> HealthResponse:
+        return HealthResponse(status="unhealthy", message=message, reason=reason, version=version)
+
     if host.draining:
-        return HealthResponse(status="unhealthy", message="Shutting down", version=version)
-    if backend is None:
-        return HealthResponse(status="unhealthy", message="Models not loaded", version=version)
-    num_workers = len(backend.devices)
-    if backend.failure is not None or backend.num_ready_workers == 0:
-        return HealthResponse(
-            status="unhealthy", message="No workers available", reason=backend.failure, version=version
-        )
-    if backend.num_ready_workers < num_workers:
-        num_lost = num_workers - backend.num_ready_workers
-        reason = f"{num_lost} of {num_workers} workers are being replaced or were given up"
-        return HealthResponse(
-            status="unhealthy", message="Some workers are unhealthy", reason=reason, version=version
-        )
-    on_cpus = backend.devices[0] == "cpu"
+        return unhealthy("Shutting down")
+    if host.backend is None:
+        return unhealthy("Models not loaded")
+    workers = host.backend.workers
+    num_workers = len(workers.devices)
+    if workers.failure is not None or workers.num_ready == 0:
+        return unhealthy("No workers available", workers.failure)
+    if (num_lost := num_workers - workers.num_ready) > 0:
+        reason = f"{num_lost} of {num_workers} workers are being replaced or could not be"
+        return unhealthy("Some workers are unhealthy", reason)
+    on_cpus = workers.devices[0] == "cpu"
     if num_workers == 1:
-        return HealthResponse(
-            status="healthy",
-            mode="single-CPU" if on_cpus else "single-GPU",
-            device=backend.devices[0],
-            version=version,
-        )
+        mode: Mode = "single-CPU" if on_cpus else "single-GPU"
+        return HealthResponse(status="healthy", mode=mode, device=workers.devices[0], version=version)
     return HealthResponse(
         status="healthy",
         mode="multi-CPU" if on_cpus else "multi-GPU",
         num_workers=num_workers,
-        devices=list(backend.devices),
+        devices=list(workers.devices),
         version=version,
     )
 
 
 def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
-    """Raises HTTPException for a request that can never be accepted."""
+    """Raise HTTPException for a request that can never be accepted."""
     limit, flag = min((config.max_items, "--max-items"), (config.max_queued_items, "--max-queued-items"))
     if num_items > limit:
         raise HTTPException(
@@ -220,9 +211,9 @@ def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the service until it is told to stop. Exit status: 0 stopped, 1 it could not start or load.
+    """Run the service until it is stopped. Exit status: 0 stopped, 1 it could not start or load.
 
-    Ends the process by itself when it was stopped while a model still loads, which nothing can interrupt.
+    Exits the process itself when it is stopped while a model still loads, which nothing can interrupt.
     """
     configure_logging(
         "%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -238,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1
-    os.environ.pop("IG_TOKEN", None)  # what the workers inherit is none of their business
+    os.environ.pop("IG_TOKEN", None)  # workers must not inherit it
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     status = _serve(config, listener)
@@ -253,7 +244,7 @@ def _serve(config: IGServiceConfig, listener: socket.socket) -> int:
     def announce(backend: Backend) -> None:
         generator = f"generator {config.model_path}, entailment {config.entailment_model}"
         method = f"{config.score} score, gain by {config.gain}, {config.num_generations} samples"
-        devices = ", ".join(backend.devices)
+        devices = ", ".join(backend.workers.devices)
         logger.info("IG service ready at %s (%s, %s, on %s)", url, generator, method, devices)
 
     app = create_app(

@@ -1,7 +1,7 @@
 """The workers of the pool: both models in this process, or in an actor of a private Ray cluster.
 
-A worker knows nothing of questions, golds or gains: it samples answers to prompts and judges pairs of texts,
-so one worker and several give the same numbers.
+A worker knows nothing of questions, gold answers or gains: it samples answers to prompts and judges pairs of
+texts, so one worker and several give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,31 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from IG.config import IGServiceConfig
 from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.prompts import build_prompt
-from IG.sampler import (
-    EngineLostError,
-    EngineOptions,
-    SampledAnswer,
-    SamplingError,
-    SamplingOptions,
-    VllmSampler,
-)
+from IG.sampler import EngineLostError, SampledAnswer, SamplingError, VllmSampler
 from IG.service.cluster import ActorLostError, RayActor, RayCluster
-from IG.service.config import IGServiceConfig
 from IG.service.pool import WorkerLostError
 from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 0.2
-_CLOSING_S = 10.0
+_POLL_S = 0.2
+_CLOSE_TIMEOUT_S = 10.0
 _WARM_UP_PAIRS = (("The capital of France is Paris.", "Paris is the capital."), ("Paris", "London"))
-
-
-def count_workers(config: IGServiceConfig) -> int:
-    """How many workers the settings ask for: on CPUs or on GPUs, never both."""
-    return max(config.num_workers, config.num_gpus)
 
 
 class LocalWorker:
@@ -47,20 +35,17 @@ class LocalWorker:
 
     def __init__(self, sampler: VllmSampler, *, entailment: EntailmentModel, device: str) -> None:
         self.device = device
-        """Where both models compute, named as in the settings."""
+        """Where both models compute: `cpu` or `cuda:N`."""
         self._sampler = sampler
         self._entailment: EntailmentModel | None = entailment
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ig-entailment")
 
     @classmethod
     async def start(cls, config: IGServiceConfig, rank: int) -> LocalWorker:
-        """Load both models and use each once. Raises what the libraries raise."""
-        cores = len(os.sched_getaffinity(0)) / count_workers(config)
-        # The engine first: its process must be made before this one computes anything.
-        sampler = await VllmSampler.start(
-            sampling_options(config),
-            engine=engine_options(config, cores=cores),
-        )
+        """Load both models and warm them up. Raises what the libraries raise."""
+        cores = len(os.sched_getaffinity(0)) / config.worker_count
+        # The engine first: its process must be started before this one computes anything.
+        sampler = await VllmSampler.start(config, cores=cores)
         try:
             entailment = await load_in_thread(
                 lambda: EntailmentModel.load(
@@ -92,14 +77,14 @@ class LocalWorker:
         return worker
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """Answers to the prompt; cancelling it stops the engine's work. Raises as the protocol says."""
+        """Return answers to the prompt; cancelling it stops the engine's work."""
         try:
             return await self._sampler.sample(prompt)
         except EngineLostError as error:
             raise WorkerLostError(str(error)) from error
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float]:
-        """P(premise entails hypothesis) of every pair; one batch at a time, in a thread."""
+        """Return P(premise entails hypothesis) of every pair; one batch at a time, in a thread."""
         if self._entailment is None:
             raise WorkerLostError("the worker was closed")
         judge = self._entailment.probabilities
@@ -111,13 +96,13 @@ class LocalWorker:
         return scores
 
     async def wait_lost(self) -> str:
-        """Why the worker is gone, as soon as it is."""
+        """Wait until the worker is gone and return the reason."""
         while self._sampler.alive:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_S)
         return "the generator's engine process died"
 
     async def aclose(self) -> None:
-        """Stop the engine process, wait for the running batch, let go of the models."""
+        """Stop the engine process, wait for the running batch, free the models."""
         self._entailment = None
         try:
             await self._sampler.aclose()
@@ -126,51 +111,21 @@ class LocalWorker:
 
 
 def _keep_from_collector() -> None:
-    """Models and libraries stay; looking through them now and then stops everything for 0.3 s (measured)."""
-    gc.unfreeze()  # what is left of a lost worker may go
+    """Exempt models and libraries from garbage collection, which else pauses everything for 0.3 s."""
+    gc.unfreeze()  # the remains of a lost worker may be collected
     gc.collect()
     gc.freeze()
 
 
-def sampling_options(config: IGServiceConfig) -> SamplingOptions:
-    """What is asked of the generator for every prompt."""
-    return SamplingOptions(
-        num_answers=config.num_generations,
-        temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        prompt_style=config.prompt_style,
-    )
-
-
-def engine_options(config: IGServiceConfig, *, cores: float) -> EngineOptions:
-    """How a worker that has so many cores runs its generator."""
-    device = config.device.partition(":")[0]
-    if config.num_workers > 1:
-        device = "cpu"
-    elif config.num_gpus > 1:
-        device = "cuda"
-    return EngineOptions(
-        model=config.model_path,
-        device=device,
-        max_num_seqs=config.sub_batch_size,
-        max_model_len=config.max_model_len or None,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        cpu_cache_bytes=int(config.cpu_cache_gb * 2**30),
-        cpu_threads=config.cpu_threads or max(1, int(cores / 2)),
-        dtype=config.dtype,
-    )
-
-
 class _Host:
-    """Lives in the actor and holds its worker. What a caller must tell apart is returned, not raised."""
+    """The actor's object: holds its worker. Expected errors are returned, not raised: Ray wraps those."""
 
     def __init__(self) -> None:
         self._worker: LocalWorker | None = None
 
     async def start(self, config: IGServiceConfig, rank: int, gpu: str | None) -> tuple[str, int]:
-        """Load; the device and the id of this process. `gpu` is the only one it shall see."""
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from who asks it for none
+        """Load both models; return the device and the process id. `gpu` is the only GPU that it may see."""
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides all GPUs from an actor that requests none
         if gpu is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         self._worker = await LocalWorker.start(config, rank)
@@ -204,9 +159,9 @@ class RayWorker:
 
     def __init__(self, actor: RayActor, *, device: str, pid: int) -> None:
         self.device = device
-        """As the actor says."""
+        """Where it computes: `cpu` or `cuda:N`."""
         self.pid = pid
-        """Of the actor's process."""
+        """Process id of the actor."""
         self._actor = actor
 
     @classmethod
@@ -218,7 +173,7 @@ class RayWorker:
         try:
             while not starting.done():
                 cluster.tie_processes()
-                await asyncio.wait([starting], timeout=_LOOK_EVERY_S)
+                await asyncio.wait([starting], timeout=_POLL_S)
             device, pid = starting.result()
         except BaseException as error:
             starting.cancel()
@@ -231,17 +186,17 @@ class RayWorker:
         return cls(actor, device=device, pid=pid)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """Answers to the prompt; cancelling it stops the actor's work. Raises as the protocol says."""
+        """Return answers to the prompt; cancelling it stops the actor's work."""
         answers: tuple[SampledAnswer, ...] = await self._call("sample", prompt)
         return answers
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float]:
-        """P(premise entails hypothesis) of every pair."""
+        """Return P(premise entails hypothesis) of every pair."""
         scores: list[float] = await self._call("judge", list(pairs))
         return scores
 
     async def wait_lost(self) -> str:
-        """Why the actor, or its engine, is gone."""
+        """Wait until the actor or its engine is gone and return the reason."""
         try:
             reason: str = await self._call("wait_lost")
         except WorkerLostError as error:
@@ -249,9 +204,9 @@ class RayWorker:
         return reason
 
     async def aclose(self) -> None:
-        """Close what the actor holds, if it still answers, and end it."""
+        """Close the actor's worker, if it still answers, and end the actor."""
         try:
-            async with asyncio.timeout(_CLOSING_S):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._call("aclose")
         except (WorkerLostError, TimeoutError):
             logger.debug("the worker of process %d could not be closed, only killed", self.pid)
@@ -269,7 +224,7 @@ class RayWorker:
 
 
 def _gpu_name(rank: int) -> str:
-    """By which CUDA is told to show the GPU of a rank. Raises ValueError when there are too few."""
+    """Return the CUDA_VISIBLE_DEVICES entry of a rank. Raises ValueError when there are too few."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return str(rank)

@@ -1,61 +1,61 @@
-"""What a worker can be given: a prompt to sample from, or a batch of pairs to judge."""
+"""The two kinds of work for a worker: a prompt to sample from, and a batch of pairs to judge."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from IG.entailment import Pair
 from IG.sampler import PoisonedError, SampledAnswer
 from IG.sharing import JudgementError
 
-_SHOWN_CHARS = 80
+_MAX_SHOWN_CHARS = 80
 
 
 class Computes(Protocol):
     """The part of a worker that does the work."""
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """Answers to the prompt; cancelling it stops the work. Raises SamplingError."""
+        """Return answers to the prompt; cancelling it stops the work. Raises SamplingError."""
         ...
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float]:
-        """P(premise entails hypothesis) of every pair, in order."""
+        """Return P(premise entails hypothesis) of every pair, in order."""
         ...
 
 
 class Job(Protocol):
-    """A piece of work and who waits for it."""
+    """Work for one worker, and those who wait for it."""
 
     num_lost_workers: int
-    """How many workers were lost while they had it."""
+    """Workers that were lost while they had it."""
     task: asyncio.Task[None] | None
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether no caller waits for it any more."""
         ...
 
     async def run(self, worker: Computes) -> None:
-        """Do it and tell who waits. Raises what the worker raises, before anybody was told."""
+        """Do the work and settle it. Raises what the worker raises, before anything is settled."""
         ...
 
     def fail(self, error: Exception) -> list[PairBatch]:
-        """The worker is well, but this did not work: tell who waits, or return what to try instead."""
+        """Settle it with an error of its own, or return smaller batches to try instead."""
         ...
 
-    def alone(self) -> list[Job]:
-        """The same work in pieces that cannot harm each other."""
+    def split(self) -> list[Job]:
+        """Return the same work in pieces that can be tried one by one."""
         ...
 
-    def give_up(self) -> None:
-        """Say that it cost too many workers."""
+    def quarantine(self) -> None:
+        """Settle it as poisoned: it was on two workers that were lost."""
         ...
 
     def stop(self, error: Exception) -> None:
-        """There is nobody to do it."""
+        """Fail its callers: there is no worker any more."""
         ...
 
 
@@ -84,10 +84,10 @@ class PromptJob:
         self.stop(error)
         return []
 
-    def alone(self) -> list[Job]:
+    def split(self) -> list[Job]:
         return [self]
 
-    def give_up(self) -> None:
+    def quarantine(self) -> None:
         self.stop(PoisonedError("sampling from this prompt ended two workers in a row; it is given up"))
 
     def stop(self, error: Exception) -> None:
@@ -96,166 +96,140 @@ class PromptJob:
 
 
 class PairCall:
-    """Pairs that one caller waits for."""
+    """Pairs that one caller waits for; they may be judged in several batches."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs = pairs
         self.future: asyncio.Future[list[float | Exception]] = asyncio.get_running_loop().create_future()
+        self.num_taken = 0
+        """Pairs that were put into batches so far."""
         self._outcomes: list[float | Exception] = [0.0] * len(pairs)
         self._num_open = len(pairs)
 
-    def settle(self, start: int, outcomes: Sequence[float | Exception]) -> None:
-        """Take the outcomes of the pairs from `start` on; each pair is settled once."""
-        self._outcomes[start : start + len(outcomes)] = outcomes
-        self._num_open -= len(outcomes)
+    def settle(self, index: int, outcome: float | Exception) -> None:
+        """Set the outcome of a pair; each pair is settled once."""
+        self._outcomes[index] = outcome
+        self._num_open -= 1
         if self._num_open == 0 and not self.future.done():
             self.future.set_result(self._outcomes)
 
-
-Run = tuple[PairCall, int, int]
-"""The pairs from one place up to another of a call."""
+    def stop(self, error: Exception) -> None:
+        """Fail the whole call."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class PairBatch:
-    """Pairs of one or many calls, judged together."""
+    """Pairs of one or many calls that are judged together."""
 
-    def __init__(self, runs: Sequence[Run], *, num_lost_workers: int = 0) -> None:
+    def __init__(self, members: list[tuple[PairCall, int]], *, num_lost_workers: int = 0) -> None:
+        """`members` are calls and indices of their pairs."""
         self.num_lost_workers = num_lost_workers
         self.task: asyncio.Task[None] | None = None
-        self._runs = runs
-        """What it still has to settle: nothing once that was handed on."""
+        self._members = members
 
     def __str__(self) -> str:
-        return f"{len(self)} pairs, the first {_shown(' | '.join(self._pairs()[0]))}"
-
-    def __len__(self) -> int:
-        return sum(stop - start for _, start, stop in self._runs)
+        return f"{len(self._members)} pairs, the first {_shown(' | '.join(self._pairs()[0]))}"
 
     @property
     def is_over(self) -> bool:
-        return all(call.future.done() for call, _, _ in self._runs)
+        return all(call.future.done() for call, _ in self._members)
 
     async def run(self, worker: Computes) -> None:
-        pairs = self._pairs()
-        judged = await worker.judge(pairs)
-        if len(judged) != len(pairs):
-            raise ValueError(f"the entailment model gave {len(judged)} scores for {len(pairs)} pairs")
-        done = 0
-        for call, start, stop in self._runs:
-            call.settle(start, judged[done : done + stop - start])
-            done += stop - start
+        judged = await worker.judge(self._pairs())
+        if len(judged) != len(self._members):
+            raise ValueError(f"the entailment model gave {len(judged)} scores for {len(self._members)} pairs")
+        for (call, index), probability in zip(self._members, judged, strict=True):
+            call.settle(index, probability)
 
     def fail(self, error: Exception) -> list[PairBatch]:
-        """Halves until the pair is found whose fault it is."""
-        if len(self) > 1:
-            return [PairBatch(half) for half in _halves(self._runs, len(self) // 2)]
+        """Return halves until the pair that fails is alone."""
+        if (half := len(self._members) // 2) > 0:
+            return [PairBatch(self._members[:half]), PairBatch(self._members[half:])]
         self._settle_all(JudgementError(f"the entailment model failed: {type(error).__name__}: {error}"))
         return []
 
-    def alone(self) -> list[Job]:
-        runs, self._runs = self._runs, ()
+    def split(self) -> list[Job]:
+        # A worker that was lost may still answer; what it settles then must not be settled twice.
+        members, self._members = self._members, []
         return [
-            PairBatch([(call, at, at + 1)], num_lost_workers=self.num_lost_workers)
-            for call, start, stop in runs
-            if not call.future.done()
-            for at in range(start, stop)
+            PairBatch([member], num_lost_workers=self.num_lost_workers)
+            for member in members
+            if not member[0].future.done()
         ]
 
-    def give_up(self) -> None:
+    def quarantine(self) -> None:
         self._settle_all(PoisonedError("judging this pair ended two workers in a row; it is given up"))
 
     def stop(self, error: Exception) -> None:
-        for call, _, _ in self._runs:
-            _stop(call, error)
+        for call, _ in self._members:
+            call.stop(error)
 
     def _pairs(self) -> list[Pair]:
-        return [pair for call, start, stop in self._runs for pair in call.pairs[start:stop]]
+        return [call.pairs[index] for call, index in self._members]
 
     def _settle_all(self, error: Exception) -> None:
-        runs, self._runs = self._runs, ()
-        for call, start, stop in runs:
-            call.settle(start, [error] * (stop - start))
+        members, self._members = self._members, []
+        for call, index in members:
+            call.settle(index, error)
 
 
 class PairQueue:
-    """Pairs that wait, cut into batches: first come first served, but who has many lets others between."""
+    """Waiting pairs, cut into batches: first come first served, but a very long call lets others between."""
 
     def __init__(self, pairs_per_batch: int) -> None:
         self._most = pairs_per_batch
         self._least = -(-pairs_per_batch // 4)
-        """A batch for one of several workers is not cut smaller."""
-        self._first: deque[PairBatch] = deque()
-        self._waiting: OrderedDict[PairCall, int] = OrderedDict()
-        """And from which pair on."""
+        """Batches for several idle workers are not cut smaller."""
+        self._retries: deque[PairBatch] = deque()
+        self._calls: OrderedDict[PairCall, None] = OrderedDict()
+        self._num_waiting = 0
 
     def append(self, call: PairCall) -> None:
-        """Let a call wait."""
-        self._waiting[call] = 0
+        """Add a call."""
+        self._calls[call] = None
+        self._num_waiting += len(call.pairs)
 
     def remove(self, call: PairCall) -> None:
-        """Nobody waits for it any more."""
-        self._waiting.pop(call, None)
+        """Drop what still waits of a call that was abandoned."""
+        if call in self._calls:
+            del self._calls[call]
+            self._num_waiting -= len(call.pairs) - call.num_taken
 
-    def return_first(self, batches: Iterable[PairBatch]) -> None:
-        """Let batches be next, as they are."""
-        self._first.extendleft(batches)
+    def retry_first(self, batches: Sequence[PairBatch]) -> None:
+        """Put batches before everything else, as they are."""
+        self._retries.extendleft(batches)
 
-    def next_batch(self, *, num_sharers: int) -> PairBatch | None:
-        """What one of several free workers should take, that all may have their share; None when empty."""
-        while self._first:
-            batch = self._first.popleft()
+    def next_batch(self, *, num_idle: int) -> PairBatch | None:
+        """Return a batch for one of `num_idle` workers, an even share of what waits; None when empty."""
+        while self._retries:
+            batch = self._retries.popleft()
             if not batch.is_over:
                 return batch
-        room = max(self._least, min(self._most, -(-self._count(self._most * num_sharers) // num_sharers)))
-        runs: list[Run] = []
-        while self._waiting and room:
-            call, start = self._waiting.popitem(last=False)
-            if call.future.done():
-                continue
-            stop = min(start + room, len(call.pairs))
-            runs.append((call, start, stop))
-            room -= stop - start
-            if stop < len(call.pairs):
-                self._waiting[call] = stop
-                self._waiting.move_to_end(call, last=len(call.pairs) - stop > self._most)
-        return PairBatch(runs) if runs else None
+        size = max(self._least, min(self._most, -(-self._num_waiting // num_idle)))
+        members: list[tuple[PairCall, int]] = []
+        while self._calls and len(members) < size:
+            call, _ = self._calls.popitem(last=False)
+            start, left = call.num_taken, len(call.pairs) - call.num_taken
+            taken = min(size - len(members), left)
+            members += [(call, index) for index in range(start, start + taken)]
+            call.num_taken += taken
+            self._num_waiting -= taken
+            if left > taken:
+                self._calls[call] = None
+                self._calls.move_to_end(call, last=left - taken > self._most)
+        return PairBatch(members) if members else None
 
     def stop(self, error: Exception) -> None:
         """Fail and forget everything."""
-        for batch in self._first:
+        for batch in self._retries:
             batch.stop(error)
-        for call in self._waiting:
-            _stop(call, error)
-        self._first.clear()
-        self._waiting.clear()
-
-    def _count(self, enough: int) -> int:
-        """How many pairs wait, counted up to `enough`."""
-        count = 0
-        for call, start in self._waiting.items():
-            count += 0 if call.future.done() else len(call.pairs) - start
-            if count >= enough:
-                return enough
-        return count
-
-
-def _halves(runs: Sequence[Run], size: int) -> tuple[list[Run], list[Run]]:
-    left: list[Run] = []
-    right: list[Run] = []
-    for call, start, stop in runs:
-        middle = min(stop, start + size)
-        size -= middle - start
-        if start < middle:
-            left.append((call, start, middle))
-        if middle < stop:
-            right.append((call, middle, stop))
-    return left, right
-
-
-def _stop(call: PairCall, error: Exception) -> None:
-    if not call.future.done():
-        call.future.set_exception(error)
+        for call in self._calls:
+            call.stop(error)
+        self._retries.clear()
+        self._calls.clear()
+        self._num_waiting = 0
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN_CHARS else "..." + text[-_SHOWN_CHARS:])
+    return repr(text if len(text) <= _MAX_SHOWN_CHARS else "..." + text[-_MAX_SHOWN_CHARS:])

@@ -1,6 +1,6 @@
-"""Gains for a request: its turn among the others, and a deadline that waiting for it counts against.
+"""Let requests take turns with the backend; waiting for a turn counts against a request's deadline.
 
-What the queue, callers who leave and the end of the service have to do with it is the host's.
+Queue limits, callers that leave and the shutdown are the host's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from IG.estimator import Estimates, FailureKind, GainFailure, GainQuery
 from IG.service.backend import Backend
-from IG.sharing import ModelIdentity, Work
+from IG.sharing import Work
 from serving.web.host import Host, UnavailableError
 from serving.web.limits import Admission
 
@@ -21,7 +21,7 @@ StartBackend = Callable[[], Awaitable[Backend]]
 
 
 class Service:
-    """Lets requests take turns with the backend that its host holds."""
+    """The host of the backend, and the turns of the requests."""
 
     def __init__(
         self, start_backend: StartBackend, *, max_queued_items: int, max_concurrent_requests: int
@@ -30,18 +30,13 @@ class Service:
             start_backend,
             admission=Admission(max_things=max_queued_items, things="items"),
             not_loaded="Models not loaded",
-            require_usable=_require_hope,
+            require_usable=_require_usable,
         )
         self._turns = asyncio.Semaphore(max_concurrent_requests)
 
-    @property
-    def identity(self) -> ModelIdentity | None:
-        """Of the models that are loaded."""
-        return None if self.host.backend is None else self.host.backend.identity
-
     def require_ready(self) -> None:
-        """Raises UnavailableError unless a worker can start on work right now."""
-        if self.host.require_open().num_ready_workers == 0:
+        """Raise UnavailableError unless a worker can start on work right now."""
+        if self.host.require_open().workers.num_ready == 0:
             raise UnavailableError("No workers available", retry_after_s=1)
 
     async def estimate(
@@ -52,7 +47,7 @@ class Service:
         timeout_s: float,
         caller_left: Callable[[], Awaitable[None]],
     ) -> Estimates:
-        """Outcomes in order. Raises UnavailableError, QueueFullError, CallerLeftError.
+        """Return outcomes in order. Raises UnavailableError, QueueFullError, CallerLeftError.
 
         A worker that is being replaced is no reason to refuse: the work waits for it.
         """
@@ -66,28 +61,26 @@ class Service:
     async def _take_turn(
         self, backend: Backend, queries: Sequence[GainQuery], *, details: bool, deadline: float
     ) -> Estimates:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout_at(deadline):
                 await self._turns.acquire()
         except TimeoutError:
-            return _failed(
-                queries, FailureKind.deadline, "deadline: other requests were worked on until then"
-            )
+            reason = "deadline: other requests were worked on until then"
+            return _failed(queries, FailureKind.deadline, reason)
         try:
-            timeout_s = max(deadline - loop.time(), 0.0)
+            timeout_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
             return await backend.estimate(queries, details=details, timeout_s=timeout_s)
-        except Exception as error:  # a request must get its answer, item by item, whatever went wrong
+        except Exception as error:  # the request still gets an answer, item by item
             logger.exception("a request of %d items failed", len(queries))
             return _failed(queries, FailureKind.internal, f"{type(error).__name__}: {error}")
         finally:
             self._turns.release()
 
 
-def _require_hope(backend: Backend) -> None:
-    """Raises UnavailableError when no worker can be had any more."""
-    if backend.failure is not None:
-        raise UnavailableError(backend.failure, retry_after_s=10)
+def _require_usable(backend: Backend) -> None:
+    """Raise UnavailableError when no worker is left and none can be started."""
+    if (failure := backend.workers.failure) is not None:
+        raise UnavailableError(failure, retry_after_s=10)
 
 
 def _failed(queries: Sequence[GainQuery], kind: FailureKind, reason: str) -> Estimates:

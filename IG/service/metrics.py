@@ -1,4 +1,4 @@
-"""What the service counts, in a registry of its own, for `GET /metrics`."""
+"""The counters of `GET /metrics`, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from prometheus_client.registry import Collector
 
 from IG.estimator import GainEstimate, GainFailure
 from IG.service.backend import Backend
+from IG.service.pool import PoolStatus
 from IG.sharing import Work
 from serving.web.metrics import RequestMetrics, render_metrics
 
+_NO_WORKERS = PoolStatus(devices=(), num_ready=0, num_restarts=0, failure=None)
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class ServiceMetrics:
-    """Counters of one service; they start at 0 with it."""
+    """Counters of one service, from 0 at its start."""
 
     def __init__(
         self, *, items_in_progress: Callable[[], int], backend: Callable[[], Backend | None]
@@ -29,7 +31,7 @@ class ServiceMetrics:
         self._baselines = self._counter("ig_baselines", "Conditions without context, by source.", "source")
         self._answers = self._counter("ig_answers", "Sampled answers: written or empty.", "text")
         self._pairs = self._counter("ig_pairs", "Entailment pairs, by how they were settled.", "source")
-        self.count_outcomes([], work=Work())  # so that every source is there, at 0, from the start
+        self.count_outcomes([], work=Work())  # creates every label at 0
         in_progress = Gauge(
             "ig_items_in_progress", "Items accepted and not answered yet.", registry=self._registry
         )
@@ -37,7 +39,7 @@ class ServiceMetrics:
         self._registry.register(_Workers(backend))
 
     def count_outcomes(self, outcomes: Sequence[GainEstimate | GainFailure], *, work: Work) -> None:
-        """What became of the items of one request, and what had to be done for them."""
+        """Count the items of one request and the work that was done for them."""
         for outcome in outcomes:
             self._items.labels(outcome.kind if isinstance(outcome, GainFailure) else "scored").inc()
         for source, count in (
@@ -58,7 +60,7 @@ class ServiceMetrics:
             self._pairs.labels(source).inc(count)
 
     def render(self) -> bytes:
-        """Everything in the text format of Prometheus."""
+        """Return everything in the text format of Prometheus."""
         return render_metrics(self._registry)
 
     def _counter(self, name: str, meaning: str, label: str) -> Counter:
@@ -66,21 +68,18 @@ class ServiceMetrics:
 
 
 class _Workers(Collector):
-    """Reads the workers off the backend when somebody asks."""
+    """Reads the state of the workers when the metrics are collected."""
 
     def __init__(self, backend: Callable[[], Backend | None]) -> None:
         self._backend = backend
 
     def collect(self) -> Iterable[Metric]:
         backend = self._backend()
-        num_workers = 0 if backend is None else len(backend.devices)
-        num_ready = 0 if backend is None else backend.num_ready_workers
+        status = _NO_WORKERS if backend is None else backend.workers
         workers = GaugeMetricFamily("ig_workers", "Workers, by state.", labels=["state"])
-        workers.add_metric(["ready"], num_ready)
-        workers.add_metric(["unavailable"], num_workers - num_ready)
+        workers.add_metric(["ready"], status.num_ready)
+        workers.add_metric(["unavailable"], len(status.devices) - status.num_ready)
         yield workers
         yield CounterMetricFamily(
-            "ig_worker_restarts",
-            "Workers that were lost and replaced.",
-            value=0 if backend is None else backend.num_worker_restarts,
+            "ig_worker_restarts", "Workers that were lost and replaced.", value=status.num_restarts
         )

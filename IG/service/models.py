@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from IG.config import IGServiceConfig
 from IG.entailment import entailment_label
 from IG.prompts import PromptStyle
-from IG.service.config import IGServiceConfig
 from serving.files import sha256_of_file
 from serving.model_files import ModelNotFoundError, find_model_file, read_model_config
 

@@ -1,19 +1,12 @@
-"""Outcomes of a request in the published shape."""
+"""Write the outcomes of a request in the published wire format."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
 
 from IG.belief import Belief
 from IG.estimator import Estimates, GainEstimate, GainFailure
-from IG.service.schema import (
-    EntailmentDetail,
-    InfoGainDetail,
-    InfoGainResponse,
-    ResponseDetail,
-    WorkDetail,
-)
+from IG.service.schema import EntailmentDetail, InfoGainDetail, InfoGainResponse, ResponseDetail
 
 _ITEMS_AT_ONCE = 32
 
@@ -21,40 +14,35 @@ _ITEMS_AT_ONCE = 32
 async def render(
     estimates: Estimates, *, include_details: bool, gain_limit: float, failed_score: float | None
 ) -> bytes:
-    """The response as JSON; others on the event loop have their turn in between."""
-    bare = build_response(estimates, gain_limit=gain_limit, failed_score=failed_score).model_dump_json()
-    if not include_details or not estimates.outcomes:
-        return bare.encode()
-    details = []
-    for position, outcome in enumerate(estimates.outcomes):
-        if position % _ITEMS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        details.append(detail_of(outcome).model_dump_json() if isinstance(outcome, GainEstimate) else "null")
-    # In a text of the response these quotes would be escaped.
-    before, _, after = bare.partition('"details":null')
-    return f'{before}"details":[{",".join(details)}]{after}'.encode()
+    """Return the response as JSON, with pauses for other tasks on the event loop.
 
-
-def build_response(
-    estimates: Estimates, *, gain_limit: float, failed_score: float | None
-) -> InfoGainResponse:
-    """Scores, errors and work of a request, without details; `failed_score` stands for what failed."""
+    `failed_score` is the score of items that failed.
+    """
     measured = [outcome if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
-    return InfoGainResponse(
+    bare = InfoGainResponse(
         scores=[estimate.gain if estimate else failed_score for estimate in measured],
         errors=[
-            _whole(outcome.reason) if isinstance(outcome, GainFailure) else None
+            _valid_text(outcome.reason) if isinstance(outcome, GainFailure) else None
             for outcome in estimates.outcomes
         ],
         details=None,
         standard_errors=[estimate.standard_error if estimate else None for estimate in measured],
         gain_limit=gain_limit,
-        work=WorkDetail(**asdict(estimates.work)),
-    )
+        work=estimates.work,
+    ).model_dump_json()
+    if not include_details or not measured:
+        return bare.encode()
+    details = []
+    for position, estimate in enumerate(measured):
+        if position % _ITEMS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        details.append("null" if estimate is None else _detail(estimate).model_dump_json())
+    # The marker is unambiguous: in a text of the response its quotes would be escaped.
+    before, _, after = bare.partition('"details":null')
+    return f'{before}"details":[{",".join(details)}]{after}'.encode()
 
 
-def detail_of(estimate: GainEstimate) -> InfoGainDetail:
-    """What one score was made from; it must have been asked for."""
+def _detail(estimate: GainEstimate) -> InfoGainDetail:
     before, after = estimate.no_context, estimate.with_context
     assert before.full is not None
     assert after.full is not None
@@ -74,14 +62,16 @@ def detail_of(estimate: GainEstimate) -> InfoGainDetail:
         gain_standard_error=estimate.standard_error,
         empty_share_with_context=_empty_share(after),
         empty_share_no_context=_empty_share(before),
-        source_with_context=after.source.value,
-        source_no_context=before.source.value,
+        source_with_context=after.source,
+        source_no_context=before.source,
     )
 
 
 def _responses(belief: Belief) -> list[ResponseDetail]:
     return [
-        ResponseDetail(text=_whole(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens)
+        ResponseDetail(
+            text=_valid_text(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens
+        )
         for answer in belief.answers
     ]
 
@@ -101,6 +91,6 @@ def _entailment(belief: Belief) -> EntailmentDetail:
     )
 
 
-def _whole(text: str) -> str:
-    """A tokenizer or a library may give half a character, which no response can carry."""
+def _valid_text(text: str) -> str:
+    """Replace lone surrogates, which tokenizers and libraries may produce and JSON cannot carry."""
     return text.encode(errors="replace").decode()

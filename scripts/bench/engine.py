@@ -1,6 +1,6 @@
-"""The bare vLLM engine, in a process of its own: the limit of what a service on top of it can reach.
+"""The bare vLLM engine, in a process of its own: an upper bound for the service on top of it.
 
-It has the settings, the prompts' seeds and the sampling options of the service, from the service's own code.
+Its settings, seeds and sampling parameters come from the service's own code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from IG.sampler import EngineOptions, SamplingOptions, engine_arguments, sampling_params, set_environment
+from IG.config import IGServiceConfig
+from IG.sampler import engine_arguments, sampling_params, set_environment
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -27,22 +28,22 @@ class Decoded:
     texts: list[list[str]]
 
 
-def load(engine: EngineOptions, sampling: SamplingOptions) -> None:
+def load(config: IGServiceConfig, cores: int) -> None:
     """Load the engine and run it once."""
     global _ENGINE
-    set_environment(engine)
+    set_environment(config, cores=cores)
     from vllm import LLM
 
-    _ENGINE = LLM(**engine_arguments(engine, device="cpu"))
-    decode(["Question: 1 + 1?\nAnswer:"], sampling)
+    _ENGINE = LLM(**engine_arguments(config, device="cpu"))
+    decode(["Question: 1 + 1?\nAnswer:"], config)
 
 
-def decode(prompts: Sequence[str], sampling: SamplingOptions) -> Decoded:
-    """All prompts at once, the way a caller who wants nothing but samples would ask."""
+def decode(prompts: Sequence[str], config: IGServiceConfig) -> Decoded:
+    """Sample from all prompts at once, as a caller who needs nothing but samples would."""
     assert _ENGINE is not None
     began = time.perf_counter()
     outputs = _ENGINE.generate(
-        list(prompts), [sampling_params(sampling, prompt) for prompt in prompts], use_tqdm=False
+        list(prompts), [sampling_params(config, prompt) for prompt in prompts], use_tqdm=False
     )
     seconds = time.perf_counter() - began
     return Decoded(

@@ -1,4 +1,4 @@
-"""The questions of a GRPO step and what its rollouts found: the same for everything that is compared."""
+"""The questions of a GRPO step and the contexts of its rollouts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-# Of a group's rollouts most find the same: shares of three different search results per question.
+# Most rollouts of a group find the same: shares of three different search results per question.
 RESULT_SHARES = (0.5, 0.3, 0.2)
 HIT_SHARE = 0.7
-"""How often a search finds a passage that answers it; by guess, no measurement stands behind it."""
+"""How often a search finds a passage that answers it; a guess, not measured."""
 _RANK = re.compile(r"^Doc \d+")
 
 
@@ -28,14 +28,14 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """What one gain is asked about."""
+    """One gain to ask for."""
 
     question: str
     context: str
     golds: tuple[str, ...]
 
     def as_item(self) -> dict[str, object]:
-        """The item of a request for it."""
+        """Return the item of a request."""
         return {"question": self.question, "context": self.context, "answers": list(self.golds)}
 
 
@@ -55,7 +55,7 @@ def load_evidence(path: Path) -> list[Evidence]:
 def grpo_steps(
     evidence: Sequence[Evidence], *, num_steps: int, questions: int, rollouts: int, seed: int
 ) -> list[list[Rollout]]:
-    """Steps of `questions` x `rollouts`; no question comes twice. Raises ValueError if too few."""
+    """Return steps of `questions` x `rollouts`; no question comes twice. Raises ValueError if too few."""
     if num_steps * questions > len(evidence):
         raise ValueError(
             f"{num_steps} steps of {questions} questions need {num_steps * questions} questions, "
@@ -64,14 +64,9 @@ def grpo_steps(
     rng = Random(seed)
     chosen = rng.sample(list(evidence), num_steps * questions)
     distractors = [result for other in evidence for result in other.results]
-    return [
-        [
-            rollout
-            for one in chosen[step * questions : (step + 1) * questions]
-            for rollout in _group(one, rollouts=rollouts, distractors=distractors, rng=rng)
-        ]
-        for step in range(num_steps)
-    ]
+    groups = [_group(one, rollouts=rollouts, distractors=distractors, rng=rng) for one in chosen]
+    starts = range(0, len(groups), questions)
+    return [[rollout for group in groups[at : at + questions] for rollout in group] for at in starts]
 
 
 def _group(evidence: Evidence, *, rollouts: int, distractors: Sequence[str], rng: Random) -> list[Rollout]:
@@ -83,7 +78,7 @@ def _group(evidence: Evidence, *, rollouts: int, distractors: Sequence[str], rng
 
 
 def _search_results(evidence: Evidence, *, distractors: Sequence[str], rng: Random) -> str:
-    """What a rollout read: one search per needed result. Other words find it in another order, or another."""
+    """Return one search per needed result: it finds that result or a distractor, in any order."""
     searches = []
     for wanted in evidence.results:
         found = wanted if rng.random() < HIT_SHARE else rng.choice(distractors)

@@ -15,9 +15,9 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
+from IG.config import WORLD_ENTAILMENT
 from IG.entailment import DeviceLostError, EntailmentModel, count_positions, entailment_label
 from IG.prompts import entailment_text
-from IG.service.config import WORLD_ENTAILMENT
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from IG.estimator import Estimates, GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
+from IG.config import resolve_config
+from IG.estimator import Estimates, GainEstimate, GainEstimator, GainFailure, GainQuery
 from IG.prompts import entailment_text
-from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError, SamplingOptions
+from IG.sampler import AnswerSampler, PoisonedError, SampledAnswer, SamplingError
 from IG.semantics import GainKind, ScoreKind
-from IG.sharing import ModelIdentity, PairJudge, Source, Work
+from IG.sharing import PairJudge, Source, Work
 from tests.fakes import FakeAnswerSampler, FakeEntailment, FakePairJudge
 
 
@@ -26,17 +27,9 @@ def estimator(
     score: ScoreKind = ScoreKind.hard,
     cache_size: int = 100,
 ) -> GainEstimator:
-    return GainEstimator(
-        sampler,
-        judge or FakePairJudge(),
-        options=GainOptions(gain=gain),
-        sampling=SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=16, seed=0),
-        score=score,
-        threshold=0.5,
-        identity=ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2"),
-        sample_cache_size=cache_size,
-        pair_cache_size=1000,
-    )
+    flags = ["--gain", gain, "--score", score, "--sample-cache-size", str(cache_size)]
+    config = resolve_config(flags, environ={})
+    return GainEstimator(sampler, judge or FakePairJudge(), config=config, generator_digest="1")
 
 
 def query(context: str, *, question: str = "Where?", golds: tuple[str, ...] = ("Bolton",)) -> GainQuery:
@@ -110,6 +103,26 @@ async def test_each_condition_of_a_request_is_sampled_once() -> None:
     assert len(sampler.prompts) == len(set(sampler.prompts)) == 3
     await shared.estimate(queries, details=False)
     assert len(sampler.prompts) == 3
+
+
+def test_everything_that_samples_depend_on_is_in_their_key() -> None:
+    def key(*flags: str, digest: str = "1", prompt: str = "p") -> bytes:
+        config = resolve_config(flags, environ={})
+        made = GainEstimator(FakeAnswerSampler({}), FakePairJudge(), config=config, generator_digest=digest)
+        return made._sample_key(prompt)
+
+    others = [
+        key(digest="2"),
+        key(prompt="q"),
+        key(prompt="\ud800"),
+        key("--num-generations", "3"),
+        key("--temperature", "0.5"),
+        key("--max-new-tokens", "9"),
+        key("--seed", "1"),
+        key("--prompt-style", "chat"),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+    assert key() == key("--threshold", "0.7"), "nothing else is"
 
 
 async def test_forgotten_samples_are_sampled_again() -> None:

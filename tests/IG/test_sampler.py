@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from IG.config import resolve_config
 from IG.prompts import STOP_STRINGS
 from IG.sampler import (
     EngineLostError,
     SamplingError,
-    SamplingOptions,
     VllmSampler,
     answer_length,
     prompt_seed,
@@ -96,9 +96,9 @@ class Engine:
 @contextmanager
 def sampling(engine: Engine) -> Iterator[VllmSampler]:
     """Two answers of at most 8 tokens."""
-    options = SamplingOptions(num_answers=2, temperature=1.0, max_new_tokens=8, seed=0)
+    config = resolve_config(["--num-generations", "2", "--max-new-tokens", "8"], environ={})
     lifeline = Lifeline()
-    yield VllmSampler(engine, options=options, device="cpu", lifeline=lifeline)  # type: ignore[arg-type]
+    yield VllmSampler(engine, config=config, device="cpu", lifeline=lifeline)  # type: ignore[arg-type]
     lifeline.cut()
 
 

@@ -4,22 +4,12 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 
 from IG.sampler import PoisonedError, SampledAnswer, SamplingError
-from IG.sharing import JudgementError, SampleKey, SharedJudgements, SharedSamples, Source, Work
-
-KEY = SampleKey(
-    model_digest="m",
-    prompt="p",
-    num_answers=2,
-    temperature=1.0,
-    max_new_tokens=8,
-    seed=0,
-    prompt_style="plain",
-)
+from IG.sharing import JudgementError, SharedJudgements, SharedSamples, Source, Work
 
 
 @dataclass(slots=True)
@@ -66,32 +56,12 @@ class GatedJudge:
 
 
 def shared(sampler: GatedSampler, *, size: int = 100) -> SharedSamples:
-    return SharedSamples(sampler, key_of=lambda prompt: replace(KEY, prompt=prompt), size=size)
+    return SharedSamples(sampler, key_of=str.encode, size=size)
 
 
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        replace(KEY, model_digest="n"),
-        replace(KEY, prompt="q"),
-        replace(KEY, num_answers=3),
-        replace(KEY, temperature=0.5),
-        replace(KEY, max_new_tokens=9),
-        replace(KEY, seed=1),
-    ],
-)
-def test_everything_that_samples_depend_on_is_in_the_key(other: SampleKey) -> None:
-    assert other.digest != KEY.digest
-    assert replace(other).digest == other.digest
-
-
-def test_half_a_character_has_a_key() -> None:
-    assert replace(KEY, prompt="\ud800").digest != replace(KEY, prompt="\ud801").digest
 
 
 async def test_samples_come_from_one_flight_and_then_from_the_cache() -> None:
@@ -210,7 +180,7 @@ async def test_samples_without_a_likelihood_are_a_failure(mean_log_prob: float |
                 return ()
             return (SampledAnswer(text="a", mean_log_prob=mean_log_prob, num_tokens=1),)
 
-    samples = SharedSamples(Broken(), key_of=lambda prompt: replace(KEY, prompt=prompt), size=9)
+    samples = SharedSamples(Broken(), key_of=str.encode, size=9)
     with pytest.raises(SamplingError, match="expected finite numbers"):
         await samples.of("a")
 
@@ -253,7 +223,7 @@ async def test_pairs_are_known_by_their_texts_and_their_direction_without_being_
     assert work.pairs_shared == len(pairs)
     long = ("x" * 10_000_000, "y")
     await judgements.of([long], work)
-    assert len(str(judgements._known._kept)) < 1000
+    assert len(str(judgements._known._values)) < 1000
 
 
 async def test_the_last_who_waits_for_a_call_ends_it() -> None:
@@ -352,7 +322,7 @@ async def test_any_coming_and_going_gives_everyone_the_right_answer_and_leaves_n
             await asyncio.sleep(pause())
             return [float(f"0.{premise}{hypothesis}") for premise, hypothesis in pairs]
 
-    samples = SharedSamples(Slow(), key_of=lambda prompt: replace(KEY, prompt=prompt), size=3)
+    samples = SharedSamples(Slow(), key_of=str.encode, size=3)
     judgements = SharedJudgements(Slow(), size=10)
 
     async def ask() -> None:

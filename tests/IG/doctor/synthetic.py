@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from IG.config import IGServiceConfig, resolve_config
 from IG.doctor.questions import AskedQuestion, Document, Scenario
 from IG.doctor.readings import QuestionReading, Samples
-from IG.service.config import IGServiceConfig, resolve_config
 
 GOLD = "Bolton"
 

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from IG.config import IGServiceConfig
 from IG.doctor.command import main, parse_arguments
 from IG.doctor.questions import read_questions
-from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
-from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
-from IG.service.config import IGServiceConfig
+from IG.estimator import Estimates, GainEstimator, GainQuery
+from IG.sampler import SampledAnswer, SamplingError
+from IG.service.pool import PoolStatus
 from IG.sharing import ModelIdentity
 from serving.web.settings import SettingError
 from tests.fakes import FakePairJudge
@@ -54,22 +55,10 @@ class FakeBackend:
         self.identity = ModelIdentity(
             generator="g", generator_digest="1", entailment="e", entailment_digest="2"
         )
-        self._estimator = GainEstimator(
-            ReadingSampler(config.num_generations),
-            FakePairJudge(),
-            options=GainOptions(gain=config.gain, log_floor=config.log_floor),
-            sampling=SamplingOptions(num_answers=64, temperature=1.0, max_new_tokens=8, seed=0),
-            score=config.score,
-            threshold=config.threshold,
-            identity=self.identity,
-            sample_cache_size=1000,
-            pair_cache_size=1000,
-        )
+        sampler = ReadingSampler(config.num_generations)
+        self._estimator = GainEstimator(sampler, FakePairJudge(), config=config, generator_digest="1")
 
-    devices = ("cpu",)
-    num_ready_workers = 1
-    num_worker_restarts = 0
-    failure = None
+    workers = PoolStatus(devices=("cpu",), num_ready=1, num_restarts=0, failure=None)
 
     async def estimate(
         self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None

@@ -5,10 +5,9 @@ import pytest
 
 from IG.doctor.questions import Scenario
 from IG.doctor.readings import QuestionReading, Samples
-from IG.estimator import GainEstimate, GainEstimator, GainOptions, GainQuery
-from IG.sampler import SampledAnswer, SamplingOptions
+from IG.estimator import GainEstimate, GainEstimator, GainQuery
+from IG.sampler import SampledAnswer
 from IG.semantics import GainKind, ScoreKind
-from IG.sharing import ModelIdentity
 from tests.fakes import FakeEntailment, FakePairJudge
 from tests.IG.doctor.synthetic import GOLD, config, question, reading, samples
 
@@ -28,17 +27,9 @@ class Scripted:
 @pytest.mark.parametrize("gain", list(GainKind))
 async def test_all_samples_give_what_the_service_gives(score: ScoreKind, gain: GainKind) -> None:
     there = ("Where? Bolton, England", "Where? Bolton")
-    estimator = GainEstimator(
-        Scripted(),
-        FakePairJudge(FakeEntailment(pairs={there: 0.8, there[::-1]: 0.7})),
-        options=GainOptions(gain=gain, log_floor=1 / 40),
-        sampling=SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=16, seed=0),
-        score=score,
-        threshold=0.5,
-        identity=ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2"),
-        sample_cache_size=10,
-        pair_cache_size=100,
-    )
+    settings = config("--score", score, "--gain", gain, "--num-generations", "4")
+    judge = FakePairJudge(FakeEntailment(pairs={there: 0.8, there[::-1]: 0.7}))
+    estimator = GainEstimator(Scripted(), judge, config=settings, generator_digest="1")
     query = GainQuery(question="Where?", context="a good one", golds=("Bolton", "Hull"))
     (outcome,) = (await estimator.estimate([query], details=True)).outcomes
     assert isinstance(outcome, GainEstimate)
@@ -49,7 +40,6 @@ async def test_all_samples_give_what_the_service_gives(score: ScoreKind, gain: G
             Scenario.supporting: Samples.of(outcome.with_context),
         },
     )
-    settings = config("--score", score, "--gain", gain)
     assert read.gains(settings) == {Scenario.none: 0.0, Scenario.supporting: pytest.approx(outcome.gain)}
 
 

@@ -12,11 +12,10 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from IG.estimator import Estimates, GainEstimator, GainOptions, GainQuery
-from IG.sampler import SamplingOptions
-from IG.semantics import ScoreKind
-from IG.service.config import resolve_config
+from IG.config import resolve_config
+from IG.estimator import Estimates, GainEstimator, GainQuery
 from IG.service.IG_server import create_app
+from IG.service.pool import PoolStatus
 from IG.sharing import ModelIdentity
 from tests.fakes import FakeAnswerSampler, FakePairJudge
 
@@ -53,17 +52,20 @@ class FakeBackend:
     estimator: GainEstimator = field(init=False)
 
     def __post_init__(self) -> None:
-        sampling = SamplingOptions(num_answers=4, temperature=1.0, max_new_tokens=8, seed=0)
         self.estimator = GainEstimator(
             FakeAnswerSampler(ANSWERS, pause_s=self.sampling_s),
             FakePairJudge(),
-            options=GainOptions(),
-            sampling=sampling,
-            score=ScoreKind.hard,
-            threshold=0.5,
-            identity=self.identity,
-            sample_cache_size=1000,
-            pair_cache_size=1000,
+            config=resolve_config(["--num-generations", "4"], environ={}),
+            generator_digest=self.identity.generator_digest,
+        )
+
+    @property
+    def workers(self) -> PoolStatus:
+        return PoolStatus(
+            devices=self.devices,
+            num_ready=self.num_ready_workers,
+            num_restarts=self.num_worker_restarts,
+            failure=self.failure,
         )
 
     async def estimate(

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from IG.estimator import GainEstimate, GainEstimator, GainFailure, GainOptions, GainQuery
-from IG.sampler import SampledAnswer, SamplingError, SamplingOptions
-from IG.semantics import ScoreKind
+from IG.config import resolve_config
+from IG.estimator import GainEstimate, GainFailure, GainQuery
+from IG.sampler import SampledAnswer, SamplingError
 from IG.service.backend import PooledBackend
-from IG.service.config import resolve_config
-from IG.service.IG_worker import count_workers
 from IG.service.models import model_digest, require_models
 from IG.service.pool import WorkerPool
 from IG.sharing import ModelIdentity
@@ -53,18 +51,8 @@ async def backend_over(worker: FakeWorker) -> PooledBackend:
 
     pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=8, pairs_per_batch=64)
     await pool.start()
-    estimator = GainEstimator(
-        pool,
-        pool,
-        options=GainOptions(),
-        sampling=SamplingOptions(num_answers=2, temperature=1.0, max_new_tokens=8, seed=0),
-        score=ScoreKind.hard,
-        threshold=0.5,
-        identity=IDENTITY,
-        sample_cache_size=100,
-        pair_cache_size=100,
-    )
-    return PooledBackend(pool, estimator=estimator, identity=IDENTITY)
+    config = resolve_config(["--num-generations", "2"], environ={})
+    return PooledBackend(pool, config=config, identity=IDENTITY)
 
 
 async def test_warming_up_uses_both_models_and_closing_frees_them() -> None:
@@ -72,7 +60,7 @@ async def test_warming_up_uses_both_models_and_closing_frees_them() -> None:
     backend = await backend_over(worker)
     await backend.warm_up()
     assert worker.entailment.batches
-    assert (backend.devices, backend.num_ready_workers, backend.failure) == (("cpu",), 1, None)
+    assert (backend.workers.devices, backend.workers.num_ready) == (("cpu",), 1)
     await backend.aclose()
     assert worker.is_closed
 
@@ -175,7 +163,7 @@ def test_a_chat_template_is_found_where_models_have_it(file: str, text: str, tmp
     [([], 1), (["--num-workers", "3"], 3), (["--num-gpus", "4", "--device", "cuda"], 4)],
 )
 def test_workers_are_counted_on_cpus_or_on_gpus(arguments: list[str], count: int) -> None:
-    assert count_workers(resolve_config(arguments, environ={})) == count
+    assert resolve_config(arguments, environ={}).worker_count == count
 
 
 def test_a_digest_tells_models_apart_by_what_makes_them(tmp_path: Path) -> None:

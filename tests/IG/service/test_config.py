@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import IG.service.config as config_module
-from IG.service.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
+import IG.config as config_module
+from IG.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
 from serving.redaction import redact_text
 from serving.web.settings import SettingError, settings_table
 

@@ -250,7 +250,7 @@ async def test_who_leaves_while_no_worker_is_free_leaves_nothing_behind() -> Non
             task.cancel()
         await settle()
         assert not pool._prompts
-        assert not pool._pairs._waiting
+        assert not pool._pairs._calls
         laboratory.gate.set()
         await asyncio.gather(*first)
 
@@ -276,7 +276,7 @@ async def test_a_worker_that_stops_by_itself_leaves_nobody_waiting() -> None:
         answers, judged = await asyncio.gather(pool.sample("prompt"), pool.judge(pairs(2)))
     assert answers == answer("prompt")
     assert judged == [probability(pair) for pair in pairs(2)]
-    assert pool.num_worker_restarts == 1
+    assert pool.status.num_restarts == 1
     await pool.aclose()
 
 
@@ -295,8 +295,8 @@ async def test_what_was_on_a_lost_worker_is_tried_again_alone_and_comes_out_righ
         laboratory.gate.set()
         assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(12)]
         assert await judged == [probability(pair) for pair in pairs(6)]
-        assert pool.num_worker_restarts == 1
-        assert pool.num_ready_workers == 2
+        assert pool.status.num_restarts == 1
+        assert pool.status.num_ready == 2
         assert {prompt for prompt, count in laboratory.sampled.items() if count == 2} == suspects
         for batch in lost.batches:  # its pairs one by one
             again = [later for worker in laboratory.workers[1:] for later in worker.batches]
@@ -386,7 +386,7 @@ async def test_what_a_lost_worker_still_says_changes_nothing(last_words: Excepti
     stubborn.die()
     for _ in range(5):
         await settle()
-    assert pool.num_ready_workers == 1
+    assert pool.status.num_ready == 1
     assert stubborn.num_cancelled == 3  # two prompts and a batch
     laboratory.gate.set()
     async with asyncio.timeout(10):
@@ -406,7 +406,7 @@ async def test_failed_starts_count_in_a_row_only() -> None:
             laboratory.workers[-1].die()
             await settle()
         assert await pool.sample("prompt") == answer("prompt")
-        assert (pool.failure, pool.num_worker_restarts) == (None, 3)
+        assert (pool.status.failure, pool.status.num_restarts) == (None, 3)
 
 
 async def test_a_worker_lost_idle_is_replaced_before_it_gets_work() -> None:
@@ -415,7 +415,7 @@ async def test_a_worker_lost_idle_is_replaced_before_it_gets_work() -> None:
         await pool.sample("before")
         laboratory.workers[0].die()
         await settle()
-        assert (pool.num_ready_workers, pool.num_worker_restarts) == (1, 1)
+        assert (pool.status.num_ready, pool.status.num_restarts) == (1, 1)
         assert await pool.sample("after") == answer("after")
         assert laboratory.sampled["after"] == 1
 
@@ -430,7 +430,7 @@ async def test_a_start_that_fails_is_tried_again() -> None:
         laboratory.workers[0].die()
         laboratory.gate.set()
         assert await asked == answer("prompt")
-        assert pool.failure is None
+        assert pool.status.failure is None
 
 
 async def test_nobody_hangs_when_no_worker_can_be_started_any_more() -> None:
@@ -445,8 +445,8 @@ async def test_nobody_hangs_when_no_worker_can_be_started_any_more() -> None:
             worker.die()
         outcomes = await asyncio.gather(*asked, judged, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {PoolFailedError}
-        assert pool.failure is not None
-        assert "none could be started" in pool.failure
+        assert pool.status.failure is not None
+        assert "none could be started" in pool.status.failure
         with pytest.raises(PoolFailedError):
             await pool.sample("later")
 
@@ -457,7 +457,7 @@ async def test_the_others_go_on_when_one_worker_is_given_up() -> None:
         laboratory.failing_starts = [OSError("no")] * 3
         laboratory.workers[0].die()
         await settle()
-        assert (pool.num_ready_workers, pool.failure) == (1, None)
+        assert (pool.status.num_ready, pool.status.failure) == (1, None)
         assert await pool.sample("prompt") == answer("prompt")
 
 
@@ -467,7 +467,7 @@ async def test_workers_that_die_as_soon_as_they_are_there_are_not_started_for_ev
         laboratory.start, num_workers=1, max_prompts_in_flight=1, pairs_per_batch=1, retry_pause_s=0
     )
     await pool.start()
-    while pool.failure is None:
+    while pool.status.failure is None:
         laboratory.workers[-1].die()
         await settle()
     assert len(laboratory.workers) == 3
@@ -480,7 +480,7 @@ async def test_a_worker_may_be_lost_idle_any_number_of_times_when_it_had_lived()
         for _ in range(5):
             laboratory.workers[-1].die()
             await settle()
-        assert (pool.num_ready_workers, pool.num_worker_restarts) == (2, 5)
+        assert (pool.status.num_ready, pool.status.num_restarts) == (2, 5)
 
 
 async def test_a_pool_that_cannot_start_leaves_no_worker() -> None:
@@ -587,7 +587,7 @@ async def test_whatever_happens_everything_ends_once_and_right(seed: int) -> Non
             await pause()
             task.cancel()
         await asyncio.wait([*everything, murdering])
-        assert pool.failure is None
+        assert pool.status.failure is None
     # Innocent, but alone on a worker that somebody killed, for the second time.
     assert unlucky_prompts(asked, leaving) + unlucky_pairs(judged, leaving) <= len(killed)
     assert laboratory.num_lost <= len(killed) + 2 * (len(poisons) + is_pair_poisoned)

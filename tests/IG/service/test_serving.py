@@ -47,7 +47,7 @@ def test_small_answers_are_sent_at_once() -> None:
     ("arguments", "message"),
     [
         (["--model-path", "/no/such/folder"], "--model-path /no/such/folder: no such folder"),
-        (["--model-path", "missing/model"], "--model-path missing/model: neither a folder here nor a model"),
+        (["--model-path", "missing/model"], "--model-path missing/model: no such folder, and"),
         (["--port", "x"], "--port is 'x', expected a whole number"),
     ],
 )

@@ -12,9 +12,9 @@ import psutil
 import pyarrow.parquet as parquet
 import pytest
 
+from IG.config import resolve_config
 from IG.estimator import GainEstimate, GainQuery
 from IG.service.backend import PooledBackend
-from IG.service.config import resolve_config
 
 WORLD = Path(__file__).resolve().parents[3] / "world"
 
@@ -76,19 +76,23 @@ async def test_one_worker_and_two_give_the_same_gains_also_when_processes_are_ki
         many = await gains(local, stop=60)
         assert many[:20] == expected  # whatever else is in the batch
         assert await gains_while_one_is_killed(local, "VLLM::EngineCor") == many
-        assert (local.devices, local.num_worker_restarts, local.num_ready_workers) == (("cpu",), 1, 1)
+        assert (local.workers.devices, local.workers.num_restarts, local.workers.num_ready) == (
+            ("cpu",),
+            1,
+            1,
+        )
         identity = local.identity
     async with backend(2) as sharded:
         assert await gains(sharded) == expected
         assert sharded.identity == identity
         assert len(processes("ray::_Host")) == 2
         assert await gains_while_one_is_killed(sharded, "ray::_Host") == many
-        assert sharded.devices == ("cpu", "cpu")
-        assert sharded.failure is None
+        assert sharded.workers.devices == ("cpu", "cpu")
+        assert sharded.workers.failure is None
         async with asyncio.timeout(200):
-            while sharded.num_ready_workers < 2:
+            while sharded.workers.num_ready < 2:
                 await asyncio.sleep(0.5)
-        assert sharded.num_worker_restarts == 1
+        assert sharded.workers.num_restarts == 1
         assert await gains_while_one_is_killed(sharded, "VLLM::EngineCor") == many
     assert not processes("VLLM")
     assert not processes("ray")

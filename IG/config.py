@@ -1,4 +1,4 @@
-"""Settings of the service: the table of them makes its command line, its help and the table in README.md."""
+"""Settings of the IG service: one table makes its command line, its help and the table of its README."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from serving.web.settings import (
     resolve_settings,
 )
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 WORLD_GENERATOR = _ROOT / "world" / "models" / "generator"
 WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
 LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
@@ -37,7 +37,7 @@ LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IGServiceConfig:
-    """Everything the service needs to know, resolved."""
+    """The resolved settings of the service; their meaning is in SETTINGS."""
 
     host: str
     port: int
@@ -61,10 +61,8 @@ class IGServiceConfig:
     shutdown_grace_s: float
     compat: bool
     token: str = field(repr=False)
-    """Callers must present it as a bearer token; empty lets everyone in."""
     num_workers: int
     num_gpus: int
-    worker_start_timeout_s: float
     sample_cache_size: int
     pair_cache_size: int
     score: ScoreKind
@@ -78,13 +76,25 @@ class IGServiceConfig:
 
     @property
     def log_floor(self) -> float:
-        """R samples cannot tell a score of 0 from one well below 1/R."""
+        """Smallest score of the log-ratio: R samples cannot tell a score of 0 from one well below 1/R."""
         return 1 / (10 * self.num_generations)
 
     @property
     def max_body_bytes(self) -> int:
         """Longest request body."""
         return int(self.max_body_mb * 2**20)
+
+    @property
+    def worker_count(self) -> int:
+        """Number of workers: on CPUs or on GPUs, never both."""
+        return max(self.num_workers, self.num_gpus)
+
+    @property
+    def device_kind(self) -> str:
+        """Where the generator must run: `auto`, `cpu` or `cuda`."""
+        if self.num_workers > 1:
+            return "cpu"
+        return "cuda" if self.num_gpus > 1 else self.device.partition(":")[0]
 
     @property
     def cuda_device(self) -> str:
@@ -192,9 +202,6 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting("num_workers", "1", parse_integer(1), "workers on CPUs, each with both models"),
     _setting("num_gpus", "1", parse_integer(1), "workers on GPUs, one per GPU, each with both models"),
-    _setting(
-        "worker_start_timeout_s", "600", parse_real(0, 86400, open_low=True), "longest start of a worker"
-    ),
     _setting("sample_cache_size", "50000", parse_integer(1), "prompts whose samples are remembered"),
     _setting("pair_cache_size", "500000", parse_integer(1), "pairs whose entailment is remembered"),
     _setting(
@@ -230,7 +237,7 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Command line of the service; every value stays text until `resolve_config`."""
+    """Build the command line of the service; values stay text until `resolve_config`."""
     parser = argparse.ArgumentParser(
         prog="python -m IG.service.IG_server",
         description="Serve the information gain of contexts over HTTP. A flag wins over its variable.",
@@ -241,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:
-    """Settle every setting. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
+    """Resolve every setting. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
     flags = vars(build_parser().parse_args(arguments))
     variables = os.environ if environ is None else environ
     values = resolve_settings(SETTINGS, flags=flags, environ=variables, derive_default=_derived_default)
@@ -249,9 +256,10 @@ def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | Non
 
 
 def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | None:
-    """What CUDA_VISIBLE_DEVICES must be so that the configured GPU is the only one; None to leave it alone.
+    """Return the CUDA_VISIBLE_DEVICES that shows only the configured GPU; None to leave it unchanged.
 
-    `visible` is what it is now; GPUs are counted among those. Raises SettingError when there are too few.
+    `visible` is its present value, among whose GPUs `--device` counts. Raises SettingError when there are too
+    few.
     """
     kind, _, index = config.device.partition(":")
     if kind != "cuda" or not index:
@@ -270,9 +278,9 @@ def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | Non
 def require_devices(
     config: IGServiceConfig, *, count_gpus: Callable[[], int], has_bfloat16: Callable[[], bool]
 ) -> None:
-    """Refuse what this machine does not have. Raises SettingError.
+    """Refuse devices and precisions that this machine does not have. Raises SettingError.
 
-    GPUs are counted only where that decides something: it takes seconds.
+    GPUs are counted only where the number matters: it takes seconds.
     """
     kind, _, index = config.device.partition(":")
     if kind == "cuda" or config.num_gpus > 1:
@@ -294,7 +302,7 @@ def require_devices(
 
 
 def count_gpus() -> int:
-    """Return how many GPUs PyTorch sees, asked in a process of its own: here CUDA must not start yet."""
+    """Return how many GPUs PyTorch sees, asked in a child process: CUDA must not start in this one."""
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else 0
