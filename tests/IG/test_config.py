@@ -9,7 +9,7 @@ from IG.config import SETTINGS, build_parser, require_devices, resolve_config, v
 from serving.redaction import redact_text
 from serving.web.settings import SettingError, settings_table
 
-README = Path(config_module.__file__).with_name("README.md")
+README = Path(config_module.__file__).parent / "service" / "README.md"
 
 
 def test_flag_wins_over_variable_wins_over_default() -> None:
