@@ -1,4 +1,4 @@
-"""Every seam on one page: what the parts of the trainer ask of each other, and nothing about who answers."""
+"""The seams between the parts of the trainer, on one page; methods have theirs in `verl.algorithms.base`."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One chat message of a question's prompt."""
+    """A chat message of a question's prompt."""
 
     role: str
     content: str
@@ -40,7 +40,7 @@ class Question:
     uid: str
     """`data_source/split/index`: unique over merged data sets, the key of a GRPO group."""
     text: str
-    """The question that the IG service is asked: see `serving.answers.complete_question`."""
+    """As sent to the IG service: see `serving.answers.complete_question`."""
     messages: tuple[Message, ...]
     """The chat prompt the policy sees."""
     golds: tuple[str, ...]
@@ -272,5 +272,5 @@ class ScoredGroups:
 
 
 def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:
-    """Tokens sampled by the policy over all trajectories."""
+    """Return the number of tokens that the policy sampled over all trajectories."""
     return sum(t.num_policy_tokens for t in trajectories)

@@ -1,4 +1,4 @@
-"""One policy for what fails: named, counted, tolerated up to a share; above it the run halts and says why."""
+"""Name and count what failed, and halt the run with the causes when a share of it is exceeded."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _MAX_MESSAGE_CHARS = 300
 
 
 def failure_name(failure: str) -> str:
-    """The name in `name: message`, by which failures are counted."""
+    """Return the name in `name: message`, by which failures are counted."""
     return failure.partition(":")[0].strip()
 
 
 def check_failure_share(
     failures: Sequence[str], *, total: int, max_share: float, what: str, fix: str
 ) -> None:
-    """Raise TrainingHaltedError when more than `max_share` of `total` failed: the rest is another batch.
+    """Raise TrainingHaltedError when more than `max_share` of `total` failed.
 
-    A lone failure never halts (one odd item in a small batch), unless none at all is allowed. `failures` are
-    messages in the order in which they came; `what` names the items and `fix` is a sentence.
+    A single failure never halts, because in a small batch it exceeds any share, unless `max_share` is 0.
+    `failures` are messages in the order in which they came; `what` names the items and `fix` is a sentence.
     """
     failed = len(failures)
     if failed <= max_share * total or (failed == 1 and max_share > 0):

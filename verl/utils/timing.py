@@ -1,4 +1,4 @@
-"""Where the seconds of a step go.
+"""Time the phases of a step.
 
 timer = Timer()
 with timer("rollout"):
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 
 class Timer:
-    """Add up named spans of wall time until `reset`. Spans may nest; a span that raises is counted too."""
+    """Adds up named spans of wall time until `reset`. Spans may nest; a span that raises is counted, too."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What the final answer of a trajectory is worth, from its structured answer and the golds alone."""
+"""Score the final answer of a trajectory, from its structured answer and the gold answers alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl.utils.reward_score.qa_em import exact_match, sub_exact_match, word_f1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Reward of the final answer, and every measure of it for the logs."""
+    """The reward of the final answer, and every measure of it for the logs."""
 
     value: float
     metrics: dict[str, float]

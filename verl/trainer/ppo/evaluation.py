@@ -1,7 +1,4 @@
-"""Evaluate the policy on held-out questions: every question exactly once, greedy, no gain, failures named.
-
-The trainer and the command line use this one evaluator: a score in training is the score of the checkpoint.
-"""
+"""Evaluate the policy on held-out questions: each exactly once, greedy, without gains, failures by name."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from verl.types import Question, Score, Trajectory
 from verl.utils.failures import failure_name
 
 Progress = Callable[[int, int], None]
-"""Told (number done, number of all)."""
+"""Called with (number done, number of all)."""
 
 
 class Evaluate(Protocol):
@@ -24,7 +21,7 @@ class Evaluate(Protocol):
     async def evaluate(
         self, questions: Sequence[Question], *, progress: Progress | None = None
     ) -> list[Trajectory]:
-        """One greedy trajectory per question; `progress` is told how many are done."""
+        """Return one greedy trajectory per question; call `progress` after each."""
         ...
 
 
@@ -32,7 +29,7 @@ class ScoreValidation(Protocol):
     """The part of the reward that is needed here."""
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
-        """Outcomes only."""
+        """Return outcomes only."""
         ...
 
 
@@ -64,7 +61,7 @@ async def evaluate(
 
 
 def evaluation_metrics(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> dict[str, float]:
-    """Means over the questions that did not fail; the failed ones are counted beside them, by name."""
+    """Return means over the questions that did not fail, and counts of those that did, by name."""
     pairs = list(zip(trajectories, scores, strict=True))
     metrics = _means(pairs, suffix="")
     failures = Counter(failure_name(score.failure) for _, score in pairs if score.failure is not None)

@@ -1,7 +1,7 @@
-"""Keep a sick run from wasting hours: count skipped updates and stop, keep their batch, raise alarms.
+"""Stop a run that no longer trains: count skipped updates, keep their batches, warn about metrics.
 
-The worker skips an update whose loss or gradient is not finite and leaves the weights as they were; this
-module decides when that happened often enough. Alarms only warn: a person decides.
+The worker skips an update whose loss or gradient is not finite and leaves the weights as they were; after
+too many in a row the run halts. An alarm about a metric is only a warning.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ NO_SEARCH_LIMIT = 0.9
 COARSE_DIFFERENCE = 0.1
 """Mean difference of engine's and trainer's log-probs, nats per token, that bfloat16 explains."""
 MISMATCH_STEPS = 2
-"""Steps in a row with log-probs of engine and trainer further apart than they may be."""
+"""Steps in a row in which log-probs of engine and trainer differ by more than the limit."""
 MAX_DUMPS = 10
-"""Batches kept of one run: the first ones tell most, and a batch can be large."""
+"""Batches kept of one run: the first show the cause, and a batch can be large."""
 
 
 class Guard:
-    """Watch the updates and the metrics of one run."""
+    """Watches the updates and the metrics of one run."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Guard:
             raise TrainingHaltedError(self._halt_message(last_checkpoint))
 
     def alarms(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings that became due with this step's metrics; each once until its condition has passed."""
+        """Return the warnings due with this step's metrics, each once until its condition has ended."""
         return [warning for alarm in self._alarms if (warning := alarm.observe(metrics)) is not None]
 
     @property
@@ -108,7 +108,7 @@ class Guard:
 def dump_batch(path: Path, scored: ScoredGroups) -> None:
     """Write one trajectory per line with its score and credit, exact enough to replay the update.
 
-    Floats are written in full, and NaN as NaN (Python's JSON reads it), because it is what one looks for.
+    Floats are written in full, and NaN as NaN (Python's JSON reads it): it is what the dump is for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming_file(path), path.open("w", encoding="utf-8") as file:
@@ -125,7 +125,7 @@ def _plain(value: object) -> object:
 
 @dataclass(slots=True, kw_only=True)
 class _Alarm:
-    """A metric beyond a limit for some steps in a row."""
+    """Warns of a metric that is beyond a limit for some steps in a row."""
 
     metric: str
     steps: int

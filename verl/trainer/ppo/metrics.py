@@ -1,4 +1,4 @@
-"""Pure functions from the facts of one step to `{area/what: number}`.
+"""Compute the metrics of a step, `{area/what: number}`, from its facts: pure functions.
 
 Areas: rollout reward ig credit policy time perf val. Every number is finite or absent: what could not be
 measured is left out, never 0. Shares are in [0, 1], lengths in tokens. Failed trajectories count in the
@@ -51,7 +51,7 @@ def finite(metrics: Mapping[str, float | None]) -> Metrics:
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
-    """What the policy did: searches, actions, endings, lengths; and what failed, by name."""
+    """Return what the policy did: searches, actions, endings, lengths; and what failed, by name."""
     played = [t for t in trajectories if t.stop is not Stop.FAILED]
     failures = Counter(failure_name(t.failure or "unnamed") for t in trajectories if t.stop is Stop.FAILED)
     return finite(
@@ -154,7 +154,7 @@ def credit_metrics(scored: ScoredGroups) -> Metrics:
 
 
 def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float]) -> Metrics:
-    """Seconds per phase, and throughput where the phases that it is measured over are there."""
+    """Return seconds per phase, and the throughput of those phases that were timed."""
     sampled = count_policy_tokens(trajectories)
     trained = sum(len(t.token_ids) for t in trajectories if t.stop is not Stop.FAILED)
     return finite(

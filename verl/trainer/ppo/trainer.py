@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What the trainer works with, built by `verl/trainer/build.py`."""
+    """The parts that the trainer works with, built by `verl/trainer/build.py`."""
 
     questions: QuestionSampler
     held_out: Sequence[Question]
@@ -149,7 +149,7 @@ class PPOTrainer:
         return update
 
     async def publish(self, version: int) -> float:
-        """Bring the weights to the engines; from now on completions of other weights are refused."""
+        """Copy the weights to the engines; completions of other weights are refused from then on."""
         difference = await self.parts.publisher.publish(version=version)
         self.parts.engines.expect_version(version)
         return difference
@@ -179,7 +179,7 @@ class PPOTrainer:
         self.parts.guard.keep_skipped(update, step=step, scored=scored)
 
     async def evaluate(self) -> None:
-        """Every held-out question once, greedy, without gains."""
+        """Evaluate every held-out question once, greedy, without gains, and record the result."""
         parts, step = self.parts, self.progress.step
         progress = ProgressLog(logger, f"step {step}: held-out questions")
         result = await evaluate(parts.collector, parts.reward, parts.held_out, progress=progress)
@@ -187,7 +187,7 @@ class PPOTrainer:
         parts.tracker.log(step, result.metrics, kind="val")
 
     async def save(self) -> None:
-        """A checkpoint from which a run goes on exactly, with the policy as a Hugging Face folder inside."""
+        """Write a checkpoint to resume from exactly, with the policy as a Hugging Face folder inside."""
 
         async def write(folder: Path) -> None:
             await self.parts.policy.save(folder)
@@ -230,9 +230,9 @@ class PPOTrainer:
 
 
 def has_succeeded(task: asyncio.Task[dict[str, float]]) -> bool:
-    """Whether a task that has ended gave a result."""
+    """Return whether a task that has ended gave a result."""
     return not task.cancelled() and task.exception() is None
 
 
 def _nothing() -> None:
-    """There is no step to record."""
+    """Do nothing: there is no step to record."""

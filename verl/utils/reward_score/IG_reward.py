@@ -1,4 +1,4 @@
-"""The arithmetic of the reward: outcome plus weighted information gain (InfoReasoner's additive form)."""
+"""Combine outcome and information gain into a reward (InfoReasoner's additive form)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 
 
 def combine(outcome: float, gain: float | None, *, weight: float) -> float:
-    """`outcome + weight * gain`; the outcome alone when there was no gain to measure (`None`).
+    """Return `outcome + weight * gain`; the outcome alone when there was no gain to measure (None).
 
-    A gain whose measurement failed must not get here: it is masked, not left out of the sum. Raises
-    ValueError if the sum is not finite.
+    Trajectories whose gain failed are masked by the caller, not passed here. Raises ValueError if the sum is
+    not finite.
     """
     reward = outcome if gain is None else outcome + weight * gain
     if not math.isfinite(reward):
