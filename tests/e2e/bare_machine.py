@@ -1,4 +1,4 @@
-"""The quickstart where everything is taken away that the README says a machine need not have."""
+"""Run a program where everything is taken away that the README says a machine need not have."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.running import ROOT
+
+RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 _COMPILER = re.compile(r"(^|-)(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|cpp|c89|c99|tcc)(-[\d.]+)?$")
 _SET_FOR_TESTS = re.compile("^(CC|CXX|OMP_NUM_THREADS|HF_.*|WANDB_.*|RAY_.*|VLLM_.*)$")
@@ -48,15 +48,33 @@ print(json.dumps({
 }))
 """
 
-RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+def strip_machine(folder: Path) -> tuple[RunPython, str]:
+    """Return what runs Python without all of this, or in full and the reason where that cannot be done."""
+
+    def run_in_full(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        return run_in_full, "hiding a library takes root and unshare (package util-linux)"
+    environment = _make_environment(folder)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["unshare", "--mount", "--net", "sh", "-c", _TAKE_AWAY, sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    look = run("-c", _LOOK)
+    if look.returncode:
+        return run_in_full, f"nothing can be hidden on this machine: {look.stderr}"
+    there = json.loads(look.stdout)
+    assert not any(there.values()), there
+    return run, ""
 
 
-@pytest.fixture
-def run_python(tmp_path: Path) -> RunPython:
-    """Run Python in namespaces of its own, without what is taken away."""
-    programs, home, temporary = tmp_path / "bin", tmp_path / "home", tmp_path / ("t" * 90)
-    for folder in (programs, home, temporary):
-        folder.mkdir()
+def _make_environment(folder: Path) -> dict[str, str]:
+    programs, home, temporary = folder / "bin", folder / "home", folder / ("t" * 90)
+    for path in (programs, home, temporary):
+        path.mkdir()
     (programs / "lscpu").symlink_to("/bin/false")
     for place in ("/usr/bin", "/bin", "/usr/sbin", "/sbin"):
         for program in Path(place).iterdir():
@@ -65,35 +83,10 @@ def run_python(tmp_path: Path) -> RunPython:
     cache = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
     libraries = {str(Path(path).resolve()) for path in re.findall(r"libnuma\.so\.1 .*=> (.+)", cache)}
     kept = {name: value for name, value in os.environ.items() if not _SET_FOR_TESTS.search(name)}
-    environment = kept | {
+    return kept | {
         "PATH": str(programs),
         "HOME": str(home),
         "TMPDIR": str(temporary),
         "LIBNUMA": " ".join(libraries),
         "CORE": str(min(os.sched_getaffinity(0))),
     }
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["unshare", "--mount", "--net", "sh", "-c", _TAKE_AWAY, sys.executable, *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.timeout(600)
-def test_the_quickstart_needs_no_more_than_the_readme_says(run_python: RunPython, tmp_path: Path) -> None:
-    if shutil.which("unshare") is None or os.geteuid() != 0:
-        pytest.skip("hiding a library takes root and unshare (package util-linux)")
-    look = run_python("-c", _LOOK)
-    if look.returncode:
-        pytest.skip(f"this machine lets nothing be hidden: {look.stderr}")
-    there = json.loads(look.stdout)
-    assert not any(there.values()), there
-
-    run = run_python("scripts/quickstart.py", "--smoke", "--run-dir", str(tmp_path / "run"))
-    assert run.returncode == 0, run.stdout + run.stderr
-    summary = json.loads(run.stdout.splitlines()[-1])
-    assert summary["steps"] == 2
-    assert None not in (summary["em_before"], summary["em_after"], summary["gain_last"])

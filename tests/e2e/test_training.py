@@ -5,27 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.e2e.running import DEADLINE_S, ROOT, end_training, read_steps, start_training, wait_for
+from tests.e2e.bare_machine import strip_machine
+from tests.e2e.running import ROOT, end_training, read_manifest, read_steps, training, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
-def test_quickstart_trains_reports_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_quickstart_trains_reports_and_needs_no_more_than_the_readme_says(tmp_path: Path) -> None:
+    run_python, obstacle = strip_machine(tmp_path)
     run_dir = tmp_path / "run"
-    finished = subprocess.run(
-        [sys.executable, "scripts/quickstart.py", "--smoke", "--run-dir", str(run_dir)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
+    finished = run_python("scripts/quickstart.py", "--smoke", "--run-dir", str(run_dir))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads(finished.stdout.splitlines()[-1])
     assert list(summary) == [
@@ -44,18 +39,19 @@ def test_quickstart_trains_reports_and_leaves_nothing_behind(tmp_path: Path) -> 
         assert step["policy/publish_difference"] < 1e-3
         assert step["policy/num_updates"] == 1
         assert step["policy/grad_norm"] > 0
-    manifest = json.loads((run_dir / "run_manifest.json").read_text())
-    assert manifest["status"] == "completed"
+    assert read_manifest(run_dir)["status"] == "completed"
     assert "<svg" in (run_dir / "report.html").read_text()
     assert_records_are_exact(run_dir / "trajectories" / "step_000002.jsonl")
     exported = run_dir / "checkpoints" / "global_step_2" / "huggingface"
     start = load_file(ROOT / "world/models/policy/model.safetensors")
     trained = load_file(exported / "model.safetensors")
     assert any((start[name] != trained[name]).any() for name in start)
+    if obstacle:
+        pytest.skip(f"passed with all that this machine has: {obstacle}")
 
 
 def assert_records_are_exact(path: Path) -> None:
-    """Every recorded trajectory says which tokens were sampled, with what probability, and its worth."""
+    """Every recorded trajectory has the sampled tokens, their log-probs, its mask and its outcome."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(records) == 20  # 4 questions, 5 attempts
     for record in records:
@@ -67,34 +63,41 @@ def assert_records_are_exact(path: Path) -> None:
             assert record["outcome"] is not None
 
 
-def assert_interrupted(run_dir: Path, *, code: int | None, output: str) -> None:
-    assert code == 130, output
-    assert "Traceback" not in output
-    assert json.loads((run_dir / "run_manifest.json").read_text())["status"] == "interrupted"
-    assert (run_dir / "report.html").is_file()
+def kill_raylet(trainer: psutil.Process) -> None:
+    next(child for child in trainer.children(recursive=True) if child.name() == "raylet").kill()
 
 
-def test_killed_run_resumes_to_the_weights_of_an_unbroken_one_and_signals_end_runs_cleanly(
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     tmp_path: Path, retriever: str, gain_service: str
 ) -> None:
+    """Three runs, each ended in another way: by Ctrl-C, by SIGKILL, and by the death of Ray."""
     services = (f"retriever.url={retriever}", f"reward.semantic.url={gain_service}")
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
 
-    process = start_training(unbroken, *services)
-    wait_for(lambda: 5 in read_steps(unbroken), what="step 5", process=process)
-    output = end_training(process, lambda: os.killpg(process.pid, signal.SIGINT))  # as a terminal does
-    assert_interrupted(unbroken, code=process.returncode, output=output)
+    with training(unbroken, *services) as process:
+        wait_for(lambda: 5 in read_steps(unbroken), what="step 5", process=process)
+        output = end_training(process, lambda: os.killpg(process.pid, signal.SIGINT))  # as a terminal does
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert read_manifest(unbroken)["status"] == "interrupted"
+    assert (unbroken / "report.html").is_file()
 
-    broken = start_training(killed, *services)
-    wait_for(lambda: 3 in read_steps(killed), what="step 3", process=broken)
-    end_training(broken, lambda: os.killpg(broken.pid, signal.SIGKILL))
+    with training(killed, *services) as process:
+        wait_for(lambda: 3 in read_steps(killed), what="step 3", process=process)
+        end_training(process, lambda: os.killpg(process.pid, signal.SIGKILL))
 
-    resumed = start_training(killed, *services)
-    wait_for(lambda: 5 in read_steps(killed), what="step 5", process=resumed)
-    output = end_training(resumed, resumed.terminate)
-    assert_interrupted(killed, code=resumed.returncode, output=output)
-    assert "global_step_2" in output  # said where it goes on from
-    assert list(range(1, 6)) == sorted(read_steps(killed))[:5]
+    with training(killed, *services) as process:
+        wait_for(lambda: 5 in read_steps(killed), what="step 5", process=process)
+        output = end_training(process, lambda: kill_raylet(psutil.Process(process.pid)))
+    assert process.returncode == 1, output
+    assert "global_step_2" in output  # what it resumes from
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].startswith("error: Ray's raylet ended"), output
+    done = max(read_steps(killed))
+    assert sorted(read_steps(killed)) == list(range(1, done + 1))
+    manifest = read_manifest(killed)
+    assert (manifest["status"], manifest["saved_step"]) == ("failed", done)
+    assert (killed / "report.html").is_file()
 
     first, second = (
         load_file(run / "checkpoints/global_step_4/huggingface/model.safetensors")
