@@ -11,6 +11,7 @@ from verl.utils.entry import error_line
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Write the report and print its path."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder with metrics.jsonl, e.g. runs/quickstart-...")
     options = parser.parse_args(expand_home(arguments))

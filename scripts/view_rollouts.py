@@ -38,11 +38,25 @@ STYLES = {
     "information": "dim",
     "other": "dim",
 }
-VERDICTS = ("right", "wrong", "failed")
+COLORS = {"right": "green", "wrong": "red", "failed": "bold red"}
+"""Of the verdicts."""
 
 
 def main(arguments: list[str] | None = None, *, console: Console | None = None) -> None:
-    parser = _parser()
+    """Print the chosen trajectories, or exit with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="run folder or one step_*.jsonl")
+    parser.add_argument("--step", type=int, help="step of the run folder (default: the last one)")
+    parser.add_argument("--evaluation", action="store_true", help="held-out questions instead of training")
+    parser.add_argument("--only", choices=COLORS, help="only trajectories with this verdict")
+    parser.add_argument(
+        "--contains", default="", metavar="TEXT", help="only questions that contain this text"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=5, metavar="N", help="at most N trajectories (default 5)"
+    )
     options = parser.parse_args(expand_home(arguments))
     if options.limit < 0:
         parser.error(f"--limit must be at least 0, got {options.limit}")
@@ -56,25 +70,8 @@ def main(arguments: list[str] | None = None, *, console: Console | None = None) 
     console.print(Text(f"{shown} trajectories of {path}", style="dim"))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", type=Path, help="run folder or one step_*.jsonl")
-    parser.add_argument("--step", type=int, help="step of the run folder (default: the last one)")
-    parser.add_argument("--evaluation", action="store_true", help="held-out questions instead of training")
-    parser.add_argument("--only", choices=VERDICTS, help="only trajectories with this verdict")
-    parser.add_argument(
-        "--contains", default="", metavar="TEXT", help="only questions that contain this text"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=5, metavar="N", help="at most N trajectories (default 5)"
-    )
-    return parser
-
-
 def find_file(path: Path, *, step: int | None, evaluation: bool) -> Path:
-    """The file to show. Raises DataError that says which steps there are."""
+    """Return the file to show. Raises DataError that lists the recorded steps."""
     if path.is_file():
         return path
     files = step_files(path, EVALUATION if evaluation else TRAJECTORIES)
@@ -86,25 +83,27 @@ def find_file(path: Path, *, step: int | None, evaluation: bool) -> Path:
 
 
 def select(path: Path, *, only: str | None, contains: str) -> Iterator[TrajectoryRecord]:
+    """Yield the trajectories with this verdict and this text in the question. Raises DataError."""
     for record in iterate_records(path):
         if (only is None or verdict(record) == only) and contains.lower() in record["question"].lower():
             yield record
 
 
 def verdict(record: TrajectoryRecord) -> str:
+    """Return right, wrong or failed."""
     if record["failure"] is not None:
         return "failed"
     return "right" if is_right(record) else "wrong"
 
 
 def styled(text: str, style: str) -> Text:
-    """Text without control characters: what a policy wrote must not steer the terminal."""
+    """Return text without control characters, with which a policy could control the terminal."""
     clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return Text(clean, style=style)
 
 
 def render(record: TrajectoryRecord) -> Panel:
-    """One trajectory as a panel; everything in it is plain text, whatever the policy wrote."""
+    """Return one trajectory as a panel of plain text."""
     parts: list[RenderableType] = [styled(f"accepted: {' / '.join(record['golds'])}", "dim")]
     gains = record.get("turn_gains") or [None] * len(record["turns"])
     for number, (turn, gain) in enumerate(zip(record["turns"], gains, strict=True), start=1):
@@ -133,8 +132,7 @@ def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[R
 
 
 def _render_end(record: TrajectoryRecord) -> Text:
-    colour = {"right": "green", "wrong": "red", "failed": "bold red"}[verdict(record)]
-    end = Text(verdict(record), style=colour)
+    end = Text(verdict(record), style=COLORS[verdict(record)])
     values = {"outcome": record["outcome"], "gain": gain_of(record), "advantage": record["advantage"]}
     for name, value in values.items():
         end.append(f"   {name} {'-' if value is None else format(value, '+.3f')}", style="default")

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import doctor
+import download
+import prepare_data
 import pytest
+import report
+import view_rollouts
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+import IG.__main__
+from IG.service import IG_server
+from search_r1.search import index_builder, index_cli, retrieval_server
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("main", "command"),
     [
-        "scripts/report.py ~/nowhere",
-        "scripts/view_rollouts.py ~/nowhere",
-        "scripts/prepare_data.py --train nq=~/nowhere --out-dir=~/out",
-        "scripts/download.py --save_path=~/file/nowhere",
-        "scripts/doctor.py --lock=~/nowhere",
-        "-m search_r1.search.index_cli verify --index_path=~/nowhere",
-        "-m search_r1.search.index_cli ceiling --questions ~/nowhere",
-        "-m search_r1.search.index_builder --corpus_path=~/nowhere --save_dir=~/out",
-        "-m search_r1.search.retrieval_server --index_path=~/nowhere",
-        "-m IG.service.IG_server --model-path=~/nowhere",
-        "-m IG doctor --questions=~/nowhere",
+        (report.main, "~/nowhere"),
+        (view_rollouts.main, "~/nowhere"),
+        (prepare_data.main, "--train nq=~/nowhere --out-dir=~/out"),
+        (download.main, "--save_path=~/file/nowhere"),
+        (doctor.main, "--lock=~/nowhere"),
+        (index_cli.main, "verify --index_path=~/nowhere"),
+        (index_cli.main, "ceiling --questions ~/nowhere"),
+        (index_builder.main, "--corpus_path=~/nowhere --save_dir=~/out"),
+        (retrieval_server.main, "--index_path=~/nowhere"),
+        (IG_server.main, "--model-path=~/nowhere"),
+        (IG.__main__.main, "doctor --questions=~/nowhere"),
     ],
 )
-def test_a_tilde_is_the_home_folder(command: str, tmp_path: Path) -> None:
+def test_a_tilde_is_the_home_folder(
+    main: Callable[[Sequence[str]], object],
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     (tmp_path / "file").write_text("no folder can be made below it")
-    ended = subprocess.run(
-        [sys.executable, *command.split()],
-        cwd=REPOSITORY,
-        env=os.environ | {"HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert f"{tmp_path}/" in ended.stdout + ended.stderr
-    assert "~/" not in ended.stdout + ended.stderr
+    monkeypatch.setenv("HOME", str(tmp_path))
+    message = ""
+    try:
+        main(command.split())
+    except SystemExit as end:
+        message = str(end.code)
+    shown = "".join([message, caplog.text, *capfd.readouterr()])
+    assert f"{tmp_path}/" in shown
+    assert "~/" not in shown
