@@ -1,4 +1,4 @@
-"""What every test gets: this machine as the only network, small thread pools, no process left behind."""
+"""Settings of every test: no network but this machine, small thread pools, no process left behind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 SESSION_MARK = "INFOREASONER_TEST_SESSION"
-# Servants of the test process itself: they end with it, by design.
-_SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb_core")
-_GRACE_S = 10.0
-_LOOK_EVERY_S = 0.5
+_HELPERS = ("resource_tracker", "forkserver", "wandb-core", "wandb_core")
+"""Child processes of the test process itself, which end with it by design."""
+_GRACE_S = 60.0
+_POLL_S = 0.5
 
 
 def pytest_configure() -> None:
@@ -44,7 +44,7 @@ def _own_addresses() -> set[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _only_this_machine() -> Iterator[None]:
-    """Refuse TCP connections to other machines: a test that needs the network fails elsewhere."""
+    """Refuse TCP connections to other machines, so that no test depends on the network."""
     own = _own_addresses()
     connect = socket.socket.connect
 
@@ -61,11 +61,11 @@ def _only_this_machine() -> Iterator[None]:
     patch.undo()
 
 
-class _Family(threading.Thread):
-    """Remembers every descendant of the test process that was ever seen.
+class _Descendants(threading.Thread):
+    """Collects every descendant of the test process while it is one.
 
-    Ray's and vLLM's processes overwrite their environment with their title, so that the mark is gone, and
-    whoever loses its parent is a descendant no longer: it must have been seen before.
+    The mark in the environment is not enough: Ray's and vLLM's processes overwrite it with their title, and a
+    process that loses its parent is no longer a descendant.
     """
 
     def __init__(self) -> None:
@@ -74,17 +74,17 @@ class _Family(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        while not self._done.wait(_LOOK_EVERY_S):
-            self.look()
+        while not self._done.wait(_POLL_S):
+            self.collect()
 
-    def look(self) -> None:
+    def collect(self) -> None:
         with suppress(psutil.Error):
             self.seen |= set(psutil.Process().children(recursive=True))
 
     def stop(self) -> None:
         self._done.set()
         self.join()
-        self.look()
+        self.collect()
 
 
 def _is_marked(process: psutil.Process) -> bool:
@@ -98,7 +98,7 @@ def _is_left_behind(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             command = " ".join(process.cmdline())
-            return process.pid != os.getpid() and not any(servant in command for servant in _SERVANTS)
+            return process.pid != os.getpid() and not any(helper in command for helper in _HELPERS)
     return False
 
 
@@ -109,13 +109,13 @@ def _left_behind(seen: set[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_orphans() -> Iterator[None]:
-    """Fail if a process started by a test, or by what it started, outlives the session; end it."""
-    family = _Family()
-    family.start()
+    """Fail if a process started by the tests, directly or not, outlives the session; end it."""
+    descendants = _Descendants()
+    descendants.start()
     yield
-    family.stop()
+    descendants.stop()
     deadline = time.monotonic() + _GRACE_S
-    while (left := _left_behind(family.seen)) and time.monotonic() < deadline:
+    while (left := _left_behind(descendants.seen)) and time.monotonic() < deadline:
         time.sleep(0.2)
     names = []
     for process in left:

@@ -1,4 +1,4 @@
-"""Small stand-ins for the seams, shared by all tests: each does one thing and keeps what it was asked."""
+"""Small implementations of the seams, shared by all tests: each does one thing and keeps its calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One scripted HTTP answer; `delay_s` before it, or `hangs_up` instead of it."""
+    """One HTTP answer; `delay_s` before it, or `hangs_up` instead of it."""
 
     body: str | bytes = "{}"
     status: int = 200
@@ -44,35 +44,96 @@ class Reply:
     hangs_up: bool = False
 
 
-@dataclass(slots=True)
-class ScriptedServer:
-    """A real HTTP server on a free port that plays its script, the last reply for ever; records requests."""
+@dataclass(slots=True, kw_only=True)
+class FakeServer:
+    """A real HTTP server on a free port that keeps what it is sent; `reply` is what a kind of it answers."""
 
-    script: list[Reply]
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     """Request line, headers in lower case, body."""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    """Of the requests, on the clock of `time.perf_counter`."""
+    num_abandoned: int = 0
+    """Requests whose caller hung up before the answer."""
     url: str = ""
 
+    def reply(self, body: bytes) -> Reply:
+        raise NotImplementedError
+
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[ScriptedServer]:
-        server = await asyncio.start_server(self._play, "127.0.0.1", 0)
+    async def running(self, *, port: int = 0) -> AsyncIterator[Self]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield self
         server.close()
 
-    async def _play(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:-2])}
         body = await reader.readexactly(int(headers.get("content-length", "0")))
         self.requests.append((head[0], headers, body))
-        reply = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        await asyncio.sleep(reply.delay_s)
+        self.arrivals.append(time.perf_counter())
+        reply = self.reply(body)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(reply.delay_s):
+                await reader.read(1)  # returns early only if the caller hangs up
+                self.num_abandoned += 1
         if not reply.hangs_up:
-            text = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
+            content = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
             extra = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
-            start = f"HTTP/1.1 {reply.status} scripted\r\nContent-Length: {len(text)}\r\n{extra}"
-            writer.write(f"{start}Connection: close\r\n\r\n".encode() + text)
+            start = f"HTTP/1.1 {reply.status} fake\r\nContent-Length: {len(content)}\r\n{extra}"
+            writer.write(f"{start}Connection: close\r\n\r\n".encode() + content)
         writer.close()
+
+
+@dataclass(slots=True)
+class ScriptedServer(FakeServer):
+    """Plays its script, the last reply without end."""
+
+    script: list[Reply]
+
+    def reply(self, body: bytes) -> Reply:
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+
+@dataclass(slots=True)
+class AnsweringServer(FakeServer):
+    """Answers as `answer` decides from the JSON it is sent."""
+
+    answer: Callable[[dict[str, Any]], Reply]
+
+    def reply(self, body: bytes) -> Reply:
+        self.bodies.append(json.loads(body))
+        return self.answer(self.bodies[-1])
+
+
+@dataclass(slots=True)
+class FakeGainService(FakeServer):
+    """After `delay_s` every item gets a gain made of its texts."""
+
+    delay_s: float = 0.0
+    max_items: int = 1000
+    work: Mapping[str, int] | None = None
+
+    @staticmethod
+    def gain(question: str, context: str) -> float:
+        return zlib.crc32(f"{question}|{context}".encode()) / 2**32 if context else 0.0
+
+    @property
+    def items(self) -> list[tuple[str, str]]:
+        """(question, context) of all items, in order."""
+        return [(item["question"], item["context"]) for body in self.bodies for item in body["items"]]
+
+    def reply(self, body: bytes) -> Reply:
+        self.bodies.append(json.loads(body))
+        items = self.bodies[-1]["items"]
+        if len(items) > self.max_items:
+            return Reply(status=413, delay_s=self.delay_s)
+        scores = [self.gain(item["question"], item["context"]) for item in items]
+        answer: dict[str, object] = {"scores": scores, "errors": [None] * len(scores), "details": None}
+        if self.work is not None:
+            answer["work"] = self.work
+        return Reply(json.dumps(answer, allow_nan=False), delay_s=self.delay_s)
 
 
 def make_question(
@@ -279,58 +340,6 @@ class FakeEntailment:
 
 
 @dataclass(slots=True)
-class FakeGainService:
-    """A real HTTP server: after `delay_s` every item gets a gain made of its texts; keeps what it read."""
-
-    delay_s: float = 0.0
-    max_items: int = 1000
-    work: Mapping[str, int] | None = None
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    arrivals: list[float] = field(default_factory=list)
-    """Of the requests, on the clock of `time.perf_counter`."""
-    num_abandoned: int = 0
-    """Requests whose caller hung up before the answer."""
-    url: str = ""
-
-    @asynccontextmanager
-    async def running(self, *, port: int = 0) -> AsyncIterator[FakeGainService]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", port)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        yield self
-        server.close()
-
-    @staticmethod
-    def gain(question: str, context: str) -> float:
-        return zlib.crc32(f"{question}|{context}".encode()) / 2**32 if context else 0.0
-
-    @property
-    def items(self) -> list[tuple[str, str]]:
-        """(question, context) of all items, in order."""
-        return [(item["question"], item["context"]) for body in self.bodies for item in body["items"]]
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        length = int(head.partition("content-length: ")[2].split("\r\n")[0])
-        body = json.loads(await reader.readexactly(length))
-        self.bodies.append(body)
-        self.arrivals.append(time.perf_counter())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.delay_s):
-                await reader.read(1)
-                self.num_abandoned += 1
-        scores = [self.gain(item["question"], item["context"]) for item in body["items"]]
-        answer: dict[str, object] = {"scores": scores, "errors": [None] * len(scores), "details": None}
-        if self.work is not None:
-            answer["work"] = self.work
-        status, text = (
-            (413, "{}") if len(scores) > self.max_items else (200, json.dumps(answer, allow_nan=False))
-        )
-        start = f"HTTP/1.1 {status} fake\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n"
-        writer.write((start + text).encode())
-        writer.close()
-
-
-@dataclass(slots=True)
 class FakePairJudge:
     """Judges as `model` does, a batch for each call, after a pause."""
 
@@ -341,37 +350,3 @@ class FakePairJudge:
         await asyncio.sleep(self.pause_s)
         judged: list[float | Exception] = self.model.probabilities(pairs).tolist()
         return judged
-
-
-@dataclass(slots=True)
-class AnsweringServer:
-    """A real HTTP server that answers as `answer` says of the JSON it is sent; keeps what it read."""
-
-    answer: Callable[[dict[str, Any]], Reply]
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    num_abandoned: int = 0
-    """Requests whose caller hung up before the answer."""
-    url: str = ""
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[AnsweringServer]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        yield self
-        server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        length = int(head.partition("content-length: ")[2].split("\r\n")[0])
-        body = json.loads(await reader.readexactly(length))
-        self.bodies.append(body)
-        reply = self.answer(body)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(reply.delay_s):
-                await reader.read(1)
-                self.num_abandoned += 1
-        text = reply.body.encode()
-        extra = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
-        start = f"HTTP/1.1 {reply.status} fake\r\nContent-Length: {len(text)}\r\n{extra}"
-        writer.write(f"{start}Connection: close\r\n\r\n".encode() + text)
-        writer.close()

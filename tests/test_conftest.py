@@ -17,8 +17,8 @@ import conftest
 
 conftest._GRACE_S = 0.2
 # As Ray and vLLM do: a title that overwrites the environment, a session of its own, and a parent that ends.
-SERVANT = "import setproctitle, time; setproctitle.setproctitle('VLLM::Engine'); time.sleep(600)"
-PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {SERVANT!r}], "\\
+ORPHAN = "import setproctitle, time; setproctitle.setproctitle('VLLM::Engine'); time.sleep(600)"
+PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {ORPHAN!r}], "\\
     "start_new_session=True); time.sleep(2)"
 
 
