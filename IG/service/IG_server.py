@@ -48,7 +48,7 @@ from serving.web.limits import bounded_route
 from serving.web.loading import is_loading
 from serving.web.metrics import CONTENT_TYPE
 from serving.web.openapi import metrics_response, refusals, security
-from serving.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
@@ -92,7 +92,7 @@ def create_app(
         app,
         max_body_bytes=config.max_body_bytes,
         body_flag="--max-body-mb",
-        things="items",
+        noun="items",
         token=config.token,
         metrics=metrics.requests,
         work_path=_WORK_PATH,
@@ -138,7 +138,7 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
             _require_fitting(len(items), config=config)
 
     read = service.host.read
-    router = APIRouter(route_class=bounded_route(read=read, require_fitting=require_fitting, things="items"))
+    router = APIRouter(route_class=bounded_route(read=read, require_fitting=require_fitting, noun="items"))
 
     @router.post(
         _WORK_PATH,

@@ -28,7 +28,7 @@ class Service:
     ) -> None:
         self.host: Host[Backend] = Host(
             start_backend,
-            admission=Admission(max_things=max_queued_items, things="items"),
+            admission=Admission(max_items=max_queued_items, noun="items"),
             not_loaded="Models not loaded",
             require_usable=_require_usable,
         )

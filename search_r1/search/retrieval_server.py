@@ -45,7 +45,7 @@ from serving.web.limits import Admission, bounded_route
 from serving.web.loading import is_loading
 from serving.web.metrics import CONTENT_TYPE
 from serving.web.openapi import COMMON, Explained, metrics_response, refusals, security
-from serving.web.serving import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
@@ -135,7 +135,7 @@ def create_app(
 
     host: Host[MicroBatcher] = Host(
         start,
-        admission=Admission(max_things=settings.max_queue, things="queries"),
+        admission=Admission(max_items=settings.max_queue, noun="queries"),
         not_loaded="Retriever not loaded",
     )
     metrics = RetrieverMetrics(
@@ -168,7 +168,7 @@ def create_app(
         app,
         max_body_bytes=settings.max_body_bytes,
         body_flag="--max_body_mb",
-        things="queries",
+        noun="queries",
         token=settings.token,
         metrics=metrics.requests,
         work_path=_WORK_PATH,
@@ -236,7 +236,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         _require_fitting(value, settings=settings)
 
     router = APIRouter(
-        route_class=bounded_route(read=host.read, require_fitting=require_fitting, things="queries")
+        route_class=bounded_route(read=host.read, require_fitting=require_fitting, noun="queries")
     )
 
     @router.post(

@@ -1,4 +1,4 @@
-"""What every application here has: loading in the background, refusals in words, guards, states."""
+"""Build the application of a service: loading in the background, refusals with reasons, limits, states."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_application(
     on_ready: Callable[[Backend], None],
     on_failure: Callable[[], None],
 ) -> FastAPI:
-    """An application without routes; what its host holds lives as long as it runs."""
+    """Return an application without routes, which starts and ends with its host."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,7 +41,7 @@ def make_application(
         version=package_version(),
         lifespan=lifespan,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would lead to wherever the Host header says
+        redirect_slashes=False,  # a redirect would lead to where the Host header points
     )
     app.state.host = host
     for error, explain in _EXPLANATIONS.items():
@@ -52,16 +52,16 @@ def make_application(
 def add_states(
     app: FastAPI, *, require_ready: Callable[[], object], responses: dict[int | str, dict[str, Any]]
 ) -> None:
-    """Who watches over the process asks here. `require_ready` raises UnavailableError where it is not."""
+    """Add the routes for process supervisors. `require_ready` may raise UnavailableError."""
 
     @app.get("/livez", tags=["state"])
     async def livez() -> StateResponse:
-        """The process runs."""
+        """The process is running."""
         return StateResponse(status="alive")
 
     @app.get("/readyz", tags=["state"], responses=responses)
     async def readyz() -> StateResponse:
-        """Work can start right now; 503 when it cannot."""
+        """Work can start now; 503 if it cannot."""
         require_ready()
         return StateResponse(status="ready")
 
@@ -71,14 +71,14 @@ def add_guards(
     *,
     max_body_bytes: int,
     body_flag: str,
-    things: str,
+    noun: str,
     token: str,
     metrics: RequestMetrics,
     work_path: str,
 ) -> None:
-    """What a request meets before a route: it is counted, shows the token, and its body is bounded."""
-    # The last one added sees a request first.
-    app.add_middleware(LimitBody, max_bytes=max_body_bytes, flag=body_flag, things=things)
+    """Add what a request passes before its route: it is counted, its token is checked, its body limited."""
+    # The one that is added last sees a request first.
+    app.add_middleware(LimitBody, max_bytes=max_body_bytes, flag=body_flag, noun=noun)
     if token:
         app.add_middleware(RequireToken, token=token)
     app.add_middleware(CountRequests, metrics=metrics, path=work_path)
@@ -86,13 +86,13 @@ def add_guards(
 
 
 async def wait_until_left(request: Request) -> None:
-    """Return when the caller of a request, whose body was read, hangs up."""
+    """Return when the caller of a request hangs up. Its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _explain_invalid(_: Request, error: Exception) -> JSONResponse:
-    """Says where and why, without echoing the input: NaN or half a character is no JSON."""
+    """Say where and why, without repeating the input: NaN and lone surrogates are not JSON."""
     assert isinstance(error, RequestValidationError)
     problems = [{key: problem[key] for key in ("loc", "msg", "type")} for problem in error.errors()]
     return JSONResponse({"detail": problems}, status_code=422)
@@ -100,16 +100,16 @@ async def _explain_invalid(_: Request, error: Exception) -> JSONResponse:
 
 async def _explain_full(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QueueFullError)
-    return _come_back(429, str(error), retry_after_s=error.retry_after_s)
+    return _refuse_for_now(429, str(error), retry_after_s=error.retry_after_s)
 
 
 async def _explain_unavailable(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, UnavailableError)
-    return _come_back(503, str(error), retry_after_s=error.retry_after_s)
+    return _refuse_for_now(503, str(error), retry_after_s=error.retry_after_s)
 
 
-async def _end_unanswered(_: Request, __: Exception) -> Response:
-    """Nobody reads this."""
+async def _explain_left(_: Request, __: Exception) -> Response:
+    """Return a response that is only counted, since the caller has hung up."""
     return Response(status_code=CALLER_LEFT)
 
 
@@ -117,10 +117,10 @@ _EXPLANATIONS: dict[type[Exception], Any] = {
     RequestValidationError: _explain_invalid,
     QueueFullError: _explain_full,
     UnavailableError: _explain_unavailable,
-    CallerLeftError: _end_unanswered,
+    CallerLeftError: _explain_left,
 }
 
 
-def _come_back(status: int, message: str, *, retry_after_s: int) -> JSONResponse:
+def _refuse_for_now(status: int, message: str, *, retry_after_s: int) -> JSONResponse:
     headers = {"Retry-After": str(retry_after_s)}
     return JSONResponse({"detail": message}, status_code=status, headers=headers)

@@ -1,7 +1,7 @@
-"""What happens to a request between its parsing and its answer, and to a service from its start to its end.
+"""Carry a request from its parsing to its answer, and a service from its start to its end.
 
-What does the work is loaded in the background. Accepted work has a place in the queue and a caller who may
-leave; it is finished before the service stops.
+The backend, which does the work, is loaded in the background. Accepted work is finished before the service
+stops, and cancelled when its caller hangs up.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Closable(Protocol):
-    """What does the work."""
+    """A backend, as far as its host is concerned."""
 
     async def aclose(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         ...
 
 
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class UnavailableError(Exception):
-    """No work can be accepted now, or what was accepted could not be finished."""
+    """No work can be accepted now, or accepted work could not be finished."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class UnavailableError(Exception):
 
 
 class Host(Generic[Backend]):
-    """Holds the backend from its start to its end, and every request from its acceptance to its end."""
+    """Holds the backend, and every request from its acceptance to its end."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Host(Generic[Backend]):
         not_loaded: str,
         require_usable: Callable[[Backend], None] = lambda _: None,
     ) -> None:
-        """`not_loaded`: what callers are told until it is; `require_usable` may raise UnavailableError."""
+        """`not_loaded` is the answer until the backend is; `require_usable` may raise UnavailableError."""
         self.backend: Backend | None = None
         """None until it is loaded."""
         self.start_error: BaseException | None = None
@@ -67,7 +67,7 @@ class Host(Generic[Backend]):
         self._loading = asyncio.create_task(self._load(on_ready=on_ready, on_failure=on_failure))
 
     async def end(self) -> None:
-        """Stop loading, or free what was loaded."""
+        """Stop loading, or close the backend."""
         self._close()
         if self._loading is not None:
             self._loading.cancel()
@@ -76,7 +76,7 @@ class Host(Generic[Backend]):
             await self.backend.aclose()
 
     async def drain(self, *, grace_s: float) -> None:
-        """Accept no more and wait for what was accepted; after `grace_s` it is cancelled."""
+        """Accept no more requests and wait for the accepted ones; cancel them after `grace_s`."""
         self._close()
         if self._idle.is_set():
             return
@@ -88,18 +88,18 @@ class Host(Generic[Backend]):
             await self._idle.wait()
 
     def abandon(self) -> None:
-        """Cancel everything that is worked on; its callers are told."""
+        """Cancel all accepted requests; they are answered with 503."""
         self._close()
         for task in self._running:
             task.cancel()
 
     @property
     def draining(self) -> bool:
-        """Whether it was asked to stop."""
+        """Whether the service is stopping."""
         return self._draining
 
     def require_open(self) -> Backend:
-        """What does the work. Raises UnavailableError unless work can be accepted."""
+        """Return the backend. Raises UnavailableError unless work can be accepted."""
         if self._draining:
             raise UnavailableError("Shutting down", retry_after_s=5)
         if self.backend is None:
@@ -108,10 +108,10 @@ class Host(Generic[Backend]):
         return self.backend
 
     async def read(self, body: Callable[[], Awaitable[bytes]]) -> None:
-        """Wait for the body of a request that may be accepted. Raises what `body` raises.
+        """Wait for the body of a request, if the request can be accepted.
 
-        UnavailableError and QueueFullError come before it is read, the former also when the service is
-        stopped meanwhile: what is not here by then is not accepted.
+        Raises UnavailableError and QueueFullError before the body is read, UnavailableError also when the
+        service stops before the body is complete, and what `body` raises.
         """
         self.require_open()
         self.admission.require_room(1)
@@ -136,7 +136,7 @@ class Host(Generic[Backend]):
         size: int,
         caller_left: Callable[[], Awaitable[None]],
     ) -> Result:
-        """The result of work of so many things, which is cancelled when its caller leaves.
+        """Return the result of work on `size` items, which is cancelled when its caller hangs up.
 
         Raises UnavailableError, QueueFullError, CallerLeftError, and what the work raises.
         """
@@ -146,16 +146,16 @@ class Host(Generic[Backend]):
             self._running.add(work)
             self._idle.clear()
             try:
-                return await self._outlive(work, caller_left)
+                return await self._wait_for_result(work, caller_left)
             finally:
                 self._running.discard(work)
                 if not self._running:
                     self._idle.set()
 
-    async def _outlive(
+    async def _wait_for_result(
         self, work: asyncio.Task[Result], caller_left: Callable[[], Awaitable[None]]
     ) -> Result:
-        """The result of the work; whoever does not get it cancels it, and waits until it is gone."""
+        """Return the result of the work. However this ends, the work has ended, too."""
         leaving = asyncio.ensure_future(caller_left())
         try:
             await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)

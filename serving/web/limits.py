@@ -1,7 +1,7 @@
-"""What keeps callers within bounds: the token, the size of a body and its time, how much is accepted.
+"""Limit what callers can do: the token, the size and the time of a body, the amount of accepted work.
 
-The middlewares are plain ASGI: they see a request before its body is read and parsed. `things` is what the
-service calls that of which one request asks for many (items, queries), for its messages.
+The middlewares are plain ASGI: they see a request before its body is read and parsed. `noun` is what the
+service calls the parts of a request (items, queries) in its messages.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import math
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -24,14 +21,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
-"""Need no token: who watches over processes has none."""
-_MAX_RETRY_AFTER_S = 60
+"""Need no token, because process supervisors have none."""
+_RETRY_AFTER_S = 1
 _BODY_S = 60.0
-"""How long a whole body may take to arrive."""
+"""How long a body may take to arrive."""
 _BODIES_HELD = 16
-"""Bodies of the greatest length that are held at a time, from their first byte to their answer."""
+"""Memory for bodies, from their first byte to their answer, in bodies of the greatest length."""
 _MAX_VALUES = 1_000_000
-"""Reading so many takes about half a second, in which nobody else is answered."""
+"""Parsing so many takes about half a second, during which no other request is answered."""
 
 
 class TrimSlash:
@@ -47,7 +44,7 @@ class TrimSlash:
 
 
 class RequireToken:
-    """Turns away who does not present the bearer token, before anything of the body is read."""
+    """Refuses requests without the bearer token (401), before anything of the body is read."""
 
     def __init__(self, app: ASGIApp, *, token: str) -> None:
         self._app = app
@@ -73,18 +70,18 @@ class RequireToken:
 
 
 class LimitBody:
-    """Refuses a body that is too long (413) or too slow (408), both while it comes, or encoded (415).
+    """Refuses a body that is too long (413), too slow (408) or compressed (415).
 
-    Also one that comes while too much is held already (429): what all callers together send is bounded, too.
+    Also one that arrives while the bodies of all callers together already take too much memory (429).
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, flag: str, things: str) -> None:
-        """`flag`: what sets the limit."""
+    def __init__(self, app: ASGIApp, *, max_bytes: int, flag: str, noun: str) -> None:
+        """`flag` is the one that sets the limit, for messages."""
         self.num_held = 0
-        """Bytes of the requests that are not answered yet."""
+        """Bytes of all requests that are not answered yet."""
         self.max_bytes = max_bytes
         self.flag = flag
-        self._things = things
+        self._noun = noun
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,9 +99,9 @@ class LimitBody:
             self.num_held -= body.num_bytes
 
     def too_long(self) -> str:
-        """What to tell about a body beyond the limit."""
+        """Return the message about a body beyond the limit."""
         limit = f"{self.max_bytes / 2**20:.3g} MiB"
-        return f"the body is longer than {limit}; send fewer {self._things} per request or raise {self.flag}"
+        return f"the body is longer than {limit}; send fewer {self._noun} per request or raise {self.flag}"
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         length = headers.get("content-length", "")
@@ -120,7 +117,7 @@ class LimitBody:
 
 
 class _BoundedBody:
-    """Counts a body while it is read. Whoever reads it gets HTTPException or QueueFullError."""
+    """Counts a body while it is read; reading it can raise HTTPException and QueueFullError."""
 
     def __init__(self, receive: Receive, *, limit: LimitBody) -> None:
         self.num_bytes = 0
@@ -130,7 +127,7 @@ class _BoundedBody:
         self._is_whole = False
 
     async def receive(self) -> Message:
-        if self._is_whole:  # from now on it is asked only whether the caller is still there
+        if self._is_whole:  # further calls only wait for the caller to hang up
             return await self._receive()
         message = await self._receive_in_time()
         self._is_whole = not message.get("more_body", False)
@@ -139,10 +136,10 @@ class _BoundedBody:
 
     async def _receive_in_time(self) -> Message:
         try:
-            async with asyncio.timeout_at(self._deadline) as patience:
+            async with asyncio.timeout_at(self._deadline) as timeout:
                 return await self._receive()
         except TimeoutError:
-            if not patience.expired():
+            if not timeout.expired():
                 raise
             raise HTTPException(
                 HTTPStatus.REQUEST_TIMEOUT,
@@ -160,32 +157,30 @@ class _BoundedBody:
             held = f"{limit.num_held / 2**20:.3g} MiB"
             raise QueueFullError(
                 f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times {limit.flag}; "
-                "try again in 1 s",
-                retry_after_s=1,
+                f"try again in {_RETRY_AFTER_S} s"
             )
 
 
 class CallerLeftError(Exception):
-    """Nobody waits for the answer any more; the work was cancelled."""
+    """The caller hung up, and its work was cancelled."""
 
 
 def bounded_route(
     *,
     read: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[None]],
     require_fitting: Callable[[object], None],
-    things: str,
+    noun: str,
 ) -> type[APIRoute]:
-    """A route for work: who gets no place is told before the body is read, who sends too much before it is
-    looked at thing by thing.
+    """Return a route class that refuses work early.
 
-    `read`, which is given what reads the body, and `require_fitting`, which is given the JSON value before
-    anything of it was checked, raise what the caller is told.
+    `read` gets the function that reads the body, so that it can refuse before calling it. `require_fitting`
+    gets the JSON value before it is validated. Both refuse by raising.
     """
 
     class BoundedRequest(Request):
         async def json(self) -> object:
             body = await self.body()
-            _require_few_values(body, things=things)
+            _require_few_values(body, noun=noun)
             value = _parse(body)
             require_fitting(value)
             return value
@@ -208,7 +203,7 @@ def bounded_route(
 
 
 def _parse(body: bytes) -> object:
-    """Raises HTTPException: what else it could raise, FastAPI would keep in a cycle with the whole body."""
+    """Return the JSON value. Raises HTTPException: FastAPI keeps others in a cycle with the whole body."""
     try:
         value: object = json.loads(body)
     except json.JSONDecodeError as error:
@@ -219,77 +214,49 @@ def _parse(body: bytes) -> object:
     return value
 
 
-def _require_few_values(body: bytes, *, things: str) -> None:
-    """Every value of a JSON text but the first comes after one of these; text has some of them, too."""
+def _require_few_values(body: bytes, *, noun: str) -> None:
+    """Raise HTTPException for a body with too many values, without parsing it.
+
+    Every value but the first follows one of these marks; strings can contain them, too.
+    """
     num_values = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if num_values > _MAX_VALUES:
         raise HTTPException(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             f"the body has {num_values} commas and opening brackets, expected at most {_MAX_VALUES}; send "
-            f"fewer {things} per request",
+            f"fewer {noun} per request",
         )
 
 
 class QueueFullError(Exception):
-    """So much was accepted that this must come back later."""
+    """So much was accepted that the caller has to come back later."""
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    retry_after_s = _RETRY_AFTER_S
 
 
 class Admission:
-    """Counts the things that were accepted and are not answered yet, and how fast answers go out."""
+    """Counts the items that were accepted and are not answered yet."""
 
-    def __init__(
-        self,
-        *,
-        max_things: int,
-        things: str,
-        window_s: float = 30.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, *, max_items: int, noun: str) -> None:
         self.num_held = 0
         """Accepted and not answered yet."""
-        self._max_things = max_things
-        self._things = things
-        self._window_s = window_s
-        self._clock = clock
-        self._answered: deque[tuple[float, int]] = deque()
+        self._max_items = max_items
+        self._noun = noun
 
     @contextmanager
     def admit(self, number: int) -> Iterator[None]:
-        """Hold places for so many. Raises QueueFullError."""
+        """Hold places for so many items. Raises QueueFullError."""
         self.require_room(number)
         self.num_held += number
         try:
             yield
         finally:
             self.num_held -= number
-            self._answered.append((self._clock(), number))
-            self._forget_old()
 
     def require_room(self, number: int) -> None:
-        """Raises QueueFullError unless so many could be admitted now."""
-        excess = self.num_held + number - self._max_things
-        if excess > 0:
-            retry_after_s = self._wait_s(excess)
+        """Raise QueueFullError unless so many items could be accepted now."""
+        if self.num_held + number > self._max_items:
             raise QueueFullError(
-                f"the queue is full: {self.num_held} of {self._max_things} {self._things} wait or are "
-                f"worked on, no place for {number} more; try again in {retry_after_s} s",
-                retry_after_s=retry_after_s,
+                f"the queue is full: {self.num_held} of {self._max_items} {self._noun} wait or are "
+                f"worked on, no place for {number} more; try again in {_RETRY_AFTER_S} s"
             )
-
-    def _wait_s(self, number: int) -> int:
-        """About when so many places will be free, at the recent rate."""
-        self._forget_old()
-        num_answered = sum(count for _, count in self._answered)
-        if not num_answered:
-            return 1
-        rate = num_answered / max(self._clock() - self._answered[0][0], 1.0)
-        return min(max(math.ceil(number / rate), 1), _MAX_RETRY_AFTER_S)
-
-    def _forget_old(self) -> None:
-        start = self._clock() - self._window_s
-        while self._answered and self._answered[0][0] < start:
-            self._answered.popleft()

@@ -1,8 +1,7 @@
-"""Loads that nobody has to wait for: a service that is asked to stop must not finish loading first.
+"""Load in daemon threads, so that a service can stop before it has finished loading.
 
-Python joins the threads of an executor when the interpreter ends; a daemon thread can be left behind. It
-still runs then, so whoever ends the process looks at `is_loading` and leaves without the interpreter's
-farewell.
+Python waits for the threads of an executor when the interpreter ends, but not for daemon threads. If one is
+still loading (`is_loading`), the process must end without the interpreter's shutdown (`server.leave`).
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ def load_in_thread(
 ) -> asyncio.Future[T]:
     """Run `load` in a thread of its own; cancelling the result abandons it.
 
-    The thread goes on with `then`, whatever came of the load: for what must not outlive its thread.
+    The thread then runs `then`, whether the load succeeded or not: for what ends with its thread.
     """
     outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # cancelling what waits for it leaves the outcome alone
+    outcome.set_running_or_notify_cancel()  # cancelling the awaiting task does not change the outcome
 
     def run() -> None:
         try:
             outcome.set_result(load())
-        except BaseException as error:  # it belongs to whoever awaits the outcome
+        except BaseException as error:  # raised where the outcome is awaited
             outcome.set_exception(error)
         threading.current_thread().name = f"keep-{name}"
         then()
@@ -41,5 +40,5 @@ def load_in_thread(
 
 
 def is_loading() -> bool:
-    """Whether a load still runs in this process, awaited or abandoned."""
+    """Return whether a load still runs in this process, awaited or abandoned."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""What every service counts of its requests, and how `GET /metrics` is written."""
+"""Count the requests of a service, and write `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CONTENT_TYPE: str = CONTENT_TYPE_LATEST
 CALLER_LEFT = 499
-"""What is counted where no answer could be sent any more."""
+"""The status that is counted if the caller hung up."""
 
 
 class RequestMetrics:
-    """Requests for work by status, and their seconds."""
+    """Counts requests for work by status, and measures their seconds."""
 
     def __init__(
         self, registry: CollectorRegistry, *, prefix: str, purpose: str, buckets: Sequence[float]
     ) -> None:
-        """`purpose`: what the requests are for, in the help of the metrics. `buckets`: in seconds."""
+        """`purpose` of the requests, for the help texts of the metrics; `buckets` in seconds."""
         self._requests = Counter(
             f"{prefix}_requests", f"Requests for {purpose}, by HTTP status.", ["status"], registry=registry
         )
@@ -32,13 +32,13 @@ class RequestMetrics:
         )
 
     def count(self, *, status: int, seconds: float) -> None:
-        """One request came to its end."""
+        """Count a request that has ended."""
         self._requests.labels(str(status)).inc()
         self._seconds.observe(seconds)
 
 
 class CountRequests:
-    """Counts the requests to one path, refused ones too, by status and time."""
+    """Counts the requests to one path, also refused ones, by status and time."""
 
     def __init__(self, app: ASGIApp, *, metrics: RequestMetrics, path: str) -> None:
         self._app = app
@@ -65,6 +65,6 @@ class CountRequests:
 
 
 def render_metrics(registry: CollectorRegistry) -> bytes:
-    """Everything in the text format of Prometheus."""
+    """Return all metrics in the text format of Prometheus."""
     rendered: bytes = generate_latest(registry)
     return rendered

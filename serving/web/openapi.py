@@ -1,4 +1,4 @@
-"""What every OpenAPI document says beside its models: every refusal, the token, the metrics."""
+"""Document what all services have in common: refusals, the token, the metrics."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "i
 
 
 class StateResponse(BaseModel):
-    """One word."""
+    """The state of the process."""
 
     status: Literal["alive", "ready"]
 
 
 class ErrorResponse(BaseModel):
-    """Why a request was refused."""
+    """The reason why a request was refused."""
 
     detail: str = Field(examples=["the queue is full: 16384 items wait; try again in 3 s"])
 
 
 class Problem(BaseModel):
-    """One thing that is wrong with a request."""
+    """One error in a request."""
 
     loc: list[str | int] = Field(
         description="Where: `body`, then field names and positions.",
@@ -36,17 +36,17 @@ class Problem(BaseModel):
 
 
 class InvalidResponse(BaseModel):
-    """What is wrong with a request and where; the input is not repeated."""
+    """All errors in a request; its content is not repeated."""
 
     detail: list[Problem]
 
 
 Explained = dict[int, tuple[str, str]]
-"""By status: what it means, and an example of what the caller is told."""
+"""By status: what it means, and an example of the detail."""
 
 COMMON: Explained = {
     400: (
-        "The body is no text that can be read.",
+        "The body is not readable text.",
         "the body cannot be read: 'utf-8' codec can't decode byte 0xff in position 11: invalid start byte",
     ),
     401: (
@@ -63,17 +63,17 @@ COMMON: Explained = {
 
 
 def refusals(explained: Explained, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these refusals, for FastAPI's `responses`."""
+    """Return the documentation of these refusals, for FastAPI's `responses`."""
     return {status: _refusal(status, *explained[status]) for status in statuses}
 
 
 def security(*, needs_token: bool, described: str) -> list[Depends]:
-    """Documents the token; the middleware is what asks for it."""
+    """Document the token, which the middleware checks."""
     return [Security(HTTPBearer(auto_error=False, description=described))] if needs_token else []
 
 
 def metrics_response(example: str) -> dict[int | str, dict[str, Any]]:
-    """The documentation of `GET /metrics`."""
+    """Return the documentation of `GET /metrics`."""
     return {
         200: {
             "description": "Text format of Prometheus.",

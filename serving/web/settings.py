@@ -1,6 +1,6 @@
-"""Settings of a service, each defined once: flag over environment variable over default, resolved at start.
+"""Define each setting of a service once: its flag wins over its environment variable, that over its default.
 
-A table of them makes the command line, its help and the table of a README.
+The command line, its help and the table in the README are made from the definitions.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ _SWITCH = {_ON: True, "1": True, "yes": True, "false": False, "0": False, "no": 
 
 
 class SettingError(ValueError):
-    """A setting is wrong: the message names it, its value and what was expected."""
+    """A setting is wrong: the message names it, its value and what is expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One setting."""
+    """The definition of one setting."""
 
     name: str
-    """Where its value is kept, among the resolved ones and in the namespace of a parser."""
+    """Its key among the resolved values and in the namespace of a parser."""
     flag: str
     env: str
     default: str
-    """In words, as a user would write it."""
+    """As a user would write it."""
     parse: Parse
     meaning: str
     shown_default: str = ""
-    """What the help says instead of the default."""
+    """Shown instead of the default, if not empty."""
     parse_flag: Parse | None = None
-    """Reads the flag where it says something else than the variable: a secret must not stand in argv."""
+    """Reads the flag if its meaning differs from the variable's: a secret must not be in argv."""
 
     @property
     def shown(self) -> str:
-        """The default as the help and the table say it."""
+        """The default as shown in the help and the table."""
         return self.shown_default or self.default or "none"
 
 
 def parse_integer(low: int, high: int | None = None) -> Parse:
-    """Parser of whole numbers in these bounds; leading zeros do not matter."""
+    """Return a parser of whole numbers within these bounds; leading zeros do not matter."""
     expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
     def parsed(text: str) -> Value:
@@ -67,7 +67,7 @@ def parse_integer(low: int, high: int | None = None) -> Parse:
 
 
 def parse_real(low: float, high: float, *, open_low: bool = False) -> Parse:
-    """Parser of numbers in these bounds; `open_low`: without the lower one."""
+    """Return a parser of numbers within these bounds, without the lower one if `open_low`."""
     expected = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
 
     def parsed(text: str) -> Value:
@@ -83,7 +83,7 @@ def parse_real(low: float, high: float, *, open_low: bool = False) -> Parse:
 
 
 def parse_choice(choices: type[StrEnum] | Sequence[str]) -> Parse:
-    """Parser of one of a few words; members of the enumeration where it is one."""
+    """Return a parser of one of these words, or of the members of an enumeration."""
 
     def parsed(text: str) -> Value:
         if text not in tuple(choices):
@@ -94,7 +94,7 @@ def parse_choice(choices: type[StrEnum] | Sequence[str]) -> Parse:
 
 
 def parse_text(text: str) -> Value:
-    """Anything but nothing."""
+    """Parse a text that is not blank."""
     if not text.strip():
         raise SettingError("empty, expected a text")
     return text
@@ -115,25 +115,25 @@ def parse_path(text: str) -> Value:
 
 
 def parse_switch(text: str) -> Value:
-    """Parser of what is on or off; its flag needs no value."""
+    """Parse a switch; its flag needs no value."""
     if text.lower() not in _SWITCH:
         raise SettingError(f"{text!r}, expected true or false")
     return _SWITCH[text.lower()]
 
 
 def parse_token(text: str) -> Value:
-    """Unlike the others, what this raises does not repeat the value."""
+    """Parse a bearer token. The message of the error does not repeat it."""
     if text and not _TOKEN.fullmatch(text):
-        raise SettingError("no bearer token, expected visible ASCII characters without spaces")
+        raise SettingError("not a bearer token, expected visible ASCII characters without spaces")
     return text
 
 
 def read_token_file(path: str) -> Value:
-    """The token that a file holds."""
+    """Return the token in a file."""
     try:
         token = Path(path).expanduser().read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SettingError(
             f"{path!r}, which cannot be read ({reason}); expected a file with a token"
         ) from None
@@ -143,9 +143,9 @@ def read_token_file(path: str) -> Value:
 
 
 def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Setting]) -> None:
-    """The flag of every setting, for `resolve_settings` or for a command line that has more of them.
+    """Add the flag of every setting to a parser.
 
-    Every value stays text; a flag that is not given leaves nothing in the namespace.
+    Values stay text, for `resolve_settings`; a flag that is not given leaves nothing in the namespace.
     """
     for setting in settings:
         meaning = f"{setting.meaning} (${setting.env}; default {setting.shown})".replace("%", "%%")
@@ -171,10 +171,9 @@ def resolve_settings(
     environ: Mapping[str, str],
     derive_default: Callable[[Setting, Mapping[str, Value]], str] = lambda setting, _: setting.default,
 ) -> dict[str, Value]:
-    """The value of every setting. Raises SettingError that names the flag or the variable.
+    """Return the value of every setting. Raises SettingError that names the flag or the variable.
 
-    An empty variable is as good as none. `derive_default`, which is given what is resolved so far, says what
-    counts where neither is given.
+    An empty variable counts as unset. `derive_default` gets the values so far and returns the default.
     """
     values: dict[str, Value] = {}
     for setting in settings:
@@ -191,7 +190,7 @@ def resolve_settings(
 
 
 def settings_table(settings: Iterable[Setting]) -> str:
-    """The settings as a Markdown table."""
+    """Return the settings as a Markdown table."""
     rows = ["| flag | variable | default | meaning |", "| --- | --- | --- | --- |"]
     rows += [f"| `{s.flag}` | `{s.env}` | {s.shown} | {s.meaning} |" for s in settings]
     return "\n".join(rows)

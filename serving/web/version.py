@@ -1,4 +1,4 @@
-"""Which version of this project runs."""
+"""The version of this project."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _DISTRIBUTION = "inforeasoner"
 
 
 def package_version() -> str:
-    """Of the installed distribution; `unknown` where this folder is used without installing it."""
+    """Return the version of the installed distribution, `unknown` if it is not installed."""
     try:
         return importlib.metadata.version(_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

@@ -86,7 +86,7 @@ def test_a_token_comes_from_the_environment_or_a_file_and_is_never_shown(tmp_pat
 def test_a_bad_token_is_refused_without_being_repeated(token: str, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text(token)
-    with pytest.raises(SettingError, match=r"\$IG_TOKEN is no bearer token") as from_environment:
+    with pytest.raises(SettingError, match=r"\$IG_TOKEN is not a bearer token") as from_environment:
         resolve_config([], environ={"IG_TOKEN": token})
     with pytest.raises(SettingError, match="holds no bearer token") as from_file:
         resolve_config(["--token-file", str(file)], environ={})

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from IG.service.IG_server import main
-from serving.web.serving import listen
+from serving.web.server import listen
 from tests.IG.service.backends import GOOD
 from tests.processes import post_accepted, running_script, wait_for
 

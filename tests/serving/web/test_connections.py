@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx
 import pytest
 
-from serving.web.connections import raise_open_files_limit
 from tests.IG.service.backends import GOOD
 from tests.IG.service.test_serving import WITHOUT_MODELS
 from tests.processes import running_script, wait_for
@@ -38,46 +37,35 @@ def running(service: str, *, first: str, work_s: float = 0) -> Iterator[httpx.Cl
 
 def connect(client: httpx.Client) -> socket.socket:
     connection = socket.create_connection((client.base_url.host, client.base_url.port or 0))
-    connection.settimeout(5)
+    connection.settimeout(60)
     return connection
 
 
-FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 1024))"
+# Fewer files than clients, and little time for heads.
+FEW_FILES = (
+    "import resource, serving.web.server\n"
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128)); serving.web.server.HEAD_TIMEOUT_S = 2.0"
+)
 
 
 @pytest.mark.parametrize("service", SERVICES)
-@pytest.mark.parametrize("sent", ["nothing", "half a head", "a head"])
-def test_more_silent_clients_than_open_files_shut_nobody_out(service: str, sent: str) -> None:
+@pytest.mark.parametrize("sent", ["nothing", "half a head"])
+def test_silent_clients_that_hold_all_open_files_are_disconnected(service: str, sent: str) -> None:
     _, _, path, body = SERVICES[service]
-    raise_open_files_limit()
-    head = HEAD % (path.encode(), 1000)
-    start = {"nothing": b"", "half a head": head[:60], "a head": head}[sent]
+    start = HEAD[: {"nothing": 0, "half a head": 60}[sent]]
     with running(service, first=FEW_FILES) as client, ExitStack() as open_connections:
-        for _ in range(1100):
-            open_connections.enter_context(connect(client)).sendall(start)
-        with httpx.Client(base_url=client.base_url, headers=client.headers, trust_env=False) as newcomer:
-            answers = [newcomer.get("/livez"), newcomer.post(path, json=body)]
-    assert [answer.status_code for answer in answers] == [200, 200]
-
-
-@pytest.mark.parametrize("service", SERVICES)
-def test_a_whole_request_keeps_its_connection_however_many_clients_are_silent(service: str) -> None:
-    _, _, path, body = SERVICES[service]
-    raise_open_files_limit()
-    content = json.dumps(body).encode()
-    head = HEAD.replace(b"Content-Type", b"Connection: close\r\nContent-Type") % (path.encode(), len(content))
-    with running(service, first=FEW_FILES, work_s=3) as client, ExitStack() as open_connections:
-        waiting = open_connections.enter_context(connect(client))
-        waiting.sendall(head + content)
-        for _ in range(1100):
-            open_connections.enter_context(connect(client))
-        assert waiting.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        for _ in range(300):
+            with suppress(ConnectionError):  # without a file for it, a connection is closed at once
+                open_connections.enter_context(connect(client)).sendall(start)
+        with httpx.Client(base_url=client.base_url, headers=client.headers, trust_env=False) as other:
+            wait_for(other, "/livez", 200)
+            assert other.post(path, json=body).status_code == 200
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_head_that_does_not_arrive_in_time_ends_the_connection(service: str) -> None:
     _, _, path, body = SERVICES[service]
-    first = "import serving.web.connections; serving.web.connections.HEAD_TIMEOUT_S = 0.5"
+    first = "import serving.web.server; serving.web.server.HEAD_TIMEOUT_S = 0.5"
     with running(service, first=first) as client, connect(client) as silent, connect(client) as slow:
         with suppress(OSError):
             while True:  # a byte now and then is no progress
@@ -87,7 +75,7 @@ def test_a_head_that_does_not_arrive_in_time_ends_the_connection(service: str) -
         content = json.dumps(body).encode()
         with connect(client) as in_time:
             in_time.sendall(HEAD % (path.encode(), len(content)))
-            time.sleep(1)  # longer than a head may take: its body has its own time
+            time.sleep(1)  # longer than a head may take: the body has a deadline of its own
             in_time.sendall(content)
             assert in_time.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
