@@ -2,9 +2,9 @@
 
 A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
-questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well; the
-prompt is always that of this project. A corpus of BEIR or pyserini becomes the JSON lines of the retriever.
-Files are local; nothing is downloaded.
+questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well. The
+files that are written hold no prompt: training takes the instruction from data.prompt_file. A corpus of BEIR
+or pyserini becomes the JSON lines of the retriever. Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
@@ -31,7 +31,6 @@ from rich.progress import track
 from serving.files import replacing_file
 from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
 from serving.web.settings import expand_home
-from verl.agent.prompts import search_instruction
 from verl.errors import ConfigError, DataError
 from verl.utils.entry import error_line
 
@@ -85,7 +84,6 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
                     "question": question,
                     "golden_answers": golds,
                     "data_source": source,
-                    "prompt": [{"role": "user", "content": search_instruction(question)}],
                     "ability": "fact-reasoning",
                     "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
                     "extra_info": {"split": split, "index": start + len(rows)},

@@ -16,6 +16,7 @@ A ground truth may be a struct with `target`, a list, a text, the JSON text of t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -33,6 +34,7 @@ _GOLDS = (
     "answer",
 )
 _SEPARATOR = "<|answer_split|>"
+_TAG = re.compile(r"</\w+>")
 _MAX_SHOWN_CHARS = 80
 
 
@@ -67,12 +69,15 @@ def find_question(row: Row, *, where: str) -> str:
 
 
 def find_bare_prompt(row: Row) -> str | None:
-    """Return the question of a row whose prompt is nothing else and which has no other question."""
+    """Return the question of a row whose prompt is nothing else and which has no other question.
+
+    A prompt with tags, such as `</answer>`, is more than a question.
+    """
     prompt = row.get("prompt")
     if _find(row, _QUESTIONS) is not None or not isinstance(prompt, list) or len(prompt) != 1:
         return None
     content = prompt[0].get("content") if isinstance(prompt[0], Mapping) else None
-    if not isinstance(content, str) or not content.strip() or "<answer>" in content:
+    if not isinstance(content, str) or not content.strip() or _TAG.search(content):
         return None
     return content.strip()
 

@@ -21,6 +21,7 @@ from verl.types import (
     Finish,
     IntArray,
     Message,
+    Observation,
     Passage,
     Question,
     Sampling,
@@ -160,11 +161,18 @@ def make_turn(
     log_prob: float = -0.5,
 ) -> Turn:
     """A turn of `outputs` sampled and `observed` injected tokens; one passage per title."""
+    is_call = kind is ActionKind.TOOL
+    passages = tuple(Passage(id=t, title=t, text=f"About {t}.", score=1.0) for t in titles)
     return Turn(
         output_ids=np.arange(outputs, dtype=np.int32),
         output_log_probs=np.full(outputs, log_prob, np.float32),
-        action=Action(kind=kind, text=text),
-        passages=tuple(Passage(id=t, title=t, text=f"About {t}.", score=1.0) for t in titles),
+        action=Action(
+            kind=kind,
+            text=text,
+            tool="search" if is_call else "",
+            arguments={"query": text} if is_call else {},
+        ),
+        observation=Observation(passages=passages) if is_call and observed else None,
         observation_ids=np.arange(observed, dtype=np.int32),
     )
 
@@ -180,9 +188,7 @@ def make_trajectory(
     observed: int = 5,
 ) -> Trajectory:
     """Search every query (one passage each, titled like it), then answer; no answer means stop BUDGET."""
-    turns = [
-        make_turn(ActionKind.SEARCH, q, titles=(q,), outputs=outputs, observed=observed) for q in queries
-    ]
+    turns = [make_turn(ActionKind.TOOL, q, titles=(q,), outputs=outputs, observed=observed) for q in queries]
     if answer is not None:
         turns.append(make_turn(ActionKind.ANSWER, answer, outputs=outputs))
     stop = Stop.FAILED if failure else Stop.BUDGET if answer is None else Stop.ANSWERED

@@ -21,6 +21,7 @@ from verl.types import (
     ActionKind,
     Gain,
     Group,
+    Observation,
     Passage,
     Question,
     Score,
@@ -67,7 +68,7 @@ def make_turn(text: str, action: Action, *, passages: Sequence[Passage] = (), ob
         output_ids=ids,
         output_log_probs=log_probs,
         action=action,
-        passages=tuple(passages),
+        observation=Observation(passages=tuple(passages)) if action.kind is ActionKind.TOOL else None,
         observation_ids=encode(observation),
     )
 
@@ -76,7 +77,14 @@ def search_turn(query: str, passages: Sequence[Passage]) -> Turn:
     text = f"<think> I should look this up first. </think> <search> {query} </search>"
     docs = "\n".join(f"Doc {k}(Title: {p.title}) {p.text}" for k, p in enumerate(passages, start=1))
     start = text.index(query)
-    action = Action(kind=ActionKind.SEARCH, text=query, start=start, end=start + len(query))
+    action = Action(
+        kind=ActionKind.TOOL,
+        text=query,
+        start=start,
+        end=start + len(query),
+        tool="search",
+        arguments={"query": query},
+    )
     return make_turn(
         text, action, passages=passages, observation=f"\n\n<information>{docs}</information>\n\n"
     )

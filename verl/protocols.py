@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from verl.types import (
+    Action,
     Completion,
     IntArray,
+    Message,
+    Observation,
     Passage,
     Question,
     Sampling,
+    ToolSpec,
     Trajectory,
+    Turn,
 )
 
 
@@ -31,23 +37,116 @@ class Search(Protocol):
         ...
 
 
-class Tokenizer(Protocol):
-    """The part of a tokenizer the agent loop needs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResources:
+    """What tools are built from."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a piece of text from outside: no special token is added or made of it."""
+    search: Search
+    search_timeout_s: float
+
+
+class Tool(Protocol):
+    """Something that the policy can call: one class, one line in `verl.agent.tools.TOOLS`."""
+
+    def __init__(self, resources: ToolResources) -> None: ...
+
+    @property
+    def spec(self) -> ToolSpec:
+        """Name, description, parameters and limits."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens and spaces kept."""
+    async def call(self, arguments: Mapping[str, object], *, deadline: float) -> Observation:
+        """Return the result, by `deadline` on the clock of `time.monotonic`.
+
+        A mistake of the policy, such as code with an error, is a text that the policy reads. What is not the
+        policy's doing, such as a service that is down, is a `failure`.
+        """
+        ...
+
+    def shorten(self, observation: Observation, max_chars: int) -> Observation:
+        """Return the start of an observation, its facts cut like its text, with about `max_chars` characters.
+
+        Fewer characters never give a longer text, and 0 gives at most `spec.shortest_text`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedText:
+    """An entry of the prompt file: the placeholders that it must and may contain."""
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+class PromptFormat(Protocol):
+    """How policy and environment write to each other: one class, one line in `verl.agent.formats.FORMATS`."""
+
+    tags: ClassVar[tuple[str, ...]]
+    """Markup that stays single tokens where a tokenizer has it as special tokens."""
+    texts: ClassVar[Mapping[str, FixedText]]
+    """The entries that the format needs in its section of the prompt file."""
+
+    def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
+        """Raise ConfigError for tools that cannot be called in this format."""
+        ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end a completion and stay part of it."""
+        ...
+
+    @property
+    def reply_length(self) -> int:
+        """Number of tokens of the longest reply to an invalid action."""
+        ...
+
+    def write_prompt(self, question: str) -> tuple[Message, ...]:
+        """Return the instruction, with the tool list where it has one, and the question."""
+        ...
+
+    def check_prompt(self, messages: Sequence[Message]) -> str | None:
+        """Return what a prompt from a data file lacks for this format; None if nothing."""
         ...
 
     def render_prompt(self, question: Question) -> list[int]:
-        """Ids of the question's chat prompt with the generation prompt."""
+        """Return the ids of the first prompt. Raises ConfigError."""
+        ...
+
+    def parse(self, ids: Sequence[int]) -> Action:
+        """Return the action of a completion and its token span. Calls only tools that there are."""
+        ...
+
+    def neutralize(self, text: str) -> str:
+        """Return a text from outside in which nothing can be taken for markup of the format."""
+        ...
+
+    def render_observation(self, observation: Observation) -> list[int]:
+        """Return the ids that the policy reads after a tool call."""
+        ...
+
+    def render_retry(self, turn: Turn) -> list[int]:
+        """Return the ids that the policy reads after an invalid action."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that prompt formats need."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a piece of text from outside: no special token is added or made of it."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens and spaces kept."""
+        ...
+
+    def render_prompt(self, question: Question) -> list[int]:
+        """Return the ids of the question's chat prompt with the generation prompt."""
         ...
 
     def render_next_turn(self, text: str) -> list[int] | None:
-        """Ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
+        """Return the ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
 
         The first one is the token that ends a turn. None where there are no turns.
         """

@@ -5,9 +5,9 @@ the policy sampled (`output_ids`) and what the environment appended to it (`obse
 `Trajectory.token_ids` is their concatenation and `Trajectory.policy_mask` says which of them the policy
 sampled; no other mask exists.
 
-    tokens       prompt | <search> q </search> | <information> .. </information> | <answer> a </answer>
-    part of             | output               | observation                     | output
-    policy_mask  False  | True                 | False                           | True
+    tokens       prompt | thought, tool call | observation | thought, answer
+    part of             | output             | observation | output
+    policy_mask  False  | True               | False       | True
 """
 
 from __future__ import annotations
@@ -60,8 +60,34 @@ class Passage:
     score: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What a tool returned for one call."""
+
+    text: str = ""
+    """For the policy to read, without what the prompt format puts around it; empty when nothing was found."""
+    passages: tuple[Passage, ...] = ()
+    """The search results that `text` consists of, if it does."""
+    failure: str | None = None
+    """Why the tool could not do its work. Never shown to the policy: the trajectory is masked and counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """How a tool is called, for the prompt and for the parser of a prompt format."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, str]
+    """Description of each argument by its name; all of them are required."""
+    timeout_s: float = 30.0
+    """Longest time of one call."""
+    shortest_text: str = ""
+    """Shortest text of an observation that is not empty: `data.max_obs_length` must have room for it."""
+
+
 class ActionKind(StrEnum):
-    SEARCH = "search"
+    TOOL = "tool"
     ANSWER = "answer"
     INVALID = "invalid"
 
@@ -72,10 +98,14 @@ class Action:
 
     kind: ActionKind
     text: str = ""
-    """Query or answer, stripped; empty when invalid."""
+    """Argument of the call (the query of a search) or the answer, stripped; empty when invalid."""
     start: int = 0
     end: int = 0
-    """Token span `[start, end)` of the text inside `Turn.output_ids`, tags excluded."""
+    """Token span `[start, end)` of the text inside `Turn.output_ids`, markup of the format excluded."""
+    tool: str = ""
+    """Name of the called tool; empty for other kinds."""
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    """Arguments of the call by name."""
 
 
 class Finish(StrEnum):
@@ -114,18 +144,30 @@ class Turn:
     output_ids: IntArray
     output_log_probs: FloatArray
     action: Action
-    passages: tuple[Passage, ...]
-    """What the policy read, taken from the search result, never parsed from text; empty without any."""
-    observation_ids: IntArray
+    finish: Finish = Finish.STOP
+    observation: Observation | None = None
+    """Result of a tool call as the policy reads it; None when no call was executed or it failed."""
+    observation_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     """What the environment appended; empty on the last turn."""
     observation_truncated: bool = False
+    """Whether the observation was cut to `data.max_obs_length`."""
     version: int = 0
+
+    @property
+    def observation_overflowed(self) -> bool:
+        """Whether the context had no room for the observation of a call, which ended the episode."""
+        return self.observation is not None and not len(self.observation_ids)
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """The search results that the policy read, taken from the tool and never parsed from text."""
+        return self.observation.passages if self.observation and len(self.observation_ids) else ()
 
 
 class Stop(StrEnum):
     ANSWERED = "answered"
     BUDGET = "budget"
-    """The search and turn budget was used up without an answer."""
+    """The turn budget was used up without an answer."""
     LENGTH = "length"
     """The token budget was used up."""
     FAILED = "failed"
@@ -181,15 +223,13 @@ class Trajectory:
         return None
 
     @property
-    def searches(self) -> tuple[Turn, ...]:
-        """The turns whose search was executed (found nothing counts)."""
-        return tuple(
-            t for t in self.turns if t.action.kind is ActionKind.SEARCH and len(t.observation_ids) > 0
-        )
+    def tool_turns(self) -> tuple[Turn, ...]:
+        """The turns whose tool call was executed, also those whose observation overflowed."""
+        return tuple(turn for turn in self.turns if turn.observation is not None)
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """All search results, in order."""
+        """All search results that the policy read, in order."""
         return tuple(p for turn in self.turns for p in turn.passages)
 
 

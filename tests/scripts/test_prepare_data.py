@@ -9,8 +9,11 @@ import pytest
 from prepare_data import main
 
 from search_r1.search.corpus import open_corpus
-from verl.agent.prompts import search_instruction
+from tests.agents import make_format
+from tests.fakes import CharTokenizer
 from verl.data.dataset import load_questions
+
+FORMAT = make_format(CharTokenizer())
 
 
 def write_lines(path: Path, *lines: object) -> Path:
@@ -44,14 +47,13 @@ def test_flashrag_folders_become_search_r1_parquet(tmp_path: Path) -> None:
         "question": "who wrote hamlet",
         "golden_answers": ["Shakespeare", "William Shakespeare"],
         "data_source": "nq",
-        "prompt": [{"role": "user", "content": search_instruction("who wrote hamlet")}],
         "ability": "fact-reasoning",
         "reward_model": {"style": "rule", "ground_truth": {"target": ["Shakespeare", "William Shakespeare"]}},
         "extra_info": {"split": "train", "index": 0},
     }
     indexes = [(row["data_source"], row["extra_info"]["index"]) for row in rows]
     assert indexes == [("nq", 0), ("hotpotqa", 0), ("hotpotqa", 1)]
-    held_out = load_questions([out / "test.parquet"], write_prompt=search_instruction)
+    held_out = load_questions([out / "test.parquet"], prompt_format=FORMAT)
     assert [question.text for question in held_out] == ["who painted guernica?", "q3?"]
     assert held_out[1].golds == ("c",)
 
@@ -81,9 +83,9 @@ def test_other_forms_of_question_files(
     else:
         pq.write_table(pa.Table.from_pylist([content]), file)
     main(["--train", f"mine={file}", "--out-dir", str(tmp_path / "out")])
-    (question,) = load_questions([tmp_path / "out" / "train.parquet"], write_prompt=search_instruction)
+    (question,) = load_questions([tmp_path / "out" / "train.parquet"], prompt_format=FORMAT)
     assert (question.uid, question.text, question.golds) == ("mine/train/0", "q1?", golds)
-    assert question.messages[0].content == search_instruction("q1")
+    assert question.messages == FORMAT.write_prompt("q1?")
 
 
 @pytest.mark.parametrize(

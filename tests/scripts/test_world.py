@@ -27,8 +27,6 @@ from transformers import (
 
 from IG.prompts import PromptType, build_prompt, entailment_text
 from search_r1.search.dense import load_dense
-from verl.agent.prompts import RETRY, render_passages, wrap_observation
-from verl.types import Passage
 from world import dataset, entailment, evaluation, language, names, text, tokenizer, training
 from world.facts import Kind, World, WorldSize, draw_world
 from world.traces import Problem, Scene, TraceWriter, draw_trace
@@ -193,13 +191,9 @@ def test_names_are_one_token_and_tags_are_ordinary_ones() -> None:
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
-def test_the_texts_are_those_of_the_agent_and_of_the_service() -> None:
+def test_the_prompts_are_those_of_the_chat_template_and_of_the_service() -> None:
     scene = Scene(Random(1))
     problem = scene.draw_problem(hops=2)
-    ours = [text.passage(fact, scene.rng) for fact in problem.hops]
-    theirs = [Passage(id="0", title=f'"{p.title}"', text=p.body, score=0.0) for p in ours]
-    assert text.observation(ours) == wrap_observation(render_passages(theirs))
-    assert text.INVALID_ACTION == RETRY
     loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
     message = {"role": "user", "content": text.prompt(problem.question)}
     rendered = loaded.apply_chat_template([message], add_generation_prompt=True, tokenize=False)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from search_r1.search.client import HttpSearch
+from tests.agents import make_agent
 from tests.fakes import AnsweringServer, CharTokenizer, Reply, make_question
 from tests.methods import make_method
-from verl.agent.loop import SearchAgent
-from verl.agent.prompts import NOTHING_FOUND, render_context
+from verl.agent.tools.search import render_context
 from verl.algorithms.base import Prefetch
 from verl.algorithms.scoring.outcome import Outcome
 from verl.algorithms.scoring.reward import Reward
@@ -67,17 +67,7 @@ def answer_published_strictly(body: dict[str, Any]) -> Reply:
 async def collect(server: AnsweringServer, *, max_failure_share: float) -> list[Group]:
     async with server.running():
         search = HttpSearch(server.url, topk=3, timeout_s=5.0)
-        agent = SearchAgent(
-            generate=SearchThenAnswer(),
-            search=search,
-            tokenizer=CHARS,
-            max_turns=2,
-            max_start_length=100,
-            max_prompt_length=4000,
-            max_response_length=100,
-            max_obs_length=400,
-            temperature=1.0,
-        )
+        agent = make_agent(SearchThenAnswer(), search, tokenizer=CHARS)
         collector = Collector(agent, n=4, max_concurrent=64, max_failure_share=max_failure_share, seed=0)
         questions = [make_question(f"nq/test/{text}", text=text) for text in ("good", "rare", "bad")]
         groups = await collector.collect(questions, step=0)
@@ -101,8 +91,8 @@ async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
 
     # Found nothing is an observation that says so, in an episode that counts.
     shown = CHARS.decode(rare.trajectories[0].token_ids.tolist())
-    assert NOTHING_FOUND in shown
-    assert rare.trajectories[0].searches[0].passages == ()
+    assert "Nothing was found for this query." in shown
+    assert rare.trajectories[0].tool_turns[0].passages == ()
     metrics = rollout_metrics(everything)
     assert metrics["rollout/failures_search_failed"] == 2
     assert metrics["rollout/failed_share"] == pytest.approx(2 / 12)

@@ -1,30 +1,29 @@
 """One episode: the policy writes, the environment answers, token in and token out.
 
-    prompt -> [output -> observation] x max_turns -> last output, whose search is not executed
+    prompt -> [output -> observation] x max_turns -> last output, whose tool call is not executed
 
 Nothing that was sampled is ever decoded and encoded again, so the trained ids are the sampled ids plus the
-injected ones. A failed search or completion ends the episode as FAILED, with its name; the text of an error
-is never evidence.
+injected ones. A failed tool call or completion ends the episode as FAILED, with its name; the policy never
+reads the text of the error.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from verl.agent.actions import STOP_STRINGS, parse_action
-from verl.agent.prompts import RETRY, neutralize_tags, render_passages, wrap_observation
-from verl.errors import ConfigError, RolloutError, ServiceError
-from verl.protocols import Generate, Search, Tokenizer
+from verl.errors import ConfigError, RolloutError
+from verl.protocols import Generate, PromptFormat, Tool
 from verl.types import (
+    Action,
     ActionKind,
-    Completion,
-    Finish,
     IntArray,
-    Passage,
+    Observation,
     Question,
     Sampling,
     Stop,
@@ -34,57 +33,67 @@ from verl.types import (
 
 _MAX_CHARS_PER_TOKEN = 16
 """Text beyond this many characters per token of room is cut before it is encoded. Text of any language has
-fewer, so this limits the work for long passages and nothing else."""
+fewer, so this limits the work for long observations and nothing else."""
+_CACHED_PROMPTS = 1024
 
 
-class SearchAgent:
-    """Plays episodes of `verl.protocols.Agent`; keeps no state between them."""
+class _ToolFailureError(Exception):
+    """A tool call failed; the message begins with the name of the failure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeLimits:
+    """Sizes of an episode. Lengths are in tokens."""
+
+    max_turns: int
+    """Completions that are answered with an observation; one more completion follows."""
+    max_start_length: int
+    """Of the prompt."""
+    max_prompt_length: int
+    """Of the rolling context."""
+    max_response_length: int
+    """Of one completion."""
+    max_obs_length: int
+    """Of one observation."""
+    temperature: float
+
+
+class ToolAgent:
+    """Plays episodes of `verl.protocols.Agent`; keeps nothing of them but the rendered prompts."""
 
     def __init__(
         self,
         *,
         generate: Generate,
-        search: Search,
-        tokenizer: Tokenizer,
-        max_turns: int,
-        max_start_length: int,
-        max_prompt_length: int,
-        max_response_length: int,
-        max_obs_length: int,
-        temperature: float,
+        prompt_format: PromptFormat,
+        tools: Sequence[Tool],
+        limits: EpisodeLimits,
     ) -> None:
-        """Lengths are in tokens: of the prompt, of the rolling context, of one output, of one observation."""
+        """Raise ConfigError when `max_obs_length` has no room for the fixed replies of the environment."""
         self._generate = generate
-        self._search = search
-        self._tokenizer = tokenizer
-        self._max_turns = max_turns
-        self._max_start_length = max_start_length
-        self._max_prompt_length = max_prompt_length
-        self._max_response_length = max_response_length
-        self._max_obs_length = max_obs_length
-        self._temperature = temperature
-        self._retry_ids = _as_ids(tokenizer.encode(RETRY))
-        bare = render_passages([Passage(id="", title="", text="", score=0.0)])
-        next_turn = tokenizer.render_next_turn(RETRY.strip())
-        self._retry_turn_ids = None if next_turn is None else _as_ids(next_turn)
-        replies = [tokenizer.encode(wrap_observation(text)) for text in ("", bare)]
-        shortest = max(map(len, (self._retry_ids, next_turn or (), *replies)))
-        if max_obs_length < shortest:
+        self._format = prompt_format
+        self._tools = {tool.spec.name: tool for tool in tools}
+        self._limits = limits
+        # The samples of a group follow each other, so that its prompt is rendered once.
+        self._render_prompt = lru_cache(_CACHED_PROMPTS)(lambda q: _as_ids(prompt_format.render_prompt(q)))
+        fixed = [Observation(), *(Observation(text=tool.spec.shortest_text) for tool in tools)]
+        lengths = [len(prompt_format.render_observation(observation)) for observation in fixed]
+        if limits.max_obs_length < (shortest := max(prompt_format.reply_length, *lengths)):
             raise ConfigError(
-                f"data.max_obs_length={max_obs_length} cannot hold the fixed replies of the environment: "
-                f"with this tokenizer it must be at least {shortest}"
+                f"data.max_obs_length={limits.max_obs_length} cannot hold the fixed replies of the "
+                f"environment: with this tokenizer it must be at least {shortest}"
             )
 
     async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
         """Play one episode; the same seed and weights give the same one."""
         started = time.monotonic()
-        prompt_ids = _as_ids(self._tokenizer.render_prompt(question))
+        prompt_ids = self._render_prompt(question)
         turns: list[Turn] = []
         failure = None
         try:
             stop = await self._play(prompt_ids, turns=turns, session=question.uid, seed=seed, greedy=greedy)
-        except ServiceError as error:
-            stop, failure = Stop.FAILED, f"search_failed: {error}"
+        except _ToolFailureError as error:
+            stop, failure = Stop.FAILED, str(error)
         except RolloutError as error:
             stop, failure = Stop.FAILED, f"generation_failed: {error}"
         return Trajectory(
@@ -100,116 +109,103 @@ class SearchAgent:
     async def _play(
         self, context: IntArray, *, turns: list[Turn], session: str, seed: int, greedy: bool
     ) -> Stop:
-        """Append the turns one by one and say why the episode ended; the last turn has no observation."""
-        if len(context) > self._max_start_length:
+        """Append the turns one by one and return why the episode ended; the last turn has no observation."""
+        limits = self._limits
+        if len(context) > limits.max_start_length:
             raise RolloutError(
-                f"the prompt has {len(context)} tokens, data.max_start_length is {self._max_start_length}"
+                f"the prompt has {len(context)} tokens, data.max_start_length is {limits.max_start_length}"
             )
-        for number in range(self._max_turns + 1):
+        for number in range(limits.max_turns + 1):
             sampling = Sampling(
-                temperature=0.0 if greedy else self._temperature,
-                max_tokens=self._max_response_length,
-                stop=STOP_STRINGS,
+                temperature=0.0 if greedy else limits.temperature,
+                max_tokens=limits.max_response_length,
+                stop=self._format.stop_strings,
                 seed=_turn_seed(seed, number),
             )
             completion = await self._generate.generate(context, sampling=sampling, session=session)
-            turn = self._read(completion)
+            turn = Turn(
+                output_ids=completion.ids,
+                output_log_probs=completion.log_probs,
+                finish=completion.finish,
+                action=self._format.parse(completion.ids.tolist()),
+                version=completion.version,
+            )
             turns.append(turn)
             if turn.action.kind is ActionKind.ANSWER:
                 return Stop.ANSWERED
-            if number == self._max_turns:
+            if number == limits.max_turns:
                 break
-            turn = await self._observe(turn, finish=completion.finish)
-            context = np.concatenate([context, turn.output_ids, turn.observation_ids])
-            if len(context) > self._max_prompt_length:
+            turn = await self._reply(turn)
+            if len(context) + len(turn.output_ids) + len(turn.observation_ids) > limits.max_prompt_length:
+                turns[-1] = replace(turn, observation_ids=_as_ids([]))
                 return Stop.LENGTH
             turns[-1] = turn
+            context = np.concatenate([context, turn.output_ids, turn.observation_ids])
         return Stop.BUDGET
 
-    def _read(self, completion: Completion) -> Turn:
-        return Turn(
-            output_ids=completion.ids,
-            output_log_probs=completion.log_probs,
-            action=parse_action(completion.ids.tolist(), decode=self._tokenizer.decode),
-            passages=(),
-            observation_ids=_as_ids([]),
-            version=completion.version,
-        )
+    async def _reply(self, turn: Turn) -> Turn:
+        """Return the same turn with the environment's reply. Raises _ToolFailureError."""
+        if turn.action.kind is not ActionKind.TOOL:
+            return replace(turn, observation_ids=_as_ids(self._format.render_retry(turn)))
+        tool = self._tools[turn.action.tool]
+        found = await _call(tool, turn.action)
+        if found.failure is not None:
+            raise _ToolFailureError(f"{turn.action.tool}_failed: {found.failure}")
+        shown, ids, is_cut = self._fit(found, tool=tool)
+        return replace(turn, observation=shown, observation_ids=_as_ids(ids), observation_truncated=is_cut)
 
-    def _retry(self, output_ids: IntArray, *, finish: Finish) -> IntArray:
-        """Return the reply to an invalid action: a new turn when the policy has ended its own.
+    def _fit(self, observation: Observation, *, tool: Tool) -> tuple[Observation, list[int], bool]:
+        """Return the observation as it is shown, its ids, at most `max_obs_length`, and whether it was cut.
 
-        It has when it stopped without a stop string, by an end-of-turn token.
+        What looks like markup of the format is neutralized. An observation that does not fit or has too many
+        characters is cut from its end by the tool. Rendering what is shown gives the ids again.
         """
-        text = self._tokenizer.decode(output_ids.tolist())
-        has_ended = finish is Finish.STOP and not any(stop in text for stop in STOP_STRINGS)
-        if not has_ended or self._retry_turn_ids is None:
-            return self._retry_ids
-        is_closed = bool(output_ids[-1] == self._retry_turn_ids[0])
-        return self._retry_turn_ids[1:] if is_closed else self._retry_turn_ids
+        max_length = self._limits.max_obs_length
+        max_chars = max_length * _MAX_CHARS_PER_TOKEN
+        is_long = len(observation.text) > max_chars
+        if is_long:
+            observation = tool.shorten(observation, max_chars)
+        observation = self._neutralize(observation)
+        if not is_long and len(observation.text) <= max_chars:
+            ids = self._format.render_observation(observation)
+            if len(ids) <= max_length:
+                return observation, ids, False
+        # The most characters whose observation fits, by bisection; that none fits was checked at the start.
+        shown = tool.shorten(observation, 0)
+        ids = self._format.render_observation(shown)
+        low, high = 0, min(len(observation.text), max_chars)
+        while low < high:
+            middle = (low + high + 1) // 2
+            candidate = tool.shorten(observation, middle)
+            candidate_ids = self._format.render_observation(candidate)
+            if len(candidate_ids) <= max_length:
+                low, shown, ids = middle, candidate, candidate_ids
+            else:
+                high = middle - 1
+        return shown, ids, True
 
-    async def _observe(self, turn: Turn, *, finish: Finish) -> Turn:
-        """The same turn with the environment's reply. Raises ServiceError."""
-        if turn.action.kind is not ActionKind.SEARCH:
-            return replace(turn, observation_ids=self._retry(turn.output_ids, finish=finish))
-        max_chars = self._max_obs_length * _MAX_CHARS_PER_TOKEN
-        found = tuple(
-            neutralize_tags(replace(passage, title=passage.title[:max_chars], text=passage.text[:max_chars]))
-            for passage in await self._search.search(turn.action.text)
+    def _neutralize(self, observation: Observation) -> Observation:
+        """Return the observation without markup of the format in its text and passages."""
+        clean = self._format.neutralize
+        passages = tuple(
+            replace(passage, title=clean(passage.title), text=clean(passage.text))
+            for passage in observation.passages
         )
-        shown, ids = _fit_observation(
-            found, encode=self._tokenizer.encode, max_length=self._max_obs_length, max_chars=max_chars
-        )
-        return replace(
-            turn, passages=shown, observation_ids=_as_ids(ids), observation_truncated=shown != found
-        )
+        return replace(observation, text=clean(observation.text), passages=passages)
 
 
-def _fit_observation(
-    passages: tuple[Passage, ...], *, encode: Callable[[str], list[int]], max_length: int, max_chars: int
-) -> tuple[tuple[Passage, ...], list[int]]:
-    """Return the passages as they are shown and the ids of their observation, at most `max_length`.
-
-    Documents that do not fit or have more than `max_chars` characters are cut from their end: the last
-    passage keeps the text that is left of it, and one of which only the heading would be left is dropped. The
-    first one is never dropped: its title is cut instead. Rendering the shown passages gives the text of the
-    ids again.
-    """
-    documents = render_passages(passages)
-    if len(documents) <= max_chars:
-        ids = encode(wrap_observation(documents))
-        if len(ids) <= max_length:
-            return passages, ids
-    low, high = 0, min(len(documents), max_chars)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = len(encode(wrap_observation(documents[:middle].rstrip()))) <= max_length
-        low, high = (middle, high) if fits else (low, middle - 1)
-    # More text is nearly always more tokens; where a tokenizer breaks that rule, give up characters.
-    while True:
-        shown = _shown_passages(documents[:low], passages=passages)
-        ids = encode(wrap_observation(render_passages(shown)))
-        if len(ids) <= max_length:
-            return shown, ids
-        low -= 1
-
-
-def _shown_passages(documents: str, *, passages: Sequence[Passage]) -> tuple[Passage, ...]:
-    """Return what can be read in the start of the rendered passages, at least part of the first one."""
-    for count in range(len(passages), 0, -1):
-        bare = replace(passages[count - 1], text="")
-        heading = render_passages([*passages[: count - 1], bare])
-        if len(documents.rstrip()) > len(heading):
-            whole = render_passages(passages[:count])
-            text = documents[: len(whole)].rstrip()[len(heading) + 1 :]
-            return (*passages[: count - 1], replace(bare, text=text))
-    first = passages[0]
-    start = len(render_passages([replace(first, title="", text="")])) - 1
-    return (replace(first, title=documents[start : start + len(first.title)], text=""),)
+async def _call(tool: Tool, action: Action) -> Observation:
+    """Return what the tool returned, or a failure when it did not return in time."""
+    timeout_s = tool.spec.timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await tool.call(action.arguments, deadline=time.monotonic() + timeout_s)
+    except TimeoutError:
+        return Observation(failure=f"no answer within {timeout_s:g} s")
 
 
 def _turn_seed(seed: int, turn: int) -> int:
-    """A seed of its own for every turn, the same in every process (63 bits)."""
+    """Return a seed of its own for every turn, the same in every process (63 bits)."""
     return int(np.random.SeedSequence((seed, turn)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -1,64 +1,67 @@
-"""Every text the environment writes: the instruction, search results, and the reply to an invalid action.
-
-The formats are those of Search-R1, so that released checkpoints find what they were trained on. All functions
-are pure and take structured passages: nothing here reads a transcript.
-"""
+"""Read and check the prompt file, which holds every fixed text that the environment writes."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import replace
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
 
-from serving.answers import complete_question
-from verl.types import Passage, Trajectory
+import yaml
 
-RETRY = (
-    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
-    "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
-)
-NOTHING_FOUND = "Nothing was found for this query."
+from verl.errors import ConfigError
+from verl.protocols import FixedText
 
-# The agent's own, and those of other formats that a policy may have been trained on.
-_TAG_NAMES = ("think", "search", "information", "answer", "documents", "refine", "tool_call", "tool_response")
-TAGS = tuple(f"<{slash}{name}>" for name in _TAG_NAMES for slash in ("", "/"))
-_TAG = re.compile(rf"<(?=/?(?:{'|'.join(_TAG_NAMES)})>)", re.IGNORECASE)
-_OPENING = "\n\n<information>"
-_CLOSING = "</information>\n\n"
-
-_INSTRUCTION = (
-    "Answer the question below. Whenever you get new information, first reason about it between <think> and "
-    "</think>. If you then find that you lack some knowledge, call the search engine with <search> query "
-    "</search>; the best results come back between <information> and </information>. You can search as many "
-    "times as you want. Once no further knowledge is needed, give the answer between <answer> and </answer> "
-    "without detailed explanations, for example <answer> Beijing </answer>. Question: {question}\n"
-)
+PACKAGED_FILE = Path(__file__).with_name("prompts.yaml")
 
 
-def search_instruction(question: str) -> str:
-    """The user message for a bare question; a missing question mark is added."""
-    return _INSTRUCTION.format(question=complete_question(question))
+def prompt_file(chosen: str | None) -> Path:
+    """Return the prompt file that `data.prompt_file` names, the packaged one for None."""
+    return PACKAGED_FILE if chosen is None else Path(chosen)
 
 
-def neutralize_tags(passage: Passage) -> Passage:
-    """Put a space after the `<` of every agent tag in a passage, as in `< /information>`.
+def load_texts(path: Path, *, section: str, entries: Mapping[str, FixedText]) -> dict[str, str]:
+    """Return the texts of one section of a prompt file, exactly the given entries.
 
-    No page can then end its observation or act for the policy. Other text stays as it is.
+    Raises ConfigError for a file that cannot be read, and for missing, unknown or malformed entries and
+    placeholders.
     """
-    return replace(passage, title=_TAG.sub("< ", passage.title), text=_TAG.sub("< ", passage.text))
+    try:
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"data.prompt_file={str(path)!r} cannot be read ({reason}); expected YAML like {PACKAGED_FILE}"
+        ) from error
+    texts = content.get(section) if isinstance(content, dict) else None
+    if not isinstance(texts, dict):
+        if not entries and texts is None:
+            return {}
+        _refuse(path, section, f"is {texts!r}, expected a section with {', '.join(entries)}")
+    if unknown := sorted(map(str, texts.keys() - entries.keys())):
+        _refuse(path, f"{section}.{unknown[0]}", f"is not known, expected only {', '.join(entries)}")
+    for name, entry in entries.items():
+        _check_text(texts.get(name), entry=entry, path=path, key=f"{section}.{name}")
+    return texts
 
 
-def render_passages(passages: Sequence[Passage]) -> str:
-    """`Doc k(Title: title) text`, one line per passage, k from 1; the title may be empty."""
-    lines = [f"Doc {k}(Title: {p.title}) {p.text}\n" for k, p in enumerate(passages, start=1)]
-    return "".join(lines).strip()
+def _check_text(value: object, *, entry: FixedText, path: Path, key: str) -> None:
+    """Raise ConfigError unless `value` is a text with the required and no unknown placeholders."""
+    allowed = ", ".join(f"{{{name}}}" for name in (*entry.required, *entry.optional)) or "no placeholder"
+    if not isinstance(value, str):
+        _refuse(path, key, f"is {value!r}, expected a text with {allowed}")
+    try:
+        fields = [field for _, *field in string.Formatter().parse(value) if field[0] is not None]
+    except ValueError as error:
+        _refuse(path, key, f"is malformed ({error}), expected a text with {allowed}; write a brace twice")
+    found = [name for name, _, _ in fields]
+    for name, spec, conversion in fields:
+        if spec or conversion or name not in (*entry.required, *entry.optional):
+            _refuse(path, key, f"has the placeholder {{{name}}}, expected {allowed}; write a brace twice")
+    if missing := [name for name in entry.required if found.count(name) != 1]:
+        _refuse(path, key, f"has {{{missing[0]}}} {found.count(missing[0])} times, expected it once")
 
 
-def wrap_observation(documents: str) -> str:
-    """What the policy reads after a search; says so when nothing was found."""
-    return f"{_OPENING}{documents or NOTHING_FOUND}{_CLOSING}"
-
-
-def render_context(trajectory: Trajectory) -> str:
-    """All search results of a trajectory, one block per search: the context the IG service is asked with."""
-    return "\n".join(render_passages(turn.passages) for turn in trajectory.turns if turn.passages)
+def _refuse(path: Path, key: str, problem: str) -> NoReturn:
+    """Raise the ConfigError of one entry."""
+    raise ConfigError(f"data.prompt_file={str(path)!r}: {key} {problem}; compare {PACKAGED_FILE}")

@@ -1,12 +1,12 @@
 """Parquet files of this and other projects -> `Question`s, or an error with file, row, column and fix.
 
 Read are `data_source`, `prompt` (chat messages), `extra_info.{split,index}`, and question and gold answers as
-in serving/questions.py; other columns are left alone.
+in serving/questions.py; other columns are ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from serving.answers import complete_question
@@ -21,19 +21,24 @@ from serving.questions import (
     require_text,
 )
 from verl.errors import DataError
-from verl.protocols import Tokenizer
+from verl.protocols import PromptFormat
 from verl.types import Message, Question
 
 _MAX_NAMED = 3
 
 
 def load_questions(
-    files: Sequence[str | Path], *, write_prompt: Callable[[str], str], limit: int | None = None
+    files: Sequence[str | Path],
+    *,
+    prompt_format: PromptFormat,
+    prompt: str = "auto",
+    limit: int | None = None,
 ) -> list[Question]:
     """Return the questions of all files in order, at most `limit`; uid is `data_source/split/index`.
 
-    `write_prompt` makes the user message of a bare question, for rows without a prompt of their own. Raises
-    DataError for a missing or malformed file or row and for a uid that occurs twice.
+    `prompt` is the setting `data.prompt`: whether a question is asked with the prompt of its row or with the
+    instruction of the prompt file. Raises DataError for a missing or malformed file or row and for a uid that
+    occurs twice.
     """
     questions: list[Question] = []
     places: dict[str, str] = {}
@@ -42,7 +47,7 @@ def load_questions(
             raise DataError(f"{file}: no such file; check data.train_files and data.val_files")
         try:
             found = [
-                (where, _parse_row(row, where=where, write_prompt=write_prompt))
+                (where, _parse_row(row, where=where, prompt_format=prompt_format, prompt=prompt))
                 for where, row in read_rows(file)
             ]
         except QuestionError as error:
@@ -61,10 +66,10 @@ def load_questions(
 
 
 def check_prompt_lengths(
-    questions: Sequence[Question], *, tokenizer: Tokenizer, max_start_length: int
+    questions: Sequence[Question], *, prompt_format: PromptFormat, max_start_length: int
 ) -> None:
     """Raise DataError when a prompt has more than `max_start_length` tokens: prompts are never cut."""
-    lengths = {question.uid: len(tokenizer.render_prompt(question)) for question in questions}
+    lengths = {question.uid: len(prompt_format.render_prompt(question)) for question in questions}
     too_long = {uid: length for uid, length in lengths.items() if length > max_start_length}
     if too_long:
         named = ", ".join(f"{uid} ({length})" for uid, length in list(too_long.items())[:_MAX_NAMED])
@@ -74,7 +79,7 @@ def check_prompt_lengths(
         )
 
 
-def _parse_row(row: Row, *, where: str, write_prompt: Callable[[str], str]) -> Question:
+def _parse_row(row: Row, *, where: str, prompt_format: PromptFormat, prompt: str) -> Question:
     extra = row.get("extra_info")
     extra = extra if isinstance(extra, dict) else {}
     split = require_text(extra.get("split"), where=where, name="extra_info.split")
@@ -82,22 +87,28 @@ def _parse_row(row: Row, *, where: str, write_prompt: Callable[[str], str]) -> Q
     if not isinstance(index, int | str) or isinstance(index, bool) or index == "":
         refuse(index, where=where, name="extra_info.index", expected="a whole number or a name")
     data_source = require_text(row.get("data_source"), where=where, name="data_source")
-    text = find_question(row, where=where)
-    if find_bare_prompt(row) is None:
-        messages = _parse_messages(row.get("prompt"), where=where)
+    text = complete_question(find_question(row, where=where))
+    has_prompt = row.get("prompt") is not None and find_bare_prompt(row) is None
+    if prompt == "file" or (prompt == "auto" and not has_prompt):
+        messages = prompt_format.write_prompt(text)
+    elif has_prompt:
+        messages = _parse_messages(row["prompt"], where=where, prompt_format=prompt_format)
     else:
-        messages = (Message(role="user", content=write_prompt(text)),)
+        raise QuestionError(
+            f"{where}: prompt is {row.get('prompt')!r}, which has no instruction, but data.prompt=parquet "
+            "takes it from there; use data.prompt=auto or file, which take it from data.prompt_file"
+        )
     return Question(
         uid=f"{data_source}/{split}/{index}",
-        text=complete_question(text),
+        text=text,
         messages=messages,
         golds=find_golds(row, where=where),
         data_source=data_source,
     )
 
 
-def _parse_messages(value: object, *, where: str) -> tuple[Message, ...]:
-    """Return the prompt as it is. It must show how to answer: else no answer is ever found, nor rewarded."""
+def _parse_messages(value: object, *, where: str, prompt_format: PromptFormat) -> tuple[Message, ...]:
+    """Return the prompt as it is. Raises QuestionError where it does not fit the format."""
     if not isinstance(value, list) or not value:
         refuse(value, where=where, name="prompt", expected="a list of chat messages [{role, content}]")
     messages = []
@@ -108,9 +119,9 @@ def _parse_messages(value: object, *, where: str) -> tuple[Message, ...]:
             for name in ("role", "content")
         )
         messages.append(Message(role=role, content=content))
-    if not any("<answer>" in message.content for message in messages):
+    if (problem := prompt_format.check_prompt(messages)) is not None:
         raise QuestionError(
-            f"{where}: prompt never says to answer between <answer> and </answer>; give these questions "
-            "the prompt of this project: python scripts/prepare_data.py --train NAME=FILE --out-dir FOLDER"
+            f"{where}: prompt {problem}; ask these questions with the instruction of data.prompt_file: "
+            "data.prompt=file"
         )
     return tuple(messages)

@@ -70,12 +70,13 @@ def make_manifest(
     model_folder: Path | None = None,
     seeds: Mapping[str, int],
     services: Mapping[str, object],
+    prompt_file: Path | None = None,
     prompt: str | None = None,
 ) -> Manifest:
     """Describe a run that starts. Raises DataError for a missing data file.
 
     `model_folder` holds the files of `model_path`, `services` what the health endpoints answered, `prompt` a
-    rendered prompt.
+    rendered prompt, `prompt_file` the file of the instruction and the other fixed texts.
     """
     return {
         "status": "running",
@@ -87,6 +88,7 @@ def make_manifest(
         "model": describe_model(model_path, model_folder or Path(model_path)),
         "data": [describe_file(Path(file)) for file in data_files],
         "services": services,
+        "prompt_file": None if prompt_file is None else describe_file(prompt_file),
         "prompt": None
         if prompt is None
         else {"sha256": hashlib.sha256(prompt.encode()).hexdigest(), "text": prompt},

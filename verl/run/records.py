@@ -31,10 +31,12 @@ from verl.types import (
     ActionKind,
     Component,
     Credit,
+    Finish,
     FloatArray,
     Gain,
     Group,
     IntArray,
+    Observation,
     Passage,
     Question,
     Score,
@@ -63,9 +65,12 @@ class PassageRecord(TypedDict):
 
 class ActionRecord(TypedDict):
     kind: str
+    """tool, answer or invalid; files without `tool` have search for a call of that tool."""
     text: str
     start: int
     end: int
+    tool: NotRequired[str]
+    arguments: NotRequired[dict[str, object]]
 
 
 class TurnRecord(TypedDict):
@@ -73,8 +78,13 @@ class TurnRecord(TypedDict):
     output_ids: list[int]
     output_log_probs: list[float | None]
     """None where it was not finite."""
+    finish: NotRequired[str]
+    """stop or length."""
     action: ActionRecord
+    is_executed: NotRequired[bool]
+    """Whether a tool was called; without the entry, a call with an observation was."""
     passages: list[PassageRecord]
+    """Those that the policy read."""
     observation_text: str
     observation_ids: list[int]
     observation_truncated: bool
@@ -179,7 +189,11 @@ def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
             "text": turn.action.text,
             "start": turn.action.start,
             "end": turn.action.end,
+            "tool": turn.action.tool,
+            "arguments": dict(turn.action.arguments),
         },
+        "finish": str(turn.finish),
+        "is_executed": turn.observation is not None,
         "passages": [_passage_record(passage) for passage in turn.passages],
         "observation_text": decode(turn.observation_ids.tolist()),
         "observation_truncated": turn.observation_truncated,
@@ -269,7 +283,8 @@ def _shape() -> TypeAdapter[TrajectoryRecord]:
 
 
 def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
-    """Groups, scores and credit as they were, in their order; only `Question.messages` is not kept."""
+    """Groups, scores and credit as they were, in their order; without `Question.messages` and the
+    texts of observations."""
     by_uid: dict[str, list[TrajectoryRecord]] = {}
     for record in records:
         by_uid.setdefault(record["uid"], []).append(record)
@@ -304,17 +319,37 @@ def rebuild_trajectory(record: TrajectoryRecord) -> Trajectory:
 
 
 def _rebuild_turn(turn: TurnRecord) -> Turn:
-    action = turn["action"]
     return Turn(
         output_ids=_ids(turn["output_ids"]),
         output_log_probs=np.asarray(turn["output_log_probs"], dtype=np.float32),
-        action=Action(
-            kind=ActionKind(action["kind"]), text=action["text"], start=action["start"], end=action["end"]
-        ),
-        passages=tuple(_rebuild_passage(passage) for passage in turn["passages"]),
+        action=_rebuild_action(turn["action"]),
+        finish=Finish(turn.get("finish", Finish.STOP)),
+        observation=Observation(passages=tuple(map(_rebuild_passage, turn["passages"])))
+        if is_executed(turn)
+        else None,
         observation_ids=_ids(turn["observation_ids"]),
         observation_truncated=turn["observation_truncated"],
         version=turn["version"],
+    )
+
+
+def is_executed(turn: TurnRecord) -> bool:
+    """Return whether the tool call of a turn was executed."""
+    is_call = turn["action"]["kind"] not in (ActionKind.ANSWER, ActionKind.INVALID)
+    return turn.get("is_executed", is_call and bool(turn["observation_ids"]))
+
+
+def _rebuild_action(action: ActionRecord) -> Action:
+    kind, tool, arguments = action["kind"], action.get("tool", ""), action.get("arguments", {})
+    if kind == "search":  # the only tool, before the tool had an entry of its own
+        kind, tool, arguments = ActionKind.TOOL, "search", {"query": action["text"]}
+    return Action(
+        kind=ActionKind(kind),
+        text=action["text"],
+        start=action["start"],
+        end=action["end"],
+        tool=tool,
+        arguments=arguments,
     )
 
 

@@ -117,8 +117,9 @@ def settings(manifest: Manifest) -> dict[str, object]:
 
 
 def file_hashes(manifest: Manifest) -> dict[str, object]:
-    """Return the SHA-256 of every data file by its path."""
-    return {f"sha256 of {facts.get('path')}": facts.get("sha256") for facts in manifest.get("data") or []}
+    """Return the SHA-256 of every data file and of the prompt file by its path."""
+    files = [*(manifest.get("data") or []), manifest.get("prompt_file") or {}]
+    return {f"sha256 of {facts['path']}": facts.get("sha256") for facts in files if facts.get("path")}
 
 
 def retriever_facts(manifest: Manifest) -> dict[str, object]:

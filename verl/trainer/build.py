@@ -18,8 +18,11 @@ import numpy as np
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from serving.machine import has_bfloat16
-from verl.agent.loop import SearchAgent
-from verl.agent.prompts import TAGS, render_context, search_instruction
+from verl.agent.formats import FORMATS
+from verl.agent.loop import EpisodeLimits, ToolAgent
+from verl.agent.prompts import load_texts, prompt_file
+from verl.agent.tools import TOOLS
+from verl.agent.tools.search import render_context
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Need, Services
 from verl.algorithms.scoring.outcome import measure_outcome
@@ -27,6 +30,7 @@ from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError, DataError
+from verl.protocols import PromptFormat, Tool, ToolResources
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
@@ -81,12 +85,16 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     algorithm_class = find_algorithm(config)
     search, ig_service, services = await connect_services(config, stack, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
-    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=TAGS)
+    tokenizer = HfTokenizer.from_pretrained(
+        config.actor_rollout_ref.model.path, tags=FORMATS[config.agent.format].tags
+    )
     pad_id = tokenizer.pad_id
-    train, held_out = load_data(config, tokenizer)
+    tools = make_tools(config, search)
+    prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
+    train, held_out = load_data(config, prompt_format)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
-    prompt = tokenizer.decode(tokenizer.render_prompt(train[0]))
+    prompt = tokenizer.decode(prompt_format.render_prompt(train[0]))
     manifest = describe_run(config, services=services, model_folder=model_folder, prompt=prompt)
     identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
     checkpoints, progress, resumed = find_progress(
@@ -104,7 +112,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     if resumed is not None:
         await policy.load(resumed)
     tolerance = probe_tolerance(config, device=device)
-    probe = probe_ids(tokenizer, train)
+    probe = probe_ids(prompt_format, train)
     publisher = WeightPublisher(policy, engines.receivers, probe_ids=probe, tolerance=tolerance)
     close_quietly(stack, publisher.close)
     tracker = make_tracker(config, run_dir, total_steps=total_steps)
@@ -115,7 +123,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     parts = Parts(
         questions=sampler,
         held_out=held_out,
-        collector=make_collector(config, search=search, engines=engines, tokenizer=tokenizer),
+        collector=make_collector(config, engines=engines, prompt_format=prompt_format, tools=tools),
         algorithm=algorithm,
         reward=make_reward(config, algorithm),
         policy=policy,
@@ -146,19 +154,32 @@ def describe_run(config: Config, *, services: dict[str, object], model_folder: P
         model_folder=model_folder,
         seeds={"trainer.seed": config.trainer.seed},
         services=services,
+        prompt_file=prompt_file(config.data.prompt_file),
         prompt=prompt,
     )
 
 
+def make_tools(config: Config, search: HttpSearch) -> list[Tool]:
+    """Make the tools that the policy can call."""
+    resources = ToolResources(search=search, search_timeout_s=config.retriever.timeout_s)
+    return [TOOLS[name](resources) for name in config.agent.tools]
+
+
+def make_format(config: Config, *, tokenizer: HfTokenizer, tools: list[Tool]) -> PromptFormat:
+    """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
+    prompt_format = FORMATS[config.agent.format]
+    texts = load_texts(
+        prompt_file(config.data.prompt_file), section=config.agent.format, entries=prompt_format.texts
+    )
+    return prompt_format(tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
+
+
 def make_collector(
-    config: Config, *, search: HttpSearch, engines: EnginePool, tokenizer: HfTokenizer
+    config: Config, *, engines: EnginePool, prompt_format: PromptFormat, tools: list[Tool]
 ) -> Collector:
     """Make the collector, which runs the episodes of a step."""
     rollout, data = config.actor_rollout_ref.rollout, config.data
-    agent = SearchAgent(
-        generate=engines,
-        search=search,
-        tokenizer=tokenizer,
+    limits = EpisodeLimits(
         max_turns=config.max_turns,
         max_start_length=data.max_start_length,
         max_prompt_length=data.max_prompt_length,
@@ -166,6 +187,7 @@ def make_collector(
         max_obs_length=data.max_obs_length,
         temperature=rollout.temperature,
     )
+    agent = ToolAgent(generate=engines, prompt_format=prompt_format, tools=tools, limits=limits)
     return Collector(
         agent,
         n=rollout.n_agent,
@@ -247,14 +269,15 @@ async def describe_retriever(search: HttpSearch, config: RetrieverConfig) -> dic
     return {"url": config.url, "topk": config.topk, "version": await search.describe()}
 
 
-def load_data(config: Config, tokenizer: HfTokenizer) -> tuple[list[Question], list[Question]]:
-    """Training and held-out questions; none of them longer than a prompt may be."""
-    train = load_questions(config.data.train_paths, write_prompt=search_instruction)
+def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Question], list[Question]]:
+    """Return training and held-out questions; none of their prompts is too long."""
+    data = config.data
+    train = load_questions(data.train_paths, prompt_format=prompt_format, prompt=data.prompt)
     held_out = load_questions(
-        config.data.val_paths, write_prompt=search_instruction, limit=config.data.val_max_questions
+        data.val_paths, prompt_format=prompt_format, prompt=data.prompt, limit=data.val_max_questions
     )
     check_prompt_lengths(
-        [*train, *held_out], tokenizer=tokenizer, max_start_length=config.data.max_start_length
+        [*train, *held_out], prompt_format=prompt_format, max_start_length=data.max_start_length
     )
     return train, held_out
 
@@ -276,9 +299,9 @@ def probe_tolerance(config: Config, *, device: str) -> float:
     return PRECISE_TOLERANCE if precise else COARSE_TOLERANCE
 
 
-def probe_ids(tokenizer: HfTokenizer, questions: list[Question]) -> IntArray:
-    """A fixed text of the run's own language, long enough to notice wrong weights."""
-    ids = [token for question in questions[:8] for token in tokenizer.render_prompt(question)]
+def probe_ids(prompt_format: PromptFormat, questions: list[Question]) -> IntArray:
+    """Return a fixed text of the run's own language, long enough to notice wrong weights."""
+    ids = [token for question in questions[:8] for token in prompt_format.render_prompt(question)]
     return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
 
 

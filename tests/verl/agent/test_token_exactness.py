@@ -13,19 +13,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from tests.agents import make_agent, make_format
 from tests.fakes import ScriptedGenerate, ScriptedSearch, make_question
-from verl.agent.actions import parse_action
-from verl.agent.loop import SearchAgent
-from verl.agent.prompts import RETRY, render_passages, wrap_observation
 from verl.rollout.tokenizer import HfTokenizer
-from verl.types import ActionKind, Passage
+from verl.types import Passage
 
 TEXT = [
     'Where was Alice Marsh born? Doc 1(Title: "Bolton") Bolton is a town in England.</search>.',
     "<think> birthplace of Alice</think> <search> Alice 1987, née Zoë 日本 🙂</search>",
     "\n\n<answer>Bolton</answer>",
-    wrap_observation("Doc 2(Title: it's)"),
-    RETRY,
+    "\n\n<information>Doc 2(Title: it's)</information>\n\n",
+    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>.\n",
 ] * 3
 TAGS = [
     "<think>",
@@ -137,18 +135,9 @@ def test_trained_ids_are_sampled_plus_injected_ids(
     # Pieces encoded one by one, and random ids: what is sampled need not be what its text encodes to.
     script = [[*noise, *itertools.chain.from_iterable(map(tokenizer.encode, pieces))] for pieces in outputs]
     generate = ScriptedGenerate(list(script))
-    queries = [parse_action(ids, decode=tokenizer.decode).text for ids in script]
-    agent = SearchAgent(
-        generate=generate,
-        search=ScriptedSearch({query: tuple(found) for query in queries}),
-        tokenizer=tokenizer,
-        max_turns=3,
-        max_start_length=200,
-        max_prompt_length=8000,
-        max_response_length=100,
-        max_obs_length=260,
-        temperature=1.0,
-    )
+    prompt_format = make_format(tokenizer)
+    search = ScriptedSearch({prompt_format.parse(ids).text: tuple(found) for ids in script})
+    agent = make_agent(generate, search, tokenizer=tokenizer, max_turns=3, max_obs_length=260)
     trajectory = asyncio.run(agent.run(make_question(), sample=0, seed=0, greedy=False))
 
     expected = tokenizer.render_prompt(make_question())
@@ -159,9 +148,9 @@ def test_trained_ids_are_sampled_plus_injected_ids(
         expected = [*expected, *output, *injected]
         mask += [True] * len(output) + [False] * len(injected)
         assert len(injected) <= 260
-        if turn.action.kind is ActionKind.SEARCH and len(injected):
+        if turn.observation is not None:
             assert tokenizer.decode(injected).rstrip().endswith("</information>")
-            assert injected == tokenizer.encode(wrap_observation(render_passages(turn.passages)))
+            assert injected == prompt_format.render_observation(turn.observation)
             assert turn.observation_truncated or turn.passages == tuple(found)
         if turn.action.text:
             span = tokenizer.decode(output[turn.action.start : turn.action.end])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from tests.agents import make_format
 from tests.fakes import CharTokenizer
-from verl.agent.prompts import search_instruction
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.errors import DataError
 from verl.types import Message, Question
@@ -33,7 +33,11 @@ def make_row(
     } | changes
 
 
-load = partial(load_questions, write_prompt=search_instruction)
+FORMAT = make_format(CharTokenizer())
+
+
+def load(files: Sequence[Path], *, prompt: str = "auto", limit: int | None = None) -> list[Question]:
+    return load_questions(files, prompt_format=FORMAT, prompt=prompt, limit=limit)
 
 
 def write(file: Path, *rows: dict[str, Any]) -> Path:
@@ -49,11 +53,39 @@ def test_rows_become_questions(tmp_path: Path) -> None:
     assert (second.uid, second.data_source) == ("nq/train/1", "nq")
 
 
-def test_the_question_for_the_ig_service_is_the_one_that_the_instruction_asks(tmp_path: Path) -> None:
-    row = make_row(0, question=" who wrote it ")
-    (question,) = load([write(tmp_path / "a.parquet", row)])
-    assert question.text == "who wrote it?"
-    assert f"Question: {question.text}\n" in search_instruction(" who wrote it ")
+WRITTEN = FORMAT.write_prompt("who wrote it?")
+OWN = [{"role": "user", "content": "Use <answer> a </answer>."}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "asked"),
+    [
+        ("auto", OWN, tuple(Message(**message) for message in OWN)),
+        ("parquet", OWN, tuple(Message(**message) for message in OWN)),
+        ("file", OWN, WRITTEN),
+        ("file", [{"role": "user", "content": "who?"}], WRITTEN),
+        ("file", "no prompt at all", WRITTEN),
+        ("auto", None, WRITTEN),
+    ],
+)
+def test_where_the_prompt_comes_from(
+    tmp_path: Path, prompt: str, own: object, asked: tuple[Message, ...]
+) -> None:
+    """The question is the same for policy and IG service: with a question mark."""
+    row = make_row(0, question=" who wrote it ", prompt=own)
+    (question,) = load([write(tmp_path / "a.parquet", row)], prompt=prompt)
+    assert (question.text, question.messages) == ("who wrote it?", asked)
+
+
+@pytest.mark.parametrize("change", [{"prompt": None}, {"prompt": [{"role": "user", "content": "Where?"}]}])
+def test_a_row_without_an_instruction_is_refused_where_it_should_have_one(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    row = make_row(0) | change
+    if change["prompt"]:
+        del row["question"]
+    with pytest.raises(DataError, match=r"row 0: prompt is .*data.prompt=auto or file"):
+        load([write(tmp_path / "a.parquet", row)], prompt="parquet")
 
 
 def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) -> None:
@@ -107,12 +139,14 @@ def test_rows_of_neighboring_projects(tmp_path: Path, project: str) -> None:
     row = NEIGHBORS[project]
     (question,) = load([write(tmp_path / "a.parquet", row)])
     prompt = (
-        [{"role": "user", "content": search_instruction("Where?")}] if project == "IGPO" else row["prompt"]
+        FORMAT.write_prompt("Where?")
+        if project == "IGPO"
+        else tuple(Message(**message) for message in row["prompt"])
     )
     assert question == Question(
         uid="nq/train/0",
         text="Where?",
-        messages=tuple(Message(**message) for message in prompt),
+        messages=prompt,
         golds=("Ramsey", "Ramsey, England"),
         data_source="nq",
     )
@@ -122,7 +156,7 @@ def test_rows_of_neighboring_projects(tmp_path: Path, project: str) -> None:
 def test_a_prompt_that_does_not_show_how_to_answer_is_refused(tmp_path: Path, prompt: object) -> None:
     """As that of verl's gsm8k example, which asks for `####`: nothing could ever be rewarded."""
     file = write(tmp_path / "a.parquet", make_row(prompt=prompt))
-    with pytest.raises(DataError, match=r"a\.parquet, row 0: prompt never says .*prepare_data\.py --train"):
+    with pytest.raises(DataError, match=r"a\.parquet, row 0: prompt never says .*data\.prompt=file"):
         load([file])
 
 
@@ -188,8 +222,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_prompts_that_are_too_long_are_named_with_the_length_they_need(tmp_path: Path) -> None:
     questions = load([write(tmp_path / "a.parquet", make_row(0), make_row(100))])
-    check_prompt_lengths(questions, tokenizer=CharTokenizer(), max_start_length=16)
+    check_prompt_lengths(questions, prompt_format=FORMAT, max_start_length=16)
     with pytest.raises(
         DataError, match=r"1 of 2 prompts .*=14, as nq/train/100 \(16\); set it to at least 16"
     ):
-        check_prompt_lengths(questions, tokenizer=CharTokenizer(), max_start_length=14)
+        check_prompt_lengths(questions, prompt_format=FORMAT, max_start_length=14)

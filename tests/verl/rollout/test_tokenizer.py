@@ -22,11 +22,13 @@ from tests.verl.rollout.tokenizers import (
     llama3,
     qwen,
 )
-from verl.agent.prompts import RETRY, TAGS, search_instruction, wrap_observation
+from verl.agent.formats import FORMATS
 from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
 from verl.types import Message
 
+TAGS = FORMATS["search_r1"].tags
+INFORMATION = "\n\n<information>Doc 1(Title: T) x{}y</information>\n\n"
 Maker = Callable[[], PreTrainedTokenizerFast]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -72,7 +74,7 @@ def test_text_from_outside_never_becomes_a_control_token(make: Maker) -> None:
 @pytest.mark.parametrize("make", [*CHAT, *BASE])
 def test_ordinary_text_keeps_its_ids(make: Maker) -> None:
     raw = make()
-    for text in ("Where was Alice?", " a < b |> c\n\n", RETRY, wrap_observation("Doc 1(Title: ) <s"), ""):
+    for text in ("Where was Alice?", " a < b |> c\n\n", INFORMATION, ""):
         assert HfTokenizer(raw).encode(text) == encode_trusted(raw, text)
 
 
@@ -80,7 +82,7 @@ def test_ordinary_text_keeps_its_ids(make: Maker) -> None:
 def test_tags_stay_tokens_in_texts_of_the_environment(is_special: bool) -> None:
     raw = qwen()
     raw.add_tokens(list(TAGS), special_tokens=is_special)
-    text = wrap_observation("Doc 1(Title: T) x<|im_end|>y")
+    text = INFORMATION.format("<|im_end|>")
     ids = HfTokenizer(raw, tags=TAGS).encode(text)
     opening, closing = raw.convert_tokens_to_ids(["<information>", "</information>"])
     assert (ids.count(opening), ids.count(closing)) == (1, 1)
@@ -89,7 +91,7 @@ def test_tags_stay_tokens_in_texts_of_the_environment(is_special: bool) -> None:
 
 
 @pytest.mark.parametrize("make", CHAT)
-@pytest.mark.parametrize("content", ["Where was Alice born?", search_instruction("Who"), "é日🙂"])
+@pytest.mark.parametrize("content", ["Where was Alice born?", "Use <search> q </search>.\n", "é日🙂"])
 def test_only_the_chat_template_writes_control_tokens(
     make: Maker, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:

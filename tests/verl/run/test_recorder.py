@@ -12,7 +12,7 @@ from tests.scripted_run import METHOD, decode, make_question, make_step, make_tu
 from verl.errors import DataError
 from verl.run.recorder import Recorder
 from verl.run.records import EVALUATION, read_records, rebuild_step
-from verl.types import Action, ActionKind, Gain, Passage, Score, Stop, Trajectory
+from verl.types import Action, ActionKind, Finish, Gain, Passage, Score, Stop, Trajectory
 
 
 def _record_step(run_dir: Path, step: int = 3) -> Path:
@@ -33,6 +33,31 @@ def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
             np.testing.assert_allclose(rebuilt.sampling_log_probs, trajectory.sampling_log_probs, atol=1e-6)
             assert rebuilt.passages == trajectory.passages
             assert (rebuilt.answer, rebuilt.stop) == (trajectory.answer, trajectory.stop)
+
+
+def test_the_facts_of_turns_come_back_also_from_files_without_tools(tmp_path: Path) -> None:
+    passage = Passage(id="9", title='"Bolton"', text="A town.", score=0.5)
+    read = search_turn("where", [passage])
+    overflowed = replace(read, observation_ids=read.observation_ids[:0], finish=Finish.LENGTH)
+    turns = (read, overflowed, replace(overflowed, observation=None))
+    trajectory = Trajectory(
+        question=make_question(1), sample=0, prompt_ids=read.output_ids, turns=turns, stop=Stop.LENGTH
+    )
+    path = Recorder(tmp_path, decode=decode).write_evaluation(0, [trajectory], [Score(outcome=0.0)])
+    rebuilt = rebuild_step(read_records(path)).groups[0].trajectories[0]
+    assert [turn.action for turn in rebuilt.turns] == [turn.action for turn in turns]
+    assert [turn.finish for turn in rebuilt.turns] == [turn.finish for turn in turns]
+    assert [turn.passages for turn in rebuilt.turns] == [(passage,), (), ()]
+    assert len(rebuilt.tool_turns) == 2
+
+    line = json.loads(path.read_text())
+    for turn in line["turns"]:
+        del turn["finish"], turn["is_executed"], turn["action"]["tool"], turn["action"]["arguments"]
+        turn["action"]["kind"] = "search"
+    path.write_text(json.dumps(line) + "\n")
+    old = rebuild_step(read_records(path)).groups[0].trajectories[0]
+    assert [turn.action for turn in old.turns] == [turn.action for turn in turns]
+    assert (old.passages, len(old.tool_turns)) == ((passage,), 1)
 
 
 def test_the_method_on_a_rebuilt_step_gives_the_recorded_credit(tmp_path: Path) -> None:

@@ -27,8 +27,7 @@ def random_trajectory(rng: np.random.Generator, *, index: int = 0) -> Trajectory
             Turn(
                 output_ids=rng.integers(2, VOCAB_SIZE, outputs).astype(np.int32),
                 output_log_probs=-rng.random(outputs).astype(np.float32) * 3,
-                action=Action(kind=ActionKind.ANSWER if last else ActionKind.SEARCH, text="x"),
-                passages=(),
+                action=Action(kind=ActionKind.ANSWER if last else ActionKind.TOOL, text="x"),
                 observation_ids=rng.integers(2, VOCAB_SIZE, 0 if last else observed).astype(np.int32),
             )
         )

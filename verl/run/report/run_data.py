@@ -13,7 +13,14 @@ from pathlib import Path
 
 from verl.errors import DataError
 from verl.run.manifest import Manifest, read_manifest
-from verl.run.records import EVALUATION, TRAJECTORIES, TrajectoryRecord, iterate_records, step_files
+from verl.run.records import (
+    EVALUATION,
+    TRAJECTORIES,
+    TrajectoryRecord,
+    is_executed,
+    iterate_records,
+    step_files,
+)
 from verl.run.tracking import MetricsLine, read_metrics
 
 WINDOW = 5
@@ -160,10 +167,8 @@ def _measures(record: TrajectoryRecord) -> Iterator[tuple[str, float]]:
 
 
 def count_searches(record: TrajectoryRecord) -> int:
-    """Searches that were executed, as `Trajectory.searches` counts them."""
-    return sum(
-        turn["action"]["kind"] == "search" and len(turn["observation_ids"]) > 0 for turn in record["turns"]
-    )
+    """Searches that were executed, as `Trajectory.tool_turns` counts them."""
+    return sum(map(is_executed, record["turns"]))
 
 
 def run_facts(run: RunData) -> list[tuple[str, str]]:

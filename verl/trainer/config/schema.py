@@ -16,6 +16,7 @@ from verl.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 LAUNCHERS = ("ray", "local")
+PROMPTS = ("auto", "parquet", "file")
 OUTCOMES = ("em", "sub_em", "f1")
 KL_TYPES = ("low_var_kl", "kl", "abs", "mse")
 LOSS_AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -65,6 +66,8 @@ def _file_list(key: str, value: Any) -> tuple[str, ...]:
 class DataConfig:
     train_files: Any = "world/train.parquet"
     val_files: Any = "world/test.parquet"
+    prompt: str = "auto"
+    prompt_file: str | None = None
     train_batch_size: int = 16
     val_max_questions: int | None = None
     max_start_length: int = 256
@@ -81,6 +84,10 @@ class DataConfig:
             self.max_prompt_length,
             f"at least data.max_start_length ({self.max_start_length}): it holds the prompt and all turns",
         )
+        _one_of("data.prompt", self.prompt, PROMPTS)
+        if self.prompt_file is not None:
+            _check(bool(self.prompt_file), "data.prompt_file", self.prompt_file, "a YAML file or null")
+            self.prompt_file = os.path.expanduser(self.prompt_file)
         if self.val_max_questions is not None:
             _positive("data", val_max_questions=self.val_max_questions)
 
@@ -188,6 +195,12 @@ class ActorRolloutRefConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass
+class AgentConfig:
+    format: str = "search_r1"
+    tools: list[str] = field(default_factory=lambda: ["search"])
 
 
 @dataclass
@@ -301,6 +314,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
     max_turns: int = 3
+    agent: AgentConfig = field(default_factory=AgentConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from serving.model_files import ModelNotFoundError, find_local_model, read_model_config
+from verl.agent.formats import FORMATS
+from verl.agent.prompts import load_texts, prompt_file
+from verl.agent.tools import TOOLS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
     """Raise one ConfigError that lists every contradiction, also with what this machine has."""
-    problems = [*_check_files(config), *_check_model(config), *_check_devices(config, num_gpus)]
+    problems = [*_check_files(config), *_check_agent(config), *_check_model(config)]
+    problems += _check_devices(config, num_gpus)
     problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
     if problems:
         raise ConfigError(
@@ -34,6 +38,24 @@ def _check_files(config: Config) -> list[str]:
         for key, path in files
         if not Path(path).is_file()
     ]
+
+
+def _check_agent(config: Config) -> list[str]:
+    agent = config.agent
+    tools, formats = " or ".join(TOOLS), " or ".join(FORMATS)
+    problems = [
+        f"agent.tools: {name!r} is unknown, expected {tools}" for name in agent.tools if name not in TOOLS
+    ]
+    if not agent.tools or len({*agent.tools}) < len(agent.tools):
+        problems.append(f"agent.tools={agent.tools!r}: expected at least one name, each once, of {tools}")
+    if agent.format not in FORMATS:
+        return [*problems, f"agent.format={agent.format!r} is unknown, expected {formats}"]
+    try:
+        path = prompt_file(config.data.prompt_file)
+        load_texts(path, section=agent.format, entries=FORMATS[agent.format].texts)
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _check_model(config: Config) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from verl.types import ActionKind, Sample, Score, ScoredGroups, Stop, Trajectory, count_policy_tokens
+from verl.types import ActionKind, Finish, Sample, Score, ScoredGroups, Stop, Trajectory, count_policy_tokens
 from verl.utils.failures import failure_name
 
 logger = logging.getLogger(__name__)
@@ -67,9 +67,11 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
 
 def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     turns = [turn for t in played for turn in t.turns]
-    searches = [len(t.searches) for t in played]
-    queries = [[" ".join(turn.action.text.lower().split()) for turn in t.searches] for t in played]
-    empty = sum(not turn.passages for t in played for turn in t.searches)
+    searches = [len(t.tool_turns) for t in played]
+    queries = [[" ".join(turn.action.text.lower().split()) for turn in t.tool_turns] for t in played]
+    found = [turn.observation for turn in turns if turn.observation is not None]
+    empty = sum(not observation.text and not observation.passages for observation in found)
+    invalid = [turn for turn in turns if turn.action.kind is ActionKind.INVALID]
     return {
         "rollout/turns_mean": _mean([len(t.turns) for t in played]),
         "rollout/searches_mean": _mean(searches),
@@ -77,11 +79,14 @@ def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
         "rollout/empty_search_share": _ratio(empty, sum(searches)),
         "rollout/distinct_query_share": _ratio(sum(len(set(asked)) for asked in queries), sum(searches)),
         "rollout/valid_action_share": _mean([turn.action.kind is not ActionKind.INVALID for turn in turns]),
+        "rollout/malformed_actions": float(sum(turn.finish is Finish.STOP for turn in invalid)),
+        "rollout/cut_completions": float(sum(turn.finish is Finish.LENGTH for turn in turns)),
         "rollout/finished_share": _mean([t.stop is Stop.ANSWERED for t in played]),
         "rollout/answer_share": _mean([bool(t.answer) for t in played]),
         "rollout/budget_stops": float(sum(t.stop is Stop.BUDGET for t in played)),
         "rollout/length_stops": float(sum(t.stop is Stop.LENGTH for t in played)),
         "rollout/truncated_observations": float(sum(turn.observation_truncated for turn in turns)),
+        "rollout/overflowed_observations": float(sum(turn.observation_overflowed for turn in turns)),
     }
 
 

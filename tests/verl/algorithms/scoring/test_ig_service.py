@@ -102,7 +102,7 @@ async def test_only_what_searched_found_and_answered_is_asked_about() -> None:
         question=QUESTION,
         sample=0,
         prompt_ids=make_turn(ActionKind.ANSWER).output_ids,
-        turns=(make_turn(ActionKind.SEARCH, "q", observed=3), make_turn(ActionKind.ANSWER, "Bolton")),
+        turns=(make_turn(ActionKind.TOOL, "q", observed=3), make_turn(ActionKind.ANSWER, "Bolton")),
         stop=Stop.ANSWERED,
     )
     trajectories = (

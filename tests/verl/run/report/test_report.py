@@ -123,7 +123,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     passage = Passage(id=HOSTILE, title=HOSTILE, text=HOSTILE, score=1.0)
     turn = make_turn(
         f"<think>{HOSTILE}</think><search>{HOSTILE}</search>{HOSTILE}",
-        Action(kind=ActionKind.SEARCH, text=HOSTILE),
+        Action(kind=ActionKind.TOOL, text=HOSTILE),
         passages=[passage],
         observation=HOSTILE,
     )

@@ -17,7 +17,7 @@ from verl.trainer.ppo.metrics import (
     rollout_metrics,
     step_metrics,
 )
-from verl.types import ActionKind, Credit, Gain, Group, Score, ScoredGroups, Stop, Trajectory
+from verl.types import ActionKind, Credit, Finish, Gain, Group, Score, ScoredGroups, Stop, Trajectory
 
 QUESTION = make_question()
 AREAS = {"rollout", "reward", "ig", "credit", "policy", "time", "perf"}
@@ -57,7 +57,7 @@ def test_what_the_policy_did() -> None:
 
 def test_mask_coverage_of_the_worked_example() -> None:
     turns = (
-        make_turn(ActionKind.SEARCH, "q", outputs=18, observed=60),
+        make_turn(ActionKind.TOOL, "q", outputs=18, observed=60),
         make_turn(ActionKind.INVALID, outputs=15, observed=55),
         make_turn(ActionKind.ANSWER, "x", outputs=12),
     )
@@ -68,6 +68,17 @@ def test_mask_coverage_of_the_worked_example() -> None:
     assert metrics["rollout/mask_coverage"] == 0.28125
     assert metrics["rollout/valid_action_share"] == pytest.approx(2 / 3)
     assert metrics["rollout/empty_search_share"] == 1.0
+
+
+def test_completions_cut_at_the_limit_are_counted_apart_from_malformed_ones() -> None:
+    invalid, call = make_turn(ActionKind.INVALID), make_turn(ActionKind.TOOL, "q", observed=9)
+    empty = np.zeros(0, np.int32)
+    turns = (invalid, replace(invalid, finish=Finish.LENGTH), call, replace(call, observation_ids=empty))
+    trajectory = Trajectory(question=QUESTION, sample=0, prompt_ids=empty, turns=turns, stop=Stop.LENGTH)
+    metrics = rollout_metrics([trajectory])
+    assert metrics["rollout/malformed_actions"] == metrics["rollout/cut_completions"] == 1
+    assert metrics["rollout/overflowed_observations"] == 1
+    assert metrics["rollout/searches_mean"] == 2
 
 
 def test_rewards_are_those_trained_on_and_measures_those_of_everything_judged() -> None:
@@ -119,6 +130,9 @@ def test_what_was_not_measured_is_absent_not_zero() -> None:
         "rollout/budget_stops": 0,
         "rollout/length_stops": 0,
         "rollout/truncated_observations": 0,
+        "rollout/overflowed_observations": 0,
+        "rollout/malformed_actions": 0,
+        "rollout/cut_completions": 0,
     }
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from serving.answers import AnswerRule
-from verl.agent.prompts import search_instruction
+from tests.agents import make_format
+from tests.fakes import CharTokenizer
 from verl.utils.reward_score.qa_em import (
     compute_score_em,
     compute_score_subem,
@@ -89,10 +90,11 @@ PUBLISHED_PROMPT = (
     "the answer inside <answer> and </answer>, without detailed illustrations. For example, <answer> Beijing "
     "</answer>. Question: Where was Alice born?\n"
 )
+OUR_PROMPT = make_format(CharTokenizer()).write_prompt("Where was Alice born?")[0].content
 SEARCHED = "<think>x</think><search>Alice</search>\n\n<information>Doc 1(Title: A) B</information>\n\n"
 
 
-@pytest.mark.parametrize("prompt", ["", PUBLISHED_PROMPT, search_instruction("Where was Alice born?")])
+@pytest.mark.parametrize("prompt", ["", PUBLISHED_PROMPT, OUR_PROMPT])
 @pytest.mark.parametrize(
     ("response", "answer", "em", "subem", "with_gain"),
     [

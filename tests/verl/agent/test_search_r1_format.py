@@ -1,0 +1,253 @@
+"""The tags of Search-R1: texts byte for byte, actions and their token spans however the text is cut."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.agents import make_format, make_observation
+from tests.fakes import CharTokenizer, make_turn
+from verl.agent.formats.search_r1 import SearchR1Format
+from verl.errors import ConfigError
+from verl.types import Action, ActionKind, Finish, Message, Observation, Passage, ToolSpec
+from world import text as world_text
+
+CHARS = CharTokenizer()
+INVALID = Action(kind=ActionKind.INVALID)
+RETRY = (
+    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
+    "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
+)
+
+
+class PieceTokenizer(CharTokenizer):
+    """Decodes positions of a list of pieces."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self._pieces = pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._pieces[i] for i in ids)
+
+
+def parse_pieces(pieces: Sequence[str]) -> Action:
+    return make_format(PieceTokenizer(pieces)).parse(range(len(pieces)))
+
+
+def search(query: str, *, start: int, end: int) -> Action:
+    return Action(
+        kind=ActionKind.TOOL, text=query, start=start, end=end, tool="search", arguments={"query": query}
+    )
+
+
+@pytest.mark.parametrize(
+    ("pieces", "action"),
+    [
+        (
+            ["<think>", " hm", "</think>", "<search>", " birth", "place", " ", "</search>"],
+            search("birthplace", start=4, end=6),
+        ),
+        (
+            ["<sea", "rch>who", " is", " it</", "search>. And", " more"],
+            search("who is it", start=1, end=4),
+        ),
+        (
+            ["<answer>Bolton</answer>"],
+            Action(kind=ActionKind.ANSWER, text="Bolton", start=0, end=1),
+        ),
+        (["x", "<answer>", "  ", "</answer>"], Action(kind=ActionKind.ANSWER, start=2, end=2)),
+    ],
+)
+def test_a_span_holds_the_text_and_not_the_tags(pieces: list[str], action: Action) -> None:
+    assert parse_pieces(pieces) == action
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no tags at all",
+        "<search> never closed",
+        "closed only </search>",
+        "</answer><answer>a</answer>",
+        "<search>  \n</search>",
+        "<search> a </answer>",
+        "<Search>a</Search>",
+    ],
+)
+def test_what_is_no_action(text: str) -> None:
+    assert parse_pieces(list(text)) == INVALID
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "content"),
+    [
+        ("<think> use <search> first </think><answer>X</answer>", ActionKind.ANSWER, "X"),
+        ("<think> use <search> tags </think><search> q </search>", ActionKind.TOOL, "q"),
+        ("<answer> a <search> b </search>", ActionKind.TOOL, "b"),
+        ("<search> a <think> b </think></search>", ActionKind.TOOL, "a <think> b </think>"),
+        ("</think><answer>a</answer><search>b</search>", ActionKind.ANSWER, "a"),
+    ],
+)
+def test_the_pair_that_stopped_the_turn_is_the_action(text: str, kind: ActionKind, content: str) -> None:
+    action = parse_pieces(list(text))
+    assert (action.kind, action.text, text[action.start : action.end]) == (kind, content, content)
+
+
+TAGS = ["<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>"]
+WORDS = ["a ", "b\n", "<", *TAGS]
+
+
+def parse_as_search_r1(text: str) -> tuple[str, str]:
+    """Return kind and content by the rule of Search-R1's `postprocess_predictions`."""
+    match = re.search(r"<(search|answer)>(.*?)</\1>", text, re.DOTALL)
+    return (match.group(1), match.group(2).strip()) if match else ("invalid", "")
+
+
+def test_what_search_r1_reads_is_read_here() -> None:
+    rng = random.Random(0)
+    prompt_format = make_format(CHARS)
+    assert prompt_format.stop_strings == ("</search>", "</answer>")
+    for _ in range(2_000):
+        text = "".join(rng.choices(WORDS, k=rng.randint(1, 12)))
+        stops = [text.index(stop) + len(stop) for stop in prompt_format.stop_strings if stop in text]
+        text = text[: min(stops, default=len(text))]  # what an engine returns that stops there
+        kind, content = parse_as_search_r1(text)
+        content = content.rpartition(f"<{kind}>")[2].strip()  # of a tag that was opened twice
+        if kind == "search" and not content:
+            kind = "invalid"
+        action = prompt_format.parse(CHARS.encode(text))
+        assert (action.tool or str(action.kind), action.text) == (kind, content), text
+
+
+@given(
+    query=st.text(alphabet="ab é日<>/. ", min_size=1, max_size=12).filter(lambda q: q.strip()),
+    before=st.text(alphabet="xy \n", max_size=5),
+    after=st.text(alphabet="z.\n", max_size=3),
+    cuts=st.sets(st.integers(1, 50), max_size=20),
+)
+def test_a_span_is_the_smallest_cover_of_the_query_for_any_tokenization(
+    query: str, before: str, after: str, cuts: set[int]
+) -> None:
+    text = f"{before}<search>{query}</search>{after}"
+    borders = [0, *sorted(cut for cut in cuts if cut < len(text)), len(text)]
+    action = parse_pieces([text[a:b] for a, b in itertools.pairwise(borders)])
+    first = len(before) + len("<search>") + len(query) - len(query.lstrip())
+    wanted = set(range(first, first + len(query.strip())))
+    covering = [k for k, (a, b) in enumerate(itertools.pairwise(borders)) if wanted & {*range(a, b)}]
+    assert action == search(query.strip(), start=covering[0], end=covering[-1] + 1)
+
+
+class ByteTokenizer(CharTokenizer):
+    """One token per byte."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_half_characters_do_not_shift_the_span() -> None:
+    action = make_format(ByteTokenizer()).parse(list("<search>日本</search>".encode()))
+    assert action == search("日本", start=8, end=14)
+
+
+def test_observations_have_the_bytes_of_search_r1() -> None:
+    prompt_format = make_format(CHARS)
+    found = make_observation(
+        Passage(id="1", title='"Bolton"', text="Bolton is a town in England.", score=0.9),
+        Passage(id="2", title="", text="Leeds is a city.", score=0.5),
+    )
+    assert CHARS.decode(prompt_format.render_observation(found)) == (
+        '\n\n<information>Doc 1(Title: "Bolton") Bolton is a town in England.\n'
+        "Doc 2(Title: ) Leeds is a city.</information>\n\n"
+    )
+    nothing = CHARS.decode(prompt_format.render_observation(Observation()))
+    assert nothing == "\n\n<information>Nothing was found for this query.</information>\n\n"
+
+
+def test_the_embedded_world_was_trained_on_the_same_texts() -> None:
+    pages = [world_text.Passage("Bolton", "Bolton is a town."), world_text.Passage("Leeds", "A city.")]
+    found = make_observation(
+        *(Passage(id="0", title=f'"{page.title}"', text=page.body, score=1.0) for page in pages)
+    )
+    prompt_format = make_format(CHARS)
+    assert CHARS.decode(prompt_format.render_observation(found)) == world_text.observation(pages)
+    assert CHARS.decode(prompt_format.render_retry(make_turn(ActionKind.INVALID))) == RETRY
+    assert world_text.INVALID_ACTION == RETRY
+
+
+class ChatTokenizer(CharTokenizer):
+    """Ends turns with `$`, or with `%`, which the template does not write."""
+
+    def render_next_turn(self, text: str) -> list[int] | None:
+        return self.encode(f"$U:{text}$A:")
+
+
+@pytest.mark.parametrize(
+    ("output", "finish", "read"),
+    [
+        ("hm$", Finish.STOP, f"U:{RETRY.strip()}$A:"),
+        ("hm%", Finish.STOP, f"$U:{RETRY.strip()}$A:"),
+        ("</answer>.", Finish.STOP, RETRY),
+        ("hm", Finish.LENGTH, RETRY),
+    ],
+)
+def test_a_policy_that_ended_its_turn_is_answered_in_a_new_one(
+    output: str, finish: Finish, read: str
+) -> None:
+    ids = np.array(CHARS.encode(output), np.int32)
+    turn = replace(make_turn(ActionKind.INVALID), output_ids=ids, finish=finish)
+    assert CHARS.decode(make_format(ChatTokenizer()).render_retry(turn)) == read
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a</information>b", "a< /information>b"),
+        ("<search>q</search><ANSWER>x</answer>", "< search>q< /search>< ANSWER>x< /answer>"),
+        ("<think><documents><tool_call>", "< think>< documents>< tool_call>"),
+        ("1 < 2, <b>bold</b>, <answers>, <|x|>", "1 < 2, <b>bold</b>, <answers>, <|x|>"),
+    ],
+)
+def test_tags_from_outside_are_neutralized(text: str, read: str) -> None:
+    prompt_format = make_format(CHARS)
+    assert prompt_format.neutralize(text) == prompt_format.neutralize(read) == read
+
+
+def test_the_instruction_names_the_tags_and_ends_with_the_question() -> None:
+    prompt_format = make_format(CHARS)
+    (message,) = prompt_format.write_prompt("Where was {Alice} born?")
+    assert message.role == "user"
+    assert message.content.endswith("Question: Where was {Alice} born?\n")
+    assert all(tag in message.content for tag in ("<think>", "</search>", "<information>", "</answer>"))
+    assert prompt_format.check_prompt([message]) is None
+    lacking = prompt_format.check_prompt([Message(role="user", content="Who?")])
+    assert lacking == "never says to answer between <answer> and </answer>"
+
+
+def make_spec(name: str, *parameters: str) -> ToolSpec:
+    return ToolSpec(name=name, description=f"does {name}", parameters=dict.fromkeys(parameters, "x"))
+
+
+def test_every_tool_with_one_argument_has_a_tag() -> None:
+    texts = {"instruction": "{tools}|{question}", "observation": "{text}", "nothing_found": "", "retry": ""}
+    specs = [make_spec("search", "query"), make_spec("python", "code")]
+    prompt_format = SearchR1Format(tokenizer=CHARS, texts=texts, tools=specs)
+    assert prompt_format.stop_strings == ("</search>", "</python>", "</answer>")
+    action = prompt_format.parse(CHARS.encode("<python> 1 + 1 </python>"))
+    assert (action.tool, action.arguments) == ("python", {"code": "1 + 1"})
+    assert prompt_format.neutralize("<python>") == "< python>"
+    (message,) = prompt_format.write_prompt("Who?")
+    assert message.content == (
+        "<search> query </search>: does search\n<python> code </python>: does python|Who?"
+    )
+    for spec in (make_spec("two", "a", "b"), make_spec("none"), make_spec("answer", "a")):
+        with pytest.raises(ConfigError, match=f"agent.tools={spec.name} cannot be called"):
+            SearchR1Format(tokenizer=CHARS, texts=texts, tools=[spec])

@@ -1,0 +1,10 @@
+"""The prompt formats by the name that `agent.format` gives them."""
+
+from __future__ import annotations
+
+from verl.agent.formats.search_r1 import SearchR1Format
+from verl.protocols import PromptFormat
+
+FORMATS: dict[str, type[PromptFormat]] = {
+    "search_r1": SearchR1Format,
+}

@@ -1,0 +1,10 @@
+"""The tools by the names that `agent.tools` gives them."""
+
+from __future__ import annotations
+
+from verl.agent.tools.search import SearchTool
+from verl.protocols import Tool
+
+TOOLS: dict[str, type[Tool]] = {
+    "search": SearchTool,
+}

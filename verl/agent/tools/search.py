@@ -1,0 +1,74 @@
+"""The tool `search`: the passages that the search engine finds, one line per passage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from verl.errors import ServiceError
+from verl.protocols import ToolResources
+from verl.types import Observation, Passage, ToolSpec, Trajectory
+
+_GRACE_S = 1.0
+"""The client reports a search that took too long better than the agent loop can, which cancels the call."""
+
+
+def render_passages(passages: Sequence[Passage]) -> str:
+    """Return `Doc k(Title: title) text`, one line per passage, k from 1: Search-R1's lines, byte for byte."""
+    lines = [f"Doc {k}(Title: {p.title}) {p.text}\n" for k, p in enumerate(passages, start=1)]
+    return "".join(lines).strip()
+
+
+def render_context(trajectory: Trajectory) -> str:
+    """Return all passages that the policy read, one block per search: the context for the IG service."""
+    return "\n".join(render_passages(turn.passages) for turn in trajectory.turns if turn.passages)
+
+
+class SearchTool:
+    """The tool `search`: asks the search engine that it was given."""
+
+    def __init__(self, resources: ToolResources) -> None:
+        self._search = resources.search
+        self.spec = ToolSpec(
+            name="search",
+            description="search for passages that help to answer the question",
+            parameters={"query": "what to search for"},
+            timeout_s=resources.search_timeout_s + _GRACE_S,
+            shortest_text=render_passages([Passage(id="", title="", text="", score=0.0)]),
+        )
+
+    async def call(
+        self,
+        arguments: Mapping[str, object],
+        *,
+        deadline: float,  # noqa: ARG002 (the client of the search engine has a limit that ends before)
+    ) -> Observation:
+        """Return the passages for `query`, or the failure of the search engine."""
+        try:
+            passages = await self._search.search(str(arguments["query"]))
+        except ServiceError as error:
+            return Observation(failure=str(error))
+        return Observation(text=render_passages(passages), passages=passages)
+
+    def shorten(self, observation: Observation, max_chars: int) -> Observation:
+        """Return the passages that can be read in the first `max_chars` characters.
+
+        The last one keeps the text that is left of it, and one of which only the heading would be left is
+        dropped. The first one is never dropped: its title is cut instead.
+        """
+        passages, documents = observation.passages, observation.text
+        shown: tuple[Passage, ...] = ()
+        for count in range(len(passages), 0, -1):
+            *whole, last = passages[:count]
+            heading = render_passages([*whole, replace(last, text="")])
+            end = min(max_chars, len(render_passages(passages[:count])))
+            if len(documents[:max_chars].rstrip()) > len(heading):
+                text = documents[:end].rstrip()[len(heading) + 1 :]
+                shown = (*whole, replace(last, text=text))
+                break
+        else:
+            if passages:
+                start = len(render_passages([replace(passages[0], title="", text="")])) - 1
+                title = documents[start : min(start + len(passages[0].title), max_chars)]
+                shown = (replace(passages[0], title=title, text=""),)
+        return Observation(text=render_passages(shown), passages=shown)
