@@ -62,6 +62,16 @@ def spread_turns(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
     return np.concatenate(parts)
 
 
+def spread_actions(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
+    """Return the value of a turn on the tokens of its query or answer, tags excluded, and 0 elsewhere [L]."""
+    result = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+    start = len(trajectory.prompt_ids)
+    for turn, value in zip(trajectory.turns, values, strict=True):
+        result[start + turn.action.start : start + turn.action.end] = value
+        start += len(turn.output_ids) + len(turn.observation_ids)
+    return result
+
+
 def credit_by_group(
     trajectories: Sequence[Trajectory],
     rewards: Sequence[float | None],

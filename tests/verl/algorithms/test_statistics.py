@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import make_question, make_trajectory
-from verl.algorithms.statistics import group_advantages, leave_one_out, spread_turns
+from verl.algorithms.statistics import group_advantages, leave_one_out, spread_actions, spread_turns
 
 REWARDS = st.lists(st.one_of(st.none(), st.floats(-2, 2)), min_size=1, max_size=12)
 
@@ -79,10 +80,16 @@ def test_the_leave_one_out_baseline_is_the_mean_of_the_others(
             assert baseline == pytest.approx(sum(others) / len(others), abs=1e-9)
 
 
-def test_values_of_turns_go_to_the_tokens_that_the_policy_sampled_in_them() -> None:
-    trajectory = make_trajectory(make_question(), queries=("a", "b"), answer="x")
-    spread = spread_turns(trajectory, (0.5, -1.0, 2.0))
-    assert len(spread) == len(trajectory.token_ids)
-    assert not spread[~trajectory.policy_mask].any()
+def test_values_of_turns_go_to_the_tokens_sampled_in_them_or_to_those_of_the_query() -> None:
+    plain = make_trajectory(make_question(), queries=("a", "b"), answer="x")
+    turns = tuple(replace(t, action=replace(t.action, start=1, end=2 + k)) for k, t in enumerate(plain.turns))
+    trajectory = replace(plain, turns=turns)
+    values = (0.5, -1.0, 2.0)
+    by_turn, by_action = spread_turns(trajectory, values), spread_actions(trajectory, values)
+    assert len(by_turn) == len(by_action) == len(trajectory.token_ids)
     lengths = [len(turn.output_ids) for turn in trajectory.turns]
-    np.testing.assert_array_equal(spread[trajectory.policy_mask], np.repeat([0.5, -1.0, 2.0], lengths))
+    np.testing.assert_array_equal(by_turn[trajectory.policy_mask], np.repeat(values, lengths))
+    np.testing.assert_array_equal(by_action[by_action != 0], np.repeat(values, (1, 2, 3)))
+    assert by_action[len(trajectory.prompt_ids) : len(trajectory.prompt_ids) + 3].tolist() == [0.0, 0.5, 0.0]
+    for spread in (by_turn, by_action):
+        assert not spread[~trajectory.policy_mask].any()
