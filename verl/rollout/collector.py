@@ -1,7 +1,7 @@
-"""Questions x samples -> groups: all episodes at once, none waiting for another, under one failure policy.
+"""Run the episodes of a step: questions x samples -> groups, all at once, under one failure policy.
 
-Every episode is a coroutine of its own with a seed of its own, so a slow search delays nobody else and the
-result does not depend on who finishes first.
+Every episode is a coroutine with a seed of its own, so that a slow tool call delays no other episode and the
+result does not depend on the order in which episodes end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from verl.utils.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Told (number finished, number of all) after every episode."""
+"""Called with (number finished, number of all) after every episode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class _Episode:
 
 
 class Collector:
-    """Plays episodes under one failure policy; holds no state between calls."""
+    """Runs episodes under one failure policy; keeps no state between calls."""
 
     def __init__(
         self, agent: Agent, *, n: int, max_concurrent: int, max_failure_share: float, seed: int
     ) -> None:
-        """`n` attempts per question; at most `max_concurrent` episodes at a time."""
+        """Run `n` episodes per question, at most `max_concurrent` at a time."""
         self._agent = agent
         self._n = n
         self._max_concurrent = max_concurrent
@@ -53,7 +53,7 @@ class Collector:
         progress: Progress | None = None,
         on_episode_end: OnEpisodeEnd | None = None,
     ) -> list[Group]:
-        """One group per question, in order, failed trajectories included and named.
+        """Return one group per question, in order, failed trajectories included and named.
 
         Raises TrainingHaltedError as soon as more than the allowed share has failed.
         """
@@ -73,7 +73,7 @@ class Collector:
     async def evaluate(
         self, questions: Sequence[Question], *, progress: Progress | None = None
     ) -> list[Trajectory]:
-        """Every question exactly once, greedily, in order. Raises TrainingHaltedError as `collect` does."""
+        """Return one greedy trajectory per question, in order. Raises TrainingHaltedError as `collect`."""
         episodes = [
             _Episode(question, 0, derive_seed(self._seed, "evaluation", question.uid), greedy=True)
             for question in questions
@@ -105,7 +105,7 @@ class Collector:
                     total=len(episodes),
                     max_share=self._max_failure_share,
                     what="episodes",
-                    fix="mend the retriever or the engine, whichever the first failure names.",
+                    fix="repair the tool or the engine that the first failure names.",
                 )
             if on_episode_end is not None:
                 on_episode_end(trajectory)
@@ -127,7 +127,7 @@ class Collector:
                 question, sample=episode.sample, seed=episode.seed, greedy=episode.greedy
             )
         except Exception as error:
-            # The boundary of one episode: a defect in one of them must not lose the others.
+            # A defect that shows in one episode must not lose the others.
             logger.exception("episode %s, sample %d, broke", question.uid, episode.sample)
             trajectory = Trajectory(
                 question=question,

@@ -28,10 +28,10 @@ _PLACEHOLDER = "xPLACEHOLDERx"
 
 
 class HfTokenizer:
-    """Implements `verl.protocols.Tokenizer`."""
+    """A tokenizer of transformers as a `verl.protocols.Tokenizer`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
-        """`tags`: the agent's own, which stay single tokens also where they were added as special ones."""
+        """`tags` of the prompt format stay single tokens also where they were added as special ones."""
         self._tokenizer = tokenizer
         try:
             self._encoder = TextEncoder(tokenizer, tags=tags)
@@ -58,7 +58,7 @@ class HfTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The padding token, else the end-of-sequence token. Raises ConfigError when there is neither."""
+        """Return the padding token, else the end-of-sequence token. Raises ConfigError without both."""
         for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
             if token_id is not None:
                 return int(token_id)
@@ -71,7 +71,7 @@ class HfTokenizer:
         return self._encoder.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens and spaces kept."""
+        """Return the text of ids, special tokens and spaces kept."""
         text = self._tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -156,7 +156,7 @@ class HfTokenizer:
 
 
 def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:
-    """Some tokenizer classes replace the saved pre-tokenizer by their own, silently: then ids differ."""
+    """Raise ConfigError where the class replaced the saved pre-tokenizer by its own, as some do silently."""
     saved = Path(path) / "tokenizer.json"
     if not saved.is_file():
         return

@@ -6,8 +6,9 @@ can credit it again:
     step = rebuild_step(read_records(path))
     credits = algorithm.credit(step.groups, step.scores)
 
-Format 2 added `turn_gains`, `components` and `format` itself; files of format 1, which have none of them, are
-read as well.
+Format 2 added `turn_gains`, `components` and `format` itself, and of turns `finish`, `is_executed` and the
+action's `tool` and `arguments` (a search was an action of the kind `search`); files of format 1, which have
+none of them, are read as well.
 """
 
 from __future__ import annotations

@@ -4,67 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tests.agents import make_agent, make_format
 from tests.fakes import ScriptedGenerate, ScriptedSearch, make_question
+from tests.verl.rollout.tokenizers import llama2_base, qwen
+from verl.agent.formats import FORMATS
 from verl.rollout.tokenizer import HfTokenizer
 from verl.types import Passage
 
 TEXT = [
     'Where was Alice Marsh born? Doc 1(Title: "Bolton") Bolton is a town in England.</search>.',
     "<think> birthplace of Alice</think> <search> Alice 1987, née Zoë 日本 🙂</search>",
-    "\n\n<answer>Bolton</answer>",
-    "\n\n<information>Doc 2(Title: it's)</information>\n\n",
-    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>.\n",
+    "\n\n<answer>Bolton</answer>\n\n<information>Doc 2(Title: it's)</information>\n\n",
 ] * 3
-TAGS = [
-    "<think>",
-    "</think>",
-    "<search>",
-    "</search>",
-    "<information>",
-    "</information>",
-    "<answer>",
-    "</answer>",
-]
+TAGS = list(FORMATS["search_r1"].tags)
 PASSAGES = (
     Passage(id="1", title='"Zoë"', text="Zoë was born in 日本. It's so.", score=1.0),
     Passage(id="2", title='"Bolton"', text="A town " * 30, score=0.5),
 )
 
 
-def byte_bpe() -> PreTrainedTokenizerFast:
-    """GPT-2 style, tags as ordinary text that merges with its neighbours."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-def qwen2_with_added_tags() -> Qwen2Tokenizer:
-    """Qwen2's own pre-tokenization, tags as added ordinary tokens: the embedded world's kind."""
-    blank = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
-    backend = Tokenizer(models.BPE())
-    backend.normalizer, backend.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
-    model = json.loads(backend.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    return tokenizer
-
-
-def unigram_with_byte_fallback() -> PreTrainedTokenizerFast:
+def unigram_with_special_tags() -> PreTrainedTokenizerFast:
     """SentencePiece style; tags are special tokens."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -97,7 +64,7 @@ def characters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-MAKERS = [byte_bpe, qwen2_with_added_tags, unigram_with_byte_fallback, word_piece, characters]
+MAKERS = [qwen, llama2_base, unigram_with_special_tags, word_piece, characters]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
@@ -157,7 +124,3 @@ def test_trained_ids_are_sampled_plus_injected_ids(
             assert turn.action.text in span or "\ufffd" in span
     assert trajectory.token_ids.tolist() == expected
     assert np.array_equal(trajectory.policy_mask, mask)
-
-
-def test_the_retry_text_and_tags_survive_every_tokenizer(tokenizer: HfTokenizer) -> None:
-    assert "</search>" in tokenizer.decode(tokenizer.encode("<search> a </search>"))

@@ -95,19 +95,6 @@ def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) ->
     assert len(load([one, two], limit=1)) == 1
 
 
-@pytest.mark.parametrize(
-    ("target", "golds"),
-    [
-        ("Bolton", ("Bolton",)),
-        (1987, ("1987",)),
-        ([1987.0, None], ("1987",)),
-        ([None, "Bolton"], ("Bolton",)),
-    ],
-)
-def test_golds_of_every_column_type(tmp_path: Path, target: object, golds: tuple[str, ...]) -> None:
-    assert load([write(tmp_path / "a.parquet", make_row(target=target))])[0].golds == golds
-
-
 ASKED = [{"role": "user", "content": "Reason, then give <answer> x </answer>. Question: Where?"}]
 POLITE = [{"role": "system", "content": "You are a helpful and harmless assistant."}, *ASKED]
 BARE = [{"role": "user", "content": "Where?"}]
@@ -163,20 +150,13 @@ def test_a_prompt_that_does_not_show_how_to_answer_is_refused(tmp_path: Path, pr
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (
-            {"reward_model": None},
-            r"none of reward_model\.ground_truth, .* \(there are data_source",
-        ),
+        ({"reward_model": None}, r"none of reward_model\.ground_truth, .* \(there are data_source"),
         ({"target": [""]}, r"reward_model\.ground_truth\.target is \[''\]"),
-        ({"target": []}, r"target is \[\], expected a text, a number or a list"),
-        ({"target": [float("nan"), None]}, r"target is \[nan, None\]"),
         ({"question": "  "}, "question is '  '"),
-        ({"question": float("nan")}, "question is nan"),
         ({"data_source": None}, "data_source is None"),
         ({"prompt": []}, r"prompt is \[\]"),
         ({"prompt": "Who?"}, "prompt is 'Who"),
         ({"prompt": [{"role": "user", "content": ""}]}, r"prompt\[0\]\.content is ''"),
-        ({"reward_model": {"style": "rule"}}, r"none of reward_model\.ground_truth, reward_spec"),
         ({"extra_info": {"split": "train"}}, r"extra_info\.index is None"),
         ({"extra_info": {"index": 1}}, r"extra_info\.split is None"),
         ({"extra_info": "x"}, r"extra_info\.split is None"),

@@ -22,28 +22,28 @@ def make_collector(
 
 async def test_one_group_per_question_in_order_with_every_sample() -> None:
     agent = FakeAgent(delays_s={UIDS[0]: 0.02})
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     groups = await make_collector(agent).collect(
-        QUESTIONS, step=1, progress=lambda done, of: told.append((done, of))
+        QUESTIONS, step=1, progress=lambda done, of: calls.append((done, of))
     )
     assert [group.question.uid for group in groups] == UIDS
     assert [[t.sample for t in group.trajectories] for group in groups] == [[0, 1, 2]] * 4
     assert all(t.question.uid == group.question.uid for group in groups for t in group.trajectories)
-    assert told == [(k, 12) for k in range(1, 13)]
+    assert calls == [(k, 12) for k in range(1, 13)]
 
 
-async def test_each_episode_is_told_of_when_it_ends_but_not_in_evaluation() -> None:
+async def test_the_end_of_each_episode_is_reported_but_not_in_evaluation() -> None:
     agent = FakeAgent(delays_s={UIDS[0]: 0.05})
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     await make_collector(agent, n=1).collect(
         QUESTIONS,
         step=1,
-        on_episode_end=lambda t: told.append((t.question.uid, t.sample, len(agent.finished))),
+        on_episode_end=lambda t: calls.append((t.question.uid, t.sample, len(agent.finished))),
     )
-    assert [uid for uid, *_ in told] == [*UIDS[1:], UIDS[0]]
-    assert told[0][2] < 4
+    assert [uid for uid, *_ in calls] == [*UIDS[1:], UIDS[0]]
+    assert calls[0][2] < 4
     await make_collector(agent).evaluate(QUESTIONS)
-    assert len(told) == 4
+    assert len(calls) == 4
 
 
 async def test_seeds_depend_on_run_step_question_and_sample_and_on_nothing_else() -> None:
@@ -57,12 +57,6 @@ async def test_seeds_depend_on_run_step_question_and_sample_and_on_nothing_else(
     assert await seeds(QUESTIONS[::-1], step=1) == first
     assert not set((await seeds(QUESTIONS, step=2)).values()) & set(first.values())
     assert not set((await seeds(QUESTIONS, step=1, seed=2)).values()) & set(first.values())
-
-
-async def test_a_slow_episode_delays_no_other() -> None:
-    agent = FakeAgent(delays_s={UIDS[0]: 0.2})
-    await make_collector(agent, n=1).collect(QUESTIONS, step=1)
-    assert agent.finished == [*UIDS[1:], UIDS[0]]
 
 
 async def test_at_most_max_concurrent_episodes_run_at_a_time() -> None:
@@ -83,12 +77,8 @@ async def test_evaluation_asks_every_question_once_and_greedily() -> None:
 async def test_a_tolerated_failure_stays_in_its_group_by_name() -> None:
     agent = FakeAgent(failures={UIDS[1]: "search_failed: retriever: down"})
     groups = await make_collector(agent, share=0.25).collect(QUESTIONS, step=1)
-    assert [[t.stop is Stop.FAILED for t in g.trajectories] for g in groups] == [
-        [False] * 3,
-        [True] * 3,
-        [False] * 3,
-        [False] * 3,
-    ]
+    failed = [[t.stop is Stop.FAILED for t in g.trajectories] for g in groups]
+    assert failed == [[False] * 3, [True] * 3, [False] * 3, [False] * 3]
 
 
 async def test_above_the_failure_share_it_halts_at_once_with_counts_and_the_first_message() -> None:
@@ -113,12 +103,6 @@ async def test_a_lone_failure_halts_neither_training_nor_evaluation_unless_none_
         await strict.evaluate(QUESTIONS)
 
 
-async def test_evaluation_halts_above_the_share_too() -> None:
-    agent = FakeAgent(failures=dict.fromkeys(UIDS[:2], "search_failed: retriever: down"))
-    with pytest.raises(TrainingHaltedError, match="2 of 4 episodes failed"):
-        await make_collector(agent, share=0.25).evaluate(QUESTIONS)
-
-
 class BrokenAgent:
     """Has a defect that shows with one question."""
 
@@ -130,10 +114,6 @@ class BrokenAgent:
 
 async def test_a_broken_episode_does_not_lose_the_others() -> None:
     groups = await make_collector(BrokenAgent(), n=1, share=0.25).collect(QUESTIONS, step=1)
-    assert [g.trajectories[0].failure for g in groups] == [
-        "episode_broke: KeyError: 'oops'",
-        None,
-        None,
-        None,
-    ]
+    failures = [g.trajectories[0].failure for g in groups]
+    assert failures == ["episode_broke: KeyError: 'oops'", None, None, None]
     assert groups[0].trajectories[0].token_ids.tolist() == []

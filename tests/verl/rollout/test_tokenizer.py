@@ -177,9 +177,7 @@ def test_without_further_turns_there_is_no_next_one(
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% for %}", "Expected"),
-        ("{{ messages[5].content.x }}", "no element 5"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ messages[0].content + 1 }}", "can only concatenate"),
     ],
 )
 def test_messages_that_the_chat_template_refuses_are_named(template: str, reason: str) -> None:
@@ -215,8 +213,8 @@ def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path
     ("name", "content"),
     [
         ("tokenizer.json", None),
-        *(("tokenizer.json", content) for content in (b"", b"[]", b'{"model": 3}', b'{"\xff": 1}')),
-        *(("tokenizer_config.json", content) for content in (b"", b"[]", b'{"\xff": 1}')),
+        ("tokenizer.json", b'{"model": 3}'),
+        ("tokenizer_config.json", b'{"\xff": 1}'),
     ],
 )
 def test_a_missing_or_damaged_tokenizer_names_the_folder(
