@@ -33,11 +33,11 @@ from verl.utils.entry import error_line
 
 STYLES = {
     "think": "magenta",
-    "search": "bold blue",
     "answer": "bold dark_orange3",
     "information": "dim",
     "other": "dim",
 }
+CALL_STYLE = "bold blue"
 COLORS = {"right": "green", "wrong": "red", "failed": "bold red"}
 """Of the verdicts."""
 
@@ -120,7 +120,7 @@ def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[R
     lines: list[RenderableType] = []
     for segment in split_output(turn["output_text"]):
         label = "" if segment.kind == "other" else f"{segment.kind}: "
-        lines.append(styled(f"{number}  {label}{segment.text.strip()}", STYLES[segment.kind]))
+        lines.append(styled(f"{number}  {label}{segment.text.strip()}", STYLES.get(segment.kind, CALL_STYLE)))
     for passage in turn["passages"]:
         score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
         lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from verl.run.records import PassageRecord, TrajectoryRecord
 
-_TAGGED = re.compile(r"<(think|search|answer|information)>(.*?)(</\1>|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"<(\w+)>(?:(.*?)</\1>|((?!.*</\w).*)\Z)", re.DOTALL)
+"""A pair of tags of any name, or one that is not closed and has no closing tag behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,18 +16,19 @@ class Segment:
     """A piece of what the policy wrote."""
 
     kind: str
-    """think, search, answer, information or other."""
+    """Name of the tag around it, such as think, or other."""
     text: str
     is_closed: bool = True
 
 
 def split_output(text: str) -> list[Segment]:
-    """Text the policy sampled, cut at its tags; a tag without its end runs to the end of the text."""
+    """Return the text that the policy sampled, cut at its tags; the last one may have no end."""
     segments, position = [], 0
     for match in _TAGGED.finditer(text):
         segments.append(Segment(kind="other", text=text[position : match.start()]))
-        is_closed = bool(match.group(3))
-        segments.append(Segment(kind=match.group(1), text=match.group(2).strip(), is_closed=is_closed))
+        name, closed, rest = match.groups()
+        text_inside = rest if closed is None else closed
+        segments.append(Segment(kind=name, text=text_inside.strip(), is_closed=closed is not None))
         position = match.end()
     segments.append(Segment(kind="other", text=text[position:]))
     return [s for s in segments if s.kind != "other" or s.text.strip()]

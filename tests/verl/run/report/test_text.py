@@ -15,8 +15,9 @@ def test_output_is_cut_at_its_tags_and_nothing_is_lost() -> None:
 
 
 def test_a_tag_that_never_closes_runs_to_the_end() -> None:
-    assert split_output("<think> b <search> c") == [
-        Segment(kind="think", text="b <search> c", is_closed=False)
+    assert split_output("<python> 1 < 2 </python><think> b <search> c") == [
+        Segment(kind="python", text="1 < 2"),
+        Segment(kind="think", text="b <search> c", is_closed=False),
     ]
 
 
