@@ -1,4 +1,4 @@
-"""`python -m IG`: serve information gains, or examine them before training.
+"""`python -m IG`: serve information gains, or measure them before training.
 
 python -m IG serve --port 8310
 python -m IG doctor --num-questions 50
@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "serve": "serve the information gain of contexts over HTTP until told to stop",
+    "serve": "serve the information gain of contexts over HTTP",
     "doctor": "measure gains on a sample of questions before training: noise, judge, advice",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the two; what follows its name is its own. Exit status of the command."""
+    """Run a command with the arguments that follow its name; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m IG",
         description="Information gain of contexts, measured with a frozen language model.",

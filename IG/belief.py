@@ -1,9 +1,9 @@
-"""How strongly sampled answers point at the golds, asking the entailment model as little as possible.
+"""Compute the belief in the gold answers from sampled answers, with as few entailment judgements as possible.
 
-Answers that are the same text up to case, spacing and final punctuation are one node, whose samples keep
-their weights; so are golds, and the model is never asked whether a text entails itself. When only the hard
-score is wanted, semantic classes are grown outwards from the answers that mean a gold, so that classes
-without one are never compared among each other; the score is that of the full clustering, bit for bit.
+Answers with the same text up to case, spacing and final punctuation are one node, and so are gold answers; a
+text is never compared with itself. When only the hard score is needed, semantic classes are grown outwards
+from the gold answers, so that classes without one are never compared with each other; the score is that of
+the full clustering, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from serving.answers import same_text_key
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FullReading:
-    """What the lazy reading leaves out: everything between responses `[response]` and golds `[gold]`."""
+    """All relations between responses and golds, which the hard score alone does not need."""
 
     response_entails_gold: FloatArray  # [response, gold]
     gold_entails_response: FloatArray  # [gold, response]
     clusters: IntArray  # [response]
     semantic_entropy: float
     left_out_entropies: FloatArray
-    """The same without each of the samples; empty when there is one only."""
+    """The same with each sample left out; empty for a single sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Belief:
-    """What the model believes under one condition."""
+    """The model's belief under one condition."""
 
     answers: tuple[SampledAnswer, ...]
     weights: FloatArray  # [response], sums to 1
     score: float | None
     """Belief in the golds, in [0, 1]; None when there are no golds."""
     left_out_scores: FloatArray | None
-    """The same without each of the samples; empty when there is one only."""
+    """The same with each sample left out; empty for a single sample."""
     source: Source
     full: FullReading | None
 
 
 class BeliefReader:
-    """Reads beliefs off samples."""
+    """Computes beliefs from samples."""
 
     def __init__(self, judgements: SharedJudgements, *, score: ScoreKind, threshold: float) -> None:
         self._judgements = judgements
@@ -108,12 +108,12 @@ class _Node:
 
     key: str
     text: str
-    """What the entailment model reads."""
+    """The text that the entailment model reads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Relations:
-    """What entails what, and which nodes mean the same."""
+    """Entailment with the golds, and which nodes are equivalent."""
 
     forward: FloatArray  # [node, gold]
     backward: FloatArray  # [gold, node]
@@ -129,14 +129,14 @@ class _Judge:
         self._work = work
 
     async def between(self, nodes: Sequence[_Node], golds: Sequence[_Node]) -> tuple[FloatArray, FloatArray]:
-        """P(node entails gold): `[node, gold]`, and P(gold entails node): `[gold, node]`."""
+        """Return P(node entails gold) `[node, gold]` and P(gold entails node) `[gold, node]`."""
         there = [(node, gold) for node in nodes for gold in golds]
         back = [(gold, node) for gold in golds for node in nodes]
         forward, backward = np.split(await self._probabilities(there + back), [len(there)])
         return forward.reshape(len(nodes), len(golds)), backward.reshape(len(golds), len(nodes))
 
     async def everything(self, nodes: Sequence[_Node], golds: Sequence[_Node]) -> _Relations:
-        """Entailment with the golds both ways, and which nodes mean the same."""
+        """Return entailment with the golds both ways, and which nodes are equivalent."""
         forward, backward = await self.between(nodes, golds)
         rows, columns = np.triu_indices(len(nodes), k=1)
         pairs = [(nodes[row], nodes[column]) for row, column in zip(rows, columns, strict=True)]
@@ -145,7 +145,7 @@ class _Judge:
         return _Relations(forward, backward, same)
 
     async def nodes_meaning(self, golds: Sequence[_Node], nodes: Sequence[_Node]) -> BoolArray:
-        """Which nodes are in the semantic class of a gold, through however many steps: `[node]`."""
+        """Return which nodes are in the semantic class of a gold, in any number of steps: `[node]`."""
         reached = np.zeros(len(nodes), dtype=np.bool_)
         frontier = list(golds)
         compared = {gold.key for gold in golds}
@@ -153,15 +153,16 @@ class _Judge:
             remaining = np.flatnonzero(~reached)
             pairs = [(nodes[at], known) for at in remaining for known in frontier]
             linked = (await self._equivalent(pairs)).reshape(len(remaining), len(frontier)).any(axis=1)
-            fresh = remaining[linked]
-            reached[fresh] = True
-            frontier = [nodes[at] for at in fresh if nodes[at].key not in compared]
+            linked_nodes = remaining[linked]
+            reached[linked_nodes] = True
+            # A gold that is also an answer was compared with all nodes already.
+            frontier = [nodes[at] for at in linked_nodes if nodes[at].key not in compared]
         return reached
 
     async def _equivalent(self, pairs: Sequence[tuple[_Node, _Node]]) -> BoolArray:
-        """Entailment both ways; the way back is asked only where the way there holds.
+        """Return entailment in both directions; the second is judged only where the first holds.
 
-        Which way is first depends on the texts alone, so that other conditions find it judged already.
+        The first direction depends on the texts alone, so that other conditions find it judged already.
         """
         pairs = [(one, other) if one.text < other.text else (other, one) for one, other in pairs]
         same = (await self._probabilities(pairs)) > self._threshold
@@ -198,10 +199,10 @@ def _soft_scores(cases: FloatArray, forward: FloatArray, backward: FloatArray) -
 def _distinct(
     texts: Sequence[str], *, question: str, known: Sequence[_Node] = ()
 ) -> tuple[list[_Node], IntArray]:
-    """The texts of every kind, in order of first appearance, and for each text which kind it is.
+    """Return the distinct nodes in order of first appearance, and the node of each text.
 
-    The model reads the plainest text of a kind, so that nothing depends on the order of the samples; and of
-    a kind that is known, the known one, so that an answer that is a gold relates to others as the gold does.
+    The model reads the plainest spelling of a node, so that nothing depends on the order of the samples. A
+    node in `known` is reused, so that an answer that is a gold relates to others as the gold does.
     """
     plainest: dict[str, str] = {}
     keys = [same_text_key(text) for text in texts]

@@ -1,4 +1,4 @@
-"""Client of the information-gain service for any trainer: results in order, never a number for a failure.
+"""Client of the IG service for any trainer: results in order, never a number for a failure.
 
     async with IGClient("http://127.0.0.1:8310", timeout_s=120) as client:
         results = await client.compute([GainRequest(question=q, context=found, golds=("Bolton",))])
@@ -27,23 +27,20 @@ __all__ = ["GainRequest", "GainResult", "IGClient", "SyncIGClient"]
 
 _START = "start it with: bash IG_service_launch.sh"
 _PATH = "/compute_info_gain"
-_POLL_S = 0.5
 _GATHER_S = 0.005
-"""What is asked for within this time travels together."""
+"""Requests that are made within this time are sent together."""
 _GRACE_S = 0.2
-"""A call that ends at its deadline may say why; only then is it given up without a reason."""
+"""Added to a deadline, so that a call which ends there can still name its reason."""
 _SPLIT_STATUSES = frozenset({413, 422, 500})
-"""The service refuses a whole request for its size or for one item of it: ask for the halves."""
+"""The service refuses a whole request for its size or for one item: send it again in halves."""
 _MAX_SPLITS_AFTER_500 = 32
-"""Of one request: enough to find a few bad items among 256 without flooding a service that always fails."""
-_SOME_LOST = "Some workers are unhealthy"
-"""What /health says while the other workers go on."""
+"""Per request: enough to find a few bad items among 256 without flooding a service that always fails."""
 T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A request on its way."""
+    """A request without a result yet."""
 
     request: GainRequest
     deadline: float
@@ -56,10 +53,10 @@ class _Pending:
 
 
 class IGClient:
-    """Asks for gains one by one or many at once; a few HTTP requests in flight, each with many items.
+    """Asynchronous client: a few HTTP requests in flight, each with many items. Use one per event loop.
 
-    One per event loop. What is asked for while all of these are under way forms the next request, so asking
-    for single gains as they come up costs little more than asking for all together.
+    Requests that are made while all of these are in flight form the next one, so asking for single gains as
+    they come up costs little more than asking for all together.
     """
 
     def __init__(
@@ -71,9 +68,9 @@ class IGClient:
         max_in_flight: int = 8,
         token: str | None = None,
     ) -> None:
-        """`timeout_s` covers a call from asking to the last result; `batch_size` items per HTTP request.
+        """Raise ValueError for an impossible setting.
 
-        Raises ValueError for a setting that cannot be.
+        `timeout_s` covers a call until its last result; `batch_size` is the most items per HTTP request.
         """
         for name, value in (("batch_size", batch_size), ("max_in_flight", max_in_flight)):
             if value < 1:
@@ -94,7 +91,7 @@ class IGClient:
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self.work: Counter[str] = Counter()
-        """The service's own account of all work it did for this client, summed over its answers."""
+        """The work that the service reports for this client, summed over its answers."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,9 +102,9 @@ class IGClient:
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
     ) -> list[GainResult]:
-        """One result per request, in order; what is not known by the deadline is a named error.
+        """Return one result per request, in order; a gain that is late is a named error.
 
-        Raises nothing but RuntimeError once the client is closed. Cancelling it stops the service's work.
+        Raises only RuntimeError, once the client is closed. Cancelling it stops the service's work.
         """
         if self._is_closed:
             raise RuntimeError(f"this client of the {SERVICE} is closed")
@@ -122,39 +119,35 @@ class IGClient:
         try:
             if results:
                 await asyncio.wait(results, timeout=max(0.0, timeout_s) + _GRACE_S)
-            said = f"no answer within {timeout_s:g} s; raise the timeout or lower the load"
-            late = failed(said, retryable=True)
+            reason = f"no answer within {timeout_s:g} s; raise the timeout or lower the load"
+            late = failed(reason, retryable=True)
             return [result.result() if result.done() else late for result in results]
         finally:
             for result in results:
                 result.cancel()
 
     async def submit(self, request: GainRequest, *, timeout_s: float | None = None) -> GainResult:
-        """As `compute` for one request, which travels with others that are asked for meanwhile."""
+        """Return the result of one request, which is sent together with others that are made meanwhile."""
         (result,) = await self.compute([request], timeout_s=timeout_s)
         return result
 
     async def wait_ready(self, deadline_s: float) -> dict[str, object]:
-        """The service's health as soon as it can work.
+        """Wait until the service accepts work and return its health.
 
         Raises CallError that names what to start, or what is wrong with the token.
         """
-        end = time.monotonic() + deadline_s
-        while True:
-            state = await self._state(end - time.monotonic())
-            if isinstance(state, dict):
-                # /health is open to everyone: only work shows whether the token is right.
-                await self._service.post(_PATH, {"items": []}, timeout_s=max(5.0, end - time.monotonic()))
-                return state
-            if time.monotonic() + _POLL_S >= end:
-                message = (
-                    f"{self._service.shown_url} was not ready within {deadline_s:g} s ({state}); {_START}"
-                )
-                raise CallError(SERVICE, message, retryable=True)
-            await asyncio.sleep(_POLL_S)
+        try:
+            # An empty request, which is refused until there is a worker; unlike /health it needs the token.
+            await self._service.post(_PATH, {"items": []}, timeout_s=deadline_s)
+            return await self._service.get("/health")
+        except CallError as error:
+            if not error.retryable:
+                raise
+            message = f"{self._service.shown_url} was not ready within {deadline_s:g} s ({error.message})"
+            raise CallError(SERVICE, message, retryable=True) from error
 
     async def describe(self) -> dict[str, object] | None:
-        """What the service's numbers depend on; None from one that does not say. Raises CallError."""
+        """Return what the service's numbers depend on; None from a published service. Raises CallError."""
         try:
             return await self._service.get("/version")
         except CallError as error:
@@ -163,7 +156,7 @@ class IGClient:
             raise
 
     async def aclose(self) -> None:
-        """Stop what is under way and close all connections."""
+        """Cancel requests in flight and close all connections."""
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -173,25 +166,6 @@ class IGClient:
         _settle_all(self._queue, failed("the client was closed"))
         await self._service.aclose()
 
-    async def _state(self, timeout_s: float) -> dict[str, object] | str:
-        """What /health says when it is healthy, else why not."""
-        try:
-            # One short look: `wait_ready` has its own deadline.
-            health = await self._service.get("/health", timeout_s=min(5.0, max(0.1, timeout_s)))
-        except CallError as error:
-            return error.message
-        message = health.get("message")
-        if health.get("status") == "healthy" or (message == _SOME_LOST and await self._takes_work()):
-            return health
-        return str(message or health)
-
-    async def _takes_work(self) -> bool:
-        try:
-            await self._service.get("/readyz", timeout_s=1.0)
-        except CallError:
-            return False
-        return True
-
     def _send_soon(self) -> None:
         if len(self._queue) >= self._batch_size:
             self._send_waiting()
@@ -199,7 +173,7 @@ class IGClient:
             self._timer = asyncio.get_running_loop().call_later(_GATHER_S, self._send_waiting)
 
     def _send_waiting(self) -> None:
-        """Form requests of what waits while there are slots for them."""
+        """Send waiting requests while there are free slots."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -215,7 +189,7 @@ class IGClient:
         self._send_waiting()
 
     def _take_batch(self) -> list[_Pending]:
-        """The oldest that somebody still waits for."""
+        """Take the oldest requests that a caller still waits for."""
         batch: list[_Pending] = []
         while self._queue and len(batch) < self._batch_size:
             pending = self._queue.popleft()
@@ -226,13 +200,13 @@ class IGClient:
         return batch
 
     async def _send(self, batch: Sequence[_Pending]) -> None:
-        """Settle the batch; what may wait longer than its most urgent request goes back to the queue."""
+        """Settle the batch; requests that may wait longer than the most urgent one return to the queue."""
         deadline = min(pending.deadline for pending in batch)
         try:
             requests = [pending.request for pending in batch]
             splits = iter(range(_MAX_SPLITS_AFTER_500))
             results, _ = await self._ask(requests, deadline=deadline, splits=splits)
-        except BaseException as error:  # closed, or a defect: nobody may wait for an answer till the deadline
+        except BaseException as error:  # closed, or a defect: callers must not wait until the deadline
             _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
         again = []
@@ -246,9 +220,9 @@ class IGClient:
     async def _ask(
         self, requests: Sequence[GainRequest], *, deadline: float, splits: Iterator[int]
     ) -> tuple[list[GainResult], bool]:
-        """Results, and whether the service took them as one request.
+        """Return results, and whether the service accepted them as one request.
 
-        What it takes only in halves makes no longer request again, unless one item alone was too long.
+        When it accepts only halves because of their size, later requests are no longer than those.
         """
         try:
             body = await self._service.post(
@@ -279,18 +253,10 @@ class SyncIGClient:
     """`IGClient` without `await`, for plain code and also where an event loop already runs."""
 
     def __init__(
-        self,
-        url: str,
-        *,
-        timeout_s: float,
-        batch_size: int = 256,
-        max_in_flight: int = 8,
-        token: str | None = None,
+        self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
     ) -> None:
-        """Settings as of `IGClient`."""
-        self._client = IGClient(
-            url, timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight, token=token
-        )
+        """Take the settings of `IGClient`."""
+        self._client = IGClient(url, timeout_s=timeout_s, batch_size=batch_size, token=token)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ig-client", daemon=True)
         self._thread.start()
@@ -304,11 +270,11 @@ class SyncIGClient:
         self.close()
 
     def compute(self, requests: Sequence[GainRequest], *, timeout_s: float | None = None) -> list[GainResult]:
-        """One result per request, in order; what is not known by the deadline is a named error."""
+        """Return one result per request, in order; a gain that is late is a named error."""
         return self._run(self._client.compute(requests, timeout_s=timeout_s))
 
     def wait_ready(self, deadline_s: float) -> dict[str, object]:
-        """The service's health as soon as it can work. Raises CallError that names what to start."""
+        """Wait until the service accepts work and return its health. Raises CallError."""
         return self._run(self._client.wait_ready(deadline_s))
 
     def close(self) -> None:
@@ -327,13 +293,13 @@ class SyncIGClient:
         outcome = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return outcome.result()
-        except BaseException:  # Ctrl-C: the caller goes away, so must its work
+        except BaseException:  # Ctrl-C: the caller is gone, so its work must stop
             outcome.cancel()
             raise
 
 
 def _cancel_when_abandoned(task: asyncio.Task[None], batch: Sequence[_Pending]) -> None:
-    """Stop a request for which nobody waits any more: its connection closes, the service gives it up."""
+    """Cancel a request when no caller waits for it any more: its connection closes, the service stops."""
     waiting = {pending.result for pending in batch}
 
     def leave(result: asyncio.Future[GainResult]) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from IG.prompts import PromptStyle, PromptType
 from IG.semantics import GainKind, ScoreKind
@@ -35,44 +36,114 @@ WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
 LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
 
 
+def _setting(default: str, parse: Parse, meaning: str, **others: Any) -> Any:
+    """Return a required field that carries the other fields of its `Setting`."""
+    metadata = {"default": default, "parse": parse, "meaning": meaning, **others}
+    return field(metadata=metadata, repr="parse_flag" not in others)  # a secret is never shown
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IGServiceConfig:
-    """The resolved settings of the service; their meaning is in SETTINGS."""
+    """The resolved settings of the service."""
 
-    host: str
-    port: int
-    model_path: str
-    entailment_model: str
-    device: str
-    dtype: str
-    num_generations: int
-    sub_batch_size: int
-    temperature: float
-    max_new_tokens: int
-    max_context_words: int
-    prompt_type: PromptType
-    prompt_style: PromptStyle
-    computation_chunk_size: int
-    max_concurrent_requests: int
-    max_queued_items: int
-    max_items: int
-    max_body_mb: float
-    request_timeout_s: float
-    shutdown_grace_s: float
-    compat: bool
-    token: str = field(repr=False)
-    num_workers: int
-    num_gpus: int
-    sample_cache_size: int
-    pair_cache_size: int
-    score: ScoreKind
-    gain: GainKind
-    threshold: float
-    seed: int
-    gpu_memory_utilization: float
-    max_model_len: int
-    cpu_cache_gb: float
-    cpu_threads: int
+    host: str = _setting("127.0.0.1", parse_text, "address to listen on")
+    port: int = _setting("8310", parse_integer(1, 65535), "port to listen on; leading zeros do not matter")
+    model_path: str = _setting(
+        str(WORLD_GENERATOR),
+        parse_path,
+        "generator: a folder or a hub name",
+        shown_default="world/models/generator",
+    )
+    entailment_model: str = _setting(
+        "",
+        parse_path,
+        "entailment model: a folder or a hub name",
+        shown_default=f"world/models/entailment with the default generator, else {LARGE_ENTAILMENT}",
+    )
+    device: str = _setting("auto", parse_text, "auto, cpu, cuda or cuda:N")
+    dtype: str = _setting(
+        "auto",
+        parse_choice(("auto", "float32", "bfloat16")),
+        "precision of the generator: auto (float32 on a CPU, as the model says on a GPU), float32, or "
+        "bfloat16 (on a CPU only where it has instructions for it)",
+    )
+    num_generations: int = _setting("10", parse_integer(1), "answers sampled per question and condition")
+    sub_batch_size: int = _setting("512", parse_integer(1), "answers the engine decodes together")
+    temperature: float = _setting("1.0", parse_real(0, 10), "sampling temperature; 0 is greedy")
+    max_new_tokens: int = _setting("128", parse_integer(1), "longest sampled answer, in tokens")
+    max_context_words: int = _setting(
+        "4096",
+        parse_integer(1),
+        "longest context, in words (in scripts without spaces, characters); the first ones are kept",
+    )
+    prompt_type: PromptType = _setting(
+        "default", parse_choice(PromptType), "instruction: default, chat or long-form"
+    )
+    prompt_style: PromptStyle = _setting(
+        "plain",
+        parse_choice(PromptStyle),
+        "plain: the generator completes the prompt as text, as published; chat: it reads the prompt as a "
+        "message in its chat template (instruct models)",
+    )
+    computation_chunk_size: int = _setting(
+        "64", parse_integer(1), "pairs the entailment model judges together"
+    )
+    max_concurrent_requests: int = _setting(
+        "512", parse_integer(1), "requests worked on at once; others wait"
+    )
+    max_queued_items: int = _setting(
+        "16384", parse_integer(1), "items accepted and not answered yet; more get 429"
+    )
+    max_items: int = _setting("4096", parse_integer(1), "items per request; more get 413")
+    max_body_mb: float = _setting(
+        "64", parse_real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
+    )
+    request_timeout_s: float = _setting(
+        "600", parse_real(0, 86400, open_low=True), "deadline of a request that carries none"
+    )
+    shutdown_grace_s: float = _setting(
+        "30", parse_real(0, 86400), "how long accepted work may go on when asked to stop"
+    )
+    compat: bool = _setting(
+        "false",
+        parse_switch,
+        "give items that fail the score 0.0, as the published service does, instead of null",
+    )
+    token: str = _setting(
+        "",
+        parse_token,
+        "bearer token that callers must present; the flag takes a file that holds it",
+        shown_default="none",
+        parse_flag=read_token_file,
+    )
+    num_workers: int = _setting("1", parse_integer(1), "workers on CPUs, each with both models")
+    num_gpus: int = _setting("1", parse_integer(1), "workers on GPUs, one per GPU, each with both models")
+    sample_cache_size: int = _setting("50000", parse_integer(1), "prompts whose samples are remembered")
+    pair_cache_size: int = _setting("500000", parse_integer(1), "pairs whose entailment is remembered")
+    score: ScoreKind = _setting(
+        "hard", parse_choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"
+    )
+    gain: GainKind = _setting(
+        "difference", parse_choice(GainKind), "difference, log_ratio or entropy (needs no answers)"
+    )
+    threshold: float = _setting(
+        "0.5", parse_real(0, 0.999), "entailment counts strictly above this probability"
+    )
+    seed: int = _setting("0", parse_integer(0), "seed of all sampling")
+    gpu_memory_utilization: float = _setting(
+        "0.5", parse_real(0, 1, open_low=True), "share of GPU memory for the generator"
+    )
+    max_model_len: int = _setting(
+        "0", parse_integer(0), "longest prompt and answer in tokens; 0 is the model's own limit"
+    )
+    cpu_cache_gb: float = _setting(
+        "0.5", parse_real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
+    )
+    cpu_threads: int = _setting(
+        "0",
+        parse_integer(0),
+        "threads of each model on a CPU; 0 is a worker's share of the cores, half of it for the generator",
+    )
 
     @property
     def log_floor(self) -> float:
@@ -103,136 +174,14 @@ class IGServiceConfig:
         return f"cuda:{int(index)}" if kind == "cuda" and index else "cuda:0"
 
 
-def _setting(
-    name: str,
-    default: str,
-    parse: Parse,
-    meaning: str,
-    *,
-    shown_default: str = "",
-    parse_flag: Parse | None = None,
-) -> Setting:
-    flag = name if parse_flag is None else f"{name}_file"
-    return Setting(
-        name=name,
-        flag="--" + flag.replace("_", "-"),
-        env=f"IG_{name.upper()}",
-        default=default,
-        parse=parse,
-        meaning=meaning,
-        shown_default=shown_default,
-        parse_flag=parse_flag,
+SETTINGS: tuple[Setting, ...] = tuple(
+    Setting(
+        name=setting.name,
+        flag="--" + ("token_file" if setting.name == "token" else setting.name).replace("_", "-"),
+        env=f"IG_{setting.name.upper()}",
+        **setting.metadata,
     )
-
-
-SETTINGS: tuple[Setting, ...] = (
-    _setting("host", "127.0.0.1", parse_text, "address to listen on"),
-    _setting("port", "8310", parse_integer(1, 65535), "port to listen on; leading zeros do not matter"),
-    _setting(
-        "model_path",
-        str(WORLD_GENERATOR),
-        parse_path,
-        "generator: a folder or a hub name",
-        shown_default="world/models/generator",
-    ),
-    _setting(
-        "entailment_model",
-        "",
-        parse_path,
-        "entailment model: a folder or a hub name",
-        shown_default=f"world/models/entailment with the default generator, else {LARGE_ENTAILMENT}",
-    ),
-    _setting("device", "auto", parse_text, "auto, cpu, cuda or cuda:N"),
-    _setting(
-        "dtype",
-        "auto",
-        parse_choice(("auto", "float32", "bfloat16")),
-        "precision of the generator: auto (float32 on a CPU, as the model says on a GPU), float32, or "
-        "bfloat16 (on a CPU only where it has instructions for it)",
-    ),
-    _setting("num_generations", "10", parse_integer(1), "answers sampled per question and condition"),
-    _setting("sub_batch_size", "512", parse_integer(1), "answers the engine decodes together"),
-    _setting("temperature", "1.0", parse_real(0, 10), "sampling temperature; 0 is greedy"),
-    _setting("max_new_tokens", "128", parse_integer(1), "longest sampled answer, in tokens"),
-    _setting(
-        "max_context_words",
-        "4096",
-        parse_integer(1),
-        "longest context, in words (in scripts without spaces, characters); the first ones are kept",
-    ),
-    _setting("prompt_type", "default", parse_choice(PromptType), "instruction: default, chat or long-form"),
-    _setting(
-        "prompt_style",
-        "plain",
-        parse_choice(PromptStyle),
-        "plain: the generator completes the prompt as text, as published; chat: it reads the prompt as a "
-        "message in its chat template (instruct models)",
-    ),
-    _setting("computation_chunk_size", "64", parse_integer(1), "pairs the entailment model judges together"),
-    _setting("max_concurrent_requests", "512", parse_integer(1), "requests worked on at once; others wait"),
-    _setting(
-        "max_queued_items", "16384", parse_integer(1), "items accepted and not answered yet; more get 429"
-    ),
-    _setting("max_items", "4096", parse_integer(1), "items per request; more get 413"),
-    _setting(
-        "max_body_mb", "64", parse_real(0, 4096, open_low=True), "longest request body, in MiB; more gets 413"
-    ),
-    _setting(
-        "request_timeout_s",
-        "600",
-        parse_real(0, 86400, open_low=True),
-        "deadline of a request that carries none",
-    ),
-    _setting(
-        "shutdown_grace_s", "30", parse_real(0, 86400), "how long accepted work may go on when asked to stop"
-    ),
-    _setting(
-        "compat",
-        "false",
-        parse_switch,
-        "give items that fail the score 0.0, as the published service does, instead of null",
-    ),
-    _setting(
-        "token",
-        "",
-        parse_token,
-        "bearer token that callers must present; the flag takes a file that holds it",
-        shown_default="none",
-        parse_flag=read_token_file,
-    ),
-    _setting("num_workers", "1", parse_integer(1), "workers on CPUs, each with both models"),
-    _setting("num_gpus", "1", parse_integer(1), "workers on GPUs, one per GPU, each with both models"),
-    _setting("sample_cache_size", "50000", parse_integer(1), "prompts whose samples are remembered"),
-    _setting("pair_cache_size", "500000", parse_integer(1), "pairs whose entailment is remembered"),
-    _setting(
-        "score", "hard", parse_choice(ScoreKind), "hard (semantic clusters) or soft (expected entailment)"
-    ),
-    _setting(
-        "gain", "difference", parse_choice(GainKind), "difference, log_ratio or entropy (needs no answers)"
-    ),
-    _setting("threshold", "0.5", parse_real(0, 0.999), "entailment counts strictly above this probability"),
-    _setting("seed", "0", parse_integer(0), "seed of all sampling"),
-    _setting(
-        "gpu_memory_utilization",
-        "0.5",
-        parse_real(0, 1, open_low=True),
-        "share of GPU memory for the generator",
-    ),
-    _setting(
-        "max_model_len",
-        "0",
-        parse_integer(0),
-        "longest prompt and answer in tokens; 0 is the model's own limit",
-    ),
-    _setting(
-        "cpu_cache_gb", "0.5", parse_real(0, 1024, open_low=True), "key-value cache of the generator on a CPU"
-    ),
-    _setting(
-        "cpu_threads",
-        "0",
-        parse_integer(0),
-        "threads of each model on a CPU; 0 is a worker's share of the cores, half of it for the generator",
-    ),
+    for setting in fields(IGServiceConfig)
 )
 
 
@@ -315,26 +264,21 @@ def _derived_default(setting: Setting, values: Mapping[str, Value]) -> str:
 
 
 def _checked(config: IGServiceConfig) -> IGServiceConfig:
-    assert [field.name for field in fields(config)] == [setting.name for setting in SETTINGS]
+    """Return the configuration if its devices fit together. Raises SettingError."""
     kind, _, index = config.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
         raise SettingError(f"--device is {config.device!r}, expected auto, cpu, cuda or cuda:N")
-    _require_one_kind_of_worker(config, kind=kind, index=index)
-    return config
-
-
-def _require_one_kind_of_worker(config: IGServiceConfig, *, kind: str, index: str) -> None:
-    asked = f"--num-workers is {config.num_workers} and --num-gpus is {config.num_gpus}"
+    problem = ""
     if config.num_workers > 1 and config.num_gpus > 1:
-        raise SettingError(
-            f"{asked}, expected one of them to be 1: workers are either on CPUs or on GPUs, one per GPU"
+        problem = ", expected one of them to be 1: workers are either on CPUs or on GPUs, one per GPU"
+    elif config.num_workers > 1 and kind == "cuda":
+        problem = f", but --device is {config.device!r}: workers on GPUs are counted by --num-gpus"
+    elif config.num_gpus > 1 and (kind == "cpu" or index):
+        problem = (
+            f", but --device is {config.device!r}: use --device cuda (CUDA_VISIBLE_DEVICES says which GPUs), "
+            "or --num-workers for workers on CPUs"
         )
-    if config.num_workers > 1 and kind == "cuda":
-        raise SettingError(
-            f"{asked}, but --device is {config.device!r}: workers on GPUs are counted by --num-gpus"
-        )
-    if config.num_gpus > 1 and (kind == "cpu" or index):
-        raise SettingError(
-            f"{asked}, but --device is {config.device!r}: use --device cuda (CUDA_VISIBLE_DEVICES says which "
-            "GPUs), or --num-workers for workers on CPUs"
-        )
+    if problem:
+        counts = f"--num-workers is {config.num_workers} and --num-gpus is {config.num_gpus}"
+        raise SettingError(counts + problem)
+    return config

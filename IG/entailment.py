@@ -1,7 +1,6 @@
-"""Does one text entail another? The entailment model.
+"""Judge entailment between texts with a Hugging Face model; the only file of `IG` that imports transformers.
 
-The only file of `IG` that imports transformers. Labels are found by name in the model's own config, never by
-number: published models order them differently.
+The entailment label is found by name in the model's config: published models order their labels differently.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ Pair = tuple[str, str]
 """Premise and hypothesis."""
 
 _SMALLEST_BATCH = 16
-"""Pairs that are not worth being shared among threads."""
+"""Fewer pairs are not split among threads."""
 _MAX_TOKENS = 4096
-"""Of a pair, for models that have no limit of their own."""
+"""Longest pair, for models without a limit of their own."""
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU takes no more work from this process; only another process may go on."""
+    """The GPU refuses further work from this process; a new process is needed."""
 
 
 class EntailmentModel:
@@ -53,8 +52,8 @@ class EntailmentModel:
     def load(cls, name: str, *, device: str, batch_size: int, cpu_threads: int) -> EntailmentModel:
         """Load by folder or hub name; float32 on a CPU, bfloat16 on a GPU. Raises ValueError and OSError.
 
-        On a CPU `cpu_threads` batches run side by side, one thread each: threads that shared a batch would
-        wait for each other at every operation, for long where the cores are busy with other work.
+        On a CPU `cpu_threads` batches run in parallel with one thread each: threads that share a batch wait
+        for each other at every operation, which is slow on busy cores.
         """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -66,7 +65,7 @@ class EntailmentModel:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         copy_weights(model)
-        # Texts that are too long lose their beginning: the answers stand at the end, behind a question.
+        # Long texts lose their beginning: the answer is at the end, behind the question.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
         return cls(
             model.to(device).eval(),
@@ -77,7 +76,7 @@ class EntailmentModel:
         )
 
     def probabilities(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-        """P(premise entails hypothesis), in order: batches of pairs of like length, long ones first.
+        """Return P(premise entails hypothesis) in order, from batches of pairs of similar length.
 
         Raises DeviceLostError, and what the model raises.
         """
@@ -89,7 +88,7 @@ class EntailmentModel:
             [hypothesis for _, hypothesis in pairs],
             truncation=True,
             max_length=self._max_tokens,
-            split_special_tokens=True,  # an answer that says [SEP] separates nothing
+            split_special_tokens=True,  # "[SEP]" in an answer is plain text
         )
         order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
         share = -(-len(pairs) // self._num_threads)
@@ -113,7 +112,7 @@ class EntailmentModel:
             judged: npt.NDArray[np.float64] = (
                 logits.softmax(dim=-1)[:, self._entailment_index].double().cpu().numpy()
             )
-        except torch.AcceleratorError as error:  # not for want of memory, which is an error of its own
+        except torch.AcceleratorError as error:  # running out of memory is another error
             raise DeviceLostError(f"the entailment model lost its device: {error}") from error
         return judged
 
@@ -124,9 +123,9 @@ class EntailmentModel:
 
 
 def count_positions(model: PreTrainedModel) -> int | None:
-    """Longest sequence that the model has positions for; None where it does not limit them.
+    """Return the longest sequence that the model has positions for; None without a limit.
 
-    RoBERTa and its relatives number positions from the id of the padding token + 1, so they have fewer than
+    RoBERTa-like models number positions from the padding token's id + 1, so they have fewer than
     `max_position_embeddings`.
     """
     import torch

@@ -1,4 +1,4 @@
-"""What stands around a prompt: BOS, or the chat template of the model."""
+"""Frame a prompt with BOS, or with the model's chat template."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _PLACEHOLDER = "xPLACEHOLDERx"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """What stands around every prompt."""
+    """Token ids around every prompt."""
 
     before: tuple[int, ...]
     after: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    """End an answer besides the end-of-sequence token of the model's configuration."""
+    """Tokens that end an answer, besides the end-of-sequence token of the model's configuration."""
 
 
 def make_frame(
     tokenizer: PreTrainedTokenizerBase, *, encoder: TextEncoder, prompt_style: PromptStyle
 ) -> Frame:
-    """Return what the prompt style puts around a prompt: BOS, or the chat template. Raises ValueError."""
+    """Return the frame of a prompt style: BOS, or the chat template. Raises ValueError."""
     if prompt_style is PromptStyle.plain:
         return Frame(before=tuple(encoder.start_ids))
     from jinja2 import TemplateError
@@ -38,7 +38,7 @@ def make_frame(
             [message],
             add_generation_prompt=True,
             tokenize=False,
-            enable_thinking=False,  # where a template knows it: a short answer has no room for thoughts
+            enable_thinking=False,  # ignored by templates without it; a short answer has no room for thoughts
         )
     except (TemplateError, ValueError) as error:
         raise ValueError(
@@ -47,7 +47,7 @@ def make_frame(
         ) from error
     before, _, after = str(text).partition(_PLACEHOLDER)
     after_ids = encoder.encode_trusted(after)
-    # The token that ends a turn, which the configuration of some models does not name.
+    # The token that ends a turn; some models' configurations do not name it.
     turn_ends = [token for token in after_ids if token in encoder.control][:1]
     ends = [*turn_ends, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
     return Frame(

@@ -1,4 +1,4 @@
-"""What is asked of the IG service and what comes back, as plain facts: standard library only."""
+"""The request and the result of one gain; imports the standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class GainRequest:
 
     question: str
     context: str
-    """All passages that were found, as one text; empty asks for the baseline, whose gain is 0."""
+    """All passages that were found, as one text; empty measures the baseline, whose gain is 0."""
     golds: tuple[str, ...]
 
 
@@ -21,7 +21,7 @@ class GainResult:
 
     gain: float | None
     standard_error: float | None = None
-    """Of the gain; None where the service gives none (a single sample, an older service)."""
+    """Of the gain; None for a single sample and from a published service."""
     error: str | None = None
     retryable: bool = False
-    """Whether asking again may help: the service was not reached or ran out of time."""
+    """Whether the same request may succeed later: the service was not reached or ran out of time."""

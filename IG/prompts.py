@@ -1,4 +1,4 @@
-"""The texts that the models read: the short-answer prompt, and what is compared for entailment."""
+"""Build the texts that the models read: the short-answer prompt, and answers to compare for entailment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from serving.answers import complete_question, truncate_words
 
 
 class PromptType(StrEnum):
-    """Which instruction the generator gets."""
+    """The instruction of the generator."""
 
     default = "default"
     chat = "chat"
@@ -29,13 +29,13 @@ class PromptStyle(StrEnum):
     """How the generator reads a prompt."""
 
     plain = "plain"
-    """As text that it completes."""
+    """As text to complete."""
     chat = "chat"
     """As the user's message in the model's chat template."""
 
 
 STOP_STRINGS = ("\n\n\n\n", "\n\n\n", "\n\n", "\n", "Question:", "Context:")
-"""Where an answer ends once it has begun, besides the end-of-sequence token; no part of the answer."""
+"""End an answer once it has begun, besides the end-of-sequence token; not part of the answer."""
 
 
 def build_prompt(
@@ -46,7 +46,7 @@ def build_prompt(
     max_context_words: int,
     prompt_style: PromptStyle = PromptStyle.plain,
 ) -> str:
-    """Return the prompt of one condition, without a chat template; a blank context leaves its line out."""
+    """Return the prompt of one condition, without a chat template; a blank context has no line."""
     kept = truncate_words(context, max_words=max_context_words)
     context_line = f"Context: {kept}\n" if kept.strip() else ""
     cue = "\nAnswer:" if prompt_style is PromptStyle.plain else ""

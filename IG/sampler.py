@@ -1,8 +1,7 @@
-"""Sample short answers and say how likely each was: the only file of `IG` that imports vLLM.
+"""Sample short answers with their log-probs; the only file of `IG` that imports vLLM.
 
-A prompt's samples depend on the prompt, the sampling options and the service seed, on nothing else: not on
-what else is in the batch, not on what was asked before. So equal prompts share their samples, and a score can
-be recomputed.
+The samples of a prompt depend only on the prompt, the sampling settings and the service seed, not on the
+batch or on earlier requests. So equal prompts share their samples, and a score can be reproduced.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ logger = logging.getLogger(__name__)
 
 _CPU_BATCHED_TOKENS = 4096
 _SHORT_PROMPT_CHARS = 20_000
-"""Read on the event loop within milliseconds."""
+"""Tokenized on the event loop, within milliseconds; longer prompts in a thread."""
 _MAX_CHARS_PER_TOKEN = 100
-"""Text has 2 to 5; a prompt with more than that for each token it may have is not read at all."""
+"""Text has 2 to 5; a prompt with more than this per allowed token is refused without tokenizing it."""
 _MAX_LEADING_BREAKS = 8
-"""An answer may begin after so many line breaks, each of which takes a request to the engine."""
+"""Most line breaks before an answer; each takes a request to the engine."""
 
 
 class SamplingError(RuntimeError):
-    """This prompt could not be sampled from; others may be."""
+    """This prompt could not be sampled from; others may succeed."""
 
 
 class PoisonedError(SamplingError):
-    """This piece of work killed whoever did it and is not tried again."""
+    """This item killed the workers that tried it and is quarantined."""
 
 
 class EngineLostError(RuntimeError):
-    """The engine process is gone; what it was asked has no answer."""
+    """The engine process is gone, and its requests with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,28 +64,28 @@ class SampledAnswer:
     mean_log_prob: float
     """Mean log-prob, at temperature 1, of the tokens that write the answer."""
     num_tokens: int
-    """How many tokens that are, at least 1."""
+    """Number of those tokens, at least 1."""
 
 
 class AnswerSampler(Protocol):
     """Sample answers to one prompt."""
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """The same prompt gives the same answers. Raises SamplingError."""
+        """Return the same answers for the same prompt. Raises SamplingError."""
         ...
 
 
 def prompt_seed(service_seed: int, prompt: str) -> int:
-    """Seed of the first sample of a prompt; the engine counts up from it for the others."""
+    """Return the seed of the first sample of a prompt; the engine counts up from it for the others."""
     digest = hashlib.sha256(f"{service_seed}\x00{prompt}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 
 def answer_length(token_ids: Sequence[int], text: str, *, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many leading tokens write the answer: the shortest prefix whose text is as long, at least one.
+    """Return how many leading tokens write the answer: the shortest prefix with its whole text, at least one.
 
-    What the engine sampled ends with the stop string or the end-of-sequence token, which are no part of the
-    answer and no part of its likelihood. An empty answer keeps one token: how likely it was to say nothing.
+    The sampled tokens end with the stop string or the end-of-sequence token, which are not part of the answer
+    or its likelihood. An empty answer keeps one token: how likely it was to say nothing.
     """
     wanted = len(text.rstrip("\ufffd"))
     length = len(token_ids)
@@ -110,7 +109,7 @@ class VllmSampler:
         lifeline: Lifeline,
     ) -> None:
         self.device = device
-        """`cpu` or `cuda`, as this vLLM was built."""
+        """`cpu` or `cuda`, depending on the vLLM build."""
         self._engine = engine
         self._config = config
         self._tokenizer = engine.get_tokenizer()
@@ -144,7 +143,7 @@ class VllmSampler:
         return cls(loaded, config=config, device=device, lifeline=lifeline)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        """All answers to a prompt, from one engine request; cancelling it stops that.
+        """Return all answers to a prompt, from one engine request; cancelling it stops that.
 
         Raises SamplingError and EngineLostError.
         """
@@ -163,13 +162,14 @@ class VllmSampler:
 
     async def aclose(self) -> None:
         """Stop the engine process."""
-        self._engine.shutdown()  # on the loop: its output task must be cancelled before it sees the engine go
-        # Its finaliser would do so again at the end of the interpreter, with modules that are gone by then.
+        # On the event loop: its output task must be cancelled before the engine is gone.
+        self._engine.shutdown()
+        # Its finalizer would repeat this at interpreter exit, when modules are gone.
         self._engine.shutdown = lambda *_: None
         self._lifeline.cut()
 
     async def _encode(self, prompt: str) -> list[int]:
-        """Raises SamplingError when the model cannot take so much."""
+        """Return the token ids of a framed prompt. Raises SamplingError when it is too long."""
         takes = (
             f"the model takes {self._max_prompt_tokens} tokens before {self._config.max_new_tokens} new "
             "ones; shorten the context (--max-context-words) or let the model take more (--max-model-len)"
@@ -195,14 +195,14 @@ class VllmSampler:
                 outputs = output.outputs
         except EngineDeadError as error:
             raise EngineLostError("the generator's engine process died") from error
-        if any(output.finish_reason == "abort" for output in outputs):  # not by us: the engine is being ended
+        if any(output.finish_reason == "abort" for output in outputs):  # not by us: it is shutting down
             raise EngineLostError("the generator's engine process stops; it left this prompt undone")
         if len(outputs) != params.n:
             raise SamplingError(f"the engine gave {len(outputs)} answers, expected {params.n}")
         return outputs
 
     async def _answer(self, output: CompletionOutput, prompt_ids: list[int], *, key: str) -> SampledAnswer:
-        """Return the answer of an output; after nothing but line breaks it is sampled further."""
+        """Return the answer of an output; an answer that is only line breaks is continued."""
         token_ids, log_probs = list(output.token_ids), _log_probs(output)
         for _ in range(_MAX_LEADING_BREAKS):
             num_left = self._config.max_new_tokens - len(token_ids)
@@ -222,14 +222,14 @@ class VllmSampler:
 
 
 def _log_probs(output: CompletionOutput) -> list[float]:
-    """Raises SamplingError when there are none."""
+    """Return the log-prob of every sampled token. Raises SamplingError when there are none."""
     if output.logprobs is None or not output.token_ids:
         raise SamplingError("the engine gave an answer without tokens or log-probs")
     return [output.logprobs[position][token].logprob for position, token in enumerate(output.token_ids)]
 
 
 def _ended_in_break(output: CompletionOutput) -> bool:
-    """Whether a line break ended the output before anything was written."""
+    """Return whether a line break ended the output before any text."""
     stop = output.stop_reason
     return isinstance(stop, str) and not stop.strip() and not output.text.strip()
 
@@ -266,12 +266,12 @@ def _tie_children(lifeline: Lifeline) -> None:
 
 
 def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, str]:
-    """Import vLLM (its environment has to be set before that) and load the model.
+    """Import vLLM, after setting its environment, and load the model.
 
-    In a thread of its own: what it does to signals, the engine process inherits.
+    Runs in a thread of its own: the engine process inherits the signal mask that is set here.
     """
-    # Ctrl-C goes to the whole process group: whoever holds the engine decides when that ends. The tracker
-    # comes first, because when it starts with the engine it unblocks the signal.
+    # Ctrl-C reaches the whole process group, but this process decides when the engine ends. The resource
+    # tracker starts first, because when it starts with the engine it unblocks the signal.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     set_environment(config, cores=cores)
@@ -290,10 +290,10 @@ def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, st
 
 
 def set_environment(config: IGServiceConfig, *, cores: float) -> None:
-    """Set what vLLM reads when it is imported; call it before that. Raises MachineError."""
+    """Set the environment that vLLM reads when it is imported. Raises MachineError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A separate executor process would import everything once more; a fork would share the guard's pipe.
+    # A separate executor process would import everything again; a fork would share the lifeline's pipe.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads or max(1, int(cores / 2)))
@@ -302,18 +302,18 @@ def set_environment(config: IGServiceConfig, *, cores: float) -> None:
     prepare_engine(
         on_cpu=config.device_kind == "cpu" or (config.device_kind == "auto" and not torch.cuda.is_available())
     )
-    # Every batch has another shape, and the default keeps compiled code for 1,024 of them: 0.4 GB (measured).
+    # Batches differ in shape, and the default caches compiled code for 1,024 shapes: 0.4 GB (measured).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def engine_arguments(config: IGServiceConfig, *, device: str) -> dict[str, object]:
-    """What vLLM's engines are made with on a `cpu` or on `cuda`."""
+    """Return the engine arguments for a device, `cpu` or `cuda`."""
     from vllm.engine.arg_utils import EngineArgs
 
     arguments: dict[str, object] = {
         "model": config.model_path,
         "trust_remote_code": False,
-        "generation_config": "vllm",  # sampling is what the service says, not what the checkpoint suggests
+        "generation_config": "vllm",  # the service sets the sampling parameters, not the checkpoint
         "dtype": config.dtype,
         "max_model_len": config.max_model_len or None,
         "max_num_seqs": config.sub_batch_size,
@@ -327,10 +327,10 @@ def engine_arguments(config: IGServiceConfig, *, device: str) -> dict[str, objec
             "enforce_eager": True,
             "kv_cache_memory_bytes": int(config.cpu_cache_gb * 2**30),
             "block_size": 32,
-            # A seeded request that is prefilled in chunks kills the CPU engine: whole prompts only.
+            # A seeded request that is prefilled in chunks kills the CPU engine.
             "enable_chunked_prefill": False,
         }
-        # Room for one whole prompt; more than a few thousand tokens at once only misses the caches.
+        # Room for one whole prompt; beyond a few thousand tokens, larger batches only miss the CPU caches.
         longest = EngineArgs(**arguments).create_model_config().max_model_len
         arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, longest, config.sub_batch_size)
     return arguments

@@ -1,12 +1,11 @@
-"""What sampled answers say about what the model believes: weights, semantic classes, scores, entropy, gains.
+"""Compute weights, semantic classes, scores, entropies and gains from sampled answers.
 
 Pure functions over NumPy arrays; no model and no I/O. Axes, always in this order and by these names:
 
     response   the R answers sampled under one condition (with the context, or without it)
     gold       the A accepted answers of the question
 
-Scores take weights `[..., response]` and give `[...]`, so that one call reads all the weights that leaving
-one sample out makes (`leave_one_out_weights`).
+Scores take weights `[..., response]` and return `[...]`, so that one call handles all leave-one-out weights.
 
 Entailment matrices are always `[response, gold]`: entry `[r, g]` of `response_entails_gold` is the
 probability that response r entails gold g, and of `gold_entails_response` that gold g entails response r.
@@ -26,11 +25,11 @@ BoolArray = npt.NDArray[np.bool_]
 
 LOG_RATIO_LIMIT = 3.0
 _ROUNDING = 1e-12
-"""Scores that differ by less are the same, summed differently."""
+"""Scores that differ by less are equal up to rounding."""
 
 
 class ScoreKind(StrEnum):
-    """How the belief in the right answer is read off the samples."""
+    """How the belief in the right answer is computed from the samples."""
 
     hard = "hard"
     soft = "soft"
@@ -45,7 +44,7 @@ class GainKind(StrEnum):
 
 
 def sample_weights(mean_log_probs: FloatArray) -> FloatArray:
-    """Softmax of the mean token log-probs over the samples of one condition: `[response]`, sums to 1."""
+    """Return the softmax of mean token log-probs `[response]` over the samples of one condition."""
     if mean_log_probs.size == 0 or not np.isfinite(mean_log_probs).all():
         raise ValueError(f"mean log-probs must be finite and at least one, got {mean_log_probs.tolist()}")
     shifted = np.exp(mean_log_probs - mean_log_probs.max())
@@ -53,9 +52,9 @@ def sample_weights(mean_log_probs: FloatArray) -> FloatArray:
 
 
 def leave_one_out_weights(mean_log_probs: FloatArray) -> FloatArray:
-    """Weights of the others when one sample had not been drawn: `[left out, response]`, R x R.
+    """Return the weights with each sample left out: `[left out, response]`, R x R; its own weight is 0.
 
-    The one left out has weight 0. No row where there is no other sample.
+    Empty for a single sample.
     """
     size = mean_log_probs.size
     if size < 2:
@@ -68,21 +67,21 @@ def leave_one_out_weights(mean_log_probs: FloatArray) -> FloatArray:
 def soft_score(
     weights: FloatArray, *, response_entails_gold: FloatArray, gold_entails_response: FloatArray
 ) -> FloatArray:
-    """Expected entailment with the best gold: max over golds of sum_r p_r * max over directions."""
+    """Return the expected entailment: max over golds of sum_r p_r * max over directions."""
     _require_shape(weights, response_entails_gold, gold_entails_response)
     either_direction = np.maximum(response_entails_gold, gold_entails_response)
-    # Summed in the order of the weights' own sum, so that certainty is exactly 1.
+    # Summed in the same order as the weights, so that certainty is exactly 1.
     expected = (weights[..., None, :] * np.ascontiguousarray(either_direction.T)).sum(axis=-1)  # [..., gold]
     return np.asarray(expected.max(axis=-1) / weights.sum(axis=-1), dtype=np.float64)
 
 
 def equivalent(forward: FloatArray, backward: FloatArray, *, threshold: float) -> BoolArray:
-    """Entailment in both directions, strictly above the threshold, element by element."""
+    """Return where entailment holds in both directions, strictly above the threshold."""
     return np.asarray((forward > threshold) & (backward > threshold), dtype=np.bool_)
 
 
 def connected_components(adjacent: BoolArray) -> IntArray:
-    """Component id of every node of an undirected graph `[node, node]`, numbered by first member.
+    """Return the component id of every node of an undirected graph `[node, node]`, numbered by first member.
 
     Equivalence by a model is not transitive; the semantic classes are its transitive closure.
     """
@@ -97,42 +96,42 @@ def connected_components(adjacent: BoolArray) -> IntArray:
         components[start] = num_components
         while frontier:
             node = frontier.pop()
-            fresh = np.flatnonzero(linked[node] & (components < 0))
-            components[fresh] = num_components
-            frontier.extend(fresh.tolist())
+            reached = np.flatnonzero(linked[node] & (components < 0))
+            components[reached] = num_components
+            frontier.extend(reached.tolist())
         num_components += 1
     return components
 
 
 def cluster_probabilities(weights: FloatArray, clusters: IntArray) -> FloatArray:
-    """Probability mass of every cluster: `[..., cluster]`, sums to 1."""
+    """Return the probability mass of every cluster: `[..., cluster]`, sums to 1."""
     member = clusters[:, None] == np.arange(int(clusters.max()) + 1)  # [response, cluster]
     masses = (weights[..., :, None] * member).sum(axis=-2)
     return np.asarray(masses / masses.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
 def correct_responses(clusters: IntArray, equivalent_to_gold: BoolArray) -> BoolArray:
-    """A cluster is correct if any member is equivalent to any gold (`[response, gold]`): `[response]`."""
+    """Return `[response]` in correct clusters: any member is equivalent to any gold `[response, gold]`."""
     correct = np.zeros(int(clusters.max()) + 1, dtype=np.bool_)
     correct[clusters[equivalent_to_gold.any(axis=1)]] = True
     return np.asarray(correct[clusters], dtype=np.bool_)
 
 
 def hard_score(weights: FloatArray, *, correct: BoolArray) -> FloatArray:
-    """Probability mass of the responses `[response]` in correct clusters; exactly 1 when all are."""
+    """Return the probability mass of the correct responses `[response]`; exactly 1 when all are."""
     mass = (weights * correct).sum(axis=-1)
     return np.asarray(mass / weights.sum(axis=-1), dtype=np.float64)
 
 
 def semantic_entropy(weights: FloatArray, clusters: IntArray) -> FloatArray:
-    """Entropy in nats over the semantic classes."""
+    """Return the entropy in nats over the semantic classes."""
     probabilities = cluster_probabilities(weights, clusters)
     logs = np.log(probabilities, where=probabilities > 0, out=np.zeros_like(probabilities))
     return np.asarray(-(probabilities * logs).sum(axis=-1) + 0.0, dtype=np.float64)  # no -0.0
 
 
 def log_score(score: FloatArray, *, floor: float) -> FloatArray:
-    """Log of a score that is floored: R samples cannot tell 0 from rare."""
+    """Return the log of a score, floored: R samples cannot tell 0 from rare."""
     return np.asarray(np.log(np.maximum(score, floor)), dtype=np.float64)
 
 
@@ -150,18 +149,18 @@ def gain(kind: GainKind, with_context: float, no_context: float) -> float:
 
 
 def gain_limit(kind: GainKind, *, num_samples: int) -> float:
-    """Largest absolute value of a gain from so many samples per condition."""
+    """Return the largest absolute value of a gain from `num_samples` samples per condition."""
     if kind is GainKind.entropy:
         return math.log(max(num_samples, 2))
     return LOG_RATIO_LIMIT if kind is GainKind.log_ratio else 1.0
 
 
 def jackknife_error(left_out: FloatArray) -> float | None:
-    """Standard error of a statistic from its values with each sample left out: `[left out]`.
+    """Return the jackknife standard error of a statistic from its leave-one-out values `[left out]`.
 
-    sqrt((R-1)/R * sum_i (s_i - mean)^2), where s_i reads the other samples with their weights renormalised
-    and entailment and semantic classes as they were. 0 means that all samples agree, not that the score is
-    exact; None where a single sample says nothing about its error.
+    sqrt((R-1)/R * sum_i (s_i - mean)^2), where s_i uses the other samples with renormalized weights and
+    unchanged entailment and semantic classes. 0 means that all samples agree, not that the score is exact;
+    None for a single sample.
     """
     if left_out.size < 2:
         return None
@@ -172,7 +171,7 @@ def jackknife_error(left_out: FloatArray) -> float | None:
 
 
 def gain_error(with_context: float | None, no_context: float | None) -> float | None:
-    """Standard error of a gain between conditions that were sampled independently."""
+    """Return the standard error of a gain between independently sampled conditions."""
     if with_context is None or no_context is None:
         return None
     return float(np.hypot(with_context, no_context))

@@ -1,4 +1,4 @@
-"""What the client says to the service and how it reads the answers: nothing that is not whole and finite."""
+"""Write the requests of the client and read the answers; only finite numbers are accepted."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from serving.http import CallError
 
 SERVICE = "IG service"
 _LONGEST_TIMEOUT_S = 86400.0
-"""The service takes no longer deadline."""
+"""The longest deadline that the service accepts."""
 _ROUNDING = 1e-6
 _LARGEST_LIMIT = 20.0
-"""No gain of the service is larger: an entropy over that many nats takes 5e8 different answers."""
+"""Largest plausible `gain_limit`: an entropy of 20 nats takes 5e8 different answers."""
 
 
 def make_payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, object]:
-    """The wire's request; its deadline lies before ours, so that an answer in parts arrives in time."""
+    """Return the body of a request; its deadline lies before ours, so that partial results arrive in time."""
     return {
         "items": [
             {
-                "question": _whole(request.question),
-                "context": _whole(request.context),
-                "answers": [_whole(gold) for gold in request.golds],
+                "question": _valid_text(request.question),
+                "context": _valid_text(request.context),
+                "answers": [_valid_text(gold) for gold in request.golds],
             }
             for request in requests
         ],
@@ -33,13 +33,13 @@ def make_payload(requests: Sequence[GainRequest], left_s: float) -> dict[str, ob
     }
 
 
-def _whole(text: str) -> str:
-    """Half a character (a lone surrogate) has no UTF-8 form and would spoil the request of all the others."""
+def _valid_text(text: str) -> str:
+    """Replace lone surrogates, which have no UTF-8 form and would fail the whole request."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def read_results(body: Mapping[str, object], *, expected: int) -> list[GainResult]:
-    """Results of one answer. Raises CallError when it does not fit its request."""
+    """Return the results of an answer. Raises CallError when it does not match its request."""
     scores, errors = body.get("scores"), body.get("errors")
     if not isinstance(scores, list) or not isinstance(errors, list):
         raise CallError(
@@ -70,7 +70,7 @@ def _read_result(score: object, spread: object, error: object, *, limit: float) 
 
 
 def _as_number(value: object) -> float | None:
-    """None unless it is a finite number."""
+    """Return the value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     with suppress(OverflowError):
@@ -79,12 +79,12 @@ def _as_number(value: object) -> float | None:
 
 
 def failed(message: str, *, retryable: bool = False) -> GainResult:
-    """A result without a gain, in the service's name."""
+    """Return a result without a gain."""
     return GainResult(gain=None, error=f"{SERVICE}: {message}", retryable=retryable)
 
 
 def read_work(body: Mapping[str, object]) -> dict[str, int]:
-    """Counters of an answer; none from a service that does not count."""
+    """Return the work counters of an answer; empty from a service without them."""
     work = body.get("work")
     counted = work.items() if isinstance(work, dict) else ()
     return {name: count for name, count in counted if isinstance(count, int) and not isinstance(count, bool)}

@@ -23,7 +23,7 @@ from serving.lifeline import Lifeline
 from serving.ray_start import describe_death, make_ray_folder, start_ray
 from serving.web.loading import load_in_thread
 
-_LOOK_EVERY_S = 0.2
+_POLL_S = 0.2
 _OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less
 _CALLS_AT_ONCE = 10_000
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
@@ -45,7 +45,7 @@ class RayActor:
         self._folder = folder
 
     async def call(self, method: str, /, *arguments: object) -> Any:
-        """What the method returns or raises; cancelled, the method is, too. Raises ActorLostError."""
+        """Call a method; cancelling this cancels it. Raises what it raises, and ActorLostError."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -62,7 +62,7 @@ class RayActor:
             raise ActorLostError(f"the process of {self._name} died. {death}") from error
 
     def kill(self) -> None:
-        """End it now, whatever it does."""
+        """Kill the process now."""
         import ray
 
         if ray.is_initialized():
@@ -70,9 +70,9 @@ class RayActor:
 
 
 class RayCluster:
-    """Ray's servants for this process alone: they end with it and leave no folder behind.
+    """A private Ray cluster whose processes end with this one and leave no folder behind.
 
-    A thread starts them and stays until it ends them, because Linux ends them with that thread.
+    One thread starts them and lives until it stops them, because Linux ends them with that thread.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,9 +91,9 @@ class RayCluster:
         try:
             while not loading.done():
                 cluster.tie_processes()
-                await asyncio.wait([loading], timeout=_LOOK_EVERY_S)
+                await asyncio.wait([loading], timeout=_POLL_S)
             loading.result()
-            # Ray put its own handler, which prints a stack and aborts, in place of the one that Python knows.
+            # Ray replaced the handler by its own, which prints a stack and aborts.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         except BaseException:
             loading.cancel()
@@ -102,7 +102,7 @@ class RayCluster:
         return cluster
 
     def launch(self, cls: type, *, name: str) -> RayActor:
-        """Make `cls()` in a new process, without waiting for it; nobody restarts it when it is lost."""
+        """Start `cls()` in a new process, without waiting for it; it is not restarted when it is lost."""
         import ray
 
         options = {"num_cpus": 0, "num_gpus": 0, "max_concurrency": _CALLS_AT_ONCE, "max_restarts": 0}
@@ -110,16 +110,16 @@ class RayCluster:
         return RayActor(actor, name=name, folder=self._folder)
 
     def tie_processes(self) -> None:
-        """Let the processes that there are now, Ray's and those that they started, die with this one."""
-        _tie_servants(self._lifeline, folder=self._folder)
+        """Make all present Ray processes and their children die with this one."""
+        _tie_children(self._lifeline, folder=self._folder)
 
     async def aclose(self) -> None:
-        """End Ray and all its processes."""
+        """Stop Ray and all its processes."""
         self._stop.set()
         await asyncio.to_thread(self._ended.wait)
 
     def _begin(self) -> None:
-        # As for the engine: Ctrl-C must not end Ray's processes before this one has finished.
+        # Ctrl-C must not end Ray's processes before this one has finished.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with _without_secrets():
             start_ray(self._folder, object_store_bytes=_OBJECT_STORE_BYTES, num_gpus=0)
@@ -129,7 +129,7 @@ class RayCluster:
         import ray
 
         self._stop.wait()
-        with ExitStack() as ending:  # whatever fails, what comes after it is done
+        with ExitStack() as ending:  # each step runs even if one before it fails
             ending.callback(self._ended.set)
             ending.callback(self._lifeline.cut)
             if self._is_begun:
@@ -139,7 +139,7 @@ class RayCluster:
 
 @contextmanager
 def _without_secrets() -> Iterator[None]:
-    """Start processes without this one's secrets, but for those that open the hub and Ray."""
+    """Hide secrets from child processes started meanwhile, except those for the hub and Ray."""
     secrets = {
         name: value
         for name, value in os.environ.items()
@@ -153,7 +153,7 @@ def _without_secrets() -> Iterator[None]:
         os.environ.update(secrets)
 
 
-def _tie_servants(lifeline: Lifeline, *, folder: Path) -> None:
+def _tie_children(lifeline: Lifeline, *, folder: Path) -> None:
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if any(str(folder) in word for word in child.cmdline()):

@@ -26,46 +26,14 @@ class Computes(Protocol):
         ...
 
 
-class Job(Protocol):
-    """Work for one worker, and those who wait for it."""
-
-    num_lost_workers: int
-    """Workers that were lost while they had it."""
-    task: asyncio.Task[None] | None
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no caller waits for it any more."""
-        ...
-
-    async def run(self, worker: Computes) -> None:
-        """Do the work and settle it. Raises what the worker raises, before anything is settled."""
-        ...
-
-    def fail(self, error: Exception) -> list[PairBatch]:
-        """Settle it with an error of its own, or return smaller batches to try instead."""
-        ...
-
-    def split(self) -> list[Job]:
-        """Return the same work in pieces that can be tried one by one."""
-        ...
-
-    def quarantine(self) -> None:
-        """Settle it as poisoned: it was on two workers that were lost."""
-        ...
-
-    def stop(self, error: Exception) -> None:
-        """Fail its callers: there is no worker any more."""
-        ...
-
-
 class PromptJob:
-    """One prompt to sample from."""
+    """One prompt to sample from, and its caller."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
         self.future: asyncio.Future[tuple[SampledAnswer, ...]] = asyncio.get_running_loop().create_future()
         self.num_lost_workers = 0
+        """Workers that were lost while they had this job."""
         self.task: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
@@ -73,24 +41,30 @@ class PromptJob:
 
     @property
     def is_over(self) -> bool:
+        """Whether no caller waits for it any more."""
         return self.future.done()
 
     async def run(self, worker: Computes) -> None:
+        """Do the work and settle it. Raises what the worker raises, before anything is settled."""
         answers = await worker.sample(self.prompt)
         if not self.future.done():
             self.future.set_result(answers)
 
     def fail(self, error: Exception) -> list[PairBatch]:
+        """Settle it with an error of its own, or return smaller batches to try instead."""
         self.stop(error)
         return []
 
     def split(self) -> list[Job]:
+        """Return the same work in pieces that can be retried one by one."""
         return [self]
 
     def quarantine(self) -> None:
+        """Settle it as poisoned: two workers were lost with it."""
         self.stop(PoisonedError("sampling from this prompt ended two workers in a row; it is given up"))
 
     def stop(self, error: Exception) -> None:
+        """Fail its caller: there is no worker any more."""
         if not self.future.done():
             self.future.set_exception(error)
 
@@ -120,7 +94,7 @@ class PairCall:
 
 
 class PairBatch:
-    """Pairs of one or many calls that are judged together."""
+    """Pairs of one or many calls that are judged together; a job with the methods of PromptJob."""
 
     def __init__(self, members: list[tuple[PairCall, int]], *, num_lost_workers: int = 0) -> None:
         """`members` are calls and indices of their pairs."""
@@ -172,6 +146,9 @@ class PairBatch:
         members, self._members = self._members, []
         for call, index in members:
             call.settle(index, error)
+
+
+Job = PromptJob | PairBatch
 
 
 class PairQueue:

@@ -1,4 +1,4 @@
-"""Are the models there, and which are they exactly."""
+"""Check that the models exist and fit the settings, and identify them by a hash."""
 
 from __future__ import annotations
 

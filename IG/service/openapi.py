@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beside the models: the service in a few words, and its own refusals."""
+"""Texts of the OpenAPI document: the description of the service and of its refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ returns how much the belief in the accepted answers grew.
 
 * `null` is not 0: an item that failed has a `null` score and its error; leave it out.
 * The same item gets the same score alone and among others; what items have in common is done once.
-* A caller who goes away cancels what nobody else waits for.
+* A caller that disconnects cancels work that no other caller waits for.
 * 429 and 503 carry `Retry-After`, in seconds.
 """
 
