@@ -198,31 +198,6 @@ def test_nothing_depends_on_how_much_is_read_or_in_which_order_pairs_are_judged(
     assert len(lazy.asked) <= len(full.asked)
 
 
-@settings(deadline=None, max_examples=60)
-@given(cases(), st.sampled_from(ScoreKind), st.randoms(use_true_random=False))
-def test_order_and_repetition_say_nothing(case: Case, score: ScoreKind, rng: random.Random) -> None:
-    order = list(range(len(case.texts)))
-    rng.shuffle(order)
-    golds = [*case.golds, *rng.choices(case.golds, k=3)]
-    rng.shuffle(golds)
-    shuffled = Case(
-        [case.texts[at] for at in order], [case.mean_log_probs[at] for at in order], golds, case.seed
-    )
-    one, other = (kind.read(score, full=True) for kind in (case, shuffled))
-    assert one.score == pytest.approx(other.score, abs=1e-12)
-    assert one.full is not None
-    assert other.full is not None
-    assert one.full.semantic_entropy == pytest.approx(other.full.semantic_entropy, abs=1e-12)
-    assert one.left_out_scores is not None
-    assert other.left_out_scores is not None
-    if len(order) > 1:
-        assert other.left_out_scores == pytest.approx(one.left_out_scores[order], abs=1e-12)
-    asked = [Meanings(case.seed), Meanings(case.seed)]
-    for kind, judge in zip((case, shuffled), asked, strict=True):
-        kind.read(score, full=True, judge=judge)
-    assert {frozenset(pair) for pair in asked[0].asked} == {frozenset(pair) for pair in asked[1].asked}
-
-
 def alike(text: str, *, golds: list[str], copies: int = 1) -> Belief:
     """A model that finds everything unrelated but equal texts."""
 

@@ -125,15 +125,6 @@ def test_everything_that_samples_depend_on_is_in_their_key() -> None:
     assert key() == key("--threshold", "0.7"), "nothing else is"
 
 
-async def test_forgotten_samples_are_sampled_again() -> None:
-    sampler = FakeAnswerSampler({})
-    small = estimator(sampler, cache_size=1)
-    await small.estimate([query("", question="One?")], details=False)
-    await small.estimate([query("", question="Two?")], details=False)
-    await small.estimate([query("", question="One?")], details=False)
-    assert len(sampler.prompts) == 3
-
-
 @pytest.mark.parametrize("error", [SamplingError("prompt too long"), RuntimeError("prompt too long")])
 async def test_a_failing_query_fails_alone_and_with_its_reason(error: Exception) -> None:
     sampler = FakeAnswerSampler({"poison": error} | BELIEVES)
@@ -200,12 +191,6 @@ async def test_the_drop_of_entropy_needs_no_golds() -> None:
     assert gains(estimates) == [pytest.approx(1.386294, abs=1e-6)]
 
 
-async def test_log_ratio_is_floored() -> None:
-    sampler = FakeAnswerSampler({"good": ["Bolton"], "Where": ["York"]})
-    estimates = await estimator(sampler, gain=GainKind.log_ratio).estimate([query("good")], details=False)
-    assert gains(estimates) == [3.0]
-
-
 async def test_the_work_is_counted() -> None:
     """Two questions; four answers a condition, of which the baseline has four kinds and the passage two."""
     shared = estimator(FakeAnswerSampler(BELIEVES))
@@ -230,23 +215,6 @@ async def test_the_work_is_counted() -> None:
     again = (await shared.estimate(queries, details=False)).work
     assert (again.prompts_cached, again.prompts_sampled, again.baselines_sampled) == (6, 0, 0)
     assert (again.answers_sampled, again.pairs_judged, again.pairs_naive) == (0, 0, work.pairs_naive)
-
-
-@pytest.mark.parametrize(
-    ("score", "gain", "naive"),
-    [
-        (ScoreKind.hard, GainKind.difference, 2 * (4 * 3 + 2 * 4 * 2)),
-        (ScoreKind.soft, GainKind.difference, 2 * (2 * 4 * 2)),
-        (ScoreKind.soft, GainKind.entropy, 2 * (4 * 3 + 2 * 4 * 2)),
-    ],
-)
-async def test_a_straightforward_reading_judges_that_many_pairs(
-    score: ScoreKind, gain: GainKind, naive: int
-) -> None:
-    shared = estimator(FakeAnswerSampler(BELIEVES), score=score, gain=gain)
-    estimates = await shared.estimate([query("good passage", golds=("Bolton", "Hull"))], details=True)
-    assert estimates.work.pairs_naive == naive
-    assert estimates.work.pairs_judged <= naive
 
 
 async def test_the_source_of_each_condition_is_told() -> None:
@@ -314,12 +282,6 @@ async def test_every_failure_says_its_kind() -> None:
     assert kinds == [None, "invalid", "sampling", "poisoned", "internal", "entailment"]
 
 
-async def test_many_failures_of_one_cause_leave_one_trace(caplog: pytest.LogCaptureFixture) -> None:
-    sampler = FakeAnswerSampler({"Where": RuntimeError("no worker is left")})
-    await estimator(sampler).estimate([query(str(number)) for number in range(50)], details=False)
-    assert len(caplog.records) == 1
-
-
 async def test_a_failing_baseline_fails_the_items_of_its_question_and_stops_their_other_half() -> None:
     class Sampler(FakeAnswerSampler):
         async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
@@ -366,12 +328,6 @@ async def test_a_caller_who_goes_away_stops_what_nobody_else_waits_for() -> None
     assert gains(estimates) == [0.0]
     assert estimates.work.prompts_joined == 2
     assert [("slow" in prompt) for prompt in sampler.stopped] == [True]
-
-
-async def test_nothing_is_asked_and_nothing_is_late() -> None:
-    estimates = await estimator(FakeAnswerSampler({})).estimate([], details=True, timeout_s=0.0)
-    assert estimates.outcomes == []
-    assert estimates.work == Work()
 
 
 async def test_a_large_request_compares_a_part_at_a_time_and_leaves_room_for_others() -> None:

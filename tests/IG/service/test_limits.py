@@ -45,13 +45,6 @@ async def test_too_many_items_are_refused_with_what_to_do() -> None:
     )
 
 
-async def test_a_request_that_never_fits_the_queue_is_not_told_to_come_back() -> None:
-    async with calling(FakeBackend(), "--max-queued-items", "3") as client:
-        refused = await client.post("/compute_info_gain", json={"items": [GOOD] * 4})
-    assert refused.status_code == 413
-    assert "--max-queued-items" in refused.json()["detail"]
-
-
 async def test_a_full_queue_is_a_429_with_a_time() -> None:
     backend = FakeBackend(pause_s=0.3)
     async with serving(backend, "--max-queued-items", "4") as client:
@@ -98,11 +91,6 @@ async def test_who_finds_no_place_is_told_before_the_body_is_read() -> None:
         async with announcing(client, 1000) as (reader, _):
             assert (await first_line(reader)).startswith("HTTP/1.1 429")
         work.cancel()
-
-
-async def test_who_comes_before_the_models_is_told_before_the_body_is_read() -> None:
-    async with serving(FakeBackend(), load_s=60) as client, announcing(client, 1000) as (reader, _):
-        assert (await first_line(reader)).startswith("HTTP/1.1 503")
 
 
 async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,22 +141,6 @@ async def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert (fits.status_code, fits.json()["errors"]) == (200, [None])
 
 
-async def test_a_body_that_takes_long_to_read_keeps_nobody_waiting() -> None:
-    """Reading JSON lets nobody else have a turn: this would take seconds of processor time."""
-    body = b'{"items": [' + b"[]," * 6_000_000 + b"[]]}"
-    async with serving(FakeBackend()) as client:
-        answer = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
-        slowest = 0.0
-        while not answer.done():
-            started = time.thread_time()
-            await client.get("/health")
-            slowest = max(slowest, time.thread_time() - started)
-            await asyncio.sleep(0.005)
-    assert (await answer).status_code == 413
-    assert "the body has 12000003 commas and opening brackets" in (await answer).json()["detail"]
-    assert slowest < 1.0
-
-
 async def test_nothing_keeps_a_body_once_it_is_answered() -> None:
     """Reference cycles would: the collector may come much later, after many bodies."""
     bodies = [
@@ -196,12 +168,6 @@ async def test_nothing_keeps_a_body_once_it_is_answered() -> None:
             assert num_kept() == 0
         finally:
             gc.enable()
-
-
-async def test_items_are_counted_before_they_are_looked_at() -> None:
-    async with calling(FakeBackend()) as client:
-        refused = await client.post("/compute_info_gain", json={"items": [0] * 4097})
-    assert refused.status_code == 413
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
@@ -252,20 +218,3 @@ async def test_the_token_opens_everything_and_states_are_open_anyway(scheme: str
         opened += [await client.get(path, headers=key) for path in ("/metrics", "/version", "/openapi.json")]
         opened.append(await client.post("/compute_info_gain", json={"items": [GOOD]}, headers=key))
     assert [answer.status_code for answer in opened] == [200] * 7
-
-
-async def test_two_tokens_are_none() -> None:
-    async with calling(FakeBackend(), environ={"IG_TOKEN": TOKEN}) as client:
-        twice = httpx.Headers([("Authorization", f"Bearer {TOKEN}"), ("Authorization", f"Bearer {TOKEN}")])
-        assert (await client.get("/version", headers=twice)).status_code == 401
-
-
-async def test_refusals_and_metrics_never_show_the_token(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("DEBUG")
-    async with serving(FakeBackend(), environ={"IG_TOKEN": TOKEN}, wait_ready=False) as client:
-        key = {"Authorization": f"Bearer {TOKEN}"}
-        paths = ("/version", "/metrics", "/openapi.json")
-        shown = [(await client.get(path, headers=key)).text for path in paths]
-        shown.append((await client.post("/compute_info_gain", json={}, headers=key)).text)
-    assert TOKEN not in "".join(shown)
-    assert TOKEN not in caplog.text

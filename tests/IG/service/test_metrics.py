@@ -60,10 +60,3 @@ async def test_workers_are_counted_by_state() -> None:
     assert metrics['ig_workers{state="ready"}'] == 2
     assert metrics['ig_workers{state="unavailable"}'] == 1
     assert metrics["ig_worker_restarts_total"] == 4
-
-
-async def test_two_services_in_one_process_count_apart() -> None:
-    async with calling(FakeBackend()) as one, calling(FakeBackend()) as other:
-        await one.post("/compute_info_gain", json={"items": [GOOD]})
-        assert 'ig_items_total{outcome="scored"}' in await read(one)
-        assert 'ig_items_total{outcome="scored"}' not in await read(other)

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from IG.service.IG_server import main
-from serving.web.server import listen
 from tests.IG.service.backends import GOOD
 from tests.processes import post_accepted, running_script, wait_for
 
@@ -33,16 +32,6 @@ def test_a_taken_port_is_named_before_any_model_loads(
     assert "--port" in caplog.text
 
 
-def test_small_answers_are_sent_at_once() -> None:
-    """A socket that does not say that it is TCP costs each of them 40 ms."""
-    with (
-        listen("127.0.0.1", 0, env="IG_PORT") as listener,
-        socket.create_connection(listener.getsockname()),
-        listener.accept()[0] as accepted,
-    ):
-        assert accepted.proto == socket.IPPROTO_TCP
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,12 +45,6 @@ def test_what_is_missing_is_named_within_seconds(
 ) -> None:
     assert main(arguments) == 1
     assert message in caplog.text
-
-
-def test_an_unknown_flag_ends_as_argparse_does() -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--prot", "1"])
-    assert ended.value.code == 2
 
 
 SLOW_LOADS = """
@@ -178,15 +161,6 @@ def test_a_second_signal_or_the_end_of_the_grace_cancels(flags: tuple[str, ...],
         assert time.monotonic() - started < 3
 
 
-def test_an_idle_service_stops_at_once() -> None:
-    with running(0) as (process, client):
-        wait_for(client, "/readyz", 200)
-        process.terminate()
-        started = time.monotonic()
-        assert process.wait(timeout=5) == 0
-        assert time.monotonic() - started < 2
-
-
 def test_a_request_that_is_not_here_yet_is_not_waited_for() -> None:
     with running(0) as (process, client):
         wait_for(client, "/readyz", 200)
@@ -201,15 +175,6 @@ def test_a_request_that_is_not_here_yet_is_not_waited_for() -> None:
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 503")
         assert process.returncode == 0
         assert "Traceback" not in log
-
-
-def test_a_header_without_end_is_refused() -> None:
-    with running(0) as (_, client):
-        wait_for(client, "/readyz", 200)
-        with socket.create_connection((client.base_url.host, client.base_url.port or 0)) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * 100_000)
-            connection.settimeout(2)
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 4")
 
 
 def test_models_that_do_not_load_are_named_and_the_status_says_so() -> None:

@@ -36,7 +36,7 @@ async def test_its_errors_are_those_of_the_trainer() -> None:
         GainClient("localhost", timeout_s=5)
     with pytest.raises(ConfigError, match="batch_size"):
         GainClient("http://127.0.0.1:9", timeout_s=5, batch_size=0)
-    async with (server := ScriptedServer([Reply('{"status": "unhealthy", "message": "loading"}')])).running():
+    async with (server := ScriptedServer([Reply('{"detail": "loading"}', 503)])).running():
         client = GainClient(server.url, timeout_s=5)
         with pytest.raises(ServiceError, match=r"loading.*IG_service_launch\.sh"):
             await client.wait_ready(0.2)
