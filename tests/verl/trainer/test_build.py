@@ -46,7 +46,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     monkeypatch.setenv("RETRIEVER_TOKEN", RETRIEVER_TOKEN)
     retriever, service = (
         ScriptedServer([FOUND_NOTHING, INDEX]),
-        ScriptedServer([HEALTHY, NO_ITEMS, VERSION, NO_ITEMS]),
+        ScriptedServer([NO_ITEMS, HEALTHY, VERSION, NO_ITEMS]),
     )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
@@ -77,7 +77,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
 
 async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IG_TOKEN", TOKEN)
-    retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([HEALTHY, Reply("{}", 401)])
+    retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([Reply("{}", 401)])
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
             await connect_services(make_config(retriever, service), stack, needs=InfoReasoner.needs)
