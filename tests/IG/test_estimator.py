@@ -292,7 +292,7 @@ async def test_a_failing_baseline_fails_the_items_of_its_question_and_stops_thei
             return await FakeAnswerSampler.sample(self, prompt)
 
     queries = [query("a", question="Bad?"), query("a good passage"), query("b", question="Bad?")]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(200):
         estimates = await estimator(Sampler(BELIEVES)).estimate(queries, details=False)
     assert gains(estimates) == [None, pytest.approx(0.5), None]
     assert len(asyncio.all_tasks()) == 1
@@ -384,7 +384,7 @@ async def test_200_requests_that_come_and_go_get_the_serial_gains_from_one_basel
         assert gains(estimates) == [expected[one] for one in asked]
         return estimates.work.baselines_sampled
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         await asyncio.gather(*(ask() for _ in range(200)))
     baselines = Counter(prompt for prompt in sampler.finished if "Context" not in prompt)
     assert set(baselines.values()) == {1}, "a baseline was sampled to its end more than once"

@@ -394,9 +394,7 @@ def test_a_killed_run_loses_nothing(hub: FakeHub, tmp_path: Path) -> None:
     flags = ["--save_path", str(tmp_path), "--endpoint", hub.url, "--what", "index"]
     process = subprocess.Popen([sys.executable, download.__file__, *flags], stderr=subprocess.DEVNULL)
     partial = tmp_path / "wiki-18-e5_Flat.index.partial"
-    deadline = time.monotonic() + 60
     while not partial.is_file() or partial.stat().st_size < len(PARTS[0]) + 100_000:
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -119,7 +119,7 @@ async def serving(
     running = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=3000, trust_env=False, limits=limits) as client:
         path = "/livez" if load_s or not wait_ready else "/readyz"
         while (await client.get(path)).status_code != 200:
             await asyncio.sleep(0.01)
@@ -137,7 +137,7 @@ async def calling(
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://service", timeout=30) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://service", timeout=3000) as client,
     ):
         while (await client.get("/readyz")).status_code != 200:
             await asyncio.sleep(0)

@@ -109,7 +109,7 @@ async def test_closing_ends_although_the_guard_of_the_processes_is_gone(tmp_path
     closing._lifeline._guard.wait()
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]) as servant:
         threading.Thread(target=closing._end_when_asked, daemon=True).start()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(200):
             await closing.aclose()
         servant.kill()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 
 import httpx
@@ -18,10 +17,9 @@ from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
 QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
 
 
-async def eventually(holds: Callable[[], bool], *, within_s: float = 2.0) -> None:
-    deadline = time.monotonic() + within_s
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait; a hang is ended by the limit that every test has."""
     while not holds():
-        assert time.monotonic() < deadline, "it did not come true in time"
         await asyncio.sleep(0.01)
 
 
@@ -56,7 +54,7 @@ async def test_work_of_a_caller_who_hangs_up_is_cancelled() -> None:
         await eventually(lambda: backend.running == 1)
         assert "ig_items_in_progress 3.0" in (await client.get("/metrics")).text
         writer.close()
-        await eventually(lambda: backend.num_cancelled == 1, within_s=1.0)
+        await eventually(lambda: backend.num_cancelled == 1)
         metrics = (await client.get("/metrics")).text
     assert "ig_items_in_progress 0.0" in metrics
     assert 'ig_requests_total{status="499"} 1.0' in metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-_SETTLE_S = 5.0
+_SETTLE_S = 60.0
 
 
 async def start_threads_of_loop() -> None:

@@ -96,7 +96,7 @@ async def serving(
     running = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=3000, trust_env=False, limits=limits) as client:
         while (await client.get("/livez" if load_s else "/readyz")).status_code != 200:
             await asyncio.sleep(0.01)
         yield client

@@ -80,9 +80,8 @@ class RunningServer:
     log: Path
 
 
-def wait_until_ready(server: RunningServer, *, deadline_s: float = 90.0) -> None:
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
+def wait_until_ready(server: RunningServer) -> None:
+    while True:
         assert server.process.poll() is None, server.log.read_text()
         try:
             if httpx.get(f"{server.url}/readyz", trust_env=False).status_code == 200:
@@ -90,4 +89,3 @@ def wait_until_ready(server: RunningServer, *, deadline_s: float = 90.0) -> None
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise AssertionError(server.log.read_text())

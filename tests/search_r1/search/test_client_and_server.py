@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -55,11 +54,10 @@ async def test_a_defect_of_one_search_is_a_named_failure() -> None:
 async def test_the_deadline_of_the_client_is_that_of_the_server() -> None:
     retriever = EchoRetriever(search_s=60.0)
     async with searching(retriever, timeout_s=1.0) as search:
-        started = time.monotonic()
         with pytest.raises(ServiceError, match="deadline: "):
             await search.search("slow")
-        assert time.monotonic() - started < 3.0
-    assert retriever.timeouts_s == [pytest.approx(0.9, abs=0.1)]
+    (sent_s,) = retriever.timeouts_s
+    assert 0.0 < sent_s <= 1.0
 
 
 async def test_more_queries_than_a_request_may_hold_are_divided() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +49,4 @@ def test_it_does_not_read_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    started = time.perf_counter()
     assert len(fingerprint(path)) == 64
-    assert time.perf_counter() - started < 1.0

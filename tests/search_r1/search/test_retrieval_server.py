@@ -33,8 +33,7 @@ def retrieve(server: RunningServer, **payload: object) -> httpx.Response:
 def statuses_until_ready(running: RunningServer) -> set[int]:
     """Statuses of a search asked again and again from the first moment on."""
     seen: set[int] = set()
-    end = time.monotonic() + 90
-    while 200 not in seen and time.monotonic() < end:
+    while 200 not in seen:
         try:
             answer = httpx.post(f"{running.url}/retrieve", json={"query": "river"}, trust_env=False)
             seen.add(answer.status_code)
@@ -172,7 +171,7 @@ def test_a_missing_file_ends_the_server_with_a_message(world: World, flag: str, 
 def test_files_that_do_not_fit_end_the_server_with_a_message(world: World, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other.jsonl", {"0": "one passage only"})
     command = [sys.executable, str(SERVER), *world.flags, "--port", "0", "--corpus_path", str(other)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "the retriever does not start: index" in ended.stderr
     assert "count: " in ended.stderr
@@ -218,7 +217,7 @@ def test_starts_in_every_way_says_when_it_is_ready_and_stops_cleanly(
     with httpx.Client(trust_env=False) as client:
         client.get(f"{running.url}/livez")
         os.kill(running.process.pid, number)
-        assert running.process.wait(timeout=10) == 0
+        assert running.process.wait() == 0
     log = running.log.read_text()
     assert f"ready: {running.url}/retrieve (6 passages" in log
     assert "Traceback" not in log
@@ -226,7 +225,7 @@ def test_starts_in_every_way_says_when_it_is_ready_and_stops_cleanly(
 
 def test_the_launcher_explains_itself() -> None:
     launcher = str(REPOSITORY / "retrieval_launch.sh")
-    shown = subprocess.run(["bash", launcher, "--help"], capture_output=True, text=True, timeout=30)
+    shown = subprocess.run(["bash", launcher, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     for word in ("RETRIEVER_PORT", "--index_path", "curl"):
         assert word in shown.stdout
@@ -250,6 +249,6 @@ def test_create_app_serves_any_retriever() -> None:
 
 def test_an_address_of_another_machine_is_refused(world: World) -> None:
     command = [sys.executable, str(SERVER), *world.flags, "--host", "192.0.2.1"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1
     assert "192.0.2.1:8000" in ended.stderr

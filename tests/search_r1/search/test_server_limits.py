@@ -28,10 +28,9 @@ async def retrieve(client: httpx.AsyncClient, **payload: object) -> httpx.Respon
     return await client.post("/retrieve", json=payload)
 
 
-async def eventually(holds: Callable[[], bool], *, within_s: float = 2.0) -> None:
-    deadline = time.monotonic() + within_s
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait; a hang is ended by the limit that every test has."""
     while not holds():
-        assert time.monotonic() < deadline, "it did not come true in time"
         await asyncio.sleep(0.01)
 
 
