@@ -1,4 +1,4 @@
-"""The engine replicas as one `Generate`: routing, deadlines, and the handshake on the weights' version."""
+"""The engine replicas behind one `Generate`: routing, deadlines and the check of the weights' version."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GRACE_S = 10.0
-"""What an engine gets on top of the deadline to abort the request and say so itself."""
+"""Time on top of the deadline in which an engine aborts the request and reports it itself."""
 _SHUTDOWN_TIMEOUT_S = 10.0
 
 
 class EngineReceiver:
-    """One replica as the weight sync sees it."""
+    """One replica as a receiver of weights."""
 
     def __init__(self, engine: Actor, *, name: str) -> None:
         self._engine = engine
         self.name = name
 
     async def load_weights(self, folder: str, version: int) -> None:
-        """Raises WeightSyncError."""
+        """Load the weights of a folder. Raises WeightSyncError."""
         await self._engine.call("load_weights", folder, version)
 
     async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
-        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
         scores: FloatArray = await self._engine.call("score", ids)
         return scores
 
@@ -42,29 +42,31 @@ class EngineReceiver:
 class EnginePool:
     """Implements `verl.protocols.Generate` over replicas."""
 
-    def __init__(self, engines: Sequence[Actor], *, request_timeout_s: float, rests: bool = False) -> None:
-        """`rests`: the replicas share their GPUs with the trainer and free the memory while it works."""
+    def __init__(
+        self, engines: Sequence[Actor], *, request_timeout_s: float, colocated: bool = False
+    ) -> None:
+        """`colocated`: the replicas share their GPUs with the trainer and free them while it trains."""
         if not engines:
             raise ConfigError("the rollout needs at least one engine, got none")
         self._engines = tuple(engines)
         self._request_timeout_s = request_timeout_s
-        self._rests = rests
+        self._colocated = colocated
         self._version = 0
         self._num_running = [0] * len(engines)
         self._replica_of: dict[str, int] = {}
 
     @property
     def receivers(self) -> tuple[EngineReceiver, ...]:
-        """The replicas, for the weight sync."""
+        """The replicas as receivers of weights."""
         return tuple(EngineReceiver(engine, name=f"engine-{k}") for k, engine in enumerate(self._engines))
 
     def expect_version(self, version: int) -> None:
-        """From now on refuse completions that were sampled from other weights."""
+        """Refuse completions of other weights from now on."""
         self._version = version
         self._replica_of.clear()  # no prefix outlives its weights
 
-    async def start(self) -> None:
-        """Wait until every replica stands. Raises what its construction raised."""
+    async def wait_until_ready(self) -> None:
+        """Wait until every replica is built. Raises what its constructor raised."""
         await self._call_all("version")
 
     async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
@@ -93,23 +95,23 @@ class EnginePool:
         return completion
 
     @asynccontextmanager
-    async def resting(self) -> AsyncIterator[None]:
-        """The engines' GPU memory is free inside; nothing happens where they have their own."""
-        if self._rests:
+    async def asleep(self) -> AsyncIterator[None]:
+        """Free the engines' GPU memory inside the block; do nothing where they do not share it."""
+        if self._colocated:
             await self._call_all("sleep")
         yield
-        if self._rests:
+        if self._colocated:
             await self._call_all("wake")
 
     async def shutdown(self) -> None:
-        """End the replicas' child processes, whatever state each is in, then the replicas.
+        """End the child processes of every replica, then the replicas.
 
-        One that does not answer, because it still starts or hangs, is killed after ten seconds.
+        A replica that does not answer within ten seconds, because it is starting or hangs, is killed.
         """
-        farewells = (engine.call("shutdown") for engine in self._engines)
+        shutdowns = (engine.call("shutdown") for engine in self._engines)
         try:
             async with asyncio.timeout(_SHUTDOWN_TIMEOUT_S):
-                await asyncio.gather(*farewells, return_exceptions=True)
+                await asyncio.gather(*shutdowns, return_exceptions=True)
         except TimeoutError:
             logger.warning("an engine did not end within %g s; it is killed", _SHUTDOWN_TIMEOUT_S)
         finally:
@@ -120,7 +122,7 @@ class EnginePool:
         return await asyncio.gather(*(engine.call(method) for engine in self._engines))
 
     def _route(self, session: str) -> int:
-        """The replica that may hold the session's prefix; a new session goes to the least busy one."""
+        """Return the replica that may have the session's prefix cached; for a new session the least busy."""
         if session not in self._replica_of:
             self._replica_of[session] = self._num_running.index(min(self._num_running))
         return self._replica_of[session]

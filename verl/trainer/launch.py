@@ -60,7 +60,7 @@ async def launch_models(
                     close_quietly(stack, reference.shutdown)
                     await reference.wait_until_ready()
                 num_parameters = await policy.wait_until_ready()
-            await engines.start()
+            await engines.wait_until_ready()
     except TimeoutError as error:
         raise ConfigError(
             "workers and engines did not start within "
@@ -72,12 +72,12 @@ async def launch_models(
 
 @asynccontextmanager
 async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[None]:
-    """On GPUs an engine measures the free memory at its start: it goes first and rests while others start."""
+    """Start the engines first and let them sleep inside the block: they measure the free GPU memory."""
     if device == "cpu":
         yield
         return
-    await engines.start()
-    async with engines.resting():
+    await engines.wait_until_ready()
+    async with engines.asleep():
         yield
 
 
@@ -115,7 +115,7 @@ def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: 
     return EnginePool(
         actors,
         request_timeout_s=settings.rollout.request_timeout_s,
-        rests=device == "cuda" and settings.rollout.free_cache_engine,
+        colocated=device == "cuda" and settings.rollout.free_cache_engine,
     )
 
 

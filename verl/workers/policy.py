@@ -45,7 +45,6 @@ from verl.workers.parallel import (
 logger = logging.getLogger(__name__)
 
 _SUMS = ("loss", "pg_loss", "kl", "entropy", "clip_fraction", "ratio_mean", "log_prob_difference_mean")
-_DISTURBANCE = 1.5
 _MAXIMA = ("ratio_max", "log_prob_difference_max")
 
 
@@ -87,7 +86,6 @@ class PolicyWorker:
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config=actor.optim) if trainable else None
         self._step = 0
-        self._undisturbed: list[Tensor] = []
 
     def num_parameters(self) -> int:
         """Of the whole model."""
@@ -152,23 +150,17 @@ class PolicyWorker:
             count += int(self._model.get_input_embeddings().weight.numel())
         return int(count * self._dtype.itemsize)
 
-    def disturb(self) -> None:
-        """Multiply final norm and LM head by 1.5 each so that every log-prob moves; calls add up.
+    def perturb(self, *, undo: bool = False) -> None:
+        """Negate the final norm and double the LM head, which moves every log-prob; `undo` takes it back.
 
-        Two, because an engine may take over the norm and keep its head.
+        Two weights, because an engine may load the norm and keep its head. Both changes are exact in floating
+        point, so that undoing them restores every bit.
         """
-        weights = self._last_weights()
-        if not self._undisturbed:
-            self._undisturbed = [weight.to("cpu", copy=True) for weight in weights]
-        for weight in weights:
-            weight.mul_(_DISTURBANCE)
-
-    def restore(self) -> None:
-        """Undo `disturb`, bit for bit; nothing happens without one."""
-        if self._undisturbed:
-            for weight, kept in zip(self._last_weights(), self._undisturbed, strict=True):
-                weight.copy_(kept)
-        self._undisturbed = []
+        named = self._network.named_parameters()
+        *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))  # the last vector
+        head = self._model.get_output_embeddings().weight
+        local_part(norm.detach()).neg_()
+        local_part(head.detach()).mul_(0.5 if undo else 2.0)
 
     def export_hf(self, folder: str) -> None:
         """Write a folder that `from_pretrained` and vLLM load: weights, configuration, tokenizer."""
@@ -320,13 +312,6 @@ class PolicyWorker:
             if self._ranks.rank == 0:
                 state[name] = whole.to(device="cpu", dtype=self._dtype if whole.is_floating_point() else None)
         return {name: tensor.contiguous() for name, tensor in state.items()}
-
-    def _last_weights(self) -> list[Tensor]:
-        """This rank's parts of the final norm (the last weight that is a vector) and of the LM head."""
-        named = self._network.named_parameters()
-        *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))
-        head = self._model.get_output_embeddings().weight
-        return [local_part(parameter.detach()) for parameter in (norm, head)]
 
     def _release_memory(self) -> None:
         """Give cached GPU memory back: the engine next door needs it, and cannot take it."""

@@ -1,10 +1,10 @@
-"""Publish the policy's weights to every engine, and make sure that they arrived.
+"""Publish the policy's weights to every engine, and check that they arrived.
 
-Weights travel as a safetensors file in memory (`/dev/shm` where there is one). After each publish a fixed
-probe sequence is scored by the trainer and by every engine; if they disagree the run must not go on, because
-it would sample from another policy than it trains. An update at a small learning rate moves the probe by less
-than rounding does, so that check alone would not notice an engine that never takes weights over: `prove`
-shows once, with weights that are visibly others, that it does.
+Weights travel as a safetensors file in memory (`/dev/shm` where there is one). After each publish the trainer
+and every engine score a fixed probe sequence; if they disagree the run stops, because it would sample from
+another policy than it trains. An update at a small learning rate moves the probe by less than rounding does,
+so this check alone does not notice an engine that keeps stale weights: `verify` publishes visibly perturbed
+weights once, at start.
 """
 
 from __future__ import annotations
@@ -33,48 +33,43 @@ _PREFIX = "verl-weights-"
 _LOCK_FILE = "lock"
 _MIN_STALE_AGE_S = 60.0
 _MARGIN_BYTES = 2**24
-"""For the header of the file, and for others who write to the same memory."""
-_VISIBLE_SHARE = 10.0
-"""How many times the tolerance the probe must move in `prove`: then rounding cannot explain it."""
-_ROUNDING_GROWTH = 3.0
-"""Disturbed weights make logits larger, and what rounding does to them."""
-_MAX_DISTURBANCES = 6
+"""Room for the header of the file and for other writers."""
+_MIN_SHIFT = 10.0
+"""Perturbed weights must move the probe by this many tolerances: more than rounding explains."""
+_PERTURBED_TOLERANCE = 3.0
+"""Perturbed weights double the logits, and with them the effect of rounding."""
 
 
 class WeightSource(Protocol):
-    """What a publisher needs of the policy."""
+    """The part of the policy that a publisher uses."""
 
     async def export_weights(self, folder: Path) -> None: ...
 
     async def export_bytes(self) -> int:
-        """Size of what `export_weights` writes."""
+        """Return the size of what `export_weights` writes."""
         ...
 
     async def probe(self, ids: IntArray) -> FloatArray: ...
 
-    async def disturb(self) -> None:
-        """Change the weights so that every log-prob moves; calls add up."""
-        ...
-
-    async def restore(self) -> None:
-        """Undo `disturb`, bit for bit; nothing happens without one."""
+    async def perturb(self, *, undo: bool = False) -> None:
+        """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
         ...
 
 
 class WeightReceiver(Protocol):
-    """What a publisher needs of an engine."""
+    """The part of an engine that a publisher uses."""
 
     async def load_weights(self, folder: str, version: int) -> None:
-        """Take over the `*.safetensors` of the folder; completions carry `version` from then on."""
+        """Load the `*.safetensors` of the folder; completions carry `version` from then on."""
         ...
 
     async def score(self, ids: IntArray) -> FloatArray:
-        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
         ...
 
 
 class WeightPublisher:
-    """Bring the weights of one policy to its engines. Close it at the end: it owns a folder in memory."""
+    """Sends the weights of one policy to its engines. Close it at the end: it owns a folder in memory."""
 
     def __init__(
         self,
@@ -99,64 +94,51 @@ class WeightPublisher:
         self._folder: Path | None = None
         self._lock: IO[bytes] | None = None
 
-    async def prove(self, *, version: int) -> None:
-        """Show that every engine takes weights over, with visibly other ones; then publish the policy's own.
+    async def verify(self, *, version: int) -> None:
+        """Publish perturbed weights, compare, then publish the policy's own.
 
-        Raises WeightSyncError for an engine that keeps its weights or takes over others than were sent. The
+        Raises WeightSyncError for an engine that keeps stale weights or loads others than were sent. The
         policy ends as it was, bit for bit.
         """
-        undisturbed, *before = await self._score()
+        before = await self._policy.probe(self._probe_ids)
+        await self._policy.perturb()
         try:
-            await self._disturb(undisturbed)
-            await self._transfer(version)
-            disturbed, *after = await self._score()
-        finally:
-            await self._policy.restore()
-        for i, (old, new) in enumerate(zip(before, after, strict=True)):
-            if _distance(old, new) <= self._tolerance:
+            shift = _distance(before, await self._policy.probe(self._probe_ids))
+            if shift < _MIN_SHIFT * self._tolerance:
                 raise WeightSyncError(
-                    f"engine {i} is deaf: it was sent weights that move the log-probs of the probe sequence "
-                    f"by {_distance(undisturbed, disturbed):.3g} on average, but its own moved by "
-                    f"{_distance(old, new):.3g}. It would sample from its first weights for ever: its "
-                    "version of vLLM does not reload this model in place"
+                    f"the weight sync cannot be verified: perturbed weights move the log-probs of the probe "
+                    f"sequence by {shift:.3g} on average, {_MIN_SHIFT * self._tolerance:g} is needed. Lower "
+                    "actor_rollout_ref.rollout.max_log_prob_difference"
                 )
-            self._compare(i, disturbed, new, version, tolerance=_ROUNDING_GROWTH * self._tolerance)
+            await self._publish(version, tolerance=_PERTURBED_TOLERANCE * self._tolerance)
+        finally:
+            await self._policy.perturb(undo=True)
         await self.publish(version=version)
 
     async def publish(self, *, version: int) -> float:
-        """Give every engine the policy's weights; the largest difference found over the engines.
+        """Send the policy's weights to every engine; return the largest difference over the engines.
 
         Raises WeightSyncError if an engine scores the probe differently.
         """
-        await self._transfer(version)
-        expected, *scores = await self._score()
-        differences = [
-            self._compare(i, expected, score, version, tolerance=self._tolerance)
-            for i, score in enumerate(scores)
-        ]
-        return max(differences, default=0.0)
+        return await self._publish(version, tolerance=self._tolerance)
 
     def close(self) -> None:
-        """Free the memory. A second time does nothing."""
+        """Free the memory. Calling it again does nothing."""
         if self._lock is not None:
             self._lock.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _disturb(self, undisturbed: FloatArray) -> None:
-        """Change the policy until its probe has moved visibly."""
-        needed = _VISIBLE_SHARE * self._tolerance
-        moved = 0.0
-        for _ in range(_MAX_DISTURBANCES):
-            await self._policy.disturb()
-            moved = _distance(undisturbed, await self._policy.probe(self._probe_ids))
-            if moved >= needed:
-                return
-        raise WeightSyncError(
-            f"the probe sequence cannot tell weights apart: disturbed ones move its log-probs by {moved:.3g} "
-            f"on average, {needed:.3g} is needed at a tolerance of {self._tolerance:g}. Lower "
-            "actor_rollout_ref.rollout.max_log_prob_difference"
+    async def _publish(self, version: int, *, tolerance: float) -> float:
+        await self._transfer(version)
+        expected, *scores = await asyncio.gather(
+            self._policy.probe(self._probe_ids),
+            *(receiver.score(self._probe_ids) for receiver in self._receivers),
         )
+        differences = [
+            _compare(i, expected, score, version, tolerance=tolerance) for i, score in enumerate(scores)
+        ]
+        return max(differences, default=0.0)
 
     async def _transfer(self, version: int) -> None:
         if self._folder is None:
@@ -177,37 +159,33 @@ class WeightPublisher:
         self._lock = _lock_folder(folder)
         return folder
 
-    async def _score(self) -> list[FloatArray]:
-        """The probe as the policy scores it, then as every engine does."""
-        return await asyncio.gather(
-            self._policy.probe(self._probe_ids),
-            *(receiver.score(self._probe_ids) for receiver in self._receivers),
-        )
 
-    def _compare(
-        self, engine: int, expected: FloatArray, score: FloatArray, version: int, *, tolerance: float
-    ) -> float:
-        if len(score) != len(expected):
-            raise WeightSyncError(f"engine {engine} scored {len(score)} of {len(expected)} probe tokens")
-        difference = _distance(expected, score)
-        if difference <= tolerance:  # False for NaN
-            return difference
-        raise WeightSyncError(
-            f"engine {engine} does not sample from the policy that is trained: after publishing version "
-            f"{version} its log-probs of the probe sequence differ by {difference:.3g} on average, at most "
-            f"{tolerance:g} is normal. Likely causes: tied embeddings reloaded on the CPU (start the "
-            "engine from the folder that prepare_engine_model gives), another precision in the engine than "
-            "in the trainer, or an engine that was started from another model"
-        )
+def _compare(
+    engine: int, expected: FloatArray, score: FloatArray, version: int, *, tolerance: float
+) -> float:
+    """Return the difference between two scores of the probe. Raises WeightSyncError if it is too large."""
+    if len(score) != len(expected):
+        raise WeightSyncError(f"engine {engine} scored {len(score)} of {len(expected)} probe tokens")
+    difference = _distance(expected, score)
+    if difference <= tolerance:  # False for NaN
+        return difference
+    raise WeightSyncError(
+        f"engine {engine} does not sample from the policy that is trained: after publishing version "
+        f"{version} its log-probs of the probe sequence differ by {difference:.3g} on average, at most "
+        f"{tolerance:g} is normal. Likely causes: a version of vLLM that does not reload this model in place "
+        "and keeps stale weights, tied embeddings reloaded on the CPU (start the engine from the folder that "
+        "prepare_engine_model gives), another precision in the engine than in the trainer, or an engine that "
+        "was started from another model"
+    )
 
 
 def _distance(one: FloatArray, other: FloatArray) -> float:
-    """Mean absolute difference after position 0, which has no log-prob."""
+    """Return the mean absolute difference after position 0, which has no log-prob."""
     return float(np.abs(one[1:] - other[1:]).mean())
 
 
 def find_memory(num_bytes: int, *, shared: Path = _SHARED_MEMORY) -> Path:
-    """Shared memory if it holds so many bytes (containers often give it 64 MiB), else the temp folder."""
+    """Return shared memory if it has room (containers often have 64 MiB of it), else the temporary folder."""
     if shared.is_dir() and os.access(shared, os.W_OK):
         _remove_stale_folders(shared)
         free = shutil.disk_usage(shared).free
@@ -230,16 +208,16 @@ def _lock_folder(folder: Path) -> IO[bytes]:
 
 
 def _remove_stale_folders(memory: Path) -> None:
-    """Free the memory of runs that were killed: their lock is gone, whatever container they ran in.
+    """Remove the folders of killed runs, which hold no lock any more, in whatever container they ran.
 
-    Other users can write to `memory`: only folders of this user are opened, and nothing that is not a folder.
+    Other users can write to `memory`: only folders of this user are opened, and only if they are folders.
     """
     for folder in memory.glob(f"{_PREFIX}*"):
         try:
             status = folder.lstat()
             is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
             if not is_ours or time.time() - status.st_mtime < _MIN_STALE_AGE_S:
-                continue  # a young one's owner may be between making it and locking it
+                continue  # its owner may not have locked it yet
             lock = os.open(folder / _LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with os.fdopen(lock, "rb"):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

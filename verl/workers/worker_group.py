@@ -137,13 +137,9 @@ class WorkerGroup:
         sizes: list[int] = await self._call_all("export_bytes")
         return sizes[0]
 
-    async def disturb(self) -> None:
-        """Change the weights so that every log-prob moves, see `PolicyWorker.disturb`."""
-        await self._call_all("disturb")
-
-    async def restore(self) -> None:
-        """Undo `disturb`, bit for bit."""
-        await self._call_all("restore")
+    async def perturb(self, *, undo: bool = False) -> None:
+        """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
+        await self._call_all("perturb", undo=undo)
 
     async def export_hf(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` and vLLM load."""
@@ -163,12 +159,15 @@ class WorkerGroup:
         self._meeting.unlink(missing_ok=True)
 
     async def _call_all(
-        self, method: str, arguments: Sequence[tuple[object, ...]] | None = None
+        self, method: str, arguments: Sequence[tuple[object, ...]] | None = None, **shared: object
     ) -> list[Any]:
-        """Call every rank with its own arguments. A failure ends the group: others would wait in vain."""
+        """Call every rank, with arguments of its own and `shared` ones.
+
+        A failure ends the group: the other ranks would wait for it in a collective.
+        """
         arguments = arguments or [()] * len(self._actors)
         calls = [
-            asyncio.ensure_future(actor.call(method, *of_rank))
+            asyncio.ensure_future(actor.call(method, *of_rank, **shared))
             for actor, of_rank in zip(self._actors, arguments, strict=True)
         ]
         done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)

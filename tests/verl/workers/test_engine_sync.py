@@ -46,7 +46,7 @@ def tied_model(tmp_path: Path) -> Path:
 
 
 async def _ignore(folder: str, version: int) -> None:
-    """What a deaf engine does with weights."""
+    """Keep stale weights."""
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
     )
     publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3, memory=tmp_path)
     try:
-        await publisher.prove(version=0)
+        await publisher.verify(version=0)
         before = await engine.score(np.arange(2, 60, dtype=np.int32))
         for _ in range(3):
             await policy.update(random_batch(6))
@@ -92,10 +92,10 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
         after = await engine.score(np.arange(2, 60, dtype=np.int32))
         assert np.abs(after - before).mean() > 0.1
         assert await engine.version() == 1
-        listens, engine.load_weights = engine.load_weights, _ignore  # type: ignore[method-assign]
-        with pytest.raises(WeightSyncError, match="engine 0 is deaf"):
-            await publisher.prove(version=1)
-        engine.load_weights = listens  # type: ignore[method-assign]
+        load_weights, engine.load_weights = engine.load_weights, _ignore  # type: ignore[method-assign]
+        with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
+            await publisher.verify(version=1)
+        engine.load_weights = load_weights  # type: ignore[method-assign]
         assert await publisher.publish(version=2) < 1e-4
     finally:
         publisher.close()

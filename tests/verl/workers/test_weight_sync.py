@@ -17,9 +17,9 @@ from verl.workers.weight_sync import WeightPublisher, find_memory
 class Policy:
     """Its log-prob of every token is its one weight."""
 
-    def __init__(self, *, disturbance: float = 1.5) -> None:
-        self.weight = self.kept = -1.0
-        self.disturbance = disturbance
+    def __init__(self, *, perturbation: float = 1.5) -> None:
+        self.weight = -1.0
+        self.perturbation = perturbation
 
     async def export_weights(self, folder: Path) -> None:
         folder.mkdir()
@@ -31,26 +31,22 @@ class Policy:
     async def probe(self, ids: IntArray) -> FloatArray:
         return np.full(len(ids), self.weight, np.float32)
 
-    async def disturb(self) -> None:
-        self.kept = self.weight
-        self.weight *= self.disturbance
-
-    async def restore(self) -> None:
-        self.weight = self.kept
+    async def perturb(self, *, undo: bool = False) -> None:
+        self.weight *= 1 / self.perturbation if undo else self.perturbation
 
 
 class Engine:
-    """Scores with the weight it last took over, unless it is stubborn."""
+    """An engine that scores with the weight it loaded last; a stale one keeps its weight."""
 
-    def __init__(self, *, error: float = 0.0, stubborn: bool = False, broken: bool = False) -> None:
+    def __init__(self, *, error: float = 0.0, stale: bool = False, broken: bool = False) -> None:
         self.weight = 0.0
         self.version = -1
-        self.error, self.stubborn, self.broken = error, stubborn, broken
+        self.error, self.stale, self.broken = error, stale, broken
 
     async def load_weights(self, folder: str, version: int) -> None:
         if self.broken:
             raise WeightSyncError("requests still run")
-        if not self.stubborn:
+        if not self.stale:
             self.weight = float(load_file(Path(folder) / "model.safetensors")["weight"][0])
         self.version = version
 
@@ -75,7 +71,7 @@ async def test_every_engine_gets_the_weights_and_the_version(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("engine", [Engine(stubborn=True), Engine(error=float("nan"))])
+@pytest.mark.parametrize("engine", [Engine(stale=True), Engine(error=float("nan"))])
 async def test_an_engine_that_keeps_other_weights_stops_the_run(engine: Engine, tmp_path: Path) -> None:
     publisher = make_publisher(Policy(), [Engine(), engine], tmp_path)
     with pytest.raises(
@@ -91,38 +87,26 @@ async def test_a_failed_publish_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-async def test_an_engine_that_listens_is_proved_and_ends_with_the_policys_weights(tmp_path: Path) -> None:
+async def test_verification_ends_with_the_policys_own_weights(tmp_path: Path) -> None:
     policy, engines = Policy(), [Engine(), Engine()]
-    for engine in engines:
-        engine.weight = policy.weight  # as a run starts
-    publisher = make_publisher(policy, engines, tmp_path)
-    await publisher.prove(version=4)
+    await make_publisher(policy, engines, tmp_path).verify(version=4)
     assert policy.weight == -1.0
     assert [(engine.weight, engine.version) for engine in engines] == [(-1.0, 4)] * 2
-    publisher.close()
 
 
-async def test_a_deaf_engine_with_the_right_weights_is_found_before_training(tmp_path: Path) -> None:
-    policy, deaf = Policy(), Engine(stubborn=True)
-    deaf.weight = policy.weight
-    publisher = make_publisher(policy, [deaf], tmp_path)
-    assert await publisher.publish(version=0) == 0.0  # as it would be after every small update
-    with pytest.raises(WeightSyncError, match=r"engine 0 is deaf: .* by 0\.5 on average, .* moved by 0\. "):
-        await publisher.prove(version=0)
+async def test_verification_catches_an_engine_that_keeps_stale_weights(tmp_path: Path) -> None:
+    policy, stale = Policy(), Engine(stale=True)
+    stale.weight = policy.weight  # as at the start of a run
+    publisher = make_publisher(policy, [stale], tmp_path)
+    assert await publisher.publish(version=0) == 0.0  # as after every small update
+    with pytest.raises(WeightSyncError, match=r"engine 0 .* by 0\.5 on average.*keeps stale weights"):
+        await publisher.verify(version=0)
     assert policy.weight == -1.0
 
 
-async def test_an_engine_that_takes_over_something_else_fails_the_proof(tmp_path: Path) -> None:
-    policy, engine = Policy(), Engine(error=0.1)
-    with pytest.raises(WeightSyncError, match=r"engine 0 does not sample from the policy"):
-        await make_publisher(policy, [engine], tmp_path).prove(version=0)
-    assert policy.weight == -1.0
-
-
-async def test_a_probe_that_cannot_tell_weights_apart_proves_nothing(tmp_path: Path) -> None:
-    policy = Policy(disturbance=1.001)
-    with pytest.raises(WeightSyncError, match=r"cannot tell weights apart: .* 0\.01 is needed"):
-        await make_publisher(policy, [Engine()], tmp_path).prove(version=0)
+async def test_a_probe_that_cannot_tell_weights_apart_verifies_nothing(tmp_path: Path) -> None:
+    with pytest.raises(WeightSyncError, match=r"cannot be verified: .* 0\.01 is needed"):
+        await make_publisher(Policy(perturbation=1.001), [Engine()], tmp_path).verify(version=0)
 
 
 def test_weights_go_where_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,10 +111,10 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     ids = batch.input_ids[0]
     before = await two.probe(ids)
     for group in (two, one):
-        await group.disturb()
-    np.testing.assert_allclose(await two.probe(ids), await one.probe(ids), atol=2e-2)
+        await group.perturb()
+    np.testing.assert_allclose(await two.probe(ids), await one.probe(ids), atol=0.1)
     assert np.abs(await two.probe(ids) - before)[1:].mean() > 0.3
-    await two.restore()
+    await two.perturb(undo=True)
     np.testing.assert_array_equal(await two.probe(ids), before)
     assert await two.export_bytes() == await one.export_bytes()
     await two.update(single)

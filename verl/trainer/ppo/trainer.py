@@ -86,7 +86,7 @@ class PPOTrainer:
 
     async def fit(self) -> None:
         """Train from `progress.step` to `total_steps`. Raises TrainingHaltedError when it must stop."""
-        await self.parts.publisher.prove(version=self.progress.step)
+        await self.parts.publisher.verify(version=self.progress.step)
         self.parts.engines.expect_version(self.progress.step)
         if self.settings.evaluates_only:
             await self.evaluate()
@@ -119,7 +119,7 @@ class PPOTrainer:
                         questions, step=step, progress=progress, on_episode_end=prefetch.on_episode_end
                     )
 
-                async with parts.engines.resting():
+                async with parts.engines.asleep():
                     with timer("reward"):  # may run the policy, which now has the device
                         scored = await parts.reward.score(groups, prefetch=prefetch)
                         batch = self.build_batch(scored)

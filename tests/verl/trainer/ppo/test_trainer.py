@@ -64,8 +64,8 @@ class FakeModels:
     async def export_hf(self, folder: Path) -> None:
         folder.mkdir()
 
-    async def prove(self, *, version: int) -> None:
-        self.note(f"prove {version}")
+    async def verify(self, *, version: int) -> None:
+        self.note(f"verify {version}")
 
     async def publish(self, *, version: int) -> float:
         self.note(f"publish {version}")
@@ -75,7 +75,7 @@ class FakeModels:
         self.note(f"expect {version}")
 
     @asynccontextmanager
-    async def resting(self) -> AsyncIterator[None]:
+    async def asleep(self) -> AsyncIterator[None]:
         self.note("rest")
         yield
         self.note("wake")
@@ -136,7 +136,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run) -> None:
     await run.trainer.fit()
     step = ["rest", "update of 6", "wake"]
-    expected = ["prove 0", "expect 0"]
+    expected = ["verify 0", "expect 0"]
     for number in (1, 2, 3):
         expected += [*step, f"publish {number}", f"expect {number}"]
     assert run.models.calls == [*expected, "save"]
@@ -290,7 +290,7 @@ async def test_an_evaluation_trains_and_saves_nothing(tmp_path: Path, settings: 
     run = Run(tmp_path, **settings)
     await run.trainer.fit()
     run.tracker.finish()
-    assert run.models.calls == ["prove 0", "expect 0"]
+    assert run.models.calls == ["verify 0", "expect 0"]
     assert [is_greedy for *_, is_greedy in run.agent.asked] == [True] * len(HELD_OUT)
     assert [line["kind"] for line in read_metrics(tmp_path)] == ["val"]
 
