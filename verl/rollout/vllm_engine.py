@@ -24,6 +24,7 @@ import numpy as np
 from serving.machine import MachineError, prepare_engine
 from serving.model_files import ModelNotFoundError, find_local_model
 from verl.errors import ConfigError, RolloutError, WeightSyncError
+from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 from verl.utils.watchdog import Watchdog
 
@@ -41,16 +42,12 @@ class VllmEngine:
 
     def __init__(
         self,
+        config: RolloutConfig,
         *,
         model_path: str,
         max_model_len: int,
         dtype: str = "auto",
         seed: int = 0,
-        tensor_parallel_size: int = 1,
-        gpu_memory_utilization: float = 0.5,
-        cpu_kv_cache_gib: float = 0.25,
-        max_num_seqs: int = 256,
-        enforce_eager: bool = False,
         device: str = "cpu",
         num_threads: int | None = None,
     ) -> None:
@@ -75,18 +72,18 @@ class VllmEngine:
             "model": model_path,
             "dtype": dtype,
             "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
+            "max_num_seqs": config.max_num_seqs,
             "seed": seed,
-            "tensor_parallel_size": tensor_parallel_size,
+            "tensor_parallel_size": config.tensor_model_parallel_size,
             "logprobs_mode": "processed_logprobs",  # under the temperature, as the policy loss compares
             "disable_log_stats": True,
         }
         if on_cpu:
-            settings |= _cpu_settings(max_model_len, cpu_kv_cache_gib, is_sharded=tensor_parallel_size > 1)
+            settings |= _cpu_settings(config, max_model_len=max_model_len)
         else:
             settings |= {
-                "gpu_memory_utilization": gpu_memory_utilization,
-                "enforce_eager": enforce_eager,
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "enforce_eager": config.enforce_eager,
                 "enable_sleep_mode": True,
             }
         self._watchdog = Watchdog()
@@ -207,14 +204,14 @@ class VllmEngine:
         raise RolloutError("the engine ended a request without a completion")
 
 
-def _cpu_settings(max_model_len: int, kv_cache_gib: float, *, is_sharded: bool) -> dict[str, Any]:
+def _cpu_settings(config: RolloutConfig, *, max_model_len: int) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM puts "mp" in the place of "uni"
     return {
-        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30),
+        "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len),
         "enforce_eager": True,
-        "distributed_executor_backend": "mp" if is_sharded else "uni",
+        "distributed_executor_backend": "mp" if config.tensor_model_parallel_size > 1 else "uni",
     }
 
 

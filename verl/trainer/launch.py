@@ -17,6 +17,7 @@ from verl.trainer.config.schema import Config
 from verl.utils.actors import Launcher, make_launcher
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.model import prepare_engine_model
+from verl.workers.parallel import Placement
 from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,15 @@ async def launch_models(
     launch_group = partial(
         WorkerGroup.launch,
         launcher,
-        model=config.actor_rollout_ref.model,
-        actor=config.actor_rollout_ref.actor,
-        temperature=config.actor_rollout_ref.rollout.temperature,
+        config.actor_rollout_ref,
+        Placement(
+            device=device,
+            world_size=count_workers(config, device=device),
+            num_threads=os.cpu_count() if device == "cpu" else None,
+        ),
         total_steps=total_steps,
         seed=trainer.seed,
-        device=device,
-        world_size=count_workers(config, device=device),
         scratch=scratch,
-        num_threads=os.cpu_count() if device == "cpu" else None,
     )
     try:
         async with asyncio.timeout(trainer.startup_timeout_s):
@@ -89,17 +90,13 @@ def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: 
     replicas = config.trainer.n_gpus_per_node // parallel if device == "cuda" else 1
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
     kwargs: dict[str, object] = {
+        "config": settings.rollout,
         "model_path": str(model_path),
         "dtype": precision if settings.model.dtype == "auto" else settings.model.dtype,
         "max_model_len": config.data.max_model_len,
         "seed": config.trainer.seed,
-        "tensor_parallel_size": parallel,
-        "gpu_memory_utilization": settings.rollout.gpu_memory_utilization,
-        "cpu_kv_cache_gib": settings.rollout.cpu_kv_cache_gib,
-        "max_num_seqs": settings.rollout.max_num_seqs,
-        "enforce_eager": settings.rollout.enforce_eager,
         "device": device,
-        # The retriever and the agent loop work at the same time.
+        # Half of the cores: the retriever and the agent loop work at the same time.
         "num_threads": max(1, (os.cpu_count() or 1) // 2) if device == "cpu" else None,
     }
     actors = [

@@ -1,8 +1,8 @@
-"""Trajectories and their credit as right-padded arrays, and how they are cut for ranks and memory.
+"""Pad trajectories and their advantages into arrays, and split these over updates, ranks and passes.
 
-The only file that pads. Real tokens never see the padding (it is on the right and attention is causal), so no
-attention mask exists; what counts in the loss is `policy_mask` alone. A batch is cut in three ways: into
-mini-batches (one optimizer step each), over the ranks, and into micro-batches (one forward pass each).
+The only file that pads. Padding is on the right and attention is causal, so real tokens never attend to it
+and no attention mask is needed; `policy_mask` alone says what counts in the loss. A batch is split three
+times: into mini-batches (an optimizer step each), over ranks, and into micro-batches (a forward pass each).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from verl.types import BoolArray, FloatArray, IntArray, Trajectory
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """What the workers see of trajectories: one row each, all arrays [B, L]."""
+    """Trajectories as the workers get them: one row each, arrays [B, L]."""
 
     input_ids: IntArray
     lengths: IntArray
-    """Tokens of each row before the padding [B]."""
+    """Tokens of each row, without padding [B]."""
     policy_mask: BoolArray
     advantages: FloatArray
     sampling_log_probs: FloatArray
-    """As the engine reported them."""
+    """Log-probs that the engine reported."""
     old_log_probs: FloatArray | None = None
-    """Under the policy before the update. None: on-policy, the log-probs of the only update itself."""
+    """Log-probs under the policy before the update. None: the only update computes them itself."""
     ref_log_probs: FloatArray | None = None
-    """Under the frozen reference; None without a KL term."""
+    """Log-probs under the frozen reference; None without a KL term."""
 
     @property
     def num_trajectories(self) -> int:
@@ -42,13 +42,15 @@ class TrainBatch:
         return int(self.policy_mask.sum())
 
     def with_old(self, log_probs: FloatArray) -> TrainBatch:
-        return replace(self, old_log_probs=self._fitting(log_probs))
+        """Return a copy with old log-probs [B, L]."""
+        return replace(self, old_log_probs=self._check_shape(log_probs))
 
     def with_reference(self, log_probs: FloatArray) -> TrainBatch:
-        return replace(self, ref_log_probs=self._fitting(log_probs))
+        """Return a copy with reference log-probs [B, L]."""
+        return replace(self, ref_log_probs=self._check_shape(log_probs))
 
     def select(self, rows: IntArray) -> TrainBatch:
-        """Copy some rows, cut to the longest of them."""
+        """Return a copy of some rows, cut to the longest of them."""
         width = int(self.lengths[rows].max(initial=0))
         return TrainBatch(
             input_ids=self.input_ids[rows, :width],
@@ -60,7 +62,7 @@ class TrainBatch:
             ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs[rows, :width],
         )
 
-    def _fitting(self, log_probs: FloatArray) -> FloatArray:
+    def _check_shape(self, log_probs: FloatArray) -> FloatArray:
         if log_probs.shape != self.input_ids.shape:
             raise ValueError(f"log_probs must have shape {self.input_ids.shape}, got {log_probs.shape}")
         return log_probs
@@ -68,22 +70,22 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MiniBatch:
-    """One optimizer step, as one rank sees it."""
+    """What one rank does in one optimizer step."""
 
     micro_batches: tuple[IntArray, ...]
-    """Rows of the shard per forward pass; as many on every rank, so some may be empty."""
+    """Rows of the shard per forward pass. Every rank has the same number of passes, so some may be empty."""
     num_trajectories: int
-    """Over all ranks, as is `num_policy_tokens`: the loss divides by global counts."""
+    """Over all ranks, as `num_policy_tokens`: the loss divides by global counts."""
     num_policy_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shard:
-    """What one rank gets of a batch."""
+    """The part of a batch that one rank gets."""
 
     batch: TrainBatch
     rows: IntArray
-    """Where the rows of `batch` stand in the whole batch."""
+    """Index of each row of `batch` in the whole batch."""
     mini_batches: tuple[MiniBatch, ...]
 
 
@@ -92,8 +94,8 @@ def build_batch(
 ) -> TrainBatch:
     """Pad trajectories and their per-token advantages on the right.
 
-    Raises ValueError for an empty batch, a trajectory without sampled tokens, a credit array that does not
-    fit, or advantages that are not finite.
+    Raises ValueError for an empty batch, a trajectory without sampled tokens, and advantages of another
+    length or that are not finite.
     """
     if not trajectories:
         raise ValueError("cannot build a batch of no trajectories: all failed or none were collected")
@@ -112,13 +114,14 @@ def build_batch(
 def shard_batch(
     batch: TrainBatch, *, num_ranks: int, mini_batch_size: int | None, max_tokens: int
 ) -> list[Shard]:
-    """Cut a batch into equal mini-batches of about `mini_batch_size` rows (None: all), each over all ranks.
+    """Split a batch into equal mini-batches of about `mini_batch_size` rows (None: one), then over ranks.
 
-    A micro-batch holds at most `max_tokens` tokens with padding, but always a row. However ranks and
-    micro-batches are cut, the gradient of a mini-batch is the same.
+    A micro-batch has at most `max_tokens` tokens, padding included, but at least one row. The split over
+    ranks and micro-batches does not change the gradient of a mini-batch.
     """
     count = 1 if mini_batch_size is None else count_mini_batches(batch, mini_batch_size=mini_batch_size)
     minis = np.array_split(np.arange(batch.num_trajectories), count)
+    # plans[mini][rank] is a list of micro-batches, each an array of rows of the whole batch.
     plans = [
         _plan_micro_batches(rows, batch.lengths, num_ranks=num_ranks, max_tokens=max_tokens) for rows in minis
     ]
@@ -126,11 +129,12 @@ def shard_batch(
 
 
 def count_mini_batches(batch: TrainBatch, *, mini_batch_size: int) -> int:
-    """Rounded: one trajectory too many must not become an optimizer step of its own."""
+    """Return the number of mini-batches, rounded: one extra trajectory gets no optimizer step of its own."""
     return max(1, round(batch.num_trajectories / mini_batch_size))
 
 
 def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:
+    # The rank gets copies of its rows only; its micro-batches index them, not the whole batch.
     rows = np.sort(np.concatenate([micro for micros in plan for micro in micros])).astype(np.int32)
     return Shard(
         batch=batch.select(rows),
@@ -149,7 +153,8 @@ def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list
 def _plan_micro_batches(
     rows: npt.NDArray[np.intp], lengths: IntArray, *, num_ranks: int, max_tokens: int
 ) -> list[list[IntArray]]:
-    """Deal rows to ranks by length and pack each rank's, equally often: collectives must pair."""
+    """Return the micro-batches of each rank, equally many, as collectives need; balanced by length."""
+    # Longest first, dealt round robin: ranks get about the same number of tokens.
     by_length = rows[np.argsort(-lengths[rows], kind="stable")]
     packs = [_pack(by_length[rank::num_ranks], lengths, max_tokens=max_tokens) for rank in range(num_ranks)]
     most = max(len(of_rank) for of_rank in packs)
@@ -158,7 +163,7 @@ def _plan_micro_batches(
 
 def _pack(rows: npt.NDArray[np.intp], lengths: IntArray, *, max_tokens: int) -> list[IntArray]:
     packs: list[list[int]] = []
-    for row in rows:  # longest first, so the first row of a pack is its width
+    for row in rows:  # longest first, so the first row of a pack sets its padded length
         if packs and (len(packs[-1]) + 1) * int(lengths[packs[-1][0]]) <= max_tokens:
             packs[-1].append(int(row))
         else:

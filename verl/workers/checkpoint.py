@@ -1,8 +1,8 @@
-"""Checkpoint folders that are whole or not there, and a way back to the newest one that is undamaged.
+"""Checkpoint folders that are written atomically, and the newest one that is undamaged.
 
-root/global_step_20/...            whatever the writer put there
+root/global_step_20/...            what the writer wrote
 root/global_step_20/manifest.json  size and SHA-256 of every file, written last
-root/latest                        name of the folder written last
+root/latest                        name of the folder that was written last
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, root: Path, *, keep: int, on_write: Callable[[int], None] | None = None) -> None:
-        """`keep`: how many to keep; the last good one always stays. `on_write` gets each step written."""
+        """Keep the newest `keep` checkpoints; `on_write` is called with the step of each one written."""
         self._root = root
         self._keep = keep
         self._on_write = on_write
         self._good: set[Path] = set()
         self.damages: dict[Path, str] = {}
-        """What is wrong with each damaged checkpoint that `latest` found."""
+        """What is wrong with each damaged checkpoint that `latest` found, by folder."""
         for left in root.glob(f".{_PREFIX}*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
     async def write(self, step: int, writer: Callable[[Path], Awaitable[None]]) -> Path:
-        """Let `writer` fill a folder and make it the checkpoint of this step; then drop the oldest ones.
+        """Let `writer` fill a folder, make it the checkpoint of this step and remove the oldest ones.
 
-        A failure or a crash leaves all earlier checkpoints as they were.
+        A failure or a crash leaves all earlier checkpoints unchanged.
         """
         folder = self._root / f"{_PREFIX}{step}"
         partial = self._root / f".{folder.name}.partial"
@@ -52,7 +52,7 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if folder.exists():  # damaged, or from a run that went on from an earlier step
+        if folder.exists():  # damaged, or of a run that continued from an earlier step
             shutil.rmtree(folder)
         partial.rename(folder)
         _fsync(self._root)
@@ -64,7 +64,7 @@ class CheckpointStore:
         return folder
 
     def latest(self) -> Path | None:
-        """The checkpoint written last, or the newest other one that is undamaged; None without any."""
+        """Return the checkpoint written last, or the newest other one that is undamaged, or None."""
         for folder in self._candidates():
             if folder in self._good:
                 return folder
@@ -84,7 +84,7 @@ class CheckpointStore:
         return sorted(folders, key=lambda folder: folder.name != last)
 
     def _prune(self, step: int) -> None:
-        """Keep the newest `keep` up to the step just written; later ones belong to another run and stay."""
+        """Remove old checkpoints up to the step just written; later ones belong to another run and stay."""
         earlier = [folder for folder in self._candidates() if (_step_of(folder) or 0) <= step]
         for folder in earlier[self._keep :]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -92,7 +92,7 @@ class CheckpointStore:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest must be there, unchanged."""
+    """Return what is wrong with a checkpoint, or None: every file of its manifest must exist unchanged."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         for name, record in manifest["files"].items():
@@ -113,7 +113,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest, and everything to the disk."""
+    """Write the manifest and flush every file and folder to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     records = {}
     for path in files:

@@ -1,8 +1,8 @@
-"""The losses as pure functions of per-token tensors [N], one entry per policy token of a mini-batch.
+"""Losses as pure functions of per-token tensors [N], one entry per policy token.
 
-Masking happens before: tokens that the policy did not sample never get here. A loss is the sum of its
-per-token values times `token_weights`, which divide by counts of the whole mini-batch; so sums over
-micro-batches and ranks add up to the same number however the mini-batch was cut.
+Tokens that the policy did not sample are masked out before. A loss is the sum of its per-token values times
+`token_weights`, which divide by counts of the whole mini-batch, so that the sums over micro-batches and ranks
+do not depend on the split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MAX_LOW_VAR_KL = 10.0
 def policy_losses(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate (Schulman et al. 2017, eq. 7, negated) per token, and where the clip acted [N]."""
+    """Return the clipped surrogate (Schulman et al. 2017, eq. 7, negated) and where it clipped, both [N]."""
     ratio = (log_probs - old_log_probs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -25,7 +25,7 @@ def policy_losses(
 
 
 def kl_estimates(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tensor:
-    """KL(policy || reference) per token, estimated on sampled tokens [N].
+    """Estimate KL(policy || reference) on each sampled token [N].
 
     `low_var_kl` is k3 of Schulman, "Approximating KL divergence" (2020), clamped to [-10, 10]; `kl` is k1,
     `mse` is k2, `abs` the absolute k1.
@@ -44,10 +44,10 @@ def kl_estimates(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tens
 
 
 def token_weights(row_counts: Tensor, *, kind: str, num_trajectories: int, num_policy_tokens: int) -> Tensor:
-    """Weight of each token in the loss [N]; they sum to 1 over a mini-batch, but for `seq-mean-token-sum`.
+    """Return the weight of each token in the loss [N]; except for `seq-mean-token-sum` they sum to 1.
 
-    `row_counts` [N] holds the number of policy tokens of the trajectory that the token belongs to; the other
-    two count over the whole mini-batch, all ranks together.
+    `row_counts` [N] is the number of policy tokens of the token's trajectory; the two counts are those of the
+    whole mini-batch, over all ranks.
     """
     ones = torch.ones_like(row_counts, dtype=torch.float32)
     if kind == "token-mean":
@@ -62,7 +62,7 @@ def token_weights(row_counts: Tensor, *, kind: str, num_trajectories: int, num_p
 def log_probs_and_entropy(
     logits: Tensor, targets: Tensor, *, entropy_has_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target [N] and entropy in nats there [N], from float32 logits [N, V]."""
+    """Return the log-prob of each target [N] and the entropy in nats [N], from float32 logits [N, V]."""
     log_sums = logits.logsumexp(-1)
     log_probs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sums
     with torch.set_grad_enabled(entropy_has_gradient and torch.is_grad_enabled()):

@@ -1,7 +1,7 @@
-"""Hugging Face models: find the folder, load it, run it on the tokens that count, write it out again.
+"""Hugging Face models: find the folder, load it, compute log-probs of chosen tokens, write it.
 
-`PolicyNetwork` is the module that gets sharded: one forward pass gives the log-probs and entropies of chosen
-tokens, and logits exist for those alone, a chunk at a time.
+`PolicyNetwork` is the module that is sharded: one forward pass gives log-probs and entropies of chosen
+tokens, and logits are computed for those only, one chunk at a time.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ from verl.workers.losses import log_probs_and_entropy
 
 logger = logging.getLogger(__name__)
 
-# transformers builds a model under process-wide patches: two threads (trainer.launcher=local) take turns.
+# transformers patches the process while it builds a model, so threads (trainer.launcher=local) need a lock.
 _LOADING = threading.Lock()
 
 _KEY = "actor_rollout_ref.model"
-# Everything next to the weights that a tokenizer or a generation may read; copied, because saving a loaded
-# tokenizer again can change its ids.
+# Files that a tokenizer or a generation reads; copied, because saving a loaded tokenizer can change its ids.
 _COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json",
 )  # fmt: skip
-# Settings that change logits after the LM head, which `PolicyNetwork` applies itself.
+# Settings that change logits after the LM head, where `PolicyNetwork` computes them itself.
 _UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 _LOGITS_PER_CHUNK = 2**27
-"""Float32 logits held at once: 512 MiB."""
+"""Float32 logits in memory at once: 512 MiB."""
 
 
 def resolve_model_folder(path: str) -> Path:
@@ -119,7 +118,7 @@ def _naming_model(path: str | Path) -> Iterator[None]:
 
 
 class PolicyNetwork(nn.Module):
-    """A causal language model that is asked for log-probs, not for logits."""
+    """A causal language model that returns log-probs instead of logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -134,10 +133,10 @@ class PolicyNetwork(nn.Module):
         temperature: float,
         entropy_has_gradient: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Log-prob of `input_ids[rows, columns]` given the tokens before, and the entropy there [N], float32.
+        """Return log-probs of `input_ids[rows, columns]` and the entropies there, both float32 [N].
 
-        `input_ids` [B, L] is right-padded; columns start at 1. No attention mask: attention is causal, so no
-        token that counts sees padding.
+        `input_ids` [B, L] is right-padded; columns start at 1. Attention is causal, so no attention mask is
+        needed.
         """
         hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
         hidden = hidden[rows, columns - 1]  # [N, H]
@@ -151,7 +150,7 @@ class PolicyNetwork(nn.Module):
         size = max(1, _LOGITS_PER_CHUNK // head.weight.shape[0])
         if len(targets) <= size:
             return score(hidden, targets)
-        # One chunk of logits lives at a time; the backward pass computes it again.
+        # Only one chunk of logits is in memory; the backward pass recomputes it.
         chunks = [
             checkpoint(score, *chunk, use_reentrant=False)
             for chunk in zip(hidden.split(size), targets.split(size), strict=True)
@@ -162,22 +161,22 @@ class PolicyNetwork(nn.Module):
 
 
 def is_tied(folder: Path) -> bool:
-    """Whether input and output embeddings of a model are one tensor."""
+    """Return whether input and output embeddings of a model are one tensor."""
     with _naming_model(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return bool(config.tie_word_embeddings)
 
 
 def untie(state: Mapping[str, Tensor], *, embedding: str, head: str = "lm_head.weight") -> dict[str, Tensor]:
-    """Give a tied model's state an LM head of its own."""
+    """Return the state of a tied model with an LM head of its own."""
     return {**state, head: state[embedding].clone()}
 
 
 def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> Path:
-    """Folder the engine should be started from: the model's own, or on the CPU an untied copy of a tied one.
+    """Return the folder to start the engine from: the model's own, on the CPU an untied copy of a tied one.
 
-    The CPU engine repacks the LM head and keeps the old one when tied weights are reloaded, without an error;
-    with a head of its own the reload works. Training stays tied; `export_weights` writes the head twice.
+    The CPU engine repacks the LM head and silently keeps the old one when tied weights are reloaded; a head
+    of its own is reloaded. Training stays tied; `export_weights` writes the embedding twice.
     """
     source = resolve_model_folder(config.path)
     if device != "cpu" or not is_tied(source):
@@ -198,14 +197,14 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
 
 
 def embedding_name(model: nn.Module) -> str:
-    """Name of the input embedding in the model's state."""
+    """Return the name of the input embedding in the model's state."""
     assert isinstance(model, PreTrainedModel)
     weight = model.get_input_embeddings().weight
     return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
 def write_model(folder: Path, state: Mapping[str, Tensor], *, source: Path, tied: bool | None = None) -> None:
-    """Write a Hugging Face folder: weights, and configuration and tokenizer files of the source."""
+    """Write a Hugging Face folder: weights, with the configuration and tokenizer files of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in _COMPANION_FILES:
         for file in source.glob(pattern):
@@ -221,7 +220,7 @@ def write_model(folder: Path, state: Mapping[str, Tensor], *, source: Path, tied
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors`; a reader sees the whole file or none."""
+    """Write `model.safetensors` atomically."""
     path = folder / "model.safetensors"
     with replacing_file(path) as partial, writing_tensors(path):
         save_file(dict(state), partial, metadata={"format": "pt"})
@@ -229,7 +228,7 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def writing_tensors(path: Path) -> Iterator[None]:
-    """Raise the OSError behind what safetensors raises for a full disk, or torch with a file of Python's."""
+    """Raise the OSError, such as a full disk, that safetensors and torch wrap in errors of their own."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:

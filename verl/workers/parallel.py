@@ -1,6 +1,6 @@
-"""Ranks that act as one: process group, FSDP2 sharding, sums over ranks. gloo on CPUs, NCCL on GPUs.
+"""Data parallelism: process group, FSDP2 sharding, reductions over ranks. gloo on CPUs, NCCL on GPUs.
 
-One CPU rank needs none of it: no process group, no sharding. All functions but `join_ranks` then do nothing.
+A single CPU rank has no process group and no sharding; all functions but `init_distributed` then do nothing.
 """
 
 from __future__ import annotations
@@ -20,76 +20,94 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """Where this process stands among those that hold the model together."""
+class Placement:
+    """Where one rank of a model runs."""
+
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str | None = None
+    """An init_method URL; required when there are several ranks."""
+    num_threads: int | None = None
+    """Threads of torch; None leaves torch's default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelContext:
+    """The process group of a model, seen from one rank."""
 
     rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None: alone on a CPU."""
+    """None for a single rank on a CPU."""
 
 
-def join_ranks(*, rank: int, world_size: int, device: str, rendezvous: str | None) -> Ranks:
-    """Meet the other ranks at `rendezvous` (an init_method URL, needed when there are any)."""
-    if device == "cpu" and world_size == 1:
-        return Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
-    if world_size > 1 and rendezvous is None:
+def init_distributed(placement: Placement) -> ParallelContext:
+    """Join the process group at the rendezvous, which waits for all ranks."""
+    rank, world_size = placement.rank, placement.world_size
+    on_cuda = placement.device != "cpu"
+    if not on_cuda and world_size == 1:
+        return ParallelContext(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+    if world_size > 1 and placement.rendezvous is None:
         raise ValueError(f"{world_size} ranks need a rendezvous, got None")
-    on_cuda = device != "cpu"
     if on_cuda:
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    meeting = {"init_method": rendezvous} if rendezvous else {"store": dist.HashStore()}
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo", rank=rank, world_size=world_size, timeout=_TIMEOUT, **meeting
+    rendezvous = (
+        {"init_method": placement.rendezvous} if placement.rendezvous else {"store": dist.HashStore()}
     )
-    here = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    return Ranks(
-        rank=rank, world_size=world_size, device=here, mesh=init_device_mesh(here.type, (world_size,))
-    )
+    backend = "nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=_TIMEOUT, **rendezvous)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    mesh = init_device_mesh(device.type, (world_size,))
+    return ParallelContext(rank=rank, world_size=world_size, device=device, mesh=mesh)
 
 
-def shard_model(network: nn.Module, *, ranks: Ranks, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-    """Shard in place, each layer a unit of its own; gradients are summed over ranks, not averaged."""
-    if ranks.mesh is None:
-        network.to(ranks.device)
+def shard_model(
+    network: nn.Module, *, context: ParallelContext, layers: Sequence[nn.Module], dtype: torch.dtype
+) -> None:
+    """Shard in place, one FSDP unit per layer; gradients are summed over ranks, not averaged."""
+    if context.mesh is None:
+        network.to(context.device)
         return
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )
     for module in (*layers, network):
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(module, mesh=context.mesh, mp_policy=policy)
     for module in network.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by global counts already. Without both settings the reduction is an average
-            # or a scaled sum, which gloo does not have.
+            # The loss is already divided by global counts. Without both settings the reduction is an average
+            # or a scaled sum, which gloo does not support.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard_model(network: nn.Module) -> None:
-    """Drop what a forward pass without a backward pass left gathered: weights set later would not be seen."""
+    """Drop the weights that a forward pass alone leaves gathered; they would hide later changes."""
     if isinstance(network, FSDPModule):
         network.reshard()
 
 
-def reduce_over_ranks(values: Tensor, *, ranks: Ranks, maximum: bool = False) -> Tensor:
-    """Sum, or maximum, of each element over the ranks."""
-    if ranks.mesh is not None:
+def reduce_over_ranks(values: Tensor, *, context: ParallelContext, maximum: bool = False) -> Tensor:
+    """Sum each element over the ranks in place, or take its maximum."""
+    if context.mesh is not None:
         dist.all_reduce(values, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
     return values
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded. Every rank must call it."""
+    """Return the whole of a tensor that may be sharded. Collective: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded; shares its memory."""
+    """Return this rank's part of a tensor that may be sharded; it shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def wait_for_ranks(ranks: Ranks) -> None:
-    if ranks.mesh is not None:
+def wait_for_ranks(context: ParallelContext) -> None:
+    """Wait until every rank has called this."""
+    if context.mesh is not None:
         dist.barrier()

@@ -1,7 +1,7 @@
-"""One rank of the policy, or of its frozen reference: log-probs, updates, weights in and out.
+"""One rank of the policy, or of its frozen reference: log-probs, updates, export and load of weights.
 
-A plain class: it knows nothing of actors, engines or rewards. With several ranks every method is collective:
-all ranks call it, with their own shards.
+A plain class without actors, engines or rewards. With several ranks every method is collective: all ranks
+call it, each with its own shard.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from verl.errors import ConfigError
-from verl.trainer.config.schema import ActorConfig, ModelConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.workers.batch import MiniBatch, Shard, TrainBatch
 from verl.workers.losses import kl_estimates, policy_losses, token_weights
@@ -33,8 +33,9 @@ from verl.workers.model import (
 )
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
+    Placement,
     gather_tensor,
-    join_ranks,
+    init_distributed,
     local_part,
     reduce_over_ranks,
     reshard_model,
@@ -53,46 +54,41 @@ class PolicyWorker:
 
     def __init__(
         self,
+        config: ActorRolloutRefConfig,
+        placement: Placement,
         *,
-        model: ModelConfig,
-        actor: ActorConfig,
-        temperature: float,
         total_steps: int,
         seed: int,
-        device: str,
         trainable: bool,
-        rank: int = 0,
-        world_size: int = 1,
-        rendezvous: str | None = None,
-        num_threads: int | None = None,
     ) -> None:
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
+        if placement.num_threads is not None:
+            torch.set_num_threads(placement.num_threads)
         torch.manual_seed(seed)
-        self._actor = actor
-        self._temperature = temperature
+        model, device = config.model, placement.device
+        self._actor = config.actor
+        self._temperature = config.rollout.temperature
         self._total_steps = total_steps
         self._source = resolve_model_folder(model.path)
         self._dtype = compute_dtype(model, device=device)
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         self._unties = device == "cpu" and is_tied(self._source)
-        self._ranks = join_ranks(rank=rank, world_size=world_size, device=device, rendezvous=rendezvous)
+        self._context = init_distributed(placement)
         self._model = load_model(model, device=device, trainable=trainable)
         self._embedding = embedding_name(self._model)
         self._network = PolicyNetwork(self._model)
         layer_types = set(self._model._no_split_modules or ())
         layers = [module for module in self._model.modules() if type(module).__name__ in layer_types]
-        shard_model(self._network, ranks=self._ranks, layers=layers, dtype=self._dtype)
+        shard_model(self._network, context=self._context, layers=layers, dtype=self._dtype)
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
-        self._optimizer = make_optimizer(self._parameters, config=actor.optim) if trainable else None
+        self._optimizer = make_optimizer(self._parameters, config=config.actor.optim) if trainable else None
         self._step = 0
 
     def num_parameters(self) -> int:
-        """Of the whole model."""
+        """Return the number of parameters of the whole model."""
         return sum(p.numel() for p in self._network.parameters())
 
     def log_probs(self, shard: Shard) -> FloatArray:
-        """Log-prob of every policy token at the sampling temperature, 0 elsewhere [rows of the shard, L]."""
+        """Return the log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L]."""
         batch = shard.batch
         result = np.zeros(batch.input_ids.shape, dtype=np.float32)
         for mini in shard.mini_batches:
@@ -105,7 +101,7 @@ class PolicyWorker:
         return result
 
     def probe(self, ids: IntArray) -> FloatArray:
-        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
         mask = np.ones((1, len(ids)), dtype=np.bool_)
         mask[0, 0] = False
         log_probs = self._score(_make_rows(ids[None], mask), temperature=1.0)
@@ -114,8 +110,8 @@ class PolicyWorker:
     def update(self, shard: Shard) -> dict[str, float]:
         """Train on the shard: epochs x mini-batches, one optimizer step each.
 
-        A step whose loss or gradient is not finite is skipped: weights and optimizer stay as they are, bit
-        for bit. It is counted in `num_updates` and `skipped_updates` and left out of the means.
+        A step whose loss or gradient is not finite is skipped: weights and optimizer do not change by a bit.
+        It is counted in `num_updates` and `skipped_updates` and left out of the means that are returned.
         """
         if self._optimizer is None:
             raise RuntimeError("a frozen reference cannot be updated")
@@ -136,15 +132,15 @@ class PolicyWorker:
         return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
 
     def export_weights(self, folder: str) -> None:
-        """Write the weights for the engine, in compute precision. Rank 0 writes."""
+        """Write the weights for the engine, in compute precision, on rank 0."""
         state = self._gather_state()
-        if self._ranks.rank == 0:
+        if self._context.rank == 0:
             write_weights(Path(folder), untie(state, embedding=self._embedding) if self._unties else state)
-        wait_for_ranks(self._ranks)
+        wait_for_ranks(self._context)
         self._release_memory()
 
     def export_bytes(self) -> int:
-        """Size of what `export_weights` writes: the whole model in compute precision."""
+        """Return the number of bytes that `export_weights` writes."""
         count = self.num_parameters()
         if self._unties:
             count += int(self._model.get_input_embeddings().weight.numel())
@@ -165,16 +161,16 @@ class PolicyWorker:
     def export_hf(self, folder: str) -> None:
         """Write a folder that `from_pretrained` and vLLM load: weights, configuration, tokenizer."""
         state = self._gather_state()
-        if self._ranks.rank == 0:
+        if self._context.rank == 0:
             write_model(Path(folder), state, source=self._source)
-        wait_for_ranks(self._ranks)
+        wait_for_ranks(self._context)
 
     def save(self, folder: str) -> None:
         """Write this rank's weights, optimizer state, step and random state."""
         assert self._optimizer is not None
         names = {parameter: name for name, parameter in self._network.named_parameters()}
         record = {
-            "world_size": self._ranks.world_size,
+            "world_size": self._context.world_size,
             "step": self._step,
             "weights": {name: _copy_part(p.detach()) for p, name in names.items()},
             "optimizer": {
@@ -187,10 +183,10 @@ class PolicyWorker:
         path = self._rank_file(folder)
         with writing_tensors(path), path.open("wb") as file:
             torch.save(record, file)
-        wait_for_ranks(self._ranks)
+        wait_for_ranks(self._context)
 
     def load(self, folder: str) -> None:
-        """Go on exactly where `save` was called. Raises ConfigError if the ranks or the model differ."""
+        """Continue exactly where `save` was called. Raises ConfigError if the ranks or the model differ."""
         assert self._optimizer is not None
         path = self._rank_file(folder)
         if not path.is_file():
@@ -212,11 +208,12 @@ class PolicyWorker:
         self._step = record["step"]
 
     def _train_on(self, batch: TrainBatch, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
-        """One optimizer step; None if it was skipped."""
+        """Take one optimizer step and return its metrics, or None if it was skipped."""
         assert self._optimizer is not None
-        sums = torch.zeros(len(_SUMS), device=self._ranks.device)
-        maxima = torch.zeros(len(_MAXIMA), device=self._ranks.device)
+        sums = torch.zeros(len(_SUMS), device=self._context.device)
+        maxima = torch.zeros(len(_MAXIMA), device=self._context.device)
         for rows in mini.micro_batches:
+            # A rank without rows still runs forward and backward: FSDP's collectives need every rank.
             micro = batch.select(rows) if len(rows) else _make_empty()
             loss, micro_sums, micro_maxima = self._loss(micro, mini)
             loss.backward()
@@ -225,8 +222,9 @@ class PolicyWorker:
         norm = gather_tensor(
             torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         )
-        reduce_over_ranks(sums, ranks=self._ranks)
-        reduce_over_ranks(maxima, ranks=self._ranks, maximum=True)
+        reduce_over_ranks(sums, context=self._context)
+        reduce_over_ranks(maxima, context=self._context, maximum=True)
+        # From here on every rank has the same numbers, so all of them skip a step or none does.
         metrics = dict(zip((*_SUMS, *_MAXIMA), [*sums.tolist(), *maxima.tolist()], strict=True))
         metrics["grad_norm"] = float(norm)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
@@ -243,15 +241,21 @@ class PolicyWorker:
         return metrics
 
     def _loss(self, micro: TrainBatch, mini: MiniBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """This micro-batch's part of the mini-batch loss, of the metrics that add up, and of the maxima."""
+        """Return what a micro-batch adds to the mini-batch loss, its `_SUMS` and its `_MAXIMA`.
+
+        N policy tokens; every per-token tensor is [N], in the order of the mask's True entries.
+        """
         actor = self._actor
         log_probs, entropy = self._forward(
             micro, temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
         )
-        mask = micro.policy_mask
+        mask = micro.policy_mask  # [B, L]
+        # On-policy the ratio is 1, but its gradient is not 0: the old log-probs are these, detached.
         old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs[mask])
         advantages = self._tensor(micro.advantages[mask])
+        # Policy tokens of the row that each token belongs to.
         row_counts = self._tensor(np.broadcast_to(mask.sum(1, keepdims=True), mask.shape)[mask])
+        # Weights divide by counts of the whole mini-batch, over all ranks: losses of micro-batches add up.
         weights = token_weights(
             row_counts,
             kind=actor.loss_agg_mode,
@@ -268,17 +272,18 @@ class PolicyWorker:
             kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs[mask]), kind=actor.kl_loss_type)
             if actor.use_kl_loss:
                 loss = loss + actor.kl_loss_coef * (kl * weights).sum()
+        # These metrics are means over the mini-batch's tokens, whatever the weights of the loss.
         with torch.no_grad():
             ratio = (log_probs - old).exp()
             difference = (old - self._tensor(micro.sampling_log_probs[mask])).abs()
             means = torch.stack([x.float().sum() for x in (kl, entropy, clipped, ratio, difference)])
             sums = torch.cat([torch.stack([loss.detach(), pg_loss.detach()]), means / mini.num_policy_tokens])
-            zero = ratio.new_zeros(1)
+            zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum
             maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
         return loss, sums, maxima
 
     def _score(self, micro: TrainBatch, *, temperature: float) -> FloatArray:
-        """Log-probs of the policy tokens of a micro-batch, which may be empty [N]."""
+        """Return the log-probs of the policy tokens of a micro-batch, which may be empty [N]."""
         with torch.no_grad():
             log_probs, _ = self._forward(
                 micro if micro.num_trajectories else _make_empty(), temperature=temperature
@@ -298,32 +303,32 @@ class PolicyWorker:
         return log_probs, entropy
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        # A copy: arrays that come through an object store are read-only.
-        return torch.tensor(array, device=self._ranks.device)
+        # A copy, because arrays from Ray's object store are read-only.
+        return torch.tensor(array, device=self._context.device)
 
     def _gather_state(self) -> dict[str, Tensor]:
-        """The whole state in compute precision, a tied head left out, on rank 0; empty on the others."""
+        """Return the state in compute precision, without a tied head; on ranks other than 0 it is empty."""
         tied_head = self._model.config.tie_word_embeddings
         state = {}
         for name, tensor in self._model.state_dict().items():
             if tied_head and name == "lm_head.weight":
                 continue
             whole = gather_tensor(tensor.detach())
-            if self._ranks.rank == 0:
+            if self._context.rank == 0:
                 state[name] = whole.to(device="cpu", dtype=self._dtype if whole.is_floating_point() else None)
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
     def _release_memory(self) -> None:
-        """Give cached GPU memory back: the engine next door needs it, and cannot take it."""
-        if self._ranks.device.type == "cuda":
+        """Free cached GPU memory, which the engine on the same GPU needs."""
+        if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _rank_file(self, folder: str) -> Path:
-        return Path(folder) / f"policy_rank_{self._ranks.rank}_of_{self._ranks.world_size}.pt"
+        return Path(folder) / f"policy_rank_{self._context.rank}_of_{self._context.world_size}.pt"
 
 
 def _copy_part(tensor: Tensor) -> Tensor:
-    # A part may be a view of a larger buffer, which would be saved with it.
+    # Cloned: a part may be a view of a larger buffer, which torch.save would write whole.
     return local_part(tensor).cpu().clone()
 
 
@@ -339,7 +344,7 @@ def _restore_state(parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _make_empty() -> TrainBatch:
-    """A row that counts for nothing: keeps a rank without rows in step with the others' collectives."""
+    """Return one row without policy tokens."""
     return _make_rows(np.zeros((1, 2), dtype=np.int32), np.zeros((1, 2), dtype=np.bool_))
 
 

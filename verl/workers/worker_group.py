@@ -1,97 +1,89 @@
-"""All ranks of one model behind one object: cut the batch, call every rank, put the results together."""
+"""All ranks of one model behind one object: shard the batch, call every rank, merge the results."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl.errors import ConfigError
-from verl.trainer.config.schema import ActorConfig, ModelConfig
+from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher, LocalLauncher
 from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch
+from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
 _GRACE_S = 5.0
-"""Ranks whose peer died fail in a collective, saying less than the death itself does: wait for that."""
+"""When a rank dies the others fail in a collective; its own error says more, so wait for that."""
 
-# Spinning threads of policy, reference and engine would take the cores from each other.
+# Threads that spin would take the cores from the other processes.
 _CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"}
 _GPU_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Policy, reference and engines share the GPUs, so Ray, which lends each once, must not hand them out."""
+"""Policy, reference and engines share the GPUs, so Ray, which assigns each only once, must not do it."""
 
 
 class WorkerGroup:
     """The policy, or its frozen reference, on as many actors as there are ranks."""
 
-    def __init__(self, actors: Sequence[Actor], *, actor: ActorConfig, meeting: Path) -> None:
+    def __init__(self, actors: Sequence[Actor], *, config: ActorConfig, rendezvous: Path) -> None:
         self._actors = tuple(actors)
-        self._actor = actor
-        self._meeting = meeting
+        self._config = config
+        self._rendezvous = rendezvous
 
     @classmethod
     def launch(
         cls,
         launcher: Launcher,
+        config: ActorRolloutRefConfig,
+        placement: Placement,
         *,
         name: str,
         scratch: Path,
-        model: ModelConfig,
-        actor: ActorConfig,
-        temperature: float,
         total_steps: int,
         seed: int,
-        device: str,
         trainable: bool,
-        world_size: int = 1,
-        num_threads: int | None = None,
     ) -> WorkerGroup:
-        """Start the ranks, without waiting: see `wait_until_ready`. Rank i takes the i-th GPU it sees.
+        """Start `placement.world_size` ranks without waiting for them: see `wait_until_ready`.
 
-        The file over which the ranks find each other lies in `scratch` until `shutdown`.
+        On GPUs rank i takes the i-th that it sees. The file over which the ranks find each other stays in
+        `scratch` until `shutdown`. Raises ConfigError for several ranks in one process.
         """
-        if world_size > 1 and isinstance(launcher, LocalLauncher):
+        if placement.world_size > 1 and isinstance(launcher, LocalLauncher):
             raise ConfigError(
-                f"trainer.launcher=local runs one worker, got {world_size}; use trainer.launcher=ray"
+                f"trainer.launcher=local runs one worker, got {placement.world_size}; "
+                "use trainer.launcher=ray"
             )
         scratch.mkdir(parents=True, exist_ok=True)
-        meeting = scratch.resolve() / f"meeting-{name}-{secrets.token_hex(4)}"
-        settings: dict[str, object] = {
-            "model": model,
-            "actor": actor,
-            "temperature": temperature,
-            "total_steps": total_steps,
-            "seed": seed,
-            "device": device,
-            "trainable": trainable,
-            "world_size": world_size,
-            # A file, not a port: nobody else can take it, and nobody else can join.
-            "rendezvous": f"file://{meeting}",
-            "num_threads": num_threads,
-        }
+        # A file, not a port: no other process can take it or join.
+        rendezvous = scratch.resolve() / f"rendezvous-{name}-{secrets.token_hex(4)}"
+        shared = {"config": config, "total_steps": total_steps, "seed": seed, "trainable": trainable}
         actors = [
             launcher.launch(
                 PolicyWorker,
-                kwargs={**settings, "rank": rank},
+                kwargs={
+                    **shared,
+                    "placement": replace(placement, rank=rank, rendezvous=f"file://{rendezvous}"),
+                },
                 name=f"{name}-{rank}",
-                env=_CPU_ENVIRONMENT if device == "cpu" else _GPU_ENVIRONMENT,
+                env=_CPU_ENVIRONMENT if placement.device == "cpu" else _GPU_ENVIRONMENT,
             )
-            for rank in range(world_size)
+            for rank in range(placement.world_size)
         ]
-        return cls(actors, actor=actor, meeting=meeting)
+        return cls(actors, config=config.actor, rendezvous=rendezvous)
 
     async def wait_until_ready(self) -> int:
-        """Number of parameters, once every rank has loaded its part. Raises what a constructor raised."""
+        """Return the number of parameters once all ranks are built. Raises what a constructor raised."""
         counts: list[int] = await self._call_all("num_parameters")
         return counts[0]
 
     async def log_probs(self, batch: TrainBatch) -> FloatArray:
-        """Log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L].
+        """Return the log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L].
 
         Position t holds log p(token t | tokens before t).
         """
@@ -99,7 +91,7 @@ class WorkerGroup:
             batch,
             num_ranks=len(self._actors),
             mini_batch_size=None,
-            max_tokens=self._actor.ppo_max_token_len_per_gpu,
+            max_tokens=self._config.ppo_max_token_len_per_gpu,
         )
         parts: list[FloatArray] = await self._call_all("log_probs", [(shard,) for shard in shards])
         result = np.zeros(batch.input_ids.shape, dtype=np.float32)
@@ -108,23 +100,23 @@ class WorkerGroup:
         return result
 
     def is_on_policy(self, batch: TrainBatch) -> bool:
-        """Whether one update takes the whole batch: then its ratios are 1 and it needs no old log-probs."""
-        minis = count_mini_batches(batch, mini_batch_size=self._actor.ppo_mini_batch_size)
-        return self._actor.ppo_epochs * minis == 1
+        """Return whether one update takes the whole batch: all ratios are then 1, without old log-probs."""
+        minis = count_mini_batches(batch, mini_batch_size=self._config.ppo_mini_batch_size)
+        return self._config.ppo_epochs * minis == 1
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:
-        """Train on the batch; metrics without a prefix, see `PolicyWorker.update`."""
+        """Train on the batch; return metrics without a prefix, see `PolicyWorker.update`."""
         shards = shard_batch(
             batch,
             num_ranks=len(self._actors),
-            mini_batch_size=self._actor.ppo_mini_batch_size,
-            max_tokens=self._actor.ppo_max_token_len_per_gpu,
+            mini_batch_size=self._config.ppo_mini_batch_size,
+            max_tokens=self._config.ppo_max_token_len_per_gpu,
         )
         metrics: list[dict[str, float]] = await self._call_all("update", [(shard,) for shard in shards])
         return metrics[0]
 
     async def probe(self, ids: IntArray) -> FloatArray:
-        """Log-prob of every token at temperature 1 [L]; position 0 holds 0."""
+        """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
         scores: list[FloatArray] = await self._call_all("probe", [(ids,)] * len(self._actors))
         return scores[0]
 
@@ -133,7 +125,7 @@ class WorkerGroup:
         await self._call_all("export_weights", [(str(folder),)] * len(self._actors))
 
     async def export_bytes(self) -> int:
-        """Size of what `export_weights` writes."""
+        """Return the number of bytes that `export_weights` writes."""
         sizes: list[int] = await self._call_all("export_bytes")
         return sizes[0]
 
@@ -146,17 +138,18 @@ class WorkerGroup:
         await self._call_all("export_hf", [(str(folder),)] * len(self._actors))
 
     async def save(self, folder: Path) -> None:
-        """Write all that `load` needs to go on exactly, one file per rank."""
+        """Write what `load` needs to continue exactly, one file per rank."""
         await self._call_all("save", [(str(folder),)] * len(self._actors))
 
     async def load(self, folder: Path) -> None:
+        """Continue exactly where `save` was called. Raises ConfigError, see `PolicyWorker.load`."""
         await self._call_all("load", [(str(folder),)] * len(self._actors))
 
     def shutdown(self) -> None:
-        """End the ranks, whatever they do."""
+        """Kill the ranks."""
         for actor in self._actors:
             actor.kill()
-        self._meeting.unlink(missing_ok=True)
+        self._rendezvous.unlink(missing_ok=True)
 
     async def _call_all(
         self, method: str, arguments: Sequence[tuple[object, ...]] | None = None, **shared: object

@@ -19,6 +19,7 @@ import pytest
 
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 
 VOCAB = 258
@@ -89,9 +90,8 @@ def loop() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="module")
 def engine(models: tuple[Path, Path], loop: asyncio.Runner) -> Iterator[VllmEngine]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    engine = VllmEngine(
-        model_path=str(models[0]), max_model_len=256, dtype="float32", cpu_kv_cache_gib=0.05, num_threads=1
-    )
+    config = RolloutConfig(cpu_kv_cache_gib=0.05)
+    engine = VllmEngine(config, model_path=str(models[0]), max_model_len=256, dtype="float32", num_threads=1)
     children = psutil.Process().children(recursive=True)
     cores = [child for child in children if child.pid not in before and "EngineCore" in child.name()]
     assert cores
@@ -108,9 +108,11 @@ def make_prompts(count: int) -> list[IntArray]:
 START = """
 import sys, time
 from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.schema import RolloutConfig
 import psutil
 if __name__ == "__main__":
-    engine = VllmEngine(model_path=sys.argv[1], max_model_len=64, cpu_kv_cache_gib=0.05, num_threads=1)
+    config = RolloutConfig(cpu_kv_cache_gib=0.05)
+    engine = VllmEngine(config, model_path=sys.argv[1], max_model_len=64, num_threads=1)
     print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
     time.sleep(600)
 """
@@ -265,4 +267,4 @@ def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path=.*config\.json"):
-        VllmEngine(model_path=str(tmp_path / "none"), max_model_len=64)
+        VllmEngine(RolloutConfig(), model_path=str(tmp_path / "none"), max_model_len=64)

@@ -8,9 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from tests.fakes import make_question
-from verl.trainer.config.schema import ActorConfig, ModelConfig, OptimConfig
+from verl.trainer.config.schema import (
+    ActorConfig,
+    ActorRolloutRefConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+)
 from verl.types import Action, ActionKind, FloatArray, Stop, Trajectory, Turn
 from verl.workers.batch import Shard, TrainBatch, build_batch, shard_batch
+from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
 VOCAB_SIZE = 97
@@ -63,18 +70,20 @@ def make_actor(**changes: object) -> ActorConfig:
     )
 
 
-def make_worker(
-    folder: Path, *, actor: ActorConfig | None = None, trainable: bool = True, dtype: str = "auto"
-) -> PolicyWorker:
-    return PolicyWorker(
-        model=ModelConfig(path=str(folder), dtype=dtype),
+def make_config(
+    folder: Path, *, actor: ActorConfig | None = None, temperature: float = 1.0, **model: object
+) -> ActorRolloutRefConfig:
+    return ActorRolloutRefConfig(
+        model=ModelConfig(path=str(folder), **model),  # type: ignore[arg-type]
         actor=actor or make_actor(),
-        temperature=1.0,
-        total_steps=10,
-        seed=0,
-        device="cpu",
-        trainable=trainable,
+        rollout=RolloutConfig(temperature=temperature),
     )
+
+
+def make_worker(config: Path | ActorRolloutRefConfig, *, trainable: bool = True) -> PolicyWorker:
+    """A single rank on the CPU; of a model folder with the settings of `make_config`."""
+    config = make_config(config) if isinstance(config, Path) else config
+    return PolicyWorker(config, Placement(), total_steps=10, seed=0, trainable=trainable)
 
 
 def one_shard(batch: TrainBatch, *, mini_batch_size: int | None = None, max_tokens: int = 8192) -> Shard:

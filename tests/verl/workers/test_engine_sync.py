@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.verl.workers.episodes import make_actor, random_batch
+from tests.verl.workers.episodes import make_actor, make_config, random_batch
 from verl.errors import WeightSyncError
-from verl.trainer.config.schema import ModelConfig
+from verl.trainer.config.schema import RolloutConfig
 from verl.utils.actors import make_launcher
 from verl.workers.model import prepare_engine_model
+from verl.workers.parallel import Placement
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
@@ -56,30 +57,22 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
     from verl.rollout.vllm_engine import VllmEngine
 
     launcher = make_launcher("local")
-    config = ModelConfig(path=str(tied_model))
+    config = make_config(tied_model, actor=make_actor(lr=5e-2))
     policy = WorkerGroup.launch(
         launcher,
+        config,
+        Placement(),
         name="policy",
         scratch=tmp_path,
-        model=config,
-        actor=make_actor(lr=5e-2),
-        temperature=1.0,
         total_steps=10,
         seed=0,
-        device="cpu",
         trainable=True,
     )
     engine = VllmEngine(
-        model_path=str(prepare_engine_model(config, device="cpu", folder=tmp_path / "engine")),
+        RolloutConfig(cpu_kv_cache_gib=0.05),
+        model_path=str(prepare_engine_model(config.model, device="cpu", folder=tmp_path / "engine")),
         dtype="float32",
         max_model_len=256,
-        max_num_seqs=8,
-        seed=0,
-        tensor_parallel_size=1,
-        gpu_memory_utilization=0.5,
-        cpu_kv_cache_gib=0.05,
-        enforce_eager=True,
-        device="cpu",
         num_threads=1,
     )
     publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3, memory=tmp_path)

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.verl.workers.episodes import make_actor, make_worker, one_shard, random_batch
+from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_shard, random_batch
 from verl.errors import ConfigError
-from verl.trainer.config.schema import ModelConfig
 from verl.workers.batch import TrainBatch
 from verl.workers.losses import kl_estimates, policy_losses
 from verl.workers.policy import PolicyWorker
@@ -46,15 +45,7 @@ def test_log_probs_equal_a_naive_forward_whatever_the_micro_batches(
     model_folder: Path, temperature: float
 ) -> None:
     batch = random_batch(7)
-    worker = PolicyWorker(
-        model=ModelConfig(path=str(model_folder)),
-        actor=make_actor(),
-        temperature=temperature,
-        total_steps=10,
-        seed=0,
-        device="cpu",
-        trainable=False,
-    )
+    worker = make_worker(make_config(model_folder, temperature=temperature), trainable=False)
     expected = naive_log_probs(model_folder, batch, temperature=temperature)
     for max_tokens in (8192, 60, 1):
         np.testing.assert_allclose(
@@ -104,7 +95,7 @@ def test_loss_and_metrics_equal_a_padded_reference_computation(
 ) -> None:
     actor = make_actor(loss_agg_mode=loss_agg_mode)
     batch = random_batch(5)
-    metrics = make_worker(model_folder, actor=actor).update(one_shard(batch, max_tokens=80))
+    metrics = make_worker(make_config(model_folder, actor=actor)).update(one_shard(batch, max_tokens=80))
     log_probs = torch.tensor(naive_log_probs(model_folder, batch))
     assert batch.old_log_probs is not None
     assert batch.ref_log_probs is not None
@@ -211,7 +202,7 @@ def test_on_policy_update_has_ratio_one(model_folder: Path) -> None:
 
 def test_update_follows_the_advantages(model_folder: Path) -> None:
     batch = random_batch(6, with_old=False)
-    worker = make_worker(model_folder, actor=make_actor(entropy_coeff=0.0))
+    worker = make_worker(make_config(model_folder, actor=make_actor(entropy_coeff=0.0)))
     before = worker.log_probs(one_shard(batch))
     for _ in range(5):
         worker.update(one_shard(batch))
@@ -220,7 +211,7 @@ def test_update_follows_the_advantages(model_folder: Path) -> None:
 
 
 def test_zero_learning_rate_changes_no_bit(model_folder: Path) -> None:
-    worker = make_worker(model_folder, actor=make_actor(lr=0.0))
+    worker = make_worker(make_config(model_folder, actor=make_actor(lr=0.0)))
     before = weights_of(worker)
     metrics = worker.update(one_shard(random_batch(4), mini_batch_size=2))
     assert metrics["num_updates"] == 2
@@ -268,13 +259,13 @@ def test_a_non_finite_update_is_skipped_without_a_trace(
 def test_save_and_load_go_on_exactly(model_folder: Path, tmp_path: Path) -> None:
     actor = make_actor(optim=replace(make_actor().optim, lr_warmup_steps_ratio=0.7))
     shards = [one_shard(random_batch(4, seed=seed), mini_batch_size=2) for seed in range(6)]
-    unbroken, first = (make_worker(model_folder, actor=actor) for _ in range(2))
+    unbroken, first = (make_worker(make_config(model_folder, actor=actor)) for _ in range(2))
     for shard in shards:
         expected = unbroken.update(shard)
     for shard in shards[:3]:
         first.update(shard)
     first.save(str(tmp_path))
-    second = make_worker(model_folder, actor=actor)
+    second = make_worker(make_config(model_folder, actor=actor))
     second.load(str(tmp_path))
     for shard in shards[3:]:
         metrics = second.update(shard)
@@ -288,16 +279,7 @@ def test_load_refuses_another_number_of_workers(model_folder: Path, tmp_path: Pa
 
 
 def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path) -> None:
-    config = ModelConfig(path=str(model_folder), enable_gradient_checkpointing=True)
-    worker = PolicyWorker(
-        model=config,
-        actor=make_actor(),
-        temperature=1.0,
-        total_steps=10,
-        seed=0,
-        device="cpu",
-        trainable=True,
-    )
+    worker = make_worker(make_config(model_folder, enable_gradient_checkpointing=True))
     batch = random_batch(3)
     metrics = worker.update(one_shard(batch))
     assert metrics["grad_norm"] == pytest.approx(
@@ -331,7 +313,7 @@ def test_the_size_of_exported_weights_is_known_before(
 
 def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path, tmp_path: Path) -> None:
     """It is correct on every CPU, and refused before on those where it is slow."""
-    worker, precise = make_worker(model_folder, dtype="bfloat16"), make_worker(model_folder)
+    worker, precise = make_worker(make_config(model_folder, dtype="bfloat16")), make_worker(model_folder)
     shard = one_shard(random_batch(4))
     np.testing.assert_allclose(worker.log_probs(shard), precise.log_probs(shard), atol=0.1)
     before = worker.log_probs(shard)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.verl.workers.episodes import make_actor, make_worker, one_shard, random_batch
+from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_shard, random_batch
 from verl.errors import ConfigError
-from verl.trainer.config.schema import ModelConfig
 from verl.utils.actors import ActorError, Launcher, make_launcher
+from verl.workers.parallel import Placement
 from verl.workers.worker_group import WorkerGroup
 
 
@@ -19,17 +19,13 @@ def launch(
 ) -> WorkerGroup:
     return WorkerGroup.launch(
         launcher,
+        make_config(folder, actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4)),
+        Placement(world_size=world_size, num_threads=1),
         name=name,
         scratch=scratch,
-        model=ModelConfig(path=str(folder)),
-        actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4),
-        temperature=1.0,
         total_steps=10,
         seed=0,
-        device="cpu",
         trainable=True,
-        world_size=world_size,
-        num_threads=1,
     )
 
 
