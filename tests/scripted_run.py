@@ -16,6 +16,7 @@ from tests.methods import make_method
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
+from verl.trainer.config.schema import Config, DataConfig, TrainerConfig
 from verl.types import (
     Action,
     ActionKind,
@@ -208,15 +209,11 @@ def write_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     data = run_dir.parent / "train.parquet"
     data.write_bytes(b"PAR1")
-    manifest = make_manifest(
-        config=_CONFIG,
-        data_files=[data],
-        model_path="models/policy",
-        seeds={"run": 0},
-        services=_SERVICES,
-    )
-    write_manifest(run_dir, manifest)
-    tracker = Tracker(run_dir, loggers=())
+    config = Config(data=DataConfig(train_files=str(data)), algorithm=METHOD.settings_class())
+    config.trainer.experiment_name = "scripted"
+    config.trainer.total_training_steps = 12
+    write_manifest(run_dir, make_manifest(config, services=_SERVICES))
+    tracker = Tracker(run_dir, TrainerConfig(logger=[]))
     recorder = Recorder(run_dir, decode=decode)
     write_evaluation(recorder, tracker, 0, steps=steps, num_questions=30)
     for step in range(1, (crashed_at or steps) + 1):
@@ -225,7 +222,7 @@ def write_run(
         tracker.log(step, step_metrics(step, steps=steps, scored=scored))
     if crashed_at is None:
         write_evaluation(recorder, tracker, steps, steps=steps, num_questions=30)
-        finish_manifest(run_dir, status="completed", steps=steps)
+        finish_manifest(run_dir, status="completed", step=steps)
     tracker.finish()
     return run_dir
 
@@ -233,17 +230,4 @@ def write_run(
 _SERVICES = {
     "retriever": {"status": "ok", "passages": 2048},
     "ig_service": {"status": "healthy", "mode": "single-GPU"},
-}
-_CONFIG = {
-    "data": {"train_files": "world/train.parquet", "val_files": "world/test.parquet", "train_batch_size": 4},
-    "actor_rollout_ref": {
-        "model": {"path": "world/models/policy"},
-        "actor": {"optim": {"lr": 3e-4}, "kl_loss_coef": 0.001, "ppo_max_token_len_per_gpu": 8192},
-        "rollout": {"n_agent": 4, "temperature": 1.0},
-    },
-    "max_turns": 3,
-    "retriever": {"url": "http://127.0.0.1:8000/retrieve", "topk": 3},
-    "reward": {"outcome": "em"},
-    "algorithm": {"name": "inforeasoner", "adv_estimator": "grpo", "gain_weight": 0.6},
-    "trainer": {"experiment_name": "scripted", "seed": 0, "total_training_steps": 12, "logger": ["console"]},
 }

@@ -1,14 +1,24 @@
-"""A run folder as a whole: what a run leaves in it, and how that is moved out of the way, never deleted."""
+"""The run folder: its lock, its scratch space, how its run ends, and records that are moved aside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import fcntl
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from verl.run.manifest import MANIFEST_FILE
+from verl.errors import ConfigError, DataError
+from verl.run.manifest import MANIFEST_FILE, finish_manifest
+from verl.run.progress import Progress
 from verl.run.records import EVALUATION, TRAJECTORIES, step_files
 from verl.run.tracking import METRICS_FILE, read_metrics, write_metrics
+from verl.utils.entry import describe_error
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped"
@@ -18,14 +28,69 @@ _RUN_PARTS = (MANIFEST_FILE, METRICS_FILE, *_STEP_FOLDERS, CHECKPOINTS, "report.
 """What a run leaves in its folder, except for the log, which is open."""
 
 
+@contextmanager
+def lock_folder(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, which is created. Raises ConfigError if another run holds it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
+                "stop it or choose another folder"
+            ) from error
+        yield
+
+
+@contextmanager
+def scratch_folder(run_dir: Path) -> Iterator[Path]:
+    """Give an empty folder for files that only running processes need; remove it at the end."""
+    folder = run_dir / ".scratch"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def recorded_end(run_dir: Path, progress: Progress) -> Iterator[None]:
+    """Record in the manifest how the block ended, and write the report, also after a failure.
+
+    What cannot be written is logged: it must not hide how the run itself ended.
+    """
+    from verl.run.report.report import write_report  # loads matplotlib and jinja2
+
+    status, reason = "completed", None
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        status = "interrupted"
+        raise
+    except BaseException as error:
+        status, reason = "failed", f"{type(error).__name__}: {describe_error(error)}"
+        raise
+    finally:
+        try:
+            finish_manifest(run_dir, status=status, reason=reason, step=progress.step)
+        except (DataError, OSError) as error:
+            logger.error("the manifest cannot say how the run ended (%s): %s", status, error)
+        try:
+            logger.info("report: %s", write_report(run_dir))
+        except (DataError, OSError) as error:
+            logger.error("no report: %s; repair it and run scripts/report.py %s", error, run_dir)
+
+
 def has_records(run_dir: Path) -> bool:
-    """Whether a step or an evaluation was recorded. Raises DataError for metrics that cannot be read."""
+    """Return whether a step or an evaluation was recorded. Raises DataError for unreadable metrics."""
     return bool(read_metrics(run_dir)) or any(step_files(run_dir, folder) for folder in _STEP_FOLDERS)
 
 
 def set_aside_run(run_dir: Path) -> Path | None:
-    """Move all that an earlier run left here to `previous-<time>/`; None if there is nothing."""
-    left = [path for name in _RUN_PARTS if _is_something(path := run_dir / name)]
+    """Move what an earlier run left to `previous-<time>/`; return that folder, or None without any."""
+    left = [path for name in _RUN_PARTS if _has_content(path := run_dir / name)]
     if not left:
         return None
     target = _make_folder(run_dir)
@@ -35,15 +100,15 @@ def set_aside_run(run_dir: Path) -> Path | None:
 
 
 def set_aside_later_steps(run_dir: Path, *, step: int) -> Path | None:
-    """Move the records of steps after `step` to `previous-<time>/`; None if there are none.
+    """Move the records of steps after `step` to `previous-<time>/`; return that folder, or None without any.
 
-    A run that goes on from `step` writes them again. Raises DataError for metrics that cannot be read.
+    A run that continues from `step` writes them again. Raises DataError for unreadable metrics.
     """
     return _set_aside(run_dir, lambda _, number: number > step)
 
 
 def set_aside_evaluation(run_dir: Path, *, step: int) -> Path | None:
-    """Move the evaluation after `step` updates to `previous-<time>/`, as another one takes its place."""
+    """Move the records of the evaluation after `step` updates, which is repeated, to `previous-<time>/`."""
     return _set_aside(run_dir, lambda kind, number: (kind, number) == ("val", step))
 
 
@@ -68,8 +133,8 @@ def _set_aside(run_dir: Path, is_chosen: Callable[[str, int], bool]) -> Path | N
     return target
 
 
-def _is_something(path: Path) -> bool:
-    # An empty folder may be where a volume is mounted, which cannot be moved.
+def _has_content(path: Path) -> bool:
+    # An empty folder may be the mount point of a volume, which cannot be moved.
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 

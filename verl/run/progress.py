@@ -1,14 +1,13 @@
-"""Where a run stands: one small JSON file in every checkpoint folder, what the driver needs to go on.
+"""The driver's part of a checkpoint: one small JSON file with what it needs to continue.
 
-Weights, optimizer and the workers' random states are saved by the workers; this is the driver's own part. The
-driver draws nothing from global generators: every seed is derived from the run's (`verl/utils/seeding.py`).
+The workers save weights, optimizer and random states. The driver has no random state: every seed is derived
+from that of the run (`verl/utils/seeding.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from verl.trainer.config.schema import Config
 from verl.utils.files import parse_json
 
 PROGRESS_FILE = "progress.json"
-_FRESH_START = "start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
+_NEW_RUN = "start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 Identity = dict[str, object]
@@ -29,36 +28,37 @@ Identity = dict[str, object]
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """The resumable state of the driver. The trainer sets `step` after each finished step."""
+    """The state of the driver. The trainer sets `step` after each finished step."""
 
     step: int = 0
     sampler: dict[str, int] = field(default_factory=dict)
     """`state_dict()` of the question sampler."""
 
     def save(self, folder: Path, *, identity: Identity) -> None:
-        """Write the state and the run's identity into a checkpoint folder."""
+        """Write the state and the run's identity to a checkpoint folder."""
         record = {"progress": asdict(self), "identity": identity}
         (folder / PROGRESS_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, *, identity: Identity) -> Progress:
-        """Read the state back.
-
-        Raises ConfigError if the file is missing or damaged, or if the run is not the one that was saved.
-        """
+        """Read the state. Raises ConfigError if the file is missing or damaged, or of another run."""
         path = folder / PROGRESS_FILE
-        fix = f"delete {folder.name} so that an older one is resumed, or {_FRESH_START}"
+        fix = f"delete {folder.name} so that an older one is resumed, or {_NEW_RUN}"
         try:
             record = parse_json(path.read_bytes(), shape=_SHAPE, where=str(path), fix=fix)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} is missing; {fix}") from error
         except DataError as error:
             raise ConfigError(str(error)) from error
-        differences = identity_differences(record.identity, identity)
+        differences = [
+            f"{key} was {record.identity.get(key)!r}, is {identity.get(key)!r}"
+            for key in sorted({*record.identity, *identity})
+            if record.identity.get(key) != identity.get(key)
+        ]
         if differences:
             raise ConfigError(
                 f"{folder} cannot be resumed with this configuration: " + "; ".join(differences) + ". "
-                f"Fix: restore these settings and files, or {_FRESH_START}; {folder / 'huggingface'} can be "
+                f"Fix: restore these settings and files, or {_NEW_RUN}; {folder / 'huggingface'} can be "
                 "its actor_rollout_ref.model.path."
             )
         return record.progress
@@ -74,17 +74,17 @@ _SHAPE = TypeAdapter(_Record)
 
 
 def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Identity:
-    """What a resumed run must share with the saved one; the rest may change between runs.
+    """Return what a resumed run must have in common with the saved one; the rest may change.
 
-    Training data and model count by content. With other questions the position in the data means nothing, and
-    with another model the reference of the KL term is another: the run would go on as a mixture of two, and
-    no metric would show it. Each worker's part of the weights is a file of its own, hence their number.
+    Training data and model are compared by content: with other questions the position in the data is
+    meaningless, and with another model the KL term has another reference, which no metric would show. The
+    number of workers counts because each saves its part of the weights to a file of its own.
     """
     model = config.actor_rollout_ref.model.path
     hashes = {facts["path"]: facts["sha256"] for facts in manifest["data"]}
     return {
         "actor_rollout_ref.model.path": f"{model} ({_model_digest(manifest['model'])})",
-        "data.train_files": [f"{path} ({hashes[str(Path(path))][:12]})" for path in config.data.train_paths],
+        "data.train_files": [f"{path} ({hashes[path][:12]})" for path in config.data.train_paths],
         "data.train_batch_size": config.data.train_batch_size,
         "trainer.seed": config.trainer.seed,
         "number of workers (trainer.num_cpu_workers or trainer.n_gpus_per_node)": num_workers,
@@ -92,15 +92,6 @@ def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Ide
 
 
 def _model_digest(model: Manifest) -> str:
-    """One hash over sizes and hashes of the files that make the model, its tokenizer and its template."""
+    """Return one hash over sizes and hashes of the files of model, tokenizer and chat template."""
     files = {n: facts for n, facts in (model["files"] or {}).items() if Path(n).suffix in _MODEL_FILES}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def identity_differences(saved: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
-    """One phrase per key that differs, with both values."""
-    return [
-        f"{key} was {saved.get(key)!r}, is {current.get(key)!r}"
-        for key in sorted({*saved, *current})
-        if saved.get(key) != current.get(key)
-    ]

@@ -1,4 +1,4 @@
-"""Find where a run resumes, list what changed since then, and refuse what would lose its records."""
+"""Find the step from which a run resumes, list what changed since, refuse to hide lost checkpoints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def find_progress(
     config: Config, run_dir: Path, *, total_steps: int, identity: Identity, manifest: Manifest
 ) -> tuple[CheckpointStore, Progress, Path | None]:
-    """Return the newest good checkpoint of the run folder, or a fresh start; set later records aside.
+    """Return the newest good checkpoint of the run folder, or a new start; move later records aside.
 
     Raises ConfigError if checkpoints are damaged, missing or those of another run, or nothing is left to do.
     """
@@ -95,46 +95,29 @@ def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int
 def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
     """Return what differs between the manifests of a run and of its resumption, as `key: old -> new`.
 
-    Settings, held-out data and the retriever's index: the run may go on with others, but its scores before
+    Settings, held-out data and the retriever's index: the run may continue with others, but its scores before
     and after cannot be compared. Training data and model may not change: see `run_identity`.
     """
-    before: dict[str, object] = {}
-    after: dict[str, object] = {}
-    for describe in (settings, retriever_facts, file_hashes):
-        old, new = describe(earlier), describe(manifest)
-        if old and new:
-            before, after = before | old, after | new
-    return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted({*before, *after} - {"trainer.val_only"})
-        if before.get(key) != after.get(key)
-    ]
+    before, after = _comparable_facts(earlier), _comparable_facts(manifest)
+    keys = sorted(before.keys() & after.keys() - {"trainer.val_only"})
+    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
 
 
-def settings(manifest: Manifest) -> dict[str, object]:
-    """Return the configuration as dotted keys, secrets redacted."""
-    return flatten(redact(manifest.get("config") or {}))
+def _comparable_facts(manifest: Manifest) -> dict[str, object]:
+    """Return settings without secrets, hashes of data and prompt files and facts of the retriever by name."""
+    facts = flatten(redact(manifest.get("config") or {}))
+    for file in (*(manifest.get("data") or []), manifest.get("prompt_file") or {}):
+        facts[f"sha256 of {file.get('path')}"] = file.get("sha256")
+    found: object = manifest.get("services")
+    for name in ("retriever", "version", "retriever"):  # a published server does not describe itself
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return facts | (flatten(found, "retriever.index.") if isinstance(found, Mapping) else {})
 
 
-def file_hashes(manifest: Manifest) -> dict[str, object]:
-    """Return the SHA-256 of every data file and of the prompt file by its path."""
-    files = [*(manifest.get("data") or []), manifest.get("prompt_file") or {}]
-    return {f"sha256 of {facts['path']}": facts.get("sha256") for facts in files if facts.get("path")}
-
-
-def retriever_facts(manifest: Manifest) -> dict[str, object]:
-    """Return what the retriever's answers depend on, as dotted keys; empty where it did not say."""
-    retriever = (manifest.get("services") or {}).get("retriever")
-    version = retriever.get("version") if isinstance(retriever, Mapping) else None
-    facts = version.get("retriever") if isinstance(version, Mapping) else None
-    return flatten(facts, "retriever.index.") if isinstance(facts, Mapping) else {}
-
-
-def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Dotted keys of nested sections."""
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return the values of nested sections by dotted key."""
     flat: dict[str, object] = {}
-    for name, value in settings.items():
-        flat |= (
-            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        )
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl` (source of truth), a console line per step, W&B (a mirror).
+"""Metrics of a run: `metrics.jsonl` (the source of truth), a console line per step, W&B (a mirror).
 
 A line of `metrics.jsonl` is `{"step": 12, "kind": "train", "time": 1760000000.0, "reward/mean": 0.41, ...}`.
 Non-finite numbers are written as null and named in the log. Each (step, kind) appears exactly once.
@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from serving.files import naming_file, write_atomically
 from verl.run.wandb_mirror import WandbMirror
+from verl.trainer.config.schema import TrainerConfig
 from verl.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -58,33 +59,34 @@ _SHOWN = {
         ("failed", "val/failed", ".0f"),
     ),
 }
-"""Label, metric and format of the console line of each kind, in order; an absent metric is left out."""
+"""Label, metric and format of the console line of each kind; an absent metric is left out."""
 
 
 class Tracker:
-    """Write every metric once, everywhere it is wanted."""
+    """Writes every metric once to each destination."""
 
     def __init__(
         self,
         run_dir: Path,
+        settings: TrainerConfig,
         *,
-        loggers: Sequence[str] = ("console",),
-        project: str = "inforeasoner",
-        experiment: str = "grpo",
-        config: Mapping[str, object] | None = None,
+        run_config: Mapping[str, object] | None = None,
         total_steps: int | None = None,
         console: Console | None = None,
     ) -> None:
-        """Go on with the metrics that are there; a last line that a crash cut is dropped."""
+        """Continue the metrics in `run_dir`; a last line that a crash cut is dropped.
+
+        `run_config` is the whole configuration, for the mirror.
+        """
         lines = read_metrics(run_dir)
         self.path = write_metrics(run_dir, lines)
         self._seen = {(line["step"], line["kind"]) for line in lines}
         self._file = self.path.open("a", encoding="utf-8")
         self._total_steps = total_steps
-        self._console = (console or Console(soft_wrap=True)) if "console" in loggers else None
-        self._mirror: WandbMirror | None = None
-        if "wandb" in loggers:
-            self._mirror = WandbMirror(run_dir, project=project, experiment=experiment, config=config or {})
+        self._console = (console or Console(soft_wrap=True)) if "console" in settings.logger else None
+        self._mirror = None
+        if "wandb" in settings.logger:
+            self._mirror = WandbMirror(run_dir, settings, run_config=run_config or {})
 
     def log(self, step: int, metrics: Mapping[str, float], kind: str = "train") -> None:
         """Record the metrics of one step, `kind` train or val. Logging a (step, kind) again replaces it."""
@@ -103,7 +105,7 @@ class Tracker:
             self._mirror.log(step, {name: value for name, value in numbers.items() if value is not None})
 
     def finish(self) -> None:
-        """Close the file and the mirror; safe to call twice."""
+        """Close the file and the mirror. Calling it again does nothing."""
         try:
             self._file.close()
         finally:
@@ -111,7 +113,7 @@ class Tracker:
                 self._mirror.finish()
 
     def _show(self, line: Text) -> None:
-        """Print a line as long as there is a console: a terminal that went away ends no run."""
+        """Print a line; a console that is gone must not end the run."""
         assert self._console is not None
         try:
             self._console.print(line)
@@ -129,14 +131,14 @@ class Tracker:
 
 
 def write_metrics(run_dir: Path, lines: Sequence[MetricsLine]) -> Path:
-    """Replace the metrics of a run; returns the file."""
+    """Replace the metrics of a run; return the file."""
     path = run_dir / METRICS_FILE
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def read_metrics(run_dir: Path) -> list[MetricsLine]:
-    """All lines of a run; none if it has none yet.
+    """Return all lines of a run.
 
     A last line without its newline was cut by a crash and is left out. Raises DataError for other bad lines.
     """
@@ -155,7 +157,7 @@ def read_metrics(run_dir: Path) -> list[MetricsLine]:
 def console_line(
     step: int, metrics: Mapping[str, float | None], *, kind: str, total_steps: int | None
 ) -> Text:
-    """One compact line: what was learned, then where the seconds went."""
+    """Return the console line of a step: its metrics, then the seconds of its phases."""
     text = Text()
     of = f"/{total_steps}" if total_steps is not None else ""
     text.append(f"step {step:>4}{of} ", style="bold")

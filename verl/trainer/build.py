@@ -1,19 +1,15 @@
-"""Composition root, the only module that knows every package: build the trainer's parts, take them down."""
+"""Composition root, the only module that imports every package: wire the trainer's parts, take them down."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import fcntl
 import logging
 import os
-import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
@@ -29,15 +25,15 @@ from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
-from verl.errors import ConfigError, DataError
+from verl.errors import ConfigError
 from verl.protocols import PromptFormat, Tool, ToolResources
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
-from verl.run.manifest import Manifest, finish_manifest, make_manifest, write_manifest
-from verl.run.progress import Progress, run_identity
+from verl.run.folder import lock_folder, recorded_end, scratch_folder
+from verl.run.manifest import make_manifest, write_manifest
+from verl.run.progress import run_identity
 from verl.run.recorder import Recorder
-from verl.run.report.report import write_report
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, RetrieverConfig
@@ -45,33 +41,27 @@ from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import count_gpus, count_workers, launch_models
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
-from verl.types import IntArray, Question
-from verl.utils.entry import describe_error
+from verl.types import Question
 from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
 from verl.workers.model import check_model
-from verl.workers.weight_sync import WeightPublisher
+from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
 
 logger = logging.getLogger(__name__)
-
-PROBE_TOKENS = 64
-PRECISE_TOLERANCE = 1e-3
-COARSE_TOLERANCE = 0.1
-"""Mean absolute log-prob difference that rounding explains, in float32 and in bfloat16."""
 
 
 @asynccontextmanager
 async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
-    """Build everything a run needs, and take it down again whatever happens.
+    """Build what a run needs, and take it down at the end, also after a failure.
 
-    Cheap checks come first: configuration, services, data; models load last. On the way out the manifest says
+    Cheap checks come first (configuration, services, data), models load last. At the end the manifest records
     how the run ended and the report is written. Raises ConfigError, DataError, ServiceError before training.
     """
     num_gpus = count_gpus()
     validate(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16())
     run_dir = Path(config.trainer.default_local_dir).resolve()
-    with own_folder(run_dir):
+    with lock_folder(run_dir):
         configure_logging(log_file=run_dir / "train.log")
         logger.info("run folder: %s", run_dir)
         async with AsyncExitStack() as stack:
@@ -81,7 +71,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
-    """Wire the parts together; each registers with the stack how it is taken down."""
+    """Wire the parts; each registers on the stack how it is taken down."""
     algorithm_class = find_algorithm(config)
     search, ig_service, services = await connect_services(config, stack, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
@@ -93,9 +83,14 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
-    total_steps = count_steps(config, batches_per_epoch=sampler.batches_per_epoch)
-    prompt = tokenizer.decode(prompt_format.render_prompt(train[0]))
-    manifest = describe_run(config, services=services, model_folder=model_folder, prompt=prompt)
+    total_steps = config.trainer.count_steps(batches_per_epoch=sampler.batches_per_epoch)
+    manifest = make_manifest(
+        config,
+        services=services,
+        model_folder=model_folder,
+        prompt_file=prompt_file(config.data.prompt_file),
+        prompt=tokenizer.decode(prompt_format.render_prompt(train[0])),
+    )
     identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
     checkpoints, progress, resumed = find_progress(
         config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
@@ -103,7 +98,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     if resumed is not None:
         sampler.load_state_dict(progress.sampler)
     write_manifest(run_dir, manifest, resumed_from=progress.step or None)
-    stack.enter_context(account_for_end(run_dir, progress))
+    stack.enter_context(recorded_end(run_dir, progress))
     scratch = stack.enter_context(scratch_folder(run_dir))
 
     policy, reference, engines = await launch_models(
@@ -111,11 +106,16 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     if resumed is not None:
         await policy.load(resumed)
-    tolerance = probe_tolerance(config, device=device)
-    probe = probe_ids(prompt_format, train)
-    publisher = WeightPublisher(policy, engines.receivers, probe_ids=probe, tolerance=tolerance)
+    tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
+    publisher = WeightPublisher(
+        policy,
+        engines.receivers,
+        probe_ids=make_probe(prompt_format.render_prompt(question) for question in train),
+        tolerance=tolerance,
+    )
     close_quietly(stack, publisher.close)
-    tracker = make_tracker(config, run_dir, total_steps=total_steps)
+    settings = dataclasses.asdict(config)
+    tracker = Tracker(run_dir, config.trainer, run_config=settings, total_steps=total_steps)
     close_quietly(stack, tracker.finish)
     algorithm = algorithm_class(
         config.algorithm, Services(render_context=render_context, ig_service=ig_service)
@@ -131,7 +131,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         engines=engines,
         publisher=publisher,
         checkpoints=checkpoints,
-        guard=make_guard(config, run_dir, tolerance=tolerance),
+        guard=Guard(
+            run_dir,
+            max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates,
+            max_log_prob_difference=tolerance,
+        ),
         tracker=tracker,
         recorder=Recorder(run_dir, decode=tokenizer.decode),
     )
@@ -142,20 +146,6 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         pad_id=pad_id,
         progress=progress,
         identity=identity,
-    )
-
-
-def describe_run(config: Config, *, services: dict[str, object], model_folder: Path, prompt: str) -> Manifest:
-    """Describe all that is needed to compare this run with another."""
-    return make_manifest(
-        config=dataclasses.asdict(config),
-        data_files=[*config.data.train_paths, *config.data.val_paths],
-        model_path=config.actor_rollout_ref.model.path,
-        model_folder=model_folder,
-        seeds={"trainer.seed": config.trainer.seed},
-        services=services,
-        prompt_file=prompt_file(config.data.prompt_file),
-        prompt=prompt,
     )
 
 
@@ -222,31 +212,13 @@ def make_reward(config: Config, algorithm: Algorithm) -> Reward:
     )
 
 
-def make_tracker(config: Config, run_dir: Path, *, total_steps: int) -> Tracker:
-    """Make the tracker, which writes the metrics."""
-    return Tracker(
-        run_dir,
-        loggers=config.trainer.logger,
-        project=config.trainer.project_name,
-        experiment=config.trainer.experiment_name,
-        config=dataclasses.asdict(config),
-        total_steps=total_steps,
-    )
-
-
-def make_guard(config: Config, run_dir: Path, *, tolerance: float) -> Guard:
-    """Make the guard, which watches the updates."""
-    max_skipped = config.actor_rollout_ref.actor.max_skipped_updates
-    return Guard(run_dir, max_skipped_updates=max_skipped, max_log_prob_difference=tolerance)
-
-
 async def connect_services(
     config: Config, stack: AsyncExitStack, *, needs: frozenset[Need]
 ) -> tuple[HttpSearch, GainClient | None, dict[str, object]]:
     """Return clients of the retriever and, if needed, the IG service, both answering, and their versions."""
     retriever, semantic = config.retriever, config.reward.semantic
     wait_s = config.trainer.service_wait_s
-    # A secret is no setting: it stands in no configuration, so in no manifest and on no command line.
+    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
     token = os.environ.get("RETRIEVER_TOKEN") or None
     search = HttpSearch(retriever.url, topk=retriever.topk, timeout_s=retriever.timeout_s, token=token)
     close_quietly(stack, search.aclose)
@@ -265,7 +237,7 @@ async def connect_services(
 
 
 async def describe_retriever(search: HttpSearch, config: RetrieverConfig) -> dict[str, object]:
-    """What the passages of this run depend on: two runs with another index are not comparable."""
+    """Return what the passages depend on: runs with different indexes are not comparable."""
     return {"url": config.url, "topk": config.topk, "version": await search.describe()}
 
 
@@ -280,79 +252,3 @@ def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Questio
         [*train, *held_out], prompt_format=prompt_format, max_start_length=data.max_start_length
     )
     return train, held_out
-
-
-def count_steps(config: Config, *, batches_per_epoch: int) -> int:
-    """Steps of the run: `total_epochs` over the questions, at most `total_training_steps`."""
-    epochs = config.trainer.total_epochs * batches_per_epoch
-    limit = config.trainer.total_training_steps
-    return epochs if limit is None else min(epochs, limit)
-
-
-def probe_tolerance(config: Config, *, device: str) -> float:
-    """`rollout.max_log_prob_difference`, or what the precision explains."""
-    chosen = config.actor_rollout_ref.rollout.max_log_prob_difference
-    if chosen is not None:
-        return chosen
-    dtype = config.actor_rollout_ref.model.dtype
-    precise = dtype == "float32" or (dtype == "auto" and device == "cpu")
-    return PRECISE_TOLERANCE if precise else COARSE_TOLERANCE
-
-
-def probe_ids(prompt_format: PromptFormat, questions: list[Question]) -> IntArray:
-    """Return a fixed text of the run's own language, long enough to notice wrong weights."""
-    ids = [token for question in questions[:8] for token in prompt_format.render_prompt(question)]
-    return np.asarray(ids[:PROBE_TOKENS], dtype=np.int32)
-
-
-@contextmanager
-def own_folder(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two runs in one folder would overwrite each other. Raises ConfigError."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
-                "stop it or choose another folder"
-            ) from error
-        yield
-
-
-@contextmanager
-def scratch_folder(run_dir: Path) -> Iterator[Path]:
-    """A folder for files that only the running processes need; what a killed run left in it is removed."""
-    folder = run_dir / ".scratch"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def account_for_end(run_dir: Path, progress: Progress) -> Iterator[None]:
-    """Record how the run ended and write its report, also when it failed.
-
-    What cannot be written is logged: it must not hide how the run itself ended.
-    """
-    status, reason = "completed", None
-    try:
-        yield
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        status = "interrupted"
-        raise
-    except BaseException as error:
-        status, reason = "failed", f"{type(error).__name__}: {describe_error(error)}"
-        raise
-    finally:
-        try:
-            finish_manifest(run_dir, status=status, reason=reason, step=progress.step)
-        except (DataError, OSError) as error:
-            logger.error("the manifest cannot say how the run ended (%s): %s", status, error)
-        try:
-            logger.info("report: %s", write_report(run_dir))
-        except (DataError, OSError) as error:
-            logger.error("no report: %s; repair it and run scripts/report.py %s", error, run_dir)

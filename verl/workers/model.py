@@ -16,14 +16,13 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from serving.files import replacing_file
 from serving.model_files import ModelNotFoundError, check_weights, find_model
@@ -31,6 +30,9 @@ from serving.weights import copy_weights
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.losses import log_probs_and_entropy
+
+if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +73,7 @@ def check_model(config: ModelConfig, *, device: str) -> Path:
     folder = resolve_model_folder(config.path)
     _choose_attention(config, device=device)
     with _naming_model(config.path):
-        settings = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).to_dict()
+        settings = _read_config(folder).to_dict()
     for name in _UNSUPPORTED_SETTINGS:
         if settings.get(name) not in (None, 1.0):
             raise ConfigError(
@@ -84,6 +84,9 @@ def check_model(config: ModelConfig, *, device: str) -> Path:
 
 def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
     """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     folder = check_model(config, device=device)
     dtype = torch.float32 if trainable else compute_dtype(config, device=device)
     disable_progress_bar()
@@ -163,8 +166,7 @@ class PolicyNetwork(nn.Module):
 def is_tied(folder: Path) -> bool:
     """Return whether input and output embeddings of a model are one tensor."""
     with _naming_model(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return bool(config.tie_word_embeddings)
+        return bool(_read_config(folder).tie_word_embeddings)
 
 
 def untie(state: Mapping[str, Tensor], *, embedding: str, head: str = "lm_head.weight") -> dict[str, Tensor]:
@@ -178,6 +180,8 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
     The CPU engine repacks the LM head and silently keeps the old one when tied weights are reloaded; a head
     of its own is reloaded. Training stays tied; `export_weights` writes the embedding twice.
     """
+    from transformers import AutoModelForCausalLM
+
     source = resolve_model_folder(config.path)
     if device != "cpu" or not is_tied(source):
         return source
@@ -188,17 +192,15 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
             for file in sorted(source.glob("*.safetensors"))
             for name, tensor in load_file(file).items()
         }
-        settings = AutoConfig.from_pretrained(source, local_files_only=True)
-        with _LOADING, torch.device("meta"):  # for the names of its parameters alone
-            model = AutoModelForCausalLM.from_config(settings)
+        with _LOADING, torch.device("meta"):  # only for the names of its parameters
+            model = AutoModelForCausalLM.from_config(_read_config(source))
         untied = untie(state, embedding=embedding_name(model))
     write_model(folder, untied, source=source, tied=False)
     return folder
 
 
-def embedding_name(model: nn.Module) -> str:
+def embedding_name(model: PreTrainedModel) -> str:
     """Return the name of the input embedding in the model's state."""
-    assert isinstance(model, PreTrainedModel)
     weight = model.get_input_embeddings().weight
     return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
@@ -237,6 +239,12 @@ def writing_tensors(path: Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _choose_attention(config: ModelConfig, *, device: str) -> str:

@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import logging
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
+import torch
 
 from verl.errors import WeightSyncError
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
+from verl.workers.model import compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,10 @@ _LOCK_FILE = "lock"
 _MIN_STALE_AGE_S = 60.0
 _MARGIN_BYTES = 2**24
 """Room for the header of the file and for other writers."""
+_PROBE_TOKENS = 64
+_FLOAT32_TOLERANCE = 1e-3
+_BFLOAT16_TOLERANCE = 0.1
+"""Mean absolute log-prob difference that rounding explains."""
 _MIN_SHIFT = 10.0
 """Perturbed weights must move the probe by this many tolerances: more than rounding explains."""
 _PERTURBED_TOLERANCE = 3.0
@@ -158,6 +166,21 @@ class WeightPublisher:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
         self._lock = _lock_folder(folder)
         return folder
+
+
+def make_probe(prompts: Iterable[Sequence[int]]) -> IntArray:
+    """Return the first 64 tokens of a run's own prompts [<= 64]."""
+    return np.fromiter(
+        itertools.islice(itertools.chain.from_iterable(prompts), _PROBE_TOKENS), dtype=np.int32
+    )
+
+
+def probe_tolerance(config: ActorRolloutRefConfig, *, device: str) -> float:
+    """Return `rollout.max_log_prob_difference`, or what rounding explains at the model's precision."""
+    if config.rollout.max_log_prob_difference is not None:
+        return config.rollout.max_log_prob_difference
+    is_float32 = compute_dtype(config.model, device=device) == torch.float32
+    return _FLOAT32_TOLERANCE if is_float32 else _BFLOAT16_TOLERANCE
 
 
 def _compare(

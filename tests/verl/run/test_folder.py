@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 from tests.scripted_run import write_run
-from verl.errors import DataError
-from verl.run.folder import SKIPPED, has_records, set_aside_later_steps, set_aside_run
+from verl.errors import ConfigError, DataError
+from verl.run.folder import (
+    SKIPPED,
+    has_records,
+    lock_folder,
+    recorded_end,
+    set_aside_later_steps,
+    set_aside_run,
+)
 from verl.run.manifest import read_manifest
+from verl.run.progress import Progress
 from verl.run.records import EVALUATION, TRAJECTORIES, step_files
 from verl.run.tracking import read_metrics
 
@@ -63,3 +72,19 @@ def test_metrics_that_cannot_be_read_are_left_as_they_are(tmp_path: Path, move: 
     with pytest.raises(DataError, match=r"metrics\.jsonl:5"):
         move(run_dir, step=1)
     assert contents(run_dir) == before
+
+
+@pytest.mark.parametrize("spoiled", ["run_manifest.json", "metrics.jsonl"])
+def test_how_a_run_ended_is_raised_also_where_nothing_can_be_written(
+    tmp_path: Path, spoiled: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / spoiled).write_bytes(b"\xff\n")
+    with pytest.raises(OSError, match="No space left"), recorded_end(tmp_path, Progress()):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(tmp_path / spoiled) in caplog.text
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    error = pytest.raises(ConfigError, match="in use by another run")
+    with lock_folder(tmp_path), error, lock_folder(tmp_path):
+        pass

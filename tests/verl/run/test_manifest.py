@@ -14,12 +14,14 @@ from verl.run.manifest import (
     update_manifest,
     write_manifest,
 )
+from verl.trainer.config.schema import Config, DataConfig, RetrieverConfig
 
-CONFIG = {
-    "actor": {"ppo_max_token_len_per_gpu": 8192, "optim": {"lr": 1e-6}},
-    "retriever": {"url": "http://me:planted-password@host:8000/retrieve"},
-    "hub_token": "planted-token",
-}
+
+def make_config(folder: Path) -> Config:
+    config = Config(retriever=RetrieverConfig(url="http://me:planted-password@host:8000/retrieve"))
+    config.data.train_files = [str(folder / "train.parquet")]
+    config.actor_rollout_ref.model.path = str(folder / "model")
+    return config
 
 
 @pytest.fixture
@@ -27,14 +29,8 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "train.parquet").write_bytes(b"rows")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    manifest = make_manifest(
-        config=CONFIG,
-        data_files=[tmp_path / "train.parquet"],
-        model_path=str(tmp_path / "model"),
-        seeds={"run": 3},
-        services={"ig": {"status": "healthy", "api_key": "planted-key"}},
-        prompt="Question: why?",
-    )
+    services = {"ig": {"status": "healthy", "api_key": "planted-key"}}
+    manifest = make_manifest(make_config(tmp_path), services=services, prompt="Question: why?")
     write_manifest(tmp_path / "run", manifest)
     return tmp_path / "run"
 
@@ -46,8 +42,8 @@ def test_says_what_was_run(run_dir: Path) -> None:
     assert manifest["data"][0]["sha256"] == hashlib.sha256(b"rows").hexdigest()
     assert manifest["model"]["files"]["config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
     assert manifest["prompt"]["sha256"] == hashlib.sha256(b"Question: why?").hexdigest()
-    assert manifest["config"]["actor"] == CONFIG["actor"]
-    assert manifest["seeds"] == {"run": 3}
+    assert manifest["config"]["data"]["train_batch_size"] == 16
+    assert manifest["seeds"] == {"trainer.seed": 0}
     assert {"numpy", "torch"} <= {name.lower() for name in manifest["packages"]}
     assert manifest["machine"]["cores"] >= 1
     assert manifest["git"] is None or len(manifest["git"]["sha"]) == 40
@@ -60,17 +56,19 @@ def test_no_secret_is_written(run_dir: Path) -> None:
 
 
 def test_the_end_is_recorded(run_dir: Path) -> None:
-    finish_manifest(run_dir, status="failed", reason="retriever: gone, token=planted-token", steps=4)
+    finish_manifest(run_dir, status="failed", reason="retriever: gone, token=planted-token", step=4)
     manifest = read_manifest(run_dir)
     assert manifest is not None
-    assert (manifest["status"], manifest["results"]) == ("failed", {"steps": 4})
+    assert (manifest["status"], manifest["results"]) == ("failed", {"step": 4})
     assert manifest["reason"] == "retriever: gone, token=***"
     assert manifest["finished"] >= manifest["started"]
 
 
 def test_a_resumed_run_remembers_its_earlier_starts_and_what_was_saved(run_dir: Path) -> None:
-    again = make_manifest(config={}, data_files=[], model_path="hub/name", seeds={}, services={})
-    finish_manifest(run_dir, status="failed", reason="retriever: gone")
+    config = make_config(run_dir.parent)
+    config.actor_rollout_ref.model.path = "hub/name"
+    again = make_manifest(config, services={})
+    finish_manifest(run_dir, status="failed", reason="retriever: gone", step=4)
     update_manifest(run_dir, saved_step=4)
     write_manifest(run_dir, again, resumed_from=4)
     write_manifest(run_dir, again, resumed_from=4)  # the one before was killed: it never said how it ended
@@ -102,7 +100,6 @@ def test_a_damaged_manifest_is_named(run_dir: Path, text: bytes, named: str) -> 
 def test_of_a_large_file_the_beginning_is_hashed(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"abcdef")
     assert describe_file(tmp_path / "weights", max_hashed_bytes=3) == {
-        "path": str(tmp_path / "weights"),
         "bytes": 6,
         "sha256": None,
         "sha256_of_beginning": hashlib.sha256(b"abc").hexdigest(),
@@ -111,4 +108,4 @@ def test_of_a_large_file_the_beginning_is_hashed(tmp_path: Path) -> None:
 
 def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.parquet"):
-        make_manifest(config={}, data_files=["nowhere.parquet"], model_path="m", seeds={}, services={})
+        make_manifest(Config(data=DataConfig(train_files="nowhere.parquet")), services={})

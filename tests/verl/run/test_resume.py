@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,7 @@ IDENTITY: Identity = {"trainer.seed": 0}
 
 
 def describe(config: Config, *, services: dict[str, object] | None = None) -> Manifest:
-    return make_manifest(
-        config=dataclasses.asdict(config), data_files=[], model_path="m", seeds={}, services=services or {}
-    )
+    return make_manifest(config, services=services or {})
 
 
 def resume(run_dir: Path, *, total_steps: int = 9, **settings: object) -> tuple[int, Path | None]:

@@ -3,13 +3,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 
@@ -19,7 +15,9 @@ from rich.console import Console
 from verl.errors import DataError
 from verl.run.tracking import Tracker, console_line, read_metrics
 from verl.run.wandb_mirror import wandb_mode
+from verl.trainer.config.schema import TrainerConfig
 
+QUIET, CONSOLE = TrainerConfig(logger=[]), TrainerConfig(logger=["console"])
 STEP = {
     "reward/mean": 0.5,
     "ig/gain_mean": -0.25,
@@ -36,7 +34,7 @@ def _steps(run_dir: Path) -> list[tuple[object, object]]:
 
 def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
     for steps in ((1, 2), (3, 4)):
-        tracker = Tracker(tmp_path, loggers=())
+        tracker = Tracker(tmp_path, QUIET)
         for step in steps:
             tracker.log(step, {"reward/mean": 0.0})
         tracker.finish()
@@ -44,7 +42,7 @@ def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_same_step_again_replaces_its_line(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, loggers=())
+    tracker = Tracker(tmp_path, QUIET)
     tracker.log(0, {"val/em": 0.1}, kind="val")
     tracker.log(0, {"val/em": 0.2}, kind="val")
     tracker.log(1, {"reward/mean": 0.0})
@@ -54,14 +52,14 @@ def test_the_same_step_again_replaces_its_line(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker(tmp_path, loggers=())
+    tracker = Tracker(tmp_path, QUIET)
     tracker.log(1, {"reward/mean": 0.0})
     tracker.finish()
     with tracker.path.open("a") as file:
         file.write('{"step": 2, "ki')
     assert _steps(tmp_path) == [(1, "train")]
     assert "cut" in caplog.text
-    Tracker(tmp_path, loggers=()).finish()
+    Tracker(tmp_path, QUIET).finish()
     assert tracker.path.read_text().count("\n") == 1
 
 
@@ -88,7 +86,7 @@ class _Gone(StringIO):
 
 
 def test_a_console_that_went_away_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker(tmp_path, console=Console(file=_Gone()))
+    tracker = Tracker(tmp_path, CONSOLE, console=Console(file=_Gone()))
     for step in (1, 2):
         tracker.log(step, STEP)
     tracker.finish()
@@ -97,7 +95,7 @@ def test_a_console_that_went_away_ends_nothing(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_non_finite_numbers_are_null_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = Tracker(tmp_path, loggers=("console",), console=Console(file=StringIO()))
+    tracker = Tracker(tmp_path, CONSOLE, console=Console(file=StringIO()))
     with caplog.at_level(logging.WARNING):
         tracker.log(7, {"reward/mean": float("nan"), "policy/kl": float("inf")})
     tracker.finish()
@@ -108,7 +106,7 @@ def test_non_finite_numbers_are_null_and_named(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, loggers=())
+    tracker = Tracker(tmp_path, QUIET)
     tracker.log(1, STEP)
     assert read_metrics(tmp_path)[0]["ig/gain_mean"] == -0.25
     tracker.finish()
@@ -116,7 +114,9 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_console_line_is_one_line_with_the_phases(tmp_path: Path) -> None:
     screen = StringIO()
-    tracker = Tracker(tmp_path, total_steps=50, console=Console(file=screen, width=40, soft_wrap=True))
+    tracker = Tracker(
+        tmp_path, CONSOLE, total_steps=50, console=Console(file=screen, width=40, soft_wrap=True)
+    )
     tracker.log(3, STEP)
     tracker.finish()
     assert screen.getvalue().count("\n") == 1
@@ -160,75 +160,41 @@ _OFFLINE_RUN = """
 import sys
 from pathlib import Path
 from verl.run.tracking import Tracker
-config = {"api_key": "planted-secret", "lr": 0.1}
-tracker = Tracker(Path(sys.argv[1]), loggers=("console", "wandb"), config=config)
+from verl.trainer.config.schema import TrainerConfig
+tracker = Tracker(Path(sys.argv[1]), TrainerConfig(), run_config={"api_key": "planted-secret", "lr": 0.1})
 tracker.log(1, {"reward/mean": 0.5})
 tracker.finish()
 """
 
 
-class _RefusesKey(BaseHTTPRequestHandler):
-    """Answers every request of W&B's client with 401."""
-
-    def do_GET(self) -> None:
-        self.send_error(401)
-
-    do_POST = do_GET  # noqa: N815
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def servers() -> Iterator[dict[str, socket.socket]]:
-    """A port where nothing listens, one that accepts and never answers, one that refuses the key."""
-    with (
-        socket.socket() as closed,
-        socket.socket() as silent,
-        ThreadingHTTPServer(("127.0.0.1", 0), _RefusesKey) as refusing,
-    ):
-        for unused in (closed, silent):
-            unused.bind(("127.0.0.1", 0))
-        silent.listen()
-        threading.Thread(target=refusing.serve_forever, args=[0.05]).start()
-        yield {"closed": closed, "silent": silent, "refusing": refusing.socket}
-        refusing.shutdown()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("server", "reason"),
-    [(None, ""), ("closed", "Connection refused"), ("silent", "did not answer"), ("refusing", "error 401")],
-)
+@pytest.mark.parametrize("has_key", [False, True])
 def test_wandb_without_key_or_server_runs_offline_inside_the_run_folder(
-    tmp_path: Path, servers: dict[str, socket.socket], server: str | None, reason: str
+    tmp_path: Path, has_key: bool
 ) -> None:
     run_dir = tmp_path / "run"
     environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
-    if server is not None:
-        url = f"http://127.0.0.1:{servers[server].getsockname()[1]}"
-        environ |= {"WANDB_API_KEY": "planted-secret-" + 40 * "0", "WANDB_BASE_URL": url, "NO_PROXY": "*"}
-    done = subprocess.run(
-        [sys.executable, "-c", _OFFLINE_RUN, str(run_dir)],
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    with socket.socket() as silent:  # accepts connections and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        if has_key:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            environ |= {"WANDB_API_KEY": "planted-secret-" + 40 * "0", "WANDB_BASE_URL": url, "NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", _OFFLINE_RUN, str(run_dir)],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     assert "W&B failed" not in done.stderr, done.stderr
-    assert re.search(f"cannot be used .*{reason}.*; going offline", done.stderr) or server is None
+    assert ("; going offline" in done.stderr) is has_key
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert read_metrics(run_dir)[0]["reward/mean"] == 0.5
     for path in run_dir.rglob("*"):
         assert not path.is_file() or b"planted-secret" not in path.read_bytes(), path
-    servers["silent"].setblocking(False)
-    if server == "silent":
-        servers["silent"].accept()[0].close()
-    with pytest.raises(BlockingIOError):  # only the probe came: W&B's client would wait for 30 s
-        servers["silent"].accept()
 
 
 def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
@@ -236,7 +202,7 @@ def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    tracker = Tracker(tmp_path, loggers=("wandb",))
+    tracker = Tracker(tmp_path, TrainerConfig(logger=["wandb"]))
     tracker.log(1, STEP)
     tracker.log(2, STEP)
     tracker.finish()

@@ -306,6 +306,11 @@ class TrainerConfig:
         """Whether the run evaluates its newest checkpoint, or the initial model, and trains nothing."""
         return self.val_only or self.total_training_steps == 0
 
+    def count_steps(self, *, batches_per_epoch: int) -> int:
+        """Return the steps of the run: `total_epochs` over the questions, at most `total_training_steps`."""
+        epochs = self.total_epochs * batches_per_epoch
+        return epochs if self.total_training_steps is None else min(epochs, self.total_training_steps)
+
 
 @dataclass
 class Config:

@@ -60,7 +60,7 @@ def test_a_finished_run(finished: Path) -> None:
         "First step (1)",
         "Middle step (7)",
         "Last step (12)",
-        "run 0",
+        "trainer.seed 0",
     ):
         assert expected in text, expected
     assert sum(tag == "svg" for tag, _ in elements.found) == 8

@@ -96,7 +96,7 @@ class Run:
         self.models, self.agent = FakeModels(), agent or FakeAgent()
         self.sampler = QuestionSampler(QUESTIONS, batch_size=2, seed=0)
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", keep=2)
-        self.tracker = Tracker(run_dir, loggers=[], project="p", experiment="e", config={})
+        self.tracker = Tracker(run_dir, TrainerConfig(logger=[]))
         models: Any = self.models
         parts = Parts(
             questions=self.sampler,
