@@ -1,4 +1,4 @@
-"""Every trajectory of a run, written down in `trajectories/` and `evaluation/`, one file per step."""
+"""Write the trajectories of a run to `trajectories/` and `evaluation/`, one file per step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from verl.types import Score, ScoredGroups, Trajectory
 
 
 class Recorder:
-    """Write trajectories with their scores and credit; each file is whole or not there."""
+    """Writes trajectories with their scores and credit, each file atomically."""
 
     def __init__(self, run_dir: Path, *, decode: Decode) -> None:
         self._run_dir = run_dir
         self._decode = decode
 
     def write(self, step: int, scored: ScoredGroups) -> Path:
-        """Record a training step."""
+        """Record a training step; return the file."""
         records = [
             to_record(t, score=score, credit=credit, step=step, kind="train", decode=self._decode)
             for t, score, credit in scored.samples()
@@ -36,7 +36,7 @@ class Recorder:
     def write_evaluation(
         self, step: int, trajectories: Sequence[Trajectory], scores: Sequence[Score]
     ) -> Path:
-        """Record an evaluation after `step` updates."""
+        """Record an evaluation after `step` updates; return the file."""
         records = [
             to_record(t, score=score, credit=None, step=step, kind="val", decode=self._decode)
             for t, score in zip(trajectories, scores, strict=True)

@@ -1,4 +1,4 @@
-"""The file format of recorded trajectories: one JSON object per line, for people and to rebuild a step.
+"""The file format of recorded trajectories: one JSON object per line.
 
 A step is rebuilt from its file exactly as the trainer saw it (token ids, masks, scores), so that any method
 can credit it again:
@@ -58,6 +58,8 @@ ADVANTAGE_DIGITS = 8
 
 
 class PassageRecord(TypedDict):
+    """One search result."""
+
     id: str
     title: str
     text: str
@@ -65,6 +67,8 @@ class PassageRecord(TypedDict):
 
 
 class ActionRecord(TypedDict):
+    """What the policy asked for in a turn."""
+
     kind: str
     """tool, answer or invalid; files without `tool` have search for a call of that tool."""
     text: str
@@ -75,6 +79,8 @@ class ActionRecord(TypedDict):
 
 
 class TurnRecord(TypedDict):
+    """One completion and the reply to it."""
+
     output_text: str
     output_ids: list[int]
     output_log_probs: list[float | None]
@@ -93,6 +99,8 @@ class TurnRecord(TypedDict):
 
 
 class TrajectoryRecord(TypedDict):
+    """One line of a file."""
+
     format: NotRequired[int]
     """1 if absent."""
     step: int
@@ -120,7 +128,7 @@ class TrajectoryRecord(TypedDict):
     """Of the credit, by name; empty in an evaluation."""
     metrics: dict[str, float]
     failure: str | None
-    """Why the trajectory is left out of training, be it the episode or its reward that failed."""
+    """Why the trajectory is left out of training: its episode or its reward failed."""
     trajectory_failure: str | None
     advantage: float | None
     """Mean over the sampled tokens; None in an evaluation."""
@@ -147,7 +155,7 @@ def to_record(
     kind: str,
     decode: Decode,
 ) -> TrajectoryRecord:
-    """Everything about one trajectory; text comes from the ids by `decode`."""
+    """Return the record of a trajectory; its texts are decoded from its ids."""
     question = trajectory.question
     mask = trajectory.policy_mask
     sampled = None if credit is None else credit.advantages[mask]
@@ -243,22 +251,23 @@ def _redacted(text: str | None) -> str | None:
 
 
 def step_file(run_dir: Path, folder: str, step: int) -> Path:
+    """Return the path of the file of a step."""
     return run_dir / folder / f"step_{step:06d}.jsonl"
 
 
 def step_files(run_dir: Path, folder: str = TRAJECTORIES) -> dict[int, Path]:
-    """The recorded steps of a run, in order."""
+    """Return the files of the recorded steps of a run, in order."""
     found = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_dir / folder).glob("step_*.jsonl"))
     return dict(sorted((int(match.group(1)), path) for match, path in found if match is not None))
 
 
 def read_records(path: Path) -> list[TrajectoryRecord]:
-    """All trajectories of one file. Raises DataError that names file and line."""
+    """Return all trajectories of a file. Raises DataError that names file and line."""
     return list(iterate_records(path))
 
 
 def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
-    """The trajectories of one file, one at a time. Raises DataError that names file and line."""
+    """Yield the trajectories of a file. Raises DataError that names file and line."""
     fix = "was the file cut or edited? Restore it"
     try:
         with path.open("rb") as file:
@@ -284,8 +293,10 @@ def _shape() -> TypeAdapter[TrajectoryRecord]:
 
 
 def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
-    """Groups, scores and credit as they were, in their order; without `Question.messages` and the
-    texts of observations."""
+    """Return groups, scores and credit in their order.
+
+    `Question.messages` and the texts of observations are not recorded.
+    """
     by_uid: dict[str, list[TrajectoryRecord]] = {}
     for record in records:
         by_uid.setdefault(record["uid"], []).append(record)
@@ -301,6 +312,7 @@ def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
 
 
 def rebuild_trajectory(record: TrajectoryRecord) -> Trajectory:
+    """Return the trajectory of a record, without `Question.messages`."""
     question = Question(
         uid=record["uid"],
         text=record["question"],

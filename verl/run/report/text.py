@@ -1,4 +1,4 @@
-"""Pure readings of one recorded trajectory, shared by the report and the terminal viewer."""
+"""Facts of one recorded trajectory, for the report and the terminal viewer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TAGGED = re.compile(r"<(\w+)>(?:(.*?)</\1>|((?!.*</\w).*)\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A piece of what the policy wrote."""
+    """A piece of sampled text."""
 
     kind: str
     """Name of the tag around it, such as think, or other."""
@@ -22,7 +22,7 @@ class Segment:
 
 
 def split_output(text: str) -> list[Segment]:
-    """Return the text that the policy sampled, cut at its tags; the last one may have no end."""
+    """Split sampled text at its tags; a tag that is not closed runs to the end of the text."""
     segments, position = [], 0
     for match in _TAGGED.finditer(text):
         segments.append(Segment(kind="other", text=text[position : match.start()]))
@@ -41,12 +41,12 @@ def gain_of(record: TrajectoryRecord) -> float | None:
 
 
 def names_gold(passage: PassageRecord, golds: list[str]) -> bool:
-    """Whether a passage contains an accepted answer as a word or phrase."""
+    """Return whether a passage contains an accepted answer as a word or phrase."""
     text = f"{passage['title']} {passage['text']}"
     return any(gold and re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text, re.IGNORECASE) for gold in golds)
 
 
 def mask_strip(record: TrajectoryRecord) -> list[tuple[str, int]]:
-    """(kind, tokens) of the stretches of a trajectory, as the loss sees them: prompt, sampled, read."""
+    """Return (kind, tokens) of the stretches of a trajectory: prompt, sampled, read."""
     kinds = ["prompt", *(("sampled", "read")[k % 2] for k in range(len(record["mask_runs"]) - 1))]
     return [(kind, count) for kind, count in zip(kinds, record["mask_runs"], strict=True) if count]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripted_run import write_run
-from verl.run.report.examples import evenly_spaced, failure_label, pick_extremes, pick_pairs, pick_steps
+from verl.run.report.examples import evenly_spaced, pick_extremes, pick_pairs, pick_steps
 from verl.run.report.run_data import RunData, compare_evaluations, read_run
 
 
@@ -21,7 +21,7 @@ def test_groups_are_shown_whole(run: RunData) -> None:
     assert [(s.label, s.step) for s in steps] == [("First step", 1), ("Middle step", 5), ("Last step", 9)]
     for step in steps:
         assert (len(step.groups), step.num_groups, step.num_attempts) == (8, 10, 30)
-        assert all([t["sample"] for t in group.attempts] == [0, 1, 2] for group in step.groups)
+        assert all([t["sample"] for t in group] == [0, 1, 2] for group in step.groups)
 
 
 def test_extremes_are_the_extremes(run: RunData) -> None:
@@ -53,10 +53,6 @@ def test_before_and_after_agree_with_the_metrics(run: RunData) -> None:
 def test_evenly_spaced() -> None:
     assert evenly_spaced([1, 2, 3], 5) == [1, 2, 3]
     assert evenly_spaced(list(range(1, 101)), 4) == [1, 34, 67, 100]
-
-
-def test_failure_label() -> None:
-    assert failure_label("search_failed: retriever: gone") == "search_failed"
 
 
 def test_an_empty_run_has_no_examples(tmp_path: Path) -> None:
