@@ -12,7 +12,7 @@ from IG.messages import GainRequest
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
 from verl.algorithms.scoring.ig_service import GainRequests, as_gain
 from verl.algorithms.statistics import credit_by_group
-from verl.trainer.config.schema import AlgorithmConfig, check_not_negative
+from verl.trainer.config.schema import AlgorithmConfig, not_negative
 from verl.types import Credit, Gain, Group, Question, Score, Stop, Trajectory
 from verl.utils.reward_score.IG_reward import combine
 
@@ -22,12 +22,8 @@ class InfoReasonerConfig(AlgorithmConfig):
     """Settings of `algorithm=inforeasoner`."""
 
     name: str = "inforeasoner"
-    gain_weight: float = 0.6
+    gain_weight: float = not_negative(0.6)
     """lambda."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_not_negative("algorithm", gain_weight=self.gain_weight)
 
 
 class InfoReasoner(Algorithm):

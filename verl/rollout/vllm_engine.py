@@ -1,8 +1,8 @@
 """A vLLM engine behind a plain class, on the CPU and on GPUs; the only file of `verl` that imports vllm.
 
-vLLM is imported when an engine is built, not when this module is: the process that only launches engines
-stays small. vLLM runs the model in child processes of this one (its core, on the CPU as well, and the workers
-of a sharded model); a watchdog ends them when this process ends, even by kill -9.
+vLLM is imported when an engine is built, so that the process that only launches engines stays small. It runs
+the model in child processes (its core, also on the CPU, and the workers of a sharded model); a watchdog ends
+them when this process ends, even by kill -9.
 
 Why the settings differ on the CPU: a per-request seed together with chunked prefill kills the CPU engine;
 graph compilation needs a C++ compiler; the multiprocess executor spins on shared memory, and idle OpenMP
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 _UNKNOWN_VERSION = -1
-"""Of an engine whose last update failed half-way."""
+"""Version of an engine whose last weight update failed half-way."""
 _MIN_BATCHED_TOKENS = 8192
 
 
@@ -51,9 +51,9 @@ class VllmEngine:
         device: str = "cpu",
         num_threads: int | None = None,
     ) -> None:
-        """`device` is cpu or cuda and must be what the installed vLLM was built for.
+        """`device` (cpu or cuda) must be the one that the installed vLLM was built for.
 
-        Raises ConfigError when the model or the device is not there, RolloutError when vLLM cannot start.
+        Raises ConfigError for a missing model or device, RolloutError if vLLM cannot start.
         """
         _require_model(model_path)
         os.environ.update(_environment(on_cpu=device == "cpu", num_threads=num_threads))
@@ -95,7 +95,7 @@ class VllmEngine:
             self._watchdog.guard()
 
     async def version(self) -> int:
-        """Version of the weights: 0 as loaded, -1 when an update failed half-way."""
+        """Return the version of the weights: 0 at first, -1 after an update that failed half-way."""
         return self._version
 
     async def generate(
@@ -125,7 +125,7 @@ class VllmEngine:
         )
 
     async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
-        """Log-prob of every token given those before it, at temperature 1 [L]; position 0 holds 0."""
+        """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -140,9 +140,9 @@ class VllmEngine:
         return scores
 
     async def load_weights(self, folder: str, version: int) -> None:
-        """Take over the safetensors of `folder` in place and forget what was cached under the old weights.
+        """Load the safetensors of `folder` in place and drop the prefix cache of the old weights.
 
-        Raises WeightSyncError while requests run: one completion never mixes two policies.
+        Raises WeightSyncError while requests run, whose completions would mix two policies.
         """
         if self._num_running:
             raise WeightSyncError(
@@ -163,17 +163,17 @@ class VllmEngine:
         self._version = version
 
     async def sleep(self) -> None:
-        """Free the GPU memory for the trainer; nothing on the CPU, where memory is shared anyway."""
+        """Free the GPU memory for the trainer; do nothing on the CPU."""
         if not self._on_cpu:
             await self._llm.sleep(level=1)
 
     async def wake(self) -> None:
-        """Undo `sleep`."""
+        """Take the GPU memory back after `sleep`."""
         if not self._on_cpu:
             await self._llm.wake_up()
 
     async def shutdown(self) -> None:
-        """End the child processes; a second time does nothing."""
+        """End the child processes. Calling it again does nothing."""
         if self._llm is None:
             return
         self._llm.shutdown()
@@ -254,7 +254,7 @@ def _require_device(device: str, *, on_cpu: bool) -> None:
 
 
 def _sampling_params(sampling: Sampling) -> SamplingParams:
-    """Every truncation and penalty is off, whatever the checkpoint's generation config says."""
+    """Return vLLM's parameters: no truncation or penalty, also if the model's generation config has some."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

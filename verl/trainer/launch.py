@@ -1,4 +1,4 @@
-"""Start policy, reference and engines where they belong: on this machine's cores, or sharing its GPUs."""
+"""Start policy, reference and engines, on the cores of this machine or together on its GPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 async def launch_models(
     config: Config, stack: AsyncExitStack, *, device: str, total_steps: int, scratch: Path
 ) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
-    """Policy, frozen reference (None without a KL term) and engines, once all stand.
+    """Return policy, frozen reference (None without a KL term) and engines once all are ready.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
@@ -83,7 +83,7 @@ async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[No
 
 
 def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: Path) -> EnginePool:
-    """One engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
+    """Start one engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
     settings = config.actor_rollout_ref
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
     parallel = settings.rollout.tensor_model_parallel_size
@@ -117,20 +117,20 @@ def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: 
 
 
 def count_workers(config: Config, *, device: str) -> int:
-    """Ranks of the policy."""
+    """Return the number of ranks of the policy."""
     return config.trainer.n_gpus_per_node if device == "cuda" else config.trainer.num_cpu_workers
 
 
 def see_gpus(indices: range) -> dict[str, str]:
-    """Environment of a process that shall see these of the GPUs that this process sees."""
+    """Return the environment of a process that sees these of the GPUs that this process sees."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     chosen = [visible[i] if visible else str(i) for i in indices]
-    # Policy ranks and engines share GPUs, so Ray, which lends each GPU once, must not hand them out.
+    # Policy ranks and engines share GPUs, so Ray, which assigns each GPU only once, must not do it.
     return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 def count_gpus() -> int:
-    """CUDA devices that this process may use."""
+    """Return the number of CUDA devices that this process may use."""
     import torch
 
     return torch.cuda.device_count()

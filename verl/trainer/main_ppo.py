@@ -20,8 +20,8 @@ from verl.utils.entry import error_line
 
 
 async def train(config: Config) -> None:
-    """Build everything, train, and take everything down again, also when interrupted."""
-    from verl.trainer.build import open_trainer  # takes seconds: only once the arguments are right
+    """Build the trainer, train, and take it down, also after an interrupt."""
+    from verl.trainer.build import open_trainer  # takes seconds, so only after the arguments are checked
 
     task = asyncio.current_task()
     assert task is not None
@@ -43,8 +43,8 @@ def run(raw: DictConfig) -> None:
 
 
 def main() -> None:
-    """Check the arguments and train; every error ends as one line."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints several lines of its own and exits
+    """Check the arguments and train; a user's error ends as one line."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints several lines and exits
     register_schema()
     with error_line():
         sys.argv[1:] = check_overrides(sys.argv[1:])

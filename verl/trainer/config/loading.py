@@ -1,4 +1,4 @@
-"""From YAML, command line and environment to checked dataclasses: where configuration is resolved."""
+"""Resolve YAML, command line and environment to checked dataclasses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verl.trainer.config.schema import Config
 
 
 def register_schema() -> None:
-    """Make Hydra check types and keys and read `${env:...}`; called once by an entry point."""
+    """Register the schema, by which Hydra checks keys and types, and the resolver of `${env:...}`."""
     store = ConfigStore.instance()
     store.store(name="ppo_schema", node=Config)
     for name, algorithm in ALGORITHMS.items():
@@ -40,7 +40,7 @@ def load_config(raw: DictConfig) -> Config:
 
 
 def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections included."""
+    """Yield every dotted key of the schema, sections included."""
     for field in dataclasses.fields(node):
         key = f"{prefix}{field.name}"
         yield key
@@ -58,7 +58,7 @@ def config_groups() -> dict[str, tuple[str, ...]]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what OmegaConf or Hydra complain about, with the key, in one line."""
+    """Return the message of an error of OmegaConf or Hydra in one line, with the key."""
     if isinstance(error, OverrideParseException):
         return f"{error.override}: expected NAME=VALUE"
     cause = error.__cause__ or error
@@ -74,7 +74,7 @@ def _read_environment(*names_and_default: object) -> object:
 
 
 def _name_variable(raw: DictConfig, message: str) -> str:
-    """Name the environment variable that the refused key, the first word of `message`, was read from."""
+    """Name the environment variable from which the refused key, the first word of `message`, was read."""
     value: object = OmegaConf.to_container(raw, resolve=False)
     for name in re.split("[: ]", message)[0].split("."):
         value = value.get(name) if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
-"""Check the arguments of `main_ppo` before Hydra composes them: other trainers' keys, typing errors, quotes.
+"""Check the arguments of `main_ppo` before Hydra: keys of other trainers, typing errors, missing quotes.
 
-Hydra stops at the first argument that it cannot use, and names neither what replaces a key nor how to quote.
+Hydra stops at the first argument that it cannot use, and names neither what replaces a key nor the quotes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NEAR = 0.85
 
 
 class Argument:
-    """One argument of the command line. Flags and Hydra's own keys are no overrides of our configuration."""
+    """One argument of the command line: a flag, a key of Hydra or an override of our configuration."""
 
     def __init__(self, text: str) -> None:
         name, _, value = text.partition("=")
@@ -41,7 +41,7 @@ class Argument:
 
     @cached_property
     def parsed(self) -> Override | None:
-        """None: the grammar of Hydra does not allow it."""
+        """The argument as Hydra reads it; None if its grammar does not allow it."""
         try:
             return OverridesParser.create().parse_override(self.text)
         except HydraException:
@@ -55,7 +55,7 @@ class Argument:
 
 
 def check_overrides(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments for Hydra: flags first, or it rejects what follows them; no `+` before known keys.
+    """Return the arguments in a form that Hydra accepts: flags first, no `+` before known keys.
 
     Raises one ConfigError that lists every argument that cannot be used, and what to write instead.
     """
@@ -65,7 +65,7 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     known = {*schema_keys(), *groups, *_algorithm_keys(overrides)}
     project = recognize(a.key for a in overrides if a.key not in known)
     settings = {a.key: a.value for a in overrides}
-    # A key that exists only here shows a script that is written or converted for this trainer.
+    # A key that exists only here means that the script is written or converted for this trainer.
     is_ours = not project or any(key in known and not has_key(project, key) for key in settings)
     sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
     problems: dict[str, None] = {}
@@ -99,7 +99,7 @@ def _join(problems: Sequence[str], project: str) -> str:
 def _check_key(
     argument: Argument, settings: dict[str, Any], *, known: Collection[str], project: str
 ) -> str | None:
-    """Return what replaces a key that is unknown here, or that means something else in `project`."""
+    """Return what replaces a key that does not exist here or means something else in `project`."""
     key = argument.key
     is_unknown = argument.is_override and key not in known
     rule = find_rule(key, settings, projects=project) if project else None
@@ -120,7 +120,7 @@ def _keys_of(method: type[Algorithm]) -> Iterator[str]:
 
 
 def _suggest(key: str, known: Collection[str]) -> str:
-    """Name the key that was meant: the same name in another section, or one with a typing error."""
+    """Suggest a key: the same name in another section, or a similar one."""
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = same_name if len(same_name) == 1 else difflib.get_close_matches(key, known, n=1, cutoff=_NEAR)
     return f", did you mean {near[0]}?" if near else ""
@@ -155,7 +155,7 @@ def _quote(key: str, value: str) -> str:
 
 
 def _in_quotes(text: str) -> str:
-    """Double the backslashes before a quote and at the end; elsewhere they count as they are."""
+    """Quote a text for Hydra, where a backslash is doubled before a quote and at the end only."""
     if re.fullmatch(r"\"[^\"]*\"|'[^']*'", text):
         return text
     return '"{}"'.format(re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + m[2].replace('"', r"\""), text))

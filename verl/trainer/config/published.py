@@ -1,4 +1,4 @@
-"""Apply the rules of published_keys.yaml: what to write instead of the keys of neighboring trainers."""
+"""Apply the rules of published_keys.yaml: what to write instead of the keys of other trainers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rule:
         return _matches(self.keys, key)
 
     def advise(self, key: str, settings: Mapping[str, Any]) -> str:
-        """Return what to write instead of `key`, with values computed from the script; of null nothing is."""
+        """Return what to write instead of `key`, with values computed from the script; nothing for null."""
         value = settings.get(key)
         overrides = "" if value is None else _fill(self.here, _by_last_part(settings, key))
         if overrides == f"{key}={_text(value)}":
@@ -43,7 +43,7 @@ class Rule:
 
 @cache
 def read_rules() -> tuple[Rule, ...]:
-    """Read the rules in their order."""
+    """Return the rules in their order."""
     return tuple(
         Rule(
             keys=rule["keys"],
@@ -73,7 +73,7 @@ def recognize(unknown: Iterable[str]) -> str:
 
 
 def has_key(project: str, key: str) -> bool:
-    """Return whether `project` (a letter of PROJECTS) has this key, too."""
+    """Return whether `project` (a letter of PROJECTS) also has this key."""
     is_same = any(_matches(pattern, key) for pattern in read_same_keys(project))
     return is_same or any(project in rule.projects and rule.covers(key) for rule in read_rules())
 
@@ -108,11 +108,11 @@ def _holds(condition: str, names: Mapping[str, Any]) -> bool:
 
 
 def _fill(template: str, names: Mapping[str, Any]) -> str:
-    """Compute each `{expression}`; where the script does not have a setting, the expression stays in <>."""
+    """Compute each `{expression}`; one with a setting that the script lacks stays, in <>."""
 
     def compute(match: re.Match[str]) -> str:
         try:
-            # The expressions are those of the table; what a user wrote is only ever a value in them.
+            # The expressions are those of the table; settings of the user are only values in them.
             return _text(eval(match[1], {"__builtins__": {"min": min, "max": max}}, dict(names)))
         except (NameError, TypeError, ArithmeticError, LookupError):
             return f"<{match[1]}>"

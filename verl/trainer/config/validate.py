@@ -13,7 +13,7 @@ from verl.trainer.config.schema import Config
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
-    """Raise one ConfigError that lists every contradiction, also with what this machine has."""
+    """Raise one ConfigError that lists every problem within the configuration and with this machine."""
     problems = [*_check_files(config), *_check_agent(config), *_check_model(config)]
     problems += _check_devices(config, num_gpus)
     problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
@@ -24,7 +24,7 @@ def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
 
 
 def resolve_device(config: Config, *, num_gpus: int) -> str:
-    """`cpu` or `cuda`, as `trainer.device` says; auto takes the GPU where there is one."""
+    """Return `cpu` or `cuda`: `trainer.device`, where auto is a GPU if there is one."""
     if config.trainer.device == "auto":
         return "cuda" if num_gpus else "cpu"
     return config.trainer.device
