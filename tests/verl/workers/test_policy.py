@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,70 +124,20 @@ def test_loss_and_metrics_equal_a_padded_reference_computation(
     assert metrics["log_prob_difference_max"] == pytest.approx(difference.max(), rel=1e-4)
 
 
-def test_observations_teach_nothing(model_folder: Path) -> None:
-    """Whatever stands at a masked token besides its id, as input of later tokens, has no effect."""
+def test_values_at_masked_tokens_do_not_reach_the_gradient(model_folder: Path) -> None:
     batch = random_batch(6)
     expected = gradients(model_folder, batch)
     assert batch.old_log_probs is not None
     assert batch.ref_log_probs is not None
     masked = ~batch.policy_mask
-    disturbed = replace(
+    changed = replace(
         batch,
         advantages=np.where(masked, np.float32(9), batch.advantages),
         old_log_probs=np.where(masked, np.float32(-3), batch.old_log_probs),
         ref_log_probs=np.where(masked, np.float32(-7), batch.ref_log_probs),
         sampling_log_probs=np.where(masked, np.float32(-2), batch.sampling_log_probs),
     )
-    assert_same_bits(gradients(model_folder, disturbed), expected)
-
-
-def test_trailing_observation_ids_change_nothing(model_folder: Path) -> None:
-    """An observation is context only: after the last policy token its ids are neither context nor target."""
-    batch = random_batch(6)
-    last = batch.input_ids.shape[1] - 1 - batch.policy_mask[:, ::-1].argmax(1)
-    after = np.arange(batch.input_ids.shape[1])[None] > last[:, None]
-    width = batch.input_ids.shape[1]
-    full = replace(batch, lengths=np.full(6, width, np.int32))
-    changed = replace(
-        full, input_ids=np.where(after, (full.input_ids + 13) % 97, full.input_ids).astype(np.int32)
-    )
-    assert after.any()
-    assert_same_bits(gradients(model_folder, changed), gradients(model_folder, full))
-
-
-class _Spy(torch.nn.Module):
-    """A network whose log-probs and entropies are held, whatever the tokens are."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(-4.0))
-        self.shape: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def forward(
-        self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, **_: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.shape.append((rows.numpy(), columns.numpy()))
-        return self.weight.expand(len(rows)), self.weight.abs().expand(len(rows))
-
-
-def test_with_log_probs_held_no_observation_token_reaches_the_loss(model_folder: Path) -> None:
-    batch = random_batch(6)
-    observed = ~batch.policy_mask & (np.arange(batch.input_ids.shape[1])[None] < batch.lengths[:, None])
-    changed = replace(
-        batch, input_ids=np.where(observed, (batch.input_ids + 31) % 97, batch.input_ids).astype(np.int32)
-    )
-    assert (changed.input_ids != batch.input_ids).any()
-    results = []
-    for each in (batch, changed):
-        worker = make_worker(model_folder)
-        worker._network = _Spy(worker._network)  # type: ignore[assignment]
-        shard = one_shard(each)
-        loss, sums, maxima = worker._loss(shard.batch, shard.mini_batches[0])
-        results.append((loss.item(), sums.tolist(), maxima.tolist()))
-        rows, columns = worker._network.shape[0]
-        assert shard.batch.policy_mask[rows, columns].all()
-        assert len(rows) == batch.num_policy_tokens
-    assert results[0] == results[1]
+    assert_same_bits(gradients(model_folder, changed), expected)
 
 
 def test_on_policy_update_has_ratio_one(model_folder: Path) -> None:
@@ -200,16 +149,6 @@ def test_on_policy_update_has_ratio_one(model_folder: Path) -> None:
         make_worker(model_folder).update(one_shard(random_batch(4, with_old=False), mini_batch_size=2))
 
 
-def test_update_follows_the_advantages(model_folder: Path) -> None:
-    batch = random_batch(6, with_old=False)
-    worker = make_worker(make_config(model_folder, actor=make_actor(entropy_coeff=0.0)))
-    before = worker.log_probs(one_shard(batch))
-    for _ in range(5):
-        worker.update(one_shard(batch))
-    change = worker.log_probs(one_shard(batch)) - before
-    assert float((change * batch.advantages).sum()) > 0
-
-
 def test_zero_learning_rate_changes_no_bit(model_folder: Path) -> None:
     worker = make_worker(make_config(model_folder, actor=make_actor(lr=0.0)))
     before = weights_of(worker)
@@ -219,21 +158,10 @@ def test_zero_learning_rate_changes_no_bit(model_folder: Path) -> None:
     assert_same_bits(weights_of(worker), before)
 
 
-def poison_advantage(batch: TrainBatch) -> TrainBatch:
-    return replace(batch, advantages=np.where(batch.policy_mask, np.float32(np.inf), batch.advantages))
-
-
-def poison_reference(batch: TrainBatch) -> TrainBatch:
-    assert batch.ref_log_probs is not None
-    return batch.with_reference(np.full_like(batch.ref_log_probs, np.nan))
-
-
-@pytest.mark.parametrize("poison", [poison_advantage, poison_reference])
-def test_a_non_finite_update_is_skipped_without_a_trace(
-    model_folder: Path, poison: Callable[[TrainBatch], TrainBatch]
-) -> None:
+def test_a_non_finite_update_is_skipped_without_a_trace(model_folder: Path) -> None:
     worker = make_worker(model_folder)
     good = random_batch(4)
+    bad = replace(good, advantages=np.where(good.policy_mask, np.float32(np.inf), good.advantages))
     worker.update(one_shard(good))
     weights = weights_of(worker)
     assert worker._optimizer is not None
@@ -246,7 +174,7 @@ def test_a_non_finite_update_is_skipped_without_a_trace(
         }
 
     optimizer = optimizer_bits()
-    metrics = worker.update(one_shard(poison(good), mini_batch_size=2))
+    metrics = worker.update(one_shard(bad, mini_batch_size=2))
     assert metrics == {"lr": 1e-2, "num_updates": 2, "skipped_updates": 2}
     assert_same_bits(weights_of(worker), weights)
     assert_same_bits(optimizer_bits(), optimizer)

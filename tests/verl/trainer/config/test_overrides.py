@@ -57,24 +57,12 @@ def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
     ("arguments", "key", "advice"),
     [
         (SCRIPTS["verl, search"], f"{ACTOR}.ppo_mini_batch_size", f"{ACTOR}.ppo_mini_batch_size=1280"),
-        (SCRIPTS["verl, search"], f"{ROLLOUT}.n", f"{ROLLOUT}.n_agent=5"),
         (
             SCRIPTS["verl, search"],
             "data.max_prompt_length",
             "data.max_start_length=4096 data.max_prompt_length=6596",
         ),
-        (SCRIPTS["verl, search"], "data.max_response_length", "data.max_response_length=500"),
         (SCRIPTS["verl, search"], f"{ROLLOUT}.multi_turn.max_assistant_turns", "max_turns=3"),
-        (
-            SCRIPTS["verl, search"],
-            f"{ROLLOUT}.multi_turn.max_tool_response_length",
-            "data.max_obs_length=256",
-        ),
-        (
-            SCRIPTS["verl, search"],
-            f"{ACTOR}.ppo_micro_batch_size_per_gpu",
-            f"{ACTOR}.ppo_max_token_len_per_gpu=56768",
-        ),
         (
             SCRIPTS["Search-R1, PPO"],
             "algorithm.kl_ctrl.kl_coef",
@@ -86,8 +74,6 @@ def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
             f"{ACTOR}.ppo_max_token_len_per_gpu=73536",
         ),
         (SCRIPTS["Search-R1, PPO"], "algorithm.adv_estimator", "algorithm.adv_estimator=grpo"),
-        (SCRIPTS["Search-R1, PPO"], "reranker.topk", "retriever.topk=3"),
-        (SCRIPTS["IGPO"], "agent_grpo.n", f"{ROLLOUT}.n_agent=16"),
         (SCRIPTS["IGPO"], "max_turns", "max_turns=9"),
         ([f"{ROLLOUT}.n=8", "trainer.save_freq=-1"], "trainer.save_freq", "trainer.save_freq=0"),
         (
@@ -99,11 +85,6 @@ def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
             [f"{ACTOR}.optim.betas=[0.9,0.95]"],
             f"{ACTOR}.optim.betas",
             f"{ACTOR}.optim.beta1=0.9 {ACTOR}.optim.beta2=0.95",
-        ),
-        (
-            [f"{ACTOR}.clip_ratio=0.28"],
-            f"{ACTOR}.clip_ratio",
-            f"{ACTOR}.clip_ratio_low=0.28 {ACTOR}.clip_ratio_high=0.28",
         ),
         (
             [f"{ACTOR}.optim.lr_warmup_steps=10"],
@@ -187,21 +168,7 @@ def test_overrides_may_stand_before_and_after_flags(
     assert {"  seed: 7", "max_turns: 4"} <= set(capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "a=b",
-        "a#b",
-        "模型",
-        "é (1)",
-        "a(1)",
-        "it's=1",
-        'say "x"=1',
-        "C:\\a=b\\",
-        "'unclosed",
-        "{a",
-    ],
-)
+@pytest.mark.parametrize("value", ["a=b", "模型", "it's=1", 'say "x"=1', "C:\\a=b\\", "'unclosed", "{a"])
 def test_a_value_that_needs_quotes_is_shown_in_them(value: str) -> None:
     argument = f"trainer.experiment_name={value}"
     with pytest.raises(ConfigError) as error:
