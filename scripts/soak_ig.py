@@ -1,9 +1,9 @@
-"""Does the IG service stay right under abuse? Many clients, bad requests, vanishing callers, dying workers.
+"""Check that the IG service stays right under abuse: many clients, bad requests, killed workers.
 
-`make soak-ig` runs this. First one undisturbed worker computes what every item's gain is. Then a service with
-two workers and caches far too small for the items (so that there is work all the time) serves 200 clients for
-two minutes, while every second each of its workers is killed with a probability of 1 %. The exit status is 0
-only if every accepted good item came back right, nobody got a 5xx, and memory stayed flat.
+`make soak-ig` runs this. First one undisturbed worker measures every item's gain. Then a service with two
+workers, and caches far too small for the items, serves 200 clients for two minutes, while every second each
+worker is killed with a probability of 1 %. The exit status is 0 only if every accepted good item came back
+right, no client got a 5xx, and memory stayed flat. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -27,7 +28,7 @@ from screen import Screen
 from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.service import WORLD, read_counters, start_ig_service
-from bench.soak import MAX_GROWTH, Seen, edges, soak_table
+from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from bench.workload import Rollout, grpo_steps, load_evidence
 from verl.utils.entry import error_line
 
@@ -83,8 +84,8 @@ def main() -> int:
     rollouts = list(dict.fromkeys(rollout for step in steps for rollout in step))
     try:
         with TemporaryDirectory(prefix="soak-ig-") as folder:
-            gains = reference(screen, rollouts, folder=Path(folder))
-            summary = soak(screen, rollouts, gains=gains, arguments=arguments, folder=Path(folder))
+            gains = measure_reference(screen, rollouts, log=Path(folder) / "reference.log")
+            summary = soak(screen, rollouts, gains=gains, arguments=arguments, log=Path(folder) / "soak.log")
     except ChildFailedError as error:
         screen.say(str(error), style="bold red")
         return 1
@@ -102,17 +103,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--kill-share", type=float, default=0.01, help="workers killed per second (default 0.01)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of clients and killings (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of clients and kills (default 0)")
     arguments = parser.parse_args()
     if arguments.workers < 2:
         parser.error(f"--workers is {arguments.workers}, expected at least 2: one is killed, others go on")
     return arguments
 
 
-def reference(screen: Screen, rollouts: Sequence[Rollout], *, folder: Path) -> list[float]:
-    """The gain of every item from one worker that nobody disturbs. Raises ChildFailedError if one fails."""
-    with Supervisor() as supervisor, screen.phase("what is right: one worker alone") as update:
-        log = folder / "reference.log"
+def measure_reference(screen: Screen, rollouts: Sequence[Rollout], *, log: Path) -> list[float]:
+    """Return every item's gain from one undisturbed worker. Raises ChildFailedError if one fails."""
+    with Supervisor() as supervisor, screen.phase("measuring the reference with one worker") as update:
         url = start_ig_service(supervisor, arguments=SERVICE_ARGUMENTS, log=log, update=update)
         body = {"items": [rollout.as_item() for rollout in rollouts], "include_details": False}
         answer = httpx.post(f"{url}/compute_info_gain", json=body, timeout=600, trust_env=False).json()
@@ -127,185 +127,162 @@ def soak(
     *,
     gains: Sequence[float],
     arguments: argparse.Namespace,
-    folder: Path,
+    log: Path,
 ) -> Summary:
-    """Two minutes of abuse."""
+    """Start the service and abuse it for the given time."""
     service = (*SERVICE_ARGUMENTS, "--num-workers", str(arguments.workers), *SMALL_CACHES)
     memory: list[int] = []
     with Supervisor() as supervisor:
         with screen.phase(f"starting a service with {arguments.workers} workers") as update:
-            log = folder / "soak.log"
             url = start_ig_service(supervisor, arguments=service, log=log, update=update)
         if len(worker_processes()) != arguments.workers:
             raise ChildFailedError(f"found the workers {worker_processes()}, expected {arguments.workers}")
-        with MemoryWatch(supervisor) as watch:
-            abuse = Abuse(url, rollouts, gains=gains, arguments=arguments)
-            with screen.phase("soaking", total=int(arguments.seconds)) as update:
+        abuse = Abuse(url, rollouts, gains=gains, arguments=arguments)
+        with (
+            MemoryWatch(supervisor) as watch,
+            screen.phase("soaking", total=int(arguments.seconds)) as update,
+        ):
 
-                def look(second: int, is_whole: bool) -> None:
-                    if is_whole:  # a worker that is being replaced takes no memory yet
-                        memory.append(watch.measure())
-                    update(
-                        second,
-                        f"{abuse.seen.right} right, {abuse.seen.wrong + abuse.seen.failed} "
-                        f"not, {abuse.workers_killed} killed, {watch.peak_bytes / 1e9:.1f} GB",
-                    )
+            def observe(second: int, is_whole: bool) -> None:
+                if is_whole:  # a worker that is being replaced takes no memory yet
+                    memory.append(watch.measure())
+                found = abuse.statistics
+                update(
+                    second,
+                    f"{found.right} right, {found.wrong + found.failed} not, {abuse.num_killed} killed, "
+                    f"{watch.peak_bytes / 1e9:.1f} GB",
+                )
 
-                asyncio.run(abuse.run(look))
+            asyncio.run(abuse.run(observe))
         supervisor.children[0].check_alive()
         restarts = int(read_counters(url)["ig_worker_restarts_total"])
-    first, last = edges(memory)
-    summary = summarise(
-        abuse.seen,
-        arguments=arguments,
-        workers_killed=abuse.workers_killed,
-        restarts=restarts,
-        first=first,
-        last=last,
-    )
+    summary = summarize(abuse, restarts=restarts, ends=edges(memory))
     title = f"{summary.clients} clients for {summary.seconds:g} s"
-    screen.console.print(soak_table(title, facts=asdict(summary), complaints=abuse.seen.complaints))
+    screen.console.print(soak_table(title, facts=asdict(summary), complaints=abuse.statistics.complaints))
     return summary
 
 
 class Abuse:
-    """All clients and the one who kills."""
+    """All clients, and the killing of workers."""
 
     def __init__(
         self, url: str, rollouts: Sequence[Rollout], *, gains: Sequence[float], arguments: argparse.Namespace
     ) -> None:
-        self.seen = Seen()
-        self.workers_killed = 0
+        self.statistics = Statistics()
+        self.num_killed = 0
+        self.arguments = arguments
         self._url = url
         self._rollouts = rollouts
         self._gains = gains
-        self._arguments = arguments
         self._end = 0.0
 
-    async def run(self, look: Callable[[int, bool], None]) -> None:
-        """Until the time is over and everybody has an answer."""
+    async def run(self, observe: Callable[[int, bool], None]) -> None:
+        """Run until the time is over and every client has its answer."""
         began = time.monotonic()
-        self._end = began + self._arguments.seconds
+        self._end = began + self.arguments.seconds
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
             base_url=self._url, timeout=TIMEOUT_S, limits=limits, trust_env=False
         ) as http:
-            seed = self._arguments.seed
+            seed = self.arguments.seed
             clients = [
                 asyncio.create_task(self._client(http, Random(f"client {seed} {k}")))
-                for k in range(self._arguments.clients)
+                for k in range(self.arguments.clients)
             ]
             rng = Random(f"killer {seed}")
             while time.monotonic() < self._end:
                 await asyncio.sleep(1)
-                self._kill_some(rng)
+                for worker in worker_processes():
+                    if rng.random() < self.arguments.kill_share:
+                        worker.kill()
+                        self.num_killed += 1
                 health = (await http.get("/health")).json()
-                look(int(time.monotonic() - began), health["status"] == "healthy")
+                observe(int(time.monotonic() - began), health["status"] == "healthy")
             await asyncio.gather(*clients)
 
-    def _kill_some(self, rng: Random) -> None:
-        for worker in worker_processes():
-            if rng.random() < self._arguments.kill_share:
-                worker.kill()
-                self.workers_killed += 1
-
     async def _client(self, http: httpx.AsyncClient, rng: Random) -> None:
-        kinds = list(SHARES)
         while time.monotonic() < self._end:
-            (kind,) = rng.choices(kinds, weights=list(SHARES.values()))
-            self.seen.requests[kind] += 1
+            (kind,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
+            self.statistics.requests[kind] += 1
             try:
                 await self._request(http, kind, rng=rng)
             except httpx.HTTPError as error:
-                self.seen.broken_connections += 1
-                self.seen.complain(f"{kind}: {type(error).__name__} {error}")
+                self.statistics.broken_connections += 1
+                self.statistics.complain(f"{kind}: {type(error).__name__} {error}")
 
     async def _request(self, http: httpx.AsyncClient, kind: str, *, rng: Random) -> None:
-        if kind == "malformed":
-            answer = await http.post("/compute_info_gain", json=rng.choice(MALFORMED))
-            self.seen.statuses[answer.status_code] += 1
-            if answer.status_code != 422:
-                self.seen.complain(f"malformed: {answer.status_code} {answer.text[:200]}")
-            return
         chosen = rng.sample(range(len(self._rollouts)), rng.randint(1, MAX_ITEMS_PER_REQUEST))
-        body: dict[str, object] = {
+        body: object = {
             "items": [self._rollouts[k].as_item() for k in chosen],
             "include_details": rng.random() < 0.1,
+            "timeout_s": 0.2 if kind == "impatient" else None,
         }
-        if kind == "impatient":
-            body["timeout_s"] = 0.2
+        if kind == "malformed":
+            body = rng.choice(MALFORMED)
         call = http.post("/compute_info_gain", json=body)
         if kind == "vanishing":
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(call, rng.uniform(0.01, 0.5))
-            except TimeoutError:
-                return
             return
         answer = await call
-        self.seen.statuses[answer.status_code] += 1
+        self.statistics.statuses[answer.status_code] += 1
         if answer.status_code == 429:
             await asyncio.sleep(float(answer.headers["Retry-After"]))
-        elif answer.status_code != 200:
-            self.seen.complain(f"{kind}: {answer.status_code} {answer.text[:200]}")
-        else:
+        elif answer.status_code != (422 if kind == "malformed" else 200):
+            self.statistics.complain(f"{kind}: {answer.status_code} {answer.text[:200]}")
+        elif kind != "malformed":
             self._check(answer.json(), chosen)
 
     def _check(self, answer: dict[str, list[float | str | None]], chosen: Sequence[int]) -> None:
+        found = self.statistics
         for k, score, error in zip(chosen, answer["scores"], answer["errors"], strict=True):
-            if score is None:
-                if str(error).startswith("deadline"):
-                    self.seen.late += 1
-                else:
-                    self.seen.failed += 1
-                    self.seen.complain(f"failed: {error}")
+            if score is None and str(error).startswith("deadline"):
+                found.late += 1
+            elif score is None:
+                found.failed += 1
+                found.complain(f"failed: {error}")
             elif abs(float(score) - self._gains[k]) <= TOLERANCE:
-                self.seen.right += 1
+                found.right += 1
             else:
-                self.seen.wrong += 1
-                self.seen.complain(f"wrong: {score}, right is {self._gains[k]}: {self._rollouts[k]}")
+                found.wrong += 1
+                found.complain(f"wrong: {score}, right is {self._gains[k]}: {self._rollouts[k]}")
 
 
 def worker_processes() -> list[psutil.Process]:
-    """The service's workers: Ray names an actor's process after its class (IG/service/cluster.py)."""
+    """Return the service's workers: Ray names an actor's process after its class (IG/service/cluster.py)."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
             name = process.name()
-        except psutil.Error:  # gone in between
+        except psutil.Error:  # it ended meanwhile
             continue
         if name.startswith("ray::_Host"):
             found.append(process)
     return found
 
 
-def summarise(
-    seen: Seen,
-    *,
-    arguments: argparse.Namespace,
-    workers_killed: int,
-    restarts: int,
-    first: float,
-    last: float,
-) -> Summary:
-    server_errors = sum(count for status, count in seen.statuses.items() if status >= 500)
-    malformed = seen.requests["malformed"]
+def summarize(abuse: Abuse, *, restarts: int, ends: tuple[float, float]) -> Summary:
+    """Return the result; `ends` is the memory in the middle and at the end, in bytes."""
+    found = abuse.statistics
+    first, last = ends
+    server_errors = sum(count for status, count in found.statuses.items() if status >= 500)
     passed = (
-        seen.wrong == seen.failed == seen.broken_connections == server_errors == 0
-        and seen.right > 0
-        and seen.statuses[422] == malformed
+        found.wrong == found.failed == found.broken_connections == server_errors == 0
+        and found.right > 0
+        and found.statuses[422] == found.requests["malformed"]
         and last <= first * (1 + MAX_GROWTH)
     )
     return Summary(
-        seconds=arguments.seconds,
-        clients=arguments.clients,
-        requests=dict(seen.requests),
-        statuses={str(status): count for status, count in sorted(seen.statuses.items())},
-        items_right=seen.right,
-        items_wrong=seen.wrong,
-        items_failed=seen.failed,
-        items_late=seen.late,
-        broken_connections=seen.broken_connections,
-        workers_killed=workers_killed,
+        seconds=abuse.arguments.seconds,
+        clients=abuse.arguments.clients,
+        requests=dict(found.requests),
+        statuses={str(status): count for status, count in sorted(found.statuses.items())},
+        items_right=found.right,
+        items_wrong=found.wrong,
+        items_failed=found.failed,
+        items_late=found.late,
+        broken_connections=found.broken_connections,
+        workers_killed=abuse.num_killed,
         worker_restarts=restarts,
         memory_first_mb=round(first / 1e6, 1),
         memory_last_mb=round(last / 1e6, 1),

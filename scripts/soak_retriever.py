@@ -30,7 +30,7 @@ from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD, start_service
-from bench.soak import MAX_GROWTH, Seen, edges, soak_table
+from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from verl.utils.entry import error_line
 
 TOPK = 5
@@ -176,7 +176,7 @@ class Crowd:
     def __init__(
         self, url: str, questions: Sequence[str], *, right: Sequence[Answer], arguments: argparse.Namespace
     ) -> None:
-        self.seen = Seen()
+        self.seen = Statistics()
         self._url = url
         self._questions = questions
         self._right = right
@@ -238,7 +238,7 @@ class Crowd:
 
 
 def summarise(
-    seen: Seen, *, arguments: argparse.Namespace, seconds: float, ends: tuple[float, float]
+    seen: Statistics, *, arguments: argparse.Namespace, seconds: float, ends: tuple[float, float]
 ) -> Summary:
     """Passed only if everything that was asked was answered right."""
     first, last = ends

@@ -1,4 +1,4 @@
-"""What the soaks share: what their clients saw, the memory at their two ends, their table."""
+"""Shared parts of the soaks: statistics of their clients, memory at both ends, the table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _MAX_COMPLAINTS = 10
 
 
 @dataclass(slots=True)
-class Seen:
-    """What all clients saw together. Right, wrong, failed and late are single questions, not requests."""
+class Statistics:
+    """Results of all clients together. Right, wrong, failed and late count single questions, not requests."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     requests: Counter[str] = field(default_factory=Counter)
@@ -28,19 +28,19 @@ class Seen:
     complaints: list[str] = field(default_factory=list)
 
     def complain(self, text: str) -> None:
-        """Keep the first few for the eye."""
+        """Keep the first few problems for the table."""
         if len(self.complaints) < _MAX_COMPLAINTS:
             self.complaints.append(text)
 
 
 def edges(memory: Sequence[int]) -> tuple[float, float]:
-    """Median bytes of the middle and of the last third: the first one warms up."""
+    """Return median bytes of the middle and of the last third; the first third is the warm-up."""
     third = max(1, len(memory) // 3)
     return statistics.median(memory[third : 2 * third] or memory), statistics.median(memory[-third:])
 
 
 def soak_table(title: str, *, facts: Mapping[str, object], complaints: Sequence[str]) -> Table:
-    """What a person reads."""
+    """Return the result for the terminal."""
     shown = Table(title=title)
     shown.add_column("what")
     shown.add_column("count", justify="right")

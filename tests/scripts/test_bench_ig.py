@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from bench_ig import Measured, naive_pairs, summarize
-from soak_ig import Abuse, Summary
-from soak_ig import summarise as summarise_soak
+from soak_ig import Abuse
+from soak_ig import summarize as summarize_soak
 
-from bench.soak import Seen, edges
+from bench.soak import Statistics, edges
 from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
 from tests.IG.service.backends import FakeBackend, serving
 
@@ -70,65 +71,42 @@ def test_ratios_are_over_the_same_steps() -> None:
     assert 100 <= summary.p50_ms <= summary.p99_ms <= 1000
 
 
-def _conclude(seen: Seen, *, first: float = 100.0, last: float = 100.0) -> Summary:
-    return summarise_soak(seen, arguments=SOAK, workers_killed=0, restarts=0, first=first, last=last)
+def abuse_of(url: str = "http://127.0.0.1:9", *, gain: float = 0.0) -> Abuse:
+    return Abuse(url, [ROLLOUT] * 8, gains=[gain] * 8, arguments=SOAK)
 
 
-async def _abuse(gain: float) -> Seen:
+def passes(statistics: Statistics, *, last: float = 100.0) -> bool:
+    abuse = abuse_of()
+    abuse.statistics = statistics
+    return summarize_soak(abuse, restarts=0, ends=(100.0, last)).passed
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+async def test_the_soak_passes_only_a_service_that_is_right(shift: float) -> None:
     async with serving(FakeBackend()) as client:
-        abuse = Abuse(str(client.base_url), [ROLLOUT] * 8, gains=[gain] * 8, arguments=SOAK)
+        answer = await client.post("/compute_info_gain", json={"items": [ROLLOUT.as_item()]})
+        abuse = abuse_of(str(client.base_url), gain=answer.json()["scores"][0] + shift)
         await abuse.run(lambda *_: None)
-        return abuse.seen
-
-
-async def _right_gain() -> float:
-    async with serving(FakeBackend()) as client:
-        item = {"question": ROLLOUT.question, "context": ROLLOUT.context, "answers": list(ROLLOUT.golds)}
-        answer = await client.post("/compute_info_gain", json={"items": [item]})
-        return float(answer.json()["scores"][0])
-
-
-async def test_the_soak_passes_a_service_that_is_right() -> None:
-    seen = await _abuse(await _right_gain())
-    summary = _conclude(seen, first=100.0, last=105.0)
-    assert summary.passed, seen
-    assert seen.right > 50
-    assert set(seen.statuses) <= {200, 422}
-    assert seen.statuses[422] == seen.requests["malformed"] > 0
-
-
-async def test_the_soak_fails_a_service_that_is_wrong() -> None:
-    seen = await _abuse(await _right_gain() + 0.1)
-    assert seen.wrong > 50
-    assert not summarise_soak(
-        seen, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
-    ).passed
+    found = abuse.statistics
+    assert passes(found, last=105.0) == (shift == 0.0), found
+    assert (found.wrong if shift else found.right) > 50
+    assert set(found.statuses) <= {200, 422}
+    assert found.statuses[422] == found.requests["malformed"] > 0
 
 
 @pytest.mark.parametrize(
-    "seen",
+    ("statistics", "last"),
     [
-        Seen(right=9, failed=1),
-        Seen(right=9, broken_connections=1),
-        Seen(),
+        (Statistics(right=9, failed=1), 100.0),
+        (Statistics(right=9, broken_connections=1), 100.0),
+        (Statistics(right=9, statuses=Counter({503: 1})), 100.0),
+        (Statistics(right=9), 111.0),
+        (Statistics(), 100.0),
     ],
 )
-def test_the_soak_fails_for_failures_and_for_nothing_done(seen: Seen) -> None:
-    assert not summarise_soak(
-        seen, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
-    ).passed
-
-
-def test_the_soak_fails_for_a_server_error_and_for_growing_memory() -> None:
-    good = Seen(right=9)
-    assert _conclude(good, first=100.0, last=109.0).passed
-    assert not summarise_soak(
-        good, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=111.0
-    ).passed
-    good.statuses[503] += 1
-    assert not summarise_soak(
-        good, arguments=SOAK, workers_killed=0, restarts=0, first=100.0, last=100.0
-    ).passed
+def test_the_soak_fails_for_failures_growing_memory_and_no_work(statistics: Statistics, last: float) -> None:
+    assert not passes(statistics, last=last)
+    assert passes(Statistics(right=9), last=109.0)
 
 
 def test_memory_is_compared_after_the_first_third() -> None:

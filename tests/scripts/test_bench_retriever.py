@@ -19,7 +19,7 @@ from supervise import Supervisor
 from bench import clustered
 from bench.load import Load, ask_all_the_time
 from bench.service import WORLD, start_service
-from bench.soak import Seen
+from bench.soak import Statistics
 
 RIGHT: Answer = [("a", 0.9), ("b", 0.8), ("c", 0.7)]
 SOAK = argparse.Namespace(queries=60, clients=8, seed=0)
@@ -141,4 +141,4 @@ async def test_the_soak_passes_a_server_that_is_right_and_no_other(url: str) -> 
 
 
 def test_a_soak_that_asked_too_little_has_not_passed() -> None:
-    assert not summarise_soak(Seen(), arguments=SOAK, seconds=1, ends=(100, 100)).passed
+    assert not summarise_soak(Statistics(), arguments=SOAK, seconds=1, ends=(100, 100)).passed
