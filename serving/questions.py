@@ -99,7 +99,7 @@ def find_golds(row: Row, *, where: str, optional: bool = False) -> tuple[str, ..
 
 
 def require_text(value: object, *, where: str, name: str) -> str:
-    """Return the value if it is a text that says something. Raises QuestionError."""
+    """Return the value if it is a text that is not blank. Raises QuestionError."""
     if not isinstance(value, str) or not value.strip():
         refuse(value, where=where, name=name, expected="a text that is not empty")
     if half := SURROGATE.search(value):

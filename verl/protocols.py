@@ -25,7 +25,7 @@ class Generate(Protocol):
     """Sample one completion."""
 
     async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
-        """`session` keeps the requests of one group on one replica. Raises RolloutError."""
+        """Return one completion; `session` keeps a group on one replica. Raises RolloutError."""
         ...
 
 
@@ -33,7 +33,7 @@ class Search(Protocol):
     """Ask the search engine."""
 
     async def search(self, query: str) -> tuple[Passage, ...]:
-        """Best first; empty when nothing was found. Raises ServiceError when the search itself failed."""
+        """Return passages, best first; none when nothing was found. Raises ServiceError when it failed."""
         ...
 
 
@@ -52,7 +52,7 @@ class Tool(Protocol):
 
     @property
     def spec(self) -> ToolSpec:
-        """Name, description, parameters and limits."""
+        """Return name, description, parameters and limits."""
         ...
 
     async def call(self, arguments: Mapping[str, object], *, deadline: float) -> Observation:
@@ -157,7 +157,7 @@ class Agent(Protocol):
     """Play one episode."""
 
     async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
-        """Never raises for a failed search or completion: that is a trajectory with `stop` FAILED."""
+        """Return the trajectory; after a failed tool call or completion, one with `stop` FAILED."""
         ...
 
 

@@ -155,12 +155,12 @@ class Turn:
 
     @property
     def observation_overflowed(self) -> bool:
-        """Whether the context had no room for the observation of a call, which ended the episode."""
+        """Return whether the context had no room for the observation of a call, which ended the episode."""
         return self.observation is not None and not len(self.observation_ids)
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """The search results that the policy read, taken from the tool and never parsed from text."""
+        """Return the search results that the policy read: from the tool, never parsed from text."""
         return self.observation.passages if self.observation and len(self.observation_ids) else ()
 
 
@@ -171,7 +171,7 @@ class Stop(StrEnum):
     LENGTH = "length"
     """The token budget was used up."""
     FAILED = "failed"
-    """The environment or the engine failed: not the policy's doing, so neither rewarded nor punished."""
+    """A tool or the engine failed: the trajectory is neither rewarded nor punished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -190,14 +190,14 @@ class Trajectory:
 
     @property
     def token_ids(self) -> IntArray:
-        """Prompt, then output and observation of every turn [L]."""
+        """Return the prompt, then output and observation of every turn [L]."""
         return np.concatenate(
             [self.prompt_ids, *(ids for t in self.turns for ids in (t.output_ids, t.observation_ids))]
         )
 
     @property
     def policy_mask(self) -> BoolArray:
-        """True exactly on the tokens the policy sampled [L]: the one mask of loss, KL, entropy and credit."""
+        """Return True exactly on sampled tokens [L]: the one mask of loss, KL, entropy and credit."""
         flags = [np.zeros(len(self.prompt_ids), dtype=np.bool_)]
         for turn in self.turns:
             flags += [np.ones(len(turn.output_ids), np.bool_), np.zeros(len(turn.observation_ids), np.bool_)]
@@ -205,7 +205,7 @@ class Trajectory:
 
     @property
     def sampling_log_probs(self) -> FloatArray:
-        """Log-probs at sampling time on policy tokens, 0 elsewhere [L]."""
+        """Return the log-probs at sampling time on policy tokens, 0 elsewhere [L]."""
         parts = [np.zeros(len(self.prompt_ids), dtype=np.float32)]
         for turn in self.turns:
             parts += [turn.output_log_probs, np.zeros(len(turn.observation_ids), np.float32)]
@@ -213,23 +213,24 @@ class Trajectory:
 
     @property
     def num_policy_tokens(self) -> int:
+        """Return the number of sampled tokens."""
         return sum(len(turn.output_ids) for turn in self.turns)
 
     @property
     def answer(self) -> str | None:
-        """Text of the answer action of the last turn, or None."""
+        """Return the text of the answer action of the last turn, or None."""
         if self.turns and self.turns[-1].action.kind is ActionKind.ANSWER:
             return self.turns[-1].action.text
         return None
 
     @property
     def tool_turns(self) -> tuple[Turn, ...]:
-        """The turns whose tool call was executed, also those whose observation overflowed."""
+        """Return the turns whose tool call was executed, also those whose observation overflowed."""
         return tuple(turn for turn in self.turns if turn.observation is not None)
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """All search results that the policy read, in order."""
+        """Return all search results that the policy read, in order."""
         return tuple(p for turn in self.turns for p in turn.passages)
 
 

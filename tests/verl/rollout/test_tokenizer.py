@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.fakes import make_question
@@ -30,22 +29,12 @@ from verl.types import Message
 TAGS = FORMATS["search_r1"].tags
 INFORMATION = "\n\n<information>Doc 1(Title: T) x{}y</information>\n\n"
 Maker = Callable[[], PreTrainedTokenizerFast]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
-def make_tokenizer(*, template: str | None) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    text = ["Where was Alice born 12 times? <search> the towns of 12"] * 5
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<bos>")
-    tokenizer.chat_template = template
-    return tokenizer
+def with_template(template: str | None) -> PreTrainedTokenizerFast:
+    raw = qwen()
+    raw.chat_template = template
+    return raw
 
 
 def control_texts(raw: PreTrainedTokenizerFast) -> dict[int, str]:
@@ -168,7 +157,7 @@ def test_the_next_turn_is_what_the_chat_template_writes_after_an_answer(make: Ma
 def test_without_further_turns_there_is_no_next_one(
     template: str | None, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert HfTokenizer(make_tokenizer(template=template)).render_next_turn("Again?") is None
+    assert HfTokenizer(with_template(template)).render_next_turn("Again?") is None
     assert len(caplog.records) == warnings
 
 
@@ -181,25 +170,25 @@ def test_without_further_turns_there_is_no_next_one(
     ],
 )
 def test_messages_that_the_chat_template_refuses_are_named(template: str, reason: str) -> None:
-    tokenizer = HfTokenizer(make_tokenizer(template=template))
+    tokenizer = HfTokenizer(with_template(template))
     with pytest.raises(ConfigError, match=f"refuses messages of user: .*{reason}"):
         tokenizer.render_prompt(make_question())
 
 
 def test_the_pad_token_may_be_the_end_token() -> None:
-    raw = make_tokenizer(template=None)
+    raw = ends_every_text()
     assert HfTokenizer(raw).pad_id == raw.eos_token_id
 
 
 def test_ids_are_the_same_after_loading(tmp_path: Path) -> None:
-    raw = make_tokenizer(template=TEMPLATE)
+    raw = qwen()
     raw.save_pretrained(tmp_path)
     text = "Where was Alice born 12 times?"
     assert HfTokenizer.from_pretrained(str(tmp_path)).encode(text) == HfTokenizer(raw).encode(text)
 
 
 def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path) -> None:
-    make_tokenizer(template=None).save_pretrained(tmp_path)
+    llama2_base().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(settings | {"tokenizer_class": "Qwen2Tokenizer"})
@@ -221,7 +210,7 @@ def test_a_missing_or_damaged_tokenizer_names_the_folder(
     tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     if content is not None:
-        make_tokenizer(template=None).save_pretrained(tmp_path)
+        llama2_base().save_pretrained(tmp_path)
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"path='{tmp_path}' has no usable tokenizer"):
         HfTokenizer.from_pretrained(str(tmp_path))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from verl.agent.prompts import PACKAGED_FILE
 from verl.errors import DataError
 from verl.run.manifest import (
     describe_file,
@@ -30,7 +31,9 @@ def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     services = {"ig": {"status": "healthy", "api_key": "planted-key"}}
-    manifest = make_manifest(make_config(tmp_path), services=services, prompt="Question: why?")
+    manifest = make_manifest(
+        make_config(tmp_path), services=services, prompt_file=PACKAGED_FILE, prompt="Question: why?"
+    )
     write_manifest(tmp_path / "run", manifest)
     return tmp_path / "run"
 
@@ -41,6 +44,7 @@ def test_says_what_was_run(run_dir: Path) -> None:
     assert manifest["status"] == "running"
     assert manifest["data"][0]["sha256"] == hashlib.sha256(b"rows").hexdigest()
     assert manifest["model"]["files"]["config.json"]["sha256"] == hashlib.sha256(b"{}").hexdigest()
+    assert manifest["prompt_file"]["sha256"] == hashlib.sha256(PACKAGED_FILE.read_bytes()).hexdigest()
     assert manifest["prompt"]["sha256"] == hashlib.sha256(b"Question: why?").hexdigest()
     assert manifest["config"]["data"]["train_batch_size"] == 16
     assert manifest["seeds"] == {"trainer.seed": 0}

@@ -149,6 +149,7 @@ def test_wrong_type_is_refused_with_its_key() -> None:
         ("actor_rollout_ref.actor.kl_loss_type=k9", "one of low_var_kl"),
         ("reward.max_failure_share=1.5", r"reward.max_failure_share must be in \[0, 1\]"),
         ("retriever.url=localhost:8000", "an http"),
+        ("data.prompt=rows", "data.prompt must be one of auto, parquet, file, got 'rows'"),
         ("trainer.logger=[tensorboard]", "trainer.logger must be one of"),
         ("trainer.experiment_name=../../x", r"trainer.experiment_name must be a name: .*got '../../x'"),
         ("trainer.project_name=/abs", "trainer.project_name must be a name"),
@@ -164,7 +165,10 @@ def test_bad_value_is_named(override: str, message: str) -> None:
 def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = composed(
-        ["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
+        [
+            *["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
+            *["agent.tools=[search,search,ask]", "data.prompt_file=gone.yaml"],
+        ],
     )
     with pytest.raises(ConfigError) as error:
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
@@ -172,6 +176,12 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "data.train_files: no such file 'gone.parquet'" in message
     assert "actor_rollout_ref.model.path=./gone: no such folder" in message
     assert "this machine has 0 GPUs" in message
+    assert "agent.tools: 'ask' is unknown, expected search" in message
+    assert "expected at least one name, each once" in message
+    assert "data.prompt_file='gone.yaml' cannot be read" in message
+    config.agent.format = "xml"
+    with pytest.raises(ConfigError, match=r"agent\.format='xml' is unknown, expected search_r1"):
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
 
 
 @pytest.mark.parametrize("recipe", config_groups()["recipe"])
