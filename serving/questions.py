@@ -34,7 +34,7 @@ _GOLDS = (
     "answer",
 )
 _SEPARATOR = "<|answer_split|>"
-_TAG = re.compile(r"</\w+>")
+_TAG = re.compile(r"</?\w+>")
 _MAX_SHOWN_CHARS = 80
 
 

@@ -153,6 +153,7 @@ def test_a_prompt_that_does_not_show_how_to_answer_is_refused(tmp_path: Path, pr
         ({"reward_model": None}, r"none of reward_model\.ground_truth, .* \(there are data_source"),
         ({"target": [""]}, r"reward_model\.ground_truth\.target is \[''\]"),
         ({"question": "  "}, "question is '  '"),
+        ({"question": None}, r"none of question, extra_info\.question"),
         ({"data_source": None}, "data_source is None"),
         ({"prompt": []}, r"prompt is \[\]"),
         ({"prompt": "Who?"}, "prompt is 'Who"),
