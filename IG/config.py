@@ -207,21 +207,26 @@ def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | Non
 def visible_device(config: IGServiceConfig, *, visible: str | None) -> str | None:
     """Return the CUDA_VISIBLE_DEVICES that shows only the configured GPU; None to leave it unchanged.
 
-    `visible` is its present value, among whose GPUs `--device` counts. Raises SettingError when there are too
-    few.
+    `visible` is its present value. Raises SettingError when that shows too few GPUs.
     """
     kind, _, index = config.device.partition(":")
-    if kind != "cuda" or not index:
-        return None
+    return visible_gpu(int(index), visible=visible) if kind == "cuda" and index else None
+
+
+def visible_gpu(index: int, *, visible: str | None) -> str:
+    """Return the CUDA_VISIBLE_DEVICES entry of a GPU, counted from 0 among the visible ones.
+
+    Raises SettingError when there are too few.
+    """
     if visible is None:
-        return str(int(index))
+        return str(index)
     names = [name.strip() for name in visible.split(",") if name.strip()]
-    if int(index) >= len(names):
+    if index >= len(names):
         raise SettingError(
-            f"--device is {config.device!r}, but CUDA_VISIBLE_DEVICES is {visible!r}, which shows "
-            f"{len(names)} GPUs, counted from 0; name one of those or let it show more"
+            f"GPU {index} is needed (--device, --num-gpus), but CUDA_VISIBLE_DEVICES is {visible!r}, which "
+            f"shows {len(names)} GPUs, counted from 0; choose one of those or let it show more"
         )
-    return names[int(index)]
+    return names[index]
 
 
 def require_devices(

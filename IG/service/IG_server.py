@@ -79,13 +79,12 @@ def create_app(
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    _add_health(app, host=host)
     add_states(app, require_ready=service.require_ready, responses=refusals(openapi.REFUSALS, 503))
     guarded = APIRouter(
         dependencies=security(needs_token=bool(config.token), described="--token-file or IG_TOKEN"),
         responses=refusals(openapi.REFUSALS, 401),
     )
-    _add_reports(guarded, service=service, metrics=metrics, config=config)
+    _add_reports(app, guarded, host=host, metrics=metrics, config=config)
     guarded.include_router(_work(service=service, metrics=metrics, config=config))
     app.include_router(guarded)
     add_guards(
@@ -100,20 +99,25 @@ def create_app(
     return app
 
 
-def _add_health(app: FastAPI, *, host: Host[Backend]) -> None:
+def _add_reports(
+    app: FastAPI,
+    router: APIRouter,
+    *,
+    host: Host[Backend],
+    metrics: ServiceMetrics,
+    config: IGServiceConfig,
+) -> None:
+    """Add /health, which needs no token, and /version and /metrics."""
+
     @app.get("/health", response_model_exclude_none=True, tags=["state"])
     async def health() -> HealthResponse:
         """Return the state of the service; always 200."""
         return describe_health(host, version=app.version)
 
-
-def _add_reports(
-    router: APIRouter, *, service: Service, metrics: ServiceMetrics, config: IGServiceConfig
-) -> None:
     @router.get("/version", tags=["state"])
     async def version() -> VersionResponse:
         """Return everything that the numbers depend on."""
-        identity = service.host.backend.identity if service.host.backend else None
+        identity = host.backend.identity if host.backend else None
         return VersionResponse.of(
             config,
             version=package_version(),

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from IG.config import IGServiceConfig
+from IG.config import IGServiceConfig, visible_gpu
 from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.prompts import build_prompt
-from IG.sampler import EngineLostError, SampledAnswer, SamplingError, VllmSampler
+from IG.sampler import EngineLostError, SampledAnswer, VllmSampler
 from IG.service.cluster import ActorLostError, RayActor, RayCluster
 from IG.service.pool import WorkerLostError
 from serving.web.loading import load_in_thread
@@ -118,7 +118,7 @@ def _keep_from_collector() -> None:
 
 
 class _Host:
-    """The actor's object: holds its worker. Expected errors are returned, not raised: Ray wraps those."""
+    """The object of an actor; it holds the worker."""
 
     def __init__(self) -> None:
         self._worker: LocalWorker | None = None
@@ -131,27 +131,9 @@ class _Host:
         self._worker = await LocalWorker.start(config, rank)
         return self._worker.device, os.getpid()
 
-    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...] | Exception:
-        assert self._worker is not None
-        try:
-            return await self._worker.sample(prompt)
-        except (SamplingError, WorkerLostError) as error:
-            return error
-
-    async def judge(self, pairs: Sequence[Pair]) -> list[float] | WorkerLostError:
-        assert self._worker is not None
-        try:
-            return await self._worker.judge(pairs)
-        except WorkerLostError as error:
-            return error
-
-    async def wait_lost(self) -> str:
-        assert self._worker is not None
-        return await self._worker.wait_lost()
-
-    async def aclose(self) -> None:
-        if self._worker is not None:
-            await self._worker.aclose()
+    async def call(self, method: str, *arguments: object) -> object:
+        """Call a method of the worker."""
+        return await getattr(self._worker, method)(*arguments)
 
 
 class RayWorker:
@@ -167,7 +149,8 @@ class RayWorker:
     @classmethod
     async def start(cls, cluster: RayCluster, config: IGServiceConfig, rank: int) -> RayWorker:
         """Start an actor and load both models there. Raises what loading raises, WorkerLostError."""
-        gpu = _gpu_name(rank) if config.num_gpus > 1 else None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpu = visible_gpu(rank, visible=visible) if config.num_gpus > 1 else None
         actor = cluster.launch(_Host, name=f"worker-{rank}")
         starting = asyncio.create_task(actor.call("start", replace(config, token=""), rank, gpu))
         try:
@@ -198,10 +181,9 @@ class RayWorker:
     async def wait_lost(self) -> str:
         """Wait until the actor or its engine is gone and return the reason."""
         try:
-            reason: str = await self._call("wait_lost")
+            return str(await self._call("wait_lost"))
         except WorkerLostError as error:
             return str(error)
-        return reason
 
     async def aclose(self) -> None:
         """Close the actor's worker, if it still answers, and end the actor."""
@@ -213,25 +195,8 @@ class RayWorker:
         finally:
             self._actor.kill()
 
-    async def _call(self, method: str, /, *arguments: object) -> Any:
+    async def _call(self, method: str, *arguments: object) -> Any:
         try:
-            outcome = await self._actor.call(method, *arguments)
+            return await self._actor.call("call", method, *arguments)
         except ActorLostError as error:
             raise WorkerLostError(str(error)) from error
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-
-def _gpu_name(rank: int) -> str:
-    """Return the CUDA_VISIBLE_DEVICES entry of a rank. Raises ValueError when there are too few."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return str(rank)
-    names = [name.strip() for name in visible.split(",") if name.strip()]
-    if rank >= len(names):
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, which shows {len(names)} GPUs, too few for worker {rank}; "
-            "let it show more or lower --num-gpus"
-        )
-    return names[rank]

@@ -6,7 +6,6 @@ import pytest
 
 import IG.config as config_module
 from IG.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
-from serving.redaction import redact_text
 from serving.web.settings import SettingError, settings_table
 
 README = Path(config_module.__file__).parent / "service" / "README.md"
@@ -32,20 +31,12 @@ def test_entailment_model_follows_the_generator_unless_it_is_named() -> None:
     assert named.entailment_model == "mine"
 
 
-def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    config = resolve_config(["--model-path=~/m"], environ={"IG_ENTAILMENT_MODEL": "~/e"})
-    assert (config.model_path, config.entailment_model) == ("/home/me/m", "/home/me/e")
-
-
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
         (["--port", "70000"], {}, r"--port is '70000', expected a whole number from 1 to 65535"),
         ([], {"IG_PORT": "http"}, r"\$IG_PORT is 'http', expected a whole number"),
         (["--score", "medium"], {}, r"--score is 'medium', expected one of hard, soft"),
-        (["--gpu-memory-utilization", "0"], {}, r"expected a number above 0 up to 1"),
-        (["--threshold", "nan"], {}, r"--threshold is 'nan'"),
         (["--threshold", "1"], {}, r"--threshold is '1', expected a number from 0 to 0.999"),
         (
             ["--num-gpus", "4", "--num-workers", "2"],
@@ -55,7 +46,6 @@ def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -
         (["--num-gpus", "4", "--device", "cpu"], {}, r"--num-gpus is 4, but --device is 'cpu'"),
         (["--num-gpus", "2", "--device", "cuda:1"], {}, r"but --device is 'cuda:1': use --device cuda "),
         (["--device", "cuda"], {"IG_NUM_WORKERS": "2"}, r"workers on GPUs are counted by --num-gpus"),
-        (["--max-body-mb", "0"], {}, r"--max-body-mb is '0', expected a number above 0 up to 4096"),
         (["--request-timeout-s", "inf"], {}, r"--request-timeout-s is 'inf'"),
         (
             ["--token-file", "/no/such/file"],
@@ -82,19 +72,6 @@ def test_a_token_comes_from_the_environment_or_a_file_and_is_never_shown(tmp_pat
     assert "s3cret" not in f"{from_environment!r} {from_environment} {from_file}"
 
 
-@pytest.mark.parametrize("token", ["two words", "naïve", "line\nbreak"])
-def test_a_bad_token_is_refused_without_being_repeated(token: str, tmp_path: Path) -> None:
-    file = tmp_path / "token"
-    file.write_text(token)
-    with pytest.raises(SettingError, match=r"\$IG_TOKEN is not a bearer token") as from_environment:
-        resolve_config([], environ={"IG_TOKEN": token})
-    with pytest.raises(SettingError, match="holds no bearer token") as from_file:
-        resolve_config(["--token-file", str(file)], environ={})
-    messages = f"{from_environment.value} {from_file.value}"
-    assert token not in messages
-    assert redact_text(messages) == messages  # the log shows all of them
-
-
 @pytest.mark.parametrize(
     ("device", "visible", "expected", "reported"),
     [
@@ -116,7 +93,7 @@ def test_a_gpu_is_counted_among_the_visible_ones(
 @pytest.mark.parametrize("visible", ["", "0", "0,1"])
 def test_a_gpu_that_is_not_visible_is_refused(visible: str) -> None:
     config = resolve_config(["--device", "cuda:2"], environ={})
-    with pytest.raises(SettingError, match=rf"--device is 'cuda:2', but CUDA_VISIBLE_DEVICES is '{visible}'"):
+    with pytest.raises(SettingError, match=rf"GPU 2 is needed .* but CUDA_VISIBLE_DEVICES is '{visible}'"):
         visible_device(config, visible=visible)
 
 

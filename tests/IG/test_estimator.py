@@ -95,16 +95,6 @@ async def test_a_good_context_gains_and_an_empty_one_gains_nothing() -> None:
     assert gains(estimates) == [pytest.approx(0.5), 0.0, 0.0]
 
 
-async def test_each_condition_of_a_request_is_sampled_once() -> None:
-    sampler = FakeAnswerSampler(BELIEVES, pause_s=0.01)
-    shared = estimator(sampler)
-    queries = [query("a good passage"), query("a good passage"), query("other"), query("")]
-    await asyncio.gather(shared.estimate(queries, details=True), shared.estimate(queries, details=False))
-    assert len(sampler.prompts) == len(set(sampler.prompts)) == 3
-    await shared.estimate(queries, details=False)
-    assert len(sampler.prompts) == 3
-
-
 def test_everything_that_samples_depend_on_is_in_their_key() -> None:
     def key(*flags: str, digest: str = "1", prompt: str = "p") -> bytes:
         config = resolve_config(flags, environ={})
@@ -312,22 +302,6 @@ async def test_what_is_not_done_at_the_deadline_is_late_and_is_cancelled() -> No
     assert (estimates.work.prompts_sampled, estimates.work.prompts_joined) == (2, 1), "what is late has none"
     assert gains(await shared.estimate(queries[:1], details=False, timeout_s=0.1)) == [0.0]
     assert len(asyncio.all_tasks()) == 1
-
-
-async def test_a_caller_who_goes_away_stops_what_nobody_else_waits_for() -> None:
-    sampler = StoppableSampler({"slow": 3600.0, "Where": 0.1})
-    shared = estimator(sampler)
-    gone = asyncio.create_task(shared.estimate([query("slow"), query("quick")], details=False))
-    await asyncio.sleep(0.02)
-    stays = asyncio.create_task(shared.estimate([query("quick")], details=False))
-    await asyncio.sleep(0.02)
-    gone.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await gone
-    estimates = await stays
-    assert gains(estimates) == [0.0]
-    assert estimates.work.prompts_joined == 2
-    assert [("slow" in prompt) for prompt in sampler.stopped] == [True]
 
 
 async def test_a_large_request_compares_a_part_at_a_time_and_leaves_room_for_others() -> None:

@@ -21,16 +21,6 @@ def test_help_explains_both_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert "doctor measure gains on a sample of questions" in shown
 
 
-@pytest.mark.parametrize("arguments", [[], ["bogus"]])
-def test_nothing_and_anything_else_end_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "serve | doctor" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("command", "flag"), [("serve", "--port"), ("doctor", "--max-samples")])
 def test_every_command_has_its_own_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -83,16 +83,6 @@ async def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for_longest()
     assert sampler.started == ["a", "b", "c", "b"]
 
 
-async def test_work_under_way_is_never_doubled_however_small_the_cache() -> None:
-    sampler = GatedSampler()
-    samples = shared(sampler, size=1)
-    waiting = [asyncio.create_task(samples.of(prompt)) for prompt in "abcabc"]
-    await settle()
-    sampler.gate.set()
-    await asyncio.gather(*waiting)
-    assert sampler.started == ["a", "b", "c"]
-
-
 async def test_a_waiter_who_goes_away_does_not_hurt_the_others_and_the_last_one_ends_the_work() -> None:
     sampler = GatedSampler()
     samples = shared(sampler)

@@ -13,7 +13,6 @@ import pytest
 
 from IG.config import IGServiceConfig
 from IG.doctor.command import main, parse_arguments
-from IG.doctor.questions import read_questions
 from IG.estimator import Estimates, GainEstimator, GainQuery
 from IG.sampler import SampledAnswer, SamplingError
 from IG.service.pool import PoolStatus
@@ -225,12 +224,6 @@ def test_settings_of_the_service_reach_it() -> None:
     request = parse_arguments(["--num-generations", "5", "--score", "soft"])
     assert (request.config.num_generations, request.config.score) == (5, "soft")
     assert request.max_samples == 64
-
-
-def test_the_default_questions_are_those_of_the_world() -> None:
-    questions = read_questions(parse_arguments([]).questions)
-    assert len(questions) == 200
-    assert [len(question.documents) for question in questions] == [1] * 100 + [2] * 100
 
 
 def test_models_that_cannot_start_are_one_line_and_status_1(

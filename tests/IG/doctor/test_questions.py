@@ -78,11 +78,6 @@ def test_a_question_of_two_documents_has_every_scenario() -> None:
     assert not any(text.startswith("A?") for text in drawn)
 
 
-def test_one_document_is_all_there_is() -> None:
-    contexts = contexts_of(question(name="A?"), others=[question(name="B?")], rng=random.Random(0))
-    assert list(contexts) == [Scenario.none, Scenario.supporting, Scenario.random]
-
-
 def test_no_documents_leave_the_question_alone() -> None:
     others = [question(name="B?")]
     assert contexts_of(question(num_documents=0), others=others, rng=random.Random(0)) == {Scenario.none: ""}

@@ -7,7 +7,7 @@ import pytest
 
 from IG.entailment import DeviceLostError
 from IG.sampler import EngineLostError, SamplingError
-from IG.service.IG_worker import LocalWorker, _gpu_name
+from IG.service.IG_worker import LocalWorker
 from IG.service.pool import WorkerLostError
 
 
@@ -64,12 +64,3 @@ async def test_a_closed_worker_is_lost() -> None:
     assert models.is_closed
     with pytest.raises(WorkerLostError, match="was closed"):
         await closed.judge([("a", "b")])
-
-
-def test_a_rank_sees_the_gpu_that_is_visible_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert _gpu_name(3) == "3"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-abc")
-    assert [_gpu_name(0), _gpu_name(1)] == ["4", "GPU-abc"]
-    with pytest.raises(ValueError, match=r"shows 2 GPUs, too few for worker 2; .*--num-gpus"):
-        _gpu_name(2)

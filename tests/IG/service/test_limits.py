@@ -77,11 +77,6 @@ async def test_a_long_body_is_refused_while_it_comes(chunked: bool) -> None:
     assert fits.status_code == 200
 
 
-async def test_a_body_that_only_says_it_is_long_is_refused_unread() -> None:
-    async with serving(FakeBackend()) as client, announcing(client, 99999999999) as (reader, _):
-        assert (await first_line(reader)).startswith("HTTP/1.1 413")
-
-
 async def test_who_finds_no_place_is_told_before_the_body_is_read() -> None:
     backend = FakeBackend(pause_s=60)
     async with serving(backend, "--max-queued-items", "2") as client:
