@@ -53,11 +53,19 @@ def _check_text(value: object, *, entry: FixedText, path: Path, key: str) -> Non
     try:
         fields = [field for _, *field in string.Formatter().parse(value) if field[0] is not None]
     except ValueError as error:
-        _refuse(path, key, f"is malformed ({error}), expected a text with {allowed}; write a brace twice")
+        _refuse(
+            path,
+            key,
+            f"is malformed ({error}), expected a text with {allowed}; a literal brace is written twice",
+        )
     found = [name for name, _, _ in fields]
     for name, spec, conversion in fields:
         if spec or conversion or name not in (*entry.required, *entry.optional):
-            _refuse(path, key, f"has the placeholder {{{name}}}, expected {allowed}; write a brace twice")
+            _refuse(
+                path,
+                key,
+                f"has the placeholder {{{name}}}, expected {allowed}; a literal brace is written twice",
+            )
     if missing := [name for name in entry.required if found.count(name) != 1]:
         _refuse(path, key, f"has {{{missing[0]}}} {found.count(missing[0])} times, expected it once")
 

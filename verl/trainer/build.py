@@ -26,7 +26,7 @@ from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError
-from verl.protocols import PromptFormat, Tool, ToolResources
+from verl.protocols import PromptFormat, Search, Tokenizer, Tool, ToolResources
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
@@ -149,19 +149,22 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
 
 
-def make_tools(config: Config, search: HttpSearch) -> list[Tool]:
+def make_tools(config: Config, search: Search) -> list[Tool]:
     """Make the tools that the policy can call."""
     resources = ToolResources(search=search, search_timeout_s=config.retriever.timeout_s)
     return [TOOLS[name](resources) for name in config.agent.tools]
 
 
-def make_format(config: Config, *, tokenizer: HfTokenizer, tools: list[Tool]) -> PromptFormat:
+def make_format(config: Config, *, tokenizer: Tokenizer, tools: list[Tool]) -> PromptFormat:
     """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
-    prompt_format = FORMATS[config.agent.format]
-    texts = load_texts(
-        prompt_file(config.data.prompt_file), section=config.agent.format, entries=prompt_format.texts
-    )
-    return prompt_format(tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
+    name, path = config.agent.format, prompt_file(config.data.prompt_file)
+    texts = load_texts(path, section=name, entries=FORMATS[name].texts)
+    prompt_format = FORMATS[name](tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
+    if problem := prompt_format.check_prompt(prompt_format.write_prompt("")):
+        raise ConfigError(
+            f"data.prompt_file={str(path)!r}: the instruction of {name} {problem}; add it there"
+        )
+    return prompt_format
 
 
 def make_collector(

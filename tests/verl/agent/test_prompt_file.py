@@ -41,7 +41,7 @@ def test_the_packaged_file_gives_what_is_asked_for() -> None:
         ),
         ({"mine": GOOD | {"first": "{question.__class__}"}}, r"placeholder \{question.__class__\}"),
         ({"mine": GOOD | {"first": "{question!r}"}}, r"placeholder \{question\}"),
-        ({"mine": GOOD | {"note": "{"}}, "mine.note is malformed .*write a brace twice"),
+        ({"mine": GOOD | {"note": "{"}}, "mine.note is malformed .*brace is written twice"),
     ],
 )
 def test_a_bad_file_is_refused_with_file_key_and_expectation(

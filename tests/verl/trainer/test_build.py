@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import FakeGainService, Reply, ScriptedServer, make_question
+from tests.fakes import CharTokenizer, FakeGainService, Reply, ScriptedSearch, ScriptedServer, make_question
+from verl.agent.prompts import PACKAGED_FILE
 from verl.algorithms.inforeasoner import InfoReasoner
-from verl.errors import ServiceError
+from verl.errors import ConfigError, ServiceError
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
-from verl.trainer.build import connect_services
+from verl.trainer.build import connect_services, make_format, make_tools
 from verl.trainer.config.schema import Config
 from verl.utils.reward_score.IG_client import GainRequest
 
@@ -79,3 +80,15 @@ def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:
     code = "import sys, verl.trainer.build; print({'matplotlib', 'jinja2'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_an_instruction_that_does_not_show_how_to_answer_is_refused(tmp_path: Path) -> None:
+    config = Config()
+    tools = make_tools(config, ScriptedSearch())
+    tokenizer = CharTokenizer()
+    assert make_format(config, tokenizer=tokenizer, tools=tools).stop_strings
+    texts = PACKAGED_FILE.read_text().replace("<answer>", "<result>")
+    (tmp_path / "prompts.yaml").write_text(texts)
+    config.data.prompt_file = str(tmp_path / "prompts.yaml")
+    with pytest.raises(ConfigError, match=r"prompts\.yaml': the instruction of search_r1 never says to"):
+        make_format(config, tokenizer=tokenizer, tools=tools)
