@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import report
 import view_rollouts
 from rich.console import Console
 
-from tests.scripted_run import write_run
+from tests.scripted_run import decode, make_question, search_turn, write_run
+from verl.run.recorder import Recorder
+from verl.types import Score, Stop, Trajectory
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,19 @@ def test_evaluations_and_single_files(run_dir: Path) -> None:
     assert "test/0" in shown
     assert "advantage -" in shown
     assert "1 trajectories" in _show(str(run_dir / "evaluation" / "step_000000.jsonl"), "--limit", "1")
+
+
+def test_a_result_that_the_context_had_no_room_for_is_named(tmp_path: Path) -> None:
+    turn = search_turn("where", [])
+    turn = replace(turn, observation_ids=turn.observation_ids[:0])
+    trajectory = Trajectory(
+        question=make_question(1), sample=0, prompt_ids=turn.output_ids, turns=(turn,), stop=Stop.LENGTH
+    )
+    for step in (0, 5):
+        Recorder(tmp_path, decode=decode).write_evaluation(step, [trajectory], [Score(outcome=0.0)])
+    assert "no room for the result" in _show(str(tmp_path), "--evaluation")
+    report.main([str(tmp_path)])
+    assert "no room for the result" in (tmp_path / "report.html").read_text()
 
 
 def test_a_step_that_is_not_there_lists_those_that_are(run_dir: Path) -> None:

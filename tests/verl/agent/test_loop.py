@@ -76,22 +76,18 @@ async def test_search_then_answer() -> None:
     assert np.all(trajectory.sampling_log_probs[mask] < 0)
 
 
-async def test_every_turn_has_its_own_seed_and_the_same_ones_in_every_run() -> None:
+@pytest.mark.parametrize(("greedy", "temperature"), [(False, 0.7), (True, 0.0)])
+async def test_every_turn_has_its_own_seed_and_the_same_ones_in_every_run(
+    greedy: bool, temperature: float
+) -> None:
     seeds = []
     for _ in range(2):
         agent, generate, _ = build("x", "y", "z")
-        await play(agent)
-        assert {s.temperature for s in generate.samplings} == {0.7}
+        await agent.run(make_question(), sample=0, seed=5, greedy=greedy)
+        assert {s.temperature for s in generate.samplings} == {temperature}
         seeds.append([s.seed for s in generate.samplings])
     assert seeds[0] == seeds[1]
-    assert len(set(seeds[0])) == 3
-    assert seeds[0][0] == 6315739163131927091
-
-
-async def test_greedy_means_temperature_zero() -> None:
-    agent, generate, _ = build("<answer>a</answer>")
-    await agent.run(make_question(), sample=0, seed=5, greedy=True)
-    assert generate.samplings[0].temperature == 0.0
+    assert (len(set(seeds[0])), seeds[0][0]) == (3, 6315739163131927091)
 
 
 async def test_a_search_in_the_last_generation_is_not_executed() -> None:

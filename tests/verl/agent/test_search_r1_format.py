@@ -70,36 +70,9 @@ def test_a_span_holds_the_text_and_not_the_tags(pieces: list[str], action: Actio
     assert parse_pieces(pieces) == action
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "no tags at all",
-        "<search> never closed",
-        "closed only </search>",
-        "</answer><answer>a</answer>",
-        "<search>  \n</search>",
-        "<search> a </answer>",
-        "<Search>a</Search>",
-    ],
-)
+@pytest.mark.parametrize("text", ["", "no tags at all", "<search>  \n</search>", "<Search>a</Search>"])
 def test_what_is_no_action(text: str) -> None:
     assert parse_pieces(list(text)) == INVALID
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "content"),
-    [
-        ("<think> use <search> first </think><answer>X</answer>", ActionKind.ANSWER, "X"),
-        ("<think> use <search> tags </think><search> q </search>", ActionKind.TOOL, "q"),
-        ("<answer> a <search> b </search>", ActionKind.TOOL, "b"),
-        ("<search> a <think> b </think></search>", ActionKind.TOOL, "a <think> b </think>"),
-        ("</think><answer>a</answer><search>b</search>", ActionKind.ANSWER, "a"),
-    ],
-)
-def test_the_pair_that_stopped_the_turn_is_the_action(text: str, kind: ActionKind, content: str) -> None:
-    action = parse_pieces(list(text))
-    assert (action.kind, action.text, text[action.start : action.end]) == (kind, content, content)
 
 
 TAGS = ["<think>", "</think>", "<search>", "</search>", "<answer>", "</answer>", "<information>"]
