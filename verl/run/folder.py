@@ -99,21 +99,11 @@ def set_aside_run(run_dir: Path) -> Path | None:
     return target
 
 
-def set_aside_later_steps(run_dir: Path, *, step: int) -> Path | None:
-    """Move the records of steps after `step` to `previous-<time>/`; return that folder, or None without any.
+def set_aside_records(run_dir: Path, is_chosen: Callable[[str, int], bool]) -> Path | None:
+    """Move the records whose kind (train, val) and step are chosen to `previous-<time>/`.
 
-    A run that continues from `step` writes them again. Raises DataError for unreadable metrics.
+    Returns that folder, or None without such records. Raises DataError for unreadable metrics.
     """
-    return _set_aside(run_dir, lambda _, number: number > step)
-
-
-def set_aside_evaluation(run_dir: Path, *, step: int) -> Path | None:
-    """Move the records of the evaluation after `step` updates, which is repeated, to `previous-<time>/`."""
-    return _set_aside(run_dir, lambda kind, number: (kind, number) == ("val", step))
-
-
-def _set_aside(run_dir: Path, is_chosen: Callable[[str, int], bool]) -> Path | None:
-    """Move the records whose kind (train, val) and step are chosen."""
     lines = read_metrics(run_dir)
     chosen = [line for line in lines if is_chosen(line["kind"], line["step"])]
     files = [

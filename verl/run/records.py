@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import NotRequired
+from typing import Any, NotRequired, cast
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -30,7 +30,6 @@ from verl.errors import DataError
 from verl.types import (
     Action,
     ActionKind,
-    Component,
     Credit,
     Finish,
     FloatArray,
@@ -53,6 +52,7 @@ TRAJECTORIES = "trajectories"
 EVALUATION = "evaluation"
 FORMAT = 2
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
+SCORE_DIGITS = 6
 LOG_PROB_DIGITS = 6
 ADVANTAGE_DIGITS = 8
 
@@ -157,8 +157,7 @@ def to_record(
 ) -> TrajectoryRecord:
     """Return the record of a trajectory; its texts are decoded from its ids."""
     question = trajectory.question
-    mask = trajectory.policy_mask
-    sampled = None if credit is None else credit.advantages[mask]
+    sampled = credit.advantages[trajectory.policy_mask] if credit is not None else np.zeros(0)
     return {
         "format": FORMAT,
         "step": step,
@@ -174,10 +173,8 @@ def to_record(
         "gain": score.gain.trajectory,
         "turn_gains": list(score.gain.turns),
         "gain_failure": _redacted(score.gain.failure),
-        "components": {} if credit is None else {k: _component(v) for k, v in credit.components.items()},
-        "advantage": None
-        if sampled is None or not len(sampled)
-        else _number(sampled.mean(), ADVANTAGE_DIGITS),
+        "components": {} if credit is None else cast(dict[str, Any], dict(credit.components)),
+        "advantage": _number(sampled.mean(), ADVANTAGE_DIGITS) if len(sampled) else None,
         "failure": _redacted(score.failure or trajectory.failure),
         "trajectory_failure": _redacted(trajectory.failure),
         "metrics": dict(score.metrics),
@@ -193,17 +190,13 @@ def to_record(
 def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
     return {
         "output_text": decode(turn.output_ids.tolist()),
-        "action": {
-            "kind": str(turn.action.kind),
-            "text": turn.action.text,
-            "start": turn.action.start,
-            "end": turn.action.end,
-            "tool": turn.action.tool,
-            "arguments": dict(turn.action.arguments),
-        },
+        "action": cast(ActionRecord, asdict(turn.action)),
         "finish": str(turn.finish),
         "is_executed": turn.observation is not None,
-        "passages": [_passage_record(passage) for passage in turn.passages],
+        "passages": [
+            cast(PassageRecord, asdict(passage) | {"score": _number(passage.score, SCORE_DIGITS)})
+            for passage in turn.passages
+        ],
         "observation_text": decode(turn.observation_ids.tolist()),
         "observation_truncated": turn.observation_truncated,
         "version": turn.version,
@@ -213,22 +206,9 @@ def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
     }
 
 
-def _passage_record(passage: Passage) -> PassageRecord:
-    return {
-        "id": passage.id,
-        "title": passage.title,
-        "text": passage.text,
-        "score": _number(passage.score, 6),
-    }
-
-
 def _number(value: float | np.floating, digits: int) -> float | None:
     number = float(value)
     return round(number, digits) if math.isfinite(number) else None
-
-
-def _component(value: Component) -> float | list[float | None] | None:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _mask_runs(trajectory: Trajectory) -> list[int]:
@@ -353,22 +333,15 @@ def is_executed(turn: TurnRecord) -> bool:
 
 
 def _rebuild_action(action: ActionRecord) -> Action:
-    kind, tool, arguments = action["kind"], action.get("tool", ""), action.get("arguments", {})
-    if kind == "search":  # the only tool, before the tool had an entry of its own
-        kind, tool, arguments = ActionKind.TOOL, "search", {"query": action["text"]}
-    return Action(
-        kind=ActionKind(kind),
-        text=action["text"],
-        start=action["start"],
-        end=action["end"],
-        tool=tool,
-        arguments=arguments,
-    )
+    values: dict[str, Any] = {**action}
+    if action["kind"] == "search":  # the only tool, before the tool had an entry of its own
+        values |= {"kind": "tool", "tool": "search", "arguments": {"query": action["text"]}}
+    return Action(**values | {"kind": ActionKind(values["kind"])})
 
 
 def _rebuild_passage(passage: PassageRecord) -> Passage:
-    score = math.nan if passage["score"] is None else passage["score"]
-    return Passage(id=passage["id"], title=passage["title"], text=passage["text"], score=score)
+    values: dict[str, Any] = {**passage, "score": math.nan if passage["score"] is None else passage["score"]}
+    return Passage(**values)
 
 
 def _rebuild_score(record: TrajectoryRecord) -> Score:

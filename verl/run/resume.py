@@ -8,13 +8,7 @@ from pathlib import Path
 
 from serving.redaction import redact
 from verl.errors import ConfigError
-from verl.run.folder import (
-    CHECKPOINTS,
-    has_records,
-    set_aside_evaluation,
-    set_aside_later_steps,
-    set_aside_run,
-)
+from verl.run.folder import CHECKPOINTS, has_records, set_aside_records, set_aside_run
 from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_manifest
 from verl.run.progress import Identity, Progress
 from verl.run.tracking import read_metrics
@@ -58,6 +52,18 @@ def find_progress(
             "or start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
         )
     logger.info("going on from %s (trainer.resume_mode=auto)", newest)
+    _warn_of_differences(run_dir, progress, earlier=earlier, manifest=manifest)
+
+    def is_repeated(kind: str, step: int) -> bool:
+        return (kind, step) == ("val", progress.step) if trainer.evaluates_only else step > progress.step
+
+    if (previous := set_aside_records(run_dir, is_repeated)) is not None:
+        logger.info("records that this run writes again were moved to %s", previous)
+    return checkpoints, progress, newest
+
+
+def _warn_of_differences(run_dir: Path, progress: Progress, *, earlier: Manifest, manifest: Manifest) -> None:
+    """Log what is missing of the earlier run, and what changed since."""
     if (earlier.get("saved_step") or 0) > progress.step:
         logger.warning(
             "step %d was saved, but its checkpoint cannot be used: the steps after %d are done again",
@@ -71,10 +77,6 @@ def find_progress(
         logger.warning("%s is missing: what changed since the last start is unknown", MANIFEST_FILE)
     for change in list_changes(earlier, manifest):
         logger.warning("changed since the last start of this run: %s", change)
-    set_aside = set_aside_evaluation if trainer.evaluates_only else set_aside_later_steps
-    if (previous := set_aside(run_dir, step=progress.step)) is not None:
-        logger.info("records that this run writes again were moved to %s", previous)
-    return checkpoints, progress, newest
 
 
 def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int | None) -> None:

@@ -78,9 +78,7 @@ class Tracker:
 
         `run_config` is the whole configuration, for the mirror.
         """
-        lines = read_metrics(run_dir)
-        self.path = write_metrics(run_dir, lines)
-        self._seen = {(line["step"], line["kind"]) for line in lines}
+        self.path = write_metrics(run_dir, read_metrics(run_dir))
         self._file = self.path.open("a", encoding="utf-8")
         self._total_steps = total_steps
         self._console = (console or Console(soft_wrap=True)) if "console" in settings.logger else None
@@ -89,10 +87,7 @@ class Tracker:
             self._mirror = WandbMirror(run_dir, settings, run_config=run_config or {})
 
     def log(self, step: int, metrics: Mapping[str, float], kind: str = "train") -> None:
-        """Record the metrics of one step, `kind` train or val. Logging a (step, kind) again replaces it."""
-        if (step, kind) in self._seen:
-            self._forget(step, kind)
-        self._seen.add((step, kind))
+        """Record the metrics of one step, `kind` train or val; once for each (step, kind)."""
         numbers = {name: _finite(step, name, float(value)) for name, value in metrics.items()}
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **numbers}
         with naming_file(self.path):
@@ -120,14 +115,6 @@ class Tracker:
         except OSError as error:
             self._console = None
             logger.warning("the console cannot be written any more (%s); see %s", error, self.path)
-
-    def _forget(self, step: int, kind: str) -> None:
-        self._file.close()
-        run_dir = self.path.parent
-        write_metrics(
-            run_dir, [line for line in read_metrics(run_dir) if (line["step"], line["kind"]) != (step, kind)]
-        )
-        self._file = self.path.open("a", encoding="utf-8")
 
 
 def write_metrics(run_dir: Path, lines: Sequence[MetricsLine]) -> Path:

@@ -41,19 +41,10 @@ def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [(step, "train") for step in range(1, 5)]
 
 
-def test_the_same_step_again_replaces_its_line(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, QUIET)
-    tracker.log(0, {"val/em": 0.1}, kind="val")
-    tracker.log(0, {"val/em": 0.2}, kind="val")
-    tracker.log(1, {"reward/mean": 0.0})
-    tracker.finish()
-    assert _steps(tmp_path) == [(0, "val"), (1, "train")]
-    assert read_metrics(tmp_path)[0]["val/em"] == 0.2
-
-
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(tmp_path, QUIET)
     tracker.log(1, {"reward/mean": 0.0})
+    assert _steps(tmp_path) == [(1, "train")]  # on disk at once
     tracker.finish()
     with tracker.path.open("a") as file:
         file.write('{"step": 2, "ki')
@@ -67,9 +58,6 @@ def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path, caplog: pytest.LogCap
     ("line", "named"),
     [
         (b"not json", "Invalid JSON"),
-        (b'{"step": 1, "kind": "\xff"}', "invalid unicode"),
-        (b"", "Invalid JSON"),
-        (b"[]", "dictionary|object"),
         (b'{"step": "one", "kind": "train"}', "step: Input should be a valid integer"),
         (b'{"step": 1}', "kind: Field required"),
     ],
@@ -103,13 +91,6 @@ def test_non_finite_numbers_are_null_and_named(tmp_path: Path, caplog: pytest.Lo
     assert line["reward/mean"] is None
     assert line["policy/kl"] is None
     assert "step 7: reward/mean is nan" in caplog.text
-
-
-def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, QUIET)
-    tracker.log(1, STEP)
-    assert read_metrics(tmp_path)[0]["ig/gain_mean"] == -0.25
-    tracker.finish()
 
 
 def test_console_line_is_one_line_with_the_phases(tmp_path: Path) -> None:
