@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -35,6 +36,16 @@ def pytest_configure() -> None:
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection, which tests for leaks do often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries report what is not freed at the end
 
 
 def _own_addresses() -> set[str]:

@@ -252,13 +252,13 @@ async def test_one_failed_query_leaves_the_others_alone() -> None:
     assert sum(isinstance(outcome, SearchFailure) for outcome in outcomes) == 1
 
 
-async def test_a_thousand_calls_use_few_connections_and_leave_none() -> None:
+async def test_many_calls_use_few_connections_and_leave_none() -> None:
     process = psutil.Process()
     async with (fake := FakeEngine("serper")).running():
         retriever = build_online("serper", options=fake.options(num_parallel_calls=8))
         await retriever.search(["warm"], topk=3, timeout_s=5.0)
         before = process.num_fds()
-        for _ in range(10):
+        for _ in range(3):
             outcomes = await retriever.search([f"q{i}" for i in range(100)], topk=3, timeout_s=30.0)
             assert all(len(as_found(outcome)) == 3 for outcome in outcomes)
         assert process.num_fds() <= before + 2 * 7  # both ends of seven more connections
