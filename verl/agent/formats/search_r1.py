@@ -26,8 +26,9 @@ from verl.errors import ConfigError
 from verl.protocols import FixedText, Tokenizer
 from verl.types import Action, ActionKind, Finish, Message, Observation, Question, ToolSpec, Turn
 
-# Those of this format, and those of other formats that a policy may have been trained on.
-_TAG_NAMES = ("think", "search", "information", "answer", "documents", "refine", "tool_call", "tool_response")
+# Those of this format besides its tools, and those of other formats that a policy may have been trained on.
+_RESERVED = ("think", "information", "answer", "documents", "refine", "tool_call", "tool_response")
+_TAG_NAMES = ("search", *_RESERVED)
 _ANSWER = "answer"
 _INVALID = Action(kind=ActionKind.INVALID)
 
@@ -46,7 +47,7 @@ class SearchR1Format:
     def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
         """Raise ConfigError for a tool that has not exactly one argument, or the name of another tag."""
         for tool in tools:
-            if len(tool.parameters) != 1 or tool.name in {*_TAG_NAMES} - {"search"}:
+            if len(tool.parameters) != 1 or tool.name in _RESERVED:
                 raise ConfigError(
                     f"agent.tools={tool.name} cannot be called with agent.format=search_r1, which passes one "
                     f"argument (it takes {len(tool.parameters)}) to a tool whose name is not that of another "
