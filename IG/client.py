@@ -200,8 +200,8 @@ class IGClient:
         return batch
 
     async def _send(self, batch: Sequence[_Pending]) -> None:
-        """Settle the batch; requests that may wait longer than the most urgent one return to the queue."""
-        deadline = min(pending.deadline for pending in batch)
+        """Send a batch and settle it. Its deadline is the latest: earlier ones end in `compute`."""
+        deadline = max(pending.deadline for pending in batch)
         try:
             requests = [pending.request for pending in batch]
             splits = iter(range(_MAX_SPLITS_AFTER_500))
@@ -209,13 +209,8 @@ class IGClient:
         except BaseException as error:  # closed, or a defect: callers must not wait until the deadline
             _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
-        again = []
         for pending, result in zip(batch, results, strict=True):
-            if result.retryable and pending.deadline > deadline + _GRACE_S:
-                again.append(pending)
-            else:
-                pending.settle(result)
-        self._queue.extendleft(reversed(again))
+            pending.settle(result)
 
     async def _ask(
         self, requests: Sequence[GainRequest], *, deadline: float, splits: Iterator[int]

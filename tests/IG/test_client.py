@@ -171,18 +171,18 @@ async def test_the_service_is_told_how_much_time_it_has() -> None:
 
 
 async def test_an_urgent_request_does_not_cut_short_its_companions() -> None:
-    """Asked together, they travel together; the patient one is asked for again."""
     async with (
-        (server := ScriptedServer([Reply(delay_s=60), answer([0.5])])).running(),
+        (server := FakeGainService(delay_s=1.0)).running(),
         IGClient(server.url, timeout_s=5) as client,
     ):
+        asked = requests(2)
         urgent, patient = await asyncio.gather(
-            client.submit(requests(1)[0], timeout_s=0.3), client.submit(requests(1)[0], timeout_s=4.0)
+            client.submit(asked[0], timeout_s=0.3), client.submit(asked[1], timeout_s=4.0)
         )
     assert urgent.gain is None
     assert urgent.retryable
-    assert patient == GainResult(gain=0.5)
-    assert [len(json.loads(body)["items"]) for _, _, body in server.requests] == [2, 1]
+    assert patient == expected(asked)[1]
+    assert len(server.bodies) == 1
 
 
 async def test_more_items_than_the_service_takes_are_asked_for_in_parts_from_then_on() -> None:
