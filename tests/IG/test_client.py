@@ -131,7 +131,7 @@ async def test_a_service_that_always_fails_is_not_flooded() -> None:
     assert len(server.requests) <= 2 * (1 + 2 * 32)
 
 
-async def test_single_gains_travel_together_and_come_back_to_who_asked() -> None:
+async def test_single_gains_share_requests() -> None:
     async with (
         (server := FakeGainService(delay_s=0.05)).running(),
         IGClient(server.url, timeout_s=5, max_in_flight=2) as client,
@@ -162,7 +162,7 @@ async def test_one_deadline_covers_all_requests_of_a_call_and_what_is_done_count
     assert all(r.gain is None and r.retryable and "within" in (r.error or "") for r in results[4:])
 
 
-async def test_the_service_is_told_how_much_time_it_has() -> None:
+async def test_requests_carry_a_deadline() -> None:
     server = FakeGainService()
     await compute(server, 1, timeout_s=5.0)
     assert 0.0 < server.bodies[0]["timeout_s"] < 5.0
@@ -206,7 +206,7 @@ async def test_one_item_that_is_too_long_makes_no_small_requests_of_the_others()
     assert second == [GainResult(gain=0.5)] * 4
 
 
-async def test_an_item_that_is_refused_costs_no_neighbour() -> None:
+async def test_a_refused_item_fails_alone() -> None:
     """422 refuses a whole request: the halves show whose fault it is."""
     refusal = Reply('{"detail": "items.1.question: too long"}', 422)
     server = ScriptedServer([refusal, answer([0.5]), refusal])
@@ -216,7 +216,7 @@ async def test_an_item_that_is_refused_costs_no_neighbour() -> None:
     assert "too long" in (results[1].error or "")
 
 
-async def test_half_a_character_spoils_nothing() -> None:
+async def test_lone_surrogates_are_replaced() -> None:
     async with (server := FakeGainService()).running(), IGClient(server.url, timeout_s=5) as client:
         (result,) = await client.compute([GainRequest(question="a\ud800b", context="c", golds=("\udc00",))])
     assert result.error is None
@@ -237,7 +237,7 @@ async def test_a_service_that_dies_and_comes_back_before_the_deadline_costs_time
         await client.aclose()
 
 
-async def test_who_goes_away_hangs_up_and_what_was_not_sent_is_not_sent() -> None:
+async def test_cancelled_requests_are_closed_or_never_sent() -> None:
     async with (
         (server := FakeGainService(delay_s=30)).running(),
         IGClient(server.url, timeout_s=60, batch_size=1, max_in_flight=1) as client,
@@ -307,7 +307,7 @@ async def test_at_the_deadline_the_real_service_gives_what_is_done_and_names_the
     ):
         assert [result.gain for result in await client.compute([GOOD_REQUEST])] == [0.5]
         known, *late = await client.compute([GOOD_REQUEST, *slow], timeout_s=1.0)
-        assert backend.num_cancelled == 0, "the service answered in time; nobody gave it up"
+        assert backend.num_cancelled == 0, "the service answered in time"
         assert [result.gain for result in await client.compute([GOOD_REQUEST, *slow])] == [0.5] * 4
     assert known.gain == 0.5
     for result in late:
@@ -330,7 +330,7 @@ async def test_a_full_service_is_asked_again_until_there_is_room() -> None:
     assert client.work["items"] == 24
 
 
-async def test_a_service_says_what_its_numbers_depend_on_or_does_not_know_how_to() -> None:
+async def test_describe_returns_the_version_if_there_is_one() -> None:
     server = ScriptedServer([Reply('{"seed": 3}'), Reply("{}", 404), Reply("kaput", 500)])
     async with server.running(), IGClient(server.url, timeout_s=5) as client:
         assert await client.describe() == {"seed": 3}

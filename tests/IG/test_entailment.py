@@ -135,7 +135,7 @@ def test_answers_count_however_long_their_question_is() -> None:
         (torch.OutOfMemoryError("tried to allocate 9 GiB"), torch.OutOfMemoryError),
     ],
 )
-def test_a_device_that_is_lost_is_told_from_a_batch_that_is_too_large(
+def test_a_lost_device_differs_from_a_batch_that_is_too_large(
     error: Exception, expected: type[Exception]
 ) -> None:
     class Broken:

@@ -162,9 +162,7 @@ async def test_many_empty_answers_are_counted_and_warned_about_once(
         (query("x", question="W" * 20_001), "20001 characters, expected at most 20000"),
     ],
 )
-async def test_what_would_hold_up_everyone_is_refused_before_any_work(
-    unreadable: GainQuery, reason: str
-) -> None:
+async def test_oversized_queries_are_refused_before_any_work(unreadable: GainQuery, reason: str) -> None:
     sampler = FakeAnswerSampler(BELIEVES)
     (outcome,) = (await estimator(sampler).estimate([unreadable], details=True)).outcomes
     assert isinstance(outcome, GainFailure)
@@ -207,7 +205,7 @@ async def test_the_work_is_counted() -> None:
     assert (again.answers_sampled, again.pairs_judged, again.pairs_naive) == (0, 0, work.pairs_naive)
 
 
-async def test_the_source_of_each_condition_is_told() -> None:
+async def test_each_condition_names_its_source() -> None:
     shared = estimator(FakeAnswerSampler(BELIEVES))
 
     async def sources(*queries: GainQuery) -> list[tuple[Source, Source]]:
@@ -251,7 +249,7 @@ async def test_a_gain_has_a_standard_error_but_for_one_sample(gain: GainKind) ->
     assert (blank.gain, blank.standard_error, blank.standard_error_no_context) == (0.0, 0.0, None)
 
 
-async def test_every_failure_says_its_kind() -> None:
+async def test_every_failure_has_a_kind() -> None:
     sampler = FakeAnswerSampler(
         {"long": SamplingError("too long"), "poison": PoisonedError("two workers"), "bug": KeyError("bug")}
         | BELIEVES

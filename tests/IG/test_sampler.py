@@ -125,7 +125,7 @@ async def test_only_whole_answers_are_taken(finish_reasons: list[str], error: ty
         ("x" * 5601, "the prompt has 5601 characters, the model takes 56 tokens"),
     ],
 )
-async def test_a_prompt_that_is_too_long_is_refused_and_says_what_to_do(prompt: str, reason: str) -> None:
+async def test_a_prompt_that_is_too_long_is_refused_with_a_fix(prompt: str, reason: str) -> None:
     with sampling(Engine()) as sampler:
         with pytest.raises(SamplingError, match=f"{reason}.*--max-context-words.*--max-model-len"):
             await sampler.sample(prompt)

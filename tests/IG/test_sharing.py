@@ -83,7 +83,7 @@ async def test_the_cache_is_bounded_and_forgets_what_was_not_asked_for_longest()
     assert sampler.started == ["a", "b", "c", "b"]
 
 
-async def test_a_waiter_who_goes_away_does_not_hurt_the_others_and_the_last_one_ends_the_work() -> None:
+async def test_the_last_waiter_that_leaves_cancels_the_work() -> None:
     sampler = GatedSampler()
     samples = shared(sampler)
     first, second = (asyncio.create_task(samples.of("a")) for _ in range(2))
@@ -106,7 +106,7 @@ async def test_a_waiter_who_goes_away_does_not_hurt_the_others_and_the_last_one_
     assert (await samples.of("b"))[1] is Source.sampled
 
 
-async def test_who_comes_while_abandoned_work_still_winds_down_starts_anew() -> None:
+async def test_a_waiter_that_comes_while_cancelled_work_ends_starts_new_work() -> None:
     class Stubborn(GatedSampler):
         async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
             try:
@@ -130,7 +130,7 @@ async def test_who_comes_while_abandoned_work_still_winds_down_starts_anew() -> 
 
 
 @pytest.mark.parametrize("failure", [SamplingError("too long"), RuntimeError("boom")])
-async def test_a_failure_reaches_all_who_wait_and_is_not_kept(failure: Exception) -> None:
+async def test_a_failure_reaches_all_waiters_and_is_not_cached(failure: Exception) -> None:
     sampler = GatedSampler(failure=failure)
     samples = shared(sampler)
     waiting = [asyncio.create_task(samples.of("a")) for _ in range(2)]
@@ -207,7 +207,7 @@ async def test_pairs_are_known_by_their_texts_and_their_direction_without_being_
     assert len(str(judgements._known._values)) < 1000
 
 
-async def test_the_last_who_waits_for_a_call_ends_it() -> None:
+async def test_the_last_waiter_of_a_call_cancels_it() -> None:
     judge = GatedJudge()
     judgements = SharedJudgements(judge, size=100)
     first = asyncio.create_task(judgements.of([("a", "b"), ("c", "d")], Work()))
@@ -234,7 +234,7 @@ async def test_the_last_who_waits_for_a_call_ends_it() -> None:
         (PoisonedError("two workers"), PoisonedError),
     ],
 )
-async def test_a_pair_without_a_probability_fails_only_those_who_asked_for_it(
+async def test_a_pair_without_a_probability_fails_only_its_waiters(
     outcome: float | Exception, expected: type[Exception]
 ) -> None:
     judge = GatedJudge(odd={("a", "b"): outcome})
@@ -264,8 +264,8 @@ async def test_a_judge_that_fails_as_a_whole_or_loses_pairs_is_an_error() -> Non
         await SharedJudgements(broken, size=9).of([("a", "b")], Work())
 
 
-async def test_failures_that_nobody_waits_for_any_more_leave_no_warning() -> None:
-    class Spiteful(GatedSampler):
+async def test_failures_without_a_waiter_leave_no_warning() -> None:
+    class Unstoppable(GatedSampler):
         async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
             try:
                 return await GatedSampler.sample(self, prompt)
@@ -274,7 +274,7 @@ async def test_failures_that_nobody_waits_for_any_more_leave_no_warning() -> Non
 
     warnings: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: warnings.append(context))
-    gone = asyncio.create_task(shared(Spiteful()).of("a"))
+    gone = asyncio.create_task(shared(Unstoppable()).of("a"))
     await settle()
     gone.cancel()
     await settle()

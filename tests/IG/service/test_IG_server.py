@@ -135,7 +135,7 @@ async def test_a_failed_item_has_the_published_score_only_where_it_was_asked_for
         [],
     ],
 )
-async def test_a_malformed_request_is_refused_and_the_service_lives(body: object) -> None:
+async def test_a_malformed_request_is_refused(body: object) -> None:
     async with calling(FakeBackend()) as client:
         assert (await client.post("/compute_info_gain", json=body)).status_code == 422
         assert (await client.post("/compute_info_gain", json={"items": [GOOD]})).json()["errors"] == [None]
@@ -200,7 +200,7 @@ async def test_an_item_that_is_too_large_is_cut_or_fails_alone(
     assert second is None if error is None else error in second
 
 
-async def test_before_its_models_are_loaded_it_says_so() -> None:
+async def test_requests_before_the_models_are_loaded_are_refused() -> None:
     async with serving(FakeBackend(), load_s=60) as client:
         health = await client.get("/health")
         assert (health.status_code, health.json()) == (

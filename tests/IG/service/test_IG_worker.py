@@ -12,7 +12,7 @@ from IG.service.pool import WorkerLostError
 
 
 class Models:
-    """Both models at once: they do as they are told, or fail."""
+    """Both models at once: they succeed or fail."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure

@@ -19,7 +19,7 @@ IDENTITY = ModelIdentity(generator="g", generator_digest="1", entailment="e", en
 
 
 class FakeWorker:
-    """Samples and judges as it is told; never lost."""
+    """Samples and judges as configured; never lost."""
 
     device = "cpu"
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 class Host:
-    """What an actor may do to whoever calls it."""
+    """Everything that an actor may do."""
 
     async def double(self, number: int) -> int:
         await asyncio.sleep(0.01)
@@ -107,14 +107,14 @@ async def test_closing_ends_although_the_guard_of_the_processes_is_gone(tmp_path
     closing = RayCluster(tmp_path)
     closing._lifeline._guard.kill()
     closing._lifeline._guard.wait()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]) as servant:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]) as child:
         threading.Thread(target=closing._end_when_asked, daemon=True).start()
         async with asyncio.timeout(200):
             await closing.aclose()
-        servant.kill()
+        child.kill()
 
 
-async def test_a_start_that_nobody_waits_for_leaves_nothing() -> None:
+async def test_a_cancelled_start_leaves_no_process() -> None:
     before = set(psutil.Process().children(recursive=True))
     starting = asyncio.create_task(RayCluster.start())
     await asyncio.sleep(1.5)

@@ -42,7 +42,7 @@ def ask(service: Service, *, num_items: int = 1, timeout_s: float = 30.0) -> asy
     return asyncio.create_task(estimate)
 
 
-async def test_work_of_a_caller_who_hangs_up_is_cancelled() -> None:
+async def test_work_of_a_caller_that_disconnects_is_cancelled() -> None:
     backend = FakeBackend(sampling_s=60)
     async with serving(backend) as client:
         port = client.base_url.port
@@ -60,7 +60,7 @@ async def test_work_of_a_caller_who_hangs_up_is_cancelled() -> None:
     assert 'ig_requests_total{status="499"} 1.0' in metrics
 
 
-async def test_a_caller_who_hangs_up_while_waiting_for_a_turn_takes_none() -> None:
+async def test_a_caller_that_disconnects_while_waiting_takes_no_turn() -> None:
     backend = FakeBackend(pause_s=0.5)
     async with serving(backend, "--max-concurrent-requests", "1") as client:
         first = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
@@ -72,7 +72,7 @@ async def test_a_caller_who_hangs_up_while_waiting_for_a_turn_takes_none() -> No
     assert len(backend.timeouts_s) == 1
 
 
-async def test_others_keep_what_a_leaving_caller_shared() -> None:
+async def test_shared_work_outlives_a_caller_that_disconnects() -> None:
     async with serving(FakeBackend(sampling_s=0.4)) as client:
         staying = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
         await asyncio.sleep(0.1)

@@ -77,7 +77,7 @@ async def test_a_long_body_is_refused_while_it_comes(chunked: bool) -> None:
     assert fits.status_code == 200
 
 
-async def test_who_finds_no_place_is_told_before_the_body_is_read() -> None:
+async def test_a_full_queue_refuses_before_the_body_is_read() -> None:
     backend = FakeBackend(pause_s=60)
     async with serving(backend, "--max-queued-items", "2") as client:
         work = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD] * 2}))
@@ -106,7 +106,7 @@ async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.Mon
     assert 'ig_requests_total{status="408"} 1.0' in metrics
 
 
-async def test_a_caller_who_hangs_up_in_the_middle_of_a_body_is_counted_as_that() -> None:
+async def test_a_caller_that_disconnects_within_its_body_is_counted_as_499() -> None:
     async with serving(FakeBackend()) as client:
         async with announcing(client, 1000) as (_, writer):
             writer.write(b"[")
@@ -190,7 +190,7 @@ async def test_a_compressed_body_is_refused(encoding: str) -> None:
         "Bearer \xff",
     ],
 )
-async def test_without_the_token_nothing_is_told(presented: str | None) -> None:
+async def test_without_the_token_everything_is_refused(presented: str | None) -> None:
     headers = {} if presented is None else {"Authorization": presented.encode("latin-1")}
     async with calling(FakeBackend(), environ={"IG_TOKEN": TOKEN}) as client:
         refusals = [

@@ -41,7 +41,7 @@ async def test_everything_is_counted_once() -> None:
     assert metrics["ig_items_in_progress"] == 0
 
 
-async def test_what_never_happened_is_counted_as_nothing() -> None:
+async def test_every_counter_starts_at_0() -> None:
     async with calling(FakeBackend()) as client:
         metrics = await read(client)
     for counter, sources in {

@@ -1,4 +1,4 @@
-"""The pool over fake workers: everything ends exactly once and right, whoever dies or goes away."""
+"""The pool over fake workers: everything ends exactly once and right, whatever is lost or cancelled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def probability(pair: Pair) -> float:
     return (hash(pair) % 1000) / 1000
 
 
-class Laboratory:
+class FakeWorkers:
     """Starts fake workers and remembers all of them; dies of poison, slows down, refuses starts on demand."""
 
     def __init__(self, *, pause: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)) -> None:
@@ -78,9 +78,9 @@ class Laboratory:
 
 
 class FakeWorker:
-    def __init__(self, laboratory: Laboratory, rank: int) -> None:
+    def __init__(self, fakes: FakeWorkers, rank: int) -> None:
         self.device = f"fake:{rank}"
-        self.laboratory = laboratory
+        self.fakes = fakes
         self.dead = asyncio.Event()
         self.prompts: list[str] = []
         self.batches: list[list[Pair]] = []
@@ -94,7 +94,7 @@ class FakeWorker:
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         self.prompts.append(prompt)
-        self.laboratory.sampled[prompt] += 1
+        self.fakes.sampled[prompt] += 1
         try:
             await self._work("prompts", dies=POISON in prompt)
         except asyncio.CancelledError:
@@ -123,8 +123,8 @@ class FakeWorker:
         self.at_work[kind] += 1
         self.most_at_work[kind] = max(self.most_at_work[kind], self.at_work[kind])
         try:
-            await self.laboratory.gate.wait()
-            await self.laboratory.pause()
+            await self.fakes.gate.wait()
+            await self.fakes.pause()
             if dies:
                 self.die()
             if self.dead.is_set():
@@ -143,50 +143,50 @@ async def settle() -> None:
 
 
 async def test_prompts_go_to_the_least_loaded_and_no_worker_gets_too_many() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(3, max_prompts=4) as pool:
-        laboratory.gate.clear()
+    fakes = FakeWorkers()
+    async with fakes.pool(3, max_prompts=4) as pool:
+        fakes.gate.clear()
         asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
         await settle()
-        assert [len(worker.prompts) for worker in laboratory.workers] == [4, 4, 4]
-        laboratory.gate.set()
+        assert [len(worker.prompts) for worker in fakes.workers] == [4, 4, 4]
+        fakes.gate.set()
         assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(20)]
-        assert max(worker.most_at_work["prompts"] for worker in laboratory.workers) == 4
+        assert max(worker.most_at_work["prompts"] for worker in fakes.workers) == 4
 
 
 async def test_pairs_that_wait_become_the_next_batch_and_come_back_in_order() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1, pairs_per_batch=8) as pool:
+    fakes = FakeWorkers()
+    async with fakes.pool(1, pairs_per_batch=8) as pool:
         asked = [pairs(3, f"caller {index}") for index in range(10)]
         judged = await asyncio.gather(*(pool.judge(call) for call in asked), pool.judge([]))
         assert judged == [[probability(pair) for pair in call] for call in asked] + [[]]
-        sizes = [len(batch) for batch in laboratory.workers[0].batches]
+        sizes = [len(batch) for batch in fakes.workers[0].batches]
         assert sizes == [3, 8, 8, 8, 3]
-        assert laboratory.workers[0].most_at_work["batches"] == 1
+        assert fakes.workers[0].most_at_work["batches"] == 1
 
 
 async def test_free_workers_share_what_waits() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(2, pairs_per_batch=8) as pool:
+    fakes = FakeWorkers()
+    async with fakes.pool(2, pairs_per_batch=8) as pool:
         assert len(await pool.judge(pairs(12))) == 12
-        assert [[len(batch) for batch in worker.batches] for worker in laboratory.workers] == [[6], [6]]
+        assert [[len(batch) for batch in worker.batches] for worker in fakes.workers] == [[6], [6]]
 
 
-async def test_a_caller_with_very_many_pairs_lets_others_between() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1, pairs_per_batch=8) as pool:
+async def test_a_very_long_call_does_not_block_others() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(1, pairs_per_batch=8) as pool:
         giant = asyncio.create_task(pool.judge(pairs(804, "giant")))
         await asyncio.sleep(0)
         others = [pairs(count, f"caller {count}") for count in (3, 20, 8)]
         for judged, call in zip(await asyncio.gather(*map(pool.judge, others)), others, strict=True):
             assert judged == [probability(pair) for pair in call]
-        assert len(laboratory.workers[0].batches) < 12
+        assert len(fakes.workers[0].batches) < 12
         assert await giant == [probability(pair) for pair in pairs(804, "giant")]
 
 
 async def test_a_bad_prompt_and_a_bad_pair_fail_alone() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(2, pairs_per_batch=64) as pool:
+    fakes = FakeWorkers()
+    async with fakes.pool(2, pairs_per_batch=64) as pool:
         asked = [*pairs(20), ("bad", "pair"), *pairs(20, "more")]
         good, bad, judged = await asyncio.gather(
             pool.sample("good"), pool.sample("bad"), pool.judge(asked), return_exceptions=True
@@ -198,31 +198,31 @@ async def test_a_bad_prompt_and_a_bad_pair_fail_alone() -> None:
         assert isinstance(judged[20], JudgementError)
         assert "no text" in str(judged[20])
         assert judged[:20] == [probability(pair) for pair in asked[:20]]
-        assert laboratory.num_lost == 0
+        assert fakes.num_lost == 0
 
 
-async def test_a_caller_who_goes_away_stops_the_work_and_frees_the_place() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1, max_prompts=1, pairs_per_batch=4) as pool:
-        laboratory.gate.clear()
+async def test_a_cancelled_call_stops_its_work() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(1, max_prompts=1, pairs_per_batch=4) as pool:
+        fakes.gate.clear()
         running, waiting, last = (asyncio.create_task(pool.sample(name)) for name in ("a", "b", "c"))
         judging, dropped = (asyncio.create_task(pool.judge(pairs(4, name))) for name in ("first", "second"))
         await settle()
         for task in (running, waiting, dropped):
             task.cancel()
         await settle()
-        assert laboratory.workers[0].cancelled == ["a"]
-        laboratory.gate.set()
+        assert fakes.workers[0].cancelled == ["a"]
+        fakes.gate.set()
         assert await last == answer("c")
         assert len(await judging) == 4
-        assert laboratory.workers[0].prompts == ["a", "c"]
-        assert laboratory.workers[0].batches == [pairs(4, "first")]
+        assert fakes.workers[0].prompts == ["a", "c"]
+        assert fakes.workers[0].batches == [pairs(4, "first")]
 
 
-async def test_who_leaves_while_no_worker_is_free_leaves_nothing_behind() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1, max_prompts=1) as pool:
-        laboratory.gate.clear()
+async def test_cancelled_calls_leave_no_waiting_work() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(1, max_prompts=1) as pool:
+        fakes.gate.clear()
         first = [asyncio.create_task(pool.sample("first")), asyncio.create_task(pool.judge(pairs(2)))]
         await settle()
         leaving = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
@@ -233,24 +233,24 @@ async def test_who_leaves_while_no_worker_is_free_leaves_nothing_behind() -> Non
         await settle()
         assert not pool._prompts
         assert not pool._pairs._calls
-        laboratory.gate.set()
+        fakes.gate.set()
         await asyncio.gather(*first)
 
 
-async def test_a_worker_that_stops_by_itself_leaves_nobody_waiting() -> None:
-    """A cancellation that nobody asked for is a lost worker; its callers must not wait for ever."""
+async def test_work_of_a_worker_that_stops_by_itself_is_done_again() -> None:
+    """A cancellation from inside the worker is a lost worker."""
 
     class Quitter(FakeWorker):
         async def _work(self, kind: str, *, dies: bool) -> None:
             raise asyncio.CancelledError
 
-    laboratory = Laboratory()
+    fakes = FakeWorkers()
 
     async def start(rank: int) -> FakeWorker:
-        if laboratory.workers:
-            return await laboratory.start(rank)
-        laboratory.workers.append(Quitter(laboratory, rank))
-        return laboratory.workers[0]
+        if fakes.workers:
+            return await fakes.start(rank)
+        fakes.workers.append(Quitter(fakes, rank))
+        return fakes.workers[0]
 
     pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8, retry_pause_s=0)
     await pool.start()
@@ -262,80 +262,70 @@ async def test_a_worker_that_stops_by_itself_leaves_nobody_waiting() -> None:
     await pool.aclose()
 
 
-async def test_what_was_on_a_lost_worker_is_tried_again_alone_and_comes_out_right() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(2, max_prompts=4, pairs_per_batch=8) as pool:
-        laboratory.gate.clear()
+async def test_work_of_a_lost_worker_is_retried_item_by_item() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(2, max_prompts=4, pairs_per_batch=8) as pool:
+        fakes.gate.clear()
         asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(12)]
         judged = asyncio.create_task(pool.judge(pairs(6)))
         await settle()
-        lost = laboratory.workers[0]
+        lost = fakes.workers[0]
         suspects = set(lost.prompts)
         assert len(suspects) == 4
         lost.die()
         await settle()
-        laboratory.gate.set()
+        fakes.gate.set()
         assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(12)]
         assert await judged == [probability(pair) for pair in pairs(6)]
         assert pool.status.num_restarts == 1
         assert pool.status.num_ready == 2
-        assert {prompt for prompt, count in laboratory.sampled.items() if count == 2} == suspects
+        assert {prompt for prompt, count in fakes.sampled.items() if count == 2} == suspects
         for batch in lost.batches:  # its pairs one by one
-            again = [later for worker in laboratory.workers[1:] for later in worker.batches]
+            again = [later for worker in fakes.workers[1:] for later in worker.batches]
             assert all([pair] in again for pair in batch)
 
 
-async def test_nothing_else_is_on_a_worker_that_tries_a_suspect() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1, max_prompts=8) as pool:
-        laboratory.gate.clear()
+async def test_suspects_are_retried_alone() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(1, max_prompts=8) as pool:
+        fakes.gate.clear()
         asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(8)]
         await settle()
-        laboratory.workers[0].die()
+        fakes.workers[0].die()
         asked += [asyncio.create_task(pool.sample(f"later {index}")) for index in range(8)]
         judged = asyncio.create_task(pool.judge(pairs(4)))
         await settle()
-        second = laboratory.workers[1]
+        second = fakes.workers[1]
         assert len(second.prompts) == 1
         assert not second.batches
-        laboratory.gate.set()
+        fakes.gate.set()
         await asyncio.gather(*asked, judged)
         assert second.prompts[:8] == [f"prompt {index}" for index in range(8)]
         assert not second.cancelled
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-async def test_a_poisoned_prompt_costs_two_workers_and_its_neighbours_nothing(num_workers: int) -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(num_workers, max_prompts=16) as pool:
-        names = [f"prompt {index}" for index in range(20)]
-        names.insert(7, POISON)
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+async def test_poison_is_quarantined_after_two_workers_and_its_neighbors_succeed(num_workers: int) -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(num_workers, max_prompts=16, pairs_per_batch=64) as pool:
+        names = [*(f"prompt {index}" for index in range(7)), POISON, "prompt 7"]
         outcomes = await asyncio.gather(*map(pool.sample, names), return_exceptions=True)
         assert isinstance(outcomes.pop(7), PoisonedError)
-        names.remove(POISON)
-        assert outcomes == [answer(name) for name in names]
-        assert laboratory.num_lost == 2
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-async def test_a_poisoned_pair_costs_two_workers_and_its_neighbours_nothing(num_workers: int) -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(num_workers, pairs_per_batch=64) as pool:
+        assert outcomes == [answer(f"prompt {index}") for index in range(8)]
+        assert fakes.num_lost == 2
         asked = [*pairs(20), (POISON, "pair"), *pairs(20, "more")]
-        judged, answers = await asyncio.gather(pool.judge(asked), pool.sample("prompt"))
+        judged = await pool.judge(asked)
         assert isinstance(judged.pop(20), PoisonedError)
-        asked.pop(20)
-        assert judged == [probability(pair) for pair in asked]
-        assert answers == answer("prompt")
-        assert laboratory.num_lost == 2
+        assert judged == [probability(pair) for pair in asked if pair[0] != POISON]
+        assert fakes.num_lost == 4
 
 
 class Stubborn(FakeWorker):
-    """Does not notice that it died, and when its work is cancelled answers, late, with `last_words`."""
+    """Does not notice that it died, and when its work is cancelled answers, late, with `late_error`."""
 
-    def __init__(self, laboratory: Laboratory, rank: int, last_words: Exception | None) -> None:
-        super().__init__(laboratory, rank)
-        self.last_words = last_words
+    def __init__(self, fakes: FakeWorkers, rank: int, late_error: Exception | None) -> None:
+        super().__init__(fakes, rank)
+        self.late_error = late_error
         self.num_cancelled = 0
 
     async def _work(self, kind: str, *, dies: bool) -> None:
@@ -344,19 +334,19 @@ class Stubborn(FakeWorker):
         except asyncio.CancelledError:
             self.num_cancelled += 1
             await settle()
-            if self.last_words is not None:
-                raise self.last_words from None
+            if self.late_error is not None:
+                raise self.late_error from None
 
 
-@pytest.mark.parametrize("last_words", [None, RuntimeError("half dead"), WorkerLostError("again")])
-async def test_what_a_lost_worker_still_says_changes_nothing(last_words: Exception | None) -> None:
-    laboratory = Laboratory()
-    stubborn = Stubborn(laboratory, 0, last_words)
+@pytest.mark.parametrize("late_error", [None, RuntimeError("half dead"), WorkerLostError("again")])
+async def test_late_answers_of_a_lost_worker_are_ignored(late_error: Exception | None) -> None:
+    fakes = FakeWorkers()
+    stubborn = Stubborn(fakes, 0, late_error)
 
     async def start(rank: int) -> FakeWorker:
-        if laboratory.workers:
-            return await laboratory.start(rank)
-        laboratory.workers.append(stubborn)
+        if fakes.workers:
+            return await fakes.start(rank)
+        fakes.workers.append(stubborn)
         return stubborn
 
     pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8)
@@ -364,42 +354,42 @@ async def test_what_a_lost_worker_still_says_changes_nothing(last_words: Excepti
     asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(4)]
     judged = asyncio.create_task(pool.judge(pairs(16)))
     await settle()
-    laboratory.gate.clear()
+    fakes.gate.clear()
     stubborn.die()
     for _ in range(5):
         await settle()
     assert pool.status.num_ready == 1
     assert stubborn.num_cancelled == 3  # two prompts and a batch
-    laboratory.gate.set()
+    fakes.gate.set()
     async with asyncio.timeout(200):
         assert await asyncio.gather(*asked[2:]) == [answer("prompt 2"), answer("prompt 3")]
         assert await asyncio.gather(*asked[:2]) == [answer("prompt 0"), answer("prompt 1")]
         assert await judged == [probability(pair) for pair in pairs(16)]
-    assert len(laboratory.workers) == 2
+    assert len(fakes.workers) == 2
     await pool.aclose()
 
 
 async def test_failed_starts_count_in_a_row_only() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(1) as pool:
+    fakes = FakeWorkers()
+    async with fakes.pool(1) as pool:
         for _ in range(3):
             assert await pool.sample("prompt") == answer("prompt")
-            laboratory.failing_starts = [OSError("no"), OSError("no")]
-            laboratory.workers[-1].die()
+            fakes.failing_starts = [OSError("no"), OSError("no")]
+            fakes.workers[-1].die()
             await settle()
         assert await pool.sample("prompt") == answer("prompt")
         assert (pool.status.failure, pool.status.num_restarts) == (None, 3)
 
 
-async def test_nobody_hangs_when_no_worker_can_be_started_any_more() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(2) as pool:
-        laboratory.gate.clear()
+async def test_all_work_fails_when_no_worker_can_be_started() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(2) as pool:
+        fakes.gate.clear()
         asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
         judged = asyncio.create_task(pool.judge(pairs(20)))
         await settle()
-        laboratory.failing_starts = [OSError("no")] * 6
-        for worker in laboratory.workers:
+        fakes.failing_starts = [OSError("no")] * 6
+        for worker in fakes.workers:
             worker.die()
         outcomes = await asyncio.gather(*asked, judged, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {PoolFailedError}
@@ -409,38 +399,36 @@ async def test_nobody_hangs_when_no_worker_can_be_started_any_more() -> None:
             await pool.sample("later")
 
 
-async def test_workers_that_die_as_soon_as_they_are_there_are_not_started_for_ever() -> None:
-    laboratory = Laboratory()
-    pool = WorkerPool(
-        laboratory.start, num_workers=1, max_prompts_in_flight=1, pairs_per_batch=1, retry_pause_s=0
-    )
+async def test_workers_that_die_at_their_start_are_not_restarted_for_ever() -> None:
+    fakes = FakeWorkers()
+    pool = WorkerPool(fakes.start, num_workers=1, max_prompts_in_flight=1, pairs_per_batch=1, retry_pause_s=0)
     await pool.start()
     while pool.status.failure is None:
-        laboratory.workers[-1].die()
+        fakes.workers[-1].die()
         await settle()
-    assert len(laboratory.workers) == 3
+    assert len(fakes.workers) == 3
     await pool.aclose()
 
 
-async def test_a_worker_may_be_lost_idle_any_number_of_times_when_it_had_lived() -> None:
-    laboratory = Laboratory()
-    async with laboratory.pool(2, settled_s=0) as pool:
+async def test_idle_losses_of_settled_workers_are_no_failed_starts() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(2, settled_s=0) as pool:
         for _ in range(5):
-            laboratory.workers[-1].die()
+            fakes.workers[-1].die()
             await settle()
         assert (pool.status.num_ready, pool.status.num_restarts) == (2, 5)
 
 
 async def test_a_pool_that_cannot_start_leaves_no_worker() -> None:
-    laboratory = Laboratory()
-    laboratory.failing_starts = [OSError("no GPU")]
-    pool = WorkerPool(laboratory.start, num_workers=3, max_prompts_in_flight=1, pairs_per_batch=1)
+    fakes = FakeWorkers()
+    fakes.failing_starts = [OSError("no GPU")]
+    pool = WorkerPool(fakes.start, num_workers=3, max_prompts_in_flight=1, pairs_per_batch=1)
     with pytest.raises(OSError, match="no GPU"):
         await pool.start()
-    assert all(worker.is_closed for worker in laboratory.workers)
+    assert all(worker.is_closed for worker in fakes.workers)
 
 
-async def test_a_start_that_takes_too_long_says_so() -> None:
+async def test_a_start_that_takes_too_long_is_named() -> None:
     async def start(rank: int) -> FakeWorker:
         await asyncio.sleep(60)
         raise AssertionError
@@ -451,9 +439,9 @@ async def test_a_start_that_takes_too_long_says_so() -> None:
 
 
 async def test_closing_fails_what_waits_and_closes_every_worker() -> None:
-    laboratory = Laboratory()
-    laboratory.gate.clear()
-    pool = WorkerPool(laboratory.start, num_workers=2, max_prompts_in_flight=1, pairs_per_batch=4)
+    fakes = FakeWorkers()
+    fakes.gate.clear()
+    pool = WorkerPool(fakes.start, num_workers=2, max_prompts_in_flight=1, pairs_per_batch=4)
     await pool.start()
     asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(5)]
     judged = asyncio.create_task(pool.judge(pairs(20)))
@@ -461,7 +449,7 @@ async def test_closing_fails_what_waits_and_closes_every_worker() -> None:
     await pool.aclose()
     outcomes = await asyncio.gather(*asked, judged, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {PoolFailedError}
-    assert all(worker.is_closed for worker in laboratory.workers)
+    assert all(worker.is_closed for worker in fakes.workers)
 
 
 def count_unlucky(
@@ -486,7 +474,7 @@ def count_unlucky(
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_whatever_happens_everything_ends_once_and_right(seed: int) -> None:
+async def test_random_losses_and_cancellations_end_every_call_once_and_right(seed: int) -> None:
     """Random deaths, poison and callers who leave, at random moments."""
     chance = random.Random(seed)
 
@@ -494,17 +482,17 @@ async def test_whatever_happens_everything_ends_once_and_right(seed: int) -> Non
         for _ in range(chance.randrange(4)):
             await asyncio.sleep(0)
 
-    laboratory = Laboratory(pause=pause)
+    fakes = FakeWorkers(pause=pause)
     killed: set[FakeWorker] = set()
 
-    async def murder() -> None:
+    async def kill_some() -> None:
         for _ in range(chance.randrange(4)):
             await pause()
             await pause()
-            victim = chance.choice(laboratory.workers)
-            if not victim.dead.is_set():
-                killed.add(victim)
-                victim.die()
+            worker = chance.choice(fakes.workers)
+            if not worker.dead.is_set():
+                killed.add(worker)
+                worker.die()
 
     poisons = [f"{POISON} {index}" for index in range(chance.randrange(3))]
     names = [f"prompt {index}" for index in range(60)] + poisons
@@ -512,19 +500,19 @@ async def test_whatever_happens_everything_ends_once_and_right(seed: int) -> Non
     if is_pair_poisoned := chance.random() < 0.5:
         calls[3].append((POISON, "pair"))
     chance.shuffle(names)
-    async with laboratory.pool(chance.randrange(1, 4), max_prompts=chance.randrange(1, 9)) as pool:
+    async with fakes.pool(chance.randrange(1, 4), max_prompts=chance.randrange(1, 9)) as pool:
         asked = {name: asyncio.create_task(pool.sample(name)) for name in names}
         judged = [(call, asyncio.create_task(pool.judge(call))) for call in calls]
         everything = [*asked.values(), *(task for _, task in judged)]
         leaving = set(chance.sample(everything, 8))
-        murdering = asyncio.create_task(murder())
+        killing = asyncio.create_task(kill_some())
         for task in leaving:
             await pause()
             task.cancel()
-        await asyncio.wait([*everything, murdering])
+        await asyncio.wait([*everything, killing])
         assert pool.status.failure is None
     # A neighbor is quarantined only when it is alone on a worker that is killed, for the second time.
     assert count_unlucky(asked, judged, leaving) <= len(killed)
-    assert laboratory.num_lost <= len(killed) + 2 * (len(poisons) + is_pair_poisoned)
-    assert all(worker.most_at_work["batches"] <= 1 for worker in laboratory.workers)
-    assert max(laboratory.sampled.values()) <= 2
+    assert fakes.num_lost <= len(killed) + 2 * (len(poisons) + is_pair_poisoned)
+    assert all(worker.most_at_work["batches"] <= 1 for worker in fakes.workers)
+    assert max(fakes.sampled.values()) <= 2

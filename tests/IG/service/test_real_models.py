@@ -74,7 +74,7 @@ def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
-def _crowd(count: int) -> list[dict[str, object]]:
+def _many_items(count: int) -> list[dict[str, object]]:
     return [
         ITEM | {"question": f"Where was Bob {index} born?", "context": "a " * index} for index in range(count)
     ]
@@ -83,7 +83,7 @@ def _crowd(count: int) -> list[dict[str, object]]:
 def _interrupt_at_work(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
     """Ctrl-C reaches every process of the group; what was accepted is finished, and then nothing is left."""
     children = psutil.Process(process.pid).children(recursive=True)
-    items = [item | {"context": "b"} for item in _crowd(300)]
+    items = [item | {"context": "b"} for item in _many_items(300)]
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(_score, client, items)
         time.sleep(0.5)
@@ -94,7 +94,7 @@ def _interrupt_at_work(process: subprocess.Popen[bytes], client: httpx.Client) -
     assert _living(children) == []
 
 
-def test_alone_or_in_a_crowd_on_two_workers_a_score_is_the_same_and_an_interrupt_loses_none() -> None:
+def test_alone_or_among_others_on_two_workers_a_score_is_the_same_and_an_interrupt_loses_none() -> None:
     """Two services, whose caches are fresh: only the seeds can agree."""
     with serving("--shutdown-grace-s", "500") as (process, client):
         alone = _score(client, [ITEM])
@@ -102,7 +102,7 @@ def test_alone_or_in_a_crowd_on_two_workers_a_score_is_the_same_and_an_interrupt
     too_long = ITEM | {"context": "Alice Marsh " * 2000}
     with serving("--num-workers", "2", "--shutdown-grace-s", "500") as (process, client):
         assert client.get("/health").json()["mode"] == "multi-CPU"
-        together = _score(client, [*_crowd(20), ITEM, *_crowd(40)[20:], too_long])
+        together = _score(client, [*_many_items(20), ITEM, *_many_items(40)[20:], too_long])
         _interrupt_at_work(process, client)
     assert together["errors"][:41] == [None] * 41
     assert together["scores"][41] is None
@@ -119,7 +119,7 @@ def test_a_killed_service_leaves_no_process_and_no_folder(num_workers: int) -> N
         words = " ".join(word for child in children for word in child.cmdline())
         folders = set(re.findall(r"/\S+/ray-[a-z0-9_]{8}(?=[/\s])", words))
         assert len(folders) == num_workers - 1
-        answer = thread.submit(_score, client, _crowd(300))
+        answer = thread.submit(_score, client, _many_items(300))
         time.sleep(0.5)
         process.kill()
         process.wait()

@@ -177,7 +177,7 @@ def test_a_request_that_is_not_here_yet_is_not_waited_for() -> None:
         assert "Traceback" not in log
 
 
-def test_models_that_do_not_load_are_named_and_the_status_says_so() -> None:
+def test_models_that_do_not_load_end_the_service_with_1() -> None:
     with running("broken") as (process, _):
         _, log = process.communicate(timeout=200)
         assert process.returncode == 1
