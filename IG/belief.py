@@ -68,16 +68,23 @@ class BeliefReader:
         """Weigh and score the answers; `full` fills that field too. Raises what the judge raises."""
         mean_log_probs = np.asarray([answer.mean_log_prob for answer in answers])
         weights = semantics.sample_weights(mean_log_probs)
-        cases = np.vstack(
-            [weights, semantics.leave_one_out_weights(mean_log_probs)]
-        )  # [1 + left out, response]
+        # [1 + left out, response]: one call of a score handles all samples and each left out.
+        cases = np.vstack([weights, semantics.leave_one_out_weights(mean_log_probs)])
         gold_nodes, gold_of = _distinct(golds, question=question)
         nodes, node_of = _distinct([answer.text for answer in answers], question=question, known=gold_nodes)
         judge = _Judge(self._judgements, threshold=self._threshold, work=work)
         reading: FullReading | None = None
         if full:
-            relations = await judge.everything(nodes, gold_nodes)
-            reading = _full_reading(cases, relations, node_of=node_of, gold_of=gold_of)
+            forward, backward = await judge.between(nodes, gold_nodes)
+            clusters = semantics.connected_components(await judge.same(nodes))[node_of]
+            entropies = semantics.semantic_entropy(cases, clusters)
+            reading = FullReading(
+                response_entails_gold=forward[np.ix_(node_of, gold_of)],
+                gold_entails_response=backward[np.ix_(gold_of, node_of)],
+                clusters=clusters,
+                semantic_entropy=float(entropies[0]),
+                left_out_entropies=entropies[1:],
+            )
             scores = self._scores_of(cases, reading) if gold_nodes else None
         elif self._score is ScoreKind.hard:
             correct = await judge.nodes_meaning(gold_nodes, nodes)
@@ -111,15 +118,6 @@ class _Node:
     """The text that the entailment model reads."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Relations:
-    """Entailment with the golds, and which nodes are equivalent."""
-
-    forward: FloatArray  # [node, gold]
-    backward: FloatArray  # [gold, node]
-    same: BoolArray  # [node, node], upper triangle
-
-
 class _Judge:
     """Entailment between answers to one question."""
 
@@ -135,14 +133,13 @@ class _Judge:
         forward, backward = np.split(await self._probabilities(there + back), [len(there)])
         return forward.reshape(len(nodes), len(golds)), backward.reshape(len(golds), len(nodes))
 
-    async def everything(self, nodes: Sequence[_Node], golds: Sequence[_Node]) -> _Relations:
-        """Return entailment with the golds both ways, and which nodes are equivalent."""
-        forward, backward = await self.between(nodes, golds)
+    async def same(self, nodes: Sequence[_Node]) -> BoolArray:
+        """Return which nodes are equivalent: `[node, node]`, upper triangle."""
         rows, columns = np.triu_indices(len(nodes), k=1)
         pairs = [(nodes[row], nodes[column]) for row, column in zip(rows, columns, strict=True)]
         same = np.zeros((len(nodes), len(nodes)), dtype=np.bool_)
         same[rows, columns] = await self._equivalent(pairs)
-        return _Relations(forward, backward, same)
+        return same
 
     async def nodes_meaning(self, golds: Sequence[_Node], nodes: Sequence[_Node]) -> BoolArray:
         """Return which nodes are in the semantic class of a gold, in any number of steps: `[node]`."""
@@ -176,20 +173,6 @@ class _Judge:
         self._work.pairs_equal += len(asked) - len(unequal)
         known = await self._judgements.of(unequal, self._work) if unequal else {}
         return np.asarray([1.0 if pair is None else known[pair] for pair in asked], dtype=np.float64)
-
-
-def _full_reading(
-    cases: FloatArray, relations: _Relations, *, node_of: IntArray, gold_of: IntArray
-) -> FullReading:
-    clusters = semantics.connected_components(relations.same)[node_of]
-    entropies = semantics.semantic_entropy(cases, clusters)
-    return FullReading(
-        response_entails_gold=relations.forward[np.ix_(node_of, gold_of)],
-        gold_entails_response=relations.backward[np.ix_(gold_of, node_of)],
-        clusters=clusters,
-        semantic_entropy=float(entropies[0]),
-        left_out_entropies=entropies[1:],
-    )
 
 
 def _soft_scores(cases: FloatArray, forward: FloatArray, backward: FloatArray) -> FloatArray:
