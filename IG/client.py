@@ -134,7 +134,7 @@ class IGClient:
     async def wait_ready(self, deadline_s: float) -> dict[str, object]:
         """Wait until the service accepts work and return its health.
 
-        Raises CallError that names what to start, or what is wrong with the token.
+        Raises CallError with the command that starts it, or about the token.
         """
         try:
             # An empty request, which is refused until there is a worker; unlike /health it needs the token.

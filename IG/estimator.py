@@ -214,7 +214,7 @@ class GainEstimator:
             return GainFailure(kind=FailureKind.internal, reason=reason)
 
     def _plan(self, query: GainQuery, *, request: _Request) -> _Plan:
-        """Raises _InvalidQueryError."""
+        """Check a query and build its prompts. Raises _InvalidQueryError."""
         golds = tuple(gold.strip() for gold in query.golds if gold.strip())
         if not query.question.strip():
             raise _InvalidQueryError("the question is empty, expected the text of a question")

@@ -1,6 +1,6 @@
 """Do shared work once: samples of a prompt, entailment of a pair of texts.
 
-Work under way is shared by all who wait for it (single flight); finished work is kept in a bounded cache,
+Work under way is shared by all waiters (single flight); finished work is kept in a bounded cache,
 least recently used first to go. Waiters are counted: the last one that leaves cancels the work, earlier ones
 leave it alone. Failures are never cached.
 

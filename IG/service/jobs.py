@@ -61,7 +61,7 @@ class PromptJob:
 
     def quarantine(self) -> None:
         """Settle it as poisoned: two workers were lost with it."""
-        self.stop(PoisonedError("sampling from this prompt ended two workers in a row; it is given up"))
+        self.stop(PoisonedError("sampling from this prompt ended two workers in a row; it is quarantined"))
 
     def stop(self, error: Exception) -> None:
         """Fail its caller: there is no worker any more."""
@@ -133,7 +133,7 @@ class PairBatch:
         ]
 
     def quarantine(self) -> None:
-        self._settle_all(PoisonedError("judging this pair ended two workers in a row; it is given up"))
+        self._settle_all(PoisonedError("judging this pair ended two workers in a row; it is quarantined"))
 
     def stop(self, error: Exception) -> None:
         for call, _ in self._members:

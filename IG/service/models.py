@@ -15,13 +15,13 @@ from serving.files import sha256_of_file
 from serving.model_files import ModelNotFoundError, find_model_file, read_model_config
 
 _DIGESTED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "*.model")
-"""What makes a model what it is; some on the hub have their weights or their tokenizer in the old formats."""
+"""Files that identify a model, in present and older formats."""
 
 
 def require_models(config: IGServiceConfig) -> None:
-    """Refuse in seconds what would fail after minutes of loading: models that are missing or do not fit.
+    """Refuse missing and unsuitable models in seconds, before they are loaded.
 
-    Raises ModelNotFoundError for a model that is not there, ValueError for one that cannot do its work.
+    Raises ModelNotFoundError for a model that is not there, ValueError for one that does not fit the settings.
     """
     generator = _read_settings(config.model_path, flag="--model-path")
     entailment = _read_settings(config.entailment_model, flag="--entailment-model")
@@ -44,7 +44,7 @@ def _read_settings(name: str, *, flag: str) -> dict[str, Any]:
 
 
 def _require_length(config: IGServiceConfig, generator: Mapping[str, Any]) -> None:
-    """Raises ValueError when prompt and answer cannot have the tokens that the settings ask for."""
+    """Raise ValueError when the model has too few positions for the settings."""
     stated = generator.get("max_position_embeddings")
     positions = stated if isinstance(stated, int) else 0
     stretches = generator.get("rope_scaling") or generator.get("rope_parameters")
@@ -64,7 +64,7 @@ def _require_length(config: IGServiceConfig, generator: Mapping[str, Any]) -> No
 
 
 def _has_chat_template(name: str) -> bool:
-    """Whether a model, which is there, comes with a chat template."""
+    """Return whether an existing model has a chat template."""
     for file in ("chat_template.jinja", "tokenizer_config.json"):
         with suppress(ModelNotFoundError):
             path = find_model_file(name, file)

@@ -1,4 +1,4 @@
-"""A service of ours under a benchmark: start it, read its counters."""
+"""Start a service for a benchmark and read its counters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def start_service(
 def start_ig_service(
     supervisor: Supervisor, *, arguments: Sequence[str], log: Path, update: Callable[[int, str], None]
 ) -> str:
-    """URL of an IG service with the embedded world's models. Raises ChildFailedError."""
+    """Start an IG service with the embedded world's models; return its URL. Raises ChildFailedError."""
     module = "IG.service.IG_server"
     return start_service(
         supervisor, "the IG service", module=module, arguments=arguments, log=log, update=update
@@ -56,7 +56,7 @@ def start_ig_service(
 
 
 def read_counters(url: str) -> dict[str, float]:
-    """What the service counted since its start: values by name and labels, as Prometheus writes them."""
+    """Return the service's counters by name and labels, as Prometheus writes them."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
