@@ -21,7 +21,7 @@ _DIGESTED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "*.mode
 def require_models(config: IGServiceConfig) -> None:
     """Refuse missing and unsuitable models in seconds, before they are loaded.
 
-    Raises ModelNotFoundError for a model that is not there, ValueError for one that does not fit the settings.
+    Raises ModelNotFoundError for a missing model, ValueError for one that does not fit the settings.
     """
     generator = _read_settings(config.model_path, flag="--model-path")
     entailment = _read_settings(config.entailment_model, flag="--entailment-model")
