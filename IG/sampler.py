@@ -10,8 +10,6 @@ import asyncio
 import hashlib
 import itertools
 import logging
-import multiprocessing
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 from IG.config import IGServiceConfig
 from IG.frames import make_frame
 from IG.prompts import STOP_STRINGS
+from serving import vllm_rules
 from serving.encoding import TextEncoder
-from serving.lifeline import Lifeline
-from serving.machine import prepare_engine
+from serving.processes import ProcessGuard, list_multiprocessing_children
+from serving.vllm_rules import PLAIN_SAMPLING, cpu_arguments, prepare_environment
 from serving.web.loading import load_in_thread
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CPU_BATCHED_TOKENS = 4096
 _SHORT_PROMPT_CHARS = 20_000
 """Tokenized on the event loop, within milliseconds; longer prompts in a thread."""
 _MAX_CHARS_PER_TOKEN = 100
@@ -106,7 +104,7 @@ class VllmSampler:
         *,
         config: IGServiceConfig,
         device: str,
-        lifeline: Lifeline,
+        guard: ProcessGuard,
     ) -> None:
         self.device = device
         """`cpu` or `cuda`, depending on the vLLM build."""
@@ -117,7 +115,7 @@ class VllmSampler:
         self._frame = make_frame(self._tokenizer, encoder=self._encoder, prompt_style=config.prompt_style)
         self._max_prompt_tokens = engine.model_config.max_model_len - config.max_new_tokens
         self._request_ids = itertools.count()
-        self._lifeline = lifeline
+        self._guard = guard
 
     @classmethod
     async def start(cls, config: IGServiceConfig, *, cores: float) -> VllmSampler:
@@ -127,20 +125,16 @@ class VllmSampler:
 
         Cancelling it ends that process at once and leaves the loading thread behind, see serving.web.loading.
         """
-        lifeline = Lifeline()
+        guard = ProcessGuard()
         loading = load_in_thread(lambda: _load_engine(config, cores=cores), name="engine")
         try:
-            while not loading.done():
-                _tie_children(lifeline)
-                await asyncio.wait([loading], timeout=0.1)
-            loaded, device = loading.result()
+            with guard.adding(list_multiprocessing_children):
+                loaded, device = await loading
         except BaseException:
             loading.cancel()
-            _tie_children(lifeline)
-            lifeline.cut()
+            guard.close()
             raise
-        _tie_children(lifeline)
-        return cls(loaded, config=config, device=device, lifeline=lifeline)
+        return cls(loaded, config=config, device=device, guard=guard)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """Return all answers to a prompt, from one engine request; cancelling it stops that.
@@ -166,7 +160,7 @@ class VllmSampler:
         self._engine.shutdown()
         # Its finalizer would repeat this at interpreter exit, when modules are gone.
         self._engine.shutdown = lambda *_: None
-        self._lifeline.cut()
+        self._guard.close()
 
     async def _encode(self, prompt: str) -> list[int]:
         """Return the token ids of a framed prompt. Raises SamplingError when it is too long."""
@@ -243,26 +237,14 @@ def sampling_params(
     greedy = config.temperature == 0
     return SamplingParams(
         n=1 if greedy else config.num_generations,
+        **PLAIN_SAMPLING,
         temperature=config.temperature,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
         max_tokens=config.max_new_tokens,
         seed=None if greedy else prompt_seed(config.seed, key),
         stop=list(STOP_STRINGS),
         stop_token_ids=list(stop_token_ids),
-        logprobs=0,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _tie_children(lifeline: Lifeline) -> None:
-    for child in multiprocessing.active_children():
-        if child.pid is not None:
-            lifeline.tie(child.pid)
 
 
 def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, str]:
@@ -291,46 +273,28 @@ def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, st
 
 def set_environment(config: IGServiceConfig, *, cores: float) -> None:
     """Set the environment that vLLM reads when it is imported. Raises MachineError."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # A separate executor process would import everything again; a fork would share the lifeline's pipe.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads or max(1, int(cores / 2)))
     import torch
 
-    prepare_engine(
-        on_cpu=config.device_kind == "cpu" or (config.device_kind == "auto" and not torch.cuda.is_available())
+    kind = config.device_kind
+    prepare_environment(
+        on_cpu=kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()),
+        num_threads=config.cpu_threads or max(1, int(cores / 2)),
     )
-    # Batches differ in shape, and the default caches compiled code for 1,024 shapes: 0.4 GB (measured).
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def engine_arguments(config: IGServiceConfig, *, device: str) -> dict[str, object]:
     """Return the engine arguments for a device, `cpu` or `cuda`."""
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments: dict[str, object] = {
-        "model": config.model_path,
-        "trust_remote_code": False,
-        "generation_config": "vllm",  # the service sets the sampling parameters, not the checkpoint
-        "dtype": config.dtype,
-        "max_model_len": config.max_model_len or None,
-        "max_num_seqs": config.sub_batch_size,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "disable_log_stats": True,
-        "enable_prefix_caching": True,
-    }
-    if device == "cpu":
-        arguments |= {
-            "dtype": "float32" if config.dtype == "auto" else config.dtype,
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(config.cpu_cache_gb * 2**30),
-            "block_size": 32,
-            # A seeded request that is prefilled in chunks kills the CPU engine.
-            "enable_chunked_prefill": False,
-        }
-        # Room for one whole prompt; beyond a few thousand tokens, larger batches only miss the CPU caches.
-        longest = EngineArgs(**arguments).create_model_config().max_model_len
-        arguments["max_num_batched_tokens"] = max(_CPU_BATCHED_TOKENS, longest, config.sub_batch_size)
-    return arguments
+    arguments = vllm_rules.engine_arguments(
+        model=config.model_path,
+        dtype="float32" if device == "cpu" and config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_model_len or None,
+        max_num_seqs=config.sub_batch_size,
+    )
+    if device != "cpu":
+        return arguments | {"gpu_memory_utilization": config.gpu_memory_utilization}
+    longest = EngineArgs(**arguments).create_model_config().max_model_len
+    return arguments | cpu_arguments(
+        kv_cache_bytes=int(config.cpu_cache_gb * 2**30), longest_prompt=max(longest, config.sub_batch_size)
+    )

@@ -155,7 +155,7 @@ class RayWorker:
         starting = asyncio.create_task(actor.call("start", replace(config, token=""), rank, gpu))
         try:
             while not starting.done():
-                cluster.tie_processes()
+                cluster.guard_processes()
                 await asyncio.wait([starting], timeout=_POLL_S)
             device, pid = starting.result()
         except BaseException as error:

@@ -16,7 +16,7 @@ from IG.sampler import (
     answer_length,
     prompt_seed,
 )
-from serving.lifeline import Lifeline
+from serving.processes import ProcessGuard
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -94,9 +94,9 @@ class Engine:
 def sampling(engine: Engine) -> Iterator[VllmSampler]:
     """Two answers of at most 8 tokens."""
     config = resolve_config(["--num-generations", "2", "--max-new-tokens", "8"], environ={})
-    lifeline = Lifeline()
-    yield VllmSampler(engine, config=config, device="cpu", lifeline=lifeline)  # type: ignore[arg-type]
-    lifeline.cut()
+    guard = ProcessGuard()
+    yield VllmSampler(engine, config=config, device="cpu", guard=guard)  # type: ignore[arg-type]
+    guard.close()
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,24 @@ from pathlib import Path
 import pytest
 
 _OWNER = """
-import json, os, shutil, stat
-from serving.ray_start import make_ray_folder, start_ray
+import json, os, stat
+from serving.ray_start import PrivateRay
 
 os.umask(0)
 found = {"modes": {}}
 for _ in range(2):  # Ray caches the token of the first one
-    folder = make_ray_folder()
-    start_ray(folder, object_store_bytes=80 * 2**20)
+    cluster = PrivateRay()
+    cluster.start(object_store_bytes=80 * 2**20)
+    folder = cluster.folder
     import ray
-    echo = ray.remote(num_cpus=0)(lambda: os.environ["RAY_AUTH_TOKEN_PATH"])
-    assert ray.get(echo.remote()) == str(folder / "auth_token")
+    echo = ray.remote(num_cpus=0)(lambda: (os.environ["RAY_AUTH_TOKEN_PATH"], os.environ.get("IG_TOKEN")))
+    assert ray.get(echo.remote()) == (str(folder / "auth_token"), None)
     sockets = folder.glob("*/session_latest/sockets/*")
     found["longest"] = max(len(os.path.realpath(socket)) for socket in sockets)
-    ray.shutdown()
     for path in (folder, folder / "auth_token"):
         found["modes"][path.name[:4]] = oct(stat.S_IMODE(path.stat().st_mode))
-    shutil.rmtree(folder)
+    cluster.close()
+    assert not folder.exists()
 print(json.dumps(found))
 """
 
@@ -33,7 +34,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_no_other_user_can_enter_a_cluster(tmp_path: Path) -> None:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environ |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ |= {"IG_TOKEN": "hush", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", _OWNER], env=environ, capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,12 +1,8 @@
 """A vLLM engine behind a plain class, on the CPU and on GPUs; the only file of `verl` that imports vllm.
 
 vLLM is imported when an engine is built, so that the process that only launches engines stays small. It runs
-the model in child processes (its core, also on the CPU, and the workers of a sharded model); a watchdog ends
-them when this process ends, even by kill -9.
-
-Why the settings differ on the CPU: a per-request seed together with chunked prefill kills the CPU engine;
-graph compilation needs a C++ compiler; the multiprocess executor spins on shared memory, and idle OpenMP
-threads spin by default: when others want the same cores, 80 requests take 40 s instead of 1 s.
+the model in child processes (its core, also on the CPU, and the workers of a sharded model), which end when this
+process ends, even by kill -9. `serving.vllm_rules` says why the settings differ on the CPU.
 """
 
 from __future__ import annotations
@@ -14,19 +10,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.machine import MachineError, prepare_engine
+from serving.machine import MachineError
 from serving.model_files import ModelNotFoundError, find_local_model
+from serving.processes import ProcessGuard, list_multiprocessing_children
+from serving.vllm_rules import PLAIN_SAMPLING, cpu_arguments, engine_arguments, prepare_environment
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
-from verl.utils.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
 
 _UNKNOWN_VERSION = -1
 """Version of an engine whose last weight update failed half-way."""
-_MIN_BATCHED_TOKENS = 8192
 
 
 class VllmEngine:
@@ -56,7 +51,10 @@ class VllmEngine:
         Raises ConfigError for a missing model or device, RolloutError if vLLM cannot start.
         """
         _require_model(model_path)
-        os.environ.update(_environment(on_cpu=device == "cpu", num_threads=num_threads))
+        try:
+            prepare_environment(on_cpu=device == "cpu", num_threads=num_threads, log_level="WARNING")
+        except MachineError as error:
+            raise ConfigError(str(error)) from error
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -68,31 +66,32 @@ class VllmEngine:
         self._version = 0
         self._num_running = 0
         self._request_numbers = itertools.count()
-        settings: dict[str, Any] = {
-            "model": model_path,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "max_num_seqs": config.max_num_seqs,
+        settings: dict[str, Any] = engine_arguments(
+            model=model_path, dtype=dtype, max_model_len=max_model_len, max_num_seqs=config.max_num_seqs
+        ) | {
             "seed": seed,
             "tensor_parallel_size": config.tensor_model_parallel_size,
             "logprobs_mode": "processed_logprobs",  # under the temperature, as the policy loss compares
-            "disable_log_stats": True,
         }
         if on_cpu:
-            settings |= _cpu_settings(config, max_model_len=max_model_len)
+            settings |= cpu_arguments(
+                kv_cache_bytes=int(config.cpu_kv_cache_gib * 2**30),
+                longest_prompt=max_model_len,
+                is_sharded=config.tensor_model_parallel_size > 1,
+            )
         else:
             settings |= {
                 "gpu_memory_utilization": config.gpu_memory_utilization,
                 "enforce_eager": config.enforce_eager,
                 "enable_sleep_mode": True,
             }
-        self._watchdog = Watchdog()
+        self._guard = ProcessGuard()
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+            with self._guard.adding(list_multiprocessing_children):
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
         except Exception as error:  # vLLM's errors share no class
+            self._guard.close()
             raise RolloutError(f"vLLM cannot start: {type(error).__name__}: {error}") from error
-        finally:
-            self._watchdog.guard()
 
     async def version(self) -> int:
         """Return the version of the weights: 0 at first, -1 after an update that failed half-way."""
@@ -179,7 +178,7 @@ class VllmEngine:
         self._llm.shutdown()
         self._llm = None
         multiprocessing.active_children()  # reaps the ended ones
-        self._watchdog.dismiss()
+        self._guard.close()
 
     async def _request(
         self, ids: Sequence[int] | IntArray, params: SamplingParams, *, timeout_s: float | None
@@ -202,38 +201,6 @@ class VllmEngine:
         finally:
             self._num_running -= 1
         raise RolloutError("the engine ended a request without a completion")
-
-
-def _cpu_settings(config: RolloutConfig, *, max_model_len: int) -> dict[str, Any]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or vLLM puts "mp" in the place of "uni"
-    return {
-        "kv_cache_memory_bytes": int(config.cpu_kv_cache_gib * 2**30),
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, max_model_len),
-        "enforce_eager": True,
-        "distributed_executor_backend": "mp" if config.tensor_model_parallel_size > 1 else "uni",
-    }
-
-
-def _environment(*, on_cpu: bool, num_threads: int | None) -> dict[str, str]:
-    """What vLLM and its children only read from the environment. Raises ConfigError."""
-    try:
-        prepare_engine(on_cpu=on_cpu)
-    except MachineError as error:
-        raise ConfigError(str(error)) from error
-    settings = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-    }
-    if not on_cpu:
-        return settings
-    threads = num_threads or len(os.sched_getaffinity(0))
-    return settings | {
-        # Bound threads of several engines and the trainer would all sit on the same cores.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-    }
 
 
 def _require_model(model_path: str) -> None:
@@ -259,18 +226,12 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
+        **PLAIN_SAMPLING,
         temperature=sampling.temperature,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
         max_tokens=sampling.max_tokens,
         stop=list(sampling.stop),
         include_stop_str_in_output=True,
         seed=sampling.seed,
-        logprobs=0,
         # A tag that is a special token must show in the text, or its stop string is never seen.
         skip_special_tokens=False,
         spaces_between_special_tokens=False,

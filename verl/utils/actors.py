@@ -1,7 +1,7 @@
 """Run a class in this process or as a Ray actor, with the same calls.
 
-Either way the object lives in a `_Host`: built and called on threads of its own, one call at a time unless
-told otherwise, so that all sync calls of a default actor share one thread and the event loop stays free.
+Either way the object lives in a `_Host`, which builds and calls it on threads of its own, one call at a time
+by default: all sync calls of such an actor share one thread, and the event loop stays free.
 
     launcher = make_launcher("ray")
     policy = launcher.launch(PolicyWorker, kwargs={"rank": 0}, name="policy-0")
@@ -14,41 +14,34 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
-from serving.ray_start import describe_death, make_ray_folder, read_stderr_end, start_ray
+from serving.ray_start import PrivateRay
 from verl.errors import ConfigError, RolloutError
-from verl.utils.reaper import MARK, start_reaper
 
-_REAPER_TIMEOUT_S = 30.0
 _WATCH_INTERVAL_S = 1.0
-# How long Ray outlives one of its processes: long enough to save what the actors hold.
+# How long actors live on without a process of Ray: long enough to save their state.
 _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
 
 
 class ActorError(RuntimeError):
-    """An actor is gone: names it, its class and what it last wrote to stderr."""
+    """An actor is gone: the message names it, its class and the end of its stderr."""
 
 
 class Actor(Protocol):
-    """An object that lives elsewhere."""
+    """An object that can live in another process."""
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
-        """Return what the method returns, raise what it raises. Raises ActorError when the actor is gone."""
+        """Return or raise what the method does. Raises ActorError when the actor is gone."""
         ...
 
     def kill(self) -> None:
-        """End it now, whatever it does. A second time does nothing."""
+        """End it now, whatever it does; a second call does nothing."""
         ...
 
 
@@ -69,16 +62,16 @@ class Launcher(Protocol):
         ...
 
     async def watch(self) -> None:
-        """Raise ActorError once a process that all actors depend on has ended."""
+        """Wait until a process that all actors depend on has ended, then raise ActorError."""
         ...
 
     def shutdown(self) -> None:
-        """Kill what was launched and leave nothing behind."""
+        """Kill all actors and remove everything that was started."""
         ...
 
 
 def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
-    """Make the launcher of `trainer.launcher`: "ray" starts a private cluster here, "local" nothing."""
+    """Return the launcher that `trainer.launcher` names; "ray" starts a private cluster."""
     if kind == "local":
         return LocalLauncher()
     if kind == "ray":
@@ -87,7 +80,7 @@ def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
 
 
 class _Host:
-    """Owns the object and decides on which thread it runs."""
+    """Holds the object and decides on which thread it runs."""
 
     def __init__(self, cls: type, kwargs: dict[str, object], name: str, max_concurrency: int) -> None:
         self._executor = ThreadPoolExecutor(max_concurrency, thread_name_prefix=name)
@@ -126,7 +119,7 @@ class _LocalActor:
 
 
 class LocalLauncher:
-    """Everything in this process: for the debugger and for tests. `env` is set for the whole process."""
+    """Runs all actors in this process, for the debugger and for tests; `env` is set for all of it."""
 
     def __init__(self) -> None:
         self._actors: list[_LocalActor] = []
@@ -156,12 +149,11 @@ class LocalLauncher:
 
 
 class _RayActor:
-    def __init__(self, actor: Any, *, cluster: RayLauncher, name: str, role: str, folder: Path) -> None:
+    def __init__(self, actor: Any, *, ray: PrivateRay, name: str, role: str) -> None:
         self._actor = actor
-        self._cluster = cluster
+        self._ray = ray
         self._name = name
         self._role = role
-        self._folder = folder
         self._pid: int | None = None
         self._has_answered = False
 
@@ -171,43 +163,52 @@ class _RayActor:
         try:
             if self._pid is None:
                 self._pid = await self._actor.pid.remote()
+                self._ray.guard_processes()
             result = await self._actor.call.remote(method, args, kwargs)
         except RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, Exception):
-                raise ActorError(f"{self._who}: {error}") from error
+                raise ActorError(f"{self._label}: {error}") from error
             if isinstance(cause, RolloutError) and not self._has_answered:
-                # Why an engine cannot start is only on its stderr.
-                cause.add_note(read_stderr_end(folder=self._folder, pid=self._pid))
+                # The reason why an engine cannot start is only on its stderr.
+                cause.add_note(self._ray.read_stderr_end(self._pid))
             raise cause from error
         except RayActorError as error:
-            death = describe_death(error, folder=self._folder, pid=self._pid)
-            raise ActorError(f"{self._who} died; {method!r} has no result. {death}") from error
+            death = self._ray.describe_death(error, pid=self._pid)
+            raise ActorError(f"{self._label} died; {method!r} has no result. {death}") from error
         self._has_answered = True
         return result
 
     @property
-    def _who(self) -> str:
+    def _label(self) -> str:
         return f"actor {self._name!r} ({self._role})"
 
     def kill(self) -> None:
         import ray
 
-        if ray.is_initialized() and self._cluster.find_dead() is None:  # else the reaper kills it
+        if ray.is_initialized() and self._ray.find_dead() is None:  # otherwise closing the cluster kills it
             ray.kill(self._actor)
 
 
 class RayLauncher:
-    """One process per actor, in a Ray cluster of this process's own that ends with it, even by kill -9.
+    """Runs one process per actor, in a Ray cluster of this process's own that ends with it, even by SIGKILL.
 
-    Make it on the main thread: Linux ends Ray's processes when the thread that started them ends.
+    Create it on the main thread: Linux ends Ray's processes when the thread that started them ends.
     """
 
     def __init__(self, *, object_store_mb: int) -> None:
-        self._folder, self._reaper = _start_cluster(object_store_mb)
+        self._ray = PrivateRay()
         self._actors: list[_RayActor] = []
-        named = [(child, child.name()) for child in psutil.Process().children()]
-        self._essential = [(child, name) for child, name in named if name in ("raylet", "gcs_server")]
+        try:
+            with keep_sigterm_handler():
+                self._ray.start(object_store_bytes=object_store_mb * 2**20, system_config=_SURVIVAL)
+        except Exception as error:  # Ray raises the bare class
+            self._ray.close()
+            raise ActorError(
+                f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and disk in "
+                f"{self._ray.folder.parent}, or look for the cause with trainer.launcher=local, which starts "
+                "no Ray"
+            ) from error
 
     def launch(
         self,
@@ -225,66 +226,37 @@ class RayLauncher:
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
-        actor = _RayActor(remote, cluster=self, name=name, role=cls.__name__, folder=self._folder)
+        actor = _RayActor(remote, ray=self._ray, name=name, role=cls.__name__)
         self._actors.append(actor)
         return actor
 
     async def watch(self) -> None:
-        """Actors live on for some minutes, so that a caller can still save what they hold."""
-        while (dead := self.find_dead()) is None:
+        """Raise ActorError when a process of Ray has ended.
+
+        Actors live on for some minutes, so that a caller can still save what they hold.
+        """
+        while (dead := self._ray.find_dead()) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         raise ActorError(
             f"Ray's {dead} ended (killed because memory ran out?), and no actor can work without it; repeat "
             "the command to resume"
         )
 
-    def find_dead(self) -> str | None:
-        """Return the name of a process of the cluster that has ended; None while all run."""
-        for process, name in self._essential:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return name
-        return None
-
     def shutdown(self) -> None:
-        import ray
-
-        if self.find_dead() is not None:  # else Ray waits for processes that only the reaper ends
-            self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
         for actor in self._actors:
             actor.kill()
         self._actors.clear()
-        ray.shutdown()
-        if self._reaper.returncode is None:
-            self._reaper.communicate(timeout=_REAPER_TIMEOUT_S)
-        shutil.rmtree(self._folder, ignore_errors=True)  # what Ray logged after the reaper's end
+        self._ray.close()
 
 
 @contextmanager
 def keep_sigterm_handler() -> Iterator[None]:
-    """Put this process's SIGTERM handler back: Ray's own would end it at once, with nothing taken down."""
+    """Restore this process's SIGTERM handler: Ray's own would end it at once, without any cleanup."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # where handlers can neither be set nor lost
+        yield  # handlers can only be set on the main thread
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _start_cluster(object_store_mb: int) -> tuple[Path, subprocess.Popen[bytes]]:
-    """Start Ray. Return its folder, and the reaper that watches over it."""
-    folder = make_ray_folder()
-    os.environ[MARK] = str(folder)
-    try:
-        with keep_sigterm_handler():
-            start_ray(folder, object_store_bytes=object_store_mb * 2**20, system_config=_SURVIVAL)
-    except Exception as error:  # Ray raises the bare class
-        start_reaper(folder).communicate(timeout=_REAPER_TIMEOUT_S)
-        raise ActorError(
-            f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and "
-            f"disk in {folder.parent}, or look for the cause with trainer.launcher=local, which starts no Ray"
-        ) from error
-    finally:
-        del os.environ[MARK]
-    return folder, start_reaper(folder)

@@ -3,9 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -83,7 +81,7 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
         first.pid = pid
         assert "IG_TOKEN" not in environment
         assert environment["HF_TOKEN"] == "needed"
-        assert Path(environment["RAY_AUTH_TOKEN_PATH"]).parent == started._folder
+        assert Path(environment["RAY_AUTH_TOKEN_PATH"]).parent == started._ray.folder
 
         waiting = asyncio.create_task(first.call("sleep_until_cancelled", str(tmp_path / "note")))
         await asyncio.sleep(1)
@@ -100,18 +98,6 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
             await first.call("double", 1)
         assert await second.call("double", 1) == 2
     assert not [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_closing_ends_although_the_guard_of_the_processes_is_gone(tmp_path: Path) -> None:
-    closing = RayCluster(tmp_path)
-    closing._lifeline._guard.kill()
-    closing._lifeline._guard.wait()
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(tmp_path)]) as child:
-        threading.Thread(target=closing._end_when_asked, daemon=True).start()
-        async with asyncio.timeout(200):
-            await closing.aclose()
-        child.kill()
 
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
