@@ -85,7 +85,7 @@ def main() -> int:
             log = Path(folder) / "ig_service.log"
             summary = run(supervisor, screen, workers=arguments.workers, steps=steps, log=log)
     except ChildFailedError as error:
-        screen.say(str(error), style="bold red")
+        screen.print(str(error), style="bold red")
         return 1
     print(json.dumps(asdict(summary)))
     return 0

@@ -131,7 +131,7 @@ def main() -> int:
         with TemporaryDirectory(prefix="bench-retriever-") as folder:
             summary = Bench(screen, arguments=arguments, folder=arguments.folder or Path(folder)).run()
     except (ChildFailedError, ExceptionGroup) as error:
-        screen.say(str(error), style="bold red")
+        screen.print(str(error), style="bold red")
         return 1
     screen.console.print(table(summary))
     print(json.dumps(asdict(summary)))

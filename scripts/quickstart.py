@@ -1,7 +1,7 @@
-"""The main job, end to end: start both services, train the embedded world, measure, stop everything.
+"""Run everything end to end: start both services, train on the embedded world, measure, stop everything.
 
-`make quickstart` runs this. It trains through the entry point that users use,
-`python -m verl.trainer.main_ppo` with overrides; nothing here is known to the trainer.
+`make quickstart` runs this. It trains with the recipe `quickstart` through the entry point for real models,
+`python -m verl.trainer.main_ppo`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from screen import Screen
 from supervise import (
+    Child,
     ChildFailedError,
     MemoryWatch,
     Supervisor,
@@ -39,37 +40,13 @@ from verl.utils.entry import error_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30
-
-# The training settings of the quickstart, on top of the defaults in verl/trainer/config/ppo_trainer.yaml.
-# Where there is a GPU, one is shared by trainer, engine and IG service; on the CPU those lines say nothing.
-QUICKSTART_OVERRIDES: dict[str, str | int | float] = {
-    "trainer.device": "auto",
-    "trainer.n_gpus_per_node": 1,
-    "trainer.save_freq": 10,
-    "trainer.test_freq": 5,
-    "trainer.experiment_name": "quickstart",
-    "data.train_batch_size": 16,
-    "actor_rollout_ref.rollout.n_agent": 5,
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
-    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
-    "actor_rollout_ref.actor.optim.lr": 1e-4,
-    "actor_rollout_ref.actor.ppo_mini_batch_size": 80,
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 4096,
-}
-SMOKE_OVERRIDES: dict[str, str | int | float] = {
-    "trainer.test_freq": 0,
-    "data.train_batch_size": 4,
-    "data.val_max_questions": 16,
-    "actor_rollout_ref.actor.ppo_mini_batch_size": 20,
-}
 SMOKE_STEPS = 2
 IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--gpu-memory-utilization", "0.2")
 
-# What needs no quotes in Hydra's grammar; its own words do.
+# Values that need no quotes in Hydra's grammar.
 PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z/][a-z0-9_./-]*", re.ASCII | re.IGNORECASE)
 HOST = "127.0.0.1"
 
-SERVICE_DEADLINE_S = 180.0
 EDGE_STEPS = 5
 
 USAGE = """\
@@ -100,14 +77,14 @@ class Summary:
 
 @dataclass(slots=True)
 class Metrics:
-    """What `metrics.jsonl` has said so far; reads only what was appended since the last look."""
+    """The rows of `metrics.jsonl`; each refresh reads only what was appended."""
 
     path: Path
     rows: list[dict[str, float | None]] = field(default_factory=list)
     _offset: int = 0
 
     def refresh(self) -> None:
-        """Take in the complete lines that were written since."""
+        """Read the complete lines that were written since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as lines:
@@ -119,17 +96,17 @@ class Metrics:
                 self.rows.append(json.loads(line))
 
     def values(self, name: str) -> list[float]:
-        """Every value of a metric, in order, without the unmeasured ones."""
+        """Return all measured values of a metric, in order."""
         return [value for row in self.rows if (value := row.get(name)) is not None]
 
     @property
     def step(self) -> int:
-        """Training steps done."""
+        """The number of training steps done."""
         return max((int(value) for value in self.values("step")), default=0)
 
 
-def summarise(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Path) -> Summary:
-    """First and last evaluation, gain at both ends of the run."""
+def summarize(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Path) -> Summary:
+    """Return the first and last evaluation and the gain at both ends of the run."""
     em, gains = metrics.values("val/em"), metrics.values("ig/gain_mean")
     return Summary(
         em_before=round(em[0], 4) if em else None,
@@ -143,23 +120,22 @@ def summarise(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Pat
     )
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, str | int | float]:
-    """The overrides that the arguments ask for, without those of one run (ports, run folder)."""
-    chosen: dict[str, str | int | float] = {**QUICKSTART_OVERRIDES}
-    if arguments.smoke:
-        chosen |= SMOKE_OVERRIDES
-    steps = (
-        arguments.steps if arguments.steps is not None else SMOKE_STEPS if arguments.smoke else DEFAULT_STEPS
-    )
-    return chosen | {
+def choose_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides for the arguments, without those that differ in every run (ports, run folder)."""
+    default_steps = SMOKE_STEPS if arguments.smoke else DEFAULT_STEPS
+    steps = default_steps if arguments.steps is None else arguments.steps
+    chosen = {
+        "recipe": "smoke" if arguments.smoke else "quickstart",
         "trainer.total_training_steps": steps,
         "trainer.seed": arguments.seed,
-        "algorithm.gain_weight": arguments.gain_weight,
     }
+    if arguments.gain_weight is not None:
+        chosen["algorithm.gain_weight"] = arguments.gain_weight
+    return [override(key, value) for key, value in chosen.items()]
 
 
 def override(key: str, value: str | int | float) -> str:
-    """`key=value` such that Hydra's grammar gives back this very value, whatever characters it holds."""
+    """Return `key=value`, quoted so that Hydra's grammar reads exactly this value."""
     if not isinstance(value, str) or PLAIN_WORD.fullmatch(value):
         return f"{key}={value}"
     # Inside quotes a backslash is one character, except before a quote.
@@ -167,8 +143,10 @@ def override(key: str, value: str | int | float) -> str:
     return f"{key}='{escaped}'"
 
 
-def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> tuple[int, int]:
-    """Start retriever and IG service side by side and wait for both. Returns their ports."""
+def start_services(
+    supervisor: Supervisor, screen: Screen, *, run_dir: Path, timeout_s: float | None
+) -> tuple[int, int]:
+    """Start retriever and IG service side by side and wait for both. Return their ports."""
     retriever_port, gain_port = free_ports(2)
     retriever_command = ["search_r1.search.retrieval_server", "--host", HOST, "--port", str(retriever_port)]
     gain_command = ["IG.service.IG_server", "--host", HOST, "--port", str(gain_port), *IG_SERVICE_ARGUMENTS]
@@ -187,21 +165,26 @@ def start_services(supervisor: Supervisor, screen: Screen, *, run_dir: Path) -> 
             )
         }
         for url, child in wait_until_ready(
-            children,
-            deadline_s=SERVICE_DEADLINE_S,
-            on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
+            children, timeout_s=timeout_s, on_tick=lambda waiting: update(0, describe_waiting(waiting))
         ):
-            screen.say(f"{child.name} is ready at {url.removesuffix('/readyz')}", style="green")
+            screen.print(f"{child.name} is ready at {url.removesuffix('/readyz')}", style="green")
     return retriever_port, gain_port
+
+
+def describe_waiting(waiting: Sequence[Child]) -> str:
+    """Return what is waited for, and the last line of the first one's log."""
+    names = " and ".join(child.name for child in waiting)
+    last = waiting[0].read_log_end(1)
+    return f"waiting for {names} to load" + (f" ({last[0][:100]})" if last else "")
 
 
 def train(
     supervisor: Supervisor, screen: Screen, *, memory: MemoryWatch, overrides: Sequence[str], run_dir: Path
 ) -> Metrics:
-    """Run the trainer to its end, its lines passed on. Raises ChildFailedError if it does not end well."""
+    """Run the trainer to its end and print its lines. Raises ChildFailedError if it or a service fails."""
     metrics = Metrics(path=run_dir / "metrics.jsonl")
-    asked = dict(item.split("=", 1) for item in overrides if "=" in item)["trainer.total_training_steps"]
-    steps = int(asked) if asked.isdigit() else None
+    total = dict(item.split("=", 1) for item in overrides if "=" in item)["trainer.total_training_steps"]
+    steps = int(total) if total.isdigit() else None
     with screen.phase("training", total=steps) as update:
         trainer = supervisor.start(
             "the trainer",
@@ -209,11 +192,11 @@ def train(
             log=run_dir / "console.log",
             cwd=ROOT,
             environment=service_environment(),
-            on_line=screen.pass_on,
+            on_line=screen.print_line,
         )
         while trainer.process.poll() is None:
             metrics.refresh()
-            update(metrics.step, f"step {metrics.step} of {asked}, peak {memory.peak_bytes / 1e9:.1f} GB")
+            update(metrics.step, f"step {metrics.step} of {total}, peak {memory.peak_bytes / 1e9:.1f} GB")
             for service in supervisor.children:
                 if service is not trainer:
                     service.check_alive()
@@ -224,12 +207,14 @@ def train(
     return metrics
 
 
-def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str]) -> Summary:
-    """Everything between the command line and the table."""
+def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str], timeout_s: float | None) -> Summary:
+    """Start the services, train, and stop everything again. Raises ChildFailedError."""
     began = time.monotonic()
     with Supervisor() as supervisor, MemoryWatch(supervisor) as memory:
         try:
-            retriever_port, gain_port = start_services(supervisor, screen, run_dir=run_dir)
+            retriever_port, gain_port = start_services(
+                supervisor, screen, run_dir=run_dir, timeout_s=timeout_s
+            )
             addresses = [
                 override("retriever.url", f"http://{HOST}:{retriever_port}/retrieve"),
                 override("reward.semantic.url", f"http://{HOST}:{gain_port}"),
@@ -239,14 +224,14 @@ def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str]) -> Summary:
             metrics = train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
         finally:
             with signals_held():
-                screen.say("stopping everything that was started ...")
+                screen.print("stopping everything that was started ...")
                 supervisor.stop_all()
-    return summarise(metrics, seconds=time.monotonic() - began, peak_bytes=memory.peak_bytes, run_dir=run_dir)
+    return summarize(metrics, seconds=time.monotonic() - began, peak_bytes=memory.peak_bytes, run_dir=run_dir)
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """A second Ctrl-C must not interrupt the cleaning up."""
+    """Ignore further Ctrl-C, which must not interrupt the cleanup."""
     held = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -256,7 +241,7 @@ def signals_held() -> Iterator[None]:
 
 
 def show(console: Console, summary: Summary) -> None:
-    """The table, then the JSON line."""
+    """Print the table, then the JSON line."""
     table = Table(title="quickstart", title_style="bold", show_header=True)
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -281,7 +266,7 @@ def show(console: Console, summary: Summary) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our own arguments, and the overrides after `--`."""
+    """Return this script's own arguments, and the overrides after `--`."""
     own, overrides = list(argv), []
     if "--" in own:
         cut = own.index("--")
@@ -290,20 +275,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, help=f"training steps (default {DEFAULT_STEPS})")
-    parser.add_argument("--gain-weight", type=float, default=0.6, help="lambda, 0 = exact match only")
+    parser.add_argument("--gain-weight", type=float, help="weight of the gain (default 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     parser.add_argument("--run-dir", type=Path, help="new folder (default runs/quickstart-<timestamp>)")
     parser.add_argument(
         "--smoke", action="store_true", help=f"{SMOKE_STEPS} small steps, 16 held-out questions"
     )
     parser.add_argument(
-        "--print-overrides", action="store_true", help="print the training settings, do nothing"
+        "--service-timeout",
+        type=float,
+        metavar="S",
+        help="give up when a service is not ready after S seconds (default: wait as long as it runs)",
+    )
+    parser.add_argument(
+        "--print-overrides", action="store_true", help="print the trainer's arguments, do nothing"
     )
     return parser.parse_args(expand_home(own)), overrides
 
 
 def new_run_dir(asked: Path | None) -> Path:
-    """Make the run folder. Exits if it is in use: a run must not resume another one by accident."""
+    """Create the run folder. Exit if it is not empty: a run must not resume another one by accident."""
     run_dir = (asked or ROOT / "runs" / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").resolve()
     if run_dir.exists() and any(run_dir.iterdir()):
         sys.exit(f"error: --run-dir {run_dir} is not empty; name a new folder")
@@ -312,9 +303,9 @@ def new_run_dir(asked: Path | None) -> Path:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Returns the exit code: 0, 1 when something failed, 130 on Ctrl-C, 143 on SIGTERM."""
+    """Return the exit code: 0, 1 when something failed, 130 on Ctrl-C, 143 on SIGTERM."""
     arguments, extra = parse(argv)
-    overrides = [override(key, value) for key, value in settings(arguments).items()]
+    overrides = choose_overrides(arguments)
     if arguments.print_overrides:
         print("\n".join(overrides))
         return 0
@@ -324,18 +315,19 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     console = Console()
     run_dir = new_run_dir(arguments.run_dir)
     screen = Screen(console)
-    screen.say(f"run folder: {run_dir}")
+    screen.print(f"run folder: {run_dir}")
     if dropped := sorted(name for name in os.environ if is_service_variable(name)):
-        screen.say("not passed on, for the services are set up here: " + ", ".join(dropped), style="yellow")
+        screen.print("ignored, the services are configured here: " + ", ".join(dropped), style="yellow")
     try:
-        summary = run(screen, run_dir=run_dir, overrides=[*overrides, *extra])
+        chosen = [*overrides, *extra]
+        summary = run(screen, run_dir=run_dir, overrides=chosen, timeout_s=arguments.service_timeout)
     except ChildFailedError as error:
         console.print(
             f"error: {safe_text(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         return 1
     except KeyboardInterrupt:
-        screen.say("interrupted; everything was stopped", style="yellow")
+        screen.print("interrupted; everything was stopped", style="yellow")
         return 130
     show(console, summary)
     return 0

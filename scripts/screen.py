@@ -1,4 +1,4 @@
-"""What the user of a long run sees: phases with their times, lines passed on, one live line at the bottom."""
+"""Show a long run: phases with their times, lines of the program, one live line at the bottom."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Update = Callable[[int, str], None]
 
 
 class Screen:
-    """What the user sees: when a phase begins and ends, the trainer's lines, one live line below."""
+    """Prints when phases begin and end, lines of a child process, and one live line below."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -37,35 +37,35 @@ class Screen:
             transient=True,
         )
         self._is_live = console.is_terminal
-        self._last_sign = self._started
+        self._last_print = self._started
 
-    def say(self, text: str, style: str = "bold cyan") -> None:
-        """A line with the seconds since the start."""
-        self._last_sign = time.monotonic()
-        line = f"[{self._last_sign - self._started:6.1f} s] {text}"
+    def print(self, text: str, style: str = "bold cyan") -> None:
+        """Print a line with the seconds since the start."""
+        self._last_print = time.monotonic()
+        line = f"[{self._last_print - self._started:6.1f} s] {text}"
         self.console.print(line, style=style, markup=False, soft_wrap=True)
 
-    def pass_on(self, line: str) -> None:
-        """A line of the trainer, as it is."""
-        self._last_sign = time.monotonic()
+    def print_line(self, line: str) -> None:
+        """Print a line of a child process unchanged."""
+        self._last_print = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, name: str, *, total: int | None = None) -> Iterator[Update]:
-        """Announce a phase, keep a live line while it runs, say how long it took.
+        """Print the beginning and the end of a phase, and keep a live line while it runs.
 
-        Yields what moves the live line; without a terminal it shows a sign of life now and then instead.
+        Yields the function that updates the live line; without a terminal it prints a line now and then.
         """
         began = time.monotonic()
-        self.say(f"{name} ...")
+        self.print(f"{name} ...")
         task = self._progress.add_task(name, total=total, note="")
         if self._is_live:
             self._progress.start()
 
         def update(completed: int, note: str) -> None:
             self._progress.update(task, completed=completed, note=note)
-            if not self._is_live and time.monotonic() - self._last_sign > HEARTBEAT_S:
-                self.say(f"{name}: {note}", style="dim")
+            if not self._is_live and time.monotonic() - self._last_print > HEARTBEAT_S:
+                self.print(f"{name}: {note}", style="dim")
 
         try:
             yield update
@@ -73,4 +73,4 @@ class Screen:
             self._progress.remove_task(task)
             if self._is_live:
                 self._progress.stop()
-        self.say(f"{name}: done in {time.monotonic() - began:.1f} s")
+        self.print(f"{name}: done in {time.monotonic() - began:.1f} s")

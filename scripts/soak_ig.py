@@ -87,7 +87,7 @@ def main() -> int:
             gains = measure_reference(screen, rollouts, log=Path(folder) / "reference.log")
             summary = soak(screen, rollouts, gains=gains, arguments=arguments, log=Path(folder) / "soak.log")
     except ChildFailedError as error:
-        screen.say(str(error), style="bold red")
+        screen.print(str(error), style="bold red")
         return 1
     print(json.dumps(asdict(summary)))
     return 0 if summary.passed else 1

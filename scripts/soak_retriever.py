@@ -76,7 +76,7 @@ def main() -> int:
         with TemporaryDirectory(prefix="soak-retriever-") as folder:
             summary = soak(screen, questions, arguments=arguments, folder=Path(folder))
     except ChildFailedError as error:
-        screen.say(str(error), style="bold red")
+        screen.print(str(error), style="bold red")
         return 1
     print(json.dumps(asdict(summary)))
     return 0 if summary.passed else 1

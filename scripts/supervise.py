@@ -1,8 +1,7 @@
 """Start processes, watch them, measure their memory, and leave none behind (Linux).
 
-A `Supervisor` owns every process it starts and all that those start in turn, also the ones that detach
-themselves: it is their subreaper, so orphans come back to it. If the supervisor itself is killed, the kernel
-sends its children SIGTERM.
+A `Supervisor` ends every process that it started, and all that those started in turn: as their subreaper it
+becomes the parent of orphans. If this process is killed, a `ProcessGuard` ends its children.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from pathlib import Path
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+from serving.processes import ProcessGuard
+
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ORPHAN_GRACE_S = 2.0
@@ -31,7 +31,7 @@ _READER_GRACE_S = 2.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _RESIDENT_GROWTH = 1.01
 """Growth by less is not measured: without this, a slow leak would be measured every second."""
-# What is asked runs on this machine: a proxy that the caller has set must not stand in between.
+# The services run on this machine: the requests must not go through a proxy that the user has set.
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 _SERVICE_PREFIXES = ("IG_", "RETRIEVER_")
@@ -39,31 +39,35 @@ _SERVICE_NAMES = ("INDEX_PATH", "CORPUS_PATH", "BM25_INDEX_PATH", "TOPK", "IGPO_
 
 
 class ChildFailedError(RuntimeError):
-    """A process died or did not become ready; the message holds the end of its log."""
+    """A process died or did not become ready; the message contains the end of its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Child:
-    """One process in a process group of its own, its output in a log file."""
+    """One process in a session of its own, its output in a log file."""
 
     name: str
     process: subprocess.Popen[str]
     log: Path
     reader: threading.Thread | None = None
-    """Copies the output into the log where the output goes elsewhere, too."""
-
-    def ending(self, num_lines: int = 25) -> str:
-        """The last lines of the log, for an error message."""
-        if self.reader is not None and self.process.poll() is not None:
-            self.reader.join(timeout=_READER_GRACE_S)
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return f"{self.log} ends:\n" + ("\n".join(lines[-num_lines:]) or "(empty)")
+    """Copies the output into the log, if it also goes elsewhere."""
 
     def check_alive(self) -> None:
-        """Raises ChildFailedError with the end of the log if the process has ended."""
+        """Raise ChildFailedError with the end of the log if the process has ended."""
         code = self.process.poll()
         if code is not None:
-            raise ChildFailedError(f"{self.name} ended with exit code {code}. {self.ending()}")
+            raise ChildFailedError(f"{self.name} ended with exit code {code}. {self.describe_log()}")
+
+    def describe_log(self) -> str:
+        """Return the last lines of the log, for an error message."""
+        if self.reader is not None and self.process.poll() is not None:
+            self.reader.join(timeout=_READER_GRACE_S)
+        return f"{self.log} ends:\n" + ("\n".join(self.read_log_end(25)) or "(empty)")
+
+    def read_log_end(self, num_lines: int) -> list[str]:
+        """Return the last lines of the log."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return lines[-num_lines:]
 
 
 class Supervisor:
@@ -72,15 +76,20 @@ class Supervisor:
     def __init__(self, *, grace_s: float = 40.0) -> None:
         self._grace_s = grace_s
         self.children: list[Child] = []
-        self._strangers: set[psutil.Process] = set()
+        self._guard: ProcessGuard | None = None
+        self._earlier: set[psutil.Process] = set()
 
     def __enter__(self) -> Supervisor:
-        self._strangers = set(psutil.Process().children(recursive=True))
+        self._earlier = set(psutil.Process().children(recursive=True))
+        self._guard = ProcessGuard(grace_s=self._grace_s)
+        self._earlier |= set(psutil.Process().children())
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._guard is not None
         self.stop_all()
+        self._guard.close()
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
     def start(
@@ -94,6 +103,7 @@ class Supervisor:
         on_line: Callable[[str], None] | None = None,
     ) -> Child:
         """Start a process; its output goes to `log` and, line by line, to `on_line` (in another thread)."""
+        assert self._guard is not None
         with log.open("w") as sink:
             process = subprocess.Popen(
                 command,
@@ -105,8 +115,8 @@ class Supervisor:
                 text=True,
                 errors="replace",
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
+        self._guard.add(process.pid)
         reader = None
         if on_line is not None:
             reader = threading.Thread(target=_copy_lines, args=(process, log, on_line), daemon=True)
@@ -116,11 +126,11 @@ class Supervisor:
         return child
 
     def descendants(self) -> list[psutil.Process]:
-        """All living processes below this one; dead orphans that came back to us are reaped."""
+        """Return all living processes below this one, and reap dead orphans that became its children."""
         alive = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if process in self._strangers:
+                if process in self._earlier:
                     continue
                 if process.status() != psutil.STATUS_ZOMBIE:
                     alive.append(process)
@@ -130,9 +140,9 @@ class Supervisor:
         return alive
 
     def stop_all(self) -> None:
-        """End everything: Ctrl-C to each child, newest first, that it may end what it started; then orphans.
+        """End everything: SIGINT to each child, newest first, so that it can end its own; then orphans.
 
-        Whoever has not ended after the grace period gets SIGTERM, then SIGKILL; orphans get a moment.
+        A child that is alive after half of the grace period gets SIGTERM, after all of it SIGKILL.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             for child in reversed(self.children):
@@ -215,9 +225,9 @@ def proportional_set_size(pid: int) -> int:
 
 
 def service_environment() -> dict[str, str]:
-    """The caller's environment without settings of services of theirs: the scripts choose them.
+    """Return the environment of the user without settings of services, which the scripts choose.
 
-    Nothing of the embedded world is looked for on the network, unless the caller says so.
+    The model hub is not asked for the embedded world, unless the user sets HF_HUB_OFFLINE.
     """
     kept = {name: value for name, value in os.environ.items() if not is_service_variable(name)}
     defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -225,12 +235,12 @@ def service_environment() -> dict[str, str]:
 
 
 def is_service_variable(name: str) -> bool:
-    """Whether an environment variable sets up one of our services."""
+    """Return whether an environment variable configures one of the services."""
     return name.startswith(_SERVICE_PREFIXES) or name in _SERVICE_NAMES
 
 
 def free_ports(count: int) -> list[int]:
-    """That many different loopback ports that nobody listens on."""
+    """Return different loopback ports on which nothing listens."""
     with ExitStack() as held:
         sockets = [held.enter_context(closing(socket.socket())) for _ in range(count)]
         for sock in sockets:
@@ -239,13 +249,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until_ready(
-    children: Mapping[str, Child], *, deadline_s: float, on_tick: Callable[[list[str]], None]
+    children: Mapping[str, Child], *, timeout_s: float | None, on_tick: Callable[[list[Child]], None]
 ) -> Iterator[tuple[str, Child]]:
     """Poll readiness URLs; yield each with its child when it answers 200.
 
-    `on_tick` gets the names still waited for. Raises ChildFailedError at the deadline or when any child dies.
+    `on_tick` gets the children that are not ready yet. Raises ChildFailedError when any child has ended, or
+    after `timeout_s`; without one a child may load as long as it runs.
     """
-    give_up = time.monotonic() + deadline_s
+    began = time.monotonic()
     waiting = dict(children)
     while waiting:
         for url in list(waiting):
@@ -253,10 +264,12 @@ def wait_until_ready(
                 yield url, waiting.pop(url)
         for child in children.values():
             child.check_alive()
-        if waiting and time.monotonic() > give_up:
+        if not waiting:
+            return
+        if timeout_s is not None and time.monotonic() > began + timeout_s:
             late = next(iter(waiting.values()))
-            raise ChildFailedError(f"{late.name} was not ready after {deadline_s:.0f} s. {late.ending()}")
-        on_tick([child.name for child in waiting.values()])
+            raise ChildFailedError(f"{late.name} was not ready after {timeout_s:g} s. {late.describe_log()}")
+        on_tick(list(waiting.values()))
         time.sleep(0.25)
 
 
@@ -266,11 +279,6 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _die_with_parent() -> None:
-    """Runs in the child between fork and exec."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def _copy_lines(process: subprocess.Popen[str], log: Path, on_line: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from supervise import Supervisor, free_ports, service_environment, wait_until_re
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "world"
-START_DEADLINE_S = 300.0
+START_TIMEOUT_S = 300.0
 
 
 def start_service(
@@ -38,8 +38,8 @@ def start_service(
     )
     for _ in wait_until_ready(
         {f"{url}/readyz": service},
-        deadline_s=START_DEADLINE_S,
-        on_tick=lambda names: update(0, "waiting for " + " and ".join(names)),
+        timeout_s=START_TIMEOUT_S,
+        on_tick=lambda waiting: update(0, "waiting for " + " and ".join(child.name for child in waiting)),
     ):
         pass
     return url
