@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Make .venv from a lock file: `make venv` runs this. Safe to repeat; installs only what is missing.
+# Make .venv from a lock file: `make venv` runs this. Can be repeated; installs only what is missing.
 #   bash scripts/install.sh [cpu|gpu]
 set -euo pipefail
 
 platform="${1:-cpu}"
 lock="requirements/$platform.lock"
 python="${PYTHON:-python3.11}"
-# Where the CPU build of torch lies if the configured registry does not have it.
+# Not in the lock files: an environment is complete without it.
+uv_version=0.13.9
+# The place of the CPU build of torch if the configured registry does not have it.
 torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 fail() {
@@ -19,7 +21,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v "$python" >/dev/null ||
     fail "$python was not found. Install it (Debian: apt install python3.11 python3.11-venv), or name another 3.11 or 3.12: make venv PYTHON=/path/to/python3.11"
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
-    fail "$("$python" --version) does not do: Python 3.11 or 3.12 is needed. Name one: make venv PYTHON=python3.11"
+    fail "$("$python" --version) does not fit: Python 3.11 or 3.12 is needed. Name one: make venv PYTHON=python3.11"
 
 if [[ ! -x .venv/bin/python ]]; then
     echo "Making .venv with $("$python" --version)"
@@ -35,25 +37,39 @@ done
 .venv/bin/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' ||
     fail ".venv holds $(.venv/bin/python --version): remove it (rm -rf .venv) and run make venv again"
 
-pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --only-binary :all:)
-torch="$(grep -E '^torch==' "$lock")"
-echo "Installing $torch"
+# uv installs in a fraction of pip's time. Where uv cannot do it, for want of its wheel or because it does not
+# understand a setting of pip, pip does.
+pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps)
+locked() { grep -E "^$1==" "$lock"; }
+uv=""
+if "${pip[@]}" --only-binary :all: "uv==$uv_version" 2>.venv/pip-uv.log; then
+    uv=.venv/bin/uv
+elif command -v uv >/dev/null; then
+    uv="$(command -v uv)"
+fi
+install() {
+    [[ -n "$uv" ]] && .venv/bin/python scripts/uv_install.py "$uv" -q --no-deps "$@" 2>.venv/uv.log || "${pip[@]}" "$@"
+}
+
 # Packages that come as source only are pure Python, and are built with the locked setuptools: no compiler.
-"${pip[@]}" "$(grep -E '^setuptools==' "$lock")" || fail "pip cannot install anything (see above): is there network?"
-if ! "${pip[@]}" "$torch" 2>.venv/pip-torch.log; then
+install --only-binary :all: "$(locked setuptools)" || fail "nothing can be installed (see above): is there network?"
+torch="$(locked torch)"
+echo "Installing $torch"
+if ! install --only-binary :all: "$torch" 2>.venv/pip-torch.log; then
     echo "The configured registry has no $torch; trying PyTorch's own index"
-    "${pip[@]}" --retries 1 --timeout 30 --index-url "$torch_index" "$torch" || {
+    "${pip[@]}" --only-binary :all: --retries 1 --timeout 30 --index-url "$torch_index" "$torch" || {
         tail -n 5 .venv/pip-torch.log >&2
         fail "$torch could not be installed. Without network, or behind a mirror, point pip at a place that has this wheel: PIP_FIND_LINKS=/folder/with/wheels or PIP_EXTRA_INDEX_URL=..., then run make venv again"
     }
 fi
-echo "Installing $(grep -c '==' "$lock") packages from $lock (about a minute)"
-"${pip[@]}" --no-build-isolation --only-binary :none: -r "$lock" ||
+echo "Installing $(grep -c '==' "$lock") packages from $lock with ${uv:-pip}"
+install --no-build-isolation -r "$lock" ||
     fail "a package of $lock could not be installed (see above). Is there network, and does your registry have this version? What was installed stays: run make venv again"
-"${pip[@]}" --no-build-isolation --only-binary :none: -e . || fail "pip install -e . did not work (see above)"
+install --no-build-isolation -e . || fail "pip install -e . did not work (see above)"
 
-# vLLM's CPU build needs libnuma, which a minimal Debian lacks. Keep a copy for its engines (serving/machine.py): the
-# system's, or from Debian's package, which apt fetches without root. Where neither works, the doctor names the fix.
+# vLLM's CPU build needs libnuma, which a minimal Debian lacks. Keep a copy for its engines (serving/vllm_rules.py):
+# the system's, or from Debian's package, which apt fetches without root. Where neither works, the doctor names the
+# fix.
 copy_libnuma() {
     local scratch="$1" apt
     mkdir -p "$scratch/lists/partial" "$scratch/archives/partial" .venv/lib/libnuma
