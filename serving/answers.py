@@ -1,4 +1,4 @@
-"""Compare short answers, and end questions: one rule each for the reward, the IG service and the analysis.
+"""Compare short answers, and complete questions, by the same rules in reward, IG service and analysis.
 
 Two answers can be equal in two senses. `normalize_answer` is the rule of SQuAD, by which exact match, cover
 match and F1 count. `same_text_key` is stricter: it decides which sampled answers are one text for the
@@ -27,8 +27,8 @@ class AnswerRule(StrEnum):
 
 Level: TypeAlias = Literal["punctuation and articles", "punctuation", "nothing"]
 
-# What is deleted from a text; the first level that leaves something counts. Of "A." the first leaves nothing
-# and the second leaves "a", of "!!!" only the last leaves something.
+# What is deleted from a text; the first level that leaves something is used. Of "A." the first level leaves
+# nothing and the second "a", of "!!!" only the last leaves something.
 _LEVELS: Mapping[AnswerRule, tuple[Level, ...]] = {
     AnswerRule.folded: ("punctuation and articles", "punctuation", "nothing"),
     AnswerRule.published: ("punctuation and articles",),

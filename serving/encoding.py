@@ -21,15 +21,15 @@ DeepSeek's role markers with full-width bars."""
 
 
 class TextEncoder:
-    """The tokenizer of a model, for trusted and for other text."""
+    """Encodes trusted and untrusted text with the tokenizer of a model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
-        """`tags`: added tokens that any text may write. Raises ValueError for an unusable tokenizer."""
+        """`tags` are added tokens that any text may contain. Raises ValueError for an unusable tokenizer."""
         self._tokenizer = tokenizer
         self.control = _find_control_tokens(tokenizer, tags=tags)
         """Text of every control token by id."""
         self.start_ids = _find_start_ids(tokenizer)
-        """What the tokenizer by itself puts before a text (BOS)."""
+        """What the tokenizer puts before a text (BOS)."""
         self._control_text = re.compile("|".join(map(re.escape, self.control.values())), re.IGNORECASE)
 
     def encode(self, text: str) -> list[int]:
@@ -42,7 +42,7 @@ class TextEncoder:
             return ids
         borders = [0, *(found.start() + 1 for found in self._control_text.finditer(text)), len(text)]
         parts = (text[start:end] for start, end in itertools.pairwise(borders))
-        # A tokenizer that normalizes text can find a control token also where its text was not written.
+        # A tokenizer that normalizes text can produce a control token whose text does not occur.
         return [token for part in parts for token in self.encode_trusted(part) if token not in self.control]
 
     def has_control(self, text: str) -> bool:
@@ -59,9 +59,9 @@ class TextEncoder:
 
 def _find_control_tokens(tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str]) -> dict[int, str]:
     """Return the text of every control token by id."""
-    # The unknown token stands for text that has no other one, unless it has a second job.
-    jobs = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
-    harmless = {*tags, tokenizer.unk_token} - jobs
+    # The unknown token stands for text without another one, unless it has a second role.
+    roles = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    harmless = {*tags, tokenizer.unk_token} - roles
     return {
         token_id: token.content
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -70,7 +70,7 @@ def _find_control_tokens(tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[s
 
 
 def _find_start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return what the tokenizer by itself puts before a text. Raises ValueError if that cannot be seen."""
+    """Return what the tokenizer puts before a text. Raises ValueError if that cannot be determined."""
     bare = list(tokenizer.encode("a", add_special_tokens=False))
     whole = list(tokenizer.encode("a"))
     for start in range(len(whole)):

@@ -1,4 +1,4 @@
-"""Read the gold answers of a question from a data file, the same way for every reader."""
+"""Read the gold answers of a question from a value of a data file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 import re
 
 EXPECTED_GOLDS = "a text, a number or a list of these with at least one that is not empty"
-"""For the message of the reader, which knows file, row and column."""
+"""For the error of the caller, who knows file, row and column."""
 
 _INFINITE = (math.inf, -math.inf)
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can spell and no tokenizer can read."""
+"""A lone surrogate, which JSON can contain and no tokenizer can read."""
 
 
 def parse_golds(value: object) -> tuple[str, ...]:
-    """Return the accepted answers of a question; empty if there are none or one is neither text nor number.
+    """Return the gold answers; empty if there are none, or one is neither a text nor a number.
 
     Missing values (None, NaN, blank text) are dropped from a list. A number that is integral is written
     without ".0": a column of years is often stored as floats. Texts are kept as they are.
@@ -34,7 +34,7 @@ def _is_missing(member: object) -> bool:
 
 
 def _write(member: object) -> str | None:
-    """Return the text of a gold answer, None for what cannot be one."""
+    """Return the text of a gold answer, None if the value cannot be one."""
     if isinstance(member, float) and member.is_integer():
         return str(int(member))
     if isinstance(member, bool) or not isinstance(member, str | int | float) or member in _INFINITE:

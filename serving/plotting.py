@@ -1,10 +1,10 @@
-"""What every picture here looks like: quiet axes, colours that all eyes tell apart (Okabe and Ito)."""
+"""The style of all plots: light axes, and colors that color-blind readers can tell apart (Okabe, Ito)."""
 
 from __future__ import annotations
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072b2", "#d55e00", "#009e73", "#5b6470", "#1f2933"
-COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f3c8d")
-"""Of lines side by side."""
+COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#7f3c8d")
+"""For several lines in one plot."""
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

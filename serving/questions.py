@@ -1,4 +1,4 @@
-"""Read question files of this project and of its neighbours, the same way for every reader.
+"""Read question files of this project and of related ones.
 
 | written by                          | question             | gold answers                        |
 |-------------------------------------|----------------------|-------------------------------------|
@@ -39,11 +39,11 @@ _MAX_SHOWN_CHARS = 80
 
 
 class QuestionError(ValueError):
-    """A file or row that holds no question; the message names file, row, column, value and fix."""
+    """A file or row contains no question; the message names file, row, column, value and fix."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield where a row stands and the row itself, of a parquet, JSON-lines or JSON-array file in UTF-8.
+    """Yield the location of each row and the row, of a parquet, JSON-lines or JSON-array file in UTF-8.
 
     A byte order mark and blank lines are skipped. Raises QuestionError.
     """
@@ -69,7 +69,7 @@ def find_question(row: Row, *, where: str) -> str:
 
 
 def find_bare_prompt(row: Row) -> str | None:
-    """Return the question of a row whose prompt is nothing else and which has no other question.
+    """Return the question of a row whose prompt is only the question and which has no other one.
 
     A prompt with tags, such as `</answer>`, is more than a question.
     """
@@ -83,7 +83,7 @@ def find_bare_prompt(row: Row) -> str | None:
 
 
 def find_golds(row: Row, *, where: str, optional: bool = False) -> tuple[str, ...]:
-    """Return the accepted answers, at least one unless they are optional. Raises QuestionError."""
+    """Return the gold answers, at least one unless they are optional. Raises QuestionError."""
     found = _find(row, _GOLDS)
     if optional and (found is None or found[1] == []):
         return ()
@@ -108,22 +108,22 @@ def require_text(value: object, *, where: str, name: str) -> str:
 
 
 def refuse(value: object, *, where: str, name: str, expected: str) -> NoReturn:
-    """Raise the QuestionError of a value."""
+    """Raise QuestionError for a value."""
     shown = repr(value)
     shown = shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}…"
     raise QuestionError(f"{where}: {name} is {shown}, expected {expected}; correct or drop this row")
 
 
 def _refuse_row(row: Row, names: tuple[str, ...], *, where: str) -> NoReturn:
-    """Raise the QuestionError of a row that holds none of these, with the columns that there are."""
+    """Raise QuestionError for a row without any of these columns, naming those that it has."""
     raise QuestionError(
-        f"{where}: none of {', '.join(names)} holds anything (there are {', '.join(row) or 'none'});"
+        f"{where}: none of {', '.join(names)} has a value (there are {', '.join(row) or 'none'});"
         " add one of these, or correct or drop this row"
     )
 
 
 def _find(row: Row, names: tuple[str, ...]) -> tuple[str, object] | None:
-    """Return the first name that holds something, and what it holds."""
+    """Return the first name that has a value, and the value."""
     for name in names:
         value: object = row
         for part in name.split("."):
@@ -134,7 +134,7 @@ def _find(row: Row, names: tuple[str, ...]) -> tuple[str, object] | None:
 
 
 def _unpack(text: str) -> object:
-    """Return the ground truth that one text holds."""
+    """Return the ground truth that a text encodes."""
     if text.lstrip().startswith(("{", "[")):
         try:
             parsed: object = json.loads(text)
@@ -169,7 +169,7 @@ def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:  # bytes: the line that is not UTF-8 has a number, too
+    with path.open("rb") as file:  # as bytes, so that a line that is not UTF-8 has a number
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
             if not line.strip(b"\xef\xbb\xbf \t\r\n"):

@@ -1,4 +1,4 @@
-"""Secrets never reach a file or a log line: one place that knows what a secret looks like.
+"""Recognize secrets and hide them, so that none reaches a file or a log line.
 
 redact({"api_key": "abc", "retriever": {"url": "http://me:pw@host/retrieve"}})
 -> {"api_key": "***", "retriever": {"url": "http://***@host/retrieve"}}
@@ -45,7 +45,7 @@ _KNOWN_FORMS = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """`hf_token`, `WANDB_API_KEY`; not `max_tokens` nor `ppo_max_token_len_per_gpu`."""
+    """Return whether a key or variable has a secret as its value: `hf_token`, but not `max_tokens`."""
     return _SECRET_NAME.search(name) is not None
 
 
@@ -57,7 +57,7 @@ def redact_text(text: str) -> str:
 
 
 def redact(value: T) -> T:
-    """The same JSON-like tree without secrets."""
+    """Return the same JSON-like tree without secrets."""
     return cast(T, _redact(value))
 
 

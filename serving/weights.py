@@ -1,4 +1,4 @@
-"""Weights of models in memory of this process."""
+"""Keep the weights of models in the memory of this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def copy_weights(model: torch.nn.Module) -> None:
-    """Copy the weights out of the file that they may be mapped from.
+    """Copy the weights from the file that they may be mapped from.
 
     transformers maps safetensors: a file that is cut short later would kill the process (SIGBUS), one that is
     rewritten would change the model. Tied weights stay tied.

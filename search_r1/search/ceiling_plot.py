@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter
 
 from search_r1.search.answer_ranks import AnswerRank, by_source, share_within
-from serving.plotting import COLOURS, INK, STYLE
+from serving.plotting import COLORS, INK, STYLE
 
 
 def draw_ceiling(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int], title: str) -> None:
@@ -22,7 +22,7 @@ def draw_ceiling(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int], 
         axes = figure.subplots()
         if len(sources) > 1:
             for number, (source, of_source) in enumerate(sources.items()):
-                _draw_line(axes, of_source, ks=ks, colour=COLOURS[number % len(COLOURS)], label=source)
+                _draw_line(axes, of_source, ks=ks, colour=COLORS[number % len(COLORS)], label=source)
         label = f"all {len(ranks)} questions" if len(sources) > 1 else next(iter(sources))
         _draw_line(axes, ranks, ks=ks, colour=INK, label=label, with_interval=True)
         _draw_axes(axes, ks)

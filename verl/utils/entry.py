@@ -47,9 +47,9 @@ _FIXES = {
 
 @contextmanager
 def error_line() -> Iterator[None]:
-    """Exit with code 1 and the error of what runs inside as one line.
+    """Exit with code 1 and one line for an error of the block.
 
-    Its traceback goes to the log file; that of a defect, which a user cannot repair, also to the screen.
+    The traceback goes to the log file, that of a defect also to the screen.
     """
     try:
         yield
@@ -62,13 +62,13 @@ def error_line() -> Iterator[None]:
 
 
 def _exit(text: str) -> NoReturn:
-    with suppress(OSError):  # nobody reads it
-        sys.stdout.flush()  # or what Ray printed would follow the line
+    with suppress(OSError):  # stdout is closed
+        sys.stdout.flush()  # otherwise output of Ray would follow the line
     sys.exit(f"error: {safe_text(text)}")
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the message with its notes; of an OSError the file, what is wrong and the fix, where known."""
+    """Return the message with its notes; for an OSError the file, the reason and the fix, if known."""
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename}: {error.strerror}" if error.filename else text

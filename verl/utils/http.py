@@ -1,4 +1,4 @@
-"""Service calls of the trainer follow `serving.http` (retries, one deadline); here its errors become ours."""
+"""Translate the errors of `serving.http` into those of the trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from verl.errors import ConfigError, ServiceError
 
 @contextmanager
 def translated_calls() -> Iterator[None]:
-    """A failed call is a ServiceError."""
+    """Raise ServiceError for a failed call."""
     try:
         yield
     except http.CallError as error:
@@ -20,7 +20,7 @@ def translated_calls() -> Iterator[None]:
 
 @contextmanager
 def translated_settings() -> Iterator[None]:
-    """A setting that a client refuses is a ConfigError."""
+    """Raise ConfigError for a setting that a client refuses."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Logging of an entry point: readable on stderr, complete in the run folder."""
+"""Set up the logging of an entry point: readable on stderr, complete in the run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from verl.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 ONLY_IN_FILE = {"only_in_file": True}
-"""`extra` of a record that is not for the screen."""
+"""`extra` of a record that is not shown on the screen."""
 _CHATTY = (
     "httpx",
     "httpcore",
@@ -34,14 +34,14 @@ class _LogFile(logging.FileHandler):
 
     _has_failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - the library's form
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, ARG002 - named by the library
         if not self._has_failed:
             self._has_failed = True
             logger.warning("%s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> None:
-    """Set up the root logger; calling it again replaces the earlier set-up."""
+    """Set up the root logger; a second call replaces the first set-up."""
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ConfigError(f"log level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}")
@@ -60,7 +60,7 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
 
 
 class ProgressLog:
-    """Says how far a long phase is, at most every 15 seconds: short phases stay silent."""
+    """Logs the progress of a long phase, at most every 15 seconds, so that short phases log nothing."""
 
     def __init__(self, target: logging.Logger, what: str, *, interval_s: float = 15.0) -> None:
         self._target = target
@@ -69,7 +69,7 @@ class ProgressLog:
         self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Told after each finished piece."""
+        """Report that `done` of `total` pieces are finished."""
         now = time.monotonic()
         if now - self._last >= self._interval_s:
             self._last = now
@@ -77,6 +77,6 @@ class ProgressLog:
 
 
 def _stderr_console() -> Console:
-    """Wide when not a terminal: a log that is piped into a file is not folded at 80 columns."""
+    """Return a console for stderr, wide if it is not a terminal, where rich would fold at 80 columns."""
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=160)

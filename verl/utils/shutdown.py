@@ -1,4 +1,4 @@
-"""End a program in order: notice that a part died, take every part down, keep the first cause."""
+"""End a program in order: notice that a part died, close all parts, keep the first cause."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def close_quietly(stack: AsyncExitStack, close: Callable[[], Awaitable[None] | None]) -> None:
-    """Let the stack call `close`. If that fails, it is logged: it must not hide why the program ends."""
+    """Let the stack call `close`. A failure is only logged: it must not hide why the program ends."""
     stack.push_async_callback(_close, close)
 
 
@@ -22,7 +22,7 @@ async def _close(close: Callable[[], Awaitable[None] | None]) -> None:
         if inspect.isawaitable(pending):
             await pending
     except Exception as error:
-        logger.warning("while taking down: %s: %s", type(error).__name__, error)
+        logger.warning("while closing: %s: %s", type(error).__name__, error)
         logger.debug("%s failed", close, exc_info=True)
 
 
