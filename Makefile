@@ -2,7 +2,7 @@
 # make test         every test;  make test-fast  those that take seconds
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
-# make doctor       what is wrong and how to mend it
+# make doctor       what is wrong and how to fix it
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
@@ -24,7 +24,7 @@ venv: .venv/.installed-$(PLATFORM)
 .venv/.installed-$(PLATFORM): requirements/$(PLATFORM).lock pyproject.toml scripts/install.sh
 	@bash scripts/install.sh $(PLATFORM)
 
-# Looks, mends nothing: any Python does where .venv is missing.
+# Only reads: any Python will do where .venv is missing.
 doctor:
 	@$$([[ -x $(BIN)/python ]] && echo $(BIN)/python || command -v python3.11 python3 | head -n 1) scripts/doctor.py
 

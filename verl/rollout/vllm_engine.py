@@ -1,8 +1,8 @@
 """A vLLM engine behind a plain class, on the CPU and on GPUs; the only file of `verl` that imports vllm.
 
 vLLM is imported when an engine is built, so that the process that only launches engines stays small. It runs
-the model in child processes (its core, also on the CPU, and the workers of a sharded model), which end when this
-process ends, even by kill -9. `serving.vllm_rules` says why the settings differ on the CPU.
+the model in child processes (its core, also on the CPU, and the workers of a sharded model), which end when
+this process ends, even by kill -9. `serving.vllm_rules` says why the settings differ on the CPU.
 """
 
 from __future__ import annotations
