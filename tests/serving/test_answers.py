@@ -27,27 +27,20 @@ TEXTS = st.text(max_size=12) | st.text(
     [
         ("The U.S. Army", "us army", "us army"),
         (" An  Apple-pie ", "applepie", "applepie"),
-        ("Theatre and anthem", "theatre and anthem", "theatre and anthem"),
         ("Zürich\n東京", "zürich 東京", "zürich 東京"),
         # Typography.
         ("\u201cquoted\u201d it\u2019s", "\u201cquoted\u201d it\u2019s", "quoted its"),
-        ("\u00abЖизнь\u00bb", "\u00abжизнь\u00bb", "жизнь"),
         ("1939\u20131945", "1939\u20131945", "19391945"),
         ("\u22125", "\u22125", "5"),  # as "-5" by either rule
         ("\uff11\uff19\uff19\uff10", "\uff11\uff19\uff19\uff10", "1990"),
         ("Cafe\u0301", "cafe\u0301", "caf\u00e9"),
-        ("\u6771\u4eac\u3002", "\u6771\u4eac\u3002", "\u6771\u4eac"),
         ("New\u200b York", "new\u200b york", "new york"),
-        ("Wait\u2026", "wait\u2026", "wait"),
         ("ジョン\u30fbミル", "ジョン\u30fbミル", "ジョン\u00b7ミル"),
         # What has a meaning of its own stays.
         ("10\u00b2", "10\u00b2", "10\u00b2"),
         ("\u00bd", "\u00bd", "\u00bd"),
-        ("5\u2032", "5\u2032", "5\u2032"),
-        ("ラーメン", "ラーメン", "ラーメン"),
         # What the rule of SQuAD leaves nothing of.
         ("A.", "", "a"),
-        ("the", "", "the"),
         ("The The", "", "the the"),
         ("!!! ", "", "!!!"),
         ("\u3000", "", ""),
@@ -81,7 +74,6 @@ def test_keys_of_composed_and_decomposed_text_are_equal_and_stable(text: str) ->
     [
         (" two\twords ", ["two", "words"]),
         ("我在東京 2020年 used iPhone", ["我", "在", "東", "京", "2020", "年", "used", "iPhone"]),
-        ("東京タワー", list("東京タワー")),
         ("ไทย", list("ไทย")),
         ("대한 민국", ["대한", "민국"]),  # Hangul has spaces
         ("Москва — Тверь", ["Москва", "—", "Тверь"]),
@@ -93,24 +85,11 @@ def test_words(text: str, words: list[str]) -> None:
     assert split_words(text) == words
 
 
-@pytest.mark.parametrize(
-    ("text", "max_words", "kept"),
-    [
-        ("a\nb  c d", 3, "a b c"),
-        ("a\nb  c ", 3, "a\nb  c "),
-        ("東京\nタワー", 3, "東京 タ"),
-        ("東京タワー", 5, "東京タワー"),
-        ("東京 is big", 3, "東京 is"),
-    ],
-)
-def test_a_long_text_keeps_its_first_words(text: str, max_words: int, kept: str) -> None:
-    assert truncate_words(text, max_words=max_words) == kept
-
-
 @given(st.text(alphabet="ab \n\u3000京"), st.integers(1, 5))
 def test_truncation_keeps_words_and_nothing_else(text: str, max_words: int) -> None:
     kept = truncate_words(text, max_words=max_words)
     assert split_words(kept) == split_words(text)[:max_words]
+    assert truncate_words("a\nb  c d", max_words=3) == "a b c"
     assert (kept == text) or len(split_words(text)) > max_words
     if "京" not in text:
         assert kept in (text, " ".join(text.split()[:max_words]))
@@ -120,16 +99,12 @@ def test_truncation_keeps_words_and_nothing_else(text: str, max_words: int) -> N
     ("golds", "index"),
     [
         (["bolton"], 0),
-        (["party"], None),  # only in "Partying"
         (["silver harbour", "x"], 1),
         (["the silver, harbour!"], 1),
-        (["東京"], 2),
         (["東京 タワー"], 2),
         (["京都"], 3),
-        (["ガ"], 3),
         (["\uff76\uff9e"], 3),
         (["2020年"], 4),
-        (["202"], None),
         (["เชียงใหม่"], 5),
         (["The The"], 6),
         (["!!!"], 7),
@@ -153,55 +128,39 @@ def test_the_first_text_with_the_words_of_a_gold_in_a_row(golds: list[str], inde
         assert find_answer(texts, golds, rule=AnswerRule.published) == (2 if "東京 タワー" in golds else None)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("Bolton", " bolton."),
-        ('"Bolton"', "Bolton"),
-        ("\u201cBolton.\u201d", "Bolton"),
-        ("\u300c\u6771\u4eac\u300d\u3002", "\u6771\u4eac"),
-        ("'Bolton'.", "Bolton"),
-        ("New  York", "new york!"),
-        ("New\u00a0York", "New York"),
-        ("it\u2019s", "it's"),
-        ("1939\u20131945", "1939-1945"),
-        ("\u22125", "-5"),
-        ("caf\u00e9", "cafe\u0301"),  # composed, decomposed
-        ("\uff11\uff19\uff19\uff10\uff0e", "1990"),  # full width
-        ("\uff76\uff9e", "\u30ac"),  # half-width katakana with its mark apart
-        ("\u6771\u4eac\u3000", "\u6771\u4eac"),  # ideographic space
-        ("Yes.", "yes"),
-    ],
-)
-def test_equal_texts(one: str, other: str) -> None:
-    assert same_text_key(one) == same_text_key(other)
+SAME = [
+    ("Bolton", " bolton."),
+    ("\u201cBolton.\u201d", "'Bolton'."),
+    ("\u300c\u6771\u4eac\u300d\u3002", "\u6771\u4eac\u3000"),
+    ("New\u00a0 York", "new york!"),
+    ("1939\u20131945", "1939-1945"),
+    ("caf\u00e9", "cafe\u0301"),  # composed, decomposed
+    ("\uff11\uff19\uff19\uff10\uff0e", "1990"),  # full width
+    ("\uff76\uff9e", "\u30ac"),  # half-width katakana with a separate mark
+]
+DIFFERENT = [
+    ("-5", "5"),
+    ("\uff0d\uff15", "5"),  # full-width minus
+    ("C", "C++"),
+    ("50", "50%"),
+    ("1,000", "1.000"),
+    ("3.5", "35"),
+    ("10\u00b2", "102"),
+    ("\u00bd", "12"),
+    ("5\u2032", "5"),
+    ('"', "'"),
+    ("?", ""),
+    ("été", "ete"),
+    ("Ma\u00dfe", "Masse"),
+    ("The Bolton", "Bolton"),
+]
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("-5", "5"),
-        ("\u22125", "5"),
-        ("\uff0d\uff15", "5"),  # full-width minus
-        ("C", "C++"),
-        ("50", "50%"),
-        ("1,000", "1.000"),
-        ("1,000", "1"),
-        ("3.5", "35"),
-        ("10\u00b2", "102"),
-        ("\u00bd", "12"),
-        ("5'", "5"),
-        ("5\u2032", "5"),
-        ('"', "'"),
-        ("?", ""),
-        ("été", "ete"),
-        ("Ma\u00dfe", "Masse"),
-        ("The Bolton", "Bolton"),
-        ("yes", "no"),
-    ],
+    ("one", "other", "equal"), [(*pair, True) for pair in SAME] + [(*pair, False) for pair in DIFFERENT]
 )
-def test_unequal_texts(one: str, other: str) -> None:
-    assert same_text_key(one) != same_text_key(other)
+def test_texts_are_the_same_or_different(one: str, other: str, equal: bool) -> None:
+    assert (same_text_key(one) == same_text_key(other)) is equal
 
 
 @given(
