@@ -88,17 +88,16 @@ def launcher(request: pytest.FixtureRequest) -> Launcher:
     return launcher
 
 
-async def test_sync_and_async_methods_share_one_object(launcher: Launcher) -> None:
-    actor = launcher.launch(Counter, kwargs={"start": 1}, name="counter-a")
+async def test_methods_share_one_object_and_environment_and_raise_their_own_errors(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COUNTER_MODE", raising=False)
+    actor = launcher.launch(Counter, kwargs={"start": 1}, name="counter-a", env={"COUNTER_MODE": "fast"})
     assert await actor.call("add", 2, twice=True) == 5
-    assert await actor.call("add_later", 1) == 6
-
-
-async def test_errors_of_methods_and_constructors_keep_their_type(launcher: Launcher) -> None:
-    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-b")
     with pytest.raises(TypeError):
         await actor.call("add", "x")
-    assert await actor.call("add", 1) == 1
+    assert await actor.call("add_later", 1) == 6
+    assert await actor.call("read_env", "COUNTER_MODE") == "fast"
     broken = launcher.launch(Counter, kwargs={"start": -1}, name="counter-c")
     with pytest.raises(ValueError, match="at least 0, got -1"):
         await broken.call("add", 1)
@@ -121,12 +120,6 @@ async def test_the_event_loop_runs_while_a_sync_method_does(launcher: Launcher) 
     assert ticks >= 2  # none, if the call blocked the loop
 
 
-async def test_environment_reaches_the_object(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COUNTER_MODE", raising=False)
-    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-e", env={"COUNTER_MODE": "fast"})
-    assert await actor.call("read_env", "COUNTER_MODE") == "fast"
-
-
 async def test_a_killed_actor_names_itself(launcher: Launcher) -> None:
     actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-f")
     await actor.call("add", 1)
@@ -146,14 +139,10 @@ async def test_a_dead_ray_actor_names_itself_and_the_end_of_its_stderr(ray: Laun
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
-def test_a_second_ray_launcher_is_refused() -> None:
+def test_ray_leaves_sigterm_alone_and_is_started_once() -> None:
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm
     with pytest.raises(ActorError, match="already runs"):
         make_launcher("ray")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray")
-def test_ray_does_not_take_over_sigterm() -> None:
     assert signal.getsignal(signal.SIGTERM) is on_sigterm
 
 

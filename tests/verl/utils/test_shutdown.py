@@ -25,7 +25,7 @@ async def test_a_watch_that_fails_ends_what_runs_and_lets_it_clean_up() -> None:
         try:
             await run_forever()
         except asyncio.CancelledError:
-            await asyncio.sleep(0)  # what is left to do can still wait for something
+            await asyncio.sleep(0)  # cleanup can still wait for something
             saved.append("step 3")
             raise
 
@@ -51,7 +51,7 @@ async def test_an_interrupt_stays_one_and_an_error_its_own() -> None:
             raise OSError("full")
 
 
-async def test_what_fails_while_taking_down_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_while_closing_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
     closed = []
 
     def close() -> None:
