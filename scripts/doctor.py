@@ -29,10 +29,7 @@ IMPORTS = {
     "torch": "import torch; torch.ones(2).sum()",
     "transformers": "from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification",
     "vllm": "import vllm.sampling_params",
-    "ray": "import ray",
     "faiss": "import faiss",
-    "sentence_transformers": "from sentence_transformers import CrossEncoder, SentenceTransformer",
-    "tantivy": "import tantivy",
 }
 CHECK_ENGINE = """
 from serving.vllm_rules import prepare_environment
@@ -49,10 +46,6 @@ from search_r1.search.settings import resolve_server
 check_files(resolve_server()[1])
 """
 OWN_PACKAGES = "verl, search_r1, IG, serving"
-WORLD_FILES = (
-    "corpus.jsonl", "train.parquet", "test.parquet", "index/e5_Flat.index",
-    *(f"models/{name}/config.json" for name in ("policy", "generator", "entailment", "encoder")),
-)  # fmt: skip
 MAX_LISTED = 8
 MIN_GB = {"memory": 8.0, "/dev/shm": 1.0, "disk": 2.0}
 # The first import after installing compiles thousands of files, which takes minutes on a busy machine.
@@ -227,15 +220,6 @@ def check_ports() -> Iterator[Finding]:
                 yield Finding(f"port {port}", "ok", f"free ({service})")
 
 
-def check_world(root: Path = ROOT) -> Finding:
-    """Check the shipped world and its models; only a warning, since runs on other data do not need them."""
-    missing = [name for name in WORLD_FILES if not (root / "world" / name).is_file()]
-    if not missing:
-        return Finding("embedded world", "ok", f"{len(WORLD_FILES)} parts in world/")
-    fix = "restore it (git checkout world) or make it: python scripts/make_world.py"
-    return Finding("embedded world", "warning", "missing: " + ", ".join(missing), fix)
-
-
 def check_retriever() -> Finding:
     """Check the files that retrieval_launch.sh would open, without loading them; only a warning."""
     chosen = [f"{name}={os.environ[name]}" for name in RETRIEVER_VARIABLES if os.environ.get(name)]
@@ -259,7 +243,7 @@ def diagnose(lock: Path) -> list[Finding]:
     """Run every check, in the order of the table."""
     return [
         check_python(), *check_packages(lock), *check_imports(lock), *check_engine(lock),
-        check_own_packages(), check_gpu(), *check_room(), *check_ports(), check_world(), check_retriever(),
+        check_own_packages(), check_gpu(), *check_room(), *check_ports(), check_retriever(),
     ]  # fmt: skip
 
 

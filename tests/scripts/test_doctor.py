@@ -116,15 +116,6 @@ def test_a_taken_port_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"--port {port + 1}" in finding.fix
 
 
-def test_missing_parts_of_the_world_are_named(tmp_path: Path) -> None:
-    (tmp_path / "world").mkdir()
-    (tmp_path / "world" / "corpus.jsonl").touch()
-    finding = doctor.check_world(tmp_path)
-    assert finding.status == "warning"
-    assert "train.parquet" in finding.found
-    assert "corpus.jsonl" not in finding.found
-
-
 @pytest.mark.slow
 def test_this_environment_is_in_order() -> None:
     """The environment that runs the tests is the locked one."""
