@@ -9,37 +9,13 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from IG.estimator import Estimates, GainQuery
-from IG.service.lifecycle import Service
-from serving.web.limits import QueueFullError
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
-
-QUERY = GainQuery(question="Where?", context="a good passage", golds=("Bolton",))
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
     """Wait; a hang is ended by the limit that every test has."""
     while not holds():
         await asyncio.sleep(0.01)
-
-
-async def stay() -> None:
-    await asyncio.Event().wait()
-
-
-async def started(backend: FakeBackend, **limits: int) -> Service:
-    async def start() -> FakeBackend:
-        return backend
-
-    service = Service(start, **({"max_queued_items": 100, "max_concurrent_requests": 10} | limits))
-    service.host.begin(on_ready=lambda _: None, on_failure=lambda: None)
-    await eventually(lambda: service.host.backend is not None)
-    return service
-
-
-def ask(service: Service, *, num_items: int = 1, timeout_s: float = 30.0) -> asyncio.Task[Estimates]:
-    estimate = service.estimate([QUERY] * num_items, details=False, timeout_s=timeout_s, caller_left=stay)
-    return asyncio.create_task(estimate)
 
 
 async def test_work_of_a_caller_that_disconnects_is_cancelled() -> None:
@@ -100,22 +76,11 @@ async def test_late_items_have_no_score_and_say_so() -> None:
 
 async def test_waiting_for_a_turn_counts_against_the_deadline() -> None:
     backend = FakeBackend(pause_s=0.3)
-    service = await started(backend, max_concurrent_requests=1)
-    first, second, third = ask(service), ask(service, timeout_s=0.1), ask(service, timeout_s=10)
-    (outcome,) = (await second).outcomes
-    assert getattr(outcome, "reason", "").startswith("deadline: ")
-    await asyncio.gather(first, third)
-    assert backend.timeouts_s == [pytest.approx(30, abs=0.1), pytest.approx(9.7, abs=0.1)]
-    assert backend.most == 1
-
-
-async def test_the_queue_is_bounded_and_its_places_come_back() -> None:
-    backend = FakeBackend(pause_s=0.1)
-    service = await started(backend, max_queued_items=5)
-    first = ask(service, num_items=3)
-    await asyncio.sleep(0)
-    with pytest.raises(QueueFullError, match=r"3 of 5 items .* no place for 3 more; try again in 1 s"):
-        await ask(service, num_items=3)
-    second = ask(service, num_items=2)
-    await asyncio.gather(first, second)
-    assert len((await ask(service, num_items=5)).outcomes) == 5
+    async with serving(backend, "--max-concurrent-requests", "1") as client:
+        first = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
+        await eventually(lambda: backend.running == 1)
+        body = {"items": [GOOD], "timeout_s": 0.1}
+        late = (await client.post("/compute_info_gain", json=body)).json()
+        assert (await first).json()["scores"] == [0.5]
+    assert late["errors"] == ["deadline: other requests were worked on until then"]
+    assert len(backend.timeouts_s) == 1

@@ -177,18 +177,7 @@ async def test_a_compressed_body_is_refused(encoding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "presented",
-    [
-        None,
-        "",
-        "Bearer",
-        "Bearer ",
-        "Bearer wrong",
-        f"Basic {TOKEN}",
-        TOKEN,
-        f"Bearer {TOKEN}x",
-        "Bearer \xff",
-    ],
+    "presented", [None, "Bearer ", f"Basic {TOKEN}", TOKEN, f"Bearer {TOKEN}x", "Bearer \xff"]
 )
 async def test_without_the_token_everything_is_refused(presented: str | None) -> None:
     headers = {} if presented is None else {"Authorization": presented.encode("latin-1")}
