@@ -29,9 +29,10 @@ from supervise import ChildFailedError, Supervisor
 
 from bench import engine
 from bench.service import WORLD, read_counters, start_ig_service
-from bench.workload import Rollout, grpo_steps, load_evidence
+from bench.workload import Rollout, grpo_steps
 from IG.client import GainRequest, IGClient
 from IG.config import IGServiceConfig, resolve_config
+from IG.doctor.questions import read_questions
 from IG.prompts import PromptType, build_prompt
 from verl.utils.entry import error_line
 
@@ -74,7 +75,7 @@ def main() -> int:
     arguments = parse_arguments()
     screen = Screen(Console())
     steps = grpo_steps(
-        load_evidence(WORLD / "doctor.jsonl"),
+        read_questions(WORLD / "doctor.jsonl"),
         num_steps=arguments.steps + 1,
         questions=QUESTIONS,
         rollouts=ROLLOUTS,

@@ -29,7 +29,8 @@ from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.service import WORLD, read_counters, start_ig_service
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
-from bench.workload import Rollout, grpo_steps, load_evidence
+from bench.workload import Rollout, grpo_steps
+from IG.doctor.questions import read_questions
 from verl.utils.entry import error_line
 
 QUESTIONS, ROLLOUTS = 8, 4
@@ -73,7 +74,7 @@ def main() -> int:
     """Exit status: 0 passed, 1 not."""
     arguments = parse_arguments()
     screen = Screen(Console())
-    evidence = load_evidence(WORLD / "doctor.jsonl")
+    evidence = read_questions(WORLD / "doctor.jsonl")
     steps = grpo_steps(
         evidence,
         num_steps=len(evidence) // QUESTIONS,

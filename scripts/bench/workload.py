@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
+
+from IG.doctor.questions import AskedQuestion
 
 # Most rollouts of a group find the same: shares of three different search results per question.
 RESULT_SHARES = (0.5, 0.3, 0.2)
 HIT_SHARE = 0.7
 """How often a search finds a passage that answers it; a guess, not measured."""
 _RANK = re.compile(r"^Doc \d+")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
-    """A question with the search results that answer it."""
-
-    question: str
-    golds: tuple[str, ...]
-    results: tuple[str, ...]
-    """One passage a line, each beginning with its rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +29,8 @@ class Rollout:
         return {"question": self.question, "context": self.context, "answers": list(self.golds)}
 
 
-def load_evidence(path: Path) -> list[Evidence]:
-    """Read the questions of `IG doctor`: one JSON object per line."""
-    with path.open(encoding="utf-8") as lines:
-        return [
-            Evidence(
-                question=row["question"],
-                golds=tuple(row["answers"]),
-                results=tuple(document["text"] for document in row["documents"]),
-            )
-            for row in map(json.loads, lines)
-        ]
-
-
 def grpo_steps(
-    evidence: Sequence[Evidence], *, num_steps: int, questions: int, rollouts: int, seed: int
+    evidence: Sequence[AskedQuestion], *, num_steps: int, questions: int, rollouts: int, seed: int
 ) -> list[list[Rollout]]:
     """Return steps of `questions` x `rollouts`; no question comes twice. Raises ValueError if too few."""
     if num_steps * questions > len(evidence):
@@ -63,25 +40,27 @@ def grpo_steps(
         )
     rng = Random(seed)
     chosen = rng.sample(list(evidence), num_steps * questions)
-    distractors = [result for other in evidence for result in other.results]
+    distractors = [document.text for other in evidence for document in other.documents]
     groups = [_group(one, rollouts=rollouts, distractors=distractors, rng=rng) for one in chosen]
     starts = range(0, len(groups), questions)
     return [[rollout for group in groups[at : at + questions] for rollout in group] for at in starts]
 
 
-def _group(evidence: Evidence, *, rollouts: int, distractors: Sequence[str], rng: Random) -> list[Rollout]:
+def _group(
+    evidence: AskedQuestion, *, rollouts: int, distractors: Sequence[str], rng: Random
+) -> list[Rollout]:
     results = [_search_results(evidence, distractors=distractors, rng=rng) for _ in RESULT_SHARES]
     return [
-        Rollout(question=evidence.question, context=context, golds=evidence.golds)
+        Rollout(question=evidence.text, context=context, golds=evidence.golds)
         for context in rng.choices(results, weights=RESULT_SHARES, k=rollouts)
     ]
 
 
-def _search_results(evidence: Evidence, *, distractors: Sequence[str], rng: Random) -> str:
+def _search_results(evidence: AskedQuestion, *, distractors: Sequence[str], rng: Random) -> str:
     """Return one search per needed result: it finds that result or a distractor, in any order."""
     searches = []
-    for wanted in evidence.results:
-        found = wanted if rng.random() < HIT_SHARE else rng.choice(distractors)
+    for wanted in evidence.documents:
+        found = wanted.text if rng.random() < HIT_SHARE else rng.choice(distractors)
         passages = found.splitlines()
         ranked = enumerate(rng.sample(passages, len(passages)), start=1)
         searches.append("\n".join(f"Doc {rank}{_RANK.sub('', passage)}" for rank, passage in ranked))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from bench_ig import Measured, naive_pairs, summarize
@@ -13,14 +11,16 @@ from soak_ig import Abuse
 from soak_ig import summarize as summarize_soak
 
 from bench.soak import Statistics, edges
-from bench.workload import Evidence, Rollout, grpo_steps, load_evidence
+from bench.workload import Rollout, grpo_steps
+from IG.doctor.questions import AskedQuestion, Document
 from tests.IG.service.backends import FakeBackend, serving
 
+PASSAGES = "Doc 1(Title: {k}) one\nDoc 2(Title: {k}) two\nDoc 3(Title: {k}) three"
 EVIDENCE = [
-    Evidence(
-        question=f"Who is {k}?",
+    AskedQuestion(
+        text=f"Who is {k}?",
         golds=(f"gold {k}", f"G{k}"),
-        results=(f"Doc 1(Title: {k}) one\nDoc 2(Title: {k}) two\nDoc 3(Title: {k}) three",),
+        documents=(Document(text=PASSAGES.format(k=k), role="first"),),
     )
     for k in range(40)
 ]
@@ -43,13 +43,6 @@ def test_a_step_has_groups_of_rollouts_of_which_some_found_the_same() -> None:
 def test_too_few_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="6 steps of 8 questions need 48 questions, there are 40"):
         grpo_steps(EVIDENCE, num_steps=6, questions=8, rollouts=4, seed=0)
-
-
-def test_evidence_is_read_from_the_questions_of_the_doctor(tmp_path: Path) -> None:
-    path = tmp_path / "questions.jsonl"
-    row = {"question": "Q?", "answers": ["a", "b"], "documents": [{"text": "t", "role": "first"}]}
-    path.write_text(json.dumps(row) + "\n")
-    assert load_evidence(path) == [Evidence(question="Q?", golds=("a", "b"), results=("t",))]
 
 
 def test_ratios_are_over_the_same_steps() -> None:
