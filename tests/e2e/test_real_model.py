@@ -68,7 +68,8 @@ def test_a_tied_model_reaches_the_engine_and_trains(smollm2: Path, tmp_path: Pat
         "algorithm=search_r1",
         "trainer.total_training_steps=1",
         "data.train_batch_size=1",
-        "data.max_response_length=64",
+        "max_turns=1",
+        "data.max_response_length=32",
         "actor_rollout_ref.rollout.n_agent=2",
         "actor_rollout_ref.actor.ppo_mini_batch_size=2",
         "actor_rollout_ref.actor.entropy_coeff=0.01",  # a gradient also where both rewards are equal

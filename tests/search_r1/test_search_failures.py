@@ -108,5 +108,5 @@ async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
 async def test_a_retriever_that_is_down_halts_the_step_and_is_named() -> None:
     server = AnsweringServer(lambda _: Reply(SECRET, 500))
     async with asyncio.timeout(200):
-        with pytest.raises(TrainingHaltedError, match=r"2 x search_failed.*status 500.*mend the retriever"):
+        with pytest.raises(TrainingHaltedError, match=r"2 x search_failed.*status 500.*repair the tool"):
             await collect(server, max_failure_share=0.1)
