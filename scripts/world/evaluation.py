@@ -138,7 +138,7 @@ def run_episodes(
         active = [episode for episode in episodes if not episode.done]
         if not active:
             break
-        outputs = _generate(model, [episode.ids for episode in active], settings)
+        outputs = _generate(model, tokenizer, [episode.ids for episode in active], settings)
         searching: list[Episode] = []
         for episode, output in zip(active, outputs, strict=True):
             episode.ids = episode.ids + output
@@ -154,21 +154,16 @@ def run_episodes(
 
 @torch.inference_mode()
 def _generate(
-    model: Qwen2ForCausalLM, contexts: Sequence[Sequence[int]], settings: GenerationConfig
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    contexts: Sequence[Sequence[int]],
+    settings: GenerationConfig,
 ) -> list[list[int]]:
     """Continue each context up to a stop token, which is kept."""
-    longest = max(map(len, contexts))
-    padding = [longest - len(context) for context in contexts]
-    ids = [
-        [settings.pad_token_id] * short + list(context)
-        for short, context in zip(padding, contexts, strict=True)
-    ]
-    mask = [[0] * short + [1] * (longest - short) for short in padding]
-    made = model.generate(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), generation_config=settings
-    )
+    inputs = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt")
+    made = model.generate(**inputs, generation_config=settings)
     outputs = []
-    for row in made[:, longest:].tolist():
+    for row in made[:, inputs["input_ids"].shape[1] :].tolist():
         stops = (k + 1 for k, token in enumerate(row) if token in settings.eos_token_id)
         outputs.append(row[: next(stops, len(row))])
     return outputs
