@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train in the foreground. Stop it with Ctrl-C; the same command goes on from the newest checkpoint.
+# Train in the foreground. Stop it with Ctrl-C; the same command continues from the newest checkpoint.
 set -euo pipefail
 
 usage() {
@@ -50,7 +50,7 @@ if [[ -z "${RECIPE:-}" ]]; then
     fi
 fi
 
-# Paths are relative to where the caller stands; everything below runs in the repository's root.
+# Paths are relative to the current folder of the caller; everything below runs in the repository's root.
 [[ "${DATA_DIR:-}" == "~"?(/*) ]] && DATA_DIR="$HOME${DATA_DIR:1}"
 [[ "${BASE_MODEL:-}" == "~"?(/*) ]] && BASE_MODEL="$HOME${BASE_MODEL:1}"
 [[ -n "${DATA_DIR:-}" ]] && DATA_DIR="$(realpath -m "$DATA_DIR")"

@@ -90,7 +90,7 @@ def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int
         return
     raise ConfigError(
         f"{root}: {found}. Restore the checkpoints, or set trainer.resume_mode=disable, which moves all "
-        f"that is left of this run to {run_dir}/previous-<time>/ and starts anew"
+        f"that is left of this run to {run_dir}/previous-<time>/ and starts a new one"
     )
 
 

@@ -96,7 +96,9 @@ class WandbMirror:
         except Exception as error:  # W&B is only a mirror: no error of it may end the run
             self._run = None
             logger.warning(
-                "W&B failed to %s (%s); the run goes on without it, metrics.jsonl has everything", what, error
+                "W&B failed to %s (%s); the run continues without it, metrics.jsonl has everything",
+                what,
+                error,
             )
 
 

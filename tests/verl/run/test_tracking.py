@@ -32,7 +32,7 @@ def _steps(run_dir: Path) -> list[tuple[object, object]]:
     return [(line["step"], line["kind"]) for line in read_metrics(run_dir)]
 
 
-def test_a_second_tracker_goes_on(tmp_path: Path) -> None:
+def test_a_second_tracker_continues_the_file(tmp_path: Path) -> None:
     for steps in ((1, 2), (3, 4)):
         tracker = Tracker(tmp_path, QUIET)
         for step in steps:
@@ -73,7 +73,7 @@ class _Gone(StringIO):
         raise OSError(5, "Input/output error")
 
 
-def test_a_console_that_went_away_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_console_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker(tmp_path, CONSOLE, console=Console(file=_Gone()))
     for step in (1, 2):
         tracker.log(step, STEP)
@@ -178,7 +178,7 @@ def test_wandb_without_key_or_server_runs_offline_inside_the_run_folder(
         assert not path.is_file() or b"planted-secret" not in path.read_bytes(), path
 
 
-def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
+def test_a_broken_wandb_is_reported_once_and_does_not_stop_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -188,4 +188,4 @@ def test_a_wandb_that_breaks_is_said_once_and_does_not_stop_the_run(
     tracker.log(2, STEP)
     tracker.finish()
     assert len(read_metrics(tmp_path)) == 2
-    assert caplog.text.count("the run goes on without it") == 1
+    assert caplog.text.count("the run continues without it") == 1

@@ -40,7 +40,7 @@ def naive_log_probs(folder: Path, batch: TrainBatch, *, temperature: float = 1.0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_equal_a_naive_forward_whatever_the_micro_batches(
+def test_log_probs_equal_a_naive_forward_for_any_micro_batches(
     model_folder: Path, temperature: float
 ) -> None:
     batch = random_batch(7)
@@ -184,7 +184,7 @@ def test_a_non_finite_update_is_skipped_without_a_trace(model_folder: Path) -> N
     assert all(torch.isfinite(weight).all() for weight in weights_of(worker).values())
 
 
-def test_save_and_load_go_on_exactly(model_folder: Path, tmp_path: Path) -> None:
+def test_a_loaded_worker_continues_exactly(model_folder: Path, tmp_path: Path) -> None:
     actor = make_actor(optim=replace(make_actor().optim, lr_warmup_steps_ratio=0.7))
     shards = [one_shard(random_batch(4, seed=seed), mini_batch_size=2) for seed in range(6)]
     unbroken, first = (make_worker(make_config(model_folder, actor=actor)) for _ in range(2))

@@ -119,7 +119,7 @@ def test_weights_go_where_there_is_room(tmp_path: Path, caplog: pytest.LogCaptur
     assert find_memory(4, shared=tmp_path / "none") == elsewhere
 
 
-async def test_memory_of_a_killed_run_is_freed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+async def test_folders_of_killed_runs_are_removed_and_those_of_running_ones_kept(tmp_path: Path) -> None:
     living = make_publisher(Policy(), [], tmp_path)
     await living.publish(version=0)
     dead = tmp_path / "verl-weights-dead"

@@ -103,7 +103,7 @@ def test_of_an_unset_key_nothing_is_computed() -> None:
     assert refusals([f"{ROLLOUT}.n=null"]) == {f"{ROLLOUT}.n": "leave it out"}
 
 
-def test_the_same_name_is_taken_as_ours_without_signs_of_another_trainer() -> None:
+def test_a_shared_key_is_ours_unless_other_keys_show_another_trainer() -> None:
     ours = ["data.max_prompt_length=4096", "max_turns=9", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
     assert check_overrides(ours) == ours
 
@@ -117,19 +117,6 @@ def test_a_script_that_is_converted_but_for_one_key_is_not_converted_again(scrip
     advised = [advice.partition(";")[0] for advice in said.values() if advice.startswith("write ")]
     converted = " ".join(text.removeprefix("write ") for text in advised).split()
     assert list(refusals([*kept, *converted, left])) == [left.partition("=")[0]]
-
-
-def test_what_belongs_to_igpo_says_so() -> None:
-    said = refusals(SCRIPTS["IGPO"])
-    its_own = [key for key in said if re.match(r"algorithm\.(gamma|info_gain|use_curr|curr|use_vec)", key)]
-    assert len(its_own) == 9
-    assert {said[key] for key in its_own} == {"leave it out: belongs to IGPO, not available here yet"}
-
-
-def test_a_nucleus_is_refused_with_the_reason() -> None:
-    key = "actor_rollout_ref.rollout.top_p"
-    assert "whole distribution" in refusals([f"{key}=0.95"])[key]
-    assert refusals([f"{key}=1.0"]) == {key: "leave it out: it is always 1"}
 
 
 @pytest.mark.parametrize(
@@ -215,9 +202,7 @@ def through_shell_and_hydra(text: str) -> object:
         ("--config-name=mine", "error: Cannot find primary config 'mine'"),
     ],
 )
-def test_whatever_hydra_refuses_is_one_line(
-    argument: str, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_hydra_is_one_line(argument: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["main_ppo", argument])
     with pytest.raises(SystemExit) as end:
