@@ -34,7 +34,7 @@ def test_questions_come_with_their_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"answers": ["x"]}, "q.jsonl:3: none of question, extra_info.question holds anything"),
+        ({"answers": ["x"]}, "q.jsonl:3: none of question, extra_info.question has a value"),
         (GOOD | {"answers": ["a", True]}, "q.jsonl:3: answers is ['a', True], expected a text, a number or"),
         (GOOD | {"documents": {}}, "q.jsonl:3: documents is {}, expected a list"),
         (GOOD | {"documents": [{"text": "x"}]}, "q.jsonl:3: documents[0].role is None"),
