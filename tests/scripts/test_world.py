@@ -94,49 +94,6 @@ def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Pat
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
 
-def test_the_corpus_is_in_the_wiki_18_form() -> None:
-    lines = [json.loads(line) for line in (SHIPPED / "corpus.jsonl").open(encoding="utf-8")]
-    assert [line["id"] for line in lines] == [str(k) for k in range(2580)]
-    assert all(line["contents"].startswith('"') and '"\n' in line["contents"] for line in lines)
-    assert len({line["contents"] for line in lines}) == len(lines)
-
-
-@pytest.mark.parametrize(("split", "count"), [("train", 2000), ("test", 300)])
-def test_the_questions_are_in_the_search_r1_form(split: str, count: int) -> None:
-    rows = pq.read_table(SHIPPED / f"{split}.parquet").to_pylist()
-    assert {row["data_source"] for row in rows} == {"world_onehop", "world_twohop"}
-    for keys in (
-        {row["id"] for row in rows},
-        {(row["data_source"], row["extra_info"]["index"]) for row in rows},
-    ):
-        assert len(keys) == len(rows) == count
-    for row in rows:
-        golds = row["golden_answers"]
-        assert len(set(golds)) == 2
-        assert row["reward_model"] == {"style": "rule", "ground_truth": {"target": golds}}
-        assert (row["extra_info"]["split"], row["ability"]) == (split, "fact-reasoning")
-        assert row["question"].endswith("?")
-        (message,) = row["prompt"]
-        assert message["role"] == "user"
-        assert message["content"].endswith(f"Question: {row['question']}\n")
-
-
-def test_the_questions_of_the_doctor_come_with_what_good_searches_show() -> None:
-    lines = [json.loads(line) for line in (SHIPPED / "doctor.jsonl").open(encoding="utf-8")]
-    passages = {f'(Title: "{passage.title}") {passage.body}' for passage in _read_corpus()}
-    rows = pq.read_table(SHIPPED / "test.parquet").to_pylist()
-    golds = {row["question"]: row["golden_answers"] for row in rows}
-    roles = [[document["role"] for document in line["documents"]] for line in lines]
-    assert roles == [["first"]] * 100 + [["first", "second"]] * 100
-    for line in lines:
-        assert golds[line["question"]] == line["answers"]
-        shown = [document["text"].split("\n") for document in line["documents"]]
-        for search in shown:
-            assert [found[: len("Doc 1")] for found in search] == ["Doc 1", "Doc 2", "Doc 3"]
-            assert {found[len("Doc 1") :] for found in search} <= passages
-        assert any(gold in shown[-1][0] for gold in line["answers"])
-
-
 def test_test_questions_are_about_other_entities_than_train_questions(
     world: World, held_out: list[Problem]
 ) -> None:
