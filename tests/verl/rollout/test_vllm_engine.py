@@ -153,15 +153,15 @@ def test_log_probs_are_those_of_transformers_under_the_temperature(
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_a_seed_gives_the_same_ids_alone_and_in_a_crowd(engine: VllmEngine, loop: asyncio.Runner) -> None:
+def test_a_seed_gives_the_same_ids_alone_and_together(engine: VllmEngine, loop: asyncio.Runner) -> None:
     prompts = make_prompts(40)
 
-    async def crowd() -> list[Completion]:
+    async def sample_all() -> list[Completion]:
         return await asyncio.gather(
             *(engine.generate(prompt, replace(SAMPLING, seed=k)) for k, prompt in enumerate(prompts))
         )
 
-    together = loop.run(crowd())
+    together = loop.run(sample_all())
     for k in (0, 7, 39):
         alone = loop.run(engine.generate(prompts[k], replace(SAMPLING, seed=k)))
         assert np.array_equal(alone.ids, together[k].ids)

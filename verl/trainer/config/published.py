@@ -47,7 +47,7 @@ def read_rules() -> tuple[Rule, ...]:
     return tuple(
         Rule(
             keys=rule["keys"],
-            projects=rule["projects"],
+            projects=rule.get("projects", "SGV"),
             condition=rule.get("if", ""),
             here=rule.get("here", ""),
             note=rule.get("note", ""),
@@ -59,7 +59,8 @@ def read_rules() -> tuple[Rule, ...]:
 @cache
 def read_same_keys(project: str) -> tuple[str, ...]:
     """Return the patterns of the keys that mean the same in `project` (a letter of PROJECTS) and here."""
-    return tuple(OmegaConf.load(_TABLE)["same"][project])
+    same = OmegaConf.load(_TABLE)["same"]
+    return tuple(pattern for projects in same if project in projects for pattern in same[projects])
 
 
 def recognize(unknown: Iterable[str]) -> str:
