@@ -56,7 +56,13 @@ async def gains(service: PooledBackend, *, start: int = 0, stop: int = 20) -> li
 
 
 def processes(name: str) -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.name().startswith(name)]
+    """Return living descendants; an engine that has ended stays a zombie until Python looks for it."""
+    children = psutil.Process().children(recursive=True)
+    return [
+        child
+        for child in children
+        if child.name().startswith(name) and child.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 async def gains_while_one_is_killed(service: PooledBackend, name: str) -> list[float]:
