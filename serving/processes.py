@@ -64,7 +64,7 @@ class ProcessGuard:
     """Ends the processes that were added when this process is gone, or at `close`."""
 
     def __init__(self, *, grace_s: float = 0.0) -> None:
-        """With a grace period, processes get SIGTERM first, and SIGKILL only after it."""
+        """`grace_s`: time between SIGTERM and SIGKILL; 0 sends SIGKILL at once."""
         self._grace_s = grace_s
         self._shell = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "guard", str(round(grace_s * 10))],

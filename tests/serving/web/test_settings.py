@@ -27,7 +27,7 @@ def make(name: str, default: str, parse: object, **more: object) -> Setting:
 
 
 SETTINGS = (
-    make("colour", "red", parse_choice(("red", "blue"))),
+    make("color", "red", parse_choice(("red", "blue"))),
     make("number", "3", parse_integer(1, 9)),
     make("quiet", "false", parse_switch),
     make("token", "", parse_token, flag="--token_file", parse_flag=read_token_file),
@@ -51,14 +51,14 @@ def test_a_switch_needs_no_value_and_its_variable_has_words() -> None:
 
 
 def test_every_value_is_checked_wherever_it_comes_from() -> None:
-    assert resolve("--number", "007", SOME_COLOUR="blue") == {
-        "colour": "blue",
+    assert resolve("--number", "007", SOME_COLOR="blue") == {
+        "color": "blue",
         "number": 7,
         "quiet": False,
         "token": "",
     }
-    with pytest.raises(SettingError, match=r"--colour is 'green', expected one of red, blue"):
-        resolve("--colour", "green")
+    with pytest.raises(SettingError, match=r"--color is 'green', expected one of red, blue"):
+        resolve("--color", "green")
     with pytest.raises(SettingError, match=r"\$SOME_NUMBER is '10', expected a whole number from 1 to 9"):
         resolve(SOME_NUMBER="10")
 

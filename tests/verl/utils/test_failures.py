@@ -10,9 +10,7 @@ from verl.utils.failures import check_failure_share, failure_name
 
 def check(count: int, *, total: int = 20, max_share: float) -> None:
     failures = ["search_failed: HTTP 500", "generation_failed: dead", *["search_failed: late"] * 20][:count]
-    check_failure_share(
-        failures, total=total, max_share=max_share, what="episodes", fix="mend the retriever."
-    )
+    check_failure_share(failures, total=total, max_share=max_share, what="episodes", fix="restart it.")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +40,7 @@ def test_the_message_counts_causes_and_names_share_first_failure_and_fix() -> No
         check(6, max_share=0.25)
     assert str(halted.value) == (
         "6 of 20 episodes failed (30%, reward.max_failure_share allows 25%): 5 x search_failed, "
-        "1 x generation_failed. First failure: search_failed: HTTP 500. Fix: mend the retriever. Nothing was "
+        "1 x generation_failed. First failure: search_failed: HTTP 500. Fix: restart it. Nothing was "
         "trained on this batch; the same command resumes from the last checkpoint."
     )
 

@@ -10,8 +10,8 @@ from verl.utils.seeding import derive_seed
 
 def test_seeds_are_the_same_in_every_process() -> None:
     code = "from verl.utils.seeding import derive_seed; print(derive_seed(0, 'rollout', 1, 'nq/train/0', 2))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(told) == derive_seed(0, "rollout", 1, "nq/train/0", 2)
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) == derive_seed(0, "rollout", 1, "nq/train/0", 2)
 
 
 def test_paths_do_not_collide() -> None:

@@ -44,31 +44,31 @@ class GainClient:
 
     @property
     def timeout_s(self) -> float:
-        """The longest that a step may wait for its gains."""
+        """Return the longest time that a step may wait for its gains."""
         return self._timeout_s
 
     @property
     def work(self) -> Mapping[str, int]:
-        """The service's own account of all work it did for this client so far."""
+        """Return the counts of all work that the service has done for this client."""
         return dict(self._client.work)
 
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
     ) -> list[GainResult]:
-        """One result per request, in order."""
+        """Return one result per request, in order."""
         return await self._client.compute(requests, timeout_s=timeout_s)
 
     async def submit(self, request: GainRequest) -> GainResult:
-        """The result of one request, which travels with others that are asked for meanwhile."""
+        """Return the result of one request, which is sent together with others submitted meanwhile."""
         return await self._client.submit(request)
 
     async def wait_ready(self, deadline_s: float) -> dict[str, object]:
-        """The service's health as soon as it can work. Raises ServiceError that names what to start."""
+        """Wait until the service can work; return its health. Raises ServiceError, naming what to start."""
         with translated_calls():
             return await self._client.wait_ready(deadline_s)
 
     async def describe(self) -> dict[str, object] | None:
-        """What the service's numbers depend on; None from one that does not say. Raises ServiceError."""
+        """Return what the service's numbers depend on, None from a service that does not report it."""
         with translated_calls():
             return await self._client.describe()
 
