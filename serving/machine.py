@@ -11,10 +11,6 @@ _MAX_SOCKET_ROOT_CHARS = 24
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-class MachineError(RuntimeError):
-    """The machine lacks something; the message names what to install."""
-
-
 def socket_root() -> str:
     """Return the folder for temporary files, or /tmp where its path is too long for unix sockets."""
     root = tempfile.gettempdir()

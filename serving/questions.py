@@ -16,12 +16,11 @@ A ground truth may be a struct with `target`, a list, a text, the JSON text of t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
-
-from serving.golds import EXPECTED_GOLDS, SURROGATE, parse_golds
 
 Row = Mapping[str, object]
 
@@ -36,6 +35,10 @@ _GOLDS = (
 _SEPARATOR = "<|answer_split|>"
 _TAG = re.compile(r"</?\w+>")
 _MAX_SHOWN_CHARS = 80
+_EXPECTED_GOLDS = "a text, a number or a list of these with at least one that is not empty"
+_INFINITE = (math.inf, -math.inf)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""A lone surrogate, which JSON can contain and no tokenizer can read."""
 
 
 class QuestionError(ValueError):
@@ -94,15 +97,27 @@ def find_golds(row: Row, *, where: str, optional: bool = False) -> tuple[str, ..
         name, value = f"{name}.target", value.get("target")
     golds = parse_golds(value)
     if not golds:
-        refuse(value, where=where, name=name, expected=EXPECTED_GOLDS)
+        refuse(value, where=where, name=name, expected=_EXPECTED_GOLDS)
     return golds
+
+
+def parse_golds(value: object) -> tuple[str, ...]:
+    """Return the gold answers; empty if there are none, or one is neither a text nor a number.
+
+    Missing values (None, NaN, blank text) are dropped from a list. A number that is integral is written
+    without ".0": a column of years is often stored as floats. Texts are kept as they are.
+    """
+    members = value if isinstance(value, list | tuple) else [value]
+    present = [member for member in members if not _is_missing(member)]
+    golds = tuple(text for text in map(_write, present) if text is not None)
+    return golds if len(golds) == len(present) else ()
 
 
 def require_text(value: object, *, where: str, name: str) -> str:
     """Return the value if it is a text that is not blank. Raises QuestionError."""
     if not isinstance(value, str) or not value.strip():
         refuse(value, where=where, name=name, expected="a text that is not empty")
-    if half := SURROGATE.search(value):
+    if half := _SURROGATE.search(value):
         refuse(half[0], where=where, name=f"character {half.start()} of {name}", expected="a whole character")
     return value
 
@@ -143,6 +158,24 @@ def _unpack(text: str) -> object:
         is_truth = isinstance(parsed, list) or (isinstance(parsed, dict) and "target" in parsed)
         return parsed if is_truth else text
     return text.split(_SEPARATOR)
+
+
+def _is_missing(member: object) -> bool:
+    return (
+        member is None
+        or (isinstance(member, float) and math.isnan(member))
+        or (isinstance(member, str) and not member.strip())
+    )
+
+
+def _write(member: object) -> str | None:
+    """Return the text of a gold answer, None if the value cannot be one."""
+    if isinstance(member, float) and member.is_integer():
+        return str(int(member))
+    if isinstance(member, bool) or not isinstance(member, str | int | float) or member in _INFINITE:
+        return None
+    text = str(member)
+    return None if _SURROGATE.search(text) else text
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from serving.machine import MachineError, socket_root
+from serving.machine import socket_root
 
 _LSCPU = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 _BIN = Path(__file__).with_name("bin")
@@ -36,6 +36,10 @@ PLAIN_SAMPLING: Mapping[str, object] = {
     "logprobs": 0,
 }
 """Sampling parameters: no truncation and no penalty, and the log-prob of each sampled token."""
+
+
+class MachineError(RuntimeError):
+    """The machine lacks something; the message names what to install."""
 
 
 def prepare_environment(*, on_cpu: bool, num_threads: int | None = None, log_level: str = "ERROR") -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from serving import vllm_rules
-from serving.machine import MachineError, socket_root
-from serving.vllm_rules import cpu_arguments, prepare_environment
+from serving.machine import socket_root
+from serving.vllm_rules import MachineError, cpu_arguments, prepare_environment
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.machine import MachineError
 from serving.model_files import ModelNotFoundError, find_local_model
 from serving.processes import ProcessGuard, list_multiprocessing_children
-from serving.vllm_rules import PLAIN_SAMPLING, cpu_arguments, engine_arguments, prepare_environment
+from serving.vllm_rules import (
+    PLAIN_SAMPLING,
+    MachineError,
+    cpu_arguments,
+    engine_arguments,
+    prepare_environment,
+)
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling

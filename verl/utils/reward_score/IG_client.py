@@ -19,7 +19,7 @@ import numpy as np
 from IG.client import IGClient as _IGClient
 from IG.client import SyncIGClient
 from IG.messages import GainRequest, GainResult
-from serving.golds import parse_golds
+from serving.questions import parse_golds
 from verl.errors import ServiceError
 from verl.utils.http import translated_calls, translated_settings
 

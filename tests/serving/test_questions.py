@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from serving.golds import parse_golds
+from serving.questions import parse_golds
 
 
 @pytest.mark.parametrize(
