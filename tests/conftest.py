@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 
+import hypothesis
 import psutil
 import pytest
 
@@ -36,6 +37,9 @@ def pytest_configure() -> None:
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # No limit for the time of an example: it would depend on the speed of the machine.
+    hypothesis.settings.register_profile("tests", deadline=None)
+    hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
