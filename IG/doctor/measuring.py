@@ -6,25 +6,15 @@ import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 from IG.doctor.questions import AskedQuestion, Scenario, contexts_of
 from IG.doctor.readings import QuestionReading, Samples
-from IG.estimator import Estimates, GainEstimate, GainQuery
+from IG.estimator import GainEstimate, GainQuery
+from IG.service.backend import Backend
 from IG.sharing import Work
 
 MAX_REQUESTS = 16
 """Questions measured at once; enough to keep both models busy."""
-
-
-class Measure(Protocol):
-    """The part of a backend that the doctor needs."""
-
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
-    ) -> Estimates:
-        """Return one outcome per query, in order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +29,7 @@ class Measured:
 
 
 async def measure_questions(
-    models: Measure, questions: Sequence[AskedQuestion], *, seed: int, on_progress: Callable[[], None]
+    backend: Backend, questions: Sequence[AskedQuestion], *, seed: int, on_progress: Callable[[], None]
 ) -> Measured:
     """Measure all questions; `seed` draws their random documents from the other questions."""
     rng = random.Random(seed)
@@ -49,7 +39,7 @@ async def measure_questions(
 
     async def measure(number: int) -> tuple[QuestionReading | None, list[str]]:
         async with slots:
-            reading, failures, done = await _measure(models, questions[number], contexts[number])
+            reading, failures, done = await _measure(backend, questions[number], contexts[number])
         for counter in fields(Work):
             setattr(work, counter.name, getattr(work, counter.name) + getattr(done, counter.name))
         on_progress()
@@ -64,14 +54,14 @@ async def measure_questions(
 
 
 async def _measure(
-    models: Measure, question: AskedQuestion, contexts: Mapping[Scenario, str]
+    backend: Backend, question: AskedQuestion, contexts: Mapping[Scenario, str]
 ) -> tuple[QuestionReading | None, list[str], Work]:
     # Every estimate carries the baseline, so it is only asked for alone where there is no context.
     asked = {name: context for name, context in contexts.items() if context} or contexts
     queries = [
         GainQuery(question=question.text, context=context, golds=question.golds) for context in asked.values()
     ]
-    estimates = await models.estimate(queries, details=True, timeout_s=None)
+    estimates = await backend.estimate(queries, details=True, timeout_s=None)
     conditions: dict[Scenario, Samples] = {}
     failures: list[str] = []
     for name, outcome in zip(asked, estimates.outcomes, strict=True):
