@@ -48,7 +48,11 @@ elif command -v uv >/dev/null; then
     uv="$(command -v uv)"
 fi
 install() {
-    [[ -n "$uv" ]] && .venv/bin/python scripts/uv_install.py "$uv" -q --no-deps "$@" 2>.venv/uv.log || "${pip[@]}" "$@"
+    if [[ -n "$uv" ]]; then
+        .venv/bin/python scripts/uv_install.py "$uv" -q --no-deps "$@" 2>.venv/uv.log && return
+        echo "uv could not install this, pip tries: $(tail -n 1 .venv/uv.log)"
+    fi
+    "${pip[@]}" "$@"
 }
 
 # Packages that come as source only are pure Python, and are built with the locked setuptools: no compiler.
