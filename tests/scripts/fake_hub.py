@@ -34,17 +34,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     break_after: int | None = None
     """Bytes of the body before the connection breaks."""
-    ignores_range: bool = False
-    announces: int | None = None
-    """Another Content-Length."""
     content: bytes | None = None
     """Another content."""
-    content_range: str | None = None
-    excess: bytes = b""
-    """After the body, in an answer without length."""
-    hangs_s: float = 0.0
-    stalls_after: int | None = None
-    """Bytes of the body before it stops, the connection left open."""
     method: str = "GET"
     is_lasting: bool = False
     file: str = ""
@@ -52,7 +43,7 @@ class Fault:
 
 @dataclass(slots=True)
 class FakeHub:
-    """A hub on a free port: `/datasets/<repo>/resolve/main/<file>` redirects to a store, as the real one."""
+    """A hub on a free port, which serves `/datasets/<repo>/resolve/main/<file>`."""
 
     files: dict[str, bytes] = field(default_factory=lambda: dict(PUBLISHED))
     faults: list[Fault] = field(default_factory=list)
@@ -61,7 +52,6 @@ class FakeHub:
     num_bytes: int = 0
     token: str | None = None
     has_hashes: bool = True
-    is_redirecting: bool = True
     url: str = ""
 
     def next_fault(self, method: str, path: str) -> Fault:
@@ -94,28 +84,22 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/datasets/"):
             hub.asked.append((method, path, self.headers.get("Range")))
         fault = hub.next_fault(method, path)
-        content = hub.files.get(re.sub(r"^/(datasets|store)/|resolve/main/", "", path))
+        content = hub.files.get(re.sub(r"^/datasets/|resolve/main/", "", path))
         if fault.status:
             self.say(fault.status, fault.headers)
         elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            self.say(401, {})
+            self.say(401, {"X-Error-Code": "RepoNotFound"})
         elif content is None:
-            self.say(404, {})
+            self.say(404, {"X-Error-Code": "EntryNotFound"})
         elif method == "HEAD":
             self.say(*self.facts(content))
-        elif path.startswith("/datasets/") and hub.is_redirecting:
-            self.say(302, {"Location": path.replace("/datasets/", "/store/").replace("resolve/main/", "")})
-            if fault != Fault():
-                hub.faults.insert(0, fault)
         else:
             self.send_content(content if fault.content is None else fault.content, fault)
 
     def facts(self, content: bytes) -> tuple[int, dict[str, str]]:
         digest = hashlib.sha256(content).hexdigest() if self.hub.has_hashes else "none"
-        if self.hub.is_redirecting:
-            linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{digest}"'}
-            return 302, {**linked, "Location": f"{self.hub.url}/store/x", "X-Repo-Commit": "c0ffee"}
-        return 200, {"Content-Length": str(len(content)), "ETag": f'W/"{digest}"'}
+        size = str(len(content))
+        return 200, {"Content-Length": size, "ETag": f'"{digest}"', "X-Repo-Commit": "c0ffee"}
 
     def say(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -125,26 +109,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_content(self, content: bytes, fault: Fault) -> None:
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(match[1]) if match and not fault.ignores_range else 0
-        headers = {"Content-Length": str(fault.announces or len(content) - start)}
-        if match and not fault.ignores_range:
+        start = int(match[1]) if match else 0
+        headers = {"Content-Length": str(len(content) - start), "ETag": '"x"', "X-Repo-Commit": "c0ffee"}
+        if match:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if fault.content_range:
-            headers["Content-Range"] = fault.content_range
-        body = content[start:]
-        if fault.excess:
-            headers |= {"Connection": "close"}
-            body += fault.excess
-            headers["Content-Length"] = str(len(body))
-        if fault.break_after is not None or fault.stalls_after is not None:
-            body = body[: fault.break_after if fault.stalls_after is None else fault.stalls_after]
-        if fault.hangs_s:
-            threading.Event().wait(fault.hangs_s)
-        self.say(206 if "Content-Range" in headers else 200, headers)
+        body = content[start:] if fault.break_after is None else content[start : start + fault.break_after]
+        self.say(206 if match else 200, headers)
         self.hub.num_bytes += len(body)
         self.wfile.write(body)
-        if fault.stalls_after is not None:
-            threading.Event().wait(30.0)
         if fault.break_after is not None:
             self.close_connection = True
 
