@@ -47,7 +47,7 @@ from verl.utils.entry import error_line
 TOPK = 3
 BATCH = 64
 WARM_UP_S = 3.0
-OTHER_KINDS = ("fp16", "sq8", "ivf", "ivf_pq", "hnsw", "binary")
+OTHER_KINDS = ("fp16", "sq8", "ivf_pq", "hnsw")
 RECALL_QUERIES = 1000
 CORES = len(os.sched_getaffinity(0))
 
@@ -332,7 +332,7 @@ class Bench:
 
         texts = self._queries(RECALL_QUERIES, seed=300)
         vectors = TextEncoder(self._encoder).encode_queries(texts)
-        return Reference(vectors=vectors, rows=open_index(path, kind=None).search(vectors, topk=TOPK)[1])
+        return Reference(vectors=vectors, rows=open_index(path).search(vectors, topk=TOPK)[1])
 
     def _queries(self, count: int, *, seed: int) -> list[str]:
         arguments = self._arguments
@@ -342,7 +342,7 @@ class Bench:
         """Share of the true best three that are found."""
         from search_r1.search.vector_index import open_index
 
-        found = open_index(path, kind=None).search(reference.vectors, topk=TOPK)[1]
+        found = open_index(path).search(reference.vectors, topk=TOPK)[1]
         pairs = zip(reference.rows.tolist(), found.tolist(), strict=True)
         return statistics.fmean(len(set(best) & set(rows)) / TOPK for best, rows in pairs)
 

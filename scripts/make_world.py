@@ -29,8 +29,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from search_r1.search.building import BuildOptions, build_index
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
-from search_r1.search.index_builder import build_index
+from search_r1.search.recipes import EncoderSpec
 from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
@@ -139,11 +140,12 @@ class Maker:
         """Build the index with the retriever's own builder, so that the server accepts it."""
         task = self.progress.add_task("index", total=None, loss="")
         build_index(
-            self.out / "corpus.jsonl",
-            encoder_path=self.models / "encoder",
-            index_path=self.out / "index" / name_index(RETRIEVER_NAME),
-            retriever_name=RETRIEVER_NAME,
-            devices=["cpu"],
+            BuildOptions(
+                corpus_path=self.out / "corpus.jsonl",
+                index_path=self.out / "index" / name_index(RETRIEVER_NAME),
+                encoder=EncoderSpec(path=str(self.models / "encoder"), family=RETRIEVER_NAME),
+                devices=("cpu",),
+            ),
             report=lambda _, done, total: self.progress.update(task, completed=done, total=total),
         )
 

@@ -1,10 +1,10 @@
-"""Many small searches as few large ones: what is asked at about the same time goes to the retriever together.
+"""Micro-batching: queries that are asked at about the same time go to the retriever in one call.
 
 A scan of an index costs about as much for 64 queries as for one. So a query waits a few milliseconds for
-others, and while a search runs the next batch gathers. Who asks in a loop asks again just after the answer:
-after a long search a batch waits a little longer, until as many queries are there as there were askers, so
-that they do not fall apart into two halves that search in turns. Equal queries are searched once, and
-remembered.
+others, and while a search runs the next batch gathers. Clients that ask in a loop ask again right after an
+answer: after a long search a batch waits a little longer, until as many queries are there as there were
+clients, so that these do not split into two halves that search in turns. Equal queries are searched once,
+and remembered.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from search_r1.search.retriever import FailureKind, Found, Outcome, Retriever, S
 
 logger = logging.getLogger(__name__)
 
-STRETCH = 0.05
-"""How long to wait for one more asker, as a share of what recent searches took."""
-LONGEST_STRETCH = 0.25
-"""The same for as many as keep coming: two halves that search in turns would be slower."""
-LONGEST_WAIT_S = 0.5
-"""However slow searches are, nobody waits longer than this for company."""
+WAIT_SHARE = 0.05
+"""How long to wait for one more query, as a share of what recent searches took."""
+MAX_WAIT_SHARE = 0.25
+"""The same for all of them together."""
+MAX_WAIT_S = 0.5
+"""Upper bound of that wait."""
 PASSAGES_PER_ANSWER = 10
-"""Remembered are that many for every answer that may be, however they are spread: they take the memory."""
+"""The cache holds that many passages for every answer it may hold, however they are spread."""
 _MAX_REMEMBERED_CHARS = 1000
 """Longer queries are not remembered."""
 _STOPPED = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="the server is shutting down")
@@ -42,27 +42,21 @@ class Source(StrEnum):
 
     SEARCHED = "searched"
     JOINED = "joined"
-    """Somebody had asked the same and was not answered yet."""
+    """From the search of an equal query that was not answered yet."""
     CACHED = "cached"
     BLANK = "blank"
 
 
 class Counts(Protocol):
-    """What a batcher tells of its work."""
+    """Where a batcher counts its work."""
 
     def count_query(self, source: Source) -> None:
-        """One query was asked."""
+        """Count one query."""
         ...
 
     def count_batch(self, *, size: int, seconds: float) -> None:
-        """One call of the retriever came to its end."""
+        """Count one finished call of the retriever."""
         ...
-
-
-class _CountNothing:
-    def count_query(self, source: Source) -> None: ...
-
-    def count_batch(self, *, size: int, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +70,20 @@ class BatchOptions:
     window_s: float = 0.002
     """How long a query waits for others where searches are quick."""
     cache_size: int = 10_000
-    """Answers that are remembered, as long as their passages are not too many; 0 for none."""
+    """Answers that are remembered; 0 for none."""
 
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A query that is searched, and all who wait for it."""
+    """A query to search, and those who wait for it."""
 
     query: str
     lane: _Lane
     request: int
-    """Whose query it was first."""
+    """Number of the request that asked first."""
     answer: asyncio.Future[Outcome]
     deadline: float = 0.0
-    """Of the one who waits longest."""
+    """The latest of those who wait."""
     num_waiting: int = 0
 
 
@@ -100,29 +94,29 @@ class _Lane:
     topk: int
     queue: OrderedDict[_Asked, None] = field(default_factory=OrderedDict)
     """In the order of their arrival."""
-    crowd: int = 1
-    """How many queries were there when the last call ended: those just answered and those waiting."""
+    num_clients: int = 1
+    """Queries when the last call ended: those just answered and those waiting."""
     search_s: float = 0.0
-    """What recent calls took."""
+    """Duration of recent calls."""
     since: float | None = None
     """When a call could have started first, on the loop's clock."""
     latest: float = 0.0
-    """When somebody asked last."""
+    """When the last query arrived."""
 
 
 class MicroBatcher:
-    """One outcome per query from a retriever that is asked in batches. Lives on one event loop."""
+    """Returns one outcome per query from a retriever that is asked in batches. One per event loop."""
 
-    def __init__(self, retriever: Retriever, *, options: BatchOptions, counts: Counts | None = None) -> None:
+    def __init__(self, retriever: Retriever, *, options: BatchOptions, counts: Counts) -> None:
         self.retriever = retriever
         self.defect: str | None = None
-        """Which file was changed under the retriever, as the newest search found."""
+        """Which file was changed in place, as the newest search found."""
         self._options = options
         self._max_batch = max(1, min(options.max_batch, retriever.max_batch))
-        self._counts = counts or _CountNothing()
+        self._counts = counts
         self._lanes: dict[int, _Lane] = {}
         self._flying: dict[tuple[str, int], _Asked] = {}
-        """Everything that is not answered yet, queued or searched."""
+        """All that is not answered yet, queued or searched."""
         self._remembered: OrderedDict[tuple[str, int], Found] = OrderedDict()
         self._num_passages_remembered = 0
         self._facts = retriever.describe()
@@ -136,13 +130,16 @@ class MicroBatcher:
         return sum(len(lane.queue) for lane in self._lanes.values())
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
-        """One outcome per query, in order. Raises nothing; cancelling it drops what nobody else waits for."""
+        """Return one outcome per query, in order. Cancelling it drops the queries that no other waits for."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         self._num_requests += 1
-        self._forget_what_does_not_hold()
+        if (facts := self.retriever.describe()) != self._facts:  # a recording begins a new day
+            self._facts = facts
+            self._remembered.clear()
+            self._num_passages_remembered = 0
         answers = [self._ask(query, topk=topk, deadline=deadline) for query in queries]
         waited_for = [answer for answer in answers if isinstance(answer, _Asked)]
-        self._look()
+        self._schedule()
         try:
             if waited_for:
                 with contextlib.suppress(TimeoutError):
@@ -159,26 +156,19 @@ class MicroBatcher:
         ]
 
     async def aclose(self) -> None:
-        """Cancel what runs, fail what waits, and let go of the retriever."""
+        """Cancel what runs, fail what waits, and close the retriever."""
         for lane in self._lanes.values():
             lane.queue.clear()
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        # Not only what was queued: a call that is cancelled before its first step answers nobody.
+        # Also those whose call was cancelled before its first step.
         for asked in list(self._flying.values()):
             self._settle(asked, _STOPPED)
         await self.retriever.aclose()
 
-    def _forget_what_does_not_hold(self) -> None:
-        """An engine's recording begins a new day: what answers depend on is another."""
-        if (facts := self.retriever.describe()) != self._facts:
-            self._facts = facts
-            self._remembered.clear()
-            self._num_passages_remembered = 0
-
     def _ask(self, query: str, *, topk: int, deadline: float) -> _Asked | Found:
-        """What is known, or what to wait for."""
+        """Return the answer if it is known, else what to wait for."""
         if not query.strip():
             self._counts.count_query(Source.BLANK)
             return ()
@@ -188,60 +178,57 @@ class MicroBatcher:
             self._counts.count_query(Source.CACHED)
             return found
         asked = self._flying.get(key)
+        self._counts.count_query(Source.SEARCHED if asked is None else Source.JOINED)
         if asked is None:
+            loop = asyncio.get_running_loop()
             lane = self._lanes.setdefault(topk, _Lane(topk))
-            asked = _Asked(query, lane, self._num_requests, asyncio.get_running_loop().create_future())
+            asked = _Asked(query, lane, self._num_requests, loop.create_future())
             self._flying[key] = asked
             lane.queue[asked] = None
-            lane.latest = asyncio.get_running_loop().time()
-            self._counts.count_query(Source.SEARCHED)
-        else:
-            self._counts.count_query(Source.JOINED)
+            lane.latest = loop.time()
         asked.num_waiting += 1
         asked.deadline = max(asked.deadline, deadline)
         return asked
 
     def _leave(self, waited_for: Sequence[_Asked]) -> None:
-        """Their caller has an answer, or waits no more: what nobody waits for need not be searched."""
+        """Remove queued queries that no one waits for any more."""
         for asked in waited_for:
             asked.num_waiting -= 1
-            if asked.num_waiting == 0 and not asked.answer.done() and asked in asked.lane.queue:
+            if asked.num_waiting == 0 and asked in asked.lane.queue:
                 del asked.lane.queue[asked]
                 self._forget(asked)
                 if not asked.lane.queue:
                     asked.lane.since = None
 
-    def _look(self) -> None:
-        """Start the calls that should start now, and come back for the next one."""
+    def _schedule(self) -> None:
+        """Start the calls that are due, and set the timer for the next one."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        now = asyncio.get_running_loop().time()
-        waiting = [lane for lane in self._lanes.values() if lane.queue]
-        while waiting and len(self._calls) < self.retriever.num_parallel_calls:
-            times = {id(lane): self._start_time(lane, now=now) for lane in waiting}
-            first = min(waiting, key=lambda lane: times[id(lane)])
-            if times[id(first)] > now:
-                self._timer = asyncio.get_running_loop().call_at(times[id(first)], self._look)
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while len(self._calls) < self.retriever.num_parallel_calls:
+            due = [(self._start_time(lane, now=now), lane) for lane in self._lanes.values() if lane.queue]
+            if not due:
+                return
+            start, first = min(due, key=lambda pair: pair[0])  # the lane that has waited longest
+            if start > now:
+                self._timer = loop.call_at(start, self._schedule)
                 return
             self._start(first)
-            waiting = [lane for lane in waiting if lane.queue]
 
     def _start_time(self, lane: _Lane, *, now: float) -> float:
-        """When this lane's next call should start, given that one can; that is in the past if it should now.
-
-        Of several lanes the one that has waited longest comes first.
-        """
+        """Return when this lane's next call should start; not after `now` if it is due."""
         if lane.since is None:
             lane.since = now
         if not self._options.together or len(lane.queue) >= self._max_batch:
             return lane.since
         start = lane.since + self._options.window_s
-        if len(lane.queue) >= lane.crowd:
+        if len(lane.queue) >= lane.num_clients:
             return start
-        patient = max(lane.since, lane.latest) + STRETCH * lane.search_s
-        longest = min(LONGEST_STRETCH * lane.search_s, LONGEST_WAIT_S)
-        return max(start, min(patient, lane.since + longest))
+        next_query = max(lane.since, lane.latest) + WAIT_SHARE * lane.search_s
+        last_query = lane.since + min(MAX_WAIT_SHARE * lane.search_s, MAX_WAIT_S)
+        return max(start, min(next_query, last_query))
 
     def _start(self, lane: _Lane) -> None:
         batch: list[_Asked] = []
@@ -255,7 +242,7 @@ class MicroBatcher:
         call = asyncio.create_task(self._call(lane, batch))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
-        call.add_done_callback(lambda _: self._look())
+        call.add_done_callback(lambda _: self._schedule())
 
     async def _call(self, lane: _Lane, batch: list[_Asked]) -> None:
         clock = asyncio.get_running_loop().time
@@ -267,19 +254,18 @@ class MicroBatcher:
         finally:
             seconds = clock() - started
             lane.search_s = seconds if not lane.search_s else (lane.search_s + seconds) / 2
-            num_wanted = sum(asked.num_waiting > 0 for asked in batch)
-            lane.crowd = max(1, num_wanted + len(lane.queue))
+            lane.num_clients = max(1, sum(asked.num_waiting > 0 for asked in batch) + len(lane.queue))
             self._counts.count_batch(size=len(batch), seconds=seconds)
             for asked, outcome in zip(batch, outcomes, strict=True):
-                if asked.num_waiting and _is_premature(
-                    outcome, called_until=deadline, wanted_until=asked.deadline
-                ):
+                is_late = isinstance(outcome, SearchFailure) and outcome.kind is FailureKind.DEADLINE
+                # A query that was joined meanwhile, with a later deadline, is searched again.
+                if is_late and asked.num_waiting and asked.deadline > deadline:
                     lane.queue[asked] = None
                 else:
                     self._settle(asked, outcome)
 
     async def _search(self, batch: list[_Asked], *, topk: int) -> list[Outcome]:
-        """One outcome per query. A crash is looked for in halves: it must not take the neighbours with it."""
+        """Return one outcome per query. A batch that crashes is searched again in halves."""
         queries = [asked.query for asked in batch]
         left_s = max(asked.deadline for asked in batch) - asyncio.get_running_loop().time()
         try:
@@ -291,7 +277,7 @@ class MicroBatcher:
                 self.defect = str(error)
                 return [SearchFailure(kind=FailureKind.UNAVAILABLE, reason=self.defect)] * len(queries)
             return _fail(queries, str(error))
-        except Exception as error:  # whatever is behind the retriever: each query must have its outcome
+        except Exception as error:  # any retriever's defect: each query must have its outcome
             if len(queries) == 1 or not any(asked.num_waiting for asked in batch):
                 logger.exception("a search of %d queries crashed", len(queries))
                 return _fail(queries, f"the search crashed ({type(error).__name__}: {error})")
@@ -308,30 +294,25 @@ class MicroBatcher:
     def _settle(self, asked: _Asked, outcome: Outcome) -> None:
         self._forget(asked)
         asked.answer.set_result(outcome)
-        if not isinstance(outcome, SearchFailure) and len(asked.query) <= _MAX_REMEMBERED_CHARS:
-            self._remember((asked.query, asked.lane.topk), outcome)
-
-    def _remember(self, key: tuple[str, int], found: Found) -> None:
-        size = self._options.cache_size
-        self._remembered[key] = found
-        self._num_passages_remembered += len(found)
-        while len(self._remembered) > size or self._num_passages_remembered > PASSAGES_PER_ANSWER * size:
+        if isinstance(outcome, SearchFailure) or len(asked.query) > _MAX_REMEMBERED_CHARS:
+            return
+        self._remembered[asked.query, asked.lane.topk] = outcome
+        self._num_passages_remembered += len(outcome)
+        max_answers = self._options.cache_size
+        while (
+            len(self._remembered) > max_answers
+            or self._num_passages_remembered > PASSAGES_PER_ANSWER * max_answers
+        ):
             _, oldest = self._remembered.popitem(last=False)
             self._num_passages_remembered -= len(oldest)
 
     def _forget(self, asked: _Asked) -> None:
-        """Who asks the same from now on is not answered by this one."""
+        """Let later equal queries be searched anew."""
         self._flying.pop((asked.query, asked.lane.topk), None)
 
 
 def _fail(queries: Sequence[str], reason: str) -> list[Outcome]:
     return [SearchFailure(kind=FailureKind.INTERNAL, reason=reason) for _ in queries]
-
-
-def _is_premature(outcome: Outcome, *, called_until: float, wanted_until: float) -> bool:
-    """Whether the call's time was over, and somebody joined meanwhile who has more of it."""
-    is_late = isinstance(outcome, SearchFailure) and outcome.kind is FailureKind.DEADLINE
-    return is_late and wanted_until > called_until
 
 
 def _check_scores(outcome: Outcome) -> Outcome:

@@ -3,7 +3,8 @@
     build_bm25(Path("wiki-18.jsonl"), index_path=Path("index/bm25"))
     search = load_bm25(Path("index/bm25"), corpus_path=Path("wiki-18.jsonl"))
 
-The index holds terms and row numbers; the passages stay in the corpus. It is memory-mapped.
+The index holds terms and row numbers; the passages stay in the corpus. It is memory-mapped. A build writes
+the next folder `terms-N` and then the manifest that names it, at once: after a kill the old index stands.
 """
 
 from __future__ import annotations
@@ -18,19 +19,17 @@ from pathlib import Path
 
 import tantivy
 
-from search_r1.search.bm25_manifest import (
-    LANGUAGES,
-    Bm25Manifest,
-    describe_bm25,
-    list_bm25_misfits,
-    list_changed_bm25_files,
-    load_bm25_manifest,
-    locate_bm25_manifest,
-)
 from search_r1.search.corpus import Corpus, open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
+from search_r1.search.files import FileFacts, WatchedFile, describe_file, list_changed_files
+from search_r1.search.manifest import (
+    BM25_LANGUAGES,
+    Bm25Manifest,
+    load_bm25_manifest,
+    locate_bm25_manifest,
+    save_manifest,
+)
 from search_r1.search.retriever import Hit
-from search_r1.search.watched_file import WatchedFile
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,14 @@ MAX_QUERY_TERMS = 512
 _MIN_MEMORY_MIB = 16
 """Of one indexing thread: tantivy refuses less."""
 _MAX_TIED = 1 << 17
-"""Equal scores that are put in order; of more than that, tantivy chooses."""
+"""Equal scores that are put in order; of more than so many, tantivy chooses."""
 _NUM_SELF_TESTS = 10
 _SELF_TEST_DEPTH = 10
 _PASSAGES_PER_REPORT = 1000
+_K1, _B = 1.2, 0.75
+"""Tantivy's own."""
+_ANALYSIS = 1
+"""Grows when the same text gives other terms."""
 # A run of letters, digits and marks is a term; a script that is written without spaces has one per character.
 _NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\x{30FC}"
 _TERM = rf"[{_NO_SPACES}]|[\p{{L}}\p{{N}}\p{{M}}&&[^{_NO_SPACES}]]+"
@@ -54,10 +57,7 @@ _FOLDER = "terms-"
 
 
 class Bm25Retriever:
-    """Score passages by the terms they share with the query (tantivy's k1 = 1.2, b = 0.75).
-
-    Scores of passages that are equally good are ordered by row.
-    """
+    """Scores passages by the terms they share with the query; equal scores are ordered by row."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Bm25Retriever:
         return len(self._corpus)
 
     def facts(self) -> Mapping[str, str | int | float | None]:
-        """What the answers depend on."""
+        """Return what the answers depend on."""
         return {
             "retriever": "bm25",
             "language": self._manifest.language,
@@ -94,14 +94,14 @@ class Bm25Retriever:
         }
 
     def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """A query without a term (blank, or only punctuation) finds nothing. Raises ChangedFileError."""
+        """Return one list per query; one without a term finds nothing. Raises ChangedFileError."""
         self._check_files()
         found = list(self._threads.map(lambda query: self._search_one(query, topk=topk), queries))
         self._check_files()
         return found
 
     def check(self) -> None:
-        """Ten known passages must find themselves: raises RetrieverError when most do not."""
+        """Raise RetrieverError when most of ten known passages do not find themselves."""
         sample = [self._corpus[row] for row in sample_rows(len(self._corpus), size=_NUM_SELF_TESTS)]
         known = [document for document in sample if self._list_terms(document.contents)]
         found = self.search([document.contents for document in known], topk=_SELF_TEST_DEPTH)
@@ -117,7 +117,7 @@ class Bm25Retriever:
             logger.warning("%s: others match their words better", message)
 
     def close(self) -> None:
-        """Let go of threads and files."""
+        """Release threads and files."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._corpus.close()
         for file in self._files:
@@ -147,10 +147,10 @@ class Bm25Retriever:
         return tantivy.Occur.Should, query
 
     def _rank(self, query: tantivy.Query, *, topk: int) -> list[tuple[float, int]]:
-        """The `topk` best pairs of score and row.
+        """Return the `topk` best pairs of score and row.
 
-        Tantivy orders equal scores by where it put the passages. So as many are asked for as it takes to see
-        all that are equal to the last one, and these are ordered here.
+        Tantivy orders equal scores by where it stored the passages. So the limit grows until all that are
+        equal to the last one are seen, and these are ordered here.
         """
         most = min(len(self._corpus), max(_MAX_TIED, topk))
         limit = min(topk + 1, most)
@@ -174,9 +174,9 @@ def build_bm25(
     num_threads: int = 1,
     report: Report | None = None,
 ) -> Bm25Manifest:
-    """Write the folder `index_path`, replacing an older BM25 index; raises RetrieverError on bad input.
+    """Write the folder `index_path`, replacing an older BM25 index. Raises RetrieverError for bad input.
 
-    `memory_mib`: of the index in the making, before it goes to disk.
+    `memory_mib`: of the terms that are collected before they go to disk.
     """
     corpus_path, index_path = Path(corpus_path), Path(index_path)
     _check_settings(index_path, language=language, memory_mib=memory_mib, num_threads=num_threads)
@@ -186,11 +186,9 @@ def build_bm25(
         index = tantivy.Index(_build_schema(), path=str(folder))
         index.register_tokenizer("terms", _build_analyzer(language))
         writer = index.writer(heap_size=memory_mib << 20, num_threads=num_threads)
-        _write_passages(writer, corpus=corpus, report=report or _be_silent)
-        manifest = describe_bm25(
-            folder, corpus=corpus, language=language, tantivy_version=tantivy.__version__
-        )
-        manifest.save(index_path)
+        _write_passages(writer, corpus=corpus, report=report or (lambda *_: None))
+        manifest = _describe(folder, corpus=corpus, language=language)
+        save_manifest(manifest, locate_bm25_manifest(index_path))
     except RetrieverError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -206,24 +204,21 @@ def build_bm25(
 def load_bm25(
     index_path: Path | str, *, corpus_path: Path | str, num_threads: int = 1, full_check: bool = False
 ) -> Bm25Retriever:
-    """Raises RetrieverError unless the index is whole and belongs to the corpus.
+    """Open an index. Raises RetrieverError unless it is whole and belongs to the corpus.
 
     `num_threads` queries are searched at once. `full_check` reads every byte of corpus and index.
     """
     index_path, corpus_path = Path(index_path), Path(corpus_path)
-    rebuild = (
-        "python -m search_r1.search.index_builder --retrieval_method bm25"
-        f" --corpus_path {corpus_path} --index_path {index_path}"
-    )
+    rebuild = f"index build --retrieval_method bm25 --corpus_path {corpus_path} --index_path {index_path}"
     manifest = load_bm25_manifest(index_path, rebuild=rebuild)
-    if problems := list_changed_bm25_files(manifest, index_path=index_path, full_check=full_check):
+    if problems := list_changed_files(manifest.files, index_path / manifest.folder, full=full_check):
         raise RetrieverError(
             f"BM25 index {index_path} is damaged:\n  "
             + "\n  ".join(problems)
             + f"\ncopy it again, or rebuild it: {rebuild}"
         )
     corpus = open_corpus(corpus_path)
-    if problems := list_bm25_misfits(manifest, corpus=corpus, full_check=full_check):
+    if problems := _list_misfits(manifest, corpus=corpus, full_check=full_check):
         corpus.close()
         raise RetrieverError(
             f"BM25 index {index_path} does not belong to corpus {corpus_path}:\n  "
@@ -250,9 +245,42 @@ def load_bm25(
     return retriever
 
 
+def _describe(folder: Path, *, corpus: Corpus, language: str) -> Bm25Manifest:
+    """Return the manifest of what was just written; reads all of corpus and index."""
+    written = (path for path in sorted(folder.iterdir()) if not path.name.endswith(".lock"))
+    return Bm25Manifest(
+        language=language,  # type: ignore[arg-type]
+        analysis=_ANALYSIS,
+        k1=_K1,
+        b=_B,
+        corpus=FileFacts(bytes=corpus.num_bytes, fingerprint=corpus.fingerprint, sha256=corpus.sha256),
+        count=len(corpus),
+        folder=folder.name,
+        files={path.name: describe_file(path) for path in written},
+        tantivy_version=tantivy.__version__,
+    )
+
+
+def _list_misfits(recorded: Bm25Manifest, *, corpus: Corpus, full_check: bool) -> list[str]:
+    """Return one line for every fact on which index, corpus and this program do not agree."""
+    pairs: list[tuple[str, object, object]] = [
+        ("analysis", recorded.analysis, _ANALYSIS),
+        ("k1", recorded.k1, _K1),
+        ("b", recorded.b, _B),
+        ("count", recorded.count, len(corpus)),
+        ("corpus.bytes", recorded.corpus.bytes, corpus.num_bytes),
+        ("corpus.fingerprint", recorded.corpus.fingerprint, corpus.fingerprint),
+    ]
+    if full_check:
+        pairs.append(("corpus.sha256", recorded.corpus.sha256, corpus.sha256))
+    return [f"{name}: index was built with {old!r}, found {new!r}" for name, old, new in pairs if old != new]
+
+
 def _check_settings(index_path: Path, *, language: str, memory_mib: int, num_threads: int) -> None:
-    if language not in LANGUAGES:
-        raise RetrieverError(f"language {language!r} is not known to BM25; expected one of {list(LANGUAGES)}")
+    if language not in BM25_LANGUAGES:
+        raise RetrieverError(
+            f"language {language!r} is not known to BM25; expected one of {list(BM25_LANGUAGES)}"
+        )
     if memory_mib < _MIN_MEMORY_MIB * num_threads:
         raise RetrieverError(
             f"memory_mib {memory_mib} is too little for {num_threads} threads; "
@@ -263,7 +291,7 @@ def _check_settings(index_path: Path, *, language: str, memory_mib: int, num_thr
         index_path.is_dir() and not is_ours and any(map(_is_foreign, index_path.iterdir()))
     ):
         raise RetrieverError(
-            f"{index_path} is no BM25 index, so it is not replaced; remove it or name another folder"
+            f"{index_path} is not a BM25 index, so it is not replaced; remove it or name another folder"
         )
 
 
@@ -272,7 +300,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _make_folder(index_path: Path) -> Path:
-    """The next one; what a killed build left behind goes first."""
+    """Return the next folder, after removing what a killed build left."""
     current = None
     if locate_bm25_manifest(index_path).is_file():
         current = index_path / load_bm25_manifest(index_path, rebuild="remove the folder first").folder
@@ -311,12 +339,8 @@ def _build_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 def _clean(text: str) -> str:
-    """One spelling of every character: é may be one or two, A may be wide. Lone surrogates are no text."""
+    """Return one spelling of every character: composed, of normal width; lone surrogates are replaced."""
     return unicodedata.normalize("NFKC", text).encode("utf-8", "replace").decode("utf-8")
-
-
-def _be_silent(phase: str, done: int, total: int) -> None:
-    pass
 
 
 def _write_passages(writer: tantivy.IndexWriter, *, corpus: Corpus, report: Report) -> None:
@@ -331,5 +355,5 @@ def _write_passages(writer: tantivy.IndexWriter, *, corpus: Corpus, report: Repo
                 report("index passages", row + 1, total)
         writer.commit()
     finally:
-        writer.wait_merging_threads()  # none of them writes into the folder any more
+        writer.wait_merging_threads()  # after this none of them writes into the folder
     report("index passages", total, total)

@@ -3,9 +3,9 @@
     index ceiling --questions data/nq_hotpotqa/test.parquet --url http://127.0.0.1:8000
     index ceiling --questions mine.jsonl --index_path e5_Flat.index --corpus_path wiki-18.jsonl
 
-The question itself is the query, as in one search without thinking: an agent that asks better or more than
-once can find more, but whoever quotes from these passages cannot be right more often. A query whose search
-failed is counted apart: it is neither found nor missed.
+The question itself is the query: an agent that asks better or more than once can find more. A passage has the
+answer when the words of a gold answer occur in it in a row, both normalized as exact match does; an answer
+like `no` occurs by chance. A query whose search failed is counted apart: it is neither found nor missed.
 """
 
 from __future__ import annotations
@@ -14,52 +14,74 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import os
-import statistics
+import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from search_r1.search.answer_ranks import (
-    AnswerRank,
-    Share,
-    by_source,
-    measure_ranks,
-    share_within,
-)
 from search_r1.search.defaults import REPOSITORY
 from search_r1.search.errors import RetrieverError
-from search_r1.search.questions import AskedQuestion, read_questions
+from search_r1.search.progress import PhaseProgress
+from search_r1.search.retriever import Outcome, Retriever, SearchFailure
 from search_r1.search.schema import MAX_TOPK
 from search_r1.search.settings import RETRIEVER_SETTINGS, add_retriever_arguments, resolve_retriever
-from serving.answers import AnswerRule, normalize_answer
-
-if TYPE_CHECKING:
-    from search_r1.search.retriever import Retriever
+from serving.answers import AnswerRule, find_answer
+from serving.questions import QuestionError, find_golds, find_question, read_rows, require_text
 
 logger = logging.getLogger(__name__)
 
-_WORLD_QUESTIONS = REPOSITORY / "world" / "test.parquet"
-_WHOLE = "all"
+_Z = 1.959963984540054
+"""97.5 % point of the normal distribution: intervals of 95 %."""
 _REACH_S = 10.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedQuestion:
+    """One question of a data set."""
+
+    text: str
+    golds: tuple[str, ...]
+    """Accepted answers, at least one."""
+    data_source: str
+    """The name of the file where it does not state one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerRank:
+    """Where the answer of one question was found."""
+
+    question: AskedQuestion
+    rank: int | None
+    """Of the first passage that has the answer, from 1; None when none has it, or the search failed."""
+    failure: SearchFailure | None = None
+    """Why the rank is unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A share of questions and its Wilson interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command and of every retriever."""
+    """Add the flags of `index ceiling`, and those of every retriever."""
     add = parser.add_argument
     add(
         "--questions",
         type=Path,
         nargs="+",
-        default=[_WORLD_QUESTIONS],
+        default=[REPOSITORY / "world" / "test.parquet"],
         metavar="FILE",
         help="parquet as for training, or JSON with question and golden_answers (default world/test.parquet)",
     )
@@ -74,61 +96,170 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_questions", type=int, metavar="N", help="draw so many of them at random (all if left out)")
     add("--batch_size", type=int, default=64, help="questions searched at once")
     add("--timeout_s", type=float, default=600.0, help="deadline of a batch")
-    add("--plot", type=Path, default=Path("runs/ceiling.png"), help="where the picture goes")
-    add("--details", type=Path, metavar="FILE", help="write question, golds and rank as JSONL")
+    add("--plot", type=Path, metavar="FILE", help="draw a picture (PNG)")
     add_retriever_arguments(parser)
 
 
 def run(settings: argparse.Namespace) -> int:
-    """Measure, show, draw; the last line is JSON. 1 when every search failed. Raises RetrieverError."""
+    """Measure, print a table and a last line of JSON. 1 when every search failed. Raises RetrieverError."""
     _check(settings)
-    started = time.monotonic()
     questions = read_questions(settings.questions, limit=settings.num_questions)
-    rule = AnswerRule(settings.answer_rule)
-    hopeless = sum(not any(normalize_answer(gold, rule=rule) for gold in q.golds) for q in questions)
-    if hopeless:
-        logger.warning("%d questions have no answer that exact match can accept: they are missed", hopeless)
     ranks, facts = asyncio.run(_measure(questions, settings))
     ks = sorted(set(settings.topk))
-    console = Console(file=sys.stdout)
-    console.print(make_table(ranks, ks))
-    _explain(ranks, ks)
-    _write_details(ranks, settings.details)
-    summary = summarise(ranks, ks) | {"retriever": facts}
-    if all(ranked.failure is not None for ranked in ranks):
-        logger.error("every search failed: there is nothing to draw")
-    else:
+    Console(file=sys.stdout).print(_make_table(ranks, ks))
+    failures = [ranked.failure for ranked in ranks if ranked.failure is not None]
+    if failures:
+        logger.warning(
+            "%d of %d searches failed and are counted apart; the first: %s",
+            len(failures),
+            len(ranks),
+            failures[0].reason,
+        )
+    if settings.plot is not None and len(failures) < len(ranks):
         _draw(ranks, settings.plot, ks=ks)
-        summary["plot"] = str(settings.plot)
-    summary["seconds"] = round(time.monotonic() - started, 1)
+    summary = summarize(ranks, ks) | {"retriever": facts}
     sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
-    return 0 if "plot" in summary else 1
+    return 1 if len(failures) == len(ranks) else 0
 
 
-def summarise(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
-    """What the table says, for programs."""
-    known = [ranked.num_found for ranked in ranks if ranked.failure is None]
+def read_questions(paths: Sequence[Path], *, limit: int | None = None) -> list[AskedQuestion]:
+    """Return the questions of all files in order; of more than `limit`, so many drawn at random.
+
+    Raises RetrieverError that names file and row.
+    """
+    questions: list[AskedQuestion] = []
+    for path in paths:
+        if not path.is_file():
+            raise RetrieverError(f"--questions {path} is not a file; expected parquet or JSON")
+        try:
+            questions += [
+                AskedQuestion(
+                    text=find_question(row, where=where),
+                    golds=find_golds(row, where=where),
+                    data_source=require_text(
+                        row.get("data_source", path.stem), where=where, name="data_source"
+                    ),
+                )
+                for where, row in read_rows(path)
+            ]
+        except QuestionError as error:
+            raise RetrieverError(str(error)) from error
+    if not questions:
+        raise RetrieverError(f"no questions in {', '.join(map(str, paths))}")
+    if limit is None or limit >= len(questions):
+        return questions
+    # The first ones would often be those of one data source.
+    return [questions[row] for row in sorted(random.Random(0).sample(range(len(questions)), limit))]
+
+
+async def measure_ranks(
+    questions: Sequence[AskedQuestion], retriever: Retriever, settings: argparse.Namespace
+) -> list[AnswerRank]:
+    """Search for every question and return the rank of its answer, in order.
+
+    Raises RetrieverError when the retriever fails for every query alike.
+    """
+    rule, topk = AnswerRule(settings.answer_rule), max(settings.topk)
+    slots = asyncio.Semaphore(retriever.num_parallel_calls)
+    size = max(1, min(settings.batch_size, retriever.max_batch))
+    num_done = 0
+
+    async def measure(batch: Sequence[AskedQuestion]) -> list[AnswerRank]:
+        nonlocal num_done
+        async with slots:
+            texts = [question.text for question in batch]
+            outcomes = await retriever.search(texts, topk=topk, timeout_s=settings.timeout_s)
+            parts = zip(batch, outcomes, strict=True)
+            ranked = await asyncio.to_thread(lambda: [_rank(*part, rule=rule) for part in parts])
+        num_done += len(batch)
+        progress("search", num_done, len(questions))
+        return ranked
+
+    with PhaseProgress() as progress:
+        async with asyncio.TaskGroup() as group:
+            starts = range(0, len(questions), size)
+            tasks = [group.create_task(measure(questions[start : start + size])) for start in starts]
+    return [ranked for task in tasks for ranked in task.result()]
+
+
+def _rank(question: AskedQuestion, outcome: Outcome, *, rule: AnswerRule) -> AnswerRank:
+    if isinstance(outcome, SearchFailure):
+        return AnswerRank(question=question, rank=None, failure=outcome)
+    index = find_answer([hit.document.contents for hit in outcome], question.golds, rule=rule)
+    return AnswerRank(question=question, rank=None if index is None else index + 1)
+
+
+def share_within(ranks: Sequence[AnswerRank], k: int) -> Share | None:
+    """Return the share of questions, of those whose search did not fail, with the answer in the first `k`.
+
+    None when there are none.
+    """
+    known = [ranked for ranked in ranks if ranked.failure is None]
+    hits = sum(ranked.rank is not None and ranked.rank <= k for ranked in known)
+    return wilson_share(hits, len(known)) if known else None
+
+
+def wilson_share(hits: int, count: int) -> Share:
+    """Return the Wilson score interval: sensible also for few questions and for shares near 0 and 1."""
+    share = hits / count
+    scale = 1 + _Z**2 / count
+    center = (share + _Z**2 / (2 * count)) / scale
+    radius = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / scale
+    # At 0 and at 1 the interval ends there; rounding must not move it.
+    low = 0.0 if hits == 0 else center - radius
+    high = 1.0 if hits == count else center + radius
+    return Share(value=share, low=low, high=high)
+
+
+def by_source(ranks: Sequence[AnswerRank]) -> dict[str, list[AnswerRank]]:
+    """Return the ranks of every data source, in alphabetical order."""
+    parts: dict[str, list[AnswerRank]] = {}
+    for ranked in sorted(ranks, key=lambda ranked: ranked.question.data_source):
+        parts.setdefault(ranked.question.data_source, []).append(ranked)
+    return parts
+
+
+def summarize(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
+    """Return the content of the table, for programs."""
+    failures = Counter(ranked.failure.kind.value for ranked in ranks if ranked.failure is not None)
     return {
-        **_summarise_part(ranks, ks),
-        "failures": dict(Counter(r.failure.kind.value for r in ranks if r.failure is not None)),
-        "passages_mean": round(statistics.fmean(known), 2) if known else None,
-        "by_source": {source: _summarise_part(part, ks) for source, part in by_source(ranks).items()},
+        **_summarize_part(ranks, ks),
+        "failures": dict(failures),
+        "by_source": {source: _summarize_part(part, ks) for source, part in by_source(ranks).items()},
     }
 
 
-def make_table(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> Table:
-    """A row per data source and one for all, with intervals of 95 %."""
-    title = "Questions whose answer is in the passages found, intervals of 95 %"
-    table = Table(title=title, title_justify="left")
+def _summarize_part(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
+    shares = {str(k): share_within(ranks, k) for k in ks}
+    return {
+        "questions": len(ranks),
+        "failed": sum(ranked.failure is not None for ranked in ranks),
+        "ceiling": {k: None if share is None else round(share.value, 4) for k, share in shares.items()},
+        "interval": {
+            k: None if share is None else [round(share.low, 4), round(share.high, 4)]
+            for k, share in shares.items()
+        },
+    }
+
+
+def _make_table(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> Table:
+    """Make a row per data source and one for all, with intervals of 95 % in whole percent."""
+    table = Table(
+        title="Questions whose answer is in the passages found, intervals of 95 %", title_justify="left"
+    )
     table.add_column("data source", overflow="fold")
     for name in ("questions", "failed", *(f"top {k}" for k in ks)):
         table.add_column(name, justify="right")
     parts = by_source(ranks)
-    for source, part in parts.items():
-        table.add_row(*_cells(source, part, ks))
-    if len(parts) > 1:
-        table.add_section()
-        table.add_row(*_cells(_WHOLE, ranks, ks))
+    for name, part in (parts | ({"all": list(ranks)} if len(parts) > 1 else {})).items():
+        shares = [share_within(part, k) for k in ks]
+        shown = [
+            "-" if share is None else f"{share.value:.1%}\n{100 * share.low:.0f}-{100 * share.high:.0f}"
+            for share in shares
+        ]
+        failed = sum(ranked.failure is not None for ranked in part)
+        # A name from a file may hold what rich would take for markup.
+        table.add_row(*(Text(cell) for cell in (name, str(len(part)), str(failed), *shown)))
     return table
 
 
@@ -151,35 +282,20 @@ def _check(settings: argparse.Namespace) -> None:
 async def _measure(
     questions: Sequence[AskedQuestion], settings: argparse.Namespace
 ) -> tuple[list[AnswerRank], dict[str, object]]:
-    retriever, facts = await _open(settings)
-    columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Return the ranks, and what the retriever's answers depend on. Raises RetrieverError."""
+    if settings.url:
+        retriever, facts = await _reach(settings.url)
+    else:
+        from search_r1.search.assemble import open_retriever
+
+        retriever = await open_retriever(resolve_retriever(settings))
+        facts = dict(retriever.describe())
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("search", total=len(questions))
-            ranks = await measure_ranks(
-                questions,
-                retriever,
-                topk=max(settings.topk),
-                rule=AnswerRule(settings.answer_rule),
-                batch_size=settings.batch_size,
-                timeout_s=settings.timeout_s,
-                report=lambda count: progress.advance(task, count),
-            )
-        return ranks, facts
+        return await measure_ranks(questions, retriever, settings), facts
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
         await retriever.aclose()
-
-
-async def _open(settings: argparse.Namespace) -> tuple[Retriever, dict[str, object]]:
-    """The retriever, and what its answers depend on. Raises RetrieverError."""
-    if settings.url:
-        return await _reach(settings.url)
-    from search_r1.search.assemble import open_retriever
-
-    retriever = await open_retriever(resolve_retriever(settings))
-    return retriever, dict(retriever.describe())
 
 
 async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
@@ -191,7 +307,7 @@ async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
     except ValueError as error:
         raise RetrieverError(f"--url: {error}") from error
     try:
-        # Also tells early that nobody answers: batches have much longer deadlines.
+        # Fails early where no server answers: batches have much longer deadlines.
         described = await remote.fetch_description(timeout_s=_REACH_S)
     except CallError as error:
         await remote.aclose()
@@ -199,66 +315,37 @@ async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
     return remote, {**remote.describe(), **(described or {})}
 
 
-def _summarise_part(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
-    shares = {str(k): share_within(ranks, k) for k in ks}
-    return {
-        "questions": len(ranks),
-        "failed": sum(ranked.failure is not None for ranked in ranks),
-        "ceiling": {k: None if share is None else round(share.value, 4) for k, share in shares.items()},
-        "interval": {
-            k: None if share is None else [round(share.low, 4), round(share.high, 4)]
-            for k, share in shares.items()
-        },
-    }
-
-
-def _cells(name: str, ranks: Sequence[AnswerRank], ks: Sequence[int]) -> tuple[Text, ...]:
-    failed = sum(ranked.failure is not None for ranked in ranks)
-    shares = (_show_share(share_within(ranks, k)) for k in ks)
-    # A name from a file may hold what rich would take for markup.
-    return tuple(Text(cell) for cell in (name, str(len(ranks)), str(failed), *shares))
-
-
-def _show_share(share: Share | None) -> str:
-    """The interval in whole percent, so that the table fits a terminal."""
-    return "-" if share is None else f"{share.value:.1%}\n{100 * share.low:.0f}-{100 * share.high:.0f}"
-
-
-def _explain(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> None:
-    """What a reader of the table would take wrong."""
-    failures = [ranked.failure for ranked in ranks if ranked.failure is not None]
-    if failures:
-        logger.warning(
-            "%d of %d searches failed and are counted apart; the first: %s",
-            len(failures),
-            len(ranks),
-            failures[0].reason,
-        )
-    most = max(ranked.num_found for ranked in ranks)
-    if most < ks[-1] and len(failures) < len(ranks):
-        logger.warning("no question found more than %d passages: deeper shares are that of %d", most, most)
-
-
-def _write_details(ranks: Sequence[AnswerRank], path: Path | None) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for ranked in ranks:
-            record = {
-                "question": ranked.question.text,
-                "golden_answers": ranked.question.golds,
-                "data_source": ranked.question.data_source,
-                "rank": ranked.rank,
-                "failure": ranked.failure and f"{ranked.failure.kind}: {ranked.failure.reason}",
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def _draw(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int]) -> None:
-    # Here, because matplotlib takes a second to import.
-    from search_r1.search.ceiling_plot import draw_ceiling
+    """Draw the share of questions answered within the first k passages over k, a line per data source."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_ceiling(ranks, path, ks=ks, title="Retriever's ceiling: answers found by the question itself")
+    from serving.plotting import COLORS, INK, STYLE
+
+    depths = range(ks[0], ks[-1] + 1)
+    parts = by_source(ranks)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 4.1), layout="constrained")
+        axes = figure.subplots()
+        lines = [
+            (part, COLORS[number % len(COLORS)], name) for number, (name, part) in enumerate(parts.items())
+        ]
+        if len(parts) > 1:
+            lines.append((list(ranks), INK, f"all {len(ranks)} questions"))
+        for part, color, name in lines:
+            shares = {k: share for k in depths if (share := share_within(part, k)) is not None}
+            values = [share.value for share in shares.values()]
+            axes.plot(list(shares), values, color=color, label=name)
+            marks = [k for k in ks if k in shares]
+            axes.plot(marks, [shares[k].value for k in marks], "o", color=color, markersize=4)
+        axes.set_xscale("log")
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set(xlabel="passages looked at", ylabel="questions whose answer is in them")
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
     logger.info("drew %s", path)

@@ -1,14 +1,13 @@
 """Passages by row number, read from a file: JSON lines, or Arrow (uncompressed, memory-mapped).
 
-Nothing of the text is held in memory, and of a large JSONL file not even the line offsets: those lie in a
-memory-mapped sidecar (see line_offsets.py). Lines are parsed when they are asked for. A file that was changed
-since it was opened is noticed at every look (see watched_file.py).
+No text is held in memory, and of a large JSONL file not even the line offsets: those are in a memory-mapped
+sidecar (line_offsets.py). Lines are parsed when they are asked for. A file that was changed after its
+opening is noticed at every access (files.WatchedFile).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -18,64 +17,97 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.fingerprint import fingerprint
+from search_r1.search.files import WatchedFile, fingerprint
 from search_r1.search.line_offsets import find_line_starts, is_checked, mark_checked
 from search_r1.search.schema import Document
-from search_r1.search.watched_file import WatchedFile
 from serving.files import sha256_of_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
 _LINES_PER_REPORT = 250_000
 _EXPECTED = 'expected one JSON object like {"id": "0", "contents": "\\"Title\\"\\ntext"}'
-_SHOWN = 60
+_MAX_SHOWN_CHARS = 60
 # Compressed columns are unpacked into memory as they are opened; mapped ones take next to nothing.
 _UNPACKED_BYTES = 1 << 20
 
 Report = Callable[[int, int], None]
 
 
-class Corpus(Protocol):
-    """Passages by row."""
-
-    path: Path
+class _Rows(Protocol):
+    """The passages of one file format. Rows are in range."""
 
     def __len__(self) -> int: ...
 
+    def read(self, row: int) -> Document:
+        """Return a passage. Raises RetrieverError that names file and line when it is malformed."""
+        ...
+
+    @property
+    def sidecar(self) -> Path | None:
+        """The file of line offsets, where there is one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Corpus:
+    """Passages by row. Use `open_corpus`."""
+
+    def __init__(self, path: Path, *, file: WatchedFile, rows: _Rows) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+        self._file = file
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def __getitem__(self, row: int) -> Document:
-        """Raises IndexError; RetrieverError that names file and line when the passage is malformed, and
-        ChangedFileError when the file is not the one that was opened."""
-        ...
+        """Return a passage.
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file."""
-        ...
+        Raises IndexError, RetrieverError when it is malformed, ChangedFileError when the file was changed.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+        self._file.check()
+        passage = self._rows.read(row)
+        self._file.check()
+        return passage
 
-    @property
+    def __iter__(self) -> Iterator[Document]:
+        return (self[row] for row in range(len(self)))
+
+    @cached_property
     def fingerprint(self) -> str:
-        """See fingerprint.py; cheap."""
-        ...
+        """See files.py; cheap."""
+        return fingerprint(self.path)
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Of the whole file, read when first asked for."""
-        ...
+        """Of the whole file, read at the first access."""
+        return sha256_of_file(self.path)
 
     def check(self, report: Report | None = None) -> None:
-        """Look at every passage; raises RetrieverError at the first malformed one."""
-        ...
+        """Parse every passage, about 5 microseconds each. Raises RetrieverError at the first malformed one.
+
+        A large JSONL file is remembered as checked, in its sidecar.
+        """
+        if is_checked(self._rows.sidecar):
+            return
+        for count, _ in enumerate(self, start=1):
+            if report is not None and (count % _LINES_PER_REPORT == 0 or count == len(self)):
+                report(count, len(self))
+        mark_checked(self._rows.sidecar)
 
     def close(self) -> None:
         """Close the file."""
-        ...
+        self._file.close()
+        self._rows.close()
 
 
 def open_corpus(path: Path, *, report: Report | None = None) -> Corpus:
-    """The corpus of this file, by its first bytes; raises RetrieverError when it is no such file.
+    """Open a corpus, whose format is told by its first bytes. Raises RetrieverError when it is none.
 
     `report(done, total)`, in bytes, while a large JSONL file is opened for the first time.
     """
@@ -93,71 +125,43 @@ def open_corpus(path: Path, *, report: Report | None = None) -> Corpus:
             'python -c "import pyarrow.parquet as p, pyarrow.feather as f; '
             f"f.write_feather(p.read_table('{path}'), '{path.stem}.arrow', compression='uncompressed')\""
         )
+    watched = WatchedFile(path)
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return ArrowCorpus(path)
-    return JsonlCorpus(path, report=report)
+        return Corpus(path, file=watched, rows=_ArrowRows(path))
+    return Corpus(path, file=watched, rows=_JsonLines(path, descriptor=watched.descriptor, report=report))
 
 
-class _CorpusFile:
-    """What is known of a corpus without looking into it."""
+class _JsonLines:
+    """One JSON object `{"id", "contents"}` per line."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = WatchedFile(path)
-        self.num_bytes = path.stat().st_size
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.path)
-
-    @cached_property
-    def sha256(self) -> str:
-        return sha256_of_file(self.path)
-
-
-class JsonlCorpus(_CorpusFile):
-    """One JSON object `{"id", "contents"}` per line. Use `open_corpus`."""
-
-    def __init__(self, path: Path, *, report: Report | None = None) -> None:
-        super().__init__(path)
-        self._starts, self._sidecar = find_line_starts(path, fingerprint=self.fingerprint, report=report)
-        sidecar = self._sidecar
-        self._offsets_file = None if sidecar is None else WatchedFile(sidecar, size_only=True)
+    def __init__(self, path: Path, *, descriptor: int, report: Report | None) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self._starts, self.sidecar = find_line_starts(path, fingerprint=fingerprint(path), report=report)
+        self._offsets_file = None if self.sidecar is None else WatchedFile(self.sidecar, size_only=True)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, row: int) -> Document:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)} in {self.path}")
+    def read(self, row: int) -> Document:
         if self._offsets_file is not None:
             self._offsets_file.check()
         start, stop = int(self._starts[row]), int(self._starts[row + 1])
-        line = os.pread(self._file.descriptor, stop - start, start)
-        self._file.check()
-        return parse_line(line, f"{self.path}:{row + 1}")
-
-    def __iter__(self) -> Iterator[Document]:
-        return (self[row] for row in range(len(self)))
-
-    def check(self, report: Report | None = None) -> None:
-        """About 5 microseconds a line. A large file is remembered as checked, beside its line offsets."""
-        if is_checked(self._sidecar):
-            return
-        _check_rows(self, report)
-        mark_checked(self._sidecar)
+        line = os.pread(self._descriptor, stop - start, start)
+        return _parse_line(line, f"{self._path}:{row + 1}")
 
     def close(self) -> None:
-        self._file.close()
         if self._offsets_file is not None:
             self._offsets_file.close()
 
 
-class ArrowCorpus(_CorpusFile):
-    """Columns `id` and `contents` of an uncompressed Arrow file or stream. Use `open_corpus`."""
+class _ArrowRows:
+    """Columns `id` and `contents` of an uncompressed Arrow file or stream."""
+
+    sidecar = None
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self._path = path
         table = _map_table(path)
         missing = [name for name in ("id", "contents") if name not in table.column_names]
         if missing:
@@ -172,31 +176,21 @@ class ArrowCorpus(_CorpusFile):
     def __len__(self) -> int:
         return len(self._contents)
 
-    def __getitem__(self, row: int) -> Document:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)} in {self.path}")
-        self._file.check()
-        where = f"{self.path}: row {row + 1}"
+    def read(self, row: int) -> Document:
+        where = f"{self._path}: row {row + 1}"
         try:
             passage_id, contents = self._ids[row].as_py(), self._contents[row].as_py()
         except UnicodeDecodeError as error:
             raise RetrieverError(f"{where} is not UTF-8 ({error})") from error
         return _make_document(passage_id, contents, where)
 
-    def __iter__(self) -> Iterator[Document]:
-        return (self[row] for row in range(len(self)))
-
-    def check(self, report: Report | None = None) -> None:
-        _check_rows(self, report)
-
     def close(self) -> None:
-        """The mapping goes with the last look at it."""
-        self._file.close()
+        """Release the mapping, which goes with the last reference to it."""
         self._ids = self._contents = None
 
 
 def _map_table(path: Path) -> pa.Table:
-    import pyarrow as pa  # here: a JSONL corpus does without
+    import pyarrow as pa  # a JSONL corpus does not need it
 
     before = pa.total_allocated_bytes()
     source = pa.memory_map(str(path))
@@ -216,32 +210,28 @@ def _map_table(path: Path) -> pa.Table:
 
 
 def _check_column(column: pa.ChunkedArray, where: str) -> None:
-    """Arrow follows damaged offsets wherever they lead, and the process dies of it."""
+    """Raise RetrieverError for damaged text offsets: Arrow follows them, and the process crashes."""
     import pyarrow as pa
 
-    known = {pa.string(): np.int32, pa.large_string(): np.int64}
+    offset_types = {pa.string(): np.int32, pa.large_string(): np.int64}
     if pa.types.is_integer(column.type):
         return
-    if column.type not in known:
+    if column.type not in offset_types:
         raise RetrieverError(
             f"{where} has the type {column.type}, expected string, large_string or (of 'id') an integer"
         )
     for chunk in column.chunks:
         _, offsets, text = chunk.buffers()
-        found = np.frombuffer(offsets, known[column.type])[chunk.offset : chunk.offset + len(chunk) + 1]
+        found = np.frombuffer(offsets, offset_types[column.type])[
+            chunk.offset : chunk.offset + len(chunk) + 1
+        ]
         size = text.size if text is not None else 0
         if len(found) and (found[0] < 0 or found[-1] > size or (found[1:] < found[:-1]).any()):
-            raise RetrieverError(f"{where} is damaged: its texts do not follow each other; copy it again")
+            raise RetrieverError(f"{where} is damaged: its text offsets are not in order; copy it again")
 
 
-def _check_rows(corpus: JsonlCorpus | ArrowCorpus, report: Report | None) -> None:
-    for count, _ in enumerate(corpus, start=1):
-        if report is not None and (count % _LINES_PER_REPORT == 0 or count == len(corpus)):
-            report(count, len(corpus))
-
-
-def parse_line(line: bytes, where: str) -> Document:
-    """Raises RetrieverError that starts with `where`."""
+def _parse_line(line: bytes, where: str) -> Document:
+    """Parse one line. Raises RetrieverError that starts with `where`."""
     try:
         fields = json.loads(line.decode("utf-8"))
     except ValueError as error:
@@ -257,10 +247,10 @@ def parse_line(line: bytes, where: str) -> Document:
 
 def _make_document(passage_id: object, contents: object, where: str) -> Document:
     if not isinstance(contents, str) or not contents.strip():
-        shown = repr(contents)[:_SHOWN]
+        shown = repr(contents)[:_MAX_SHOWN_CHARS]
         raise RetrieverError(f"{where}: 'contents' is {shown}, expected a non-empty string; {_EXPECTED}")
     if not isinstance(passage_id, str | int) or isinstance(passage_id, bool):
-        shown = repr(passage_id)[:_SHOWN]
+        shown = repr(passage_id)[:_MAX_SHOWN_CHARS]
         raise RetrieverError(f"{where}: 'id' is {shown}, expected a string or an integer; {_EXPECTED}")
     document = Document.model_construct(id=str(passage_id), contents=contents)
     for name, text in (("id", document.id), ("contents", contents)):
@@ -275,10 +265,10 @@ def _make_document(passage_id: object, contents: object, where: str) -> Document
 
 
 def _shorten(line: bytes) -> str:
-    text = repr(line[:_SHOWN].decode("utf-8", errors="replace").rstrip("\n"))
-    return text + ("..." if len(line) > _SHOWN else "")
+    text = repr(line[:_MAX_SHOWN_CHARS].decode("utf-8", errors="replace").rstrip("\n"))
+    return text + ("..." if len(line) > _MAX_SHOWN_CHARS else "")
 
 
 def sample_rows(count: int, *, size: int) -> list[int]:
-    """At most `size` rows, evenly spaced over all `count`."""
+    """Return at most `size` rows, evenly spaced over all `count`."""
     return np.unique(np.linspace(0, count - 1, num=min(size, count)).astype(np.int64)).tolist()

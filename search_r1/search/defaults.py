@@ -1,4 +1,4 @@
-"""Where the embedded world lies: what builder and server use when nothing else is named, whatever the cwd."""
+"""Files of the embedded world: what builder and server use where nothing else is named, in any folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RETRIEVER_NAME = "e5"
 
 
 def name_index(retriever_name: str, kind: str = "Flat") -> str:
-    """File name of an index, as published: `e5_Flat.index`."""
+    """Return the file name of an index, as published: `e5_Flat.index`."""
     return re.sub(r"[^\w.,-]", "_", f"{retriever_name}_{kind}.index")
 
 

@@ -7,23 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from search_r1.search.agreement import Trial, choose_recipe, list_misfits, prepare_trial, run_trial
+from search_r1.search.agreement import complete_spec, list_misfits, prepare_trial, run_trial
 from search_r1.search.corpus import Corpus, open_corpus
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.kinds import SearchOptions
-from search_r1.search.manifest import IndexManifest, list_changed_files, load_manifest
+from search_r1.search.files import WatchedFile, list_changed_files
+from search_r1.search.manifest import IndexManifest, load_manifest
 from search_r1.search.ranking import FloatArray
 from search_r1.search.retriever import Hit
-from search_r1.search.vector_index import (
-    Device,
-    VectorIndex,
-    locate_vectors,
-    open_index,
-    set_num_threads,
-)
-from search_r1.search.watched_file import WatchedFile
-from serving.files import sha256_of_file
+from search_r1.search.settings import DenseOptions
+from search_r1.search.vector_index import VectorIndex, open_index, set_num_threads
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +24,7 @@ Facts = dict[str, str | int | float | None]
 
 
 class DenseRetriever:
-    """A `BatchSearch`. Not thread-safe."""
+    """A `BatchSearch` over an index, a corpus and an encoder that belong together. Not thread-safe."""
 
     def __init__(
         self,
@@ -39,15 +32,12 @@ class DenseRetriever:
         *,
         corpus: Corpus,
         encoder: TextEncoder,
-        files: Sequence[WatchedFile],
+        file: WatchedFile,
         facts: Mapping[str, str | int | float | None],
     ) -> None:
-        """The three must belong together: `load_dense` sees to it. `facts` is what `facts()` returns.
-
-        `files`: of the index; none of them may change while it is searched.
-        """
+        """`file` is that of the index and must not change while it is searched; `facts` go to `/version`."""
         self._index = index
-        self._files = files
+        self._file = file
         self._corpus = corpus
         self._encoder = encoder
         self._facts = dict(facts)
@@ -56,7 +46,7 @@ class DenseRetriever:
         return len(self._corpus)
 
     def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """A blank query finds nothing. Raises ChangedFileError."""
+        """Return one list per query; a blank one finds nothing. Raises ChangedFileError."""
         asked = [row for row, query in enumerate(queries) if query.strip()]
         found: list[list[Hit]] = [[] for _ in queries]
         if asked:
@@ -66,23 +56,18 @@ class DenseRetriever:
         return found
 
     def facts(self) -> Facts:
-        """What its answers depend on."""
+        """Return what the answers depend on."""
         return dict(self._facts)
 
     def close(self) -> None:
-        """Release the corpus; the vectors go with the object."""
+        """Close corpus and file; the vectors are released with the object."""
         self._corpus.close()
-        for file in self._files:
-            file.close()
-
-    def _check_files(self) -> None:
-        for file in self._files:
-            file.check()
+        self._file.close()
 
     def _look_up(self, vectors: FloatArray, *, topk: int) -> list[list[Hit]]:
-        self._check_files()  # a mapped file that was cut short must not be looked at
+        self._file.check()  # reading a mapped file that was truncated kills the process
         scores, rows = self._index.search(vectors, topk=min(topk, len(self._index)))
-        self._check_files()  # nor may what was found while it was rewritten be believed
+        self._file.check()  # results found while it was rewritten are not to be trusted
         return [
             [
                 Hit(document=self._corpus[int(row)], score=float(score))
@@ -93,83 +78,39 @@ class DenseRetriever:
         ]
 
 
-def load_dense(
-    index_path: Path,
-    *,
-    corpus_path: Path,
-    encoder_path: str | Path,
-    retriever_name: str | None = None,
-    device: Device = "cpu",
-    mmap: bool = True,
-    search: SearchOptions | None = None,
-    num_threads: int | None = None,
-    max_length: int | None = None,
-    pooling: str | None = None,
-    query_prefix: str | None = None,
-    passage_prefix: str | None = None,
-    use_fp16: bool | None = None,
-    encoder_device: str | None = None,
-    full_check: bool = False,
-) -> DenseRetriever:
-    """Open all three parts; raises RetrieverError unless they are whole and belong together.
+def load_dense(options: DenseOptions, *, encoder_device: str | None = None) -> DenseRetriever:
+    """Open index, corpus and encoder. Raises RetrieverError unless they are whole and belong together.
 
-    Files are told by their fingerprints, so that a start does not read gigabytes; `full_check` reads them
-    all. Without a manifest count, dimension and the trial decide, and all of the corpus is parsed, once.
-    `pooling`, `max_length`, prefixes None: what the manifest says. `retriever_name` None: the manifest's
-    prefixes; a name whose prefixes are others is refused. `device` is where the vectors are searched.
-    `num_threads`: of the whole process, for encoding and for search; None leaves it as it is.
+    Files are compared by fingerprint, so that a start does not read gigabytes. Without a manifest count,
+    dimension and the trial decide, and all of the corpus is parsed, once.
     """
-    if num_threads is not None:
-        set_num_threads(num_threads)
+    index_path, corpus_path = options.index_path, options.corpus_path
+    if options.num_threads is not None:
+        set_num_threads(options.num_threads)
     recorded = load_manifest(index_path)
-    rebuild = write_command(index_path, corpus_path, encoder_path, recorded, retriever_name)
+    rebuild = f"rebuild the index: {_build_command(options, recorded)}"
     if recorded is not None and index_path.is_file():
-        _check_files(recorded, index_path=index_path, full=full_check, rebuild=rebuild)
-    files = [WatchedFile(path) for path in (index_path, locate_vectors(index_path)) if path.is_file()]
+        _check_file(recorded, index_path=index_path, fix=rebuild)
+    index = open_index(index_path, mmap=options.mmap, device=options.device, search=options.search)
     corpus = open_corpus(corpus_path)
-    index = open_index(index_path, mmap=mmap, device=device, search=search or SearchOptions())
-    encoder = TextEncoder(
-        encoder_path,
-        retriever_name=retriever_name,
-        device=encoder_device,
-        use_fp16=use_fp16,
-        **choose_recipe(
-            recorded,
-            retriever_name=retriever_name,
-            told={
-                "pooling": pooling,
-                "max_length": max_length,
-                "query_prefix": query_prefix,
-                "passage_prefix": passage_prefix,
-            },
-        ),
-    )
-    problems = list_misfits(recorded, index=index, corpus=corpus, encoder=encoder, full=full_check)
+    encoder = TextEncoder(complete_spec(options.encoder, recorded), device=encoder_device)
+    fix = f"name the files that belong together, or {rebuild}"
+    problems = list_misfits(recorded, index=index, corpus=corpus, encoder=encoder)
     if problems:
         raise RetrieverError(
-            f"index {index_path} does not belong to corpus {corpus_path} and encoder {encoder_path}:\n  "
-            + "\n  ".join(problems)
-            + f"\nname the files that belong together, or rebuild the index: {rebuild}"
+            f"index {index_path} does not belong to corpus {corpus_path} and encoder {options.encoder.path}:"
+            "\n  " + "\n  ".join(problems) + f"\n{fix}"
         )
     if recorded is None:
-        _check_unrecorded(corpus, index_path=index_path)
-    trial: Trial = prepare_trial(corpus, encoder)
-    run_trial(
-        trial,
-        index=index,
-        corpus=corpus,
-        needed=f"name the files that belong together, or rebuild: {rebuild}",
-    )
-    facts = describe_dense(index, corpus=corpus, encoder=encoder, recorded=recorded)
-    facts["index_device"] = device
-    return DenseRetriever(index, corpus=corpus, encoder=encoder, files=files, facts=facts)
-
-
-def describe_dense(
-    index: VectorIndex, *, corpus: Corpus, encoder: TextEncoder, recorded: IndexManifest | None
-) -> Facts:
-    """What the answers of the three depend on."""
-    return {
+        logger.warning(
+            "index %s has no manifest: only its count, its dimension and some passages are checked; "
+            "the first time all %d passages of the corpus are parsed, which takes minutes for millions",
+            index_path,
+            len(corpus),
+        )
+        corpus.check(lambda done, total: logger.info("checked %d of %d passages", done, total))
+    run_trial(prepare_trial(corpus, encoder), index=index, corpus=corpus, fix=fix)
+    facts: Facts = {
         "encoder": encoder.name,
         "encoder_sha256": encoder.sha256,
         **asdict(encoder.recipe),
@@ -177,48 +118,32 @@ def describe_dense(
         "corpus_sha256": recorded.corpus.sha256 if recorded else None,
         "count": len(corpus),
         **{f"index_{name}": value for name, value in index.describe().items()},
+        "index_device": options.device,
     }
+    return DenseRetriever(index, corpus=corpus, encoder=encoder, file=WatchedFile(index_path), facts=facts)
 
 
-def write_command(
-    index_path: Path,
-    corpus_path: Path,
-    encoder_path: str | Path,
-    recorded: IndexManifest | None,
-    retriever_name: str | None,
-) -> str:
-    """The command that builds this index again."""
-    name = retriever_name or (recorded.retriever_name if recorded else None)
-    method = f" --retrieval_method {name}" if name else ""
+def _build_command(options: DenseOptions, recorded: IndexManifest | None) -> str:
+    """Return the command that builds this index again."""
+    family = options.encoder.family or (recorded.retriever_name if recorded else None)
+    method = f" --retrieval_method {family}" if family else ""
     kind = f" --kind {recorded.kind}" if recorded and recorded.kind != "flat" else ""
     return (
-        f"python -m search_r1.search.index_builder{method} --model_path {encoder_path}"
-        f" --corpus_path {corpus_path} --index_path {index_path}{kind}"
+        f"index build{method} --model_path {options.encoder.path} --corpus_path {options.corpus_path}"
+        f" --index_path {options.index_path}{kind}"
     )
 
 
-def _check_files(recorded: IndexManifest, *, index_path: Path, full: bool, rebuild: str) -> None:
-    """Before anything reads them: damaged vectors look like any others, a damaged header may crash Faiss."""
-    problems = list_changed_files(recorded, index_path)
-    if full and not problems:
-        problems = [
-            f"files.{name}.sha256: index was built with {facts.sha256}, found {found}"
-            for name, facts in recorded.files.items()
-            if (found := sha256_of_file(index_path.with_name(name))) != facts.sha256
-        ]
-    if problems:
+def _check_file(recorded: IndexManifest, *, index_path: Path, fix: str) -> None:
+    """Compare the file before it is read: a damaged header may crash Faiss."""
+    if set(recorded.files) != {index_path.name}:
         raise RetrieverError(
-            f"index {index_path} is damaged or not the one its manifest is about:\n  "
-            + "\n  ".join(problems)
-            + f"\ncopy all its files again, or rebuild it: {rebuild}"
+            f"the manifest of index {index_path} names the files {sorted(recorded.files)}, expected only "
+            f"{index_path.name}; give it its name again, or {fix}"
         )
-
-
-def _check_unrecorded(corpus: Corpus, *, index_path: Path) -> None:
-    logger.warning(
-        "index %s has no manifest: only its count, its dimension and some passages are checked; "
-        "the first time all %d passages of the corpus are parsed, which takes a while if there are millions",
-        index_path,
-        len(corpus),
-    )
-    corpus.check(lambda done, total: logger.info("checked %d of %d passages", done, total))
+    if problems := list_changed_files(recorded.files, index_path.parent):
+        raise RetrieverError(
+            f"index {index_path} is damaged or not the one of its manifest:\n  "
+            + "\n  ".join(problems)
+            + f"\ncopy it again, or {fix}"
+        )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
@@ -17,19 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.model_files import check_weights, find_model, hash_model, list_module_files, name_model
-from search_r1.search.recipes import (
-    EncodingRecipe,
-    PartialRecipe,
-    StatedModel,
-    find_family,
-    resolve_recipe,
-)
+from search_r1.search.ranking import FloatArray
+from search_r1.search.recipes import EncoderSpec, EncodingRecipe, StatedModel, find_family, resolve_recipe
 from search_r1.search.stated_model import read_stated_model
 from serving.weights import copy_weights
-
-logger = logging.getLogger(__name__)
-
-FloatArray = npt.NDArray[np.float32]
 
 _POOLING_MODES = {
     "last": "lasttoken",
@@ -41,64 +30,39 @@ _POOLING_MODES = {
 class TextEncoder:
     """Encode queries and passages. Not thread-safe. fp32 on a CPU, fp16 on a GPU."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        retriever_name: str | None = None,
-        device: str | None = None,
-        use_fp16: bool | None = None,
-        max_length: int | None = None,
-        pooling: str | None = None,
-        query_prefix: str | None = None,
-        passage_prefix: str | None = None,
-        normalised: bool | None = None,
-    ) -> None:
-        """Raises RetrieverError when `path`, a folder or the name of a hub model, does not load.
+    def __init__(self, spec: EncoderSpec | str | Path, *, device: str | None = None) -> None:
+        """Load a model; a path or hub id is a spec without flags. `device` None: a GPU if there is one.
 
-        `retriever_name`: the model's family, for what its files do not say; None where its name tells it.
-        `device` None: a GPU if there is one. `use_fp16` None: on a GPU; it is never used on a CPU. The others
-        overrule the model's own configuration.
+        Raises RetrieverError when it does not load.
         """
-        folder = find_model(path, role="encoder")
-        self.path = str(path)
+        if not isinstance(spec, EncoderSpec):
+            spec = EncoderSpec(path=str(spec))
+        folder = find_model(spec.path, role="encoder")
         self.name = name_model(folder)
         stated = read_stated_model(folder)
         self.recipe: EncodingRecipe = resolve_recipe(
-            stated,
-            model_name=self.name,
-            retriever_name=retriever_name,
-            flags=PartialRecipe(
-                query_prefix=query_prefix,
-                passage_prefix=passage_prefix,
-                pooling=pooling,
-                max_length=max_length,
-                normalised=normalised,
-            ),
+            stated, model_name=self.name, family=spec.family, flags=spec.flags
         )
-        self.retriever_name = retriever_name or find_family(self.name)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        in_fp16 = self._device.type != "cpu" and use_fp16 is not False
-        self._model = _load_model(
-            folder,
-            stated=stated,
-            recipe=self.recipe,
-            device=self._device,
-            dtype=torch.float16 if in_fp16 else torch.float32,
-        )
+        self.family = spec.family or find_family(self.name)
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        in_fp16 = where.type != "cpu" and spec.use_fp16 is not False
+        dtype = torch.float16 if in_fp16 else torch.float32
+        self._model = _load_model(folder, stated=stated, recipe=self.recipe, device=where, dtype=dtype)
         self.dim: int = self._model.get_embedding_dimension()
-        self.sha256 = hash_encoder(folder, stated=stated)
+        transformer = folder / stated.modules[0][1]
+        sentence_configs = sorted(transformer.glob("sentence_*_config.json"))
+        # Of all files that the vectors depend on; what the recipe states is compared by itself.
+        self.sha256 = hash_model(transformer, further=[*sentence_configs, *list_module_files(folder)])
 
     def encode_queries(self, queries: Sequence[str], *, batch_size: int = 64) -> FloatArray:
-        """[queries, dim]"""
+        """Return [queries, dim]. Raises RetrieverError when a vector is not finite."""
         return self._encode(queries, prefix=self.recipe.query_prefix, batch_size=batch_size)
 
     def encode_passages(self, passages: Sequence[str], *, batch_size: int = 64) -> FloatArray:
-        """[passages, dim]"""
+        """Return [passages, dim]. Raises RetrieverError when a vector is not finite."""
         return self._encode(passages, prefix=self.recipe.passage_prefix, batch_size=batch_size)
 
     def _encode(self, texts: Sequence[str], *, prefix: str, batch_size: int) -> FloatArray:
-        """Batches are of like length; raises RetrieverError when a vector is not finite."""
         if not texts:
             return np.empty((0, self.dim), dtype=np.float32)
         # An empty prompt and no prompt differ: without one the model's default prompt would be used.
@@ -111,13 +75,13 @@ class TextEncoder:
                 f"encoder {self.name} makes a vector that is not finite of {texts[row][:80]!r}; "
                 "in fp16 some models overflow: use fp32"
             )
-        if self.recipe.normalised:
+        if self.recipe.normalized:
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
         return vectors
 
 
 def silence_transformers() -> None:
-    """No progress bars, and no tables of missing weights: whoever loads a model here refuses those."""
+    """Turn off progress bars and tables of missing weights: models with those are refused here."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -127,7 +91,7 @@ class _WholeTransformer(Transformer):
 
     def _load_model(self, *args: object, **model_kwargs: object) -> torch.nn.Module:
         model, report = super()._load_model(*args, output_loading_info=True, **model_kwargs)
-        # No pooling here has a use for the pooler, so encoders come without one; all else would be random.
+        # No pooling here uses the pooler, so encoders come without one.
         absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
         absent += sorted(str(key) for key in report["mismatched_keys"])
         if absent:
@@ -138,7 +102,7 @@ class _WholeTransformer(Transformer):
 def _load_model(
     folder: Path, *, stated: StatedModel, recipe: EncodingRecipe, device: torch.device, dtype: torch.dtype
 ) -> SentenceTransformer:
-    """Vectors are normalised by the caller, in fp32, so a module for that is left out."""
+    """Load all modules but the one that normalizes: `_encode` does that, in fp32."""
     silence_transformers()
     modules: list[torch.nn.Module] = []
     try:
@@ -152,9 +116,9 @@ def _load_model(
                 check_weights(folder / place, role="encoder")
                 library = Dense if kind == "Dense" else LayerNorm
                 modules.append(library.load(str(folder), subfolder=place, local_files_only=True))
+    except RetrieverError:
+        raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        if isinstance(error, RetrieverError):
-            raise
         first_line = (str(error).splitlines() or [""])[0]
         raise RetrieverError(
             f"encoder {folder} does not load ({first_line}); expected a Hugging Face model folder "
@@ -184,15 +148,8 @@ def _load_transformer(folder: Path, *, place: str, recipe: EncodingRecipe, dtype
 
 def _load_pooling(folder: Path, *, place: str, pooling: str, dim: int) -> Pooling:
     modes = tuple(_POOLING_MODES.get(name, name) for name in pooling.split("+"))
-    # A model that wants its prompt left out of the mean keeps that, whatever the flags say.
+    # A model that leaves its prompt out of the mean keeps that, whatever the flags are.
     include_prompt = True
     if place:
         include_prompt = Pooling.load(str(folder), subfolder=place, local_files_only=True).include_prompt
     return Pooling(dim, pooling_mode=modes, include_prompt=include_prompt)
-
-
-def hash_encoder(folder: Path, *, stated: StatedModel) -> str:
-    """One hash of all files that the vectors depend on; what the recipe says is not among them."""
-    transformer = folder / stated.modules[0][1]
-    sentence_configs = sorted(transformer.glob("sentence_*_config.json"))
-    return hash_model(transformer, further=[*sentence_configs, *list_module_files(folder)])

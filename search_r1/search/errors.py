@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RetrieverError(ValueError):
-    """Corpus, encoder or index is missing, malformed or does not fit: names what, where and the fix."""
+    """Corpus, encoder or index is missing, malformed or does not fit; the message names the fix."""
 
 
 class ChangedFileError(RetrieverError):

@@ -1,4 +1,4 @@
-"""Faiss files: what is in them, and their search where Faiss does it best (lists, graphs, bits, GPUs).
+"""Faiss files: write one from a stream of vectors, read what is in one, search one. The only Faiss import.
 
 Every kind stays memory-mapped with IO_FLAG_MMAP_IFC of Faiss 1.15; IO_FLAG_MMAP maps inverted lists only.
 """
@@ -6,58 +6,172 @@ Every kind stays memory-mapped with IO_FLAG_MMAP_IFC of Faiss 1.15; IO_FLAG_MMAP
 from __future__ import annotations
 
 import mmap as memory_map
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
-from search_r1.search.clustering import find_nearest
 from search_r1.search.errors import RetrieverError
-from search_r1.search.kinds import SCANNED_KINDS, IndexKind, SearchOptions
-from search_r1.search.ranking import FloatArray, RowArray, order_hits
+from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions
+from search_r1.search.ranking import (
+    FloatArray,
+    RowArray,
+    VectorSource,
+    order_hits,
+    read_blocks,
+    sample_vectors,
+)
+from serving.files import replacing_file
 
 FAISS_VERSION: str = faiss.__version__
 
+_BLOCK_BYTES = 1 << 26
+"""Of a block of float32 vectors while an index is written."""
+_SCALAR_SAMPLE_ROWS = 100_000
+_ROWS_PER_CENTROID = 48
+_EF_CONSTRUCTION = 80
 _SCALAR_KINDS = {
     faiss.ScalarQuantizer.QT_fp16: IndexKind.FP16,
     faiss.ScalarQuantizer.QT_8bit: IndexKind.SQ8,
 }
-_GPU_KINDS = (IndexKind.FLAT, IndexKind.IVF, IndexKind.IVF_PQ)
-_SUPPORTED = (
-    "IndexFlatIP, IndexScalarQuantizer of fp16 or 8 bits, IndexIVFFlat, IndexIVFScalarQuantizer, IndexIVFPQ,"
-    " IndexHNSWFlat, IndexHNSWSQ and IndexLSH"
-)
+_GPU_KINDS = (IndexKind.FLAT, IndexKind.IVF_PQ)
+_SUPPORTED = "IndexFlatIP, IndexScalarQuantizer of fp16 or 8 bits, IndexIVFPQ, IndexHNSWFlat and IndexHNSWSQ"
 
 
 def set_num_threads(count: int) -> None:
-    """Of Faiss in the whole process."""
+    """Set the threads of Faiss and of its matrix products in the whole process."""
     faiss.omp_set_num_threads(count)
+    threadpool_limits(count, user_api="blas")
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count or before)
+    try:
+        # Training codebooks takes thousands of small matrix products, which more threads make slower.
+        with threadpool_limits(count or 1, user_api="blas"):
+            yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def write_index(
+    vectors: VectorSource,
+    path: Path,
+    *,
+    options: IndexOptions,
+    num_threads: int | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+) -> IndexOptions:
+    """Write an index, complete or not at all; return the options with the factory string that was used.
+
+    Trains on a sample and adds block after block: memory holds the index, the sample and one block, never all
+    vectors. The same vectors and options give the same file, except `hnsw` with more than one thread.
+    `report(phase, done, total)`. Raises RetrieverError for what cannot be built.
+    """
+    if len(vectors.shape) != 2:
+        raise RetrieverError(f"vectors have shape {tuple(vectors.shape)}, expected (rows, dim)")
+    report = report or (lambda *_: None)
+    options = options.resolve(*vectors.shape)
+    with _threads(num_threads):
+        index = _make_trained(vectors, options, report)
+        _add(index, vectors, report)
+    report("write index", 0, 1)
+    with replacing_file(path) as partial:
+        faiss.write_index(index, str(partial))
+        if read_kind(partial) is not options.kind:
+            raise RetrieverError(
+                f"index {path} does not read back as {options.kind}; this Faiss is not supported"
+            )
+    report("write index", 1, 1)
+    return options
+
+
+def _make_trained(
+    vectors: VectorSource, options: IndexOptions, report: Callable[[str, int, int], None]
+) -> faiss.Index:
+    """Return the empty index, trained on a sample where its kind needs it."""
+    num_rows, dim = vectors.shape
+    try:
+        index = faiss.index_factory(dim, options.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise RetrieverError(
+            f"Faiss cannot make an index {options.factory!r} of dimension {dim}: {_first_line(error)}"
+        ) from error
+    if isinstance(index, faiss.IndexHNSW):
+        index.hnsw.efConstruction = _EF_CONSTRUCTION
+    if isinstance(index, faiss.IndexIVFPQ):
+        index.do_polysemous_training = False  # takes minutes, for a search mode that is not used here
+        # Else Faiss prints a warning for every codebook of a small index.
+        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+    if not index.is_trained:
+        num_lists = index.nlist if isinstance(index, faiss.IndexIVF) else 0
+        report("train index", 0, 1)
+        sample = sample_vectors(vectors, max_rows=max(_SCALAR_SAMPLE_ROWS, _ROWS_PER_CENTROID * num_lists))
+        try:
+            index.train(sample)
+        except RuntimeError as error:  # fewer vectors than centroids
+            raise RetrieverError(
+                f"Faiss cannot train {options.factory!r} on {num_rows} vectors: {_first_line(error)}"
+            ) from error
+        report("train index", 1, 1)
+    return index
+
+
+def _add(index: faiss.Index, vectors: VectorSource, report: Callable[[str, int, int], None]) -> None:
+    num_rows, dim = vectors.shape
+    if isinstance(index, faiss.IndexFlatCodes):
+        # A vector that grows holds up to three times its size; one that has been this large keeps the room.
+        index.codes.resize(num_rows * int(index.code_size))
+        index.codes.resize(0)
+    for first, block in read_blocks(vectors, num_rows=max(1, _BLOCK_BYTES // (4 * dim))):
+        index.add(block)
+        report("add vectors", first + len(block), num_rows)
 
 
 def read_kind(path: Path) -> IndexKind:
-    """Raises RetrieverError when the file is no Faiss index or of a kind or metric not searched here."""
+    """Return the kind of a file. Raises RetrieverError if it is no Faiss index or not one searched here."""
     return _classify(_read(path, mmap=True), path)
 
 
-class CodeRows:
-    """Whole vectors of a `flat`, `fp16` or `sq8` file, read block by block or row by row."""
+class StoredVectors:
+    """The whole vectors of a `flat`, `fp16` or `sq8` file: a VectorSource and VectorRows."""
 
-    def __init__(self, codec: faiss.IndexFlatCodes, *, codes: npt.NDArray[np.uint8], kind: IndexKind) -> None:
-        """`codes`: [rows, bytes] as Faiss encodes them; `codec` decodes them."""
-        self.kind = kind
-        self.dim = int(codec.d)
-        self._codec = codec
-        self._codes = codes
+    def __init__(self, path: Path, *, mmap: bool = True) -> None:
+        """Raises RetrieverError when the file does not hold whole vectors or is truncated."""
+        self._codec = _read(path, mmap=True)
+        self.kind = _classify(self._codec, path)
+        if self.kind not in SCANNED_KINDS:
+            raise RetrieverError(f"index {path} is of kind {self.kind}, which does not hold whole vectors")
+        count, code_size = int(self._codec.ntotal), int(self._codec.code_size)
+        if int(self._codec.codes.size()) != count * code_size:
+            raise RetrieverError(
+                f"index {path} is damaged: its header names {count} vectors, it holds others; rebuild it"
+            )
+        self.dim = int(self._codec.d)
+        self._codes = _map_tail(path, num_bytes=count * code_size, mmap=mmap).reshape(count, code_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, dim)"""
+        return len(self._codes), self.dim
 
     def __len__(self) -> int:
         return len(self._codes)
 
-    def read(self, start: int, stop: int, *, out: FloatArray) -> FloatArray:
-        """Rows `start` to `stop` [stop - start, dim]: a view of the file or what was decoded into `out`.
+    def __getitem__(self, rows: slice) -> FloatArray:
+        """Return [rows, dim], decoded."""
+        return self._codec.sa_decode(np.ascontiguousarray(self._codes[rows]))
 
-        The view may start at any byte: only torch takes such memory as it is.
+    def read(self, start: int, stop: int, *, out: FloatArray) -> FloatArray:
+        """Return rows `start` to `stop` [stop - start, dim]: a view of the file, or decoded into `out`.
+
+        The view may start at any byte: only torch accepts such memory as it is.
         """
         codes = self._codes[start:stop]
         if self.kind is IndexKind.FLAT:
@@ -65,70 +179,23 @@ class CodeRows:
         return self._codec.sa_decode(codes, out[: stop - start])
 
     def gather(self, rows: RowArray) -> FloatArray:
-        """[len(rows), dim]"""
+        """Return [len(rows), dim]."""
         return self._codec.sa_decode(self._codes[rows]) if len(rows) else np.empty((0, self.dim), np.float32)
 
 
-def open_rows(path: Path, *, mmap: bool, scattered: bool = False) -> CodeRows:
-    """Raises RetrieverError when the file does not hold whole vectors or is cut short.
-
-    `scattered`: rows will be read here and there, so that reading ahead would waste the disk.
-    """
-    codec, kind = _open_codec(path)
-    count, code_size = int(codec.ntotal), int(codec.code_size)
-    codes = _map_tail(path, num_bytes=count * code_size, mmap=mmap, scattered=scattered)
-    return CodeRows(codec, codes=codes.reshape(count, code_size), kind=kind)
-
-
-class StoredVectors:
-    """The same as a VectorSource: read from the file and not mapped, so that memory holds one block."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises RetrieverError when the file does not hold whole vectors or is cut short."""
-        self._codec, _ = _open_codec(path)
-        self._path = path
-        self._code_size = int(self._codec.code_size)
-        self.shape = (int(self._codec.ntotal), int(self._codec.d))
-        self._offset = path.stat().st_size - self.shape[0] * self._code_size
-
-    def __getitem__(self, rows: slice) -> FloatArray:
-        """[rows, dim]"""
-        start, stop, step = rows.indices(self.shape[0])
-        codes = np.fromfile(
-            self._path,
-            dtype=np.uint8,
-            count=max(0, stop - start) * self._code_size,
-            offset=self._offset + start * self._code_size,
-        )
-        return self._codec.sa_decode(codes.reshape(-1, self._code_size))[::step]
-
-
-def _open_codec(path: Path) -> tuple[faiss.IndexFlatCodes, IndexKind]:
-    """The mapped index of a file that holds whole vectors, none missing."""
-    index = _read(path, mmap=True)
-    kind = _classify(index, path)
-    if kind not in SCANNED_KINDS:
-        raise RetrieverError(f"index {path} is of kind {kind}, which does not hold whole vectors")
-    if int(index.codes.size()) != int(index.ntotal) * int(index.code_size):
-        raise RetrieverError(
-            f"index {path} is damaged: it announces {index.ntotal} vectors and holds others; rebuild it"
-        )
-    return index, kind
-
-
-def _map_tail(path: Path, *, num_bytes: int, mmap: bool, scattered: bool) -> npt.NDArray[np.uint8]:
-    """The last `num_bytes` of a file: there Faiss writes the codes."""
+def _map_tail(path: Path, *, num_bytes: int, mmap: bool) -> npt.NDArray[np.uint8]:
+    """Return the last `num_bytes` of a file, where Faiss writes the codes."""
     offset = path.stat().st_size - num_bytes
     if not mmap:
         return np.fromfile(path, dtype=np.uint8, offset=offset, count=num_bytes)
     with path.open("rb") as file:
         mapped = memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ)
-    mapped.madvise(memory_map.MADV_RANDOM if scattered else memory_map.MADV_SEQUENTIAL)
+    mapped.madvise(memory_map.MADV_SEQUENTIAL)
     return np.frombuffer(mapped, dtype=np.uint8, offset=offset, count=num_bytes)
 
 
 class FaissIndex:
-    """An index that Faiss searches."""
+    """A VectorIndex that Faiss searches."""
 
     def __init__(
         self, index: faiss.Index, *, kind: IndexKind, search: SearchOptions, device: str, mmap: bool
@@ -137,85 +204,50 @@ class FaissIndex:
         self.dim = int(index.d)
         self._index = index
         self._search = search
-        self._device = device
-        self._mmap = mmap
-        self._lists = _read_lists(index, search) if kind in (IndexKind.IVF, IndexKind.IVF_PQ) else None
-        if self._lists is not None:
-            index.nprobe = self._lists.nprobe
+        self._facts: dict[str, str | int] = {"device": device, "mmap": int(mmap)}
+        if kind is IndexKind.IVF_PQ:
+            index.nprobe = search.choose_nprobe(int(index.nlist))
+            self._facts |= {"num_lists": int(index.nlist), "nprobe": int(index.nprobe)}
+        if kind is IndexKind.HNSW:
+            self._facts["ef_search"] = search.choose_ef_search(1)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
     def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, RowArray]:
-        """As VectorIndex; of a `binary` index the scores are Hamming distances, negated."""
+        """Search as VectorIndex does. Raises RetrieverError when the index is damaged."""
         num_found = min(topk, len(self))
-        if not len(vectors) or not num_found:
-            return order_hits(
-                np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64), topk=topk
-            )
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        scores, rows = self._find(vectors, num_found)
+        if not len(vectors) or not num_found:
+            shape = (len(vectors), 0)
+            return order_hits(np.empty(shape, np.float32), np.empty(shape, np.int64), topk=topk)
+        parameters = None
+        if self.kind is IndexKind.HNSW:
+            parameters = faiss.SearchParametersHNSW(efSearch=self._search.choose_ef_search(num_found))
+        scores, rows = self._index.search(vectors, num_found, params=parameters)
         if rows.min() < -1 or rows.max() >= len(self):
             wrong = rows[(rows < -1) | (rows >= len(self))][0]
             raise RetrieverError(
-                f"index is damaged: it found row {wrong} of {len(self)}; look at it with index verify,"
-                " and copy or build it again"
+                f"index is damaged: it found row {wrong} of {len(self)}; check it with `index verify`, and "
+                "copy or build it again"
             )
-        return order_hits(-scores if self.kind is IndexKind.BINARY else scores, rows, topk=topk)
+        return order_hits(scores, rows, topk=topk)
 
     def describe(self) -> dict[str, str | int]:
-        facts: dict[str, str | int] = {
-            "kind": str(self.kind),
-            "count": len(self),
-            "dim": self.dim,
-            "device": self._device,
-            "mmap": int(self._mmap),
-        }
-        if self._lists is not None:
-            facts |= {"num_lists": self._lists.count, "nprobe": self._lists.nprobe}
-        if self.kind is IndexKind.HNSW:
-            facts["ef_search"] = self._search.choose_ef_search(1)
-        return facts
-
-    def _find(self, vectors: FloatArray, num_found: int) -> tuple[FloatArray, RowArray]:
-        if self.kind is IndexKind.HNSW:
-            parameters = faiss.SearchParametersHNSW(efSearch=self._search.choose_ef_search(num_found))
-            return self._index.search(vectors, num_found, params=parameters)
-        if self._lists is None or self._lists.centroids is None:
-            return self._index.search(vectors, num_found)
-        near, lists = find_nearest(vectors, self._lists.centroids, num_found=self._lists.nprobe)
-        return self._index.search_preassigned(vectors, num_found, lists, near)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lists:
-    """Of an inverted file."""
-
-    count: int
-    nprobe: int
-    centroids: FloatArray | None
-    """None: only Faiss can find the lists (they are not in a flat index, or on a GPU)."""
-
-
-def _read_lists(index: faiss.Index, search: SearchOptions) -> _Lists:
-    count = int(index.nlist)
-    on_cpu = isinstance(index, faiss.IndexIVF) and isinstance(
-        faiss.downcast_index(index.quantizer), faiss.IndexFlat
-    )
-    centroids = index.quantizer.reconstruct_n(0, count) if on_cpu else None
-    return _Lists(count=count, nprobe=search.choose_nprobe(count), centroids=centroids)
+        """Return kind, size and what the answers depend on."""
+        return {"kind": str(self.kind), "count": len(self), "dim": self.dim, **self._facts}
 
 
 def open_faiss(path: Path, *, mmap: bool, on_gpu: bool, search: SearchOptions) -> FaissIndex:
-    """Raises RetrieverError when the file cannot be read, or not be searched on a GPU."""
+    """Open a file for search by Faiss. Raises RetrieverError if it is unreadable or not for a GPU."""
     index = _read(path, mmap=mmap)
     kind = _classify(index, path)
     if not on_gpu:
         return FaissIndex(index, kind=kind, search=search, device="cpu", mmap=mmap)
     if kind not in _GPU_KINDS:
         raise RetrieverError(
-            f"index {path} is of kind {kind}; Faiss searches {', '.join(_GPU_KINDS)} on GPUs:"
-            " leave --faiss_gpu out, or use --index_device torch for fp16 and sq8"
+            f"index {path} is of kind {kind}; Faiss searches {', '.join(_GPU_KINDS)} on GPUs: "
+            "leave --faiss_gpu out, or use --index_device torch for fp16 and sq8"
         )
     return FaissIndex(_move_to_gpus(index), kind=kind, search=search, device="faiss_gpu", mmap=False)
 
@@ -225,25 +257,30 @@ def _read(path: Path, *, mmap: bool) -> faiss.Index:
     try:
         index = faiss.read_index(str(path), flags)
         if mmap and isinstance(index, faiss.IndexIVF):
-            # Reading the other way compares the lists with the length of the file, which this way does not.
+            # Reading with this flag compares the lists with the length of the file; the other does not.
             faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
         return index
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-        raise RetrieverError(f"index {path} is not a readable Faiss index ({reason}); rebuild it") from error
+        raise RetrieverError(
+            f"index {path} is not a readable Faiss index ({_first_line(error)}); rebuild it"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 def _classify(index: faiss.Index, path: Path) -> IndexKind:
     kind = _find_kind(index)
     if kind is None:
         raise RetrieverError(
-            f"index {path} is a Faiss {type(index).__name__}, which is not searched here; expected one of"
-            f" {_SUPPORTED}"
+            f"index {path} is a Faiss {type(index).__name__}, which is not searched here; expected one of "
+            f"{_SUPPORTED}"
         )
-    if kind is not IndexKind.BINARY and index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise RetrieverError(
-            f"index {path} has Faiss metric {index.metric_type}, expected inner_product"
-            f" ({faiss.METRIC_INNER_PRODUCT}); rebuild it"
+            f"index {path} has Faiss metric {index.metric_type}, expected inner_product "
+            f"({faiss.METRIC_INNER_PRODUCT}); rebuild it"
         )
     if not index.is_trained:
         raise RetrieverError(f"index {path} was never trained; rebuild it")
@@ -255,20 +292,16 @@ def _find_kind(index: faiss.Index) -> IndexKind | None:
         return _SCALAR_KINDS.get(index.sq.qtype)
     if isinstance(index, faiss.IndexIVFPQ):
         return IndexKind.IVF_PQ
-    if isinstance(index, faiss.IndexIVFFlat | faiss.IndexIVFScalarQuantizer):
-        return IndexKind.IVF
     if isinstance(index, faiss.IndexHNSWFlat | faiss.IndexHNSWSQ):
         return IndexKind.HNSW
-    if isinstance(index, faiss.IndexLSH):
-        return IndexKind.BINARY
     return IndexKind.FLAT if isinstance(index, faiss.IndexFlat) else None
 
 
 def _move_to_gpus(index: faiss.Index) -> faiss.Index:
     if faiss.get_num_gpus() == 0:
         raise RetrieverError(
-            "--faiss_gpu: this Faiss build sees no GPU; install a GPU build of Faiss,"
-            " use --index_device torch, or leave the flag out"
+            "--faiss_gpu: this Faiss build sees no GPU; install a GPU build of Faiss, "
+            "use --index_device torch, or leave the flag out"
         )
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True

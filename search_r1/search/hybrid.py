@@ -11,24 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Found, Hit, Outcome, Retriever, SearchFailure
 
 RRF_K = 60
 
 
 class HybridRetriever:
-    """Ask every part at once. A query that one part cannot answer has failed: never half a ranking."""
+    """Asks every part at once. A query that one part cannot answer has failed: there is no half ranking."""
 
     def __init__(self, parts: Sequence[Retriever], *, depth: int, rrf_k: int = RRF_K) -> None:
-        """`depth`: hits of each part that are looked at (more if more are asked for).
-
-        Raises RetrieverError for less than two parts.
-        """
-        if len(parts) < 2:
-            raise RetrieverError(f"a hybrid of {len(parts)} retrievers is none; expected at least two")
-        if depth < 1 or rrf_k < 0:
-            raise RetrieverError(f"depth {depth} and rrf_k {rrf_k}; expected at least 1 and at least 0")
+        """`depth`: hits of each part that are fused (more if more are asked for)."""
         self.max_batch = min(part.max_batch for part in parts)
         self.num_parallel_calls = min(part.num_parallel_calls for part in parts)
         self._parts = tuple(parts)
@@ -37,12 +29,12 @@ class HybridRetriever:
 
     @property
     def num_passages(self) -> int | None:
-        """None when the parts do not search the same number."""
+        """In the corpus; None when the parts do not search the same number."""
         numbers = {part.num_passages for part in self._parts}
         return numbers.pop() if len(numbers) == 1 else None
 
     def describe(self) -> Mapping[str, str | int | float | None]:
-        """Its own facts, and those of part n as `n.fact`."""
+        """Return its own facts, and those of part n as `n.fact`."""
         facts: dict[str, str | int | float | None] = {
             "retriever": "hybrid",
             "rrf_k": self._rrf_k,
@@ -53,6 +45,7 @@ class HybridRetriever:
         return facts
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        """Search every part and fuse the rankings. Raises what the first part raises."""
         depth = max(self._depth, topk)
         try:
             async with asyncio.TaskGroup() as group:
@@ -83,7 +76,7 @@ class HybridRetriever:
 
 
 def fuse_rankings(rankings: Sequence[Found], *, rrf_k: int = RRF_K) -> Found:
-    """All documents of the rankings, best first; of equals, the one with the better rank in some ranking.
+    """Return all documents of the rankings, best first; of equals, the one with the better rank in a ranking.
 
     Two hits are the same document when id and contents agree: several corpora may count from 0.
     """
@@ -99,7 +92,7 @@ def fuse_rankings(rankings: Sequence[Found], *, rrf_k: int = RRF_K) -> Found:
             shares.setdefault(key, {}).setdefault(number, 1 / (rrf_k + rank))
     # fsum: the sum does not depend on the order of the parts, so that equals are equal.
     scored = [(math.fsum(parts.values()), first_hits[key]) for key, parts in shares.items()]
-    scored.sort(key=lambda pair: -pair[0])  # stable: equals stay in the order they were met in
+    scored.sort(key=lambda pair: -pair[0])  # stable: equals keep the order of their first rank
     return tuple(Hit(document=hit.document, score=score) for score, hit in scored)
 
 

@@ -1,9 +1,9 @@
-"""The command `index`: plan, build, measure and verify indexes, and see what a retriever can give at best.
+"""The command `index`: plan, build and verify indexes, and measure what a retriever can give at best.
 
     index plan --n 21015324 --dim 768 --ram 16GB
     index build --corpus_path corpus.jsonl --model_path intfloat/e5-base-v2 --save_dir index
 
-Each command is a module with `add_arguments` and `run`, imported only when it is asked for: planning must not
+Each command is a module with `add_arguments` and `run`, imported only when it is asked for: planning need not
 wait for torch.
 """
 
@@ -15,7 +15,6 @@ import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 from search_r1.search.errors import RetrieverError
@@ -28,56 +27,45 @@ _INTERRUPTED = 130
 
 
 class CommandModule(Protocol):
-    """What the module of a command offers."""
+    """The module of a command."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the command's flags. Imports nothing heavy."""
         ...
 
     def run(self, settings: argparse.Namespace) -> int:
-        """Do it. Exit status; raises RetrieverError for what the user can mend."""
+        """Run the command and return its exit status. Raises RetrieverError for what the user can fix."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """A command by where it lives."""
-
-    module: str
-    meaning: str
-
-
-COMMANDS: Mapping[str, Command] = {
-    "plan": Command(
-        module="search_r1.search.plan",
-        meaning="size, memory, time and recall of every kind of index before any work, and which one to take",
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "plan": (
+        "search_r1.search.plan",
+        "disk and memory of every kind of index before any work, and which one to build",
     ),
-    "build": Command(
-        module="search_r1.search.index_builder",
-        meaning="encode a corpus and write its index; goes on where an interrupted build stopped",
+    "build": (
+        "search_r1.search.index_builder",
+        "encode a corpus and write its index; continues where an interrupted build stopped",
     ),
-    "recall": Command(
-        module="search_r1.search.recall",
-        meaning="how much of what exact search finds an index finds",
+    "verify": (
+        "search_r1.search.verify",
+        "read index and corpus whole and compare them with the manifest",
     ),
-    "verify": Command(
-        module="search_r1.search.verify",
-        meaning="read index and corpus whole and compare them with the manifest",
-    ),
-    "ceiling": Command(
-        module="search_r1.search.ceiling",
-        meaning="share of questions whose answer is in the passages that their text finds, at several depths",
+    "ceiling": (
+        "search_r1.search.ceiling",
+        "share of questions whose answer is in the passages that their text finds, at several depths",
     ),
 }
+"""Module and meaning by name."""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows defaults where there are some and the text does not tell them itself."""
+    """Shows defaults where there are some and the text does not state them itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        says_so = "default" in text if text else True
-        if says_so or default is None or default is False or default in ("", argparse.SUPPRESS):
+        is_stated = "default" in text if text else True
+        if is_stated or default is None or default is False or default in ("", argparse.SUPPRESS):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         return f"{text} (default {shown.replace('%', '%%')})"
@@ -91,10 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "%(asctime)s %(levelname)s %(message)s",
         quiet=("faiss", "faiss.loader", "httpx", "matplotlib", "sentence_transformers"),
     )
-    module = cast(CommandModule, importlib.import_module(COMMANDS[name].module))
+    path, meaning = COMMANDS[name]
+    module = cast(CommandModule, importlib.import_module(path))
     parser = argparse.ArgumentParser(
         prog=f"index {name}",
-        description=f"{COMMANDS[name].meaning.capitalize()}.",
+        description=f"{meaning.capitalize()}.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -110,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read_name(given: Sequence[str]) -> str:
-    """The command asked for; ends as argparse does on --help and on an unknown name, with the nearest one."""
+    """Return the command; ends as argparse does on --help and on an unknown name, with the nearest one."""
     parser = argparse.ArgumentParser(
         prog="index",
         description="Plan, build and examine the indexes of a retriever.",
@@ -118,8 +107,8 @@ def _read_name(given: Sequence[str]) -> str:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.meaning, add_help=False)
+    for name, (_, meaning) in COMMANDS.items():
+        commands.add_parser(name, help=meaning, add_help=False)
     if given and not given[0].startswith("-") and given[0] not in COMMANDS:
         near = difflib.get_close_matches(given[0], COMMANDS, n=1)
         guess = f": did you mean {near[0]}?" if near else ""

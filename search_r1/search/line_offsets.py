@@ -1,7 +1,7 @@
 """Where the lines of a file start, found once and kept beside it: `<file>.offsets.npy`, memory-mapped.
 
-The sidecar is a plain array of int64: seven entries that say which file it is about, then the start of every
-line and the end of the last one. It is believed only while size, time of change and fingerprint are the same.
+The sidecar is a plain array of int64: seven entries that tell which file it is about, then the start of every
+line and the end of the last one. It is valid only while size, time of change and fingerprint are the same.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from serving.files import replacing_file
 logger = logging.getLogger(__name__)
 
 Offsets: TypeAlias = npt.NDArray[np.int64]
+Report: TypeAlias = Callable[[int, int], None]
 
 SIDECAR_FROM_BYTES = 1 << 26
 """Smaller files are scanned at every opening, in a tenth of a second."""
 _VERSION = 1
 _HEADER = 7
-_CHECKED_AT = 2  # position in the header of: every line was parsed once and is well formed
+_CHECKED_AT = 2  # entry of the header: every line was parsed once and is well formed
 _CHUNK_BYTES = 1 << 24
 _CACHE = Path("~/.cache/inforeasoner/offsets")
 
 
 def find_line_starts(
-    path: Path, *, fingerprint: str, report: Callable[[int, int], None] | None = None
+    path: Path, *, fingerprint: str, report: Report | None = None
 ) -> tuple[Offsets, Path | None]:
-    """Line starts and the end of the file [lines + 1], and the sidecar they are in, if they are in one.
+    """Return line starts and the end of the file [lines + 1], and the sidecar that holds them, if any.
 
     The first time this reads the file (about a second per GB), later it opens the sidecar. Where neither the
-    file's folder nor the cache folder of the user can be written, the offsets stay in memory: 8 bytes a line.
-    `report(done, total)` in bytes, while it reads.
+    file's folder nor the user's cache folder can be written, the offsets stay in memory: 8 bytes a line.
+    `report(done, total)` in bytes.
     """
     if path.stat().st_size < SIDECAR_FROM_BYTES:
-        return _collect(path, report), None
+        return np.concatenate(list(_scan(path, report))), None
     header = _make_header(path, fingerprint)
     places = [path.with_name(path.name + ".offsets.npy")]
     with suppress(RuntimeError):  # a user without a home, as in some containers
         places.append(_locate_cached(path))
     for sidecar in places:
-        starts = _open_sidecar(sidecar, header=header)
-        if starts is not None:
+        if (starts := _open_sidecar(sidecar, header=header)) is not None:
             return starts, sidecar
     logger.info("indexing the lines of %s, once", path)
     for sidecar in places:
@@ -57,24 +57,22 @@ def find_line_starts(
         except OSError as error:
             logger.info("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
             continue
-        starts = _open_sidecar(sidecar, header=header)
-        if starts is not None:
+        if (starts := _open_sidecar(sidecar, header=header)) is not None:
             return starts, sidecar
+    folders = " and ".join(str(place.parent) for place in places)
     logger.warning(
-        "line offsets of %s stay in memory and are made again at every start: %s cannot be written",
-        path,
-        " and ".join(str(place.parent) for place in places),
+        "line offsets of %s stay in memory and are made at every start: %s cannot be written", path, folders
     )
-    return _collect(path, report), None
+    return np.concatenate(list(_scan(path, report))), None
 
 
 def is_checked(sidecar: Path | None) -> bool:
-    """Whether `mark_checked` was called for this content."""
+    """Tell whether `mark_checked` was called for this content."""
     return sidecar is not None and bool(np.load(sidecar, mmap_mode="r")[_CHECKED_AT])
 
 
 def mark_checked(sidecar: Path | None) -> None:
-    """Remember that every line is well formed. Where the sidecar cannot be written it is checked again."""
+    """Remember that every line is well formed, where the sidecar can be written."""
     if sidecar is None:
         return
     try:
@@ -98,7 +96,7 @@ def _make_header(path: Path, fingerprint: str) -> Offsets:
 
 
 def _open_sidecar(sidecar: Path, *, header: Offsets) -> Offsets | None:
-    """None unless it is there, whole, and about this very file."""
+    """Return None unless it is there, whole, and about this very file."""
     if not sidecar.is_file():
         return None
     try:
@@ -108,16 +106,14 @@ def _open_sidecar(sidecar: Path, *, header: Offsets) -> Offsets | None:
         return None
     if entries.dtype != np.int64 or entries.ndim != 1 or len(entries) < _HEADER + 2:
         return None
-    said = entries[:_HEADER].copy()
-    said[_CHECKED_AT] = 0
+    found = entries[:_HEADER].copy()
+    found[_CHECKED_AT] = 0
     starts: Offsets = entries[_HEADER:]
-    return starts if np.array_equal(said, header) and int(starts[-1]) == header[1] else None
+    return starts if np.array_equal(found, header) and int(starts[-1]) == header[1] else None
 
 
-def _write_sidecar(
-    path: Path, sidecar: Path, *, header: Offsets, report: Callable[[int, int], None] | None
-) -> None:
-    """Atomically, a chunk at a time: no more in memory for a larger file."""
+def _write_sidecar(path: Path, sidecar: Path, *, header: Offsets, report: Report | None) -> None:
+    """Write it a chunk at a time: memory does not grow with the file."""
     with replacing_file(sidecar) as partial, partial.open("wb") as file:
         _write_npy_header(file, 0)
         length = file.tell()
@@ -135,12 +131,8 @@ def _write_npy_header(file: BinaryIO, count: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
 
 
-def _collect(path: Path, report: Callable[[int, int], None] | None) -> Offsets:
-    return np.concatenate(list(_scan(path, report)))
-
-
-def _scan(path: Path, report: Callable[[int, int], None] | None) -> Iterator[Offsets]:
-    """The start of every line, then the end of the file, in pieces."""
+def _scan(path: Path, report: Report | None) -> Iterator[Offsets]:
+    """Yield the start of every line, then the end of the file, in pieces."""
     size = path.stat().st_size
     done, last = 0, 0
     yield np.zeros(1, dtype=np.int64)

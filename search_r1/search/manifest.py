@@ -1,31 +1,40 @@
-"""What an index was made of, written next to it, so that a wrong combination is refused and not searched."""
+"""What an index was made of, written beside it, so that a wrong combination is refused and not searched.
+
+e5_Flat.index.manifest.json     of a Faiss index
+index/bm25/bm25.json            of a BM25 index; it names the folder of tantivy's files that counts
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.fingerprint import FileFacts, fingerprint
+from search_r1.search.files import FileFacts
 from serving.files import write_json_atomically
 
-VERSION = 2
-VECTORS_SUFFIX = ".vectors"
-"""Of the file next to an `ivf_pq` or `binary` index with the vectors that rescore its candidates."""
+BM25_LANGUAGES = ("english", "none")
+"""Of the stemmer."""
+
+_FileName = Annotated[str, Field(pattern=r"^[^/]+$")]
+_Manifest = TypeVar("_Manifest", "IndexManifest", "Bm25Manifest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexManifest:
-    """The facts that corpus, encoder and index must agree on. No paths: the files may move together."""
+    """The facts that corpus, encoder and Faiss index must agree on. No paths: the files may move together."""
 
-    version: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    version: Literal[2] = 2
     kind: str
     parameters: dict[str, int | str]
-    """What the index was built with, every number set."""
+    """What the index was built with, such as its Faiss factory string."""
     retriever_name: str | None
-    """For the record, like the name of the encoder: what they decide is in the fields below."""
+    """Family of the encoder. For the record, like its name: what they decide is in the fields below."""
     encoder: str
     encoder_sha256: str
     pooling: str
@@ -33,116 +42,75 @@ class IndexManifest:
     passage_prefix: str
     max_length: int
     dim: int
-    metric: str
-    normalised: bool
+    metric: Literal["inner_product"] = "inner_product"
+    normalized: Annotated[bool, Field(alias="normalised")]
+    """Published files spell it with an s."""
     corpus: FileFacts
     count: int
     """Passages in corpus and index."""
-    files: dict[str, FileFacts]
-    """Every file of the index by its name; all lie in the folder of the manifest."""
+    files: dict[_FileName, FileFacts]
+    """The index file by its name, in the folder of the manifest."""
     faiss_version: str
     built_with: str
     """Version of this package. For the record, like that of Faiss."""
 
-    def save(self, index_path: Path) -> None:
-        """Write it next to the index, atomically."""
-        write_json_atomically(locate_manifest(index_path), asdict(self))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bm25Manifest:
+    """The facts that corpus and BM25 index must agree on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    version: Literal[1] = 1
+    kind: Literal["bm25"] = "bm25"
+    language: Literal["english", "none"]
+    analysis: int
+    """Grows when the same text gives other terms."""
+    k1: float
+    b: float
+    corpus: FileFacts
+    count: int
+    folder: Annotated[str, Field(pattern=r"^terms-[0-9]+$")]
+    """Of tantivy's files, beside this file."""
+    files: dict[_FileName, FileFacts]
+    """Every file in `folder`."""
+    tantivy_version: str
 
 
 def locate_manifest(index_path: Path) -> Path:
-    """`<index>.manifest.json`"""
+    """Return `<index>.manifest.json`."""
     return index_path.with_name(index_path.name + ".manifest.json")
 
 
+def locate_bm25_manifest(index_path: Path) -> Path:
+    """Return `<index>/bm25.json`."""
+    return index_path / "bm25.json"
+
+
+def save_manifest(manifest: IndexManifest | Bm25Manifest, path: Path) -> None:
+    """Write a manifest, complete or not at all."""
+    write_json_atomically(path, TypeAdapter(type(manifest)).dump_python(manifest, mode="json", by_alias=True))
+
+
 def load_manifest(index_path: Path) -> IndexManifest | None:
-    """None when there is no manifest. Raises RetrieverError when there is one that cannot be read."""
+    """Return the manifest of a Faiss index, None when there is none. Raises RetrieverError if broken."""
     path = locate_manifest(index_path)
-    if not path.exists():
-        return None
+    return _read(path, IndexManifest, fix="rebuild the index") if path.exists() else None
+
+
+def load_bm25_manifest(index_path: Path, *, rebuild: str) -> Bm25Manifest:
+    """Return the manifest of a BM25 index; `rebuild` is the command. Raises RetrieverError."""
+    path = locate_bm25_manifest(index_path)
+    if not path.is_file():
+        found = "is not a BM25 index (it has no bm25.json)" if index_path.exists() else "does not exist"
+        raise RetrieverError(f"BM25 index {index_path} {found}; build it: {rebuild}")
+    return _read(path, Bm25Manifest, fix=f"rebuild the index: {rebuild}")
+
+
+def _read(path: Path, kind: type[_Manifest], *, fix: str) -> _Manifest:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RetrieverError(f"index manifest {path} is not JSON ({error}); rebuild the index") from error
-    if not isinstance(entries, dict):
-        kind = type(entries).__name__
-        raise RetrieverError(f"index manifest {path} is a JSON {kind}, expected an object; rebuild the index")
-    version = entries.get("version", 1)
-    if version != VERSION:
-        raise RetrieverError(
-            f"index manifest {path} has version {version!r}, not {VERSION}; rebuild the index"
-        )
-    try:
-        return _read_entries(entries)
-    except (TypeError, ValueError) as error:
-        raise RetrieverError(f"index manifest {path} is malformed: {error}; rebuild the index") from error
-
-
-def list_changed_files(manifest: IndexManifest, index_path: Path) -> list[str]:
-    """One line for every file of the index that is missing or not the one that was built, by fingerprint."""
-    problems = []
-    main = index_path.name
-    if main not in manifest.files:
-        problems.append(f"files: {sorted(manifest.files)} were built, not {main}; give it its name again")
-    side = main + VECTORS_SUFFIX
-    if side not in manifest.files and index_path.with_name(side).exists():
-        problems.append(f"files.{side}: index was built without such a file, found one; take it away")
-    for name, facts in manifest.files.items():
-        path = index_path.with_name(name)
-        if not path.is_file():
-            problems.append(f"files.{name}: missing in {index_path.parent}; copy it there too")
-            continue
-        size = path.stat().st_size
-        if size != facts.bytes:
-            problems.append(f"files.{name}.bytes: index was built with {facts.bytes}, found {size}")
-        elif (found := fingerprint(path)) != facts.fingerprint:
-            problems.append(
-                f"files.{name}.fingerprint: index was built with {facts.fingerprint}, found {found}"
-            )
-    return problems
-
-
-_FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
-    "version": int,
-    "kind": str,
-    "parameters": dict,
-    "retriever_name": (str, type(None)),
-    "encoder": str,
-    "encoder_sha256": str,
-    "pooling": str,
-    "query_prefix": str,
-    "passage_prefix": str,
-    "max_length": int,
-    "dim": int,
-    "metric": str,
-    "normalised": bool,
-    "corpus": dict,
-    "count": int,
-    "files": dict,
-    "faiss_version": str,
-    "built_with": str,
-}
-
-
-def _read_entries(entries: dict[str, Any]) -> IndexManifest:
-    """Raises ValueError that names the first entry that is missing, unknown or of a wrong type."""
-    names = [field.name for field in fields(IndexManifest)]
-    if missing := [name for name in names if name not in entries]:
-        raise ValueError(f"{missing[0]!r} is missing")
-    if unknown := sorted(set(entries) - set(names)):
-        raise ValueError(f"{unknown[0]!r} is unknown")
-    for name, expected in _FIELD_TYPES.items():
-        if not isinstance(entries[name], expected):
-            raise ValueError(f"{name!r} is {entries[name]!r}")
-    files = {name: _read_facts(f"files.{name}", facts) for name, facts in entries["files"].items()}
-    if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"'files' names {outside[0]!r}, expected a bare file name")
-    return IndexManifest(**{**entries, "corpus": _read_facts("corpus", entries["corpus"]), "files": files})
-
-
-def _read_facts(name: str, entries: object) -> FileFacts:
-    expected = {field.name for field in fields(FileFacts)}
-    if not isinstance(entries, dict) or set(entries) != expected:
-        raise ValueError(f"{name!r} is {entries!r}, expected the keys {sorted(expected)}")
-    if not isinstance(entries["bytes"], int):
-        raise ValueError(f"'{name}.bytes' is {entries['bytes']!r}")
-    return FileFacts(**entries)
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        raise RetrieverError(f"manifest {path} is malformed: {field}: {problem['msg']}; {fix}") from error

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: where they are, what is refused in them, which one it is."""
+"""Folders of sentence encoders and rerankers: where they are, what they consist of, which one it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sen
 
 
 def find_model(path: str | Path, *, role: str) -> Path:
-    """The folder of `path`, itself a folder or the name of a hub model, which is fetched unless cached.
+    """Return the folder of a model: `path` itself, or that of a hub id, downloaded unless cached.
 
     `role` ("encoder") is for messages. Raises RetrieverError when there is no such model.
     """
@@ -27,7 +27,7 @@ def find_model(path: str | Path, *, role: str) -> Path:
 
 
 def name_model(folder: Path) -> str:
-    """The hub name where the folder is one of the hub's cache, else its last part: never a machine's path."""
+    """Return the hub id of a folder in the hub's cache, else the folder's name: never a machine's path."""
     folder = folder.resolve()
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
@@ -36,7 +36,7 @@ def name_model(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """An empty one when the file does not exist. Raises RetrieverError when it is not a JSON object."""
+    """Return a JSON object, empty when there is no file. Raises RetrieverError when it is something else."""
     if not path.is_file():
         return {}
     try:
@@ -57,7 +57,7 @@ def check_weights(folder: Path, *, role: str) -> None:
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]] | None:
-    """(class, folder) of what a text goes through, in order; folders relative to the model's.
+    """Return (class, folder) of the modules that a text passes, in order; folders relative to the model's.
 
     None when there is no modules.json, as in a plain transformer. Raises RetrieverError for a broken one.
     """
@@ -75,7 +75,7 @@ def read_modules(folder: Path) -> list[tuple[str, str]] | None:
 
 
 def list_module_files(folder: Path) -> list[Path]:
-    """Configuration and weights of the modules behind the first, which have folders of their own."""
+    """Return configuration and weights of the modules after the first, which have folders of their own."""
     places = [place for _, place in (read_modules(folder) or [])[1:] if place]
     return [
         file
@@ -86,7 +86,7 @@ def list_module_files(folder: Path) -> list[Path]:
 
 
 def hash_model(folder: Path, *, further: Sequence[Path] = ()) -> str:
-    """One hash of weights, configuration and tokenizer in `folder`, and of the `further` files.
+    """Return one hash of weights, configuration and tokenizer in `folder`, and of the `further` files.
 
     Files are hashed, not tensors, because those depend on the device's precision.
     """

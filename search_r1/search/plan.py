@@ -1,172 +1,153 @@
-"""What every kind of index would cost, before any work: disk, memory, time, recall; and which one to take.
+"""`index plan`: disk and memory of every kind of index by formula, before any work.
 
-    index plan --n 21015324 --dim 768 --ram 16GB
-
-Sizes are formulas that tests check against built indexes. Times are estimates from stated rates of one core.
+index plan --n 21015324 --dim 768 --ram 16GB
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import dataclass
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.estimates import (
-    BATCH,
-    PlanRow,
-    Rates,
-    Recommendation,
-    estimate,
-    plan,
-    recommend,
-    show_seconds,
-)
-from search_r1.search.kinds import parse_options
-from search_r1.search.sizes import parse_bytes, show_bytes
+from search_r1.search.kinds import IndexKind, IndexOptions, parse_options
 
-_MIN_WIDTH = 120
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_COMPONENT_BYTES = {"Flat": 4, "SQfp16": 2, "SQ8": 1}
+_PROCESS_BYTES = 1_500_000_000
+"""Of a process with torch, Faiss, a query encoder of BERT-base's size and one block of vectors."""
+_USABLE_SHARE = 0.9
+"""Of the RAM; the rest is for the system."""
+_TRAINING_ROWS_PER_LIST = 48
+# Best recall first; hnsw comes last because its recall depends most on the data.
+_ORDER = (IndexKind.FLAT, IndexKind.FP16, IndexKind.SQ8, IndexKind.IVF_PQ, IndexKind.HNSW)
+_RECALL = {
+    IndexKind.FLAT: "exact",
+    IndexKind.FP16: ">= 0.99",
+    IndexKind.SQ8: ">= 0.95",
+    IndexKind.IVF_PQ: "0.7 - 0.95",
+    IndexKind.HNSW: "0.8 - 0.99",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """All that is printed."""
+class PlanRow:
+    """The cost of one kind of index, in bytes."""
 
-    num_vectors: int
-    dim: int
-    ram_bytes: int
-    threads: int
-    rates: Rates
-    measured: bool
-    rows: Sequence[PlanRow]
-    recommendation: Recommendation
-    names: Sequence[str]
-    """Of the rows, as the user called them."""
+    options: IndexOptions
+    disk: int
+    """Of the finished file. What queries read of it must fit in memory for them to be fast."""
+    build: int
+    """Peak memory of the process that builds it from encoded vectors."""
 
     @property
-    def command(self) -> str | None:
-        """That builds the recommended kind."""
-        if self.recommendation.row is None:
-            return None
-        name = self.names[self.rows.index(self.recommendation.row)]
-        return f"index build --corpus_path CORPUS.jsonl --model_path ENCODER --save_dir index --kind {name}"
+    def memory(self) -> int:
+        """Of a server whose index is in memory."""
+        return self.disk + _PROCESS_BYTES
+
+    def fits(self, ram_bytes: int) -> bool:
+        """Tell whether the index can be built and served in so much RAM."""
+        return max(self.memory, self.build) <= _USABLE_SHARE * ram_bytes
+
+
+def estimate(options: IndexOptions, num_vectors: int, dim: int) -> PlanRow:
+    """Return the cost of an index. Raises RetrieverError for what cannot be built."""
+    options = options.resolve(num_vectors, dim)
+    factory = options.factory or ""
+    training = 4 * dim * min(num_vectors, 100_000)
+    if found := re.match(r"IVF(\d+).*PQ(\d+)(?:x(\d+))?$", factory):
+        num_lists, num_parts, bits = int(found[1]), int(found[2]), int(found[3] or 8)
+        # Code and id of 8 bytes per vector, centroids of the lists, codebooks.
+        disk = num_vectors * ((num_parts * bits + 7) // 8 + 8) + num_lists * (4 * dim + 8) + 4 * 2**bits * dim
+        training = 4 * dim * min(num_vectors, max(100_000, _TRAINING_ROWS_PER_LIST * num_lists))
+        return PlanRow(options=options, disk=disk, build=2 * disk + training + _PROCESS_BYTES)
+    if found := re.match(r"HNSW(\d+)[,_]?(.*)", factory):
+        links = int(found[1])
+        stored = dim * _COMPONENT_BYTES.get(found[2] or "Flat", 4)
+        # 2 M links in the lowest layer, M in each of 1 / (M - 1) others on average, offset and level.
+        disk = int(num_vectors * (stored + 4 * (2 * links + links / max(1, links - 1)) + 12))
+        return PlanRow(options=options, disk=disk, build=2 * disk + training + _PROCESS_BYTES)
+    disk = num_vectors * dim * _COMPONENT_BYTES.get(factory, 4)
+    return PlanRow(options=options, disk=disk, build=disk + training + _PROCESS_BYTES)
+
+
+def recommend(rows: list[PlanRow], ram_bytes: int) -> PlanRow | None:
+    """Return the first row of the best recall that fits, None where nothing does."""
+    return next((row for row in rows if row.fits(ram_bytes)), None)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of `16GB` (16 * 10^9) or `16GiB` (16 * 2^30). Raises RetrieverError for any other."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) <= 0:
+        raise RetrieverError(
+            f"--ram {text!r} is not clear; write for example 16GB (10^9 bytes) or 16GiB (2^30 bytes)"
+        )
+    return int(float(found[1]) * unit)
+
+
+def show_bytes(count: float) -> str:
+    """Write a size in decimal units, as disks are sold: `64.6 GB`."""
+    for unit in ("TB", "GB", "MB", "KB"):
+        if count >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:.1f} {unit}"
+    return f"{int(count)} B"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `index plan`."""
+    """Add the flags of `index plan`."""
     add = parser.add_argument
     add("--n", required=True, type=int, help="number of passages")
     add("--dim", default=768, type=int, help="dimension of the encoder's vectors")
     add("--ram", default=None, help="of the machine, such as 16GB (10^9) or 16GiB (2^30); else this one's")
-    add("--threads", default=os.cpu_count() or 1, type=int, help="cores that search and build")
-    add("--batch_s", default=2.0, type=float, help=f"seconds that {BATCH} queries together may take")
-    add(
-        "--kind",
-        default=None,
-        action="append",
-        help="only this one, or IVF16384,PQ64 and the like; repeatable",
-    )
-    add("--measure", action="store_true", help="measure the rates of this machine first (half a minute)")
-    add("--json", action="store_true", help="print JSON and no table")
+    add("--kind", action="append", help="only this one, or IVF16384,PQ64 and the like; repeatable")
 
 
 def run(settings: argparse.Namespace) -> int:
-    """Print the table and the recommendation; exit status 1 when nothing fits. Raises RetrieverError."""
-    for name in ("n", "dim", "threads", "batch_s"):
-        if getattr(settings, name) <= 0:
-            raise RetrieverError(f"--{name} must be greater than 0, got {getattr(settings, name)}")
-    ram = parse_bytes(settings.ram) if settings.ram else _read_ram()
-    rates = Rates()
-    if settings.measure:
-        from search_r1.search.rates import measure_rates
-
-        rates = measure_rates(settings.dim)
-    size, threads = (settings.n, settings.dim), settings.threads
-    if settings.kind:
-        rows = [estimate(parse_options(name), *size, threads=threads, rates=rates) for name in settings.kind]
-    else:
-        rows = plan(*size, threads=threads, rates=rates)
-    made = _Plan(
-        num_vectors=settings.n,
-        dim=settings.dim,
-        ram_bytes=ram,
-        threads=threads,
-        rates=rates,
-        measured=settings.measure,
-        rows=rows,
-        recommendation=recommend(rows, ram, batch_s=settings.batch_s),
-        names=settings.kind or [row.kind for row in rows],
-    )
-    if settings.json:
-        _print_json(made)
-    else:
-        _print_table(made)
-    return 0 if made.recommendation.kind else 1
-
-
-def _print_json(made: _Plan) -> None:
-    facts = {
-        "n": made.num_vectors,
-        "dim": made.dim,
-        "ram_bytes": made.ram_bytes,
-        "threads": made.threads,
-        "batch": BATCH,
-        "rates_per_core": asdict(made.rates),
-        "rates_measured_here": made.measured,
-        "kinds": [asdict(row) for row in made.rows],
-        "recommended": made.recommendation.kind,
-        "reason": made.recommendation.reason,
-        "command": made.command,
-    }
-    sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-
-
-def _print_table(made: _Plan) -> None:
+    """Print the table and a recommendation; exit status 1 when nothing fits. Raises RetrieverError."""
     from rich.console import Console
     from rich.table import Table
 
+    for name in ("n", "dim"):
+        if getattr(settings, name) <= 0:
+            raise RetrieverError(f"--{name} must be greater than 0, got {getattr(settings, name)}")
+    ram = (
+        parse_bytes(settings.ram)
+        if settings.ram
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    kinds = [parse_options(name) for name in settings.kind or _ORDER]
+    rows = [estimate(options, settings.n, settings.dim) for options in kinds]
+    chosen = recommend(rows, ram)
+    table = Table(title=f"{settings.n:,} vectors of {settings.dim} dimensions")
+    for name in ("kind", "Faiss factory", "disk", "memory", "memory to build", "recall@3 (expected)"):
+        table.add_column(name, justify="left" if name in ("kind", "Faiss factory") else "right")
+    for row in rows:
+        kind = row.options.kind
+        sizes = map(show_bytes, (row.disk, row.memory, row.build))
+        style = "bold" if row is chosen else None
+        table.add_row(kind, row.options.factory, *sizes, _RECALL[kind], style=style)
     console = Console()
-    console.width = max(console.width, _MIN_WIDTH)
-    table = Table(title=f"{made.num_vectors:,} vectors of {made.dim} dimensions, cores: {made.threads}")
-    names = ("kind", "disk", "memory", "at least", "build peak", "build*", "1 query*", f"{BATCH} queries*")
-    for name in names:
-        table.add_column(name, justify="left" if name == "kind" else "right", no_wrap=True)
-    table.add_column("recall@3*", no_wrap=True)
-    for row in made.rows:
-        sizes = (row.disk_bytes, row.memory_bytes, row.mapped_bytes, row.build_peak_bytes)
-        times = (row.build_s, row.query_s, row.batch_s)
-        chosen = row is made.recommendation.row
-        cells = (row.kind, *map(show_bytes, sizes), *map(show_seconds, times), row.recall)
-        table.add_row(*cells, style="bold" if chosen else None)
     console.print(table)
-    console.print(_explain_columns(made))
-    recommended = made.recommendation
     console.print(
-        f"\nwith {show_bytes(made.ram_bytes)} ({made.ram_bytes / 2**30:.1f} GiB) of RAM:"
-        f" {recommended.kind or 'nothing'}. {recommended.reason}"
+        "memory: process and index with all that queries read in memory; mapped files work with less and "
+        "read the disk. While an index is built, the encoded vectors are on disk beside it: "
+        f"{show_bytes(4 * settings.n * settings.dim)}. `index build` measures the recall at its end.",
+        soft_wrap=True,
     )
-    if made.command:
-        console.print(f"build it: {made.command}", soft_wrap=True)
-
-
-def _explain_columns(made: _Plan) -> str:
-    source = "measured here" if made.measured else "assumed (--measure measures them here)"
-    shown = ", ".join(f"{field.name} {getattr(made.rates, field.name):.2g}" for field in fields(made.rates))
-    return (
-        "Sizes are formulas, checked against built indexes; GB are 10^9 bytes. memory: process and index,"
-        " when all that queries read is in memory. at least: what the process cannot give back while the file"
-        " is memory-mapped; with no more than that every query reads the disk. build peak: of the process"
-        " that builds from encoded vectors; until it is done these lie on the disk beside the index,"
-        f" {show_bytes(4 * made.num_vectors * made.dim)}.\n"
-        "* Estimates. build: without encoding the passages, which without a GPU takes far longer than all of"
-        f" this. Rates of one core in a second, {source}: {shown}. recall@3: expected of embeddings of text;"
-        " `index recall` measures it."
+    if chosen is None:
+        smallest = min(max(row.memory, row.build) for row in rows) / _USABLE_SHARE
+        console.print(
+            f"With {show_bytes(ram)} of RAM nothing fits; the smallest needs {show_bytes(smallest)}."
+        )
+        return 1
+    name = (settings.kind or list(_ORDER))[rows.index(chosen)]
+    console.print(f"With {show_bytes(ram)} of RAM: {name}. Build it:")
+    console.print(
+        f"index build --corpus_path CORPUS.jsonl --model_path ENCODER --save_dir index --kind {name}",
+        soft_wrap=True,
     )
-
-
-def _read_ram() -> int:
-    """Of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0

@@ -1,63 +1,93 @@
-"""Order of search results: by score, equal scores by row, whatever the kind of index and the batch."""
+"""Blocks of vectors, and the order of search results: by score, equal scores by row."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from search_r1.search.errors import RetrieverError
+
 FloatArray = npt.NDArray[np.float32]
 RowArray = npt.NDArray[np.int64]
 
-
-_SPARE_CANDIDATES = 16
-"""Beyond `topk`: a matrix product orders vectors that are nearly equal by chance."""
+_SAMPLE_RUN = 16
 
 
-class VectorRows(Protocol):
-    """Vectors that can be read by row."""
+class VectorSource(Protocol):
+    """Vectors that are read in slices of rows, such as `numpy.memmap`."""
 
-    def gather(self, rows: RowArray) -> FloatArray:
-        """[len(rows), dim]"""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, dim)"""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """Return [rows, dim], of any type that converts to float32."""
         ...
 
 
-def order_hits(scores: FloatArray, rows: RowArray, *, topk: int) -> tuple[FloatArray, RowArray]:
-    """The best `topk` of candidates [n, k], best first, equal scores by row; filled up with row -1.
+class VectorRows(Protocol):
+    """Vectors that are read row by row."""
 
-    Row -1 among the candidates means none.
+    def gather(self, rows: RowArray) -> FloatArray:
+        """Return [len(rows), dim]."""
+        ...
+
+
+def read_blocks(source: VectorSource, *, num_rows: int) -> Iterator[tuple[int, FloatArray]]:
+    """Yield the first row and the vectors of blocks of `num_rows`.
+
+    Raises RetrieverError for a vector that is not finite.
     """
-    num_queries, num_candidates = rows.shape
-    if num_candidates < topk:
-        missing = topk - num_candidates
-        scores = np.pad(scores, ((0, 0), (0, missing)))
-        rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
+    for first in range(0, source.shape[0], num_rows):
+        yield first, read_block(source, first, min(first + num_rows, source.shape[0]))
+
+
+def read_block(source: VectorSource, start: int, stop: int) -> FloatArray:
+    """Return rows `start` to `stop` as contiguous float32. Raises RetrieverError if one is not finite."""
+    block = np.ascontiguousarray(source[start:stop], dtype=np.float32)
+    finite = np.isfinite(block).all(axis=1)
+    if not finite.all():
+        raise RetrieverError(
+            f"vector {start + int(np.argmin(finite))} is not finite: the encoder made NaN or infinity of it; "
+            "encode in float32 or correct the passage with that row"
+        )
+    return block
+
+
+def sample_vectors(source: VectorSource, *, max_rows: int, seed: int = 0) -> FloatArray:
+    """Return at most `max_rows` vectors in order, drawn in runs of 16 that spread over the whole source."""
+    num_rows = source.shape[0]
+    if num_rows <= max_rows:
+        return read_block(source, 0, num_rows)
+    runs = np.random.default_rng(seed).choice(
+        num_rows // _SAMPLE_RUN, size=max(1, max_rows // _SAMPLE_RUN), replace=False
+    )
+    starts = (np.sort(runs) * _SAMPLE_RUN).tolist()
+    return np.concatenate([read_block(source, start, start + _SAMPLE_RUN) for start in starts])
+
+
+def order_hits(scores: FloatArray, rows: RowArray, *, topk: int) -> tuple[FloatArray, RowArray]:
+    """Return the best `topk` of candidates [n, k], best first, equal scores by row, padded with row -1.
+
+    Row -1 among the candidates is none.
+    """
+    missing = max(0, topk - rows.shape[1])
+    scores = np.pad(scores, ((0, 0), (0, missing)))
+    rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
     scores = np.where(rows >= 0, scores, -np.inf).astype(np.float32, copy=False)
     last = np.iinfo(np.int64).max
     order = np.lexsort((np.where(rows >= 0, rows, last), -scores), axis=1)[:, :topk]
-    taken = np.arange(num_queries)[:, None]
-    return scores[taken, order], rows[taken, order]
-
-
-def rescore_best(
-    vectors: FloatArray, rows: RowArray, *, stored: VectorRows, topk: int
-) -> tuple[FloatArray, RowArray]:
-    """The best `topk` [n, topk] of many candidates [n, k], by inner product with the stored vectors."""
-    kept = min(topk + _SPARE_CANDIDATES, rows.shape[1])
-    best = np.full((len(rows), kept), -1, dtype=np.int64)
-    for query, (vector, candidates) in enumerate(zip(vectors, rows, strict=True)):
-        present = candidates[candidates >= 0]
-        scores = stored.gather(present) @ vector
-        chosen = np.argsort(-scores, kind="stable")[:kept]
-        best[query, : len(chosen)] = present[chosen]
-    return order_hits(rescore(vectors, best, stored=stored), best, topk=topk)
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def rescore(vectors: FloatArray, rows: RowArray, *, stored: VectorRows) -> FloatArray:
-    """Inner products [n, k] of each query with its own candidates, in float64 and one fixed order.
+    """Return the inner products [n, k] of each query with its own candidates, summed in float64.
 
-    The score of a pair does not depend on what else is searched with it, which matrix products do not grant.
+    Unlike in a matrix product, the score of a pair does not depend on what is searched with it.
     """
     scores = np.full(rows.shape, -np.inf, dtype=np.float32)
     for query, (vector, candidates) in enumerate(zip(vectors, rows, strict=True)):
@@ -65,3 +95,9 @@ def rescore(vectors: FloatArray, rows: RowArray, *, stored: VectorRows) -> Float
         found = stored.gather(candidates[present]).astype(np.float64)
         scores[query, present] = np.einsum("kd,d->k", found, vector.astype(np.float64))
     return scores
+
+
+def compare_rows(found: RowArray, expected: RowArray, *, k: int) -> float:
+    """Return recall@k of two rankings [n, >= k]; row -1 is no result."""
+    hits = (found[:, :k, None] == expected[:, None, :k]) & (expected[:, None, :k] >= 0)
+    return float(hits.any(axis=1).sum() / (expected[:, :k] >= 0).sum())

@@ -1,4 +1,4 @@
-"""How an encoder wants its texts: from a flag, from the model's own configuration, or from its family."""
+"""How an encoder expects its texts: from a flag, from the model's own configuration, or from its family."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
 
 from search_r1.search.errors import RetrieverError
 
@@ -19,7 +18,7 @@ POOLINGS = ("mean", "cls", "max", "last", "weighted", "mean_sqrt_len")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingRecipe:
-    """How an encoder wants its texts; goes into the manifest of every index."""
+    """How an encoder expects its texts; part of the manifest of every index."""
 
     query_prefix: str
     passage_prefix: str
@@ -27,41 +26,48 @@ class EncodingRecipe:
     """One of POOLINGS, or several joined by "+"."""
     max_length: int
     """Tokens, prefix and special tokens included; the rest of a text is cut off."""
-    normalised: bool
+    normalized: bool
     """Vectors have length 1, so that their inner product is their cosine."""
-    similarity: Literal["inner_product"] = "inner_product"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartialRecipe:
-    """The fields of a recipe that somebody states; None where nothing is stated."""
+    """The fields of a recipe that one source states; None where it states nothing."""
 
     query_prefix: str | None = None
     passage_prefix: str | None = None
     pooling: str | None = None
     max_length: int | None = None
-    normalised: bool | None = None
+    normalized: bool | None = None
+
+    def over(self, other: PartialRecipe) -> PartialRecipe:
+        """Return these fields, completed by those of `other`."""
+        stated = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(other, **stated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """Encoders that want the same."""
+class EncoderSpec:
+    """How to load an encoder, in any process."""
 
-    pattern: str
-    """Found in the lower-case name of a model."""
-    recipe: PartialRecipe
-    source: str
-    """Where a member of it is documented."""
+    path: str
+    """A folder or a hub id."""
+    family: str | None = None
+    """Key of FAMILIES, for what the model's files do not state; None for the family that its name tells."""
+    flags: PartialRecipe = field(default_factory=PartialRecipe)
+    """Overrides the model's own configuration."""
+    use_fp16: bool | None = None
+    """None: on a GPU. Never used on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatedModel:
-    """What the files of a model say of its encoding."""
+    """What the files of a model state about its encoding."""
 
     is_sentence_encoder: bool
     """It has a modules.json: made to encode texts, and what it does not mention it does not need."""
     modules: tuple[tuple[str, str], ...]
-    """(class, folder) of what a text goes through, in order; folders relative to the model's."""
+    """(class, folder) of what a text passes, in order; folders relative to the model's."""
     recipe: PartialRecipe
     length_limit: int | None
     """Tokens that the model has positions for."""
@@ -70,189 +76,132 @@ class StatedModel:
 
 _BGE = "Represent this sentence for searching relevant passages: "
 _INSTRUCTION = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
+_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001
 
 
-def _state(query: str, passage: str, pooling: str, max_length: int, normalised: bool = True) -> PartialRecipe:
+def _state(
+    query: str, passage: str, pooling: str, max_length: int, *, normalized: bool = True
+) -> PartialRecipe:
     return PartialRecipe(
         query_prefix=query,
         passage_prefix=passage,
         pooling=pooling,
         max_length=max_length,
-        normalised=normalised,
+        normalized=normalized,
     )
 
 
-# The first family that fits a name is its family, so the special come before the general. `source` is the
-# card of a member, which decides in doubt. Taken as commonly quoted, without the card at hand, are: bge_m3
-# (that its queries need no instruction), contriever, arctic, dot, and that gte takes the mean. The length of
-# e5 is the one of the published retrieval server.
-FAMILIES: Mapping[str, Family] = {
-    "e5_mistral": Family(
-        pattern=r"e5-mistral",
-        recipe=_state(_INSTRUCTION, "", "last", 4096),
-        source="huggingface.co/intfloat/e5-mistral-7b-instruct",
-    ),
-    "e5_instruct": Family(
-        pattern=r"e5-.*instruct",
-        recipe=_state(_INSTRUCTION, "", "mean", 512),
-        source="huggingface.co/intfloat/multilingual-e5-large-instruct",
-    ),
-    "e5": Family(
-        pattern=r"(^|[/_-])e5([_-]|$)",
-        recipe=_state("query: ", "passage: ", "mean", 256),
-        source="huggingface.co/intfloat/e5-base-v2",
-    ),
-    "bge_m3": Family(
-        pattern=r"bge-m3", recipe=_state("", "", "cls", 8192), source="huggingface.co/BAAI/bge-m3"
-    ),
-    "bge_zh": Family(
-        pattern=r"bge-.*zh",
-        recipe=_state("为这个句子生成表示以用于检索相关文章：", "", "cls", 512),  # noqa: RUF001
-        source="huggingface.co/BAAI/bge-base-zh-v1.5",
-    ),
-    "bge": Family(
-        pattern=r"(^|[/_-])bge-(small|base|large)",
-        recipe=_state(_BGE, "", "cls", 512),
-        source="huggingface.co/BAAI/bge-base-en-v1.5",
-    ),
-    "gte_modern": Family(
-        pattern=r"gte-(modernbert|.*v1\.5)",
-        recipe=_state("", "", "cls", 8192),
-        source="huggingface.co/Alibaba-NLP/gte-modernbert-base",
-    ),
-    "gte": Family(
-        pattern=r"(^|[/_-])gte-(small|base|large)",
-        recipe=_state("", "", "mean", 512),
-        source="huggingface.co/thenlper/gte-base",
-    ),
-    "qwen3_embedding": Family(
-        pattern=r"qwen3-embedding",
-        recipe=_state(_INSTRUCTION.rstrip(" "), "", "last", 8192),
-        source="huggingface.co/Qwen/Qwen3-Embedding-0.6B",
-    ),
-    "arctic_v2": Family(
-        pattern=r"arctic-embed-.*v2",
-        recipe=_state("query: ", "", "cls", 8192),
-        source="huggingface.co/Snowflake/snowflake-arctic-embed-m-v2.0",
-    ),
-    "arctic": Family(
-        pattern=r"arctic-embed",
-        recipe=_state(_BGE, "", "cls", 512),
-        source="huggingface.co/Snowflake/snowflake-arctic-embed-m",
-    ),
-    "mxbai": Family(
-        pattern=r"mxbai-embed",
-        recipe=_state(_BGE, "", "cls", 512),
-        source="huggingface.co/mixedbread-ai/mxbai-embed-large-v1",
-    ),
-    "nomic": Family(
-        pattern=r"nomic-embed-text",
-        recipe=_state("search_query: ", "search_document: ", "mean", 8192),
-        source="huggingface.co/nomic-ai/nomic-embed-text-v1.5",
-    ),
-    "contriever": Family(
-        pattern=r"contriever",
-        recipe=_state("", "", "mean", 512, normalised=False),
-        source="huggingface.co/facebook/contriever-msmarco",
-    ),
-    "minilm": Family(
-        pattern=r"all-(minilm|mpnet|distilroberta)",
-        recipe=_state("", "", "mean", 256),
-        source="huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
-    ),
-    "dot": Family(
-        # Sentence encoders trained for inner products, whose older configurations leave that to the name.
-        pattern=r"-dot(-|$)",
-        recipe=PartialRecipe(normalised=False),
-        source="huggingface.co/sentence-transformers/multi-qa-mpnet-base-dot-v1",
-    ),
+# Name of a family: pattern of its models' names in lower case, recipe. The first match counts, so special
+# families come before general ones. The recipes follow the model cards; taken as commonly quoted, without the
+# card, are bge_m3 (no instruction), contriever, arctic, dot, and the mean of gte. The length of e5 is that of
+# the published retrieval server.
+FAMILIES: Mapping[str, tuple[str, PartialRecipe]] = {
+    "e5_mistral": (r"e5-mistral", _state(_INSTRUCTION, "", "last", 4096)),
+    "e5_instruct": (r"e5-.*instruct", _state(_INSTRUCTION, "", "mean", 512)),
+    "e5": (r"(^|[/_-])e5([_-]|$)", _state("query: ", "passage: ", "mean", 256)),
+    "bge_m3": (r"bge-m3", _state("", "", "cls", 8192)),
+    "bge_zh": (r"bge-.*zh", _state(_ZH, "", "cls", 512)),
+    "bge": (r"(^|[/_-])bge-(small|base|large)", _state(_BGE, "", "cls", 512)),
+    "gte_modern": (r"gte-(modernbert|.*v1\.5)", _state("", "", "cls", 8192)),
+    "gte": (r"(^|[/_-])gte-(small|base|large)", _state("", "", "mean", 512)),
+    "qwen3_embedding": (r"qwen3-embedding", _state(_INSTRUCTION.rstrip(" "), "", "last", 8192)),
+    "arctic_v2": (r"arctic-embed-.*v2", _state("query: ", "", "cls", 8192)),
+    "arctic": (r"arctic-embed", _state(_BGE, "", "cls", 512)),
+    "mxbai": (r"mxbai-embed", _state(_BGE, "", "cls", 512)),
+    "nomic": (r"nomic-embed-text", _state("search_query: ", "search_document: ", "mean", 8192)),
+    "contriever": (r"contriever", _state("", "", "mean", 512, normalized=False)),
+    "minilm": (r"all-(minilm|mpnet|distilroberta)", _state("", "", "mean", 256)),
+    # Sentence encoders trained for inner products, whose older configurations leave that to the name.
+    "dot": (r"-dot(-|$)", PartialRecipe(normalized=False)),
 }
+_DEFAULTS = _state("", "", "mean", 512)
+"""Of a sentence encoder that states nothing; those of sentence-transformers."""
 
 
 def find_family(model_name: str) -> str | None:
-    """The family of a model by its name."""
-    for name, family in FAMILIES.items():
-        if re.search(family.pattern, model_name.lower()):
-            return name
-    return None
+    """Return the family of a model by its name."""
+    lower = model_name.lower()
+    return next((name for name, (pattern, _) in FAMILIES.items() if re.search(pattern, lower)), None)
 
 
 def resolve_recipe(
-    stated: StatedModel, *, model_name: str, retriever_name: str | None = None, flags: PartialRecipe
+    stated: StatedModel, *, model_name: str, family: str | None = None, flags: PartialRecipe
 ) -> EncodingRecipe:
-    """Each field from `flags`, else from the model, else from its family.
+    """Choose each field from `flags`, else from the model, else from its family, and log the sources.
 
-    `retriever_name`: a key of FAMILIES; None for the family of `model_name`, if it has one. Raises
-    RetrieverError for a model of no family that does not say how it wants its texts, and for a flag that the
-    model cannot follow.
+    Raises RetrieverError for a model of no family that does not state how it expects its texts, and for a
+    flag that the model cannot follow.
     """
-    _check_flags(flags, retriever_name=retriever_name, limit=stated.length_limit, model_name=model_name)
+    _check_flags(flags, family=family, limit=stated.length_limit, model_name=model_name)
     named = find_family(model_name)
-    family = retriever_name or named
-    if retriever_name and named and named != retriever_name:
-        logger.warning("encoder %s looks like one of family %s, taken as %s", model_name, named, family)
-    published = FAMILIES[family].recipe if family else PartialRecipe()
+    if family and named and named != family:
+        logger.warning("encoder %s looks like family %s, used as %s", model_name, named, family)
+    family = family or named
+    published = FAMILIES[family][1] if family else PartialRecipe()
     if not stated.is_sentence_encoder and published.pooling is None:
-        _demand_flags(flags, model_name=model_name)
+        _require_flags(flags, model_name=model_name)
     sources = {"given": flags, "model": stated.recipe, f"family {family}": published, "default": _DEFAULTS}
-    chosen: dict[str, object] = {}
-    origins: dict[str, str] = {}
-    for field in fields(PartialRecipe):
-        said = {name: getattr(part, field.name) for name, part in sources.items()}
-        said = {name: value for name, value in said.items() if value is not None}
-        origin = next(iter(said))
-        chosen[field.name], origins[field.name] = said[origin], origin
-        if origin == "given" and said.get("model", said["given"]) != said["given"]:
+    values: dict[str, object] = {}
+    origins: list[str] = []
+    for name in (f.name for f in fields(PartialRecipe)):
+        stating = {
+            source: value for source, part in sources.items() if (value := getattr(part, name)) is not None
+        }
+        origin, values[name] = next(iter(stating.items()))
+        origins.append(f"{name} {values[name]!r} ({origin})")
+        if origin == "given" and stating.get("model", values[name]) != values[name]:
             logger.warning(
-                "encoder %s: %s %r of its own configuration is overruled by the given %r",
+                "encoder %s: its own configuration has %s %r, the given %r overrides it",
                 model_name,
-                field.name,
-                said["model"],
-                said["given"],
+                name,
+                stating["model"],
+                values[name],
             )
-    recipe = EncodingRecipe(**chosen)  # type: ignore[arg-type]
-    if stated.length_limit is not None and recipe.max_length > stated.length_limit:
-        recipe = EncodingRecipe(**(asdict(recipe) | {"max_length": stated.length_limit}))
-    facts = (f"{name} {getattr(recipe, name)!r} ({origin})" for name, origin in origins.items())
-    logger.info("encoder %s: %s", model_name, ", ".join(facts))
-    return recipe
+    recipe = EncodingRecipe(**values)  # type: ignore[arg-type]
+    logger.info("encoder %s: %s", model_name, ", ".join(origins))
+    limit = stated.length_limit or recipe.max_length
+    return replace(recipe, max_length=min(recipe.max_length, limit))
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    """The flags of a recipe, for those who open an index."""
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a recipe, for commands that open an index."""
     add = parser.add_argument_group(
         "encoder of an index without a manifest",
-        "only where the model says nothing itself and --retriever_name names no family",
+        "needed only where the model states nothing itself and --retriever_name names no family",
     ).add_argument
-    add("--pooling_method", metavar="X", default=default, help="of the token states: mean, cls, max, ...")
-    add("--query_prefix", metavar="TEXT", default=default, help="put before every query; may be empty")
-    add("--passage_prefix", metavar="TEXT", default=default, help="what was put before every passage")
-    add("--max_length", metavar="N", default=default, type=int, help="tokens of a text that are read")
+    add("--pooling_method", metavar="X", help="of the token states: mean, cls, max, ...")
+    add("--query_prefix", metavar="TEXT", help="put before every query; may be empty")
+    add("--passage_prefix", metavar="TEXT", help="that was put before every passage")
+    add("--max_length", metavar="N", type=int, help="tokens of a text that are read")
 
 
-# Of a model that was made to encode texts and mentions nothing of the kind; sentence-transformers' own.
-_DEFAULTS = PartialRecipe(query_prefix="", passage_prefix="", pooling="mean", max_length=512, normalised=True)
+def read_recipe_flags(settings: argparse.Namespace) -> PartialRecipe:
+    """Return the flags of `add_recipe_arguments`."""
+    return PartialRecipe(
+        pooling=settings.pooling_method,
+        query_prefix=settings.query_prefix,
+        passage_prefix=settings.passage_prefix,
+        max_length=settings.max_length,
+    )
 
 
-def _check_flags(
-    flags: PartialRecipe, *, retriever_name: str | None, limit: int | None, model_name: str
-) -> None:
-    if retriever_name is not None and retriever_name not in FAMILIES:
-        raise RetrieverError(f"retriever name {retriever_name!r} is unknown; known are {sorted(FAMILIES)}")
+def _check_flags(flags: PartialRecipe, *, family: str | None, limit: int | None, model_name: str) -> None:
+    if family is not None and family not in FAMILIES:
+        raise RetrieverError(f"retriever name {family!r} is unknown; expected one of {sorted(FAMILIES)}")
     if flags.pooling is not None and not set(flags.pooling.split("+")) <= set(POOLINGS):
-        raise RetrieverError(f"pooling {flags.pooling!r} is unknown; known are {list(POOLINGS)}")
+        raise RetrieverError(f"pooling {flags.pooling!r} is unknown; expected one of {list(POOLINGS)}")
     if flags.max_length is not None and not 3 <= flags.max_length <= (limit or flags.max_length):
         raise RetrieverError(
             f"max_length {flags.max_length} does not fit encoder {model_name}: expected 3 to {limit} tokens"
         )
 
 
-def _demand_flags(flags: PartialRecipe, *, model_name: str) -> None:
+def _require_flags(flags: PartialRecipe, *, model_name: str) -> None:
     names = {"pooling": "pooling_method", "query_prefix": "query_prefix", "passage_prefix": "passage_prefix"}
-    missing = [f"--{flag}" for field, flag in names.items() if getattr(flags, field) is None]
+    missing = [f"--{flag}" for name, flag in names.items() if getattr(flags, name) is None]
     if missing:
         raise RetrieverError(
-            f"encoder {model_name} does not say how it wants its texts (it has no modules.json) and its name "
-            f"is of no known family; name the family (--retriever_name, one of {sorted(FAMILIES)}) "
-            f"or say it yourself with {', '.join(missing)}"
+            f"encoder {model_name} does not state how it expects its texts (it has no modules.json) and its "
+            f"name is of no known family; name the family (--retriever_name, one of {sorted(FAMILIES)}) or "
+            f"state it yourself with {', '.join(missing)}"
         )

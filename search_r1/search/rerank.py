@@ -1,4 +1,4 @@
-"""A second opinion: a cross-encoder reads each query with the documents found for it and orders them anew."""
+"""Reranking: a cross-encoder reads each query with the documents found for it and reorders them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from serving.weights import copy_weights
 
 logger = logging.getLogger(__name__)
 
+_BATCH_SIZE = 32
 _MAX_PAIRS = 1024
 """Pairs of one call, which cannot be interrupted: a small cross-encoder reads hundreds a second on a CPU."""
 
@@ -38,14 +39,14 @@ _LATE = SearchFailure(kind=FailureKind.DEADLINE, reason="the documents came too 
 
 
 class Reranker(Protocol):
-    """Say how well documents answer queries. Called from one thread at a time."""
+    """Scores how well documents answer queries. Called from one thread at a time."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """One score for every (query, document), higher is better; what is not finite is no score."""
+        """Return one score for every (query, document), higher is better; what is not finite is no score."""
         ...
 
     def describe(self) -> Mapping[str, str | int | float | None]:
-        """What its scores depend on."""
+        """Return what its scores depend on."""
         ...
 
 
@@ -57,13 +58,10 @@ class CrossEncoderReranker:
         path: str | Path,
         *,
         device: str | None = None,
-        max_length: int | None = None,
-        batch_size: int = 32,
     ) -> None:
-        """Raises RetrieverError when `path`, a folder or the name of a hub model, is not such a model.
+        """Load `path`, a folder or a hub id. Raises RetrieverError when it is not such a model.
 
-        `device` None: a GPU if there is one. `max_length`: tokens of query and document together, where the
-        longer one is cut first; None for what the model says.
+        `device` None: a GPU if there is one.
         """
         folder = find_model(path, role="reranker")
         places = [place for _, place in read_modules(folder) or ()]
@@ -73,24 +71,20 @@ class CrossEncoderReranker:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._name = name_model(folder)
         self._model = _load_cross_encoder(folder, device=device)
-        self._batch_size = batch_size
         limit = self._model.max_seq_length
         limit = min(limit, read_length_limit(folder / (places or [""])[0]) or limit)
-        if max_length is not None and not 8 <= max_length <= limit:
-            raise RetrieverError(
-                f"max_length {max_length} does not fit reranker {self._name}; expected 8 to {limit}"
-            )
-        self._model.max_seq_length = max_length or limit
+        self._model.max_seq_length = limit
         self._sha256 = hash_model(folder, further=list_module_files(folder))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Batches are of like length; the activation is the one the model was made for."""
+        """Return the scores of pairs, with the activation that the model was made for."""
         if not pairs:
             return []
-        scores = self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False)
+        scores = self._model.predict(list(pairs), batch_size=_BATCH_SIZE, show_progress_bar=False)
         return [float(score) for score in scores]
 
     def describe(self) -> Mapping[str, str | int | float | None]:
+        """Return name, hash and parameters."""
         return {
             "reranker": self._name,
             "reranker_sha256": self._sha256,
@@ -100,16 +94,14 @@ class CrossEncoderReranker:
 
 
 class RerankedRetriever:
-    """Ask `inner` for more than is wanted, and keep what the model likes best of it.
+    """Asks `inner` for more than is wanted, and keeps what the model scores best.
 
     A query is scored with its own documents only, all queries of a call in one batch, in a thread. The scores
-    of the hits are the model's. What `inner` did not answer stays unanswered.
+    of the hits are the model's. A query that `inner` failed stays failed.
     """
 
     def __init__(self, inner: Retriever, *, model: Reranker, depth: int) -> None:
         """`depth`: documents per query that the model reads (more if more are asked for)."""
-        if depth < 1:
-            raise RetrieverError(f"the depth of reranking is {depth}, expected at least 1")
         self.max_batch = max(1, min(inner.max_batch, _MAX_PAIRS // depth))
         self.num_parallel_calls = inner.num_parallel_calls
         self._inner = inner
@@ -119,12 +111,15 @@ class RerankedRetriever:
 
     @property
     def num_passages(self) -> int | None:
+        """In the corpus of `inner`."""
         return self._inner.num_passages
 
     def describe(self) -> Mapping[str, str | int | float | None]:
+        """Return the facts of both."""
         return {**self._inner.describe(), **self._model.describe(), "rerank_depth": self._depth}
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
+        """Search, then rerank what was found."""
         end = time.monotonic() + timeout_s
         outcomes = await self._inner.search(queries, topk=max(self._depth, topk), timeout_s=timeout_s)
         asked = [(query, found) for query, found in zip(queries, outcomes, strict=True) if _has_hits(found)]
@@ -135,12 +130,12 @@ class RerankedRetriever:
         return [_cut(next(reranked), topk) if _has_hits(found) else found for found in outcomes]
 
     async def aclose(self) -> None:
-        """Wait for the running batch; drop those that wait. Then close the inner one."""
+        """Wait for the running batch and cancel those that wait; then close the inner one."""
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
         await self._inner.aclose()
 
     def _rerank(self, asked: Sequence[tuple[str, Outcome]], end: float) -> list[Outcome]:
-        """`end` is the deadline of the callers, who may have gone away while other batches were read."""
+        """Rerank unless the deadline `end` passed while other batches were read."""
         if time.monotonic() >= end:
             return [_LATE] * len(asked)
         found = [(query, hits) for query, hits in asked if not isinstance(hits, SearchFailure)]
@@ -155,13 +150,6 @@ class RerankedRetriever:
         return [_order(hits, [next(scores) for _ in hits]) for _, hits in found]
 
 
-def load_reranker(
-    path: str | Path, *, device: str | None = None, max_length: int | None = None
-) -> CrossEncoderReranker:
-    """See CrossEncoderReranker."""
-    return CrossEncoderReranker(path, device=device, max_length=max_length)
-
-
 def _has_hits(outcome: Outcome) -> bool:
     return not isinstance(outcome, SearchFailure) and len(outcome) > 0
 
@@ -171,9 +159,11 @@ def _cut(outcome: Outcome, topk: int) -> Outcome:
 
 
 def _order(hits: Found, scores: Sequence[float]) -> Outcome:
-    """Best score first, equal ones in the order they came in; without a number for each there is no order."""
+    """Return the best score first, equal ones in their order; a failure where a score is no number."""
     if not all(map(math.isfinite, scores)):
-        return SearchFailure(kind=FailureKind.INTERNAL, reason="the reranker gave a score that is no number")
+        return SearchFailure(
+            kind=FailureKind.INTERNAL, reason="the reranker gave a score that is not a number"
+        )
     rescored = [Hit(document=hit.document, score=score) for hit, score in zip(hits, scores, strict=True)]
     return tuple(sorted(rescored, key=lambda hit: -hit.score))  # stable
 
@@ -208,17 +198,17 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
         )
     if model.num_labels != 1:
         raise RetrieverError(
-            f"reranker {folder} sorts into {model.num_labels} classes, expected a model with one score "
+            f"reranker {folder} has {model.num_labels} classes, expected a model with one score "
             "(num_labels 1)"
         )
     return model
 
 
 def _list_absent(network: torch.nn.Module, *, folder: Path) -> list[str]:
-    """Weights that the library made up, which it does not say: it is asked again, with names and shapes only.
+    """Return the weights that the library initialized at random because the files lack them.
 
-    A head that is missing, because this is an encoder, would order documents at random. No weight is read
-    twice: each stands for itself by one number, whatever its shape.
+    A missing head, as of an encoder, would order documents at random. The library does not report it, so the
+    model is loaded once more from stand-ins of one number each, which read no weight.
     """
     place = next((place for _, place in read_modules(folder) or ()), "")
     stand_ins: dict[str, torch.Tensor] = {}

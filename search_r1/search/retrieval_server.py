@@ -3,8 +3,8 @@
     python search_r1/search/retrieval_server.py --index_path e5_Flat.index --corpus_path wiki-18.jsonl
     curl -s localhost:8000/retrieve -H 'Content-Type: application/json' -d '{"query": "capital of France"}'
 
-The port is taken first and the retriever is loaded behind it: `/livez` answers at once, `/readyz`, `/health`
-and `/retrieve` say 503 until it is there.
+The port is bound first and the retriever is loaded in the background: `/livez` answers at once, `/readyz`,
+`/health` and `/retrieve` answer 503 until it is loaded.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ Give it queries, get the passages that fit best.
 
 * Queries that arrive at about the same time are searched together, equal ones once.
 * Without `allow_failures` a request fails when one of its queries does; with it that query's list is `null`
-  and `errors` says why. `null` is not an empty list, which says that nothing was found.
-* A caller who goes away takes what nobody else waits for out of the queue.
+  and `errors` gives the reason. `null` is not an empty list, which means that nothing was found.
+* When a caller disconnects, its queries leave the queue, unless other callers wait for them.
 * 429 and 503 carry `Retry-After`, in seconds.
 """
 
 _REFUSALS: Explained = COMMON | {
     402: (
-        "The engine's quota or the spend cap is used up: asking again does not help.",
-        "query 0 'Bolton': quota: serper: our own spend cap is reached: 5.0000 USD were charged",
+        "The engine's quota or the limit of requests is used up: asking again does not help.",
+        "query 0 'Bolton': quota: serper: --max_online_requests 5000 is reached",
     ),
     413: (
         "Too many queries or passages, or too long a body: ask for less at once.",
@@ -102,7 +102,7 @@ class HealthResponse(BaseModel):
     """State of the server."""
 
     status: Literal["healthy", "loading", "stopping", "unusable"]
-    passages: int | None = Field(description="In the corpus; null when nobody knows.", examples=[21015324])
+    passages: int | None = Field(description="In the corpus; null when it is unknown.", examples=[21015324])
     topk: int = Field(description="Passages per query where the request names no number.", examples=[3])
 
 
@@ -111,7 +111,7 @@ class VersionResponse(BaseModel):
 
     version: str = Field(description="Of this package; `unknown` where it is not installed.")
     topk: int = Field(examples=[3])
-    passages: int | None = Field(description="Null until it is loaded, and when nobody knows.")
+    passages: int | None = Field(description="Null until it is loaded, and when it is unknown.")
     retriever: dict[str, str | int | float | None] | None = Field(
         description="What was built and opened: names, hashes, parameters. Null until it is loaded."
     )
@@ -124,14 +124,20 @@ def create_app(
     on_ready: Callable[[Retriever], None] = lambda _: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application; `open_retriever` is awaited in the background once it runs.
+    """Return the application; `open_retriever` is awaited in the background once it runs.
 
     `settings`: by default those of the server without any flag.
     """
     settings = settings or resolve_server(environ={})[0]
 
     async def start() -> MicroBatcher:
-        return MicroBatcher(await open_retriever(), options=_batch_options(settings), counts=metrics)
+        options = BatchOptions(
+            together=not settings.no_batching,
+            max_batch=settings.max_batch,
+            window_s=settings.batch_window_ms / 1000,
+            cache_size=settings.cache_size,
+        )
+        return MicroBatcher(await open_retriever(), options=options, counts=metrics)
 
     host: Host[MicroBatcher] = Host(
         start,
@@ -176,15 +182,6 @@ def create_app(
     return app
 
 
-def _batch_options(settings: ServerSettings) -> BatchOptions:
-    return BatchOptions(
-        together=settings.batching,
-        max_batch=settings.max_batch,
-        window_s=settings.batch_window_ms / 1000,
-        cache_size=settings.cache_size,
-    )
-
-
 def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSettings) -> None:
     @app.get(
         "/health",
@@ -198,7 +195,7 @@ def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSetti
         },
     )
     async def health() -> Response:
-        """State of the server; 503 unless it answers searches."""
+        """Return the state of the server; 503 unless it answers searches."""
         status = "stopping" if host.draining else "loading" if host.backend is None else "healthy"
         if host.backend and host.backend.defect:
             status = "unusable"
@@ -214,7 +211,7 @@ def _add_reports(
 ) -> None:
     @router.get("/version", tags=["state"])
     async def version() -> VersionResponse:
-        """Everything that the answers depend on."""
+        """Return everything that the answers depend on."""
         retriever = host.backend.retriever if host.backend else None
         return VersionResponse(
             version=package_version(),
@@ -227,7 +224,7 @@ def _add_reports(
 
     @router.get("/metrics", tags=["state"], response_class=Response, responses=metrics_response(example))
     async def read_metrics() -> Response:
-        """Counters in the text format of Prometheus."""
+        """Return the metrics in the text format of Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
@@ -246,7 +243,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         responses=refusals(_REFUSALS, 400, 402, 408, 413, 415, 422, 424, 429, 500, 502, 503, 504),
     )
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
-        """The best passages for every query, in order."""
+        """Return the best passages for every query, in order."""
         queries, topk = body.texts, body.topk or settings.topk
         if topk * len(queries) > _MAX_PASSAGES:
             raise HTTPException(
@@ -270,7 +267,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
 
 
 def _require_fitting(value: object, *, settings: ServerSettings) -> None:
-    """Raises HTTPException for a request that can never be accepted."""
+    """Raise HTTPException for a request that can never be accepted."""
     if not isinstance(value, dict) or not isinstance(queries := value.get("queries"), list):
         return
     limit, flag = min((settings.max_queries, "--max_queries"), (settings.max_queue, "--max_queue"))
@@ -281,7 +278,7 @@ def _require_fitting(value: object, *, settings: ServerSettings) -> None:
 
 
 def _require_answered(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> None:
-    """Raises HTTPException that names the first query without an answer."""
+    """Raise HTTPException that names the first query without an answer."""
     refusal = find_refusal(outcomes, queries=queries)
     if refusal is None:
         return
@@ -300,7 +297,7 @@ async def _render(outcomes: Sequence[Outcome], *, body: RetrieveRequest) -> byte
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM. Exit status: 0 stopped, 1 it could not start or load.
 
-    Ends the process by itself when it was stopped while it still loads, which nothing can interrupt.
+    Ends the process when it is stopped while it still loads, which cannot be interrupted.
     """
     configure_logging(
         "%(asctime)s retriever %(levelname)s %(message)s",
@@ -313,10 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RetrieverError, OSError) as error:
         logger.error("%s", error)
         return 1
-    os.environ.pop(_TOKEN_VARIABLE, None)  # what child processes inherit is none of their business
+    os.environ.pop(_TOKEN_VARIABLE, None)  # so that child processes do not inherit it
     with listener:
         status = _serve(server, retriever, listener)
-    gc.unfreeze()  # a library counts what the interpreter's end does not collect, and complains
+    gc.unfreeze()  # else a library warns of objects that are not collected at exit
     if is_loading():
         leave(status)
     return status
@@ -328,7 +325,7 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
 
     def announce(retriever: Retriever) -> None:
         gc.collect()
-        gc.freeze()  # what is loaded stays: the collector need not look at it again and again
+        gc.freeze()  # what is loaded stays: the collector need not scan it every time
         number = "?" if retriever.num_passages is None else f"{retriever.num_passages}"
         seconds = time.monotonic() - started
         logger.info("ready: %s%s (%s passages, %.1f s)", url, _WORK_PATH, number, seconds)
@@ -343,10 +340,12 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
     server = GracefulServer(app, host=host, grace_s=settings.shutdown_grace_s)
     if not settings.token and not is_loopback(settings.host):
         logger.warning(
-            "anyone who reaches %s may search; %s or --token_file asks for a token", url, _TOKEN_VARIABLE
+            "any host that reaches %s may search; set %s or --token_file to require a token",
+            url,
+            _TOKEN_VARIABLE,
         )
     if opened.is_online:
-        logger.info("opening %s", opened.retriever_name)
+        logger.info("opening %s", opened.name)
     else:
         logger.info("loading %s", ", ".join(opened.files))
     server.run_on(listener)
@@ -359,5 +358,5 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # names the place of a fault, such as in a mapped file that was cut short just now
+    faulthandler.enable()  # names the place of a crash, such as a read of a mapped file that was truncated
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the server asks of a retriever, whatever is behind it: an index, a search engine, a mixture."""
+"""What the server needs of a retriever, whatever is behind it: an index, a search engine, a mixture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FailureKind(StrEnum):
     REFUSED = "refused"
     """The engine does not accept the key or the query."""
     QUOTA = "quota"
-    """The engine's quota or our own spend cap is used up: asking again does not help."""
+    """The engine's quota or our own limit of requests is used up: asking again does not help."""
     MALFORMED = "malformed"
     """The engine's answer cannot be read."""
     NOT_RECORDED = "not_recorded"
@@ -43,7 +43,7 @@ class SearchFailure:
 
     kind: FailureKind
     reason: str
-    """For people and logs. Never evidence: it must not reach a prompt."""
+    """For logs and messages; it must not reach a prompt."""
 
 
 Found: TypeAlias = tuple[Hit, ...]
@@ -52,7 +52,7 @@ Outcome: TypeAlias = Found | SearchFailure
 
 
 class Retriever(Protocol):
-    """Find passages. Lives on one event loop."""
+    """Finds passages. One per event loop."""
 
     max_batch: int
     """Most queries of one call."""
@@ -61,44 +61,43 @@ class Retriever(Protocol):
 
     @property
     def num_passages(self) -> int | None:
-        """In the corpus; None when nobody knows."""
+        """In the corpus; None when it is unknown."""
         ...
 
     def describe(self) -> Mapping[str, str | int | float | None]:
-        """What its answers depend on, for `/version`: names, hashes, parameters. No secrets."""
+        """Return what its answers depend on, for `/version`: names, hashes, parameters; no secrets."""
         ...
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
-        """One outcome per query, in order, at most `topk` hits each; a blank query finds nothing.
+        """Return one outcome per query, in order, at most `topk` hits each; a blank query finds nothing.
 
-        Queries are text: whoever lets them in has seen to it that none holds a lone surrogate.
-        Raises nothing but RetrieverError, for what concerns every query alike.
+        No query holds a lone surrogate. Raises nothing but RetrieverError, for what concerns every query.
         """
         ...
 
     async def aclose(self) -> None:
-        """Let go of threads, files and connections."""
+        """Release threads, files and connections."""
         ...
 
 
 class BatchSearch(Protocol):
-    """A search that computes, here and now. Called from one thread at a time."""
+    """A search that blocks. Called from one thread at a time."""
 
     def __len__(self) -> int:
-        """Passages in the corpus."""
+        """Return the number of passages in the corpus."""
         ...
 
     def search(self, queries: Sequence[str], *, topk: int) -> list[list[Hit]]:
-        """One list per query, best first, at most `topk` long, empty when nothing was found."""
+        """Return one list per query, best first, at most `topk` long, empty when nothing was found."""
         ...
 
     def close(self) -> None:
-        """Let go of threads and files. Called once, after the last search."""
+        """Release threads and files. Called once, after the last search."""
         ...
 
 
 class ThreadedRetriever:
-    """A computing search as a Retriever: its calls run one after the other in a thread of their own."""
+    """A BatchSearch as a Retriever: its calls run one after the other in a thread of their own."""
 
     num_parallel_calls = 1
 
@@ -121,6 +120,7 @@ class ThreadedRetriever:
         return len(self._batch_search)
 
     def describe(self) -> Mapping[str, str | int | float | None]:
+        """Return the facts."""
         return self._facts
 
     async def search(
@@ -128,8 +128,10 @@ class ThreadedRetriever:
         queries: Sequence[str],
         *,
         topk: int,
-        timeout_s: float,  # noqa: ARG002 - what computes cannot be interrupted
+        timeout_s: float,  # noqa: ARG002 - a running computation cannot be interrupted
     ) -> list[Outcome]:
+        """Search in the thread."""
+
         def compute() -> list[list[Hit]]:
             return self._batch_search.search(queries, topk=topk)
 
@@ -137,7 +139,7 @@ class ThreadedRetriever:
         return [tuple(hits) for hits in found]
 
     async def aclose(self) -> None:
-        """Wait for the running call; drop those that wait."""
+        """Wait for the running call and cancel those that wait."""
         if self._is_closed:
             return
         self._is_closed = True

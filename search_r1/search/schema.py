@@ -6,7 +6,7 @@
 Without `return_scores` the inner lists hold the bare documents; `query` is accepted for a single query.
 
 A query that could not be answered fails the whole request, unless `allow_failures` asks for the rest: then
-its list is null and `errors` says why. Null is not an empty list, which says that nothing was found.
+its list is null and `errors` gives the reason. Null is not an empty list, which means that nothing was found.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ QueryText = Annotated[str, AfterValidator(_read_query)]
 
 
 class RetrieveRequest(BaseModel):
-    """What a client asks. Exactly one of `query` and `queries`.
+    """A request, with exactly one of `query` and `queries`.
 
-    Values are read as the published server reads them: "3" and 3.0 are 3, "true" and 1 are true, and fields
-    that are not known are ignored.
+    Values are read as the published server reads them: "3" and 3.0 are 3, "true" and 1 are true, and unknown
+    fields are ignored.
     """
 
     model_config = ConfigDict(
@@ -78,7 +78,7 @@ class RetrieveRequest(BaseModel):
     )
     allow_failures: bool = Field(
         default=False,
-        description="Answer the other queries where one fails, and say which in `errors`.",
+        description="Answer the other queries where one fails, and name it in `errors`.",
     )
 
     @model_validator(mode="after")
@@ -89,7 +89,7 @@ class RetrieveRequest(BaseModel):
 
     @property
     def texts(self) -> list[str]:
-        """The queries, whichever form they came in."""
+        """The queries, in whichever form they came."""
         return [self.query] if self.query is not None else self.queries or []
 
 
@@ -107,7 +107,7 @@ class Document(BaseModel):
 
 
 class ScoredDocument(BaseModel):
-    """A passage and how well it fits: the higher the better, on a scale that depends on the retriever."""
+    """A passage and its score: higher is better, on a scale that depends on the retriever."""
 
     document: Document
     score: Score = Field(examples=[0.83])
@@ -118,7 +118,7 @@ class FailedQuery(BaseModel):
 
     kind: str = Field(examples=["deadline"])
     reason: str = Field(
-        description="For people and logs: it is no search result and must not reach a prompt.",
+        description="For logs and messages: it is no search result and must not reach a prompt.",
         examples=["not answered within 5 s"],
     )
 

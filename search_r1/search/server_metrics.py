@@ -1,4 +1,4 @@
-"""What the retriever counts, in a registry of its own, for `GET /metrics`."""
+"""The retriever's metrics, in a registry of their own, for `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RetrieverMetrics:
     """Counters of one server; they start at 0 with it."""
 
     def __init__(self, *, in_progress: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """Numbers of queries: accepted and not answered yet, and those of them that wait for their search."""
+        """`in_progress`: queries accepted and not answered; `waiting`: those that wait for their search."""
         self._registry = CollectorRegistry()
         self.requests = RequestMetrics(
             self._registry, prefix="retriever", purpose="passages", buckets=_SECONDS
@@ -46,22 +46,22 @@ class RetrieverMetrics:
         self._gauge("retriever_queries_waiting", "Queries that wait for their search.", waiting)
 
     def count_query(self, source: Source) -> None:
-        """One query was asked."""
+        """Count one query."""
         self._queries.labels(source).inc()
 
     def count_batch(self, *, size: int, seconds: float) -> None:
-        """One search came to its end."""
+        """Count one finished search."""
         self._batch_queries.observe(size)
         self._batch_seconds.observe(seconds)
 
     def count_outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """What became of the queries of one request."""
+        """Count the failed queries of one request."""
         for outcome in outcomes:
             if isinstance(outcome, SearchFailure):
                 self._failures.labels(outcome.kind).inc()
 
     def render(self) -> bytes:
-        """Everything in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return render_metrics(self._registry)
 
     def _gauge(self, name: str, meaning: str, read: Callable[[], int]) -> None:

@@ -1,7 +1,7 @@
 """Settings of the retriever, each defined once: flag over environment variable over default.
 
-Two tables make the command line, its help and the tables of README.md: which retriever is opened, which other
-commands ask as well, and how it is served. Online engines bring flags of their own.
+Three tables make the command line, its help and the tables of README.md: which retriever is opened, how an
+online engine is asked, and how it is served.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from search_r1.search import defaults
 from search_r1.search.errors import RetrieverError
+from search_r1.search.kinds import SearchOptions
 from search_r1.search.online.options import (
-    ONLINE_NAMES,
+    ENGINE_NAMES,
+    MOCK_VARIABLE,
+    OnlineMode,
     OnlineOptions,
-    add_online_arguments,
     resolve_online,
 )
-from search_r1.search.recipes import add_recipe_arguments
+from search_r1.search.recipes import EncoderSpec, add_recipe_arguments, read_recipe_flags
 from search_r1.search.schema import MAX_TIMEOUT_S, MAX_TOPK
+from search_r1.search.vector_index import Device
 from serving.web.settings import (
     Parse,
     Setting,
@@ -29,6 +33,7 @@ from serving.web.settings import (
     Value,
     add_settings,
     expand_home,
+    parse_choice,
     parse_integer,
     parse_path,
     parse_real,
@@ -41,54 +46,53 @@ from serving.web.settings import (
 
 BM25 = "bm25"
 HYBRID = "hybrid"
-DEVICES = ("cpu", "faiss_gpu", "torch")
+_DEVICES: tuple[Device, ...] = ("cpu", "faiss_gpu", "torch")
+_KIND_DECIDES = "the kind's own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoding:
-    """How the encoder wants its texts, where neither a manifest nor the model says so. None: not told."""
+class DenseOptions:
+    """A dense index, its corpus and its encoder."""
 
-    pooling_method: str | None = None
-    query_prefix: str | None = None
-    passage_prefix: str | None = None
-    max_length: int | None = None
+    index_path: Path
+    corpus_path: Path
+    encoder: EncoderSpec
+    """What it does not state is read from the manifest of the index."""
+    device: Device = "cpu"
+    """Where the vectors are searched."""
+    mmap: bool = True
+    search: SearchOptions = field(default_factory=SearchOptions)
+    num_threads: int | None = None
+    """Of the whole process, for encoding and for search; None leaves it as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrieverSettings:
-    """Which retriever to open, and how. Zeros mean that the kind of the index decides."""
+    """Which retriever to open, and how."""
 
-    retriever_name: str
-    """A family of encoders, empty for the index's own; or `bm25`, `hybrid`, an online engine."""
-    index_path: Path
-    corpus_path: Path
-    retriever_model: str
-    encoding: Encoding
-    index_device: str
-    mmap: bool
-    nprobe: int
-    ef_search: int
-    rescore_factor: int
-    bm25_index_path: Path
+    name: str
+    """Empty or a family of encoders for a dense index; or `bm25`, `hybrid`, an online engine."""
+    dense: DenseOptions
+    bm25_path: Path
+    """Folder of the BM25 index."""
     hybrid_depth: int
     reranker_model: str
+    """Empty: results are not reranked."""
     rerank_depth: int
-    num_threads: int
     online: OnlineOptions
 
     @property
     def is_online(self) -> bool:
-        """Whether it asks others; then no file of ours is read."""
-        return self.retriever_name in ONLINE_NAMES
+        """Whether it asks another service; then no index is read."""
+        return self.name in ENGINE_NAMES
 
     @property
     def files(self) -> list[str]:
-        """What is read, for people."""
-        files = [str(self.corpus_path), str(self.index_path)]
-        if self.retriever_name == HYBRID:
-            files.append(str(self.bm25_index_path))
-        if self.retriever_name != BM25:
-            files.append(self.retriever_model)
+        """What is loaded, for the log."""
+        dense = self.dense
+        files = [str(dense.corpus_path)]
+        files += [] if self.name == BM25 else [str(dense.index_path), dense.encoder.path]
+        files += [str(self.bm25_path)] if self.name in (BM25, HYBRID) else []
         return files + [self.reranker_model] * bool(self.reranker_model)
 
 
@@ -99,7 +103,7 @@ class ServerSettings:
     host: str
     port: int
     topk: int
-    batching: bool
+    no_batching: bool
     max_batch: int
     batch_window_ms: float
     cache_size: int
@@ -118,24 +122,16 @@ class ServerSettings:
 
 
 def _setting(
-    name: str,
-    default: str,
-    parse: Parse,
-    meaning: str,
-    *,
-    env: str = "",
-    shown_default: str = "",
-    parse_flag: Parse | None = None,
+    name: str, default: str, parse: Parse, meaning: str, *, env: str = "", shown: str = ""
 ) -> Setting:
     return Setting(
         name=name,
-        flag=f"--{name}" if parse_flag is None else f"--{name}_file",
+        flag=f"--{name}",
         env=env or f"RETRIEVER_{name.upper()}",
         default=default,
         parse=parse,
         meaning=meaning,
-        shown_default=shown_default,
-        parse_flag=parse_flag,
+        shown_default=shown,
     )
 
 
@@ -144,13 +140,16 @@ def _parse_optional_path(text: str) -> Value:
 
 
 def _parse_name(text: str) -> Value:
+    if text.lower() == "bing":
+        raise SettingError(
+            f"{text!r}, whose API Microsoft retired in August 2025; expected serper, serpapi or google"
+        )
     return text.lower()
 
 
-def _parse_device(text: str) -> Value:
-    if text and text not in DEVICES:
-        raise SettingError(f"{text!r}, expected one of {', '.join(DEVICES)}")
-    return text
+def _optional(parse: Parse) -> Parse:
+    """Return a parser that also accepts nothing."""
+    return lambda text: parse(text) if text else ""
 
 
 RETRIEVER_SETTINGS: tuple[Setting, ...] = (
@@ -159,9 +158,9 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
         "",
         _parse_name,
         "family of the encoder (e5, bge, gte, ...), or bm25, hybrid (dense and bm25), or an online engine: "
-        + ", ".join(ONLINE_NAMES),
+        + ", ".join(ENGINE_NAMES),
         env="RETRIEVER_NAME",
-        shown_default="the family that the index was built with",
+        shown="the family that the index was built with",
     ),
     _setting(
         "bm25_index_path",
@@ -169,15 +168,15 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
         parse_path,
         "folder of the BM25 index, for hybrid",
         env="BM25_INDEX_PATH",
-        shown_default="world/index/bm25",
+        shown="world/index/bm25",
     ),
     _setting(
         "index_path",
         "",
         parse_path,
-        "index: a file of Faiss, or the folder of a BM25 index for bm25",
+        "index: a Faiss file, or the folder of a BM25 index for bm25",
         env="INDEX_PATH",
-        shown_default="world/index/e5_Flat.index",
+        shown="world/index/e5_Flat.index",
     ),
     _setting(
         "corpus_path",
@@ -185,57 +184,84 @@ RETRIEVER_SETTINGS: tuple[Setting, ...] = (
         parse_path,
         'passages: JSONL with {"id", "contents"} per line, or Arrow',
         env="CORPUS_PATH",
-        shown_default="world/corpus.jsonl",
+        shown="world/corpus.jsonl",
     ),
     _setting(
         "retriever_model",
         str(defaults.ENCODER_PATH),
         parse_path,
-        "encoder: a folder or the name of a cached model",
+        "encoder: a folder or a hub id",
         env="RETRIEVER_MODEL",
-        shown_default="world/models/encoder",
+        shown="world/models/encoder",
     ),
     _setting("faiss_gpu", "false", parse_switch, "search on all visible GPUs by a GPU build of Faiss"),
     _setting(
         "index_device",
         "",
-        _parse_device,
+        _optional(parse_choice(_DEVICES)),
         "where to search: cpu, faiss_gpu, or torch (exact, by torch on GPUs)",
-        shown_default="cpu",
+        shown="cpu",
     ),
     _setting("no_mmap", "false", parse_switch, "read the index into memory instead of mapping its file"),
-    _setting(
-        "nprobe", "0", parse_integer(0), "lists that ivf and ivf_pq look into", shown_default="the kind's own"
-    ),
+    _setting("nprobe", "0", parse_integer(0), "lists that ivf_pq searches", shown=_KIND_DECIDES),
     _setting(
         "ef_search",
         "0",
         parse_integer(0),
         "candidates that hnsw keeps while it searches",
-        shown_default="the kind's own",
-    ),
-    _setting(
-        "rescore_factor",
-        "0",
-        parse_integer(0),
-        "candidates per passage that ivf_pq and binary score again",
-        shown_default="the kind's own",
+        shown=_KIND_DECIDES,
     ),
     _setting("hybrid_depth", "100", parse_integer(1, MAX_TOPK), "passages of each part that hybrid joins"),
     _setting(
         "reranker_model",
         "",
         _parse_optional_path,
-        "cross-encoder that orders the passages again: a folder or the name of a cached model",
-        shown_default="none",
+        "cross-encoder that reorders the passages: a folder or a hub id",
+        shown="none",
     ),
-    _setting("rerank_depth", "20", parse_integer(1, MAX_TOPK), "passages that the reranker looks at"),
+    _setting("rerank_depth", "20", parse_integer(1, MAX_TOPK), "passages that the reranker reads"),
     _setting(
         "num_threads",
         "0",
         parse_integer(0, 4096),
         "for encoding and search on the CPU",
-        shown_default="half of the cores: the trainer works next door",
+        shown="half of the cores: the trainer runs on the same machine",
+    ),
+)
+
+ONLINE_SETTINGS: tuple[Setting, ...] = (
+    _setting(
+        "online_mode",
+        "",
+        _optional(parse_choice(OnlineMode)),
+        "live: always ask; record: answer from --online_cache, else ask and record; replay: only from "
+        "--online_cache, without any network",
+        shown="record with --online_cache, else live",
+    ),
+    _setting(
+        "online_cache", "", _parse_optional_path, "SQLite file of recorded answers and counted requests"
+    ),
+    _setting(
+        "online_date",
+        "",
+        _optional(parse_text),
+        "day of the recorded answers (YYYY-MM-DD), or any",
+        shown="today for record, any for replay",
+    ),
+    _setting("online_url", "", _optional(parse_text), "ask a compatible service instead"),
+    _setting("online_parallel", "16", parse_integer(1, 256), "connections, and requests at a time"),
+    _setting(
+        "max_online_requests",
+        "",
+        _optional(parse_integer(0)),
+        "refuse to ask once --online_cache has counted so many requests",
+    ),
+    _setting(
+        "mock_search",
+        "false",
+        parse_switch,
+        "make all answers up, without network and key",
+        env=MOCK_VARIABLE,
     ),
 )
 
@@ -243,11 +269,7 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
     _setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 for other machines"),
     _setting("port", "8000", parse_integer(0, 65535), "port to listen on; 0 takes a free one"),
     _setting(
-        "topk",
-        "3",
-        parse_integer(1, MAX_TOPK),
-        "passages per query where the request names no number",
-        env="TOPK",
+        "topk", "3", parse_integer(1, MAX_TOPK), "passages per query where the request names none", env="TOPK"
     ),
     _setting("no_batching", "false", parse_switch, "search for every request by itself"),
     _setting("max_batch", "256", parse_integer(1, 65536), "queries of one search"),
@@ -273,13 +295,15 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
         "shutdown_grace_s",
         "10",
         parse_real(0, MAX_TIMEOUT_S),
-        "how long accepted work may go on when asked to stop",
+        "how long accepted work may go on after SIGTERM",
     ),
-    _setting(
-        "token",
-        "",
-        parse_token,
-        "bearer token that callers must present; the flag takes a file that holds it",
+    Setting(
+        name="token",
+        flag="--token_file",
+        env="RETRIEVER_TOKEN",
+        default="",
+        parse=parse_token,
+        meaning="bearer token that callers must present; the flag names a file that holds it",
         shown_default="none",
         parse_flag=read_token_file,
     ),
@@ -287,67 +311,66 @@ SERVER_SETTINGS: tuple[Setting, ...] = (
 
 
 def add_retriever_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every retriever, for `resolve_retriever`."""
+    """Add the flags of every retriever, for `resolve_retriever`."""
     add_settings(parser.add_argument_group("retriever"), RETRIEVER_SETTINGS)
-    add_recipe_arguments(parser, default=argparse.SUPPRESS)
-    add_online_arguments(parser)
+    add_recipe_arguments(parser)
+    add_settings(parser.add_argument_group("online engines"), ONLINE_SETTINGS)
 
 
 def resolve_retriever(
     namespace: argparse.Namespace, *, environ: Mapping[str, str] | None = None
 ) -> RetrieverSettings:
-    """Settle the flags of `add_retriever_arguments`. Raises RetrieverError."""
+    """Resolve the flags of `add_retriever_arguments`. Raises RetrieverError."""
     variables = os.environ if environ is None else environ
     values = _resolve(RETRIEVER_SETTINGS, namespace, environ=variables)
-    if values.pop("faiss_gpu"):
+    name, device = str(values["retriever_name"]), str(values["index_device"]) or "cpu"
+    if values["faiss_gpu"]:
         if values["index_device"] not in ("", "faiss_gpu"):
-            raise RetrieverError(
-                f"--faiss_gpu and --index_device {values['index_device']} exclude each other; leave one out"
-            )
-        values["index_device"] = "faiss_gpu"
-    return RetrieverSettings(
-        retriever_name=str(values["retriever_name"]),
-        index_path=Path(str(values["index_path"])),
+            raise RetrieverError(f"--faiss_gpu and --index_device {device} exclude each other; leave one out")
+        device = "faiss_gpu"
+    index_path = Path(str(values["index_path"]))
+    dense = DenseOptions(
+        index_path=index_path,
         corpus_path=Path(str(values["corpus_path"])),
-        retriever_model=str(values["retriever_model"]),
-        encoding=Encoding(**{field.name: vars(namespace).get(field.name) for field in fields(Encoding)}),
-        index_device=str(values["index_device"]) or "cpu",
+        encoder=EncoderSpec(
+            path=str(values["retriever_model"]),
+            family=None if name in ("", HYBRID) else name,
+            flags=read_recipe_flags(namespace),
+        ),
+        device=cast(Device, device),
         mmap=not values["no_mmap"],
-        nprobe=int(values["nprobe"]),
-        ef_search=int(values["ef_search"]),
-        rescore_factor=int(values["rescore_factor"]),
-        bm25_index_path=Path(str(values["bm25_index_path"])),
+        search=SearchOptions(
+            nprobe=int(values["nprobe"]) or None, ef_search=int(values["ef_search"]) or None
+        ),
+        num_threads=int(values["num_threads"]) or max(1, len(os.sched_getaffinity(0)) // 2),
+    )
+    return RetrieverSettings(
+        name=name,
+        dense=dense,
+        bm25_path=index_path if name == BM25 else Path(str(values["bm25_index_path"])),
         hybrid_depth=int(values["hybrid_depth"]),
         reranker_model=str(values["reranker_model"]),
         rerank_depth=int(values["rerank_depth"]),
-        num_threads=int(values["num_threads"]) or max(1, len(os.sched_getaffinity(0)) // 2),
-        online=resolve_online(namespace, variables),
+        online=resolve_online(_resolve(ONLINE_SETTINGS, namespace, environ=variables), variables),
     )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Command line of the server; most values stay text until they are resolved."""
-    parser = argparse.ArgumentParser(
-        prog="retrieval_server",
-        description="Serve a retriever over HTTP. Without arguments: the embedded world. A flag wins over "
-        "its variable.",
-        allow_abbrev=False,
-    )
-    add_retriever_arguments(parser)
-    add_settings(parser.add_argument_group("server"), SERVER_SETTINGS)
-    return parser
 
 
 def resolve_server(
     arguments: Sequence[str] = (), *, environ: Mapping[str, str] | None = None
 ) -> tuple[ServerSettings, RetrieverSettings]:
-    """Settle every setting. Raises RetrieverError; exits as argparse does on a flag it does not know."""
-    namespace = build_parser().parse_args(expand_home(arguments))
+    """Resolve every setting. Raises RetrieverError; exits as argparse does on an unknown flag."""
+    parser = argparse.ArgumentParser(
+        prog="retrieval_server",
+        description="Serve a retriever over HTTP. Without arguments: the embedded world. A flag overrides "
+        "its variable.",
+        allow_abbrev=False,
+    )
+    add_retriever_arguments(parser)
+    add_settings(parser.add_argument_group("server"), SERVER_SETTINGS)
+    namespace = parser.parse_args(expand_home(arguments))
     variables = os.environ if environ is None else environ
     values = _resolve(SERVER_SETTINGS, namespace, environ=variables)
-    batching = not values.pop("no_batching")
-    server = ServerSettings(batching=batching, **values)  # type: ignore[arg-type]
-    return server, resolve_retriever(namespace, environ=variables)
+    return ServerSettings(**values), resolve_retriever(namespace, environ=variables)  # type: ignore[arg-type]
 
 
 def _resolve(

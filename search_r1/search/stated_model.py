@@ -1,4 +1,4 @@
-"""What the files of a sentence encoder say of how it wants its texts."""
+"""What the files of a sentence encoder state about how it expects its texts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _POSITIONS_AFTER_PADDING = (
 
 
 def read_stated_model(folder: Path) -> StatedModel:
-    """Raises RetrieverError when the files cannot be read or want what is not supported here."""
+    """Read the files of a model. Raises RetrieverError when they are broken or need what is not supported."""
     listed = read_modules(folder)
     is_sentence_encoder = listed is not None
     modules = _PLAIN if listed is None else _check_modules(folder, listed)
@@ -66,7 +66,7 @@ def read_stated_model(folder: Path) -> StatedModel:
         passage_prefix=passage_prefix,
         pooling=_read_pooling(folder, modules) if is_sentence_encoder else None,
         max_length=_read_max_length(transformer, limit=limit) if is_sentence_encoder else None,
-        normalised=_read_normalised(folder, modules, config) if is_sentence_encoder else None,
+        normalized=_read_normalized(folder, modules, config) if is_sentence_encoder else None,
     )
     return StatedModel(
         is_sentence_encoder=is_sentence_encoder,
@@ -78,13 +78,13 @@ def read_stated_model(folder: Path) -> StatedModel:
 
 
 def _check_modules(folder: Path, modules: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """With the bare names of the classes. Raises RetrieverError for what is not supported."""
+    """Return the modules with the bare names of their classes. Raises RetrieverError for other ones."""
     checked = []
     for reference, place in modules:
         kind = reference.rsplit(".", 1)[-1]
         if not reference.startswith("sentence_transformers.") or kind not in _MODULES:
             raise RetrieverError(
-                f"encoder {folder} wants a module {reference!r}; supported are {list(_MODULES)} of "
+                f"encoder {folder} needs a module {reference!r}; supported are {list(_MODULES)} of "
                 "sentence_transformers, and code that comes with a model is never run"
             )
         checked.append((kind, place))
@@ -98,7 +98,7 @@ def _check_modules(folder: Path, modules: list[tuple[str, str]]) -> tuple[tuple[
 
 
 def _read_prompts(prompts: Mapping[str, object]) -> tuple[str | None, str | None]:
-    """Prompts that are all empty say nothing: newer libraries write them for every model they save."""
+    """Return query and passage prefix; prompts that are all empty, as libraries write them, state nothing."""
     if not any(prompts.values()):
         return None, None
 
@@ -121,21 +121,21 @@ def _read_pooling(folder: Path, modules: tuple[tuple[str, str], ...]) -> str | N
     pooling = [_POOLING_NAMES.get(str(name), str(name)) for name in names]
     unknown = sorted(set(pooling) - set(POOLINGS))
     if unknown:
-        raise RetrieverError(f"encoder {folder} wants pooling {unknown}; known are {list(POOLINGS)}")
+        raise RetrieverError(f"encoder {folder} needs pooling {unknown}; known are {list(POOLINGS)}")
     return "+".join(pooling) or None
 
 
-def _read_normalised(
+def _read_normalized(
     folder: Path, modules: tuple[tuple[str, str], ...], config: Mapping[str, object]
 ) -> bool | None:
-    """None where neither a module nor the similarity that it was made for says it."""
+    """Return None where neither a module nor the similarity that it was made for states it."""
     if any(kind == "Normalize" for kind, _ in modules):
         return True
     similarity = config.get("similarity_fn_name")
     if similarity not in (None, "cosine", "dot"):
         raise RetrieverError(
-            f"encoder {folder} is made for the similarity {similarity!r}; an index here knows inner "
-            "products, so cosine and dot"
+            f"encoder {folder} is made for the similarity {similarity!r}; an index here supports "
+            "cosine and dot"
         )
     return None if similarity is None else similarity == "cosine"
 
@@ -146,7 +146,7 @@ def _read_max_length(transformer: Path, *, limit: int | None) -> int | None:
         if isinstance(stated, int):
             return _shorter(stated, limit)
     stated = read_json(transformer / "tokenizer_config.json").get("model_max_length")
-    # Tokenizers without a limit say 10^30.
+    # Tokenizers without a limit state 10^30.
     return _shorter(stated, limit) if isinstance(stated, int) and stated < 10**9 else limit
 
 
@@ -155,7 +155,7 @@ def _shorter(length: int, limit: int | None) -> int:
 
 
 def read_length_limit(transformer: Path) -> int | None:
-    """Longest sequence that the model in this folder has positions for; None where it does not say."""
+    """Return the longest sequence that the model has positions for; None where it does not state it."""
     config = read_json(transformer / "config.json")
     positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
     if not isinstance(positions, int) or positions < 1:

@@ -1,8 +1,8 @@
 """Exact search by torch: blocks of vectors times all queries, and a running list of the best.
 
-On a CPU the vectors stay where they are (memory-mapped) and are decoded a block at a time, once for all
-queries of a batch; on GPUs they lie in memory as float16, in one shard per GPU. What was found is scored once
-more by `ranking.rescore`, so that scores and order do not depend on the batch, the block or the device.
+On a CPU the vectors stay where they are (memory-mapped) and are decoded one block at a time, once for all
+queries of a batch; on GPUs they are held as float16, in one shard per GPU. The candidates are scored again by
+`ranking.rescore`, so that scores and order do not depend on the batch, the block or the device.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.faiss_index import CodeRows, open_rows
-from search_r1.search.ranking import FloatArray, RowArray, order_hits, rescore
-from search_r1.search.vector_source import VectorSource, read_blocks
+from search_r1.search.faiss_index import StoredVectors
+from search_r1.search.ranking import FloatArray, RowArray, VectorSource, order_hits, read_blocks, rescore
 
 _BLOCK_ROWS = 8192
 _GPU_BLOCK_ROWS = 1 << 18
@@ -25,16 +24,16 @@ _SPARE_CANDIDATES = 16
 """Found beyond `topk`: matrix products order vectors that are nearly equal by chance."""
 _GPU_SPARE_CANDIDATES = 64
 _MANY_EQUAL = 1024
-"""Found beyond `topk` where those are all equal: the first rows of so many copies of a passage are found."""
+"""Found beyond `topk` where the spare ones are all equal, as copies of a passage are."""
 
 
 def set_num_threads(count: int) -> None:
-    """Of torch in the whole process."""
+    """Set the threads of torch in the whole process."""
     torch.set_num_threads(count)
 
 
 class _Best:
-    """The best of what was offered so far, for each query."""
+    """The best candidates so far, for each query."""
 
     def __init__(self, num_queries: int, *, count: int, device: torch.device | str = "cpu") -> None:
         self._count = count
@@ -42,7 +41,7 @@ class _Best:
         self._rows = torch.empty((num_queries, 0), dtype=torch.int64, device=device)
 
     def offer(self, scores: torch.Tensor, *, first_row: int) -> None:
-        """Scores [queries, rows] of rows that follow each other."""
+        """Merge scores [queries, rows] of consecutive rows."""
         best, rows = scores.topk(min(self._count, scores.shape[1]), dim=1)
         merged = torch.cat([self._scores, best.float()], dim=1)
         merged_rows = torch.cat([self._rows, rows + first_row], dim=1)
@@ -50,7 +49,7 @@ class _Best:
         self._rows = merged_rows.gather(1, kept)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and rows, on the CPU."""
+        """Return scores and rows, on the CPU."""
         return self._scores.cpu(), self._rows.cpu()
 
 
@@ -59,7 +58,7 @@ class _GpuShards:
 
     num_spare = _GPU_SPARE_CANDIDATES
 
-    def __init__(self, stored: CodeRows, devices: Sequence[torch.device]) -> None:
+    def __init__(self, stored: StoredVectors, devices: Sequence[torch.device]) -> None:
         """Raises RetrieverError when they do not fit."""
         bounds = np.linspace(0, len(stored), len(devices) + 1).astype(int)
         self._shards: list[tuple[int, torch.Tensor]] = []
@@ -71,13 +70,13 @@ class _GpuShards:
             except torch.OutOfMemoryError as error:
                 gigabytes = (stop - start) * stored.dim * 2 / 1e9
                 raise RetrieverError(
-                    f"{stop - start} vectors of {stored.dim} float16 ({gigabytes:.1f} GB) do not fit on"
-                    f" {device}; use more GPUs or the CPU"
+                    f"{stop - start} vectors of {stored.dim} float16 ({gigabytes:.1f} GB) do not fit on "
+                    f"{device}; use more GPUs or the CPU"
                 ) from error
             self._shards.append((int(start), shard))
 
     def find(self, vectors: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best of every shard side by side. Work is given to all GPUs before one is waited for."""
+        """Return the best of every shard, side by side. All GPUs are given work before one is waited for."""
         bests = []
         for first_row, shard in self._shards:
             best = _Best(len(vectors), count=count, device=shard.device)
@@ -91,11 +90,11 @@ class _GpuShards:
 
 
 class _CpuBlocks:
-    """The vectors where they lie."""
+    """The vectors where they are stored."""
 
     num_spare = _SPARE_CANDIDATES
 
-    def __init__(self, stored: CodeRows) -> None:
+    def __init__(self, stored: StoredVectors) -> None:
         self._stored = stored
 
     def find(self, vectors: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,10 +105,10 @@ class _CpuBlocks:
 
 
 class ExactIndex:
-    """Compares every query with every vector of a `flat`, `fp16` or `sq8` file."""
+    """A VectorIndex that compares every query with every vector of a `flat`, `fp16` or `sq8` file."""
 
     def __init__(
-        self, stored: CodeRows, *, finder: _CpuBlocks | _GpuShards, facts: dict[str, str | int]
+        self, stored: StoredVectors, *, finder: _CpuBlocks | _GpuShards, facts: dict[str, str | int]
     ) -> None:
         self.kind = stored.kind
         self.dim = stored.dim
@@ -121,10 +120,10 @@ class ExactIndex:
         return len(self._stored)
 
     def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, RowArray]:
-        """As VectorIndex."""
+        """Search as VectorIndex does."""
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         scores, rows = self._rank(vectors, count=topk + self._finder.num_spare)
-        # The worst candidate is as good as the last hit: equal ones may be missing, any of them.
+        # Where the last candidate ties with the last hit, ties with smaller rows may have been cut off.
         tied = np.flatnonzero(scores[:, topk - 1] == scores[:, -1])
         if len(tied) and len(self) > scores.shape[1]:
             scores, rows = scores[:, :topk], rows[:, :topk]
@@ -133,26 +132,29 @@ class ExactIndex:
         return scores[:, :topk], rows[:, :topk]
 
     def _rank(self, vectors: FloatArray, *, count: int) -> tuple[FloatArray, RowArray]:
-        """The best `count` candidates, in order."""
+        """Return the best `count` candidates, in order."""
         _, found = self._finder.find(torch.from_numpy(vectors), count=min(len(self), count))
         rows = found.numpy()
         return order_hits(rescore(vectors, rows, stored=self._stored), rows, topk=count)
 
     def describe(self) -> dict[str, str | int]:
+        """Return kind, size and where it is searched."""
         return {"kind": str(self.kind), "count": len(self), "dim": self.dim, **self._facts}
 
 
 def open_exact(path: Path, *, mmap: bool, on_gpu: bool, devices: Sequence[str] | None = None) -> ExactIndex:
-    """`on_gpu`: on `devices`, else on all GPUs that torch sees. Raises RetrieverError when there are none."""
+    """Open a file for exact search; `on_gpu` on `devices`, by default all GPUs that torch sees.
+
+    Raises RetrieverError when there is no GPU.
+    """
+    _accept_read_only_memory()
     if not on_gpu:
-        _accept_read_only_memory()
-        stored = open_rows(path, mmap=mmap)
+        stored = StoredVectors(path, mmap=mmap)
         return ExactIndex(stored, finder=_CpuBlocks(stored), facts={"device": "cpu", "mmap": int(mmap)})
     names = list(devices or (f"cuda:{number}" for number in range(torch.cuda.device_count())))
     if not names:
-        raise RetrieverError("exact search by torch: torch sees no GPU; use --index_device cpu")
-    _accept_read_only_memory()
-    stored = open_rows(path, mmap=True)
+        raise RetrieverError("--index_device torch: torch sees no GPU; use --index_device cpu")
+    stored = StoredVectors(path)
     shards = _GpuShards(stored, [torch.device(name) for name in names])
     return ExactIndex(stored, finder=shards, facts={"device": ",".join(names), "stored_as": "float16"})
 
@@ -164,7 +166,7 @@ def search_source(
     topk: int,
     report: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatArray, RowArray]:
-    """Exact search in one pass over vectors that nothing was built of; `report(rows done, rows)`."""
+    """Search exactly in one pass over vectors that have no index; `report(rows done, rows)`."""
     num_rows = source.shape[0]
     best = _Best(len(queries), count=min(num_rows, topk + _SPARE_CANDIDATES))
     vectors = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
@@ -176,15 +178,15 @@ def search_source(
     return order_hits(scores.numpy(), rows.numpy(), topk=topk)
 
 
-def _decode(stored: CodeRows, *, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """First row and vectors of one block after the other; each is overwritten by the next."""
+def _decode(stored: StoredVectors, *, start: int, stop: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield first row and vectors of one block after the other; each overwrites the one before."""
     buffer = np.empty((min(_BLOCK_ROWS, stop - start), stored.dim), dtype=np.float32)
     for first in range(start, stop, _BLOCK_ROWS):
         yield first, torch.from_numpy(stored.read(first, min(first + _BLOCK_ROWS, stop), out=buffer))
 
 
 def _accept_read_only_memory() -> None:
-    """torch warns once a process that it cannot keep such memory from being written; nothing here writes."""
+    """Use up the warning that torch gives once per process about read-only memory; nothing here writes."""
     read_only = np.zeros(1, dtype=np.float32)
     read_only.flags.writeable = False
     with warnings.catch_warnings():
@@ -193,7 +195,7 @@ def _accept_read_only_memory() -> None:
 
 
 def _multiply_half(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """float16 inputs, float32 scores: in float16 the scores of near neighbours are equal."""
+    """Return float32 scores of float16 inputs: in float16 the scores of near neighbors are equal."""
     if block.is_cuda:
         return torch.mm(queries, block.T, out_dtype=torch.float32)
     return queries.float() @ block.float().T

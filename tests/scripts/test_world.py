@@ -27,6 +27,8 @@ from transformers import (
 
 from IG.prompts import PromptType, build_prompt, entailment_text
 from search_r1.search.dense import load_dense
+from search_r1.search.recipes import EncoderSpec
+from search_r1.search.settings import DenseOptions
 from world import dataset, entailment, evaluation, language, names, text, tokenizer, training
 from world.facts import Kind, World, WorldSize, draw_world
 from world.traces import Problem, Scene, TraceWriter, draw_trace
@@ -270,10 +272,11 @@ def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
         assert AutoModelForCausalLM.from_pretrained(out / "models" / name).config.vocab_size
     assert len(pq.read_table(out / "test.parquet").to_pylist()) == 20
     retriever = load_dense(
-        out / "index" / "e5_Flat.index",
-        corpus_path=out / "corpus.jsonl",
-        encoder_path=str(out / "models" / "encoder"),
-        retriever_name="e5",
+        DenseOptions(
+            index_path=out / "index" / "e5_Flat.index",
+            corpus_path=out / "corpus.jsonl",
+            encoder=EncoderSpec(path=str(out / "models" / "encoder"), family="e5"),
+        )
     )
     assert len(retriever) == made["counts"]["passages"]
     # In a process of its own, as users call it: data and index come out the same.

@@ -10,7 +10,8 @@ import pytest
 
 from IG.entailment import EntailmentModel
 from search_r1.search.encoder import TextEncoder
-from search_r1.search.rerank import load_reranker
+from search_r1.search.recipes import EncoderSpec
+from search_r1.search.rerank import CrossEncoderReranker
 from tests.search_r1.search.subjects import Files
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.model import load_model
@@ -25,8 +26,8 @@ def load_policy(folder: Path) -> object:
 @pytest.mark.parametrize(
     ("name", "load"),
     [
-        ("encoder", lambda folder: TextEncoder(folder, retriever_name="e5", device="cpu")),
-        ("reranker", lambda folder: load_reranker(folder, device="cpu")),
+        ("encoder", lambda folder: TextEncoder(EncoderSpec(path=str(folder), family="e5"), device="cpu")),
+        ("reranker", lambda folder: CrossEncoderReranker(folder, device="cpu")),
         (
             "entailment",
             lambda folder: EntailmentModel.load(str(folder), device="cpu", batch_size=1, cpu_threads=1),

@@ -1,49 +1,68 @@
-"""An online engine as a Retriever: typed outcomes, record and replay, spend cap."""
+"""An online engine as a Retriever: typed outcomes, record and replay, a limit of requests; and a mock."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.online.engines import (
+    ENGINES,
     MAX_QUERY_CHARS,
     MAX_RESULTS,
     PAGE_SIZE,
     Engine,
     EngineError,
+    make_document,
     read_answer,
 )
-from search_r1.search.online.options import OnlineMode, OnlineOptions
-from search_r1.search.online.store import (
-    ANY_DATE,
-    NANO,
-    AnswerKey,
-    CapReachedError,
-    OnlineStore,
-    normalise_query,
-    today,
-)
+from search_r1.search.online.options import ANY_DATE, ENGINE_NAMES, MOCK, OnlineMode, OnlineOptions
+from search_r1.search.online.store import AnswerKey, OnlineStore, normalize_query, today
 from search_r1.search.online.transport import Transport
-from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
+from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, Retriever, SearchFailure
 from search_r1.search.schema import Document
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+
+def open_online(name: str, *, options: OnlineOptions) -> Retriever:
+    """Open one of ENGINE_NAMES. Raises RetrieverError for a missing key or file."""
+    if name not in ENGINE_NAMES:
+        raise RetrieverError(f"no online engine {name!r}; expected one of {', '.join(ENGINE_NAMES)}")
+    if options.mock or name == MOCK:
+        logger.warning("MOCK SEARCH in place of %s: every document is made up from its query", name)
+        return MockRetriever(engine=name)
+    engine, replays = ENGINES[name], options.mode is OnlineMode.REPLAY
+    transport = None
+    if not replays:
+        if missing := [variable for variable in engine.key_variables if variable not in options.keys]:
+            raise RetrieverError(
+                f"--retriever_name {name} needs {' and '.join(missing)} in the environment; set it, or try "
+                "without one by --mock_search"
+            )
+        url = options.url or engine.url
+        transport = Transport(
+            engine,
+            url=url,
+            keys=options.keys,
+            proxy=options.proxy_for(url),
+            max_connections=options.num_parallel_calls,
+        )
+    store = OnlineStore(options.cache_path, read_only=replays) if options.cache_path else None
+    logger.info("online engine %s, mode %s, file %s", name, options.mode, options.cache_path or "none")
+    return OnlineRetriever(engine, options=options, store=store, transport=transport)
 
 
 class OnlineRetriever:
     """Asks one engine, or its recording. The score of a hit is 1 / rank: engines publish none.
 
-    A query that needs several pages fails as a whole when one of them does. Charged is every attempt,
-    before it is sent; taken back is only what never got a connection. Engines that do not bill refusals
-    therefore bill less than is counted, never more.
+    A query that needs several pages fails as a whole when one of them does. Every attempt is counted before
+    it is sent, also one that fails.
     """
 
     max_batch = 1
@@ -64,14 +83,11 @@ class OnlineRetriever:
         self._store = store
         self._transport = transport
         self._source = engine.name if options.url is None else f"{engine.name}@{options.url}"
-        price = options.price_of(engine)
-        self._price = 0 if price is None else round(price * NANO / 1000)
-        cap = options.spend_cap_usd
-        self._cap = None if cap is None else round(cap * NANO)
         self._running: set[asyncio.Task[Outcome]] = set()
         self._is_closed = False
 
     def describe(self) -> Mapping[str, str | int | float | None]:
+        """Return what the answers depend on."""
         options = self._options
         return {
             "retriever": self._engine.name,
@@ -79,12 +95,11 @@ class OnlineRetriever:
             "mode": options.mode.value,
             "date": self._date if options.mode is not OnlineMode.LIVE else None,
             "recording": options.cache_path.name if options.cache_path else None,
-            "spend_cap_usd": options.spend_cap_usd,
-            "price_per_1000_usd": options.price_of(self._engine),
+            "max_requests": options.max_requests,
         }
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
-        """One request per query and started ten of `topk`; pages may be short, and nothing is past 100."""
+        """Search with one request per query and started ten of `topk`; at most 100 hits per query."""
         if self._is_closed:
             raise RetrieverError(f"{self._engine.name}: the retriever is closed; open another one")
         deadline = time.monotonic() + timeout_s
@@ -96,17 +111,16 @@ class OnlineRetriever:
             ends = await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             self._running.difference_update(tasks)
-        return [self._read_end(end) for end in ends]
-
-    def _read_end(self, end: Outcome | BaseException) -> Outcome:
-        if isinstance(end, asyncio.CancelledError):
-            return self._fail(FailureKind.UNAVAILABLE, "stopped, because the retriever was closed")
-        if isinstance(end, BaseException):
-            raise end
-        return end
+        outcomes: list[Outcome] = []
+        for end in ends:
+            if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
+                raise end
+            stopped = self._fail(FailureKind.UNAVAILABLE, "stopped, because the retriever was closed")
+            outcomes.append(stopped if isinstance(end, BaseException) else end)
+        return outcomes
 
     async def aclose(self) -> None:
-        """Stop what runs, close connections and file; say what was spent."""
+        """Stop what runs, close connections and file; log how many requests were counted."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -118,11 +132,11 @@ class OnlineRetriever:
             await self._transport.aclose()
         if self._store is not None:
             if self._transport is not None:
-                logger.info("%s: charged so far: %s", self._engine.name, await self._store.spending())
+                logger.info("%s: %d requests so far", self._engine.name, await self._store.num_requests())
             await self._store.aclose()
 
     async def _search_one(self, query: str, *, topk: int, deadline: float) -> Outcome:
-        text = normalise_query(query)[:MAX_QUERY_CHARS].rstrip()
+        text = normalize_query(query)[:MAX_QUERY_CHARS].rstrip()
         if not text:
             return ()
         try:
@@ -143,14 +157,19 @@ class OnlineRetriever:
             return await self._ask(query, topk=topk, deadline=deadline)
         assert self._store is not None
         key = AnswerKey(source=self._source, query=query, topk=topk, date=self._date)
-        recorded = await _before(deadline, self._store.find(key))
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                recorded = await self._store.find(key)
+        except TimeoutError:
+            raise EngineError(FailureKind.DEADLINE, "the recording was not read in time") from None
         if recorded is not None:
             return recorded
         if self._options.mode is OnlineMode.REPLAY:
-            asked = f"{query!r} with topk {topk} by {key.source}, date {key.date},"
-            fix = "record it with --online_mode record, or choose another --online_date"
-            reason = f"no answer to {asked} in {self._store.path.name}; {fix}"
-            raise EngineError(FailureKind.NOT_RECORDED, reason)
+            raise EngineError(
+                FailureKind.NOT_RECORDED,
+                f"no answer to {query!r} with topk {topk} by {key.source}, date {key.date}, in "
+                f"{self._store.path.name}; record it with --online_mode record, or try another --online_date",
+            )
         hits = await self._ask(query, topk=topk, deadline=deadline)
         day = today() if key.date == ANY_DATE else key.date
         return await self._store.keep(replace(key, date=day), hits)
@@ -180,27 +199,63 @@ class OnlineRetriever:
         if left_s <= 0:
             raise EngineError(FailureKind.DEADLINE, "not asked: no time was left")
         call = self._engine.make_call(query, start)
-        body = await self._transport.ask(call, timeout_s=left_s, charge=self._charge, refund=self._refund)
+        body = await self._transport.ask(call, timeout_s=left_s, count=self._count_request)
         return read_answer(self._engine, body)
 
-    async def _charge(self) -> None:
-        if self._store is None:
-            return
-        try:
-            await self._store.charge(self._engine.name, price=self._price, cap=self._cap)
-        except CapReachedError as error:
-            cap = f"--spend_cap_usd {self._options.spend_cap_usd:g}"
-            reason = f"our own spend cap is reached: {error} were charged, and {cap} leaves no other request"
-            raise EngineError(FailureKind.QUOTA, f"{reason}; raise it to go on") from None
-
-    async def _refund(self) -> None:
-        if self._store is not None:
-            await self._store.refund(self._engine.name, price=self._price)
+    async def _count_request(self) -> None:
+        limit = self._options.max_requests
+        if self._store is not None and not await self._store.count_request(limit=limit):
+            raise EngineError(
+                FailureKind.QUOTA,
+                f"--max_online_requests {limit} is reached by what {self._store.path.name} has counted; "
+                "raise it to go on",
+            )
 
 
-async def _before(deadline: float, work: Awaitable[T]) -> T:
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await work
-    except TimeoutError:
-        raise EngineError(FailureKind.DEADLINE, "the recording was not read in time") from None
+class MockRetriever:
+    """A search engine that makes its results up from the query; every document says so.
+
+    It needs no network and no key, and always gives the same answer.
+    """
+
+    max_batch = 256
+    num_parallel_calls = 16
+    num_passages: int | None = None
+
+    def __init__(self, *, engine: str) -> None:
+        """`engine`: the name that was asked for."""
+        self._engine = engine
+
+    def describe(self) -> Mapping[str, str | int | float | None]:
+        """Return what it stands in for."""
+        return {"retriever": "mock", "stands_in_for": self._engine}
+
+    async def search(
+        self,
+        queries: Sequence[str],
+        *,
+        topk: int,
+        timeout_s: float,  # noqa: ARG002 - takes no time
+    ) -> list[Outcome]:
+        """Make the results of every query up."""
+        return [_make_up(normalize_query(query), topk=min(topk, MAX_RESULTS)) for query in queries]
+
+    async def aclose(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+def _make_up(query: str, *, topk: int) -> Found:
+    if not query:
+        return ()
+    digest = hashlib.sha256(query.encode()).hexdigest()[:16]
+    return tuple(
+        Hit(
+            document=make_document(
+                url=f"mock://{digest}/{rank}",
+                title=f"Mock result {rank} for: {query}",
+                snippet=f"Made up by the mock search engine, not found anywhere. Number {rank} for: {query}",
+            ),
+            score=1.0 / rank,
+        )
+        for rank in range(1, topk + 1)
+    )

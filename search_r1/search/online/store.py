@@ -1,7 +1,7 @@
-"""One SQLite file per project: recorded answers, and what was spent. Several processes may share it.
+"""One SQLite file per project: recorded answers, and the number of requests. Several processes may share it.
 
-It has to lie on a local disk: the write-ahead log does not work over network file systems. A recording
-in a folder that nobody may write to can still be replayed.
+It must be on a local disk: the write-ahead log does not work over network file systems. A recording in a
+read-only folder can still be replayed.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from search_r1.search.errors import RetrieverError
+from search_r1.search.online.options import ANY_DATE
 from search_r1.search.retriever import Found, Hit
 from search_r1.search.schema import Document
 
 T = TypeVar("T")
 
-ANY_DATE = "any"
-NANO = 1_000_000_000
-"""Money is counted in whole nano-dollars: sums are exact."""
-
-_VERSION = 1
+_VERSION = 2
 _BUSY_S = 30.0
 _SCHEMA = (
     "CREATE TABLE answers (source TEXT NOT NULL, query TEXT NOT NULL, topk INTEGER NOT NULL,"
     " date TEXT NOT NULL, asked_at TEXT NOT NULL, hits TEXT NOT NULL,"
     " PRIMARY KEY (source, query, topk, date)) WITHOUT ROWID",
-    "CREATE TABLE spending (engine TEXT NOT NULL, price INTEGER NOT NULL, requests INTEGER NOT NULL,"
-    " PRIMARY KEY (engine, price)) WITHOUT ROWID",
+    "CREATE TABLE requests (total INTEGER NOT NULL)",
+    "INSERT INTO requests VALUES (0)",
 )
 
 
@@ -47,39 +44,20 @@ class AnswerKey:
     source: str
     """The engine's name, and its URL where that is not the published one."""
     query: str
-    """Normalised."""
+    """Normalized."""
     topk: int
     date: str
     """`YYYY-MM-DD`, or `any` to look up the newest."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spending:
-    """All that was ever charged to a file."""
-
-    num_requests: int
-    nano_usd: int
-
-    def __str__(self) -> str:
-        return f"{self.num_requests} requests, {self.nano_usd / NANO:.4f} USD"
-
-
-class CapReachedError(Exception):
-    """The next request would cost more than the cap leaves."""
-
-    def __init__(self, spent: Spending) -> None:
-        super().__init__(str(spent))
-        self.spent = spent
-
-
-def normalise_query(query: str) -> str:
-    """One spelling of the same query: NFC, no half characters, single spaces. Letters keep their case."""
+def normalize_query(query: str) -> str:
+    """Return one spelling of the same query: NFC, no lone surrogates, single spaces; case is kept."""
     text = query.encode("utf-8", "replace").decode("utf-8")
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def today() -> str:
-    """In UTC."""
+    """Return the date in UTC."""
     return datetime.now(UTC).date().isoformat()
 
 
@@ -101,11 +79,11 @@ class OnlineStore:
             ) from error
 
     async def find(self, key: AnswerKey) -> Found | None:
-        """None: not recorded."""
+        """Return what was recorded, or None."""
         return await self._run(lambda: self._find(key))
 
     async def keep(self, key: AnswerKey, hits: Found) -> Found:
-        """Record `hits` unless another process was faster; what is recorded now. `key.date` is a day."""
+        """Record `hits` unless another process was faster; return what is recorded. `key.date` is a day."""
 
         def write() -> Found:
             row = (key.source, key.query, key.topk, key.date, datetime.now(UTC).isoformat(), _dump(hits))
@@ -116,31 +94,21 @@ class OnlineStore:
 
         return await self._run(write)
 
-    async def charge(self, engine: str, *, price: int, cap: int | None) -> None:
-        """Count one request of `price` nano-dollars, before it is sent. Raises CapReachedError instead."""
+    async def count_request(self, *, limit: int | None) -> bool:
+        """Count one request, before it is sent; return False, and count none, at the limit."""
 
-        def write() -> None:
-            # IMMEDIATE: nobody else can spend between the look and the count.
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                spent = self._sum()
-                if cap is not None and spent.nano_usd + price > cap:
-                    raise CapReachedError(spent)
-                self._count(engine, price, 1)
-            except BaseException:
-                self._database.execute("ROLLBACK")
-                raise
-            self._database.execute("COMMIT")
+        def write() -> bool:
+            bound = -1 if limit is None else limit
+            update = "UPDATE requests SET total = total + 1 WHERE ? < 0 OR total < ?"
+            return self._database.execute(update, (bound, bound)).rowcount == 1
 
-        await self._run(write)
+        return await self._run(write)
 
-    async def refund(self, engine: str, *, price: int) -> None:
-        """Take back one charge."""
-        await self._run(lambda: self._count(engine, price, -1))
-
-    async def spending(self) -> Spending:
-        """Of all engines and processes, since the file was made."""
-        return await self._run(self._sum)
+    async def num_requests(self) -> int:
+        """Return the requests of all engines and processes since the file was made."""
+        return await self._run(
+            lambda: int(self._database.execute("SELECT total FROM requests").fetchone()[0])
+        )
 
     async def aclose(self) -> None:
         """Close the file once the running calls have ended."""
@@ -165,20 +133,11 @@ class OnlineStore:
         row = self._database.execute(query, values).fetchone()
         return None if row is None else _load(row[0])
 
-    def _sum(self) -> Spending:
-        query = "SELECT COALESCE(SUM(requests), 0), COALESCE(SUM(price * requests), 0) FROM spending"
-        num_requests, nano_usd = self._database.execute(query).fetchone()
-        return Spending(num_requests=num_requests, nano_usd=nano_usd)
-
-    def _count(self, engine: str, price: int, requests: int) -> None:
-        add = "ON CONFLICT DO UPDATE SET requests = requests + excluded.requests"
-        self._database.execute(f"INSERT INTO spending VALUES (?, ?, ?) {add}", (engine, price, requests))
-
 
 def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
     if not read_only:
         path.parent.mkdir(parents=True, exist_ok=True)
-    # Where nobody can write, SQLite needs no lock files, and could not make any.
+    # In a read-only folder SQLite needs no lock files, and could not make any.
     is_frozen = read_only and not os.access(path.parent, os.W_OK)
     use = "immutable=1" if is_frozen else "mode=ro" if read_only else "mode=rwc"
     database = sqlite3.connect(
@@ -205,7 +164,7 @@ def _prepare(database: sqlite3.Connection, *, read_only: bool) -> None:
     num_tables = database.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
     is_new = version == 0 and num_tables == 0 and not read_only
     if not is_new and version != _VERSION:
-        raise sqlite3.DatabaseError(f"it is no recording of version {_VERSION}")
+        raise sqlite3.DatabaseError(f"it is not a recording of version {_VERSION}")
     if is_new:
         for statement in _SCHEMA:
             database.execute(statement)
@@ -215,7 +174,7 @@ def _prepare(database: sqlite3.Connection, *, read_only: bool) -> None:
 
 
 def _enter_wal(database: sqlite3.Connection) -> None:
-    """SQLite does not wait when several processes make the same file at the same moment; we do."""
+    """Retry while other processes make the same file at the same moment: SQLite does not wait for them."""
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:
@@ -240,4 +199,4 @@ def _load(text: str) -> Found:
             Hit(document=Document(id=name, contents=text), score=score) for name, text, score in rows
         )
     except (ValueError, TypeError) as error:
-        raise sqlite3.DatabaseError(f"a recorded answer cannot be read ({error}); record anew") from error
+        raise sqlite3.DatabaseError(f"a recorded answer cannot be read ({error}); record it again") from error

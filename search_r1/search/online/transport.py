@@ -1,7 +1,7 @@
 """One engine's connections: a request per call, retried as in `serving.http`; keys are never logged.
 
-The keys are added below the HTTP client, whose log lines and errors therefore cannot show them, and whatever
-an engine says is searched for them before it is quoted.
+The keys are added below the HTTP client, whose log lines and errors therefore cannot show them, and they are
+removed from whatever an engine sends before it is quoted.
 """
 
 from __future__ import annotations
@@ -19,36 +19,27 @@ from search_r1.search.online.engines import (
     Engine,
     EngineError,
     explain_refusal,
-    may_pass,
+    is_retryable,
     quote,
 )
 from search_r1.search.retriever import FailureKind
-from serving.http import (
-    BodyError,
-    DeadlineExceededError,
-    TransientError,
-    parse_retry_after,
-    read_body,
-    retry_within,
-)
+from serving.http import DeadlineExceededError, TransientError, parse_retry_after, retry_within
 
 MAX_ATTEMPTS = 4
 """Each may be billed."""
 _CONNECT_S = 5.0
 _SILENCE_S = 15.0
-"""Engines answer within a few seconds: who says nothing for so long is asked again while there is time."""
+"""Engines answer within a few seconds: after so long without a byte the request is sent again."""
 _RATE_LIMIT_S = 1.0
-"""Engines count requests by the second at least; not all say how long to wait."""
+"""Engines count requests by the second at least; not all state how long to wait."""
 _MAX_ANSWER_BYTES = 8 << 20
-_MIN_KEY_CHARS = 8
-"""Shorter ones are no keys, and could not be struck out of texts without harm."""
 
 Keys = Mapping[str, SecretStr]
 """By environment variable."""
 
 
 class _FailedAttemptError(TransientError):
-    """A passing failure that knows what it is when it does not pass."""
+    """A transient failure with the error that it is when retrying does not help."""
 
     def __init__(self, final: EngineError, *, retry_after_s: float | None = None) -> None:
         super().__init__(final.reason, retry_after_s=retry_after_s)
@@ -56,7 +47,7 @@ class _FailedAttemptError(TransientError):
 
 
 class Transport:
-    """Asks one engine. Lives on one event loop; holds at most `max_connections` sockets until closed."""
+    """Asks one engine. One per event loop; holds at most `max_connections` sockets until closed."""
 
     def __init__(
         self,
@@ -74,30 +65,23 @@ class Transport:
         self._secrets = [keys[name].get_secret_value() for name in engine.key_variables]
         limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
         wire = httpx.AsyncHTTPTransport(limits=limits, proxy=proxy.get_secret_value() if proxy else None)
-        # The environment is not looked at here: the proxy was resolved with the other settings.
+        # The environment is not read here: the proxy was resolved with the other settings.
         self._client = httpx.AsyncClient(
             transport=_KeyAdder(wire, engine=engine, keys=keys),
             timeout=httpx.Timeout(silence_s, connect=min(_CONNECT_S, silence_s), pool=None),
             trust_env=False,
+            headers={"Accept-Encoding": "identity"},
         )
 
-    async def ask(
-        self,
-        call: Call,
-        *,
-        timeout_s: float,
-        charge: Callable[[], Awaitable[None]],
-        refund: Callable[[], Awaitable[None]],
-    ) -> Body:
-        """The answer's JSON object. Raises EngineError at the deadline at the latest.
+    async def ask(self, call: Call, *, timeout_s: float, count: Callable[[], Awaitable[None]]) -> Body:
+        """Return the answer's JSON object. Raises EngineError at the deadline at the latest.
 
-        `charge` is called before each attempt and may raise EngineError; `refund` when no connection came
-        about, so that nothing can have been billed.
+        `count` is called before each attempt and may raise EngineError.
         """
 
         async def attempt(_: float) -> Body:
-            await charge()
-            return await self._attempt(call, refund=refund)
+            await count()
+            return await self._attempt(call)
 
         try:
             return await retry_within(timeout_s, attempt, max_attempts=MAX_ATTEMPTS)
@@ -114,53 +98,52 @@ class Transport:
         """Close all connections."""
         await self._client.aclose()
 
-    async def _attempt(self, call: Call, *, refund: Callable[[], Awaitable[None]]) -> Body:
+    def hide(self, text: str) -> str:
+        """Return the text without the keys, however they are spelled."""
+        for secret in self._secrets:
+            for spelling in (secret, quote_plus(secret)):
+                text = text.replace(spelling, "***")
+        return text
+
+    async def _attempt(self, call: Call) -> Body:
         method = "GET" if call.body is None else "POST"
-        # Not `params=call.params`: with none it would take the URL's own away.
+        # Not `params=call.params`: with none it would remove the URL's own.
         url = httpx.URL(self._url).copy_merge_params(call.params) if call.params else self._url
+        content = bytearray()
         try:
             async with self._client.stream(method, url, json=call.body) as answer:
-                content = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            await refund()
-            raise self._failed(error) from None
+                async for part in answer.aiter_bytes():
+                    content += part
+                    if len(content) > _MAX_ANSWER_BYTES:
+                        reason = f"the answer has more than {_MAX_ANSWER_BYTES >> 20} MiB"
+                        raise EngineError(FailureKind.MALFORMED, reason)
         except httpx.TransportError as error:
-            raise self._failed(error) from None
-        except BodyError as error:
+            reason = f"cannot be reached ({type(error).__name__} {self.hide(str(error))})".replace(" )", ")")
+            raise _FailedAttemptError(EngineError(FailureKind.UNAVAILABLE, reason)) from None
+        except httpx.DecodingError as error:
             raise EngineError(FailureKind.MALFORMED, f"unreadable answer ({error})") from None
+        text = self.hide(content.decode("utf-8", "replace"))
         if answer.is_success:
-            return self._parse(content)
-        said = self.hide(content.decode("utf-8", "replace"))
-        final = explain_refusal(self._engine, answer.status_code, said)
-        if not may_pass(answer.status_code, said):
+            return _parse(text)
+        final = explain_refusal(self._engine, answer.status_code, text)
+        if not is_retryable(answer.status_code, text):
             raise final
         retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
         if retry_after_s is None and answer.status_code in (403, 429):
             retry_after_s = _RATE_LIMIT_S
         raise _FailedAttemptError(final, retry_after_s=retry_after_s)
 
-    def _failed(self, error: httpx.TransportError) -> _FailedAttemptError:
-        reason = f"cannot be reached ({type(error).__name__} {self.hide(str(error))})".replace(" )", ")")
-        return _FailedAttemptError(EngineError(FailureKind.UNAVAILABLE, reason))
 
-    def _parse(self, content: bytes) -> Body:
-        text = self.hide(content.decode("utf-8", "replace"))
-        try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = f"the answer is not JSON ({type(error).__name__}): {quote(text)}"
-            raise EngineError(FailureKind.MALFORMED, reason) from None
-        if not isinstance(body, dict):
-            reason = f"the answer is a JSON {type(body).__name__}, not an object"
-            raise EngineError(FailureKind.MALFORMED, reason)
-        return body
-
-    def hide(self, text: str) -> str:
-        """`text` without the keys, however they are spelled."""
-        for secret in self._secrets:
-            for spelling in (secret, quote_plus(secret)):
-                text = text.replace(spelling, "***")
-        return text
+def _parse(text: str) -> Body:
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"the answer is not JSON ({type(error).__name__}): {quote(text)}"
+        raise EngineError(FailureKind.MALFORMED, reason) from None
+    if not isinstance(body, dict):
+        reason = f"the answer is a JSON {type(body).__name__}, not an object"
+        raise EngineError(FailureKind.MALFORMED, reason)
+    return body
 
 
 class _KeyAdder(httpx.AsyncBaseTransport):
@@ -185,12 +168,3 @@ class _KeyAdder(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         await self._wire.aclose()
-
-
-def check_key(name: str, key: str) -> str:
-    """What URL and header can carry. The message does not show the key. Raises ValueError."""
-    if len(key) < _MIN_KEY_CHARS:
-        raise ValueError(f"{name} has only {len(key)} characters; no engine has keys of that length")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"{name} must be printable ASCII without spaces or line breaks")
-    return key

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from search_r1.search.index_builder import build_index
+from search_r1.search.building import BuildOptions, build_index
+from search_r1.search.recipes import EncoderSpec
 from tests.processes import free_port
 from tests.search_r1.search.small_world import (
     PASSAGES,
@@ -30,7 +31,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     corpus = write_corpus(folder / "corpus.jsonl", PASSAGES)
     encoder = save_encoder(folder / "encoder", seed=0)
     index = folder / "index" / "e5_Flat.index"
-    build_index(corpus, encoder_path=encoder, index_path=index, retriever_name="e5", batch_size=4)
+    spec = EncoderSpec(path=str(encoder), family="e5")
+    build_index(BuildOptions(corpus_path=corpus, index_path=index, encoder=spec, batch_size=4))
     return World(corpus, encoder, index)
 
 

@@ -48,9 +48,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return open_corpus(write_corpus(path, {str(row): f"text {row}" for row in range(COUNT)}))
 
 
-def make_trial(vectors: FloatArray, *, normalised: bool = True) -> Trial:
+def make_trial(vectors: FloatArray, *, normalized: bool = True) -> Trial:
     rows = list(range(0, COUNT, 5))
-    return Trial(rows=rows, passages=vectors[rows], queries=vectors[rows] * 0.5, normalised=normalised)
+    return Trial(rows=rows, passages=vectors[rows], queries=vectors[rows] * 0.5, normalized=normalized)
 
 
 def lose(vectors: FloatArray, count: int) -> FloatArray:
@@ -64,22 +64,20 @@ def lose(vectors: FloatArray, count: int) -> FloatArray:
 def test_more_than_the_tolerance_must_not_be_lost(
     vectors: FloatArray, corpus: Corpus, kind: IndexKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trial, allowed = make_trial(vectors), TOLERANCES[kind].lost
-    run_trial(trial, index=ExactIndex(lose(vectors, allowed), kind), corpus=corpus, needed="x")
+    trial, allowed = make_trial(vectors), TOLERANCES[kind].max_lost
+    run_trial(trial, index=ExactIndex(lose(vectors, allowed), kind), corpus=corpus, fix="x")
     assert (allowed > 0) == ("do not find themselves" in caplog.text)
     with pytest.raises(
         RetrieverError, match=rf"{allowed + 1} of 10 known passages .*{kind}.*; build it anew"
     ):
         run_trial(
-            trial, index=ExactIndex(lose(vectors, allowed + 1), kind), corpus=corpus, needed="build it anew"
+            trial, index=ExactIndex(lose(vectors, allowed + 1), kind), corpus=corpus, fix="build it anew"
         )
 
 
 def test_shifted_rows_are_found_out(vectors: FloatArray, corpus: Corpus) -> None:
     with pytest.raises(RetrieverError, match="10 of 10 known passages"):
-        run_trial(
-            make_trial(vectors), index=ExactIndex(np.roll(vectors, 1, axis=0)), corpus=corpus, needed="x"
-        )
+        run_trial(make_trial(vectors), index=ExactIndex(np.roll(vectors, 1, axis=0)), corpus=corpus, fix="x")
 
 
 @pytest.mark.parametrize("count", [2, 30])
@@ -88,24 +86,24 @@ def test_passages_that_are_the_same_to_the_encoder_do_not_count_as_lost(
 ) -> None:
     same = vectors.copy()
     same[46 - count : 46] = vectors[45]
-    run_trial(make_trial(same), index=ExactIndex(same), corpus=corpus, needed="x")
+    run_trial(make_trial(same), index=ExactIndex(same), corpus=corpus, fix="x")
 
 
 def test_one_result_list_for_all_queries_is_refused(vectors: FloatArray, corpus: Corpus) -> None:
     trial = make_trial(vectors)
     broken = Trial(
-        rows=trial.rows, passages=trial.passages, queries=np.tile(vectors[3], (10, 1)), normalised=True
+        rows=trial.rows, passages=trial.passages, queries=np.tile(vectors[3], (10, 1)), normalized=True
     )
     with pytest.raises(RetrieverError, match=r"10 different queries all get the same results \(rows \[3, "):
-        run_trial(broken, index=ExactIndex(vectors), corpus=corpus, needed="x")
+        run_trial(broken, index=ExactIndex(vectors), corpus=corpus, fix="x")
 
 
 def test_a_dot_product_may_prefer_long_vectors(vectors: FloatArray, corpus: Corpus) -> None:
     long = vectors.copy()
     long[1:4] *= 20
-    run_trial(make_trial(long, normalised=False), index=ExactIndex(long), corpus=corpus, needed="x")
+    run_trial(make_trial(long, normalized=False), index=ExactIndex(long), corpus=corpus, fix="x")
     with pytest.raises(RetrieverError, match="known passages"):
-        run_trial(make_trial(long), index=ExactIndex(long), corpus=corpus, needed="x")
+        run_trial(make_trial(long), index=ExactIndex(long), corpus=corpus, fix="x")
 
 
 def test_a_query_is_the_first_words() -> None:

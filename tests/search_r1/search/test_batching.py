@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search_r1.search.batching import LONGEST_WAIT_S, BatchOptions, MicroBatcher, Source, _Asked, _Lane
+from search_r1.search.batching import MAX_WAIT_S, BatchOptions, MicroBatcher, Source, _Asked, _Lane
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
@@ -34,7 +34,7 @@ class Counted:
 def make(retriever: EchoRetriever, counts: Counted | None = None, **options: object) -> MicroBatcher:
     """Its window is so long that a busy machine does not tear apart what is asked at the same time."""
     known = {"window_s": 0.02} | options
-    return MicroBatcher(retriever, options=BatchOptions(**known), counts=counts)  # type: ignore[arg-type]
+    return MicroBatcher(retriever, options=BatchOptions(**known), counts=counts or Counted())  # type: ignore[arg-type]
 
 
 def ask(
@@ -85,13 +85,13 @@ def test_askers_in_a_loop_end_in_one_batch() -> None:
     assert [len(call) for call in retriever.calls] == [32, 64, 64, 64, 64, 64, 32]
 
 
-@pytest.mark.parametrize(("search_s", "waits_s"), [(0.0, 0.02), (1.0, 0.25), (30.0, LONGEST_WAIT_S)])
+@pytest.mark.parametrize(("search_s", "waits_s"), [(0.0, 0.02), (1.0, 0.25), (30.0, MAX_WAIT_S)])
 async def test_nobody_waits_long_for_company_however_slow_searches_are(
     search_s: float, waits_s: float
 ) -> None:
     """Of 64 that were there before, one comes after the other, so that the next is always near."""
     batcher = make(EchoRetriever())
-    lane = _Lane(topk=1, crowd=64, search_s=search_s, since=100.0, latest=100.0 + waits_s)
+    lane = _Lane(topk=1, num_clients=64, search_s=search_s, since=100.0, latest=100.0 + waits_s)
     lane.queue[_Asked("q", lane, 1, asyncio.get_running_loop().create_future())] = None
     assert batcher._start_time(lane, now=lane.latest) == pytest.approx(100.0 + waits_s)
 

@@ -257,7 +257,9 @@ def test_damage_is_refused_by_name(folder: Folder) -> None:
     [terms] = (folder.index / "terms-1").glob("*.idx")
     content = terms.read_bytes()
     terms.write_bytes(content[:-1])
-    with pytest.raises(RetrieverError, match=rf"files.{terms.name}.bytes: written with {len(content)}"):
+    with pytest.raises(
+        RetrieverError, match=rf"files.{terms.name}.bytes: index was built with {len(content)}"
+    ):
         folder.load()
     terms.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(RetrieverError, match=rf"files.{terms.name}.fingerprint"):
@@ -283,12 +285,12 @@ def test_what_is_no_index_is_named_with_the_command_that_makes_one(folder: Folde
 def test_what_is_no_index_is_not_replaced(folder: Folder) -> None:
     folder.index.mkdir()
     (folder.index / "thesis.tex").write_text("years of work")
-    with pytest.raises(RetrieverError, match="is no BM25 index, so it is not replaced"):
+    with pytest.raises(RetrieverError, match="is not a BM25 index, so it is not replaced"):
         folder.build(FOUR)
     assert (folder.index / "thesis.tex").exists()
     shutil.rmtree(folder.index)
     folder.index.write_text("a file")
-    with pytest.raises(RetrieverError, match="is no BM25 index, so it is not replaced"):
+    with pytest.raises(RetrieverError, match="is not a BM25 index, so it is not replaced"):
         folder.build(FOUR)
 
 

@@ -16,7 +16,7 @@ from tests.search_r1.search.subjects import BACK_ENDS, Files, open_remote  # noq
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REMOTE = "behind the server: "
-QUICKLY_SERVED = ("bm25", "flat", "serper")
+QUICKLY_SERVED = ("bm25",)
 """The others take the same way through server and client."""
 NAMES = [
     *BACK_ENDS,

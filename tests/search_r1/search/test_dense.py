@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,23 +7,27 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from search_r1.search import defaults
 from search_r1.search.dense import DenseRetriever, load_dense
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.manifest import load_manifest, locate_manifest
+from search_r1.search.recipes import EncoderSpec, PartialRecipe
+from search_r1.search.settings import DenseOptions, resolve_server
 from tests.search_r1.search.small_world import PASSAGES, World, save_encoder, write_corpus
 
 QUERIES = ["Alice Marsh born", "film Silver Harbour", "größe 漢字 🎬", "river", "unknown words only"]
 
 
 def load(world: World, **changes: object) -> DenseRetriever:
-    settings = {"corpus_path": world.corpus, "encoder_path": str(world.encoder), "retriever_name": "e5"}
-    return load_dense(world.index, **(settings | changes))
+    """`changes` are flags of the recipe, or the family."""
+    family = changes.pop("family", "e5")
+    spec = EncoderSpec(path=str(world.encoder), family=family, flags=PartialRecipe(**changes))  # type: ignore[arg-type]
+    options = DenseOptions(index_path=world.index, corpus_path=world.corpus, encoder=spec)
+    return load_dense(options, encoder_device="cpu")
 
 
 def test_finds_what_brute_force_finds(world: World) -> None:
-    encoder = TextEncoder(world.encoder, retriever_name="e5", device="cpu")
+    encoder = TextEncoder(EncoderSpec(path=str(world.encoder), family="e5"), device="cpu")
     passages = encoder.encode_passages(list(PASSAGES.values()))
     queries = encoder.encode_queries(QUERIES)
     scores = queries @ passages.T
@@ -32,10 +35,6 @@ def test_finds_what_brute_force_finds(world: World) -> None:
         best = np.argsort(-query_scores)[:3]
         assert [hit.document.id for hit in hits] == [list(PASSAGES)[row] for row in best]
         np.testing.assert_allclose([hit.score for hit in hits], query_scores[best], atol=1e-5)
-
-
-def test_a_long_text_is_cut_not_refused(world: World) -> None:
-    assert len(load(world).search(["Bolton " * 5000], topk=1)[0]) == 1
 
 
 def test_edges_of_a_search(world: World) -> None:
@@ -106,7 +105,7 @@ def test_what_does_not_belong_together_is_refused(
     (line,) = (line for line in str(caught.value).splitlines() if line.startswith(f"  {field}: "))
     for value in values:
         assert value in line
-    assert "python -m search_r1.search.index_builder" in str(caught.value)
+    assert "index build --retrieval_method e5" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +113,7 @@ def test_what_does_not_belong_together_is_refused(
     [
         ({"pooling": "cls"}, "pooling"),
         ({"max_length": 128}, "max_length"),
-        ({"retriever_name": "gte"}, "query_prefix"),
+        ({"family": "gte"}, "query_prefix"),
     ],
 )
 def test_flags_that_do_not_fit_the_index_are_refused(
@@ -125,26 +124,8 @@ def test_flags_that_do_not_fit_the_index_are_refused(
 
 
 def test_the_recipe_comes_from_the_manifest_where_no_flag_names_another(world: World) -> None:
-    named, unnamed = load(world), load(world, retriever_name=None)
+    named, unnamed = load(world), load(world, family=None)
     assert named.search(QUERIES, topk=3) == unnamed.search(QUERIES, topk=3)
-
-
-def test_files_are_told_by_fingerprints_and_read_whole_when_asked(
-    copied_world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = locate_manifest(copied_world.index)
-    recorded = json.loads(path.read_text())
-    files = copy.deepcopy(recorded["files"])
-    recorded["files"][copied_world.index.name]["sha256"] = "0" * 64
-    path.write_text(json.dumps(recorded))
-    load(copied_world)
-    with pytest.raises(RetrieverError, match=rf"files\.{copied_world.index.name}\.sha256: .*0000"):
-        load(copied_world, full_check=True)
-    recorded["files"] = files
-    recorded["corpus"]["sha256"] = "1" * 64
-    path.write_text(json.dumps(recorded))
-    with pytest.raises(RetrieverError, match=r"corpus\.sha256: .*1111"):
-        load(copied_world, full_check=True)
 
 
 def test_without_a_manifest_a_fitting_index_loads_with_a_warning(
@@ -187,7 +168,7 @@ def test_a_damaged_index_is_refused(copied_world: World) -> None:
     with pytest.raises(RetrieverError, match=r"e5_Flat\.index is damaged or not the one") as caught:
         load(copied_world)
     assert "fingerprint: index was built with" in str(caught.value)
-    assert "python -m search_r1.search.index_builder" in str(caught.value)
+    assert "index build --retrieval_method e5" in str(caught.value)
 
 
 def test_a_broken_or_missing_index_is_named(copied_world: World) -> None:
@@ -203,11 +184,4 @@ def test_a_broken_or_missing_index_is_named(copied_world: World) -> None:
 
 
 def test_the_shipped_index_belongs_to_the_shipped_world() -> None:
-    retriever = load_dense(
-        defaults.INDEX_PATH,
-        corpus_path=defaults.CORPUS_PATH,
-        encoder_path=str(defaults.ENCODER_PATH),
-        retriever_name=defaults.RETRIEVER_NAME,
-        full_check=True,
-    )
-    assert len(retriever) >= 2000
+    assert len(load_dense(resolve_server(environ={})[1].dense)) >= 2000

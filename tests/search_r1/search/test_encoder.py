@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from search_r1.search.encoder import FloatArray, TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.recipes import EncodingRecipe
+from search_r1.search.recipes import EncoderSpec, EncodingRecipe, PartialRecipe
 from tests.search_r1.search.tiny_models import (
     DIM,
     describe_sentence_encoder,
@@ -41,6 +41,10 @@ LEGACY = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_transformer(tmp_path / "tiny")
+
+
+def of(folder: Path, family: str | None = None, **flags: object) -> EncoderSpec:
+    return EncoderSpec(path=str(folder), family=family, flags=PartialRecipe(**flags))  # type: ignore[arg-type]
 
 
 def token_states(folder: Path, text: str, *, max_length: int = 64) -> FloatArray:
@@ -90,7 +94,7 @@ def test_pooling_is_what_its_name_says(folder: Path, pooling: str) -> None:
     describe_sentence_encoder(
         folder,
         pooling={"pooling_mode_mean_tokens": False} | dict.fromkeys(keys, True),
-        normalised=False,
+        normalized=False,
         similarity_fn_name="dot",
     )
     encoder = TextEncoder(folder, device="cpu")
@@ -105,7 +109,7 @@ def test_pooling_is_what_its_name_says(folder: Path, pooling: str) -> None:
 def test_the_last_token_is_found_where_padding_is_on_the_left(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "Qwen3-Embedding-tiny")
     encoder = TextEncoder(folder, device="cpu")
-    assert (encoder.retriever_name, encoder.recipe.pooling) == ("qwen3_embedding", "last")
+    assert (encoder.family, encoder.recipe.pooling) == ("qwen3_embedding", "last")
     for text, vector in zip(TEXTS, encoder.encode_passages(TEXTS), strict=True):
         np.testing.assert_allclose(vector, unit(token_states(folder, text)[-1]), atol=2e-6)
 
@@ -121,7 +125,7 @@ def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_
     published.save_pretrained(str(tmp_path / "saved"))
     encoder = TextEncoder(tmp_path / "saved", device="cpu")
     assert encoder.recipe == EncodingRecipe(
-        query_prefix="query: ", passage_prefix="passage: ", pooling="weighted", max_length=20, normalised=True
+        query_prefix="query: ", passage_prefix="passage: ", pooling="weighted", max_length=20, normalized=True
     )
     texts = [*TEXTS, "the old ship lies in the harbour " * 5]
     np.testing.assert_allclose(encoder.encode_queries(texts), published.encode_query(texts), atol=1e-6)
@@ -129,14 +133,14 @@ def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_
 
 
 def test_a_plain_transformer_is_encoded_as_its_family_wants_it(folder: Path) -> None:
-    e5 = TextEncoder(folder, retriever_name="e5", device="cpu")
-    assert (e5.name, e5.dim, e5.retriever_name) == ("tiny", DIM, "e5")
+    e5 = TextEncoder(of(folder, "e5"), device="cpu")
+    assert (e5.name, e5.dim, e5.family) == ("tiny", DIM, "e5")
     assert e5.recipe.max_length == 64  # what the model has positions for
     expected = [unit(pool(token_states(folder, f"query: {text}"), "mean")) for text in TEXTS]
     np.testing.assert_allclose(e5.encode_queries(TEXTS), expected, atol=1e-6)
     expected = [unit(pool(token_states(folder, f"passage: {text}"), "mean")) for text in TEXTS]
     np.testing.assert_allclose(e5.encode_passages(TEXTS), expected, atol=1e-6)
-    bge = TextEncoder(folder, retriever_name="bge", device="cpu")
+    bge = TextEncoder(of(folder, "bge"), device="cpu")
     expected = [unit(pool(token_states(folder, text), "cls")) for text in TEXTS]
     np.testing.assert_allclose(bge.encode_passages(TEXTS), expected, atol=1e-6)
     assert abs(bge.encode_queries(TEXTS) - expected).max() > 0.01  # its queries have a prefix
@@ -145,7 +149,7 @@ def test_a_plain_transformer_is_encoded_as_its_family_wants_it(folder: Path) -> 
 @pytest.mark.parametrize("name", ["e5-tiny", "contriever-tiny"])
 def test_the_family_is_told_by_the_folders_name(tmp_path: Path, name: str) -> None:
     encoder = TextEncoder(save_transformer(tmp_path / name), device="cpu")
-    assert encoder.retriever_name == name.split("-")[0]
+    assert encoder.family == name.split("-")[0]
     lengths = np.linalg.norm(encoder.encode_queries(TEXTS), axis=1)
     assert np.allclose(lengths, 1, atol=1e-6) == (name == "e5-tiny")
 
@@ -172,7 +176,7 @@ def test_long_texts_are_cut_at_the_models_length(folder: Path) -> None:
     assert [len(ids) for ids in seen_tokens(encoder, [text], queries=True)] == [8]
     expected = unit(pool(token_states(folder, text, max_length=8), "mean"))
     np.testing.assert_allclose(encoder.encode_passages([text])[0], expected, atol=1e-6)
-    longer = TextEncoder(folder, device="cpu", max_length=12)
+    longer = TextEncoder(of(folder, max_length=12), device="cpu")
     assert [len(ids) for ids in seen_tokens(longer, [text], queries=True)] == [12]
 
 
@@ -204,7 +208,7 @@ def test_a_projection_behind_the_pooling_is_applied_and_hashed(folder: Path) -> 
 def test_explicit_flags_are_followed(folder: Path) -> None:
     describe_sentence_encoder(folder, prompts={"query": "query: "})
     encoder = TextEncoder(
-        folder, device="cpu", pooling="last", query_prefix="a ", passage_prefix="the ", normalised=False
+        of(folder, pooling="last", query_prefix="a ", passage_prefix="the ", normalized=False), device="cpu"
     )
     expected = pool(token_states(folder, "a cat"), "last")
     np.testing.assert_allclose(encoder.encode_queries(["cat"])[0], expected, atol=1e-6)
@@ -213,7 +217,7 @@ def test_explicit_flags_are_followed(folder: Path) -> None:
 
 
 def test_order_batches_and_repetition_change_nothing(folder: Path) -> None:
-    encoder = TextEncoder(folder, retriever_name="e5", device="cpu")
+    encoder = TextEncoder(of(folder, "e5"), device="cpu")
     texts = [" ".join(TEXTS[:count]) + f" {count}" for count in (3, 0, 2, 4, 1)] * 7
     whole = encoder.encode_passages(texts)
     assert np.array_equal(whole, encoder.encode_passages(texts))
@@ -224,21 +228,21 @@ def test_order_batches_and_repetition_change_nothing(folder: Path) -> None:
 
 
 def test_one_hash_for_the_files_that_the_vectors_depend_on(folder: Path) -> None:
-    first = TextEncoder(folder, retriever_name="e5", device="cpu").sha256
+    first = TextEncoder(of(folder, "e5"), device="cpu").sha256
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     lines = [f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names]
     assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
     (folder / "README.md").write_text("# A model card changes no vector")
-    assert TextEncoder(folder, retriever_name="bge", device="cpu").sha256 == first
+    assert TextEncoder(of(folder, "bge"), device="cpu").sha256 == first
     save_transformer(folder, seed=1)
-    assert TextEncoder(folder, retriever_name="e5", device="cpu").sha256 != first
+    assert TextEncoder(of(folder, "e5"), device="cpu").sha256 != first
 
 
 def test_the_name_is_never_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--intfloat--e5-tiny" / "snapshots" / "0123abc"
     save_transformer(snapshot)
     encoder = TextEncoder(snapshot, device="cpu")
-    assert (encoder.name, encoder.retriever_name) == ("intfloat/e5-tiny", "e5")
+    assert (encoder.name, encoder.family) == ("intfloat/e5-tiny", "e5")
     monkeypatch.chdir(snapshot)
     assert TextEncoder(".", device="cpu").name == "intfloat/e5-tiny"
 
@@ -247,22 +251,22 @@ def test_missing_weights_are_refused_and_not_made_up(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     save_file({key: value for key, value in weights.items() if not key.startswith("pooler.")}, path)
-    TextEncoder(folder, retriever_name="e5", device="cpu")  # no pooling needs the pooler
+    TextEncoder(of(folder, "e5"), device="cpu")  # no pooling needs the pooler
     save_file({key: value for key, value in weights.items() if "LayerNorm" not in key}, path)
     with pytest.raises(RetrieverError, match=r"tiny lacks the weights \['embeddings\.LayerNorm"):
-        TextEncoder(folder, retriever_name="e5", device="cpu")
+        TextEncoder(of(folder, "e5"), device="cpu")
 
 
 def test_folders_that_are_no_encoder_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RetrieverError, match=r"encoder .*nowhere: no such folder"):
-        TextEncoder(tmp_path / "nowhere", retriever_name="e5")
+        TextEncoder(of(tmp_path / "nowhere", "e5"))
     with pytest.raises(RetrieverError, match=r"no config\.json"):
-        TextEncoder(tmp_path, retriever_name="e5")
+        TextEncoder(of(tmp_path, "e5"))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    TextEncoder(folder, retriever_name="e5", device="cpu")
+    TextEncoder(of(folder, "e5"), device="cpu")
     (folder / "model.safetensors").unlink()
     with pytest.raises(RetrieverError, match=r"pytorch_model\.bin only, a pickle, .*save_pretrained"):
-        TextEncoder(folder, retriever_name="e5", device="cpu")
+        TextEncoder(of(folder, "e5"), device="cpu")
 
 
 def test_code_that_comes_with_a_model_is_never_run(folder: Path, tmp_path: Path) -> None:
@@ -271,7 +275,7 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path, tmp_path: Path)
     config = {"model_type": "x", "auto_map": {"AutoConfig": "modeling_x.X", "AutoModel": "modeling_x.X"}}
     write_json(folder / "config.json", config)
     with pytest.raises(RetrieverError, match="does not load"):
-        TextEncoder(folder, retriever_name="e5", device="cpu")
+        TextEncoder(of(folder, "e5"), device="cpu")
     assert not ran.exists()
 
 
@@ -281,10 +285,10 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path) -> None:
     weights["embeddings.word_embeddings.weight"][4:] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match="not finite of 'the cat'"):
-        TextEncoder(folder, retriever_name="e5", device="cpu").encode_queries(["the cat"])
+        TextEncoder(of(folder, "e5"), device="cpu").encode_queries(["the cat"])
 
 
 def test_loading_and_encoding_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    encoder = TextEncoder(folder, retriever_name="e5", device="cpu")
+    encoder = TextEncoder(of(folder, "e5"), device="cpu")
     encoder.encode_passages(TEXTS * 20, batch_size=4)
     assert capfd.readouterr() == ("", "")

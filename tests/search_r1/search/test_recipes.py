@@ -23,12 +23,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def resolve(
-    folder: Path, name: str = "model", *, retriever_name: str | None = None, **flags: object
+    folder: Path, name: str = "model", *, family: str | None = None, **flags: object
 ) -> EncodingRecipe:
     return resolve_recipe(
         read_stated_model(folder),
         model_name=name,
-        retriever_name=retriever_name,
+        family=family,
         flags=PartialRecipe(**flags),  # type: ignore[arg-type]
     )
 
@@ -67,14 +67,14 @@ def test_families_are_known_by_their_names(name: str, family: str | None) -> Non
 
 def test_a_model_that_says_nothing_follows_its_family(folder: Path) -> None:
     e5 = EncodingRecipe(
-        query_prefix="query: ", passage_prefix="passage: ", pooling="mean", max_length=256, normalised=True
+        query_prefix="query: ", passage_prefix="passage: ", pooling="mean", max_length=256, normalized=True
     )
     assert resolve(folder, "intfloat/e5-base-v2") == e5
-    assert resolve(folder, "encoder", retriever_name="e5") == e5
+    assert resolve(folder, "encoder", family="e5") == e5
     bge = resolve(folder, "bge-base-en-v1.5")
     assert (bge.query_prefix, bge.passage_prefix, bge.pooling, bge.max_length) == (BGE_PREFIX, "", "cls", 512)
     contriever = resolve(folder, "contriever")
-    assert (contriever.pooling, contriever.normalised, contriever.query_prefix) == ("mean", False, "")
+    assert (contriever.pooling, contriever.normalized, contriever.query_prefix) == ("mean", False, "")
 
 
 def test_an_unknown_model_that_says_nothing_is_refused_with_the_flags_named(folder: Path) -> None:
@@ -87,7 +87,7 @@ def test_an_unknown_model_that_says_nothing_is_refused_with_the_flags_named(fold
     assert "--pooling_method" not in message  # that one was given
     recipe = resolve(folder, "mystery", pooling="cls", query_prefix="q: ", passage_prefix="")
     assert recipe == EncodingRecipe(
-        query_prefix="q: ", passage_prefix="", pooling="cls", max_length=512, normalised=True
+        query_prefix="q: ", passage_prefix="", pooling="cls", max_length=512, normalized=True
     )
     with pytest.raises(RetrieverError, match="--pooling_method"):
         resolve(folder, "something-dot-v1")  # a family that says only one thing is not enough
@@ -99,11 +99,11 @@ def test_the_models_own_configuration_comes_before_its_family(folder: Path) -> N
         pooling={"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
         prompts={"query": "ask ", "passage": "tell "},
         max_seq_length=128,
-        normalised=False,
+        normalized=False,
         similarity_fn_name="dot",
     )
     assert resolve(folder, "e5-base-v2") == EncodingRecipe(
-        query_prefix="ask ", passage_prefix="tell ", pooling="cls", max_length=128, normalised=False
+        query_prefix="ask ", passage_prefix="tell ", pooling="cls", max_length=128, normalized=False
     )
 
 
@@ -154,15 +154,15 @@ def test_pooling_in_old_and_new_configurations(folder: Path, config: dict[str, o
     assert resolve(folder).pooling == pooling
 
 
-def test_vectors_are_normalised_by_a_module_or_for_cosine(folder: Path) -> None:
-    assert resolve(describe_sentence_encoder(folder, similarity_fn_name="dot")).normalised
-    describe_sentence_encoder(folder, normalised=False)
-    assert resolve(folder).normalised  # the library's own similarity is the cosine
-    assert not resolve(folder, "multi-qa-mpnet-base-dot-v1").normalised
+def test_vectors_are_normalized_by_a_module_or_for_cosine(folder: Path) -> None:
+    assert resolve(describe_sentence_encoder(folder, similarity_fn_name="dot")).normalized
+    describe_sentence_encoder(folder, normalized=False)
+    assert resolve(folder).normalized  # the library's own similarity is the cosine
+    assert not resolve(folder, "multi-qa-mpnet-base-dot-v1").normalized
     assert not resolve(
-        describe_sentence_encoder(folder, normalised=False, similarity_fn_name="dot")
-    ).normalised
-    describe_sentence_encoder(folder, similarity_fn_name="euclidean", normalised=False)
+        describe_sentence_encoder(folder, normalized=False, similarity_fn_name="dot")
+    ).normalized
+    describe_sentence_encoder(folder, similarity_fn_name="euclidean", normalized=False)
     with pytest.raises(RetrieverError, match=r"'euclidean'.*cosine and dot"):
         resolve(folder)
 
@@ -176,24 +176,24 @@ def test_a_flag_overrules_the_model_and_says_so(folder: Path, caplog: pytest.Log
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
         assert resolve(folder, "e5", pooling="cls+max", query_prefix="q ").pooling == "cls+max"
-    assert "overruled by the given 'cls+max'" in caplog.text
+    assert "the given 'cls+max' overrides it" in caplog.text
     caplog.clear()
     recipe = resolve(
-        folder, pooling="mean", query_prefix="", passage_prefix="p ", max_length=64, normalised=False
+        folder, pooling="mean", query_prefix="", passage_prefix="p ", max_length=64, normalized=False
     )
     assert recipe == EncodingRecipe(
-        query_prefix="", passage_prefix="p ", pooling="mean", max_length=64, normalised=False
+        query_prefix="", passage_prefix="p ", pooling="mean", max_length=64, normalized=False
     )
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 5
-    assert "pooling 'cls' of its own configuration is overruled by the given 'mean'" in "\n".join(warnings)
+    assert "its own configuration has pooling 'cls', the given 'mean' overrides it" in "\n".join(warnings)
 
 
 def test_a_family_that_the_name_contradicts_is_followed_and_logged(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert resolve(folder, "bge-base-en", retriever_name="e5").pooling == "mean"
-    assert "looks like one of family bge, taken as e5" in caplog.text
+    assert resolve(folder, "bge-base-en", family="e5").pooling == "mean"
+    assert "looks like family bge, used as e5" in caplog.text
 
 
 def test_lengths_fit_the_positions_of_the_model(folder: Path) -> None:
@@ -216,8 +216,8 @@ def test_lengths_fit_the_positions_of_the_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"pooling": "average"}, r"pooling 'average' is unknown; known are \['mean', 'cls'"),
-        ({"retriever_name": "bm25"}, r"'bm25' is unknown; known are \['arctic'"),
+        ({"pooling": "average"}, r"pooling 'average' is unknown; expected one of \['mean', 'cls'"),
+        ({"family": "bm25"}, r"'bm25' is unknown; expected one of \['arctic'"),
         ({"max_length": 2}, "max_length 2 does not fit"),
     ],
 )
@@ -230,7 +230,7 @@ def test_what_a_model_wants_and_is_not_supported_is_refused(folder: Path) -> Non
     modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
     pooling = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     write_json(folder / "modules.json", [*modules, pooling, {"path": "", "type": "custom_st.Head"}])
-    with pytest.raises(RetrieverError, match=r"wants a module 'custom_st\.Head'.*never run"):
+    with pytest.raises(RetrieverError, match=r"needs a module 'custom_st\.Head'.*never run"):
         read_stated_model(folder)
     write_json(folder / "modules.json", [*modules, pooling | {"path": "../elsewhere"}])
     with pytest.raises(RetrieverError, match="outside of the model's folder"):
@@ -245,5 +245,5 @@ def test_what_a_model_wants_and_is_not_supported_is_refused(folder: Path) -> Non
     with pytest.raises(RetrieverError, match="is a SparseEncoder"):
         read_stated_model(folder)
     describe_sentence_encoder(folder, pooling={"pooling_mode": "attention"})
-    with pytest.raises(RetrieverError, match=r"wants pooling \['attention'\]"):
+    with pytest.raises(RetrieverError, match=r"needs pooling \['attention'\]"):
         read_stated_model(folder)

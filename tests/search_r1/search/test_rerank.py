@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.rerank import RerankedRetriever, load_reranker
+from search_r1.search.rerank import CrossEncoderReranker, RerankedRetriever
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
 from tests.search_r1.search.tiny_models import save_cross_encoder, save_tokenizer, save_transformer
@@ -208,8 +208,6 @@ def test_facts_of_both_and_bounded_batches() -> None:
     assert reranked.max_batch == 51  # 1024 pairs
     assert (reranked.num_passages, reranked.num_parallel_calls) == (11, 3)
     assert RerankedRetriever(Inner({}), model=Judge(), depth=2000).max_batch == 1
-    with pytest.raises(RetrieverError, match="depth of reranking is 0"):
-        RerankedRetriever(Inner({}), model=Judge(), depth=0)
 
 
 # ------------------------------------------------------------------------------------------- the real models
@@ -236,7 +234,7 @@ def score_by_hand(folder: Path, *, max_length: int = 64) -> list[float]:
 def test_scores_are_the_models_own(tmp_path: Path) -> None:
     """Sigmoid unless the model says otherwise; in one padded batch as by hand."""
     folder = save_cross_encoder(tmp_path / "tiny")
-    reranker = load_reranker(folder, device="cpu")
+    reranker = CrossEncoderReranker(folder, device="cpu")
     logits = np.array(score_by_hand(folder))
     np.testing.assert_allclose(reranker.score(PAIRS), 1 / (1 + np.exp(-logits)), atol=1e-6)
     facts = reranker.describe()
@@ -244,7 +242,7 @@ def test_scores_are_the_models_own(tmp_path: Path) -> None:
     assert facts["reranker_activation"] == "Sigmoid"
     assert reranker.score([]) == []
     identity = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-    other = load_reranker(save_cross_encoder(tmp_path / "identity", **identity), device="cpu")
+    other = CrossEncoderReranker(save_cross_encoder(tmp_path / "identity", **identity), device="cpu")
     np.testing.assert_allclose(other.score(PAIRS), logits, atol=1e-5)
     assert other.describe()["reranker_activation"] == "Identity"
     assert other.describe()["reranker_sha256"] != facts["reranker_sha256"]
@@ -252,13 +250,10 @@ def test_scores_are_the_models_own(tmp_path: Path) -> None:
 
 def test_pairs_are_cut_at_the_models_length(tmp_path: Path) -> None:
     folder = save_cross_encoder(tmp_path / "tiny")
-    reranker = load_reranker(folder, device="cpu", max_length=8)
-    long = [("the cat", "a cat sat " * 50), ("the cat", "a cat sat " * 5)]
-    scores = reranker.score(long)
+    reranker = CrossEncoderReranker(folder, device="cpu")
+    scores = reranker.score([("the cat", "a cat sat " * 50), ("the cat", "a cat sat " * 30)])
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert reranker.describe()["reranker_max_length"] == 8
-    with pytest.raises(RetrieverError, match="max_length 65 does not fit reranker tiny; expected 8 to 64"):
-        load_reranker(folder, device="cpu", max_length=65)
+    assert reranker.describe()["reranker_max_length"] == 64
 
 
 def test_a_roberta_reads_no_more_than_it_has_positions_for(tmp_path: Path) -> None:
@@ -275,45 +270,45 @@ def test_a_roberta_reads_no_more_than_it_has_positions_for(tmp_path: Path) -> No
         num_labels=1,
     )
     RobertaForSequenceClassification(config).save_pretrained(folder)
-    reranker = load_reranker(folder, device="cpu")
+    reranker = CrossEncoderReranker(folder, device="cpu")
     assert reranker.describe()["reranker_max_length"] == 65
     assert len(reranker.score([("the cat", "a cat sat " * 50)])) == 1
 
 
 def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RetrieverError, match="sorts into 3 classes, expected a model with one score"):
-        load_reranker(save_cross_encoder(tmp_path / "classes", num_labels=3), device="cpu")
+    with pytest.raises(RetrieverError, match="has 3 classes, expected a model with one score"):
+        CrossEncoderReranker(save_cross_encoder(tmp_path / "classes", num_labels=3), device="cpu")
     with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.bias', .*not the encoder"):
-        load_reranker(save_transformer(tmp_path / "encoder"), device="cpu")
+        CrossEncoderReranker(save_transformer(tmp_path / "encoder"), device="cpu")
     with pytest.raises(RetrieverError, match=r"reranker .*nowhere: no such folder"):
-        load_reranker(tmp_path / "nowhere", device="cpu")
+        CrossEncoderReranker(tmp_path / "nowhere", device="cpu")
     folder = save_cross_encoder(tmp_path / "pickled")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(RetrieverError, match="a pickle"):
-        load_reranker(folder, device="cpu")
+        CrossEncoderReranker(folder, device="cpu")
     folder = save_cross_encoder(tmp_path / "cut")
     weights = load_file(folder / "model.safetensors")
     del weights["classifier.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.weight'\]"):
-        load_reranker(folder, device="cpu")
+        CrossEncoderReranker(folder, device="cpu")
 
 
 def test_a_model_saved_by_the_library_or_under_old_names_is_whole(tmp_path: Path) -> None:
     folder = save_cross_encoder(tmp_path / "tiny")
-    scores = load_reranker(folder, device="cpu").score(PAIRS)
+    scores = CrossEncoderReranker(folder, device="cpu").score(PAIRS)
     CrossEncoder(str(folder), device="cpu", local_files_only=True).save_pretrained(str(tmp_path / "saved"))
-    assert load_reranker(tmp_path / "saved", device="cpu").score(PAIRS) == pytest.approx(scores)
+    assert CrossEncoderReranker(tmp_path / "saved", device="cpu").score(PAIRS) == pytest.approx(scores)
     weights = load_file(folder / "model.safetensors")
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): weight for name, weight in weights.items()}
     assert old.keys() != weights.keys()
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
-    assert load_reranker(folder, device="cpu").score(PAIRS) == pytest.approx(scores)
+    assert CrossEncoderReranker(folder, device="cpu").score(PAIRS) == pytest.approx(scores)
 
 
 def test_loading_and_scoring_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_reranker(save_cross_encoder(tmp_path / "tiny"), device="cpu").score(PAIRS * 40)
+    CrossEncoderReranker(save_cross_encoder(tmp_path / "tiny"), device="cpu").score(PAIRS * 40)
     assert capfd.readouterr() == ("", "")
 
 
@@ -322,7 +317,7 @@ async def test_a_real_model_reranks(tmp_path: Path) -> None:
     scores = dict(zip(PAIRS, score_by_hand(folder), strict=True))
     texts = ["a cat sat", "river flows"]
     reranked = RerankedRetriever(
-        Inner({"the cat": find(*texts)}), model=load_reranker(folder, device="cpu"), depth=2
+        Inner({"the cat": find(*texts)}), model=CrossEncoderReranker(folder, device="cpu"), depth=2
     )
     found = (await reranked.search(["the cat"], topk=2, timeout_s=30))[0]
     assert list_ids(found) == sorted(texts, key=lambda text: -scores["the cat", text])

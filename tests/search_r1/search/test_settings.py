@@ -8,11 +8,11 @@ import pytest
 from search_r1.search import defaults, settings
 from search_r1.search.errors import RetrieverError
 from search_r1.search.settings import (
+    ONLINE_SETTINGS,
     RETRIEVER_SETTINGS,
     SERVER_SETTINGS,
     RetrieverSettings,
     add_retriever_arguments,
-    build_parser,
     resolve_retriever,
     resolve_server,
 )
@@ -28,40 +28,49 @@ def resolve(*arguments: str, **environ: str) -> RetrieverSettings:
 def test_without_flags_the_embedded_world_is_served_to_this_machine_only() -> None:
     server, retriever = resolve_server(environ={})
     assert (server.host, server.port, server.topk, server.token) == ("127.0.0.1", 8000, 3, "")
-    assert server.batching
-    assert retriever.index_path == defaults.INDEX_PATH
-    assert retriever.corpus_path == defaults.CORPUS_PATH
-    assert retriever.retriever_model == str(defaults.ENCODER_PATH)
-    assert (retriever.retriever_name, retriever.index_device, retriever.mmap) == ("", "cpu", True)
+    assert not server.no_batching
+    assert retriever.dense.index_path == defaults.INDEX_PATH
+    assert retriever.dense.corpus_path == defaults.CORPUS_PATH
+    assert retriever.dense.encoder.path == str(defaults.ENCODER_PATH)
+    assert (retriever.name, retriever.dense.device, retriever.dense.mmap) == ("", "cpu", True)
 
 
 def test_the_published_flags_mean_what_they_meant() -> None:
     given = "--index_path i --corpus_path c --topk 5 --retriever_name e5 --retriever_model m --faiss_gpu"
     server, retriever = resolve_server(given.split(), environ={})
-    assert (retriever.index_path, retriever.corpus_path) == (Path("i"), Path("c"))
-    assert (retriever.retriever_name, retriever.retriever_model) == ("e5", "m")
-    assert (server.topk, retriever.index_device) == (5, "faiss_gpu")
+    assert (retriever.dense.index_path, retriever.dense.corpus_path) == (Path("i"), Path("c"))
+    encoder = retriever.dense.encoder
+    assert (encoder.family, encoder.path) == ("e5", "m")
+    assert (server.topk, retriever.dense.device) == (5, "faiss_gpu")
 
 
 def test_a_flag_wins_over_its_variable() -> None:
     environ = {"INDEX_PATH": "i", "TOPK": "7", "RETRIEVER_PORT": "9", "RETRIEVER_NO_BATCHING": "true"}
     server, retriever = resolve_server(["--index_path", "j"], environ=environ)
-    assert (retriever.index_path, server.topk, server.port, server.batching) == (Path("j"), 7, 9, False)
+    assert (retriever.dense.index_path, server.topk, server.port, server.no_batching) == (
+        Path("j"),
+        7,
+        9,
+        True,
+    )
 
 
 def test_a_home_in_paths_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     retriever = resolve("--corpus_path=~/c", "--reranker_model=~/r", INDEX_PATH="~/i", RETRIEVER_MODEL="~/m")
-    assert (retriever.corpus_path, retriever.index_path) == (Path("/home/me/c"), Path("/home/me/i"))
-    assert (retriever.retriever_model, retriever.reranker_model) == ("/home/me/m", "/home/me/r")
+    assert (retriever.dense.corpus_path, retriever.dense.index_path) == (
+        Path("/home/me/c"),
+        Path("/home/me/i"),
+    )
+    assert (retriever.dense.encoder.path, retriever.reranker_model) == ("/home/me/m", "/home/me/r")
 
 
 def test_bm25_takes_the_published_flag_for_its_folder() -> None:
     for name in ("bm25", "BM25"):
-        assert resolve("--retriever_name", name).index_path == defaults.INDEX_DIR / "bm25"
-        assert resolve("--retriever_name", name, "--index_path", "words").index_path == Path("words")
+        assert resolve("--retriever_name", name).bm25_path == defaults.INDEX_DIR / "bm25"
+        assert resolve("--retriever_name", name, "--index_path", "words").bm25_path == Path("words")
     hybrid = resolve("--retriever_name", "hybrid", "--bm25_index_path", "words")
-    assert (hybrid.index_path, hybrid.bm25_index_path) == (defaults.INDEX_PATH, Path("words"))
+    assert (hybrid.dense.index_path, hybrid.bm25_path) == (defaults.INDEX_PATH, Path("words"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,7 @@ def test_other_commands_ask_for_the_same_retriever() -> None:
     add_retriever_arguments(parser)
     namespace = parser.parse_args(["--nprobe", "32", "--retriever_name", "mock"])
     resolved = resolve_retriever(namespace, environ={"IGPO_MOCK_SEARCH": "true"})
-    assert (resolved.nprobe, resolved.is_online, resolved.online.mock) == (32, True, True)
+    assert (resolved.dense.search.nprobe, resolved.is_online, resolved.online.mock) == (32, True, True)
     assert "(default: None)" not in "".join(
         line for line in parser.format_help().splitlines() if "RETRIEVER" in line
     )
@@ -106,7 +115,10 @@ def test_the_token_is_never_shown() -> None:
 def test_readme_has_the_tables_and_every_flag() -> None:
     readme = README.read_text()
     assert settings_table(RETRIEVER_SETTINGS) in readme
+    assert settings_table(ONLINE_SETTINGS) in readme
     assert settings_table(SERVER_SETTINGS) in readme
-    flags = [flag for action in build_parser()._actions for flag in action.option_strings]
-    assert len(flags) > 30
+    parser = argparse.ArgumentParser()
+    add_retriever_arguments(parser)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    assert len(flags) > 20
     assert [flag for flag in flags if f"`{flag}`" not in readme and flag not in ("-h", "--help")] == []

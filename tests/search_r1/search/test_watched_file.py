@@ -18,6 +18,7 @@ from search_r1.search.bm25 import build_bm25, load_bm25
 from search_r1.search.corpus import open_corpus
 from search_r1.search.dense import load_dense
 from search_r1.search.errors import ChangedFileError
+from search_r1.search.settings import resolve_server
 from tests.processes import free_port
 from tests.search_r1.search.small_world import SERVER, RunningServer, World, wait_until_ready
 
@@ -50,7 +51,7 @@ def open_arrow(world: World) -> tuple[Path, Callable[[], object]]:
 
 
 def open_dense(world: World) -> tuple[Path, Callable[[], object]]:
-    retriever = load_dense(world.index, corpus_path=world.corpus, encoder_path=world.encoder)
+    retriever = load_dense(resolve_server(world.flags, environ={})[1].dense)
     return world.index, lambda: retriever.search(["river"], topk=3)
 
 

@@ -116,14 +116,14 @@ def describe_sentence_encoder(
     folder: Path,
     *,
     pooling: Mapping[str, object] | None = None,
-    normalised: bool = True,
+    normalized: bool = True,
     prompts: Mapping[str, str | None] | None = None,
     max_seq_length: int | None = None,
     further: Sequence[str] = (),
     **settings: object,
 ) -> Path:
     """Write what sentence-transformers writes beside a transformer; `settings` go into its configuration."""
-    kinds = ["Transformer", "Pooling", *further, *(["Normalize"] if normalised else [])]
+    kinds = ["Transformer", "Pooling", *further, *(["Normalize"] if normalized else [])]
     places = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
     entries = [
         {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}

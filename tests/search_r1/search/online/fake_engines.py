@@ -12,16 +12,16 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import SecretStr
 
-from search_r1.search.online.assemble import build_online
 from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.retriever import open_online
 from search_r1.search.retriever import Found, Outcome, SearchFailure
 
 SECRET = "geheim-0123456789-geheim"
-KEY_VARIABLES = ("SERPER_API_KEY", "SERPAPI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_CSE_ID", "BING_API_KEY")
+KEY_VARIABLES = ("SERPER_API_KEY", "SERPAPI_API_KEY", "GOOGLE_API_KEY", "GOOGLE_CSE_ID")
 KEYS = {name: SecretStr(SECRET) for name in KEY_VARIABLES}
 NOTHING = "nothing"
 """The query that finds nothing."""
-NAMES = ("serper", "serpapi", "google", "bing")
+NAMES = ("serper", "serpapi", "google")
 
 Json = dict[str, object]
 
@@ -78,8 +78,7 @@ class FakeEngine:
         mode: OnlineMode = OnlineMode.LIVE,
         cache_path: Path | None = None,
         date: str | None = None,
-        spend_cap_usd: float | None = None,
-        price_per_1000_usd: float | None = None,
+        max_requests: int | None = None,
         num_parallel_calls: int = 16,
     ) -> OnlineOptions:
         return OnlineOptions(
@@ -88,8 +87,7 @@ class FakeEngine:
             mode=mode,
             cache_path=cache_path,
             date=date,
-            spend_cap_usd=spend_cap_usd,
-            price_per_1000_usd=price_per_1000_usd,
+            max_requests=max_requests,
             num_parallel_calls=num_parallel_calls,
         )
 
@@ -182,20 +180,10 @@ def _google(asked: Asked) -> tuple[int, Json]:
     return 200, answer | ({"items": found} if found else {})
 
 
-def _bing(asked: Asked) -> tuple[int, Json]:
-    if asked.headers.get("ocp-apim-subscription-key") != SECRET:
-        said = "Access denied due to invalid subscription key or wrong API endpoint."
-        return 401, {"error": {"code": "401", "message": said}}
-    found = _results(asked.query, int(asked.params["offset"]) // 10, title="name", url="url")
-    answer: Json = {"_type": "SearchResponse", "queryContext": {"originalQuery": asked.query}}
-    return 200, answer | ({"webPages": {"value": found}} if found else {})
-
-
 _FORMATS: dict[str, Callable[[Asked], tuple[int, Json]]] = {
     "serper": _serper,
     "serpapi": _serpapi,
     "google": _google,
-    "bing": _bing,
 }
 
 
@@ -207,7 +195,7 @@ async def search(
     topk: int = 3,
     timeout_s: float = 5.0,
 ) -> list[Outcome]:
-    retriever = build_online(engine, options=options)
+    retriever = open_online(engine, options=options)
     try:
         return await retriever.search(queries, topk=topk, timeout_s=timeout_s)
     finally:

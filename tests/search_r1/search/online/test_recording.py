@@ -5,10 +5,8 @@ import sqlite3
 from pathlib import Path
 
 from search_r1.search.online.options import OnlineMode, OnlineOptions
-from search_r1.search.online.store import OnlineStore
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.online.fake_engines import (
-    KEYS,
     NOTHING,
     FakeEngine,
     Fault,
@@ -72,72 +70,44 @@ async def test_a_recording_belongs_to_engine_and_date(tmp_path: Path) -> None:
         await search(fake.name, fake.options(mode=mode, cache_path=cache, date=date))
         return len(fake.asked) - before
 
-    async with (bing := FakeEngine("bing")).running(), (serper := FakeEngine("serper")).running():
-        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 1
+    async with (google := FakeEngine("google")).running(), (serper := FakeEngine("serper")).running():
+        assert await ask(google, OnlineMode.RECORD, "2025-01-31") == 1
         assert await ask(serper, OnlineMode.RECORD, "2025-01-31") == 1
-        assert await ask(bing, OnlineMode.RECORD, "2025-01-31") == 0
-        assert await ask(bing, OnlineMode.RECORD, "2025-02-01") == 1
-        assert await ask(bing, OnlineMode.RECORD, "any") == 0
-        assert await ask(bing, OnlineMode.RECORD, None) == 1  # today
-        assert await ask(bing, OnlineMode.LIVE, None) == 1
+        assert await ask(google, OnlineMode.RECORD, "2025-01-31") == 0
+        assert await ask(google, OnlineMode.RECORD, "2025-02-01") == 1
+        assert await ask(google, OnlineMode.RECORD, "any") == 0
+        assert await ask(google, OnlineMode.RECORD, None) == 1  # today
+        assert await ask(google, OnlineMode.LIVE, None) == 1
         for date, is_known in [("2025-01-31", True), ("2025-03-01", False), ("any", True), (None, True)]:
-            options = bing.options(mode=OnlineMode.REPLAY, cache_path=cache, date=date)
-            [outcome] = await search("bing", options)
+            options = google.options(mode=OnlineMode.REPLAY, cache_path=cache, date=date)
+            [outcome] = await search("google", options)
             assert isinstance(outcome, tuple) is is_known
 
 
-async def test_the_cap_holds_to_the_request_under_concurrency(tmp_path: Path) -> None:
+async def test_the_limit_of_requests_holds_under_concurrency_and_counts_attempts(tmp_path: Path) -> None:
     cache = tmp_path / "s.sqlite"
-    async with (fake := FakeEngine("serper")).running():
-        options = fake.options(cache_path=cache, spend_cap_usd=0.025, price_per_1000_usd=1.0)
+    async with (fake := FakeEngine("serper", faults=[Fault(status=500)])).running():
+        options = fake.options(cache_path=cache, max_requests=25)
         queries = [f"q{i}" for i in range(40)]
-        outcomes = [
-            outcome
-            for half in await asyncio.gather(
-                search("serper", options, queries[:20], timeout_s=30.0),
-                search("serper", options, queries[20:], timeout_s=30.0),
-            )
-            for outcome in half
-        ]
+        halves = await asyncio.gather(
+            search("serper", options, queries[:20], timeout_s=30.0),
+            search("serper", options, queries[20:], timeout_s=30.0),
+        )
         assert len(fake.asked) == 25
-        failures = [outcome for outcome in outcomes if isinstance(outcome, SearchFailure)]
-        assert len(failures) == 15
+        failures = [outcome for half in halves for outcome in half if isinstance(outcome, SearchFailure)]
+        assert len(failures) == 16  # one attempt was repeated
         assert {failure.kind for failure in failures} == {FailureKind.QUOTA}
-        assert "25 requests, 0.0250 USD" in failures[-1].reason
-        assert "--spend_cap_usd 0.025" in failures[-1].reason
-        # The count outlives the process; a higher cap goes on from it.
-        raised = fake.options(cache_path=cache, spend_cap_usd=0.026, price_per_1000_usd=1.0)
-        outcomes = await search("serper", raised, ["a", "b"], timeout_s=30.0)
+        assert "--max_online_requests 25 is reached" in failures[-1].reason
+        # The count outlives the process; a higher limit continues from it.
+        outcomes = await search("serper", fake.options(cache_path=cache, max_requests=26), ["a", "b"])
         assert [type(outcome) for outcome in outcomes].count(SearchFailure) == 1
     assert len(fake.asked) == 26
 
 
-async def test_retries_are_charged_and_unmade_connections_are_not(tmp_path: Path) -> None:
-    cache = tmp_path / "s.sqlite"
-    async with (
-        fake := FakeEngine(
-            "bing", faults=[Fault(status=500), Fault(status=429, headers={"Retry-After": "0"})]
-        )
-    ).running():
-        options = fake.options(cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=25.0)
-        await search("bing", options)
-    dead = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/", cache_path=cache)
-    await search("bing", dead, timeout_s=1.0)
-    store = OnlineStore(cache, read_only=True)
-    spent = await store.spending()
-    await store.aclose()
-    assert spent.num_requests == 3
-    assert spent.nano_usd == 75_000_000
-
-
-async def test_recorded_answers_are_free(tmp_path: Path) -> None:
+async def test_recorded_answers_are_not_counted(tmp_path: Path) -> None:
     async with (fake := FakeEngine("serper")).running():
-        options = fake.options(
-            mode=OnlineMode.RECORD,
-            cache_path=tmp_path / "s.sqlite",
-            spend_cap_usd=0.001,
-            price_per_1000_usd=1.0,
-        )
+        cache = tmp_path / "s.sqlite"
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=cache, max_requests=1)
         outcomes = [(await search("serper", options))[0] for _ in range(3)]
     assert len(fake.asked) == 1
     assert all(as_found(outcome) for outcome in outcomes)

@@ -9,9 +9,9 @@ import pytest
 from pydantic import SecretStr
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.online.assemble import build_online
 from search_r1.search.online.engines import ENGINES, read_answer
 from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.retriever import open_online
 from search_r1.search.online.transport import Transport
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.online.fake_engines import (
@@ -84,7 +84,7 @@ async def test_a_wrong_key_is_refused_and_never_shown(name: str) -> None:
         ),
         ("google", 403, '{"error": {"errors": [{"reason": "dailyLimitExceeded"}]}}'),
         (
-            "bing",
+            "serpapi",
             403,
             '{"error": {"message": "Out of call volume quota. Quota will be replenished in 2 days"}}',
         ),
@@ -133,7 +133,9 @@ async def test_a_rate_limit_is_waited_for(fault: Fault) -> None:
 
 async def test_a_retry_after_beyond_the_deadline_is_not_waited_for() -> None:
     fault = Fault(status=429, headers={"Retry-After": "60"})
-    failure = await fail(FakeEngine("bing", faults=[fault]))
+    started = time.monotonic()
+    failure = await fail(FakeEngine("serpapi", faults=[fault]))
+    assert time.monotonic() - started < 1.0
     assert failure.kind is FailureKind.UNAVAILABLE
     assert "60 s" in failure.reason
 
@@ -155,22 +157,19 @@ async def test_a_silent_engine_ends_at_the_deadline() -> None:
 
 async def test_a_request_that_hangs_is_given_up_and_sent_again() -> None:
     engine = ENGINES["serper"]
-    charges: list[int] = []
+    counted: list[int] = []
 
-    async def charge() -> None:
-        charges.append(1)
-
-    async def refund() -> None:
-        charges.append(-1)
+    async def count() -> None:
+        counted.append(1)
 
     async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
         transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1, silence_s=0.1)
         call = engine.make_call("moon", 0)
-        answer = await transport.ask(call, timeout_s=10.0, charge=charge, refund=refund)
+        answer = await transport.ask(call, timeout_s=10.0, count=count)
         await transport.aclose()
     assert read_answer(engine, answer)
     assert len(fake.asked) == 2
-    assert charges == [1, 1]  # the engine may bill both
+    assert len(counted) == 2  # the engine may bill both
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0])
@@ -228,7 +227,7 @@ async def test_a_broken_encoding_is_malformed() -> None:
 @pytest.mark.parametrize(("status", "kind"), [(302, "unavailable"), (404, "unavailable"), (414, "refused")])
 async def test_other_statuses(status: int, kind: str) -> None:
     fault = Fault(status=status, headers={"Location": "http://127.0.0.1:9/"})
-    assert (await fail(FakeEngine("bing", faults=[fault]))).kind == kind
+    assert (await fail(FakeEngine("serpapi", faults=[fault]))).kind == kind
 
 
 async def test_of_a_long_query_the_engine_is_asked_as_much_as_it_takes() -> None:
@@ -255,7 +254,7 @@ async def test_one_failed_query_leaves_the_others_alone() -> None:
 async def test_many_calls_use_few_connections_and_leave_none() -> None:
     process = psutil.Process()
     async with (fake := FakeEngine("serper")).running():
-        retriever = build_online("serper", options=fake.options(num_parallel_calls=8))
+        retriever = open_online("serper", options=fake.options(num_parallel_calls=8))
         await retriever.search(["warm"], topk=3, timeout_s=5.0)
         before = process.num_fds()
         for _ in range(3):
@@ -273,7 +272,7 @@ async def test_many_calls_use_few_connections_and_leave_none() -> None:
 
 async def test_a_cancelled_search_hangs_up() -> None:
     async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
-        retriever = build_online("serper", options=fake.options())
+        retriever = open_online("serper", options=fake.options())
         task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
         while not fake.asked:
             await asyncio.sleep(0.01)
@@ -288,7 +287,7 @@ async def test_a_cancelled_search_hangs_up() -> None:
 async def test_closing_stops_what_runs(tmp_path: Path) -> None:
     async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
         options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
-        retriever = build_online("serper", options=options)
+        retriever = open_online("serper", options=options)
         task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
         while not fake.asked:
             await asyncio.sleep(0.01)
@@ -304,15 +303,14 @@ async def test_closing_stops_what_runs(tmp_path: Path) -> None:
 async def test_describes_itself(tmp_path: Path) -> None:
     cache = tmp_path / "s.sqlite"
     options = OnlineOptions(keys=KEYS, mode=OnlineMode.RECORD, cache_path=cache, date="2025-01-31")
-    retriever = build_online("google", options=options)
+    retriever = open_online("google", options=options)
     assert retriever.describe() == {
         "retriever": "google",
         "url": "https://customsearch.googleapis.com/customsearch/v1",
         "mode": "record",
         "date": "2025-01-31",
         "recording": "s.sqlite",
-        "spend_cap_usd": None,
-        "price_per_1000_usd": 5.0,
+        "max_requests": None,
     }
     assert retriever.num_passages is None
     assert retriever.num_parallel_calls > 1

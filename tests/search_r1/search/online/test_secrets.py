@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from search_r1.search.online.assemble import build_online
 from search_r1.search.online.engines import ENGINES, EngineError
 from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.retriever import open_online
 from search_r1.search.online.transport import Transport
 from tests.search_r1.search.online.fake_engines import (
     KEYS,
@@ -40,10 +40,8 @@ async def test_the_key_reaches_the_engine_and_nothing_else(
     ]
     seen: list[str] = []
     async with (fake := FakeEngine(name, faults=faults)).running():
-        options = fake.options(
-            mode=OnlineMode.RECORD, cache_path=cache, spend_cap_usd=1.0, price_per_1000_usd=1.0
-        )
-        retriever = build_online(name, options=options)
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=cache, max_requests=100)
+        retriever = open_online(name, options=options)
         for i in range(12):
             outcomes = await retriever.search([f"query {i}"], topk=3, timeout_s=0.5)
             seen += [repr(outcomes), repr(retriever.describe()), repr(retriever), repr(options)]
@@ -64,12 +62,12 @@ async def test_no_exception_shows_the_key(tmp_path: Path) -> None:
     """Not even the chain of causes that a debugger would print."""
 
     async def nothing() -> None:
-        """No charge."""
+        """Count nothing."""
 
     async with (fake := FakeEngine("serpapi", faults=[Fault(status=401, body=SECRET)])).running():
         engine = ENGINES["serpapi"]
         transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1)
         with pytest.raises(EngineError) as caught:
-            await transport.ask(engine.make_call("q", 0), timeout_s=1.0, charge=nothing, refund=nothing)
+            await transport.ask(engine.make_call("q", 0), timeout_s=1.0, count=nothing)
         await transport.aclose()
     assert SECRET not in "".join(traceback.format_exception(caught.value))
