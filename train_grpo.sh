@@ -64,10 +64,11 @@ for argument in "$@"; do
 done
 
 # A bare word is a method: search_r1 means algorithm=search_r1.
-if [[ "${1:-}" =~ ^[a-z][a-z0-9_]*$ ]]; then
-    recipe+=("algorithm=$1")
-    shift
-fi
+arguments=()
+for argument in "$@"; do
+    [[ "$argument" =~ ^[a-z][a-z0-9_]*$ ]] && argument="algorithm=$argument"
+    arguments+=("$argument")
+done
 
 cd "$root"
-exec "$python" -P -m verl.trainer.main_ppo "${recipe[@]}" "$@"
+exec "$python" -P -m verl.trainer.main_ppo "${recipe[@]}" ${arguments[@]+"${arguments[@]}"}

@@ -253,7 +253,7 @@ class Gain:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """All numbers that were measured: those of the turns, or the one of the trajectory."""
+        """All numbers that were measured, those of the turns first."""
         return tuple(value for value in (*self.turns, self.trajectory) if value is not None)
 
 

@@ -68,7 +68,10 @@ class InfoReasoner(Algorithm):
         ]
 
     def _requests_of(self, trajectory: Trajectory) -> list[GainRequest]:
-        """Without an answer the published reward is 0 whatever was found, so no gain is paid for it."""
+        """Return what is asked about a trajectory: nothing without a passage or without an answer.
+
+        Without an answer the published reward is 0 whatever was found, so no gain is paid for it.
+        """
         if trajectory.stop is Stop.FAILED or trajectory.answer is None or not trajectory.passages:
             return []
         question = trajectory.question

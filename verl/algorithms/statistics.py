@@ -63,7 +63,7 @@ def spread_turns(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
 
 
 def spread_actions(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
-    """Return the value of a turn on the tokens of its query or answer, tags excluded, and 0 elsewhere [L]."""
+    """Return the value of a turn on the tokens of its query or answer and 0 elsewhere [L]; see `Action`."""
     result = np.zeros(len(trajectory.token_ids), dtype=np.float32)
     start = len(trajectory.prompt_ids)
     for turn, value in zip(trajectory.turns, values, strict=True):

@@ -79,7 +79,7 @@ def recorded_end(run_dir: Path, progress: Progress) -> Iterator[None]:
             logger.error("the manifest cannot say how the run ended (%s): %s", status, error)
         try:
             logger.info("report: %s", write_report(run_dir))
-        except (DataError, OSError) as error:
+        except Exception as error:  # a defect of the report must not hide how the run ended
             logger.error("no report: %s; repair it and run scripts/report.py %s", error, run_dir)
 
 

@@ -51,9 +51,9 @@ class Progress:
         except DataError as error:
             raise ConfigError(str(error)) from error
         differences = [
-            f"{key} was {record.identity.get(key)!r}, is {identity.get(key)!r}"
-            for key in sorted({*record.identity, *identity})
-            if record.identity.get(key) != identity.get(key)
+            f"{key} was {saved!r}, is {identity.get(key)!r}"
+            for key, saved in sorted(record.identity.items())  # older versions saved fewer keys
+            if saved != identity.get(key)
         ]
         if differences:
             raise ConfigError(
@@ -87,6 +87,8 @@ def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Ide
         "data.train_files": [f"{path} ({hashes[path][:12]})" for path in config.data.train_paths],
         "data.train_batch_size": config.data.train_batch_size,
         "trainer.seed": config.trainer.seed,
+        "algorithm.name": config.algorithm.name,
+        "agent": f"{config.agent.format} with {', '.join(config.agent.tools)}",
         "number of workers (trainer.num_cpu_workers or trainer.n_gpus_per_node)": num_workers,
     }
 

@@ -102,7 +102,9 @@ def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
     """
     before, after = _comparable_facts(earlier), _comparable_facts(manifest)
     keys = sorted(before.keys() & after.keys() - {"trainer.val_only"})
-    return [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
+    changes = [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
+    gone = flatten(redact(earlier.get("config") or {})).keys() - flatten(manifest.get("config") or {}).keys()
+    return changes + [f"{key}: {before[key]!r} -> no longer a setting" for key in sorted(gone)]
 
 
 def _comparable_facts(manifest: Manifest) -> dict[str, object]:

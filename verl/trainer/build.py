@@ -72,7 +72,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts; each registers on the stack how it is taken down."""
-    algorithm_class = find_algorithm(config)
+    algorithm_class = ALGORITHMS[config.algorithm.name]
     search, ig_service, services = await connect_services(config, stack, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = HfTokenizer.from_pretrained(
@@ -190,14 +190,6 @@ def make_collector(
     )
 
 
-def find_algorithm(config: Config) -> type[Algorithm]:
-    """Return the method of `algorithm=NAME`. Raises ConfigError for a name that is not in the table."""
-    name = config.algorithm.name
-    if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm.name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
-    return ALGORITHMS[name]
-
-
 def make_reward(config: Config, algorithm: Algorithm) -> Reward:
     """Make the reward: the outcome of an episode, and the gains of the method."""
     reward = config.reward
@@ -251,6 +243,14 @@ def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Questio
     held_out = load_questions(
         data.val_paths, prompt_format=prompt_format, prompt=data.prompt, limit=data.val_max_questions
     )
+    if data.prompt_file is not None and not any(
+        question.messages == prompt_format.write_prompt(question.text) for question in (*train, *held_out)
+    ):
+        logger.warning(
+            "the instruction of data.prompt_file=%r is not used: every question has a prompt of its own; to "
+            "use it set data.prompt=file",
+            data.prompt_file,
+        )
     check_prompt_lengths(
         [*train, *held_out], prompt_format=prompt_format, max_start_length=data.max_start_length
     )

@@ -17,11 +17,10 @@ from verl.algorithms.statistics import group_advantages, spread, spread_turns
 from verl.run.records import read_records, step_files
 from verl.run.report.report import write_report
 from verl.run.tracking import read_metrics
-from verl.trainer.build import find_algorithm
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import AlgorithmConfig, Config
-from verl.types import Credit, Gain, Group, Score
+from verl.types import Credit, Gain, Group, Score, Trajectory
 
 
 @dataclass
@@ -49,19 +48,23 @@ class Toy(Algorithm):
         )
 
     def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
-        return [
-            [
-                Credit(
-                    advantages=spread(trajectory, advantage)
-                    + spread_turns(trajectory, [self._bonus * (gain or 0.0) for gain in score.gain.turns]),
-                    components={"reward": score.outcome, "outcome": score.outcome, "found": score.gain.turns},
-                )
-                for trajectory, score, advantage in zip(
-                    group.trajectories, of_group, group_advantages([s.outcome for s in of_group]), strict=True
-                )
-            ]
-            for group, of_group in zip(groups, scores, strict=True)
-        ]
+        credits = []
+        for group, of_group in zip(groups, scores, strict=True):
+            rewards = [score.outcome if score.failure is None else None for score in of_group]
+            advantages = group_advantages(rewards)
+            credits.append(
+                [
+                    self._credit(*parts)
+                    for parts in zip(group.trajectories, of_group, rewards, advantages, strict=True)
+                ]
+            )
+        return credits
+
+    def _credit(self, trajectory: Trajectory, score: Score, reward: float | None, advantage: float) -> Credit:
+        tokens = spread(trajectory, advantage)
+        if reward is not None:
+            tokens += spread_turns(trajectory, [self._bonus * (gain or 0.0) for gain in score.gain.turns])
+        return Credit(advantages=tokens, components={"reward": reward, "found": score.gain.turns})
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def compose_config(*arguments: str) -> Config:
 @pytest.mark.usefixtures("toy")
 async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Path) -> None:
     config = compose_config("algorithm=toy", "algorithm.bonus=0.25")
-    algorithm = find_algorithm(config)(config.algorithm, make_method().services)
+    algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, make_method().services)
     run = Run(
         tmp_path,
         algorithm=algorithm,
@@ -98,5 +101,5 @@ async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Pa
     assert line["credit/advantage_abs_max"] == 0.25  # every answer is right: the outcomes cancel out
     record = read_records(step_files(tmp_path)[1])[0]
     assert record["turn_gains"] == [1.0, None]
-    assert record["components"] == {"reward": 1.0, "outcome": 1.0, "found": [1.0, None]}
+    assert record["components"] == {"reward": 1.0, "found": [1.0, None]}
     assert "Gain of this turn +1.0000" in write_report(tmp_path).read_text()

@@ -6,11 +6,12 @@ halts, because what is left is no longer the batch that was asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from verl.algorithms.base import Algorithm, Prefetch
 from verl.algorithms.scoring.outcome import Outcome
-from verl.types import Gain, Group, Score, ScoredGroups, Stop, Trajectory
+from verl.types import Gain, Group, Sample, Score, ScoredGroups, Stop, Trajectory
 from verl.utils.failures import check_failure_share
 
 OutcomeRule = Callable[[Trajectory], Outcome]
@@ -39,12 +40,15 @@ class Reward:
         self._check("gain measurements", [gain.failure for gain in measured], fix=self._fix)
         failures = [score.failure for of_group in scores for score in of_group]
         self._check("trajectories", failures, fix="repair what the failures name.")
-        return ScoredGroups(
+        scored = ScoredGroups(
             groups=groups,
             scores=scores,
             credits=self._algorithm.credit(groups, scores),
             stats=measurement.stats,
         )
+        for sample in scored.samples():
+            check_sample(sample)
+        return scored
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Return outcomes only: evaluation asks for no gain, and its failures are counted by the caller."""
@@ -64,3 +68,23 @@ class Reward:
             return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
         outcome = self._outcome(trajectory)
         return Score(outcome=outcome.value, gain=gain, failure=gain.failure, metrics=outcome.metrics)
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise ValueError where a method does not hold what the batch, metrics and records rely on."""
+    trajectory, score, credit = sample
+    name = f"{trajectory.question.uid}#{trajectory.sample}"
+    parts = {"gain of turns": score.gain.turns or (None,) * len(trajectory.turns), **credit.components}
+    for label, part in parts.items():
+        values = part if isinstance(part, tuple) else (part,)
+        if isinstance(part, tuple) and len(part) != len(trajectory.turns):
+            raise ValueError(f"{name}: {label} has {len(part)} values for {len(trajectory.turns)} turns")
+        if not all(value is None or math.isfinite(value) for value in values):
+            raise ValueError(f"{name}: {label} must be finite or None, got {part!r}")
+    if score.gain.trajectory is not None and not math.isfinite(score.gain.trajectory):
+        raise ValueError(f"{name}: the gain must be finite or None, got {score.gain.trajectory!r}")
+    reward = credit.components.get("reward")
+    if isinstance(reward, tuple):
+        raise ValueError(f"{name}: the component reward is one number per trajectory, got {reward!r}")
+    if score.failure is not None and (reward is not None or credit.advantages.any()):
+        raise ValueError(f"{name} failed ({score.failure}): it must have no reward and no advantage")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,7 +26,7 @@ from verl.run.report.run_data import (
     read_run,
     run_facts,
 )
-from verl.run.report.text import gain_of, mask_strip, names_gold, split_output
+from verl.run.report.text import gain_of, mask_strip, names_gold, reward_of, split_output
 from verl.utils.failures import failure_name
 
 REPORT_FILE = "report.html"
@@ -69,6 +70,7 @@ def render_report(run: RunData) -> str:
     environment.globals |= {
         "searches": count_searches,
         "gain": gain_of,
+        "reward": partial(reward_of, gain_weight=run.old_gain_weight),
         "names_gold": names_gold,
         "mask_strip": mask_strip,
     }

@@ -82,6 +82,13 @@ class RunData:
         return value
 
     @property
+    def old_gain_weight(self) -> float:
+        """The weight of the gain in a run from before methods had names; 0 in later ones."""
+        weight = self.setting("reward.gain_weight")
+        is_used = self.setting("reward.gain") != "none" and isinstance(weight, (int, float))
+        return float(weight) if is_used and isinstance(weight, (int, float)) else 0.0
+
+    @property
     def seconds(self) -> float | None:
         """Seconds from start to end, for a run without an end up to its last metrics."""
         started, finished = (_timestamp(self.manifest.get(name)) for name in ("started", "finished"))
@@ -208,6 +215,8 @@ def _reward(run: RunData) -> str | None:
     if not outcome:
         return None
     name = str(outcome).replace("_", "-").upper() if outcome in ("em", "f1") else str(outcome)
+    if run.old_gain_weight:
+        return f"{name} + {run.old_gain_weight:g} x information gain"
     settings = run.setting("algorithm")
     method = dict(settings) if isinstance(settings, Mapping) else {}
     label = method.pop("name", None)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from verl.run.records import PassageRecord, TrajectoryRecord
+from verl.utils.reward_score.IG_reward import combine
 
 _TAGGED = re.compile(r"<(\w+)>(?:(.*?)</\1>|((?!.*</\w).*)\Z)", re.DOTALL)
 """A pair of tags of any name, or one that is not closed and has no closing tag behind it."""
@@ -38,6 +39,16 @@ def gain_of(record: TrajectoryRecord) -> float | None:
     """Return the gain of the trajectory, or the sum over its turns; None where none was measured."""
     turns = [gain for gain in record.get("turn_gains", ()) if gain is not None]
     return sum(turns) if turns else record["gain"]
+
+
+def reward_of(record: TrajectoryRecord, *, gain_weight: float) -> float | None:
+    """Return the recorded reward; of a record of format 1, which has none, outcome plus weighted gain."""
+    if "components" in record:
+        reward = record["components"].get("reward")
+        return None if isinstance(reward, list) else reward
+    if record["failure"] is not None or record["outcome"] is None or record["kind"] != "train":
+        return None
+    return combine(record["outcome"], record["gain"], weight=gain_weight)
 
 
 def names_gold(passage: PassageRecord, golds: list[str]) -> bool:

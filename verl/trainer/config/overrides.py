@@ -66,7 +66,9 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     project = recognize(a.key for a in overrides if a.key not in known)
     settings = {a.key: a.value for a in overrides}
     # A key that exists only here means that the script is written or converted for this trainer.
-    is_ours = not project or any(key in known and not has_key(project, key) for key in settings)
+    is_ours = not project or any(
+        key in known and key not in groups and not has_key(project, key) for key in settings
+    )
     sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
     problems: dict[str, None] = {}
     for argument in read:
@@ -110,6 +112,8 @@ def _check_key(
     owners = [name for name, method in ALGORITHMS.items() if key in _keys_of(method)]
     if is_unknown and owners:
         return f"{key}: a setting of algorithm={' or algorithm='.join(owners)} only"
+    if key == "reward.gain":
+        return f"{key}: the method is chosen by name; write algorithm=search_r1 for none, or inforeasoner"
     if is_unknown:
         return f"{key}: no such key{_suggest(key, known)}; all keys: verl/trainer/config/ppo_trainer.yaml"
     return None

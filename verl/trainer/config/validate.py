@@ -8,13 +8,15 @@ from serving.model_files import ModelNotFoundError, find_local_model, read_model
 from verl.agent.formats import FORMATS
 from verl.agent.prompts import load_texts, prompt_file
 from verl.agent.tools import TOOLS
+from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
-    problems = [*_check_files(config), *_check_agent(config), *_check_model(config)]
+    problems = [*_check_algorithm(config), *_check_files(config), *_check_agent(config)]
+    problems += _check_model(config)
     problems += _check_devices(config, num_gpus)
     problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
     if problems:
@@ -28,6 +30,16 @@ def resolve_device(config: Config, *, num_gpus: int) -> str:
     if config.trainer.device == "auto":
         return "cuda" if num_gpus else "cpu"
     return config.trainer.device
+
+
+def _check_algorithm(config: Config) -> list[str]:
+    name = config.algorithm.name
+    if name in ALGORITHMS and type(config.algorithm) is ALGORITHMS[name].settings_class:
+        return []
+    return [
+        f"algorithm.name={name!r} is set by algorithm=NAME alone, which brings the settings of the method; "
+        f"write algorithm= with one of {', '.join(ALGORITHMS)}"
+    ]
 
 
 def _check_files(config: Config) -> list[str]:

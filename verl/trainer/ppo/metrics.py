@@ -118,7 +118,7 @@ def reward_metrics(samples: Sequence[Sample]) -> Metrics:
                 f"reward/{name}_mean": _mean([s.metrics[name] for s in judged if name in s.metrics])
                 for name in names
             },
-            "reward/failed_share": _ratio(len(samples) - len(rewards), len(samples)),
+            "reward/failed_share": _ratio(sum(s.score.failure is not None for s in samples), len(samples)),
         }
     )
 
@@ -126,7 +126,7 @@ def reward_metrics(samples: Sequence[Sample]) -> Metrics:
 def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
     """Return gains over all that was measured, per turn or per trajectory; failures as a share of both."""
     played = [score for trajectory, score in scores if trajectory.stop is not Stop.FAILED]
-    measured = [score.gain.values for score in played if score.gain.values]
+    measured = [score.gain.values for score in played if score.gain.values and score.failure is None]
     gains = [value for values in measured for value in values]
     failures = Counter(failure_name(score.failure) for score in played if score.failure is not None)
     return finite(
@@ -173,9 +173,9 @@ def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float
 
 
 def _numbers(samples: Sequence[Sample], name: str) -> list[float]:
-    """Return all numbers of a component, of trajectories or of turns."""
+    """Return all numbers of a component, of trajectories or of turns, over the samples that did not fail."""
     values: list[float] = []
-    for sample in samples:
+    for sample in (s for s in samples if s.score.failure is None):
         component = sample.credit.components.get(name)
         parts = component if isinstance(component, tuple) else (component,)
         values += [value for value in parts if value is not None]

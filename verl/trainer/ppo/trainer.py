@@ -122,6 +122,7 @@ class PPOTrainer:
                 async with parts.engines.asleep():
                     with timer("reward"):  # may run the policy, which now has the device
                         scored = await parts.reward.score(groups, prefetch=prefetch)
+                        await prefetch.aclose()  # nothing of it runs beside the update
                         batch = self.build_batch(scored)
 
                     with timer("log_probs"):

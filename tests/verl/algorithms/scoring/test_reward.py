@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
 from verl.errors import TrainingHaltedError
 from verl.trainer.ppo.metrics import step_metrics
-from verl.types import Gain, Group, Score, ScoredGroups
+from verl.types import Credit, Gain, Group, Score, ScoredGroups
 
 
 class ScriptedGain(InfoReasoner):
@@ -150,3 +152,31 @@ async def test_one_odd_failure_does_not_halt_unless_none_is_allowed() -> None:
     await score(gain, groups, max_failure_share=0.1)
     with pytest.raises(TrainingHaltedError):
         await score(gain, groups, max_failure_share=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"components": {"reward": float("nan")}}, "reward must be finite or None"),
+        ({"components": {"reward": (1.0, 0.0)}}, "one number per trajectory"),
+        ({"components": {"reward": 1.0, "parts": (0.5,)}}, "parts has 1 values for 2 turns"),
+    ],
+)
+async def test_a_method_that_breaks_its_contract_is_named_before_the_update(
+    change: dict[str, Any], message: str
+) -> None:
+    class Broken(ScriptedGain):
+        def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+            return [[replace(c, **change) for c in credits] for credits in super().credit(groups, scores)]
+
+    with pytest.raises(ValueError, match=message):
+        await score(Broken(), make_groups(1))
+
+
+async def test_a_failed_trajectory_with_an_advantage_is_refused() -> None:
+    class Leaking(ScriptedGain):
+        def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+            return super().credit(groups, [[replace(s, failure=None) for s in some] for some in scores])
+
+    with pytest.raises(ValueError, match="must have no reward and no advantage"):
+        await score(Leaking(frozenset({"0-1"})), make_groups(1))

@@ -58,7 +58,8 @@ def test_yaml_names_every_key_of_the_schema() -> None:
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_every_method_is_chosen_by_its_name_and_every_key_of_it_documented(name: str) -> None:
-    assert type(composed([f"algorithm={name}"]).algorithm) is ALGORITHMS[name].settings_class
+    chosen = composed([f"algorithm={name}"]).algorithm
+    assert (type(chosen), chosen.name) == (ALGORITHMS[name].settings_class, name)
     text = (REPOSITORY / "docs/methods.md").read_text()
     keys = schema_keys(ALGORITHMS[name].settings_class, "algorithm.")
     assert [part for part in (f"## {name}", *(f"`{key}`" for key in keys)) if part not in text] == []
@@ -70,6 +71,7 @@ def test_every_method_is_chosen_by_its_name_and_every_key_of_it_documented(name:
         (["algorithm=none"], "algorithm must be one of search_r1, inforeasoner, got 'none'"),
         (["algorithm=search_r1", "algorithm.gain_weight=1"], "a setting of algorithm=inforeasoner only"),
         (["reward.gain_weight=1"], "did you mean algorithm.gain_weight"),
+        (["reward.gain=none"], "write algorithm=search_r1 for none"),
     ],
 )
 def test_a_setting_of_no_or_another_method_is_refused(arguments: list[str], message: str) -> None:
