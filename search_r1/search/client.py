@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable, Sequence
 
 from search_r1.search.remote import SERVICE, RemoteRetriever
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
@@ -46,9 +47,7 @@ class HttpSearch:
         answer: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiting[answer] = query
         if len(self._waiting) == 1:
-            task = asyncio.create_task(self._send_soon(self._waiting))
-            self._sending.add(task)
-            task.add_done_callback(self._sending.discard)
+            self._start(self._waiting)
         if len(self._waiting) == self._remote.max_batch:
             self._waiting = {}
         # Each caller waits for a future of its own: one that is cancelled leaves the others alone.
@@ -81,23 +80,36 @@ class HttpSearch:
 
     async def aclose(self) -> None:
         """Fail the searches that run and close all connections."""
+        self._waiting = {}
         for task in (sending := list(self._sending)):
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
         await self._remote.aclose()
 
+    def _start(self, batch: dict[asyncio.Future[Outcome], str]) -> None:
+        task = asyncio.create_task(self._send_soon(batch))
+        self._sending.add(task)
+
+        def fail_unanswered(task: asyncio.Task[None]) -> None:
+            # Not a `finally` in the task: one that is cancelled before its first step would not run it.
+            self._sending.discard(task)
+            _answer(batch, [_CLOSED] * len(batch))
+
+        task.add_done_callback(fail_unanswered)
+
     async def _send_soon(self, batch: dict[asyncio.Future[Outcome], str]) -> None:
-        outcomes: list[Outcome] = []
-        try:
-            await asyncio.sleep(_GATHER_S)
-            if self._waiting is batch:
-                self._waiting = {}
-            queries = list(batch.values())
-            outcomes = await self._remote.search(queries, topk=self._topk, timeout_s=self._timeout_s)
-        finally:
-            for answer, outcome in zip(batch, outcomes or [_CLOSED] * len(batch), strict=True):
-                if not answer.done():
-                    answer.set_result(outcome)
+        await asyncio.sleep(_GATHER_S)
+        if self._waiting is batch:
+            self._waiting = {}
+        queries = list(batch.values())
+        _answer(batch, await self._remote.search(queries, topk=self._topk, timeout_s=self._timeout_s))
+
+
+def _answer(batch: Iterable[asyncio.Future[Outcome]], outcomes: Sequence[Outcome]) -> None:
+    """Answer the callers that still wait, one outcome each, in order."""
+    for answer, outcome in zip(batch, outcomes, strict=True):
+        if not answer.done():
+            answer.set_result(outcome)
 
 
 def _make_passage(hit: Hit) -> Passage:

@@ -131,7 +131,7 @@ async def test_a_score_that_is_no_number_fails_its_query_and_no_other(score: flo
     reranked = RerankedRetriever(inner, model=Judge({("p", "bb"): score}), depth=2)
     spoilt, whole = await reranked.search(["p", "q"], topk=2, timeout_s=5)
     assert isinstance(spoilt, SearchFailure)
-    assert (spoilt.kind, "no number" in spoilt.reason) == (FailureKind.INTERNAL, True)
+    assert (spoilt.kind, "not a number" in spoilt.reason) == (FailureKind.INTERNAL, True)
     assert list_ids(whole) == ["bb", "a"]
 
 
