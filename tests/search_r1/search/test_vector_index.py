@@ -141,7 +141,7 @@ def test_stored_vectors_are_read_back(
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16_HNSW8,PQ32", "HNSW16", "HNSW16,SQ8"]
+    "factory", ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16_HNSW8,PQ32np", "HNSW16", "HNSW16,SQ8"]
 )
 def test_files_that_faiss_wrote_open_too(factory: str, vectors: FloatArray, tmp_path: Path) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
