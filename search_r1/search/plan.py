@@ -27,7 +27,7 @@ _RECALL = {
     IndexKind.FLAT: "exact",
     IndexKind.FP16: ">= 0.99",
     IndexKind.SQ8: ">= 0.95",
-    IndexKind.IVF_PQ: "0.7 - 0.95",
+    IndexKind.IVF_PQ: "0.6 - 0.8",
     IndexKind.HNSW: "0.8 - 0.99",
 }
 
