@@ -12,7 +12,6 @@ joining takes the room of one part at most. A token, where one is needed, is rea
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gzip
 import hashlib
 import json
@@ -37,7 +36,7 @@ from huggingface_hub.errors import (
 from rich.console import Console
 from rich.filesize import decimal
 
-from serving.files import replacing_file, write_json_atomically
+from serving.files import lock_file, replacing_file, write_json_atomically
 from serving.web.settings import expand_home
 
 RECEIPTS = "download.json"
@@ -266,20 +265,6 @@ def naming_hub(endpoint: str, repo: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder: two runs must not write into the same files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".download.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DownloadError(
-                f"another download is running in {folder}; wait for it, or stop it"
-            ) from error
-        yield
-
-
 def read_checksums(texts: Sequence[str], files: Sequence[str]) -> dict[str, str]:
     """Return the hashes of `NAME=HEX` flags and of the `HEX  NAME` lines of files, as sha256sum writes."""
     pairs = [(name, value) for name, _, value in (text.partition("=") for text in texts)]
@@ -332,7 +317,9 @@ def download(settings: argparse.Namespace, *, console: Console) -> None:
     # The corpus first: the smaller one shows sooner whether all is well.
     targets = {"corpus": [corpus], "index": [index], "all": [corpus, index]}[settings.what]
     try:
-        with _alone_in(settings.save_path):
+        folder = settings.save_path
+        another = DownloadError(f"another download is running in {folder}; wait for it, or stop it")
+        with lock_file(folder / ".download.lock", taken=another):
             downloader = Downloader(settings, console=console)
             for target in targets:
                 downloader.make(target)

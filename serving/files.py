@@ -1,7 +1,8 @@
-"""Hash files, and write files that are either complete or absent."""
+"""Hash and lock files, and write files that are either complete or absent."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -65,6 +66,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json_atomically(path: Path, value: object, *, indent: int = 2) -> None:
     """Replace `path` by the value as JSON, in UTF-8 and with a final line break."""
     write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def lock_file(path: Path, *, taken: Exception) -> Iterator[None]:
+    """Hold the lock of a file, which is created with its folder. Raises `taken` if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise taken from error
+        yield
 
 
 @contextmanager

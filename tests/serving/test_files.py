@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.files import replacing_file, sha256_of_file, write_atomically, write_json_atomically
+from serving.files import lock_file, replacing_file, sha256_of_file, write_atomically, write_json_atomically
 
 
 def test_the_hash_covers_the_file_or_its_beginning(tmp_path: Path) -> None:
@@ -47,3 +47,12 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> No
     assert caught.value.filename == str(tmp_path / "file")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_lock_is_held_by_one_at_a_time_and_free_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    with lock_file(path, taken=ValueError("taken")):
+        with pytest.raises(ValueError, match="taken"), lock_file(path, taken=ValueError("taken")):
+            pass
+    with lock_file(path, taken=ValueError("taken")):
+        pass

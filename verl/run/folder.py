@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from serving.files import lock_file
 from verl.errors import ConfigError, DataError
 from verl.run.manifest import MANIFEST_FILE, finish_manifest
 from verl.run.progress import Progress
@@ -28,19 +28,15 @@ _RUN_PARTS = (MANIFEST_FILE, METRICS_FILE, *_STEP_FOLDERS, CHECKPOINTS, "report.
 """What a run leaves in its folder, except for the log, which is open."""
 
 
-@contextmanager
-def lock_folder(run_dir: Path) -> Iterator[None]:
+def lock_folder(run_dir: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run folder, which is created. Raises ConfigError if another run holds it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
-                "stop it or choose another folder"
-            ) from error
-        yield
+    return lock_file(
+        run_dir / ".lock",
+        taken=ConfigError(
+            f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
+            "stop it or choose another folder"
+        ),
+    )
 
 
 @contextmanager
