@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from tests.methods import make_method
-from tests.verl.trainer.ppo.test_trainer import Run, SearchingAgent
+from tests.verl.trainer.ppo.test_trainer import STEPS_ALONE, Run, SearchingAgent
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Measurement, Prefetch, Services
 from verl.algorithms.statistics import group_advantages, spread, spread_turns
@@ -82,15 +82,7 @@ def compose_config(*arguments: str) -> Config:
 async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Path) -> None:
     config = compose_config("algorithm=toy", "algorithm.bonus=0.25")
     algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, make_method().services)
-    run = Run(
-        tmp_path,
-        algorithm=algorithm,
-        agent=SearchingAgent(),
-        save_freq=0,
-        test_freq=0,
-        val_before_train=False,
-        val_after_train=False,
-    )
+    run = Run(tmp_path, algorithm=algorithm, agent=SearchingAgent(), **STEPS_ALONE)
     await run.trainer.fit()
     run.tracker.finish()
 

@@ -74,15 +74,15 @@ def check_sample(sample: Sample) -> None:
     """Raise ValueError where a method does not hold what the batch, metrics and records rely on."""
     trajectory, score, credit = sample
     name = f"{trajectory.question.uid}#{trajectory.sample}"
-    parts = {"gain of turns": score.gain.turns or (None,) * len(trajectory.turns), **credit.components}
+    gain = score.gain
+    parts = {"gain": gain.trajectory, "gain of turns": gain.turns or None, **credit.components}
     for label, part in parts.items():
         values = part if isinstance(part, tuple) else (part,)
         if isinstance(part, tuple) and len(part) != len(trajectory.turns):
             raise ValueError(f"{name}: {label} has {len(part)} values for {len(trajectory.turns)} turns")
-        if not all(value is None or math.isfinite(value) for value in values):
+        # Numbers of Python: records are JSON, which has none of NumPy's.
+        if not all(v is None or (isinstance(v, int | float) and math.isfinite(v)) for v in values):
             raise ValueError(f"{name}: {label} must be finite or None, got {part!r}")
-    if score.gain.trajectory is not None and not math.isfinite(score.gain.trajectory):
-        raise ValueError(f"{name}: the gain must be finite or None, got {score.gain.trajectory!r}")
     reward = credit.components.get("reward")
     if isinstance(reward, tuple):
         raise ValueError(f"{name}: the component reward is one number per trajectory, got {reward!r}")

@@ -158,6 +158,7 @@ async def test_one_odd_failure_does_not_halt_unless_none_is_allowed() -> None:
     ("change", "message"),
     [
         ({"components": {"reward": float("nan")}}, "reward must be finite or None"),
+        ({"components": {"reward": 1.0, "parts": np.float32(0.5)}}, "parts must be finite or None"),
         ({"components": {"reward": (1.0, 0.0)}}, "one number per trajectory"),
         ({"components": {"reward": 1.0, "parts": (0.5,)}}, "parts has 1 values for 2 turns"),
     ],

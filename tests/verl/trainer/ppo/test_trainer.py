@@ -34,6 +34,8 @@ from verl.utils.reward_score.IG_client import GainClient
 from verl.workers.batch import TrainBatch
 from verl.workers.checkpoint import CheckpointStore
 
+STEPS_ALONE = {"save_freq": 0, "test_freq": 0, "val_before_train": False, "val_after_train": False}
+"""Settings of a run that neither saves nor evaluates between its steps."""
 QUESTIONS = [make_question(f"nq/train/{k}") for k in range(6)]
 HELD_OUT = [make_question("nq/test/0")]
 IDENTITY: dict[str, object] = {"trainer.seed": 0}
@@ -128,7 +130,7 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path, save_freq=0, test_freq=0, val_before_train=False, val_after_train=False)
+    run = Run(tmp_path, **STEPS_ALONE)
     yield run
     run.tracker.finish()
 
@@ -170,10 +172,7 @@ async def train_with_gains(run_dir: Path, method: type[InfoReasoner]) -> list[di
             run_dir,
             algorithm=method(method.settings_class(), services),
             agent=SearchingAgent(),
-            save_freq=0,
-            test_freq=0,
-            val_before_train=False,
-            val_after_train=False,
+            **STEPS_ALONE,
         )
         await run.trainer.fit()
         await client.aclose()
