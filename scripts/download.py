@@ -138,7 +138,7 @@ class Downloader:
 
     def _join(self, target: Target, parts: Sequence[Part]) -> Path:
         """Return the file of all parts: each is downloaded, checked, appended and removed."""
-        # The name tells which bytes belong together: those of another revision are not built upon.
+        # The name identifies the revision, so that bytes of another one are never continued.
         source = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         joined = self._folder / f"{target.name}.{source}.partial"
         joined.touch()

@@ -200,7 +200,7 @@ class WorkerPool:
             finally:
                 watcher.cancel()
             lived_s = asyncio.get_running_loop().time() - slot.opened_at
-            # Lost young and without any work: its replacements may go the same way, for ever.
+            # Lost soon after its start, before any work: its replacements may end the same way.
             if not slot.had_work and lived_s < self._settled_s:
                 slot.num_failed_starts += 1
             await self._close_lost(present)

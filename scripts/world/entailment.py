@@ -115,7 +115,7 @@ def wording(entity: Entity, rng: Random) -> str:
 
 
 def _unrelated(entity: Entity, rng: Random) -> str:
-    """Return a text that is no rival: another kind of entity, a part of the name, or nothing."""
+    """Return a text that is not an alternative: another kind of entity, a part of the name, or nothing."""
     chance = rng.random()
     if chance < 0.2:
         return ""

@@ -104,6 +104,6 @@ async def _open_bm25(settings: RetrieverSettings) -> Retriever:
 
 
 def _require_model(path: str, *, flag: str) -> None:
-    """Raise RetrieverError for an absolute path that is no folder; a relative one may be a hub id."""
+    """Raise RetrieverError for an absolute path that is not a folder; a relative one may be a hub id."""
     if path and os.path.isabs(path) and not os.path.isdir(path):
         raise RetrieverError(f"{flag} {path} is not a folder; expected a Hugging Face model")

@@ -107,7 +107,7 @@ class Corpus:
 
 
 def open_corpus(path: Path, *, report: Report | None = None) -> Corpus:
-    """Open a corpus, whose format is told by its first bytes. Raises RetrieverError when it is none.
+    """Open a corpus; its first bytes identify the format. Raises RetrieverError for any other file.
 
     `report(done, total)`, in bytes, while a large JSONL file is opened for the first time.
     """

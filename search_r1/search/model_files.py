@@ -36,7 +36,7 @@ def name_model(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Return a JSON object, empty when there is no file. Raises RetrieverError when it is something else."""
+    """Return a JSON object, empty when there is no file. Raises RetrieverError for any other content."""
     if not path.is_file():
         return {}
     try:

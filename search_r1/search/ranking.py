@@ -98,6 +98,6 @@ def rescore(vectors: FloatArray, rows: RowArray, *, stored: VectorRows) -> Float
 
 
 def compare_rows(found: RowArray, expected: RowArray, *, k: int) -> float:
-    """Return recall@k of two rankings [n, >= k]; row -1 is no result."""
+    """Return recall@k of two rankings [n, >= k]; row -1 stands for a missing result."""
     hits = (found[:, :k, None] == expected[:, None, :k]) & (expected[:, None, :k] >= 0)
     return float(hits.any(axis=1).sum() / (expected[:, :k] >= 0).sum())

@@ -53,7 +53,7 @@ class EncoderSpec:
     path: str
     """A folder or a hub id."""
     family: str | None = None
-    """Key of FAMILIES, for what the model's files do not state; None for the family that its name tells."""
+    """Key of FAMILIES, for what the model's files do not state; None to go by the model's name."""
     flags: PartialRecipe = field(default_factory=PartialRecipe)
     """Overrides the model's own configuration."""
     use_fp16: bool | None = None

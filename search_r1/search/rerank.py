@@ -42,7 +42,7 @@ class Reranker(Protocol):
     """Scores how well documents answer queries. Called from one thread at a time."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """Return one score for every (query, document), higher is better; what is not finite is no score."""
+        """Return one score for every (query, document), higher is better; not finite stands for none."""
         ...
 
     def describe(self) -> Mapping[str, str | int | float | None]:
@@ -159,7 +159,7 @@ def _cut(outcome: Outcome, topk: int) -> Outcome:
 
 
 def _order(hits: Found, scores: Sequence[float]) -> Outcome:
-    """Return the best score first, equal ones in their order; a failure where a score is no number."""
+    """Return the best score first, equal ones in their order; a failure where a score is not a number."""
     if not all(map(math.isfinite, scores)):
         return SearchFailure(
             kind=FailureKind.INTERNAL, reason="the reranker gave a score that is not a number"

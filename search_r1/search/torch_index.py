@@ -145,7 +145,7 @@ class ExactIndex:
 def open_exact(path: Path, *, mmap: bool, on_gpu: bool, devices: Sequence[str] | None = None) -> ExactIndex:
     """Open a file for exact search; `on_gpu` on `devices`, by default all GPUs that torch sees.
 
-    Raises RetrieverError when there is no GPU.
+    Raises RetrieverError without a GPU.
     """
     _accept_read_only_memory()
     if not on_gpu:

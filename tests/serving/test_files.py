@@ -51,8 +51,8 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> No
 
 def test_a_lock_is_held_by_one_at_a_time_and_free_after_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / ".lock"
-    with lock_file(path, taken=ValueError("taken")):
-        with pytest.raises(ValueError, match="taken"), lock_file(path, taken=ValueError("taken")):
-            pass
-    with lock_file(path, taken=ValueError("taken")):
+    taken = ValueError("taken")
+    with lock_file(path, taken=taken), pytest.raises(ValueError, match="taken"), lock_file(path, taken=taken):
+        pass
+    with lock_file(path, taken=taken):
         pass

@@ -93,7 +93,7 @@ class Algorithm(ABC):
         if type(settings) is not self.settings_class:
             raise ConfigError(
                 f"algorithm.name={settings.name!r}: choose the method by algorithm={settings.name}, "
-                "which brings its settings"
+                "which selects its settings"
             )
         self.services = services
 

@@ -158,7 +158,7 @@ def is_retryable(status: int, content: str) -> bool:
 
 
 def explain_refusal(engine: Engine, status: int, content: str) -> EngineError:
-    """Return the error of a status that is no success, from the content of the answer."""
+    """Return the error of a failed request, from the content of the answer."""
     quoted = f"status {status}: {quote(content)}"
     if status in (403, 429) and is_retryable(status, content):
         reason = f"too many requests at a time ({quoted}); lower --online_parallel"

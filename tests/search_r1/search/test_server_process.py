@@ -117,10 +117,10 @@ def test_a_retriever_that_does_not_load_is_named_and_the_status_says_so(
 
 
 def test_who_listens_to_other_machines_without_a_token_is_warned() -> None:
-    told = "may search; set RETRIEVER_TOKEN"
+    warning = "may search; set RETRIEVER_TOKEN"
     command = [sys.executable, "-c", WITHOUT_INDEX, "broken", "--host", "0.0.0.0", "--port", "0"]
     for token, is_warned in (("", True), ("a-token", False)):
         environ = os.environ | {"RETRIEVER_TOKEN": token}
         ended = subprocess.run(command, env=environ, capture_output=True, text=True)
-        assert (told in ended.stderr) is is_warned
+        assert (warning in ended.stderr) is is_warned
         assert "a-token" not in ended.stderr

@@ -251,7 +251,7 @@ class RewardConfig:
 
 @dataclass
 class AlgorithmConfig:
-    """What all methods share; `algorithm=NAME` brings the class of a method, see `verl.algorithms`."""
+    """What all methods share; `algorithm=NAME` selects the class of a method, see `verl.algorithms`."""
 
     name: str = ""
     adv_estimator: str = one_of("grpo")

@@ -37,7 +37,7 @@ def _check_algorithm(config: Config) -> list[str]:
     if name in ALGORITHMS and type(config.algorithm) is ALGORITHMS[name].settings_class:
         return []
     return [
-        f"algorithm.name={name!r} is set by algorithm=NAME alone, which brings the settings of the method; "
+        f"algorithm.name={name!r} is set by algorithm=NAME alone, which selects the settings of the method; "
         f"write algorithm= with one of {', '.join(ALGORITHMS)}"
     ]
 
