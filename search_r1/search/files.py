@@ -1,6 +1,6 @@
 """Which file is this, and is it still what it was: fingerprints, hashes, and a watch on files in use.
 
-A fingerprint reads at most 3 MiB, whatever the size. It tells apart different files, and a file from a truncated or
+A fingerprint reads at most 3 MiB, whatever the size. It tells different files apart, and finds a truncated or
 half-copied one; a flipped bit in the middle of gigabytes it may miss. `index verify` reads every byte.
 """
 
