@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from verl.errors import ConfigError
 from verl.protocols import FixedText
 
 PACKAGED_FILE = Path(__file__).with_name("prompts.yaml")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which an escape in YAML can write and no tokenizer can read."""
 
 
 def prompt_file(chosen: str | None) -> Path:
@@ -28,8 +32,8 @@ def load_texts(path: Path, *, section: str, entries: Mapping[str, FixedText]) ->
     """
     try:
         content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(_printable(str(error)).split())
         raise ConfigError(
             f"data.prompt_file={str(path)!r} cannot be read ({reason}); expected YAML like {PACKAGED_FILE}"
         ) from error
@@ -37,7 +41,7 @@ def load_texts(path: Path, *, section: str, entries: Mapping[str, FixedText]) ->
     if not isinstance(texts, dict):
         if not entries and texts is None:
             return {}
-        _refuse(path, section, f"is {texts!r}, expected a section with {', '.join(entries)}")
+        _refuse(path, section, f"is {reprlib.repr(texts)}, expected a section with {', '.join(entries)}")
     if unknown := sorted(map(str, texts.keys() - entries.keys())):
         _refuse(path, f"{section}.{unknown[0]}", f"is not known, expected only {', '.join(entries)}")
     for name, entry in entries.items():
@@ -49,7 +53,9 @@ def _check_text(value: object, *, entry: FixedText, path: Path, key: str) -> Non
     """Raise ConfigError unless `value` is a text with the required and no unknown placeholders."""
     allowed = ", ".join(f"{{{name}}}" for name in (*entry.required, *entry.optional)) or "no placeholder"
     if not isinstance(value, str):
-        _refuse(path, key, f"is {value!r}, expected a text with {allowed}")
+        _refuse(path, key, f"is {reprlib.repr(value)}, expected a text with {allowed}")
+    if half := _SURROGATE.search(value):
+        _refuse(path, key, f"has half a character, {half[0]!r}; write the whole character itself")
     try:
         fields = [field for _, *field in string.Formatter().parse(value) if field[0] is not None]
     except ValueError as error:
@@ -72,4 +78,9 @@ def _check_text(value: object, *, entry: FixedText, path: Path, key: str) -> Non
 
 def _refuse(path: Path, key: str, problem: str) -> NoReturn:
     """Raise the ConfigError of one entry."""
-    raise ConfigError(f"data.prompt_file={str(path)!r}: {key} {problem}; compare {PACKAGED_FILE}")
+    raise ConfigError(_printable(f"data.prompt_file={str(path)!r}: {key} {problem}; compare {PACKAGED_FILE}"))
+
+
+def _printable(text: str) -> str:
+    """Return a text that can be written in UTF-8, half characters escaped."""
+    return text.encode(errors="backslashreplace").decode()

@@ -6,6 +6,7 @@ in serving/questions.py; other columns are ignored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from serving.answers import complete_question
 from serving.questions import (
     QuestionError,
     Row,
-    find_bare_prompt,
     find_golds,
     find_question,
     read_rows,
@@ -23,6 +23,8 @@ from serving.questions import (
 from verl.errors import DataError
 from verl.protocols import PromptFormat
 from verl.types import Message, Question
+
+logger = logging.getLogger(__name__)
 
 _MAX_NAMED = 3
 
@@ -42,12 +44,13 @@ def load_questions(
     """
     questions: list[Question] = []
     places: dict[str, str] = {}
+    bare: list[str] = []
     for file in map(Path, files):
         if not file.is_file():
             raise DataError(f"{file}: no such file; check data.train_files and data.val_files")
         try:
             found = [
-                (where, _parse_row(row, where=where, prompt_format=prompt_format, prompt=prompt))
+                (where, _parse_row(row, where=where, prompt_format=prompt_format, prompt=prompt, bare=bare))
                 for where, row in read_rows(file)
             ]
         except QuestionError as error:
@@ -62,6 +65,14 @@ def load_questions(
             questions.append(question)
     if not questions:
         raise DataError(f"no questions in {', '.join(map(str, files)) or 'an empty list of files'}")
+    if bare:
+        logger.info(
+            "the prompt of %d of %d rows is only the question (%s): they get the instruction of "
+            "data.prompt_file",
+            len(bare),
+            len(questions),
+            bare[0],
+        )
     return questions if limit is None else questions[:limit]
 
 
@@ -79,7 +90,10 @@ def check_prompt_lengths(
         )
 
 
-def _parse_row(row: Row, *, where: str, prompt_format: PromptFormat, prompt: str) -> Question:
+def _parse_row(
+    row: Row, *, where: str, prompt_format: PromptFormat, prompt: str, bare: list[str]
+) -> Question:
+    """Return the question of a row; append `where` to `bare` if its own prompt has no instruction."""
     extra = row.get("extra_info")
     extra = extra if isinstance(extra, dict) else {}
     split = require_text(extra.get("split"), where=where, name="extra_info.split")
@@ -88,8 +102,11 @@ def _parse_row(row: Row, *, where: str, prompt_format: PromptFormat, prompt: str
         refuse(index, where=where, name="extra_info.index", expected="a whole number or a name")
     data_source = require_text(row.get("data_source"), where=where, name="data_source")
     text = complete_question(find_question(row, where=where))
-    has_prompt = row.get("prompt") is not None and find_bare_prompt(row) is None
+    is_bare = _is_bare(row.get("prompt"), text)
+    has_prompt = row.get("prompt") is not None and not is_bare
     if prompt == "file" or (prompt == "auto" and not has_prompt):
+        if is_bare and prompt == "auto":
+            bare.append(where)
         messages = prompt_format.write_prompt(text)
     elif has_prompt:
         messages = _parse_messages(row["prompt"], where=where, prompt_format=prompt_format)
@@ -105,6 +122,14 @@ def _parse_row(row: Row, *, where: str, prompt_format: PromptFormat, prompt: str
         golds=find_golds(row, where=where),
         data_source=data_source,
     )
+
+
+def _is_bare(prompt: object, question: str) -> bool:
+    """Return whether a prompt is one message with nothing but the question."""
+    if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], dict):
+        return False
+    content = prompt[0].get("content")
+    return isinstance(content, str) and bool(content.strip()) and complete_question(content) == question
 
 
 def _parse_messages(value: object, *, where: str, prompt_format: PromptFormat) -> tuple[Message, ...]:

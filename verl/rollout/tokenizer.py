@@ -25,6 +25,8 @@ _PROBE = (
     'Where was Alice born? <search> 12 towns</search>\n\n<information>Doc 1(Title: "Zoë")</information>\n'
 )
 _PLACEHOLDER = "xPLACEHOLDERx"
+_MARK = re.compile(rf"(\t?){_PLACEHOLDER}(\d+){_PLACEHOLDER}\t?")
+"""The place of a content in a rendered chat. Some templates strip contents: then its tabs are gone."""
 
 
 class HfTokenizer:
@@ -91,40 +93,52 @@ class HfTokenizer:
             return self._encoder.encode_trusted(self._render(question.messages))
         self._warn(question)
         marked = [
-            Message(role=message.role, content=f"\t{_PLACEHOLDER}{number}{_PLACEHOLDER}\t")
+            Message(role=message.role, content=_mark(number))
             for number, message in enumerate(question.messages)
         ]
-        parts = re.split(rf"(\t?){_PLACEHOLDER}(\d+){_PLACEHOLDER}\t?", self._render(marked))
-        ids = self._encoder.encode_trusted(parts[0])
-        for has_space, number, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-            content = contents[int(number)]
-            # Some templates strip the content.
-            ids += self.encode(content if has_space else content.strip()) + self._encoder.encode_trusted(
-                after
-            )
-        return ids
+        return self._encode_chat(self._render(marked), contents)
 
     def render_next_turn(self, text: str) -> list[int] | None:
         """Return the ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
 
-        They begin with the token that ends a turn. None without a chat template, and with one that renders no
-        second turn of a user.
+        They begin with the token that ends a turn; `text` is from outside. None without a chat template, and
+        with one that renders no second turn of a user.
         """
         if not self._tokenizer.chat_template:
             return None
         first = Message(role="user", content="Who?")
         answer = Message(role="assistant", content=_PLACEHOLDER)
-        second = Message(role="user", content=text)
+        second = Message(role="user", content=_mark(0))
         try:
             opening = self._render([first]).removeprefix(self._render([first], is_open=False))
             next_turn = self._render([first, answer, second]).partition(_PLACEHOLDER)[2]
-            if text in next_turn and next_turn.endswith(opening):
-                return self._encoder.encode_trusted(next_turn)
+            if _MARK.search(next_turn) and next_turn.endswith(opening):
+                return self._encode_chat(next_turn, [text])
             problem = f"the chat template of {self._tokenizer.name_or_path!r} renders no second user turn"
         except ConfigError as error:
             problem = str(error)
         logger.warning("a policy that ends its turn without an action is answered inside it: %s", problem)
         return None
+
+    def _encode_chat(self, rendered: str, contents: Sequence[str]) -> list[int]:
+        """Return the ids of what the chat template wrote, marks replaced by contents from outside.
+
+        Only the text of the template may become control tokens. Where the contents hold no text of one, all
+        is encoded as a whole, so that a model reads the borders as in other chats.
+        """
+        # [text of the template, a tab if spaces were kept, number of the content, text of the template, ...]
+        parts = _MARK.split(rendered)
+        marks = zip(parts[1::3], parts[2::3], strict=True)
+        filled = [contents[int(n)] if has_space else contents[int(n)].strip() for has_space, n in marks]
+        pieces = [parts[0]]
+        for content, after in zip(filled, parts[3::3], strict=True):
+            pieces += [content, after]
+        if not any(map(self._encoder.has_control, filled)):
+            return self._encoder.encode_trusted("".join(pieces))
+        ids: list[int] = []
+        for number, piece in enumerate(pieces):
+            ids += self.encode(piece) if number % 2 else self._encoder.encode_trusted(piece)
+        return ids
 
     def _render(self, messages: Sequence[Message], *, is_open: bool = True) -> str:
         """Return the text of a chat, `is_open` for the next turn of the assistant. Raises ConfigError."""
@@ -153,6 +167,11 @@ class HfTokenizer:
                 question.uid,
                 next(iter(self._encoder.control.values())),
             )
+
+
+def _mark(number: int) -> str:
+    """Return what stands for a content in a rendered chat: see `_MARK`."""
+    return f"\t{_PLACEHOLDER}{number}{_PLACEHOLDER}\t"
 
 
 def _require_same_ids(tokenizer: PreTrainedTokenizerBase, *, path: str) -> None:

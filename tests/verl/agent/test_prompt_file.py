@@ -41,6 +41,10 @@ def test_the_packaged_file_gives_what_is_asked_for() -> None:
         ),
         ({"mine": GOOD | {"first": "{question.__class__}"}}, r"placeholder \{question.__class__\}"),
         ({"mine": GOOD | {"first": "{question!r}"}}, r"placeholder \{question\}"),
+        ('mine: {first: "{question}", note: "a\\ud800"}', r"mine.note has half a character, '\\ud800'"),
+        ('mine: {"\\ud800": x}', r"mine.\\ud800 is not known"),
+        ("[" * 2000, r"cannot be read \(maximum recursion depth"),
+        ("mine: " + "[" * 60 + "]" * 60, r"mine is \[+\.\.\.\]+, expected a section"),
         ({"mine": GOOD | {"note": "{"}}, "mine.note is malformed .*brace is written twice"),
     ],
 )
@@ -52,5 +56,6 @@ def test_a_bad_file_is_refused_with_file_key_and_expectation(
         file.write_bytes(content)
     elif content is not None:
         file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    with pytest.raises(ConfigError, match=rf"data.prompt_file='{file}'.*{complaint}"):
+    with pytest.raises(ConfigError, match=rf"data.prompt_file='{file}'.*{complaint}") as refused:
         load_texts(file, section="mine", entries=ENTRIES)
+    assert len(str(refused.value).encode().splitlines()) == 1

@@ -66,6 +66,8 @@ OWN = [{"role": "user", "content": "Use <answer> a </answer>."}]
         ("file", [{"role": "user", "content": "who?"}], WRITTEN),
         ("file", "no prompt at all", WRITTEN),
         ("auto", None, WRITTEN),
+        ("auto", [{"role": "user", "content": "who wrote it?"}], WRITTEN),
+        ("auto", [{"role": "user", "content": " who wrote it\n"}], WRITTEN),
     ],
 )
 def test_where_the_prompt_comes_from(
@@ -75,6 +77,17 @@ def test_where_the_prompt_comes_from(
     row = make_row(0, question=" who wrote it ", prompt=own)
     (question,) = load([write(tmp_path / "a.parquet", row)], prompt=prompt)
     assert (question.text, question.messages) == ("who wrote it?", asked)
+
+
+def test_that_prompts_are_only_questions_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    rows = [make_row(k, prompt=[{"role": "user", "content": f"q{k}?"}]) for k in range(2)]
+    load([write(tmp_path / "a.parquet", *rows, make_row(2))])
+    (record,) = caplog.records
+    assert "the prompt of 2 of 3 rows is only the question" in record.message
+    assert "a.parquet, row 0" in record.message
 
 
 @pytest.mark.parametrize("change", [{"prompt": None}, {"prompt": [{"role": "user", "content": "Where?"}]}])

@@ -146,6 +146,18 @@ def test_the_next_turn_is_what_the_chat_template_writes_after_an_answer(make: Ma
     assert f"{text.removesuffix('<think>' + chr(10))}I.{turn}" == whole
 
 
+@pytest.mark.parametrize("make", CHAT)
+def test_the_text_of_the_next_turn_is_text_from_outside(make: Maker) -> None:
+    raw = make()
+    tokenizer, control = HfTokenizer(raw), control_texts(raw)
+    forged = f"x{''.join(control.values())}y"
+    plain, ids = tokenizer.render_next_turn("again"), tokenizer.render_next_turn(forged)
+    assert plain is not None
+    assert ids is not None
+    assert [token for token in ids if token in control] == [token for token in plain if token in control]
+    assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("again", forged)
+
+
 @pytest.mark.parametrize(
     ("template", "warnings"),
     [
