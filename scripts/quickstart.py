@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -36,17 +35,19 @@ from supervise import (
 
 from serving.logs import safe_text
 from serving.web.settings import expand_home
+from verl.run.tracking import METRICS_FILE, read_metrics
+from verl.trainer.config.overrides import in_quotes
 from verl.utils.entry import error_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30
 SMOKE_STEPS = 2
-IG_SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--gpu-memory-utilization", "0.2")
-
-# Values that need no quotes in Hydra's grammar.
-PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)\Z)[a-z/][a-z0-9_./-]*", re.ASCII | re.IGNORECASE)
 HOST = "127.0.0.1"
-
+RETRIEVER = ("search_r1.search.retrieval_server",)
+IG_SERVICE = (
+    "IG.service.IG_server", "--num-generations", "8", "--max-new-tokens", "12",
+    "--gpu-memory-utilization", "0.2",
+)  # fmt: skip
 EDGE_STEPS = 5
 
 USAGE = """\
@@ -75,45 +76,25 @@ class Summary:
     run_dir: str
 
 
-@dataclass(slots=True)
-class Metrics:
-    """The rows of `metrics.jsonl`; each refresh reads only what was appended."""
-
-    path: Path
-    rows: list[dict[str, float | None]] = field(default_factory=list)
-    _offset: int = 0
-
-    def refresh(self) -> None:
-        """Read the complete lines that were written since the last call."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as lines:
-            lines.seek(self._offset)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                self.rows.append(json.loads(line))
-
-    def values(self, name: str) -> list[float]:
-        """Return all measured values of a metric, in order."""
-        return [value for row in self.rows if (value := row.get(name)) is not None]
-
-    @property
-    def step(self) -> int:
-        """The number of training steps done."""
-        return max((int(value) for value in self.values("step")), default=0)
+def count_steps(run_dir: Path) -> int:
+    """Return how many training steps the running trainer has recorded."""
+    path = run_dir / METRICS_FILE
+    return path.read_bytes().count(b'"kind": "train"') if path.is_file() else 0
 
 
-def summarize(metrics: Metrics, *, seconds: float, peak_bytes: int, run_dir: Path) -> Summary:
+def summarize(
+    rows: Sequence[Mapping[str, float | None]], *, seconds: float, peak_bytes: int, run_dir: Path
+) -> Summary:
     """Return the first and last evaluation and the gain at both ends of the run."""
-    em, gains = metrics.values("val/em"), metrics.values("ig/gain_mean")
+    em, gains = (
+        [value for row in rows if (value := row.get(name)) is not None] for name in ("val/em", "ig/gain_mean")
+    )
     return Summary(
         em_before=round(em[0], 4) if em else None,
         em_after=round(em[-1], 4) if len(em) > 1 else None,
         gain_first=round(statistics.fmean(gains[:EDGE_STEPS]), 4) if gains else None,
         gain_last=round(statistics.fmean(gains[-EDGE_STEPS:]), 4) if gains else None,
-        steps=metrics.step,
+        steps=max((int(row["step"] or 0) for row in rows), default=0),
         seconds=round(seconds, 1),
         peak_rss_gb=round(peak_bytes / 1e9, 2),
         run_dir=str(run_dir),
@@ -124,87 +105,81 @@ def choose_overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the overrides for the arguments, without those that differ in every run (ports, run folder)."""
     default_steps = SMOKE_STEPS if arguments.smoke else DEFAULT_STEPS
     steps = default_steps if arguments.steps is None else arguments.steps
-    chosen = {
-        "recipe": "smoke" if arguments.smoke else "quickstart",
-        "trainer.total_training_steps": steps,
-        "trainer.seed": arguments.seed,
-    }
+    chosen = [
+        f"recipe={'smoke' if arguments.smoke else 'quickstart'}",
+        f"trainer.total_training_steps={steps}",
+        f"trainer.seed={arguments.seed}",
+    ]
     if arguments.gain_weight is not None:
-        chosen["algorithm.gain_weight"] = arguments.gain_weight
-    return [override(key, value) for key, value in chosen.items()]
-
-
-def override(key: str, value: str | int | float) -> str:
-    """Return `key=value`, quoted so that Hydra's grammar reads exactly this value."""
-    if not isinstance(value, str) or PLAIN_WORD.fullmatch(value):
-        return f"{key}={value}"
-    # Inside quotes a backslash is one character, except before a quote.
-    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", r"\'")
-    return f"{key}='{escaped}'"
+        chosen.append(f"algorithm.gain_weight={arguments.gain_weight}")
+    return chosen
 
 
 def start_services(
     supervisor: Supervisor, screen: Screen, *, run_dir: Path, timeout_s: float | None
-) -> tuple[int, int]:
-    """Start retriever and IG service side by side and wait for both. Return their ports."""
-    retriever_port, gain_port = free_ports(2)
-    retriever_command = ["search_r1.search.retrieval_server", "--host", HOST, "--port", str(retriever_port)]
-    gain_command = ["IG.service.IG_server", "--host", HOST, "--port", str(gain_port), *IG_SERVICE_ARGUMENTS]
+) -> list[str]:
+    """Start retriever and IG service side by side and wait for both. Return their addresses."""
+    addresses = [f"http://{HOST}:{port}" for port in free_ports(2)]
+    children = {}
     with screen.phase("starting the retriever and the IG service") as update:
-        children = {
-            f"http://{HOST}:{port}/readyz": supervisor.start(
+        for address, name, command, log in zip(
+            addresses,
+            ("the retriever", "the IG service"),
+            (RETRIEVER, IG_SERVICE),
+            ("retriever.log", "ig_service.log"),
+            strict=True,
+        ):
+            port = address.rpartition(":")[2]
+            children[f"{address}/readyz"] = supervisor.start(
                 name,
-                command=[sys.executable, "-m", *command],
+                command=[sys.executable, "-m", *command, "--host", HOST, "--port", port],
                 log=run_dir / log,
                 cwd=ROOT,
                 environment=service_environment(),
             )
-            for port, name, command, log in (
-                (retriever_port, "the retriever", retriever_command, "retriever.log"),
-                (gain_port, "the IG service", gain_command, "ig_service.log"),
-            )
-        }
         for url, child in wait_until_ready(
             children, timeout_s=timeout_s, on_tick=lambda waiting: update(0, describe_waiting(waiting))
         ):
             screen.print(f"{child.name} is ready at {url.removesuffix('/readyz')}", style="green")
-    return retriever_port, gain_port
+    return addresses
 
 
 def describe_waiting(waiting: Sequence[Child]) -> str:
     """Return what is waited for, and the last line of the first one's log."""
     names = " and ".join(child.name for child in waiting)
-    last = waiting[0].read_log_end(1)
-    return f"waiting for {names} to load" + (f" ({last[0][:100]})" if last else "")
+    lines = waiting[0].read_log()
+    return f"waiting for {names} to load" + (f" ({lines[-1][:100]})" if lines else "")
 
 
 def train(
     supervisor: Supervisor, screen: Screen, *, memory: MemoryWatch, overrides: Sequence[str], run_dir: Path
-) -> Metrics:
+) -> None:
     """Run the trainer to its end and print its lines. Raises ChildFailedError if it or a service fails."""
-    metrics = Metrics(path=run_dir / "metrics.jsonl")
     total = dict(item.split("=", 1) for item in overrides if "=" in item)["trainer.total_training_steps"]
-    steps = int(total) if total.isdigit() else None
-    with screen.phase("training", total=steps) as update:
+    with screen.phase("training", total=int(total) if total.isdigit() else None) as update:
         trainer = supervisor.start(
             "the trainer",
             command=[sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
             log=run_dir / "console.log",
             cwd=ROOT,
             environment=service_environment(),
-            on_line=screen.print_line,
         )
-        while trainer.process.poll() is None:
-            metrics.refresh()
-            update(metrics.step, f"step {metrics.step} of {total}, peak {memory.peak_bytes / 1e9:.1f} GB")
+        num_printed = 0
+        is_running = True
+        while is_running:
+            time.sleep(0.5)
+            is_running = trainer.process.poll() is None
+            lines = trainer.read_log()
+            for line in lines[num_printed:]:
+                screen.print_line(line)
+            num_printed = len(lines)
+            step = count_steps(run_dir)
+            update(step, f"step {step} of {total}, peak {memory.peak_bytes / 1e9:.1f} GB")
             for service in supervisor.children:
                 if service is not trainer:
                     service.check_alive()
-            time.sleep(0.5)
         if trainer.process.returncode:
             trainer.check_alive()
-    metrics.refresh()
-    return metrics
 
 
 def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str], timeout_s: float | None) -> Summary:
@@ -212,21 +187,21 @@ def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str], timeout_s: f
     began = time.monotonic()
     with Supervisor() as supervisor, MemoryWatch(supervisor) as memory:
         try:
-            retriever_port, gain_port = start_services(
-                supervisor, screen, run_dir=run_dir, timeout_s=timeout_s
-            )
-            addresses = [
-                override("retriever.url", f"http://{HOST}:{retriever_port}/retrieve"),
-                override("reward.semantic.url", f"http://{HOST}:{gain_port}"),
-                override("trainer.default_local_dir", str(run_dir)),
+            retriever, ig_service = start_services(supervisor, screen, run_dir=run_dir, timeout_s=timeout_s)
+            chosen = [
+                f"retriever.url={retriever}/retrieve",
+                f"reward.semantic.url={ig_service}",
+                f"trainer.default_local_dir={in_quotes(str(run_dir))}",
+                *overrides,
             ]
-            chosen = [*addresses, *overrides]
-            metrics = train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
+            train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
         finally:
             with signals_held():
                 screen.print("stopping everything that was started ...")
                 supervisor.stop_all()
-    return summarize(metrics, seconds=time.monotonic() - began, peak_bytes=memory.peak_bytes, run_dir=run_dir)
+    seconds = time.monotonic() - began
+    rows = read_metrics(run_dir)
+    return summarize(rows, seconds=seconds, peak_bytes=memory.peak_bytes, run_dir=run_dir)
 
 
 @contextmanager
@@ -265,12 +240,8 @@ def show(console: Console, summary: Summary) -> None:
     print(json.dumps(asdict(summary)), flush=True)
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return this script's own arguments, and the overrides after `--`."""
-    own, overrides = list(argv), []
-    if "--" in own:
-        cut = own.index("--")
-        own, overrides = own[:cut], own[cut + 1 :]
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; `overrides` are those after `--`."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -287,10 +258,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="S",
         help="give up when a service is not ready after S seconds (default: wait as long as it runs)",
     )
-    parser.add_argument(
-        "--print-overrides", action="store_true", help="print the trainer's arguments, do nothing"
-    )
-    return parser.parse_args(expand_home(own)), overrides
+    parser.add_argument("overrides", nargs="*", metavar="-- key=value", help="overrides of the trainer")
+    return parser.parse_args(expand_home(argv))
 
 
 def new_run_dir(asked: Path | None) -> Path:
@@ -303,12 +272,8 @@ def new_run_dir(asked: Path | None) -> Path:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Return the exit code: 0, 1 when something failed, 130 on Ctrl-C, 143 on SIGTERM."""
-    arguments, extra = parse(argv)
-    overrides = choose_overrides(arguments)
-    if arguments.print_overrides:
-        print("\n".join(overrides))
-        return 0
+    """Return the exit code: 0, 130 on Ctrl-C, 143 on SIGTERM; exit with 1 when something failed."""
+    arguments = parse(argv)
     # Explicitly: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -319,13 +284,10 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     if dropped := sorted(name for name in os.environ if is_service_variable(name)):
         screen.print("ignored, the services are configured here: " + ", ".join(dropped), style="yellow")
     try:
-        chosen = [*overrides, *extra]
+        chosen = [*choose_overrides(arguments), *arguments.overrides]
         summary = run(screen, run_dir=run_dir, overrides=chosen, timeout_s=arguments.service_timeout)
     except ChildFailedError as error:
-        console.print(
-            f"error: {safe_text(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        return 1
+        sys.exit(f"error: {safe_text(str(error))}")
     except KeyboardInterrupt:
         screen.print("interrupted; everything was stopped", style="yellow")
         return 130

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -27,8 +26,6 @@ from serving.processes import ProcessGuard
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ORPHAN_GRACE_S = 2.0
-_READER_GRACE_S = 2.0
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _RESIDENT_GROWTH = 1.01
 """Growth by less is not measured: without this, a slow leak would be measured every second."""
 # The services run on this machine: the requests must not go through a proxy that the user has set.
@@ -47,10 +44,8 @@ class Child:
     """One process in a session of its own, its output in a log file."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     log: Path
-    reader: threading.Thread | None = None
-    """Copies the output into the log, if it also goes elsewhere."""
 
     def check_alive(self) -> None:
         """Raise ChildFailedError with the end of the log if the process has ended."""
@@ -60,18 +55,17 @@ class Child:
 
     def describe_log(self) -> str:
         """Return the last lines of the log, for an error message."""
-        if self.reader is not None and self.process.poll() is not None:
-            self.reader.join(timeout=_READER_GRACE_S)
-        return f"{self.log} ends:\n" + ("\n".join(self.read_log_end(25)) or "(empty)")
+        return f"{self.log} ends:\n" + ("\n".join(self.read_log()[-25:]) or "(empty)")
 
-    def read_log_end(self, num_lines: int) -> list[str]:
-        """Return the last lines of the log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return lines[-num_lines:]
+    def read_log(self) -> list[str]:
+        """Return the complete lines of the log, and the last one when the process has ended."""
+        has_ended = self.process.poll() is not None
+        *whole, last = self.log.read_text(errors="replace").split("\n")
+        return [*whole, last] if has_ended and last else whole
 
 
 class Supervisor:
-    """Starts children and guarantees their end: use as a context manager, from the main thread."""
+    """Starts children and guarantees their end: use as a context manager."""
 
     def __init__(self, *, grace_s: float = 40.0) -> None:
         self._grace_s = grace_s
@@ -93,16 +87,9 @@ class Supervisor:
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
     def start(
-        self,
-        name: str,
-        *,
-        command: Sequence[str],
-        log: Path,
-        cwd: Path,
-        environment: Mapping[str, str],
-        on_line: Callable[[str], None] | None = None,
+        self, name: str, *, command: Sequence[str], log: Path, cwd: Path, environment: Mapping[str, str]
     ) -> Child:
-        """Start a process; its output goes to `log` and, line by line, to `on_line` (in another thread)."""
+        """Start a process; its output goes to `log`."""
         assert self._guard is not None
         with log.open("w") as sink:
             process = subprocess.Popen(
@@ -110,59 +97,34 @@ class Supervisor:
                 cwd=cwd,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=sink if on_line is None else subprocess.PIPE,
+                stdout=sink,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
                 start_new_session=True,
             )
         self._guard.add(process.pid)
-        reader = None
-        if on_line is not None:
-            reader = threading.Thread(target=_copy_lines, args=(process, log, on_line), daemon=True)
-            reader.start()
-        child = Child(name=name, process=process, log=log, reader=reader)
+        child = Child(name=name, process=process, log=log)
         self.children.append(child)
         return child
 
     def descendants(self) -> list[psutil.Process]:
-        """Return all living processes below this one, and reap dead orphans that became its children."""
-        alive = []
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if process in self._earlier:
-                    continue
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(process)
-                elif process.pid not in [child.process.pid for child in self.children]:
-                    with suppress(ChildProcessError):
-                        os.waitpid(process.pid, os.WNOHANG)
-        return alive
+        """Return all processes below this one, without those from before the supervisor."""
+        return [p for p in psutil.Process().children(recursive=True) if p not in self._earlier]
 
     def stop_all(self) -> None:
-        """End everything: SIGINT to each child, newest first, so that it can end its own; then orphans.
-
-        A child that is alive after half of the grace period gets SIGTERM, after all of it SIGKILL.
-        """
-        for number in (signal.SIGINT, signal.SIGTERM):
-            for child in reversed(self.children):
-                child.process.send_signal(number)
-            deadline = time.monotonic() + self._grace_s / 2
-            while time.monotonic() < deadline and any(
-                child.process.poll() is None for child in self.children
-            ):
-                time.sleep(0.1)
+        """End all: SIGTERM to each child, which can then end its own; after the grace period SIGKILL."""
+        for child in reversed(self.children):
+            child.process.terminate()
+        deadline = time.monotonic() + self._grace_s
+        for child in self.children:
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline - time.monotonic()))
         _, alive = psutil.wait_procs(self.descendants(), timeout=_ORPHAN_GRACE_S)
         while alive:
             for process in alive:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            time.sleep(0.05)
+            psutil.wait_procs(alive, timeout=_ORPHAN_GRACE_S)  # also reaps orphans that became our children
             alive = self.descendants()
-        for child in self.children:
-            child.process.wait()
-            if child.reader is not None:
-                child.reader.join(timeout=_READER_GRACE_S)
         self.children.clear()
 
 
@@ -179,7 +141,6 @@ class MemoryWatch:
         self._interval_s = interval_s
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._peak_resident = 0.0
         self.peak_bytes = 0
 
     def __enter__(self) -> MemoryWatch:
@@ -192,36 +153,24 @@ class MemoryWatch:
 
     def measure(self) -> int:
         """Return the memory of all processes now, in bytes of PSS."""
-        return sum(map(proportional_set_size, self._list_processes()))
+        return self._sum(lambda process: process.memory_full_info().pss)
 
     def _watch(self) -> None:
+        peak_resident = 0.0
         while True:
-            processes = self._list_processes()
-            resident = sum(map(resident_set_size, processes))
-            if resident > self._peak_resident * _RESIDENT_GROWTH:
-                self._peak_resident = resident
-                self.peak_bytes = max(self.peak_bytes, sum(map(proportional_set_size, processes)))
+            resident = self._sum(lambda process: process.memory_info().rss)
+            if resident > peak_resident * _RESIDENT_GROWTH:
+                peak_resident = resident
+                self.peak_bytes = max(self.peak_bytes, self.measure())
             if self._done.wait(self._interval_s):
                 return
 
-    def _list_processes(self) -> list[int]:
-        return [os.getpid(), *(process.pid for process in self._supervisor.descendants())]
-
-
-def resident_set_size(pid: int) -> int:
-    """Return the bytes of a process in memory, shared ones included; 0 for a process that has just ended."""
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-    return 0
-
-
-def proportional_set_size(pid: int) -> int:
-    """Return the bytes of a process in memory, each shared page divided among its users; 0 as above."""
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    def _sum(self, read: Callable[[psutil.Process], int]) -> int:
+        total = 0
+        for process in (psutil.Process(), *self._supervisor.descendants()):
+            with suppress(psutil.Error):  # it has just ended
+                total += read(process)
+        return total
 
 
 def service_environment() -> dict[str, str]:
@@ -279,12 +228,3 @@ def _answers(url: str) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _copy_lines(process: subprocess.Popen[str], log: Path, on_line: Callable[[str], None]) -> None:
-    assert process.stdout is not None
-    with log.open("w") as sink:
-        for line in process.stdout:
-            sink.write(line)
-            sink.flush()
-            on_line(line.rstrip("\n"))

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from quickstart import Metrics, choose_overrides, override, parse, summarize
+from quickstart import choose_overrides, parse, summarize
 from supervise import is_service_variable
 
 from search_r1.search.online.options import MOCK_VARIABLE
@@ -52,11 +51,11 @@ subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_n
 print("the trainer says hello", flush=True)
 with (run_dir / "metrics.jsonl").open("w") as out:
     def write(**row): print(json.dumps(row), file=out, flush=True)
-    write(**{"step": 0, "val/em": 0.25})
+    write(**{"step": 0, "kind": "val", "val/em": 0.25})
     for step in range(1, int(given["trainer.total_training_steps"]) + 1):
-        write(**{"step": step, "ig/gain_mean": step / 10 if step != 2 else None})
+        write(**{"step": step, "kind": "train", "ig/gain_mean": step / 10 if step != 2 else None})
     time.sleep(float(given.get("wait", 0)))
-    write(**{"step": step, "val/em": 0.5})
+    write(**{"step": step, "kind": "val", "val/em": 0.5})
 sys.exit(int(given.get("code", 0)))
 """
 DYING_SERVICE = "import sys; sys.exit('no such model: world/models/generator')"
@@ -120,12 +119,13 @@ def wait_until_gone(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def test_a_run_ends_with_one_json_line_and_no_process(
+def test_a_run_waits_for_its_services_and_ends_with_one_json_line_and_no_process(
     start: Start, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("IG_HOST", "no such address")
     monkeypatch.setenv("INDEX_PATH", "of another corpus")
+    monkeypatch.setenv("LOADING", "3")
     process = start("--steps", "12", "--", "wait=1")
     output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, output
@@ -174,49 +174,44 @@ def test_children_die_with_a_killed_quickstart(start: Start) -> None:
         orphan.kill()
 
 
-def test_a_service_that_dies_is_named_with_the_end_of_its_log(start: Start, tree: Path) -> None:
-    (tree / "IG/service/IG_server.py").write_text(DYING_SERVICE)
-    output, _ = (process := start()).communicate(timeout=HANG_S)
-    assert process.returncode == 1
-    assert "the IG service ended with exit code 1" in output
-    assert "no such model: world/models/generator" in output
-
-
-def test_services_may_load_as_long_as_they_run_or_the_user_says(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("service", "arguments", "messages"),
+    [
+        (
+            DYING_SERVICE,
+            [],
+            ["the IG service ended with exit code 1", "no such model: world/models/generator"],
+        ),
+        (
+            SERVICE.replace("loading = int(", "loading = 10**6 + int("),
+            ["--service-timeout", "0.5"],
+            ["was not ready after 0.5 s", ".log ends:\n"],
+        ),
+        (
+            SERVICE,
+            ["--", "code=7"],
+            ["the trainer ended with exit code 7", "console.log ends:\n  the trainer says hello"],
+        ),
+        (SERVICE, ["--run-dir", "."], ["is not empty; name a new folder"]),
+    ],
+)
+def test_what_fails_is_named_with_the_end_of_its_log(
+    start: Start, tree: Path, service: str, arguments: list[str], messages: list[str]
 ) -> None:
-    monkeypatch.setenv("LOADING", "3")
-    output, _ = (process := start("--steps", "1")).communicate(timeout=HANG_S)
-    assert process.returncode == 0, output
-    monkeypatch.setenv("LOADING", "1000000")
-    output, _ = (process := start("--run-dir", "other", "--service-timeout", "0.5")).communicate(
-        timeout=HANG_S
-    )
+    (tree / "IG/service/IG_server.py").write_text(service)
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
-    assert "the retriever was not ready after 0.5 s" in output
-    assert "retriever.log ends:\n  loading the weights" in output
-
-
-def test_a_failing_trainer_is_named(start: Start) -> None:
-    output, _ = (process := start("--", "code=7")).communicate(timeout=HANG_S)
-    assert process.returncode == 1
-    assert "the trainer ended with exit code 7" in output
-    assert "console.log ends:\n  the trainer says hello" in output
+    assert [message for message in messages if message not in output] == [], output
+    assert "error: " in output
+    assert "Traceback" not in output
     assert "em_before" not in output
-
-
-def test_a_used_run_folder_is_refused(start: Start, tree: Path) -> None:
-    (tree / "run").mkdir()
-    (tree / "run" / "metrics.jsonl").touch()
-    output, _ = (process := start()).communicate(timeout=HANG_S)
-    assert process.returncode == 1
-    assert "is not empty" in output
 
 
 @pytest.mark.parametrize("arguments", [[], ["--smoke", "--gain-weight", "0"]])
 @pytest.mark.parametrize("num_gpus", [0, 1])
 def test_its_overrides_are_a_valid_configuration(arguments: list[str], num_gpus: int) -> None:
-    overrides = choose_overrides(parse(arguments)[0])
+    overrides = choose_overrides(parse(arguments))
     check_overrides(overrides)
     register_schema()
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -225,44 +220,8 @@ def test_its_overrides_are_a_valid_configuration(arguments: list[str], num_gpus:
     assert config.data.train_batch_size == (4 if arguments else 16)
 
 
-WORDS = [
-    "auto",
-    "/tmp/run-1",
-    "null",
-    "True",
-    "3",
-    "",
-    " x ",
-    "a\\",
-    "a\\'b",
-    'a"b',
-    "a#b",
-    "http://h:1/p?q=[x]&y",
-]
-
-
-@pytest.mark.parametrize("value", [*WORDS, "/tmp/é (1),[x]=~", "张{a:b}%$"])
-def test_any_text_survives_the_grammar_of_overrides(value: str) -> None:
-    assert OverridesParser.create().parse_override(override("k", value)).value() == value
-    assert override("k", "auto") == "k=auto"
-
-
-def test_metrics_leave_a_line_that_is_being_written(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path=path)
-    metrics.refresh()
-    assert metrics.step == 0
-    path.write_text('{"step": 1}\n{"step": 2, "val')
-    metrics.refresh()
-    assert metrics.step == 1
-    with path.open("a") as out:
-        out.write('/em": 0.5}\n')
-    metrics.refresh()
-    assert (metrics.step, metrics.values("val/em")) == (2, [0.5])
-
-
 def test_unmeasured_figures_are_null(tmp_path: Path) -> None:
-    metrics = Metrics(path=tmp_path / "none", rows=[{"step": 1, "val/em": 0.5, "ig/gain_mean": None}])
-    summary = summarize(metrics, seconds=1.0, peak_bytes=os.getpid(), run_dir=tmp_path)
+    rows = [{"step": 1, "val/em": 0.5, "ig/gain_mean": None}]
+    summary = summarize(rows, seconds=1.0, peak_bytes=os.getpid(), run_dir=tmp_path)
     assert (summary.em_before, summary.em_after) == (0.5, None)
     assert (summary.gain_first, summary.gain_last) == (None, None)

@@ -34,7 +34,7 @@ class Argument:
     def __init__(self, text: str) -> None:
         name, _, value = text.partition("=")
         # Hydra's grammar has no bare path that begins in the home folder.
-        self.text = f"{name}={_in_quotes(value)}" if re.match(r"~(/[^,]*)?$", value) else text
+        self.text = f"{name}={in_quotes(value)}" if re.match(r"~(/[^,]*)?$", value) else text
         self.key = name.lstrip("+~").split("@")[0]
         sets_key = "=" in text or text.startswith("~")
         self.is_override = sets_key and not text.startswith("-") and not re.match("hydra[./]", self.key)
@@ -153,12 +153,12 @@ def _check_choice(argument: Argument, choices: Sequence[str]) -> str | None:
 def _quote(key: str, value: str) -> str:
     """Write `key=value` for a shell, with quotes in the grammar of Hydra; a list keeps its brackets."""
     if value.startswith("[") and value.endswith("]"):
-        elements = ",".join(_in_quotes(element.strip()) for element in value[1:-1].split(","))
+        elements = ",".join(in_quotes(element.strip()) for element in value[1:-1].split(","))
         return shlex.quote(f"{key}=[{elements}]")
-    return shlex.quote(f"{key}={_in_quotes(value)}")
+    return shlex.quote(f"{key}={in_quotes(value)}")
 
 
-def _in_quotes(text: str) -> str:
+def in_quotes(text: str) -> str:
     """Quote a text for Hydra, where a backslash is doubled before a quote and at the end only."""
     if re.fullmatch(r"\"[^\"]*\"|'[^']*'", text):
         return text
