@@ -4,7 +4,7 @@
   python scripts/download.py --save_path data/wiki-18 --what corpus
   HF_ENDPOINT=https://mirror.example python scripts/download.py --save_path data/wiki-18
 
-Run it again after an interruption: it continues where it stopped, and does nothing when everything is there.
+Run it again after an interruption: it continues where it stopped, and loads nothing when everything is there.
 Every part is checked by the SHA-256 that the hub names (or --sha256) and then appended to one file, so
 joining takes the room of one part at most. A token, where one is needed, is read from HF_TOKEN.
 """
@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,16 +35,17 @@ from huggingface_hub.errors import (
 from rich.console import Console
 from rich.filesize import decimal
 
-from serving.files import lock_file, replacing_file, write_json_atomically
+from serving.files import lock_file, replacing_file
 from serving.web.settings import expand_home
+from verl.errors import DataError
+from verl.utils.entry import error_line
 
-RECEIPTS = "download.json"
 UNPACKED_PER_PACKED = 3.0
 """Of a gzipped text corpus; the size of a large one is not in the archive."""
 _BLOCK = 1 << 22
 
 
-class DownloadError(RuntimeError):
+class DownloadError(DataError):
     """Names the file, what was found, what was expected and the fix."""
 
 
@@ -69,7 +69,7 @@ class Target:
 
     @property
     def is_packed(self) -> bool:
-        return len(self.parts) == 1 and self.parts[0].endswith(".gz") and not self.name.endswith(".gz")
+        return len(self.parts) == 1 and self.parts[0].endswith(".gz")
 
 
 class Downloader:
@@ -78,66 +78,49 @@ class Downloader:
     def __init__(self, settings: argparse.Namespace, *, console: Console) -> None:
         self._settings = settings
         self._folder: Path = settings.save_path
-        self._digests = read_checksums(settings.sha256, settings.checksums)
+        self._digests = read_checksums(settings.sha256)
+        self._hub = {
+            "repo_type": settings.repo_type,
+            "revision": settings.revision,
+            "endpoint": settings.endpoint,
+        }
         self._console = console
 
     def make(self, target: Target) -> None:
         """Raises DownloadError; what was loaded by then is kept for the next run."""
         path = self._folder / target.name
-        receipts = self._read_receipts()
-        source: dict[str, object] = {"repo": target.repo, "names": list(target.parts)}
-        if path.is_file() and target.name in receipts:
-            self._check_receipt(path, receipts[target.name], source=source)
-            return
-        with naming_hub(self._settings.endpoint, target.repo):
-            parts = [self._look_up(target, name) for name in target.parts]
-        pieces = parts
-        if path.is_file():
-            if target.is_packed:
-                raise DownloadError(
-                    f"{path} is there, but {RECEIPTS} does not name it, and the hub has no hash of the "
-                    "unpacked corpus; use it as it is, or move it away"
-                )
-            check_pieces(path, parts)
+        was_there = path.is_file()
+        if was_there and target.is_packed:
+            how = "already there"
         else:
-            self._check_room(target, parts)
-            joined = self._join(target, parts)
-            if target.is_packed:
-                pieces = [unpack(joined, path)]
-                archive = self._folder / Path(target.parts[0]).name
-                joined.replace(archive) if self._settings.keep_archive else joined.unlink()
+            with naming_hub(self._settings.endpoint, target.repo):
+                parts = [self._look_up(target, name) for name in target.parts]
+            if was_there:
+                check_pieces(path, parts, by_size_only=not self._settings.verify)
+                how = "verified" if self._settings.verify else "already there, not read again (--verify does)"
             else:
-                joined.replace(path)
-            shutil.rmtree(self._folder / ".parts", ignore_errors=True)
+                self._check_room(target, parts)
+                self._join(target, parts, path)
+                how = "checked"
+        size = path.stat().st_size
         if (expected := self._digests.get(target.name)) is not None:
-            check_pieces(path, [Part(name=target.name, size=path.stat().st_size, digest=expected)])
-        receipts[target.name] = {**source, "pieces": [asdict(piece) for piece in pieces]}
-        write_json_atomically(self._folder / RECEIPTS, receipts)
-        self._console.print(f"{path}: {path.stat().st_size:,} bytes, checked")
+            check_pieces(path, [Part(name=target.name, size=size, digest=expected)])
+        self._console.print(f"{path}: {size:,} bytes, {how}")
 
     def _look_up(self, target: Target, name: str) -> Part:
-        settings = self._settings
-        url = hf_hub_url(
-            target.repo,
-            name,
-            repo_type=settings.repo_type,
-            revision=settings.revision,
-            endpoint=settings.endpoint,
-        )
-        facts = get_hf_file_metadata(url, endpoint=settings.endpoint)
+        facts = get_hf_file_metadata(hf_hub_url(target.repo, name, **self._hub))
         etag = (facts.etag or "").strip('"').lower()
-        digest = self._digests.get(name) or (
-            etag if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", etag) else None
-        )
-        if digest is None and not settings.allow_unchecked:
+        named = etag if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", etag) else None
+        digest = self._digests.get(name) or named
+        if digest is None and not self._settings.allow_unchecked:
             raise DownloadError(
-                f"{name}: {settings.endpoint} names no hash of it, expected one; give it with "
+                f"{name}: {self._settings.endpoint} names no hash of it, expected one; give it with "
                 f"--sha256 {name}=..., or go without by --allow_unchecked"
             )
         return Part(name=name, size=int(facts.size or 0), digest=digest)
 
-    def _join(self, target: Target, parts: Sequence[Part]) -> Path:
-        """Return the file of all parts: each is downloaded, checked, appended and removed."""
+    def _join(self, target: Target, parts: Sequence[Part], path: Path) -> None:
+        """Make the file of all parts: each is downloaded, checked, appended and removed."""
         # The name identifies the revision, so that bytes of another one are never continued.
         source = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         joined = self._folder / f"{target.name}.{source}.partial"
@@ -150,21 +133,17 @@ class Downloader:
                     out.seek(done)
                     self._append(target, part, out=out)
             done += part.size
-        return joined
+        if target.is_packed:
+            unpack(joined, path)
+            joined.unlink()
+        else:
+            joined.replace(path)
+        shutil.rmtree(self._folder / ".parts", ignore_errors=True)
 
     def _append(self, target: Target, part: Part, *, out: BinaryIO) -> None:
-        settings = self._settings
-        with naming_hub(settings.endpoint, target.repo):
-            path = Path(
-                hf_hub_download(
-                    target.repo,
-                    part.name,
-                    repo_type=settings.repo_type,
-                    revision=settings.revision,
-                    endpoint=settings.endpoint,
-                    local_dir=self._folder / ".parts",
-                )
-            )
+        with naming_hub(self._settings.endpoint, target.repo):
+            parts = self._folder / ".parts"
+            path = Path(hf_hub_download(target.repo, part.name, local_dir=parts, **self._hub))
         try:
             check_pieces(path, [part])
         except DownloadError:
@@ -187,26 +166,6 @@ class Downloader:
                 f"{decimal(int(needed - present))}; make room or choose another --save_path"
             )
 
-    def _check_receipt(self, path: Path, receipt: dict[str, object], *, source: Mapping[str, object]) -> None:
-        if {name: receipt.get(name) for name in source} != source:
-            raise DownloadError(
-                f"{path} was made of {receipt.get('repo')} {receipt.get('names')}, expected {source['repo']} "
-                f"{source['names']}; delete it or choose another --save_path"
-            )
-        pieces = [Part(**piece) for piece in receipt["pieces"]]  # type: ignore[attr-defined]
-        check_pieces(path, pieces, by_size_only=not self._settings.verify)
-        how = "verified" if self._settings.verify else "not read again (--verify does)"
-        self._console.print(f"{path}: there already, {how}")
-
-    def _read_receipts(self) -> dict[str, dict[str, object]]:
-        path = self._folder / RECEIPTS
-        try:
-            return dict(json.loads(path.read_text())) if path.is_file() else {}
-        except ValueError as error:
-            raise DownloadError(
-                f"{path} is not what this script wrote ({error}); delete it, and its files are checked again"
-            ) from error
-
 
 def check_pieces(path: Path, pieces: Sequence[Part], *, by_size_only: bool = False) -> None:
     """Raise DownloadError unless the file consists of these pieces."""
@@ -228,19 +187,15 @@ def check_pieces(path: Path, pieces: Sequence[Part], *, by_size_only: bool = Fal
                 )
 
 
-def unpack(archive: Path, path: Path) -> Part:
+def unpack(archive: Path, path: Path) -> None:
     """Unpack a gzip file. Raises DownloadError for a damaged one."""
-    digest = hashlib.sha256()
     try:
         with replacing_file(path) as partial, gzip.open(archive) as text, partial.open("wb") as out:
-            while block := text.read(_BLOCK):
-                out.write(block)
-                digest.update(block)
+            shutil.copyfileobj(text, out, _BLOCK)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DownloadError(
             f"{archive} cannot be unpacked ({error}), expected a whole gzip file; delete it and run again"
         ) from error
-    return Part(name=path.name, size=path.stat().st_size, digest=digest.hexdigest())
 
 
 @contextmanager
@@ -265,20 +220,14 @@ def naming_hub(endpoint: str, repo: str) -> Iterator[None]:
         ) from error
 
 
-def read_checksums(texts: Sequence[str], files: Sequence[str]) -> dict[str, str]:
-    """Return the hashes of `NAME=HEX` flags and of the `HEX  NAME` lines of files, as sha256sum writes."""
-    pairs = [(name, value) for name, _, value in (text.partition("=") for text in texts)]
-    for file in files:
-        try:
-            lines = Path(file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DownloadError(f"--checksums {file} cannot be read ({error})") from error
-        split = (line.split(maxsplit=1) for line in lines if line.strip())
-        pairs += [(Path(name.removeprefix("*")).name, value) for value, name in split]
-    for name, value in pairs:
+def read_checksums(flags: Sequence[str]) -> dict[str, str]:
+    """Return the hashes of `NAME=HEX` flags. Raises DownloadError."""
+    digests = {}
+    for name, _, value in (flag.partition("=") for flag in flags):
         if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
             raise DownloadError(f"--sha256 {name}: {value!r} is no SHA-256; expected 64 hexadecimal digits")
-    return {name: value.lower() for name, value in pairs}
+        digests[name] = value.lower()
+    return digests
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -299,10 +248,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     endpoint = constants.ENDPOINT
     add("--endpoint", default=endpoint, help=f"hub or mirror (HF_ENDPOINT; now {endpoint})")
     add("--sha256", action="append", default=[], metavar="NAME=HEX", help="expected hash of a part or result")
-    add("--checksums", action="append", default=[], metavar="FILE", help="the same, as sha256sum writes it")
     add("--allow_unchecked", action="store_true", help="also take files for which there is no hash")
-    add("--keep_archive", action="store_true", help="keep the packed corpus beside the unpacked one")
-    add("--verify", action="store_true", help="read finished files again and compare their hash")
+    add("--verify", action="store_true", help="compare the hash of a joined file that is there")
     return parser.parse_args(expand_home(arguments))
 
 
@@ -316,29 +263,21 @@ def download(settings: argparse.Namespace, *, console: Console) -> None:
     index = Target(name=settings.index_name, repo=settings.index_repo, parts=tuple(settings.index_files))
     # The corpus first: the smaller one shows sooner whether all is well.
     targets = {"corpus": [corpus], "index": [index], "all": [corpus, index]}[settings.what]
-    try:
-        folder = settings.save_path
-        another = DownloadError(f"another download is running in {folder}; wait for it, or stop it")
-        with lock_file(folder / ".download.lock", taken=another):
-            downloader = Downloader(settings, console=console)
-            for target in targets:
-                downloader.make(target)
-    except OSError as error:
-        raise DownloadError(
-            f"{error.filename or settings.save_path}: {error.strerror}; make room or choose another "
-            "--save_path"
-        ) from error
+    folder = settings.save_path
+    another = DownloadError(f"another download is running in {folder}; wait for it, or stop it")
+    with lock_file(folder / ".download.lock", taken=another):
+        downloader = Downloader(settings, console=console)
+        for target in targets:
+            downloader.make(target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all is there, 1 something is not and why, 130 interrupted."""
+    """Return the exit status: 0 if all is there, 130 if interrupted; exit with one line for an error."""
     settings = parse_arguments(arguments)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
-        download(settings, console=console)
-    except DownloadError as error:
-        console.print(f"download: {error}", style="red", markup=False)
-        return 1
+        with error_line():
+            download(settings, console=console)
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to continue")
         return 130

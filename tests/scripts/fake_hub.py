@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine that breaks off, lies, refuses and stalls as it is told."""
+"""A Hugging Face hub on this machine that can break off, corrupt a file, and require a token."""
 
 from __future__ import annotations
 
@@ -27,43 +27,19 @@ PUBLISHED = {
 
 
 @dataclass(slots=True)
-class Fault:
-    """What the server does wrong with one GET (or HEAD, by `method`)."""
-
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    break_after: int | None = None
-    """Bytes of the body before the connection breaks."""
-    content: bytes | None = None
-    """Another content."""
-    method: str = "GET"
-    is_lasting: bool = False
-    file: str = ""
-
-
-@dataclass(slots=True)
 class FakeHub:
     """A hub on a free port, which serves `/datasets/<repo>/resolve/main/<file>`."""
 
     files: dict[str, bytes] = field(default_factory=lambda: dict(PUBLISHED))
-    faults: list[Fault] = field(default_factory=list)
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """Method, path, Range."""
+    corrupt: str = ""
+    """End of the name of a file of which the next GET gets other bytes."""
+    break_after: int | None = None
+    """Bytes of the next body before the connection breaks."""
     num_bytes: int = 0
+    """Sent in bodies."""
     token: str | None = None
     has_hashes: bool = True
     url: str = ""
-
-    def next_fault(self, method: str, path: str) -> Fault:
-        for fault in self.faults:
-            if fault.method == method and path.endswith(fault.file):
-                if not fault.is_lasting:
-                    self.faults.remove(fault)
-                return fault
-        return Fault()
-
-    def count(self, method: str) -> int:
-        return sum(asked[0] == method for asked in self.asked)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,59 +47,52 @@ class Handler(BaseHTTPRequestHandler):
     hub: FakeHub
 
     def log_message(self, *args: object) -> None:
-        """Quietly."""
+        """Print nothing."""
 
     def do_HEAD(self) -> None:
-        self.answer("HEAD")
+        if (content := self.find()) is not None:
+            digest = hashlib.sha256(content).hexdigest() if self.hub.has_hashes else "none"
+            self.send_head(200, {"Content-Length": str(len(content)), "ETag": f'"{digest}"'})
 
     def do_GET(self) -> None:
-        self.answer("GET")
-
-    def answer(self, method: str) -> None:
-        hub, path = self.hub, self.path
-        if path.startswith("/datasets/"):
-            hub.asked.append((method, path, self.headers.get("Range")))
-        fault = hub.next_fault(method, path)
-        content = hub.files.get(re.sub(r"^/datasets/|resolve/main/", "", path))
-        if fault.status:
-            self.say(fault.status, fault.headers)
-        elif hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            self.say(401, {"X-Error-Code": "RepoNotFound"})
-        elif content is None:
-            self.say(404, {"X-Error-Code": "EntryNotFound"})
-        elif method == "HEAD":
-            self.say(*self.facts(content))
-        else:
-            self.send_content(content if fault.content is None else fault.content, fault)
-
-    def facts(self, content: bytes) -> tuple[int, dict[str, str]]:
-        digest = hashlib.sha256(content).hexdigest() if self.hub.has_hashes else "none"
-        size = str(len(content))
-        return 200, {"Content-Length": size, "ETag": f'"{digest}"', "X-Repo-Commit": "c0ffee"}
-
-    def say(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": "0"} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def send_content(self, content: bytes, fault: Fault) -> None:
+        hub = self.hub
+        if (content := self.find()) is None:
+            return
+        if hub.corrupt and self.path.endswith(hub.corrupt):
+            content, hub.corrupt = b"x" * len(content), ""
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(match[1]) if match else 0
-        headers = {"Content-Length": str(len(content) - start), "ETag": '"x"', "X-Repo-Commit": "c0ffee"}
+        headers = {"Content-Length": str(len(content) - start), "ETag": '"x"'}
         if match:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:] if fault.break_after is None else content[start : start + fault.break_after]
-        self.say(206 if match else 200, headers)
-        self.hub.num_bytes += len(body)
+        self.send_head(206 if match else 200, headers)
+        body = content[start:][: hub.break_after]
+        hub.num_bytes += len(body)
         self.wfile.write(body)
-        if fault.break_after is not None:
-            self.close_connection = True
+        self.close_connection = hub.break_after is not None
+        hub.break_after = None
+
+    def find(self) -> bytes | None:
+        """Return the content of the file, or answer that there is none."""
+        content = self.hub.files.get(re.sub(r"^/datasets/|resolve/main/", "", self.path))
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self.send_head(401, {"X-Error-Code": "RepoNotFound", "Content-Length": "0"})
+        elif content is None:
+            self.send_head(404, {"X-Error-Code": "EntryNotFound", "Content-Length": "0"})
+        else:
+            return content
+        return None
+
+    def send_head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "X-Repo-Commit": "c0ffee"}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[None]:
-    """`hub` on a free port."""
+    """Serve `hub` on a free port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
