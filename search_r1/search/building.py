@@ -37,7 +37,7 @@ from search_r1.search.encoding_run import (
 from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import FAISS_VERSION, StoredVectors, write_index
 from search_r1.search.files import FileFacts, describe_file
-from search_r1.search.kinds import IndexKind, IndexOptions
+from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions
 from search_r1.search.manifest import IndexManifest, load_manifest, locate_manifest, save_manifest
 from search_r1.search.plan import estimate
 from search_r1.search.ranking import FloatArray, VectorSource, compare_rows
@@ -196,7 +196,10 @@ def _get_vectors(
 
 def _check_disk(options: BuildOptions, *, count: int, dim: int, num_unencoded: int) -> None:
     """Raise RetrieverError when the disk has no room for the vectors and the index."""
-    needed = num_unencoded * dim * _FLOAT_BYTES + estimate(options.index, count, dim).disk
+    cost = estimate(options.index, count, dim)
+    # Codes of whole vectors are written twice: beside the index and into it.
+    copied = cost.disk if options.index.kind in SCANNED_KINDS else cost.disk - cost.hot
+    needed = num_unencoded * dim * _FLOAT_BYTES + cost.disk + copied
     free = shutil.disk_usage(options.folder).free
     if free < needed + 100_000_000:
         raise RetrieverError(

@@ -9,6 +9,7 @@ import mmap as memory_map
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -38,8 +39,14 @@ _SCALAR_KINDS = {
     faiss.ScalarQuantizer.QT_fp16: IndexKind.FP16,
     faiss.ScalarQuantizer.QT_8bit: IndexKind.SQ8,
 }
+_REFINED_PER_RESULT = 10
+_MIN_REFINED = 64
+"""Candidates of a refined index whose whole vectors are compared, also for one result."""
 _GPU_KINDS = (IndexKind.FLAT, IndexKind.IVF_PQ)
-_SUPPORTED = "IndexFlatIP, IndexScalarQuantizer of fp16 or 8 bits, IndexIVFPQ, IndexHNSWFlat and IndexHNSWSQ"
+_SUPPORTED = (
+    "IndexFlatIP, IndexScalarQuantizer of fp16 or 8 bits, IndexIVFPQ, IndexRefine of that, IndexHNSWFlat, "
+    "IndexHNSWSQ"
+)
 
 
 def set_num_threads(count: int) -> None:
@@ -70,24 +77,30 @@ def write_index(
 ) -> IndexOptions:
     """Write an index, complete or not at all; return the options with the factory string that was used.
 
-    Trains on a sample and adds block after block: memory holds the index, the sample and one block, never all
-    vectors. The same vectors and options give the same file, except `hnsw` with more than one thread.
+    Trains on a sample and adds block after block. Memory holds the sample, one block and, of `ivf_pq` without
+    what is refined and of `hnsw`, the index; codes of whole vectors go to `<path>.codes` and are mapped. The
+    same vectors and options give the same file, except `hnsw` with more than one thread.
     `report(phase, done, total)`. Raises RetrieverError for what cannot be built.
     """
     if len(vectors.shape) != 2:
         raise RetrieverError(f"vectors have shape {tuple(vectors.shape)}, expected (rows, dim)")
     report = report or (lambda *_: None)
     options = options.resolve(*vectors.shape)
-    with _threads(num_threads):
-        index = _make_trained(vectors, options, report)
-        _add(index, vectors, report)
-    report("write index", 0, 1)
-    with replacing_file(path) as partial:
-        faiss.write_index(index, str(partial))
-        if read_kind(partial) is not options.kind:
-            raise RetrieverError(
-                f"index {path} does not read back as {options.kind}; this Faiss is not supported"
-            )
+    codes = path.with_name(path.name + ".codes")
+    try:
+        with _threads(num_threads):
+            index = _make_trained(vectors, options, report)
+            mapped = _add(index, vectors, codes=codes, report=report)
+        report("write index", 0, 1)
+        with replacing_file(path) as partial:
+            faiss.write_index(index, str(partial))
+            if read_kind(partial) is not options.kind:
+                raise RetrieverError(
+                    f"index {path} does not read back as {options.kind}; this Faiss is not supported"
+                )
+        del index, mapped  # in this order: the index has a view of the mapped codes
+    finally:
+        codes.unlink(missing_ok=True)
     report("write index", 1, 1)
     return options
 
@@ -105,12 +118,13 @@ def _make_trained(
         ) from error
     if isinstance(index, faiss.IndexHNSW):
         index.hnsw.efConstruction = _EF_CONSTRUCTION
-    if isinstance(index, faiss.IndexIVFPQ):
-        index.do_polysemous_training = False  # takes minutes, for a search mode that is not used here
+    base = _split(index)[0]
+    if isinstance(base, faiss.IndexIVFPQ):
+        base.do_polysemous_training = False  # takes minutes, for a search mode that is not used here
         # Else Faiss prints a warning for every codebook of a small index.
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+        base.cp.min_points_per_centroid = base.pq.cp.min_points_per_centroid = 1
     if not index.is_trained:
-        num_lists = index.nlist if isinstance(index, faiss.IndexIVF) else 0
+        num_lists = base.nlist if isinstance(base, faiss.IndexIVF) else 0
         report("train index", 0, 1)
         sample = sample_vectors(vectors, max_rows=max(_SCALAR_SAMPLE_ROWS, _ROWS_PER_CENTROID * num_lists))
         try:
@@ -123,15 +137,36 @@ def _make_trained(
     return index
 
 
-def _add(index: faiss.Index, vectors: VectorSource, report: Callable[[str, int, int], None]) -> None:
+def _split(index: faiss.Index) -> tuple[Any, Any]:
+    """Return what vectors are added to, and the IndexFlatCodes of whole vectors; None for either."""
+    if isinstance(index, faiss.IndexRefine):
+        return faiss.downcast_index(index.base_index), faiss.downcast_index(index.refine_index)
+    return (None, index) if isinstance(index, faiss.IndexFlatCodes) else (index, None)
+
+
+def _add(
+    index: faiss.Index, vectors: VectorSource, *, codes: Path, report: Callable[[str, int, int], None]
+) -> npt.NDArray[np.uint8] | None:
+    """Add all vectors; whole ones are encoded into the file `codes`, whose mapping is returned.
+
+    The index has a view of the mapping, which must exist as long as the index does.
+    """
     num_rows, dim = vectors.shape
-    if isinstance(index, faiss.IndexFlatCodes):
-        # A vector that grows holds up to three times its size; one that has been this large keeps the room.
-        index.codes.resize(num_rows * int(index.code_size))
-        index.codes.resize(0)
-    for first, block in read_blocks(vectors, num_rows=max(1, _BLOCK_BYTES // (4 * dim))):
-        index.add(block)
-        report("add vectors", first + len(block), num_rows)
+    base, stored = _split(index)
+    with codes.open("wb") as file:
+        for first, block in read_blocks(vectors, num_rows=max(1, _BLOCK_BYTES // (4 * dim))):
+            if base is not None:
+                base.add(block)
+            if stored is not None:
+                file.write(stored.sa_encode(block).data)
+            report("add vectors", first + len(block), num_rows)
+    if stored is None:
+        return None
+    mapped = np.memmap(codes, dtype=np.uint8, mode="r")
+    vector = faiss.MaybeOwnedVectorUInt8
+    stored.codes = vector.create_view(faiss.swig_ptr(mapped), mapped.size, vector().owner)
+    stored.ntotal = index.ntotal = num_rows
+    return mapped
 
 
 def read_kind(path: Path) -> IndexKind:
@@ -205,9 +240,11 @@ class FaissIndex:
         self._index = index
         self._search = search
         self._facts: dict[str, str | int] = {"device": device, "mmap": int(mmap)}
+        self._is_refined = isinstance(index, faiss.IndexRefine)
         if kind is IndexKind.IVF_PQ:
-            index.nprobe = search.choose_nprobe(int(index.nlist))
-            self._facts |= {"num_lists": int(index.nlist), "nprobe": int(index.nprobe)}
+            base = _split(index)[0]
+            base.nprobe = search.choose_nprobe(int(base.nlist))
+            self._facts |= {"num_lists": int(base.nlist), "nprobe": int(base.nprobe)}
         if kind is IndexKind.HNSW:
             self._facts["ef_search"] = search.choose_ef_search(1)
 
@@ -215,22 +252,19 @@ class FaissIndex:
         return int(self._index.ntotal)
 
     def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, RowArray]:
-        """Search as VectorIndex does. Raises RetrieverError when the index is damaged."""
+        """Search as VectorIndex does."""
         num_found = min(topk, len(self))
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if not len(vectors) or not num_found:
             shape = (len(vectors), 0)
             return order_hits(np.empty(shape, np.float32), np.empty(shape, np.int64), topk=topk)
         parameters = None
+        if self._is_refined:
+            k_factor = max(_MIN_REFINED / num_found, _REFINED_PER_RESULT)
+            parameters = faiss.IndexRefineSearchParameters(k_factor=min(k_factor, len(self) / num_found))
         if self.kind is IndexKind.HNSW:
             parameters = faiss.SearchParametersHNSW(efSearch=self._search.choose_ef_search(num_found))
         scores, rows = self._index.search(vectors, num_found, params=parameters)
-        if rows.min() < -1 or rows.max() >= len(self):
-            wrong = rows[(rows < -1) | (rows >= len(self))][0]
-            raise RetrieverError(
-                f"index is damaged: it found row {wrong} of {len(self)}; check it with `index verify`, and "
-                "copy or build it again"
-            )
         return order_hits(scores, rows, topk=topk)
 
     def describe(self) -> dict[str, str | int]:
@@ -239,9 +273,11 @@ class FaissIndex:
 
 
 def open_faiss(path: Path, *, mmap: bool, on_gpu: bool, search: SearchOptions) -> FaissIndex:
-    """Open a file for search by Faiss. Raises RetrieverError if it is unreadable or not for a GPU."""
+    """Open a file for search by Faiss. Raises RetrieverError if it is damaged or not for a GPU."""
     index = _read(path, mmap=mmap)
     kind = _classify(index, path)
+    if kind is IndexKind.IVF_PQ:
+        _check_ids(index, path)
     if not on_gpu:
         return FaissIndex(index, kind=kind, search=search, device="cpu", mmap=mmap)
     if kind not in _GPU_KINDS:
@@ -249,7 +285,28 @@ def open_faiss(path: Path, *, mmap: bool, on_gpu: bool, search: SearchOptions) -
             f"index {path} is of kind {kind}; Faiss searches {', '.join(_GPU_KINDS)} on GPUs: "
             "leave --faiss_gpu out, or use --index_device torch for fp16 and sq8"
         )
-    return FaissIndex(_move_to_gpus(index), kind=kind, search=search, device="faiss_gpu", mmap=False)
+    if isinstance(index, faiss.IndexRefine):  # the whole vectors stay where they are
+        base, stored = _split(index)
+        moved = faiss.IndexRefine(_move_to_gpus(base), stored)
+        moved.referenced_objects.append(index)
+    else:
+        moved = _move_to_gpus(index)
+    return FaissIndex(moved, kind=kind, search=search, device="faiss_gpu", mmap=mmap)
+
+
+def _check_ids(index: faiss.Index, path: Path) -> None:
+    """Raise RetrieverError for an id out of range: Faiss reads the whole vector there, and may crash."""
+    count, lists = int(index.ntotal), _split(index)[0].invlists
+    for number in range(lists.nlist):
+        if not (size := lists.list_size(number)):
+            continue
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        if ids.min() < 0 or ids.max() >= count:
+            wrong = ids[(ids < 0) | (ids >= count)][0]
+            raise RetrieverError(
+                f"index {path} is damaged: it has row {wrong} of {count}; check it with `index verify`, and "
+                "copy or build it again"
+            )
 
 
 def _read(path: Path, *, mmap: bool) -> faiss.Index:
@@ -290,6 +347,10 @@ def _classify(index: faiss.Index, path: Path) -> IndexKind:
 def _find_kind(index: faiss.Index) -> IndexKind | None:
     if isinstance(index, faiss.IndexScalarQuantizer):
         return _SCALAR_KINDS.get(index.sq.qtype)
+    if isinstance(index, faiss.IndexRefine):
+        base, stored = _split(index)
+        is_searched = _find_kind(base) is IndexKind.IVF_PQ and isinstance(stored, faiss.IndexFlatCodes)
+        return IndexKind.IVF_PQ if is_searched else None
     if isinstance(index, faiss.IndexIVFPQ):
         return IndexKind.IVF_PQ
     if isinstance(index, faiss.IndexHNSWFlat | faiss.IndexHNSWSQ):

@@ -20,7 +20,8 @@ class IndexKind(StrEnum):
     SQ8 = "sq8"
     """Every component as one byte; every vector compared."""
     IVF_PQ = "ivf_pq"
-    """Product-quantized vectors in lists by their nearest centroid; a few lists compared."""
+    """Product-quantized vectors in lists by their nearest centroid; a few lists are compared, and the whole
+    vectors (`Refine(...)`) of the best candidates."""
     HNSW = "hnsw"
     """A graph of near neighbors, walked towards the query."""
 
@@ -34,7 +35,7 @@ _FACTORIES = {
     IndexKind.FLAT: r"flat",
     IndexKind.FP16: r"sqfp16",
     IndexKind.SQ8: r"sq8",
-    IndexKind.IVF_PQ: r"ivf\d+(_hnsw\d+)?,pq\d+(x\d+)?",
+    IndexKind.IVF_PQ: r"ivf\d+(_hnsw\d+)?,pq\d+(x\d+)?(,rflat|,refine\((flat|sqfp16|sq8|sq6|sq4)\))?",
     IndexKind.HNSW: r"hnsw\d+([,_](flat|sqfp16|sq8))?",
 }
 _REMOVED = ("ivf", "binary")
@@ -62,7 +63,7 @@ class IndexOptions:
     def _choose_factory(self, num_vectors: int, dim: int) -> str:
         match self.kind:
             case IndexKind.IVF_PQ:
-                return f"IVF{choose_num_lists(num_vectors)},PQ{_choose_pq_bytes(dim)}"
+                return f"IVF{choose_num_lists(num_vectors)},PQ{_choose_pq_bytes(dim)},Refine(SQ8)"
             case IndexKind.HNSW:
                 return "HNSW16,SQ8"
             case _:
@@ -79,8 +80,8 @@ class SearchOptions:
     """Candidates of `hnsw`."""
 
     def choose_nprobe(self, num_lists: int) -> int:
-        """Return the number of lists to compare: by default 1 in 64 and at least 16, at most all."""
-        return min(num_lists, self.nprobe or max(16, num_lists // 64))
+        """Return the number of lists to compare: by default 1 in 64 and at least 32, at most all."""
+        return min(num_lists, self.nprobe or max(32, num_lists // 64))
 
     def choose_ef_search(self, topk: int) -> int:
         """Return the number of candidates, at least `topk`: the graph cannot return more than it keeps."""
@@ -97,7 +98,9 @@ def parse_options(name: str) -> IndexOptions:
         return IndexOptions(kind=IndexKind(lower))
     for kind, pattern in _FACTORIES.items():
         if re.fullmatch(pattern, lower):
-            factory = lower.upper().replace("FLAT", "Flat").replace("FP16", "fp16").replace("X", "x")
+            factory = lower.upper()
+            for written in ("Flat", "fp16", "x", "Refine"):
+                factory = factory.replace(written.upper(), written)
             return IndexOptions(kind=kind, factory=factory)
     gone = " (it was removed)" if lower in _REMOVED else ""
     raise RetrieverError(

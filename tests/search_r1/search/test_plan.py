@@ -12,7 +12,9 @@ from search_r1.search.plan import estimate, parse_bytes, show_bytes
 from tests.search_r1.search.vectors import make_vectors
 
 
-@pytest.mark.parametrize("name", ["flat", "fp16", "sq8", "IVF64,PQ8", "HNSW8,Flat", "HNSW16,SQ8"])
+@pytest.mark.parametrize(
+    "name", ["flat", "fp16", "sq8", "IVF64,PQ8", "IVF64,PQ8,Refine(SQ6)", "HNSW8,Flat", "HNSW16,SQ8"]
+)
 def test_the_bytes_of_the_formula_are_those_of_the_built_file(name: str, tmp_path: Path) -> None:
     count, dim = 20_000, 32
     options = parse_options(name)
@@ -27,6 +29,7 @@ def test_wikipedia_on_a_small_machine_gets_an_index_that_fits(capsys: pytest.Cap
     shown = " ".join(capsys.readouterr().out.split())
     assert "64.6 GB" in shown
     assert "With 16.0 GB of RAM: ivf_pq. Build it:" in shown
+    assert "20.4 GB" in shown
     assert main([*command, "100GB"]) == 0
     assert "RAM: flat." in capsys.readouterr().out
     assert main([*command, "2GB"]) == 1

@@ -48,12 +48,11 @@ def test_a_built_index_finds_what_exact_search_finds(
     assert (index.kind, index.dim, len(index)) == (kind, DIM, COUNT)
     scores, rows = index.search(queries, topk=10)
     expected = search_exactly(vectors, queries, topk=10)
-    least = {IndexKind.FLAT: 1.0, IndexKind.IVF_PQ: 0.6}.get(kind, 0.95)
+    least = 1.0 if kind is IndexKind.FLAT else 0.95
     assert compare_rows(rows, expected, k=3) >= least
     assert (np.diff(scores, axis=1) <= 0).all()
     exact = np.einsum("nkd,nd->nk", vectors[rows], queries)
-    if kind is not IndexKind.IVF_PQ:
-        assert np.abs(scores - exact).max() < (1e-6 if kind is IndexKind.FLAT else 0.01)
+    assert np.abs(scores - exact).max() < (1e-6 if kind is IndexKind.FLAT else 0.01)
 
 
 @EVERY_KIND
@@ -141,7 +140,8 @@ def test_stored_vectors_are_read_back(
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16_HNSW8,PQ32np", "HNSW16", "HNSW16,SQ8"]
+    "factory",
+    ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16,PQ16x4,RFlat", "IVF16_HNSW8,PQ32np", "HNSW16", "HNSW16,SQ8"],
 )
 def test_files_that_faiss_wrote_open_too(factory: str, vectors: FloatArray, tmp_path: Path) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
@@ -178,7 +178,7 @@ def test_what_cannot_be_opened_says_why(built: dict[IndexKind, Path], tmp_path: 
 
 @EVERY_KIND
 def test_a_truncated_or_damaged_file_is_an_error_and_no_crash(
-    kind: IndexKind, built: dict[IndexKind, Path], queries: FloatArray, tmp_path: Path
+    kind: IndexKind, built: dict[IndexKind, Path], tmp_path: Path
 ) -> None:
     content = built[kind].read_bytes()
     for length in (10, 60, len(content) // 2, len(content) - 1):
@@ -187,10 +187,11 @@ def test_a_truncated_or_damaged_file_is_an_error_and_no_crash(
             open_index(tmp_path / "cut")
     if kind is IndexKind.IVF_PQ:
         damaged = bytearray(content)
-        damaged[-6000:-100] = np.random.default_rng(0).bytes(5900)  # ids of the last lists
+        end = len(content) - COUNT * DIM - 1000  # of the lists; the whole vectors follow
+        damaged[end - 3000 : end] = np.random.default_rng(0).bytes(3000)
         (tmp_path / "cut").write_bytes(damaged)
-        with pytest.raises(RetrieverError, match=r"damaged: it found row -?\d+ of 3000"):
-            open_index(tmp_path / "cut", search=SearchOptions(nprobe=10_000)).search(queries, topk=300)
+        with pytest.raises(RetrieverError, match=r"damaged: it has row -?\d+ of 3000"):
+            open_index(tmp_path / "cut")
 
 
 def test_search_options_reach_the_search(
@@ -209,8 +210,9 @@ def test_search_options_reach_the_search(
 def test_kinds_have_our_names_and_those_of_faiss() -> None:
     names = {"Flat": "flat", "SQfp16": "fp16", "sq8": "sq8", "IVF4096,PQ96": "ivf_pq", "hnsw32_sq8": "hnsw"}
     assert {name: str(parse_options(name).kind) for name in names} == names
-    assert parse_options("ivf4096_hnsw32,pq96x4").factory == "IVF4096_HNSW32,PQ96x4"
-    assert IndexOptions(kind=IndexKind.IVF_PQ).resolve(21_000_000, 768).factory == "IVF4096,PQ192"
+    for factory in ("IVF4096_HNSW32,PQ96x4", "IVF64,PQ8,Refine(SQfp16)", "IVF64,PQ8,RFlat"):
+        assert parse_options(factory.lower()).factory == factory
+    assert IndexOptions(kind=IndexKind.IVF_PQ).resolve(21_000_000, 768).factory == "IVF4096,PQ192,Refine(SQ8)"
     for name in ("flot", "binary", "ivf"):
         with pytest.raises(RetrieverError, match=rf"--kind '{name}' is unknown.*flat, fp16, sq8"):
             parse_options(name)
@@ -282,9 +284,10 @@ def test_blocks_and_samples_of_a_memory_mapped_source(tmp_path: Path) -> None:
     assert len(sample_vectors(many[:50], max_rows=1000)) == 50
 
 
-MEASURE_PEAK = """
+MEASURE_ANONYMOUS = """
 import sys
 from pathlib import Path
+from threading import Event, Thread
 import numpy as np
 import faiss
 from search_r1.search.faiss_index import write_index
@@ -297,18 +300,28 @@ class Generated:
         generator = np.random.default_rng(start)
         return generator.standard_normal((stop - start, self.shape[1]), dtype=np.float32)
 
-def measure_peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
-before = measure_peak()
-write_index(Generated(), Path(sys.argv[1]), options=parse_options("IVF64,PQ32"), num_threads=1)
-print(measure_peak() - before)
+def watch():
+    while not done.wait(0.005):
+        seen.append(anonymous())
+
+done, seen, before = Event(), [], anonymous()
+watcher = Thread(target=watch)
+watcher.start()
+write_index(Generated(), Path(sys.argv[1]), options=parse_options(sys.argv[2]), num_threads=1)
+done.set()
+watcher.join()
+print(max(seen) - before)
 """
 
 
 @pytest.mark.slow
-def test_ivf_pq_never_holds_all_vectors(tmp_path: Path) -> None:
-    child = [sys.executable, "-c", MEASURE_PEAK, str(tmp_path / "index")]
+@pytest.mark.parametrize("name", ["flat", "IVF64,PQ32,Refine(SQfp16)"])
+def test_a_build_never_holds_all_vectors(name: str, tmp_path: Path) -> None:
+    """In anonymous memory: pages of mapped codes are the system's to drop."""
+    child = [sys.executable, "-c", MEASURE_ANONYMOUS, str(tmp_path / "index"), name]
     done = subprocess.run(child, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     index_bytes, sample_bytes, block_bytes = 300_000 * 40, 100_000 * 256 * 4, 1 << 26
     assert int(done.stdout) < 3 * index_bytes + 2 * sample_bytes + 2 * block_bytes < 300_000 * 256 * 4 * 1.3
