@@ -12,8 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -31,9 +30,8 @@ from IG.config import (
     visible_device,
 )
 from IG.doctor.diagnosis import Diagnosis, diagnose, rows, summary
-from IG.doctor.measuring import Measured, measure_questions
-from IG.doctor.plot import draw_gains
 from IG.doctor.questions import AskedQuestion, choose, read_questions
+from IG.doctor.readings import Measured, measure_questions
 from IG.service.backend import Backend, PooledBackend
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
@@ -43,7 +41,6 @@ from serving.web.settings import SettingError, add_settings, expand_home
 logger = logging.getLogger(__name__)
 
 WORLD_QUESTIONS = WORLD_GENERATOR.parents[1] / "doctor.jsonl"
-PLOT = "gain_by_scenario.png"
 
 StartBackend = Callable[[IGServiceConfig], Awaitable[Backend]]
 
@@ -166,31 +163,22 @@ async def _measure(
     columns = (TextColumn("{task.description:<15}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         loading = progress.add_task("loading models", total=None)
-        async with _running(start_backend, config) as backend:
-            progress.update(loading, total=1, completed=1)
-            bar = progress.add_task("questions", total=len(questions))
+        try:
+            backend = await start_backend(config)
+        except (OSError, ValueError, RuntimeError) as error:  # raised by models, engines and settings
+            raise StartError(f"the models could not be loaded: {error}") from error
+        progress.update(loading, total=1, completed=1)
+        bar = progress.add_task("questions", total=len(questions))
+        try:
             return await measure_questions(
                 backend, questions, seed=config.seed, on_progress=lambda: progress.advance(bar)
             )
-
-
-@asynccontextmanager
-async def _running(start_backend: StartBackend, config: IGServiceConfig) -> AsyncIterator[Backend]:
-    try:
-        backend = await start_backend(config)
-    except (OSError, ValueError, RuntimeError) as error:  # raised by models, engines and settings
-        raise StartError(f"the models could not be loaded: {error}") from error
-    try:
-        yield backend
-    finally:
-        await backend.aclose()
+        finally:
+            await backend.aclose()
 
 
 def _write_report(diagnosis: Diagnosis, request: Request, *, seconds: float) -> None:
-    """Write `report.json` and the plot; the plot of an earlier report is removed."""
-    (request.out / PLOT).unlink(missing_ok=True)
-    if diagnosis.gains:
-        draw_gains(diagnosis.gains, request.out / PLOT, gain=str(request.config.gain))
+    """Write `report.json`."""
     settings = asdict(replace(request.config, token="")) | {
         "questions": str(request.questions),
         "num_questions": request.num_questions,

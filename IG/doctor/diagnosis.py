@@ -8,17 +8,29 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from IG.config import IGServiceConfig
-from IG.doctor.agreement import JudgeAgreement, compare_judge, gain_auc
-from IG.doctor.measuring import Measured
 from IG.doctor.noise import Noise, measure_noise
 from IG.doctor.questions import Scenario
-from IG.doctor.readings import QuestionReading
+from IG.doctor.readings import Measured, QuestionReading
 from IG.estimator import explain_empty
+from serving.answers import normalize_answer
 
 MAX_NOISE_SHARE = 1 / 3
 """Largest noise of a trustworthy gain, as a share of the signal."""
 MAX_JUDGE_ERRORS = 0.02
 """Largest share of answers that are exact matches and rejected by the judge."""
+_MAX_EXAMPLES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeAgreement:
+    """How the entailment judge and exact match rate the same sampled answers, as shares of all of them."""
+
+    only_judge: float
+    """Equivalent to a gold answer by the judge alone: a paraphrase, or an error of the judge."""
+    only_exact: float
+    """An exact match that the judge rejects: always an error of the judge."""
+    examples: tuple[str, ...]
+    """Distinct answers that the two rate differently."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +41,6 @@ class Diagnosis:
     failures: tuple[str, ...]
     noise: Noise | None
     judge: JudgeAgreement | None
-    auc: float | None
-    """Chance that a right answer came with a larger gain than a wrong one."""
     gains: dict[Scenario, list[float]]
     """Gains of all samples by scenario, one per question that has it."""
     work: dict[str, int]
@@ -44,17 +54,16 @@ class Diagnosis:
 
 def diagnose(measured: Measured, config: IGServiceConfig) -> Diagnosis:
     """Make every analysis that the questions allow. `config` is that of training."""
-    rng = np.random.default_rng(config.seed)
-    noise = measure_noise(measured.readings, config, rng=rng)
+    noise = measure_noise(measured.readings, config, rng=np.random.default_rng(config.seed))
     judge = compare_judge(measured.readings, config)
-    gains = gains_by_scenario(measured.readings, config)
-    enough = None if noise is None else _enough_samples(noise)
-    advice = _noise_advice(noise, enough, config)
+    gains = _gains_by_scenario(measured.readings, config)
+    enough = None
+    if noise is not None:
+        limit = noise.signal * MAX_NOISE_SHARE
+        enough = next((size for size, error in noise.levels.items() if error < limit), None)
     doubts = _doubts(noise, judge, gains, config)
-    if noise is None:
-        is_trustworthy = None
-    else:
-        is_trustworthy = enough is not None and enough <= config.num_generations and not doubts
+    is_enough = enough is not None and enough <= config.num_generations
+    is_trustworthy = None if noise is None else is_enough and not doubts
     if warning := explain_empty(measured.work.answers_empty, of=measured.work.answers_sampled):
         doubts.append(warning)
     return Diagnosis(
@@ -62,25 +71,38 @@ def diagnose(measured: Measured, config: IGServiceConfig) -> Diagnosis:
         failures=measured.failures,
         noise=noise,
         judge=judge,
-        auc=gain_auc(measured.readings, config, rng=rng),
         gains=gains,
         work=asdict(measured.work),
         num_samples=enough,
         is_trustworthy=is_trustworthy,
-        advice=(*(f"{doubt}." for doubt in doubts), advice),
+        advice=(*(f"{doubt}." for doubt in doubts), _noise_advice(noise, enough, config)),
     )
 
 
-def gains_by_scenario(
-    readings: Sequence[QuestionReading], config: IGServiceConfig
-) -> dict[Scenario, list[float]]:
-    """Return gains of all samples for the questions that have documents."""
-    found: dict[Scenario, list[float]] = {}
+def compare_judge(readings: Sequence[QuestionReading], config: IGServiceConfig) -> JudgeAgreement | None:
+    """Compare judge and exact match over all sampled answers; None when no question has gold answers."""
+    num_answers = only_judge = only_exact = 0
+    examples: dict[str, None] = {}
     for reading in readings:
-        if reading.contexts:
-            for name, gain in reading.gains(config).items():
-                found.setdefault(name, []).append(gain)
-    return {name: found[name] for name in Scenario if name in found}
+        golds = reading.question.golds
+        keys = {normalize_answer(gold) for gold in golds} - {""}
+        for samples in reading.conditions.values() if golds else ():
+            matches = samples.equivalent_to_gold(threshold=config.threshold)  # [response, gold]
+            judged = np.asarray(matches.any(axis=1))
+            exact = np.asarray([normalize_answer(text) in keys for text in samples.texts], dtype=np.bool_)
+            num_answers += len(exact)
+            only_judge += int((judged & ~exact).sum())
+            only_exact += int((~judged & exact).sum())
+            for at in np.flatnonzero(judged != exact):
+                verdict = "judged equivalent" if judged[at] else "judged different"
+                examples[f"{reading.question.text} {samples.texts[at]!r}, {verdict} to {golds[0]!r}"] = None
+    if not num_answers:
+        return None
+    return JudgeAgreement(
+        only_judge=only_judge / num_answers,
+        only_exact=only_exact / num_answers,
+        examples=tuple(examples)[:_MAX_EXAMPLES],
+    )
 
 
 def rows(diagnosis: Diagnosis, config: IGServiceConfig) -> list[tuple[str, str]]:
@@ -95,41 +117,40 @@ def rows(diagnosis: Diagnosis, config: IGServiceConfig) -> list[tuple[str, str]]
         for size, noise in diagnosis.noise.levels.items():
             mark = " (configured)" if size == config.num_generations else ""
             table.append((f"noise of a gain of {size} samples{mark}", f"{noise:.3f}"))
-    if diagnosis.auc is not None:
-        table.append(("chance that the right answer has the larger gain", f"{diagnosis.auc:.1%}"))
     if (judge := diagnosis.judge) is not None:
-        table += [
-            ("answers right by judge and exact match", f"{judge.both:.1%}"),
-            ("answers right by the judge alone", f"{judge.only_judge:.1%}"),
-            ("exact matches that the judge rejects", f"{judge.only_exact:.1%}"),
-        ]
-    table.append(
-        ("empty answers", f"{diagnosis.work['answers_empty']} of {diagnosis.work['answers_sampled']}")
-    )
+        table.append(("answers right by the judge alone", f"{judge.only_judge:.1%}"))
+        table.append(("exact matches that the judge rejects", f"{judge.only_exact:.1%}"))
+    work = diagnosis.work
+    table.append(("empty answers", f"{work['answers_empty']} of {work['answers_sampled']}"))
     return table
 
 
 def summary(diagnosis: Diagnosis, config: IGServiceConfig) -> dict[str, object]:
     """Return the figures of the JSON line."""
-    noise, judge = diagnosis.noise, diagnosis.judge
-    sampled = diagnosis.work["answers_sampled"]
+    noise, judge, work = diagnosis.noise, diagnosis.judge, diagnosis.work
+    shares = {
+        "signal": noise.signal if noise else None,
+        "noise": noise.levels.get(config.num_generations) if noise else None,
+        "judge_rejects_em": judge.only_exact if judge else None,
+        "empty_share": work["answers_empty"] / work["answers_sampled"] if work["answers_sampled"] else None,
+    }
     return {
         "questions": diagnosis.num_questions,
         "failed": len(diagnosis.failures),
         "trustworthy": diagnosis.is_trustworthy,
         "num_samples": diagnosis.num_samples,
         "gain": str(config.gain),
-        "signal": _rounded(noise.signal if noise else None),
-        "noise": _rounded(noise.levels.get(config.num_generations) if noise else None),
-        "auc_em": _rounded(diagnosis.auc),
-        "judge_rejects_em": _rounded(judge.only_exact if judge else None),
-        "empty_share": _rounded(diagnosis.work["answers_empty"] / sampled if sampled else None),
+        **{name: None if value is None else round(value, 4) for name, value in shares.items()},
     }
 
 
-def _enough_samples(noise: Noise) -> int | None:
-    limit = noise.signal * MAX_NOISE_SHARE
-    return next((size for size, error in noise.levels.items() if error < limit), None)
+def _gains_by_scenario(
+    readings: Sequence[QuestionReading], config: IGServiceConfig
+) -> dict[Scenario, list[float]]:
+    """Return gains of all samples for the questions that have documents."""
+    gains = [reading.gains(config) for reading in readings if reading.contexts]
+    found = {name: [each[name] for each in gains if name in each] for name in Scenario}
+    return {name: values for name, values in found.items() if values}
 
 
 def _noise_advice(noise: Noise | None, enough: int | None, config: IGServiceConfig) -> str:
@@ -168,7 +189,3 @@ def _doubts(
             "answer exactly: look at judge.examples in report.json and try another --entailment-model"
         )
     return doubts
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

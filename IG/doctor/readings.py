@@ -1,4 +1,4 @@
-"""Samples of every question and scenario, and the gain of any subset of them.
+"""Sample answers to every question under every scenario, and compute the gain of any subset of the samples.
 
 Entailment relations and semantic classes are those of all samples; a subset is a row of weights in which the
 other samples weigh 0. So gains of R samples are computed without a model, many at once, by the functions of
@@ -7,16 +7,24 @@ other samples weigh 0. So gains of R samples are computed without a model, many 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from IG import semantics
 from IG.belief import Belief
 from IG.config import IGServiceConfig
-from IG.doctor.questions import AskedQuestion, Scenario
+from IG.doctor.questions import AskedQuestion, Scenario, contexts_of
+from IG.estimator import GainEstimate, GainQuery
 from IG.semantics import BoolArray, FloatArray, GainKind, IntArray, ScoreKind
+from IG.service.backend import Backend
+from IG.sharing import Work
+
+_QUESTIONS_AT_ONCE = 16
+"""Enough to keep both models busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,3 +135,55 @@ def _statistic(samples: Samples, chosen: IntArray, config: IGServiceConfig) -> F
     if config.gain is GainKind.log_ratio:
         return semantics.log_score(score, floor=1 / (10 * chosen.shape[1]))
     return score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The samples of all questions."""
+
+    readings: tuple[QuestionReading, ...]
+    """Questions whose baseline could be measured, in order."""
+    failures: tuple[str, ...]
+    """Question, scenario and reason of every gain that could not be measured."""
+    work: Work
+
+
+async def measure_questions(
+    backend: Backend, questions: Sequence[AskedQuestion], *, seed: int, on_progress: Callable[[], None]
+) -> Measured:
+    """Measure all questions; `seed` draws their random documents from the other questions."""
+    rng = random.Random(seed)
+    contexts = [contexts_of(question, others=questions, rng=rng) for question in questions]
+    slots = asyncio.Semaphore(_QUESTIONS_AT_ONCE)
+    conditions: list[dict[Scenario, Samples]] = [{} for _ in questions]
+    failures: list[str] = []
+    work = Work()
+
+    async def measure(number: int) -> None:
+        question = questions[number]
+        # Every estimate has the baseline, so it is only requested alone where there is no context.
+        named = {name: context for name, context in contexts[number].items() if context} or contexts[number]
+        queries = [
+            GainQuery(question=question.text, context=context, golds=question.golds)
+            for context in named.values()
+        ]
+        async with slots:
+            estimates = await backend.estimate(queries, details=True, timeout_s=None)
+        for name, outcome in zip(named, estimates.outcomes, strict=True):
+            if isinstance(outcome, GainEstimate):
+                conditions[number].setdefault(Scenario.none, Samples.of(outcome.no_context))
+                conditions[number].setdefault(name, Samples.of(outcome.with_context))
+            else:
+                failures.append(f"{question.text!r}, {name}: {outcome.reason}")
+        for counter in fields(Work):
+            done = getattr(work, counter.name) + getattr(estimates.work, counter.name)
+            setattr(work, counter.name, done)
+        on_progress()
+
+    await asyncio.gather(*map(measure, range(len(questions))))
+    readings = tuple(
+        QuestionReading(question=question, conditions=measured)
+        for question, measured in zip(questions, conditions, strict=True)
+        if measured
+    )
+    return Measured(readings=readings, failures=tuple(failures), work=work)

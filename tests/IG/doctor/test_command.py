@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ import pytest
 
 from IG.config import IGServiceConfig
 from IG.doctor.command import main, parse_arguments
-from IG.estimator import Estimates, GainEstimator, GainQuery
+from IG.estimator import GainEstimator
 from IG.sampler import SampledAnswer, SamplingError
-from IG.service.pool import PoolStatus
-from IG.sharing import ModelIdentity
 from serving.web.settings import SettingError
 from tests.fakes import FakePairJudge
+from tests.IG.service.backends import FakeBackend
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 """Arguments to exit status, JSON line, and everything that was printed."""
@@ -43,42 +41,20 @@ class ReadingSampler:
         )
 
 
-@dataclass
-class FakeBackend:
-    config: IGServiceConfig
-    queries: list[GainQuery] = field(default_factory=list)
-    is_closed: bool = False
-
-    def __post_init__(self) -> None:
-        config = self.config
-        self.identity = ModelIdentity(
-            generator="g", generator_digest="1", entailment="e", entailment_digest="2"
-        )
-        sampler = ReadingSampler(config.num_generations)
-        self._estimator = GainEstimator(sampler, FakePairJudge(), config=config, generator_digest="1")
-
-    workers = PoolStatus(devices=("cpu",), num_ready=1, num_restarts=0, failure=None)
-
-    async def estimate(
-        self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
-    ) -> Estimates:
-        self.queries += queries
-        return await self._estimator.estimate(queries, details=details, timeout_s=timeout_s)
-
-    async def aclose(self) -> None:
-        self.is_closed = True
-
-
 @pytest.fixture
-def started() -> list[FakeBackend]:
+def started() -> list[tuple[FakeBackend, IGServiceConfig]]:
     return []
 
 
 @pytest.fixture
-def run(started: list[FakeBackend], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(
+    started: list[tuple[FakeBackend, IGServiceConfig]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Run:
     async def start(config: IGServiceConfig) -> FakeBackend:
-        started.append(FakeBackend(config))
-        return started[-1]
+        sampler = ReadingSampler(config.num_generations)
+        estimator = GainEstimator(sampler, FakePairJudge(), config=config, generator_digest="1")
+        started.append((FakeBackend(estimator=estimator), config))
+        return started[-1][0]
 
     def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
         status = main([*arguments, "--out", str(tmp_path / "out")], start_backend=start)
@@ -106,14 +82,15 @@ def lines(count: int = 12) -> list[dict[str, object]]:
     ]
 
 
-def test_a_whole_examination(run: Run, started: list[FakeBackend], tmp_path: Path) -> None:
+def test_a_whole_examination(
+    run: Run, started: list[tuple[FakeBackend, IGServiceConfig]], tmp_path: Path
+) -> None:
     status, line, shown = run("--questions", write(tmp_path / "q.jsonl", lines()), "--num-questions", "10")
     assert status == 0
-    assert started[0].is_closed
-    assert started[0].config.num_generations == 64
+    ((backend, config),) = started
+    assert (backend.closed, config.num_generations) == (True, 64)
     assert (line["questions"], line["failed"], line["empty_share"]) == (10, 0, 0.0)
     assert 0.2 < line["signal"] < 0.6
-    assert line["auc_em"] > 0.6
     assert line["judge_rejects_em"] == 0.0
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
     means = {name: np.mean(values) for name, values in report["gains"].items()}
@@ -123,7 +100,6 @@ def test_a_whole_examination(run: Run, started: list[FakeBackend], tmp_path: Pat
     assert "token" not in report["settings"]
     for text in ("mean gain, random documents", "(configured)", "rejects", *report["advice"]):
         assert text in shown
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "gain_by_scenario.png"}
 
 
 @pytest.mark.parametrize(
@@ -155,21 +131,18 @@ def test_parquet_without_documents_gets_no_verdict(run: Run, tmp_path: Path) -> 
         {"question": f"Q{k}?", "reward_model": {"ground_truth": {"target": ["Bolton"]}}} for k in range(6)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "gain_by_scenario.png").write_text("of an earlier report")
     status, line, shown = run("--questions", str(tmp_path / "q.parquet"))
     assert status == 0
-    assert (line["trustworthy"], line["signal"], line["auc_em"]) == (None, None, None)
+    assert (line["trustworthy"], line["signal"]) == (None, None)
     assert line["judge_rejects_em"] == 0.0
     assert "No question has documents" in shown
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json"}
 
 
 def test_entropy_needs_no_answers(run: Run, tmp_path: Path) -> None:
     bare = [{key: line[key] for key in ("question", "documents")} for line in lines()]
     status, line, _ = run("--questions", write(tmp_path / "q.jsonl", bare), "--gain", "entropy")
     assert status == 0
-    assert (line["gain"], line["auc_em"], line["judge_rejects_em"]) == ("entropy", None, None)
+    assert (line["gain"], line["judge_rejects_em"]) == ("entropy", None)
     assert line["signal"] is not None
 
 
@@ -183,18 +156,21 @@ def test_what_cannot_be_measured_is_named_and_leaves_the_others_alone(run: Run, 
     assert run("--questions", write(tmp_path / "p.jsonl", poisoned))[0] == 1
 
 
-def test_a_folder_that_cannot_be_made_is_named_before_models_load(
+def test_a_bad_folder_is_named_before_models_load_and_models_that_cannot_start_afterwards(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("here")
-    questions = write(tmp_path / "q.jsonl", lines())
 
-    async def start(config: IGServiceConfig) -> FakeBackend:
-        raise AssertionError
+    async def refuse(config: IGServiceConfig) -> FakeBackend:
+        raise RuntimeError("no room")
 
-    assert main(["--questions", questions, "--out", str(tmp_path / "file")], start_backend=start) == 1
-    assert "--out is " in caplog.text
+    arguments = ["--questions", write(tmp_path / "q.jsonl", lines()), "--out"]
+    assert main([*arguments, str(tmp_path / "file")], start_backend=refuse) == 1
     assert "expected a folder" in caplog.text
+    assert "no room" not in caplog.text
+    assert main([*arguments, str(tmp_path / "out")], start_backend=refuse) == 1
+    assert "no room" in caplog.text
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -210,29 +186,11 @@ def test_settings_that_cannot_be_are_named(arguments: list[str], message: str) -
         parse_arguments(arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--max-samples", "one"], ["--num-questions", "0"], ["--bogus"]])
-def test_flags_that_cannot_be_parsed_end_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse_arguments(arguments)
-    assert ended.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
-def test_settings_of_the_service_reach_it() -> None:
+def test_flags_are_those_of_the_doctor_and_of_the_service(capsys: pytest.CaptureFixture[str]) -> None:
     request = parse_arguments(["--num-generations", "5", "--score", "soft"])
-    assert (request.config.num_generations, request.config.score) == (5, "soft")
-    assert request.max_samples == 64
-
-
-def test_models_that_cannot_start_are_one_line_and_status_1(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def refuse(config: IGServiceConfig) -> FakeBackend:
-        raise RuntimeError("no room")
-
-    arguments = ["--questions", write(tmp_path / "q.jsonl", lines()), "--out", str(tmp_path / "out")]
-    assert main(arguments, start_backend=refuse) == 1
-    assert "no room" in caplog.text
-    assert not list((tmp_path / "out").iterdir())
+    assert (request.config.num_generations, request.config.score, request.max_samples) == (5, "soft", 64)
+    for arguments in (["--max-samples", "one"], ["--num-questions", "0"], ["--bogus"]):
+        with pytest.raises(SystemExit) as ended:
+            parse_arguments(arguments)
+        assert ended.value.code == 2
+        assert arguments[0] in capsys.readouterr().err

@@ -42,33 +42,6 @@ def test_the_signal_is_free_of_the_noise_of_the_gains() -> None:
     assert noise.signal < 0.06, "contexts that differ by chance alone carry no signal"
 
 
-def test_both_conditions_add_their_noise() -> None:
-    rng = np.random.default_rng(2)
-    conditions = {name: samples([GOLD, "York"] * 32) for name in (Scenario.none, Scenario.supporting)}
-    noise = measure_noise([reading(conditions)], config(), rng=rng, sizes=(4,), num_draws=4000)
-    assert noise is not None
-    assert noise.levels[4] == pytest.approx(np.sqrt(2 * 64 / 63 * 0.25 / 4), rel=0.05)
-
-
-def test_a_log_ratio_at_its_limit_has_no_noise() -> None:
-    rng = np.random.default_rng(4)
-    settings = config("--gain", "log_ratio")
-    readings = [
-        reading(
-            {
-                Scenario.none: bernoulli(0.02, size=64, rng=rng),
-                Scenario.supporting: bernoulli(0.95, size=64, rng=rng),
-            }
-        )
-        for _ in range(200)
-    ]
-    noise = measure_noise(readings, settings, rng=rng, sizes=(8,), num_draws=20)
-    assert noise is not None
-    gains = [each.gains(settings)[Scenario.supporting] for each in readings]
-    assert noise.levels[64] < 3 * np.std(gains)
-    assert noise.signal == pytest.approx(np.mean(gains) / np.sqrt(2), rel=0.05)
-
-
 def test_entropy_needs_no_golds_and_a_question_without_context_has_no_noise() -> None:
     conditions = {
         Scenario.none: samples(["a", "b"] * 4, golds=()),

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from IG.doctor.diagnosis import compare_judge
 from IG.doctor.questions import Scenario
 from IG.doctor.readings import QuestionReading, Samples
 from IG.estimator import GainEstimate, GainEstimator, GainQuery
@@ -58,3 +61,17 @@ def test_every_draw_has_its_own_gain_and_none_without_a_document() -> None:
     gains = reading(conditions).gains_of(chosen, config())
     assert gains[Scenario.none].tolist() == [0.0, 0.0]
     assert gains[Scenario.supporting].tolist() == [1.0, -1.0]
+
+
+def test_the_judge_is_compared_with_exact_match_answer_by_answer() -> None:
+    answers = samples(["Bolton", "the Bolton", "a town in Lancashire", ""])
+    judged = np.asarray([[1.0], [0.1], [0.9], [0.2]])
+    answers = replace(answers, response_entails_gold=judged, gold_entails_response=judged)
+    found = compare_judge([reading({Scenario.none: answers}, golds=(GOLD, " "))], config())
+    assert found is not None
+    assert (found.only_judge, found.only_exact) == (0.25, 0.25)
+    assert found.examples == (
+        "Where? 'the Bolton', judged different to 'Bolton'",
+        "Where? 'a town in Lancashire', judged equivalent to 'Bolton'",
+    )
+    assert compare_judge([reading({Scenario.none: samples(["a"], golds=())}, golds=())], config()) is None

@@ -49,10 +49,11 @@ class FakeBackend:
     most: int = 0
     num_cancelled: int = 0
     timeouts_s: list[float | None] = field(default_factory=list)
-    estimator: GainEstimator = field(init=False)
+    estimator: GainEstimator | None = None
+    """By default one that knows ANSWERS."""
 
     def __post_init__(self) -> None:
-        self.estimator = GainEstimator(
+        self.estimator = self.estimator or GainEstimator(
             FakeAnswerSampler(ANSWERS, pause_s=self.sampling_s),
             FakePairJudge(),
             config=resolve_config(["--num-generations", "4"], environ={}),
@@ -78,6 +79,7 @@ class FakeBackend:
             if self.error is not None:
                 raise self.error
             await asyncio.sleep(self.pause_s)
+            assert self.estimator is not None
             return await self.estimator.estimate(queries, details=details, timeout_s=timeout_s)
         except asyncio.CancelledError:
             self.num_cancelled += 1
