@@ -74,8 +74,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compose_config(*arguments: str) -> Config:
     register_schema()
+    overrides = check_overrides(arguments)
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=check_overrides(arguments)))
+        return load_config(compose("ppo_trainer", overrides=overrides))
 
 
 @pytest.mark.usefixtures("toy")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
+from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import OverrideParseException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import AlgorithmConfig, Config
+
+_MODULE, _FILE = "verl.trainer.config", "ppo_trainer"
 
 
 def register_schema() -> None:
@@ -50,17 +53,46 @@ def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def config_groups() -> dict[str, tuple[str, ...]]:
-    """Return the choices of each config group: a method, or the file `group/CHOICE.yaml`."""
-    groups: dict[str, tuple[str, ...]] = {"algorithm": tuple(ALGORITHMS)}
-    for path in sorted(Path(__file__).parent.glob("*/*.yaml")):
-        groups[path.parent.name] = (*groups.get(path.parent.name, ()), path.stem)
-    return groups
+    """Return the choices of each config group."""
+    with initialize_config_module(_MODULE, version_base=None):
+        recipes = GlobalHydra.instance().config_loader().get_group_options("recipe")
+    return {"algorithm": tuple(ALGORITHMS), "recipe": tuple(recipes)}
+
+
+def chosen_method(choices: Sequence[str]) -> type[AlgorithmConfig]:
+    """Return the settings class of the method that choices such as `recipe=gpu` lead to.
+
+    A recipe may choose the method, too. Raises ConfigError for a recipe with a key that does not exist.
+    """
+    register_schema()
+    try:
+        with initialize_config_module(_MODULE, version_base=None):
+            chosen = OmegaConf.get_type(compose(_FILE, overrides=list(choices)), "algorithm")
+    except ConfigCompositionException as error:
+        raise ConfigError(first_line(error)) from error
+    assert chosen is not None
+    return chosen
+
+
+def name_owners(key: str) -> str:
+    """Return the methods that have this setting, as advice; an empty text if none has it."""
+    owners = [
+        f"algorithm={name}"
+        for name, method in ALGORITHMS.items()
+        if key in schema_keys(method.settings_class, "algorithm.")
+    ]
+    return f"a setting of {' or '.join(owners)} only" if owners else ""
 
 
 def first_line(error: Exception) -> str:
     """Return the message of an error of OmegaConf or Hydra in one line, with the key."""
     if isinstance(error, OverrideParseException):
         return f"{error.override}: expected NAME=VALUE"
+    in_file = re.match(r"In '(.+?)': .*\n(.*)\n *full_key: (.*)", str(error))
+    if isinstance(error, ConfigCompositionException) and in_file is not None:
+        file, message, key = in_file.groups()
+        advice = name_owners(key) if message.startswith("Key ") else ""
+        return f"{file}.yaml: {key}: {advice or message}"
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     message = str(cause).partition("\n")[0].rpartition("}': ")[2].rstrip(".")

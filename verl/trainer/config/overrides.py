@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm
 from verl.errors import ConfigError
-from verl.trainer.config.loading import config_groups, schema_keys
+from verl.trainer.config.loading import chosen_method, config_groups, name_owners, schema_keys
 from verl.trainer.config.published import PROJECTS, find_rule, has_key, recognize
 
-DEFAULT_ALGORITHM = "inforeasoner"
-"""As in ppo_trainer.yaml."""
 _NEAR = 0.85
 """Similarity from which a key counts as a typing error of another."""
 
@@ -62,7 +58,8 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     read = [Argument(text) for text in arguments]
     overrides = [argument for argument in read if argument.is_override]
     groups = config_groups()
-    known = {*schema_keys(), *groups, *_algorithm_keys(overrides)}
+    choices = [f"{a.key}={a.value}" for a in overrides if a.value in groups.get(a.key, ())]
+    known = {*schema_keys(), *groups, *schema_keys(chosen_method(choices), "algorithm.")}
     project = recognize(a.key for a in overrides if a.key not in known)
     settings = {a.key: a.value for a in overrides}
     # A key that exists only here means that the script is written or converted for this trainer.
@@ -85,12 +82,6 @@ def check_overrides(arguments: Sequence[str]) -> list[str]:
     return [a.text.lstrip("+") if a.is_override and a.key in known else a.text for a in read]
 
 
-def _algorithm_keys(overrides: Sequence[Argument]) -> Iterator[str]:
-    """Return the keys of the chosen method; those of the default where there is no such method."""
-    chosen = next((a.value for a in reversed(overrides) if a.key == "algorithm"), DEFAULT_ALGORITHM)
-    return _keys_of(ALGORITHMS.get(str(chosen), ALGORITHMS[DEFAULT_ALGORITHM]))
-
-
 def _join(problems: Sequence[str], project: str) -> str:
     if len(problems) == 1:
         return problems[0]
@@ -109,18 +100,13 @@ def _check_key(
         rule = find_rule(key, settings, projects="".join(PROJECTS))
     if rule is not None:
         return f"{key}: {rule.advise(key, settings)}"
-    owners = [name for name, method in ALGORITHMS.items() if key in _keys_of(method)]
-    if is_unknown and owners:
-        return f"{key}: a setting of algorithm={' or algorithm='.join(owners)} only"
+    if is_unknown and (owners := name_owners(key)):
+        return f"{key}: {owners}"
     if key == "reward.gain":
         return f"{key}: the method is chosen by name; write algorithm=search_r1 for none, or inforeasoner"
     if is_unknown:
         return f"{key}: no such key{_suggest(key, known)}; all keys: verl/trainer/config/ppo_trainer.yaml"
     return None
-
-
-def _keys_of(method: type[Algorithm]) -> Iterator[str]:
-    return schema_keys(method.settings_class, "algorithm.")
 
 
 def _suggest(key: str, known: Collection[str]) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.loading import config_groups, load_config, register_schema, schema_keys
-from verl.trainer.config.overrides import DEFAULT_ALGORITHM, check_overrides
+from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import validate
 
@@ -46,8 +48,9 @@ def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
     folder = "runs/${trainer.project_name}/${trainer.experiment_name}"
     assert defaults.trainer.default_local_dir == folder
     defaults.trainer.default_local_dir = "runs/inforeasoner/grpo"
-    defaults.algorithm = ALGORITHMS[DEFAULT_ALGORITHM].settings_class()
-    assert dataclasses.asdict(composed()) == dataclasses.asdict(defaults)
+    config = composed()
+    defaults.algorithm = ALGORITHMS[config.algorithm.name].settings_class()
+    assert dataclasses.asdict(config) == dataclasses.asdict(defaults)
 
 
 def test_yaml_names_every_key_of_the_schema() -> None:
@@ -77,6 +80,49 @@ def test_every_method_is_chosen_by_its_name_and_every_key_of_it_documented(name:
 def test_a_setting_of_no_or_another_method_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_overrides(arguments)
+
+
+@pytest.fixture
+def store_recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Add a recipe that chooses a method, as `- override /algorithm: search_r1` in its file does."""
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
+
+    def add(name: str, **content: object) -> None:
+        defaults = [{"override /algorithm": "search_r1"}, "_self_"]
+        store.store(group="recipe", name=name, node={"defaults": defaults, **content}, package="_global_")
+
+    return add
+
+
+def test_a_recipe_may_choose_the_method(store_recipe: Callable[..., None]) -> None:
+    store_recipe("by_outcome")
+    arguments = ["recipe=by_outcome", "algorithm.gain_weight=1"]
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.gain_weight: a setting of algorithm=inforeasoner only"
+    ):
+        check_overrides(arguments)
+    check_overrides([*arguments, "algorithm=inforeasoner"])  # the command line wins
+    assert composed(check_overrides(["recipe=by_outcome"])).algorithm.name == "search_r1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"algorithm": {"gain_weight": 1}},
+            "algorithm.gain_weight: a setting of algorithm=inforeasoner only",
+        ),
+        ({"trainer": {"sede": 1}}, "trainer.sede: Key 'sede' not in"),
+        ({"trainer": {"seed": "x"}}, "trainer.seed: Value 'x'"),
+    ],
+)
+def test_a_bad_key_of_a_recipe_is_named_with_its_file(
+    store_recipe: Callable[..., None], content: dict[str, object], message: str
+) -> None:
+    store_recipe("bad", **content)
+    with pytest.raises(ConfigError, match=rf"recipe/bad\.yaml: {message}"):
+        check_overrides(["recipe=bad"])
 
 
 def test_every_key_is_read_by_code() -> None:
