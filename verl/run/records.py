@@ -98,11 +98,16 @@ class TurnRecord(TypedDict):
     version: int
 
 
-class TrajectoryRecord(TypedDict):
-    """One line of a file."""
+class RecordVersion(TypedDict):
+    """What a line of every format has."""
 
     format: NotRequired[int]
     """1 if absent."""
+
+
+class TrajectoryRecord(RecordVersion):
+    """One line of a file."""
+
     step: int
     kind: str
     uid: str
@@ -252,19 +257,27 @@ def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                record = parse_json(line, shape=_shape(), where=f"{path}:{number}", fix=fix)
-                if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
-                    raise DataError(f"{path}:{number}: mask_runs does not fit the turns; {fix}")
-                if len(record.get("turn_gains", ())) not in (0, len(record["turns"])):
-                    raise DataError(f"{path}:{number}: turn_gains does not fit the turns; {fix}")
-                if record.get("format", 1) > FORMAT:
+                where = f"{path}:{number}"
+                # First the version alone: a newer format may have another shape.
+                version = parse_json(line, shape=_version_shape(), where=where, fix=fix).get("format", 1)
+                if not 1 <= version <= FORMAT:
                     raise DataError(
-                        f"{path}:{number}: format {record['format']}, expected at most {FORMAT}: "
-                        "a newer version wrote it; read it with that one"
+                        f"{where}: format {version} was found, formats 1 to {FORMAT} are read; "
+                        "read the file with the version that wrote it"
                     )
+                record = parse_json(line, shape=_shape(), where=where, fix=fix)
+                if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
+                    raise DataError(f"{where}: mask_runs does not fit the turns; {fix}")
+                if len(record.get("turn_gains", ())) not in (0, len(record["turns"])):
+                    raise DataError(f"{where}: turn_gains does not fit the turns; {fix}")
                 yield record
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there; expected a JSONL file of recorded trajectories") from error
+
+
+@cache
+def _version_shape() -> TypeAdapter[RecordVersion]:
+    return TypeAdapter(RecordVersion)
 
 
 @cache

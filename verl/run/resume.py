@@ -100,16 +100,18 @@ def list_changes(earlier: Manifest, manifest: Manifest) -> list[str]:
     Settings, held-out data and the retriever's index: the run may continue with others, but its scores before
     and after cannot be compared. Training data and model may not change: see `run_identity`.
     """
-    before, after = _comparable_facts(earlier), _comparable_facts(manifest)
+    old, new = (flatten(redact(each.get("config") or {})) for each in (earlier, manifest))
+    before, after = old | _file_facts(earlier), new | _file_facts(manifest)
     keys = sorted(before.keys() & after.keys() - {"trainer.val_only"})
     changes = [f"{key}: {before[key]!r} -> {after[key]!r}" for key in keys if before[key] != after[key]]
-    gone = flatten(redact(earlier.get("config") or {})).keys() - flatten(manifest.get("config") or {}).keys()
-    return changes + [f"{key}: {before[key]!r} -> no longer a setting" for key in sorted(gone)]
+    return changes + [
+        f"{key}: {old[key]!r} -> no longer a setting" for key in sorted(old.keys() - new.keys())
+    ]
 
 
-def _comparable_facts(manifest: Manifest) -> dict[str, object]:
-    """Return settings without secrets, hashes of data and prompt files and facts of the retriever by name."""
-    facts = flatten(redact(manifest.get("config") or {}))
+def _file_facts(manifest: Manifest) -> dict[str, object]:
+    """Return hashes of data and prompt files and facts of the retriever by name."""
+    facts: dict[str, object] = {}
     for file in (*(manifest.get("data") or []), manifest.get("prompt_file") or {}):
         facts[f"sha256 of {file.get('path')}"] = file.get("sha256")
     found: object = manifest.get("services")

@@ -76,6 +76,7 @@ def test_gains_and_components_of_turns_come_back(tmp_path: Path) -> None:
     scored = make_step(3, steps=6, num_questions=1, num_samples=2)
     trajectories = scored.groups[0].trajectories
     gains = [Gain(turns=(0.25, *[None] * (len(t.turns) - 1))) for t in trajectories]
+    gains[1] = replace(gains[1], failure="gain_failed: IG service: HTTP 500")
     scores = [replace(s, gain=gain) for s, gain in zip(scored.scores[0], gains, strict=True)]
     credits = [
         replace(credit, components={"reward": 1.0, "turn_gain": gain.turns})
@@ -99,9 +100,13 @@ def test_a_file_of_format_1_is_read(tmp_path: Path) -> None:
     assert [[s.gain.trajectory for s in of_group] for of_group in old.scores] == [
         [s.gain.trajectory for s in of_group] for of_group in new.scores
     ]
-    lines[0]["format"] = 99
-    path.write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(DataError, match="format 99, expected at most 2: a newer version wrote it"):
+
+
+@pytest.mark.parametrize("version", [0, 99])
+def test_a_file_of_an_unknown_format_is_named_before_its_shape(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "step_000001.jsonl"
+    path.write_text(f'{{"format": {version}, "everything_else": "new"}}\n')
+    with pytest.raises(DataError, match=rf"jsonl:1: format {version} was found, formats 1 to 2 are read"):
         read_records(path)
 
 

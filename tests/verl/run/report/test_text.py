@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
-from verl.run.report.text import Segment, names_gold, split_output
+from verl.run.records import TrajectoryRecord
+from verl.run.report.text import Segment, gain_of, names_gold, split_output
 
 
 def test_output_is_cut_at_its_tags_and_nothing_is_lost() -> None:
@@ -19,6 +22,17 @@ def test_a_tag_that_never_closes_runs_to_the_end() -> None:
         Segment(kind="python", text="1 < 2"),
         Segment(kind="think", text="b <search> c", is_closed=False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "whole", "expected"),
+    [([0.5, None, -0.1], None, 0.4), ([None, 0.0], 0.3, 0.0), ([None], 0.3, 0.3), ([], None, None)],
+)
+def test_the_gain_of_an_attempt_is_the_sum_over_its_turns_where_they_were_measured(
+    turns: list[float | None], whole: float | None, expected: float | None
+) -> None:
+    record = cast(TrajectoryRecord, {"turn_gains": turns, "gain": whole})
+    assert gain_of(record) == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize(
