@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """What a user can repair: entry points show its message as one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """A setting is wrong: the message names the key, its value, what was expected and the fix."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data file is missing or malformed: the message names the file, the row and the fix."""
 
 
-class ServiceError(RuntimeError):
+class ServiceError(UserError, RuntimeError):
     """A service (retriever, IG service) did not give a usable answer within its deadline."""
 
     def __init__(self, service: str, message: str) -> None:
@@ -23,13 +27,13 @@ class ServiceError(RuntimeError):
         return ": ".join(self.args)
 
 
-class RolloutError(RuntimeError):
+class RolloutError(UserError, RuntimeError):
     """The engine did not give a usable completion, or one sampled from other weights than claimed."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError, RuntimeError):
     """Engine and trainer disagree about the weights after a publish."""
 
 
-class TrainingHaltedError(RuntimeError):
+class TrainingHaltedError(UserError, RuntimeError):
     """The run stopped itself (too many failures, too many non-finite updates) and says why."""

@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from serving.ray_start import PrivateRay
-from verl.errors import ConfigError, RolloutError
+from verl.errors import ConfigError, RolloutError, UserError
 
 _WATCH_INTERVAL_S = 1.0
 # How long actors live on without a process of Ray: long enough to save their state.
 _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
 
 
-class ActorError(RuntimeError):
+class ActorError(UserError, RuntimeError):
     """An actor is gone: the message names it, its class and the end of its stderr."""
 
 

@@ -10,28 +10,11 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from serving.logs import safe_text
-from verl.errors import (
-    ConfigError,
-    DataError,
-    RolloutError,
-    ServiceError,
-    TrainingHaltedError,
-    WeightSyncError,
-)
-from verl.utils.actors import ActorError
+from verl.errors import UserError
 from verl.utils.logs import ONLY_IN_FILE
 
 logger = logging.getLogger(__name__)
 
-_USER_ERRORS = (
-    ActorError,
-    ConfigError,
-    DataError,
-    RolloutError,
-    ServiceError,
-    TrainingHaltedError,
-    WeightSyncError,
-)
 _FIXES = {
     errno.ENOSPC: "free some space there and repeat the command",
     errno.EDQUOT: "raise the quota or free some space there, and repeat the command",
@@ -53,7 +36,7 @@ def error_line() -> Iterator[None]:
     """
     try:
         yield
-    except (*_USER_ERRORS, OSError) as error:
+    except (UserError, OSError) as error:
         logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
         _exit(describe_error(error))
     except Exception as error:
