@@ -16,7 +16,6 @@ from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from IG.messages import GainRequest, GainResult
-from verl.errors import ConfigError
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Gain, Group, Question, Score, Trajectory
 
@@ -89,12 +88,8 @@ class Algorithm(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __init__(self, settings: AlgorithmConfig, services: Services) -> None:
-        """Raises ConfigError for the settings of another method."""
-        if type(settings) is not self.settings_class:
-            raise ConfigError(
-                f"algorithm.name={settings.name!r}: choose the method by algorithm={settings.name}, "
-                "which selects its settings"
-            )
+        """Take settings of `settings_class` (see `verl.trainer.config.validate`)."""
+        self.settings = settings
         self.services = services
 
     def prefetch(self, questions: Sequence[Question]) -> Prefetch:  # noqa: ARG002

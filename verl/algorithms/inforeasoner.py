@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from IG.messages import GainRequest
-from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
+from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.scoring.ig_service import GainRequests, as_gain
 from verl.algorithms.statistics import credit_by_group
 from verl.trainer.config.schema import AlgorithmConfig, not_negative
@@ -29,13 +29,9 @@ class InfoReasonerConfig(AlgorithmConfig):
 class InfoReasoner(Algorithm):
     """Reward a trajectory by its outcome and the gain of all that it read, one number per trajectory."""
 
+    settings: InfoReasonerConfig
     settings_class = InfoReasonerConfig
     needs = frozenset({Need.IG_SERVICE})
-
-    def __init__(self, settings: InfoReasonerConfig, services: Services) -> None:
-        super().__init__(settings, services)
-        self._by_std = settings.norm_adv_by_std_in_grpo
-        self._weight = settings.gain_weight
 
     def prefetch(self, questions: Sequence[Question]) -> GainRequests:
         """Ask for the baselines at once, and for every gain as soon as its episode has ended."""
@@ -48,7 +44,7 @@ class InfoReasoner(Algorithm):
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Return the gains of all trajectories that read a passage and answered."""
         assert isinstance(prefetch, GainRequests)
-        requests = [[self._requests_of(t) for t in group.trajectories] for group in groups]
+        requests = [[prefetch.requests_of(t) for t in group.trajectories] for group in groups]
         results = await prefetch.results([r for of_group in requests for some in of_group for r in some])
         gains = [
             [Gain() if not some else as_gain(results[some[0]]) for some in of_group] for of_group in requests
@@ -62,7 +58,7 @@ class InfoReasoner(Algorithm):
                 group.trajectories,
                 [self._reward(score) for score in of_group],
                 components=[{"outcome": s.outcome, "gain": s.gain.trajectory} for s in of_group],
-                by_std=self._by_std,
+                by_std=self.settings.norm_adv_by_std_in_grpo,
             )
             for group, of_group in zip(groups, scores, strict=True)
         ]
@@ -81,4 +77,4 @@ class InfoReasoner(Algorithm):
     def _reward(self, score: Score) -> float | None:
         if score.failure is not None or score.outcome is None:
             return None
-        return combine(score.outcome, score.gain.trajectory, weight=self._weight)
+        return combine(score.outcome, score.gain.trajectory, weight=self.settings.gain_weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verl.algorithms.base import Algorithm, Services
+from verl.algorithms.base import Algorithm
 from verl.algorithms.statistics import credit_by_group
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Group, Score
@@ -23,10 +23,6 @@ class SearchR1(Algorithm):
 
     settings_class = SearchR1Config
 
-    def __init__(self, settings: SearchR1Config, services: Services) -> None:
-        super().__init__(settings, services)
-        self._by_std = settings.norm_adv_by_std_in_grpo
-
     def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
         """Credit the outcome: see `credit_by_group`."""
         return [
@@ -34,7 +30,7 @@ class SearchR1(Algorithm):
                 group.trajectories,
                 [None if score.failure is not None else score.outcome for score in of_group],
                 components=[{"outcome": score.outcome} for score in of_group],
-                by_std=self._by_std,
+                by_std=self.settings.norm_adv_by_std_in_grpo,
             )
             for group, of_group in zip(groups, scores, strict=True)
         ]

@@ -74,10 +74,7 @@ def test_without_std_the_advantage_is_the_distance_to_the_mean() -> None:
     ]
 
 
-def test_settings_of_another_method_are_refused() -> None:
-    settings = ALGORITHMS["search_r1"].settings_class()
-    with pytest.raises(ConfigError, match="choose the method by algorithm=search_r1"):
-        ALGORITHMS["inforeasoner"](settings, make_method().services)
+def test_a_setting_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.gain_weight must be at least 0"):
         make_method("inforeasoner", gain_weight=-1)
 

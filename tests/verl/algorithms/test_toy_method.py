@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from tests.methods import make_method
 from tests.verl.trainer.ppo.test_trainer import STEPS_ALONE, Run, SearchingAgent
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, Measurement, Prefetch, Services
+from verl.algorithms.base import Algorithm, Measurement, Prefetch
 from verl.algorithms.statistics import group_advantages, spread, spread_turns
 from verl.run.records import read_records, step_files
 from verl.run.report.report import write_report
@@ -32,11 +32,8 @@ class ToyConfig(AlgorithmConfig):
 class Toy(Algorithm):
     """Pays a bonus on the tokens of every turn that found a passage, beside the outcome."""
 
+    settings: ToyConfig
     settings_class = ToyConfig
-
-    def __init__(self, settings: ToyConfig, services: Services) -> None:
-        super().__init__(settings, services)
-        self._bonus = settings.bonus
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         return Measurement(
@@ -63,7 +60,9 @@ class Toy(Algorithm):
     def _credit(self, trajectory: Trajectory, score: Score, reward: float | None, advantage: float) -> Credit:
         tokens = spread(trajectory, advantage)
         if reward is not None:
-            tokens += spread_turns(trajectory, [self._bonus * (gain or 0.0) for gain in score.gain.turns])
+            tokens += spread_turns(
+                trajectory, [self.settings.bonus * (gain or 0.0) for gain in score.gain.turns]
+            )
         return Credit(advantages=tokens, components={"reward": reward, "found": score.gain.turns})
 
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from IG.messages import GainRequest, GainResult
 from verl.algorithms.base import IGService, Prefetch
@@ -31,7 +32,7 @@ class GainRequests(Prefetch):
     ) -> None:
         """`requests_of` returns what is asked about a trajectory, possibly nothing."""
         self._service = service
-        self._requests_of = requests_of
+        self.requests_of = cache(requests_of)  # needed twice: when the episode ends and when all have
         self._tasks: dict[GainRequest, asyncio.Task[GainResult]] = {}
         self._num_under_way = 0
         self._busy_s = 0.0
@@ -42,7 +43,7 @@ class GainRequests(Prefetch):
 
     def on_episode_end(self, trajectory: Trajectory) -> None:
         """Send the requests about a trajectory."""
-        for request in self._requests_of(trajectory):
+        for request in self.requests_of(trajectory):
             self.send(request)
 
     def send(self, request: GainRequest) -> None:

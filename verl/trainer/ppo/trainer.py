@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,28 +112,28 @@ class PPOTrainer:
         timer.reset()
         questions = parts.questions.next_batch()
         with timer("step"):
-            async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
-                with timer("rollout"):  # all episodes at once, each at its own pace
-                    progress = ProgressLog(logger, f"step {step}: episodes")
-                    groups = await parts.collector.collect(
-                        questions, step=step, progress=progress, on_episode_end=prefetch.on_episode_end
-                    )
-
-                async with parts.engines.asleep():
+            async with AsyncExitStack() as room:
+                # Closed before the update: no request of it then runs beside the training.
+                async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
+                    with timer("rollout"):  # all episodes at once, each at its own pace
+                        progress = ProgressLog(logger, f"step {step}: episodes")
+                        groups = await parts.collector.collect(
+                            questions, step=step, progress=progress, on_episode_end=prefetch.on_episode_end
+                        )
+                    await room.enter_async_context(parts.engines.asleep())
                     with timer("reward"):  # may run the policy, which now has the device
                         scored = await parts.reward.score(groups, prefetch=prefetch)
-                        await prefetch.aclose()  # nothing of it runs beside the update
-                        batch = self.build_batch(scored)
 
-                    with timer("log_probs"):
-                        if not parts.policy.is_on_policy(batch):
-                            batch = batch.with_old(await parts.policy.log_probs(batch))
-                        if parts.reference is not None:
-                            batch = batch.with_reference(await parts.reference.log_probs(batch))
+                with timer("log_probs"):
+                    batch = self.build_batch(scored)
+                    if not parts.policy.is_on_policy(batch):
+                        batch = batch.with_old(await parts.policy.log_probs(batch))
+                    if parts.reference is not None:
+                        batch = batch.with_reference(await parts.reference.log_probs(batch))
 
-                    with timer("update"):
-                        self.updating = asyncio.create_task(self.update(step, batch, scored))
-                        update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
+                with timer("update"):
+                    self.updating = asyncio.create_task(self.update(step, batch, scored))
+                    update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
             with timer("publish"):
                 update["publish_difference"] = await self.publish(step)

@@ -123,6 +123,22 @@ async def test_only_what_searched_found_and_answered_is_asked_about() -> None:
     assert gains == [[Gain(), Gain(trajectory=0.4), Gain(), Gain(), Gain()]]
 
 
+async def test_the_context_of_a_trajectory_is_rendered_once() -> None:
+    rendered: list[Trajectory] = []
+
+    def render(trajectory: Trajectory) -> str:
+        rendered.append(trajectory)
+        return "passages"
+
+    method = make_method(
+        "inforeasoner", ig_service=ScriptedClient([GainResult(gain=0.4)]), render_context=render
+    )
+    searched = make_trajectory(QUESTION, queries=("q",), answer="x")
+    gains, _ = await measure(method, group(searched), ended=[searched])
+    assert gains == [[Gain(trajectory=0.4)]]
+    assert rendered == [searched]
+
+
 async def test_gains_go_to_the_trajectories_that_they_were_measured_on() -> None:
     """Also those that read the same: they are asked for once."""
     client = ScriptedClient([GainResult(gain=float(i)) for i in range(3)])

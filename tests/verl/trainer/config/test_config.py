@@ -227,9 +227,11 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "agent.tools: 'ask' is unknown, expected search" in message
     assert "expected at least one name, each once" in message
     assert "data.prompt_file='gone.yaml' cannot be read" in message
+    config.algorithm = ALGORITHMS["inforeasoner"].settings_class(name="search_r1")
     config.agent.format = "xml"
-    with pytest.raises(ConfigError, match=r"agent\.format='xml' is unknown, expected search_r1"):
+    with pytest.raises(ConfigError, match=r"agent\.format='xml' is unknown, expected search_r1") as error:
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
+    assert "algorithm.name='search_r1' is set by algorithm=NAME alone" in str(error.value)
 
 
 @pytest.mark.parametrize("recipe", config_groups()["recipe"])

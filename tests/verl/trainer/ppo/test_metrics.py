@@ -145,11 +145,16 @@ def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
     scored = score_group(trajectories, scores, method="search_r1")
     assert gain_metrics(list(zip(trajectories, scores, strict=True)))["ig/gain_mean"] == pytest.approx(0.15)
     credits = [
-        replace(credit, components={**credit.components, "turn_reward": score.gain.turns})
+        replace(credit, components={**credit.components, "gain": 0.5, "turn_reward": score.gain.turns})
         for credit, score in zip(scored.credits[0], scores, strict=True)
     ]
     metrics = credit_metrics(replace(scored, credits=[credits]))
     assert metrics["credit/turn_reward_mean"] == pytest.approx(0.15)
+    # Reward, outcome and gain have metrics of their own.
+    assert {name for name in metrics if name.endswith("_mean")} == {
+        "credit/turn_reward_mean",
+        "credit/advantage_abs_mean",
+    }
 
 
 def test_zero_advantage_and_lone_groups() -> None:

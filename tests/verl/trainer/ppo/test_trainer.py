@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes import FakeAgent, FakeGainService, make_question, make_trajectory
 from tests.methods import make_method
-from verl.algorithms.base import Algorithm
+from verl.algorithms.base import Algorithm, Prefetch
 from verl.algorithms.inforeasoner import InfoReasoner
 from verl.algorithms.scoring.ig_service import GainRequests
 from verl.algorithms.scoring.outcome import measure_outcome
@@ -144,6 +144,22 @@ async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run
     assert run.models.calls == [*expected, "save"]
     assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
     assert run.trainer.progress.step == 3
+
+
+class NotingPrefetch(Prefetch):
+    def __init__(self, models: FakeModels) -> None:
+        self.models = models
+
+    async def aclose(self) -> None:
+        self.models.note("close prefetch")
+
+
+async def test_the_prefetch_is_closed_once_before_the_update(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.trainer.parts.algorithm, "prefetch", lambda _: NotingPrefetch(run.models))
+    await run.trainer.train_step(1)
+    assert run.models.calls == ["rest", "close prefetch", "update of 6", "wake", "publish 1", "expect 1"]
 
 
 class SearchingAgent(FakeAgent):
