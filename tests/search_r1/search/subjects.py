@@ -6,10 +6,16 @@ import itertools
 import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification
@@ -26,7 +32,6 @@ from search_r1.search.remote import RemoteRetriever
 from search_r1.search.rerank import CrossEncoderReranker, RerankedRetriever
 from search_r1.search.retriever import Retriever, ThreadedRetriever
 from search_r1.search.settings import DenseOptions
-from tests.search_r1.search.conformance import Subject
 from tests.search_r1.search.online.fake_engines import NOTHING, SECRET, FakeEngine, Fault
 from tests.search_r1.search.servers import serving
 from tests.search_r1.search.small_world import PASSAGES, save_encoder, write_corpus
@@ -42,8 +47,38 @@ QUERIES = (
 )
 NO_WORDS = "xylophone quagga zeppelin"
 _NUM_PASSAGES = 300
-_NUM_REMOTE_CALLS = {"bm25": 1000, "serper": 1000}
-"""Server and client are the same for all others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """An open retriever, and what is known of its world."""
+
+    retriever: Retriever
+    queries: tuple[str, ...]
+    """Each finds something, and not all the same."""
+    nothing: str | None
+    """Finds nothing; None where every query finds its nearest."""
+    max_hits: int
+    """Documents that there are for one query at most."""
+    folder: Path
+    """Of its files."""
+    secrets: tuple[str, ...] = ()
+    breaks: Callable[[], AbstractContextManager[None]] | None = None
+    """Within, what was not asked before cannot be answered."""
+    hangs: Callable[[], AbstractContextManager[None]] | None = None
+    """Within, what was not asked before is answered too late."""
+    is_exact: bool = True
+    """No passage is better than those it finds."""
+    is_edge: bool = False
+    """It is asked by other programs, in any text."""
+    counter: Iterator[int] = field(default_factory=itertools.count)
+
+    def new_query(self) -> str:
+        """Not asked before, and finds something."""
+        return f"{self.queries[0]} {next(self.counter)}"
+
+
+Open: TypeAlias = Callable[[], AbstractAsyncContextManager[Subject]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +130,7 @@ class Files:
 
     @contextmanager
     def unreadable_corpus(self) -> Iterator[None]:
-        """As a disk would: the file is there, and says nothing any more."""
+        """The file is there, and its content is lost."""
         content, before = self.corpus.read_bytes(), self.corpus.stat()
         _overwrite(self.corpus, b"\0" * len(content))
         try:
@@ -118,7 +153,7 @@ class Files:
 
 
 def _overwrite(path: Path, content: bytes) -> None:
-    """In place: who has mapped the file sees it."""
+    """In place, so that mappings change too."""
     with path.open("r+b") as file:
         file.write(content)
 
@@ -181,13 +216,11 @@ def _open_mock(files: Files) -> AbstractAsyncContextManager[Subject]:
 
 
 @asynccontextmanager
-async def _open_online(files: Files, *, name: str, records: bool = False) -> AsyncIterator[Subject]:
-    async with (fake := FakeEngine(name)).running():
-        options = fake.options()
-        if records:
-            options = replace(options, mode=OnlineMode.RECORD, cache_path=files.folder / f"{name}.sqlite")
+async def _open_recorded(files: Files) -> AsyncIterator[Subject]:
+    async with (fake := FakeEngine("serper")).running():
+        options = fake.options(mode=OnlineMode.RECORD, cache_path=files.folder / "serper.sqlite")
         subject = Subject(
-            retriever=open_online(name, options=options),
+            retriever=open_online("serper", options=options),
             queries=QUERIES,
             nothing=NOTHING,
             max_hits=6,
@@ -202,7 +235,7 @@ async def _open_online(files: Files, *, name: str, records: bool = False) -> Asy
 
 
 _COUNTER = itertools.count()
-"""For all: what was recorded is not asked again."""
+"""For all of them: what was recorded is not asked again."""
 
 
 @contextmanager
@@ -229,18 +262,14 @@ BACK_ENDS: dict[str, Callable[[Files], AbstractAsyncContextManager[Subject]]] = 
     "hybrid": _open_hybrid,
     "reranked": _open_reranked,
     "mock": _open_mock,
-    "recorded": partial(_open_online, name="serper", records=True),
-    "serper": partial(_open_online, name="serper"),
+    "recorded": _open_recorded,
 }
 
 
 @asynccontextmanager
-async def open_remote(files: Files, *, name: str) -> AsyncIterator[Subject]:
-    """The back end behind our server, over a socket, by our client."""
-    num_calls = _NUM_REMOTE_CALLS.get(name, 50)
-    async with BACK_ENDS[name](files) as behind, serving(behind.retriever) as client:
-        remote = replace(
-            behind, retriever=RemoteRetriever(str(client.base_url)), is_edge=True, num_calls=num_calls
-        )
+async def open_remote(files: Files) -> AsyncIterator[Subject]:
+    """The BM25 index behind our server, over a socket, by our client."""
+    async with _open_bm25(files) as behind, serving(behind.retriever) as client:
+        remote = replace(behind, retriever=RemoteRetriever(str(client.base_url)), is_edge=True)
         async with _closing(remote):
             yield remote

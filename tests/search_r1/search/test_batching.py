@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search_r1.search.batching import MAX_WAIT_S, BatchOptions, MicroBatcher, Source, _Asked, _Lane
+from search_r1.search.batching import BatchOptions, MicroBatcher, Source
 from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
@@ -85,45 +85,12 @@ def test_askers_in_a_loop_end_in_one_batch() -> None:
     assert [len(call) for call in retriever.calls] == [32, 64, 64, 64, 64, 64, 32]
 
 
-@pytest.mark.parametrize(("search_s", "waits_s"), [(0.0, 0.02), (1.0, 0.25), (30.0, MAX_WAIT_S)])
-async def test_nobody_waits_long_for_company_however_slow_searches_are(
-    search_s: float, waits_s: float
-) -> None:
-    """Of 64 that were there before, one comes after the other, so that the next is always near."""
-    batcher = make(EchoRetriever())
-    lane = _Lane(topk=1, num_clients=64, search_s=search_s, since=100.0, latest=100.0 + waits_s)
-    lane.queue[_Asked("q", lane, 1, asyncio.get_running_loop().create_future())] = None
-    assert batcher._start_time(lane, now=lane.latest) == pytest.approx(100.0 + waits_s)
-
-
-async def test_a_batch_is_never_larger_than_both_limits() -> None:
-    for limits in ({"max_batch": 5}, {"max_batch": 100}):
-        retriever = EchoRetriever(max_batch=7)
-        batcher = make(retriever, **limits)
-        answers = await ask(batcher, *(f"q{number}" for number in range(23)))
-        assert answers == [hits_for(f"q{number}", 1) for number in range(23)]
-        assert max(map(len, retriever.calls)) == min(7, limits["max_batch"])
-
-
 async def test_without_batching_every_request_is_a_call_of_its_own() -> None:
     retriever = EchoRetriever(search_s=0.001)
     batcher = make(retriever, together=False)
     await asyncio.gather(*(ask(batcher, f"a{number}", f"b{number}") for number in range(5)))
     assert retriever.calls == [(f"a{number}", f"b{number}") for number in range(5)]
     assert retriever.most == 1
-
-
-async def test_without_batching_who_joins_is_searched_for_again_when_it_was_too_late() -> None:
-    """Also when nothing else of that request is left to search."""
-    late = SearchFailure(kind=FailureKind.DEADLINE, reason="too slow")
-    retriever = EchoRetriever(search_s=0.1, max_batch=1, num_parallel_calls=2, act={"slow": late})
-    batcher = make(retriever, together=False)
-    hasty = ask(batcher, "slow", "quick", timeout_s=0.1)
-    await asyncio.sleep(0.05)
-    patient = ask(batcher, "slow", timeout_s=5)
-    await hasty
-    retriever.act = {}
-    assert await patient == [hits_for("slow", 1)]
 
 
 async def test_queries_that_ask_for_other_numbers_of_passages_are_searched_apart() -> None:
@@ -133,13 +100,6 @@ async def test_queries_that_ask_for_other_numbers_of_passages_are_searched_apart
     assert await ask(batcher, "c", topk=3) == [hits_for("c", 3)]
     assert (await three, await five) == ([hits_for("a", 3), hits_for("b", 3)], [hits_for("a", 5)])
     assert sorted(zip(retriever.topks, retriever.calls, strict=True)) == [(3, ("a", "b", "c")), (5, ("a",))]
-
-
-async def test_calls_run_side_by_side_where_the_retriever_says_so() -> None:
-    retriever = EchoRetriever(search_s=0.05, max_batch=1, num_parallel_calls=3)
-    await ask(make(retriever), *"abcdefgh")
-    assert retriever.most == 3
-    assert len(retriever.calls) == 8
 
 
 async def test_equal_queries_are_searched_once_and_remembered() -> None:
@@ -280,36 +240,6 @@ async def test_the_end_answers_everybody() -> None:
     assert [kinds(await answer) for answer in asked] == [[FailureKind.UNAVAILABLE]] * 3
     assert retriever.closed
     assert len(retriever.calls) == 1
-
-
-async def test_the_end_answers_also_those_whose_call_did_not_begin() -> None:
-    retriever = EchoRetriever(search_s=60)
-    batcher = make(retriever, max_batch=1)
-    asked = ask(batcher, "a")
-    while not batcher._calls:
-        await asyncio.sleep(0)
-    await batcher.aclose()
-    async with asyncio.timeout(200):
-        assert kinds(await asked) == [FailureKind.UNAVAILABLE]
-    assert (retriever.calls, batcher._flying) == ([], {})
-
-
-async def test_no_lane_starves_beside_a_busy_one() -> None:
-    retriever = EchoRetriever(search_s=0.005)
-    batcher = make(retriever, max_batch=4, cache_size=0, window_s=0.002)
-
-    async def ask_on(number: int) -> None:
-        for turn in range(1000):
-            await batcher.search([f"{number}.{turn}"], topk=3, timeout_s=30)
-
-    busy = [asyncio.create_task(ask_on(number)) for number in range(16)]  # always more than a batch
-    await asyncio.sleep(0.1)
-    before = len(retriever.calls)
-    assert await ask(batcher, "rare", topk=5) == [hits_for("rare", 5)]
-    assert len(retriever.calls) - before <= 4
-    await batcher.aclose()
-    for task in busy:
-        task.cancel()
 
 
 # ------------------------------------------------------------------------------------- whatever happens when

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,19 +97,6 @@ def test_equals_are_ordered_by_row_whatever_is_asked_for(folder: Folder) -> None
         assert ids(retriever, "same words", topk=topk) == expected[:topk]
 
 
-@pytest.mark.slow
-def test_equals_are_ordered_by_row_over_several_segments(folder: Folder) -> None:
-    rng = random.Random(0)
-    # As many as are put in order; more are in the order of segments, which a merge may change.
-    passages = {
-        str(row): " ".join(["same words", *(f"n{rng.randrange(10**9)}" for _ in range(4))])
-        for row in range(131_072)
-    }
-    folder.build(passages, memory_mib=16)
-    assert len(list((folder.index / "terms-1").glob("*.idx"))) > 1
-    assert ids(folder.load(), "same words", topk=5) == ["0", "1", "2", "3", "4"]
-
-
 @pytest.mark.parametrize(
     ("query", "found"),
     [
@@ -182,32 +167,6 @@ def test_a_query_of_ten_thousand_words(folder: Folder) -> None:
     assert ids(retriever, "lake " * 10_000) == ["d"]
     assert ids(retriever, words + " lake") == []  # beyond the first 512 terms
     assert MAX_QUERY_TERMS == 512
-
-
-def test_several_threads_give_the_same(folder: Folder) -> None:
-    folder.build(PASSAGES)
-    one, four = folder.load(), folder.load(num_threads=4)
-    queries = [word for text in PASSAGES.values() for word in text.split()] * 5
-    assert one.search(queries, topk=3) == four.search(queries, topk=3)
-    assert one.search([], topk=3) == []
-
-
-def test_the_manifest_says_what_it_is_and_where_nothing_lies(folder: Folder) -> None:
-    folder.build(FOUR)
-    text = (folder.index / "bm25.json").read_text()
-    manifest = json.loads(text)
-    assert (manifest["kind"], manifest["count"], manifest["language"]) == ("bm25", 4, "english")
-    assert manifest["tantivy_version"]
-    assert manifest["corpus"]["bytes"] == folder.corpus.stat().st_size
-    assert str(folder.corpus.parent) not in text
-    assert set(os.listdir(folder.index)) == {"bm25.json", "terms-1"}
-
-
-def test_it_may_be_moved(folder: Folder, tmp_path: Path) -> None:
-    folder.build(FOUR)
-    folder.index = folder.index.rename(tmp_path / "elsewhere")
-    folder.corpus = folder.corpus.rename(tmp_path / "other.jsonl")
-    assert ids(folder.load(full_check=True), "lake") == ["d"]
 
 
 def test_another_corpus_is_refused_by_name(folder: Folder) -> None:
@@ -294,15 +253,6 @@ def test_what_is_no_index_is_not_replaced(folder: Folder) -> None:
         folder.build(FOUR)
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [({"language": "klingon"}, "expected one of"), ({"memory_mib": 20, "num_threads": 2}, "is too little")],
-)
-def test_settings_out_of_range(folder: Folder, settings: dict[str, object], named: str) -> None:
-    with pytest.raises(RetrieverError, match=named):
-        folder.build(FOUR, **settings)
-
-
 def test_a_malformed_line_is_named_and_the_old_index_stands(folder: Folder) -> None:
     folder.build(FOUR)
     kept = folder.corpus.read_text()
@@ -320,17 +270,6 @@ def test_a_running_server_outlives_a_rebuild(folder: Folder) -> None:
     build_bm25(folder.corpus, index_path=folder.index)
     assert set(os.listdir(folder.index)) == {"bm25.json", "terms-2"}
     assert ids(before, "lake") == ids(folder.load(), "lake") == ["d"]
-
-
-def test_progress_is_told(folder: Folder) -> None:
-    told: list[tuple[str, int, int]] = []
-    passages = {str(row): f"passage number {row}" for row in range(2500)}
-    folder.build(passages, report=lambda *progress: told.append(progress))
-    assert [done for phase, done, total in told if phase == "index passages" and total == 2500] == [
-        1000,
-        2000,
-        2500,
-    ]
 
 
 _BUILD = """
@@ -357,28 +296,3 @@ def test_killed_while_building_the_old_index_stands(folder: Folder) -> None:
     build_bm25(folder.corpus, index_path=folder.index)
     assert ids(folder.load(), "number 17", topk=1) == ["17"]
     assert set(os.listdir(folder.index)) == {"bm25.json", "terms-2"}
-
-
-def test_nothing_is_left_open(folder: Folder) -> None:
-    folder.build(FOUR)
-    load_bm25(folder.index, corpus_path=folder.corpus).close()
-    files, num_threads = sorted(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    for _ in range(20):
-        retriever = load_bm25(folder.index, corpus_path=folder.corpus, num_threads=3)
-        retriever.search(["lake"], topk=3)
-        retriever.close()
-    while len(os.listdir("/proc/self/task")) > num_threads:
-        time.sleep(0.05)
-    assert sorted(os.listdir("/proc/self/fd")) == files
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_passages(folder: Folder) -> None:
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(50_000)]
-    weights = [1 / (place + 1) for place in range(len(words))]
-    drawn = rng.choices(words, weights=weights, k=60 * 100_000)
-    passages = {str(row): " ".join(drawn[60 * row : 60 * row + 60]) for row in range(100_000)}
-    write_corpus(folder.corpus, passages)
-    build_bm25(folder.corpus, index_path=folder.index)
-    assert ids(folder.load(), passages["77777"], topk=1) == ["77777"]

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import asyncio
 import json
-import time
 
 import pytest
 
 from search_r1.search.client import HttpSearch
-from tests.fakes import AnsweringServer, Reply, ScriptedServer
+from tests.fakes import Reply, ScriptedServer
 from tests.processes import free_port
 from tests.search_r1.search.small_world import PASSAGES, RunningServer
 from verl.errors import ConfigError, ServiceError
@@ -56,42 +54,6 @@ async def test_the_first_line_is_the_title_unless_it_is_the_only_one(
     assert found == (Passage(id="7", title=title, text=text, score=0.5),)
 
 
-async def test_concurrent_searches_share_one_request_and_get_their_own_answers() -> None:
-    lists = [[(str(row), f'"T{row}"\nt', 1.0)] for row in range(5)]
-    scripted = ScriptedServer([Reply(render(*lists))])
-    async with scripted.running():
-        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
-        found = await asyncio.gather(*(search.search(f"q{row}") for row in range(5)))
-        await search.aclose()
-    assert [passages[0].id for passages in found] == ["0", "1", "2", "3", "4"]
-    assert len(scripted.requests) == 1
-    asked = json.loads(scripted.requests[0][2])
-    assert asked.pop("timeout_s") == pytest.approx(4.5, abs=0.1)
-    assert asked == {
-        "queries": ["q0", "q1", "q2", "q3", "q4"],
-        "topk": 3,
-        "return_scores": True,
-        "allow_failures": True,
-    }
-
-
-async def test_a_failed_query_fails_alone_and_is_not_the_one_that_found_nothing() -> None:
-    body = {
-        "result": [[{"document": {"id": "7", "contents": "T\nt"}, "score": 1.0}], None, []],
-        "errors": [None, {"kind": "quota", "reason": "the spend cap of 5 USD is used up"}, None],
-    }
-    async with (scripted := ScriptedServer([Reply(json.dumps(body))])).running():
-        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
-        asked = [search.search(query) for query in ("good", "dear", "rare")]
-        good, dear, rare = await asyncio.gather(*asked, return_exceptions=True)
-        await search.aclose()
-    assert isinstance(good, tuple)
-    assert [passage.id for passage in good] == ["7"]
-    assert isinstance(dear, ServiceError)
-    assert str(dear) == f"retriever: {scripted.url}: quota: the spend cap of 5 USD is used up"
-    assert rare == ()
-
-
 async def test_the_token_is_sent_and_a_wrong_one_noticed_at_once() -> None:
     async with (scripted := ScriptedServer([Reply(ONE), Reply("{}", 401)])).running():
         search = HttpSearch(scripted.url, topk=3, timeout_s=5.0, token="geheim-7")
@@ -118,26 +80,6 @@ async def test_an_engine_that_refuses_its_key_is_noticed_before_training(
                 await search.wait_ready(60.0)
         await search.aclose()
     assert len(scripted.requests) == 1
-
-
-async def test_what_the_server_says_of_itself() -> None:
-    replies = [Reply('{"index_sha256": "ab"}'), Reply("{}", 404)]
-    async with (scripted := ScriptedServer(replies)).running():
-        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
-        assert await search.describe() == {"index_sha256": "ab"}
-        assert await search.describe() is None
-        await search.aclose()
-    assert {line.split()[1] for line, _, _ in scripted.requests} == {"/version"}
-
-
-async def test_real_concurrent_answers_equal_serial_ones(server: RunningServer) -> None:
-    search = HttpSearch(server.url, topk=3, timeout_s=60.0)
-    queries = ["Alice Marsh", "river", "ships in Calder", "film"]
-    serial = {query: [hit.id for hit in await search.search(query)] for query in queries}
-    # More than one request's worth.
-    found = await asyncio.gather(*(search.search(query) for query in queries * 80))
-    await search.aclose()
-    assert [[hit.id for hit in hits] for hits in found] == [serial[query] for query in queries * 80]
 
 
 async def test_found_nothing_is_not_a_failure() -> None:
@@ -198,44 +140,6 @@ async def test_a_dead_server_is_named_with_the_fix() -> None:
         with pytest.raises(ServiceError, match=f"{url}/retrieve.*retrieval_launch.sh"):
             await call
     await search.aclose()
-
-
-async def test_one_cancelled_search_leaves_the_others_alone() -> None:
-    scripted = ScriptedServer([Reply(render([("0", "a\nb", 1.0)], [("1", "c\nd", 1.0)]), delay_s=0.1)])
-    async with scripted.running():
-        search = HttpSearch(scripted.url, topk=3, timeout_s=5.0)
-        first, second = (asyncio.create_task(search.search(f"q{row}")) for row in range(2))
-        await asyncio.sleep(0.05)
-        first.cancel()
-        assert [passage.id for passage in await second] == ["1"]
-        await search.aclose()
-
-
-async def test_closing_leaves_nobody_waiting() -> None:
-    async with (server := AnsweringServer(lambda _: Reply(ONE, delay_s=30.0))).running():
-        search = HttpSearch(server.url, topk=3, timeout_s=60.0)
-        sent = asyncio.create_task(search.search("sent"))
-        while not server.bodies:
-            await asyncio.sleep(0.01)
-        gathered = asyncio.create_task(search.search("gathered"))
-        await asyncio.sleep(0)
-        await search.aclose()
-        for task in (sent, gathered):
-            with pytest.raises(ServiceError, match="client was closed"):
-                await task
-
-
-async def test_being_turned_away_is_obeyed_within_the_deadline() -> None:
-    away = [Reply(status=status, headers=(("Retry-After", "1"),)) for status in (429, 503)]
-    async with (scripted := ScriptedServer([*away, Reply(ONE)])).running():
-        search = HttpSearch(scripted.url, topk=3, timeout_s=60.0)
-        started = time.monotonic()
-        assert [passage.id for passage in await search.search("q")] == ["7"]
-        assert time.monotonic() - started >= 2.0
-        await search.aclose()
-    left = [json.loads(body)["timeout_s"] for _, _, body in scripted.requests]
-    # One deadline, sent along: less is left for each attempt.
-    assert left[0] > left[1] + 0.8 > left[2] + 1.6
 
 
 def test_a_setting_that_cannot_be_is_a_config_error() -> None:

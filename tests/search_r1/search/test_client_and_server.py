@@ -44,22 +44,6 @@ async def test_a_query_fails_alone_whatever_its_failure(kind: FailureKind) -> No
     assert bad.endswith(f"{kind}: for a reason")
 
 
-async def test_a_defect_of_one_search_is_a_named_failure() -> None:
-    async with searching(EchoRetriever(act={"bad": RuntimeError("index is gone")})) as search:
-        with pytest.raises(ServiceError, match="retriever: http"):
-            await search.search("bad")
-        assert len(await search.search("good")) == 2
-
-
-async def test_the_deadline_of_the_client_is_that_of_the_server() -> None:
-    retriever = EchoRetriever(search_s=60.0)
-    async with searching(retriever, timeout_s=1.0) as search:
-        with pytest.raises(ServiceError, match="deadline: "):
-            await search.search("slow")
-    (sent_s,) = retriever.timeouts_s
-    assert 0.0 < sent_s <= 1.0
-
-
 async def test_more_queries_than_a_request_may_hold_are_divided() -> None:
     queries = [f"q{row}" for row in range(100)]
     async with searching(EchoRetriever(), "--max_queries", "7") as search:
@@ -75,21 +59,9 @@ async def test_a_full_queue_is_waited_for() -> None:
         assert await busy == [f"{query}/0" for query in queries[:16]]
 
 
-async def test_a_query_of_many_pages_is_cut() -> None:
-    async with searching(EchoRetriever()) as search:
-        found = await ask_all(search, ["first", "x" * 30_000, "last"])
-    assert found == ["first/0", "x" * 20_000 + "/0", "last/0"]
-
-
 async def test_token_and_description() -> None:
     async with searching(EchoRetriever(), token=TOKEN) as search:
         await search.wait_ready(5.0)
         described = await search.describe()
     assert described is not None
     assert described["retriever"] == {"retriever": "echo"}
-
-
-async def test_a_server_that_loads_is_waited_for() -> None:
-    async with searching(EchoRetriever(), load_s=1.0) as search:
-        await search.wait_ready(10.0)
-        assert len(await search.search("q")) == 2

@@ -4,8 +4,6 @@ import gzip
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import pytest
 from search_r1.search import line_offsets
 from search_r1.search.corpus import open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
-from tests.search_r1.search.small_world import REPOSITORY
 
 GOOD = '{"id": "0", "contents": "\\"Bolton\\"\\nA town."}'
 
@@ -111,13 +108,6 @@ def test_what_is_no_corpus_is_named_with_the_fix(tmp_path: Path) -> None:
         open_corpus(tmp_path / "corpus.parquet")
 
 
-def test_a_check_says_how_far_it_is(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    corpus = open_corpus(write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5))
-    corpus.check(lambda done, total: seen.append((done, total)))
-    assert seen == [(5, 5)]
-
-
 @pytest.mark.usefixtures("with_sidecars")
 def test_the_second_opening_reads_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
@@ -208,50 +198,6 @@ def test_an_arrow_file_that_does_not_do_is_named(tmp_path: Path) -> None:
 def test_sampled_rows_are_evenly_spaced() -> None:
     assert sample_rows(3, size=10) == [0, 1, 2]
     assert sample_rows(21_015_324, size=3) == [0, 10507661, 21015323]
-
-
-OPEN_TWICE = """
-import resource, sys, time
-from pathlib import Path
-from search_r1.search.corpus import open_corpus
-
-def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
-
-open_corpus(Path(sys.argv[2]))[0]
-before = anonymous()
-started = time.perf_counter()
-corpus = open_corpus(Path(sys.argv[1]))
-opened = time.perf_counter() - started
-assert corpus[len(corpus) - 1].id == str(len(corpus) - 1)
-for row in range(0, len(corpus), 1000):
-    corpus[row]
-print(len(corpus), opened, anonymous() - before)
-"""
-
-
-@pytest.mark.slow
-def test_a_million_lines_open_at_once_and_stay_out_of_memory(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.jsonl"
-    padding = "x" * 40
-    with path.open("w") as file:
-        for row in range(1_000_000):
-            file.write(f'{{"id": "{row}", "contents": "{row} {padding}"}}\n')
-    small = write(tmp_path / "small.jsonl", GOOD + "\n")
-    figures = []
-    for _ in range(2):
-        command = [sys.executable, "-c", OPEN_TWICE, str(path), str(small)]
-        ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        count, seconds, mebibytes = map(float, ended.stdout.split())
-        assert count == 1_000_000
-        figures.append((seconds, mebibytes))
-    print(  # noqa: T201
-        f"a million lines ({path.stat().st_size / 1e6:.0f} MB): opened in {figures[0][0]:.2f} s, again in "
-        f"{figures[1][0] * 1e3:.1f} ms; anonymous memory {figures[0][1]:.1f} and {figures[1][1]:.1f} MiB"
-    )
-    assert figures[1][0] < 0.5
-    assert figures[1][1] < 4
-    assert figures[0][1] < 50
 
 
 def test_damaged_arrow_texts_are_named_before_they_are_followed(tmp_path: Path) -> None:

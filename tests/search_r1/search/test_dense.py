@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 
@@ -10,9 +9,9 @@ import pytest
 from search_r1.search.dense import DenseRetriever, load_dense
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
-from search_r1.search.manifest import load_manifest, locate_manifest
+from search_r1.search.manifest import locate_manifest
 from search_r1.search.recipes import EncoderSpec, PartialRecipe
-from search_r1.search.settings import DenseOptions, resolve_server
+from search_r1.search.settings import DenseOptions
 from tests.search_r1.search.small_world import PASSAGES, World, save_encoder, write_corpus
 
 QUERIES = ["Alice Marsh born", "film Silver Harbour", "größe 漢字 🎬", "river", "unknown words only"]
@@ -35,25 +34,6 @@ def test_finds_what_brute_force_finds(world: World) -> None:
         best = np.argsort(-query_scores)[:3]
         assert [hit.document.id for hit in hits] == [list(PASSAGES)[row] for row in best]
         np.testing.assert_allclose([hit.score for hit in hits], query_scores[best], atol=1e-5)
-
-
-def test_edges_of_a_search(world: World) -> None:
-    retriever = load(world)
-    assert retriever.search([], topk=3) == []
-    assert retriever.search([" ", "\n"], topk=3) == [[], []]
-    assert len(retriever.search(["Bolton"], topk=100)[0]) == len(PASSAGES) == len(retriever)
-    retriever.close()
-
-
-def test_facts_say_what_the_answers_depend_on_and_no_path(world: World) -> None:
-    facts = load(world).facts()
-    recorded = load_manifest(world.index)
-    assert recorded is not None
-    assert facts["encoder_sha256"] == recorded.encoder_sha256
-    assert facts["corpus_sha256"] == recorded.corpus.sha256
-    assert facts["index_kind"] == "flat"
-    assert facts["query_prefix"] == "query: "
-    assert str(world.corpus.parent) not in json.dumps(facts)
 
 
 def spoil_corpus(world: World) -> None:
@@ -123,11 +103,6 @@ def test_flags_that_do_not_fit_the_index_are_refused(
         load(world, **changes)
 
 
-def test_the_recipe_comes_from_the_manifest_where_no_flag_names_another(world: World) -> None:
-    named, unnamed = load(world), load(world, family=None)
-    assert named.search(QUERIES, topk=3) == unnamed.search(QUERIES, topk=3)
-
-
 def test_without_a_manifest_a_fitting_index_loads_with_a_warning(
     copied_world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,7 +156,3 @@ def test_a_broken_or_missing_index_is_named(copied_world: World) -> None:
     copied_world.index.unlink()
     with pytest.raises(RetrieverError, match=r"e5_Flat\.index is not a file"):
         load(copied_world)
-
-
-def test_the_shipped_index_belongs_to_the_shipped_world() -> None:
-    assert len(load_dense(resolve_server(environ={})[1].dense)) >= 2000

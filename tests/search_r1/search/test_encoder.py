@@ -146,14 +146,6 @@ def test_a_plain_transformer_is_encoded_as_its_family_wants_it(folder: Path) -> 
     assert abs(bge.encode_queries(TEXTS) - expected).max() > 0.01  # its queries have a prefix
 
 
-@pytest.mark.parametrize("name", ["e5-tiny", "contriever-tiny"])
-def test_the_family_is_told_by_the_folders_name(tmp_path: Path, name: str) -> None:
-    encoder = TextEncoder(save_transformer(tmp_path / name), device="cpu")
-    assert encoder.family == name.split("-")[0]
-    lengths = np.linalg.norm(encoder.encode_queries(TEXTS), axis=1)
-    assert np.allclose(lengths, 1, atol=1e-6) == (name == "e5-tiny")
-
-
 def test_the_prefix_reaches_the_tokenizer(folder: Path) -> None:
     describe_sentence_encoder(folder, prompts={"query": "query: ", "document": "passage: "})
     encoder = TextEncoder(folder, device="cpu")
@@ -203,17 +195,6 @@ def test_a_projection_behind_the_pooling_is_applied_and_hashed(folder: Path) -> 
     (folder / "2_Dense" / "model.safetensors").unlink()
     with pytest.raises(RetrieverError, match=r"pytorch_model\.bin only, a pickle"):
         TextEncoder(folder, device="cpu")
-
-
-def test_explicit_flags_are_followed(folder: Path) -> None:
-    describe_sentence_encoder(folder, prompts={"query": "query: "})
-    encoder = TextEncoder(
-        of(folder, pooling="last", query_prefix="a ", passage_prefix="the ", normalized=False), device="cpu"
-    )
-    expected = pool(token_states(folder, "a cat"), "last")
-    np.testing.assert_allclose(encoder.encode_queries(["cat"])[0], expected, atol=1e-6)
-    expected = pool(token_states(folder, "the cat"), "last")
-    np.testing.assert_allclose(encoder.encode_passages(["cat"])[0], expected, atol=1e-6)
 
 
 def test_order_batches_and_repetition_change_nothing(folder: Path) -> None:
@@ -286,9 +267,3 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match="not finite of 'the cat'"):
         TextEncoder(of(folder, "e5"), device="cpu").encode_queries(["the cat"])
-
-
-def test_loading_and_encoding_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    encoder = TextEncoder(of(folder, "e5"), device="cpu")
-    encoder.encode_passages(TEXTS * 20, batch_size=4)
-    assert capfd.readouterr() == ("", "")

@@ -90,12 +90,6 @@ def test_a_cut_off_log_line_does_not_count(tmp_path: Path, numbers: Path) -> Non
     assert log.read_text() == "0\n2\n3\n1\n"
 
 
-def test_a_log_without_its_vectors_is_not_believed(tmp_path: Path, numbers: Path) -> None:
-    encode(open_run(tmp_path / "run"), numbers, CountingEncoder())
-    (tmp_path / "run" / "vectors.f32").unlink()
-    assert open_run(tmp_path / "run").num_encoded == 0
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -111,12 +105,6 @@ def test_unfinished_work_of_another_build_is_kept_unless_told(
         open_run(tmp_path / "run", **changes)
     assert open_run(tmp_path / "run").num_encoded == 10
     assert open_run(tmp_path / "run", restart=True, **changes).num_encoded == 0
-
-
-def test_a_damaged_state_starts_afresh(tmp_path: Path, numbers: Path) -> None:
-    encode(open_run(tmp_path / "run"), numbers, CountingEncoder())
-    (tmp_path / "run" / "run.json").write_text("{")
-    assert open_run(tmp_path / "run").num_encoded == 0
 
 
 def test_rows_of_a_vector_file(tmp_path: Path) -> None:

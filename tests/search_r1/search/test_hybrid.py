@@ -84,16 +84,6 @@ def test_of_equals_the_earlier_part_wins() -> None:
     assert ids(fuse_rankings([rank("x"), rank("y"), rank("z")])) == ["x", "y", "z"]
 
 
-def test_three_parts_in_any_order_give_the_same_scores() -> None:
-    rankings = [rank("a", "b", "c"), rank("b", "c", "a"), rank("c", "a", "b")]
-    assert len({hit.score for hit in fuse_rankings(rankings)}) == 1
-
-
-def test_rankings_may_be_of_any_length() -> None:
-    assert fuse_rankings([(), ()]) == ()
-    assert ids(fuse_rankings([(), rank("a", "b")])) == ["a", "b"]
-
-
 def test_a_document_that_one_ranking_has_twice_counts_once() -> None:
     [best, other] = fuse_rankings([rank("a", "b", "a"), ()])
     assert (best.document.id, best.score) == ("a", 1 / 61)
@@ -133,37 +123,6 @@ async def test_an_error_of_a_part_ends_the_others_and_is_raised_as_it_is() -> No
     with pytest.raises(RetrieverError, match="no such index"):
         await HybridRetriever([slow, broken], depth=10).search(["q"], topk=3, timeout_s=1.0)
     assert slow.was_cancelled
-
-
-async def test_cancelling_cancels_the_parts() -> None:
-    parts = [Part({"q": rank("a")}), Part({"q": rank("a")})]
-    for part in parts:
-        part.gate = asyncio.Event()
-    task = asyncio.create_task(HybridRetriever(parts, depth=10).search(["q"], topk=3, timeout_s=9.0))
-    await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert [part.was_cancelled for part in parts] == [True, True]
-
-
-async def test_parts_work_at_the_same_time() -> None:
-    parts = [Part({"q": rank("a")}), Part({"q": rank("b")})]
-    for part in parts:
-        part.gate = asyncio.Event()
-    task = asyncio.create_task(HybridRetriever(parts, depth=10).search(["q"], topk=3, timeout_s=9.0))
-    await asyncio.sleep(0.01)
-    assert [part.depths for part in parts] == [[10], [10]]
-    for part in parts:
-        assert part.gate is not None
-        part.gate.set()
-    assert ids((await task)[0]) == ["a", "b"]
-
-
-async def test_every_part_is_closed() -> None:
-    parts = [Part({}), Part({})]
-    await HybridRetriever(parts, depth=10).aclose()
-    assert [part.num_closed for part in parts] == [1, 1]
 
 
 def test_what_it_is_made_of() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import namedtuple
@@ -14,7 +13,6 @@ from search_r1.search import building
 from search_r1.search.building import BuildOptions, build_index, take_query
 from search_r1.search.dense import load_dense
 from search_r1.search.encoder import TextEncoder
-from search_r1.search.encoding_run import lock_folder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index_builder import main
 from search_r1.search.kinds import IndexKind, IndexOptions
@@ -130,32 +128,6 @@ def test_an_index_that_fails_its_trial_is_not_published(
     with pytest.raises(RetrieverError, match=r"do not find themselves.*it is not published"):
         build(varied, index, restart=True)
     assert (index.read_bytes(), locate_manifest(index).read_bytes()) == before
-
-
-def test_no_manifest_is_left_beside_an_index_that_is_not_its_own(
-    varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index = tmp_path / "i.index"
-    build(varied, index)
-
-    replace = os.replace
-
-    def fail(source: Path, target: Path) -> None:
-        if Path(target) == index:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build(varied, index, index=SQ8)
-    assert not locate_manifest(index).exists()
-
-
-def test_a_second_builder_of_the_same_index_is_refused(world: World, tmp_path: Path) -> None:
-    held = lock_folder(tmp_path / "i.index.building")
-    with pytest.raises(RetrieverError, match="another builder"):
-        build(world, tmp_path / "i.index")
-    os.close(held)
 
 
 def test_want_of_disk_is_named_before_anything_is_encoded(

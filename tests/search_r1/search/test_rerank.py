@@ -101,13 +101,6 @@ async def test_each_query_is_read_with_its_own_documents_only_in_one_batch() -> 
     assert inner.is_closed
 
 
-async def test_more_documents_than_the_depth_are_read_when_more_are_asked_for() -> None:
-    inner = Inner({"p": find("a", "bbb", "cc", "dddd")})
-    reranked = RerankedRetriever(inner, model=Judge(), depth=2)
-    assert list_ids((await reranked.search(["p"], topk=4, timeout_s=5))[0]) == ["dddd", "bbb", "cc", "a"]
-    assert inner.depths == [4]
-
-
 async def test_equal_scores_keep_the_order_of_the_inner_retriever() -> None:
     reranked = RerankedRetriever(Inner({"p": find("bb", "aa", "c", "ab")}), model=Judge(), depth=4)
     assert list_ids((await reranked.search(["p"], topk=4, timeout_s=5))[0]) == ["bb", "aa", "ab", "c"]
@@ -146,15 +139,6 @@ async def test_a_model_that_breaks_fails_what_it_should_have_read() -> None:
     assert empty == ()
 
 
-async def test_documents_that_come_after_the_deadline_are_not_read() -> None:
-    judge = Judge()
-    reranked = RerankedRetriever(Inner({"p": find("a"), "bad": BROKEN}, delay_s=0.05), model=judge, depth=2)
-    late, broken = await reranked.search(["p", "bad"], topk=1, timeout_s=0.01)
-    assert isinstance(late, SearchFailure)
-    assert (late.kind, broken) == (FailureKind.DEADLINE, BROKEN)
-    assert judge.calls == []
-
-
 async def test_nothing_is_read_for_those_whose_deadline_passes_while_others_are_read() -> None:
     class Slow(Judge):
         def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -170,34 +154,6 @@ async def test_nothing_is_read_for_those_whose_deadline_passes_while_others_are_
     assert late.kind is FailureKind.DEADLINE
     assert list_ids((await patient)[0]) == ["a"]
     assert judge.calls == [[("p", "a")]]
-    await reranked.aclose()
-
-
-async def test_the_event_loop_stays_free_and_calls_of_the_model_do_not_overlap() -> None:
-    class Slow(Judge):
-        num_running = 0
-
-        def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-            self.num_running += 1
-            assert self.num_running == 1
-            time.sleep(0.05)
-            self.num_running -= 1
-            return super().score(pairs)
-
-    reranked = RerankedRetriever(Inner({"p": find("a", "bb")}), model=Slow(), depth=2)
-    ticks = 0
-
-    async def tick() -> None:
-        nonlocal ticks
-        while True:
-            await asyncio.sleep(0.005)
-            ticks += 1
-
-    ticker = asyncio.create_task(tick())
-    outcomes = await asyncio.gather(*(reranked.search(["p"], topk=1, timeout_s=5) for _ in range(3)))
-    ticker.cancel()
-    assert [list_ids(found[0]) for found in outcomes] == [["bb"]] * 3
-    assert ticks >= 5
     await reranked.aclose()
 
 
@@ -246,14 +202,6 @@ def test_scores_are_the_models_own(tmp_path: Path) -> None:
     np.testing.assert_allclose(other.score(PAIRS), logits, atol=1e-5)
     assert other.describe()["reranker_activation"] == "Identity"
     assert other.describe()["reranker_sha256"] != facts["reranker_sha256"]
-
-
-def test_pairs_are_cut_at_the_models_length(tmp_path: Path) -> None:
-    folder = save_cross_encoder(tmp_path / "tiny")
-    reranker = CrossEncoderReranker(folder, device="cpu")
-    scores = reranker.score([("the cat", "a cat sat " * 50), ("the cat", "a cat sat " * 30)])
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
-    assert reranker.describe()["reranker_max_length"] == 64
 
 
 def test_a_roberta_reads_no_more_than_it_has_positions_for(tmp_path: Path) -> None:
@@ -305,20 +253,3 @@ def test_a_model_saved_by_the_library_or_under_old_names_is_whole(tmp_path: Path
     assert old.keys() != weights.keys()
     save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
     assert CrossEncoderReranker(folder, device="cpu").score(PAIRS) == pytest.approx(scores)
-
-
-def test_loading_and_scoring_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    CrossEncoderReranker(save_cross_encoder(tmp_path / "tiny"), device="cpu").score(PAIRS * 40)
-    assert capfd.readouterr() == ("", "")
-
-
-async def test_a_real_model_reranks(tmp_path: Path) -> None:
-    folder = save_cross_encoder(tmp_path / "tiny")
-    scores = dict(zip(PAIRS, score_by_hand(folder), strict=True))
-    texts = ["a cat sat", "river flows"]
-    reranked = RerankedRetriever(
-        Inner({"the cat": find(*texts)}), model=CrossEncoderReranker(folder, device="cpu"), depth=2
-    )
-    found = (await reranked.search(["the cat"], topk=2, timeout_s=30))[0]
-    assert list_ids(found) == sorted(texts, key=lambda text: -scores["the cat", text])
-    await reranked.aclose()

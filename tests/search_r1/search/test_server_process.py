@@ -13,7 +13,7 @@ from functools import partial
 import httpx
 import pytest
 
-from tests.processes import free_port, post_accepted, running_script, wait_for
+from tests.processes import post_accepted, running_script, wait_for
 
 WITHOUT_INDEX = """
 import asyncio, os, sys, time
@@ -84,19 +84,6 @@ def test_a_stop_while_it_loads_ends_at_once(number: signal.Signals) -> None:
         assert client.get("/readyz").status_code == 503
         process.send_signal(number)
         assert process.wait() == 0
-
-
-def test_after_a_kill_the_port_is_free_again() -> None:
-    port = free_port()
-    with running(60, port=port) as (process, client), ThreadPoolExecutor() as executor:
-        wait_for(client, "/readyz", 200)
-        accepted = ask(client, executor)
-        process.kill()
-        with pytest.raises(httpx.TransportError):
-            accepted.result()
-    with running(0, port=port) as (_, client):
-        wait_for(client, "/readyz", 200)
-        assert client.post("/retrieve", json={"query": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize(

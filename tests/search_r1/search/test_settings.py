@@ -89,12 +89,6 @@ def test_a_bad_value_is_named(arguments: list[str], message: str) -> None:
         resolve_server(arguments, environ={})
 
 
-def test_what_is_read_is_what_the_log_names() -> None:
-    read = {name: len(resolve("--retriever_name", name).files) for name in ("e5", "bm25", "hybrid")}
-    assert read == {"e5": 3, "bm25": 2, "hybrid": 4}
-    assert resolve("--reranker_model", "model").files[-1] == "model"
-
-
 def test_other_commands_ask_for_the_same_retriever() -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_retriever_arguments(parser)

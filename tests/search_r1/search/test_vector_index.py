@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.faiss_index import StoredVectors, write_index
+from search_r1.search.faiss_index import write_index
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions, parse_options
-from search_r1.search.ranking import compare_rows, order_hits, read_blocks, rescore, sample_vectors
+from search_r1.search.ranking import compare_rows, order_hits, read_blocks, sample_vectors
 from search_r1.search.torch_index import open_exact, search_source
 from search_r1.search.vector_index import open_index
 from tests.search_r1.search.vectors import FloatArray, make_queries, make_vectors, search_exactly
@@ -126,17 +126,6 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(vectors: FloatArray,
         with pytest.raises(RetrieverError, match=complaint):
             write_index(source, tmp_path / "index", options=parse_options(name), num_threads=1)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", SCANNED_KINDS)
-def test_stored_vectors_are_read_back(
-    kind: IndexKind, built: dict[IndexKind, Path], vectors: FloatArray
-) -> None:
-    stored = StoredVectors(built[kind])
-    assert stored.shape == vectors.shape
-    assert np.abs(stored[100:110] - vectors[100:110]).max() < 0.005
-    with pytest.raises(RetrieverError, match="does not hold whole vectors"):
-        StoredVectors(built[IndexKind.IVF_PQ])
 
 
 @pytest.mark.parametrize(
@@ -257,14 +246,6 @@ def test_hits_are_ordered_by_score_then_row_and_padded() -> None:
     found, expected = np.array([[1, 2, 3], [4, -1, -1]]), np.array([[3, 2, 9], [4, 5, -1]])
     assert compare_rows(found, expected, k=1) == 0.5
     assert compare_rows(found, expected, k=3) == 3 / 5
-
-
-def test_a_pair_scores_the_same_whatever_is_scored_with_it(built: dict[IndexKind, Path]) -> None:
-    stored = StoredVectors(built[IndexKind.SQ8])
-    queries = make_vectors(40, DIM, seed=3)
-    rows = np.tile(np.arange(500), (40, 1))
-    together = rescore(queries, rows, stored=stored)
-    assert together[7, 100] == rescore(queries[7:8], rows[7:8, 100:101], stored=stored)[0, 0]
 
 
 def test_blocks_and_samples_of_a_memory_mapped_source(tmp_path: Path) -> None:

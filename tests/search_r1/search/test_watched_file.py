@@ -13,7 +13,6 @@ import pytest
 from pyarrow import feather
 from pyarrow import json as arrow_json
 
-from search_r1.search import line_offsets
 from search_r1.search.bm25 import build_bm25, load_bm25
 from search_r1.search.corpus import open_corpus
 from search_r1.search.dense import load_dense
@@ -81,18 +80,6 @@ def test_a_file_that_was_changed_in_place_is_named(
         return
     with pytest.raises(ChangedFileError, match=rf"{path.name} .*since it was opened"):
         look()
-
-
-def test_line_offsets_that_were_cut_short_are_named(
-    copied_world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(line_offsets, "SIDECAR_FROM_BYTES", 0)
-    corpus = open_corpus(copied_world.corpus)
-    corpus.check()  # is remembered in the sidecar
-    assert corpus[0].id == "0"
-    truncate(copied_world.corpus.with_name("corpus.jsonl.offsets.npy"))
-    with pytest.raises(ChangedFileError, match=r"offsets\.npy"):
-        corpus[0]
 
 
 @pytest.mark.slow

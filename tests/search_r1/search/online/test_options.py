@@ -7,7 +7,6 @@ from dataclasses import asdict
 import pytest
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.online.engines import ENGINES
 from search_r1.search.online.options import ENGINE_NAMES, OnlineMode, OnlineOptions
 from search_r1.search.online.retriever import open_online
 from search_r1.search.retriever import SearchFailure
@@ -64,15 +63,6 @@ def test_what_does_not_go_together_is_named(flags: list[str], complaint: str) ->
     assert SECRET not in str(caught.value)
 
 
-def test_proxies_are_those_of_the_environment() -> None:
-    options = resolve(HTTPS_PROXY="http://big:1", https_proxy="http://small:1", NO_PROXY="serpapi.com,.local")
-    proxy = options.proxy_for("https://google.serper.dev/search")
-    assert proxy is not None
-    assert proxy.get_secret_value() == "http://small:1"
-    assert options.proxy_for("https://serpapi.com/search.json") is None
-    assert options.proxy_for("http://google.serper.dev/") is None
-
-
 async def test_every_engine_can_be_mocked_without_key_and_network(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     assert not resolve(IGPO_MOCK_SEARCH="false").mock
@@ -88,9 +78,3 @@ async def test_every_engine_can_be_mocked_without_key_and_network(caplog: pytest
         assert all(hit.document.contents.startswith('"Mock result') for hit in first)
         assert all("größe" in hit.document.contents for hit in first)
     assert "MOCK SEARCH" in caplog.text
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_missing_key_is_named_before_anything_is_asked(name: str) -> None:
-    with pytest.raises(RetrieverError, match=" and ".join(ENGINES[name].key_variables)):
-        open_online(name, options=resolve())

@@ -102,12 +102,3 @@ async def test_the_limit_of_requests_holds_under_concurrency_and_counts_attempts
         outcomes = await search("serper", fake.options(cache_path=cache, max_requests=26), ["a", "b"])
         assert [type(outcome) for outcome in outcomes].count(SearchFailure) == 1
     assert len(fake.asked) == 26
-
-
-async def test_recorded_answers_are_not_counted(tmp_path: Path) -> None:
-    async with (fake := FakeEngine("serper")).running():
-        cache = tmp_path / "s.sqlite"
-        options = fake.options(mode=OnlineMode.RECORD, cache_path=cache, max_requests=1)
-        outcomes = [(await search("serper", options))[0] for _ in range(3)]
-    assert len(fake.asked) == 1
-    assert all(as_found(outcome) for outcome in outcomes)

@@ -9,10 +9,8 @@ import pytest
 from pydantic import SecretStr
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.online.engines import ENGINES, read_answer
 from search_r1.search.online.options import OnlineMode, OnlineOptions
 from search_r1.search.online.retriever import open_online
-from search_r1.search.online.transport import Transport
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.online.fake_engines import (
     KEYS,
@@ -155,30 +153,6 @@ async def test_a_silent_engine_ends_at_the_deadline() -> None:
     assert "within 0.4 s" in failure.reason
 
 
-async def test_a_request_that_hangs_is_given_up_and_sent_again() -> None:
-    engine = ENGINES["serper"]
-    counted: list[int] = []
-
-    async def count() -> None:
-        counted.append(1)
-
-    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
-        transport = Transport(engine, url=fake.url, keys=KEYS, proxy=None, max_connections=1, silence_s=0.1)
-        call = engine.make_call("moon", 0)
-        answer = await transport.ask(call, timeout_s=10.0, count=count)
-        await transport.aclose()
-    assert read_answer(engine, answer)
-    assert len(fake.asked) == 2
-    assert len(counted) == 2  # the engine may bill both
-
-
-@pytest.mark.parametrize("timeout_s", [0.0, -1.0])
-async def test_without_time_nothing_is_asked(timeout_s: float) -> None:
-    failure = await fail(fake := FakeEngine("serper"), timeout_s=timeout_s)
-    assert failure.kind is FailureKind.DEADLINE
-    assert fake.asked == []
-
-
 async def test_a_dead_engine_is_unavailable() -> None:
     options = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/search")
     [outcome] = await search("serpapi", options, timeout_s=1.0)
@@ -219,11 +193,6 @@ async def test_an_endless_answer_is_not_read_to_its_end() -> None:
     assert "8 MiB" in failure.reason
 
 
-async def test_a_broken_encoding_is_malformed() -> None:
-    fault = Fault(status=200, body="no gzip", headers={"Content-Encoding": "gzip"})
-    assert (await fail(FakeEngine("serper", faults=[fault]))).kind is FailureKind.MALFORMED
-
-
 @pytest.mark.parametrize(("status", "kind"), [(302, "unavailable"), (404, "unavailable"), (414, "refused")])
 async def test_other_statuses(status: int, kind: str) -> None:
     fault = Fault(status=status, headers={"Location": "http://127.0.0.1:9/"})
@@ -235,20 +204,6 @@ async def test_of_a_long_query_the_engine_is_asked_as_much_as_it_takes() -> None
         [outcome] = await search("serper", fake.options(), ["x" * 2047 + " and more"])
     assert not isinstance(outcome, SearchFailure)
     assert {asked.query for asked in fake.asked} == {"x" * 2047}
-
-
-async def test_half_characters_of_query_and_answer_do_no_harm() -> None:
-    body = r'{"organic": [{"title": "a\ud800b", "link": "https://x", "snippet": "\udc00"}]}'
-    async with (fake := FakeEngine("serper", faults=[Fault(status=200, body=body)])).running():
-        [found] = await search("serper", fake.options(), ["caf\udce9"])
-    assert fake.asked[0].query == "caf?"
-    assert as_found(found)[0].document.contents == '"a?b"\n?'
-
-
-async def test_one_failed_query_leaves_the_others_alone() -> None:
-    async with (fake := FakeEngine("serper", faults=[Fault(status=400)])).running():
-        outcomes = await search("serper", fake.options(), ["a", "b", "c"])
-    assert sum(isinstance(outcome, SearchFailure) for outcome in outcomes) == 1
 
 
 async def test_many_calls_use_few_connections_and_leave_none() -> None:
@@ -270,20 +225,6 @@ async def test_many_calls_use_few_connections_and_leave_none() -> None:
         assert fake.num_open == 0
 
 
-async def test_a_cancelled_search_hangs_up() -> None:
-    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
-        retriever = open_online("serper", options=fake.options())
-        task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
-        while not fake.asked:
-            await asyncio.sleep(0.01)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        while fake.num_open:
-            await asyncio.sleep(0.01)
-        await retriever.aclose()
-
-
 async def test_closing_stops_what_runs(tmp_path: Path) -> None:
     async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
         options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
@@ -298,20 +239,3 @@ async def test_closing_stops_what_runs(tmp_path: Path) -> None:
     assert outcome.kind is FailureKind.UNAVAILABLE
     with pytest.raises(RetrieverError, match="serper: the retriever is closed"):
         await retriever.search(["a"], topk=3, timeout_s=1.0)
-
-
-async def test_describes_itself(tmp_path: Path) -> None:
-    cache = tmp_path / "s.sqlite"
-    options = OnlineOptions(keys=KEYS, mode=OnlineMode.RECORD, cache_path=cache, date="2025-01-31")
-    retriever = open_online("google", options=options)
-    assert retriever.describe() == {
-        "retriever": "google",
-        "url": "https://customsearch.googleapis.com/customsearch/v1",
-        "mode": "record",
-        "date": "2025-01-31",
-        "recording": "s.sqlite",
-        "max_requests": None,
-    }
-    assert retriever.num_passages is None
-    assert retriever.num_parallel_calls > 1
-    await retriever.aclose()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.online.store import AnswerKey, OnlineStore, normalize_query
+from search_r1.search.online.store import AnswerKey, OnlineStore
 from search_r1.search.retriever import Found, Hit
 from search_r1.search.schema import Document
 
@@ -74,19 +74,6 @@ async def test_a_limit_is_kept_exactly_by_several_processes(tmp_path: Path) -> N
     await store.aclose()
 
 
-async def test_a_recording_can_be_replayed_while_another_process_records(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    writer = OnlineStore(path, read_only=False)
-    reader = OnlineStore(path, read_only=True)
-    await writer.keep(key(), hits("a"))
-    assert await reader.find(key()) == hits("a")
-    with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        await reader.keep(key("2025-02-02"), hits("b"))
-    await writer.aclose()
-    assert await reader.find(key()) == hits("a")
-    await reader.aclose()
-
-
 @pytest.mark.parametrize("kind", ["text", "other database", "folder", "newer"])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_file_that_is_something_else_is_refused_and_left_alone(
@@ -111,9 +98,3 @@ def test_a_missing_recording_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetrieverError, match=r"none\.sqlite is not a file; record one first"):
         OnlineStore(tmp_path / "none.sqlite", read_only=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_queries_have_one_spelling() -> None:
-    assert normalize_query("  Cafe\u0301\n de  Paris ") == "Café de Paris"
-    assert normalize_query("A b") != normalize_query("a b")
-    assert normalize_query("x\ud800") == "x?"
