@@ -7,11 +7,12 @@ It listens at once and answers 503 to work until both models are loaded, in the 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
@@ -24,11 +25,9 @@ from IG.config import (
     resolve_config,
     visible_device,
 )
-from IG.estimator import GainQuery
+from IG.estimator import Estimates, FailureKind, GainFailure, GainQuery
 from IG.semantics import gain_limit
-from IG.service import openapi
 from IG.service.backend import Backend, PooledBackend
-from IG.service.lifecycle import Service, StartBackend
 from IG.service.metrics import ServiceMetrics
 from IG.service.models import require_models
 from IG.service.rendering import render
@@ -40,81 +39,70 @@ from IG.service.schema import (
     Mode,
     VersionResponse,
 )
+from IG.sharing import Work
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
-from serving.web.application import add_guards, add_states, make_application, wait_until_left
-from serving.web.host import Host
-from serving.web.limits import bounded_route
+from serving.web.application import add_states, make_application, make_guarded_router, wait_until_left
+from serving.web.host import Host, UnavailableError
+from serving.web.limits import Admission, Guard, bounded_route
 from serving.web.loading import is_loading
-from serving.web.metrics import CONTENT_TYPE
-from serving.web.openapi import metrics_response, refusals, security
+from serving.web.openapi import refusals
 from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
 
 _WORK_PATH = "/compute_info_gain"
+_DESCRIPTION = """
+The service samples short answers to a question with a context and without it, groups them by meaning, and
+returns how much the belief in the accepted answers grew.
+
+* `null` is not 0: an item that failed has a `null` score and its error; leave it out.
+* The same item gets the same score alone and among others; what items have in common is done once.
+* A caller that disconnects cancels work that no other caller waits for.
+* 429 and 503 carry `Retry-After`, in seconds.
+"""
 
 
 def create_app(
-    start_backend: StartBackend,
+    start_backend: Callable[[], Awaitable[Backend]],
     *,
     config: IGServiceConfig,
     on_ready: Callable[[Backend], None] = lambda _: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Build the application; `start_backend` is awaited in the background once it runs."""
-    service = Service(
+    host: Host[Backend] = Host(
         start_backend,
-        max_queued_items=config.max_queued_items,
-        max_concurrent_requests=config.max_concurrent_requests,
+        admission=Admission(max_items=config.max_queued_items, noun="items"),
+        not_loaded="Models not loaded",
+        require_usable=_require_usable,
     )
-    host = service.host
     metrics = ServiceMetrics(items_in_progress=lambda: host.admission.num_held, backend=lambda: host.backend)
     app = make_application(
         host,
         title="Information gain",
         summary="How much does a context help a frozen language model to believe in the right answer?",
-        description=openapi.DESCRIPTION,
+        description=_DESCRIPTION,
         on_ready=on_ready,
         on_failure=on_failure,
     )
-    add_states(app, require_ready=service.require_ready, responses=refusals(openapi.REFUSALS, 503))
-    guarded = APIRouter(
-        dependencies=security(needs_token=bool(config.token), described="--token-file or IG_TOKEN"),
-        responses=refusals(openapi.REFUSALS, 401),
-    )
-    _add_reports(app, guarded, host=host, metrics=metrics, config=config)
-    guarded.include_router(_work(service=service, metrics=metrics, config=config))
-    app.include_router(guarded)
-    add_guards(
-        app,
-        max_body_bytes=config.max_body_bytes,
-        body_flag="--max-body-mb",
-        noun="items",
-        token=config.token,
-        metrics=metrics.requests,
-        work_path=_WORK_PATH,
-    )
-    return app
 
-
-def _add_reports(
-    app: FastAPI,
-    router: APIRouter,
-    *,
-    host: Host[Backend],
-    metrics: ServiceMetrics,
-    config: IGServiceConfig,
-) -> None:
-    """Add /health, which needs no token, and /version and /metrics."""
+    def require_ready() -> None:
+        if host.require_open().workers.num_ready == 0:
+            raise UnavailableError("No workers available", retry_after_s=1)
 
     @app.get("/health", response_model_exclude_none=True, tags=["state"])
     async def health() -> HealthResponse:
         """Return the state of the service; always 200."""
         return describe_health(host, version=app.version)
 
-    @router.get("/version", tags=["state"])
+    add_states(app, require_ready=require_ready)
+    guarded = make_guarded_router(
+        metrics.requests.registry, token=config.token, token_sources="--token-file or IG_TOKEN"
+    )
+
+    @guarded.get("/version", tags=["state"])
     async def version() -> VersionResponse:
         """Return everything that the numbers depend on."""
         identity = host.backend.identity if host.backend else None
@@ -125,42 +113,47 @@ def _add_reports(
             entailment_digest=identity.entailment_digest if identity else None,
         )
 
-    @router.get(
-        "/metrics",
-        tags=["state"],
-        response_class=Response,
-        responses=metrics_response("ig_items_in_progress 0.0\n"),
+    guarded.include_router(_work(host=host, metrics=metrics, config=config))
+    app.include_router(guarded)
+    app.add_middleware(
+        Guard,
+        work_path=_WORK_PATH,
+        token=config.token,
+        max_body_bytes=config.max_body_bytes,
+        body_flag="--max-body-mb",
+        noun="items",
+        metrics=metrics.requests,
     )
-    async def read_metrics() -> Response:
-        """Return counters in the text format of Prometheus."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+    return app
 
 
-def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
+def _work(*, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
+    turns = asyncio.Semaphore(config.max_concurrent_requests)
+
     def require_fitting(value: object) -> None:
         if isinstance(value, dict) and isinstance(items := value.get("items"), list):
             _require_fitting(len(items), config=config)
 
-    read = service.host.read
-    router = APIRouter(route_class=bounded_route(read=read, require_fitting=require_fitting, noun="items"))
+    router = APIRouter(
+        route_class=bounded_route(read=host.read, require_fitting=require_fitting, noun="items")
+    )
 
     @router.post(
         _WORK_PATH,
         tags=["gain"],
         response_model=InfoGainResponse,
-        responses=refusals(openapi.REFUSALS, 400, 408, 413, 415, 422, 429, 503),
+        responses=refusals(400, 408, 413, 415, 429, 503),
     )
     async def compute_info_gain(body: InfoGainRequest, request: Request) -> Response:
         """Return gains in order; a failed item has a null score (`compat`: 0.0) and its error."""
-        queries = [
-            GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
-            for item in body.items
-        ]
-        estimates = await service.estimate(
-            queries,
-            details=body.include_details,
-            timeout_s=body.timeout_s or config.request_timeout_s,
-            caller_left=lambda: wait_until_left(request),
+        # The deadline counts from here: waiting for a turn is part of it.
+        deadline = asyncio.get_running_loop().time() + (body.timeout_s or config.request_timeout_s)
+
+        async def take_turn(backend: Backend) -> Estimates:
+            return await _estimate_in_turn(backend, body, turns=turns, deadline=deadline)
+
+        estimates = await host.run(
+            take_turn, size=len(body.items), caller_left=lambda: wait_until_left(request)
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
         is_compatible = config.compat if body.compat is None else body.compat
@@ -173,6 +166,41 @@ def _work(*, service: Service, metrics: ServiceMetrics, config: IGServiceConfig)
         return Response(answer, media_type="application/json")
 
     return router
+
+
+async def _estimate_in_turn(
+    backend: Backend, body: InfoGainRequest, *, turns: asyncio.Semaphore, deadline: float
+) -> Estimates:
+    """Return outcomes in order; what fails as a whole, or gets no turn in time, fails item by item."""
+    queries = [
+        GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
+        for item in body.items
+    ]
+    try:
+        async with asyncio.timeout_at(deadline):
+            await turns.acquire()
+    except TimeoutError:
+        reason = "deadline: other requests were worked on until then"
+        failure = GainFailure(kind=FailureKind.deadline, reason=reason)
+        return Estimates(outcomes=[failure for _ in queries], work=Work(items=len(queries)))
+    try:
+        left_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
+        return await backend.estimate(queries, details=body.include_details, timeout_s=left_s)
+    except Exception as error:  # the request still gets an answer
+        logger.exception("a request of %d items failed", len(queries))
+        failure = GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}")
+        return Estimates(outcomes=[failure for _ in queries], work=Work(items=len(queries)))
+    finally:
+        turns.release()
+
+
+def _require_usable(backend: Backend) -> None:
+    """Raise UnavailableError when no worker is left and none can be started.
+
+    A worker that is being replaced is no reason to refuse: the work waits for it.
+    """
+    if (failure := backend.workers.failure) is not None:
+        raise UnavailableError(failure, retry_after_s=10)
 
 
 def describe_health(host: Host[Backend], *, version: str) -> HealthResponse:

@@ -12,7 +12,7 @@ from IG.estimator import GainEstimate, GainFailure
 from IG.service.backend import Backend
 from IG.service.pool import PoolStatus
 from IG.sharing import Work
-from serving.web.metrics import RequestMetrics, render_metrics
+from serving.web.metrics import RequestMetrics
 
 _NO_WORKERS = PoolStatus(devices=(), num_ready=0, num_restarts=0, failure=None)
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -58,10 +58,6 @@ class ServiceMetrics:
             ("equal", work.pairs_equal),
         ):
             self._pairs.labels(source).inc(count)
-
-    def render(self) -> bytes:
-        """Return everything in the text format of Prometheus."""
-        return render_metrics(self._registry)
 
     def _counter(self, name: str, meaning: str, label: str) -> Counter:
         return Counter(name, meaning, [label], registry=self._registry)

@@ -39,12 +39,11 @@ from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 from serving.logs import configure_logging
-from serving.web.application import add_guards, add_states, make_application, wait_until_left
+from serving.web.application import add_states, make_application, make_guarded_router, wait_until_left
 from serving.web.host import Host, UnavailableError
-from serving.web.limits import Admission, bounded_route
+from serving.web.limits import Admission, Guard, bounded_route
 from serving.web.loading import is_loading
-from serving.web.metrics import CONTENT_TYPE
-from serving.web.openapi import COMMON, Explained, metrics_response, refusals, security
+from serving.web.openapi import refusals
 from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
 from serving.web.version import package_version
 
@@ -67,34 +66,12 @@ Give it queries, get the passages that fit best.
 * 429 and 503 carry `Retry-After`, in seconds.
 """
 
-_REFUSALS: Explained = COMMON | {
-    402: (
-        "The engine's quota or the limit of requests is used up: asking again does not help.",
-        "query 0 'Bolton': quota: serper: --max_online_requests 5000 is reached",
-    ),
-    413: (
-        "Too many queries or passages, or too long a body: ask for less at once.",
-        "the request has 5000 queries, expected at most 4096; split it or raise --max_queries",
-    ),
-    429: (
-        "So many queries wait that these must come back later.",
-        "the queue is full: 4096 of 4096 queries wait or are worked on, no place for 4 more; try again "
-        "in 3 s",
-    ),
-    424: (
-        "A search engine refused, or a replay has no answer: asking again does not help.",
-        "query 0 'Bolton': refused: serper: the key is not accepted (status 403); check SERPER_API_KEY",
-    ),
-    500: ("The search crashed.", "query 0 'Bolton': internal: the search crashed (ValueError: no such row)"),
-    502: (
-        "A search engine gave what cannot be read.",
-        "query 0 'Bolton': malformed: serper: the answer is not JSON",
-    ),
-    503: (
-        "Not ready: loading, shutting down, a file changed in place, or a search engine out of reach.",
-        "Retriever not loaded",
-    ),
-    504: ("Not answered in time.", "query 0 'Bolton': deadline: not answered within 5 s"),
+_MEANINGS = {
+    402: "The engine's quota or the limit of requests is used up: asking again does not help.",
+    424: "A search engine refused, or a replay has no answer: asking again does not help.",
+    500: "The search crashed.",
+    502: "A search engine gave what cannot be read.",
+    504: "Not answered in time.",
 }
 
 
@@ -161,23 +138,22 @@ def create_app(
         if (defect := host.require_open().defect) is not None:
             raise UnavailableError(defect, retry_after_s=60)
 
-    add_states(app, require_ready=require_ready, responses=refusals(_REFUSALS, 503))
+    add_states(app, require_ready=require_ready)
     _add_health(app, host=host, settings=settings)
-    guarded = APIRouter(
-        dependencies=security(needs_token=bool(settings.token), described="--token_file or RETRIEVER_TOKEN"),
-        responses=refusals(_REFUSALS, 401),
+    guarded = make_guarded_router(
+        metrics.registry, token=settings.token, token_sources="--token_file or RETRIEVER_TOKEN"
     )
-    _add_reports(guarded, host=host, metrics=metrics, settings=settings)
+    _add_version(guarded, host=host, settings=settings)
     guarded.include_router(_work(host=host, metrics=metrics, settings=settings))
     app.include_router(guarded)
-    add_guards(
-        app,
+    app.add_middleware(
+        Guard,
+        work_path=_WORK_PATH,
+        token=settings.token,
         max_body_bytes=settings.max_body_bytes,
         body_flag="--max_body_mb",
         noun="queries",
-        token=settings.token,
         metrics=metrics.requests,
-        work_path=_WORK_PATH,
     )
     return app
 
@@ -206,9 +182,7 @@ def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSetti
         return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
 
-def _add_reports(
-    router: APIRouter, *, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings
-) -> None:
+def _add_version(router: APIRouter, *, host: Host[MicroBatcher], settings: ServerSettings) -> None:
     @router.get("/version", tags=["state"])
     async def version() -> VersionResponse:
         """Return everything that the answers depend on."""
@@ -219,13 +193,6 @@ def _add_reports(
             passages=retriever.num_passages if retriever else None,
             retriever=dict(retriever.describe()) if retriever else None,
         )
-
-    example = "retriever_queries_in_progress 0.0\n"
-
-    @router.get("/metrics", tags=["state"], response_class=Response, responses=metrics_response(example))
-    async def read_metrics() -> Response:
-        """Return the metrics in the text format of Prometheus."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
 
 def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings) -> APIRouter:
@@ -240,7 +207,7 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         _WORK_PATH,
         tags=["search"],
         response_model=ScoredAnswer | BareAnswer,
-        responses=refusals(_REFUSALS, 400, 402, 408, 413, 415, 422, 424, 429, 500, 502, 503, 504),
+        responses=refusals(400, 402, 408, 413, 415, 424, 429, 500, 502, 503, 504, meanings=_MEANINGS),
     )
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """Return the best passages for every query, in order."""

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from search_r1.search.batching import Source
 from search_r1.search.retriever import FailureKind, Outcome, SearchFailure
-from serving.web.metrics import RequestMetrics, render_metrics
+from serving.web.metrics import RequestMetrics
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -19,28 +19,28 @@ class RetrieverMetrics:
 
     def __init__(self, *, in_progress: Callable[[], int], waiting: Callable[[], int]) -> None:
         """`in_progress`: queries accepted and not answered; `waiting`: those that wait for their search."""
-        self._registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
         self.requests = RequestMetrics(
-            self._registry, prefix="retriever", purpose="passages", buckets=_SECONDS
+            self.registry, prefix="retriever", purpose="passages", buckets=_SECONDS
         )
         self._queries = Counter(
             "retriever_queries",
             "Queries, by the source of their answer.",
             ["source"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self._failures = Counter(
-            "retriever_failures", "Queries without an answer, by kind.", ["kind"], registry=self._registry
+            "retriever_failures", "Queries without an answer, by kind.", ["kind"], registry=self.registry
         )
         for source in Source:  # so that all are there, at 0, from the start
             self._queries.labels(source)
         for kind in FailureKind:
             self._failures.labels(kind)
         self._batch_queries = Histogram(
-            "retriever_batch_queries", "Queries of one search.", buckets=_SIZES, registry=self._registry
+            "retriever_batch_queries", "Queries of one search.", buckets=_SIZES, registry=self.registry
         )
         self._batch_seconds = Histogram(
-            "retriever_batch_seconds", "Seconds of one search.", buckets=_SECONDS, registry=self._registry
+            "retriever_batch_seconds", "Seconds of one search.", buckets=_SECONDS, registry=self.registry
         )
         self._gauge("retriever_queries_in_progress", "Queries accepted and not answered yet.", in_progress)
         self._gauge("retriever_queries_waiting", "Queries that wait for their search.", waiting)
@@ -60,9 +60,5 @@ class RetrieverMetrics:
             if isinstance(outcome, SearchFailure):
                 self._failures.labels(outcome.kind).inc()
 
-    def render(self) -> bytes:
-        """Return all metrics in the text format of Prometheus."""
-        return render_metrics(self._registry)
-
     def _gauge(self, name: str, meaning: str, read: Callable[[], int]) -> None:
-        Gauge(name, meaning, registry=self._registry).set_function(read)
+        Gauge(name, meaning, registry=self.registry).set_function(read)

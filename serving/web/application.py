@@ -6,14 +6,17 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from serving.web.host import Backend, Host, UnavailableError
-from serving.web.limits import CallerLeftError, LimitBody, QueueFullError, RequireToken, TrimSlash
-from serving.web.metrics import CALLER_LEFT, CountRequests, RequestMetrics
-from serving.web.openapi import StateResponse
+from serving.web.limits import CallerLeftError, QueueFullError
+from serving.web.metrics import CALLER_LEFT
+from serving.web.openapi import StateResponse, refusals
 from serving.web.version import package_version
 
 
@@ -49,9 +52,7 @@ def make_application(
     return app
 
 
-def add_states(
-    app: FastAPI, *, require_ready: Callable[[], object], responses: dict[int | str, dict[str, Any]]
-) -> None:
+def add_states(app: FastAPI, *, require_ready: Callable[[], object]) -> None:
     """Add the routes for process supervisors. `require_ready` may raise UnavailableError."""
 
     @app.get("/livez", tags=["state"])
@@ -59,30 +60,24 @@ def add_states(
         """The process is running."""
         return StateResponse(status="alive")
 
-    @app.get("/readyz", tags=["state"], responses=responses)
+    @app.get("/readyz", tags=["state"], responses=refusals(503))
     async def readyz() -> StateResponse:
         """Work can start now; 503 if it cannot."""
         require_ready()
         return StateResponse(status="ready")
 
 
-def add_guards(
-    app: FastAPI,
-    *,
-    max_body_bytes: int,
-    body_flag: str,
-    noun: str,
-    token: str,
-    metrics: RequestMetrics,
-    work_path: str,
-) -> None:
-    """Add what a request passes before its route: it is counted, its token is checked, its body limited."""
-    # The one that is added last sees a request first.
-    app.add_middleware(LimitBody, max_bytes=max_body_bytes, flag=body_flag, noun=noun)
-    if token:
-        app.add_middleware(RequireToken, token=token)
-    app.add_middleware(CountRequests, metrics=metrics, path=work_path)
-    app.add_middleware(TrimSlash)
+def make_guarded_router(registry: CollectorRegistry, *, token: str, token_sources: str) -> APIRouter:
+    """Return the router of what needs the token, which `Guard` checks, with `GET /metrics` on it."""
+    scheme = HTTPBearer(auto_error=False, description=token_sources)
+    router = APIRouter(dependencies=[Security(scheme)] if token else [], responses=refusals(401))
+
+    @router.get("/metrics", tags=["state"], response_class=PlainTextResponse)
+    async def read_metrics() -> Response:
+        """Return the metrics in the text format of Prometheus."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
 
 
 async def wait_until_left(request: Request) -> None:
@@ -98,14 +93,11 @@ async def _explain_invalid(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": problems}, status_code=422)
 
 
-async def _explain_full(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, QueueFullError)
-    return _refuse_for_now(429, str(error), retry_after_s=error.retry_after_s)
-
-
-async def _explain_unavailable(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, UnavailableError)
-    return _refuse_for_now(503, str(error), retry_after_s=error.retry_after_s)
+async def _explain_for_now(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, QueueFullError | UnavailableError)
+    status = 429 if isinstance(error, QueueFullError) else 503
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse({"detail": str(error)}, status_code=status, headers=headers)
 
 
 async def _explain_left(_: Request, __: Exception) -> Response:
@@ -115,12 +107,7 @@ async def _explain_left(_: Request, __: Exception) -> Response:
 
 _EXPLANATIONS: dict[type[Exception], Any] = {
     RequestValidationError: _explain_invalid,
-    QueueFullError: _explain_full,
-    UnavailableError: _explain_unavailable,
+    QueueFullError: _explain_for_now,
+    UnavailableError: _explain_for_now,
     CallerLeftError: _explain_left,
 }
-
-
-def _refuse_for_now(status: int, message: str, *, retry_after_s: int) -> JSONResponse:
-    headers = {"Retry-After": str(retry_after_s)}
-    return JSONResponse({"detail": message}, status_code=status, headers=headers)

@@ -1,14 +1,11 @@
-"""Limit what callers can do: the token, the size and the time of a body, the amount of accepted work.
-
-The middlewares are plain ASGI: they see a request before its body is read and parsed. `noun` is what the
-service calls the parts of a request (items, queries) in its messages.
-"""
+"""Limit what callers can do: the token, the size and the time of a body, the amount of accepted work."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -19,6 +16,8 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.web.metrics import CALLER_LEFT, RequestMetrics
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
 """Need no token, because process supervisors have none."""
@@ -31,64 +30,66 @@ _MAX_VALUES = 1_000_000
 """Parsing so many takes about half a second, during which no other request is answered."""
 
 
-class TrimSlash:
-    """Serve `/path/` as `/path`."""
+class Guard:
+    """What a request passes before its route; plain ASGI, so that nothing of its body is read before.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope["path"] = scope["path"].rstrip("/") or "/"
-        await self._app(scope, receive, send)
-
-
-class RequireToken:
-    """Refuses requests without the bearer token (401), before anything of the body is read."""
-
-    def __init__(self, app: ASGIApp, *, token: str) -> None:
-        self._app = app
-        self._token = token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_presented(scope):
-            await self._app(scope, receive, send)
-            return
-        refusal = JSONResponse(
-            {"detail": "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'"},
-            status_code=HTTPStatus.UNAUTHORIZED,
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await refusal(scope, receive, send)
-
-    def _is_presented(self, scope: Scope) -> bool:
-        presented = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(presented) != 1:
-            return False
-        scheme, _, token = presented[0].partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token)
-
-
-class LimitBody:
-    """Refuses a body that is too long (413), too slow (408) or compressed (415).
-
-    Also one that arrives while the bodies of all callers together already take too much memory (429).
+    It serves `/path/` as `/path`, counts the requests for work, and refuses those without the bearer token
+    (401), those whose body is compressed (415), too long (413) or too slow (408), and those that arrive while
+    the bodies of all callers together take too much memory (429).
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, flag: str, noun: str) -> None:
-        """`flag` is the one that sets the limit, for messages."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        work_path: str,
+        token: str,
+        max_body_bytes: int,
+        body_flag: str,
+        noun: str,
+        metrics: RequestMetrics,
+    ) -> None:
+        """`body_flag` sets the limit and `noun` is what a request has many of, both for messages."""
         self.num_held = 0
         """Bytes of all requests that are not answered yet."""
-        self.max_bytes = max_bytes
-        self.flag = flag
+        self.max_body_bytes = max_body_bytes
+        self.body_flag = body_flag
         self._noun = noun
         self._app = app
+        self._work_path = work_path
+        self._token = token.encode()
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(Headers(scope=scope))
+        scope["path"] = scope["path"].rstrip("/") or "/"
+        if scope["path"] != self._work_path:
+            await self._check(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = CALLER_LEFT
+
+        async def send_watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._check(scope, receive, send_watched)
+        finally:
+            self._metrics.count(status=status, seconds=time.monotonic() - started)
+
+    def too_long(self) -> str:
+        """Return the message about a body beyond the limit."""
+        limit = f"{self.max_body_bytes / 2**20:.3g} MiB"
+        fix = f"send fewer {self._noun} per request or raise {self.body_flag}"
+        return f"the body is longer than {limit}; {fix}"
+
+    async def _check(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._find_refusal(scope)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -98,28 +99,36 @@ class LimitBody:
         finally:
             self.num_held -= body.num_bytes
 
-    def too_long(self) -> str:
-        """Return the message about a body beyond the limit."""
-        limit = f"{self.max_bytes / 2**20:.3g} MiB"
-        return f"the body is longer than {limit}; send fewer {self._noun} per request or raise {self.flag}"
-
-    def _refusal(self, headers: Headers) -> JSONResponse | None:
+    def _find_refusal(self, scope: Scope) -> JSONResponse | None:
+        headers = Headers(scope=scope)
+        if self._token and scope["path"] not in OPEN_PATHS and not self._is_presented(scope):
+            return JSONResponse(
+                {"detail": "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'"},
+                status_code=HTTPStatus.UNAUTHORIZED,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self.max_bytes:
+        if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             return JSONResponse({"detail": self.too_long()}, status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-        encoding = headers.get("content-encoding", "identity")
-        if encoding.strip().lower() not in ("", "identity"):
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
             return JSONResponse(
                 {"detail": "the body has a Content-Encoding, expected plain JSON"},
                 status_code=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             )
         return None
 
+    def _is_presented(self, scope: Scope) -> bool:
+        presented = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(presented) != 1:
+            return False
+        scheme, _, token = presented[0].partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token)
+
 
 class _BoundedBody:
     """Counts a body while it is read; reading it can raise HTTPException and QueueFullError."""
 
-    def __init__(self, receive: Receive, *, limit: LimitBody) -> None:
+    def __init__(self, receive: Receive, *, limit: Guard) -> None:
         self.num_bytes = 0
         self._receive = receive
         self._limit = limit
@@ -151,12 +160,12 @@ class _BoundedBody:
         limit = self._limit
         self.num_bytes += num_bytes
         limit.num_held += num_bytes
-        if self.num_bytes > limit.max_bytes:
+        if self.num_bytes > limit.max_body_bytes:
             raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit.too_long())
-        if limit.num_held > _BODIES_HELD * limit.max_bytes:
+        if limit.num_held > _BODIES_HELD * limit.max_body_bytes:
             held = f"{limit.num_held / 2**20:.3g} MiB"
             raise QueueFullError(
-                f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times {limit.flag}; "
+                f"bodies of {held} wait or are worked on, more than {_BODIES_HELD} times {limit.body_flag}; "
                 f"try again in {_RETRY_AFTER_S} s"
             )
 

@@ -1,15 +1,11 @@
-"""Count the requests of a service, and write `GET /metrics`."""
+"""Count the requests of a service."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CONTENT_TYPE: str = CONTENT_TYPE_LATEST
 CALLER_LEFT = 499
 """The status that is counted if the caller hung up."""
 
@@ -21,6 +17,8 @@ class RequestMetrics:
         self, registry: CollectorRegistry, *, prefix: str, purpose: str, buckets: Sequence[float]
     ) -> None:
         """`purpose` of the requests, for the help texts of the metrics; `buckets` in seconds."""
+        self.registry = registry
+        """Everything that `GET /metrics` shows."""
         self._requests = Counter(
             f"{prefix}_requests", f"Requests for {purpose}, by HTTP status.", ["status"], registry=registry
         )
@@ -35,36 +33,3 @@ class RequestMetrics:
         """Count a request that has ended."""
         self._requests.labels(str(status)).inc()
         self._seconds.observe(seconds)
-
-
-class CountRequests:
-    """Counts the requests to one path, also refused ones, by status and time."""
-
-    def __init__(self, app: ASGIApp, *, metrics: RequestMetrics, path: str) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._path = path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self._path:
-            await self._app(scope, receive, send)
-            return
-        started = time.monotonic()
-        status = CALLER_LEFT
-
-        async def send_watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_watched)
-        finally:
-            self._metrics.count(status=status, seconds=time.monotonic() - started)
-
-
-def render_metrics(registry: CollectorRegistry) -> bytes:
-    """Return all metrics in the text format of Prometheus."""
-    rendered: bytes = generate_latest(registry)
-    return rendered

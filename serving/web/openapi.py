@@ -1,15 +1,24 @@
-"""Document what all services have in common: refusals, the token, the metrics."""
+"""Document what all services have in common: states, refusals, the token."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from fastapi import Security
-from fastapi.params import Depends
-from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
 
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
+_CHALLENGE = {"WWW-Authenticate": {"schema": {"type": "string"}}}
+_HEADERS = {401: _CHALLENGE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
+_MEANINGS = {
+    400: "The body is not readable text.",
+    401: "The bearer token is missing or wrong.",
+    408: "The body did not arrive in time.",
+    413: "Too much is asked for, or the body is too long: send less at once.",
+    415: "The body is compressed.",
+    429: "So much waits that this must come back later.",
+    503: "Not ready: loading, shutting down, or unable to work.",
+}
 
 
 class StateResponse(BaseModel):
@@ -21,77 +30,20 @@ class StateResponse(BaseModel):
 class ErrorResponse(BaseModel):
     """The reason why a request was refused."""
 
-    detail: str = Field(examples=["the queue is full: 16384 items wait; try again in 3 s"])
+    detail: str = Field(examples=["the queue is full: 16384 items wait; try again in 1 s"])
 
 
-class Problem(BaseModel):
-    """One error in a request."""
+def refusals(*statuses: int, meanings: Mapping[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of these refusals, for FastAPI's `responses`.
 
-    loc: list[str | int] = Field(
-        description="Where: `body`, then field names and positions.",
-        examples=[["body", "items", 0, "question"]],
-    )
-    msg: str = Field(examples=["Field required"])
-    type: str = Field(examples=["missing"])
-
-
-class InvalidResponse(BaseModel):
-    """All errors in a request; its content is not repeated."""
-
-    detail: list[Problem]
-
-
-Explained = dict[int, tuple[str, str]]
-"""By status: what it means, and an example of the detail."""
-
-COMMON: Explained = {
-    400: (
-        "The body is not readable text.",
-        "the body cannot be read: 'utf-8' codec can't decode byte 0xff in position 11: invalid start byte",
-    ),
-    401: (
-        "The bearer token is missing or wrong.",
-        "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'",
-    ),
-    408: (
-        "The body did not arrive in time.",
-        "the body was not there after 60 s; send it at once, or in smaller requests",
-    ),
-    415: ("The body is compressed.", "the body has a Content-Encoding, expected plain JSON"),
-    422: ("The request is malformed: the field and the place in it are named.", ""),
-}
-
-
-def refusals(explained: Explained, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of these refusals, for FastAPI's `responses`."""
-    return {status: _refusal(status, *explained[status]) for status in statuses}
-
-
-def security(*, needs_token: bool, described: str) -> list[Depends]:
-    """Document the token, which the middleware checks."""
-    return [Security(HTTPBearer(auto_error=False, description=described))] if needs_token else []
-
-
-def metrics_response(example: str) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of `GET /metrics`."""
+    `meanings` are those of a service's own; FastAPI documents 422 by itself.
+    """
+    known = _MEANINGS | dict(meanings or {})
     return {
-        200: {
-            "description": "Text format of Prometheus.",
-            "content": {"text/plain": {"schema": {"type": "string"}, "example": example}},
+        status: {
+            "model": ErrorResponse,
+            "description": known[status],
+            **({"headers": _HEADERS[status]} if status in _HEADERS else {}),
         }
+        for status in statuses
     }
-
-
-def _refusal(status: int, description: str, example: str) -> dict[str, Any]:
-    if status == 422:
-        return {"model": InvalidResponse, "description": description}
-    refusal: dict[str, Any] = {
-        "model": ErrorResponse,
-        "description": description,
-        "content": {"application/json": {"example": {"detail": example}}},
-    }
-    if status in (429, 503):
-        refusal["headers"] = _RETRY_AFTER
-    if status == 401:
-        refusal["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}}}
-    return refusal

@@ -10,12 +10,14 @@ import resource
 import signal
 import socket
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.web.host import Host
 
 HEAD_TIMEOUT_S = 30.0
 """How long the head of a request may take to arrive. uvicorn's own timer starts after the first request."""
@@ -24,18 +26,6 @@ _LAST_BYTES_S = 10
 """How long the sending of finished answers may take."""
 _LOOPBACK = ("127.", "localhost", "::1")
 _MAX_OPEN_FILES = 16384
-
-
-class Draining(Protocol):
-    """Holds requests that have to be finished before the process ends."""
-
-    async def drain(self, *, grace_s: float) -> None:
-        """Accept no more requests and wait for the accepted ones; cancel them after `grace_s`."""
-        ...
-
-    def abandon(self) -> None:
-        """Cancel the accepted requests now."""
-        ...
 
 
 def url_of(host: str, port: int) -> str:
@@ -74,7 +64,7 @@ class GracefulServer(uvicorn.Server):
     While it finishes it still listens, and answers 503 to new requests.
     """
 
-    def __init__(self, app: FastAPI, *, host: Draining, grace_s: float) -> None:
+    def __init__(self, app: FastAPI, *, host: Host[Any], grace_s: float) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

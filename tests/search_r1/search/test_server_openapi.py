@@ -55,7 +55,7 @@ def document() -> dict[str, Any]:
 def test_everything_is_described_with_examples(document: dict[str, Any]) -> None:
     models = document["components"]["schemas"]
     for name, model in models.items():
-        assert model.get("description"), name
+        assert model.get("description") or "ValidationError" in name, name  # FastAPI's own have none
     for path, operations in document["paths"].items():
         for operation in operations.values():
             assert operation["description"], path
