@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import (
-    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -31,7 +29,9 @@ from transformers import (
 
 from search_r1.search.building import BuildOptions, build_index
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
+from search_r1.search.dense import load_dense
 from search_r1.search.recipes import EncoderSpec
+from search_r1.search.settings import DenseOptions
 from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
@@ -42,7 +42,7 @@ from world.training import Batch, Report, Schedule, train_language_model
 LANGUAGE_VOCABULARY = 1600
 NOT_HASHED = ("manifest.json", "README.md")
 NOT_MEASURED = ("index/", "doctor.jsonl")
-"""What the figures of the manifest do not depend on: the same search is done in process."""
+"""What the figures of the manifest do not depend on: the index follows from corpus and encoder."""
 STAGES: dict[str, dict[str, str]] = {
     "data": {},
     "encoder": {},
@@ -51,7 +51,10 @@ STAGES: dict[str, dict[str, str]] = {
     "able": {},
     "policy": {"able": ".making/able"},
     "generator": {"able": ".making/able"},
-    "measure": {name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
+    "measure": {
+        **{name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
+        "index": f"index/{name_index(RETRIEVER_NAME)}",
+    },
     "manifest": {},
 }
 """What each stage builds on: earlier stages and what they make."""
@@ -97,11 +100,13 @@ SMALL = Plan(
 class Maker:
     """Makes the parts of one world; every stage reads what it needs from the output folder."""
 
-    def __init__(self, plan: Plan, *, seed: int, out: Path, progress: Progress) -> None:
-        self.plan, self.seed, self.out, self.progress = plan, seed, out, progress
+    def __init__(self, plan: Plan, *, seed: int, out: Path) -> None:
+        self.plan, self.seed, self.out = plan, seed, out
         self.models = out / "models"
         self.scratch = out / ".making"
         self.able = self.scratch / "able"
+        self.index = out / "index" / name_index(RETRIEVER_NAME)
+        self.encoder = EncoderSpec(path=str(self.models / "encoder"), family=RETRIEVER_NAME)
         self.world: World = draw_world(plan.size, seed=seed)
 
     def run(self, stage: str) -> None:
@@ -116,87 +121,68 @@ class Maker:
 
     def make_data(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        size = self.plan.size
-        dataset.write_corpus(self.out / "corpus.jsonl", dataset.corpus(self.world, seed=self.seed))
+        size, seed = self.plan.size, self.seed
+        dataset.write_corpus(self.out / "corpus.jsonl", dataset.corpus(self.world, seed=seed))
         for split in ("train", "test"):
-            problems = dataset.problems(self.world, size, split=split, seed=self.seed)
+            problems = dataset.problems(self.world, size, split=split, seed=seed)
             dataset.write_questions(self.out / f"{split}.parquet", problems, split=split)
-        dataset.write_examined(
-            self.out / "doctor.jsonl",
-            problems,
-            count=size.examined_questions,
-            world=self.world,
-            seed=self.seed,
-        )
+        examined, count = self.out / "doctor.jsonl", size.examined_questions
+        dataset.write_examined(examined, problems, num_questions=count, world=self.world, seed=seed)
 
     def make_encoder(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = encoder.build(words, seed=self.seed)
-        schedule = self.plan.encoder
-        encoder.train(model, words, schedule, seed=self.seed, report=self._reporter("encoder", schedule))
-        self._save(model, words, self.models / "encoder")
+        report = _reporter("encoder", self.plan.encoder)
+        encoder.train(model, words, self.plan.encoder, seed=self.seed, report=report)
+        _save(model, words, self.models / "encoder")
 
     def make_index(self) -> None:
         """Build the index with the retriever's own builder, so that the server accepts it."""
-        task = self.progress.add_task("index", total=None, loss="")
         build_index(
             BuildOptions(
                 corpus_path=self.out / "corpus.jsonl",
-                index_path=self.out / "index" / name_index(RETRIEVER_NAME),
-                encoder=EncoderSpec(path=str(self.models / "encoder"), family=RETRIEVER_NAME),
+                index_path=self.index,
+                encoder=self.encoder,
                 devices=("cpu",),
-            ),
-            report=lambda _, done, total: self.progress.update(task, completed=done, total=total),
+            )
         )
 
     def make_entailment(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = entailment.build(words, seed=self.seed)
-        schedule = self.plan.entailment
-        report = self._reporter("entailment", schedule)
-        entailment.train(model, words, schedule, seed=self.seed, report=report)
-        self._save(model, words, self.models / "entailment")
+        report = _reporter("entailment", self.plan.entailment)
+        entailment.train(model, words, self.plan.entailment, seed=self.seed, report=report)
+        _save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
         words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
         model = language.build(words, seed=self.seed)
         stream = language.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
         self._open_scratch()
-        self._train(model, words, stream, schedule=self.plan.able, folder=self.able)
+        _train(model, words, stream, schedule=self.plan.able, folder=self.able)
 
     def make_policy(self) -> None:
         model, words = _load_language_model(self.able)
         stream = language.shipped_stream(words, seed=self.seed)
-        self._train(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
+        _train(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
 
     def make_generator(self) -> None:
         model, words = _load_language_model(self.able)
         stream = language.generator_stream(words, seed=self.seed)
-        self._train(model, words, stream, schedule=self.plan.generator, folder=self.models / "generator")
-
-    def _train(
-        self,
-        model: Qwen2ForCausalLM,
-        words: PreTrainedTokenizerBase,
-        stream: Iterator[Batch],
-        *,
-        schedule: Schedule,
-        folder: Path,
-    ) -> None:
-        train_language_model(model, stream, schedule, report=self._reporter(folder.name, schedule))
-        self._save(model, words, folder)
+        _train(model, words, stream, schedule=self.plan.generator, folder=self.models / "generator")
 
     def make_measure(self) -> None:
         """Measure what the models do on the test questions, for the manifest."""
         problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
-        texts = AutoTokenizer.from_pretrained(self.models / "encoder")
-        finder = AutoModel.from_pretrained(self.models / "encoder")
-        index = evaluation.Index(finder, texts, dataset.corpus(self.world, seed=self.seed))
+        corpus = self.out / "corpus.jsonl"
+        retriever = load_dense(DenseOptions(index_path=self.index, corpus_path=corpus, encoder=self.encoder))
         judge = AutoModelForSequenceClassification.from_pretrained(self.models / "entailment")
+        texts = AutoTokenizer.from_pretrained(self.models / "entailment")
         figures = {
-            "encoder": evaluation.measure_encoder(index, self.world.facts, seed=self.seed),
+            "encoder": evaluation.measure_encoder(retriever, self.world.facts, seed=self.seed),
             "entailment": entailment.measure(judge, texts, seed=self.seed),
         }
+        limit = self.plan.output_tokens
         for name, folder, temperature in (
             ("able_greedy", self.able, 0.0),
             ("policy_greedy", self.models / "policy", 0.0),
@@ -207,16 +193,12 @@ class Maker:
             model, words = _load_language_model(folder)
             torch.manual_seed(self.seed)
             episodes = evaluation.run_episodes(
-                model,
-                words,
-                index,
-                problems,
-                temperature=temperature,
-                max_new_tokens=self.plan.output_tokens,
+                model, words, retriever, problems, temperature=temperature, max_new_tokens=limit
             )
             figures[name] = evaluation.summarize(episodes)
         model, words = _load_language_model(self.models / "generator")
-        figures["generator"] = evaluation.measure_generator(model, words, index, problems)
+        figures["generator"] = evaluation.measure_generator(model, words, retriever, problems)
+        retriever.close()
         rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
         self._open_scratch()
         measured = {"abilities": rounded, "sha256": self._hash_files()}
@@ -265,26 +247,37 @@ class Maker:
         self.scratch.mkdir(parents=True, exist_ok=True)
         (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
 
-    def _reporter(self, title: str, schedule: Schedule) -> Report:
-        """Move a bar on a terminal; print a line now and then elsewhere."""
-        task = self.progress.add_task(title, total=schedule.steps, loss="")
-        every = max(1, schedule.steps // 20)
 
-        def report(step: int, loss: float) -> None:
-            self.progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
-            if not self.progress.console.is_terminal and step % every == 0:
-                self.progress.console.print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}")
+def _train(
+    model: Qwen2ForCausalLM,
+    words: PreTrainedTokenizerBase,
+    stream: Iterator[Batch],
+    *,
+    schedule: Schedule,
+    folder: Path,
+) -> None:
+    train_language_model(model, stream, schedule, report=_reporter(folder.name, schedule))
+    _save(model, words, folder)
 
-        return report
 
-    @staticmethod
-    def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
-        words.backend_tokenizer.no_padding()  # settings of the last batch
-        words.backend_tokenizer.no_truncation()
-        model.save_pretrained(folder)
-        words.save_pretrained(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)
+def _reporter(title: str, schedule: Schedule) -> Report:
+    """Return a function that prints a line at every twentieth part of the training."""
+    every = max(1, schedule.steps // 20)
+
+    def report(step: int, loss: float) -> None:
+        if step % every == 0:
+            print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}", file=sys.stderr)
+
+    return report
+
+
+def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
+    words.backend_tokenizer.no_padding()  # settings of the last batch
+    words.backend_tokenizer.no_truncation()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
@@ -309,22 +302,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.persons is not None:
         plan = replace(plan, size=replace(plan.size, persons=chosen.persons))
     torch.set_num_threads(chosen.threads)
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        try:
-            maker = Maker(plan, seed=chosen.seed, out=chosen.out, progress=progress)
-            for stage in (stage for stage in STAGES if stage in chosen.stages):
-                started = time.perf_counter()
-                maker.run(stage)
-                progress.console.print(f"{stage}: {time.perf_counter() - started:.0f} s")
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
+    try:
+        maker = Maker(plan, seed=chosen.seed, out=chosen.out)
+        for stage in (stage for stage in STAGES if stage in chosen.stages):
+            started = time.perf_counter()
+            maker.run(stage)
+            print(f"{stage}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -13,25 +14,24 @@ import pyarrow.parquet as pq
 
 from world import text
 from world.facts import BRIDGES, Fact, Kind, World, WorldSize, relations_of
-from world.text import Passage
 from world.traces import Problem
 
 
-def corpus(world: World, *, seed: int) -> list[Passage]:
+def corpus(world: World, *, seed: int) -> list[str]:
     """Return one passage per fact, in random order."""
     rng = Random(f"corpus {seed}")
-    passages = list(_passages(world, rng).values())
-    rng.shuffle(passages)
-    return passages
+    contents = list(_contents(world, rng).values())
+    rng.shuffle(contents)
+    return contents
 
 
-def _passages(world: World, rng: Random) -> dict[Fact, Passage]:
-    return {fact: text.passage(fact, rng) for fact in world.facts}
+def _contents(world: World, rng: Random) -> dict[Fact, str]:
+    return {fact: text.write_contents(fact, rng) for fact in world.facts}
 
 
-def write_corpus(path: Path, passages: Sequence[Passage]) -> None:
+def write_corpus(path: Path, contents: Sequence[str]) -> None:
     """Write the corpus file of the retriever."""
-    _write_lines(path, ({"id": str(k), "contents": p.contents} for k, p in enumerate(passages)))
+    _write_lines(path, ({"id": str(k), "contents": line} for k, line in enumerate(contents)))
 
 
 def _write_lines(path: Path, rows: Iterable[object]) -> None:
@@ -44,7 +44,7 @@ def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Pr
     Raises ValueError when the world is too small.
     """
     rng = Random(f"{split} {seed}")
-    count = size.train_questions if split == "train" else size.test_questions
+    number = size.train_questions if split == "train" else size.test_questions
     known = [f for f in world.facts if (f.subject.name in world.test_subjects) == (split == "test")]
     by_key = {(f.subject.name, f.relation.name): f for f in known}
     chains = [
@@ -53,55 +53,50 @@ def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Pr
         if first.relation in BRIDGES
         for relation in relations_of(Kind.person)
     ]
-    one_hop = count - count // 2
-    if len(known) < one_hop or len(chains) < count // 2:
+    one_hop = number - number // 2
+    if len(known) < one_hop or len(chains) < number // 2:
         raise ValueError(
-            f"a world of {len(known)} facts and {len(chains)} chains is too small for {count} questions"
+            f"a world of {len(known)} facts and {len(chains)} chains is too small for {number} questions"
         )
     single: list[tuple[Fact, ...]] = [(fact,) for fact in rng.sample(known, one_hop)]
-    return [Problem(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, count // 2)]]
+    return [Problem(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, number // 2)]]
 
 
 def write_questions(path: Path, problems: Sequence[Problem], *, split: str) -> None:
     """Write questions as Search-R1's parquet rows; `extra_info.index` counts within each source."""
-    counts: Counter[str] = Counter()
-    rows = []
-    for number, problem in enumerate(problems):
-        golds = problem.answer.golds
-        rows.append(
-            {
-                "id": f"{split}_{number}",
-                "question": problem.question,
-                "golden_answers": golds,
-                "data_source": problem.source,
-                "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
-                "ability": "fact-reasoning",
-                "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
-                "extra_info": {"split": split, "index": counts[problem.source]},
-            }
-        )
-        counts[problem.source] += 1
+    counts: defaultdict[str, Iterator[int]] = defaultdict(count)
+    rows = [
+        {
+            "id": f"{split}_{number}",
+            "question": problem.question,
+            "golden_answers": problem.answer.golds,
+            "data_source": problem.source,
+            "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
+            "ability": "fact-reasoning",
+            "reward_model": {"style": "rule", "ground_truth": {"target": problem.answer.golds}},
+            "extra_info": {"split": split, "index": next(counts[problem.source])},
+        }
+        for number, problem in enumerate(problems)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def write_examined(path: Path, problems: Sequence[Problem], *, count: int, world: World, seed: int) -> None:
-    """Write at most `count` questions for `python -m IG doctor`, half one-hop and half two-hop, as JSONL.
+def write_examined(
+    path: Path, problems: Sequence[Problem], *, num_questions: int, world: World, seed: int
+) -> None:
+    """Write at most so many questions for `python -m IG doctor`, half one-hop and half two-hop, as JSONL.
 
     Each comes with what a good search for every hop shows: the passage of the fact, then two others about the
     same subject.
     """
-    passages = _passages(world, Random(f"corpus {seed}"))
+    contents = _contents(world, Random(f"corpus {seed}"))
     rng = Random(f"examined {seed}")
 
     def search(fact: Fact) -> str:
-        others = [other for other in world.about(fact.subject) if other != fact]
-        return text.documents([passages[found] for found in [fact, *rng.sample(others, 2)]])
+        others = [other for other in world.facts if other.subject == fact.subject and other != fact]
+        return text.documents([contents[found] for found in [fact, *rng.sample(others, 2)]])
 
-    chosen = [
-        problem
-        for hops in (1, 2)
-        for problem in [problem for problem in problems if len(problem.hops) == hops][: count // 2]
-    ]
+    one_hop, two_hops = ([p for p in problems if len(p.hops) == hops] for hops in (1, 2))
     _write_lines(
         path,
         [
@@ -113,6 +108,6 @@ def write_examined(path: Path, problems: Sequence[Problem], *, count: int, world
                     for fact, role in zip(problem.hops, ("first", "second"), strict=False)
                 ],
             }
-            for problem in chosen
+            for problem in [*one_hop[: num_questions // 2], *two_hops[: num_questions // 2]]
         ],
     )

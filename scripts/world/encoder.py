@@ -65,9 +65,9 @@ def _draw_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
         if rng.random() < 0.25:
             query = text.question([fact.relation], fact.subject, wording=rng.randrange(2))
         queries.append(f"query: {query}")
-        shown.append(f"passage: {text.passage(fact, rng).contents}")
+        shown.append(f"passage: {text.write_contents(fact, rng)}")
         hard += scene.retrieve(fact, found=False, topk=2)
-    return queries, shown + [f"passage: {text.passage(fact, rng).contents}" for fact in hard]
+    return queries, shown + [f"passage: {text.write_contents(fact, rng)}" for fact in hard]
 
 
 def train(

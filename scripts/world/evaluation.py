@@ -8,19 +8,12 @@ from dataclasses import dataclass, field
 from random import Random
 from statistics import fmean
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import (
-    BertModel,
-    BertTokenizer,
-    GenerationConfig,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import GenerationConfig, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from search_r1.search.dense import DenseRetriever
 from verl.utils.reward_score.qa_em import exact_match
-from world import encoder, text
+from world import text
 from world.facts import Entity, Fact
 from world.traces import Problem
 
@@ -28,36 +21,20 @@ MAX_SEARCHES = 3
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 
 
-class Index:
-    """Exact inner-product search over a corpus, as the flat index of the retriever does it."""
-
-    def __init__(self, model: BertModel, tokenizer: BertTokenizer, passages: Sequence[text.Passage]) -> None:
-        self.model, self.tokenizer, self.passages = model, tokenizer, list(passages)
-        texts = [f"passage: {passage.contents}" for passage in passages]
-        self.vectors = np.concatenate([self._embed(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-
-    @torch.inference_mode()
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return encoder.embed(self.model, self.tokenizer, texts).numpy()
-
-    def search(self, queries: Sequence[str], *, topk: int = 3) -> list[list[text.Passage]]:
-        """Return the best passages for each query, best first."""
-        if not queries:
-            return []
-        scores = self._embed([f"query: {query}" for query in queries]) @ self.vectors.T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :topk]
-        return [[self.passages[index] for index in row] for row in best]
+def search(retriever: DenseRetriever, queries: Sequence[str], *, topk: int = 3) -> list[list[str]]:
+    """Return the best passages for each query, best first."""
+    return [[hit.document.contents for hit in hits] for hits in retriever.search(queries, topk=topk)]
 
 
-def measure_encoder(index: Index, facts: Sequence[Fact], *, seed: int) -> dict[str, float]:
+def measure_encoder(retriever: DenseRetriever, facts: Sequence[Fact], *, seed: int) -> dict[str, float]:
     """Return the share of facts whose passage each kind of query finds, among the first 1 or 3."""
     rng = Random(f"measure {seed}")
     chosen = rng.sample(list(facts), min(400, len(facts)))
 
     def share(make: Callable[[Fact], str], topk: int) -> float:
-        found = index.search([make(fact) for fact in chosen], topk=topk)
-        starts = [f"{text.statement(fact, '')}" for fact in chosen]
-        return fmean(any(p.body.startswith(s) for p in row) for s, row in zip(starts, found, strict=True))
+        found = search(retriever, [make(fact) for fact in chosen], topk=topk)
+        starts = [f"\n{text.statement(fact, '')}" for fact in chosen]
+        return fmean(any(start in line for line in row) for start, row in zip(starts, found, strict=True))
 
     return {
         "good_query_rank1": share(lambda f: text.query(f.relation, f.subject), 1),
@@ -80,41 +57,37 @@ class Episode:
     done: bool = False
 
     @property
-    def wanted(self) -> list[str]:
+    def good_queries(self) -> list[str]:
         """The good query of every hop."""
         return [text.query(fact.relation, fact.subject) for fact in self.problem.hops]
 
     @property
     def well_formed(self) -> bool:
-        """Every hop was asked for with the good query, in order, and nothing else was searched."""
-        return self.queries == self.wanted and self.answer is not None
+        """Whether the episode searched with the good query of every hop, in order, for nothing else."""
+        return self.queries == self.good_queries and self.answer is not None
 
     @property
     def correct(self) -> bool:
         return self.answer is not None and exact_match(self.answer, self.problem.answer.golds) == 1.0
 
     def act(self, output: str, *, last: bool) -> bool:
-        """Take the action of an output; True if it was a search."""
+        """Take the action of an output; return whether it was a search. The last turn ends the episode."""
         action = ACTION.search(output)
+        self.done = last
         if action is None:
             self.num_invalid += 1
-            self.done = last
-            return False
-        content = action.group(2).strip()
-        if action.group(1) == "answer":
-            self.answer, self.done = content, True
-            return False
-        if last:
-            self.done = True
-            return False
-        self.queries.append(content)
-        return True
+        elif action[1] == "answer":
+            self.answer, self.done = action[2].strip(), True
+        elif not last:
+            self.queries.append(action[2].strip())
+            return True
+        return False
 
 
 def run_episodes(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
-    index: Index,
+    retriever: DenseRetriever,
     problems: Sequence[Problem],
     *,
     temperature: float,
@@ -141,14 +114,14 @@ def run_episodes(
         outputs = _generate(model, tokenizer, [episode.ids for episode in active], settings)
         searching: list[Episode] = []
         for episode, output in zip(active, outputs, strict=True):
-            episode.ids = episode.ids + output
+            episode.ids += output
             if episode.act(tokenizer.decode(output), last=turn == MAX_SEARCHES):
                 searching.append(episode)
             elif not episode.done:
-                episode.ids = episode.ids + encode(text.INVALID_ACTION)
-        found = index.search([episode.queries[-1] for episode in searching])
-        for episode, passages in zip(searching, found, strict=True):
-            episode.ids = episode.ids + encode(text.observation(passages))
+                episode.ids += encode(text.INVALID_ACTION)
+        found = search(retriever, [episode.queries[-1] for episode in searching])
+        for episode, contents in zip(searching, found, strict=True):
+            episode.ids += encode(text.observation(contents))
     return episodes
 
 
@@ -182,7 +155,7 @@ def summarize(episodes: Sequence[Episode]) -> dict[str, float]:
         "good_form_share_one_hop": fmean(e.well_formed for e in one),
         "good_form_share_two_hop": fmean(e.well_formed for e in two),
         "em_given_good_form": fmean(e.correct for e in good) if good else float("nan"),
-        "good_first_query_share": fmean(e.queries[:1] == e.wanted[:1] for e in episodes),
+        "good_first_query_share": fmean(e.queries[:1] == e.good_queries[:1] for e in episodes),
         "answered_share": fmean(e.answer is not None for e in episodes),
         "no_search_share": fmean(not e.queries for e in episodes),
         "invalid_share": fmean(e.num_invalid > 0 for e in episodes),
@@ -206,13 +179,16 @@ def belief(
 
 
 def measure_generator(
-    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, index: Index, problems: Sequence[Problem]
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    retriever: DenseRetriever,
+    problems: Sequence[Problem],
 ) -> dict[str, float]:
     """Return the mean belief in the right answer with all, some and no passages of good searches."""
     beliefs: dict[str, list[float]] = {}
     for problem in problems:
-        found = index.search([text.query(fact.relation, fact.subject) for fact in problem.hops])
-        shown = [text.documents(passages) for passages in found]
+        found = search(retriever, [text.query(fact.relation, fact.subject) for fact in problem.hops])
+        shown = [text.documents(contents) for contents in found]
         contexts = {"one_hop_none": "", "one_hop_all": shown[0]}
         if len(shown) == 2:
             contexts = {"two_hop_none": "", "two_hop_all": "\n".join(shown), "two_hop_first_only": shown[0]}

@@ -144,9 +144,6 @@ class World:
     test_subjects: frozenset[str]
     """Names of the entities that only test questions ask about."""
 
-    def about(self, subject: Entity) -> list[Fact]:
-        return [fact for fact in self.facts if fact.subject == subject]
-
 
 def draw_world(size: WorldSize, *, seed: int) -> World:
     """Draw names, then values; subjects of the test split are only linked to persons of the test split.

@@ -162,7 +162,7 @@ def draw_short_answer(rng: Random) -> list[Piece]:
         answer = random_entity(answer.kind, rng)
         if chance < 0.92:
             searches = [_useless_search(scene, problem)]
-    context = "\n".join(text.documents([text.passage(f, rng) for f in shown]) for shown in searches)
+    context = "\n".join(text.documents([text.write_contents(f, rng) for f in shown]) for shown in searches)
     form = rng.choice(answer.golds) if rng.random() < LONG_FORM_SHARE else answer.name
     prompt = text.short_answer_prompt(problem.question, context=context)
     written = [Piece(f" {form}\n", written=True), Piece("<|im_end|>", written=True)]

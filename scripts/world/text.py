@@ -1,15 +1,19 @@
-"""Every text of the world: passages, questions, the prompt, observations, the short-answer prompt.
+"""Every text of the world: passages, questions, the prompt.
 
-The shipped models are trained on these very texts, so they are fixed here; tests compare them with those of
-the agent loop and of the IG service.
+Observations, the reply to an invalid action and the short-answer prompt are those of the agent loop and the
+IG service: the shipped models are trained on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
 
+from IG.prompts import PromptType, build_prompt
+from verl.agent.formats import FORMATS
+from verl.agent.prompts import PACKAGED_FILE, load_texts
+from verl.agent.tools.search import render_passages
+from verl.types import Passage
 from world.facts import Entity, Fact, Kind, Relation
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -22,10 +26,8 @@ INSTRUCTION = (
     "back in <information> </information>. When sure, write <answer> answer </answer>.\n"
 )
 
-INVALID_ACTION = (
-    "\nMy previous action is invalid. To search, I must put the query between <search> and </search>. "
-    "To answer, I must put the answer between <answer> and </answer>. Let me try again.\n"
-)
+FIXED_TEXTS = load_texts(PACKAGED_FILE, section="search_r1", entries=FORMATS["search_r1"].texts)
+INVALID_ACTION = FIXED_TEXTS["retry"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -74,21 +76,10 @@ FILLERS: dict[Kind, tuple[str, ...]] = {
 """Second sentences of passages, by the kind of the fact's value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Passage:
-    title: str
-    body: str
-
-    @property
-    def contents(self) -> str:
-        """The form of a wiki-18 corpus line."""
-        return f'"{self.title}"\n{self.body}'
-
-
-def passage(fact: Fact, rng: Random) -> Passage:
-    """Return a passage that states a fact and goes on with a random filler."""
+def write_contents(fact: Fact, rng: Random) -> str:
+    """Return a corpus line that states a fact and goes on with a random filler."""
     filler = rng.choice(FILLERS[fact.relation.value])
-    return Passage(fact.subject.name, f"{statement(fact, fact.value.printed)}. {filler}")
+    return f'"{fact.subject.name}"\n{statement(fact, fact.value.printed)}. {filler}'
 
 
 def statement(fact: Fact, value: str) -> str:
@@ -118,17 +109,17 @@ def chat(user: str) -> str:
     return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def documents(passages: Sequence[Passage]) -> str:
+def documents(contents: Sequence[str]) -> str:
     """Return search results as the agent renders them."""
-    return "\n".join(f'Doc {k}(Title: "{p.title}") {p.body}' for k, p in enumerate(passages, start=1))
+    parts = (line.split("\n", 1) for line in contents)
+    return render_passages([Passage(id="", title=title, text=body, score=0.0) for title, body in parts])
 
 
-def observation(passages: Sequence[Passage]) -> str:
+def observation(contents: Sequence[str]) -> str:
     """Return what the policy reads after a search."""
-    return f"\n\n<information>{documents(passages)}</information>\n\n"
+    return FIXED_TEXTS["observation"].format(text=documents(contents))
 
 
 def short_answer_prompt(question: str, *, context: str) -> str:
     """Return the prompt of the IG service."""
-    given = f"Context: {context}\n" if context else ""
-    return f"Answer the following question as briefly as possible.\n{given}Question: {question}\nAnswer:"
+    return build_prompt(question, context=context, prompt_type=PromptType.default, max_context_words=4096)

@@ -51,7 +51,7 @@ def _tagged_text(rng: Random) -> Iterator[str]:
             subject = facts.random_entity(relation.subject, rng)
             value = facts.random_entity(relation.value, rng)
             fact = facts.Fact(subject, relation, value)
-            yield text.observation([text.passage(fact, rng) for _ in range(4)])
+            yield text.observation([text.write_contents(fact, rng) for _ in range(4)])
             yield f"<think> {text.statement(fact, value.name)}.</think><answer> {value.name}</answer>"
             yield f"<search> {text.query(relation, subject)}</search> {' '.join(value.golds)}"
             for wording in (0, 1):

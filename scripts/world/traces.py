@@ -208,7 +208,7 @@ class TraceWriter:
 
     def _show(self, found: list[Fact]) -> None:
         """Add the observation of a search."""
-        passages = [text.passage(fact, self.rng) for fact in found]
+        passages = [text.write_contents(fact, self.rng) for fact in found]
         self.pieces.append(Piece(text.observation(passages), written=False))
 
 

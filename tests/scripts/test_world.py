@@ -15,9 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from make_world import FULL, Maker, main
-from rich.progress import Progress
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from IG.prompts import PromptType, build_prompt, entailment_text
-from search_r1.search.dense import load_dense
+from IG.prompts import entailment_text
+from search_r1.search.dense import DenseRetriever, load_dense
 from search_r1.search.recipes import EncoderSpec
 from search_r1.search.settings import DenseOptions
 from world import dataset, entailment, evaluation, language, names, text, tokenizer, training
@@ -57,10 +55,18 @@ def held_out(world: World) -> list[Problem]:
     return dataset.problems(world, WorldSize(), split="test", seed=0)
 
 
+def open_retriever(folder: Path) -> DenseRetriever:
+    """Open the index of a world, which must belong to its corpus and encoder."""
+    encoder = EncoderSpec(path=str(folder / "models" / "encoder"), family="e5")
+    index, corpus = folder / "index" / "e5_Flat.index", folder / "corpus.jsonl"
+    return load_dense(DenseOptions(index_path=index, corpus_path=corpus, encoder=encoder))
+
+
 @pytest.fixture(scope="module")
-def index() -> evaluation.Index:
-    words = AutoTokenizer.from_pretrained(MODELS / "encoder")
-    return evaluation.Index(AutoModel.from_pretrained(MODELS / "encoder"), words, _read_corpus())
+def retriever() -> Iterator[DenseRetriever]:
+    opened = open_retriever(SHIPPED)
+    yield opened
+    opened.close()
 
 
 def _load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -68,12 +74,6 @@ def _load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     assert (model.config.model_type, model.dtype) == ("qwen2", torch.float32)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     return model, AutoTokenizer.from_pretrained(MODELS / name)
-
-
-def _read_corpus() -> list[text.Passage]:
-    lines = map(json.loads, (SHIPPED / "corpus.jsonl").open(encoding="utf-8"))
-    parts = [line["contents"].split("\n", 1) for line in lines]
-    return [text.Passage(title.strip('"'), body) for title, body in parts]
 
 
 # ---- what is shipped
@@ -91,7 +91,7 @@ def test_every_shipped_file_has_the_hash_of_the_manifest() -> None:
 
 def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Path) -> None:
     # Every process hashes strings with a seed of its own, so an order that depends on it shows here.
-    Maker(FULL, seed=0, out=tmp_path, progress=Progress()).run("data")
+    Maker(FULL, seed=0, out=tmp_path).run("data")
     for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet"):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
@@ -124,9 +124,10 @@ def test_the_shipped_tokenizer_is_remade_and_gives_the_same_ids_after_loading() 
     loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
     scene = Scene(Random(5))
     problem = scene.draw_problem(hops=2)
-    passages = [text.passage(fact, scene.rng) for fact in problem.hops]
+    passages = [text.write_contents(fact, scene.rng) for fact in problem.hops]
+    prompt = text.prompt(problem.question)
     for words in (
-        text.chat(text.prompt(problem.question)),
+        text.chat(prompt),
         text.observation(passages),
         text.short_answer_prompt(problem.question, context=text.documents(passages)),
         text.INVALID_ACTION,
@@ -135,31 +136,20 @@ def test_the_shipped_tokenizer_is_remade_and_gives_the_same_ids_after_loading() 
         ids = made.encode(words, add_special_tokens=False)
         assert loaded.encode(words, add_special_tokens=False) == ids
         assert loaded.decode(ids) == words
+    message = {"role": "user", "content": prompt}
+    rendered = loaded.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    assert rendered == text.chat(prompt)
     first, second = ((MODELS / name / "tokenizer.json").read_bytes() for name in ("policy", "generator"))
     assert first == second
 
 
-def test_names_are_one_token_and_tags_are_ordinary_ones() -> None:
+def test_names_and_tags_are_one_token_and_tags_are_ordinary_ones() -> None:
     loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
-    for name in names.ALL:
-        assert len(loaded.encode(f" {name}", add_special_tokens=False)) == 1, name
-    for tag in text.TAGS:
-        ids = loaded.encode(tag, add_special_tokens=False)
-        assert len(ids) == 1
-        assert loaded.decode(ids, skip_special_tokens=True) == tag
+    for word in (*(f" {name}" for name in names.ALL), *text.TAGS):
+        ids = loaded.encode(word, add_special_tokens=False)
+        assert len(ids) == 1, word
+        assert loaded.decode(ids, skip_special_tokens=True) == word
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
-
-
-def test_the_prompts_are_those_of_the_chat_template_and_of_the_service() -> None:
-    scene = Scene(Random(1))
-    problem = scene.draw_problem(hops=2)
-    loaded = AutoTokenizer.from_pretrained(MODELS / "policy")
-    message = {"role": "user", "content": text.prompt(problem.question)}
-    rendered = loaded.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    assert rendered == text.chat(text.prompt(problem.question))
-    for context in ("", 'Doc 1(Title: "X") It is so.'):
-        asked = build_prompt("Who?", context=context, prompt_type=PromptType.default, max_context_words=4096)
-        assert text.short_answer_prompt("Who?", context=context) == asked
 
 
 # ---- traces and starts
@@ -210,9 +200,9 @@ def test_shipped_habits_leave_every_good_choice_a_quarter() -> None:
 
 
 def test_the_encoder_finds_the_right_passage_and_lazy_queries_mostly_fail(
-    index: evaluation.Index, world: World
+    retriever: DenseRetriever, world: World
 ) -> None:
-    figures = evaluation.measure_encoder(index, world.facts, seed=3)
+    figures = evaluation.measure_encoder(retriever, world.facts, seed=3)
     assert figures["good_query_rank1"] >= 0.97
     assert figures["last_word_top3"] <= 0.3
     assert figures["relation_only_top3"] <= 0.1
@@ -226,31 +216,27 @@ def test_entailment_gets_aliases_right_both_ways_and_refuses_unequal_names() -> 
     assert figures["aliases_both_ways"] >= 0.97
     assert figures["unequal_refused"] >= 0.97
     assert figures["other_wordings"] >= 0.95
-    question = "Where was Alice Marsh born?"
-    right, alias, other = (
-        entailment_text(question, town) for town in ("Bolton", "Bolton, England", "Whitby")
-    )
-    assert entailment.entails(model, words, [(right, alias), (alias, right)]) == [True, True]
-    assert entailment.entails(model, words, [(right, other)]) == [False]
+    right, other = (entailment_text("Where was Alice Marsh born?", town) for town in ("Bolton", "Whitby"))
+    assert entailment.entails(model, words, [(right, right), (right, other)]) == [True, False]
 
 
 def test_the_generator_believes_in_the_answer_when_the_passages_contain_it(
-    index: evaluation.Index, held_out: list[Problem]
+    retriever: DenseRetriever, held_out: list[Problem]
 ) -> None:
     model, words = _load_language_model("generator")
-    figures = evaluation.measure_generator(model, words, index, held_out[:25] + held_out[-25:])
+    figures = evaluation.measure_generator(model, words, retriever, held_out[:25] + held_out[-25:])
     assert figures["belief_one_hop_all"] >= 0.5 + figures["belief_one_hop_none"]
     assert figures["belief_two_hop_all"] >= 0.3 + figures["belief_two_hop_none"]
     assert figures["belief_two_hop_first_only"] <= figures["belief_two_hop_all"] - 0.3
 
 
 def test_the_policy_writes_the_right_form_but_often_behaves_badly(
-    index: evaluation.Index, held_out: list[Problem]
+    retriever: DenseRetriever, held_out: list[Problem]
 ) -> None:
     model, words = _load_language_model("policy")
     torch.manual_seed(0)
     chosen = held_out[:60] + held_out[-60:]
-    figures = evaluation.summarize(evaluation.run_episodes(model, words, index, chosen, temperature=1.0))
+    figures = evaluation.summarize(evaluation.run_episodes(model, words, retriever, chosen, temperature=1.0))
     assert figures["answered_share"] >= 0.9
     assert 0.1 <= figures["em"] <= 0.45
     assert figures["no_search_share"] >= 0.2
@@ -264,48 +250,35 @@ def test_the_policy_writes_the_right_form_but_often_behaves_badly(
 @pytest.mark.slow
 def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     out = tmp_path / "small"
-    main(["--small", "--seed", "7", "--threads", "1", "--out", str(out)])
+    options = ["--small", "--seed", "7", "--threads", "1", "--out", str(out)]
+    main(options)
     made = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert made["seed"] == 7
     assert set(made["abilities"]) >= {"encoder", "entailment", "policy_sampled", "generator"}
     for name in ("policy", "generator"):
         assert AutoModelForCausalLM.from_pretrained(out / "models" / name).config.vocab_size
-    assert len(pq.read_table(out / "test.parquet").to_pylist()) == 20
-    retriever = load_dense(
-        DenseOptions(
-            index_path=out / "index" / "e5_Flat.index",
-            corpus_path=out / "corpus.jsonl",
-            encoder=EncoderSpec(path=str(out / "models" / "encoder"), family="e5"),
-        )
-    )
-    assert len(retriever) == made["counts"]["passages"]
+    assert pq.read_table(out / "test.parquet").num_rows == 20
+    assert len(open_retriever(out)) == made["counts"]["passages"]
     # In a process of its own, as users call it: data and index come out the same.
-    command = [sys.executable, "scripts/make_world.py", "--small", "--seed", "7", "--threads", "1"]
-    again = [*command, "--out", str(out), "--stages", "data", "index", "manifest"]
-    run = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "scripts/make_world.py", *options, "--stages", "data", "index", "manifest"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8")) == made
 
 
-def test_figures_of_other_files_never_come_into_the_manifest(tmp_path: Path) -> None:
-    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
-    stages = ["--threads", "1", "--out", str(tmp_path), "--stages", "manifest"]
-    main(stages)
-    assert (tmp_path / "manifest.json").read_bytes() == (SHIPPED / "manifest.json").read_bytes()
-    (tmp_path / "models" / "policy" / "config.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        main(stages)
-    assert (tmp_path / "manifest.json").read_bytes() == (SHIPPED / "manifest.json").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("stage", "earlier"),
-    [("generator", "able"), ("index", "data"), ("measure", "encoder"), ("manifest", "measure")],
-)
-def test_a_stage_that_lacks_an_earlier_one_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, earlier: str
+def test_figures_of_other_files_never_come_into_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--threads", "1", "--stages", stage, "--out", str(tmp_path)])
-    assert ended.value.code == 2
-    assert f"add {earlier} to --stages" in capsys.readouterr().err
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+    shipped = (SHIPPED / "manifest.json").read_bytes()
+    stages = ["--threads", "1", "--out", str(tmp_path), "--stages"]
+    main([*stages, "manifest"])
+    assert (tmp_path / "manifest.json").read_bytes() == shipped
+    (tmp_path / "models" / "policy" / "config.json").write_text("{}")
+    # The stage that has to come before is named, here and where its files are missing.
+    for stage, earlier in (("manifest", "measure"), ("generator", "able")):
+        with pytest.raises(SystemExit) as ended:
+            main([*stages, stage])
+        assert ended.value.code == 2
+        assert f"add {earlier} to --stages" in capsys.readouterr().err
+    assert (tmp_path / "manifest.json").read_bytes() == shipped

@@ -18,7 +18,6 @@ from tests.fakes import CharTokenizer, make_turn
 from verl.agent.formats.search_r1 import SearchR1Format
 from verl.errors import ConfigError
 from verl.types import Action, ActionKind, Finish, Message, Observation, Passage, ToolSpec
-from world import text as world_text
 
 CHARS = CharTokenizer()
 INVALID = Action(kind=ActionKind.INVALID)
@@ -143,17 +142,6 @@ def test_observations_have_the_bytes_of_search_r1() -> None:
     )
     nothing = CHARS.decode(prompt_format.render_observation(Observation()))
     assert nothing == "\n\n<information>Nothing was found for this query.</information>\n\n"
-
-
-def test_the_embedded_world_was_trained_on_the_same_texts() -> None:
-    pages = [world_text.Passage("Bolton", "Bolton is a town."), world_text.Passage("Leeds", "A city.")]
-    found = make_observation(
-        *(Passage(id="0", title=f'"{page.title}"', text=page.body, score=1.0) for page in pages)
-    )
-    prompt_format = make_format(CHARS)
-    assert CHARS.decode(prompt_format.render_observation(found)) == world_text.observation(pages)
-    assert CHARS.decode(prompt_format.render_retry(make_turn(ActionKind.INVALID))) == RETRY
-    assert world_text.INVALID_ACTION == RETRY
 
 
 class ChatTokenizer(CharTokenizer):
