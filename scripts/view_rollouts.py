@@ -23,7 +23,7 @@ from verl.run.records import (
     TRAJECTORIES,
     TrajectoryRecord,
     TurnRecord,
-    is_executed,
+    count_calls,
     iterate_records,
     step_files,
 )
@@ -127,7 +127,7 @@ def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[R
         lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))
     if not turn["passages"] and turn["observation_text"].strip():
         lines.append(styled(f"     environment: {turn['observation_text'].strip()}", "yellow"))
-    if is_executed(turn) and not turn["observation_ids"]:
+    if count_calls(turn) and not turn["observation_ids"]:
         lines.append(styled("     the context had no room for the result of the call", "yellow"))
     if gain is not None:
         lines.append(styled(f"     gain of this turn {gain:+.3f}", "default"))

@@ -10,8 +10,9 @@ from verl.agent.loop import EpisodeLimits, ToolAgent
 from verl.agent.prompts import PACKAGED_FILE, load_texts
 from verl.agent.tools import TOOLS
 from verl.agent.tools.search import render_passages
-from verl.protocols import Generate, PromptFormat, Search, Tokenizer, ToolResources
-from verl.types import Observation, Passage
+from verl.protocols import Generate, PromptFormat, Search, Tokenizer, Tool, ToolResources
+from verl.trainer.config.schema import RetrieverConfig
+from verl.types import Observation, Passage, ToolCall
 
 LIMITS = {
     "max_turns": 2,
@@ -22,13 +23,22 @@ LIMITS = {
 }
 
 
+def make_tools(search: Search, names: Sequence[str], *, search_timeout_s: float = 30) -> list[Tool]:
+    """Return the tools of these names."""
+    settings, resources = RetrieverConfig(), ToolResources(open_search=lambda: search)
+    settings.timeout_s = search_timeout_s
+    texts = {
+        name: load_texts(PACKAGED_FILE, section=f"tools.{name}", entries=TOOLS[name].texts) for name in names
+    }
+    return [TOOLS[name](settings, texts=texts[name], resources=resources) for name in names]
+
+
 def make_format(
     tokenizer: Tokenizer, *, name: str = "search_r1", tools: Sequence[str] = ("search",)
 ) -> PromptFormat:
     """Return a prompt format for these tools."""
-    resources = ToolResources(search=ScriptedSearch(), search_timeout_s=30)
     texts = load_texts(PACKAGED_FILE, section=name, entries=FORMATS[name].texts)
-    specs = [TOOLS[tool](resources).spec for tool in tools]
+    specs = [tool.spec for tool in make_tools(ScriptedSearch(), tools)]
     return FORMATS[name](tokenizer=tokenizer, texts=texts, tools=specs)
 
 
@@ -43,13 +53,20 @@ def make_agent(
     **limits: int,
 ) -> ToolAgent:
     """Return an agent with `LIMITS`, some of them replaced."""
-    resources = ToolResources(search=search, search_timeout_s=search_timeout_s)
     return ToolAgent(
         generate=generate,
         prompt_format=make_format(tokenizer, name=name, tools=tools),
-        tools=[TOOLS[tool](resources) for tool in tools],
+        tools=make_tools(search, tools, search_timeout_s=search_timeout_s),
         limits=EpisodeLimits(**(LIMITS | limits), temperature=0.7),
     )
+
+
+SEARCH = ToolCall(tool="search", arguments={"query": "q"})
+
+
+def render(prompt_format: PromptFormat, observation: Observation) -> list[int]:
+    """Return what the policy reads after one search."""
+    return prompt_format.render_observations([SEARCH], [observation])
 
 
 def make_observation(*passages: Passage) -> Observation:

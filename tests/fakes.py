@@ -25,7 +25,10 @@ from verl.types import (
     Passage,
     Question,
     Sampling,
+    Span,
+    SpanKind,
     Stop,
+    ToolCall,
     Trajectory,
     Turn,
 )
@@ -151,6 +154,17 @@ def make_question(
     )
 
 
+def make_action(kind: ActionKind, text: str = "", *, start: int = 0, end: int = 0) -> Action:
+    """An action with one span; a tool call is a search for `text`."""
+    is_call = kind is ActionKind.TOOL
+    span = Span(kind=SpanKind.QUERY if is_call else SpanKind.ANSWER, start=start, end=end, text=text)
+    return Action(
+        kind=kind,
+        calls=(ToolCall(tool="search", arguments={"query": text}),) if is_call else (),
+        spans=() if kind is ActionKind.INVALID else (span,),
+    )
+
+
 def make_turn(
     kind: ActionKind,
     text: str = "",
@@ -166,13 +180,8 @@ def make_turn(
     return Turn(
         output_ids=np.arange(outputs, dtype=np.int32),
         output_log_probs=np.full(outputs, log_prob, np.float32),
-        action=Action(
-            kind=kind,
-            text=text,
-            tool="search" if is_call else "",
-            arguments={"query": text} if is_call else {},
-        ),
-        observation=Observation(passages=passages) if is_call and observed else None,
+        action=make_action(kind, text),
+        observations=(Observation(passages=passages),) if is_call and observed else (),
         observation_ids=np.arange(observed, dtype=np.int32),
     )
 
@@ -273,10 +282,12 @@ class ScriptedGenerate:
 
 @dataclass(slots=True)
 class ScriptedSearch:
-    """Finds what is scripted for a query, nothing for others; keeps the queries."""
+    """Finds what is scripted for a query, nothing for others; keeps the queries and counts other calls."""
 
     found: dict[str, tuple[Passage, ...] | Exception] = field(default_factory=dict)
     queries: list[str] = field(default_factory=list)
+    num_waits: int = 0
+    num_closes: int = 0
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         self.queries.append(query)
@@ -285,6 +296,15 @@ class ScriptedSearch:
         if isinstance(found, Exception):
             raise found
         return found
+
+    async def wait_ready(self, deadline_s: float) -> None:
+        self.num_waits += 1
+
+    async def describe(self) -> dict[str, object] | None:
+        return None
+
+    async def aclose(self) -> None:
+        self.num_closes += 1
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.fakes import make_action
 from tests.methods import make_method
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
@@ -69,7 +70,7 @@ def make_turn(text: str, action: Action, *, passages: Sequence[Passage] = (), ob
         output_ids=ids,
         output_log_probs=log_probs,
         action=action,
-        observation=Observation(passages=tuple(passages)) if action.kind is ActionKind.TOOL else None,
+        observations=(Observation(passages=tuple(passages), text=observation),) * len(action.calls),
         observation_ids=encode(observation),
     )
 
@@ -78,14 +79,7 @@ def search_turn(query: str, passages: Sequence[Passage]) -> Turn:
     text = f"<think> I should look this up first. </think> <search> {query} </search>"
     docs = "\n".join(f"Doc {k}(Title: {p.title}) {p.text}" for k, p in enumerate(passages, start=1))
     start = text.index(query)
-    action = Action(
-        kind=ActionKind.TOOL,
-        text=query,
-        start=start,
-        end=start + len(query),
-        tool="search",
-        arguments={"query": query},
-    )
+    action = make_action(ActionKind.TOOL, query, start=start, end=start + len(query))
     return make_turn(
         text, action, passages=passages, observation=f"\n\n<information>{docs}</information>\n\n"
     )
@@ -94,7 +88,7 @@ def search_turn(query: str, passages: Sequence[Passage]) -> Turn:
 def answer_turn(answer: str, *, think: str = "The passage names it.") -> Turn:
     text = f"<think> {think} </think> <answer> {answer} </answer>"
     start = text.rindex(answer)
-    return make_turn(text, Action(kind=ActionKind.ANSWER, text=answer, start=start, end=start + len(answer)))
+    return make_turn(text, make_action(ActionKind.ANSWER, answer, start=start, end=start + len(answer)))
 
 
 def make_trajectory(question: Question, sample: int, rng: random.Random, *, skill: float) -> Trajectory:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from verl.types import (
@@ -15,6 +16,7 @@ from verl.types import (
     Passage,
     Question,
     Sampling,
+    ToolCall,
     ToolSpec,
     Trajectory,
     Turn,
@@ -36,39 +38,25 @@ class Search(Protocol):
         """Return passages, best first; none when nothing was found. Raises ServiceError when it failed."""
         ...
 
+    async def wait_ready(self, deadline_s: float) -> None:
+        """Return once the search engine answers. Raises ServiceError when that takes longer."""
+        ...
+
+    async def describe(self) -> Mapping[str, object] | None:
+        """Return what the passages depend on; None where that is unknown. Raises ServiceError."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResources:
-    """What tools are built from."""
+    """What tools may open."""
 
-    search: Search
-    search_timeout_s: float
-
-
-class Tool(Protocol):
-    """Something that the policy can call: one class, one line in `verl.agent.tools.TOOLS`."""
-
-    def __init__(self, resources: ToolResources) -> None: ...
-
-    @property
-    def spec(self) -> ToolSpec:
-        """Return name, description, parameters and limits."""
-        ...
-
-    async def call(self, arguments: Mapping[str, object], *, deadline: float) -> Observation:
-        """Return the result, by `deadline` on the clock of `time.monotonic`.
-
-        A mistake of the policy, such as code with an error, is a text that the policy reads. What is not the
-        policy's doing, such as a service that is down, is a `failure`.
-        """
-        ...
-
-    def shorten(self, observation: Observation, max_chars: int) -> Observation:
-        """Return the start of an observation, its facts cut like its text, with about `max_chars` characters.
-
-        Fewer characters never give a longer text, and 0 gives at most `spec.shortest_text`.
-        """
-        ...
+    open_search: Callable[[], Search]
+    """Make a client of the search engine that the section `retriever` describes; its owner closes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +65,48 @@ class FixedText:
 
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+
+
+class Tool(ABC):
+    """Something that the policy can call: one class, one line in `verl.agent.tools.TOOLS`."""
+
+    section: ClassVar[str] = ""
+    """The section of the configuration with its settings; empty for a tool without settings."""
+    settings_class: ClassVar[type[object]] = object
+    """The dataclass of this section."""
+    texts: ClassVar[Mapping[str, FixedText]] = {}
+    """The entries that the tool needs in its section `tools.NAME` of the prompt file."""
+    spec: ToolSpec
+
+    def __init__(  # noqa: B027 (most tools need nothing of it)
+        self, settings: object, *, texts: Mapping[str, str], resources: ToolResources
+    ) -> None:
+        """`settings` is an instance of `settings_class`. Nothing is reached before `connect`."""
+
+    async def connect(self, timeout_s: float) -> Mapping[str, object]:  # noqa: ARG002
+        """Wait at most `timeout_s` until what the tool calls answers; return what its results depend on.
+
+        Called once, before models are loaded. Raises ServiceError.
+        """
+        return {}
+
+    @abstractmethod
+    async def call(self, arguments: Mapping[str, object], *, deadline: float) -> Observation:
+        """Return the result, by `deadline` on the clock of `time.monotonic`.
+
+        A mistake of the policy, such as code with an error, is a text that the policy reads. What is not the
+        policy's doing, such as a service that is down, is a `failure`.
+        """
+
+    def shorten(self, observation: Observation, max_chars: int) -> Observation:
+        """Return the start of an observation, its facts cut like its text, with about `max_chars` characters.
+
+        Fewer characters never give a longer text, and 0 gives at most `spec.shortest_text`.
+        """
+        return replace(observation, text=observation.text[:max_chars])
+
+    async def aclose(self) -> None:  # noqa: B027
+        """Close what the tool has opened. Called once, at the end of the run."""
 
 
 class PromptFormat(Protocol):
@@ -97,12 +127,17 @@ class PromptFormat(Protocol):
         ...
 
     @property
+    def max_calls(self) -> int:
+        """Most calls of one completion."""
+        ...
+
+    @property
     def reply_length(self) -> int:
         """Number of tokens of the longest reply to an invalid action."""
         ...
 
     def write_prompt(self, question: str) -> tuple[Message, ...]:
-        """Return the instruction, with the tool list where it has one, and the question."""
+        """Return the instruction, with the list of tools where it has one, and the question."""
         ...
 
     def check_prompt(self, messages: Sequence[Message]) -> str | None:
@@ -114,15 +149,17 @@ class PromptFormat(Protocol):
         ...
 
     def parse(self, ids: Sequence[int]) -> Action:
-        """Return the action of a completion and its token span. Calls only tools that there are."""
+        """Return the action of a completion, with its spans. Calls only tools that there are."""
         ...
 
     def neutralize(self, text: str) -> str:
         """Return a text from outside in which nothing can be taken for markup of the format."""
         ...
 
-    def render_observation(self, observation: Observation) -> list[int]:
-        """Return the ids that the policy reads after a tool call."""
+    def render_observations(
+        self, calls: Sequence[ToolCall], observations: Sequence[Observation]
+    ) -> list[int]:
+        """Return the ids that the policy reads after the calls of a turn, one observation per call."""
         ...
 
     def render_retry(self, turn: Turn) -> list[int]:

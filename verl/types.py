@@ -65,7 +65,7 @@ class Observation:
     """What a tool returned for one call."""
 
     text: str = ""
-    """For the policy to read, without what the prompt format puts around it; empty when nothing was found."""
+    """For the policy to read, without what the prompt format puts around it; empty when there is nothing."""
     passages: tuple[Passage, ...] = ()
     """The search results that `text` consists of, if it does."""
     failure: str | None = None
@@ -74,16 +74,19 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """How a tool is called, for the prompt and for the parser of a prompt format."""
+    """What a tool says of itself, for the prompt and for the parser of a prompt format."""
 
     name: str
     description: str
+    """What it does, in one line that begins with a verb."""
     parameters: Mapping[str, str]
     """Description of each argument by its name; all of them are required."""
     timeout_s: float = 30.0
     """Longest time of one call."""
     shortest_text: str = ""
     """Shortest text of an observation that is not empty: `data.max_obs_length` must have room for it."""
+    empty_text: str = ""
+    """What the policy reads instead of an empty result."""
 
 
 class ActionKind(StrEnum):
@@ -93,19 +96,49 @@ class ActionKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call that the policy asked for."""
+
+    tool: str
+    arguments: Mapping[str, object]
+    """By name."""
+
+
+class SpanKind(StrEnum):
+    THINK = "think"
+    QUERY = "query"
+    """The argument of a tool call."""
+    REFINE = "refine"
+    """The policy's own summary of what it read."""
+    ANSWER = "answer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A part of a completion that the prompt format tells apart, markup excluded."""
+
+    kind: SpanKind
+    start: int
+    end: int
+    """Its tokens are `[start, end)` of `Turn.output_ids`."""
+    text: str
+    """What the policy meant, stripped: without the escapes that the markup of a format may need."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Action:
-    """What the policy asked for in one turn."""
+    """What the policy asked for in one turn, and the parts of its completion."""
 
     kind: ActionKind
-    text: str = ""
-    """Argument of the call (the query of a search) or the answer, stripped; empty when invalid."""
-    start: int = 0
-    end: int = 0
-    """Token span `[start, end)` of the text inside `Turn.output_ids`, markup of the format excluded."""
-    tool: str = ""
-    """Name of the called tool; empty for other kinds."""
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    """Arguments of the call by name."""
+    calls: tuple[ToolCall, ...] = ()
+    """In order, at least one if `kind` is TOOL; the k-th span of kind QUERY is the query of the k-th call."""
+    spans: tuple[Span, ...] = ()
+    """In order, without overlaps."""
+
+    @property
+    def text(self) -> str:
+        """The answer, or one line per query; empty when invalid."""
+        return "\n".join(s.text for s in self.spans if s.kind in (SpanKind.QUERY, SpanKind.ANSWER))
 
 
 class Finish(StrEnum):
@@ -145,23 +178,23 @@ class Turn:
     output_log_probs: FloatArray
     action: Action
     finish: Finish = Finish.STOP
-    observation: Observation | None = None
-    """Result of a tool call as the policy reads it; None when no call was executed or it failed."""
+    observations: tuple[Observation, ...] = ()
+    """Result of each call as the policy reads it; empty when none was executed or one failed."""
     observation_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     """What the environment appended; empty on the last turn."""
     observation_truncated: bool = False
-    """Whether the observation was cut to `data.max_obs_length`."""
+    """Whether the observations were cut to `data.max_obs_length`."""
     version: int = 0
 
     @property
     def observation_overflowed(self) -> bool:
-        """Return whether the context had no room for the observation of a call, which ended the episode."""
-        return self.observation is not None and not len(self.observation_ids)
+        """Return whether the context had no room for what the calls gave, which ended the episode."""
+        return bool(self.observations) and not len(self.observation_ids)
 
     @property
     def passages(self) -> tuple[Passage, ...]:
         """Return the search results that the policy read: from the tool, never parsed from text."""
-        return self.observation.passages if self.observation and len(self.observation_ids) else ()
+        return tuple(p for o in self.observations for p in o.passages) if len(self.observation_ids) else ()
 
 
 class Stop(StrEnum):
@@ -224,9 +257,9 @@ class Trajectory:
         return None
 
     @property
-    def tool_turns(self) -> tuple[Turn, ...]:
-        """Return the turns whose tool call was executed, also those whose observation overflowed."""
-        return tuple(turn for turn in self.turns if turn.observation is not None)
+    def observations(self) -> tuple[Observation, ...]:
+        """Return the result of every executed tool call, also of those whose observation overflowed."""
+        return tuple(observation for turn in self.turns for observation in turn.observations)
 
     @property
     def passages(self) -> tuple[Passage, ...]:

@@ -92,7 +92,7 @@ async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
     # Found nothing is an observation that says so, in an episode that counts.
     shown = CHARS.decode(rare.trajectories[0].token_ids.tolist())
     assert "Nothing was found for this query." in shown
-    assert rare.trajectories[0].tool_turns[0].passages == ()
+    assert rare.trajectories[0].observations[0].passages == ()
     metrics = rollout_metrics(everything)
     assert metrics["rollout/failures_search_failed"] == 2
     assert metrics["rollout/failed_share"] == pytest.approx(2 / 12)

@@ -1,6 +1,6 @@
 """One episode: the policy writes, the environment answers, token in and token out.
 
-    prompt -> [output -> observation] x max_turns -> last output, whose tool call is not executed
+    prompt -> [output -> observations] x max_turns -> last output, whose tool calls are not executed
 
 Nothing that was sampled is ever decoded and encoded again, so the trained ids are the sampled ids plus the
 injected ones. A failed tool call or completion ends the episode as FAILED, with its name; the policy never
@@ -20,13 +20,13 @@ import numpy as np
 from verl.errors import ConfigError, RolloutError
 from verl.protocols import Generate, PromptFormat, Tool
 from verl.types import (
-    Action,
     ActionKind,
     IntArray,
     Observation,
     Question,
     Sampling,
     Stop,
+    ToolCall,
     Trajectory,
     Turn,
 )
@@ -76,8 +76,12 @@ class ToolAgent:
         self._limits = limits
         # The samples of a group follow each other, so that its prompt is rendered once.
         self._render_prompt = lru_cache(_CACHED_PROMPTS)(lambda q: _as_ids(prompt_format.render_prompt(q)))
-        fixed = [Observation(), *(Observation(text=tool.spec.shortest_text) for tool in tools)]
-        lengths = [len(prompt_format.render_observation(observation)) for observation in fixed]
+        lengths = [
+            len(prompt_format.render_observations([call] * count, [Observation(text=text)] * count))
+            for tool in tools
+            for call, count in [(ToolCall(tool=tool.spec.name, arguments={}), prompt_format.max_calls)]
+            for text in ("", tool.spec.shortest_text)
+        ]
         if limits.max_obs_length < (shortest := max(prompt_format.reply_length, *lengths)):
             raise ConfigError(
                 f"data.max_obs_length={limits.max_obs_length} cannot hold the fixed replies of the "
@@ -109,7 +113,7 @@ class ToolAgent:
     async def _play(
         self, context: IntArray, *, turns: list[Turn], session: str, seed: int, greedy: bool
     ) -> Stop:
-        """Append the turns one by one and return why the episode ended; the last turn has no observation."""
+        """Append the turns one by one and return why the episode ended; after the last nothing is read."""
         limits = self._limits
         if len(context) > limits.max_start_length:
             raise RolloutError(
@@ -145,39 +149,48 @@ class ToolAgent:
 
     async def _reply(self, turn: Turn) -> Turn:
         """Return the same turn with the environment's reply. Raises _ToolFailureError."""
+        calls = turn.action.calls
         if turn.action.kind is not ActionKind.TOOL:
             return replace(turn, observation_ids=_as_ids(self._format.render_retry(turn)))
-        tool = self._tools[turn.action.tool]
-        found = await _call(tool, turn.action)
-        if found.failure is not None:
-            raise _ToolFailureError(f"{turn.action.tool}_failed: {found.failure}")
-        shown, ids, is_cut = self._fit(found, tool=tool)
-        return replace(turn, observation=shown, observation_ids=_as_ids(ids), observation_truncated=is_cut)
+        found = await asyncio.gather(*(_call(self._tools[call.tool], call) for call in calls))
+        for call, observation in zip(calls, found, strict=True):
+            if observation.failure is not None:
+                raise _ToolFailureError(f"{call.tool}_failed: {observation.failure}")
+        shown, ids, is_cut = self._fit(found, calls=calls)
+        return replace(turn, observations=shown, observation_ids=_as_ids(ids), observation_truncated=is_cut)
 
-    def _fit(self, observation: Observation, *, tool: Tool) -> tuple[Observation, list[int], bool]:
-        """Return the observation as it is shown, its ids, at most `max_obs_length`, and whether it was cut.
+    def _fit(
+        self, found: Sequence[Observation], *, calls: Sequence[ToolCall]
+    ) -> tuple[tuple[Observation, ...], list[int], bool]:
+        """Return the observations as they are shown, their ids, at most `max_obs_length`, and if any was cut.
 
-        What looks like markup of the format is neutralized. An observation that does not fit or has too many
-        characters is cut from its end by the tool. Rendering what is shown gives the ids again.
+        What looks like markup of the format is neutralized. Where they do not fit, the tools shorten each to
+        the same number of characters, the largest that fits. Rendering what is shown gives the ids again.
         """
         max_length = self._limits.max_obs_length
-        max_chars = max_length * _MAX_CHARS_PER_TOKEN
-        is_long = len(observation.text) > max_chars
-        if is_long:
-            observation = tool.shorten(observation, max_chars)
-        observation = self._neutralize(observation)
-        if not is_long and len(observation.text) <= max_chars:
-            ids = self._format.render_observation(observation)
-            if len(ids) <= max_length:
-                return observation, ids, False
-        # The most characters whose observation fits, by bisection; that none fits was checked at the start.
-        shown = tool.shorten(observation, 0)
-        ids = self._format.render_observation(shown)
-        low, high = 0, min(len(observation.text), max_chars)
+
+        def shorten(observations: Sequence[Observation], max_chars: int) -> tuple[Observation, ...]:
+            return tuple(
+                self._tools[call.tool].shorten(observation, max_chars)
+                if len(observation.text) > max_chars
+                else observation
+                for call, observation in zip(calls, observations, strict=True)
+            )
+
+        # Before anything else, so that a result of any size costs the same work.
+        limited = shorten(found, max_length * _MAX_CHARS_PER_TOKEN)
+        whole = tuple(map(self._neutralize, limited))
+        is_cut = limited != tuple(found)
+        if not is_cut and len(ids := self._format.render_observations(calls, whole)) <= max_length:
+            return whole, ids, False
+        # The most characters that fit, by bisection; that none at all fit was checked at the start.
+        shown = shorten(whole, 0)
+        ids = self._format.render_observations(calls, shown)
+        low, high = 0, max(len(observation.text) for observation in whole)
         while low < high:
             middle = (low + high + 1) // 2
-            candidate = tool.shorten(observation, middle)
-            candidate_ids = self._format.render_observation(candidate)
+            candidate = shorten(whole, middle)
+            candidate_ids = self._format.render_observations(calls, candidate)
             if len(candidate_ids) <= max_length:
                 low, shown, ids = middle, candidate, candidate_ids
             else:
@@ -194,12 +207,12 @@ class ToolAgent:
         return replace(observation, text=clean(observation.text), passages=passages)
 
 
-async def _call(tool: Tool, action: Action) -> Observation:
+async def _call(tool: Tool, call: ToolCall) -> Observation:
     """Return what the tool returned, or a failure when it did not return in time."""
     timeout_s = tool.spec.timeout_s
     try:
         async with asyncio.timeout(timeout_s):
-            return await tool.call(action.arguments, deadline=time.monotonic() + timeout_s)
+            return await tool.call(call.arguments, deadline=time.monotonic() + timeout_s)
     except TimeoutError:
         return Observation(failure=f"no answer within {timeout_s:g} s")
 

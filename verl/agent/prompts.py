@@ -25,7 +25,7 @@ def prompt_file(chosen: str | None) -> Path:
 
 
 def load_texts(path: Path, *, section: str, entries: Mapping[str, FixedText]) -> dict[str, str]:
-    """Return the texts of one section of a prompt file, exactly the given entries.
+    """Return the texts of a section, such as `search_r1` or `tools.search`, exactly the given entries.
 
     Raises ConfigError for a file that cannot be read, and for missing, unknown or malformed entries and
     placeholders.
@@ -37,7 +37,9 @@ def load_texts(path: Path, *, section: str, entries: Mapping[str, FixedText]) ->
         raise ConfigError(
             f"data.prompt_file={str(path)!r} cannot be read ({reason}); expected YAML like {PACKAGED_FILE}"
         ) from error
-    texts = content.get(section) if isinstance(content, dict) else None
+    texts = content
+    for name in section.split("."):
+        texts = texts.get(name) if isinstance(texts, dict) else None
     if not isinstance(texts, dict):
         if not entries and texts is None:
             return {}

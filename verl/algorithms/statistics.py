@@ -6,11 +6,11 @@ NumPy only. None stands for a sample that failed: it is left out of every statis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from verl.types import Component, Credit, FloatArray, Trajectory
+from verl.types import Component, Credit, FloatArray, SpanKind, Trajectory
 
 EPSILON = 1e-6
 """Added to the standard deviation; a group that spreads less than this has nothing to compare and gets 0."""
@@ -62,12 +62,16 @@ def spread_turns(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
     return np.concatenate(parts)
 
 
-def spread_actions(trajectory: Trajectory, values: Sequence[float]) -> FloatArray:
-    """Return the value of a turn on the tokens of its query or answer and 0 elsewhere [L]; see `Action`."""
+def spread_spans(
+    trajectory: Trajectory, values: Sequence[float], *, kinds: Collection[SpanKind]
+) -> FloatArray:
+    """Return the value of a turn on the tokens of its spans of these kinds and 0 elsewhere [L]."""
     result = np.zeros(len(trajectory.token_ids), dtype=np.float32)
     start = len(trajectory.prompt_ids)
     for turn, value in zip(trajectory.turns, values, strict=True):
-        result[start + turn.action.start : start + turn.action.end] = value
+        for span in turn.action.spans:
+            if span.kind in kinds:
+                result[start + span.start : start + span.end] = value
         start += len(turn.output_ids) + len(turn.observation_ids)
     return result
 

@@ -7,16 +7,17 @@ can credit it again:
     credits = algorithm.credit(step.groups, step.scores)
 
 Format 2 added `turn_gains`, `components` and `format` itself, and of turns `finish`, `is_executed` and the
-action's `tool` and `arguments` (a search was an action of the kind `search`); files of format 1, which have
-none of them, are read as well.
+action's `tool` and `arguments` (a search was an action of the kind `search`). Format 3 has the `spans` and
+`calls` of an action instead of one `start`, `end`, `tool` and `arguments`, and the text of each observation.
+Files of all formats are read.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -28,19 +29,10 @@ from typing_extensions import TypedDict
 from serving.redaction import redact_text
 from verl.errors import DataError
 from verl.types import (
-    Action,
     ActionKind,
     Credit,
-    Finish,
     FloatArray,
-    Gain,
-    Group,
-    IntArray,
-    Observation,
-    Passage,
-    Question,
     Score,
-    Stop,
     Trajectory,
     Turn,
 )
@@ -50,7 +42,7 @@ Decode = Callable[[Sequence[int]], str]
 TRAJECTORIES = "trajectories"
 """Folder of the training steps in a run folder."""
 EVALUATION = "evaluation"
-FORMAT = 2
+FORMAT = 3
 _STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 SCORE_DIGITS = 6
 LOG_PROB_DIGITS = 6
@@ -66,16 +58,45 @@ class PassageRecord(TypedDict):
     score: float | None
 
 
+class CallRecord(TypedDict):
+    """A tool call."""
+
+    tool: str
+    arguments: dict[str, object]
+
+
+class SpanRecord(TypedDict):
+    """A part of a completion: see `verl.types.Span`."""
+
+    kind: str
+    start: int
+    end: int
+    text: str
+
+
 class ActionRecord(TypedDict):
     """What the policy asked for in a turn."""
 
     kind: str
-    """tool, answer or invalid; files without `tool` have search for a call of that tool."""
+    """tool, answer or invalid; in format 1 search for a call of that tool."""
     text: str
-    start: int
-    end: int
+    """The answer, or one line per query."""
+    calls: NotRequired[list[CallRecord]]
+    spans: NotRequired[list[SpanRecord]]
+    start: NotRequired[int]
+    """Of `text`, like `end`, until format 2."""
+    end: NotRequired[int]
     tool: NotRequired[str]
+    """Like `arguments` of the call, in format 2."""
     arguments: NotRequired[dict[str, object]]
+
+
+class ObservationRecord(TypedDict):
+    """What one call returned, cut to fit."""
+
+    text: str
+    num_passages: int
+    """How many of the turn's `passages` are its own, in order."""
 
 
 class TurnRecord(TypedDict):
@@ -92,7 +113,10 @@ class TurnRecord(TypedDict):
     """Whether a tool was called; without the entry, a call with an observation was."""
     passages: list[PassageRecord]
     """Those that the policy read."""
+    observations: NotRequired[list[ObservationRecord]]
+    """One per executed call."""
     observation_text: str
+    """All that the environment appended, decoded."""
     observation_ids: list[int]
     observation_truncated: bool
     version: int
@@ -141,16 +165,6 @@ class TrajectoryRecord(RecordVersion):
     """(value, number of tokens) over the whole trajectory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedStep:
-    """One step as the method saw it, and the credit it gave."""
-
-    groups: tuple[Group, ...]
-    scores: tuple[tuple[Score, ...], ...]
-    credits: tuple[tuple[Credit | None, ...], ...]
-    """None where no credit was recorded."""
-
-
 def to_record(
     trajectory: Trajectory,
     *,
@@ -195,9 +209,13 @@ def to_record(
 def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
     return {
         "output_text": decode(turn.output_ids.tolist()),
-        "action": cast(ActionRecord, asdict(turn.action)),
+        "action": cast(ActionRecord, asdict(turn.action) | {"text": turn.action.text}),
         "finish": str(turn.finish),
-        "is_executed": turn.observation is not None,
+        "is_executed": bool(turn.observations),
+        "observations": [
+            {"text": found.text, "num_passages": len(found.passages) if len(turn.observation_ids) else 0}
+            for found in turn.observations
+        ],
         "passages": [
             cast(PassageRecord, asdict(passage) | {"score": _number(passage.score, SCORE_DIGITS)})
             for passage in turn.passages
@@ -285,102 +303,9 @@ def _shape() -> TypeAdapter[TrajectoryRecord]:
     return TypeAdapter(TrajectoryRecord)
 
 
-def rebuild_step(records: Iterable[TrajectoryRecord]) -> RecordedStep:
-    """Return groups, scores and credit in their order.
-
-    `Question.messages` and the texts of observations are not recorded.
-    """
-    by_uid: dict[str, list[TrajectoryRecord]] = {}
-    for record in records:
-        by_uid.setdefault(record["uid"], []).append(record)
-    groups = []
-    for members in by_uid.values():
-        trajectories = tuple(rebuild_trajectory(record) for record in members)
-        groups.append(Group(question=trajectories[0].question, trajectories=trajectories))
-    return RecordedStep(
-        groups=tuple(groups),
-        scores=tuple(tuple(_rebuild_score(record) for record in members) for members in by_uid.values()),
-        credits=tuple(tuple(_rebuild_credit(record) for record in members) for members in by_uid.values()),
-    )
-
-
-def rebuild_trajectory(record: TrajectoryRecord) -> Trajectory:
-    """Return the trajectory of a record, without `Question.messages`."""
-    question = Question(
-        uid=record["uid"],
-        text=record["question"],
-        messages=(),
-        golds=tuple(record["golds"]),
-        data_source=record["data_source"],
-    )
-    return Trajectory(
-        question=question,
-        sample=record["sample"],
-        prompt_ids=_ids(record["prompt_ids"]),
-        turns=tuple(_rebuild_turn(turn) for turn in record["turns"]),
-        stop=Stop(record["stop"]),
-        failure=record["trajectory_failure"],
-        seconds=record["seconds"],
-    )
-
-
-def _rebuild_turn(turn: TurnRecord) -> Turn:
-    return Turn(
-        output_ids=_ids(turn["output_ids"]),
-        output_log_probs=np.asarray(turn["output_log_probs"], dtype=np.float32),
-        action=_rebuild_action(turn["action"]),
-        finish=Finish(turn.get("finish", Finish.STOP)),
-        observation=Observation(passages=tuple(map(_rebuild_passage, turn["passages"])))
-        if is_executed(turn)
-        else None,
-        observation_ids=_ids(turn["observation_ids"]),
-        observation_truncated=turn["observation_truncated"],
-        version=turn["version"],
-    )
-
-
-def is_executed(turn: TurnRecord) -> bool:
-    """Return whether the tool call of a turn was executed."""
+def count_calls(turn: TurnRecord) -> int:
+    """Return the number of executed tool calls of a turn."""
+    if "observations" in turn:
+        return len(turn["observations"])
     is_call = turn["action"]["kind"] not in (ActionKind.ANSWER, ActionKind.INVALID)
-    return turn.get("is_executed", is_call and bool(turn["observation_ids"]))
-
-
-def _rebuild_action(action: ActionRecord) -> Action:
-    values: dict[str, Any] = {**action}
-    if action["kind"] == "search":  # the only tool, before the tool had an entry of its own
-        values |= {"kind": "tool", "tool": "search", "arguments": {"query": action["text"]}}
-    return Action(**values | {"kind": ActionKind(values["kind"])})
-
-
-def _rebuild_passage(passage: PassageRecord) -> Passage:
-    values: dict[str, Any] = {**passage, "score": math.nan if passage["score"] is None else passage["score"]}
-    return Passage(**values)
-
-
-def _rebuild_score(record: TrajectoryRecord) -> Score:
-    gain = Gain(
-        trajectory=record["gain"],
-        turns=tuple(record.get("turn_gains", ())),
-        failure=record.get("gain_failure"),
-    )
-    return Score(
-        outcome=record["outcome"], gain=gain, failure=record["failure"], metrics=dict(record["metrics"])
-    )
-
-
-def _rebuild_credit(record: TrajectoryRecord) -> Credit | None:
-    runs = record["advantage_runs"]
-    if runs is None:
-        return None
-    parts = [np.full(count, np.nan if value is None else value, dtype=np.float32) for value, count in runs]
-    return Credit(
-        advantages=np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32),
-        components={
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in record.get("components", {}).items()
-        },
-    )
-
-
-def _ids(values: list[int]) -> IntArray:
-    return np.asarray(values, dtype=np.int32)
+    return int(turn.get("is_executed", is_call and bool(turn["observation_ids"])))

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError
-from verl.protocols import PromptFormat, Search, Tokenizer, Tool, ToolResources
+from verl.protocols import PromptFormat, Tokenizer, Tool, ToolResources
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
@@ -73,13 +73,13 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts; each registers on the stack how it is taken down."""
     algorithm_class = ALGORITHMS[config.algorithm.name]
-    search, ig_service, services = await connect_services(config, stack, needs=algorithm_class.needs)
+    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    ig_service, services = await connect_services(config, stack, tools=tools, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = HfTokenizer.from_pretrained(
         config.actor_rollout_ref.model.path, tags=FORMATS[config.agent.format].tags
     )
     pad_id = tokenizer.pad_id
-    tools = make_tools(config, search)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
     sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
@@ -149,13 +149,27 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
 
 
-def make_tools(config: Config, search: Search) -> list[Tool]:
-    """Make the tools that the policy can call."""
-    resources = ToolResources(search=search, search_timeout_s=config.retriever.timeout_s)
-    return [TOOLS[name](resources) for name in config.agent.tools]
+def open_search(config: RetrieverConfig) -> HttpSearch:
+    """Make a client of the retriever."""
+    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
+    token = os.environ.get("RETRIEVER_TOKEN") or None
+    return HttpSearch(config.url, topk=config.topk, timeout_s=config.timeout_s, token=token)
 
 
-def make_format(config: Config, *, tokenizer: Tokenizer, tools: list[Tool]) -> PromptFormat:
+def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
+    """Make the tools that the policy can call. Raises ConfigError for their texts in the prompt file."""
+    path = prompt_file(config.data.prompt_file)
+    return [
+        tool(
+            getattr(config, tool.section) if tool.section else None,
+            texts=load_texts(path, section=f"tools.{name}", entries=tool.texts),
+            resources=resources,
+        )
+        for name, tool in ((name, TOOLS[name]) for name in config.agent.tools)
+    ]
+
+
+def make_format(config: Config, *, tokenizer: Tokenizer, tools: Sequence[Tool]) -> PromptFormat:
     """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
     name, path = config.agent.format, prompt_file(config.data.prompt_file)
     texts = load_texts(path, section=name, entries=FORMATS[name].texts)
@@ -168,7 +182,7 @@ def make_format(config: Config, *, tokenizer: Tokenizer, tools: list[Tool]) -> P
 
 
 def make_collector(
-    config: Config, *, engines: EnginePool, prompt_format: PromptFormat, tools: list[Tool]
+    config: Config, *, engines: EnginePool, prompt_format: PromptFormat, tools: Sequence[Tool]
 ) -> Collector:
     """Make the collector, which runs the episodes of a step."""
     rollout, data = config.actor_rollout_ref.rollout, config.data
@@ -208,32 +222,34 @@ def make_reward(config: Config, algorithm: Algorithm) -> Reward:
 
 
 async def connect_services(
-    config: Config, stack: AsyncExitStack, *, needs: frozenset[Need]
-) -> tuple[HttpSearch, GainClient | None, dict[str, object]]:
-    """Return clients of the retriever and, if needed, the IG service, both answering, and their versions."""
-    retriever, semantic = config.retriever, config.reward.semantic
+    config: Config, stack: AsyncExitStack, *, tools: Sequence[Tool], needs: frozenset[Need]
+) -> tuple[GainClient | None, dict[str, object]]:
+    """Wait for what the tools call and, if needed, the IG service; return its client and all versions."""
+    for tool in tools:
+        close_quietly(stack, tool.aclose)
+    semantic, gains = config.reward.semantic, None
+    if Need.IG_SERVICE in needs:
+        token = os.environ.get("IG_TOKEN") or None
+        gains = GainClient(
+            semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
+        )
+        close_quietly(stack, gains.aclose)
     wait_s = config.trainer.service_wait_s
-    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
-    token = os.environ.get("RETRIEVER_TOKEN") or None
-    search = HttpSearch(retriever.url, topk=retriever.topk, timeout_s=retriever.timeout_s, token=token)
-    close_quietly(stack, search.aclose)
-    if Need.IG_SERVICE not in needs:
-        await search.wait_ready(wait_s)
-        return search, None, {"retriever": await describe_retriever(search, config.retriever)}
-    token = os.environ.get("IG_TOKEN") or None
-    gains = GainClient(
-        semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
-    )
-    close_quietly(stack, gains.aclose)
-    health, _ = await asyncio.gather(gains.wait_ready(wait_s), search.wait_ready(wait_s))
-    services: dict[str, object] = {"retriever": await describe_retriever(search, config.retriever)}
-    services["ig_service"] = {"url": semantic.url, "health": health, "version": await gains.describe()}
-    return search, gains, services
+    connections = [tool.connect(wait_s) for tool in tools]
+    health, *facts = await asyncio.gather(_wait_for(gains, wait_s), *connections)
+    names = [tool.section or tool.spec.name for tool in tools]
+    services: dict[str, object] = {
+        name: dict(found) for name, found in zip(names, facts, strict=True) if found
+    }
+    if gains is not None:
+        version = await gains.describe()
+        services["ig_service"] = {"url": semantic.url, "health": health, "version": version}
+    return gains, services
 
 
-async def describe_retriever(search: HttpSearch, config: RetrieverConfig) -> dict[str, object]:
-    """Return what the passages depend on: runs with different indexes are not comparable."""
-    return {"url": config.url, "topk": config.topk, "version": await search.describe()}
+async def _wait_for(gains: GainClient | None, timeout_s: float) -> Mapping[str, object]:
+    """Return the health of the IG service once it answers, if it is needed."""
+    return {} if gains is None else await gains.wait_ready(timeout_s)
 
 
 def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Question], list[Question]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.agents import make_agent, make_format, make_observation
+from tests.agents import make_agent, make_format, make_observation, make_tools, render
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question, make_turn
 from verl.agent.loop import ToolAgent
-from verl.agent.tools.search import SearchTool, render_context
+from verl.agent.tools.search import render_context
 from verl.errors import ConfigError, RolloutError, ServiceError
-from verl.protocols import ToolResources
-from verl.types import ActionKind, Finish, Passage, Question, Stop, Trajectory
+from verl.types import ActionKind, Finish, Observation, Passage, Question, Stop, Trajectory
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
@@ -52,7 +52,7 @@ def read(trajectory: Trajectory, turn: int = 0) -> str:
 
 
 def wrapped(*passages: Passage) -> str:
-    return CHARS.decode(FORMAT.render_observation(make_observation(*passages)))
+    return CHARS.decode(render(FORMAT, make_observation(*passages)))
 
 
 async def test_search_then_answer() -> None:
@@ -65,7 +65,7 @@ async def test_search_then_answer() -> None:
     assert (trajectory.sample, search.queries) == (4, ["bolton"])
     assert (first.passages, first.observation_truncated, first.finish) == ((BOLTON,), False, Finish.STOP)
     assert read(trajectory) == wrapped(BOLTON)
-    assert (len(last.observation_ids), last.observation, last.passages, last.version) == (0, None, (), 3)
+    assert (len(last.observation_ids), last.observations, last.passages, last.version) == (0, (), (), 3)
     assert generate.contexts[1] == [*generate.contexts[0], *first.output_ids, *first.observation_ids]
     assert {s.stop for s in generate.samplings} == {("</search>", "</answer>")}
     assert {s.max_tokens for s in generate.samplings} == {60}
@@ -95,14 +95,14 @@ async def test_a_search_in_the_last_generation_is_not_executed() -> None:
     trajectory = await play(agent)
     assert (trajectory.stop, trajectory.answer, search.queries) == (Stop.BUDGET, None, ["q", "q"])
     assert len(generate.contexts) == 3
-    assert trajectory.tool_turns == trajectory.turns[:2]
+    assert [len(turn.observations) for turn in trajectory.turns] == [1, 1, 0]
     assert [len(turn.observation_ids) > 0 for turn in trajectory.turns] == [True, True, False]
 
 
 async def test_nothing_found_is_an_observation_that_says_so() -> None:
     trajectory = await search_once()
     assert NOTHING_FOUND in read(trajectory)
-    assert (trajectory.passages, len(trajectory.tool_turns)) == ((), 1)
+    assert (trajectory.passages, trajectory.observations) == ((), (Observation(),))
 
 
 async def test_an_invalid_action_is_answered_with_the_retry_text_and_costs_a_turn() -> None:
@@ -197,6 +197,30 @@ async def test_the_work_for_an_observation_does_not_grow_with_its_passages() -> 
     assert work[0] == work[1] < 100 * 400
 
 
+class CoarseTokenizer(CharTokenizer):
+    """Reads words of any length as one token: limits in tokens say little about characters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(word[0]) for word in text.split()]
+
+
+async def test_a_result_beyond_the_character_limit_is_cut_even_if_its_tokens_would_fit() -> None:
+    page = Passage(id="1", title="T", text="w" * 7000, score=0.8)
+    outputs = [[*map(ord, text)] for text in ("<search>q</search>", "<answer>a</answer>")]
+    agent = make_agent(
+        ScriptedGenerate([*outputs]), ScriptedSearch({"q": (page,)}), tokenizer=CoarseTokenizer()
+    )
+    first = (await play(agent)).turns[0]
+    assert first.observation_truncated
+    assert len(first.observations[0].text) == 400 * 16
+    fitting = replace(page, text="w" * 6000)
+    agent = make_agent(
+        ScriptedGenerate([*outputs]), ScriptedSearch({"q": (fitting,)}), tokenizer=CoarseTokenizer()
+    )
+    first = (await play(agent)).turns[0]
+    assert (first.observation_truncated, first.passages) == (False, (fitting,))
+
+
 async def test_the_prompt_of_a_group_is_rendered_once() -> None:
     tokenizer = CountingTokenizer()
     agent, _, _ = build(*["<answer>a</answer>"] * 5, tokenizer=tokenizer)
@@ -227,7 +251,7 @@ async def test_a_full_context_ends_the_episode_without_cutting_anything() -> Non
     assert [len(context) <= 150 for context in generate.contexts] == [True, True]
     assert [turn.observation_overflowed for turn in trajectory.turns] == [False, True]
     assert len(trajectory.turns[1].observation_ids) == 0
-    assert trajectory.tool_turns == trajectory.turns
+    assert len(trajectory.observations) == 2
     assert trajectory.passages == (BOLTON,)
     assert render_context(trajectory) == make_observation(BOLTON).text
 
@@ -239,11 +263,11 @@ async def test_a_failed_search_fails_the_trajectory_and_is_never_evidence() -> N
         Stop.FAILED,
         "search_failed: retriever: secret trace",
     )
-    assert (len(trajectory.turns), trajectory.tool_turns) == (1, ())
+    assert (len(trajectory.turns), trajectory.observations) == (1, ())
     assert "secret" not in CHARS.decode(trajectory.token_ids.tolist())
 
 
-class SilentSearch:
+class SilentSearch(ScriptedSearch):
     """Never answers."""
 
     async def search(self, query: str) -> tuple[Passage, ...]:
@@ -282,7 +306,7 @@ def test_too_little_room_for_observations_is_a_config_error() -> None:
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(st.tuples(st.text("ab ", max_size=9), st.text("ab \n", max_size=30)), max_size=4))
 def test_fewer_characters_of_a_search_result_are_never_more(texts: list[tuple[str, str]]) -> None:
-    tool = SearchTool(ToolResources(search=ScriptedSearch(), search_timeout_s=1))
+    (tool,) = make_tools(ScriptedSearch(), ["search"])
     found = make_observation(*(Passage(id="", title=a, text=b, score=0.0) for a, b in texts))
     lengths = [len(tool.shorten(found, count).text) for count in range(len(found.text) + 1)]
     assert lengths == sorted(lengths)

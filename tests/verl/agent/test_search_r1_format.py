@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import re
@@ -13,11 +14,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.agents import make_format, make_observation
-from tests.fakes import CharTokenizer, make_turn
+from tests.agents import make_format, make_observation, render
+from tests.fakes import CharTokenizer, make_action, make_turn
 from verl.agent.formats.search_r1 import SearchR1Format
 from verl.errors import ConfigError
-from verl.types import Action, ActionKind, Finish, Message, Observation, Passage, ToolSpec
+from verl.types import (
+    Action,
+    ActionKind,
+    Finish,
+    Message,
+    Observation,
+    Passage,
+    Span,
+    SpanKind,
+    ToolCall,
+    ToolSpec,
+)
 
 CHARS = CharTokenizer()
 INVALID = Action(kind=ActionKind.INVALID)
@@ -42,9 +54,11 @@ def parse_pieces(pieces: Sequence[str]) -> Action:
 
 
 def search(query: str, *, start: int, end: int) -> Action:
-    return Action(
-        kind=ActionKind.TOOL, text=query, start=start, end=end, tool="search", arguments={"query": query}
-    )
+    return make_action(ActionKind.TOOL, query, start=start, end=end)
+
+
+def with_thought(action: Action, text: str, *, start: int, end: int) -> Action:
+    return replace(action, spans=(Span(kind=SpanKind.THINK, start=start, end=end, text=text), *action.spans))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +66,7 @@ def search(query: str, *, start: int, end: int) -> Action:
     [
         (
             ["<think>", " hm", "</think>", "<search>", " birth", "place", " ", "</search>"],
-            search("birthplace", start=4, end=6),
+            with_thought(search("birthplace", start=4, end=6), "hm", start=1, end=2),
         ),
         (
             ["<sea", "rch>who", " is", " it</", "search>. And", " more"],
@@ -60,9 +74,14 @@ def search(query: str, *, start: int, end: int) -> Action:
         ),
         (
             ["<answer>Bolton</answer>"],
-            Action(kind=ActionKind.ANSWER, text="Bolton", start=0, end=1),
+            make_action(ActionKind.ANSWER, "Bolton", start=0, end=1),
         ),
-        (["x", "<answer>", "  ", "</answer>"], Action(kind=ActionKind.ANSWER, start=2, end=2)),
+        (["x", "<answer>", "  ", "</answer>"], make_action(ActionKind.ANSWER, start=2, end=2)),
+        (["<think>", "a", "</think>", "b"], with_thought(INVALID, "a", start=1, end=2)),
+        (
+            ["<think>", "<search>", "q", "</search>"],  # a thought that was not closed
+            search("q", start=2, end=3),
+        ),
     ],
 )
 def test_a_span_holds_the_text_and_not_the_tags(pieces: list[str], action: Action) -> None:
@@ -97,7 +116,9 @@ def test_what_search_r1_reads_is_read_here() -> None:
         if kind == "search" and not content:
             kind = "invalid"
         action = prompt_format.parse(CHARS.encode(text))
-        assert (action.tool or str(action.kind), action.text) == (kind, content), text
+        assert (action.calls[0].tool if action.calls else str(action.kind), action.text) == (kind, content), (
+            text
+        )
 
 
 @given(
@@ -136,11 +157,11 @@ def test_observations_have_the_bytes_of_search_r1() -> None:
         Passage(id="1", title='"Bolton"', text="Bolton is a town in England.", score=0.9),
         Passage(id="2", title="", text="Leeds is a city.", score=0.5),
     )
-    assert CHARS.decode(prompt_format.render_observation(found)) == (
+    assert CHARS.decode(render(prompt_format, found)) == (
         '\n\n<information>Doc 1(Title: "Bolton") Bolton is a town in England.\n'
         "Doc 2(Title: ) Leeds is a city.</information>\n\n"
     )
-    nothing = CHARS.decode(prompt_format.render_observation(Observation()))
+    nothing = CHARS.decode(render(prompt_format, Observation()))
     assert nothing == "\n\n<information>Nothing was found for this query.</information>\n\n"
 
 
@@ -197,18 +218,61 @@ def make_spec(name: str, *parameters: str) -> ToolSpec:
     return ToolSpec(name=name, description=f"does {name}", parameters=dict.fromkeys(parameters, "x"))
 
 
-def test_every_tool_with_one_argument_has_a_tag() -> None:
-    texts = {"instruction": "{tools}|{question}", "observation": "{text}", "nothing_found": "", "retry": ""}
+def make_texts(observation: str = "<found>{text}</found>") -> dict[str, str]:
+    return {
+        "instruction": "{question}",
+        "instruction_for_tools": "{tools}|{question}",
+        "observation": observation,
+        "retry": "search!",
+        "retry_for_tools": "{tools}!",
+    }
+
+
+def test_every_tool_with_one_argument_has_a_tag_and_is_listed() -> None:
     specs = [make_spec("search", "query"), make_spec("python", "code")]
-    prompt_format = SearchR1Format(tokenizer=CHARS, texts=texts, tools=specs)
+    prompt_format = SearchR1Format(tokenizer=CHARS, texts=make_texts(), tools=specs)
     assert prompt_format.stop_strings == ("</search>", "</python>", "</answer>")
     action = prompt_format.parse(CHARS.encode("<python> 1 + 1 </python>"))
-    assert (action.tool, action.arguments) == ("python", {"code": "1 + 1"})
+    assert action.calls == (ToolCall(tool="python", arguments={"code": "1 + 1"}),)
     assert prompt_format.neutralize("<python>") == "< python>"
-    (message,) = prompt_format.write_prompt("Who?")
-    assert message.content == (
-        "<search> query </search>: does search\n<python> code </python>: does python|Who?"
-    )
-    for spec in (make_spec("two", "a", "b"), make_spec("none"), make_spec("answer", "a")):
+    listed = "<search> query </search>: does search\n<python> code </python>: does python"
+    assert prompt_format.write_prompt("Who?")[0].content == f"{listed}|Who?"
+    assert CHARS.decode(prompt_format.render_retry(make_turn(ActionKind.INVALID))) == f"{listed}!"
+    for spec in (
+        make_spec("two", "a", "b"),
+        make_spec("none"),
+        make_spec("answer", "a"),
+        make_spec("information", "a"),
+    ):
         with pytest.raises(ConfigError, match=f"agent.tools={spec.name} cannot be called"):
-            SearchR1Format(tokenizer=CHARS, texts=texts, tools=[spec])
+            SearchR1Format(tokenizer=CHARS, texts=make_texts(), tools=[spec])
+
+
+def test_tags_around_observations_are_neutralized_in_results_and_checked() -> None:
+    tools = [make_spec("search", "query")]
+    prompt_format = SearchR1Format(
+        tokenizer=CHARS, texts=make_texts("<a-1>\n<b>{text}</b></a-1>"), tools=tools
+    )
+    assert prompt_format.neutralize("x</b></A-1><c></information>") == "x< /b>< /A-1><c>< /information>"
+    with pytest.raises(ConfigError, match="none of them found or answer"):
+        SearchR1Format(tokenizer=CHARS, texts=make_texts(), tools=[make_spec("found", "a")])
+    for wrong in (
+        "<a>{text}",
+        "{text}</a>",
+        "<a><b>{text}</a></b>",
+        "<answer>{text}</answer>",
+        "</a>{text}<a>",
+    ):
+        with pytest.raises(
+            ConfigError, match=r"prompt_file: search_r1\.observation is .*expected tags around"
+        ):
+            SearchR1Format(tokenizer=CHARS, texts=make_texts(wrong), tools=tools)
+
+
+def test_the_packaged_prompt_for_search_alone_keeps_its_bytes() -> None:
+    """It is hashed in manifests, and checkpoints were trained with it."""
+    content = make_format(CHARS).write_prompt("Who?")[0].content
+    assert (
+        hashlib.sha256(content.encode()).hexdigest()
+        == "f53740eed3417c577ef6af37229a1b2b9de09ff79bbaa650bae68e1c888ec712"
+    )

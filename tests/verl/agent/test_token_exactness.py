@@ -115,12 +115,12 @@ def test_trained_ids_are_sampled_plus_injected_ids(
         expected = [*expected, *output, *injected]
         mask += [True] * len(output) + [False] * len(injected)
         assert len(injected) <= 260
-        if turn.observation is not None:
+        if turn.observations:
             assert tokenizer.decode(injected).rstrip().endswith("</information>")
-            assert injected == prompt_format.render_observation(turn.observation)
+            assert injected == prompt_format.render_observations(turn.action.calls, turn.observations)
             assert turn.observation_truncated or turn.passages == tuple(found)
-        if turn.action.text:
-            span = tokenizer.decode(output[turn.action.start : turn.action.end])
-            assert turn.action.text in span or "\ufffd" in span
+        for span in turn.action.spans:
+            text = tokenizer.decode(output[span.start : span.end])
+            assert span.text in text or "\ufffd" in text
     assert trajectory.token_ids.tolist() == expected
     assert np.array_equal(trajectory.policy_mask, mask)

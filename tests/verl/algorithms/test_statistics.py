@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import make_question, make_trajectory
-from verl.algorithms.statistics import group_advantages, leave_one_out, spread_actions, spread_turns
+from verl.algorithms.statistics import group_advantages, leave_one_out, spread_spans, spread_turns
+from verl.types import Span, SpanKind
 
 REWARDS = st.lists(st.one_of(st.none(), st.floats(-2, 2)), min_size=1, max_size=12)
 
@@ -82,10 +83,15 @@ def test_the_leave_one_out_baseline_is_the_mean_of_the_others(
 
 def test_values_of_turns_go_to_the_tokens_sampled_in_them_or_to_those_of_the_query() -> None:
     plain = make_trajectory(make_question(), queries=("a", "b"), answer="x")
-    turns = tuple(replace(t, action=replace(t.action, start=1, end=2 + k)) for k, t in enumerate(plain.turns))
+    thought = Span(kind=SpanKind.THINK, start=0, end=1, text="hm")
+    turns = tuple(
+        replace(t, action=replace(t.action, spans=(thought, replace(t.action.spans[0], start=1, end=2 + k))))
+        for k, t in enumerate(plain.turns)
+    )
     trajectory = replace(plain, turns=turns)
     values = (0.5, -1.0, 2.0)
-    by_turn, by_action = spread_turns(trajectory, values), spread_actions(trajectory, values)
+    by_turn = spread_turns(trajectory, values)
+    by_action = spread_spans(trajectory, values, kinds={SpanKind.QUERY, SpanKind.ANSWER})
     assert len(by_turn) == len(by_action) == len(trajectory.token_ids)
     lengths = [len(turn.output_ids) for turn in trajectory.turns]
     np.testing.assert_array_equal(by_turn[trajectory.policy_mask], np.repeat(values, lengths))

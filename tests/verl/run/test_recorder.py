@@ -10,9 +10,22 @@ import pytest
 
 from tests.scripted_run import METHOD, decode, make_question, make_step, make_turn, search_turn
 from verl.errors import DataError
+from verl.run.rebuild import rebuild_step
 from verl.run.recorder import Recorder
-from verl.run.records import EVALUATION, read_records, rebuild_step
-from verl.types import Action, ActionKind, Finish, Gain, Passage, Score, Stop, Trajectory
+from verl.run.records import EVALUATION, count_calls, read_records
+from verl.types import (
+    Action,
+    ActionKind,
+    Finish,
+    Gain,
+    Observation,
+    Passage,
+    Score,
+    Span,
+    SpanKind,
+    Stop,
+    Trajectory,
+)
 
 
 def _record_step(run_dir: Path, step: int = 3) -> Path:
@@ -35,11 +48,19 @@ def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
             assert (rebuilt.answer, rebuilt.stop) == (trajectory.answer, trajectory.stop)
 
 
-def test_the_facts_of_turns_come_back_also_from_files_without_tools(tmp_path: Path) -> None:
-    passage = Passage(id="9", title='"Bolton"', text="A town.", score=0.5)
-    read = search_turn("where", [passage])
+def test_the_facts_of_turns_come_back_also_from_old_files(tmp_path: Path) -> None:
+    pages = [Passage(id=str(k), title='"Bolton"', text="A town.", score=0.5) for k in range(3)]
+    read = search_turn("where", pages[:1])
     overflowed = replace(read, observation_ids=read.observation_ids[:0], finish=Finish.LENGTH)
-    turns = (read, overflowed, replace(overflowed, observation=None))
+    call, thought = read.action.calls[0], Span(kind=SpanKind.THINK, start=0, end=2, text="hm")
+    twice = replace(
+        read,
+        action=replace(read.action, calls=(call, call), spans=(thought, *read.action.spans * 2)),
+        observations=tuple(
+            Observation(text=t, passages=p) for t, p in (("a", (*pages[:2],)), ("b", (*pages[2:],)))
+        ),
+    )
+    turns = (read, overflowed, replace(overflowed, observations=()), twice)
     trajectory = Trajectory(
         question=make_question(1), sample=0, prompt_ids=read.output_ids, turns=turns, stop=Stop.LENGTH
     )
@@ -47,17 +68,31 @@ def test_the_facts_of_turns_come_back_also_from_files_without_tools(tmp_path: Pa
     rebuilt = rebuild_step(read_records(path)).groups[0].trajectories[0]
     assert [turn.action for turn in rebuilt.turns] == [turn.action for turn in turns]
     assert [turn.finish for turn in rebuilt.turns] == [turn.finish for turn in turns]
-    assert [turn.passages for turn in rebuilt.turns] == [(passage,), (), ()]
-    assert len(rebuilt.tool_turns) == 2
+    assert [turn.passages for turn in rebuilt.turns] == [turn.passages for turn in turns]
+    assert rebuilt.observations[0] == read.observations[0]
+    assert rebuilt.turns[3].observations == twice.observations
+    assert [o.text for o in rebuilt.observations] == [o.text for o in trajectory.observations]
 
     line = json.loads(path.read_text())
-    for turn in line["turns"]:
-        del turn["finish"], turn["is_executed"], turn["action"]["tool"], turn["action"]["arguments"]
-        turn["action"]["kind"] = "search"
-    path.write_text(json.dumps(line) + "\n")
-    old = rebuild_step(read_records(path)).groups[0].trajectories[0]
-    assert [turn.action for turn in old.turns] == [turn.action for turn in turns]
-    assert (old.passages, len(old.tool_turns)) == ((passage,), 1)
+    line["turns"].pop()  # they had one call in a turn
+    del line["mask_runs"][-2:]
+    for version in (2, 1):
+        for turn in line["turns"]:
+            action = turn["action"]
+            if version == 2:
+                del turn["observations"]
+                (span,), (call,) = action.pop("spans"), action.pop("calls")
+                action |= {"start": span["start"], "end": span["end"], **call}
+            else:
+                del turn["finish"], turn["is_executed"], action["tool"], action["arguments"]
+                action["kind"] = "search"
+        path.write_text(json.dumps(line | {"format": version}) + "\n")
+        (record,) = read_records(path)
+        assert [count_calls(turn) for turn in record["turns"]] == [1, int(version == 2), 0]
+        old = rebuild_step([record]).groups[0].trajectories[0]
+        assert [turn.action for turn in old.turns] == [turn.action for turn in turns[:3]]
+        assert [len(turn.observations) for turn in old.turns] == [1, int(version == 2), 0]
+        assert old.passages == (pages[0],)
 
 
 def test_the_method_on_a_rebuilt_step_gives_the_recorded_credit(tmp_path: Path) -> None:
@@ -106,7 +141,7 @@ def test_a_file_of_format_1_is_read(tmp_path: Path) -> None:
 def test_a_file_of_an_unknown_format_is_named_before_its_shape(tmp_path: Path, version: int) -> None:
     path = tmp_path / "step_000001.jsonl"
     path.write_text(f'{{"format": {version}, "everything_else": "new"}}\n')
-    with pytest.raises(DataError, match=rf"jsonl:1: format {version} was found, formats 1 to 2 are read"):
+    with pytest.raises(DataError, match=rf"jsonl:1: format {version} was found, formats 1 to 3 are read"):
         read_records(path)
 
 

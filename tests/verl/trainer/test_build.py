@@ -8,15 +8,19 @@ import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.fakes import CharTokenizer, FakeGainService, Reply, ScriptedSearch, ScriptedServer, make_question
 from verl.agent.prompts import PACKAGED_FILE
 from verl.algorithms.inforeasoner import InfoReasoner
 from verl.errors import ConfigError, ServiceError
+from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
-from verl.trainer.build import connect_services, make_format, make_tools
+from verl.trainer.build import connect_services, load_data, make_format, make_tools, open_search
 from verl.trainer.config.schema import Config
+from verl.types import Message
 from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"
@@ -38,6 +42,10 @@ def make_config(retriever: ScriptedServer, service: ScriptedServer | FakeGainSer
     return config
 
 
+def resources(config: Config) -> ToolResources:
+    return ToolResources(open_search=lambda: open_search(config.retriever))
+
+
 async def test_the_token_reaches_the_service_and_no_file_or_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -50,7 +58,8 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
-        _, gains, services = await connect_services(config, stack, needs=InfoReasoner.needs)
+        tools = make_tools(config, resources(config))
+        gains, services = await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
         assert gains is not None
         await gains.submit(REQUEST)
     assert [headers["authorization"] for _, headers, _ in service.requests] == [f"Bearer {TOKEN}"] * 4
@@ -71,8 +80,10 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
     monkeypatch.setenv("IG_TOKEN", TOKEN)
     retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([Reply("{}", 401)])
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
+        config = make_config(retriever, service)
+        tools = make_tools(config, resources(config))
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
-            await connect_services(make_config(retriever, service), stack, needs=InfoReasoner.needs)
+            await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
     assert TOKEN not in str(caught.value)
 
 
@@ -84,7 +95,7 @@ def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:
 
 def test_an_instruction_that_does_not_show_how_to_answer_is_refused(tmp_path: Path) -> None:
     config = Config()
-    tools = make_tools(config, ScriptedSearch())
+    tools = make_tools(config, ToolResources(open_search=ScriptedSearch))
     tokenizer = CharTokenizer()
     assert make_format(config, tokenizer=tokenizer, tools=tools).stop_strings
     texts = PACKAGED_FILE.read_text().replace("<answer>", "<result>")
@@ -92,3 +103,25 @@ def test_an_instruction_that_does_not_show_how_to_answer_is_refused(tmp_path: Pa
     config.data.prompt_file = str(tmp_path / "prompts.yaml")
     with pytest.raises(ConfigError, match=r"prompts\.yaml': the instruction of search_r1 never says to"):
         make_format(config, tokenizer=tokenizer, tools=tools)
+
+
+def test_data_prompt_holds_for_training_and_held_out_questions(tmp_path: Path) -> None:
+    own = {"role": "user", "content": "Use <answer> a </answer>."}
+    row = {
+        "data_source": "nq",
+        "prompt": [own],
+        "question": "who?",
+        "reward_model": {"ground_truth": {"target": ["Bolton"]}},
+        "extra_info": {"split": "train", "index": 0},
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    config = Config()
+    config.data.train_files = config.data.val_files = str(tmp_path / "a.parquet")
+    config.data.max_start_length = 1000
+    tools = make_tools(config, ToolResources(open_search=ScriptedSearch))
+    prompt_format = make_format(config, tokenizer=CharTokenizer(), tools=tools)
+    written = prompt_format.write_prompt("who?")
+    for prompt, asked in (("auto", (Message(**own),)), ("file", written)):
+        config.data.prompt = prompt
+        train, held_out = load_data(config, prompt_format)
+        assert [question.messages for question in (*train, *held_out)] == [asked, asked]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.fakes import make_question
+from tests.fakes import make_action, make_question
 from verl.trainer.config.schema import (
     ActorConfig,
     ActorRolloutRefConfig,
@@ -15,7 +15,7 @@ from verl.trainer.config.schema import (
     OptimConfig,
     RolloutConfig,
 )
-from verl.types import Action, ActionKind, FloatArray, Stop, Trajectory, Turn
+from verl.types import ActionKind, FloatArray, Stop, Trajectory, Turn
 from verl.workers.batch import Shard, TrainBatch, build_batch, shard_batch
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
@@ -34,7 +34,7 @@ def random_trajectory(rng: np.random.Generator, *, index: int = 0) -> Trajectory
             Turn(
                 output_ids=rng.integers(2, VOCAB_SIZE, outputs).astype(np.int32),
                 output_log_probs=-rng.random(outputs).astype(np.float32) * 3,
-                action=Action(kind=ActionKind.ANSWER if last else ActionKind.TOOL, text="x"),
+                action=make_action(ActionKind.ANSWER if last else ActionKind.TOOL, "x"),
                 observation_ids=rng.integers(2, VOCAB_SIZE, 0 if last else observed).astype(np.int32),
             )
         )

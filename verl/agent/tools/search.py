@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 from verl.errors import ServiceError
-from verl.protocols import ToolResources
+from verl.protocols import FixedText, Tool, ToolResources
+from verl.trainer.config.schema import RetrieverConfig
 from verl.types import Observation, Passage, ToolSpec, Trajectory
 
 _GRACE_S = 1.0
@@ -24,18 +26,32 @@ def render_context(trajectory: Trajectory) -> str:
     return "\n".join(render_passages(turn.passages) for turn in trajectory.turns if turn.passages)
 
 
-class SearchTool:
-    """The tool `search`: asks the search engine that it was given."""
+class SearchTool(Tool):
+    """The tool `search`: asks the search engine."""
 
-    def __init__(self, resources: ToolResources) -> None:
-        self._search = resources.search
+    section = "retriever"
+    settings_class = RetrieverConfig
+    texts: ClassVar[Mapping[str, FixedText]] = {"nothing_found": FixedText()}
+
+    def __init__(
+        self, settings: RetrieverConfig, *, texts: Mapping[str, str], resources: ToolResources
+    ) -> None:
+        self._settings = settings
+        self._search = resources.open_search()
         self.spec = ToolSpec(
             name="search",
             description="search for passages that help to answer the question",
             parameters={"query": "what to search for"},
-            timeout_s=resources.search_timeout_s + _GRACE_S,
+            timeout_s=settings.timeout_s + _GRACE_S,
             shortest_text=render_passages([Passage(id="", title="", text="", score=0.0)]),
+            empty_text=texts["nothing_found"].format(),
         )
+
+    async def connect(self, timeout_s: float) -> Mapping[str, object]:
+        """Wait for the search engine; return what the passages depend on: other indexes, other passages."""
+        await self._search.wait_ready(timeout_s)
+        version = await self._search.describe()
+        return {"url": self._settings.url, "topk": self._settings.topk, "version": version}
 
     async def call(
         self,
@@ -49,6 +65,10 @@ class SearchTool:
         except ServiceError as error:
             return Observation(failure=str(error))
         return Observation(text=render_passages(passages), passages=passages)
+
+    async def aclose(self) -> None:
+        """Close the connections to the search engine."""
+        await self._search.aclose()
 
     def shorten(self, observation: Observation, max_chars: int) -> Observation:
         """Return the passages that can be read in the first `max_chars` characters.

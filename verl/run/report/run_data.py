@@ -18,7 +18,7 @@ from verl.run.records import (
     EVALUATION,
     TRAJECTORIES,
     TrajectoryRecord,
-    is_executed,
+    count_calls,
     iterate_records,
     step_files,
 )
@@ -166,8 +166,8 @@ def _summarize(rows: Sequence[dict[str, float] | None]) -> SourceScores:
 
 
 def count_searches(record: TrajectoryRecord) -> int:
-    """Return the number of executed searches, as `Trajectory.tool_turns` counts them."""
-    return sum(map(is_executed, record["turns"]))
+    """Return the number of executed searches, as `Trajectory.observations` counts them."""
+    return sum(map(count_calls, record["turns"]))
 
 
 def run_facts(run: RunData) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import AlgorithmConfig, Config
@@ -24,7 +25,7 @@ _MODULE, _FILE = "verl.trainer.config", "ppo_trainer"
 def register_schema() -> None:
     """Register the schema, by which Hydra checks keys and types, and the resolver of `${env:...}`."""
     store = ConfigStore.instance()
-    store.store(name="ppo_schema", node=Config)
+    store.store(name="ppo_schema", node=config_class())
     for name, algorithm in ALGORITHMS.items():
         store.store(group="algorithm", name=name, node=algorithm.settings_class)
     OmegaConf.register_new_resolver("env", _read_environment, replace=True)
@@ -42,9 +43,20 @@ def load_config(raw: DictConfig) -> Config:
     return config
 
 
-def schema_keys(node: type = Config, prefix: str = "") -> Iterator[str]:
+def config_class() -> type[Config]:
+    """Return the schema with a section for every tool that has settings."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    sections = [
+        (tool.section, tool.settings_class, dataclasses.field(default_factory=tool.settings_class))
+        for tool in TOOLS.values()
+        if tool.section and tool.section not in known
+    ]
+    return dataclasses.make_dataclass("Config", sections, bases=(Config,)) if sections else Config
+
+
+def schema_keys(node: type | None = None, prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of the schema, sections included."""
-    for field in dataclasses.fields(node):
+    for field in dataclasses.fields(node or config_class()):
         key = f"{prefix}{field.name}"
         yield key
         factory = field.default_factory

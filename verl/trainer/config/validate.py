@@ -62,12 +62,14 @@ def _check_agent(config: Config) -> list[str]:
         problems.append(f"agent.tools={agent.tools!r}: expected at least one name, each once, of {tools}")
     if agent.format not in FORMATS:
         return [*problems, f"agent.format={agent.format!r} is unknown, expected {formats}"]
-    try:
-        path = prompt_file(config.data.prompt_file)
-        load_texts(path, section=agent.format, entries=FORMATS[agent.format].texts)
-    except ConfigError as error:
-        problems.append(str(error))
-    return problems
+    sections = {agent.format: FORMATS[agent.format].texts}
+    sections |= {f"tools.{name}": TOOLS[name].texts for name in agent.tools if name in TOOLS}
+    for section, entries in sections.items():
+        try:
+            load_texts(prompt_file(config.data.prompt_file), section=section, entries=entries)
+        except ConfigError as error:
+            problems.append(str(error))
+    return [*dict.fromkeys(problems)]  # a file that cannot be read is one problem
 
 
 def _check_model(config: Config) -> list[str]:

@@ -87,7 +87,7 @@ def _in_order(questions: Sequence[Question], trajectories: Sequence[Trajectory])
 def _means(pairs: Sequence[tuple[Trajectory, Score]], *, suffix: str) -> dict[str, float]:
     judged = [(t, score) for t, score in pairs if score.failure is None and score.outcome is not None]
     names = sorted({name for _, score in judged for name in score.metrics})
-    searches = [len(t.tool_turns) for t, _ in judged]
+    searches = [len(t.observations) for t, _ in judged]
     return finite(
         {
             **{f"val/{name}{suffix}": _mean([s.metrics[name] for _, s in judged]) for name in names},

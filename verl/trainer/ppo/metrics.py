@@ -14,7 +14,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from verl.types import ActionKind, Finish, Sample, Score, ScoredGroups, Stop, Trajectory, count_policy_tokens
+from verl.types import (
+    ActionKind,
+    Finish,
+    Sample,
+    Score,
+    ScoredGroups,
+    SpanKind,
+    Stop,
+    Trajectory,
+    count_policy_tokens,
+)
 from verl.utils.failures import failure_name
 
 logger = logging.getLogger(__name__)
@@ -67,10 +77,18 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
 
 def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     turns = [turn for t in played for turn in t.turns]
-    searches = [len(t.tool_turns) for t in played]
-    queries = [[" ".join(turn.action.text.lower().split()) for turn in t.tool_turns] for t in played]
-    found = [turn.observation for turn in turns if turn.observation is not None]
-    empty = sum(not observation.text and not observation.passages for observation in found)
+    searches = [len(t.observations) for t in played]
+    queries = [
+        [
+            " ".join(span.text.lower().split())
+            for turn in t.turns
+            if turn.observations
+            for span in turn.action.spans
+            if span.kind is SpanKind.QUERY
+        ]
+        for t in played
+    ]
+    empty = sum(not found.text and not found.passages for t in played for found in t.observations)
     invalid = [turn for turn in turns if turn.action.kind is ActionKind.INVALID]
     return {
         "rollout/turns_mean": _mean([len(t.turns) for t in played]),

@@ -27,7 +27,7 @@ class ScriptedGain(InfoReasoner):
         self.broken = broken
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
-        gains = [[self._gain(t.tool_turns[0].action.text) for t in g.trajectories] for g in groups]
+        gains = [[self._gain(t.turns[0].action.text) for t in g.trajectories] for g in groups]
         return Measurement(gains=gains, stats={"perf/gain_visible_s": 0.5})
 
     def _gain(self, query: str) -> Gain:
@@ -92,12 +92,12 @@ def test_validation_has_outcomes_and_no_gains() -> None:
 
 async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_without_them() -> None:
     groups = make_groups()
-    queries = [t.tool_turns[0].action.text for g in groups for t in g.trajectories]
+    queries = [t.turns[0].action.text for g in groups for t in g.trajectories]
     broken = frozenset(random.Random(0).sample(queries, 6))  # 6 of 20
     scored = await score(ScriptedGain(broken), groups)
 
     for group, credits in zip(groups, scored.credits, strict=True):
-        kept = [t for t in group.trajectories if t.tool_turns[0].action.text not in broken]
+        kept = [t for t in group.trajectories if t.turns[0].action.text not in broken]
         clean_scored = await score(ScriptedGain(), [Group(question=group.question, trajectories=tuple(kept))])
         clean = {t.sample: c.advantages for t, c in zip(kept, clean_scored.credits[0], strict=True)}
         for trajectory, credit in zip(group.trajectories, credits, strict=True):
@@ -113,7 +113,7 @@ async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_wi
 
 async def test_a_group_without_a_valid_sample_contributes_nothing_and_stops_nothing() -> None:
     groups = make_groups()
-    broken = frozenset(t.tool_turns[0].action.text for t in groups[2].trajectories)
+    broken = frozenset(t.turns[0].action.text for t in groups[2].trajectories)
     scored = await score(ScriptedGain(broken), groups)
     assert all(s.failure for s in scored.scores[2])
     assert not any(credit.advantages.any() for credit in scored.credits[2])
@@ -121,7 +121,7 @@ async def test_a_group_without_a_valid_sample_contributes_nothing_and_stops_noth
 
 async def test_training_halts_above_the_share_and_says_why_and_what_to_do() -> None:
     groups = make_groups()
-    queries = [t.tool_turns[0].action.text for g in groups for t in g.trajectories]
+    queries = [t.turns[0].action.text for g in groups for t in g.trajectories]
     with pytest.raises(TrainingHaltedError) as halted:
         await score(ScriptedGain(frozenset(queries[:6])), groups, max_failure_share=0.25)
     message = str(halted.value)

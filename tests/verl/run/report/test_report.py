@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import make_action
 from tests.scripted_run import decode, make_question, make_turn, write_run
 from verl.errors import DataError
 from verl.run.recorder import Recorder
@@ -123,11 +124,11 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     passage = Passage(id=HOSTILE, title=HOSTILE, text=HOSTILE, score=1.0)
     turn = make_turn(
         f"<think>{HOSTILE}</think><search>{HOSTILE}</search>{HOSTILE}",
-        Action(kind=ActionKind.TOOL, text=HOSTILE),
+        make_action(ActionKind.TOOL, HOSTILE),
         passages=[passage],
         observation=HOSTILE,
     )
-    answer = make_turn(f"<answer>{HOSTILE}</answer>", Action(kind=ActionKind.ANSWER, text=HOSTILE))
+    answer = make_turn(f"<answer>{HOSTILE}</answer>", make_action(ActionKind.ANSWER, HOSTILE))
     prompt = make_turn(HOSTILE, Action(kind=ActionKind.INVALID)).output_ids
     trajectory = Trajectory(
         question=question, sample=0, prompt_ids=prompt, turns=(turn, answer), stop=Stop.ANSWERED
