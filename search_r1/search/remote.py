@@ -1,4 +1,4 @@
-"""A retriever behind HTTP: any server of the published wire format, asked so that one query fails alone.
+"""A retriever behind HTTP: any server of the published wire format.
 
 A server of ours is asked to answer what it can (`allow_failures`) and how long it may take (`timeout_s`); one
 that refuses these keys is asked without them.
@@ -21,11 +21,6 @@ SERVICE = "retriever"
 _PATH = "/retrieve"
 _MAX_REASON_CHARS = 300
 _REFUSALS_OF_KEYS = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY})
-_REFUSALS_OF_ONE = _REFUSALS_OF_KEYS | {
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-}
-"""A whole request may be refused for its size or for one query of it."""
 _WITHOUT_ROUTE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
 _HITS = TypeAdapter(list[ScoredDocument])
 
@@ -67,30 +62,22 @@ class RemoteRetriever:
         texts = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
         asked = [row for row, text in enumerate(texts) if text.strip()]
         outcomes: list[Outcome] = [()] * len(texts)
-        if asked:
+        if not asked:
+            return outcomes
+        found: list[Outcome]
+        try:
             deadline = time.monotonic() + timeout_s
-            found = await self._ask([texts[row] for row in asked], topk=topk, deadline=deadline)
-            for row, outcome in zip(asked, found, strict=True):
-                outcomes[row] = outcome
+            body = await self._post([texts[row] for row in asked], topk=topk, deadline=deadline)
+            found = read_outcomes(body, expected=len(asked), topk=topk, url=self._service.shown_url)
+        except CallError as error:
+            found = [SearchFailure(kind=_kind_of(error), reason=error.message)] * len(asked)
+        for row, outcome in zip(asked, found, strict=True):
+            outcomes[row] = outcome
         return outcomes
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self._service.aclose()
-
-    async def _ask(self, queries: list[str], *, topk: int, deadline: float) -> list[Outcome]:
-        """Ask in one request; one that is refused for one of its queries is asked again in halves."""
-        try:
-            body = await self._post(queries, topk=topk, deadline=deadline)
-        except CallError as error:
-            if error.status not in _REFUSALS_OF_ONE or len(queries) == 1:
-                return [SearchFailure(kind=_kind_of(error), reason=error.message)] * len(queries)
-        else:
-            return read_outcomes(body, expected=len(queries), topk=topk, url=self._service.shown_url)
-        half = len(queries) // 2
-        # The first half ends first: where all fails for the deadline, the second is not sent.
-        parts = (queries[:half], queries[half:])
-        return [outcome for part in parts for outcome in await self._ask(part, topk=topk, deadline=deadline)]
 
     async def _post(self, queries: Sequence[str], *, topk: int, deadline: float) -> dict[str, object]:
         bare: dict[str, object] = {"queries": list(queries), "topk": topk, "return_scores": True}

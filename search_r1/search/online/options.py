@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
@@ -107,18 +106,14 @@ def _read_key(name: str, key: str) -> SecretStr:
 
 
 def _read_proxies(environ: Mapping[str, str]) -> dict[str, SecretStr]:
-    """Read `https_proxy`, `all_proxy`, `no_proxy`; the lower-case spelling counts first."""
-    names = sorted((name for name in environ if name.lower().endswith("_proxy")), key=str.swapcase)
-    found: dict[str, SecretStr] = {}
-    for name in names:
-        if environ[name]:
-            found.setdefault(name.lower().removesuffix("_proxy"), SecretStr(environ[name]))
-    return found
+    """Return the values of `https_proxy`, `all_proxy` and `no_proxy`; lower-case names have priority."""
+    names = sorted(name for name in environ if name.lower().endswith("_proxy") and environ[name])
+    return {name.lower().removesuffix("_proxy"): SecretStr(environ[name]) for name in names}
 
 
 def _check_date(text: str) -> None:
     try:
-        is_date = bool(re.fullmatch(r"\d{4}-\d{2}-\d{2}", text)) and bool(date.fromisoformat(text))
+        is_date = date.fromisoformat(text).isoformat() == text
     except ValueError:
         is_date = False
     if not is_date:
@@ -126,13 +121,12 @@ def _check_date(text: str) -> None:
 
 
 def _check_url(text: str) -> None:
+    if "@" in text:
+        raise RetrieverError("--online_url must not hold a user or password: it is shown and logged")
     try:
         parts = urlsplit(text)
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        has_secrets = parts.username is not None or parts.password is not None
     except ValueError:
-        is_usable, has_secrets = False, False
-    if has_secrets:
-        raise RetrieverError("--online_url must not hold a user or password: it is shown and logged")
+        is_usable = False
     if not is_usable:
         raise RetrieverError(f"--online_url must look like https://host/path, got {text!r}")

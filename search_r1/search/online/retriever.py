@@ -83,7 +83,6 @@ class OnlineRetriever:
         self._store = store
         self._transport = transport
         self._source = engine.name if options.url is None else f"{engine.name}@{options.url}"
-        self._running: set[asyncio.Task[Outcome]] = set()
         self._is_closed = False
 
     def describe(self) -> Mapping[str, str | int | float | None]:
@@ -100,34 +99,15 @@ class OnlineRetriever:
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """Search with one request per query and started ten of `topk`; at most 100 hits per query."""
-        if self._is_closed:
-            raise RetrieverError(f"{self._engine.name}: the retriever is closed; open another one")
         deadline = time.monotonic() + timeout_s
-        tasks = [
-            asyncio.create_task(self._search_one(query, topk=topk, deadline=deadline)) for query in queries
-        ]
-        self._running.update(tasks)
-        try:
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-        finally:
-            self._running.difference_update(tasks)
-        outcomes: list[Outcome] = []
-        for end in ends:
-            if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
-                raise end
-            stopped = self._fail(FailureKind.UNAVAILABLE, "stopped, because the retriever was closed")
-            outcomes.append(stopped if isinstance(end, BaseException) else end)
-        return outcomes
+        searches = (self._search_one(query, topk=topk, deadline=deadline) for query in queries)
+        return list(await asyncio.gather(*searches))
 
     async def aclose(self) -> None:
-        """Stop what runs, close connections and file; log how many requests were counted."""
+        """Close connections and file; log how many requests were counted."""
         if self._is_closed:
             return
         self._is_closed = True
-        running = list(self._running)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
         if self._transport is not None:
             await self._transport.aclose()
         if self._store is not None:

@@ -44,12 +44,6 @@ async def test_a_query_fails_alone_whatever_its_failure(kind: FailureKind) -> No
     assert bad.endswith(f"{kind}: for a reason")
 
 
-async def test_more_queries_than_a_request_may_hold_are_divided() -> None:
-    queries = [f"q{row}" for row in range(100)]
-    async with searching(EchoRetriever(), "--max_queries", "7") as search:
-        assert await ask_all(search, queries) == [f"{query}/0" for query in queries]
-
-
 async def test_a_full_queue_is_waited_for() -> None:
     queries = [f"q{row}" for row in range(30)]
     async with searching(EchoRetriever(search_s=0.2), "--max_queue", "20", "--max_batch", "4") as search:

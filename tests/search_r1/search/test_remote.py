@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
@@ -72,34 +71,6 @@ async def test_a_refusal_of_a_server_that_knows_our_keys_is_not_tried_without_th
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("status", [400, 422, 500])
-@pytest.mark.parametrize("is_strict", [False, True])
-async def test_one_bad_query_of_a_published_server_fails_alone(status: int, is_strict: bool) -> None:
-    """It knows no failures of single queries: the whole request is refused."""
-    good = answer_strictly if is_strict else answer
-    server = AnsweringServer(
-        lambda body: Reply("crashed", status) if "bad" in body["queries"] else good(body)
-    )
-    queries = [f"q{row}" for row in range(20)]
-    queries[13] = "bad"
-    outcomes = await ask(server, queries)
-    bad = outcomes.pop(13)
-    queries.pop(13)
-    assert ids(outcomes) == queries
-    assert isinstance(bad, SearchFailure)
-    assert "crashed" in bad.reason
-    assert len(server.bodies) <= 25
-
-
-async def test_a_request_that_is_too_large_is_divided() -> None:
-    server = AnsweringServer(lambda body: Reply("", 413) if len(body["queries"]) > 10 else answer(body))
-    queries = [f"q{row}" for row in range(40)]
-    async with server.running():
-        remote = RemoteRetriever(server.url)
-        assert ids(await remote.search(queries, topk=3, timeout_s=5.0)) == queries
-        await remote.aclose()
-
-
 async def test_what_cannot_be_read_fails_alone_too() -> None:
     lists: list[object] = [find("a"), [{"document": {}, "score": 1.0}], None, "text", find("b") * 4, []]
     outcomes = await ask(
@@ -136,12 +107,3 @@ async def test_half_characters_spoil_neither_a_request_nor_a_passage() -> None:
     assert "half" in outcome[0].document.contents
     assert outcome[0].document.contents.encode()
     assert server.bodies[0]["queries"] == ["half ? too"]
-
-
-async def test_the_deadline_ends_everything_that_is_asked_in_halves() -> None:
-    server = AnsweringServer(
-        lambda body: Reply("", 500) if len(body["queries"]) > 4 else Reply("", delay_s=60.0)
-    )
-    async with asyncio.timeout(200):
-        outcomes = await ask(server, [f"q{row}" for row in range(16)], timeout_s=1.0)
-    assert set(ids(outcomes)) == {FailureKind.DEADLINE}

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from pydantic import SecretStr
 
-from search_r1.search.errors import RetrieverError
-from search_r1.search.online.options import OnlineMode, OnlineOptions
+from search_r1.search.online.options import OnlineOptions
 from search_r1.search.online.retriever import open_online
 from search_r1.search.retriever import FailureKind, SearchFailure
 from tests.search_r1.search.online.fake_engines import (
@@ -223,19 +221,3 @@ async def test_many_calls_use_few_connections_and_leave_none() -> None:
                 break
             await asyncio.sleep(0.01)
         assert fake.num_open == 0
-
-
-async def test_closing_stops_what_runs(tmp_path: Path) -> None:
-    async with (fake := FakeEngine("serper", faults=[Fault(hangs=True)])).running():
-        options = fake.options(mode=OnlineMode.RECORD, cache_path=tmp_path / "s.sqlite")
-        retriever = open_online("serper", options=options)
-        task = asyncio.create_task(retriever.search(["a"], topk=3, timeout_s=60.0))
-        while not fake.asked:
-            await asyncio.sleep(0.01)
-        await retriever.aclose()
-        await retriever.aclose()
-        [outcome] = await task
-    assert isinstance(outcome, SearchFailure)
-    assert outcome.kind is FailureKind.UNAVAILABLE
-    with pytest.raises(RetrieverError, match="serper: the retriever is closed"):
-        await retriever.search(["a"], topk=3, timeout_s=1.0)
