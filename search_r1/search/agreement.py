@@ -35,25 +35,16 @@ _QUERY_WORDS = 8
 _TIE = 1e-3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """When a trial of ten known passages passes."""
-
-    rank: int
-    """The passage itself must be among the first `rank`."""
-    max_lost: int
-    """At most this many are not."""
-
-
-TOLERANCES: Mapping[IndexKind, Tolerance] = {
-    IndexKind.FLAT: Tolerance(rank=1, max_lost=0),
-    IndexKind.FP16: Tolerance(rank=1, max_lost=0),
-    IndexKind.SQ8: Tolerance(rank=1, max_lost=1),
-    IndexKind.IVF_PQ: Tolerance(rank=3, max_lost=3),
-    IndexKind.HNSW: Tolerance(rank=1, max_lost=2),
+TOLERANCES: Mapping[IndexKind, tuple[int, int]] = {
+    IndexKind.FLAT: (1, 0),
+    IndexKind.FP16: (1, 0),
+    IndexKind.SQ8: (1, 1),
+    IndexKind.IVF_PQ: (3, 3),
+    IndexKind.HNSW: (1, 2),
 }
+"""The rank at which a known passage must find itself, and how many of ten may not."""
 # A dot product prefers long vectors: a passage need not be its own nearest neighbor.
-_UNNORMALIZED = Tolerance(rank=10, max_lost=5)
+_UNNORMALIZED = (10, 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,34 +79,30 @@ def shorten_to_query(contents: str) -> str:
 
 def run_trial(trial: Trial, *, index: VectorIndex, corpus: Corpus, fix: str) -> None:
     """Raise RetrieverError, which ends with `fix`, unless the trial passes."""
-    tolerance = TOLERANCES[index.kind] if trial.normalized else _UNNORMALIZED
+    rank, max_lost = TOLERANCES[index.kind] if trial.normalized else _UNNORMALIZED
     # In one search: an exact index is read once, which for tens of gigabytes is most of a start.
     scores, rows = index.search(np.concatenate([trial.passages, trial.queries]), topk=min(_DEPTH, len(index)))
-    known = len(trial.rows)
     own_scores = np.einsum("kd,kd->k", trial.passages, trial.passages)
     lost = [
-        row
-        for row, found, found_scores, own_score in zip(
-            trial.rows, rows[:known], scores[:known], own_scores, strict=True
-        )
+        corpus[row].id
+        for number, row in enumerate(trial.rows)
         if not _finds_itself(
-            row, found, found_scores, own_score=own_score, corpus=corpus, rank=tolerance.rank
+            row, rows[number], scores[number], own_score=own_scores[number], corpus=corpus, rank=rank
         )
     ]
-    if lost:
-        ids = [corpus[row].id for row in lost]
-        message = (
-            f"{len(lost)} of {len(trial.rows)} known passages do not find themselves among the first "
-            f"{tolerance.rank} (ids {ids})"
+    message = (
+        f"{len(lost)} of {len(trial.rows)} known passages do not find themselves among the first {rank} "
+        f"(ids {lost})"
+    )
+    if len(lost) > max_lost:
+        raise RetrieverError(
+            f"{message}, expected at most {max_lost} for kind {index.kind}: the index was made "
+            f"by another encoder, with other prefixes, or from another corpus; {fix}"
         )
-        if len(lost) > tolerance.max_lost:
-            raise RetrieverError(
-                f"{message}, expected at most {tolerance.max_lost} for kind {index.kind}: the index was made "
-                f"by another encoder, with other prefixes, or from another corpus; {fix}"
-            )
+    if lost:
         logger.warning("%s, which an approximate index may do", message)
     # Fewer than ten queries, of a tiny corpus, may well find the same.
-    shared = rows[known:, :_SHARED_TOPK]
+    shared = rows[len(trial.rows) :, :_SHARED_TOPK]
     if len(shared) == _NUM_KNOWN and (shared == shared[0]).all():
         raise RetrieverError(
             f"{len(shared)} different queries all get the same results (rows {shared[0].tolist()}): index or "

@@ -23,7 +23,6 @@ from search_r1.search.corpus import Corpus, open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
 from search_r1.search.files import FileFacts, WatchedFile, describe_file, list_changed_files
 from search_r1.search.manifest import (
-    BM25_LANGUAGES,
     Bm25Manifest,
     load_bm25_manifest,
     locate_bm25_manifest,
@@ -38,8 +37,8 @@ Report = Callable[[str, int, int], None]
 
 MAX_QUERY_TERMS = 512
 """Distinct terms of a query that are looked up, the first ones: the lexical `max_length`."""
-_MIN_MEMORY_MIB = 16
-"""Of one indexing thread: tantivy refuses less."""
+_HEAP_BYTES = 256 << 20
+"""Of the terms that are collected before they go to disk."""
 _MAX_TIED = 1 << 17
 """Equal scores that are put in order; of more than so many, tantivy chooses."""
 _NUM_SELF_TESTS = 10
@@ -170,30 +169,24 @@ def build_bm25(
     *,
     index_path: Path | str,
     language: str = "english",
-    memory_mib: int = 256,
-    num_threads: int = 1,
     report: Report | None = None,
 ) -> Bm25Manifest:
-    """Write the folder `index_path`, replacing an older BM25 index. Raises RetrieverError for bad input.
-
-    `memory_mib`: of the terms that are collected before they go to disk.
-    """
+    """Write the folder `index_path`, replacing an older BM25 index. Raises RetrieverError for bad input."""
     corpus_path, index_path = Path(corpus_path), Path(index_path)
-    _check_settings(index_path, language=language, memory_mib=memory_mib, num_threads=num_threads)
+    _require_own_folder(index_path)
     corpus = open_corpus(corpus_path)
     folder = _make_folder(index_path)
     try:
         index = tantivy.Index(_build_schema(), path=str(folder))
         index.register_tokenizer("terms", _build_analyzer(language))
-        writer = index.writer(heap_size=memory_mib << 20, num_threads=num_threads)
+        writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         _write_passages(writer, corpus=corpus, report=report or (lambda *_: None))
         manifest = _describe(folder, corpus=corpus, language=language)
         save_manifest(manifest, locate_bm25_manifest(index_path))
-    except RetrieverError:
+    except (OSError, ValueError) as error:  # ValueError: also of tantivy, when a write failed
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a write failed in one of tantivy's threads
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, RetrieverError):
+            raise
         raise RetrieverError(f"BM25 index {index_path} cannot be written: {error}") from error
     finally:
         corpus.close()
@@ -211,38 +204,42 @@ def load_bm25(
     index_path, corpus_path = Path(index_path), Path(corpus_path)
     rebuild = f"index build --retrieval_method bm25 --corpus_path {corpus_path} --index_path {index_path}"
     manifest = load_bm25_manifest(index_path, rebuild=rebuild)
-    if problems := list_changed_files(manifest.files, index_path / manifest.folder, full=full_check):
+    folder = index_path / manifest.folder
+    if problems := list_changed_files(manifest.files, folder, full=full_check):
+        shown = "\n  ".join(problems)
         raise RetrieverError(
-            f"BM25 index {index_path} is damaged:\n  "
-            + "\n  ".join(problems)
-            + f"\ncopy it again, or rebuild it: {rebuild}"
+            f"BM25 index {index_path} is damaged:\n  {shown}\ncopy it again, or rebuild it: {rebuild}"
         )
     corpus = open_corpus(corpus_path)
-    if problems := _list_misfits(manifest, corpus=corpus, full_check=full_check):
-        corpus.close()
-        raise RetrieverError(
-            f"BM25 index {index_path} does not belong to corpus {corpus_path}:\n  "
-            + "\n  ".join(problems)
-            + f"\nname the files that belong together, or rebuild the index: {rebuild}"
-        )
     try:
-        index = tantivy.Index.open(str(index_path / manifest.folder))
-        files = [WatchedFile(index_path / manifest.folder / name) for name in manifest.files]
-        retriever = Bm25Retriever(
-            index, corpus=corpus, manifest=manifest, files=files, num_threads=num_threads
-        )
-    except ValueError as error:
+        if problems := _list_misfits(manifest, corpus=corpus, full_check=full_check):
+            shown = "\n  ".join(problems)
+            raise RetrieverError(
+                f"BM25 index {index_path} does not belong to corpus {corpus_path}:\n  {shown}\n"
+                f"name the files that belong together, or rebuild the index: {rebuild}"
+            )
+        index = _open(folder, manifest=manifest, rebuild=rebuild)
+    except RetrieverError:
         corpus.close()
-        raise RetrieverError(
-            f"BM25 index {index_path}, written by tantivy {manifest.tantivy_version}, cannot be read "
-            f"by tantivy {tantivy.__version__} ({error}); rebuild it: {rebuild}"
-        ) from error
+        raise
+    files = [WatchedFile(folder / name) for name in manifest.files]
+    retriever = Bm25Retriever(index, corpus=corpus, manifest=manifest, files=files, num_threads=num_threads)
     try:
         retriever.check()
     except RetrieverError:
         retriever.close()
         raise
     return retriever
+
+
+def _open(folder: Path, *, manifest: Bm25Manifest, rebuild: str) -> tantivy.Index:
+    try:
+        return tantivy.Index.open(str(folder))
+    except ValueError as error:
+        raise RetrieverError(
+            f"BM25 index {folder.parent}, written by tantivy {manifest.tantivy_version}, cannot be read "
+            f"by tantivy {tantivy.__version__} ({error}); rebuild it: {rebuild}"
+        ) from error
 
 
 def _describe(folder: Path, *, corpus: Corpus, language: str) -> Bm25Manifest:
@@ -276,27 +273,14 @@ def _list_misfits(recorded: Bm25Manifest, *, corpus: Corpus, full_check: bool) -
     return [f"{name}: index was built with {old!r}, found {new!r}" for name, old, new in pairs if old != new]
 
 
-def _check_settings(index_path: Path, *, language: str, memory_mib: int, num_threads: int) -> None:
-    if language not in BM25_LANGUAGES:
-        raise RetrieverError(
-            f"language {language!r} is not known to BM25; expected one of {list(BM25_LANGUAGES)}"
-        )
-    if memory_mib < _MIN_MEMORY_MIB * num_threads:
-        raise RetrieverError(
-            f"memory_mib {memory_mib} is too little for {num_threads} threads; "
-            f"expected at least {_MIN_MEMORY_MIB} for each"
-        )
-    is_ours = locate_bm25_manifest(index_path).is_file()
-    if index_path.is_file() or (
-        index_path.is_dir() and not is_ours and any(map(_is_foreign, index_path.iterdir()))
-    ):
+def _require_own_folder(index_path: Path) -> None:
+    """Raise RetrieverError where other files would be replaced."""
+    if locate_bm25_manifest(index_path).is_file() or not index_path.exists():
+        return
+    if index_path.is_file() or any(not path.name.startswith(_FOLDER) for path in index_path.iterdir()):
         raise RetrieverError(
             f"{index_path} is not a BM25 index, so it is not replaced; remove it or name another folder"
         )
-
-
-def _is_foreign(path: Path) -> bool:
-    return not path.name.startswith(_FOLDER)
 
 
 def _make_folder(index_path: Path) -> Path:

@@ -32,7 +32,6 @@ from search_r1.search.encoding_run import (
     encode_here,
     encode_in_processes,
     holds_unfinished,
-    lock_folder,
 )
 from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import FAISS_VERSION, StoredVectors, write_index
@@ -44,6 +43,7 @@ from search_r1.search.ranking import FloatArray, VectorSource, compare_rows
 from search_r1.search.recipes import EncoderSpec
 from search_r1.search.torch_index import search_source
 from search_r1.search.vector_index import open_index
+from serving.files import lock_file
 from serving.web.version import package_version
 
 logger = logging.getLogger(__name__)
@@ -89,17 +89,16 @@ def build_index(options: BuildOptions, *, report: Report | None = None) -> Index
 
     Raises RetrieverError for bad input.
     """
-    lock = lock_folder(options.folder)
-    try:
-        manifest = _build(options, report or (lambda *_: None))
-    except BaseException:
-        if not holds_unfinished(options.folder):
-            shutil.rmtree(options.folder)
-        raise
-    else:
-        shutil.rmtree(options.folder)
-    finally:
-        os.close(lock)
+    folder = options.folder
+    taken = RetrieverError(f"another builder is at work in {folder}; let it end or stop it")
+    with lock_file(folder / "lock", taken=taken):
+        try:
+            manifest = _build(options, report or (lambda *_: None))
+        except BaseException:
+            if not holds_unfinished(folder):
+                shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
     return manifest
 
 

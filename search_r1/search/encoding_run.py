@@ -7,7 +7,6 @@ logged only after its rows were synced: what the log names is there, even after 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -15,7 +14,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -76,32 +74,6 @@ class VectorFile:
             while content:
                 content = content[file.write(content) :]
             os.fdatasync(file.fileno())
-
-
-def lock_folder(folder: Path) -> int:
-    """Make the folder and hold it until the returned descriptor is closed or this process ends.
-
-    Raises RetrieverError when another process holds it.
-    """
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 20).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise RetrieverError(
-                f"another builder (process {holder or '?'}) is at work in {folder}; let it end or stop it"
-            ) from error
-        # Another builder may have removed the folder between our opening and our lock.
-        with suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                return descriptor
-        os.close(descriptor)
 
 
 def holds_unfinished(folder: Path) -> bool:

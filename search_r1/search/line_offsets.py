@@ -50,19 +50,13 @@ def find_line_starts(
     for sidecar in places:
         if (starts := _open_sidecar(sidecar, header=header)) is not None:
             return starts, sidecar
-    logger.info("indexing the lines of %s, once", path)
-    for sidecar in places:
         try:
+            logger.info("indexing the lines of %s, once", path)
             _write_sidecar(path, sidecar, header=header, report=report)
+            return np.load(sidecar, mmap_mode="r")[_HEADER:], sidecar
         except OSError as error:
-            logger.info("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
-            continue
-        if (starts := _open_sidecar(sidecar, header=header)) is not None:
-            return starts, sidecar
-    folders = " and ".join(str(place.parent) for place in places)
-    logger.warning(
-        "line offsets of %s stay in memory and are made at every start: %s cannot be written", path, folders
-    )
+            logger.warning("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
+    logger.warning("line offsets of %s stay in memory and are made at every start", path)
     return np.concatenate(list(_scan(path, report))), None
 
 

@@ -64,7 +64,7 @@ def lose(vectors: FloatArray, count: int) -> FloatArray:
 def test_more_than_the_tolerance_must_not_be_lost(
     vectors: FloatArray, corpus: Corpus, kind: IndexKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trial, allowed = make_trial(vectors), TOLERANCES[kind].max_lost
+    trial, allowed = make_trial(vectors), TOLERANCES[kind][1]
     run_trial(trial, index=ExactIndex(lose(vectors, allowed), kind), corpus=corpus, fix="x")
     assert (allowed > 0) == ("do not find themselves" in caplog.text)
     with pytest.raises(

@@ -20,6 +20,7 @@ from search_r1.search.manifest import load_manifest, locate_manifest
 from search_r1.search.recipes import EncoderSpec
 from search_r1.search.settings import DenseOptions
 from search_r1.search.vector_index import open_index
+from serving.files import lock_file
 from tests.search_r1.search.small_world import PASSAGES, World, save_encoder, write_corpus
 
 WORDS = sorted({word for text in PASSAGES.values() for word in re.findall(r"\w+", text)})
@@ -128,6 +129,12 @@ def test_an_index_that_fails_its_trial_is_not_published(
     with pytest.raises(RetrieverError, match=r"do not find themselves.*it is not published"):
         build(varied, index, restart=True)
     assert (index.read_bytes(), locate_manifest(index).read_bytes()) == before
+
+
+def test_a_second_builder_of_the_same_index_is_refused(world: World, tmp_path: Path) -> None:
+    lock = tmp_path / "i.index.building" / "lock"
+    with lock_file(lock, taken=AssertionError()), pytest.raises(RetrieverError, match="another builder"):
+        build(world, tmp_path / "i.index")
 
 
 def test_want_of_disk_is_named_before_anything_is_encoded(
