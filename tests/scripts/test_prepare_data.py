@@ -88,22 +88,16 @@ def test_other_forms_of_question_files(
     assert question.messages == FORMAT.write_prompt("q1?")
 
 
-@pytest.mark.parametrize(
-    ("passage", "contents"),
-    [
-        ({"_id": "7", "title": "T", "text": "a\nb", "metadata": {}}, '"T"\na\nb'),
-        ({"_id": 7, "title": "", "text": "a\nb"}, "a b"),
-        ({"id": "7", "contents": "T\na"}, "T\na"),
-    ],
-)
-def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(
-    tmp_path: Path, passage: dict[str, object], contents: str
-) -> None:
-    file = tmp_path / "corpus.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(passage).encode() + b"\r\n\r\n")
+def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(tmp_path: Path) -> None:
+    passages = [
+        {"_id": "7", "title": "T", "text": "a\nb", "metadata": {}},
+        {"_id": 8, "title": "", "text": "a\nb"},
+        {"id": "9", "contents": "T\na"},
+    ]
+    file = write_lines(tmp_path / "corpus.jsonl", "\ufeff", *passages, "\r")
     main(["--corpus", str(file), "--out-dir", str(tmp_path / "out")])
-    (document,) = open_corpus(tmp_path / "out" / "corpus.jsonl")
-    assert (document.id, document.contents) == ("7", contents)
+    found = {document.id: document.contents for document in open_corpus(tmp_path / "out" / "corpus.jsonl")}
+    assert found == {"7": '"T"\na\nb', "8": "a b", "9": "T\na"}
 
 
 @pytest.mark.parametrize(
@@ -130,24 +124,21 @@ def test_a_malformed_line_is_named(tmp_path: Path, option: str, bad: object, mes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --train, --test or --corpus"),
-        (["--train", "nq"], "a bare name needs --flashrag-dir"),
-        (["--train", "mine=nowhere.jsonl"], "expected NAME=FILE with an existing file"),
-        (["--flashrag-dir", "nowhere", "--test", "nq"], "FlashRAG's names: nq, triviaqa"),
-        (["--test", "mine=EMPTY"], "the file is empty"),
+        ("", "give --train, --test or --corpus"),
+        ("--train nq", "a bare name needs --flashrag-dir"),
+        ("--train mine=nowhere.jsonl", "expected NAME=FILE with an existing file"),
+        ("--flashrag-dir nowhere --test nq", "FlashRAG's names: nq, triviaqa"),
+        ("--test mine=empty.jsonl", "the file is empty"),
+        ("--train mine=mine.jsonl --out-dir mine.jsonl/out", "mine.jsonl/out: Not a directory"),
+        ("--corpus mine.jsonl --out-dir mine.jsonl/out", "mine.jsonl/out: Not a directory"),
     ],
 )
-def test_a_missing_or_empty_file_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_read_or_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
-    arguments = [argument.replace("EMPTY", f"{tmp_path}/empty.jsonl") for argument in arguments]
+    write_lines(tmp_path / "mine.jsonl", line("fine", "a") | {"id": 1, "contents": "fine"})
     with pytest.raises(SystemExit) as end:
-        main([*arguments, "--out-dir", str(tmp_path)])
+        main(["--out-dir", "out", *arguments.split()])
     assert message in str(end.value.code)
-
-
-@pytest.mark.parametrize("option", ["--train", "--corpus"])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, option: str) -> None:
-    file = write_lines(tmp_path / "mine.jsonl", line("fine", "a") | {"id": 1, "contents": "fine"})
-    argument = str(file) if option == "--corpus" else f"mine={file}"
-    with pytest.raises(SystemExit, match=r"error: .*mine\.jsonl/out: Not a directory"):
-        main([option, argument, "--out-dir", str(file / "out")])
