@@ -2,7 +2,7 @@
 
     python scripts/make_world.py --seed 0 --out world            # everything, about 25 minutes
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
-    python scripts/make_world.py --stages encoder index measure manifest    # some parts again, in place
+    python scripts/make_world.py --stages encoder index manifest    # some parts again, in place
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
 machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
@@ -51,11 +51,10 @@ STAGES: dict[str, dict[str, str]] = {
     "able": {},
     "policy": {"able": ".making/able"},
     "generator": {"able": ".making/able"},
-    "measure": {
+    "manifest": {
         **{name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
         "index": f"index/{name_index(RETRIEVER_NAME)}",
     },
-    "manifest": {},
 }
 """What each stage builds on: earlier stages and what they make."""
 
@@ -155,10 +154,12 @@ class Maker:
         _save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
+        """Train what policy and generator start from; it is not shipped."""
         words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
         model = language.build(words, seed=self.seed)
         stream = language.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
-        self._open_scratch()
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
         _train(model, words, stream, schedule=self.plan.able, folder=self.able)
 
     def make_policy(self) -> None:
@@ -171,8 +172,8 @@ class Maker:
         stream = language.generator_stream(words, seed=self.seed)
         _train(model, words, stream, schedule=self.plan.generator, folder=self.models / "generator")
 
-    def make_measure(self) -> None:
-        """Measure what the models do on the test questions, for the manifest."""
+    def _measure(self) -> dict[str, dict[str, float]]:
+        """Return what the models do on the test questions."""
         problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
         corpus = self.out / "corpus.jsonl"
         retriever = load_dense(DenseOptions(index_path=self.index, corpus_path=corpus, encoder=self.encoder))
@@ -199,12 +200,10 @@ class Maker:
         model, words = _load_language_model(self.models / "generator")
         figures["generator"] = evaluation.measure_generator(model, words, retriever, problems)
         retriever.close()
-        rounded = {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
-        self._open_scratch()
-        measured = {"abilities": rounded, "sha256": self._hash_files()}
-        (self.scratch / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+        return {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
 
     def make_manifest(self) -> None:
+        """Write the manifest, with new figures if a measured file has changed."""
         hashes = self._hash_files()
         manifest = {
             "seed": self.seed,
@@ -215,7 +214,7 @@ class Maker:
                 "test_questions": self.plan.size.test_questions,
             },
             "bytes": sum((self.out / name).stat().st_size for name in hashes),
-            "abilities": self._read_abilities(hashes),
+            "abilities": self._read_abilities(hashes) or self._measure(),
             "sha256": hashes,
         }
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -226,26 +225,15 @@ class Maker:
         shipped = [n for n in names if n not in NOT_HASHED and not n.startswith(f"{self.scratch.name}/")]
         return {name: sha256_of_file(self.out / name) for name in shipped}
 
-    def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]]:
-        """Return the figures of these very files, as measured just now or by the present manifest.
-
-        Raises ValueError if there are none.
-        """
+    def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]] | None:
+        """Return the figures of the present manifest, None unless they are those of these very files."""
 
         def select(named: dict[str, str]) -> dict[str, str]:
             return {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
 
-        for path in (self.scratch / "measured.json", self.out / "manifest.json"):
-            if path.exists():
-                measured = json.loads(path.read_text(encoding="utf-8"))
-                if select(measured["sha256"]) == select(hashes):
-                    return measured["abilities"]
-        raise ValueError("these files were not measured: add measure to --stages, before manifest")
-
-    def _open_scratch(self) -> None:
-        """Make the folder for what later stages need and is not shipped; git ignores it."""
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
+        path = self.out / "manifest.json"
+        present = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sha256": {}}
+        return present["abilities"] if select(present["sha256"]) == select(hashes) else None
 
 
 def _train(
