@@ -1,34 +1,50 @@
-"""Texts to vectors with a sentence encoder: the only file here that imports transformers."""
+"""Texts to vectors with a sentence encoder, loaded by sentence-transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules.dense import Dense
 from sentence_transformers.base.modules.transformer import Transformer
-from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers.utils import logging as transformers_logging
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.model_files import check_weights, find_model, hash_model, list_module_files, name_model
+from search_r1.search.model_files import (
+    check_weights,
+    find_model,
+    hash_model,
+    list_absent_weights,
+    list_module_files,
+    name_model,
+    read_json,
+    read_length_limit,
+    read_modules,
+)
 from search_r1.search.ranking import FloatArray
-from search_r1.search.recipes import EncoderSpec, EncodingRecipe, StatedModel, find_family, resolve_recipe
-from search_r1.search.stated_model import read_stated_model
+from search_r1.search.recipes import (
+    POOLINGS,
+    EncoderSpec,
+    EncodingRecipe,
+    PartialRecipe,
+    StatedModel,
+    find_family,
+    resolve_recipe,
+)
 from serving.weights import copy_weights
 
-_POOLING_MODES = {
-    "last": "lasttoken",
-    "weighted": "weightedmean",
-    "mean_sqrt_len": "mean_sqrt_len_tokens",
-}
+# Our name of a pooling, by that of the library where they differ.
+_POOLING_NAMES = {"lasttoken": "last", "weightedmean": "weighted", "mean_sqrt_len_tokens": "mean_sqrt_len"}
+_LIBRARY_NAMES = {ours: theirs for theirs, ours in _POOLING_NAMES.items()}
+_QUERY_PROMPTS = ("query", "s2p_query", "retrieval.query", "search_query", "web_search_query", "question")
+_PASSAGE_PROMPTS = ("document", "passage", "corpus", "retrieval.passage", "search_document", "doc", "text")
 
 
 class TextEncoder:
-    """Encode queries and passages. Not thread-safe. fp32 on a CPU, fp16 on a GPU."""
+    """Encodes queries and passages. Not thread-safe. fp32 on a CPU, fp16 on a GPU."""
 
     def __init__(self, spec: EncoderSpec | str | Path, *, device: str | None = None) -> None:
         """Load a model; a path or hub id is a spec without flags. `device` None: a GPU if there is one.
@@ -39,17 +55,20 @@ class TextEncoder:
             spec = EncoderSpec(path=str(spec))
         folder = find_model(spec.path, role="encoder")
         self.name = name_model(folder)
-        stated = read_stated_model(folder)
-        self.recipe: EncodingRecipe = resolve_recipe(
-            stated, model_name=self.name, family=spec.family, flags=spec.flags
-        )
-        self.family = spec.family or find_family(self.name)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         in_fp16 = where.type != "cpu" and spec.use_fp16 is not False
         dtype = torch.float16 if in_fp16 else torch.float32
-        self._model = _load_model(folder, stated=stated, recipe=self.recipe, device=where, dtype=dtype)
+        self._model = _load_model(folder, device=str(where), dtype=dtype)
+        transformer = folder / (read_modules(folder) or [("", "")])[0][1]
+        self.recipe: EncodingRecipe = resolve_recipe(
+            _read_stated(self._model, folder, transformer=transformer),
+            model_name=self.name,
+            family=spec.family,
+            flags=spec.flags,
+        )
+        self.family = spec.family or find_family(self.name)
+        _apply(self.recipe, self._model)
         self.dim: int = self._model.get_embedding_dimension()
-        transformer = folder / stated.modules[0][1]
         sentence_configs = sorted(transformer.glob("sentence_*_config.json"))
         # Of all files that the vectors depend on; what the recipe states is compared by itself.
         self.sha256 = hash_model(transformer, further=[*sentence_configs, *list_module_files(folder)])
@@ -86,70 +105,99 @@ def silence_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-class _WholeTransformer(Transformer):
-    """Refuses weights that lack something, which would be random instead."""
-
-    def _load_model(self, *args: object, **model_kwargs: object) -> torch.nn.Module:
-        model, report = super()._load_model(*args, output_loading_info=True, **model_kwargs)
-        # No pooling here uses the pooler, so encoders come without one.
-        absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-        absent += sorted(str(key) for key in report["mismatched_keys"])
-        if absent:
-            raise RetrieverError(f"encoder {args[0]} lacks the weights {absent[:3]} ({len(absent)} in all)")
-        return model
-
-
-def _load_model(
-    folder: Path, *, stated: StatedModel, recipe: EncodingRecipe, device: torch.device, dtype: torch.dtype
-) -> SentenceTransformer:
-    """Load all modules but the one that normalizes: `_encode` does that, in fp32."""
+def _load_model(folder: Path, *, device: str, dtype: torch.dtype) -> SentenceTransformer:
+    """Load a model as the library does, without code or pickles that come with it."""
     silence_transformers()
-    modules: list[torch.nn.Module] = []
+    check_weights(folder, role="encoder")
+    transformer = folder / (read_modules(folder) or [("", "")])[0][1]
+    if (transformer / "adapter_config.json").is_file():
+        raise RetrieverError(f"encoder {folder} is an adapter; merge it into its base model first")
+    config = read_json(folder / "config_sentence_transformers.json")
+    if (kind := config.get("model_type", "SentenceTransformer")) != "SentenceTransformer":
+        raise RetrieverError(f"encoder {folder} is a {kind}, expected a model that makes one vector per text")
     try:
-        for kind, place in stated.modules:
-            if kind == "Transformer":
-                modules.append(_load_transformer(folder, place=place, recipe=recipe, dtype=dtype))
-            elif kind == "Pooling":
-                dim = modules[0].get_embedding_dimension()
-                modules.append(_load_pooling(folder, place=place, pooling=recipe.pooling, dim=dim))
-            elif kind in ("Dense", "LayerNorm"):
-                check_weights(folder / place, role="encoder")
-                library = Dense if kind == "Dense" else LayerNorm
-                modules.append(library.load(str(folder), subfolder=place, local_files_only=True))
-    except RetrieverError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"dtype": dtype, "use_safetensors": True},
+        ).eval()
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise RetrieverError(
             f"encoder {folder} does not load ({first_line}); expected a Hugging Face model folder "
             "or the name of a model on the hub"
         ) from error
-    model = SentenceTransformer(
-        modules=modules, device=str(device), local_files_only=True, truncate_dim=stated.truncated_dim
-    ).eval()
+    kinds = [type(module) for module in model]
+    if kinds[:1] != [Transformer] or kinds.count(Pooling) != 1:
+        names = [kind.__name__ for kind in kinds]
+        raise RetrieverError(
+            f"encoder {folder} has the modules {names}; expected a Transformer, then one Pooling and what "
+            "refines it"
+        )
     copy_weights(model)
+    # No pooling here uses the pooler, so encoders come without one.
+    absent = list_absent_weights(model.transformers_model, folder=transformer)
+    absent = [name for name in absent if not name.startswith("pooler.")]
+    if absent:
+        raise RetrieverError(f"encoder {folder} lacks the weights {absent[:3]} ({len(absent)} in all)")
     return model
 
 
-def _load_transformer(folder: Path, *, place: str, recipe: EncodingRecipe, dtype: torch.dtype) -> Transformer:
-    check_weights(folder / place, role="encoder")
-    if (folder / place / "adapter_config.json").is_file():
-        raise RetrieverError(f"encoder {folder} is an adapter; merge it into its base model first")
-    transformer = _WholeTransformer.load(
-        str(folder),
-        subfolder=place,
-        local_files_only=True,
-        trust_remote_code=False,
-        model_kwargs={"dtype": dtype, "use_safetensors": True},
+def _read_stated(model: SentenceTransformer, folder: Path, *, transformer: Path) -> StatedModel:
+    """Return what the files of a model state about its texts; a plain transformer states only its length."""
+    limit = read_length_limit(transformer)
+    if read_modules(folder) is None:
+        return StatedModel(is_sentence_encoder=False, recipe=PartialRecipe(), length_limit=limit)
+    config = read_json(folder / "config_sentence_transformers.json")
+    query_prefix, passage_prefix = _read_prompts(config.get("prompts"))
+    modes = _find_pooling(model).pooling_mode
+    pooling = [_POOLING_NAMES.get(name, name) for name in ([modes] if isinstance(modes, str) else modes)]
+    if unknown := sorted(set(pooling) - set(POOLINGS)):
+        raise RetrieverError(f"encoder {folder} needs pooling {unknown}; known are {list(POOLINGS)}")
+    normalized: bool | None = True
+    if not any(isinstance(module, Normalize) for module in model):
+        similarity = config.get("similarity_fn_name")
+        if similarity not in (None, "cosine", "dot"):
+            raise RetrieverError(
+                f"encoder {folder} is made for the similarity {similarity!r}; an index here supports "
+                "cosine and dot"
+            )
+        normalized = None if similarity is None else similarity == "cosine"
+    lengths = [length for length in (model.max_seq_length, limit) if length is not None]
+    recipe = PartialRecipe(
+        query_prefix=query_prefix,
+        passage_prefix=passage_prefix,
+        pooling="+".join(pooling),
+        max_length=min(lengths, default=None),
+        normalized=normalized,
     )
-    transformer.max_seq_length = recipe.max_length
-    return transformer
+    return StatedModel(is_sentence_encoder=True, recipe=recipe, length_limit=limit)
 
 
-def _load_pooling(folder: Path, *, place: str, pooling: str, dim: int) -> Pooling:
-    modes = tuple(_POOLING_MODES.get(name, name) for name in pooling.split("+"))
-    # A model that leaves its prompt out of the mean keeps that, whatever the flags are.
-    include_prompt = True
-    if place:
-        include_prompt = Pooling.load(str(folder), subfolder=place, local_files_only=True).include_prompt
-    return Pooling(dim, pooling_mode=modes, include_prompt=include_prompt)
+def _read_prompts(prompts: object) -> tuple[str | None, str | None]:
+    """Return query and passage prefix; prompts that are all empty, as libraries write them, state nothing."""
+    if not isinstance(prompts, Mapping) or not any(prompts.values()):
+        return None, None
+    found = [
+        next((str(prompts[name] or "") for name in names if name in prompts), None)
+        for names in (_QUERY_PROMPTS, _PASSAGE_PROMPTS)
+    ]
+    return (None, None) if found == [None, None] else (found[0] or "", found[1] or "")
+
+
+def _find_pooling(model: SentenceTransformer) -> Pooling:
+    return next(module for module in model if isinstance(module, Pooling))
+
+
+def _apply(recipe: EncodingRecipe, model: SentenceTransformer) -> None:
+    """Set pooling and length; drop the module that normalizes: `_encode` does that, in fp32."""
+    model[0].max_seq_length = recipe.max_length
+    for name, module in list(model.named_children()):
+        if isinstance(module, Pooling):
+            modes = tuple(_LIBRARY_NAMES.get(mode, mode) for mode in recipe.pooling.split("+"))
+            dim = model[0].get_embedding_dimension()
+            setattr(model, name, Pooling(dim, pooling_mode=modes, include_prompt=module.include_prompt))
+        elif isinstance(module, Normalize):
+            delattr(model, name)

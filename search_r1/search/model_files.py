@@ -7,11 +7,28 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from search_r1.search.errors import RetrieverError
 from serving import model_files
 from serving.files import sha256_of_file
 from serving.model_files import ModelNotFoundError
 
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Types of models that number positions from the id of the padding token + 1."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")
 
 
@@ -49,11 +66,14 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def check_weights(folder: Path, *, role: str) -> None:
-    """Raise RetrieverError unless the weights are there, as safetensors."""
-    try:
-        model_files.check_weights(folder)
-    except ModelNotFoundError as error:
-        raise RetrieverError(f"{role} {error}") from error
+    """Raise RetrieverError unless the weights of all modules are there, as safetensors."""
+    places = [place for _, place in read_modules(folder) or [("", "")]]
+    for number, place in enumerate(places):
+        if number == 0 or any((folder / place).glob("*.bin")):
+            try:
+                model_files.check_weights(folder / place)
+            except ModelNotFoundError as error:
+                raise RetrieverError(f"{role} {error}") from error
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]] | None:
@@ -97,3 +117,31 @@ def hash_model(folder: Path, *, further: Sequence[Path] = ()) -> str:
     for name, file in zip(names, [*files, *further], strict=True):
         digest.update(f"{name} {sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def read_length_limit(transformer: Path) -> int | None:
+    """Return the longest sequence that the model has positions for; None where it does not state it."""
+    config = read_json(transformer / "config.json")
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if config.get("model_type") in _POSITIONS_AFTER_PADDING and isinstance(padding, int):
+        return positions - padding - 1
+    return positions
+
+
+def list_absent_weights(network: torch.nn.Module, *, folder: Path) -> list[str]:
+    """Return the weights of a model of transformers that the files in `folder` lack: they are random.
+
+    The libraries do not report it, so the model is loaded once more from stand-ins of one number each, which
+    read no weight.
+    """
+    stand_ins: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no mapping
+                stand_ins[name] = torch.zeros(()).expand(weights.get_slice(name).get_shape())
+    _, report = type(network).from_pretrained(  # type: ignore[operator]
+        None, config=network.config, state_dict=stand_ins, dtype=torch.float32, output_loading_info=True
+    )
+    return sorted(report["missing_keys"])

@@ -66,12 +66,9 @@ class StatedModel:
 
     is_sentence_encoder: bool
     """It has a modules.json: made to encode texts, and what it does not mention it does not need."""
-    modules: tuple[tuple[str, str], ...]
-    """(class, folder) of what a text passes, in order; folders relative to the model's."""
     recipe: PartialRecipe
     length_limit: int | None
     """Tokens that the model has positions for."""
-    truncated_dim: int | None
 
 
 _BGE = "Represent this sentence for searching relevant passages: "

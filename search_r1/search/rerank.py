@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from sentence_transformers import CrossEncoder
 
 from search_r1.search.encoder import silence_transformers
@@ -21,12 +20,13 @@ from search_r1.search.model_files import (
     check_weights,
     find_model,
     hash_model,
+    list_absent_weights,
     list_module_files,
     name_model,
+    read_length_limit,
     read_modules,
 )
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, Retriever, SearchFailure
-from search_r1.search.stated_model import read_length_limit
 from serving.weights import copy_weights
 
 logger = logging.getLogger(__name__)
@@ -64,16 +64,13 @@ class CrossEncoderReranker:
         `device` None: a GPU if there is one.
         """
         folder = find_model(path, role="reranker")
-        places = [place for _, place in read_modules(folder) or ()]
-        for place in {"", *places}:
-            if not place or any((folder / place).glob("*.bin")):
-                check_weights(folder / place, role="reranker")
+        check_weights(folder, role="reranker")
+        transformer = folder / (read_modules(folder) or [("", "")])[0][1]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._name = name_model(folder)
-        self._model = _load_cross_encoder(folder, device=device)
+        self._model = _load_cross_encoder(folder, transformer=transformer, device=device)
         limit = self._model.max_seq_length
-        limit = min(limit, read_length_limit(folder / (places or [""])[0]) or limit)
-        self._model.max_seq_length = limit
+        self._model.max_seq_length = min(limit, read_length_limit(transformer) or limit)
         self._sha256 = hash_model(folder, further=list_module_files(folder))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -168,7 +165,7 @@ def _order(hits: Found, scores: Sequence[float]) -> Outcome:
     return tuple(sorted(rescored, key=lambda hit: -hit.score))  # stable
 
 
-def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
+def _load_cross_encoder(folder: Path, *, transformer: Path, device: str) -> CrossEncoder:
     silence_transformers()
     dtype = torch.float32 if device == "cpu" else torch.float16
     try:
@@ -183,7 +180,7 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
         if network is None:
             raise RetrieverError(f"reranker {folder} has no transformer, expected a cross-encoder")
         copy_weights(network)
-        absent = _list_absent(network, folder=folder)
+        absent = list_absent_weights(network, folder=transformer)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         if isinstance(error, RetrieverError):
             raise
@@ -202,21 +199,3 @@ def _load_cross_encoder(folder: Path, *, device: str) -> CrossEncoder:
             "(num_labels 1)"
         )
     return model
-
-
-def _list_absent(network: torch.nn.Module, *, folder: Path) -> list[str]:
-    """Return the weights that the library initialized at random because the files lack them.
-
-    A missing head, as of an encoder, would order documents at random. The library does not report it, so the
-    model is loaded once more from stand-ins of one number each, which read no weight.
-    """
-    place = next((place for _, place in read_modules(folder) or ()), "")
-    stand_ins: dict[str, torch.Tensor] = {}
-    for file in sorted((folder / place).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no mapping
-                stand_ins[name] = torch.zeros(()).expand(weights.get_slice(name).get_shape())
-    _, report = type(network).from_pretrained(  # type: ignore[operator]
-        None, config=network.config, state_dict=stand_ins, dtype=torch.float32, output_loading_info=True
-    )
-    return sorted(report["missing_keys"])
