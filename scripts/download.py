@@ -37,7 +37,7 @@ from rich.filesize import decimal
 
 from serving.files import lock_file, replacing_file
 from serving.web.settings import expand_home
-from verl.errors import DataError
+from verl.errors import UserError
 from verl.utils.entry import error_line
 
 UNPACKED_PER_PACKED = 3.0
@@ -45,7 +45,7 @@ UNPACKED_PER_PACKED = 3.0
 _BLOCK = 1 << 22
 
 
-class DownloadError(DataError):
+class DownloadError(UserError):
     """Names the file, what was found, what was expected and the fix."""
 
 

@@ -24,7 +24,6 @@ from rich.table import Table
 from screen import Screen
 from supervise import (
     Child,
-    ChildFailedError,
     MemoryWatch,
     Supervisor,
     free_ports,
@@ -33,7 +32,6 @@ from supervise import (
     wait_until_ready,
 )
 
-from serving.logs import safe_text
 from serving.web.settings import expand_home
 from verl.run.tracking import METRICS_FILE, read_metrics
 from verl.trainer.config.overrides import in_quotes
@@ -272,7 +270,7 @@ def new_run_dir(asked: Path | None) -> Path:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Return the exit code: 0, 130 on Ctrl-C, 143 on SIGTERM; exit with 1 when something failed."""
+    """Return the exit code: 0, 130 on Ctrl-C, 143 on SIGTERM. Raises ChildFailedError."""
     arguments = parse(argv)
     # Explicitly: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -286,8 +284,6 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     try:
         chosen = [*choose_overrides(arguments), *arguments.overrides]
         summary = run(screen, run_dir=run_dir, overrides=chosen, timeout_s=arguments.service_timeout)
-    except ChildFailedError as error:
-        sys.exit(f"error: {safe_text(str(error))}")
     except KeyboardInterrupt:
         screen.print("interrupted; everything was stopped", style="yellow")
         return 130

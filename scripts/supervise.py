@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from serving.processes import ProcessGuard
+from verl.errors import UserError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +36,7 @@ _SERVICE_PREFIXES = ("IG_", "RETRIEVER_")
 _SERVICE_NAMES = ("INDEX_PATH", "CORPUS_PATH", "BM25_INDEX_PATH", "TOPK", "IGPO_MOCK_SEARCH")
 
 
-class ChildFailedError(RuntimeError):
+class ChildFailedError(UserError):
     """A process died or did not become ready; the message contains the end of its log."""
 
 

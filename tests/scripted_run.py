@@ -14,6 +14,7 @@ import numpy as np
 
 from tests.fakes import make_action
 from tests.methods import make_method
+from verl.agent.tools.search import render_passages
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
@@ -38,9 +39,6 @@ _FACTS = (
     ("Silver Harbour", "band", "formed in", "Bolton", "Bolton, England"),
     ("The Glass Orchard", "novel", "written by", "Mara Ellison", "M. Ellison"),
     ("Kestrel Bridge", "bridge", "built in", "1931", "1931"),
-    ("Northern Lantern", "film", "directed by", "Ivo Brandt", "Brandt"),
-    ("Amber Quarry", "town", "located in", "Vessland", "the Vessland region"),
-    ("Tomas Reedy", "painter", "born in", "Carrow", "Carrow, Vessland"),
 )
 
 
@@ -53,14 +51,11 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def make_question(number: int, *, split: str = "train") -> Question:
-    name, kind, relation, value, alias = _FACTS[number % len(_FACTS)]
-    return Question(
-        uid=f"world_{'one' if number % 2 else 'two'}_hop/{split}/{number}",
-        text=f"What was the {kind} {name} (no. {number}) {relation}?",
-        messages=(),
-        golds=(value, alias),
-        data_source=f"world_{'one' if number % 2 else 'two'}_hop",
-    )
+    name, kind, relation, *golds = _FACTS[number % len(_FACTS)]
+    text = f"What was the {kind} {name} (no. {number}) {relation}?"
+    source = f"world_{'one' if number % 2 else 'two'}_hop"
+    uid = f"{source}/{split}/{number}"
+    return Question(uid=uid, text=text, messages=(), golds=tuple(golds), data_source=source)
 
 
 def make_turn(text: str, action: Action, *, passages: Sequence[Passage] = (), observation: str = "") -> Turn:
@@ -77,16 +72,14 @@ def make_turn(text: str, action: Action, *, passages: Sequence[Passage] = (), ob
 
 def search_turn(query: str, passages: Sequence[Passage]) -> Turn:
     text = f"<think> I should look this up first. </think> <search> {query} </search>"
-    docs = "\n".join(f"Doc {k}(Title: {p.title}) {p.text}" for k, p in enumerate(passages, start=1))
     start = text.index(query)
     action = make_action(ActionKind.TOOL, query, start=start, end=start + len(query))
-    return make_turn(
-        text, action, passages=passages, observation=f"\n\n<information>{docs}</information>\n\n"
-    )
+    observation = f"\n\n<information>{render_passages(passages)}</information>\n\n"
+    return make_turn(text, action, passages=passages, observation=observation)
 
 
-def answer_turn(answer: str, *, think: str = "The passage names it.") -> Turn:
-    text = f"<think> {think} </think> <answer> {answer} </answer>"
+def answer_turn(answer: str) -> Turn:
+    text = f"<think> The passage names it. </think> <answer> {answer} </answer>"
     start = text.rindex(answer)
     return make_turn(text, make_action(ActionKind.ANSWER, answer, start=start, end=start + len(answer)))
 
@@ -94,42 +87,31 @@ def answer_turn(answer: str, *, think: str = "The passage names it.") -> Turn:
 def make_trajectory(question: Question, sample: int, rng: random.Random, *, skill: float) -> Trajectory:
     """Searches and answers right with probability `skill`; now and then the retriever fails."""
     name, _, relation, value, _ = _FACTS[int(question.uid.rsplit("/", 1)[1]) % len(_FACTS)]
-    prompt = encode(f"<|im_start|>user\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n")
     turns: list[Turn] = []
     if rng.random() > 0.9:
         retry = "\nMy previous action is invalid. Let me try again.\n"
-        turns.append(
-            make_turn(
-                "<think> hm </think> <search> </search>", Action(kind=ActionKind.INVALID), observation=retry
-            )
-        )
+        invalid = Action(kind=ActionKind.INVALID)
+        turns.append(make_turn("<think> hm </think> <search> </search>", invalid, observation=retry))
     searched = rng.random() < 0.3 + 0.7 * skill
+    failure = None
     if searched:
-        right = Passage(
-            id="12", title=f'"{name}"', text=f"{name} was {relation} {value}, as the records say.", score=0.91
-        )
-        other = Passage(
-            id="77", title='"Silver Harbor (ship)"', text="A ship that was never in England.", score=0.74
-        )
-        turns.append(search_turn(f"{name} {relation}", (right, other)))
-    if searched and rng.random() > 0.97:
-        failure = "search_failed: retriever: no answer within 30 s"
-        return Trajectory(
-            question=question,
-            sample=sample,
-            prompt_ids=prompt,
-            turns=tuple(turns),
-            stop=Stop.FAILED,
-            failure=failure,
-        )
-    is_right = rng.random() < (0.2 + 0.8 * skill if searched else 0.08)
-    turns.append(answer_turn(value if is_right else "Camden Falls"))
+        text = f"{name} was {relation} {value}, as the records say."
+        other = "A ship that was never in England."
+        right = Passage(id="12", title=f'"{name}"', text=text, score=0.91)
+        wrong = Passage(id="77", title='"Silver Harbor (ship)"', text=other, score=0.74)
+        turns.append(search_turn(f"{name} {relation}", (right, wrong)))
+        if rng.random() > 0.97:
+            failure = "search_failed: retriever: no answer within 30 s"
+    if failure is None:
+        is_right = rng.random() < (0.2 + 0.8 * skill if searched else 0.08)
+        turns.append(answer_turn(value if is_right else "Camden Falls"))
     return Trajectory(
         question=question,
         sample=sample,
-        prompt_ids=prompt,
+        prompt_ids=encode(f"<|im_start|>user\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n"),
         turns=tuple(turns),
-        stop=Stop.ANSWERED,
+        stop=Stop.ANSWERED if failure is None else Stop.FAILED,
+        failure=failure,
         seconds=0.4,
     )
 
@@ -206,7 +188,8 @@ def write_run(
     config = Config(data=DataConfig(train_files=str(data)), algorithm=METHOD.settings_class())
     config.trainer.experiment_name = "scripted"
     config.trainer.total_training_steps = 12
-    write_manifest(run_dir, make_manifest(config, services=_SERVICES))
+    services = {"retriever": {"status": "ok", "passages": 2048}, "ig_service": {"status": "healthy"}}
+    write_manifest(run_dir, make_manifest(config, services=services))
     tracker = Tracker(run_dir, TrainerConfig(logger=[]))
     recorder = Recorder(run_dir, decode=decode)
     write_evaluation(recorder, tracker, 0, steps=steps, num_questions=30)
@@ -219,9 +202,3 @@ def write_run(
         finish_manifest(run_dir, status="completed", step=steps)
     tracker.finish()
     return run_dir
-
-
-_SERVICES = {
-    "retriever": {"status": "ok", "passages": 2048},
-    "ig_service": {"status": "healthy", "mode": "single-GPU"},
-}
