@@ -113,6 +113,14 @@ class PrivateRay:
         return list_children_with(str(self.folder))
 
 
+def prepare_ray_import() -> None:
+    """Set what Ray reads when it is imported. Call it before importing a library that imports Ray, too."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray binds to loopback only where it thinks clusters unsupported.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 @contextmanager
 def _without_secrets() -> Iterator[None]:
     names = [name for name in os.environ if is_secret_name(name) and name not in _NEEDED_SECRETS]
@@ -139,11 +147,8 @@ def _start_ray(
     token_path = folder / _TOKEN_FILE
     with open(os.open(token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(_make_token())
-    # Ray reads these when it is imported. It binds to loopback only where it thinks clusters unsupported.
-    os.environ["RAY_AUTH_MODE"] = "token"
+    prepare_ray_import()
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_path)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # When the raylet is gone, Ray ends a process whose parent is process 1 (nohup, a container) at once,
     # without any cleanup, unless this variable names another living process. Workers get the raylet's id.
     os.environ["RAY_RAYLET_PID"] = str(os.getpid())

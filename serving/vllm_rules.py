@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from serving.machine import socket_root
+from serving.ray_start import prepare_ray_import
 
 _LSCPU = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 _BIN = Path(__file__).with_name("bin")
@@ -50,6 +51,7 @@ def prepare_environment(*, on_cpu: bool, num_threads: int | None = None, log_lev
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", log_level)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    prepare_ray_import()  # vLLM imports Ray, and this process may still have to start it
     os.environ["VLLM_RPC_BASE_PATH"] = socket_root()
     # A forked process would hold the pipe of the process guard open.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -11,14 +11,16 @@ import pytest
 _OWNER = """
 import json, os, stat
 from serving.ray_start import PrivateRay
+from serving.vllm_rules import prepare_environment
 
+prepare_environment(on_cpu=True)
+import ray  # as vLLM does
 os.umask(0)
 found = {"modes": {}}
 for _ in range(2):  # Ray caches the token of the first one
     cluster = PrivateRay()
     cluster.start(object_store_bytes=80 * 2**20)
     folder = cluster.folder
-    import ray
     echo = ray.remote(num_cpus=0)(lambda: (os.environ["RAY_AUTH_TOKEN_PATH"], os.environ.get("IG_TOKEN")))
     assert ray.get(echo.remote()) == (str(folder / "auth_token"), None)
     sockets = folder.glob("*/session_latest/sockets/*")
