@@ -20,6 +20,7 @@ from verl.errors import ConfigError
 from verl.trainer.config.loading import chosen_method, config_groups, name_owners, schema_keys
 from verl.trainer.config.published import PROJECTS, find_rule, has_key, recognize
 
+_KEYS = "verl/trainer/config/ppo_trainer.yaml, of methods docs/methods.md"
 _NEAR = 0.85
 """Similarity from which a key counts as a typing error of another."""
 
@@ -105,7 +106,7 @@ def _check_key(
     if key == "reward.gain":
         return f"{key}: the method is chosen by name; write algorithm=search_r1 for none, or inforeasoner"
     if is_unknown:
-        return f"{key}: no such key{_suggest(key, known)}; all keys: verl/trainer/config/ppo_trainer.yaml"
+        return f"{key}: no such key{_suggest(key, known)}; all keys: {_KEYS}"
     return None
 
 
