@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,20 +32,21 @@ from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.rollout.tokenizer import HfTokenizer
 from verl.run.folder import lock_folder, recorded_end, scratch_folder
-from verl.run.manifest import make_manifest, write_manifest
-from verl.run.progress import run_identity
+from verl.run.manifest import Manifest, make_manifest, write_manifest
+from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
-from verl.trainer.launch import count_gpus, count_workers, launch_models
+from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question
 from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
+from verl.workers.checkpoint import CheckpointStore
 from verl.workers.model import check_model
 from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
 
@@ -76,14 +78,10 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
     ig_service, services = await connect_services(config, stack, tools=tools, needs=algorithm_class.needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
-    tokenizer = HfTokenizer.from_pretrained(
-        config.actor_rollout_ref.model.path, tags=FORMATS[config.agent.format].tags
-    )
-    pad_id = tokenizer.pad_id
+    tags = FORMATS[config.agent.format].tags
+    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
-    sampler = QuestionSampler(train, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
-    total_steps = config.trainer.count_steps(batches_per_epoch=sampler.batches_per_epoch)
     manifest = make_manifest(
         config,
         services=services,
@@ -91,62 +89,117 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         prompt_file=prompt_file(config.data.prompt_file),
         prompt=tokenizer.decode(prompt_format.render_prompt(train[0])),
     )
-    identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
-    checkpoints, progress, resumed = find_progress(
-        config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
+    start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
+    # Last, because it takes long: settings, services, data and the checkpoint have been checked.
+    models = await launch_models(
+        config,
+        stack,
+        device=device,
+        total_steps=start.total_steps,
+        scratch=stack.enter_context(scratch_folder(run_dir)),
+        checkpoint=start.checkpoint,
     )
-    if resumed is not None:
-        sampler.load_state_dict(progress.sampler)
-    write_manifest(run_dir, manifest, resumed_from=progress.step or None)
-    stack.enter_context(recorded_end(run_dir, progress))
-    scratch = stack.enter_context(scratch_folder(run_dir))
-
-    policy, reference, engines = await launch_models(
-        config, stack, device=device, total_steps=total_steps, scratch=scratch
-    )
-    if resumed is not None:
-        await policy.load(resumed)
+    measures = Services(render_context=render_context, ig_service=ig_service)
+    algorithm = algorithm_class(config.algorithm, measures)
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
-    publisher = WeightPublisher(
-        policy,
-        engines.receivers,
-        probe_ids=make_probe(prompt_format.render_prompt(question) for question in train),
-        tolerance=tolerance,
-    )
-    close_quietly(stack, publisher.close)
-    settings = dataclasses.asdict(config)
-    tracker = Tracker(run_dir, config.trainer, run_config=settings, total_steps=total_steps)
-    close_quietly(stack, tracker.finish)
-    algorithm = algorithm_class(
-        config.algorithm, Services(render_context=render_context, ig_service=ig_service)
-    )
     parts = Parts(
-        questions=sampler,
+        questions=start.sampler,
         held_out=held_out,
-        collector=make_collector(config, engines=engines, prompt_format=prompt_format, tools=tools),
+        collector=make_collector(config, engines=models.engines, prompt_format=prompt_format, tools=tools),
         algorithm=algorithm,
         reward=make_reward(config, algorithm),
-        policy=policy,
-        reference=reference,
-        engines=engines,
-        publisher=publisher,
-        checkpoints=checkpoints,
+        policy=models.policy,
+        reference=models.reference,
+        engines=models.engines,
+        publisher=make_publisher(
+            stack, models, prompt_format=prompt_format, questions=train, tolerance=tolerance
+        ),
+        checkpoints=start.checkpoints,
         guard=Guard(
             run_dir,
             max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates,
             max_log_prob_difference=tolerance,
         ),
-        tracker=tracker,
+        tracker=make_tracker(config, stack, run_dir=run_dir, total_steps=start.total_steps),
         recorder=Recorder(run_dir, decode=tokenizer.decode),
     )
     return PPOTrainer(
         parts,
         settings=config.trainer,
-        total_steps=total_steps,
-        pad_id=pad_id,
-        progress=progress,
-        identity=identity,
+        total_steps=start.total_steps,
+        pad_id=tokenizer.pad_id,
+        progress=start.progress,
+        identity=start.identity,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStart:
+    """Where a run begins: at its first step, or at a checkpoint of the run folder."""
+
+    sampler: QuestionSampler
+    total_steps: int
+    identity: Identity
+    progress: Progress
+    checkpoints: CheckpointStore
+    checkpoint: Path | None
+    """The one to resume from."""
+
+
+def start_run(
+    config: Config,
+    stack: AsyncExitStack,
+    *,
+    run_dir: Path,
+    device: str,
+    questions: Sequence[Question],
+    manifest: Manifest,
+) -> RunStart:
+    """Find the step to begin at and write the manifest, which the stack completes. Raises ConfigError."""
+    sampler = QuestionSampler(questions, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
+    total_steps = config.trainer.count_steps(batches_per_epoch=sampler.batches_per_epoch)
+    identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
+    checkpoints, progress, checkpoint = find_progress(
+        config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
+    )
+    if checkpoint is not None:
+        sampler.load_state_dict(progress.sampler)
+    write_manifest(run_dir, manifest, resumed_from=progress.step or None)
+    stack.enter_context(recorded_end(run_dir, progress))
+    return RunStart(
+        sampler=sampler,
+        total_steps=total_steps,
+        identity=identity,
+        progress=progress,
+        checkpoints=checkpoints,
+        checkpoint=checkpoint,
+    )
+
+
+def make_publisher(
+    stack: AsyncExitStack,
+    models: Models,
+    *,
+    prompt_format: PromptFormat,
+    questions: Sequence[Question],
+    tolerance: float,
+) -> WeightPublisher:
+    """Make the publisher of weights, whose probe is the beginning of the run's own prompts."""
+    publisher = WeightPublisher(
+        models.policy,
+        models.engines.receivers,
+        probe_ids=make_probe(prompt_format.render_prompt(question) for question in questions),
+        tolerance=tolerance,
+    )
+    close_quietly(stack, publisher.close)
+    return publisher
+
+
+def make_tracker(config: Config, stack: AsyncExitStack, *, run_dir: Path, total_steps: int) -> Tracker:
+    """Make the tracker of metrics, which is finished at the end."""
+    tracker = Tracker(run_dir, config.trainer, run_config=dataclasses.asdict(config), total_steps=total_steps)
+    close_quietly(stack, tracker.finish)
+    return tracker
 
 
 def open_search(config: RetrieverConfig) -> HttpSearch:

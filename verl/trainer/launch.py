@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,26 @@ from verl.workers.worker_group import WorkerGroup
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The models of a run."""
+
+    policy: WorkerGroup
+    reference: WorkerGroup | None
+    """Frozen initial policy; None without a KL term."""
+    engines: EnginePool
+
+
 async def launch_models(
-    config: Config, stack: AsyncExitStack, *, device: str, total_steps: int, scratch: Path
-) -> tuple[WorkerGroup, WorkerGroup | None, EnginePool]:
-    """Return policy, frozen reference (None without a KL term) and engines once all are ready.
+    config: Config,
+    stack: AsyncExitStack,
+    *,
+    device: str,
+    total_steps: int,
+    scratch: Path,
+    checkpoint: Path | None,
+) -> Models:
+    """Return policy (as in the checkpoint), reference and engines once all are ready.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
@@ -50,6 +67,7 @@ async def launch_models(
     )
     try:
         async with asyncio.timeout(trainer.startup_timeout_s):
+            # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
             engines = launch_engines(config, launcher, device=device, scratch=scratch)
             close_quietly(stack, engines.shutdown)
             async with alone_on_gpus(engines, device=device):
@@ -60,6 +78,7 @@ async def launch_models(
                     reference = launch_group(name="reference", trainable=False)
                     close_quietly(stack, reference.shutdown)
                     await reference.wait_until_ready()
+                # Constructors run in the actors: what they raise shows only when they are waited for.
                 num_parameters = await policy.wait_until_ready()
             await engines.wait_until_ready()
     except TimeoutError as error:
@@ -68,7 +87,9 @@ async def launch_models(
             f"trainer.startup_timeout_s={trainer.startup_timeout_s:g}; allow more time"
         ) from error
     logger.info("ready: a policy of %s parameters", f"{num_parameters:,}")
-    return policy, reference, engines
+    if checkpoint is not None:
+        await policy.load(checkpoint)
+    return Models(policy=policy, reference=reference, engines=engines)
 
 
 @asynccontextmanager
