@@ -66,7 +66,7 @@ class InfoReasoner(Algorithm):
     def _requests_of(self, trajectory: Trajectory) -> list[GainRequest]:
         """Return what is asked about a trajectory: nothing without a passage or without an answer.
 
-        Without an answer the published reward is 0 whatever was found, so no gain is paid for it.
+        Without an answer the published reward is 0, also after good searches, so that no gain is needed.
         """
         if trajectory.stop is Stop.FAILED or trajectory.answer is None or not trajectory.passages:
             return []

@@ -176,7 +176,9 @@ def to_record(
 ) -> TrajectoryRecord:
     """Return the record of a trajectory; its texts are decoded from its ids."""
     question = trajectory.question
+    # The mean over sampled tokens: the others have advantage 0 and would only dilute it.
     sampled = credit.advantages[trajectory.policy_mask] if credit is not None else np.zeros(0)
+    # Short facts first and token ids last: a reader of the raw file sees at once what happened.
     return {
         "format": FORMAT,
         "step": step,
@@ -194,6 +196,7 @@ def to_record(
         "gain_failure": _redacted(score.gain.failure),
         "components": {} if credit is None else cast(dict[str, Any], dict(credit.components)),
         "advantage": _number(sampled.mean(), ADVANTAGE_DIGITS) if len(sampled) else None,
+        # Error texts of services may quote URLs with credentials.
         "failure": _redacted(score.failure or trajectory.failure),
         "trajectory_failure": _redacted(trajectory.failure),
         "metrics": dict(score.metrics),

@@ -33,9 +33,11 @@ def find_progress(
         keep=trainer.max_checkpoints_to_keep,
         on_write=lambda step: update_manifest(run_dir, saved_step=step),
     )
+    # Read before a new manifest replaces it: it says what the run had saved and with which settings.
     earlier = read_manifest(run_dir) or {}
     newest = checkpoints.latest()
     if newest is None:
+        # Without a checkpoint nothing can continue; lost ones are an error, records alone are kept aside.
         check_unsaved(run_dir, checkpoints.damages, saved_step=earlier.get("saved_step"))
         if has_records(run_dir):
             logger.warning(
@@ -54,6 +56,7 @@ def find_progress(
     logger.info("going on from %s (trainer.resume_mode=auto)", newest)
     _warn_of_differences(run_dir, progress, earlier=earlier, manifest=manifest)
 
+    # Each (kind, step) appears once in the records, so that those written again must go first.
     def is_repeated(kind: str, step: int) -> bool:
         return (kind, step) == ("val", progress.step) if trainer.evaluates_only else step > progress.step
 

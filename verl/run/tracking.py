@@ -108,7 +108,7 @@ class Tracker:
                 self._mirror.finish()
 
     def _show(self, line: Text) -> None:
-        """Print a line; a console that is gone must not end the run."""
+        """Print a line; a closed console must not end the run."""
         assert self._console is not None
         try:
             self._console.print(line)

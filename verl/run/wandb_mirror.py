@@ -50,7 +50,7 @@ class WandbMirror:
                 project=settings.project_name,
                 name=settings.experiment_name,
                 id=_run_id(run_dir),
-                resume="allow" if online else None,
+                resume="allow" if online else None,  # ignored offline, with a warning
                 config=redact(dict(run_config)),
                 settings=wandb.Settings(
                     silent=True,
@@ -64,6 +64,7 @@ class WandbMirror:
                 ),
             )
 
+        # The server is tried once at start: a run that goes offline stays so, and never waits for it again.
         if mode == "online":
             try:
                 start(online=True)
@@ -76,6 +77,7 @@ class WandbMirror:
             logger.info("W&B mirrors offline; send it later with: wandb sync %s", synced)
             start(online=False)
         assert self._run is not None
+        # The x axis is the step of the run, not W&B's number of calls of log.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -30,18 +30,18 @@ _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_ti
 
 
 class ActorError(UserError, RuntimeError):
-    """An actor is gone: the message names it, its class and the end of its stderr."""
+    """An actor has ended: the message names it, its class and the end of its stderr."""
 
 
 class Actor(Protocol):
     """An object that can live in another process."""
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
-        """Return or raise what the method does. Raises ActorError when the actor is gone."""
+        """Return or raise what the method does. Raises ActorError when the actor has ended."""
         ...
 
     def kill(self) -> None:
-        """End it now, whatever it does; a second call does nothing."""
+        """End it at once, also during a call; a second `kill` does nothing."""
         ...
 
 

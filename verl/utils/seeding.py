@@ -1,6 +1,6 @@
 """Derive the seed of every random draw of a run from its place: step, question, sample.
 
-The same path gives the same seed in every process and on every machine, whatever else ran before it.
+The same path gives the same seed in every process and on every machine, independent of what ran before.
 """
 
 from __future__ import annotations

@@ -119,12 +119,14 @@ def shard_batch(
     A micro-batch has at most `max_tokens` tokens, padding included, but at least one row. The split over
     ranks and micro-batches does not change the gradient of a mini-batch.
     """
+    # Mini-batches first, over all ranks: the optimizer steps must not depend on the number of ranks.
     count = 1 if mini_batch_size is None else count_mini_batches(batch, mini_batch_size=mini_batch_size)
-    minis = np.array_split(np.arange(batch.num_trajectories), count)
+    minis = np.array_split(np.arange(batch.num_trajectories), count)  # rows of the whole batch
     # plans[mini][rank] is a list of micro-batches, each an array of rows of the whole batch.
     plans = [
         _plan_micro_batches(rows, batch.lengths, num_ranks=num_ranks, max_tokens=max_tokens) for rows in minis
     ]
+    # Turned from mini-batches of all ranks into all mini-batches of one rank, which gets its own rows only.
     return [_make_shard(batch, minis, [plan[rank] for plan in plans]) for rank in range(num_ranks)]
 
 
@@ -134,7 +136,7 @@ def count_mini_batches(batch: TrainBatch, *, mini_batch_size: int) -> int:
 
 
 def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:
-    # The rank gets copies of its rows only; its micro-batches index them, not the whole batch.
+    # `rows` is sorted, so that searchsorted turns rows of the whole batch into rows of this shard.
     rows = np.sort(np.concatenate([micro for micros in plan for micro in micros])).astype(np.int32)
     return Shard(
         batch=batch.select(rows),

@@ -262,17 +262,18 @@ class PolicyWorker:
             num_trajectories=mini.num_trajectories,
             num_policy_tokens=mini.num_policy_tokens,
         )
+        # Weighted sums, no means: a micro-batch adds its share of the loss of the mini-batch.
         losses, clipped = policy_losses(
             log_probs, old, advantages, clip_low=actor.clip_ratio_low, clip_high=actor.clip_ratio_high
         )
-        pg_loss = (losses * weights).sum()
+        pg_loss = (losses * weights).sum()  # scalar
         loss = pg_loss - actor.entropy_coeff * (entropy * weights).sum()
         kl = torch.zeros_like(log_probs)
         if micro.ref_log_probs is not None:
             kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs[mask]), kind=actor.kl_loss_type)
             if actor.use_kl_loss:
                 loss = loss + actor.kl_loss_coef * (kl * weights).sum()
-        # These metrics are means over the mini-batch's tokens, whatever the weights of the loss.
+        # Metrics are means over the tokens of the mini-batch, also where the loss weighs tokens unequally.
         with torch.no_grad():
             ratio = (log_probs - old).exp()
             difference = (old - self._tensor(micro.sampling_log_probs[mask])).abs()

@@ -231,7 +231,7 @@ def _lock_folder(folder: Path) -> IO[bytes]:
 
 
 def _remove_stale_folders(memory: Path) -> None:
-    """Remove the folders of killed runs, which hold no lock any more, in whatever container they ran.
+    """Remove the folders of killed runs, which hold no lock any more, also of those in other containers.
 
     Other users can write to `memory`: only folders of this user are opened, and only if they are folders.
     """
@@ -246,4 +246,4 @@ def _remove_stale_folders(memory: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # locked, or gone meanwhile
+            continue  # locked by a running process, or removed meanwhile

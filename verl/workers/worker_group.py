@@ -60,9 +60,11 @@ class WorkerGroup:
                 "use trainer.launcher=ray"
             )
         scratch.mkdir(parents=True, exist_ok=True)
-        # A file, not a port: no other process can take it or join.
+        # A file, not a port: no other process can take it or join. A new one for each group, as torch
+        # demands.
         rendezvous = scratch.resolve() / f"rendezvous-{name}-{secrets.token_hex(4)}"
         shared = {"config": config, "total_steps": total_steps, "seed": seed, "trainable": trainable}
+        # Not waited for: the ranks find each other in their constructors, so all must run at the same time.
         actors = [
             launcher.launch(
                 PolicyWorker,

@@ -62,7 +62,7 @@ def test_failed_samples_change_nothing_and_get_nothing(rewards: list[float | Non
 
 @settings(deadline=None, max_examples=60)
 @given(REWARDS)
-def test_advantages_are_finite_and_centred(rewards: list[float | None]) -> None:
+def test_advantages_are_finite_and_centered(rewards: list[float | None]) -> None:
     advantages = group_advantages(rewards)
     assert np.isfinite(advantages).all()
     assert sum(advantages) == pytest.approx(0.0, abs=1e-6)

@@ -75,7 +75,7 @@ def test_a_resumed_run_remembers_its_earlier_starts_and_what_was_saved(run_dir: 
     finish_manifest(run_dir, status="failed", reason="retriever: gone", step=4)
     update_manifest(run_dir, saved_step=4)
     write_manifest(run_dir, again, resumed_from=4)
-    write_manifest(run_dir, again, resumed_from=4)  # the one before was killed: it never said how it ended
+    write_manifest(run_dir, again, resumed_from=4)  # the start before was killed: its end is not recorded
     manifest = read_manifest(run_dir)
     assert manifest is not None
     assert [start["status"] for start in manifest["earlier_starts"]] == ["failed", "killed"]

@@ -71,9 +71,9 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     assert manifest["services"]["ig_service"]["health"]["mode"] == "single-CPU"
     assert manifest["services"]["ig_service"]["version"]["generator_digest"] == "abc"
     assert manifest["services"]["retriever"]["version"]["index_sha256"] == "abc"
-    told = (tmp_path / MANIFEST_FILE).read_text() + caplog.text
-    assert TOKEN not in told
-    assert RETRIEVER_TOKEN not in told
+    written = (tmp_path / MANIFEST_FILE).read_text() + caplog.text
+    assert TOKEN not in written
+    assert RETRIEVER_TOKEN not in written
 
 
 async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class Counter:
         return os.environ.get(key)
 
     def die(self) -> None:
-        sys.stderr.write("out of cheese\n")
+        sys.stderr.write("out of memory\n")
         sys.stderr.flush()
         os._exit(3)
 
@@ -133,7 +133,7 @@ async def test_a_killed_actor_names_itself(launcher: Launcher) -> None:
 async def test_a_dead_ray_actor_names_itself_and_the_end_of_its_stderr(ray: Launcher) -> None:
     actor = ray.launch(Counter, kwargs={"start": 0}, name="policy-0")
     await actor.call("add", 1)
-    with pytest.raises(ActorError, match=r"(?s)'policy-0' \(Counter\) died.*out of cheese"):
+    with pytest.raises(ActorError, match=r"(?s)'policy-0' \(Counter\) died.*out of memory"):
         await actor.call("die")
 
 

@@ -120,19 +120,19 @@ def test_weights_go_where_there_is_room(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 async def test_folders_of_killed_runs_are_removed_and_those_of_running_ones_kept(tmp_path: Path) -> None:
-    living = make_publisher(Policy(), [], tmp_path)
-    await living.publish(version=0)
-    dead = tmp_path / "verl-weights-dead"
-    dead.mkdir()
-    (dead / "lock").touch()
+    running = make_publisher(Policy(), [], tmp_path)
+    await running.publish(version=0)
+    stale_folder = tmp_path / "verl-weights-stale"
+    stale_folder.mkdir()
+    (stale_folder / "lock").touch()
     for folder in tmp_path.iterdir():
         os.utime(folder, (0, 0))
     other = make_publisher(Policy(), [], tmp_path)
     await other.publish(version=0)
     other.close()
-    assert not dead.exists()
+    assert not stale_folder.exists()
     assert len(list(tmp_path.iterdir())) == 1
-    living.close()
+    running.close()
 
 
 async def test_links_and_folders_of_other_users_are_neither_opened_nor_removed(tmp_path: Path) -> None:

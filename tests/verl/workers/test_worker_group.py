@@ -68,9 +68,7 @@ def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(
-    900
-)  # two imports of torch and transformers, which wait for the cores like everyone else
+@pytest.mark.timeout(900)  # two processes import torch and transformers on busy cores
 async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Path, tmp_path: Path) -> None:
     launcher = make_launcher("ray", object_store_mb=80)
     try:

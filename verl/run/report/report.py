@@ -53,10 +53,11 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: RunData) -> str:
     """Return the report as HTML."""
+    # Everything but our own SVG, style and script is text from outside, and escaped.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelled name in a template is an error, not an empty text
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -167,7 +167,7 @@ def test_the_migration_guide_names_every_variable() -> None:
 def test_a_bad_variable_is_named(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_PROJECT", "blameless")
+    monkeypatch.setenv("WANDB_PROJECT", "valid")
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=rf"{message}.*\(read from the environment: {name}\)$"):
         composed()

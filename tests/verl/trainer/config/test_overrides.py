@@ -29,7 +29,7 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
 def refusals(arguments: list[str]) -> dict[str, str]:
-    """What is said of each argument."""
+    """Return the refusal of each argument by its key."""
     with pytest.raises(ConfigError) as error:
         check_overrides(arguments)
     lines = str(error.value).splitlines()
@@ -39,17 +39,17 @@ def refusals(arguments: list[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("arguments", SCRIPTS.values(), ids=list(SCRIPTS))
 def test_every_argument_of_a_published_script_is_known(arguments: list[str]) -> None:
-    said = refusals(arguments)
+    refused = refusals(arguments)
     keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
-    assert keys - set(schema_keys()) <= set(said)
-    assert [advice for advice in said.values() if "no such key" in advice or "<" in advice] == []
+    assert keys - set(schema_keys()) <= set(refused)
+    assert [advice for advice in refused.values() if "no such key" in advice or "<" in advice] == []
 
 
 @pytest.mark.parametrize("arguments", SCRIPTS.values(), ids=list(SCRIPTS))
 def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
-    said = refusals(arguments)
-    kept = [a for a in arguments if a.partition("=")[0].lstrip("+") not in said]
-    advised = [advice.partition(";")[0] for advice in said.values() if advice.startswith("write ")]
+    refused = refusals(arguments)
+    kept = [a for a in arguments if a.partition("=")[0].lstrip("+") not in refused]
+    advised = [advice.partition(";")[0] for advice in refused.values() if advice.startswith("write ")]
     check_overrides([*kept, *" ".join(text.removeprefix("write ") for text in advised).split()])
 
 
@@ -112,9 +112,9 @@ def test_a_shared_key_is_ours_unless_other_keys_show_another_trainer() -> None:
     ("script", "left"), [("verl, search", "trainer.nnodes=1"), ("IGPO", "codeact_env_disabled=true")]
 )
 def test_a_script_that_is_converted_but_for_one_key_is_not_converted_again(script: str, left: str) -> None:
-    said = refusals(SCRIPTS[script])
-    kept = [a for a in SCRIPTS[script] if a.partition("=")[0].lstrip("+") not in said]
-    advised = [advice.partition(";")[0] for advice in said.values() if advice.startswith("write ")]
+    refused = refusals(SCRIPTS[script])
+    kept = [a for a in SCRIPTS[script] if a.partition("=")[0].lstrip("+") not in refused]
+    advised = [advice.partition(";")[0] for advice in refused.values() if advice.startswith("write ")]
     converted = " ".join(text.removeprefix("write ") for text in advised).split()
     assert list(refusals([*kept, *converted, left])) == [left.partition("=")[0]]
 
@@ -160,8 +160,8 @@ def test_a_value_that_needs_quotes_is_shown_in_them(value: str) -> None:
     argument = f"trainer.experiment_name={value}"
     with pytest.raises(ConfigError) as error:
         check_overrides([argument])
-    said, advice = str(error.value).split(": put the value in quotes: ")
-    assert said == argument
+    refused, advice = str(error.value).split(": put the value in quotes: ")
+    assert refused == argument
     assert through_shell_and_hydra(advice) == value
 
 
