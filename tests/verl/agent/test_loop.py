@@ -22,7 +22,11 @@ BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
 CHARS = CharTokenizer()
 FORMAT = make_format(CHARS)
-NOTHING_FOUND = "Nothing was found for this query."
+NOTHING_FOUND = (
+    CHARS.decode(render(FORMAT, Observation()))
+    .removeprefix("\n\n<information>")
+    .removesuffix("</information>\n\n")
+)
 
 
 def build(
@@ -99,12 +103,6 @@ async def test_a_search_in_the_last_generation_is_not_executed() -> None:
     assert [len(turn.observation_ids) > 0 for turn in trajectory.turns] == [True, True, False]
 
 
-async def test_nothing_found_is_an_observation_that_says_so() -> None:
-    trajectory = await search_once()
-    assert NOTHING_FOUND in read(trajectory)
-    assert (trajectory.passages, trajectory.observations) == ((), (Observation(),))
-
-
 async def test_an_invalid_action_is_answered_with_the_retry_text_and_costs_a_turn() -> None:
     agent, generate, search = build("hm", "<search>", "<answer>a</answer>")
     generate.finish = Finish.LENGTH
@@ -115,38 +113,31 @@ async def test_an_invalid_action_is_answered_with_the_retry_text_and_costs_a_tur
     assert (trajectory.stop, search.queries, len(generate.contexts)) == (Stop.ANSWERED, [], 3)
 
 
-async def test_a_cut_observation_keeps_its_end_and_the_passages_are_those_that_are_read() -> None:
-    trajectory = await search_once(BOLTON, LONG, BOLTON, max_obs_length=300)
-    (turn, _), text = trajectory.turns, read(trajectory)
-    assert turn.observation_truncated
-    assert 290 < len(text) <= 300
-    first, last = turn.passages
-    assert first == BOLTON
-    assert (last.id, last.title, last.score) == (LONG.id, LONG.title, LONG.score)
-    assert LONG.text.startswith(last.text)
-    assert 0 < len(last.text) < len(LONG.text)
-    assert text == wrapped(*turn.passages)
+HEADED = Passage(id="3", title='"T"' + "x" * 40, text="y" * 500, score=0.8)
 
 
 @pytest.mark.parametrize(
-    ("found", "title", "text"),
+    ("found", "max_obs_length", "title", "text"),
     [
-        (Passage(id="1", title="", text="word " * 200, score=0.8), "", "word word"),
-        (Passage(id="1", title="word " * 200, text="x", score=0.8), "word word", ""),
-        (Passage(id="1", title='"T"' + "x" * 40, text="y" * 500, score=0.8), '"T"' + "x" * 40, "yyy"),
+        ([BOLTON, LONG, BOLTON], 300, '"Long"', "word word"),
+        ([replace(LONG, title="")], 200, "", "word word"),
+        ([replace(LONG, title="word " * 200, text="x")], 200, "word word", ""),
+        ([HEADED], 200, HEADED.title, "yyy"),
     ],
 )
-@pytest.mark.parametrize("max_obs_length", [200, 260])
-async def test_a_cut_observation_never_becomes_nothing_found(
-    found: Passage, title: str, text: str, max_obs_length: int
+async def test_a_cut_observation_keeps_its_end_and_the_passages_are_those_that_are_read(
+    found: list[Passage], max_obs_length: int, title: str, text: str
 ) -> None:
-    trajectory = await search_once(found, max_obs_length=max_obs_length)
-    (shown,) = trajectory.passages
-    assert shown.title.startswith(title)
-    assert shown.text.startswith(text)
+    trajectory = await search_once(*found, max_obs_length=max_obs_length)
+    *whole, last = trajectory.passages
+    assert whole == found[: len(whole)]
+    assert (last.id, last.score) == (found[len(whole)].id, found[len(whole)].score)
+    assert last.title.startswith(title)
+    assert last.text.startswith(text)
+    assert len(last.title + last.text) < len(found[len(whole)].title + found[len(whole)].text)
     assert trajectory.turns[0].observation_truncated
-    assert max_obs_length - 2 <= len(read(trajectory)) <= max_obs_length
-    assert read(trajectory) == wrapped(shown)
+    assert max_obs_length - 10 < len(read(trajectory)) <= max_obs_length
+    assert read(trajectory) == wrapped(*trajectory.passages)
 
 
 async def test_a_passage_is_dropped_rather_than_cut_to_its_heading() -> None:
@@ -204,21 +195,16 @@ class CoarseTokenizer(CharTokenizer):
         return [ord(word[0]) for word in text.split()]
 
 
-async def test_a_result_beyond_the_character_limit_is_cut_even_if_its_tokens_would_fit() -> None:
-    page = Passage(id="1", title="T", text="w" * 7000, score=0.8)
-    outputs = [[*map(ord, text)] for text in ("<search>q</search>", "<answer>a</answer>")]
-    agent = make_agent(
-        ScriptedGenerate([*outputs]), ScriptedSearch({"q": (page,)}), tokenizer=CoarseTokenizer()
-    )
+@pytest.mark.parametrize(("length", "shown"), [(6000, 6000), (7000, 400 * 16 - len("Doc 1(Title: T) "))])
+async def test_a_result_beyond_the_character_limit_is_cut_even_if_its_tokens_would_fit(
+    length: int, shown: int
+) -> None:
+    page = Passage(id="1", title="T", text="w" * length, score=0.8)
+    outputs = ("<search>q</search>", "<answer>a</answer>")
+    agent, _, _ = build(*outputs, found={"q": (page,)}, tokenizer=CoarseTokenizer())
     first = (await play(agent)).turns[0]
-    assert first.observation_truncated
-    assert len(first.observations[0].text) == 400 * 16
-    fitting = replace(page, text="w" * 6000)
-    agent = make_agent(
-        ScriptedGenerate([*outputs]), ScriptedSearch({"q": (fitting,)}), tokenizer=CoarseTokenizer()
-    )
-    first = (await play(agent)).turns[0]
-    assert (first.observation_truncated, first.passages) == (False, (fitting,))
+    assert first.passages == (replace(page, text="w" * shown),)
+    assert first.observation_truncated == (shown < length)
 
 
 async def test_the_prompt_of_a_group_is_rendered_once() -> None:
@@ -256,14 +242,21 @@ async def test_a_full_context_ends_the_episode_without_cutting_anything() -> Non
     assert render_context(trajectory) == make_observation(BOLTON).text
 
 
-async def test_a_failed_search_fails_the_trajectory_and_is_never_evidence() -> None:
-    agent, _, _ = build("<search>q</search>", found={"q": ServiceError("retriever", "secret trace")})
+@pytest.mark.parametrize(
+    ("last", "failure"),
+    [
+        ("<search>down</search>", "search_failed: retriever: secret trace"),
+        (RolloutError("engine is gone"), "generation_failed: engine is gone"),
+    ],
+)
+async def test_a_failure_ends_the_episode_keeps_the_turns_before_it_and_is_never_read(
+    last: str | Exception, failure: str
+) -> None:
+    found = {"q": (BOLTON,), "down": ServiceError("retriever", "secret trace")}
+    agent, _, _ = build("<search>q</search>", last, found=found)
     trajectory = await play(agent)
-    assert (trajectory.stop, trajectory.failure) == (
-        Stop.FAILED,
-        "search_failed: retriever: secret trace",
-    )
-    assert (len(trajectory.turns), trajectory.observations) == (1, ())
+    assert (trajectory.stop, trajectory.failure) == (Stop.FAILED, failure)
+    assert (trajectory.passages, len(trajectory.observations)) == ((BOLTON,), 1)
     assert "secret" not in CHARS.decode(trajectory.token_ids.tolist())
 
 
@@ -280,13 +273,6 @@ async def test_a_tool_that_does_not_return_fails_the_trajectory() -> None:
     agent = make_agent(generate, SilentSearch(), tokenizer=CHARS, search_timeout_s=-0.99)
     trajectory = await play(agent)
     assert (trajectory.stop, trajectory.failure) == (Stop.FAILED, "search_failed: no answer within 0.01 s")
-
-
-async def test_a_failed_generation_keeps_the_turns_before_it() -> None:
-    agent, _, _ = build("<search>q</search>", RolloutError("engine is gone"), found={"q": (BOLTON,)})
-    trajectory = await play(agent)
-    assert (trajectory.stop, trajectory.failure) == (Stop.FAILED, "generation_failed: engine is gone")
-    assert [len(turn.observation_ids) > 0 for turn in trajectory.turns] == [True]
 
 
 async def test_a_prompt_that_is_too_long_fails_and_is_not_cut() -> None:

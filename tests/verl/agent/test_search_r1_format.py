@@ -140,7 +140,7 @@ def test_a_span_is_the_smallest_cover_of_the_query_for_any_tokenization(
 
 
 class ByteTokenizer(CharTokenizer):
-    """One token per byte."""
+    """One token per byte: half characters must not shift the span."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -203,17 +203,6 @@ def test_tags_from_outside_are_neutralized(text: str, read: str) -> None:
     assert prompt_format.neutralize(text) == prompt_format.neutralize(read) == read
 
 
-def test_the_instruction_names_the_tags_and_ends_with_the_question() -> None:
-    prompt_format = make_format(CHARS)
-    (message,) = prompt_format.write_prompt("Where was {Alice} born?")
-    assert message.role == "user"
-    assert message.content.endswith("Question: Where was {Alice} born?\n")
-    assert all(tag in message.content for tag in ("<think>", "</search>", "<information>", "</answer>"))
-    assert prompt_format.check_prompt([message]) is None
-    lacking = prompt_format.check_prompt([Message(role="user", content="Who?")])
-    assert lacking == "never says to answer between <answer> and </answer>"
-
-
 def make_spec(name: str, *parameters: str) -> ToolSpec:
     return ToolSpec(name=name, description=f"does {name}", parameters=dict.fromkeys(parameters, "x"))
 
@@ -271,8 +260,12 @@ def test_tags_around_observations_are_neutralized_in_results_and_checked() -> No
 
 def test_the_packaged_prompt_for_search_alone_keeps_its_bytes() -> None:
     """It is hashed in manifests, and checkpoints were trained with it."""
-    content = make_format(CHARS).write_prompt("Who?")[0].content
-    assert (
-        hashlib.sha256(content.encode()).hexdigest()
-        == "f53740eed3417c577ef6af37229a1b2b9de09ff79bbaa650bae68e1c888ec712"
+    prompt_format = make_format(CHARS)
+    (message,) = prompt_format.write_prompt("Who?")
+    assert hashlib.sha256(message.content.encode()).hexdigest() == (
+        "f53740eed3417c577ef6af37229a1b2b9de09ff79bbaa650bae68e1c888ec712"
     )
+    assert prompt_format.write_prompt("Was {Alice}?")[0].content.endswith("Question: Was {Alice}?\n")
+    assert prompt_format.check_prompt([message]) is None
+    lacking = prompt_format.check_prompt([Message(role="user", content="Who?")])
+    assert lacking == "never says to answer between <answer> and </answer>"

@@ -53,18 +53,7 @@ def word_piece() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def characters() -> PreTrainedTokenizerFast:
-    """A piece per byte: characters are spread over tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        [], trainers.BpeTrainer(vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-MAKERS = [qwen, llama2_base, unigram_with_special_tags, word_piece, characters]
+MAKERS = [qwen, llama2_base, unigram_with_special_tags, word_piece]
 
 
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)

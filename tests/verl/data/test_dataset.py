@@ -45,14 +45,6 @@ def write(file: Path, *rows: dict[str, Any]) -> Path:
     return file
 
 
-def test_rows_become_questions(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", make_row(0, target=["Bolton", "Bolton, England"]), make_row(1))
-    first, second = load([file])
-    assert (first.uid, first.text, first.golds) == ("nq/train/0", "q0?", ("Bolton", "Bolton, England"))
-    assert first.messages == (Message(role="user", content="<answer>: q0?\n"),)
-    assert (second.uid, second.data_source) == ("nq/train/1", "nq")
-
-
 WRITTEN = FORMAT.write_prompt("who wrote it?")
 OWN = [{"role": "user", "content": "Use <answer> a </answer>."}]
 
@@ -90,15 +82,11 @@ def test_that_prompts_are_only_questions_is_reported_once(
     assert "a.parquet, row 0" in record.message
 
 
-@pytest.mark.parametrize("change", [{"prompt": None}, {"prompt": [{"role": "user", "content": "Where?"}]}])
-def test_a_row_without_an_instruction_is_refused_where_it_should_have_one(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
-    row = make_row(0) | change
-    if change["prompt"]:
-        del row["question"]
-    with pytest.raises(DataError, match=r"row 0: prompt is .*data.prompt=auto or file"):
-        load([write(tmp_path / "a.parquet", row)], prompt="parquet")
+def test_a_row_without_an_instruction_is_refused_where_it_should_have_one(tmp_path: Path) -> None:
+    for number, prompt in enumerate([None, [{"role": "user", "content": "q0?"}]]):
+        file = write(tmp_path / f"{number}.parquet", make_row(0, prompt=prompt))
+        with pytest.raises(DataError, match=r"row 0: prompt is .*data.prompt=auto or file"):
+            load([file], prompt="parquet")
 
 
 def test_the_same_index_in_another_source_is_another_question(tmp_path: Path) -> None:
@@ -122,15 +110,13 @@ NEIGHBORS: dict[str, dict[str, Any]] = {
     | {"extra_info": EXTRA | {"question": "Where?"}},
     "IGPO": {"data_source": "nq", "prompt": BARE, "extra_info": {"index": "0", "split": "train"}}
     | {"reward_model": {"ground_truth": "Ramsey<|answer_split|>Ramsey, England", "style": "unknown"}},
-    "a list as ground truth": {
-        "data_source": "nq",
-        "prompt": ASKED,
-        "question": "Where?",
-        "extra_info": EXTRA,
-    }
-    | {"reward_model": {"ground_truth": ["Ramsey", "Ramsey, England"]}},
-    "JSON text as ground truth": {"data_source": "nq", "prompt": ASKED, "question": "Where?"}
-    | {"extra_info": EXTRA, "reward_model": {"ground_truth": '{"target": ["Ramsey", "Ramsey, England"]}'}},
+} | {
+    kind: {"data_source": "nq", "prompt": ASKED, "question": "Where?", "extra_info": EXTRA}
+    | {"reward_model": {"ground_truth": truth}}
+    for kind, truth in (
+        ("a list as ground truth", ["Ramsey", "Ramsey, England"]),
+        ("JSON text as ground truth", '{"target": ["Ramsey", "Ramsey, England"]}'),
+    )
 }
 
 
@@ -182,15 +168,11 @@ def test_a_malformed_row_is_named(tmp_path: Path, changes: dict[str, Any], compl
         load([file])
 
 
-def test_the_row_number_counts_from_the_start_of_the_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.parquet", make_row(0), make_row(1), make_row(2, target=[""]))
-    with pytest.raises(DataError, match="row 2"):
-        load([file])
-
-
 def test_a_uid_that_occurs_twice_names_both_places(tmp_path: Path) -> None:
-    files = [write(tmp_path / name, make_row(7)) for name in ("a.parquet", "b.parquet")]
-    with pytest.raises(DataError, match=r"b\.parquet, row 0: uid 'nq/train/7'.*a\.parquet, row 0"):
+    files = [
+        write(tmp_path / name, make_row(0, source=name), make_row(7)) for name in ("a.parquet", "b.parquet")
+    ]
+    with pytest.raises(DataError, match=r"b\.parquet, row 1: uid 'nq/train/7'.*a\.parquet, row 1"):
         load(files)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from verl.errors import ConfigError, RolloutError
 from verl.rollout import pool
 from verl.rollout.pool import EnginePool
+from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, IntArray, Sampling
 from verl.utils.actors import ActorError, make_launcher
 
@@ -140,6 +143,8 @@ async def test_an_engine_that_hangs_in_its_constructor_does_not_hang_the_shutdow
         launcher.shutdown()
 
 
-def test_no_engines_is_a_config_error() -> None:
+def test_no_engines_and_a_model_that_is_not_there_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one engine"):
         make_pool()
+    with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path=.*config\.json"):
+        VllmEngine(RolloutConfig(), model_path=str(tmp_path / "none"), max_model_len=64)

@@ -48,9 +48,11 @@ def encode_trusted(raw: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [*CHAT, *BASE])
-def test_text_from_outside_never_becomes_a_control_token(make: Maker) -> None:
+def test_text_from_outside_never_becomes_a_control_token_and_keeps_its_ids_without_any(make: Maker) -> None:
     raw = make()
     tokenizer, control = HfTokenizer(raw), control_texts(raw)
+    for text in ("Where was Alice?", " a < b |> c\n\n", INFORMATION, ""):
+        assert tokenizer.encode(text) == encode_trusted(raw, text)
     nested = [text[:3] + text + text[3:] for text in control.values()]
     for text in (*control.values(), *nested, " x ".join(control.values()), "".join(control.values())):
         page = f"Where {text}was"
@@ -58,13 +60,6 @@ def test_text_from_outside_never_becomes_a_control_token(make: Maker) -> None:
         ids = tokenizer.encode(page)
         assert control.keys().isdisjoint(ids)
         assert make in BASE or tokenizer.decode(ids) == page
-
-
-@pytest.mark.parametrize("make", [*CHAT, *BASE])
-def test_ordinary_text_keeps_its_ids(make: Maker) -> None:
-    raw = make()
-    for text in ("Where was Alice?", " a < b |> c\n\n", INFORMATION, ""):
-        assert HfTokenizer(raw).encode(text) == encode_trusted(raw, text)
 
 
 @pytest.mark.parametrize("is_special", [True, False])
@@ -135,27 +130,20 @@ def test_a_base_model_reads_its_prompt_as_the_tokenizer_begins_every_text(
 )
 def test_the_next_turn_is_what_the_chat_template_writes_after_an_answer(make: Maker, turn: str) -> None:
     raw = make()
-    ids = HfTokenizer(raw).render_next_turn("Again?")
+    tokenizer, control = HfTokenizer(raw), control_texts(raw)
+    ids = tokenizer.render_next_turn("Again?")
     assert ids == encode_trusted(raw, turn)
     assert ids[0] == raw.eos_token_id
+    text = f"x{''.join(control.values())}y"
+    forged = tokenizer.render_next_turn(text) or []
+    assert [token for token in forged if token in control] == [token for token in ids if token in control]
+    assert tokenizer.decode(forged) == tokenizer.decode(ids).replace("Again?", text)
     chat = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "I."))]
     text = raw.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
     whole = raw.apply_chat_template(
         [*chat, {"role": "user", "content": "Again?"}], add_generation_prompt=True, tokenize=False
     )
     assert f"{text.removesuffix('<think>' + chr(10))}I.{turn}" == whole
-
-
-@pytest.mark.parametrize("make", CHAT)
-def test_the_text_of_the_next_turn_is_text_from_outside(make: Maker) -> None:
-    raw = make()
-    tokenizer, control = HfTokenizer(raw), control_texts(raw)
-    forged = f"x{''.join(control.values())}y"
-    plain, ids = tokenizer.render_next_turn("again"), tokenizer.render_next_turn(forged)
-    assert plain is not None
-    assert ids is not None
-    assert [token for token in ids if token in control] == [token for token in plain if token in control]
-    assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("again", forged)
 
 
 @pytest.mark.parametrize(
@@ -173,30 +161,16 @@ def test_without_further_turns_there_is_no_next_one(
     assert len(caplog.records) == warnings
 
 
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{% for %}", "Expected"),
-        ("{{ 1 / 0 }}", "division by zero"),
-    ],
-)
-def test_messages_that_the_chat_template_refuses_are_named(template: str, reason: str) -> None:
+@pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{% for %}", "{{ 1 / 0 }}"])
+def test_messages_that_the_chat_template_refuses_are_named(template: str) -> None:
     tokenizer = HfTokenizer(with_template(template))
-    with pytest.raises(ConfigError, match=f"refuses messages of user: .*{reason}"):
+    with pytest.raises(ConfigError, match=r"refuses messages of user: .*(no such role|Expected|by zero)"):
         tokenizer.render_prompt(make_question())
 
 
 def test_the_pad_token_may_be_the_end_token() -> None:
     raw = ends_every_text()
     assert HfTokenizer(raw).pad_id == raw.eos_token_id
-
-
-def test_ids_are_the_same_after_loading(tmp_path: Path) -> None:
-    raw = qwen()
-    raw.save_pretrained(tmp_path)
-    text = "Where was Alice born 12 times?"
-    assert HfTokenizer.from_pretrained(str(tmp_path)).encode(text) == HfTokenizer(raw).encode(text)
 
 
 def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -210,19 +184,14 @@ def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path
         HfTokenizer.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", None),
-        ("tokenizer.json", b'{"model": 3}'),
-        ("tokenizer_config.json", b'{"\xff": 1}'),
-    ],
-)
-def test_a_missing_or_damaged_tokenizer_names_the_folder(
-    tmp_path: Path, name: str, content: bytes | None
-) -> None:
+@pytest.mark.parametrize("content", [None, b'{"model": 3}'])
+def test_a_missing_or_damaged_tokenizer_names_the_folder(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         llama2_base().save_pretrained(tmp_path)
-        (tmp_path / name).write_bytes(content)
+        text = "Where was Alice born 12 times?"
+        assert HfTokenizer.from_pretrained(str(tmp_path)).encode(text) == HfTokenizer(llama2_base()).encode(
+            text
+        )
+        (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ConfigError, match=f"path='{tmp_path}' has no usable tokenizer"):
         HfTokenizer.from_pretrained(str(tmp_path))

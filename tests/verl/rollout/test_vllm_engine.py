@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -17,11 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from verl.errors import ConfigError, RolloutError, WeightSyncError
+from verl.errors import RolloutError, WeightSyncError
 from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 VOCAB = 258
 SAMPLING = Sampling(temperature=0.7, max_tokens=24, stop=("</search>", "</answer>"), seed=11)
 
@@ -118,8 +118,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_the_engine_dies_with_its_parent_even_by_kill_9(models: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "start.py").write_text(START)
     parent = subprocess.Popen(
@@ -137,8 +135,6 @@ def test_the_engine_dies_with_its_parent_even_by_kill_9(models: tuple[Path, Path
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_log_probs_are_those_of_transformers_under_the_temperature(
     engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
 ) -> None:
@@ -151,8 +147,6 @@ def test_log_probs_are_those_of_transformers_under_the_temperature(
         assert np.abs(loop.run(engine.score(ids)) - transformers_log_probs(models[0], ids)).max() < 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_a_seed_gives_the_same_ids_alone_and_together(engine: VllmEngine, loop: asyncio.Runner) -> None:
     prompts = make_prompts(40)
 
@@ -170,8 +164,6 @@ def test_a_seed_gives_the_same_ids_alone_and_together(engine: VllmEngine, loop: 
     assert not np.array_equal(other.ids, together[0].ids)
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_the_checkpoints_generation_config_does_not_truncate_sampling(
     engine: VllmEngine, loop: asyncio.Runner
 ) -> None:
@@ -184,41 +176,27 @@ def test_the_checkpoints_generation_config_does_not_truncate_sampling(
     assert len({int(completion.ids[0]) for completion in loop.run(first_tokens())}) > 2
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_it_stops_after_a_stop_string_and_keeps_its_tokens(
+def test_a_completion_ends_with_its_stop_string_or_the_token_that_ends_a_turn(
     engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
 ) -> None:
-    prompt = make_prompts(1)[0]
-    greedy = replace(SAMPLING, temperature=0.0, stop=())
-    whole = loop.run(engine.generate(prompt, greedy)).ids
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    stop = next(
-        text
-        for k in range(2, 20)
-        if "\ufffd" not in (text := tokenizer.decode(whole[k : k + 2])) and text.strip()
-    )
+    prompt = make_prompts(1)[0]
+    greedy = replace(SAMPLING, temperature=0.0, stop=())
+    whole = loop.run(engine.generate(prompt, greedy)).ids
+    texts = (tokenizer.decode(whole[k : k + 2]) for k in range(2, 20))
+    stop = next(text for text in texts if "\ufffd" not in text and text.strip())
     stopped = loop.run(engine.generate(prompt, replace(greedy, stop=(stop,))))
     assert stopped.finish is Finish.STOP
     assert tokenizer.decode(stopped.ids).endswith(stop)
     assert np.array_equal(stopped.ids, whole[: len(stopped.ids)])
 
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_the_token_that_ends_a_turn_is_kept(
-    engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
-) -> None:
-    eos = json.loads((models[0] / "config.json").read_text())["eos_token_id"]
-    wild = replace(SAMPLING, temperature=2.0, max_tokens=100, stop=())
-
     async def sample() -> list[Completion]:
-        requests = (replace(wild, seed=seed) for seed in range(60))
-        return await asyncio.gather(*(engine.generate(make_prompts(1)[0], request) for request in requests))
+        wild = replace(SAMPLING, temperature=2.0, max_tokens=100, stop=())
+        return await asyncio.gather(*(engine.generate(prompt, replace(wild, seed=k)) for k in range(60)))
 
-    completions = loop.run(sample())
+    eos, completions = tokenizer.eos_token_id, loop.run(sample())
     ended = [completion for completion in completions if eos in completion.ids]
     assert ended
     for completion in completions:
@@ -226,8 +204,6 @@ def test_the_token_that_ends_a_turn_is_kept(
     assert all(completion.ids.tolist().index(eos) == len(completion.ids) - 1 for completion in ended)
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_requests_end_at_their_deadline_and_too_long_ones_at_once(
     engine: VllmEngine, loop: asyncio.Runner
 ) -> None:
@@ -238,8 +214,6 @@ def test_requests_end_at_their_deadline_and_too_long_ones_at_once(
         loop.run(engine.generate(prompt, replace(SAMPLING, max_tokens=500)))
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
 def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
     engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
 ) -> None:
@@ -263,8 +237,3 @@ def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
         assert np.abs(loop.run(engine.score(seen)) - transformers_log_probs(models[1], seen)).max() < 1e-4
     loop.run(engine.load_weights(str(models[0]), 6))
     assert np.array_equal(loop.run(engine.generate(prompt, SAMPLING)).ids, before.ids)
-
-
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path=.*config\.json"):
-        VllmEngine(RolloutConfig(), model_path=str(tmp_path / "none"), max_model_len=64)

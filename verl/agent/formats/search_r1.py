@@ -177,7 +177,7 @@ def _find_wrapper(observation: str, *, actions: Sequence[str]) -> list[str]:
 
     Raises ConfigError for tags that are not closed in order, and for those of an action: a stop string.
     """
-    before, after = observation.format(text="\0").split("\0")
+    before, _, after = observation.format(text="\0").partition("\0")
     opened, closed = ([found[0] for found in _TAG.finditer(part)] for part in (before, after))
     names = [tag[1:-1] for tag in opened]
     if closed != [f"</{name}>" for name in reversed(names)] or {*names} & {*actions}:
