@@ -15,28 +15,27 @@ import os
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
 from supervise import ChildFailedError, Supervisor
 
 from bench import engine
-from bench.service import WORLD, read_counters, start_ig_service
-from bench.workload import Rollout, grpo_steps
+from bench.service import read_counters, start_ig_service
+from bench.workload import QUESTIONS, ROLLOUTS, Rollout, world_steps
 from IG.client import GainRequest, IGClient
 from IG.config import IGServiceConfig, resolve_config
-from IG.doctor.questions import read_questions
 from IG.prompts import PromptType, build_prompt
 from verl.utils.entry import error_line
 
-QUESTIONS, ROLLOUTS, ANSWERS, MAX_NEW_TOKENS = 8, 4, 10, 16
+ANSWERS, MAX_NEW_TOKENS = 10, 16
 ENGINE_SEQUENCES = 512
 TIMEOUT_S = 120.0
 BASELINES, PAIRS = 'ig_baselines_total{source="sampled"}', 'ig_pairs_total{source="judged"}'
@@ -54,41 +53,19 @@ class Measured:
     pairs: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """The result, in the order of the JSON line."""
-
-    items_per_s: float
-    vs_engine: float
-    baseline_calls: int
-    baseline_calls_naive: int
-    nli_pairs: int
-    nli_pairs_naive: int
-    p50_ms: float
-    p99_ms: float
-    workers: int
-    steps: int
-
-
 def main() -> int:
     """Exit status: 0 measured, 1 something could not be started or sampled differently."""
     arguments = parse_arguments()
     screen = Screen(Console())
-    steps = grpo_steps(
-        read_questions(WORLD / "doctor.jsonl"),
-        num_steps=arguments.steps + 1,
-        questions=QUESTIONS,
-        rollouts=ROLLOUTS,
-        seed=arguments.seed,
-    )
+    steps = world_steps(num_steps=arguments.steps + 1, seed=arguments.seed)
     try:
         with Supervisor() as supervisor, TemporaryDirectory(prefix="bench-ig-") as folder:
             log = Path(folder) / "ig_service.log"
-            summary = run(supervisor, screen, workers=arguments.workers, steps=steps, log=log)
+            figures = run(supervisor, screen, workers=arguments.workers, steps=steps, log=log)
     except ChildFailedError as error:
         screen.print(str(error), style="bold red")
         return 1
-    print(json.dumps(asdict(summary)))
+    print(json.dumps(figures))
     return 0
 
 
@@ -104,8 +81,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(
     supervisor: Supervisor, screen: Screen, *, workers: int, steps: Sequence[Sequence[Rollout]], log: Path
-) -> Summary:
-    """Start service and engine, warm both up with the first step, measure the others."""
+) -> dict[str, float]:
+    """Start service and engine, warm both up with the first step, measure the others; return the figures."""
     flags = [
         *("--num-workers", str(workers), "--sub-batch-size", str(ENGINE_SEQUENCES)),
         *("--num-generations", str(ANSWERS), "--max-new-tokens", str(MAX_NEW_TOKENS)),
@@ -119,9 +96,9 @@ def run(
         with screen.phase("loading the bare engine"):
             decode(bare, prompts_of(steps[0]), config)
         measured = asyncio.run(measure(screen, url=url, bare=bare, steps=steps, config=config))
-    summary = summarize(measured, steps=steps[1:], workers=workers)
-    screen.console.print(table(summary, measured))
-    return summary
+    figures = summarize(measured, steps=steps[1:], workers=workers)
+    screen.console.print(table(figures, measured))
+    return figures
 
 
 async def measure(
@@ -190,16 +167,11 @@ def require_same_samples(
     url: str, bare: ProcessPoolExecutor, rollouts: Sequence[Rollout], config: IGServiceConfig
 ) -> None:
     """Raise ChildFailedError unless service and engine sample the same: else the comparison is unfair."""
-    request = urllib.request.Request(
-        f"{url}/compute_info_gain",
-        data=json.dumps({"items": [rollout.as_item() for rollout in rollouts]}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-        details = json.load(answer)["details"]
+    body = {"items": [rollout.as_item() for rollout in rollouts]}
+    answer = httpx.post(f"{url}/compute_info_gain", json=body, timeout=TIMEOUT_S, trust_env=False)
     of_service = {
         prompt(r.question, r.context): [one["text"] for one in detail["with_context"]]
-        for r, detail in zip(rollouts, details, strict=True)
+        for r, detail in zip(rollouts, answer.raise_for_status().json()["details"], strict=True)
     }
     decoded = decode(bare, list(of_service), config)
     for (text, expected), answers in zip(of_service.items(), decoded.texts, strict=True):
@@ -207,22 +179,22 @@ def require_same_samples(
             raise ChildFailedError(f"service and engine sampled differently for {text!r}")
 
 
-def summarize(measured: Measured, *, steps: Sequence[Sequence[Rollout]], workers: int) -> Summary:
-    """Return the figures of all measured steps."""
+def summarize(measured: Measured, *, steps: Sequence[Sequence[Rollout]], workers: int) -> dict[str, float]:
+    """Return the figures of all measured steps, in the order of the JSON line."""
     num_items = sum(len(step) for step in steps)
     cuts = statistics.quantiles([1000 * latency for latency in measured.latencies_s], n=100)
-    return Summary(
-        items_per_s=round(num_items / sum(measured.service_s), 1),
-        vs_engine=round(sum(measured.engine_s) / sum(measured.service_s), 3),
-        baseline_calls=measured.baselines,
-        baseline_calls_naive=num_items,
-        nli_pairs=measured.pairs,
-        nli_pairs_naive=sum(naive_pairs(rollout) for step in steps for rollout in step),
-        p50_ms=round(cuts[49], 1),
-        p99_ms=round(cuts[98], 1),
-        workers=workers,
-        steps=len(steps),
-    )
+    return {
+        "items_per_s": round(num_items / sum(measured.service_s), 1),
+        "vs_engine": round(sum(measured.engine_s) / sum(measured.service_s), 3),
+        "baseline_calls": measured.baselines,
+        "baseline_calls_naive": num_items,
+        "nli_pairs": measured.pairs,
+        "nli_pairs_naive": sum(naive_pairs(rollout) for step in steps for rollout in step),
+        "p50_ms": round(cuts[49], 1),
+        "p99_ms": round(cuts[98], 1),
+        "workers": workers,
+        "steps": len(steps),
+    }
 
 
 def naive_pairs(rollout: Rollout) -> int:
@@ -230,20 +202,23 @@ def naive_pairs(rollout: Rollout) -> int:
     return 2 * (ANSWERS * (ANSWERS - 1) + 2 * ANSWERS * len(rollout.golds))
 
 
-def table(summary: Summary, measured: Measured) -> Table:
+def table(figures: dict[str, float], measured: Measured) -> Table:
     """Return the result for the terminal."""
-    title = f"IG service: {summary.steps} x {QUESTIONS} x {ROLLOUTS} items, workers: {summary.workers}"
+    shape = f"{figures['steps']} x {QUESTIONS} x {ROLLOUTS} items"
+    title = f"IG service: {shape}, workers: {figures['workers']}"
     shown = Table("", "service", "compared with", "ratio", title=title)
     rate = measured.engine_tokens / sum(measured.service_s)
     limit = measured.engine_tokens / sum(measured.engine_s)
-    shown.add_row("items/s", f"{summary.items_per_s}")
-    shown.add_row("tokens/s, bare engine", f"{rate:.0f}", f"{limit:.0f}", f"{summary.vs_engine}")
-    for name, count, naive in (
-        ("baselines sampled, one per item", summary.baseline_calls, summary.baseline_calls_naive),
-        ("entailment pairs, all of them", summary.nli_pairs, summary.nli_pairs_naive),
+    shown.add_row("items/s", f"{figures['items_per_s']}")
+    shown.add_row("tokens/s, bare engine", f"{rate:.0f}", f"{limit:.0f}", f"{figures['vs_engine']}")
+    for name, key in (
+        ("baselines sampled, one per item", "baseline_calls"),
+        ("entailment pairs, all of them", "nli_pairs"),
     ):
+        count, naive = figures[key], figures[f"{key}_naive"]
         shown.add_row(name, f"{count}", f"{naive}", f"{count / naive:.2f}")
-    shown.add_row("milliseconds until a gain, median / 99 %", f"{summary.p50_ms} / {summary.p99_ms}")
+    latencies = f"{figures['p50_ms']} / {figures['p99_ms']}"
+    shown.add_row("milliseconds until a gain, median / 99 %", latencies)
     return shown
 
 

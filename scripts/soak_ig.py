@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -27,13 +26,11 @@ from rich.console import Console
 from screen import Screen
 from supervise import ChildFailedError, MemoryWatch, Supervisor
 
-from bench.service import WORLD, read_counters, start_ig_service
+from bench.service import read_counters, start_ig_service
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
-from bench.workload import Rollout, grpo_steps
-from IG.doctor.questions import read_questions
+from bench.workload import Rollout, world_steps
 from verl.utils.entry import error_line
 
-QUESTIONS, ROLLOUTS = 8, 4
 TIMEOUT_S = 120.0
 SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--cpu-cache-gb", "0.1")
 # A tenth of the distinct prompts: nearly every item has to be computed again.
@@ -50,48 +47,21 @@ MALFORMED: tuple[object, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """The result, in the order of the JSON line."""
-
-    seconds: float
-    clients: int
-    requests: dict[str, int]
-    statuses: dict[str, int]
-    items_right: int
-    items_wrong: int
-    items_failed: int
-    items_late: int
-    broken_connections: int
-    workers_killed: int
-    worker_restarts: int
-    memory_first_mb: float
-    memory_last_mb: float
-    passed: bool
-
-
 def main() -> int:
     """Exit status: 0 passed, 1 not."""
     arguments = parse_arguments()
     screen = Screen(Console())
-    evidence = read_questions(WORLD / "doctor.jsonl")
-    steps = grpo_steps(
-        evidence,
-        num_steps=len(evidence) // QUESTIONS,
-        questions=QUESTIONS,
-        rollouts=ROLLOUTS,
-        seed=arguments.seed,
-    )
+    steps = world_steps(seed=arguments.seed)
     rollouts = list(dict.fromkeys(rollout for step in steps for rollout in step))
     try:
         with TemporaryDirectory(prefix="soak-ig-") as folder:
             gains = measure_reference(screen, rollouts, log=Path(folder) / "reference.log")
-            summary = soak(screen, rollouts, gains=gains, arguments=arguments, log=Path(folder) / "soak.log")
+            figures = soak(screen, rollouts, gains=gains, arguments=arguments, log=Path(folder) / "soak.log")
     except ChildFailedError as error:
         screen.print(str(error), style="bold red")
         return 1
-    print(json.dumps(asdict(summary)))
-    return 0 if summary.passed else 1
+    print(json.dumps(figures))
+    return 0 if figures["passed"] else 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -129,8 +99,8 @@ def soak(
     gains: Sequence[float],
     arguments: argparse.Namespace,
     log: Path,
-) -> Summary:
-    """Start the service and abuse it for the given time."""
+) -> dict[str, object]:
+    """Start the service and abuse it for the given time; return the figures."""
     service = (*SERVICE_ARGUMENTS, "--num-workers", str(arguments.workers), *SMALL_CACHES)
     memory: list[int] = []
     with Supervisor() as supervisor:
@@ -157,10 +127,10 @@ def soak(
             asyncio.run(abuse.run(observe))
         supervisor.children[0].check_alive()
         restarts = int(read_counters(url)["ig_worker_restarts_total"])
-    summary = summarize(abuse, restarts=restarts, ends=edges(memory))
-    title = f"{summary.clients} clients for {summary.seconds:g} s"
-    screen.console.print(soak_table(title, facts=asdict(summary), complaints=abuse.statistics.complaints))
-    return summary
+    figures = summarize(abuse, restarts=restarts, ends=edges(memory))
+    title = f"{arguments.clients} clients for {arguments.seconds:g} s"
+    screen.console.print(soak_table(title, facts=figures, complaints=abuse.statistics.complaints))
+    return figures
 
 
 class Abuse:
@@ -250,45 +220,39 @@ class Abuse:
 
 
 def worker_processes() -> list[psutil.Process]:
-    """Return the service's workers: Ray names an actor's process after its class (IG/service/cluster.py)."""
+    """Return the service's workers: Ray names actors after their class (IG_worker.py)."""
     found = []
     for process in psutil.Process().children(recursive=True):
-        try:
-            name = process.name()
-        except psutil.Error:  # it ended meanwhile
-            continue
-        if name.startswith("ray::_Host"):
-            found.append(process)
+        with suppress(psutil.Error):  # it ended meanwhile
+            if process.name().startswith("ray::_Host"):
+                found.append(process)
     return found
 
 
-def summarize(abuse: Abuse, *, restarts: int, ends: tuple[float, float]) -> Summary:
-    """Return the result; `ends` is the memory in the middle and at the end, in bytes."""
+def summarize(abuse: Abuse, *, restarts: int, ends: tuple[float, float]) -> dict[str, object]:
+    """Return the figures in the order of the JSON line; `ends`: bytes in the middle and at the end."""
     found = abuse.statistics
     first, last = ends
     server_errors = sum(count for status, count in found.statuses.items() if status >= 500)
-    passed = (
-        found.wrong == found.failed == found.broken_connections == server_errors == 0
+    return {
+        "seconds": abuse.arguments.seconds,
+        "clients": abuse.arguments.clients,
+        "requests": dict(found.requests),
+        "statuses": {str(status): count for status, count in sorted(found.statuses.items())},
+        "items_right": found.right,
+        "items_wrong": found.wrong,
+        "items_failed": found.failed,
+        "items_late": found.late,
+        "broken_connections": found.broken_connections,
+        "workers_killed": abuse.num_killed,
+        "worker_restarts": restarts,
+        "memory_first_mb": round(first / 1e6, 1),
+        "memory_last_mb": round(last / 1e6, 1),
+        "passed": found.wrong == found.failed == found.broken_connections == server_errors == 0
         and found.right > 0
         and found.statuses[422] == found.requests["malformed"]
-        and last <= first * (1 + MAX_GROWTH)
-    )
-    return Summary(
-        seconds=abuse.arguments.seconds,
-        clients=abuse.arguments.clients,
-        requests=dict(found.requests),
-        statuses={str(status): count for status, count in sorted(found.statuses.items())},
-        items_right=found.right,
-        items_wrong=found.wrong,
-        items_failed=found.failed,
-        items_late=found.late,
-        broken_connections=found.broken_connections,
-        workers_killed=abuse.num_killed,
-        worker_restarts=restarts,
-        memory_first_mb=round(first / 1e6, 1),
-        memory_last_mb=round(last / 1e6, 1),
-        passed=passed,
-    )
+        and last <= first * (1 + MAX_GROWTH),
+    }
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import httpx
 from supervise import Supervisor, free_ports, service_environment, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,6 @@ def start_ig_service(
 
 def read_counters(url: str) -> dict[str, float]:
     """Return the service's counters by name and labels, as Prometheus writes them."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60, trust_env=False).text.splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in pairs}

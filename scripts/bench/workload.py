@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from IG.doctor.questions import AskedQuestion
+from bench.service import WORLD
+from IG.doctor.questions import AskedQuestion, read_questions
+
+QUESTIONS, ROLLOUTS = 8, 4
+"""Of a step."""
 
 # Most rollouts of a group find the same: shares of three different search results per question.
 RESULT_SHARES = (0.5, 0.3, 0.2)
@@ -29,30 +33,31 @@ class Rollout:
         return {"question": self.question, "context": self.context, "answers": list(self.golds)}
 
 
-def grpo_steps(
-    evidence: Sequence[AskedQuestion], *, num_steps: int, questions: int, rollouts: int, seed: int
-) -> list[list[Rollout]]:
-    """Return steps of `questions` x `rollouts`; no question comes twice. Raises ValueError if too few."""
-    if num_steps * questions > len(evidence):
+def world_steps(*, num_steps: int | None = None, seed: int) -> list[list[Rollout]]:
+    """Return steps over the questions of the embedded world, by default as many as there are."""
+    evidence = read_questions(WORLD / "doctor.jsonl")
+    return grpo_steps(evidence, num_steps=num_steps or len(evidence) // QUESTIONS, seed=seed)
+
+
+def grpo_steps(evidence: Sequence[AskedQuestion], *, num_steps: int, seed: int) -> list[list[Rollout]]:
+    """Return steps of QUESTIONS x ROLLOUTS; no question comes twice. Raises ValueError if too few."""
+    num_needed = num_steps * QUESTIONS
+    if num_needed > len(evidence):
         raise ValueError(
-            f"{num_steps} steps of {questions} questions need {num_steps * questions} questions, "
-            f"there are {len(evidence)}"
+            f"{num_steps} steps of {QUESTIONS} questions need {num_needed}, there are {len(evidence)}"
         )
     rng = Random(seed)
-    chosen = rng.sample(list(evidence), num_steps * questions)
     distractors = [document.text for other in evidence for document in other.documents]
-    groups = [_group(one, rollouts=rollouts, distractors=distractors, rng=rng) for one in chosen]
-    starts = range(0, len(groups), questions)
-    return [[rollout for group in groups[at : at + questions] for rollout in group] for at in starts]
+    groups = [_group(one, distractors=distractors, rng=rng) for one in rng.sample(list(evidence), num_needed)]
+    starts = range(0, len(groups), QUESTIONS)
+    return [[rollout for group in groups[at : at + QUESTIONS] for rollout in group] for at in starts]
 
 
-def _group(
-    evidence: AskedQuestion, *, rollouts: int, distractors: Sequence[str], rng: Random
-) -> list[Rollout]:
+def _group(evidence: AskedQuestion, *, distractors: Sequence[str], rng: Random) -> list[Rollout]:
     results = [_search_results(evidence, distractors=distractors, rng=rng) for _ in RESULT_SHARES]
     return [
         Rollout(question=evidence.text, context=context, golds=evidence.golds)
-        for context in rng.choices(results, weights=RESULT_SHARES, k=rollouts)
+        for context in rng.choices(results, weights=RESULT_SHARES, k=ROLLOUTS)
     ]
 
 
