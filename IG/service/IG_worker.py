@@ -20,7 +20,7 @@ from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.prompts import build_prompt
 from IG.sampler import EngineLostError, SampledAnswer, VllmSampler
 from IG.service.cluster import ActorLostError, RayActor, RayCluster
-from IG.service.pool import WorkerLostError
+from IG.service.jobs import WorkerLostError
 from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)

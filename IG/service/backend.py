@@ -14,8 +14,9 @@ from IG.config import IGServiceConfig
 from IG.estimator import Estimates, GainEstimator, GainFailure, GainQuery
 from IG.service.cluster import RayCluster
 from IG.service.IG_worker import LocalWorker, RayWorker
+from IG.service.jobs import Worker
 from IG.service.models import model_digest, require_models
-from IG.service.pool import PoolStatus, Worker, WorkerPool
+from IG.service.pool import PoolStatus, WorkerPool
 from IG.sharing import ModelIdentity
 from serving.model_files import find_model
 from serving.web.loading import load_in_thread

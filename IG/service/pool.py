@@ -1,9 +1,9 @@
 """Give work to one or several workers, and replace workers that are lost.
 
-One queue serves all workers, the least loaded first. Jobs that were on a lost worker are suspects: each is
-retried alone, on a worker that has nothing else to do meanwhile, and is quarantined when that worker is lost,
-too. So one poison item costs two workers and its neighbors only time. One worker at a time retries suspects;
-the others go on.
+One queue serves all workers, the least loaded first. Items (prompts and pairs) that were on a lost worker are
+suspects: each is retried alone, on a worker that has nothing else to do meanwhile, and is quarantined when
+that worker is lost, too. So one poison item costs two workers and its neighbors only time. One worker at a
+time retries suspects; the others go on.
 
 Everything runs on one event loop: between two awaits, no other code sees a half-made change.
 """
@@ -15,11 +15,12 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from IG.entailment import Pair
-from IG.sampler import SampledAnswer
-from IG.service.jobs import Computes, Job, PairBatch, PairCall, PairQueue, PromptJob
+from IG.sampler import PoisonedError, SampledAnswer
+from IG.service.jobs import Item, Job, Worker, WorkerLostError
+from IG.sharing import JudgementError
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +29,8 @@ _START_TIMEOUT_S = 600.0
 _CLOSE_TIMEOUT_S = 30.0
 
 
-class WorkerLostError(RuntimeError):
-    """The worker is gone, and with it whatever it was doing."""
-
-
 class PoolFailedError(RuntimeError):
     """No worker is left and none could be started."""
-
-
-class Worker(Computes, Protocol):
-    """Both models on one device; its methods raise WorkerLostError once it is gone."""
-
-    @property
-    def device(self) -> str:
-        """Where it computes: `cpu` or `cuda:N`."""
-        ...
-
-    async def wait_lost(self) -> str:
-        """Wait until it is gone and return the reason."""
-        ...
-
-    async def aclose(self) -> None:
-        """Stop it, also when it is lost or partly lost."""
-        ...
 
 
 StartWorker = Callable[[int], Awaitable[Worker]]
@@ -79,7 +59,6 @@ class _Slot:
         self.device = ""
         self.worker: Worker | None = None
         self.jobs: dict[Job, asyncio.Task[None]] = {}
-        self.batch: PairBatch | None = None
         self.lost = asyncio.Event()
         self.had_work = False
         """Whether the present worker was given any work."""
@@ -89,8 +68,12 @@ class _Slot:
         """In a row."""
 
     @property
+    def num_batches(self) -> int:
+        return sum(job.is_batch for job in self.jobs)
+
+    @property
     def num_prompts(self) -> int:
-        return len(self.jobs) - (self.batch is not None)
+        return len(self.jobs) - self.num_batches
 
 
 class WorkerPool:
@@ -121,9 +104,13 @@ class WorkerPool:
         self._slots = [_Slot(rank) for rank in range(num_workers)]
         self._keepers: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
-        self._prompts: OrderedDict[PromptJob, None] = OrderedDict()  # an abandoned one is removed in O(1)
-        self._pairs = PairQueue(pairs_per_batch)
-        self._suspects: deque[Job] = deque()
+        self._pairs_per_batch = pairs_per_batch
+        # What waits, oldest first; an abandoned item is removed in O(1).
+        self._prompts: OrderedDict[Item, None] = OrderedDict()
+        self._pairs: OrderedDict[Item, None] = OrderedDict()
+        self._halves: deque[Sequence[Item]] = deque()
+        """Halves of batches that failed, to find the pair that fails."""
+        self._suspects: deque[Item] = deque()
         self._retry_slot: _Slot | None = None
         """The slot that retries suspects."""
 
@@ -156,26 +143,43 @@ class WorkerPool:
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """Return answers to the prompt. Raises SamplingError (PoisonedError is one) and PoolFailedError."""
         self._require_workers()
-        job = PromptJob(prompt)
-        self._prompts[job] = None
+        item = Item(prompt)
+        self._prompts[item] = None
         self._dispatch()
         try:
-            return await job.future
+            answers: tuple[SampledAnswer, ...] = await item.future
+            return answers
         finally:
-            self._abandon(job)
+            self._prompts.pop(item, None)
+            item.future.cancel()
+            if item.task is not None:
+                item.task.cancel()
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
         """Return P(premise entails hypothesis) of every pair, or its error. Raises PoolFailedError."""
+        judged: list[float | Exception] = []
+        # One round of batches at a time, so that a very long call does not block the others.
+        size = self._pairs_per_batch * len(self._slots)
+        for start in range(0, len(pairs), size):
+            judged += await self._judge(pairs[start : start + size])
+        return judged
+
+    async def _judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
         self._require_workers()
-        if not pairs:
-            return []
-        call = PairCall(pairs)
-        self._pairs.append(call)
+        items = [Item(pair) for pair in pairs]
+        self._pairs |= dict.fromkeys(items)
         self._dispatch()
         try:
-            return await call.future
+            outcomes: list[Any] = await asyncio.gather(
+                *(item.future for item in items), return_exceptions=True
+            )
         finally:
-            self._pairs.remove(call)
+            for item in items:
+                self._pairs.pop(item, None)
+        for outcome in outcomes:
+            if isinstance(outcome, PoolFailedError):
+                raise outcome
+        return outcomes
 
     async def aclose(self) -> None:
         """Stop all workers; waiting work fails."""
@@ -187,8 +191,6 @@ class WorkerPool:
         for slot in self._slots:
             self._clear(slot)
         await asyncio.gather(*(_close(worker) for worker in workers), *self._closing)
-
-    # ------------------------------------------------------------------------------------------------ workers
 
     async def _keep(self, slot: _Slot, worker: Worker) -> None:
         """Replace the worker of a slot whenever it is lost, until that fails too often."""
@@ -256,20 +258,18 @@ class WorkerPool:
             return
         jobs = self._clear(slot)
         logger.warning("worker %d (%s) was lost with %d jobs: %s", slot.rank, slot.device, len(jobs), reason)
-        for job in jobs:
-            if job.is_over:
-                continue
-            job.num_lost_workers += 1
-            if job.num_lost_workers >= 2:
-                logger.error("quarantined after two lost workers: %s", job)
-                job.quarantine()
+        for item in (item for job in jobs for item in job.items if not item.future.done()):
+            item.num_lost_workers += 1
+            if item.num_lost_workers < 2:
+                self._suspects.append(item)
             else:
-                self._suspects.extend(job.split())
+                logger.error("quarantined after two lost workers: %s", item)
+                item.settle(PoisonedError(f"{item} ended two workers in a row; it is quarantined"))
         slot.lost.set()
         self._dispatch()
 
     def _clear(self, slot: _Slot) -> list[Job]:
-        jobs, slot.jobs, slot.batch, slot.worker = slot.jobs, {}, None, None
+        jobs, slot.jobs, slot.worker = slot.jobs, {}, None
         if self._retry_slot is slot:
             self._retry_slot = None
         for task in jobs.values():
@@ -277,55 +277,56 @@ class WorkerPool:
                 task.cancel()
         return list(jobs)
 
-    # --------------------------------------------------------------------------------------------------- jobs
-
     def _dispatch(self) -> None:
-        """Start waiting jobs as far as workers are free. Called after every change; never waits."""
+        """Start waiting work as far as workers are free. Called after every change; never waits."""
         # Suspects come first: they have waited longest, and they need a worker for themselves.
         self._retry_suspects()
         free = [slot for slot in self._slots if slot.worker is not None and slot is not self._retry_slot]
         # Prompts one at a time, so that each goes to the worker with the fewest: engines batch by themselves.
-        while (slot := _least_loaded(free)) is not None and slot.num_prompts < self._max_prompts:
-            job = self._next_prompt()
-            if job is None:
-                break
-            self._begin(slot, job)
+        while self._prompts and free and (slot := _least_loaded(free)).num_prompts < self._max_prompts:
+            item, _ = self._prompts.popitem(last=False)
+            self._begin(slot, [item])
         # Pairs: one batch per worker. What arrives while a batch runs is its next batch, so batches grow with
         # the load and no timer is needed.
-        while (slot := _least_loaded(idle := [slot for slot in free if slot.batch is None])) is not None:
-            batch = self._pairs.next_batch(num_idle=len(idle))
-            if batch is None:
+        while idle := [slot for slot in free if not slot.num_batches]:
+            items = self._next_batch(num_idle=len(idle))
+            if not items:
                 break
-            slot.batch = batch
-            self._begin(slot, batch)
+            self._begin(_least_loaded(idle), items)
 
     def _retry_suspects(self) -> None:
         """Start the next suspect on the slot that is reserved for them, once that slot is empty."""
-        while self._suspects and self._suspects[0].is_over:
+        while self._suspects and self._suspects[0].future.done():
             self._suspects.popleft()
-        if self._retry_slot is None and self._suspects:
-            self._retry_slot = _least_loaded([slot for slot in self._slots if slot.worker is not None])
-        # Alone on the worker: if the worker is lost, this suspect and no other job is the cause.
+        ready = [slot for slot in self._slots if slot.worker is not None]
+        if self._retry_slot is None and self._suspects and ready:
+            self._retry_slot = _least_loaded(ready)
+        # Alone on the worker: if the worker is lost, this suspect and no other item is the cause.
         if self._retry_slot is None or self._retry_slot.jobs:
             return
-        if not self._suspects:
+        if self._suspects:
+            self._begin(self._retry_slot, [self._suspects.popleft()])
+        else:
             self._retry_slot = None
-            return
-        suspect = self._suspects.popleft()
-        self._retry_slot.batch = suspect if isinstance(suspect, PairBatch) else None
-        self._begin(self._retry_slot, suspect)
 
-    def _next_prompt(self) -> PromptJob | None:
-        while self._prompts:
-            job, _ = self._prompts.popitem(last=False)
-            if not job.is_over:
-                return job
-        return None
+    def _next_batch(self, *, num_idle: int) -> list[Item]:
+        """Return pairs for one of `num_idle` workers, an even share of what waits; empty when none wait."""
+        while self._halves:
+            if items := [item for item in self._halves.popleft() if not item.future.done()]:
+                return items
+        share = -(-len(self._pairs) // num_idle)
+        least = -(-self._pairs_per_batch // 4)  # batches for several idle workers are not cut smaller
+        size = min(self._pairs_per_batch, max(least, share), len(self._pairs))
+        return [self._pairs.popitem(last=False)[0] for _ in range(size)]
 
-    def _begin(self, slot: _Slot, job: Job) -> None:
+    def _begin(self, slot: _Slot, items: Sequence[Item]) -> None:
         assert slot.worker is not None
         slot.had_work = True
-        slot.jobs[job] = job.task = asyncio.create_task(self._run(slot, slot.worker, job))
+        job = Job(items)
+        task = asyncio.create_task(self._run(slot, slot.worker, job))
+        slot.jobs[job] = items[0].task = task
+        # Not in the task itself: one that is cancelled before it runs would never get there.
+        task.add_done_callback(lambda _: self._end(slot, job))
 
     async def _run(self, slot: _Slot, worker: Worker, job: Job) -> None:
         try:
@@ -340,38 +341,39 @@ class WorkerPool:
             self._lose(slot, worker, reason="it stopped by itself in the middle of its work")
         except Exception as error:  # the job's own failure, unless the worker was lost meanwhile
             if slot.worker is worker:
-                self._pairs.retry_first(job.fail(error))
-        finally:
-            # A job of a lost worker may already be on another one: only its present task removes it.
-            if slot.jobs.get(job) is asyncio.current_task():
-                del slot.jobs[job]
-                slot.batch = None if slot.batch is job else slot.batch
-            self._dispatch()
+                self._settle_failed(job, error)
 
-    def _abandon(self, job: PromptJob) -> None:
-        """Stop work on a prompt whose caller is gone or served."""
-        self._prompts.pop(job, None)
-        job.future.cancel()
-        if job.task is not None:
-            job.task.cancel()
+    def _end(self, slot: _Slot, job: Job) -> None:
+        slot.jobs.pop(job, None)  # a lost worker has none any more
+        self._dispatch()
+
+    def _settle_failed(self, job: Job, error: Exception) -> None:
+        """Fail a prompt or a single pair; of a batch, try halves until the pair that fails is alone."""
+        if (half := len(job.items) // 2) > 0:
+            self._halves += [job.items[:half], job.items[half:]]
+        elif job.is_batch:
+            reason = f"the entailment model failed: {type(error).__name__}: {error}"
+            job.items[0].settle(JudgementError(reason))
+        else:
+            job.items[0].settle(error)
 
     def _require_workers(self) -> None:
         if self._failure is not None:
             raise PoolFailedError(self._failure)
 
     def _fail(self, reason: str) -> None:
+        """Fail everything that waits or runs, now and from now on."""
         self._failure = self._failure or reason
-        error = PoolFailedError(self._failure)
-        running = [job for slot in self._slots for job in slot.jobs]
-        for job in (*self._prompts, *self._suspects, *running):
-            job.stop(error)
-        self._pairs.stop(error)
-        self._prompts.clear()
-        self._suspects.clear()
+        running = [item for slot in self._slots for job in slot.jobs for item in job.items]
+        halves = [item for half in self._halves for item in half]
+        for item in (*self._prompts, *self._pairs, *halves, *self._suspects, *running):
+            item.settle(PoolFailedError(self._failure))
+        for waiting in (self._prompts, self._pairs, self._halves, self._suspects):
+            waiting.clear()
 
 
-def _least_loaded(slots: Sequence[_Slot]) -> _Slot | None:
-    return min(slots, key=lambda slot: (slot.num_prompts, slot.batch is not None), default=None)
+def _least_loaded(slots: Sequence[_Slot]) -> _Slot:
+    return min(slots, key=lambda slot: (slot.num_prompts, slot.num_batches))
 
 
 async def _close(worker: Worker) -> None:

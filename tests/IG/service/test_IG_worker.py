@@ -8,7 +8,7 @@ import pytest
 from IG.entailment import DeviceLostError
 from IG.sampler import EngineLostError, SamplingError
 from IG.service.IG_worker import LocalWorker
-from IG.service.pool import WorkerLostError
+from IG.service.jobs import WorkerLostError
 
 
 class Models:

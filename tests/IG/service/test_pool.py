@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from IG.sampler import PoisonedError, SampledAnswer, SamplingError
-from IG.service.pool import PoolFailedError, WorkerLostError, WorkerPool
+from IG.service.jobs import WorkerLostError
+from IG.service.pool import PoolFailedError, WorkerPool
 from IG.sharing import JudgementError
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ async def test_cancelled_calls_leave_no_waiting_work() -> None:
             task.cancel()
         await settle()
         assert not pool._prompts
-        assert not pool._pairs._calls
+        assert not pool._pairs
         fakes.gate.set()
         await asyncio.gather(*first)
 
