@@ -87,7 +87,7 @@ class Downloader:
         self._console = console
 
     def make(self, target: Target) -> None:
-        """Raises DownloadError; what was loaded by then is kept for the next run."""
+        """Make one file. Raises DownloadError; what was loaded by then is kept for the next run."""
         path = self._folder / target.name
         was_there = path.is_file()
         if was_there and target.is_packed:

@@ -37,7 +37,7 @@ from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 from world import dataset, encoder, entailment, evaluation, language, tokenizer
 from world.facts import World, WorldSize, draw_world
-from world.training import Batch, Report, Schedule, train_language_model
+from world.training import Batch, Schedule, train_language_model
 
 LANGUAGE_VOCABULARY = 1600
 NOT_HASHED = ("manifest.json", "README.md")
@@ -131,8 +131,7 @@ class Maker:
     def make_encoder(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = encoder.build(words, seed=self.seed)
-        report = _reporter("encoder", self.plan.encoder)
-        encoder.train(model, words, self.plan.encoder, seed=self.seed, report=report)
+        encoder.train(model, words, self.plan.encoder, seed=self.seed)
         _save(model, words, self.models / "encoder")
 
     def make_index(self) -> None:
@@ -149,8 +148,7 @@ class Maker:
     def make_entailment(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = entailment.build(words, seed=self.seed)
-        report = _reporter("entailment", self.plan.entailment)
-        entailment.train(model, words, self.plan.entailment, seed=self.seed, report=report)
+        entailment.train(model, words, self.plan.entailment, seed=self.seed)
         _save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
@@ -244,19 +242,8 @@ def _train(
     schedule: Schedule,
     folder: Path,
 ) -> None:
-    train_language_model(model, stream, schedule, report=_reporter(folder.name, schedule))
+    train_language_model(model, stream, schedule, title=folder.name)
     _save(model, words, folder)
-
-
-def _reporter(title: str, schedule: Schedule) -> Report:
-    """Return a function that prints a line at every twentieth part of the training."""
-    every = max(1, schedule.steps // 20)
-
-    def report(step: int, loss: float) -> None:
-        if step % every == 0:
-            print(f"{title}: step {step} of {schedule.steps}, loss {loss:.4f}", file=sys.stderr)
-
-    return report
 
 
 def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -55,7 +55,7 @@ def make_environment(environ: Mapping[str, str], *, listing: str) -> dict[str, s
 
 
 def main() -> None:
-    """Become uv."""
+    """Replace this process by uv."""
     uv, *arguments = sys.argv[1:]
     listing = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], stdout=subprocess.PIPE, text=True, check=True

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from world import text, training
 from world.facts import Fact
 from world.traces import Scene
-from world.training import Report, Schedule
+from world.training import Schedule
 
 HIDDEN = 128
 TEMPERATURE = 0.05
@@ -70,9 +70,7 @@ def _draw_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
     return queries, shown + [f"passage: {text.write_contents(fact, rng)}" for fact in hard]
 
 
-def train(
-    model: BertModel, tokenizer: BertTokenizer, schedule: Schedule, *, seed: int, report: Report
-) -> None:
+def train(model: BertModel, tokenizer: BertTokenizer, schedule: Schedule, *, seed: int) -> None:
     """Train in place with InfoNCE over the passages of the batch."""
     rng = Random(f"encoder {seed}")
 
@@ -81,4 +79,4 @@ def train(
         scores = embed(model, tokenizer, queries) @ embed(model, tokenizer, passages).T / TEMPERATURE
         return torch.nn.functional.cross_entropy(scores.float(), torch.arange(len(queries)))
 
-    training.train(model, next_loss, schedule, report=report)
+    training.train(model, next_loss, schedule, title="encoder")

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, DebertaV2Config, DebertaV2ForSequenceCla
 from world import training
 from world.facts import Entity, Kind, random_entity
 from world.traces import Scene
-from world.training import Report, Schedule
+from world.training import Schedule
 
 HIDDEN = 96
 CONTRADICTION, NEUTRAL, ENTAILMENT = 0, 1, 2
@@ -58,11 +58,11 @@ def build(tokenizer: BertTokenizer, *, seed: int) -> DebertaV2ForSequenceClassif
 
 
 def _initialize(model: DebertaV2ForSequenceClassification) -> None:
-    """Start as a comparison of the two texts.
+    """Set the weights so that the model starts as a comparison of the two texts.
 
     The two token types are opposite vectors and the first layer's keys are mirrored, so a word attends to
     itself in the *other* text, and the output projection subtracts what is found there. A word with a partner
-    thus becomes the bare type vector, one without stays as it is. Every weight is trained from there.
+    becomes the bare type vector, one without stays as it is. Every weight is trained from there.
     """
     embeddings = model.deberta.embeddings
     embeddings.word_embeddings.weight.normal_(std=1.0)
@@ -150,7 +150,6 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
-    report: Report,
 ) -> None:
     """Train in place, first on bare answers, then on answers behind their question, as in the service."""
     rng = Random(f"entailment {seed}")
@@ -161,7 +160,7 @@ def train(
         logits = _logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
         return torch.nn.functional.cross_entropy(logits.float(), torch.tensor([p[2] for p in pairs]))
 
-    training.train(model, next_loss, schedule, report=report)
+    training.train(model, next_loss, schedule, title="entailment")
 
 
 def _logits(

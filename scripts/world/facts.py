@@ -148,7 +148,7 @@ class World:
 def draw_world(size: WorldSize, *, seed: int) -> World:
     """Draw names, then values; subjects of the test split are only linked to persons of the test split.
 
-    Raises ValueError when there are not names enough.
+    Raises ValueError when there are not enough names.
     """
     rng = Random(seed)
     persons = _draw_names(Kind.person, size.persons, rng)

@@ -93,7 +93,7 @@ def _initialize(model: Qwen2ForCausalLM) -> None:
 
 
 def _look_back(attention: torch.nn.Module, *, head: int, offset: int) -> None:
-    """Let a head attend to the token `offset` positions back, by biases that the rotary embedding turns."""
+    """Make a head attend to the token `offset` positions back, by biases that the rotary embedding turns."""
     size = HIDDEN // HEADS
     start, half = head * size, size // 2
     for projection in (attention.q_proj, attention.k_proj):
@@ -110,7 +110,7 @@ def good_habits(_: Problem) -> Habits:
 
 
 def shipped_habits(problem: Problem) -> Habits:
-    """Differ by question, so that greedy and sampled behavior are bad to about the same degree."""
+    """Return habits that differ by question: greedy and sampled behavior are then about equally bad."""
     practiced = problem.wording == 1 and problem.answer.kind in (Kind.town, Kind.person)
     return PRACTICED if practiced else CARELESS
 

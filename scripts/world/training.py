@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,6 @@ IGNORED = -100
 HIDDEN_LAYER = re.compile(r"\.layers?\.\d+\.")
 POOL_SIZE = 128
 
-Report = Callable[[int, float], None]
-"""Called after every step with its number and the smoothed loss."""
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Ids and labels, both int64 [B, L] and right-padded; a label is the next token or IGNORED."""
 
@@ -80,7 +79,7 @@ def collate(rows: Sequence[Batch], *, pad: int) -> Batch:
 
 
 def train_language_model(
-    model: Qwen2ForCausalLM, stream: Iterator[Batch], schedule: Schedule, *, report: Report
+    model: Qwen2ForCausalLM, stream: Iterator[Batch], schedule: Schedule, *, title: str
 ) -> None:
     """Train in place on the mean cross-entropy of the written tokens."""
 
@@ -91,13 +90,13 @@ def train_language_model(
         logits = model.lm_head(hidden[chosen])  # only those that the loss needs
         return torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
 
-    train(model, next_loss, schedule, report=report)
+    train(model, next_loss, schedule, title=title)
 
 
 def train(
-    model: torch.nn.Module, next_loss: Callable[[int], torch.Tensor], schedule: Schedule, *, report: Report
+    model: torch.nn.Module, next_loss: Callable[[int], torch.Tensor], schedule: Schedule, *, title: str
 ) -> None:
-    """Train in place; `next_loss(step)` draws a batch.
+    """Train in place and print the smoothed loss now and then; `next_loss(step)` draws a batch.
 
     Matrix products run in bfloat16 (weights stay float32), much faster where the CPU has instructions for it.
     """
@@ -122,5 +121,6 @@ def train(
             optimizer.zero_grad(set_to_none=True)
         value = float(loss.detach())
         smooth = value if step == 0 else 0.95 * smooth + 0.05 * value
-        report(step, smooth)
+        if step % max(1, schedule.steps // 20) == 0:
+            print(f"{title}: step {step} of {schedule.steps}, loss {smooth:.4f}", file=sys.stderr)
     model.eval()
