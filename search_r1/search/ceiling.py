@@ -21,7 +21,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -65,13 +67,8 @@ class AnswerRank:
     """Why the rank is unknown."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """A share of questions and its Wilson interval of 95 %."""
-
-    value: float
-    low: float
-    high: float
+Share: TypeAlias = tuple[float, float, float]
+"""A share of questions and its Wilson interval of 95 %: value, low, high."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,15 +106,16 @@ def run(settings: argparse.Namespace) -> int:
     Console(file=sys.stdout).print(_make_table(ranks, ks))
     failures = [ranked.failure for ranked in ranks if ranked.failure is not None]
     if failures:
-        logger.warning(
-            "%d of %d searches failed and are counted apart; the first: %s",
-            len(failures),
-            len(ranks),
-            failures[0].reason,
-        )
+        shown = (len(failures), len(ranks), failures[0].reason)
+        logger.warning("%d of %d searches failed and are counted apart; the first: %s", *shown)
     if settings.plot is not None and len(failures) < len(ranks):
         _draw(ranks, settings.plot, ks=ks)
-    summary = summarize(ranks, ks) | {"retriever": facts}
+    summary = {
+        **_summarize(ranks, ks),
+        "failures": dict(Counter(failure.kind.value for failure in failures)),
+        "by_source": {source: _summarize(part, ks) for source, part in by_source(ranks).items()},
+        "retriever": facts,
+    }
     sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     return 1 if len(failures) == len(ranks) else 0
 
@@ -206,9 +204,7 @@ def wilson_share(hits: int, count: int) -> Share:
     center = (share + _Z**2 / (2 * count)) / scale
     radius = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / scale
     # At 0 and at 1 the interval ends there; rounding must not move it.
-    low = 0.0 if hits == 0 else center - radius
-    high = 1.0 if hits == count else center + radius
-    return Share(value=share, low=low, high=high)
+    return share, 0.0 if hits == 0 else center - radius, 1.0 if hits == count else center + radius
 
 
 def by_source(ranks: Sequence[AnswerRank]) -> dict[str, list[AnswerRank]]:
@@ -219,26 +215,14 @@ def by_source(ranks: Sequence[AnswerRank]) -> dict[str, list[AnswerRank]]:
     return parts
 
 
-def summarize(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
-    """Return the content of the table, for programs."""
-    failures = Counter(ranked.failure.kind.value for ranked in ranks if ranked.failure is not None)
-    return {
-        **_summarize_part(ranks, ks),
-        "failures": dict(failures),
-        "by_source": {source: _summarize_part(part, ks) for source, part in by_source(ranks).items()},
-    }
-
-
-def _summarize_part(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
-    shares = {str(k): share_within(ranks, k) for k in ks}
+def _summarize(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:
+    """Return a part of the table, for programs."""
+    rounded = {str(k): [round(part, 4) for part in share_within(ranks, k) or ()] for k in ks}
     return {
         "questions": len(ranks),
         "failed": sum(ranked.failure is not None for ranked in ranks),
-        "ceiling": {k: None if share is None else round(share.value, 4) for k, share in shares.items()},
-        "interval": {
-            k: None if share is None else [round(share.low, 4), round(share.high, 4)]
-            for k, share in shares.items()
-        },
+        "ceiling": {k: share[0] if share else None for k, share in rounded.items()},
+        "interval": {k: share[1:] or None for k, share in rounded.items()},
     }
 
 
@@ -253,10 +237,7 @@ def _make_table(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> Table:
     parts = by_source(ranks)
     for name, part in (parts | ({"all": list(ranks)} if len(parts) > 1 else {})).items():
         shares = [share_within(part, k) for k in ks]
-        shown = [
-            "-" if share is None else f"{share.value:.1%}\n{100 * share.low:.0f}-{100 * share.high:.0f}"
-            for share in shares
-        ]
+        shown = [f"{s[0]:.1%}\n{100 * s[1]:.0f}-{100 * s[2]:.0f}" if s else "-" for s in shares]
         failed = sum(ranked.failure is not None for ranked in part)
         # A name from a file may hold what rich would take for markup.
         table.add_row(*(Text(cell) for cell in (name, str(len(part)), str(failed), *shown)))
@@ -304,14 +285,10 @@ async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
 
     try:
         remote = RemoteRetriever(url, token=os.environ.get("RETRIEVER_TOKEN") or None)
-    except ValueError as error:
-        raise RetrieverError(f"--url: {error}") from error
-    try:
         # Fails early where no server answers: batches have much longer deadlines.
         described = await remote.fetch_description(timeout_s=_REACH_S)
-    except CallError as error:
-        await remote.aclose()
-        raise RetrieverError(str(error)) from error
+    except (ValueError, CallError) as error:
+        raise RetrieverError(f"--url: {error}") from error
     return remote, {**remote.describe(), **(described or {})}
 
 
@@ -328,17 +305,13 @@ def _draw(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int]) -> None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.0, 4.1), layout="constrained")
         axes = figure.subplots()
-        lines = [
-            (part, COLORS[number % len(COLORS)], name) for number, (name, part) in enumerate(parts.items())
-        ]
         if len(parts) > 1:
-            lines.append((list(ranks), INK, f"all {len(ranks)} questions"))
-        for part, color, name in lines:
-            shares = {k: share for k in depths if (share := share_within(part, k)) is not None}
-            values = [share.value for share in shares.values()]
-            axes.plot(list(shares), values, color=color, label=name)
+            parts |= {f"all {len(ranks)} questions": list(ranks)}
+        for color, (name, part) in zip(cycle([*COLORS[: len(parts) - 1], INK]), parts.items(), strict=False):
+            shares = {k: share[0] for k in depths if (share := share_within(part, k)) is not None}
+            axes.plot(list(shares), list(shares.values()), color=color, label=name)
             marks = [k for k in ks if k in shares]
-            axes.plot(marks, [shares[k].value for k in marks], "o", color=color, markersize=4)
+            axes.plot(marks, [shares[k] for k in marks], "o", color=color, markersize=4)
         axes.set_xscale("log")
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()

@@ -10,7 +10,6 @@ wait for torch.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import logging
 import sys
@@ -74,32 +73,6 @@ class _HelpFormatter(argparse.HelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: of the command; 1 what it could not do, 2 wrong arguments, 130 interrupted."""
     given = expand_home(arguments)
-    name = _read_name(given[:1])
-    configure_logging(
-        "%(asctime)s %(levelname)s %(message)s",
-        quiet=("faiss", "faiss.loader", "httpx", "matplotlib", "sentence_transformers"),
-    )
-    path, meaning = COMMANDS[name]
-    module = cast(CommandModule, importlib.import_module(path))
-    parser = argparse.ArgumentParser(
-        prog=f"index {name}",
-        description=f"{meaning.capitalize()}.",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    settings = parser.parse_args(given[1:])
-    try:
-        return module.run(settings)
-    except RetrieverError as error:
-        logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-
-
-def _read_name(given: Sequence[str]) -> str:
-    """Return the command; ends as argparse does on --help and on an unknown name, with the nearest one."""
     parser = argparse.ArgumentParser(
         prog="index",
         description="Plan, build and examine the indexes of a retriever.",
@@ -107,13 +80,30 @@ def _read_name(given: Sequence[str]) -> str:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, meaning) in COMMANDS.items():
-        commands.add_parser(name, help=meaning, add_help=False)
-    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
-        near = difflib.get_close_matches(given[0], COMMANDS, n=1)
-        guess = f": did you mean {near[0]}?" if near else ""
-        parser.error(f"there is no command {given[0]!r}{guess} Expected one of {', '.join(COMMANDS)}")
-    return str(parser.parse_args(given).command)
+    for name, (path, meaning) in COMMANDS.items():
+        is_asked = given[:1] == [name]
+        command = commands.add_parser(
+            name,
+            help=meaning,
+            description=f"{meaning.capitalize()}.",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        if is_asked:
+            module = cast(CommandModule, importlib.import_module(path))
+            module.add_arguments(command)
+    settings = parser.parse_args(given)
+    configure_logging(
+        "%(asctime)s %(levelname)s %(message)s",
+        quiet=("faiss", "faiss.loader", "httpx", "matplotlib", "sentence_transformers"),
+    )
+    try:
+        return module.run(settings)
+    except RetrieverError as error:
+        logger.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 if __name__ == "__main__":

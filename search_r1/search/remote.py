@@ -1,12 +1,11 @@
 """A retriever behind HTTP: any server of the published wire format.
 
-A server of ours is asked to answer what it can (`allow_failures`) and how long it may take (`timeout_s`); one
-that refuses these keys is asked without them.
+A server is asked to answer what it can (`allow_failures`) and how long it may take (`timeout_s`): Search-R1's
+ignores these keys.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -20,7 +19,6 @@ from serving.http import CallError, JsonService
 SERVICE = "retriever"
 _PATH = "/retrieve"
 _MAX_REASON_CHARS = 300
-_REFUSALS_OF_KEYS = frozenset({HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY})
 _WITHOUT_ROUTE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
 _HITS = TypeAdapter(list[ScoredDocument])
 
@@ -41,7 +39,6 @@ class RemoteRetriever:
             fix="start it with `bash retrieval_launch.sh` and check its URL",
             token=token,
         )
-        self._accepts_our_keys: bool | None = None
 
     def describe(self) -> Mapping[str, str | int | float | None]:
         """Return the URL."""
@@ -66,8 +63,8 @@ class RemoteRetriever:
             return outcomes
         found: list[Outcome]
         try:
-            deadline = time.monotonic() + timeout_s
-            body = await self._post([texts[row] for row in asked], topk=topk, deadline=deadline)
+            payload = partial(_make_payload, [texts[row] for row in asked], topk)
+            body = await self._service.post(_PATH, payload, timeout_s=timeout_s)
             found = read_outcomes(body, expected=len(asked), topk=topk, url=self._service.shown_url)
         except CallError as error:
             found = [SearchFailure(kind=_kind_of(error), reason=error.message)] * len(asked)
@@ -78,26 +75,6 @@ class RemoteRetriever:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._service.aclose()
-
-    async def _post(self, queries: Sequence[str], *, topk: int, deadline: float) -> dict[str, object]:
-        bare: dict[str, object] = {"queries": list(queries), "topk": topk, "return_scores": True}
-
-        async def send(*, with_our_keys: bool) -> dict[str, object]:
-            payload = partial(_add_our_keys, bare) if with_our_keys else bare
-            return await self._service.post(_PATH, payload, timeout_s=deadline - time.monotonic())
-
-        if self._accepts_our_keys is False:
-            return await send(with_our_keys=False)
-        try:
-            body = await send(with_our_keys=True)
-        except CallError as error:
-            if self._accepts_our_keys or error.status not in _REFUSALS_OF_KEYS:
-                raise
-            body = await send(with_our_keys=False)
-            self._accepts_our_keys = False
-            return body
-        self._accepts_our_keys = True
-        return body
 
 
 def read_outcomes(body: Mapping[str, object], *, expected: int, topk: int, url: str) -> list[Outcome]:
@@ -157,7 +134,13 @@ def _kind_of(error: CallError) -> FailureKind:
     return FailureKind.REFUSED if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else FailureKind.INTERNAL
 
 
-def _add_our_keys(bare: Mapping[str, object], left_s: float) -> dict[str, object]:
-    """Add our keys; the server's deadline is before ours, so that a partial answer arrives in time."""
+def _make_payload(queries: Sequence[str], topk: int, left_s: float) -> dict[str, object]:
+    """Return the request; the server's deadline is before ours, so that a partial answer arrives in time."""
     timeout_s = max(0.001, left_s - min(1.0, 0.1 * left_s))
-    return {**bare, "allow_failures": True, "timeout_s": round(min(MAX_TIMEOUT_S, timeout_s), 3)}
+    return {
+        "queries": list(queries),
+        "topk": topk,
+        "return_scores": True,
+        "allow_failures": True,
+        "timeout_s": round(min(MAX_TIMEOUT_S, timeout_s), 3),
+    }

@@ -1,4 +1,4 @@
-"""Servers of several makes, asked so that one query fails alone."""
+"""Answers of servers, ours and published ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from search_r1.search.remote import RemoteRetriever
 from search_r1.search.retriever import FailureKind, Outcome, SearchFailure
 from tests.fakes import AnsweringServer, Reply
 
-OUR_KEYS = {"allow_failures", "timeout_s"}
-
 
 def find(query: str) -> list[dict[str, Any]]:
     return [{"document": {"id": query, "contents": f"T\n{query}"}, "score": 1.0}]
@@ -21,10 +19,6 @@ def find(query: str) -> list[dict[str, Any]]:
 def answer(body: dict[str, Any]) -> Reply:
     """Ignores what it does not know, as the published server."""
     return Reply(json.dumps({"result": [find(query) for query in body["queries"]]}))
-
-
-def answer_strictly(body: dict[str, Any]) -> Reply:
-    return Reply("unknown keys", 422) if OUR_KEYS & set(body) else answer(body)
 
 
 async def ask(server: AnsweringServer, queries: list[str], *, timeout_s: float = 5.0) -> list[Outcome]:
@@ -47,28 +41,6 @@ async def test_a_published_server_answers_in_one_request() -> None:
     server = AnsweringServer(answer)
     assert ids(await ask(server, ["a", " ", "b"])) == ["a", "", "b"]
     assert [body["queries"] for body in server.bodies] == [["a", "b"]]
-
-
-async def test_a_strict_server_is_asked_without_our_keys_from_then_on() -> None:
-    server = AnsweringServer(answer_strictly)
-    async with server.running():
-        remote = RemoteRetriever(server.url)
-        for query in ("a", "b"):
-            assert ids(await remote.search([query], topk=3, timeout_s=5.0)) == [query]
-        await remote.aclose()
-    assert [bool(OUR_KEYS & set(body)) for body in server.bodies] == [True, False, False]
-
-
-async def test_a_refusal_of_a_server_that_knows_our_keys_is_not_tried_without_them() -> None:
-    server = AnsweringServer(lambda body: Reply("bad", 422) if "bad" in body["queries"] else answer(body))
-    async with server.running():
-        remote = RemoteRetriever(server.url)
-        await remote.search(["a"], topk=3, timeout_s=5.0)
-        (outcome,) = await remote.search(["bad"], topk=3, timeout_s=5.0)
-        await remote.aclose()
-    assert isinstance(outcome, SearchFailure)
-    assert outcome.kind is FailureKind.REFUSED
-    assert len(server.bodies) == 2
 
 
 async def test_what_cannot_be_read_fails_alone_too() -> None:
