@@ -23,12 +23,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +38,10 @@ from rich.table import Table
 from screen import Screen
 from supervise import Child, ChildFailedError, Supervisor, service_environment
 
-from bench import bare_index, clustered
-from bench.load import Load, ask_all_the_time
+from bench import clustered
+from bench.load import Load, ask_continuously, load_index, search_bare
 from bench.service import ROOT, start_service
+from search_r1.search.ranking import compare_rows
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
 
@@ -50,11 +51,12 @@ WARM_UP_S = 3.0
 OTHER_KINDS = ("fp16", "sq8", "ivf_pq", "hnsw")
 RECALL_QUERIES = 1000
 CORES = len(os.sched_getaffinity(0))
+Vectors: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What one kind of index does."""
+    """The figures of one kind of index."""
 
     qps: float
     recall_at_3: float
@@ -84,7 +86,7 @@ class Summary:
 
 @dataclass(slots=True)
 class Speeds:
-    """Of the flat index, round by round."""
+    """The speeds of the flat index, round by round."""
 
     batched: list[Load] = field(default_factory=list)
     unbatched: list[Load] = field(default_factory=list)
@@ -92,35 +94,22 @@ class Speeds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """Queries and what is right for them."""
-
-    vectors: npt.NDArray[np.float32]
-    rows: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A server that runs."""
-
-    url: str
-    start_s: float
-    child: Child
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """An index on disk."""
+    """An index on disk, and what its builder took."""
 
     path: Path
     seconds: float
     peak_bytes: int
     """Of the builder; pages that it maps count."""
 
-    @property
-    def num_bytes(self) -> int:
-        """With what lies beside it and begins with its name."""
-        return sum(file.stat().st_size for file in self.path.parent.glob(self.path.name + "*"))
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a server of one index did."""
+
+    load: Load
+    start_s: float
+    num_bytes: int
 
 
 def main() -> int:
@@ -172,34 +161,36 @@ class Bench:
         self._corpus = folder / "corpus.jsonl"
 
     def run(self) -> Summary:
-        """Build, measure, build the next."""
+        """Build and measure one index after the other."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._make_corpus()
-        self._make_few()
         flat = self._build("flat")
-        reference = self._reference(flat.path)
-        base_bytes = self._memory_of_few()
-        speeds, flat_start_s, flat_bytes = self._measure_flat(flat.path, reference.vectors)
-        served = {"flat": (speeds.batched, flat_start_s, flat_bytes - base_bytes, 1.0, flat)}
-        for kind in self._arguments.kinds:
-            built = self._build(kind, source=flat.path)
-            recall = self._recall(built.path, reference)
-            load, start_s, num_bytes = self._measure_kind(kind, built.path)
-            served[kind] = ([load], start_s, num_bytes - base_bytes, recall, built)
-        kinds = {
-            kind: Kind(
-                qps=round(statistics.fmean(load.queries_per_s for load in loads), 1),
+        vectors, expected = self._search_exactly(flat.path)
+        few = self._build("flat", corpus=self._folder / "few.jsonl")
+        base_bytes = self._serve(few.path, seed=200, seconds=3.0).num_bytes
+        speeds, served = self._measure_flat(flat.path, vectors)
+        flat_bytes = served.num_bytes - base_bytes
+
+        def summarize_kind(built: Built, served: Served, *, recall: float) -> Kind:
+            disk = sum(file.stat().st_size for file in self._folder.glob(built.path.name + "*"))
+            extra = served.num_bytes - base_bytes
+            return Kind(
+                qps=round(served.load.queries_per_s, 1),
                 recall_at_3=round(recall, 4),
                 memory_mb=round(extra / 1e6, 1),
-                memory_vs_flat=round(extra / (flat_bytes - base_bytes), 3),
-                start_s=round(start_s, 2),
-                disk_mb=round(built.num_bytes / 1e6, 1),
+                memory_vs_flat=round(extra / flat_bytes, 3),
+                start_s=round(served.start_s, 2),
+                disk_mb=round(disk / 1e6, 1),
                 build_s=round(built.seconds, 1),
                 build_peak_mb=round(built.peak_bytes / 1e6, 1),
             )
-            for kind, (loads, start_s, extra, recall, built) in served.items()
-        }
-        return summarise(speeds, kinds=kinds, arguments=self._arguments, base_bytes=base_bytes)
+
+        kinds = {"flat": summarize_kind(flat, served, recall=1.0)}
+        for kind in self._arguments.kinds:
+            built = self._build(kind, source=flat.path)
+            recall = compare_rows(find(built.path, vectors), expected, k=TOPK)
+            kinds[kind] = summarize_kind(built, self._serve(built.path, seed=100), recall=recall)
+        return summarize(speeds, kinds=kinds, arguments=self._arguments, base_bytes=base_bytes)
 
     def _make_corpus(self) -> None:
         size, seed = self._arguments.passages, self._arguments.seed
@@ -210,15 +201,11 @@ class Bench:
                 clustered.write_corpus(
                     self._corpus, size=size, seed=seed, report=lambda count: update(count, "passages")
                 )
-
-    def _make_few(self) -> None:
-        """The first thousand passages, for what a server takes without an index."""
-        few = self._folder / "few.jsonl"
-        with self._corpus.open(encoding="utf-8") as lines, few.open("w", encoding="utf-8") as kept:
-            kept.writelines(line for line, _ in zip(lines, range(1000), strict=False))
+        with self._corpus.open(encoding="utf-8") as lines:
+            (self._folder / "few.jsonl").write_text("".join(islice(lines, 1000)), encoding="utf-8")
 
     def _build(self, kind: str, *, source: Path | None = None, corpus: Path | None = None) -> Built:
-        """With the project's builder, in a process of its own. Raises ChildFailedError."""
+        """Build an index in a process of its own, unless it is there. Raises ChildFailedError."""
         corpus = corpus or self._corpus
         path = self._folder / f"{corpus.stem}_{kind}.index"
         facts = self._folder / f"{path.name}-build.json"
@@ -248,107 +235,84 @@ class Bench:
         facts.write_text(json.dumps({"seconds": built.seconds, "peak_bytes": peak_bytes}))
         return built
 
-    @contextmanager
-    def _server(self, path: Path, *extra: str, corpus: Path | None = None) -> Iterator[Served]:
-        """A server of this index with all cores."""
-        flags = ["--index_path", str(path), "--corpus_path", str(corpus or self._corpus)]
-        flags += ["--retriever_model", str(self._encoder), "--num_threads", str(CORES), "--cache_size", "0"]
-        began = time.monotonic()
-        with Supervisor() as supervisor:
-            with self._screen.phase(f"starting a server of {path.name} {' '.join(extra)}") as update:
-                url = start_service(
-                    supervisor,
-                    f"the retriever of {path.name}",
-                    module="search_r1.search.retrieval_server",
-                    arguments=[*flags, *extra],
-                    log=self._folder / "server.log",
-                    update=update,
-                )
-            yield Served(url=url, start_s=time.monotonic() - began, child=supervisor.children[0])
-
-    def _load(self, url: str, *, seed: int, seconds: float | None = None) -> Load:
+    def _serve(self, path: Path, *flags: str, seed: int, seconds: float | None = None) -> Served:
+        """Start a server of this index with all cores, and ask it by all clients."""
         arguments = self._arguments
-        queries = self._queries(50_000, seed=seed)
-        return asyncio.run(
-            ask_all_the_time(
-                url,
-                queries,
-                clients=arguments.clients,
-                topk=TOPK,
-                seconds=seconds or arguments.seconds,
-                warm_up_s=WARM_UP_S,
+        corpus = self._folder / f"{path.name.partition('_')[0]}.jsonl"
+        files = [
+            "--index_path",
+            str(path),
+            "--corpus_path",
+            str(corpus),
+            "--retriever_model",
+            str(self._encoder),
+        ]
+        began = time.monotonic()
+        with (
+            Supervisor() as supervisor,
+            self._screen.phase(f"serving {path.name} {' '.join(flags)}") as update,
+        ):
+            url = start_service(
+                supervisor,
+                f"the retriever of {path.name}",
+                module="search_r1.search.retrieval_server",
+                arguments=[*files, "--num_threads", str(CORES), "--cache_size", "0", *flags],
+                log=self._folder / "server.log",
+                update=update,
             )
-        )
+            start_s = time.monotonic() - began
+            load = asyncio.run(
+                ask_continuously(
+                    url,
+                    self._queries(50_000, seed=seed),
+                    clients=arguments.clients,
+                    topk=TOPK,
+                    seconds=seconds or arguments.seconds,
+                    warm_up_s=WARM_UP_S,
+                )
+            )
+            return Served(load=load, start_s=start_s, num_bytes=resident_bytes(supervisor.children[0]))
 
-    def _measure_flat(self, path: Path, vectors: npt.NDArray[np.float32]) -> tuple[Speeds, float, int]:
-        """Speeds, seconds to start and bytes of the server."""
-        speeds = Speeds()
-        starts_s, num_bytes = [], 0
-        with ProcessPoolExecutor(
-            1,
-            multiprocessing.get_context("spawn"),
-            initializer=bare_index.load,
-            initargs=(str(path), CORES),
-        ) as bare:
-            bare.submit(bare_index.search, vectors, topk=TOPK, batch_size=BATCH, seconds=1.0).result()
+    def _measure_flat(self, path: Path, vectors: Vectors) -> tuple[Speeds, Served]:
+        """Measure the server, the bare index and the server without batching in turn."""
+        speeds, served = Speeds(), []
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, spawn, initializer=load_index, initargs=(str(path), CORES)) as bare:
+            bare.submit(search_bare, vectors, topk=TOPK, batch_size=BATCH, seconds=1.0).result()
             for number in range(self._arguments.rounds):
-                with self._server(path) as served, self._screen.phase("64 clients, batches"):
-                    speeds.batched.append(self._load(served.url, seed=2 * number))
-                    starts_s.append(served.start_s)
-                    num_bytes = resident_bytes(served.child)
+                served.append(self._serve(path, seed=2 * number))
+                speeds.batched.append(served[-1].load)
                 with self._screen.phase("the bare index"):
-                    answered, seconds = bare.submit(
-                        bare_index.search,
-                        vectors,
-                        topk=TOPK,
-                        batch_size=BATCH,
-                        seconds=self._arguments.seconds,
-                    ).result()
-                    speeds.bare_per_s.append(answered / seconds)
-                with (
-                    self._server(path, "--no_batching") as served,
-                    self._screen.phase("64 clients, no batches"),
-                ):
-                    speeds.unbatched.append(self._load(served.url, seed=2 * number + 1))
-        return speeds, statistics.fmean(starts_s), num_bytes
+                    seconds = self._arguments.seconds
+                    searched = bare.submit(search_bare, vectors, topk=TOPK, batch_size=BATCH, seconds=seconds)
+                    speeds.bare_per_s.append(searched.result())
+                speeds.unbatched.append(self._serve(path, "--no_batching", seed=2 * number + 1).load)
+        latencies_s = [one for load in speeds.batched for one in load.latencies_s]
+        every = Load(seconds=sum(load.seconds for load in speeds.batched), latencies_s=latencies_s)
+        start_s = statistics.fmean(one.start_s for one in served)
+        return speeds, Served(load=every, start_s=start_s, num_bytes=served[-1].num_bytes)
 
-    def _measure_kind(self, kind: str, path: Path) -> tuple[Load, float, int]:
-        """Its load, seconds to start and bytes of the server."""
-        with self._server(path) as served, self._screen.phase(f"{self._arguments.clients} clients, {kind}"):
-            return self._load(served.url, seed=100), served.start_s, resident_bytes(served.child)
-
-    def _memory_of_few(self) -> int:
-        """Bytes of a server that has next to nothing to search, after some searches."""
-        few = self._folder / "few.jsonl"
-        built = self._build("flat", corpus=few)
-        with self._server(built.path, corpus=few) as served, self._screen.phase("a thousand passages"):
-            self._load(served.url, seed=200, seconds=3.0)
-            return resident_bytes(served.child)
-
-    def _reference(self, path: Path) -> Reference:
-        """What the flat index finds."""
+    def _search_exactly(self, path: Path) -> tuple[Vectors, npt.NDArray[np.int64]]:
+        """Return query vectors and the rows that the flat index finds for them."""
         from search_r1.search.encoder import TextEncoder
-        from search_r1.search.vector_index import open_index
 
-        texts = self._queries(RECALL_QUERIES, seed=300)
-        vectors = TextEncoder(self._encoder).encode_queries(texts)
-        return Reference(vectors=vectors, rows=open_index(path).search(vectors, topk=TOPK)[1])
+        vectors = TextEncoder(self._encoder).encode_queries(self._queries(RECALL_QUERIES, seed=300))
+        return vectors, find(path, vectors)
 
     def _queries(self, count: int, *, seed: int) -> list[str]:
         arguments = self._arguments
         return list(clustered.queries(arguments.passages, corpus_seed=arguments.seed, count=count, seed=seed))
 
-    def _recall(self, path: Path, reference: Reference) -> float:
-        """Share of the true best three that are found."""
-        from search_r1.search.vector_index import open_index
 
-        found = open_index(path).search(reference.vectors, topk=TOPK)[1]
-        pairs = zip(reference.rows.tolist(), found.tolist(), strict=True)
-        return statistics.fmean(len(set(best) & set(rows)) / TOPK for best, rows in pairs)
+def find(path: Path, vectors: Vectors) -> npt.NDArray[np.int64]:
+    """Return the rows that an index finds."""
+    from search_r1.search.vector_index import open_index
+
+    return open_index(path).search(vectors, topk=TOPK)[1]
 
 
 def resident_bytes(child: Child) -> int:
-    """Of a process and those below it, mapped pages included; 0 when it has just ended."""
+    """Return the memory of a process and its children, mapped pages included; 0 when it has just ended."""
     try:
         process = psutil.Process(child.process.pid)
         return sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
@@ -356,10 +320,10 @@ def resident_bytes(child: Child) -> int:
         return 0
 
 
-def summarise(
+def summarize(
     speeds: Speeds, *, kinds: dict[str, Kind], arguments: argparse.Namespace, base_bytes: int
 ) -> Summary:
-    """Ratios of the means over all rounds."""
+    """Return the result, with ratios of the means over all rounds."""
     batched = statistics.fmean(load.queries_per_s for load in speeds.batched)
     unbatched = statistics.fmean(load.queries_per_s for load in speeds.unbatched)
     cuts = statistics.quantiles([1000 * s for load in speeds.batched for s in load.latencies_s], n=100)
@@ -377,7 +341,7 @@ def summarise(
 
 
 def table(summary: Summary) -> Table:
-    """What a person reads."""
+    """Return the result for the terminal."""
     shown = Table(
         title=f"{summary.passages} passages, {summary.clients} clients: {summary.qps_64} queries/s, "
         f"{summary.vs_unbatched} x without batching, {summary.vs_bare_index} x the bare index"

@@ -2,8 +2,8 @@
 
 `make soak-retriever` runs this. First every query is asked alone, one after the other. Then 200 clients ask
 the same server 5,000 queries, singly and several at a time, while some send malformed requests, some go away
-before their answer and some have no time. The exit status is 0 only if every good query was answered as it
-was alone, nobody got a 5xx, and memory stayed flat.
+before their answer and some send deadlines that are too short. The exit status is 0 only if every good query
+was answered as it was alone, there was no 5xx, and memory stayed flat.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namespace, folder: Path) -> Summary:
-    """Serial answers, then all clients at once."""
+    """Ask every query alone, then by all clients at once."""
     memory: list[int] = []
     with Supervisor() as supervisor:
         with screen.phase("starting the retriever") as update:
@@ -111,7 +111,7 @@ def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namesp
             )
         with screen.phase("every query alone", total=len(questions)) as update:
             right = ask_serially(url, questions, update=update)
-        crowd = Crowd(url, questions, right=right, arguments=arguments)
+        clients = Clients(url, questions, right=right, arguments=arguments)
         began = time.monotonic()
         with (
             MemoryWatch(supervisor, interval_s=0.2) as watch,
@@ -119,23 +119,25 @@ def soak(screen: Screen, questions: Sequence[str], *, arguments: argparse.Namesp
         ):
 
             async def look() -> None:
-                running = asyncio.ensure_future(crowd.run())
+                running = asyncio.ensure_future(clients.run())
                 while not running.done():
                     await asyncio.wait([running], timeout=0.2)
                     memory.append(watch.measure())
-                    update(crowd.seen.right, f"{memory[-1] / 1e9:.2f} GB")
+                    update(clients.statistics.right, f"{memory[-1] / 1e9:.2f} GB")
                 await running
 
             asyncio.run(look())
         supervisor.children[0].check_alive()
-    summary = summarise(crowd.seen, arguments=arguments, seconds=time.monotonic() - began, ends=edges(memory))
+    summary = summarize(
+        clients.statistics, arguments=arguments, seconds=time.monotonic() - began, ends=edges(memory)
+    )
     title = f"{summary.queries} queries from {summary.clients} clients"
-    screen.console.print(soak_table(title, facts=asdict(summary), complaints=crowd.seen.complaints))
+    screen.console.print(soak_table(title, facts=asdict(summary), complaints=clients.statistics.complaints))
     return summary
 
 
 def ask_serially(url: str, questions: Sequence[str], *, update: Update) -> list[Answer]:
-    """What is right. Raises ChildFailedError for anything but an answer."""
+    """Return the expected answers. Raises ChildFailedError for anything but an answer."""
     right = []
     with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=False) as http:
         for count, question in enumerate(questions, start=1):
@@ -157,7 +159,7 @@ async def post(http: aiohttp.ClientSession, body: object) -> tuple[int, str]:
 
 
 def agree(found: Answer, right: Answer) -> bool:
-    """The same passages with the same scores; passages that score the same may change places."""
+    """Tell whether passages and scores are the same; passages of equal score may change places."""
     if len(found) != len(right):
         return False
     of_right = dict(right)
@@ -170,13 +172,13 @@ def agree(found: Answer, right: Answer) -> bool:
     )
 
 
-class Crowd:
-    """All clients."""
+class Clients:
+    """All clients of the soak."""
 
     def __init__(
         self, url: str, questions: Sequence[str], *, right: Sequence[Answer], arguments: argparse.Namespace
     ) -> None:
-        self.seen = Statistics()
+        self.statistics = Statistics()
         self._url = url
         self._questions = questions
         self._right = right
@@ -184,7 +186,7 @@ class Crowd:
         self._left = arguments.queries
 
     async def run(self) -> None:
-        """Until all queries are asked and answered."""
+        """Run until all queries are asked and answered."""
         clients = self._arguments.clients
         async with open_session(self._url, clients=clients) as http, asyncio.TaskGroup() as group:
             for number in range(clients):
@@ -193,27 +195,27 @@ class Crowd:
     async def _client(self, http: aiohttp.ClientSession, rng: Random) -> None:
         while self._left > 0:
             (kind,) = rng.choices(list(SHARES), weights=list(SHARES.values()))
-            self.seen.requests[kind] += 1
+            self.statistics.requests[kind] += 1
             try:
                 if kind == "malformed":
-                    await self._send_nonsense(http, rng)
+                    await self._send_malformed(http, rng)
                 else:
                     await self._ask(http, kind, rng=rng)
             except (aiohttp.ClientError, TimeoutError) as error:
-                self.seen.broken_connections += 1
-                self.seen.complain(f"{kind}: {type(error).__name__} {error}")
+                self.statistics.broken_connections += 1
+                self.statistics.complain(f"{kind}: {type(error).__name__} {error}")
 
-    async def _send_nonsense(self, http: aiohttp.ClientSession, rng: Random) -> None:
+    async def _send_malformed(self, http: aiohttp.ClientSession, rng: Random) -> None:
         status, text = await post(http, rng.choice(MALFORMED))
-        self.seen.statuses[status] += 1
+        self.statistics.statuses[status] += 1
         if status != 422:
-            self.seen.complain(f"malformed: {status} {text[:200]}")
+            self.statistics.complain(f"malformed: {status} {text[:200]}")
 
     async def _ask(self, http: aiohttp.ClientSession, kind: str, *, rng: Random) -> None:
         chosen = rng.sample(range(len(self._questions)), rng.randint(1, MAX_QUERIES_PER_REQUEST))
         queries = [self._questions[number] for number in chosen]
         body: dict[str, object] = {"queries": queries, "topk": TOPK, "return_scores": True}
-        if kind == "impatient":  # no time at all: some are answered from the cache, none may be wrong
+        if kind == "impatient":  # some are answered from the cache; none may be wrong
             body |= {"timeout_s": 0.001, "allow_failures": True}
         if kind == "vanishing":
             with suppress(TimeoutError):
@@ -222,42 +224,42 @@ class Crowd:
         if kind == "good":
             self._left -= len(chosen)
         status, text = await post(http, body)
-        self.seen.statuses[status] += 1
+        self.statistics.statuses[status] += 1
         if status != 200:
-            self.seen.complain(f"{kind}: {status} {text[:200]}")
+            self.statistics.complain(f"{kind}: {status} {text[:200]}")
         elif kind == "good":
             self._check(read_answers(text), chosen)
 
     def _check(self, answers: Sequence[Answer], chosen: Sequence[int]) -> None:
         for number, found in zip(chosen, answers, strict=True):
             if agree(found, self._right[number]):
-                self.seen.right += 1
+                self.statistics.right += 1
             else:
-                self.seen.wrong += 1
-                self.seen.complain(f"{self._questions[number]!r}: {found}, alone {self._right[number]}")
+                self.statistics.wrong += 1
+                self.statistics.complain(f"{self._questions[number]!r}: {found}, alone {self._right[number]}")
 
 
-def summarise(
-    seen: Statistics, *, arguments: argparse.Namespace, seconds: float, ends: tuple[float, float]
+def summarize(
+    statistics: Statistics, *, arguments: argparse.Namespace, seconds: float, ends: tuple[float, float]
 ) -> Summary:
-    """Passed only if everything that was asked was answered right."""
+    """Return the result; it passed only if everything that was asked was answered right."""
     first, last = ends
     passed = (
-        seen.right >= arguments.queries
-        and seen.wrong == seen.broken_connections == 0
-        and set(seen.statuses) <= {200, 422}
-        and seen.statuses[422] == seen.requests["malformed"]
+        statistics.right >= arguments.queries
+        and statistics.wrong == statistics.broken_connections == 0
+        and set(statistics.statuses) <= {200, 422}
+        and statistics.statuses[422] == statistics.requests["malformed"]
         and last <= first * (1 + MAX_GROWTH)
     )
     return Summary(
         queries=arguments.queries,
         clients=arguments.clients,
         seconds=round(seconds, 1),
-        requests=dict(seen.requests),
-        statuses={str(status): count for status, count in sorted(seen.statuses.items())},
-        queries_right=seen.right,
-        queries_wrong=seen.wrong,
-        broken_connections=seen.broken_connections,
+        requests=dict(statistics.requests),
+        statuses={str(status): count for status, count in sorted(statistics.statuses.items())},
+        queries_right=statistics.right,
+        queries_wrong=statistics.wrong,
+        broken_connections=statistics.broken_connections,
         memory_first_mb=round(first / 1e6, 1),
         memory_last_mb=round(last / 1e6, 1),
         passed=passed,

@@ -1,7 +1,7 @@
 """A corpus whose vectors are random but clustered, and the tiny encoder that makes them: any size, one seed.
 
-The encoder is a table: a text's vector is the normalised mean of its words' random vectors. A passage has the
-words of its topic and some of its own, so that its neighbours are the passages of its topic. Thus corpus,
+The encoder is a table: a text's vector is the normalized mean of its words' random vectors. A passage has the
+words of its topic and some of its own, so that its neighbors are the passages of its topic. Thus corpus,
 encoder and index belong together as real ones do, and the server's checks hold.
 """
 
@@ -23,7 +23,7 @@ _BLOCK = 10_000
 
 
 def save_encoder(folder: Path, *, dim: int, seed: int) -> None:
-    """A sentence-transformers folder: mean pooling, unit vectors, 32 tokens."""
+    """Write a sentence-transformers folder: mean pooling, unit vectors, 32 tokens."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -62,7 +62,7 @@ def save_encoder(folder: Path, *, dim: int, seed: int) -> None:
 
 
 def write_corpus(path: Path, *, size: int, seed: int, report: Callable[[int], None]) -> None:
-    """One passage a line; `report` gets the number written so far."""
+    """Write one passage a line; `report` gets the number written so far."""
     rng = np.random.default_rng((seed, 1))
     topics = _topics(size, seed=seed)
     with replacing_file(path) as partial, partial.open("w", encoding="utf-8") as lines:
@@ -76,7 +76,7 @@ def write_corpus(path: Path, *, size: int, seed: int, report: Callable[[int], No
 
 
 def queries(size: int, *, corpus_seed: int, count: int, seed: int) -> Iterator[str]:
-    """Distinct questions: most words of a topic of the corpus and a few others."""
+    """Yield distinct questions: most words of a topic of the corpus and a few others."""
     rng = np.random.default_rng((corpus_seed, 2, seed))
     topics = _topics(size, seed=corpus_seed)
     for _ in range(count):

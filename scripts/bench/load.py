@@ -1,8 +1,9 @@
-"""Clients that ask, wait for the answer and ask again."""
+"""Load on a retriever: clients that ask continuously, and the bare Faiss index as the limit of a server."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -10,13 +11,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
+import faiss
+import numpy as np
+import numpy.typing as npt
 from supervise import ChildFailedError
 
 TIMEOUT_S = 120.0
+_INDEX: faiss.Index | None = None
 
 
 def open_session(url: str, *, clients: int) -> aiohttp.ClientSession:
-    """Connections for so many clients. httpx would take 8 ms of a core for each request of 64 clients."""
+    """Return a session for so many clients. httpx would take 8 ms of a core for each request of 64."""
     return aiohttp.ClientSession(
         url,
         connector=aiohttp.TCPConnector(limit=clients),
@@ -26,7 +31,7 @@ def open_session(url: str, *, clients: int) -> aiohttp.ClientSession:
 
 @dataclass(slots=True)
 class Load:
-    """What the clients saw, all together."""
+    """The answers to all clients together."""
 
     seconds: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
@@ -37,10 +42,10 @@ class Load:
         return len(self.latencies_s) / self.seconds
 
 
-async def ask_all_the_time(
+async def ask_continuously(
     url: str, queries: Sequence[str], *, clients: int, topk: int, seconds: float, warm_up_s: float
 ) -> Load:
-    """One query a request, a new one each time; what comes back before `warm_up_s` is not counted.
+    """Send one query a request, a new one each time; answers before `warm_up_s` are not counted.
 
     Raises ChildFailedError for anything but a full answer, ValueError when the queries run out.
     """
@@ -73,3 +78,24 @@ async def ask_all_the_time(
                 group.create_task(client(http))
     load.seconds = seconds
     return load
+
+
+def load_index(path: str, num_threads: int) -> None:
+    """Read an index as Faiss does by itself, for `search_bare` in this process."""
+    global _INDEX
+    faiss.omp_set_num_threads(num_threads)
+    _INDEX = faiss.read_index(path)
+
+
+def search_bare(vectors: npt.NDArray[np.float32], *, topk: int, batch_size: int, seconds: float) -> float:
+    """Search batch after batch for at least `seconds`; return the queries per second."""
+    assert _INDEX is not None
+    batches = [vectors[start : start + batch_size] for start in range(0, len(vectors), batch_size)]
+    began = time.perf_counter()
+    answered = 0
+    for batch in itertools.cycle(batches):
+        if (taken := time.perf_counter() - began) >= seconds:
+            break
+        _INDEX.search(batch, topk)
+        answered += len(batch)
+    return answered / taken

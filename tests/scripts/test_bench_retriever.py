@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from bench_retriever import Kind, Speeds
-from bench_retriever import summarise as summarise_bench
-from soak_retriever import Answer, Crowd, agree, ask_serially
-from soak_retriever import summarise as summarise_soak
+from bench_retriever import summarize as summarize_bench
+from soak_retriever import Answer, Clients, agree, ask_serially
+from soak_retriever import summarize as summarize_soak
 from supervise import Supervisor
 
 from bench import clustered
-from bench.load import Load, ask_all_the_time
+from bench.load import Load, ask_continuously
 from bench.service import WORLD, start_service
 from bench.soak import Statistics
 
@@ -90,7 +90,7 @@ def test_ratios_are_of_means_over_the_rounds() -> None:
         build_s=1.0,
         build_peak_mb=1.0,
     )
-    summary = summarise_bench(speeds, kinds={"flat": kind}, arguments=arguments, base_bytes=5_000_000)
+    summary = summarize_bench(speeds, kinds={"flat": kind}, arguments=arguments, base_bytes=5_000_000)
     assert summary.qps_64 == 100.0
     assert summary.vs_unbatched == 20.0
     assert summary.vs_bare_index == 0.8
@@ -101,11 +101,11 @@ def test_ratios_are_of_means_over_the_rounds() -> None:
 @pytest.mark.slow
 async def test_the_load_counts_full_answers_only(url: str) -> None:
     asked = [f"query {number}" for number in range(3000)]
-    load = await ask_all_the_time(url, asked, clients=4, topk=2, seconds=0.3, warm_up_s=0.1)
+    load = await ask_continuously(url, asked, clients=4, topk=2, seconds=0.3, warm_up_s=0.1)
     assert len(load.latencies_s) > 3
     assert all(0 < latency < 5 for latency in load.latencies_s)
     with pytest.raises(ExceptionGroup):  # a request for so many is refused
-        await ask_all_the_time(url, asked, clients=2, topk=10_000, seconds=0.3, warm_up_s=0.0)
+        await ask_continuously(url, asked, clients=2, topk=10_000, seconds=0.3, warm_up_s=0.0)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +128,19 @@ def test_answers_agree_up_to_rounding_and_ties(found: Answer, same: bool) -> Non
 async def test_the_soak_passes_a_server_that_is_right_and_no_other(url: str) -> None:
     questions = pq.read_table(WORLD / "test.parquet", columns=["question"])["question"].to_pylist()[:20]
     right = ask_serially(url, questions, update=lambda *_: None)
-    crowd = Crowd(url, questions, right=right, arguments=SOAK)
-    await crowd.run()
-    assert summarise_soak(crowd.seen, arguments=SOAK, seconds=1, ends=(100, 105)).passed, crowd.seen
-    assert not summarise_soak(crowd.seen, arguments=SOAK, seconds=1, ends=(100, 111)).passed
-    crowd.seen.statuses[500] += 1
-    assert not summarise_soak(crowd.seen, arguments=SOAK, seconds=1, ends=(100, 100)).passed
-    wrong = Crowd(url, questions, right=[answer[::-1] for answer in right], arguments=SOAK)
+    clients = Clients(url, questions, right=right, arguments=SOAK)
+    await clients.run()
+    assert summarize_soak(clients.statistics, arguments=SOAK, seconds=1, ends=(100, 105)).passed, (
+        clients.statistics
+    )
+    assert not summarize_soak(clients.statistics, arguments=SOAK, seconds=1, ends=(100, 111)).passed
+    clients.statistics.statuses[500] += 1
+    assert not summarize_soak(clients.statistics, arguments=SOAK, seconds=1, ends=(100, 100)).passed
+    wrong = Clients(url, questions, right=[answer[::-1] for answer in right], arguments=SOAK)
     await wrong.run()
-    assert wrong.seen.wrong > 0
-    assert not summarise_soak(wrong.seen, arguments=SOAK, seconds=1, ends=(100, 100)).passed
+    assert wrong.statistics.wrong > 0
+    assert not summarize_soak(wrong.statistics, arguments=SOAK, seconds=1, ends=(100, 100)).passed
 
 
 def test_a_soak_that_asked_too_little_has_not_passed() -> None:
-    assert not summarise_soak(Statistics(), arguments=SOAK, seconds=1, ends=(100, 100)).passed
+    assert not summarize_soak(Statistics(), arguments=SOAK, seconds=1, ends=(100, 100)).passed
