@@ -7,14 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.text import Text
 
 HEARTBEAT_S = 15.0
 Update = Callable[[int, str], None]
@@ -26,17 +19,6 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._started = time.monotonic()
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._is_live = console.is_terminal
         self._last_print = self._started
 
     def print(self, text: str, style: str = "bold cyan") -> None:
@@ -58,19 +40,13 @@ class Screen:
         """
         began = time.monotonic()
         self.print(f"{name} ...")
-        task = self._progress.add_task(name, total=total, note="")
-        if self._is_live:
-            self._progress.start()
+        with self.console.status(Text(name)) as live_line:
 
-        def update(completed: int, note: str) -> None:
-            self._progress.update(task, completed=completed, note=note)
-            if not self._is_live and time.monotonic() - self._last_print > HEARTBEAT_S:
-                self.print(f"{name}: {note}", style="dim")
+            def update(completed: int, note: str) -> None:
+                share = f" {completed}/{total}" if total else ""
+                live_line.update(Text(f"{name}{share}: {note}"))
+                if not self.console.is_terminal and time.monotonic() - self._last_print > HEARTBEAT_S:
+                    self.print(f"{name}: {note}", style="dim")
 
-        try:
             yield update
-        finally:
-            self._progress.remove_task(task)
-            if self._is_live:
-                self._progress.stop()
         self.print(f"{name}: done in {time.monotonic() - began:.1f} s")

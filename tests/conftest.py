@@ -102,24 +102,19 @@ class _Descendants(threading.Thread):
         self.collect()
 
 
-def _is_marked(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.environ().get(SESSION_MARK) == os.environ[SESSION_MARK]
-    return False
-
-
-def _is_left_behind(process: psutil.Process) -> bool:
-    # psutil compares start times: another process with the same number does not count as running.
-    with suppress(psutil.Error):
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            command = " ".join(process.cmdline())
-            return process.pid != os.getpid() and not any(helper in command for helper in _HELPERS)
-    return False
-
-
 def _left_behind(seen: set[psutil.Process]) -> list[psutil.Process]:
-    marked = {process for process in psutil.process_iter() if _is_marked(process)}
-    return [process for process in seen | marked if _is_left_behind(process)]
+    """Return the processes that were seen, or are marked, and still run."""
+    left = []
+    for process in {*seen, *psutil.process_iter()} - {psutil.Process()}:
+        # psutil compares start times: another process with the same number does not count as running.
+        with suppress(psutil.Error):
+            if process not in seen and process.environ().get(SESSION_MARK) != os.environ[SESSION_MARK]:
+                continue
+            runs = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+            command = " ".join(process.cmdline())
+            if runs and not any(helper in command for helper in _HELPERS):
+                left.append(process)
+    return left
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,7 @@
-"""What goes wrong is named at once, loses nothing and leaves nothing behind."""
+"""Failures are named at once; they lose nothing and leave no process behind."""
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import socket
 from pathlib import Path
@@ -58,32 +57,17 @@ def test_a_run_that_cannot_be_saved_names_the_steps_that_are_lost(tmp_path: Path
     assert (run_dir / "report.html").is_file()
 
 
-def assert_refused(run_dir: Path, *overrides: str, naming: list[str]) -> None:
-    """Exit code 1 with one message, before Ray or a model is loaded."""
-    with training(run_dir, *overrides) as process:
-        output, _ = process.communicate()
-    assert process.returncode == 1, output
-    assert [text for text in naming if text not in output] == [], output
-    assert "Traceback" not in output
-
-
-def test_a_wrong_model_and_a_folder_in_use_are_named(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    model = f"{tmp_path}/nowhere"
-    assert_refused(
-        run_dir, f"actor_rollout_ref.model.path={model}", naming=["actor_rollout_ref.model.path", model]
-    )
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_refused(run_dir, naming=[str(run_dir), "in use by another run"])
-
-
-def test_a_dead_service_is_named_at_the_start(tmp_path: Path, retriever: str) -> None:
+def test_what_cannot_start_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    urls = (f"retriever.url={retriever}", f"reward.semantic.url={nowhere}")
-    naming = [nowhere, "IG_service_launch.sh"]
-    assert_refused(tmp_path / "run", *urls, "trainer.service_wait_s=1", naming=naming)
+    for overrides, naming in (
+        (["actor_rollout_ref.model.path=nowhere"], ["actor_rollout_ref.model.path", "nowhere"]),
+        ([f"retriever.url={nowhere}", "trainer.service_wait_s=1"], [nowhere, "retrieval_launch.sh"]),
+    ):
+        with training(tmp_path / "run", *overrides) as process:
+            output, _ = process.communicate()
+        assert process.returncode == 1, output
+        assert [text for text in naming if text not in output] == [], output
+        assert "Traceback" not in output
 
 
 def test_a_run_that_waits_for_a_service_can_be_stopped(tmp_path: Path) -> None:
