@@ -119,6 +119,7 @@ class ToolAgent:
             raise RolloutError(
                 f"the prompt has {len(context)} tokens, data.max_start_length is {limits.max_start_length}"
             )
+        # One completion more than tool calls: after the last result the policy can still answer.
         for number in range(limits.max_turns + 1):
             sampling = Sampling(
                 temperature=0.0 if greedy else limits.temperature,
@@ -134,12 +135,15 @@ class ToolAgent:
                 action=self._format.parse(completion.ids.tolist()),
                 version=completion.version,
             )
+            # Before the reply, so that a tool that fails loses nothing of what was sampled.
             turns.append(turn)
             if turn.action.kind is ActionKind.ANSWER:
                 return Stop.ANSWERED
             if number == limits.max_turns:
                 break
             turn = await self._reply(turn)
+            # A context that is cut would not be the one that was sampled from, so that the episode ends; the
+            # observations stay as facts that were not read.
             if len(context) + len(turn.output_ids) + len(turn.observation_ids) > limits.max_prompt_length:
                 turns[-1] = replace(turn, observation_ids=_as_ids([]))
                 return Stop.LENGTH

@@ -125,12 +125,14 @@ class SearchR1Format:
             )
             return Span(kind=kind, start=first, end=last, text=inner.strip())
 
+        # The first closing tag has stopped the turn; what it closes is the nearest opening one before it.
         closing = self._closing_tag.search(text)
         name = closing[1] if closing else ""
         end = closing.start() if closing else len(text)
         opened = text.rfind(f"<{name}>", 0, end)
         start = opened + len(f"<{name}>")
         is_valid = bool(name) and opened >= 0 and (name == _ANSWER or bool(text[start:end].strip()))
+        # Thoughts end before the action: `<think> <answer> a </answer> </think>` is an answer, not a thought.
         thoughts = _THOUGHT.finditer(text, 0, opened if is_valid else end)
         spans = tuple(find_span(SpanKind.THINK, *thought.span(1)) for thought in thoughts)
         if not is_valid:
