@@ -19,6 +19,7 @@ from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, DataConfig, TrainerConfig
+from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.types import (
     Action,
     ActionKind,
@@ -167,10 +168,7 @@ def write_evaluation(
     played = [make_trajectory(question, 0, rng, skill=0.15 + 0.7 * step / steps) for question in questions]
     scores = [score(t, rng, with_gain=False) for t in played]
     recorder.write_evaluation(step, played, scores)
-    em = float(np.mean([s.metrics["em"] for s in scores if s.failure is None]))
-    tracker.log(
-        step, {"val/em": em, "val/f1": em + 0.05, "val/searches_mean": 1.0 + 0.6 * step / steps}, kind="val"
-    )
+    tracker.log(step, evaluation_metrics(played, scores), kind="val")
 
 
 def write_run(

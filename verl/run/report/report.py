@@ -83,7 +83,7 @@ def render_report(run: RunData) -> str:
         status=run.manifest.get("status"),
         measures=MEASURES,
         sources=compare_evaluations(run),
-        evaluated_steps=list(run.evaluations),
+        evaluated_steps=[line["step"] for line in run.val],
         charts=[(title, meaning, Markup(svg)) for title, meaning, svg in draw_curves(run)],
         pairs=pick_pairs(run),
         steps=pick_steps(run),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +19,13 @@ from verl.run.records import (
     TRAJECTORIES,
     TrajectoryRecord,
     count_calls,
-    iterate_records,
     step_files,
 )
 from verl.run.tracking import MetricsLine, read_metrics
 
 WINDOW = 5
 """Steps over which a first and a last value are averaged, because single steps are noisy."""
-MEASURES = (("em", "EM"), ("sub_em", "sub-EM"), ("f1", "F1"), ("searches", "searches per question"))
+MEASURES = (("em", "EM"), ("sub_em", "sub-EM"), ("f1", "F1"), ("searches_mean", "searches per question"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,50 +118,36 @@ def read_run(run_dir: Path) -> RunData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceScores:
-    """Held-out scores of one data source at one step."""
-
-    questions: int
-    failed: int
-    means: dict[str, float]
-    """By measure, over the questions that did not fail."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedSource:
-    """Held-out scores of one data source in the first and in the last evaluation."""
+    """Held-out scores of one data source in the first and in the last evaluation, by name."""
 
     source: str
-    before: SourceScores
-    after: SourceScores | None
-    """None if there is only one evaluation."""
+    before: dict[str, float]
+    after: dict[str, float]
+    """Empty if there is only one evaluation."""
 
 
 def compare_evaluations(run: RunData) -> list[ComparedSource]:
     """Compare the first evaluation with the last: all questions together, then by data source."""
-    if not run.evaluations:
+    if not run.val:
         return []
-    first, last = min(run.evaluations), max(run.evaluations)
-    before = score_by_source(iterate_records(run.evaluations[first]))
-    after = score_by_source(iterate_records(run.evaluations[last])) if last != first else {}
-    return [ComparedSource(source=s, before=scores, after=after.get(s)) for s, scores in before.items()]
+    first, last = run.val[0], run.val[-1]
+    count = "val/questions"
+    suffixes = sorted(name.removeprefix(count) for name in first if name.startswith(count))
+    return [
+        ComparedSource(
+            source=suffix.removeprefix("/") or "all",
+            before=_scores_of(first, suffix),
+            after=_scores_of(last, suffix) if last is not first else {},
+        )
+        for suffix in suffixes
+    ]
 
 
-def score_by_source(records: Iterable[TrajectoryRecord]) -> dict[str, SourceScores]:
-    """Return the scores of all questions together under `all`, then those of each data source."""
-    rows: dict[str, list[dict[str, float] | None]] = {"all": []}
-    for record in records:
-        row = None if record["failure"] else {**record["metrics"], "searches": float(count_searches(record))}
-        for source in ("all", record["data_source"]):
-            rows.setdefault(source, []).append(row)
-    return {source: _summarize(rows[source]) for source in ("all", *sorted(rows.keys() - {"all"}))}
-
-
-def _summarize(rows: Sequence[dict[str, float] | None]) -> SourceScores:
-    valid = [row for row in rows if row is not None]
-    names = dict.fromkeys(name for row in valid for name in row)
-    means = {name: statistics.fmean(row[name] for row in valid if name in row) for name in names}
-    return SourceScores(questions=len(rows), failed=len(rows) - len(valid), means=means)
+def _scores_of(line: MetricsLine, suffix: str) -> dict[str, float]:
+    names = ("questions", "failed", *(name for name, _ in MEASURES))
+    found = {name: line.get(f"val/{name}{suffix}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def count_searches(record: TrajectoryRecord) -> int:
