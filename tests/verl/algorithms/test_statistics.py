@@ -38,10 +38,6 @@ def test_nothing_to_compare_is_exactly_zero(rewards: list[float | None]) -> None
     assert group_advantages(rewards, by_std=False) == [0.0] * len(rewards)
 
 
-def test_without_std_it_is_the_distance_to_the_mean() -> None:
-    assert group_advantages([1, 0, 0, 0], by_std=False) == [0.75, -0.25, -0.25, -0.25]
-
-
 @settings(deadline=None, max_examples=60)
 @given(REWARDS, st.randoms())
 def test_order_does_not_matter_to_the_last_bit(rewards: list[float | None], rng: random.Random) -> None:

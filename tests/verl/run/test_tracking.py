@@ -111,9 +111,6 @@ def test_console_line_is_one_line_with_the_phases(tmp_path: Path) -> None:
         "update 1.0",
     ):
         assert part in screen.getvalue()
-
-
-def test_a_held_out_line_shows_the_overall_numbers() -> None:
     line = console_line(0, {"val/em": 0.25, "val/em/nq": 0.5}, kind="val", total_steps=None)
     assert line.plain == "step    0 held-out  em 0.250"
 
@@ -129,12 +126,10 @@ def test_a_held_out_line_shows_the_overall_numbers() -> None:
     ],
 )
 def test_never_online_without_a_key(environ: dict[str, str], mode: str, tmp_path: Path) -> None:
-    assert wandb_mode({"HOME": str(tmp_path), **environ}) == mode
-
-
-def test_a_stored_login_counts_as_a_key(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}
+    assert wandb_mode({**home, **environ}) == mode
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0123456789\n")
-    assert wandb_mode({"HOME": str(tmp_path)}) == "online"
+    assert wandb_mode(home) == "online"  # a stored login is a key
 
 
 _OFFLINE_RUN = """

@@ -40,8 +40,3 @@ def test_all_measures_are_reported_whichever_is_the_reward(metric: str) -> None:
 def test_the_rule_decides_what_is_equal(rule: AnswerRule, value: float, gold: str, answer: str) -> None:
     trajectory = make_trajectory(make_question(golds=(gold,)), answer=answer)
     assert measure_outcome(trajectory, rule=rule).metrics == dict.fromkeys(("em", "sub_em", "f1"), value)
-
-
-def test_an_answer_in_the_search_results_is_not_the_answer() -> None:
-    searched = make_trajectory(QUESTION, queries=("Bolton",), answer=None)
-    assert measure_outcome(searched, format_score=0.1).value == 0.0

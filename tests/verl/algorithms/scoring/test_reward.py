@@ -16,7 +16,7 @@ from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
 from verl.errors import TrainingHaltedError
 from verl.trainer.ppo.metrics import step_metrics
-from verl.types import Credit, Gain, Group, Score, ScoredGroups
+from verl.types import Credit, Gain, Group, Score, ScoredGroups, Stop
 
 
 class ScriptedGain(InfoReasoner):
@@ -67,27 +67,18 @@ async def score(
 
 
 async def test_outcome_gain_and_measures_of_every_trajectory() -> None:
-    scored = await score(ScriptedGain(), make_groups(1))
+    (group,) = make_groups(1)
+    scored = await score(ScriptedGain(), [group])
     (scores,) = scored.scores
     assert [score.outcome for score in scores] == [0.0, 1.0, 1.0, 0.0, 1.0]
     assert scores[1].gain == Gain(trajectory=random.Random("0-1").uniform(-1, 1))
     assert scored.stats == {"perf/gain_visible_s": 0.5}
     assert scores[1].metrics == {"em": 1.0, "sub_em": 1.0, "f1": 1.0}
-
-
-async def test_a_failed_trajectory_has_no_outcome() -> None:
-    question = make_question()
-    failed = make_trajectory(question, queries=("q",), answer="Bolton", failure="search_failed: HTTP 500")
-    scored = await score(make_method(), [Group(question=question, trajectories=(failed,))])
-    assert list(scored.scores[0]) == [Score(outcome=None, failure="search_failed: HTTP 500")]
-
-
-def test_validation_has_outcomes_and_no_gains() -> None:
-    (group,) = make_groups(1)
     reward = Reward(measure_outcome, algorithm=ScriptedGain(), max_failure_share=0.5, fix="")
-    scores = reward.score_validation(group.trajectories)
-    assert [score.gain for score in scores] == [Gain()] * 5
-    assert [score.outcome for score in scores] == [0.0, 1.0, 1.0, 0.0, 1.0]
+    validation = reward.score_validation(group.trajectories)  # asks for no gain
+    assert validation == [replace(score, gain=Gain()) for score in scores]
+    failed = replace(group.trajectories[0], stop=Stop.FAILED, failure="search_failed: HTTP 500")
+    assert reward.score_validation([failed]) == [Score(outcome=None, failure="search_failed: HTTP 500")]
 
 
 async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_without_them() -> None:
@@ -109,14 +100,6 @@ async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_wi
     assert metrics["ig/failures_gain_failed"] == 6
     assert metrics["reward/failed_share"] == pytest.approx(0.3)
     assert metrics["rollout/failed_share"] == 0.0
-
-
-async def test_a_group_without_a_valid_sample_contributes_nothing_and_stops_nothing() -> None:
-    groups = make_groups()
-    broken = frozenset(t.turns[0].action.text for t in groups[2].trajectories)
-    scored = await score(ScriptedGain(broken), groups)
-    assert all(s.failure for s in scored.scores[2])
-    assert not any(credit.advantages.any() for credit in scored.credits[2])
 
 
 async def test_training_halts_above_the_share_and_says_why_and_what_to_do() -> None:

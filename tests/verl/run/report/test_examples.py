@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.scripted_run import write_run
@@ -52,9 +50,3 @@ def test_before_and_after_are_compared_by_source(run: RunData) -> None:
 def test_evenly_spaced() -> None:
     assert evenly_spaced([1, 2, 3], 5) == [1, 2, 3]
     assert evenly_spaced(list(range(1, 101)), 4) == [1, 34, 67, 100]
-
-
-def test_an_empty_run_has_no_examples(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "reward/mean": 0.5}\n')
-    run = read_run(tmp_path)
-    assert (pick_steps(run), pick_pairs(run), compare_evaluations(run)) == ([], [], [])

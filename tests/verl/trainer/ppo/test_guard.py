@@ -53,15 +53,12 @@ def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
     assert "step_000006.jsonl" in str(halted.value)
 
 
-def test_says_that_there_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingHaltedError, match="No checkpoint"):
-        check(make_guard(tmp_path, max_skipped_updates=1), SKIPPED)
-
-
 def test_updates_of_one_step_count_one_by_one(tmp_path: Path) -> None:
     guard = make_guard(tmp_path, max_skipped_updates=3)
+    check(guard, APPLIED)
+    assert not list(tmp_path.iterdir())
     check(guard, {"num_updates": 4.0, "skipped_updates": 3.0})  # one was applied
-    with pytest.raises(TrainingHaltedError, match="4 updates in a row"):
+    with pytest.raises(TrainingHaltedError, match=r"4 updates in a row .* No checkpoint was saved yet"):
         check(guard, {"num_updates": 4.0, "skipped_updates": 4.0})
 
 
@@ -86,11 +83,6 @@ def test_only_the_first_batches_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "skipped").iterdir())) == MAX_DUMPS
 
 
-def test_a_clean_update_writes_nothing(tmp_path: Path) -> None:
-    check(make_guard(tmp_path, max_skipped_updates=1), APPLIED)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("metric", "healthy", "sick"),
     [("policy/entropy", 1.0, 0.05), ("rollout/no_search_share", 0.5, 0.95), ("policy/kl", 0.1, 3.0)],
@@ -107,13 +99,10 @@ def test_an_alarm_is_raised_once_after_enough_steps_and_again_after_it_passed(
 def test_engine_and_trainer_apart_is_an_alarm_after_two_steps(tmp_path: Path) -> None:
     guard = make_guard(tmp_path)
     values = [0.5e-3, 2e-3, 0.5e-3, 2e-3, 2e-3, 2e-3]
+    assert guard.alarms({}) == []
     raised = [guard.alarms({"policy/log_prob_difference_mean": value}) for value in values]
     assert [len(warnings) for warnings in raised] == [0, 0, 0, 0, 1, 0]
-    assert "0.002 after 2 steps above 0.001: rollout/trainer mismatch" in raised[4][0]
-
-
-def test_an_alarm_names_the_metric_and_is_silent_without_it(tmp_path: Path) -> None:
-    guard = make_guard(tmp_path, max_skipped_updates=1, alarm_steps=1)
-    assert guard.alarms({}) == []
-    (warning,) = guard.alarms({"policy/kl": 5.0})
-    assert "policy/kl is 5" in warning
+    assert (
+        "policy/log_prob_difference_mean is 0.002 after 2 steps above 0.001: rollout/trainer mismatch"
+        in raised[4][0]
+    )

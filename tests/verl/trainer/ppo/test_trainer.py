@@ -144,6 +144,7 @@ async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run
     assert run.models.calls == [*expected, "save"]
     assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
     assert run.trainer.progress.step == 3
+    assert not [name for line in read_metrics(run.tracker.path.parent) for name in line if "gain_" in name]
 
 
 class NotingPrefetch(Prefetch):
@@ -210,11 +211,6 @@ async def test_prefetching_changes_the_waiting_and_nothing_else(tmp_path: Path) 
             for name in [name for name in line if name.partition("/")[0] in ("time", "perf")]:
                 del line[name]
     assert early == late
-
-
-async def test_without_gains_nothing_is_said_of_waiting_for_them(run: Run) -> None:
-    await run.trainer.fit()
-    assert not [name for line in read_metrics(run.tracker.path.parent) for name in line if "gain_" in name]
 
 
 async def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:

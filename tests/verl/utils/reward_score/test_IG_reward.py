@@ -15,10 +15,6 @@ def test_outcome_plus_weighted_gain(outcome: float, gain: float | None, expected
     assert combine(outcome, gain, weight=0.6) == pytest.approx(expected, abs=1e-6)
 
 
-def test_weight_zero_is_the_outcome() -> None:
-    assert combine(1.0, 0.9, weight=0.0) == 1.0
-
-
 @pytest.mark.parametrize("gain", [math.nan, math.inf])
 def test_a_reward_is_finite(gain: float) -> None:
     with pytest.raises(ValueError, match="must be finite"):
