@@ -205,7 +205,7 @@ class IGClient:
         try:
             requests = [pending.request for pending in batch]
             splits = iter(range(_MAX_SPLITS_AFTER_500))
-            results, _ = await self._ask(requests, deadline=deadline, splits=splits)
+            results = await self._ask(requests, deadline=deadline, splits=splits)
         except BaseException as error:  # closed, or a defect: callers must not wait until the deadline
             _settle_all(batch, failed(f"the request was broken off ({type(error).__name__})"))
             raise
@@ -214,11 +214,8 @@ class IGClient:
 
     async def _ask(
         self, requests: Sequence[GainRequest], *, deadline: float, splits: Iterator[int]
-    ) -> tuple[list[GainResult], bool]:
-        """Return results, and whether the service accepted them as one request.
-
-        When it accepts only halves because of their size, later requests are no longer than those.
-        """
+    ) -> list[GainResult]:
+        """Return results; a request that is refused for its size or for one item is sent again in halves."""
         try:
             body = await self._service.post(
                 _PATH, partial(make_payload, requests), timeout_s=deadline - time.monotonic()
@@ -231,17 +228,15 @@ class IGClient:
                 or (error.status == HTTPStatus.INTERNAL_SERVER_ERROR and next(splits, None) is None)
             ):
                 failure = GainResult(gain=None, error=str(error), retryable=error.retryable)
-                return [failure] * len(requests), False
+                return [failure] * len(requests)
             half = (len(requests) + 1) // 2
-            (first, took_first), (second, took_second) = await asyncio.gather(
+            first, second = await asyncio.gather(
                 self._ask(requests[:half], deadline=deadline, splits=splits),
                 self._ask(requests[half:], deadline=deadline, splits=splits),
             )
-            if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and took_first and took_second:
-                self._batch_size = min(self._batch_size, half)
-            return first + second, False
+            return first + second
         self.work.update(read_work(body))
-        return results, True
+        return results
 
 
 class SyncIGClient:

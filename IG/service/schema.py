@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, FailFast, Field
 
 from IG.config import IGServiceConfig
 from IG.sharing import Source, Work
@@ -50,24 +50,6 @@ class InfoGainItem(BaseModel):
 
 class InfoGainRequest(BaseModel):
     """A batch of items."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "items": [
-                        {
-                            "question": "Where was Alice Marsh born?",
-                            "context": "Alice Marsh was born in Bolton.",
-                            "answers": ["Bolton", "Bolton, England"],
-                        }
-                    ],
-                    "include_details": False,
-                    "timeout_s": 60,
-                }
-            ]
-        }
-    )
 
     items: Annotated[list[InfoGainItem], FailFast()] = Field(
         description="Any number up to --max-items; none gives none."

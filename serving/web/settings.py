@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,31 +54,23 @@ class Setting:
 def parse_integer(low: int, high: int | None = None) -> Parse:
     """Return a parser of whole numbers within these bounds; leading zeros do not matter."""
     expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-
-    def parsed(text: str) -> Value:
-        try:
-            value = int(text, 10)
-        except ValueError:
-            raise SettingError(f"{text!r}, expected {expected}") from None
-        if value < low or (high is not None and value > high):
-            raise SettingError(f"{text!r}, expected {expected}")
-        return value
-
-    return parsed
+    return _parse_number(int, lambda value: low <= value <= (value if high is None else high), expected)
 
 
 def parse_real(low: float, high: float, *, open_low: bool = False) -> Parse:
     """Return a parser of numbers within these bounds, without the lower one if `open_low`."""
     expected = f"a number {'above' if open_low else 'from'} {low:g} {'up ' if open_low else ''}to {high:g}"
+    return _parse_number(
+        float, lambda value: (low < value if open_low else low <= value) and value <= high, expected
+    )
 
+
+def _parse_number(read: Callable[[str], float], is_within: Callable[[float], bool], expected: str) -> Parse:
     def parsed(text: str) -> Value:
-        try:
-            value = float(text)
-        except ValueError:
-            raise SettingError(f"{text!r}, expected {expected}") from None
-        if not low <= value <= high or (open_low and value == low):
-            raise SettingError(f"{text!r}, expected {expected}")
-        return value
+        with suppress(ValueError):
+            if is_within(value := read(text)):
+                return value
+        raise SettingError(f"{text!r}, expected {expected}")
 
     return parsed
 

@@ -129,14 +129,6 @@ async def test_a_failing_query_fails_alone_and_with_its_reason(error: Exception)
     assert len(sampler.prompts) == asked + 1, "a failure must not be remembered as an answer"
 
 
-@pytest.mark.parametrize("bad", [query("x", question=" "), query("x", golds=()), query("x", golds=(" ",))])
-async def test_a_query_without_question_or_golds_is_a_named_failure(bad: GainQuery) -> None:
-    estimates = await estimator(FakeAnswerSampler(BELIEVES)).estimate([bad, query("")], details=False)
-    assert gains(estimates) == [None, 0.0]
-    assert isinstance(estimates.outcomes[0], GainFailure)
-    assert "expected" in estimates.outcomes[0].reason
-
-
 @pytest.mark.parametrize(("num_empty", "warnings"), [(3, 1), (1, 0)])
 async def test_many_empty_answers_are_counted_and_warned_about_once(
     num_empty: int, warnings: int, caplog: pytest.LogCaptureFixture
@@ -157,6 +149,8 @@ async def test_many_empty_answers_are_counted_and_warned_about_once(
 @pytest.mark.parametrize(
     ("unreadable", "reason"),
     [
+        (query("x", question=" "), "the question is empty"),
+        (query("x", golds=(" ",)), "answers holds no text, expected at least one"),
         (query("x", golds=tuple(map(str, range(1001)))), "holds 1001 texts, expected at most 1000"),
         (query("x", golds=("Bolton", "B" * 20_001)), "20001 characters, expected at most 20000"),
         (query("x", question="W" * 20_001), "20001 characters, expected at most 20000"),

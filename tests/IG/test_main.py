@@ -11,15 +11,6 @@ from IG.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_help_explains_both_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "serve serve the information gain of contexts over HTTP" in shown
-    assert "doctor measure gains on a sample of questions" in shown
-
-
 @pytest.mark.parametrize(("command", "flag"), [("serve", "--port"), ("doctor", "--max-samples")])
 def test_every_command_has_its_own_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -262,21 +262,3 @@ async def test_a_judge_that_fails_as_a_whole_or_loses_pairs_is_an_error() -> Non
     broken.gate.set()
     with pytest.raises(RuntimeError, match="no worker"):
         await SharedJudgements(broken, size=9).of([("a", "b")], Work())
-
-
-async def test_failures_without_a_waiter_leave_no_warning() -> None:
-    class Unstoppable(GatedSampler):
-        async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-            try:
-                return await GatedSampler.sample(self, prompt)
-            except asyncio.CancelledError:
-                raise RuntimeError("cannot be stopped") from None
-
-    warnings: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: warnings.append(context))
-    gone = asyncio.create_task(shared(Unstoppable()).of("a"))
-    await settle()
-    gone.cancel()
-    await settle()
-    del gone
-    assert warnings == []

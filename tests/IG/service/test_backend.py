@@ -124,14 +124,6 @@ def test_a_chat_template_is_found_where_models_have_it(file: str, text: str, tmp
     require_models(resolve_config(flags, environ={}))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "count"),
-    [([], 1), (["--num-workers", "3"], 3), (["--num-gpus", "4", "--device", "cuda"], 4)],
-)
-def test_workers_are_counted_on_cpus_or_on_gpus(arguments: list[str], count: int) -> None:
-    assert resolve_config(arguments, environ={}).worker_count == count
-
-
 def test_a_digest_tells_models_apart_by_what_makes_them(tmp_path: Path) -> None:
     def model(name: str, **files: str) -> Path:
         folder = tmp_path / name

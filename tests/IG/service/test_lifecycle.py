@@ -48,15 +48,6 @@ async def test_a_caller_that_disconnects_while_waiting_takes_no_turn() -> None:
     assert len(backend.timeouts_s) == 1
 
 
-async def test_shared_work_outlives_a_caller_that_disconnects() -> None:
-    async with serving(FakeBackend(sampling_s=0.4)) as client:
-        staying = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
-        await asyncio.sleep(0.1)
-        with pytest.raises(httpx.ReadTimeout):
-            await client.post("/compute_info_gain", json={"items": [GOOD]}, timeout=0.1)
-        assert (await staying).json()["scores"] == [0.5]
-
-
 async def test_the_deadline_of_the_request_goes_before_the_settings() -> None:
     backend = FakeBackend()
     async with calling(backend, "--request-timeout-s", "50") as client:

@@ -41,19 +41,6 @@ async def test_everything_is_counted_once() -> None:
     assert metrics["ig_items_in_progress"] == 0
 
 
-async def test_every_counter_starts_at_0() -> None:
-    async with calling(FakeBackend()) as client:
-        metrics = await read(client)
-    for counter, sources in {
-        "prompts": ("sampled", "joined", "cached"),
-        "baselines": ("sampled", "shared"),
-        "pairs": ("judged", "shared", "equal"),
-    }.items():
-        assert [metrics[f'ig_{counter}_total{{source="{source}"}}'] for source in sources] == [0] * len(
-            sources
-        )
-
-
 async def test_workers_are_counted_by_state() -> None:
     async with calling(ONE_IS_LOST) as client:
         metrics = await read(client)

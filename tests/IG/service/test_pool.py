@@ -166,13 +166,6 @@ async def test_pairs_that_wait_become_the_next_batch_and_come_back_in_order() ->
         assert fakes.workers[0].most_at_work["batches"] == 1
 
 
-async def test_free_workers_share_what_waits() -> None:
-    fakes = FakeWorkers()
-    async with fakes.pool(2, pairs_per_batch=8) as pool:
-        assert len(await pool.judge(pairs(12))) == 12
-        assert [[len(batch) for batch in worker.batches] for worker in fakes.workers] == [[6], [6]]
-
-
 async def test_a_very_long_call_does_not_block_others() -> None:
     fakes = FakeWorkers()
     async with fakes.pool(1, pairs_per_batch=8) as pool:
@@ -218,24 +211,6 @@ async def test_a_cancelled_call_stops_its_work() -> None:
         assert len(await judging) == 4
         assert fakes.workers[0].prompts == ["a", "c"]
         assert fakes.workers[0].batches == [pairs(4, "first")]
-
-
-async def test_cancelled_calls_leave_no_waiting_work() -> None:
-    fakes = FakeWorkers()
-    async with fakes.pool(1, max_prompts=1) as pool:
-        fakes.gate.clear()
-        first = [asyncio.create_task(pool.sample("first")), asyncio.create_task(pool.judge(pairs(2)))]
-        await settle()
-        leaving = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(20)]
-        leaving += [asyncio.create_task(pool.judge(pairs(20))) for _ in range(20)]
-        await settle()
-        for task in leaving:
-            task.cancel()
-        await settle()
-        assert not pool._prompts
-        assert not pool._pairs
-        fakes.gate.set()
-        await asyncio.gather(*first)
 
 
 async def test_work_of_a_worker_that_stops_by_itself_is_done_again() -> None:
