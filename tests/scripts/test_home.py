@@ -16,23 +16,21 @@ import IG.__main__
 from IG.service import IG_server
 from search_r1.search import index_builder, index_cli, retrieval_server
 
+PROGRAMS = {
+    "report": (report.main, "~/nowhere"),
+    "view_rollouts": (view_rollouts.main, "~/nowhere"),
+    "prepare_data": (prepare_data.main, "--train nq=~/nowhere --out-dir=~/out"),
+    "download": (download.main, "--save_path=~/file/nowhere"),
+    "doctor": (doctor.main, "--lock=~/nowhere"),
+    "index": (index_cli.main, "verify --index_path=~/nowhere"),
+    "index_builder": (index_builder.main, "--corpus_path=~/nowhere --save_dir=~/out"),
+    "retrieval_server": (retrieval_server.main, "--index_path=~/nowhere"),
+    "IG_server": (IG_server.main, "--model-path=~/nowhere"),
+    "IG": (IG.__main__.main, "doctor --questions=~/nowhere"),
+}
 
-@pytest.mark.parametrize(
-    ("main", "command"),
-    [
-        (report.main, "~/nowhere"),
-        (view_rollouts.main, "~/nowhere"),
-        (prepare_data.main, "--train nq=~/nowhere --out-dir=~/out"),
-        (download.main, "--save_path=~/file/nowhere"),
-        (doctor.main, "--lock=~/nowhere"),
-        (index_cli.main, "verify --index_path=~/nowhere"),
-        (index_cli.main, "ceiling --questions ~/nowhere"),
-        (index_builder.main, "--corpus_path=~/nowhere --save_dir=~/out"),
-        (retrieval_server.main, "--index_path=~/nowhere"),
-        (IG_server.main, "--model-path=~/nowhere"),
-        (IG.__main__.main, "doctor --questions=~/nowhere"),
-    ],
-)
+
+@pytest.mark.parametrize(("main", "command"), PROGRAMS.values(), ids=PROGRAMS)
 def test_a_tilde_is_the_home_folder(
     main: Callable[[Sequence[str]], object],
     command: str,

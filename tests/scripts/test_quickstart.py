@@ -103,12 +103,11 @@ def start(tree: Path) -> Iterator[Start]:
         process.wait()
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+def wait_for_trainer(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Wait until the trainer runs; return all processes below the quickstart."""
     assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"the output ended without {text!r}")
+    assert any("the trainer says hello" in line for line in process.stdout)
+    return psutil.Process(process.pid).children(recursive=True)
 
 
 def test_a_run_waits_for_its_services_and_ends_with_one_json_line_and_no_process(
@@ -146,8 +145,7 @@ def test_no_setting_of_the_callers_retriever_reaches_ours() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_stops_everything(start: Start, number: signal.Signals, code: int) -> None:
     process = start("--", "wait=600")
-    wait_for_line(process, "the trainer says hello")
-    family = psutil.Process(process.pid).children(recursive=True)
+    family = wait_for_trainer(process)
     assert len(family) == 5  # with the process guard, and the trainer's detached child
     process.send_signal(number)
     assert process.wait() == code
@@ -156,10 +154,10 @@ def test_an_interrupted_run_stops_everything(start: Start, number: signal.Signal
 
 def test_children_die_with_a_killed_quickstart(start: Start) -> None:
     process = start("--", "wait=600")
-    wait_for_line(process, "the trainer says hello")
+    family = wait_for_trainer(process)
     children = psutil.Process(process.pid).children()
     assert len(children) == 4  # with the process guard
-    orphans = [p for p in psutil.Process(process.pid).children(recursive=True) if p not in children]
+    orphans = [member for member in family if member not in children]
     process.kill()
     psutil.wait_procs(children)
     for orphan in orphans:
@@ -202,9 +200,8 @@ def test_what_fails_is_named_with_the_end_of_its_log(
 
 @pytest.mark.parametrize("arguments", [[], ["--smoke", "--gain-weight", "0"]])
 def test_its_overrides_are_a_valid_configuration(arguments: list[str]) -> None:
-    overrides = choose_overrides(parse(arguments))
-    check_overrides(overrides)
     register_schema()
+    overrides = check_overrides(choose_overrides(parse(arguments)))
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = load_config(compose("ppo_trainer", overrides=overrides))
     for num_gpus in (0, 1):

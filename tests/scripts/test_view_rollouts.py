@@ -25,17 +25,16 @@ def _show(*arguments: str) -> str:
     return screen.getvalue()
 
 
-def test_shows_turns_gain_and_advantage(run_dir: Path) -> None:
+def test_shows_turns_gain_and_advantage_of_runs_and_of_single_files(run_dir: Path) -> None:
     shown = _show(str(run_dir), "--only", "right", "--limit", "2")
     for part in ("search: ", "answer: ", "gain +", "advantage ", "accepted: ", "step 3", "2 trajectories of"):
         assert part in shown, part
-
-
-def test_evaluations_and_single_files(run_dir: Path) -> None:
     shown = _show(str(run_dir), "--evaluation", "--step", "0", "--limit", "1")
     assert "test/0" in shown
     assert "advantage -" in shown
     assert "1 trajectories" in _show(str(run_dir / "evaluation" / "step_000000.jsonl"), "--limit", "1")
+    with pytest.raises(SystemExit, match="no step 7; recorded are 1, 2, 3"):
+        _show(str(run_dir), "--step", "7")
 
 
 def test_a_result_that_the_context_had_no_room_for_is_named(tmp_path: Path) -> None:
@@ -49,11 +48,6 @@ def test_a_result_that_the_context_had_no_room_for_is_named(tmp_path: Path) -> N
     assert "no room for the result" in _show(str(tmp_path), "--evaluation")
     report.main([str(tmp_path)])
     assert "no room for the result" in (tmp_path / "report.html").read_text()
-
-
-def test_a_step_that_is_not_there_lists_those_that_are(run_dir: Path) -> None:
-    with pytest.raises(SystemExit, match="no step 7; recorded are 1, 2, 3"):
-        _show(str(run_dir), "--step", "7")
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
