@@ -66,20 +66,6 @@ async def test_a_reranker_over_any_of_them(world: World, bm25: Path, tmp_path: P
     assert await best(retriever, "a river in Scotland") in PASSAGES
 
 
-@pytest.mark.parametrize("name", ["serper", "google", "mock"])
-async def test_every_engine_opens_as_a_mock_without_files_and_keys(name: str) -> None:
-    flags = ("--retriever_name", name, "--corpus_path", "/nowhere")
-    asked = [await opened(*flags, "--mock_search"), await opened(*flags, environ={"IGPO_MOCK_SEARCH": "1"})]
-    for retriever in asked:
-        assert retriever.describe()["retriever"] == "mock"
-        assert await best(retriever, "Bolton")
-
-
-async def test_an_engine_without_its_key_is_refused() -> None:
-    with pytest.raises(RetrieverError, match=r"--retriever_name serper needs SERPER_API_KEY"):
-        await opened("--retriever_name", "serper")
-
-
 async def test_a_mock_that_was_not_meant_is_named(world: World, caplog: pytest.LogCaptureFixture) -> None:
     retriever = await opened(*world.flags, environ={"IGPO_MOCK_SEARCH": "true"})
     assert await best(retriever, PASSAGES["2"]) == "2"

@@ -81,13 +81,6 @@ def test_scores_are_those_of_the_formula(folder: Folder) -> None:
     assert hits[0].document.contents == FOUR["b"]
 
 
-def test_a_word_said_twice_counts_twice(folder: Folder) -> None:
-    folder.build(FOUR)
-    retriever = folder.load()
-    [once], [twice] = retriever.search(["lake"], topk=1), retriever.search(["lake Lake"], topk=1)
-    assert twice[0].score == pytest.approx(2 * once[0].score, rel=1e-6)
-
-
 def test_equals_are_ordered_by_row_whatever_is_asked_for(folder: Folder) -> None:
     passages = {str(row): "the same words" if row % 7 else "other text" for row in range(2000)}
     folder.build(passages)
@@ -150,13 +143,6 @@ def test_scripts_without_spaces_are_found_by_character(folder: Folder) -> None:
     assert ids(retriever, "हिन्दी") == ["2"]
     assert ids(retriever, "한국어") == ["3"]
     assert ids(retriever, "ไทย") == ["4"]
-
-
-def test_without_a_language_words_are_left_whole(folder: Folder) -> None:
-    folder.build(FOUR, language="none")
-    retriever = folder.load()
-    assert (ids(retriever, "rivers"), ids(retriever, "RIVER")) == ([], ["b", "c"])
-    assert retriever.facts()["language"] == "none"
 
 
 def test_a_query_of_ten_thousand_words(folder: Folder) -> None:

@@ -44,15 +44,6 @@ async def test_a_query_fails_alone_whatever_its_failure(kind: FailureKind) -> No
     assert bad.endswith(f"{kind}: for a reason")
 
 
-async def test_a_full_queue_is_waited_for() -> None:
-    queries = [f"q{row}" for row in range(30)]
-    async with searching(EchoRetriever(search_s=0.2), "--max_queue", "20", "--max_batch", "4") as search:
-        busy = asyncio.create_task(ask_all(search, queries[:16]))
-        await asyncio.sleep(0.1)
-        assert await ask_all(search, queries[16:]) == [f"{query}/0" for query in queries[16:]]
-        assert await busy == [f"{query}/0" for query in queries[:16]]
-
-
 async def test_token_and_description() -> None:
     async with searching(EchoRetriever(), token=TOKEN) as search:
         await search.wait_ready(5.0)

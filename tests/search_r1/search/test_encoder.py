@@ -21,7 +21,6 @@ from search_r1.search.recipes import EncoderSpec, EncodingRecipe, PartialRecipe
 from tests.search_r1.search.tiny_models import (
     DIM,
     describe_sentence_encoder,
-    save_decoder,
     save_dense,
     save_transformer,
     write_json,
@@ -106,14 +105,6 @@ def test_pooling_is_what_its_name_says(folder: Path, pooling: str) -> None:
         np.testing.assert_allclose(vector, pool(token_states(folder, text), pooling), atol=2e-6)
 
 
-def test_the_last_token_is_found_where_padding_is_on_the_left(tmp_path: Path) -> None:
-    folder = save_decoder(tmp_path / "Qwen3-Embedding-tiny")
-    encoder = TextEncoder(folder, device="cpu")
-    assert (encoder.family, encoder.recipe.pooling) == ("qwen3_embedding", "last")
-    for text, vector in zip(TEXTS, encoder.encode_passages(TEXTS), strict=True):
-        np.testing.assert_allclose(vector, unit(token_states(folder, text)[-1]), atol=2e-6)
-
-
 def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_path: Path) -> None:
     transformer = Transformer(str(folder))
     transformer.max_seq_length = 20
@@ -130,28 +121,6 @@ def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_
     texts = [*TEXTS, "the old ship lies in the harbour " * 5]
     np.testing.assert_allclose(encoder.encode_queries(texts), published.encode_query(texts), atol=1e-6)
     np.testing.assert_allclose(encoder.encode_passages(texts), published.encode_document(texts), atol=1e-6)
-
-
-def test_a_plain_transformer_is_encoded_as_its_family_wants_it(folder: Path) -> None:
-    e5 = TextEncoder(of(folder, "e5"), device="cpu")
-    assert (e5.name, e5.dim, e5.family) == ("tiny", DIM, "e5")
-    assert e5.recipe.max_length == 64  # what the model has positions for
-    expected = [unit(pool(token_states(folder, f"query: {text}"), "mean")) for text in TEXTS]
-    np.testing.assert_allclose(e5.encode_queries(TEXTS), expected, atol=1e-6)
-    expected = [unit(pool(token_states(folder, f"passage: {text}"), "mean")) for text in TEXTS]
-    np.testing.assert_allclose(e5.encode_passages(TEXTS), expected, atol=1e-6)
-    bge = TextEncoder(of(folder, "bge"), device="cpu")
-    expected = [unit(pool(token_states(folder, text), "cls")) for text in TEXTS]
-    np.testing.assert_allclose(bge.encode_passages(TEXTS), expected, atol=1e-6)
-    assert abs(bge.encode_queries(TEXTS) - expected).max() > 0.01  # its queries have a prefix
-
-
-def test_the_prefix_reaches_the_tokenizer(folder: Path) -> None:
-    describe_sentence_encoder(folder, prompts={"query": "query: ", "document": "passage: "})
-    encoder = TextEncoder(folder, device="cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert seen_tokens(encoder, ["the cat"], queries=True) == [tokenizer("query: the cat")["input_ids"]]
-    assert seen_tokens(encoder, ["the cat"], queries=False) == [tokenizer("passage: the cat")["input_ids"]]
 
 
 def test_no_prefix_is_no_prefix_even_where_the_model_has_a_default_prompt(folder: Path) -> None:
@@ -195,17 +164,6 @@ def test_a_projection_behind_the_pooling_is_applied_and_hashed(folder: Path) -> 
     (folder / "2_Dense" / "model.safetensors").unlink()
     with pytest.raises(RetrieverError, match=r"pytorch_model\.bin only, a pickle"):
         TextEncoder(folder, device="cpu")
-
-
-def test_order_batches_and_repetition_change_nothing(folder: Path) -> None:
-    encoder = TextEncoder(of(folder, "e5"), device="cpu")
-    texts = [" ".join(TEXTS[:count]) + f" {count}" for count in (3, 0, 2, 4, 1)] * 7
-    whole = encoder.encode_passages(texts)
-    assert np.array_equal(whole, encoder.encode_passages(texts))
-    alone = np.concatenate([encoder.encode_passages([text]) for text in texts])
-    np.testing.assert_allclose(whole, alone, atol=1e-6)
-    np.testing.assert_allclose(whole, encoder.encode_passages(texts, batch_size=3), atol=1e-6)
-    assert encoder.encode_queries([]).shape == (0, DIM)
 
 
 def test_one_hash_for_the_files_that_the_vectors_depend_on(folder: Path) -> None:

@@ -123,31 +123,6 @@ def test_rows_of_a_vector_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_the_chunks(world: World, tmp_path: Path) -> None:
-    def build(folder: Path, devices: Sequence[str] | None) -> tuple[EncodingRun, set[int]]:
-        run = open_run(folder, count=len(PASSAGES), dim=32, chunk_size=1)
-        pids: set[int] = set()
-
-        def report(*_: int) -> None:
-            pids.update(child.pid for child in psutil.Process().children())
-
-        if devices is None:
-            encoder = TextEncoder(spec, device="cpu")
-            encode_here(run, corpus=open_corpus(world.corpus), encoder=encoder, batch_size=4, report=report)
-        else:
-            job = EncodingJob(corpus_path=world.corpus, spec=spec, batch_size=4, num_threads=1)
-            encode_in_processes(run, job, devices=devices, report=report)
-        return run, pids
-
-    spec = EncoderSpec(path=str(world.encoder), family="e5")
-    alone, _ = build(tmp_path / "alone", None)
-    shared, pids = build(tmp_path / "shared", ["cpu", "cpu"])
-    assert len(pids) >= 2
-    assert shared.list_unfinished() == []
-    np.testing.assert_allclose(shared.vectors[:], alone.vectors[:], atol=1e-6)
-
-
-@pytest.mark.slow
 def test_an_encoding_process_that_cannot_or_dies_is_named(world: World, tmp_path: Path) -> None:
     def build(folder: str, path: Path, *, killed: bool = False) -> None:
         run = open_run(tmp_path / folder, count=len(PASSAGES), dim=32, chunk_size=1)

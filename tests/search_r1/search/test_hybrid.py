@@ -90,13 +90,6 @@ def test_a_document_that_one_ranking_has_twice_counts_once() -> None:
     assert (other.document.id, other.score) == ("b", 1 / 62)
 
 
-def test_documents_that_share_an_id_only_are_two() -> None:
-    one, two = (
-        (Hit(document=Document(id="0", contents=text), score=1.0),) for text in ("of corpus A", "of corpus B")
-    )
-    assert [hit.document.contents for hit in fuse_rankings([one, two])] == ["of corpus A", "of corpus B"]
-
-
 async def test_parts_are_asked_for_more_than_is_wanted() -> None:
     parts = [Part({"q": rank("a", "b", "c")}), Part({"q": rank("c", "b", "d")})]
     hybrid = HybridRetriever(parts, depth=3)

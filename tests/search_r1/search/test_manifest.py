@@ -32,14 +32,6 @@ def make() -> IndexManifest:
     )
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    save_manifest(make(), locate_manifest(tmp_path / "a.index"))
-    assert load_manifest(tmp_path / "a.index") == make()
-    assert load_manifest(tmp_path / "b.index") is None
-    entries = json.loads((tmp_path / "a.index.manifest.json").read_text())
-    assert (entries["version"], entries["normalised"], entries["metric"]) == (2, True, "inner_product")
-
-
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

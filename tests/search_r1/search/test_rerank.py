@@ -13,19 +13,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sentence_transformers import CrossEncoder
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.rerank import CrossEncoderReranker, RerankedRetriever
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
-from tests.search_r1.search.tiny_models import save_cross_encoder, save_tokenizer, save_transformer
+from tests.search_r1.search.tiny_models import save_cross_encoder, save_transformer
 
 BROKEN = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="down")
 
@@ -99,11 +96,6 @@ async def test_each_query_is_read_with_its_own_documents_only_in_one_batch() -> 
     assert judge.threads.isdisjoint({threading.get_ident()})
     await reranked.aclose()
     assert inner.is_closed
-
-
-async def test_equal_scores_keep_the_order_of_the_inner_retriever() -> None:
-    reranked = RerankedRetriever(Inner({"p": find("bb", "aa", "c", "ab")}), model=Judge(), depth=4)
-    assert list_ids((await reranked.search(["p"], topk=4, timeout_s=5))[0]) == ["bb", "aa", "ab", "c"]
 
 
 async def test_failures_and_empty_answers_pass_through_unread() -> None:
@@ -204,25 +196,6 @@ def test_scores_are_the_models_own(tmp_path: Path) -> None:
     assert other.describe()["reranker_sha256"] != facts["reranker_sha256"]
 
 
-def test_a_roberta_reads_no_more_than_it_has_positions_for(tmp_path: Path) -> None:
-    folder = tmp_path / "roberta"
-    vocab_size = save_tokenizer(folder, model_max_length=10**30)
-    config = RobertaConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=66,
-        pad_token_id=0,
-        num_labels=1,
-    )
-    RobertaForSequenceClassification(config).save_pretrained(folder)
-    reranker = CrossEncoderReranker(folder, device="cpu")
-    assert reranker.describe()["reranker_max_length"] == 65
-    assert len(reranker.score([("the cat", "a cat sat " * 50)])) == 1
-
-
 def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RetrieverError, match="has 3 classes, expected a model with one score"):
         CrossEncoderReranker(save_cross_encoder(tmp_path / "classes", num_labels=3), device="cpu")
@@ -241,15 +214,3 @@ def test_models_that_are_no_reranker_are_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match=r"lacks the weights \['classifier\.weight'\]"):
         CrossEncoderReranker(folder, device="cpu")
-
-
-def test_a_model_saved_by_the_library_or_under_old_names_is_whole(tmp_path: Path) -> None:
-    folder = save_cross_encoder(tmp_path / "tiny")
-    scores = CrossEncoderReranker(folder, device="cpu").score(PAIRS)
-    CrossEncoder(str(folder), device="cpu", local_files_only=True).save_pretrained(str(tmp_path / "saved"))
-    assert CrossEncoderReranker(tmp_path / "saved", device="cpu").score(PAIRS) == pytest.approx(scores)
-    weights = load_file(folder / "model.safetensors")
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): weight for name, weight in weights.items()}
-    assert old.keys() != weights.keys()
-    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
-    assert CrossEncoderReranker(folder, device="cpu").score(PAIRS) == pytest.approx(scores)

@@ -71,13 +71,6 @@ def test_values_are_read_as_the_published_server_reads_them(
     assert retrieve(server, **asked).json() == expected.json()
 
 
-def test_a_batch_of_the_published_trainer_with_an_overlong_query_is_answered(server: RunningServer) -> None:
-    """512 questions of 5 episodes each are searched for in one request."""
-    queries = ["river"] * 2559 + ["river " * 10_000]
-    result = retrieve(server, queries=queries, topk=3, return_scores=True).json()["result"]
-    assert [len(hits) for hits in result] == [3] * 2560
-
-
 def test_edges(server: RunningServer) -> None:
     assert retrieve(server, queries=[]).json() == {"result": []}
     assert retrieve(server, queries=["", "  "]).json() == {"result": [[], []]}

@@ -13,7 +13,6 @@ from search_r1.search.settings import (
     SERVER_SETTINGS,
     RetrieverSettings,
     add_retriever_arguments,
-    resolve_retriever,
     resolve_server,
 )
 from serving.web.settings import settings_table
@@ -87,17 +86,6 @@ def test_bm25_takes_the_published_flag_for_its_folder() -> None:
 def test_a_bad_value_is_named(arguments: list[str], message: str) -> None:
     with pytest.raises(RetrieverError, match=message):
         resolve_server(arguments, environ={})
-
-
-def test_other_commands_ask_for_the_same_retriever() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_retriever_arguments(parser)
-    namespace = parser.parse_args(["--nprobe", "32", "--retriever_name", "mock"])
-    resolved = resolve_retriever(namespace, environ={"IGPO_MOCK_SEARCH": "true"})
-    assert (resolved.dense.search.nprobe, resolved.is_online, resolved.online.mock) == (32, True, True)
-    assert "(default: None)" not in "".join(
-        line for line in parser.format_help().splitlines() if "RETRIEVER" in line
-    )
 
 
 def test_the_token_is_never_shown() -> None:

@@ -13,7 +13,7 @@ import pytest
 from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import write_index
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions, parse_options
-from search_r1.search.ranking import compare_rows, order_hits, read_blocks, sample_vectors
+from search_r1.search.ranking import compare_rows, order_hits
 from search_r1.search.torch_index import open_exact, search_source
 from search_r1.search.vector_index import open_index
 from tests.search_r1.search.vectors import FloatArray, make_queries, make_vectors, search_exactly
@@ -246,23 +246,6 @@ def test_hits_are_ordered_by_score_then_row_and_padded() -> None:
     found, expected = np.array([[1, 2, 3], [4, -1, -1]]), np.array([[3, 2, 9], [4, 5, -1]])
     assert compare_rows(found, expected, k=1) == 0.5
     assert compare_rows(found, expected, k=3) == 3 / 5
-
-
-def test_blocks_and_samples_of_a_memory_mapped_source(tmp_path: Path) -> None:
-    source = np.memmap(tmp_path / "vectors", dtype=np.float16, mode="w+", shape=(10, 3))
-    source[:] = np.arange(30).reshape(10, 3)
-    blocks = list(read_blocks(source, num_rows=4))
-    assert [(first, len(block), block.dtype) for first, block in blocks] == [
-        (0, 4, np.float32),
-        (4, 4, np.float32),
-        (8, 2, np.float32),
-    ]
-    assert np.concatenate([block for _, block in blocks]).tolist() == source.tolist()
-    many = np.arange(100_000, dtype=np.float32)[:, None]
-    sample = sample_vectors(many, max_rows=1000)
-    assert 900 <= len(np.unique(sample)) == len(sample) <= 1000
-    assert sample.min() < 10_000 < 90_000 < sample.max()
-    assert len(sample_vectors(many[:50], max_rows=1000)) == 50
 
 
 MEASURE_ANONYMOUS = """

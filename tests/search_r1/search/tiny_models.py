@@ -14,8 +14,6 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3Model,
 )
 
 DIM = 16
@@ -67,26 +65,6 @@ def save_transformer(folder: Path, *, seed: int = 0) -> Path:
     save_tokenizer(folder)
     torch.manual_seed(seed)
     BertModel(_config()).save_pretrained(folder)
-    return folder
-
-
-def save_decoder(folder: Path) -> Path:
-    """As Qwen3-Embedding: each token sees those before it, positions are relative, padding is on the left."""
-    save_tokenizer(folder, padding_side="left")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=4 + len(WORDS),
-        hidden_size=DIM,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        pad_token_id=0,
-    )
-    Qwen3Model(config).save_pretrained(folder)
     return folder
 
 

@@ -151,14 +151,6 @@ async def test_a_silent_engine_ends_at_the_deadline() -> None:
     assert "within 0.4 s" in failure.reason
 
 
-async def test_a_dead_engine_is_unavailable() -> None:
-    options = OnlineOptions(keys=KEYS, url="http://127.0.0.1:9/search")
-    [outcome] = await search("serpapi", options, timeout_s=1.0)
-    assert isinstance(outcome, SearchFailure)
-    assert outcome.kind is FailureKind.UNAVAILABLE
-    assert "ConnectError" in outcome.reason
-
-
 @pytest.mark.parametrize(
     "body",
     [
@@ -189,19 +181,6 @@ async def test_an_endless_answer_is_not_read_to_its_end() -> None:
     failure = await fail(FakeEngine("serper", faults=[Fault(status=200, body=b" " * (9 << 20))]))
     assert failure.kind is FailureKind.MALFORMED
     assert "8 MiB" in failure.reason
-
-
-@pytest.mark.parametrize(("status", "kind"), [(302, "unavailable"), (404, "unavailable"), (414, "refused")])
-async def test_other_statuses(status: int, kind: str) -> None:
-    fault = Fault(status=status, headers={"Location": "http://127.0.0.1:9/"})
-    assert (await fail(FakeEngine("serpapi", faults=[fault]))).kind == kind
-
-
-async def test_of_a_long_query_the_engine_is_asked_as_much_as_it_takes() -> None:
-    async with (fake := FakeEngine("serper")).running():
-        [outcome] = await search("serper", fake.options(), ["x" * 2047 + " and more"])
-    assert not isinstance(outcome, SearchFailure)
-    assert {asked.query for asked in fake.asked} == {"x" * 2047}
 
 
 async def test_many_calls_use_few_connections_and_leave_none() -> None:

@@ -10,8 +10,6 @@ import pytest
 
 from search_r1.search.errors import RetrieverError
 from search_r1.search.online.store import AnswerKey, OnlineStore
-from search_r1.search.retriever import Found, Hit
-from search_r1.search.schema import Document
 
 SPENDER = """
 import asyncio, sys
@@ -32,26 +30,6 @@ asyncio.run(main())
 
 def key(date: str = "2025-01-31") -> AnswerKey:
     return AnswerKey(source="serper", query="q", topk=3, date=date)
-
-
-def hits(*texts: str) -> Found:
-    return tuple(
-        Hit(document=Document(id=f"https://{t}", contents=t), score=1 / (i + 1)) for i, t in enumerate(texts)
-    )
-
-
-async def test_gives_back_what_was_recorded(tmp_path: Path) -> None:
-    store = OnlineStore(tmp_path / "s.sqlite", read_only=False)
-    assert await store.find(key()) is None
-    assert await store.keep(key(), hits("größe", "b", "c")) == hits("größe", "b", "c")
-    assert await store.find(key()) == hits("größe", "b", "c")
-    # Whoever comes second gets what the first one recorded: both runs can be replayed.
-    assert await store.keep(key(), hits("x")) == hits("größe", "b", "c")
-    await store.keep(key("2025-03-01"), hits("new"))
-    assert await store.find(key("any")) == hits("new")
-    await store.keep(key("2024-01-01"), ())
-    assert await store.find(key("2024-01-01")) == ()
-    await store.aclose()
 
 
 async def test_a_limit_is_kept_exactly_by_several_processes(tmp_path: Path) -> None:
