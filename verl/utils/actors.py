@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from serving.ray_start import PrivateRay
-from verl.errors import ConfigError, RolloutError, UserError
+from verl.errors import RolloutError, UserError
 
 _WATCH_INTERVAL_S = 1.0
 # How long actors live on without a process of Ray: long enough to save their state.
@@ -72,11 +72,7 @@ class Launcher(Protocol):
 
 def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
     """Return the launcher that `trainer.launcher` names; "ray" starts a private cluster."""
-    if kind == "local":
-        return LocalLauncher()
-    if kind == "ray":
-        return RayLauncher(object_store_mb=object_store_mb)
-    raise ConfigError(f"trainer.launcher must be one of ray, local, got {kind!r}")
+    return LocalLauncher() if kind == "local" else RayLauncher(object_store_mb=object_store_mb)
 
 
 class _Host:

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from verl.errors import ConfigError
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
-from verl.utils.actors import Actor, ActorError, Launcher, LocalLauncher
+from verl.utils.actors import Actor, ActorError, Launcher
 from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
@@ -52,13 +51,8 @@ class WorkerGroup:
         """Start `placement.world_size` ranks without waiting for them: see `wait_until_ready`.
 
         On GPUs rank i takes the i-th that it sees. The file over which the ranks find each other stays in
-        `scratch` until `shutdown`. Raises ConfigError for several ranks in one process.
+        `scratch` until `shutdown`. Several ranks need processes of their own, see `validate`.
         """
-        if placement.world_size > 1 and isinstance(launcher, LocalLauncher):
-            raise ConfigError(
-                f"trainer.launcher=local runs one worker, got {placement.world_size}; "
-                "use trainer.launcher=ray"
-            )
         scratch.mkdir(parents=True, exist_ok=True)
         # A file, not a port: no other process can take it or join. A new one for each group, as torch
         # demands.

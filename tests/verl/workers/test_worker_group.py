@@ -62,11 +62,6 @@ async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher, tmp
         await launch(local, Path("/no/such/model"), scratch=tmp_path).wait_until_ready()
 
 
-def test_two_local_ranks_are_refused(local: Launcher, model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.launcher=local runs one worker, got 2"):
-        launch(local, model_folder, scratch=tmp_path, world_size=2)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # two processes import torch and transformers on busy cores
 async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Path, tmp_path: Path) -> None:

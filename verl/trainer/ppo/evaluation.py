@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from verl.trainer.ppo.metrics import finite
+from verl.trainer.ppo.metrics import finite, mean
 from verl.types import Question, Score, Trajectory
 from verl.utils.failures import failure_name
 
@@ -90,15 +90,11 @@ def _means(pairs: Sequence[tuple[Trajectory, Score]], *, suffix: str) -> dict[st
     searches = [len(t.observations) for t, _ in judged]
     return finite(
         {
-            **{f"val/{name}{suffix}": _mean([s.metrics[name] for _, s in judged]) for name in names},
-            f"val/searches_mean{suffix}": _mean(searches),
-            f"val/no_search_share{suffix}": _mean([count == 0 for count in searches]),
-            f"val/answer_share{suffix}": _mean([bool(t.answer) for t, _ in judged]),
+            **{f"val/{name}{suffix}": mean([s.metrics[name] for _, s in judged]) for name in names},
+            f"val/searches_mean{suffix}": mean(searches),
+            f"val/no_search_share{suffix}": mean([count == 0 for count in searches]),
+            f"val/answer_share{suffix}": mean([bool(t.answer) for t, _ in judged]),
             f"val/questions{suffix}": len(pairs),
             f"val/failed{suffix}": len(pairs) - len(judged),
         }
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

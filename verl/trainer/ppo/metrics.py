@@ -91,16 +91,16 @@ def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     empty = sum(not found.text and not found.passages for t in played for found in t.observations)
     invalid = [turn for turn in turns if turn.action.kind is ActionKind.INVALID]
     return {
-        "rollout/turns_mean": _mean([len(t.turns) for t in played]),
-        "rollout/searches_mean": _mean(searches),
-        "rollout/no_search_share": _mean([count == 0 for count in searches]),
+        "rollout/turns_mean": mean([len(t.turns) for t in played]),
+        "rollout/searches_mean": mean(searches),
+        "rollout/no_search_share": mean([count == 0 for count in searches]),
         "rollout/empty_search_share": _ratio(empty, sum(searches)),
         "rollout/distinct_query_share": _ratio(sum(len(set(asked)) for asked in queries), sum(searches)),
-        "rollout/valid_action_share": _mean([turn.action.kind is not ActionKind.INVALID for turn in turns]),
+        "rollout/valid_action_share": mean([turn.action.kind is not ActionKind.INVALID for turn in turns]),
         "rollout/malformed_actions": float(sum(turn.finish is Finish.STOP for turn in invalid)),
         "rollout/cut_completions": float(sum(turn.finish is Finish.LENGTH for turn in turns)),
-        "rollout/finished_share": _mean([t.stop is Stop.ANSWERED for t in played]),
-        "rollout/answer_share": _mean([bool(t.answer) for t in played]),
+        "rollout/finished_share": mean([t.stop is Stop.ANSWERED for t in played]),
+        "rollout/answer_share": mean([bool(t.answer) for t in played]),
         "rollout/budget_stops": float(sum(t.stop is Stop.BUDGET for t in played)),
         "rollout/length_stops": float(sum(t.stop is Stop.LENGTH for t in played)),
         "rollout/truncated_observations": float(sum(turn.observation_truncated for turn in turns)),
@@ -113,12 +113,12 @@ def _length_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     observed = [sum(len(turn.observation_ids) for turn in t.turns) for t in played]
     seconds = [t.seconds for t in played]
     return {
-        "rollout/response_length_mean": _mean(sampled),
+        "rollout/response_length_mean": mean(sampled),
         "rollout/response_length_max": max(sampled, default=None),
-        "rollout/observation_length_mean": _mean(observed),
-        "rollout/prompt_length_mean": _mean([len(t.prompt_ids) for t in played]),
+        "rollout/observation_length_mean": mean(observed),
+        "rollout/prompt_length_mean": mean([len(t.prompt_ids) for t in played]),
         "rollout/mask_coverage": _ratio(sum(sampled), sum(sampled) + sum(observed)),
-        "rollout/episode_seconds_mean": _mean(seconds),
+        "rollout/episode_seconds_mean": mean(seconds),
         "rollout/episode_seconds_max": max(seconds, default=None),
     }
 
@@ -131,9 +131,9 @@ def reward_metrics(samples: Sequence[Sample]) -> Metrics:
     return finite(
         {
             **_spread("reward/", rewards),
-            "reward/outcome_mean": _mean([s.outcome for s in judged if s.outcome is not None]),
+            "reward/outcome_mean": mean([s.outcome for s in judged if s.outcome is not None]),
             **{
-                f"reward/{name}_mean": _mean([s.metrics[name] for s in judged if name in s.metrics])
+                f"reward/{name}_mean": mean([s.metrics[name] for s in judged if name in s.metrics])
                 for name in names
             },
             "reward/failed_share": _ratio(sum(s.score.failure is not None for s in samples), len(samples)),
@@ -150,7 +150,7 @@ def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
     return finite(
         {
             **_spread("ig/gain_", gains),
-            "ig/positive_share": _mean([gain > 0 for gain in gains]),
+            "ig/positive_share": mean([gain > 0 for gain in gains]),
             "ig/measured_share": _ratio(len(measured), len(played)),
             "ig/failed_share": _ratio(failures.total(), len(measured) + failures.total()),
             **{f"ig/failures_{name}": count for name, count in sorted(failures.items())},
@@ -167,11 +167,11 @@ def credit_metrics(scored: ScoredGroups) -> Metrics:
     names = sorted({name for s in samples for name in s.credit.components} - {"reward", "outcome", "gain"})
     return finite(
         {
-            "credit/dead_group_share": _mean([not any(of_group) for of_group in peaks]),
+            "credit/dead_group_share": mean([not any(of_group) for of_group in peaks]),
             "credit/lone_group_share": _ratio(lone, len(groups)),
-            "credit/advantage_abs_mean": _mean([peak for of_group in peaks for peak in of_group]),
+            "credit/advantage_abs_mean": mean([peak for of_group in peaks for peak in of_group]),
             "credit/advantage_abs_max": max((peak for of_group in peaks for peak in of_group), default=None),
-            **{f"credit/{name}_mean": _mean(_numbers(samples, name)) for name in names},
+            **{f"credit/{name}_mean": mean(_numbers(samples, name)) for name in names},
         }
     )
 
@@ -202,13 +202,14 @@ def _numbers(samples: Sequence[Sample], name: str) -> list[float]:
 
 def _spread(prefix: str, values: Sequence[float]) -> dict[str, float | None]:
     return {
-        f"{prefix}mean": _mean(values),
+        f"{prefix}mean": mean(values),
         f"{prefix}min": min(values, default=None),
         f"{prefix}max": max(values, default=None),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None of nothing."""
     return math.fsum(values) / len(values) if values else None
 
 

@@ -215,7 +215,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     config = composed(
         [
             *["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
-            *["agent.tools=[search,search,ask]", "data.prompt_file=gone.yaml"],
+            *["agent.tools=[search,search,ask]", "data.prompt_file=gone.yaml", "trainer.launcher=local"],
         ],
     )
     with pytest.raises(ConfigError) as error:
@@ -224,6 +224,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "data.train_files: no such file 'gone.parquet'" in message
     assert "actor_rollout_ref.model.path=./gone: no such folder" in message
     assert "this machine has 0 GPUs" in message
+    assert "trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs" in message
     assert "agent.tools: 'ask' is unknown, expected search" in message
     assert "expected at least one name, each once" in message
     assert "data.prompt_file='gone.yaml' cannot be read" in message
