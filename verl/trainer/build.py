@@ -266,11 +266,14 @@ def make_reward(config: Config, algorithm: Algorithm) -> Reward:
         format_score=reward.format_score,
         rule=AnswerRule(reward.answer_rule),
     )
+    fix = "repair what the failures name."
+    if Need.IG_SERVICE in algorithm.needs:
+        fix = f"is the IG service at {reward.semantic.url} (reward.semantic.url) up?"
     return Reward(
         outcome,
         algorithm=algorithm,
         max_failure_share=reward.max_failure_share,
-        fix=f"is the IG service at {reward.semantic.url} (reward.semantic.url) up?",
+        fix=fix,
     )
 
 

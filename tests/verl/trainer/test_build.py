@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -12,15 +13,26 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.fakes import CharTokenizer, FakeGainService, Reply, ScriptedSearch, ScriptedServer, make_question
+from tests.fakes import (
+    CharTokenizer,
+    FakeGainService,
+    Reply,
+    ScriptedSearch,
+    ScriptedServer,
+    make_question,
+    make_trajectory,
+)
+from tests.methods import make_method
 from verl.agent.prompts import PACKAGED_FILE
+from verl.algorithms.base import Measurement, Need, Prefetch
 from verl.algorithms.inforeasoner import InfoReasoner
-from verl.errors import ConfigError, ServiceError
+from verl.algorithms.search_r1 import SearchR1, SearchR1Config
+from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
-from verl.trainer.build import connect_services, load_data, make_format, make_tools, open_search
+from verl.trainer.build import connect_services, load_data, make_format, make_reward, make_tools, open_search
 from verl.trainer.config.schema import Config
-from verl.types import Message
+from verl.types import Gain, Group, Message
 from verl.utils.reward_score.IG_client import GainRequest
 
 TOKEN = "geheim-4711"
@@ -85,6 +97,24 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
             await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
     assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("needs", "fix"), [(InfoReasoner.needs, "is the IG service at http"), (frozenset(), "repair what the")]
+)
+async def test_a_halt_names_the_ig_service_only_where_the_method_asks_it(
+    needs: frozenset[Need], fix: str
+) -> None:
+    class Failing(SearchR1):
+        async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
+            return Measurement(gains=[[Gain(failure="gain_failed: x")] * len(g.trajectories) for g in groups])
+
+    question = make_question()
+    group = Group(question=question, trajectories=(make_trajectory(question, answer="x"),) * 2)
+    method = Failing(SearchR1Config(), make_method().services)
+    method.needs = needs  # type: ignore[misc]
+    with pytest.raises(TrainingHaltedError, match=f"Fix: {fix}"):
+        await make_reward(Config(), method).score([group], prefetch=Prefetch())
 
 
 def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:
