@@ -13,13 +13,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 from IG.config import IGServiceConfig, visible_gpu
 from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.prompts import build_prompt
 from IG.sampler import EngineLostError, SampledAnswer, VllmSampler
-from IG.service.cluster import ActorLostError, RayActor, RayCluster
+from IG.service.cluster import RayActor, RayCluster
 from IG.service.jobs import WorkerLostError
 from serving.web.loading import load_in_thread
 
@@ -142,9 +141,8 @@ class RayWorker:
     def __init__(self, actor: RayActor, *, device: str, pid: int) -> None:
         self.device = device
         """Where it computes: `cpu` or `cuda:N`."""
-        self.pid = pid
-        """Process id of the actor."""
         self._actor = actor
+        self._actor.pid = pid
 
     @classmethod
     async def start(cls, cluster: RayCluster, config: IGServiceConfig, rank: int) -> RayWorker:
@@ -158,30 +156,27 @@ class RayWorker:
                 cluster.guard_processes()
                 await asyncio.wait([starting], timeout=_POLL_S)
             device, pid = starting.result()
-        except BaseException as error:
+        except BaseException:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             actor.kill()
-            if isinstance(error, ActorLostError):
-                raise WorkerLostError(str(error)) from error
             raise
-        actor.pid = pid
         return cls(actor, device=device, pid=pid)
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """Return answers to the prompt; cancelling it stops the actor's work."""
-        answers: tuple[SampledAnswer, ...] = await self._call("sample", prompt)
+        answers: tuple[SampledAnswer, ...] = await self._actor.call("call", "sample", prompt)
         return answers
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float]:
         """Return P(premise entails hypothesis) of every pair."""
-        scores: list[float] = await self._call("judge", list(pairs))
+        scores: list[float] = await self._actor.call("call", "judge", list(pairs))
         return scores
 
     async def wait_lost(self) -> str:
         """Wait until the actor or its engine is gone and return the reason."""
         try:
-            return str(await self._call("wait_lost"))
+            return str(await self._actor.call("call", "wait_lost"))
         except WorkerLostError as error:
             return str(error)
 
@@ -189,14 +184,8 @@ class RayWorker:
         """Close the actor's worker, if it still answers, and end the actor."""
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._call("aclose")
+                await self._actor.call("call", "aclose")
         except (WorkerLostError, TimeoutError):
-            logger.debug("the worker of process %d could not be closed, only killed", self.pid)
+            logger.debug("the worker of process %d could not be closed, only killed", self._actor.pid)
         finally:
             self._actor.kill()
-
-    async def _call(self, method: str, *arguments: object) -> Any:
-        try:
-            return await self._actor.call("call", method, *arguments)
-        except ActorLostError as error:
-            raise WorkerLostError(str(error)) from error

@@ -2,7 +2,7 @@
 
 cluster = await RayCluster.start()
 actor = cluster.launch(Counter, name="counter")
-await actor.call("add", 1)          # ActorLostError once its process is gone
+await actor.call("add", 1)          # WorkerLostError once its process is gone
 await cluster.aclose()
 """
 
@@ -13,15 +13,12 @@ import signal
 import threading
 from typing import Any
 
+from IG.service.jobs import WorkerLostError
 from serving.ray_start import PrivateRay
 from serving.web.loading import load_in_thread
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less
 _CALLS_AT_ONCE = 10_000
-
-
-class ActorLostError(RuntimeError):
-    """The actor's process is gone."""
 
 
 class RayActor:
@@ -35,7 +32,7 @@ class RayActor:
         self._ray = ray
 
     async def call(self, method: str, /, *arguments: object) -> Any:
-        """Call a method; cancelling this cancels it. Raises what it raises, and ActorLostError."""
+        """Call a method; cancelling this cancels it. Raises what it raises, and WorkerLostError."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -49,7 +46,7 @@ class RayActor:
             raise (error.cause if isinstance(error.cause, Exception) else RuntimeError(str(error))) from error
         except RayError as error:
             death = self._ray.describe_death(error, pid=self.pid)
-            raise ActorLostError(f"the process of {self._name} died. {death}") from error
+            raise WorkerLostError(f"the process of {self._name} died. {death}") from error
 
     def kill(self) -> None:
         """Kill the process now."""

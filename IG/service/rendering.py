@@ -8,18 +8,16 @@ from IG.belief import Belief
 from IG.estimator import Estimates, GainEstimate, GainFailure
 from IG.service.schema import EntailmentDetail, InfoGainDetail, InfoGainResponse, ResponseDetail
 
-_ITEMS_AT_ONCE = 32
-
 
 async def render(
     estimates: Estimates, *, include_details: bool, gain_limit: float, failed_score: float | None
 ) -> bytes:
-    """Return the response as JSON, with pauses for other tasks on the event loop.
+    """Return the response as JSON; details are written in a thread, beside the event loop.
 
     `failed_score` is the score of items that failed.
     """
     measured = [outcome if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
-    bare = InfoGainResponse(
+    response = InfoGainResponse(
         scores=[estimate.gain if estimate else failed_score for estimate in measured],
         errors=[
             _valid_text(outcome.reason) if isinstance(outcome, GainFailure) else None
@@ -29,17 +27,15 @@ async def render(
         standard_errors=[estimate.standard_error if estimate else None for estimate in measured],
         gain_limit=gain_limit,
         work=estimates.work,
-    ).model_dump_json()
-    if not include_details or not measured:
-        return bare.encode()
-    details = []
-    for position, estimate in enumerate(measured):
-        if position % _ITEMS_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        details.append("null" if estimate is None else _detail(estimate).model_dump_json())
-    # The marker is unambiguous: in a text of the response its quotes would be escaped.
-    before, _, after = bare.partition('"details":null')
-    return f'{before}"details":[{",".join(details)}]{after}'.encode()
+    )
+
+    def render_details() -> bytes:
+        details = [_detail(estimate) if estimate else None for estimate in measured]
+        return response.model_copy(update={"details": details}).model_dump_json().encode()
+
+    if include_details and measured:
+        return await asyncio.to_thread(render_details)
+    return response.model_dump_json().encode()
 
 
 def _detail(estimate: GainEstimate) -> InfoGainDetail:

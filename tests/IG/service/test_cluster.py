@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from IG.sampler import SamplingError
-from IG.service.cluster import ActorLostError, RayCluster
+from IG.service.cluster import RayCluster
+from IG.service.jobs import WorkerLostError
 
 pytestmark = pytest.mark.slow
 
@@ -92,9 +93,9 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
                 break
         assert (tmp_path / "note").exists()
 
-        with pytest.raises(ActorLostError, match=r"the process of first died(.|\n)*out of cheese"):
+        with pytest.raises(WorkerLostError, match=r"the process of first died(.|\n)*out of cheese"):
             await first.call("die")
-        with pytest.raises(ActorLostError):
+        with pytest.raises(WorkerLostError):
             await first.call("double", 1)
         assert await second.call("double", 1) == 2
     assert not [child for child in psutil.Process().children(recursive=True) if "ray" in child.name()]
