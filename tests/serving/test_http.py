@@ -69,11 +69,9 @@ async def test_waits_as_long_as_it_is_asked_to() -> None:
 
 
 async def test_does_not_wait_for_a_moment_beyond_the_deadline() -> None:
-    started = time.monotonic()
     error = await fail(ScriptedServer([Reply("later", 429, (("Retry-After", "600"),))]), timeout_s=200.0)
-    assert time.monotonic() - started < 200.0
     assert "status 429" in str(error)
-    assert "600 s" in str(error)
+    assert "it asks to wait 600 s, and " in str(error)
     assert error.retryable
 
 
@@ -110,6 +108,7 @@ async def test_a_dead_service_is_named_with_what_to_start_and_without_its_passwo
 async def test_a_refusal_is_final_and_quoted(status: int) -> None:
     server = ScriptedServer([Reply('{"detail": "topk is wrong"}', status)])
     error = await fail(server)
+    assert ("no token was sent" in str(error)) == (status == 401)
     assert len(server.requests) == 1
     assert str(status) in str(error)
     assert "topk is wrong" in str(error)
@@ -159,11 +158,6 @@ async def test_a_token_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture)
         await service.aclose()
     assert server.requests[0][1]["authorization"] == "Bearer geheim-123"
     assert "geheim" not in str(caught.value) + caplog.text
-
-
-async def test_without_a_token_401_says_so() -> None:
-    error = await fail(ScriptedServer([Reply('{"detail": "no"}', 401)]))
-    assert "no token was sent" in str(error)
 
 
 async def test_each_attempt_says_how_much_time_is_left() -> None:

@@ -78,11 +78,7 @@ def test_a_question_of_two_documents_has_every_scenario() -> None:
     assert not any(text.startswith("A?") for text in drawn)
 
 
-def test_no_documents_leave_the_question_alone() -> None:
-    others = [question(name="B?")]
-    assert contexts_of(question(num_documents=0), others=others, rng=random.Random(0)) == {Scenario.none: ""}
-
-
-def test_nothing_random_where_there_is_too_little_to_draw_from() -> None:
-    contexts = contexts_of(question(num_documents=2), others=[question(name="B?")], rng=random.Random(0))
-    assert Scenario.random not in contexts
+def test_without_documents_or_enough_foreign_ones_scenarios_are_left_out() -> None:
+    others, rng = [question(name="B?")], random.Random(0)
+    assert contexts_of(question(num_documents=0), others=others, rng=rng) == {Scenario.none: ""}
+    assert Scenario.random not in contexts_of(question(num_documents=2), others=others, rng=rng)

@@ -37,6 +37,8 @@ class FakeWorkers:
     def __init__(self, *, pause: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)) -> None:
         self.workers: list[FakeWorker] = []
         self.failing_starts: list[Exception] = []
+        self.makers: list[Callable[[FakeWorkers, int], FakeWorker]] = []
+        """Of the first workers."""
         self.sampled: Counter[str] = Counter()
         self.pause = pause
         self.gate = asyncio.Event()
@@ -46,7 +48,8 @@ class FakeWorkers:
         await asyncio.sleep(0)
         if self.failing_starts:
             raise self.failing_starts.pop(0)
-        worker = FakeWorker(self, rank)
+        make = self.makers.pop(0) if self.makers else FakeWorker
+        worker = make(self, rank)
         self.workers.append(worker)
         return worker
 
@@ -221,21 +224,12 @@ async def test_work_of_a_worker_that_stops_by_itself_is_done_again() -> None:
             raise asyncio.CancelledError
 
     fakes = FakeWorkers()
-
-    async def start(rank: int) -> FakeWorker:
-        if fakes.workers:
-            return await fakes.start(rank)
-        fakes.workers.append(Quitter(fakes, rank))
-        return fakes.workers[0]
-
-    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8, retry_pause_s=0)
-    await pool.start()
-    async with asyncio.timeout(200):
+    fakes.makers = [Quitter]
+    async with fakes.pool(1) as pool:
         answers, judged = await asyncio.gather(pool.sample("prompt"), pool.judge(pairs(2)))
-    assert answers == answer("prompt")
-    assert judged == [probability(pair) for pair in pairs(2)]
-    assert pool.status.num_restarts == 1
-    await pool.aclose()
+        assert answers == answer("prompt")
+        assert judged == [probability(pair) for pair in pairs(2)]
+        assert pool.status.num_restarts == 1
 
 
 async def test_work_of_a_lost_worker_is_retried_item_by_item() -> None:
@@ -318,31 +312,21 @@ class Stubborn(FakeWorker):
 async def test_late_answers_of_a_lost_worker_are_ignored(late_error: Exception | None) -> None:
     fakes = FakeWorkers()
     stubborn = Stubborn(fakes, 0, late_error)
-
-    async def start(rank: int) -> FakeWorker:
-        if fakes.workers:
-            return await fakes.start(rank)
-        fakes.workers.append(stubborn)
-        return stubborn
-
-    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=2, pairs_per_batch=8)
-    await pool.start()
-    asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(4)]
-    judged = asyncio.create_task(pool.judge(pairs(16)))
-    await settle()
-    fakes.gate.clear()
-    stubborn.die()
-    for _ in range(5):
+    fakes.makers = [lambda *_: stubborn]
+    async with fakes.pool(1, max_prompts=2) as pool:
+        asked = [asyncio.create_task(pool.sample(f"prompt {index}")) for index in range(4)]
+        judged = asyncio.create_task(pool.judge(pairs(16)))
         await settle()
-    assert pool.status.num_ready == 1
-    assert stubborn.num_cancelled == 3  # two prompts and a batch
-    fakes.gate.set()
-    async with asyncio.timeout(200):
-        assert await asyncio.gather(*asked[2:]) == [answer("prompt 2"), answer("prompt 3")]
-        assert await asyncio.gather(*asked[:2]) == [answer("prompt 0"), answer("prompt 1")]
+        fakes.gate.clear()
+        stubborn.die()
+        for _ in range(5):
+            await settle()
+        assert pool.status.num_ready == 1
+        assert stubborn.num_cancelled == 3  # two prompts and a batch
+        fakes.gate.set()
+        assert await asyncio.gather(*asked) == [answer(f"prompt {index}") for index in range(4)]
         assert await judged == [probability(pair) for pair in pairs(16)]
-    assert len(fakes.workers) == 2
-    await pool.aclose()
+        assert len(fakes.workers) == 2
 
 
 async def test_failed_starts_count_in_a_row_only() -> None:
