@@ -104,9 +104,16 @@ async def test_verification_catches_an_engine_that_keeps_stale_weights(tmp_path:
     assert policy.weight == -1.0
 
 
-async def test_a_probe_that_cannot_tell_weights_apart_verifies_nothing(tmp_path: Path) -> None:
-    with pytest.raises(WeightSyncError, match=r"cannot be verified: .* 0\.01 is needed"):
-        await make_publisher(Policy(perturbation=1.001), [Engine()], tmp_path).verify(version=0)
+@pytest.mark.parametrize("perturbation", [1.0, 1.0005])
+async def test_stale_weights_are_noticed_also_where_the_perturbation_hardly_moves_the_probe(
+    perturbation: float, tmp_path: Path
+) -> None:
+    policy, stale = Policy(perturbation=perturbation), Engine(stale=True)
+    stale.weight = policy.weight
+    with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
+        await make_publisher(policy, [stale], tmp_path).verify(version=0)
+    if perturbation > 1.0:
+        await make_publisher(policy, [Engine()], tmp_path).verify(version=0)
 
 
 def test_weights_go_where_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
