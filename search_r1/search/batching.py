@@ -30,10 +30,9 @@ MAX_WAIT_SHARE = 0.25
 """The same for all of them together."""
 MAX_WAIT_S = 0.5
 """Upper bound of that wait."""
-PASSAGES_PER_ANSWER = 10
-"""The cache holds that many passages for every answer it may hold, however they are spread."""
 _MAX_REMEMBERED_CHARS = 1000
-"""Longer queries are not remembered."""
+_MAX_REMEMBERED_PASSAGES = 100
+"""Longer queries and answers with more passages are not remembered."""
 _STOPPED = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="the server is shutting down")
 
 
@@ -48,7 +47,7 @@ class Source(StrEnum):
 
 
 class Counts(Protocol):
-    """Where a batcher counts its work."""
+    """Counters of a batcher's work."""
 
     def count_query(self, source: Source) -> None:
         """Count one query."""
@@ -75,7 +74,7 @@ class BatchOptions:
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """A query to search, and those who wait for it."""
+    """A query to search, for all callers that wait for it."""
 
     query: str
     lane: _Lane
@@ -83,7 +82,7 @@ class _Asked:
     """Number of the request that asked first."""
     answer: asyncio.Future[Outcome]
     deadline: float = 0.0
-    """The latest of those who wait."""
+    """The latest of all callers."""
     num_waiting: int = 0
 
 
@@ -115,10 +114,9 @@ class MicroBatcher:
         self._max_batch = max(1, min(options.max_batch, retriever.max_batch))
         self._counts = counts
         self._lanes: dict[int, _Lane] = {}
-        self._flying: dict[tuple[str, int], _Asked] = {}
-        """All that is not answered yet, queued or searched."""
+        self._unanswered: dict[tuple[str, int], _Asked] = {}
+        """Queries that are not answered yet, queued or searched."""
         self._remembered: OrderedDict[tuple[str, int], Found] = OrderedDict()
-        self._num_passages_remembered = 0
         self._facts = retriever.describe()
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -130,13 +128,12 @@ class MicroBatcher:
         return sum(len(lane.queue) for lane in self._lanes.values())
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
-        """Return one outcome per query, in order. Cancelling it drops the queries that no other waits for."""
+        """Return one outcome per query, in order. Cancelling drops queries without other callers."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         self._num_requests += 1
         if (facts := self.retriever.describe()) != self._facts:  # a recording begins a new day
             self._facts = facts
             self._remembered.clear()
-            self._num_passages_remembered = 0
         answers = [self._ask(query, topk=topk, deadline=deadline) for query in queries]
         waited_for = [answer for answer in answers if isinstance(answer, _Asked)]
         self._schedule()
@@ -156,14 +153,14 @@ class MicroBatcher:
         ]
 
     async def aclose(self) -> None:
-        """Cancel what runs, fail what waits, and close the retriever."""
+        """Cancel what runs, fail what is queued, and close the retriever."""
         for lane in self._lanes.values():
             lane.queue.clear()
         for call in self._calls:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
-        # Also those whose call was cancelled before its first step.
-        for asked in list(self._flying.values()):
+        # Also queries whose call was cancelled before its first step.
+        for asked in list(self._unanswered.values()):
             self._settle(asked, _STOPPED)
         await self.retriever.aclose()
 
@@ -177,13 +174,13 @@ class MicroBatcher:
             self._remembered.move_to_end(key)
             self._counts.count_query(Source.CACHED)
             return found
-        asked = self._flying.get(key)
+        asked = self._unanswered.get(key)
         self._counts.count_query(Source.SEARCHED if asked is None else Source.JOINED)
         if asked is None:
             loop = asyncio.get_running_loop()
             lane = self._lanes.setdefault(topk, _Lane(topk))
             asked = _Asked(query, lane, self._num_requests, loop.create_future())
-            self._flying[key] = asked
+            self._unanswered[key] = asked
             lane.queue[asked] = None
             lane.latest = loop.time()
         asked.num_waiting += 1
@@ -191,7 +188,7 @@ class MicroBatcher:
         return asked
 
     def _leave(self, waited_for: Sequence[_Asked]) -> None:
-        """Remove queued queries that no one waits for any more."""
+        """Remove queued queries without callers."""
         for asked in waited_for:
             asked.num_waiting -= 1
             if asked.num_waiting == 0 and asked in asked.lane.queue:
@@ -294,21 +291,17 @@ class MicroBatcher:
     def _settle(self, asked: _Asked, outcome: Outcome) -> None:
         self._forget(asked)
         asked.answer.set_result(outcome)
-        if isinstance(outcome, SearchFailure) or len(asked.query) > _MAX_REMEMBERED_CHARS:
+        if isinstance(outcome, SearchFailure):
+            return
+        if len(asked.query) > _MAX_REMEMBERED_CHARS or len(outcome) > _MAX_REMEMBERED_PASSAGES:
             return
         self._remembered[asked.query, asked.lane.topk] = outcome
-        self._num_passages_remembered += len(outcome)
-        max_answers = self._options.cache_size
-        while (
-            len(self._remembered) > max_answers
-            or self._num_passages_remembered > PASSAGES_PER_ANSWER * max_answers
-        ):
-            _, oldest = self._remembered.popitem(last=False)
-            self._num_passages_remembered -= len(oldest)
+        if len(self._remembered) > self._options.cache_size:
+            self._remembered.popitem(last=False)
 
     def _forget(self, asked: _Asked) -> None:
-        """Let later equal queries be searched anew."""
-        self._flying.pop((asked.query, asked.lane.topk), None)
+        """Let later equal queries be searched again."""
+        self._unanswered.pop((asked.query, asked.lane.topk), None)
 
 
 def _fail(queries: Sequence[str], reason: str) -> list[Outcome]:

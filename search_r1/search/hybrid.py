@@ -59,11 +59,8 @@ class HybridRetriever:
         return [self._join(outcomes, topk=topk) for outcomes in by_query]
 
     async def aclose(self) -> None:
-        """Close every part; then raise what the first of them raised."""
-        ends = await asyncio.gather(*(part.aclose() for part in self._parts), return_exceptions=True)
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
+        """Close every part."""
+        await asyncio.gather(*(part.aclose() for part in self._parts))
 
     def _join(self, outcomes: Sequence[Outcome], *, topk: int) -> Outcome:
         rankings: list[Found] = []

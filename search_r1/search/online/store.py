@@ -140,37 +140,26 @@ def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
     # In a read-only folder SQLite needs no lock files, and could not make any.
     is_frozen = read_only and not os.access(path.parent, os.W_OK)
     use = "immutable=1" if is_frozen else "mode=ro" if read_only else "mode=rwc"
-    database = sqlite3.connect(
-        f"{path.resolve().as_uri()}?{use}",
-        uri=True,
-        timeout=_BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
+    uri = f"{path.resolve().as_uri()}?{use}"
+    database = sqlite3.connect(uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
     try:
-        _prepare(database, read_only=read_only)
+        if not read_only:
+            _enter_wal(database)
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.execute("BEGIN IMMEDIATE")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        num_tables = database.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
+        if version == 0 and num_tables == 0 and not read_only:
+            for statement in (*_SCHEMA, f"PRAGMA user_version = {_VERSION}"):
+                database.execute(statement)
+        elif version != _VERSION:
+            raise sqlite3.DatabaseError(f"it is not a recording of version {_VERSION}")
+        if not read_only:
+            database.execute("COMMIT")
     except BaseException:
         database.close()
         raise
     return database
-
-
-def _prepare(database: sqlite3.Connection, *, read_only: bool) -> None:
-    if not read_only:
-        _enter_wal(database)
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute("BEGIN IMMEDIATE")
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    num_tables = database.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]
-    is_new = version == 0 and num_tables == 0 and not read_only
-    if not is_new and version != _VERSION:
-        raise sqlite3.DatabaseError(f"it is not a recording of version {_VERSION}")
-    if is_new:
-        for statement in _SCHEMA:
-            database.execute(statement)
-        database.execute(f"PRAGMA user_version = {_VERSION}")
-    if not read_only:
-        database.execute("COMMIT")
 
 
 def _enter_wal(database: sqlite3.Connection) -> None:

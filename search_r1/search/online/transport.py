@@ -1,7 +1,7 @@
 """One engine's connections: a request per call, retried as in `serving.http`; keys are never logged.
 
 The keys are added below the HTTP client, whose log lines and errors therefore cannot show them, and they are
-removed from whatever an engine sends before it is quoted.
+removed from answers of an engine before these are quoted.
 """
 
 from __future__ import annotations
