@@ -7,14 +7,15 @@ all get the same results. It needs no manifest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from search_r1.search.corpus import Corpus, sample_rows
+from search_r1.search.corpus import Corpus, compare_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
+from search_r1.search.files import compare_facts
 from search_r1.search.kinds import IndexKind
 from search_r1.search.manifest import IndexManifest
 from search_r1.search.ranking import FloatArray, RowArray
@@ -153,7 +154,7 @@ def list_misfits(
 
     `full` reads the whole corpus for its hash.
     """
-    problems = compare_corpus(recorded, corpus=corpus, full=full) if recorded else []
+    problems = compare_corpus(recorded.corpus, corpus=corpus, full=full) if recorded else []
     if len(index) != len(corpus):
         problems.append(
             f"count: the index holds {len(index)} vectors, the corpus {len(corpus)} passages; "
@@ -171,35 +172,17 @@ def list_misfits(
             ("dim", recorded.dim, index.dim),
             ("count", recorded.count, len(index)),
         )
-        problems += _compare(pairs, fix="rebuild the index")
+        problems += compare_facts(pairs, fix="rebuild the index")
     return problems
-
-
-def compare_corpus(recorded: IndexManifest, *, corpus: Corpus, full: bool = False) -> list[str]:
-    """Return the facts of the corpus that differ from the manifest's."""
-    pairs: list[tuple[str, object, object]] = [("corpus.bytes", recorded.corpus.bytes, corpus.num_bytes)]
-    if recorded.corpus.bytes == corpus.num_bytes:
-        pairs.append(("corpus.fingerprint", recorded.corpus.fingerprint, corpus.fingerprint))
-        if full:
-            pairs.append(("corpus.sha256", recorded.corpus.sha256, corpus.sha256))
-    return _compare(pairs, fix="pass --corpus_path of the corpus that the index was built from")
 
 
 def compare_encoder(recorded: IndexManifest, *, encoder: TextEncoder) -> list[str]:
     """Return the facts of the encoder and its recipe that differ from the manifest's."""
     name = f", with --retriever_name {recorded.retriever_name}" if recorded.retriever_name else ""
-    model = _compare(
+    model = compare_facts(
         [("encoder_sha256", recorded.encoder_sha256, encoder.sha256)],
         fix=f"pass --retriever_model of {recorded.encoder} (this is {encoder.name})",
     )
     names = ("pooling", "query_prefix", "passage_prefix", "max_length", "normalized")
     pairs = [(name, getattr(recorded, name), getattr(encoder.recipe, name)) for name in names]
-    return model + _compare(pairs, fix=f"encode as the index was built{name}")
-
-
-def _compare(pairs: Sequence[tuple[str, object, object]], *, fix: str) -> list[str]:
-    return [
-        f"{name}: index was built with {old!r}, found {new!r}; {fix}"
-        for name, old, new in pairs
-        if old != new
-    ]
+    return model + compare_facts(pairs, fix=f"encode as the index was built{name}")

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import tantivy
 
-from search_r1.search.corpus import Corpus, open_corpus, sample_rows
+from search_r1.search.corpus import Corpus, compare_corpus, open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
-from search_r1.search.files import FileFacts, WatchedFile, describe_file, list_changed_files
+from search_r1.search.files import WatchedFile, compare_facts, describe_file, list_changed_files
 from search_r1.search.manifest import (
     Bm25Manifest,
     load_bm25_manifest,
@@ -250,7 +250,7 @@ def _describe(folder: Path, *, corpus: Corpus, language: str) -> Bm25Manifest:
         analysis=_ANALYSIS,
         k1=_K1,
         b=_B,
-        corpus=FileFacts(bytes=corpus.num_bytes, fingerprint=corpus.fingerprint, sha256=corpus.sha256),
+        corpus=corpus.facts,
         count=len(corpus),
         folder=folder.name,
         files={path.name: describe_file(path) for path in written},
@@ -260,17 +260,9 @@ def _describe(folder: Path, *, corpus: Corpus, language: str) -> Bm25Manifest:
 
 def _list_misfits(recorded: Bm25Manifest, *, corpus: Corpus, full_check: bool) -> list[str]:
     """Return one line for every fact on which index, corpus and this program do not agree."""
-    pairs: list[tuple[str, object, object]] = [
-        ("analysis", recorded.analysis, _ANALYSIS),
-        ("k1", recorded.k1, _K1),
-        ("b", recorded.b, _B),
-        ("count", recorded.count, len(corpus)),
-        ("corpus.bytes", recorded.corpus.bytes, corpus.num_bytes),
-        ("corpus.fingerprint", recorded.corpus.fingerprint, corpus.fingerprint),
-    ]
-    if full_check:
-        pairs.append(("corpus.sha256", recorded.corpus.sha256, corpus.sha256))
-    return [f"{name}: index was built with {old!r}, found {new!r}" for name, old, new in pairs if old != new]
+    pairs = [("analysis", recorded.analysis, _ANALYSIS), ("k1", recorded.k1, _K1), ("b", recorded.b, _B)]
+    pairs.append(("count", recorded.count, len(corpus)))
+    return compare_facts(pairs) + compare_corpus(recorded.corpus, corpus=corpus, full=full_check)
 
 
 def _require_own_folder(index_path: Path) -> None:

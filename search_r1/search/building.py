@@ -20,8 +20,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from search_r1.search.agreement import Trial, compare_corpus, compare_encoder, prepare_trial, run_trial
-from search_r1.search.corpus import Corpus, open_corpus, sample_rows
+from search_r1.search.agreement import Trial, compare_encoder, prepare_trial, run_trial
+from search_r1.search.corpus import Corpus, compare_corpus, open_corpus, sample_rows
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.encoding_run import (
     CHUNK_SIZE,
@@ -35,14 +35,13 @@ from search_r1.search.encoding_run import (
 )
 from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import FAISS_VERSION, StoredVectors, write_index
-from search_r1.search.files import FileFacts, describe_file
+from search_r1.search.files import describe_file
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions
 from search_r1.search.manifest import IndexManifest, load_manifest, locate_manifest, save_manifest
 from search_r1.search.plan import estimate
 from search_r1.search.ranking import FloatArray, VectorSource, compare_rows
 from search_r1.search.recipes import EncoderSpec
-from search_r1.search.torch_index import search_source
-from search_r1.search.vector_index import open_index
+from search_r1.search.vector_index import open_index, search_source
 from serving.files import lock_file
 from serving.web.version import package_version
 
@@ -212,7 +211,7 @@ def _open_vectors(path: Path, *, corpus: Corpus, encoder: TextEncoder, trial: Tr
     if not path.is_file():
         raise RetrieverError(f"--from_index {path} is not a file")
     if (recorded := load_manifest(path)) is not None:
-        problems = compare_corpus(recorded, corpus=corpus) + compare_encoder(recorded, encoder=encoder)
+        problems = compare_corpus(recorded.corpus, corpus=corpus) + compare_encoder(recorded, encoder=encoder)
         if problems:
             raise RetrieverError(f"{path} is of another corpus or encoder:\n  " + "\n  ".join(problems))
     count, dim = len(corpus), encoder.dim
@@ -248,7 +247,7 @@ def _describe(options: BuildOptions, *, corpus: Corpus, encoder: TextEncoder) ->
         max_length=recipe.max_length,
         dim=encoder.dim,
         normalized=recipe.normalized,
-        corpus=FileFacts(bytes=corpus.num_bytes, fingerprint=corpus.fingerprint, sha256=corpus.sha256),
+        corpus=corpus.facts,
         count=len(corpus),
         files={},
         faiss_version=FAISS_VERSION,

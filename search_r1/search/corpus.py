@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.files import WatchedFile, fingerprint
+from search_r1.search.files import FileFacts, WatchedFile, compare_facts, fingerprint
 from search_r1.search.line_offsets import find_line_starts, is_checked, mark_checked
 from search_r1.search.schema import Document
 from serving.files import sha256_of_file
@@ -87,6 +87,11 @@ class Corpus:
     def sha256(self) -> str:
         """Of the whole file, read at the first access."""
         return sha256_of_file(self.path)
+
+    @property
+    def facts(self) -> FileFacts:
+        """Return what identifies the file; all of it is read."""
+        return FileFacts(bytes=self.num_bytes, fingerprint=self.fingerprint, sha256=self.sha256)
 
     def check(self, report: Report | None = None) -> None:
         """Parse every passage, about 5 microseconds each. Raises RetrieverError at the first malformed one.
@@ -260,6 +265,16 @@ def _make_document(passage_id: object, contents: object, where: str) -> Document
 def _shorten(line: bytes) -> str:
     text = repr(line[:_MAX_SHOWN_CHARS].decode("utf-8", errors="replace").rstrip("\n"))
     return text + ("..." if len(line) > _MAX_SHOWN_CHARS else "")
+
+
+def compare_corpus(recorded: FileFacts, *, corpus: Corpus, full: bool = False) -> list[str]:
+    """Return one line for every recorded fact that is not the corpus's; `full` reads all of it."""
+    pairs: list[tuple[str, object, object]] = [("corpus.bytes", recorded.bytes, corpus.num_bytes)]
+    if recorded.bytes == corpus.num_bytes:
+        pairs.append(("corpus.fingerprint", recorded.fingerprint, corpus.fingerprint))
+        if full:
+            pairs.append(("corpus.sha256", recorded.sha256, corpus.sha256))
+    return compare_facts(pairs, fix="pass --corpus_path of the corpus that the index was built from")
 
 
 def sample_rows(count: int, *, size: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,15 @@ def list_changed_files(files: Mapping[str, FileFacts], folder: Path, *, full: bo
         elif full and (found := sha256_of_file(path)) != facts.sha256:
             problems.append(f"files.{name}.sha256: index was built with {facts.sha256}, found {found}")
     return problems
+
+
+def compare_facts(pairs: Sequence[tuple[str, object, object]], *, fix: str = "") -> list[str]:
+    """Return one line for every (name, recorded, found) that differs, with the fix."""
+    return [
+        f"{name}: index was built with {old!r}, found {new!r}" + (f"; {fix}" if fix else "")
+        for name, old, new in pairs
+        if old != new
+    ]
 
 
 class WatchedFile:

@@ -13,13 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from search_r1.search import defaults
-from search_r1.search.errors import RetrieverError
 from search_r1.search.kinds import parse_options
 from search_r1.search.manifest import BM25_LANGUAGES
 from search_r1.search.progress import PhaseProgress
 from search_r1.search.recipes import FAMILIES, POOLINGS, EncoderSpec, read_recipe_flags
-from serving.logs import configure_logging
-from serving.web.settings import expand_home
 
 logger = logging.getLogger(__name__)
 
@@ -154,23 +151,10 @@ def _is(path: str, default: Path) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as Search-R1's builder is. Exit status: 0 built, 1 bad input, 2 bad flags."""
-    configure_logging(
-        "%(asctime)s %(levelname)s %(message)s",
-        quiet=("faiss", "faiss.loader", "httpx", "sentence_transformers"),
-    )
-    parser = argparse.ArgumentParser(
-        prog="index_builder",
-        description="Build the index of a corpus, with its manifest; continues a build that was killed. "
-        "Without arguments: the index of the embedded world.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(expand_home(arguments)))
-    except RetrieverError as error:
-        logger.error("no index was written: %s", error)
-        return 1
+    """Run `index build`, under the name of Search-R1's builder; return its exit status."""
+    from search_r1.search.index_cli import main as run_command
+
+    return run_command(["build", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":

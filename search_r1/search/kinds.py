@@ -6,8 +6,12 @@ import math
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal, TypeAlias
 
 from search_r1.search.errors import RetrieverError
+
+Device: TypeAlias = Literal["cpu", "faiss_gpu", "torch"]
+"""Where vectors are searched."""
 
 
 class IndexKind(StrEnum):

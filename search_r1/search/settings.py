@@ -15,7 +15,7 @@ from typing import cast
 
 from search_r1.search import defaults
 from search_r1.search.errors import RetrieverError
-from search_r1.search.kinds import SearchOptions
+from search_r1.search.kinds import Device, SearchOptions
 from search_r1.search.online.options import (
     ENGINE_NAMES,
     MOCK_VARIABLE,
@@ -25,7 +25,6 @@ from search_r1.search.online.options import (
 )
 from search_r1.search.recipes import EncoderSpec, add_recipe_arguments, read_recipe_flags
 from search_r1.search.schema import MAX_TIMEOUT_S, MAX_TOPK
-from search_r1.search.vector_index import Device
 from serving.web.settings import (
     Parse,
     Setting,

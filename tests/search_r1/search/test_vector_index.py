@@ -14,8 +14,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import write_index
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions, parse_options
 from search_r1.search.ranking import compare_rows, order_hits
-from search_r1.search.torch_index import open_exact, search_source
-from search_r1.search.vector_index import open_index
+from search_r1.search.vector_index import open_exact, open_index, search_source
 from tests.search_r1.search.vectors import FloatArray, make_queries, make_vectors, search_exactly
 
 COUNT, DIM = 3000, 64
