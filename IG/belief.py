@@ -70,11 +70,13 @@ class BeliefReader:
         weights = semantics.sample_weights(mean_log_probs)
         # [1 + left out, response]: one call of a score handles all samples and each left out.
         cases = np.vstack([weights, semantics.leave_one_out_weights(mean_log_probs)])
+        # One node per text: it is judged once, however many samples have it; `_of` maps samples to nodes.
         gold_nodes, gold_of = _distinct(golds, question=question)
         nodes, node_of = _distinct([answer.text for answer in answers], question=question, known=gold_nodes)
         judge = _Judge(self._judgements, threshold=self._threshold, work=work)
         reading: FullReading | None = None
         if full:
+            # [node, gold] and [gold, node]; indexing by `node_of` and `gold_of` repeats rows per sample.
             forward, backward = await judge.between(nodes, gold_nodes)
             clusters = semantics.connected_components(await judge.same(nodes))[node_of]
             entropies = semantics.semantic_entropy(cases, clusters)
@@ -87,6 +89,7 @@ class BeliefReader:
             )
             scores = self._scores_of(cases, reading) if gold_nodes else None
         elif self._score is ScoreKind.hard:
+            # Only the classes of the golds count: far fewer pairs than all classes, and the same score.
             correct = await judge.nodes_meaning(gold_nodes, nodes)
             scores = semantics.hard_score(cases, correct=correct[node_of])
         else:

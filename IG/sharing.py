@@ -155,6 +155,7 @@ class SharedJudgements:
 
         Raises JudgementError and PoisonedError for a pair that has none, and what the judge raises.
         """
+        # A pair is known, being judged for another call, or new; all new ones of a call are one flight.
         found: dict[Pair, float] = {}
         new: list[Pair] = []
         waiting: dict[_Flight[_Judged], list[Pair]] = {}
@@ -172,6 +173,7 @@ class SharedJudgements:
             flight = _Flight(lambda: self._judge_all(new), on_end=lambda ended: self._settle(new, ended))
             self._flights |= dict.fromkeys(new, flight)
             waiting[flight] = new
+        # All are joined before the first is awaited, so that none is cancelled meanwhile for lack of waiters.
         for flight in waiting:
             flight.join()
         try:
