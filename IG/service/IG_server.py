@@ -15,7 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 
 from IG.config import (
@@ -129,14 +129,8 @@ def create_app(
 
 def _work(*, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
     turns = asyncio.Semaphore(config.max_concurrent_requests)
-
-    def require_fitting(value: object) -> None:
-        if isinstance(value, dict) and isinstance(items := value.get("items"), list):
-            _require_fitting(len(items), config=config)
-
-    router = APIRouter(
-        route_class=bounded_route(read=host.read, require_fitting=require_fitting, noun="items")
-    )
+    limits = {"--max-items": config.max_items, "--max-queued-items": config.max_queued_items}
+    router = APIRouter(route_class=bounded_route(read=host.read, noun="items", limits=limits))
 
     @router.post(
         _WORK_PATH,
@@ -231,15 +225,6 @@ def describe_health(host: Host[Backend], *, version: str) -> HealthResponse:
         devices=list(workers.devices),
         version=version,
     )
-
-
-def _require_fitting(num_items: int, *, config: IGServiceConfig) -> None:
-    """Raise HTTPException for a request that can never be accepted."""
-    limit, flag = min((config.max_items, "--max-items"), (config.max_queued_items, "--max-queued-items"))
-    if num_items > limit:
-        raise HTTPException(
-            413, f"the request has {num_items} items, expected at most {limit}; split it or raise {flag}"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -196,12 +196,8 @@ def _add_version(router: APIRouter, *, host: Host[MicroBatcher], settings: Serve
 
 
 def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings) -> APIRouter:
-    def require_fitting(value: object) -> None:
-        _require_fitting(value, settings=settings)
-
-    router = APIRouter(
-        route_class=bounded_route(read=host.read, require_fitting=require_fitting, noun="queries")
-    )
+    limits = {"--max_queries": settings.max_queries, "--max_queue": settings.max_queue}
+    router = APIRouter(route_class=bounded_route(read=host.read, noun="queries", limits=limits))
 
     @router.post(
         _WORK_PATH,
@@ -231,17 +227,6 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         return Response(answer, media_type="application/json")
 
     return router
-
-
-def _require_fitting(value: object, *, settings: ServerSettings) -> None:
-    """Raise HTTPException for a request that can never be accepted."""
-    if not isinstance(value, dict) or not isinstance(queries := value.get("queries"), list):
-        return
-    limit, flag = min((settings.max_queries, "--max_queries"), (settings.max_queue, "--max_queue"))
-    if len(queries) > limit:
-        raise HTTPException(
-            413, f"the request has {len(queries)} queries, expected at most {limit}; split it or raise {flag}"
-        )
 
 
 def _require_answered(outcomes: Sequence[Outcome], *, queries: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 
@@ -177,21 +177,28 @@ class CallerLeftError(Exception):
 def bounded_route(
     *,
     read: Callable[[Callable[[], Awaitable[bytes]]], Awaitable[None]],
-    require_fitting: Callable[[object], None],
     noun: str,
+    limits: Mapping[str, int],
 ) -> type[APIRoute]:
     """Return a route class that refuses work early.
 
-    `read` gets the function that reads the body, so that it can refuse before calling it. `require_fitting`
-    gets the JSON value before it is validated. Both refuse by raising.
+    `read` gets the function that reads the body, so that it can refuse, by raising, before it calls it. A
+    body's list named `noun` is counted before it is validated; `limits` are those of its length by flag.
     """
+    flag, limit = min(limits.items(), key=lambda item: item[1])
 
     class BoundedRequest(Request):
         async def json(self) -> object:
             body = await self.body()
             _require_few_values(body, noun=noun)
             value = _parse(body)
-            require_fitting(value)
+            members = value.get(noun) if isinstance(value, dict) else None
+            if isinstance(members, list) and len(members) > limit:
+                raise HTTPException(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"the request has {len(members)} {noun}, expected at most {limit}; split it or raise "
+                    f"{flag}",
+                )
             return value
 
     class BoundedRoute(APIRoute):

@@ -36,6 +36,8 @@ class FakeBackend:
 
     pause_s: float = 0.0
     """Added to every estimate, whatever its deadline."""
+    gate: asyncio.Event | None = None
+    """Every estimate waits until it is set."""
     sampling_s: float = 0.0
     devices: tuple[str, ...] = ("cpu",)
     num_ready_workers: int = 1
@@ -79,6 +81,8 @@ class FakeBackend:
             if self.error is not None:
                 raise self.error
             await asyncio.sleep(self.pause_s)
+            if self.gate is not None:
+                await self.gate.wait()
             assert self.estimator is not None
             return await self.estimator.estimate(queries, details=details, timeout_s=timeout_s)
         except asyncio.CancelledError:

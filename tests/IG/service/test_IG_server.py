@@ -205,7 +205,7 @@ async def test_version_names_what_the_numbers_depend_on() -> None:
 
 
 async def test_health_answers_under_full_load_and_turns_are_limited() -> None:
-    backend = FakeBackend(pause_s=0.2)
+    backend = FakeBackend(gate=asyncio.Event())
     async with serving(backend, "--max-concurrent-requests", "2") as client:
         body = {"items": [GOOD | {"context": f"good {number}"} for number in range(200)]}
         work = [asyncio.create_task(client.post("/compute_info_gain", json=body)) for _ in range(4)]
@@ -213,6 +213,7 @@ async def test_health_answers_under_full_load_and_turns_are_limited() -> None:
             await asyncio.sleep(0.01)
         assert (await client.get("/health")).json()["status"] == "healthy"
         assert not any(task.done() for task in work)
+        backend.gate.set()
         assert [(await task).json()["scores"] for task in work] == [[0.5] * 200] * 4
     assert (backend.most, backend.closed) == (2, True)
 

@@ -37,14 +37,16 @@ async def test_work_of_a_caller_that_disconnects_is_cancelled() -> None:
 
 
 async def test_a_caller_that_disconnects_while_waiting_takes_no_turn() -> None:
-    backend = FakeBackend(pause_s=0.5)
+    backend = FakeBackend(gate=asyncio.Event())
     async with serving(backend, "--max-concurrent-requests", "1") as client:
         first = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
         await eventually(lambda: backend.running == 1)
         with pytest.raises(httpx.ReadTimeout):
             await client.post("/compute_info_gain", json={"items": [GOOD]}, timeout=0.1)
+        while 'ig_requests_total{status="499"} 1.0' not in (await client.get("/metrics")).text:
+            await asyncio.sleep(0.01)
+        backend.gate.set()
         assert (await first).status_code == 200
-        await asyncio.sleep(0.1)
     assert len(backend.timeouts_s) == 1
 
 
@@ -66,12 +68,13 @@ async def test_late_items_have_no_score_and_say_so() -> None:
 
 
 async def test_waiting_for_a_turn_counts_against_the_deadline() -> None:
-    backend = FakeBackend(pause_s=0.3)
+    backend = FakeBackend(gate=asyncio.Event())
     async with serving(backend, "--max-concurrent-requests", "1") as client:
         first = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
         await eventually(lambda: backend.running == 1)
         body = {"items": [GOOD], "timeout_s": 0.1}
         late = (await client.post("/compute_info_gain", json=body)).json()
+        backend.gate.set()
         assert (await first).json()["scores"] == [0.5]
     assert late["errors"] == ["deadline: other requests were worked on until then"]
     assert len(backend.timeouts_s) == 1

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -79,14 +78,12 @@ async def test_a_full_queue_refuses_before_the_body_is_read() -> None:
 async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "_BODY_S", 0.5)
     async with serving(FakeBackend(pause_s=0.8)) as client:
-        started = time.monotonic()
         slow = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
         async with announcing(client, 1000) as (reader, writer):
             for _ in range(4):
                 writer.write(b"[")
                 await asyncio.sleep(0.1)
             answer = await reader.read()  # to its end: the connection is closed
-        assert time.monotonic() - started > 0.4
         assert (await slow).json()["scores"] == [0.5], "the time of the work does not count"
         metrics = (await client.get("/metrics")).text
     assert answer.startswith(b"HTTP/1.1 408")
@@ -108,15 +105,15 @@ async def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     """However many callers there are: from the first byte of a body to its answer."""
     monkeypatch.setattr(limits, "_BODIES_HELD", 2)
     body = json.dumps({"items": [GOOD | {"context": "good " * 15_000}]}).encode()
-    backend = FakeBackend(pause_s=1)
+    backend = FakeBackend(gate=asyncio.Event())
     async with serving(backend, "--max-body-mb", "0.1") as client, announcing(client, 100_000) as (_, writer):
         writer.write(body)
         worked_on = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
         while not backend.running:
             await asyncio.sleep(0.01)
         refused = await client.post("/compute_info_gain", content=body, headers=HEAD)
+        backend.gate.set()
         await worked_on
-        backend.pause_s = 0
         fits = await client.post("/compute_info_gain", content=body, headers=HEAD)
     assert refused.status_code == 429
     assert int(refused.headers["Retry-After"]) >= 1
@@ -141,14 +138,14 @@ async def test_nothing_keeps_a_body_once_it_is_answered() -> None:
         try:
             for body in bodies:
                 await client.post("/compute_info_gain", content=body, headers=HEAD)
-                await asyncio.sleep(0.02)
-                assert num_kept() == 0, body[:30]
+                while num_kept():  # a hang is ended by the limit that every test has
+                    await asyncio.sleep(0.01)
             async with announcing(client, 1000) as (_, writer):
                 writer.write(b"[")
-                await asyncio.sleep(0.1)
-                assert num_kept() > 0
-            await asyncio.sleep(0.1)
-            assert num_kept() == 0
+                while not num_kept():
+                    await asyncio.sleep(0.01)
+            while num_kept():
+                await asyncio.sleep(0.01)
         finally:
             gc.enable()
 
