@@ -38,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_says_what_was_run(run_dir: Path) -> None:
+def test_the_manifest_describes_the_run(run_dir: Path) -> None:
     manifest = read_manifest(run_dir)
     assert manifest is not None
     assert manifest["status"] == "running"
@@ -68,7 +68,7 @@ def test_the_end_is_recorded(run_dir: Path) -> None:
     assert manifest["finished"] >= manifest["started"]
 
 
-def test_a_resumed_run_remembers_its_earlier_starts_and_what_was_saved(run_dir: Path) -> None:
+def test_a_resumed_run_lists_its_earlier_starts_and_what_was_saved(run_dir: Path) -> None:
     config = make_config(run_dir.parent)
     config.actor_rollout_ref.model.path = "hub/name"
     again = make_manifest(config, services={})

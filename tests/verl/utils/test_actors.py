@@ -119,7 +119,7 @@ async def test_the_event_loop_runs_while_a_sync_method_does(launcher: Launcher) 
     assert ticks >= 2  # none, if the call blocked the loop
 
 
-async def test_a_killed_actor_names_itself(launcher: Launcher) -> None:
+async def test_a_call_of_a_killed_actor_names_it(launcher: Launcher) -> None:
     actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-f")
     await actor.call("add", 1)
     actor.kill()
@@ -129,7 +129,7 @@ async def test_a_killed_actor_names_itself(launcher: Launcher) -> None:
 
 
 @pytest.mark.slow
-async def test_a_dead_ray_actor_names_itself_and_the_end_of_its_stderr(ray: Launcher) -> None:
+async def test_the_error_of_an_ended_ray_actor_names_it_and_quotes_its_stderr(ray: Launcher) -> None:
     actor = ray.launch(Counter, kwargs={"start": 0}, name="policy-0")
     await actor.call("add", 1)
     with pytest.raises(ActorError, match=r"(?s)'policy-0' \(Counter\) died.*out of memory"):
@@ -216,7 +216,7 @@ sys.exit("error: last line")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
-def test_a_cluster_that_loses_a_process_says_so_while_actors_can_still_save(name: str) -> None:
+def test_a_lost_process_of_ray_is_reported_while_actors_can_still_save(name: str) -> None:
     # Without a parent, as after nohup and in containers: Ray then takes every failed write for its end.
     ended = subprocess.run(
         ["sh", "-c", '"$@" &', "sh", sys.executable, "-c", _LOSE_PROCESS, name],

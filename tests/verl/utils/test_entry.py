@@ -69,7 +69,7 @@ def test_interrupts_pass() -> None:
         raise KeyboardInterrupt
 
 
-def test_a_log_that_cannot_be_written_says_so_once(
+def test_a_log_that_cannot_be_written_is_reported_once(
     tmp_path: Path, log_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = tmp_path / "full.log"

@@ -36,7 +36,7 @@ async def test_a_watch_that_fails_ends_what_runs_and_lets_it_clean_up() -> None:
     await asyncio.sleep(0)  # the task itself is not cancelled any more
 
 
-async def test_an_interrupt_stays_one_and_an_error_its_own() -> None:
+async def test_interrupts_and_other_errors_are_raised_unchanged() -> None:
     async def watched() -> None:
         async with ended_by(run_forever()):
             await run_forever()
@@ -51,7 +51,9 @@ async def test_an_interrupt_stays_one_and_an_error_its_own() -> None:
             raise OSError("full")
 
 
-async def test_a_failure_while_closing_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_failure_while_closing_is_logged_and_the_first_error_raised(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     closed = []
 
     def close() -> None:

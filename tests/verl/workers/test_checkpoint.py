@@ -73,7 +73,9 @@ def remove_manifest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, remove, spoil_manifest, remove_manifest])
-async def test_a_damaged_newest_gives_way_to_an_older_one(tmp_path: Path, damage: object) -> None:
+async def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(
+    tmp_path: Path, damage: object
+) -> None:
     assert callable(damage)
     store = CheckpointStore(tmp_path, keep=3)
     for step in (1, 2, 3):

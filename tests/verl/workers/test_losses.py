@@ -35,7 +35,7 @@ def test_other_kl_estimators() -> None:
         (0.5, -2.0, 1.6, True),  # gains end at 1 - 0.2
     ],
 )
-def test_policy_loss_clips_only_what_looks_like_progress(
+def test_the_policy_loss_clips_only_improvements(
     ratio: float, advantage: float, loss: float, clipped: bool
 ) -> None:
     log_probs = torch.tensor([ratio]).log().requires_grad_()

@@ -216,7 +216,7 @@ async def test_hidden_is_the_time_in_which_anything_was_under_way_and_no_moment_
     assert 0.05 <= stats[VISIBLE] <= measured_s
 
 
-async def test_early_or_late_in_whatever_order_the_gains_are_the_same() -> None:
+async def test_gains_do_not_depend_on_when_they_are_requested() -> None:
     async with connected(FakeGainService()) as method:
         groups = await collector(SearchingAgent()).collect(QUESTIONS, step=1)
         late, _ = await measure(method, *groups)

@@ -102,7 +102,7 @@ async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_wi
     assert metrics["rollout/failed_share"] == 0.0
 
 
-async def test_training_halts_above_the_share_and_says_why_and_what_to_do() -> None:
+async def test_a_halt_above_the_share_names_cause_and_fix() -> None:
     groups = make_groups()
     queries = [t.turns[0].action.text for g in groups for t in g.trajectories]
     with pytest.raises(TrainingHaltedError) as halted:
@@ -129,7 +129,7 @@ async def test_the_share_is_of_what_was_asked_not_of_the_batch() -> None:
         await score(MostlyIdle(), groups, max_failure_share=0.2)
 
 
-async def test_one_odd_failure_does_not_halt_unless_none_is_allowed() -> None:
+async def test_a_single_failure_halts_only_where_none_is_allowed() -> None:
     groups = make_groups(1, 2)
     gain = ScriptedGain(frozenset({"0-0"}))
     await score(gain, groups, max_failure_share=0.1)

@@ -103,7 +103,7 @@ def test_of_an_unset_key_nothing_is_computed() -> None:
     assert refusals([f"{ROLLOUT}.n=null"]) == {f"{ROLLOUT}.n": "leave it out"}
 
 
-def test_a_shared_key_is_ours_unless_other_keys_show_another_trainer() -> None:
+def test_a_shared_key_is_read_as_ours_unless_other_keys_are_of_another_trainer() -> None:
     ours = ["data.max_prompt_length=4096", "max_turns=9", "actor_rollout_ref.actor.ppo_mini_batch_size=64"]
     assert check_overrides(ours) == ours
 

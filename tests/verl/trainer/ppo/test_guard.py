@@ -43,7 +43,7 @@ def check(guard: Guard, update: dict[str, float], *, step: int = 1, checkpoint: 
     guard.check(last_checkpoint=checkpoint)
 
 
-def test_halts_after_that_many_skips_in_a_row(tmp_path: Path) -> None:
+def test_the_run_halts_after_the_limit_of_skipped_updates_in_a_row(tmp_path: Path) -> None:
     guard = make_guard(tmp_path, max_skipped_updates=3)
     for update in (SKIPPED, SKIPPED, APPLIED, SKIPPED, SKIPPED):
         check(guard, update)
