@@ -61,7 +61,10 @@ def test_what_cannot_start_is_named_before_a_model_is_loaded(tmp_path: Path) -> 
     nowhere = f"http://127.0.0.1:{free_port()}"
     for overrides, naming in (
         (["actor_rollout_ref.model.path=nowhere"], ["actor_rollout_ref.model.path", "nowhere"]),
-        ([f"retriever.url={nowhere}", "trainer.service_wait_s=1"], [nowhere, "retrieval_launch.sh"]),
+        (
+            ["algorithm=search_r1", f"retriever.url={nowhere}", "trainer.service_wait_s=1"],
+            [nowhere, "retrieval_launch.sh"],
+        ),
     ):
         with training(tmp_path / "run", *overrides) as process:
             output, _ = process.communicate()
