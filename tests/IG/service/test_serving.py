@@ -74,8 +74,7 @@ sys.exit(IG_server.main())
 """
 
 
-@pytest.mark.parametrize("slow", ["engine", "entailment"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("slow", "number"), [("engine", signal.SIGINT), ("entailment", signal.SIGTERM)])
 def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
     slow: str, number: signal.Signals, tmp_path: Path
 ) -> None:
