@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from IG.config import IGServiceConfig
-from IG.estimator import Estimates, GainEstimator, GainFailure, GainQuery
+from IG.estimator import Estimates, GainEstimator, GainQuery
 from IG.service.cluster import RayCluster
 from IG.service.IG_worker import LocalWorker, RayWorker
 from IG.service.jobs import Worker
@@ -21,11 +21,6 @@ from IG.sharing import ModelIdentity
 from serving.model_files import find_model
 from serving.web.loading import load_in_thread
 
-_WARM_UP = GainQuery(
-    question="What is the capital of France?",
-    context="Paris is the capital of France.",
-    golds=("Paris, France",),
-)
 _CHUNKS_PER_BATCH = 4
 """Pairs are sorted by length within a batch: larger ones need less padding, smaller ones end sooner."""
 
@@ -73,7 +68,7 @@ class PooledBackend:
 
     @classmethod
     async def start(cls, config: IGServiceConfig) -> PooledBackend:
-        """Load both models on every worker and measure one gain.
+        """Load both models on every worker, which uses each once.
 
         One worker lives in this process, several in Ray actors. Raises ModelNotFoundError before anything
         slow, and what the libraries raise.
@@ -95,12 +90,10 @@ class PooledBackend:
         )
         try:
             identity = await _start_and_identify(pool, config=config)
-            backend = cls(pool, config=config, identity=identity, cluster=cluster)
-            await backend.warm_up()
         except BaseException:
             await _close(pool, cluster)
             raise
-        return backend
+        return cls(pool, config=config, identity=identity, cluster=cluster)
 
     @property
     def workers(self) -> PoolStatus:
@@ -112,13 +105,6 @@ class PooledBackend:
     ) -> Estimates:
         """Return one outcome per query, in order."""
         return await self._estimator.estimate(queries, details=details, timeout_s=timeout_s)
-
-    async def warm_up(self) -> None:
-        """Measure one gain. Raises RuntimeError when the models cannot do what they were loaded for."""
-        estimates = await self.estimate([_WARM_UP], details=False, timeout_s=None)
-        (outcome,) = estimates.outcomes
-        if isinstance(outcome, GainFailure):
-            raise RuntimeError(f"the first gain could not be measured: {outcome.reason}")
 
     async def aclose(self) -> None:
         """Free the models and stop every process."""

@@ -1,74 +1,12 @@
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from IG.config import resolve_config
-from IG.sampler import SampledAnswer, SamplingError
-from IG.service.backend import PooledBackend
 from IG.service.models import model_digest, require_models
-from IG.service.pool import WorkerPool
-from IG.sharing import ModelIdentity
-from tests.fakes import FakeAnswerSampler, FakeEntailment
-
-IDENTITY = ModelIdentity(generator="g", generator_digest="1", entailment="e", entailment_digest="2")
-
-
-class FakeWorker:
-    """Samples and judges as configured; never lost."""
-
-    device = "cpu"
-
-    def __init__(self, answers: Sequence[str] | Exception) -> None:
-        self._sampler = FakeAnswerSampler({"": answers})
-        self.entailment = FakeEntailment()
-        self.is_closed = False
-
-    async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
-        return await self._sampler.sample(prompt)
-
-    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        scores: list[float] = self.entailment.probabilities(pairs).tolist()
-        return scores
-
-    async def wait_lost(self) -> str:
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def aclose(self) -> None:
-        self.is_closed = True
-
-
-async def backend_over(worker: FakeWorker) -> PooledBackend:
-    async def start(rank: int) -> FakeWorker:
-        return worker
-
-    pool = WorkerPool(start, num_workers=1, max_prompts_in_flight=8, pairs_per_batch=64)
-    await pool.start()
-    config = resolve_config(["--num-generations", "2"], environ={})
-    return PooledBackend(pool, config=config, identity=IDENTITY)
-
-
-async def test_warming_up_uses_both_models_and_closing_frees_them() -> None:
-    worker = FakeWorker(["Paris", "Lyon"])
-    backend = await backend_over(worker)
-    await backend.warm_up()
-    assert worker.entailment.batches
-    assert (backend.workers.devices, backend.workers.num_ready) == (("cpu",), 1)
-    await backend.aclose()
-    assert worker.is_closed
-
-
-async def test_models_that_cannot_measure_a_gain_are_not_ready() -> None:
-    backend = await backend_over(FakeWorker(SamplingError("the prompt has 30 tokens, the model takes 20")))
-    with pytest.raises(RuntimeError, match="first gain could not be measured: the prompt has 30 tokens"):
-        await backend.warm_up()
-    await backend.aclose()
-
 
 LABELS = {"id2label": {"0": "entailment", "1": "neutral"}}
 
