@@ -41,9 +41,10 @@ async def test_sends_json_and_returns_the_object() -> None:
 
 async def test_tries_again_when_the_service_is_overloaded_or_the_connection_breaks() -> None:
     failures = [Reply("later", status) for status in (408, 429, 502, 503, 504)] + [Reply(hangs_up=True)]
-    server = ScriptedServer([*failures, Reply('{"ok": true}')])
-    assert await call(server) == {"ok": True}
-    assert len(server.requests) == 7
+    for failure in failures:
+        server = ScriptedServer([failure, failure, Reply('{"ok": true}')])
+        assert await call(server) == {"ok": True}
+        assert len(server.requests) == 3
 
 
 async def test_tries_again_once_after_an_error_of_the_service() -> None:
