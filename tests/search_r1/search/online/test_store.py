@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.online.store import AnswerKey, OnlineStore
+from search_r1.search.online.store import OnlineStore
 
 SPENDER = """
 import asyncio, sys
@@ -26,10 +26,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-def key(date: str = "2025-01-31") -> AnswerKey:
-    return AnswerKey(source="serper", query="q", topk=3, date=date)
 
 
 async def test_a_limit_is_kept_exactly_by_several_processes(tmp_path: Path) -> None:
