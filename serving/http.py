@@ -37,6 +37,8 @@ _RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 _RETRIED_AT_FIRST = _RETRIED_STATUSES | {500}
 _BACKOFF = wait_exponential(multiplier=0.1, max=2.0) + wait_random(0.0, 0.1)
 _MAX_QUOTED_CHARS = 300
+_MAX_ANSWER_BYTES = 64 * 2**20
+"""Of a decompressed answer; parsing so much takes half a second."""
 
 
 class CallError(RuntimeError):
@@ -75,6 +77,10 @@ class DeadlineExceededError(Exception):
         self.last = last
         """The last failure; None when the first attempt never ended."""
         self.fix = fix
+
+
+class BodyError(ValueError):
+    """The body of an answer cannot be decompressed, or is too long."""
 
 
 async def retry_within(
@@ -196,19 +202,20 @@ class JsonService:
     ) -> dict[str, object]:
         content = payload(left_s) if callable(payload) else payload
         try:
-            answer = await self._client.request(method, url, json=content)
+            async with self._client.stream(method, url, json=content) as answer:
+                body = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
         except httpx.TransportError as error:
             raise TransientError(f"{type(error).__name__} {error}".strip()) from error
-        except httpx.DecodingError as error:
-            self._fail(url, f"the Content-Encoding of the answer is wrong ({error}); {self._fix}")
-        quoted = _quote(answer.content)
+        except BodyError as error:
+            self._fail(url, f"unreadable answer ({error}); {self._fix}")
+        quoted = _quote(body)
         if answer.status_code in retried:
             retry_after_s = parse_retry_after(answer.headers.get("Retry-After"))
             raise TransientError(f"status {answer.status_code} {quoted}", retry_after_s=retry_after_s)
         if not answer.is_success:
             refused = f"refused with status {answer.status_code}{self._hint(answer.status_code)}"
             self._fail(url, f"{refused}: {quoted}", status=answer.status_code)
-        return self._parse(answer.content, url=url)
+        return self._parse(body, url=url)
 
     def _hint(self, status: int) -> str:
         if status != httpx.codes.UNAUTHORIZED:
@@ -231,6 +238,22 @@ class JsonService:
     ) -> NoReturn:
         message = f"{_without_credentials(url)}: {message}"
         raise CallError(self._name, message, status=status, retryable=retryable)
+
+
+async def read_body(answer: httpx.Response, *, max_bytes: int) -> bytes:
+    """Return the decompressed body of a streamed answer.
+
+    Raises BodyError, also as soon as more than `max_bytes` are decompressed, and httpx.TransportError.
+    """
+    body = bytearray()
+    try:
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > max_bytes:
+                raise BodyError(f"it has more than {max_bytes / 2**20:g} MiB")
+    except httpx.DecodingError as error:
+        raise BodyError(f"its Content-Encoding is wrong: {error}") from error
+    return bytes(body)
 
 
 def _checked_url(base_url: str, *, name: str) -> str:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -57,9 +59,24 @@ async def test_tries_again_once_after_an_error_of_the_service() -> None:
     assert (error.status, error.retryable) == (500, False)
 
 
+async def test_an_answer_may_be_packed_but_not_unpack_to_too_much() -> None:
+    def packed(body: bytes) -> Reply:
+        return Reply(gzip.compress(body, 1), headers=(("Content-Encoding", "gzip"),))
+
+    assert await call(ScriptedServer([packed(b'{"score": 1.5}')])) == {"score": 1.5}
+    server = ScriptedServer([packed(b" " * 200_000_000)])
+    tracemalloc.start()
+    error = await fail(server)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "more than 64 MiB" in str(error)
+    assert not error.retryable
+    assert peak < 300 * 2**20
+
+
 async def test_an_answer_that_cannot_be_unpacked_is_a_failure() -> None:
     error = await fail(ScriptedServer([Reply("{}", headers=(("Content-Encoding", "gzip"),))]))
-    assert "Content-Encoding of the answer is wrong" in str(error)
+    assert "its Content-Encoding is wrong" in str(error)
 
 
 async def test_waits_as_long_as_it_is_asked_to() -> None:
