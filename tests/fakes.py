@@ -58,7 +58,7 @@ class FakeServer:
     arrivals: list[float] = field(default_factory=list)
     """Of the requests, on the clock of `time.perf_counter`."""
     num_abandoned: int = 0
-    """Requests whose caller hung up before the answer."""
+    """Requests whose caller disconnected before the answer."""
     url: str = ""
 
     def reply(self, body: bytes) -> Reply:
@@ -80,7 +80,7 @@ class FakeServer:
         reply = self.reply(body)
         with suppress(TimeoutError):
             async with asyncio.timeout(reply.delay_s):
-                await reader.read(1)  # returns early only if the caller hangs up
+                await reader.read(1)  # returns early only if the caller disconnects
                 self.num_abandoned += 1
         if not reply.hangs_up:
             content = reply.body if isinstance(reply.body, bytes) else reply.body.encode()

@@ -42,12 +42,12 @@ from IG.service.schema import (
 from IG.sharing import Work
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16
-from serving.web.application import add_states, make_application, make_guarded_router, wait_until_left
+from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
 from serving.web.limits import Admission, Guard, bounded_route
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
-from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.server import GracefulServer, exit_now, is_loopback, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
@@ -106,12 +106,7 @@ def create_app(
     async def version() -> VersionResponse:
         """Return everything that the numbers depend on."""
         identity = host.backend.identity if host.backend else None
-        return VersionResponse.of(
-            config,
-            version=package_version(),
-            generator_digest=identity.generator_digest if identity else None,
-            entailment_digest=identity.entailment_digest if identity else None,
-        )
+        return VersionResponse.of(config, version=package_version(), identity=identity)
 
     guarded.include_router(_work(host=host, metrics=metrics, config=config))
     app.include_router(guarded)
@@ -147,7 +142,7 @@ def _work(*, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConf
             return await _estimate_in_turn(backend, body, turns=turns, deadline=deadline)
 
         estimates = await host.run(
-            take_turn, size=len(body.items), caller_left=lambda: wait_until_left(request)
+            take_turn, size=len(body.items), disconnected=lambda: wait_for_disconnect(request)
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
         is_compatible = config.compat if body.compat is None else body.compat
@@ -251,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     status = _serve(config, listener)
     if is_loading():
-        leave(status)
+        exit_now(status)
     return status
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, FailFast, Field
 
 from IG.config import IGServiceConfig
-from IG.sharing import Source, Work
+from IG.sharing import ModelIdentity, Source, Work
 
 MAX_TIMEOUT_S = 86400.0
 MAX_CONTEXT_CHARS = 1_000_000
@@ -181,7 +181,11 @@ class VersionResponse(BaseModel):
     seed: int
 
     @classmethod
-    def of(cls, config: IGServiceConfig, **others: str | None) -> VersionResponse:
-        """Return the version of a service; `others` are the fields that are no settings."""
+    def of(cls, config: IGServiceConfig, *, version: str, identity: ModelIdentity | None) -> VersionResponse:
+        """Return the version of a service; `identity` is None until its models are loaded."""
         models = {"generator": config.model_path, "entailment": config.entailment_model}
-        return cls.model_validate(asdict(config) | models | others)
+        digests = {
+            "generator_digest": identity.generator_digest if identity else None,
+            "entailment_digest": identity.entailment_digest if identity else None,
+        }
+        return cls.model_validate(asdict(config) | models | digests | {"version": version})

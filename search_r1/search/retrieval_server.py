@@ -39,12 +39,12 @@ from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 from serving.logs import configure_logging
-from serving.web.application import add_states, make_application, make_guarded_router, wait_until_left
+from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
 from serving.web.limits import Admission, Guard, bounded_route
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
-from serving.web.server import GracefulServer, is_loopback, leave, listen, url_of
+from serving.web.server import GracefulServer, exit_now, is_loopback, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
@@ -219,7 +219,9 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
         async def search(batcher: MicroBatcher) -> list[Outcome]:
             return await batcher.search(queries, topk=topk, timeout_s=timeout_s)
 
-        outcomes = await host.run(search, size=len(queries), caller_left=lambda: wait_until_left(request))
+        outcomes = await host.run(
+            search, size=len(queries), disconnected=lambda: wait_for_disconnect(request)
+        )
         metrics.count_outcomes(outcomes)
         if not body.allow_failures:
             _require_answered(outcomes, queries=queries)
@@ -267,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _serve(server, retriever, listener)
     gc.unfreeze()  # else a library warns of objects that are not collected at exit
     if is_loading():
-        leave(status)
+        exit_now(status)
     return status
 
 

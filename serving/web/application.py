@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from serving.web.host import Backend, Host, UnavailableError
-from serving.web.limits import CallerLeftError, QueueFullError
-from serving.web.metrics import CALLER_LEFT
+from serving.web.limits import ClientDisconnectedError, QueueFullError
+from serving.web.metrics import CLIENT_DISCONNECTED
 from serving.web.openapi import StateResponse, refusals
 from serving.web.version import package_version
 
@@ -80,8 +80,8 @@ def make_guarded_router(registry: CollectorRegistry, *, token: str, token_source
     return router
 
 
-async def wait_until_left(request: Request) -> None:
-    """Return when the caller of a request hangs up. Its body must have been read."""
+async def wait_for_disconnect(request: Request) -> None:
+    """Wait until the client of a request disconnects. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -100,14 +100,14 @@ async def _explain_for_now(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=status, headers=headers)
 
 
-async def _explain_left(_: Request, __: Exception) -> Response:
-    """Return a response that is only counted, since the caller has hung up."""
-    return Response(status_code=CALLER_LEFT)
+async def _explain_disconnect(_: Request, __: Exception) -> Response:
+    """Return a response that is only counted, since the client has disconnected."""
+    return Response(status_code=CLIENT_DISCONNECTED)
 
 
 _EXPLANATIONS: dict[type[Exception], Any] = {
     RequestValidationError: _explain_invalid,
     QueueFullError: _explain_for_now,
     UnavailableError: _explain_for_now,
-    CallerLeftError: _explain_left,
+    ClientDisconnectedError: _explain_disconnect,
 }

@@ -1,7 +1,7 @@
 """Carry a request from its parsing to its answer, and a service from its start to its end.
 
 The backend, which does the work, is loaded in the background. Accepted work is finished before the service
-stops, and cancelled when its caller hangs up.
+stops, and cancelled when its client disconnects.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
-from serving.web.limits import Admission, CallerLeftError
+from serving.web.limits import Admission, ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Host(Generic[Backend]):
         not_loaded: str,
         require_usable: Callable[[Backend], None] = lambda _: None,
     ) -> None:
-        """`not_loaded` is the answer until the backend is; `require_usable` may raise UnavailableError."""
+        """Answer `not_loaded` until the backend is loaded; `require_usable` may raise UnavailableError."""
         self.backend: Backend | None = None
         """None until it is loaded."""
         self.start_error: BaseException | None = None
@@ -95,7 +95,7 @@ class Host(Generic[Backend]):
 
     @property
     def draining(self) -> bool:
-        """Whether the service is stopping."""
+        """Return whether the service is stopping."""
         return self._draining
 
     def require_open(self) -> Backend:
@@ -134,11 +134,11 @@ class Host(Generic[Backend]):
         do_work: Callable[[Backend], Coroutine[Any, Any, Result]],
         *,
         size: int,
-        caller_left: Callable[[], Awaitable[None]],
+        disconnected: Callable[[], Awaitable[None]],
     ) -> Result:
-        """Return the result of work on `size` items, which is cancelled when its caller hangs up.
+        """Return the result of work on `size` items, which is cancelled when its client disconnects.
 
-        Raises UnavailableError, QueueFullError, CallerLeftError, and what the work raises.
+        Raises UnavailableError, QueueFullError, ClientDisconnectedError, and what the work raises.
         """
         backend = self.require_open()
         with self.admission.admit(size):
@@ -146,29 +146,29 @@ class Host(Generic[Backend]):
             self._running.add(work)
             self._idle.clear()
             try:
-                return await self._wait_for_result(work, caller_left)
+                return await self._wait_for_result(work, disconnected)
             finally:
                 self._running.discard(work)
                 if not self._running:
                     self._idle.set()
 
     async def _wait_for_result(
-        self, work: asyncio.Task[Result], caller_left: Callable[[], Awaitable[None]]
+        self, work: asyncio.Task[Result], disconnected: Callable[[], Awaitable[None]]
     ) -> Result:
         """Return the result of the work. However this ends, the work has ended, too."""
-        leaving = asyncio.ensure_future(caller_left())
+        disconnect = asyncio.ensure_future(disconnected())
         try:
-            await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise CallerLeftError
+                raise ClientDisconnectedError
             if work.cancelled():
                 reason = "Shutting down" if self._draining else "the work was cancelled"
                 raise UnavailableError(reason, retry_after_s=5)
             return work.result()
         finally:
             work.cancel()
-            leaving.cancel()
-            await asyncio.gather(work, leaving, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(work, disconnect, return_exceptions=True)
 
     async def _load(self, *, on_ready: Callable[[Backend], None], on_failure: Callable[[], None]) -> None:
         try:

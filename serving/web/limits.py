@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.web.metrics import CALLER_LEFT, RequestMetrics
+from serving.web.metrics import CLIENT_DISCONNECTED, RequestMetrics
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
 """Need no token, because process supervisors have none."""
@@ -31,7 +31,7 @@ _MAX_VALUES = 1_000_000
 
 
 class Guard:
-    """What a request passes before its route; plain ASGI, so that nothing of its body is read before.
+    """Checks every request before its route; plain ASGI, so that nothing of its body is read before.
 
     It serves `/path/` as `/path`, counts the requests for work, and refuses those without the bearer token
     (401), those whose body is compressed (415), too long (413) or too slow (408), and those that arrive while
@@ -49,7 +49,7 @@ class Guard:
         noun: str,
         metrics: RequestMetrics,
     ) -> None:
-        """`body_flag` sets the limit and `noun` is what a request has many of, both for messages."""
+        """Take `body_flag`, which sets the limit, and `noun`, what a request has many of, for messages."""
         self.num_held = 0
         """Bytes of all requests that are not answered yet."""
         self.max_body_bytes = max_body_bytes
@@ -69,7 +69,7 @@ class Guard:
             await self._check(scope, receive, send)
             return
         started = time.monotonic()
-        status = CALLER_LEFT
+        status = CLIENT_DISCONNECTED
 
         async def send_watched(message: Message) -> None:
             nonlocal status
@@ -136,7 +136,7 @@ class _BoundedBody:
         self._is_whole = False
 
     async def receive(self) -> Message:
-        if self._is_whole:  # further calls only wait for the caller to hang up
+        if self._is_whole:  # further calls only wait for the client to disconnect
             return await self._receive()
         message = await self._receive_in_time()
         self._is_whole = not message.get("more_body", False)
@@ -170,8 +170,8 @@ class _BoundedBody:
             )
 
 
-class CallerLeftError(Exception):
-    """The caller hung up, and its work was cancelled."""
+class ClientDisconnectedError(Exception):
+    """The client disconnected, and its work was cancelled."""
 
 
 def bounded_route(
@@ -210,7 +210,7 @@ def bounded_route(
                 try:
                     await read(bounded.body)
                 except ClientDisconnect:
-                    raise CallerLeftError from None
+                    raise ClientDisconnectedError from None
                 return await handle(bounded)
 
             return handle_bounded

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-CALLER_LEFT = 499
-"""The status that is counted if the caller hung up."""
+CLIENT_DISCONNECTED = 499
+"""The status that is counted if the client disconnected."""
 
 
 class RequestMetrics:
@@ -16,7 +16,7 @@ class RequestMetrics:
     def __init__(
         self, registry: CollectorRegistry, *, prefix: str, purpose: str, buckets: Sequence[float]
     ) -> None:
-        """`purpose` of the requests, for the help texts of the metrics; `buckets` in seconds."""
+        """Take the `purpose` of the requests, for the help texts of the metrics, and `buckets` in seconds."""
         self.registry = registry
         """Everything that `GET /metrics` shows."""
         self._requests = Counter(

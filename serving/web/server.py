@@ -94,15 +94,15 @@ class GracefulServer(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Take the next step. Unlike uvicorn's own handler, do not raise the signal again afterwards."""
+        """Begin or continue the shutdown; unlike uvicorn's handler, do not raise the signal again."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.should_exit = True
         else:
-            loop.call_soon_threadsafe(self._take_step)
+            loop.call_soon_threadsafe(self._continue_shutdown)
 
-    def _take_step(self) -> None:
+    def _continue_shutdown(self) -> None:
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
             return
@@ -141,7 +141,7 @@ class _Connection(H11Protocol):
             self._head_timer = None
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End the process now, with its children, without waiting for threads that still load."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,6 +1,6 @@
 """Define each setting of a service once: its flag wins over its environment variable, that over its default.
 
-The command line, its help and the table in the README are made from the definitions.
+The command line and its help are made from the definitions; the tests compare the README with them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def shown(self) -> str:
-        """The default as shown in the help and the table."""
+        """Return the default as the help and the table show it."""
         return self.shown_default or self.default or "none"
 
 
@@ -180,10 +180,3 @@ def resolve_settings(
         except SettingError as error:
             raise SettingError(f"{source} is {error}") from None
     return values
-
-
-def settings_table(settings: Iterable[Setting]) -> str:
-    """Return the settings as a Markdown table."""
-    rows = ["| flag | variable | default | meaning |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{s.flag}` | `{s.env}` | {s.shown} | {s.meaning} |" for s in settings]
-    return "\n".join(rows)

@@ -6,7 +6,8 @@ import pytest
 
 import IG.config as config_module
 from IG.config import SETTINGS, build_parser, require_devices, resolve_config, visible_device
-from serving.web.settings import SettingError, settings_table
+from serving.web.settings import SettingError
+from tests.settings_table import settings_table
 
 README = Path(config_module.__file__).parent / "service" / "README.md"
 
@@ -124,7 +125,7 @@ def test_gpus_are_not_counted_where_that_decides_nothing(flags: list[str]) -> No
     require_devices(resolve_config(flags, environ={}), count_gpus=count, has_bfloat16=lambda: False)
 
 
-def test_readme_has_the_table_and_help_every_flag() -> None:
+def test_readme_has_the_table_and_help_has_every_flag() -> None:
     assert settings_table(SETTINGS) in README.read_text()
     help_text = build_parser().format_help()
     assert all(setting.flag in help_text and setting.env in help_text for setting in SETTINGS)

@@ -15,7 +15,7 @@ from search_r1.search.settings import (
     add_retriever_arguments,
     resolve_server,
 )
-from serving.web.settings import settings_table
+from tests.settings_table import settings_table
 
 README = Path(settings.__file__).with_name("README.md")
 

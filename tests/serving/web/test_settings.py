@@ -17,7 +17,6 @@ from serving.web.settings import (
     parse_token,
     read_token_file,
     resolve_settings,
-    settings_table,
 )
 
 
@@ -80,8 +79,7 @@ def test_a_default_may_follow_from_what_is_known() -> None:
     assert values == {"one": "a", "two": "ab"}
 
 
-def test_help_and_table_name_flag_variable_and_default() -> None:
+def test_help_names_flag_variable_and_default() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_settings(parser, SETTINGS)
     assert "about 50 % of it ($SOME_NUMBER; default 3)" in " ".join(parser.format_help().split())
-    assert "| `--token_file` | `SOME_TOKEN` | none | about 50 % of it |" in settings_table(SETTINGS)
