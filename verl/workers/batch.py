@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from verl.branches import Tree, pack, row_length
 from verl.types import BoolArray, FloatArray, IntArray, Trajectory
 
 
@@ -89,10 +90,39 @@ class Shard:
     mini_batches: tuple[MiniBatch, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TreeShard:
+    """The trees that one rank computes log-probs of."""
+
+    trees: tuple[Tree, ...]
+    index: tuple[int, ...]
+    """Index of each tree in the whole list."""
+    micro_batches: tuple[IntArray, ...]
+    """Trees of the shard per forward pass; equally many on every rank, so some may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TreeBatch:
+    """Trees as rows of one forward pass, padded on the right [B, L]; see `TreeRow` for the columns."""
+
+    input_ids: IntArray
+    positions: IntArray
+    previous: IntArray
+    visible: BoolArray
+    """[B, L, L]; padding attends to itself alone, because a softmax over nothing is not a number."""
+    rows: IntArray
+    """Row of each scored token [N]; row by row."""
+    columns: IntArray
+
+
 def build_batch(
-    trajectories: Sequence[Trajectory], credit: Sequence[FloatArray], *, pad_id: int
+    trajectories: Sequence[Trajectory],
+    credit: Sequence[FloatArray],
+    *,
+    pad_id: int,
+    old_log_probs: Sequence[FloatArray] | None = None,
 ) -> TrainBatch:
-    """Pad trajectories and their per-token advantages on the right.
+    """Pad trajectories, their per-token advantages and, if known, their old log-probs on the right.
 
     Raises ValueError for an empty batch, a trajectory without sampled tokens, and advantages of another
     length or that are not finite.
@@ -108,6 +138,7 @@ def build_batch(
         policy_mask=_pad([t.policy_mask for t in trajectories], fill=False, dtype=np.bool_),
         advantages=_pad(credit, fill=0.0, dtype=np.float32),
         sampling_log_probs=_pad([t.sampling_log_probs for t in trajectories], fill=0.0, dtype=np.float32),
+        old_log_probs=None if old_log_probs is None else _pad(old_log_probs, fill=0.0, dtype=np.float32),
     )
 
 
@@ -120,7 +151,11 @@ def shard_batch(
     ranks and micro-batches does not change the gradient of a mini-batch.
     """
     # Mini-batches first, over all ranks: the optimizer steps must not depend on the number of ranks.
-    count = 1 if mini_batch_size is None else count_mini_batches(batch, mini_batch_size=mini_batch_size)
+    count = (
+        1
+        if mini_batch_size is None
+        else count_mini_batches(batch.num_trajectories, mini_batch_size=mini_batch_size)
+    )
     minis = np.array_split(np.arange(batch.num_trajectories), count)  # rows of the whole batch
     # plans[mini][rank] is a list of micro-batches, each an array of rows of the whole batch.
     plans = [
@@ -130,9 +165,43 @@ def shard_batch(
     return [_make_shard(batch, minis, [plan[rank] for plan in plans]) for rank in range(num_ranks)]
 
 
-def count_mini_batches(batch: TrainBatch, *, mini_batch_size: int) -> int:
+def shard_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> list[TreeShard]:
+    """Split trees over ranks and forward passes of at most `max_tokens` tokens, padding included."""
+    lengths = np.array([row_length(tree) for tree in trees], dtype=np.int32)
+    plan = _plan_micro_batches(np.arange(len(trees)), lengths, num_ranks=num_ranks, max_tokens=max_tokens)
+    shards = []
+    for micros in plan:
+        index = np.sort(np.concatenate([np.empty(0, np.int32), *micros])).astype(np.int32)
+        shards.append(
+            TreeShard(
+                trees=tuple(trees[i] for i in index),
+                index=tuple(index.tolist()),
+                micro_batches=tuple(np.searchsorted(index, micro).astype(np.int32) for micro in micros),
+            )
+        )
+    return shards
+
+
+def build_tree_batch(trees: Sequence[Tree]) -> TreeBatch:
+    """Pack each tree in a row and pad the rows."""
+    packed = [pack(tree) for tree in trees]
+    width = max(len(row.ids) for row in packed)
+    visible = np.broadcast_to(np.eye(width, dtype=np.bool_), (len(packed), width, width)).copy()
+    for square, row in zip(visible, packed, strict=True):
+        square[: len(row.ids), : len(row.ids)] = row.visible
+    return TreeBatch(
+        input_ids=_pad([row.ids for row in packed], fill=0, dtype=np.int32),
+        positions=_pad([row.positions for row in packed], fill=0, dtype=np.int32),
+        previous=_pad([row.previous for row in packed], fill=0, dtype=np.int32),
+        visible=visible,
+        rows=np.repeat(np.arange(len(packed), dtype=np.int32), [len(row.scored) for row in packed]),
+        columns=np.concatenate([row.scored for row in packed]),
+    )
+
+
+def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
     """Return the number of mini-batches, rounded: one extra trajectory gets no optimizer step of its own."""
-    return max(1, round(batch.num_trajectories / mini_batch_size))
+    return max(1, round(num_trajectories / mini_batch_size))
 
 
 def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:

@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,18 @@ def _naming_model(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TreeLayout:
+    """How the tokens of rows that hold trees stand to each other; see `verl.branches`."""
+
+    positions: Tensor
+    """[B, L]"""
+    previous: Tensor
+    """Column of the token before each one [B, L]."""
+    visible: Tensor
+    """Whether token i attends to token j [B, L, L]."""
+
+
 class PolicyNetwork(nn.Module):
     """A causal language model that returns log-probs instead of logits."""
 
@@ -135,14 +148,25 @@ class PolicyNetwork(nn.Module):
         *,
         temperature: float,
         entropy_has_gradient: bool = False,
+        layout: TreeLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probs of `input_ids[rows, columns]` and the entropies there, both float32 [N].
 
         `input_ids` [B, L] is right-padded; columns start at 1. Attention is causal, so no attention mask is
-        needed.
+        needed, unless the rows are trees: then `layout` says what each token follows and attends to.
         """
-        hidden = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
-        hidden = hidden[rows, columns - 1]  # [N, H]
+        decoder = self.model.get_decoder()
+        if layout is None:
+            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
+            hidden = hidden[rows, columns - 1]  # [N, H]
+        else:
+            hidden = decoder(
+                input_ids=input_ids,
+                position_ids=layout.positions,
+                attention_mask=layout.visible[:, None],  # [B, 1, L, L], the same for every head
+                use_cache=False,
+            ).last_hidden_state
+            hidden = hidden[rows, layout.previous[rows, columns]]
         targets = input_ids[rows, columns]
         head = self.model.get_output_embeddings()
 
@@ -256,6 +280,20 @@ def _choose_attention(config: ModelConfig, *, device: str) -> str:
             f"{_KEY}.attention=flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa"
         )
     return config.attention
+
+
+@contextlib.contextmanager
+def tree_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Compute attention by SDPA, which takes a mask per row; flash attention has none."""
+    before = model.config._attn_implementation
+    if before == "sdpa":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _disable_dropout(model: nn.Module) -> None:

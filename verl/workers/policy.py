@@ -14,18 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verl.branches import Tree
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ActorRolloutRefConfig
-from verl.types import FloatArray, IntArray
-from verl.workers.batch import MiniBatch, Shard, TrainBatch
-from verl.workers.losses import kl_estimates, policy_losses, token_weights
+from verl.types import BoolArray, FloatArray, IntArray
+from verl.workers.batch import MiniBatch, Shard, TrainBatch, TreeBatch, TreeShard, build_tree_batch
+from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
 from verl.workers.model import (
     PolicyNetwork,
+    TreeLayout,
     compute_dtype,
     embedding_name,
     is_tied,
     load_model,
     resolve_model_folder,
+    tree_attention,
     untie,
     write_model,
     write_weights,
@@ -45,7 +48,16 @@ from verl.workers.parallel import (
 
 logger = logging.getLogger(__name__)
 
-_SUMS = ("loss", "pg_loss", "kl", "entropy", "clip_fraction", "ratio_mean", "log_prob_difference_mean")
+_SUMS = (
+    "loss",
+    "pg_loss",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "ratio_mean",
+    "log_prob_difference_mean",
+    "importance_mean",
+)
 _MAXIMA = ("ratio_max", "log_prob_difference_max")
 
 
@@ -99,6 +111,18 @@ class PolicyWorker:
                 result[rows[where_rows], columns] = log_probs
         self._release_memory()
         return result
+
+    def tree_log_probs(self, shard: TreeShard) -> list[FloatArray]:
+        """Return the log-probs of the scored tokens of each tree at the sampling temperature [S]."""
+        results = [np.zeros(0, dtype=np.float32)] * len(shard.trees)
+        for micro in shard.micro_batches:
+            trees = [shard.trees[i] for i in micro] or [_EMPTY_TREE]
+            batch = build_tree_batch(trees)
+            log_probs = self._score_trees(batch)
+            for i, of_tree in enumerate(micro):  # an empty micro-batch has no trees to give it to
+                results[of_tree] = log_probs[batch.rows == i]
+        self._release_memory()
+        return results
 
     def probe(self, ids: IntArray) -> FloatArray:
         """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
@@ -261,11 +285,23 @@ class PolicyWorker:
             kind=actor.loss_agg_mode,
             num_trajectories=mini.num_trajectories,
             num_policy_tokens=mini.num_policy_tokens,
+            scale_tokens=actor.loss_scale_factor,
         )
-        # Weighted sums, no means: a micro-batch adds its share of the loss of the mini-batch.
         losses, clipped = policy_losses(
-            log_probs, old, advantages, clip_low=actor.clip_ratio_low, clip_high=actor.clip_ratio_high
+            log_probs,
+            old,
+            advantages,
+            clip_low=actor.clip_ratio_low,
+            clip_high=actor.clip_ratio_high,
+            clip_c=actor.clip_ratio_c,
+            segments=self._segments(mask),
         )
+        sampling = self._tensor(micro.sampling_log_probs[mask])
+        importance = torch.ones_like(losses)
+        if actor.tis_imp_ratio_cap is not None:
+            importance = importance_weights(old, sampling, cap=actor.tis_imp_ratio_cap)
+            losses = losses * importance
+        # A weighted sum, no mean: a micro-batch adds its share of the loss of the mini-batch.
         pg_loss = (losses * weights).sum()  # scalar
         loss = pg_loss - actor.entropy_coeff * (entropy * weights).sum()
         kl = torch.zeros_like(log_probs)
@@ -276,18 +312,49 @@ class PolicyWorker:
         # Metrics are means over the tokens of the mini-batch, also where the loss weighs tokens unequally.
         with torch.no_grad():
             ratio = (log_probs - old).exp()
-            difference = (old - self._tensor(micro.sampling_log_probs[mask])).abs()
-            means = torch.stack([x.float().sum() for x in (kl, entropy, clipped, ratio, difference)])
+            difference = (old - sampling).abs()
+            per_token = (kl, entropy, clipped, ratio, difference, importance)
+            means = torch.stack([x.float().sum() for x in per_token])
             sums = torch.cat([torch.stack([loss.detach(), pg_loss.detach()]), means / mini.num_policy_tokens])
             zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum
             maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
         return loss, sums, maxima
+
+    def _segments(self, mask: BoolArray) -> Tensor | None:
+        """Return what shares a ratio: the trajectory or turn of each policy token [N]; None: nothing."""
+        mode = self._actor.policy_loss.loss_mode
+        if mode == "vanilla":
+            return None
+        if mode == "gspo":
+            return self._tensor(np.nonzero(mask)[0])
+        # A turn begins at a policy token after one that is not.
+        begins = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
+        return self._tensor(np.cumsum(begins)[mask.ravel()] - 1)
 
     def _score(self, micro: TrainBatch, *, temperature: float) -> FloatArray:
         """Return the log-probs of the policy tokens of a micro-batch, which may be empty [N]."""
         with torch.no_grad():
             log_probs, _ = self._forward(
                 micro if micro.num_trajectories else _make_empty(), temperature=temperature
+            )
+        reshard_model(self._network)
+        result: FloatArray = log_probs.cpu().numpy()
+        return result
+
+    def _score_trees(self, batch: TreeBatch) -> FloatArray:
+        """Return the log-probs of the scored tokens of a forward pass over trees [N]."""
+        layout = TreeLayout(
+            positions=self._tensor(batch.positions).long(),
+            previous=self._tensor(batch.previous).long(),
+            visible=self._tensor(batch.visible),
+        )
+        with torch.no_grad(), tree_attention(self._model):
+            log_probs, _ = self._network(
+                self._tensor(batch.input_ids).long(),
+                self._tensor(batch.rows).long(),
+                self._tensor(batch.columns).long(),
+                temperature=self._temperature,
+                layout=layout,
             )
         reshard_model(self._network)
         result: FloatArray = log_probs.cpu().numpy()
@@ -342,6 +409,9 @@ def _restore_state(parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Ten
         state[key] = torch.zeros_like(parameter)
         local_part(state[key]).copy_(value)
     return state
+
+
+_EMPTY_TREE = Tree(trunk=np.zeros(2, dtype=np.int32), branches=())
 
 
 def _make_empty() -> TrainBatch:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher
-from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch
+from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch, shard_trees
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
@@ -95,9 +96,39 @@ class WorkerGroup:
             result[shard.rows, : part.shape[1]] = part
         return result
 
+    async def tree_log_probs(self, trees: Sequence[Tree], *, shared: bool = True) -> list[TreeLogProbs]:
+        """Return the log-probs of each tree at the sampling temperature, in order.
+
+        `shared` computes a common prefix once, in one row per tree; without it every branch has a row of its
+        own. The results are equal up to rounding, and do not depend on order or batch.
+        """
+        parts = list(trees) if shared else [part for tree in trees for part in split(tree)]
+        shards = shard_trees(
+            parts, num_ranks=len(self._actors), max_tokens=self._config.ppo_max_token_len_per_gpu
+        )
+        answers: list[list[FloatArray]] = await self._call_all(
+            "tree_log_probs", [(shard,) for shard in shards]
+        )
+        found: dict[int, FloatArray] = {}
+        for shard, answer in zip(shards, answers, strict=True):
+            found.update(zip(shard.index, answer, strict=True))
+        if shared:
+            return [unpack(tree, found[i]) for i, tree in enumerate(trees)]
+        results, start = [], 0
+        for tree in trees:
+            count = len(split(tree))
+            of_tree = [found[i] for i in range(start, start + count)]
+            results.append(unpack(tree, np.concatenate([np.zeros(0, np.float32), *of_tree])))
+            start += count
+        return results
+
     def is_on_policy(self, batch: TrainBatch) -> bool:
         """Return whether one update takes the whole batch: all ratios are then 1, without old log-probs."""
-        minis = count_mini_batches(batch, mini_batch_size=self._config.ppo_mini_batch_size)
+        return self.is_on_policy_with(batch.num_trajectories)
+
+    def is_on_policy_with(self, num_trajectories: int) -> bool:
+        """Return whether one update takes this many trajectories."""
+        minis = count_mini_batches(num_trajectories, mini_batch_size=self._config.ppo_mini_batch_size)
         return self._config.ppo_epochs * minis == 1
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:

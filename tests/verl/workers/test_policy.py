@@ -105,6 +105,8 @@ def test_loss_and_metrics_equal_a_padded_reference_computation(
         clip_low=0.2,
         clip_high=0.2,
     )
+    sampling = torch.tensor(batch.sampling_log_probs)
+    losses = losses * (torch.tensor(batch.old_log_probs) - sampling).exp().clamp(max=2.0)
     kl = kl_estimates(log_probs, torch.tensor(batch.ref_log_probs), kind="low_var_kl")
     mask = torch.tensor(batch.policy_mask).float()
 

@@ -37,6 +37,16 @@ def _fraction(default: float) -> Any:
     return _setting(default, lambda value: 0 <= value < 1, "in [0, 1)")
 
 
+def share(default: float | None) -> Any:
+    """Declare a number in [0, 1], such as a discount."""
+    return _setting(default, lambda value: 0 <= value <= 1, "in [0, 1]")
+
+
+def number(default: float) -> Any:
+    """Declare a finite number of any sign."""
+    return _setting(default, math.isfinite, "a finite number")
+
+
 def one_of(default: str, *others: str) -> Any:
     """Declare a choice, of which `default` is the first."""
     choices = (default, *others)
@@ -154,6 +164,17 @@ class OptimConfig:
 
 
 @dataclass
+class PolicyLossConfig:
+    """The ratio of new to old probability that the loss clips."""
+
+    loss_mode: str = one_of("vanilla", "gspo", "gspo_turn")
+    """`vanilla`: of each token; `gspo`: of a whole trajectory (arXiv 2507.18071); `gspo_turn`: of a turn."""
+
+    def __post_init__(self) -> None:
+        check_section("actor_rollout_ref.actor.policy_loss", self)
+
+
+@dataclass
 class ActorConfig:
     """The update of the policy."""
 
@@ -163,12 +184,18 @@ class ActorConfig:
     ppo_max_token_len_per_gpu: int = positive(8192)
     clip_ratio_low: float = positive(0.2)
     clip_ratio_high: float = positive(0.2)
+    clip_ratio_c: float | None = _setting(None, lambda value: value > 1, "greater than 1")
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    tis_imp_ratio_cap: float | None = positive(2.0)
     use_kl_loss: bool = True
     kl_loss_coef: float = not_negative(0.001)
     kl_loss_type: str = one_of("low_var_kl", "kl", "abs", "mse")
     entropy_coeff: float = not_negative(0.0)
     grad_clip: float = positive(1.0)
-    loss_agg_mode: str = one_of("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+    loss_agg_mode: str = one_of(
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    )
+    loss_scale_factor: float = positive(1024.0)
     max_skipped_updates: int = positive(3)
 
     def __post_init__(self) -> None:
@@ -239,7 +266,8 @@ class SemanticGainConfig:
 class RewardConfig:
     """The reward of an episode."""
 
-    outcome: str = one_of("em", "sub_em", "f1")
+    outcome: str = one_of("auto", "em", "sub_em", "f1", "igpo_f1", "autorefine_f1")
+    """`auto`: that of the method, see docs/methods.md."""
     answer_rule: str = one_of("folded", *(rule for rule in AnswerRule if rule != "folded"))
     format_score: float = not_negative(0.0)
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)
