@@ -133,3 +133,11 @@ def _no_orphans() -> Iterator[None]:
             names.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
             process.kill()
     assert not names, "processes left behind by the tests:\n" + "\n".join(names)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rules",
+        default="tests.conformance.rules",
+        help="module whose RULES the worked numbers of tests/conformance are held against",
+    )

@@ -13,6 +13,16 @@ def join_titles(trajectory: Trajectory) -> str:
     return " | ".join(passage.title for passage in trajectory.passages)
 
 
+class CharacterCodec:
+    """One token per character."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
+
+
 def make_method(
     name: str = "search_r1",
     *,
@@ -21,7 +31,7 @@ def make_method(
     **settings: object,
 ) -> Algorithm:
     method = ALGORITHMS[name]
-    services = Services(render_context=render_context, ig_service=ig_service)
+    services = Services(render_context=render_context, ig_service=ig_service, codec=CharacterCodec())
     return method(method.settings_class(**settings), services)  # type: ignore[arg-type]
 
 

@@ -18,7 +18,7 @@ from verl.agent.tools.search import render_passages
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
-from verl.trainer.config.schema import Config, DataConfig, TrainerConfig
+from verl.trainer.config.schema import Config, DataConfig, RewardConfig, TrainerConfig
 from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.types import (
     Action,
@@ -183,7 +183,11 @@ def write_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     data = run_dir.parent / "train.parquet"
     data.write_bytes(b"PAR1")
-    config = Config(data=DataConfig(train_files=str(data)), algorithm=METHOD.settings_class())
+    config = Config(
+        data=DataConfig(train_files=str(data)),
+        algorithm=METHOD.settings_class(),
+        reward=RewardConfig(outcome="em"),
+    )
     config.trainer.experiment_name = "scripted"
     config.trainer.total_training_steps = 12
     services = {"retriever": {"status": "ok", "passages": 2048}, "ig_service": {"status": "healthy"}}

@@ -46,6 +46,10 @@ class Question:
     golds: tuple[str, ...]
     """Accepted answers (aliases), at least one."""
     data_source: str
+    supporting_ids: tuple[str, ...] = ()
+    """Ids of the passages that support the answer, where the data has them."""
+    supporting_texts: tuple[str, ...] = ()
+    """Their texts in the same order, where the data has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +338,8 @@ class ScoredGroups:
     credits: Sequence[Sequence[Credit]]
     stats: Mapping[str, float] = field(default_factory=dict)
     """What measuring the gains cost, by metric name."""
+    old_log_probs: Sequence[Sequence[FloatArray]] | None = None
+    """Log-probs of the sampled tokens before the update, where measuring computed them; 0 elsewhere [L]."""
 
     def by_group(self) -> Iterator[list[Sample]]:
         """Yield the samples of each group."""

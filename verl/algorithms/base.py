@@ -16,8 +16,9 @@ from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from IG.messages import GainRequest, GainResult
+from verl.branches import Tree, TreeLogProbs
 from verl.trainer.config.schema import AlgorithmConfig
-from verl.types import Credit, Gain, Group, Question, Score, Trajectory
+from verl.types import Credit, FloatArray, Gain, Group, Question, Score, Trajectory
 
 
 class Need(StrEnum):
@@ -25,6 +26,14 @@ class Need(StrEnum):
 
     IG_SERVICE = "ig_service"
     """The semantic information gain of passages: `Services.ig_service`."""
+    POLICY_LOG_PROBS = "policy_log_probs"
+    """Log-probs under the policy before the update: `Services.policy`."""
+    FROZEN_LOG_PROBS = "frozen_log_probs"
+    """Log-probs under a copy of the policy, frozen or refreshed from time to time: `Services.frozen`."""
+    ENTAILMENT = "entailment"
+    """Whether one text entails another: `Services.entailment`."""
+    SUPPORTING_IDS = "supporting_ids"
+    """Ids of the passages that support the answer, in the data: `Question.supporting_ids`."""
 
 
 class IGService(Protocol):
@@ -51,6 +60,39 @@ class IGService(Protocol):
         ...
 
 
+class LogProbScorer(Protocol):
+    """Computes log-probs under the policy before the update, or under a copy of it."""
+
+    @property
+    def scores_trajectories(self) -> bool:
+        """Whether the log-probs of the sampled tokens are needed, too, and come from the same pass."""
+        ...
+
+    async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
+        """Return the log-probs of each tree, in order."""
+        ...
+
+
+class TextCodec(Protocol):
+    """The part of a tokenizer that answers are encoded with."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without control tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        ...
+
+
+class Entailment(Protocol):
+    """Judges whether texts entail each other."""
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Return P(premise entails hypothesis) of each pair (premise, hypothesis); None where it failed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """What methods measure with; None where the method did not name it in `needs`."""
@@ -58,6 +100,11 @@ class Services:
     render_context: Callable[[Trajectory], str]
     """Return the passages of a trajectory as the text that the policy read."""
     ig_service: IGService | None = None
+    codec: TextCodec | None = None
+    """Set with `policy` or `frozen`."""
+    policy: LogProbScorer | None = None
+    frozen: LogProbScorer | None = None
+    entailment: Entailment | None = None
 
 
 class Prefetch:
@@ -78,6 +125,8 @@ class Measurement:
     """One per trajectory, in order. A failed one has `failure` set, never a number."""
     stats: dict[str, float] = field(default_factory=dict)
     """By metric name."""
+    old_log_probs: list[list[FloatArray]] | None = None
+    """Log-probs of the sampled tokens under the policy, if the same pass computed them; 0 elsewhere [L]."""
 
 
 class Algorithm(ABC):
@@ -86,6 +135,8 @@ class Algorithm(ABC):
     settings_class: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     """Its keys below `algorithm.`, with their defaults and checks."""
     needs: ClassVar[frozenset[Need]] = frozenset()
+    outcome: ClassVar[str] = "em"
+    """What `reward.outcome=auto` stands for."""
 
     def __init__(self, settings: AlgorithmConfig, services: Services) -> None:
         """Take settings of `settings_class` (see `verl.trainer.config.validate`)."""

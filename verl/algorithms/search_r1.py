@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from verl.algorithms.base import Algorithm
-from verl.algorithms.statistics import credit_by_group
+from verl.algorithms.statistics import credit_outcomes
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Group, Score
 
@@ -24,13 +24,8 @@ class SearchR1(Algorithm):
     settings_class = SearchR1Config
 
     def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
-        """Credit the outcome: see `credit_by_group`."""
+        """Credit the outcome: see `credit_outcomes`."""
         return [
-            credit_by_group(
-                group.trajectories,
-                [None if score.failure is not None else score.outcome for score in of_group],
-                components=[{"outcome": score.outcome} for score in of_group],
-                by_std=self.settings.norm_adv_by_std_in_grpo,
-            )
+            credit_outcomes(group.trajectories, of_group, by_std=self.settings.norm_adv_by_std_in_grpo)
             for group, of_group in zip(groups, scores, strict=True)
         ]

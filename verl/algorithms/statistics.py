@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from verl.types import Component, Credit, FloatArray, SpanKind, Trajectory
+from verl.types import Component, Credit, FloatArray, Group, Score, SpanKind, Trajectory
 
 EPSILON = 1e-6
 """Added to the standard deviation; a group that spreads less than this has nothing to compare and gets 0."""
@@ -94,3 +94,94 @@ def credit_by_group(
             trajectories, rewards, advantages, components, strict=True
         )
     ]
+
+
+def credit_outcomes(
+    trajectories: Sequence[Trajectory], scores: Sequence[Score], *, by_std: bool
+) -> list[Credit]:
+    """Return GRPO's credit of the outcomes of one group: see `credit_by_group`."""
+    return credit_by_group(
+        trajectories,
+        [None if score.failure is not None else score.outcome for score in scores],
+        components=[{"outcome": score.outcome} for score in scores],
+        by_std=by_std,
+    )
+
+
+def returns_to_go(rewards: Sequence[float], *, discount: float = 1.0) -> list[float]:
+    """Return per turn `G_t = r_t + discount * G_{t+1}`, backward from the last turn."""
+    returns: list[float] = []
+    for reward in reversed(rewards):
+        returns.append(reward + discount * (returns[-1] if returns else 0.0))
+    return returns[::-1]
+
+
+def leave_one_out_returns(returns: Sequence[Sequence[float] | None]) -> list[list[float]]:
+    """Return per trajectory and turn `A_{i,t} = G_{i,t} - mean over j != i of G_{j,t}`.
+
+    `returns` has the returns-to-go of each trajectory of a group, None for one that failed, which is left out
+    and gets no turns. A trajectory that had stopped before turn t counts with `G_{j,t} = 0`: nothing was left
+    to collect. Because the baseline does not depend on the trajectory's own actions, the gradient is
+    unbiased. A trajectory without valid others has nothing to be compared with and gets 0 everywhere.
+    """
+    valid = [of_one for of_one in returns if of_one is not None]
+    longest = max((len(of_one) for of_one in valid), default=0)
+    totals = [math.fsum(of_one[t] for of_one in valid if t < len(of_one)) for t in range(longest)]
+    others = len(valid) - 1
+    return [
+        [0.0] * len(of_one or ())
+        if of_one is None or others < 1
+        else [value - (totals[t] - value) / others for t, value in enumerate(of_one)]
+        for of_one in returns
+    ]
+
+
+def credit_turns(trajectory: Trajectory, values: Sequence[float], *, score: Score) -> Credit:
+    """Return a credit that gives each turn's tokens the turn's value; no values: the trajectory failed.
+
+    Its components are the outcome as the reward that attempts are compared by, and the value of each turn.
+    """
+    failed = not values
+    return Credit(
+        advantages=spread_turns(trajectory, values if values else [0.0] * len(trajectory.turns)),
+        components={
+            "reward": None if failed else score.outcome,
+            "outcome": score.outcome,
+            "gain": score.gain.turns or None,
+            "turn_advantage": None if failed else tuple(values),
+        },
+    )
+
+
+def credit_returns(
+    groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, gain_weight: float, discount: float
+) -> list[list[Credit]]:
+    """Return per turn the discounted sum of its own and later rewards over that of the other trajectories.
+
+    The reward of a turn is its weighted gain, of the last one also the outcome. See `leave_one_out_returns`,
+    which keeps the gradient unbiased where papers have a value network that estimates the same baseline.
+    """
+    credits = []
+    for group, of_group in zip(groups, scores, strict=True):
+        returns: list[list[float] | None] = []
+        for trajectory, score in zip(group.trajectories, of_group, strict=True):
+            if score.failure is not None or score.outcome is None:
+                returns.append(None)
+                continue
+            rewards = [gain_weight * (gain or 0.0) for gain in gains_of_turns(trajectory, score)]
+            rewards[-1] += score.outcome
+            returns.append(returns_to_go(rewards, discount=discount))
+        credits.append(
+            [
+                credit_turns(trajectory, values, score=score)
+                for trajectory, values, score in zip(
+                    group.trajectories, leave_one_out_returns(returns), of_group, strict=True
+                )
+            ]
+        )
+    return credits
+
+
+def gains_of_turns(trajectory: Trajectory, score: Score) -> tuple[float | None, ...]:
+    """Return one gain per turn, None where none was measured."""
+    return score.gain.turns or (None,) * len(trajectory.turns)

@@ -21,7 +21,7 @@ from verl.agent.prompts import load_texts, prompt_file
 from verl.agent.tools import TOOLS
 from verl.agent.tools.search import render_context
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, Need, Services
+from verl.algorithms.base import Algorithm, IGService, Need, Services, TextCodec
 from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import check_prompt_lengths, load_questions
@@ -48,6 +48,7 @@ from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
 from verl.workers.checkpoint import CheckpointStore
 from verl.workers.model import check_model
+from verl.workers.scorer import LogProbScorer
 from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
+    needs = algorithm_class.needs
+    has_kl = config.actor_rollout_ref.actor.use_kl_loss
     models = await launch_models(
         config,
         stack,
@@ -98,9 +101,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
+        needs_reference=(has_kl or Need.FROZEN_LOG_PROBS in needs) and not config.trainer.evaluates_only,
     )
-    measures = Services(render_context=render_context, ig_service=ig_service)
-    algorithm = algorithm_class(config.algorithm, measures)
+    algorithm = algorithm_class(
+        config.algorithm, make_services(config, models, needs=needs, codec=tokenizer, ig_service=ig_service)
+    )
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
     parts = Parts(
         questions=start.sampler,
@@ -109,7 +114,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         algorithm=algorithm,
         reward=make_reward(config, algorithm),
         policy=models.policy,
-        reference=models.reference,
+        reference=models.reference if has_kl else None,
         engines=models.engines,
         publisher=make_publisher(
             stack, models, prompt_format=prompt_format, questions=train, tolerance=tolerance
@@ -173,6 +178,26 @@ def start_run(
         progress=progress,
         checkpoints=checkpoints,
         checkpoint=checkpoint,
+    )
+
+
+def make_services(
+    config: Config, models: Models, *, needs: frozenset[Need], codec: TextCodec, ig_service: IGService | None
+) -> Services:
+    """Hand a method what it needs to measure with."""
+    shares_prefixes = getattr(config.algorithm, "use_vectorized_gt_logprob", True)
+    policy = frozen = None
+    if Need.POLICY_LOG_PROBS in needs:
+        policy = LogProbScorer(
+            models.policy,
+            shares_prefixes=shares_prefixes,
+            # The same forward pass gives the old log-probs, where an update needs any.
+            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step),
+        )
+    if Need.FROZEN_LOG_PROBS in needs and models.reference is not None:
+        frozen = LogProbScorer(models.reference, shares_prefixes=shares_prefixes, scores_trajectories=False)
+    return Services(
+        render_context=render_context, ig_service=ig_service, codec=codec, policy=policy, frozen=frozen
     )
 
 

@@ -30,7 +30,7 @@ class Models:
 
     policy: WorkerGroup
     reference: WorkerGroup | None
-    """Frozen initial policy; None without a KL term."""
+    """Frozen initial policy; None where neither the KL term nor the method needs it."""
     engines: EnginePool
 
 
@@ -42,8 +42,9 @@ async def launch_models(
     total_steps: int,
     scratch: Path,
     checkpoint: Path | None,
+    needs_reference: bool,
 ) -> Models:
-    """Return policy (as in the checkpoint), reference and engines once all are ready.
+    """Return policy (as in the checkpoint), reference if needed, and engines once all are ready.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
@@ -74,7 +75,7 @@ async def launch_models(
                 policy = launch_group(name="policy", trainable=True)
                 close_quietly(stack, policy.shutdown)
                 reference = None
-                if config.actor_rollout_ref.actor.use_kl_loss and not trainer.evaluates_only:
+                if needs_reference:
                     reference = launch_group(name="reference", trainable=False)
                     close_quietly(stack, reference.shutdown)
                     await reference.wait_until_ready()

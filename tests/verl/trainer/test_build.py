@@ -31,7 +31,7 @@ from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
 from verl.trainer.build import connect_services, load_data, make_format, make_reward, make_tools, open_search
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import Config, RewardConfig
 from verl.types import Gain, Group, Message
 from verl.utils.reward_score.IG_client import GainRequest
 
@@ -114,7 +114,9 @@ async def test_a_halt_names_the_ig_service_only_where_the_method_asks_it(
     method = Failing(SearchR1Config(), make_method().services)
     method.needs = needs  # type: ignore[misc]
     with pytest.raises(TrainingHaltedError, match=f"Fix: {fix}"):
-        await make_reward(Config(), method).score([group], prefetch=Prefetch())
+        await make_reward(Config(reward=RewardConfig(outcome="em")), method).score(
+            [group], prefetch=Prefetch()
+        )
 
 
 def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:

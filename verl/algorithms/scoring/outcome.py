@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serving.answers import AnswerRule, normalize_answer
-from verl.types import Trajectory
+from verl.types import ActionKind, SpanKind, Trajectory
 from verl.utils.reward_score.qa_em import exact_match, sub_exact_match, word_f1
 
 
@@ -15,7 +17,7 @@ class Outcome:
 
     value: float
     metrics: dict[str, float]
-    """em, sub_em and f1, whichever of them is the reward."""
+    """em, sub_em and f1, whatever the reward is."""
 
 
 def measure_outcome(
@@ -25,19 +27,62 @@ def measure_outcome(
     format_score: float = 0.0,
     rule: AnswerRule = AnswerRule.folded,
 ) -> Outcome:
-    """Score the answer by `metric` (em, sub_em or f1), normalized by `rule`.
+    """Score the answer by `metric`, normalized by `rule`.
 
-    No answer is worth 0. A wrong answer that says something, in well-formed tags, is worth at least
-    `format_score`.
+    `em`, `sub_em` and `f1` are 0 without an answer; a wrong answer that says something, in well-formed tags,
+    is worth at least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which
+    have a rule of their own for answers that are wrong or missing.
     """
-    answer = trajectory.answer
-    golds = trajectory.question.golds
+    answer, golds = trajectory.answer, trajectory.question.golds
+    metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0}
+    if answer is not None:
+        metrics = {
+            "em": exact_match(answer, golds, rule=rule),
+            "sub_em": sub_exact_match(answer, golds, rule=rule),
+            "f1": word_f1(answer, golds, rule=rule),
+        }
+    if metric == "igpo_f1":
+        is_broken = any(turn.action.kind is ActionKind.INVALID for turn in trajectory.turns)
+        return Outcome(value=igpo_f1(None if is_broken else answer, golds), metrics=metrics)
+    if metric == "autorefine_f1":
+        summaries = [s.text for t in trajectory.turns for s in t.action.spans if s.kind is SpanKind.REFINE]
+        return Outcome(value=autorefine_f1(answer, golds, summaries=summaries), metrics=metrics)
+    value = metrics[metric]
+    if answer is not None and normalize_answer(answer, rule=AnswerRule.published):
+        value = max(value, format_score)
+    return Outcome(value=value, metrics=metrics)
+
+
+def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) -> float:
+    """Return the best F1 over the gold answers between sets of words, or the penalty without an answer.
+
+    Words are lower case, punctuation separates them, articles count (arXiv 2510.14967, section 4.1, and the
+    authors' code, which has the value of the penalty).
+    """
     if answer is None:
-        return Outcome(value=0.0, metrics={"em": 0.0, "sub_em": 0.0, "f1": 0.0})
-    metrics = {
-        "em": exact_match(answer, golds, rule=rule),
-        "sub_em": sub_exact_match(answer, golds, rule=rule),
-        "f1": word_f1(answer, golds, rule=rule),
-    }
-    says_something = bool(normalize_answer(answer, rule=AnswerRule.published))
-    return Outcome(value=max(metrics[metric], format_score if says_something else 0.0), metrics=metrics)
+        return penalty
+    words = _word_set(answer)
+    return max((_set_f1(words, _word_set(gold)) for gold in golds), default=0.0)
+
+
+def autorefine_f1(answer: str | None, golds: Sequence[str], *, summaries: Sequence[str]) -> float:
+    """Return the best F1 between sets of normalized words; 0.1 if it is 0 but a summary has a gold answer.
+
+    Source: AutoRefine, arXiv 2505.11277, section 3.3.
+    """
+    words = set(normalize_answer(answer or "").split())
+    value = max((_set_f1(words, set(normalize_answer(gold).split())) for gold in golds), default=0.0)
+    if value > 0.0:
+        return value
+    refined = f" {normalize_answer(' '.join(summaries))} "
+    found = any(f" {gold} " in refined for gold in map(normalize_answer, golds) if gold)
+    return 0.1 if found else 0.0
+
+
+def _word_set(text: str) -> set[str]:
+    return set(re.sub(r"[^\w\s]|_", " ", text.lower()).split())
+
+
+def _set_f1(words: set[str], gold: set[str]) -> float:
+    common = len(words & gold)
+    return 2.0 * common / (len(words) + len(gold)) if common else 0.0

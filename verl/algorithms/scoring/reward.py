@@ -45,6 +45,7 @@ class Reward:
             scores=scores,
             credits=self._algorithm.credit(groups, scores),
             stats=measurement.stats,
+            old_log_probs=measurement.old_log_probs,
         )
         for sample in scored.samples():
             check_sample(sample)

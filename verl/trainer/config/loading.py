@@ -40,6 +40,8 @@ def load_config(raw: DictConfig) -> Config:
         raise ConfigError(f"{message}{_name_variable(raw, message)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"expected the ppo_schema configuration, got {type(config).__name__}")
+    if config.reward.outcome == "auto" and config.algorithm.name in ALGORITHMS:
+        config.reward.outcome = ALGORITHMS[config.algorithm.name].outcome  # recorded as what it means
     return config
 
 
@@ -89,11 +91,9 @@ def chosen_method(choices: Sequence[str]) -> type[AlgorithmConfig]:
 def name_owners(key: str) -> str:
     """Return the methods that have this setting, as advice; an empty text if none has it."""
     owners = [
-        f"algorithm={name}"
-        for name, method in ALGORITHMS.items()
-        if key in schema_keys(method.settings_class, "algorithm.")
+        name for name, method in ALGORITHMS.items() if key in schema_keys(method.settings_class, "algorithm.")
     ]
-    return f"a setting of {' or '.join(owners)} only" if owners else ""
+    return f"a setting of algorithm={' or '.join(owners)} only" if owners else ""
 
 
 def first_line(error: Exception) -> str:

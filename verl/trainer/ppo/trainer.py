@@ -126,7 +126,7 @@ class PPOTrainer:
 
                 with timer("log_probs"):
                     batch = self.build_batch(scored)
-                    if not parts.policy.is_on_policy(batch):
+                    if batch.old_log_probs is None and not parts.policy.is_on_policy(batch):
                         batch = batch.with_old(await parts.policy.log_probs(batch))
                     if parts.reference is not None:
                         batch = batch.with_reference(await parts.reference.log_probs(batch))
@@ -157,15 +157,23 @@ class PPOTrainer:
 
     def build_batch(self, scored: ScoredGroups) -> TrainBatch:
         """Return tensors of all trajectories that did not fail; from here on only advantages count."""
-        kept = [s for s in scored.samples() if s.score.failure is None and s.trajectory.num_policy_tokens]
+        samples = scored.samples()
+        kept = [
+            i
+            for i, sample in enumerate(samples)
+            if sample.score.failure is None and sample.trajectory.num_policy_tokens
+        ]
         if not kept:
             raise TrainingHaltedError(
                 f"step {self.progress.step + 1}: every trajectory failed, nothing to train on"
             )
+        known = scored.old_log_probs
+        old = None if known is None else [log_probs for of_group in known for log_probs in of_group]
         return build_batch(
-            [sample.trajectory for sample in kept],
-            [sample.credit.advantages for sample in kept],
+            [samples[i].trajectory for i in kept],
+            [samples[i].credit.advantages for i in kept],
             pad_id=self.pad_id,
+            old_log_probs=None if old is None else [old[i] for i in kept],
         )
 
     def record(self, scored: ScoredGroups, update: dict[str, float]) -> None:

@@ -49,7 +49,10 @@ def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
     assert defaults.trainer.default_local_dir == folder
     defaults.trainer.default_local_dir = "runs/inforeasoner/grpo"
     config = composed()
-    defaults.algorithm = ALGORITHMS[config.algorithm.name].settings_class()
+    method = ALGORITHMS[config.algorithm.name]
+    defaults.algorithm = method.settings_class()
+    assert defaults.reward.outcome == "auto"
+    defaults.reward.outcome = method.outcome
     assert dataclasses.asdict(config) == dataclasses.asdict(defaults)
 
 
@@ -71,8 +74,12 @@ def test_every_method_is_chosen_by_its_name_and_every_key_of_it_documented(name:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["algorithm=none"], "algorithm must be one of search_r1, inforeasoner, got 'none'"),
-        (["algorithm=search_r1", "algorithm.gain_weight=1"], "a setting of algorithm=inforeasoner only"),
+        (["algorithm=none"], f"algorithm must be one of {', '.join(ALGORITHMS)}, got 'none'"),
+        (["algorithm=search_r1", "algorithm.tau=1"], "a setting of algorithm=tips only"),
+        (
+            ["algorithm=search_r1", "algorithm.gain_weight=1"],
+            "a setting of algorithm=inforeasoner or ig_search or igpo or stepsearch only",
+        ),
         (["reward.gain_weight=1"], "did you mean algorithm.gain_weight"),
         (["reward.gain=none"], "write algorithm=search_r1 for none"),
     ],
@@ -97,12 +104,10 @@ def store_recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_recipe_may_choose_the_method(store_recipe: Callable[..., None]) -> None:
     store_recipe("by_outcome")
-    arguments = ["recipe=by_outcome", "algorithm.gain_weight=1"]
-    with pytest.raises(
-        ConfigError, match=r"algorithm\.gain_weight: a setting of algorithm=inforeasoner only"
-    ):
+    arguments = ["recipe=by_outcome", "algorithm.tau=1"]
+    with pytest.raises(ConfigError, match=r"algorithm\.tau: a setting of algorithm=tips only"):
         check_overrides(arguments)
-    check_overrides([*arguments, "algorithm=inforeasoner"])  # the command line wins
+    check_overrides([*arguments, "algorithm=tips"])  # the command line wins
     assert composed(check_overrides(["recipe=by_outcome"])).algorithm.name == "search_r1"
 
 
@@ -110,8 +115,8 @@ def test_a_recipe_may_choose_the_method(store_recipe: Callable[..., None]) -> No
     ("content", "message"),
     [
         (
-            {"algorithm": {"gain_weight": 1}},
-            "algorithm.gain_weight: a setting of algorithm=inforeasoner only",
+            {"algorithm": {"tau": 1}},
+            "algorithm.tau: a setting of algorithm=tips only",
         ),
         ({"trainer": {"sede": 1}}, "trainer.sede: Key 'sede' not in"),
         ({"trainer": {"seed": "x"}}, "trainer.seed: Value 'x'"),

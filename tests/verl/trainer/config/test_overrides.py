@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.loading import schema_keys
 from verl.trainer.config.overrides import check_overrides
@@ -212,7 +214,8 @@ def test_an_error_of_hydra_is_one_line(argument: str, line: str, monkeypatch: py
 
 
 def test_rules_write_keys_that_exist_and_hide_no_other() -> None:
-    known = set(schema_keys())
+    methods = [schema_keys(method.settings_class, "algorithm.") for method in ALGORITHMS.values()]
+    known = {*schema_keys(), *itertools.chain(*methods)}
     written = {key for rule in read_rules() for key in re.findall(r"([\w.]+)=", rule.here)}
     assert written - known == set()
     for letter in PROJECTS:
@@ -251,3 +254,10 @@ def test_the_migration_guide_shows_the_table(letter: str) -> None:
     expected = [f"| `{keys}` | the same | |" for keys in read_same_keys(letter)]
     expected += [table_row(rule) for rule in read_rules() if letter in rule.projects]
     assert rows == expected, "\n".join(expected)
+
+
+def test_the_keys_of_igpo_are_accepted_as_its_script_writes_them() -> None:
+    written = [a for a in SCRIPTS["IGPO"] if "algorithm." in a and "kl_ctrl" not in a]
+    assert len(written) > 8
+    plain = check_overrides(["algorithm=igpo", *written])
+    assert not any(argument.startswith("+") for argument in plain)

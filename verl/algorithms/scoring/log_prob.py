@@ -1,0 +1,162 @@
+"""Log-probs of answers in the states of a trajectory: what is asked of the policy, and how it is read.
+
+A state is what the policy had read when it began a turn: the prompt, or all up to the observation of the turn
+before. An answer is appended to it inside a wrapper, such as `<answer>{answer}</answer>`, and the tokens that
+hold a character of the answer (or of the whole wrapper) are scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl.agent.spans import find_token_span
+from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
+from verl.branches import Branch, Tree, TreeLogProbs
+from verl.errors import ConfigError
+from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
+
+_PLACEHOLDER = "{answer}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probe:
+    """An answer in its wrapper, as tokens."""
+
+    ids: IntArray
+    """Up to the last scored token: nothing after it changes a log-prob."""
+    scored: tuple[int, int]
+
+
+class AnswerProbes:
+    """Encodes answers in a wrapper; every answer once."""
+
+    def __init__(self, codec: TextCodec, wrapper: str, *, key: str, whole: bool = False) -> None:
+        """`whole` scores the tokens of the wrapper, too. Raises ConfigError, which names `key`."""
+        if wrapper.count(_PLACEHOLDER) != 1:
+            raise ConfigError(f"{key} must contain {_PLACEHOLDER} once, got {wrapper!r}")
+        self._codec = codec
+        self._before, self._after = wrapper.split(_PLACEHOLDER)
+        self._whole = whole
+        self._known: dict[str, Probe | None] = {}
+
+    def encode(self, answer: str) -> Probe | None:
+        """Return the tokens of an answer in its wrapper; None when the answer has none of its own."""
+        if answer not in self._known:
+            self._known[answer] = self._encode(answer)
+        return self._known[answer]
+
+    def encode_all(self, answers: Sequence[str]) -> list[Probe]:
+        """Return the tokens of those answers that have any."""
+        return [probe for answer in answers if (probe := self.encode(answer)) is not None]
+
+    def _encode(self, answer: str) -> Probe | None:
+        # Encoded together with its wrapper, because a tokenizer may merge characters over the border.
+        text = self._before + answer + self._after
+        ids = self._codec.encode(text)
+        text = self._codec.decode(ids)
+        start = 0 if self._whole else text.find(answer, max(0, len(self._before) - 1))
+        end = len(text) if self._whole else start + len(answer)
+        if not answer.strip() or start < 0:
+            return None
+        span = find_token_span(ids, start, end, text=text, decode=self._codec.decode)
+        return Probe(ids=np.array(ids[: span[1]], dtype=np.int32), scored=span)
+
+
+def has_changed(trajectory: Trajectory) -> bool:
+    """Return whether there is a turn before the last one: only those change what the policy has read."""
+    return len(trajectory.turns) > 1
+
+
+def state_lengths(trajectory: Trajectory) -> list[int]:
+    """Return the number of tokens of the state before each turn; the first is that of the prompt."""
+    lengths = [len(trajectory.prompt_ids)]
+    for turn in trajectory.turns[:-1]:
+        lengths.append(lengths[-1] + len(turn.output_ids) + len(turn.observation_ids))
+    return lengths
+
+
+def answers_in_states(trajectory: Trajectory, probes: Sequence[Probe]) -> list[Branch]:
+    """Return a branch per state and probe: all probes of the first state, then those of the next."""
+    return [
+        Branch(ids=probe.ids, start=length, scored=probe.scored)
+        for length in state_lengths(trajectory)
+        for probe in probes
+    ]
+
+
+async def measure_states(
+    groups: Sequence[Group],
+    probes: Callable[[Trajectory], Sequence[Probe] | None],
+    *,
+    scorer: LogProbScorer,
+    reduce: Callable[[FloatArray], float],
+    turns: Callable[[Trajectory, list[list[float]]], Sequence[float | None]],
+) -> Measurement:
+    """Measure the gains of turns from the log-probs of answers in the states of each trajectory.
+
+    `probes` returns the answers of a trajectory, None where nothing is to be measured, as with a single turn
+    (see `has_changed`); `reduce` makes a
+    number of the log-probs of an answer's tokens, and `turns` makes the gains, one per turn, of these numbers
+    [states, answers]. A trajectory that failed has no gain; one without an answer that has tokens of its own
+    is a failed measurement.
+    """
+    asked = [
+        [probes(t) if t.stop is not Stop.FAILED and t.turns else None for t in group.trajectories]
+        for group in groups
+    ]
+    branches = [
+        [answers_in_states(t, of_one or ()) for t, of_one in zip(group.trajectories, of_group, strict=True)]
+        for group, of_group in zip(groups, asked, strict=True)
+    ]
+    results, old = await score_branches(groups, branches, scorer=scorer)
+
+    def gain(trajectory: Trajectory, of_one: Sequence[Probe] | None, result: TreeLogProbs) -> Gain:
+        if of_one is None:
+            return Gain()
+        if not of_one:
+            return Gain(failure="gain_failed: no answer has a token of its own")
+        values = [float(reduce(of_branch.astype(np.float64))) for of_branch in result.branches]
+        states = [values[i : i + len(of_one)] for i in range(0, len(values), len(of_one))]
+        return Gain(turns=tuple(turns(trajectory, states)))
+
+    gains = [
+        [
+            gain(trajectory, of_one, result)
+            for trajectory, of_one, result in zip(group.trajectories, of_group, of_results, strict=True)
+        ]
+        for group, of_group, of_results in zip(groups, asked, results, strict=True)
+    ]
+    return Measurement(gains=gains, old_log_probs=old)
+
+
+async def score_branches(
+    groups: Sequence[Group], branches: Sequence[Sequence[Sequence[Branch]]], *, scorer: LogProbScorer
+) -> tuple[list[list[TreeLogProbs]], list[list[FloatArray]] | None]:
+    """Return the log-probs of the branches of every trajectory, and those of its sampled tokens if needed."""
+    trees = [
+        make_tree(trajectory, of_one, scorer=scorer)
+        for group, of_group in zip(groups, branches, strict=True)
+        for trajectory, of_one in zip(group.trajectories, of_group, strict=True)
+    ]
+    answers = iter(await scorer.score(trees))
+    results = [[next(answers) for _ in group.trajectories] for group in groups]
+    if not scorer.scores_trajectories:
+        return results, None
+    return results, [[_whole_trunk(result) for result in of_group] for of_group in results]
+
+
+def _whole_trunk(result: TreeLogProbs) -> FloatArray:
+    assert result.trunk is not None
+    return result.trunk
+
+
+def make_tree(trajectory: Trajectory, branches: Sequence[Branch], *, scorer: LogProbScorer) -> Tree:
+    """Return the tree of a trajectory; with its sampled tokens, if the update needs their log-probs."""
+    return Tree(
+        trunk=trajectory.token_ids,
+        branches=tuple(branches),
+        trunk_scored=trajectory.policy_mask if scorer.scores_trajectories else None,
+    )
