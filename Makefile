@@ -3,6 +3,7 @@
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to fix it
+# make bench-step   what each method adds to a training step
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor check format test test-fast quickstart bench-step bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -7
@@ -53,6 +54,9 @@ test-fast: venv
 
 quickstart: venv
 	@$(BIN)/python scripts/quickstart.py $(QUICKSTART_ARGS)
+
+bench-step: venv
+	@$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)
 
 bench-ig: venv
 	@$(BIN)/python scripts/bench_ig.py $(BENCH_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tests.fakes import CharTokenizer
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, IGService, Services
 from verl.types import Credit, Group, Score, Trajectory
@@ -11,16 +12,6 @@ from verl.types import Credit, Group, Score, Trajectory
 
 def join_titles(trajectory: Trajectory) -> str:
     return " | ".join(passage.title for passage in trajectory.passages)
-
-
-class CharacterCodec:
-    """One token per character."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(map(chr, ids))
 
 
 def make_method(
@@ -31,7 +22,7 @@ def make_method(
     **settings: object,
 ) -> Algorithm:
     method = ALGORITHMS[name]
-    services = Services(render_context=render_context, ig_service=ig_service, codec=CharacterCodec())
+    services = Services(render_context=render_context, ig_service=ig_service, codec=CharTokenizer())
     return method(method.settings_class(**settings), services)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,12 @@ import numpy as np
 
 from verl.algorithms import cw_grpo, gigpo, ig_search, igpo, siop, stepsearch, tips
 from verl.algorithms.scoring.outcome import igpo_f1
-from verl.algorithms.statistics import group_advantages, leave_one_out, leave_one_out_returns
+from verl.algorithms.statistics import (
+    group_advantages,
+    leave_one_out,
+    leave_one_out_returns,
+    outcome_advantages,
+)
 
 Settings = Mapping[str, Any]
 
@@ -66,6 +71,9 @@ def gigpo_step(
 
 RULES: dict[str, Callable[..., Any]] = {
     "group_advantages": lambda settings, rewards: group_advantages(rewards, **settings),
+    "outcome_advantages": lambda settings, rewards, num_tokens: outcome_advantages(
+        rewards, num_tokens, **settings
+    ),
     "leave_one_out": lambda _, rewards: leave_one_out(rewards),
     "leave_one_out_returns": lambda _, returns: leave_one_out_returns(returns),
     "igpo": igpo_returns,

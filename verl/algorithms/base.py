@@ -143,17 +143,21 @@ class Algorithm(ABC):
         self.settings = settings
         self.services = services
 
-    def prefetch(self, questions: Sequence[Question]) -> Prefetch:  # noqa: ARG002
+    def prefetch(self, questions: Sequence[Question]) -> Prefetch:
         """Begin a step over these questions: return what may send requests while its episodes run."""
         return Prefetch()
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gains of all trajectories of the step that `prefetch` began."""
         return Measurement(gains=[[Gain()] * len(group.trajectories) for group in groups])
 
     @abstractmethod
-    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+    def credit(
+        self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+    ) -> list[list[Credit]]:
         """Return one credit per trajectory, in order. Pure; sees the whole batch.
+
+        `progress` is the share of the run that is done, in [0, 1].
 
         Advantages are 0 outside `policy_mask` and on trajectories whose score failed. Components are named
         `reward`, what the group compares, and as the method likes; metrics, records and the report read them.

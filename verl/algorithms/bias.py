@@ -152,6 +152,8 @@ class Variant:
 VARIANTS = (
     Variant(name="search_r1", placement="outcome"),
     Variant(name="search_r1", placement="outcome", settings={"norm_adv_by_std_in_grpo": False}),
+    Variant(name="search_r1", placement="outcome", settings={"adv_estimator": "rloo"}),
+    Variant(name="search_r1", placement="outcome", settings={"adv_estimator": "reinforce_plus_plus"}),
     Variant(name="inforeasoner", placement="trajectory"),
     Variant(name="ig_search", placement="turns"),
     Variant(name="igpo", placement="turns"),

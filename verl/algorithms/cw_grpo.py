@@ -41,7 +41,7 @@ class CWGRPO(Algorithm):
         assert services.codec is not None
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure how much every turn but the last raised the mean log-prob of the gold answer."""
         assert self.services.policy is not None
         return await measure_states(
@@ -57,7 +57,7 @@ class CWGRPO(Algorithm):
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         *,
-        progress: float = 0.0,  # noqa: ARG002
+        progress: float = 0.0,
     ) -> list[list[Credit]]:
         """Credit each search with its share of the trajectory's advantage, other turns with the advantage."""
         credits = []

@@ -35,7 +35,9 @@ class GiGPO(Algorithm):
     settings: GiGPOConfig
     settings_class = GiGPOConfig
 
-    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+    def credit(
+        self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+    ) -> list[list[Credit]]:
         """Credit episode plus weighted step advantages on the tokens of each turn."""
         return [
             self._credit_group(group.trajectories, of_group)

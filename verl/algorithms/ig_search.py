@@ -19,12 +19,12 @@ from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Service
 from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, score_branches
 from verl.algorithms.statistics import credit_outcomes, gains_of_turns, spread_spans
 from verl.branches import Branch, TreeLogProbs
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, positive, share
+from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive, share
 from verl.types import Credit, FloatArray, Gain, Group, IntArray, Score, SpanKind, Stop, Trajectory
 
 
 @dataclass
-class IGSearchConfig(AlgorithmConfig):
+class IGSearchConfig(OutcomeConfig):
     """Settings of `algorithm=ig_search`. The paper gives `gain_weight` and `num_counterfactuals`."""
 
     name: str = "ig_search"
@@ -76,7 +76,7 @@ class IGSearch(Algorithm):
         assert services.codec is not None
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gain of every search, real and counterfactual documents in one pass per trajectory."""
         assert self.services.policy is not None
         settings = self.settings
@@ -116,21 +116,13 @@ class IGSearch(Algorithm):
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         *,
-        progress: float = 0.0,  # noqa: ARG002
+        progress: float = 0.0,
     ) -> list[list[Credit]]:
         """Credit the outcome as GRPO does, and on top of it each query with its stabilized gain."""
-        by_std = self.settings.norm_adv_by_std_in_grpo
+        outcomes = credit_outcomes(groups, scores, settings=self.settings)
         return [
-            [
-                self._credit(*parts)
-                for parts in zip(
-                    group.trajectories,
-                    of_group,
-                    credit_outcomes(group.trajectories, of_group, by_std=by_std),
-                    strict=True,
-                )
-            ]
-            for group, of_group in zip(groups, scores, strict=True)
+            [self._credit(*parts) for parts in zip(group.trajectories, of_group, of_outcomes, strict=True)]
+            for group, of_group, of_outcomes in zip(groups, scores, outcomes, strict=True)
         ]
 
     def _credit(self, trajectory: Trajectory, score: Score, outcome: Credit) -> Credit:

@@ -90,7 +90,7 @@ class IGPO(Algorithm):
         assert services.codec is not None
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gains of every turn but the last, all states of a trajectory in one pass."""
         assert self.services.policy is not None
         count = None if self.settings.answers == "best" else 1

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from IG.messages import GainRequest
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.scoring.ig_service import GainRequests, as_gain
-from verl.algorithms.statistics import credit_by_group
-from verl.trainer.config.schema import AlgorithmConfig, not_negative
+from verl.algorithms.statistics import credit_rewards
+from verl.trainer.config.schema import OutcomeConfig, not_negative
 from verl.types import Credit, Gain, Group, Question, Score, Stop, Trajectory
 from verl.utils.reward_score.IG_reward import combine
 
 
 @dataclass
-class InfoReasonerConfig(AlgorithmConfig):
+class InfoReasonerConfig(OutcomeConfig):
     """Settings of `algorithm=inforeasoner`."""
 
     name: str = "inforeasoner"
@@ -51,17 +51,16 @@ class InfoReasoner(Algorithm):
         ]
         return Measurement(gains=gains, stats=prefetch.stats)
 
-    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
-        """Credit outcome plus weighted gain: see `credit_by_group`."""
-        return [
-            credit_by_group(
-                group.trajectories,
-                [self._reward(score) for score in of_group],
-                components=[{"outcome": s.outcome, "gain": s.gain.trajectory} for s in of_group],
-                by_std=self.settings.norm_adv_by_std_in_grpo,
-            )
-            for group, of_group in zip(groups, scores, strict=True)
-        ]
+    def credit(
+        self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+    ) -> list[list[Credit]]:
+        """Credit outcome plus weighted gain: see `credit_rewards`."""
+        return credit_rewards(
+            groups,
+            [[self._reward(score) for score in of_group] for of_group in scores],
+            [[{"outcome": s.outcome, "gain": s.gain.trajectory} for s in of_group] for of_group in scores],
+            settings=self.settings,
+        )
 
     def _requests_of(self, trajectory: Trajectory) -> list[GainRequest]:
         """Return what is asked about a trajectory: nothing without a passage or without an answer.

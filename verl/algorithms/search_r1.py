@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from verl.algorithms.base import Algorithm
 from verl.algorithms.statistics import credit_outcomes
-from verl.trainer.config.schema import AlgorithmConfig
+from verl.trainer.config.schema import OutcomeConfig
 from verl.types import Credit, Group, Score
 
 
 @dataclass
-class SearchR1Config(AlgorithmConfig):
+class SearchR1Config(OutcomeConfig):
     """Settings of `algorithm=search_r1`."""
 
     name: str = "search_r1"
@@ -21,11 +21,11 @@ class SearchR1Config(AlgorithmConfig):
 class SearchR1(Algorithm):
     """Reward a trajectory by its outcome; every policy token gets the advantage within its group."""
 
+    settings: SearchR1Config
     settings_class = SearchR1Config
 
-    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+    def credit(
+        self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+    ) -> list[list[Credit]]:
         """Credit the outcome: see `credit_outcomes`."""
-        return [
-            credit_outcomes(group.trajectories, of_group, by_std=self.settings.norm_adv_by_std_in_grpo)
-            for group, of_group in zip(groups, scores, strict=True)
-        ]
+        return credit_outcomes(groups, scores, settings=self.settings)

@@ -65,7 +65,7 @@ class SIOP(Algorithm):
         assert services.codec is not None
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the reward of every turn of every trajectory that answered."""
         assert self.services.policy is not None
         clusters: dict[int, Cluster] = {}
@@ -102,7 +102,7 @@ class SIOP(Algorithm):
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         *,
-        progress: float = 0.0,  # noqa: ARG002
+        progress: float = 0.0,
     ) -> list[list[Credit]]:
         """Credit turn rewards, pooled within the group; the outcome is for logs only."""
         return [

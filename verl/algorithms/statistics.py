@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from verl.trainer.config.schema import OutcomeConfig
 from verl.types import Component, Credit, FloatArray, Group, Score, SpanKind, Trajectory
 
 EPSILON = 1e-6
@@ -76,35 +77,97 @@ def spread_spans(
     return result
 
 
-def credit_by_group(
-    trajectories: Sequence[Trajectory],
-    rewards: Sequence[float | None],
+def outcome_advantages(
+    rewards: Sequence[Sequence[float | None]],
+    num_tokens: Sequence[Sequence[int]],
     *,
-    components: Sequence[Mapping[str, Component]],
-    by_std: bool,
-) -> list[Credit]:
-    """Return GRPO's credit: every policy token of a trajectory gets the advantage of its reward in the group.
+    estimator: str = "grpo",
+    by_std: bool = True,
+) -> list[list[float]]:
+    """Return one advantage per trajectory of a batch of groups; 0 for those that failed (None).
+
+    `grpo`: see `group_advantages`. `rloo`: the reward minus the mean of the others (Ahmadian et al. 2024,
+    arXiv 2402.14740). `reinforce_plus_plus`: standardized over the whole batch (arXiv 2501.03262, eq. 10);
+    `reinforce_plus_plus_baseline`: the group's mean is subtracted before. Both weigh a trajectory by its
+    sampled tokens `num_tokens`, as a mean over all tokens of the batch does.
+    """
+    if estimator == "grpo":
+        return [group_advantages(of_group, by_std=by_std) for of_group in rewards]
+    if estimator == "rloo":
+        return [_against_others(of_group) for of_group in rewards]
+    values = [[*of_group] for of_group in rewards]
+    if estimator == "reinforce_plus_plus_baseline":
+        values = [_centered(of_group) for of_group in rewards]
+    pairs = [
+        (value, count)
+        for of_group, counts in zip(values, num_tokens, strict=True)
+        for value, count in zip(of_group, counts, strict=True)
+        if value is not None
+    ]
+    total = sum(count for _, count in pairs)
+    if total < 2:
+        return [[0.0] * len(of_group) for of_group in rewards]
+    mean = math.fsum(value * count for value, count in pairs) / total
+    variance = math.fsum(count * (value - mean) ** 2 for value, count in pairs) / (total - 1)
+    scale = math.sqrt(variance) + EPSILON
+    if scale < 2 * EPSILON:
+        return [[0.0] * len(of_group) for of_group in rewards]
+    return [[0.0 if v is None else (v - mean) / scale for v in of_group] for of_group in values]
+
+
+def _against_others(rewards: Sequence[float | None]) -> list[float]:
+    baselines = leave_one_out(rewards)
+    return [
+        0.0 if reward is None or baseline is None else reward - baseline
+        for reward, baseline in zip(rewards, baselines, strict=True)
+    ]
+
+
+def _centered(rewards: Sequence[float | None]) -> list[float | None]:
+    valid = [reward for reward in rewards if reward is not None]
+    mean = math.fsum(valid) / len(valid) if valid else 0.0
+    return [None if reward is None else reward - mean for reward in rewards]
+
+
+def credit_rewards(
+    groups: Sequence[Group],
+    rewards: Sequence[Sequence[float | None]],
+    components: Sequence[Sequence[Mapping[str, Component]]],
+    *,
+    settings: OutcomeConfig,
+) -> list[list[Credit]]:
+    """Return credits in which every policy token of a trajectory gets the advantage of its reward.
 
     `components` are what each reward is made of; `reward` itself is added to them.
     """
-    advantages = group_advantages(rewards, by_std=by_std)
+    advantages = outcome_advantages(
+        rewards,
+        [[trajectory.num_policy_tokens for trajectory in group.trajectories] for group in groups],
+        estimator=settings.adv_estimator,
+        by_std=settings.norm_adv_by_std_in_grpo,
+    )
     return [
-        Credit(advantages=spread(trajectory, advantage), components={"reward": reward, **parts})
-        for trajectory, reward, advantage, parts in zip(
-            trajectories, rewards, advantages, components, strict=True
+        [
+            Credit(advantages=spread(trajectory, advantage), components={"reward": reward, **parts})
+            for trajectory, reward, advantage, parts in zip(
+                group.trajectories, of_group, of_advantages, of_components, strict=True
+            )
+        ]
+        for group, of_group, of_advantages, of_components in zip(
+            groups, rewards, advantages, components, strict=True
         )
     ]
 
 
 def credit_outcomes(
-    trajectories: Sequence[Trajectory], scores: Sequence[Score], *, by_std: bool
-) -> list[Credit]:
-    """Return GRPO's credit of the outcomes of one group: see `credit_by_group`."""
-    return credit_by_group(
-        trajectories,
-        [None if score.failure is not None else score.outcome for score in scores],
-        components=[{"outcome": score.outcome} for score in scores],
-        by_std=by_std,
+    groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, settings: OutcomeConfig
+) -> list[list[Credit]]:
+    """Return the credit of the outcomes: see `credit_rewards`."""
+    return credit_rewards(
+        groups,
+        [[None if score.failure is not None else score.outcome for score in some] for some in scores],
+        [[{"outcome": score.outcome} for score in some] for some in scores],
+        settings=settings,
     )
 
 

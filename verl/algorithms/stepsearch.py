@@ -39,7 +39,7 @@ class StepSearch(Algorithm):
     settings_class = StepSearchConfig
     needs = frozenset({Need.SUPPORTING_IDS})
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Return gain minus redundancy of every turn that searched."""
         return Measurement(gains=[[measure_searches(t) for t in group.trajectories] for group in groups])
 
@@ -48,7 +48,7 @@ class StepSearch(Algorithm):
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         *,
-        progress: float = 0.0,  # noqa: ARG002
+        progress: float = 0.0,
     ) -> list[list[Credit]]:
         """Credit weighted gains and the outcome, each turn with all that came from it on."""
         return credit_returns(

@@ -53,7 +53,7 @@ class TIPS(Algorithm):
             services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper", whole=True
         )
 
-    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:  # noqa: ARG002
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the change of potential of every turn; those of a trajectory in one pass."""
         assert self.services.frozen is not None
         return await measure_states(
@@ -77,7 +77,7 @@ class TIPS(Algorithm):
         groups: Sequence[Group],
         scores: Sequence[Sequence[Score]],
         *,
-        progress: float = 0.0,  # noqa: ARG002
+        progress: float = 0.0,
     ) -> list[list[Credit]]:
         """Credit scaled changes of potential and the outcome, each turn with all that came from it on."""
         valid = [score for of_group in scores for score in of_group if score.failure is None]

@@ -44,7 +44,9 @@ class Toy(Algorithm):
             stats={"perf/toy": 1.0},
         )
 
-    def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+    def credit(
+        self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+    ) -> list[list[Credit]]:
         credits = []
         for group, of_group in zip(groups, scores, strict=True):
             rewards = [score.outcome if score.failure is None else None for score in of_group]

@@ -7,7 +7,7 @@ halts, because what is left is no longer the batch that was asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from verl.algorithms.base import Algorithm, Prefetch
 from verl.algorithms.scoring.outcome import Outcome
@@ -29,8 +29,19 @@ class Reward:
         self._max_failure_share = max_failure_share
         self._fix = fix
 
-    async def score(self, groups: Sequence[Group], *, prefetch: Prefetch) -> ScoredGroups:
-        """Measure and credit every trajectory. Raises TrainingHaltedError above the failure share."""
+    async def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        prefetch: Prefetch,
+        progress: float = 0.0,
+        stats: Mapping[str, float] | None = None,
+    ) -> ScoredGroups:
+        """Measure and credit every trajectory. Raises TrainingHaltedError above the failure share.
+
+        `progress` is the share of the run that is done; `stats` are what is known of the step so far, by
+        metric name.
+        """
         measurement = await self._algorithm.measure(groups, prefetch=prefetch)
         scores = [
             [self._score(t, gain) for t, gain in zip(group.trajectories, gains, strict=True)]
@@ -43,8 +54,8 @@ class Reward:
         scored = ScoredGroups(
             groups=groups,
             scores=scores,
-            credits=self._algorithm.credit(groups, scores),
-            stats=measurement.stats,
+            credits=self._algorithm.credit(groups, scores, progress=progress),
+            stats={**(stats or {}), **measurement.stats},
             old_log_probs=measurement.old_log_probs,
         )
         for sample in scored.samples():

@@ -278,15 +278,38 @@ class RewardConfig:
 
 
 @dataclass
+class FilterGroupsConfig:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2)."""
+
+    enable: bool = False
+    """Leave out groups whose outcomes are all equal, and ask further questions in their place."""
+    max_num_gen_batches: int = positive(4)
+    """Most batches of questions that a step asks."""
+
+    def __post_init__(self) -> None:
+        check_section("algorithm.filter_groups", self)
+
+
+@dataclass
 class AlgorithmConfig:
     """What all methods share; `algorithm=NAME` selects the class of a method, see `verl.algorithms`."""
 
     name: str = ""
     adv_estimator: str = one_of("grpo")
     norm_adv_by_std_in_grpo: bool = True
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    overlong_filtering: bool = False
+    """Leave trajectories that the token budget cut off out of the update."""
 
     def __post_init__(self) -> None:
         check_section("algorithm", self)
+
+
+@dataclass
+class OutcomeConfig(AlgorithmConfig):
+    """What methods share whose reward is one number per trajectory."""
+
+    adv_estimator: str = one_of("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from verl.algorithms.base import Algorithm
+from verl.algorithms.base import Algorithm, Prefetch
 from verl.algorithms.scoring.reward import Reward
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
@@ -27,7 +27,8 @@ from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import step_metrics
-from verl.types import Question, ScoredGroups
+from verl.trainer.ppo.sampling import collect_groups
+from verl.types import Group, Question, ScoredGroups, Stop
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
@@ -116,13 +117,13 @@ class PPOTrainer:
                 # Closed before the update: no request of it then runs beside the training.
                 async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
                     with timer("rollout"):  # all episodes at once, each at its own pace
-                        progress = ProgressLog(logger, f"step {step}: episodes")
-                        groups = await parts.collector.collect(
-                            questions, step=step, progress=progress, on_episode_end=prefetch.on_episode_end
-                        )
+                        groups, stats = await self.collect(step, questions, prefetch)
                     await room.enter_async_context(parts.engines.asleep())
                     with timer("reward"):  # may run the policy, which now has the device
-                        scored = await parts.reward.score(groups, prefetch=prefetch)
+                        done = self.progress.step / self.total_steps
+                        scored = await parts.reward.score(
+                            groups, prefetch=prefetch, progress=done, stats=stats
+                        )
 
                 with timer("log_probs"):
                     batch = self.build_batch(scored)
@@ -141,6 +142,25 @@ class PPOTrainer:
         self.unrecorded()
         parts.guard.check(last_checkpoint=parts.checkpoints.latest())
 
+    async def collect(
+        self, step: int, questions: Sequence[Question], prefetch: Prefetch
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Run the episodes of a step, of further questions, too, if groups are filtered; return metrics."""
+        parts = self.parts
+        collect = partial(
+            parts.collector.collect,
+            step=step,
+            progress=ProgressLog(logger, f"step {step}: episodes"),
+            on_episode_end=prefetch.on_episode_end,
+        )
+        return await collect_groups(
+            questions,
+            collect=collect,
+            more_questions=parts.questions.next_batch,
+            judge=parts.reward.score_validation,
+            settings=parts.algorithm.settings.filter_groups,
+        )
+
     async def update(self, step: int, batch: TrainBatch, scored: ScoredGroups) -> dict[str, float]:
         """Train on the batch; then the step is done, and remains to be recorded."""
         update = await self.parts.policy.update(batch)
@@ -158,14 +178,17 @@ class PPOTrainer:
     def build_batch(self, scored: ScoredGroups) -> TrainBatch:
         """Return tensors of all trajectories that did not fail; from here on only advantages count."""
         samples = scored.samples()
+        overlong_filtering = self.parts.algorithm.settings.overlong_filtering
         kept = [
             i
             for i, sample in enumerate(samples)
-            if sample.score.failure is None and sample.trajectory.num_policy_tokens
+            if sample.score.failure is None
+            and sample.trajectory.num_policy_tokens
+            and not (overlong_filtering and sample.trajectory.stop is Stop.LENGTH)
         ]
         if not kept:
             raise TrainingHaltedError(
-                f"step {self.progress.step + 1}: every trajectory failed, nothing to train on"
+                f"step {self.progress.step + 1}: every trajectory failed or was cut off, nothing to train on"
             )
         known = scored.old_log_probs
         old = None if known is None else [log_probs for of_group in known for log_probs in of_group]

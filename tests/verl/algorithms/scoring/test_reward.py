@@ -150,8 +150,13 @@ async def test_a_method_that_breaks_its_contract_is_named_before_the_update(
     change: dict[str, Any], message: str
 ) -> None:
     class Broken(ScriptedGain):
-        def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
-            return [[replace(c, **change) for c in credits] for credits in super().credit(groups, scores)]
+        def credit(
+            self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+        ) -> list[list[Credit]]:
+            return [
+                [replace(c, **change) for c in credits]
+                for credits in super().credit(groups, scores, progress=progress)
+            ]
 
     with pytest.raises(ValueError, match=message):
         await score(Broken(), make_groups(1))
@@ -159,7 +164,9 @@ async def test_a_method_that_breaks_its_contract_is_named_before_the_update(
 
 async def test_a_failed_trajectory_with_an_advantage_is_refused() -> None:
     class Leaking(ScriptedGain):
-        def credit(self, groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[list[Credit]]:
+        def credit(
+            self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
+        ) -> list[list[Credit]]:
             return super().credit(groups, [[replace(s, failure=None) for s in some] for some in scores])
 
     with pytest.raises(ValueError, match="must have no reward and no advantage"):

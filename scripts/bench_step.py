@@ -1,0 +1,365 @@
+"""Measure what each method adds to a training step, and how close a step is to its bare engines.
+
+`make bench-step` runs this on the embedded world. All methods measure the same trajectories. Costs are
+processor seconds of all processes and visible wall seconds, both as a share of a `search_r1` step measured in
+the same run. The last line of the output is JSON:
+
+  step_cpu_s, step_s       a search_r1 step: processor seconds of all processes, wall seconds
+  overhead                 processor seconds that a method adds, as a share of step_cpu_s
+  overhead_visible         wall seconds that it adds to a step, as a share of step_s
+  tokens_scored_vs_naive   tokens of its forward passes over those of one pass per state
+  turns                    milliseconds of scoring trajectories of 1 to 8 turns, sharing prefixes or not
+  rollout_vs_engine        wall seconds of vLLM alone for the same tokens over those of the rollout
+  update_vs_torch          wall seconds of a plain torch loop on the same batch over those of the update
+  decoded_over_useful      sampled tokens over those that the update trained on
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import psutil
+from hydra import compose, initialize_config_module
+from rich.console import Console
+from rich.table import Table
+from screen import Screen
+from supervise import ChildFailedError, Supervisor
+
+from bench import bare
+from bench.service import start_ig_service, start_service
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.base import Algorithm, Need
+from verl.branches import Branch, Tree, row_length, split
+from verl.rollout.tokenizer import HfTokenizer
+from verl.trainer.build import make_reward, make_services, open_trainer
+from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.schema import Config
+from verl.trainer.launch import Models
+from verl.trainer.ppo.trainer import PPOTrainer
+from verl.types import Group, Stop
+from verl.utils.entry import error_line
+from verl.utils.reward_score.IG_client import GainClient
+
+WARM_UP_STEPS = 1
+SCORED_TURNS = (1, 2, 4, 8)
+IG_FLAGS = ("--num-generations", "8", "--max-new-tokens", "12")
+
+
+@dataclass(slots=True, kw_only=True)
+class Cost:
+    """What a method added, once per repetition."""
+
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+
+
+class CountingScorer:
+    """A scorer that counts the tokens of its forward passes, and those of one pass per state."""
+
+    def __init__(self, scorer: object) -> None:
+        self._scorer = scorer
+        self.scores_trajectories = False
+        self.shared = self.naive = 0
+
+    async def score(self, trees: Sequence[Tree]) -> object:
+        self.shared += sum(row_length(tree) for tree in trees if tree.branches)
+        self.naive += sum(row_length(part) for tree in trees for part in split(tree))
+        return await self._scorer.score(trees)  # type: ignore[attr-defined]
+
+
+def main() -> int:
+    """Exit status: 0 measured, 1 something could not be started."""
+    arguments = parse_arguments()
+    screen = Screen(Console())
+    try:
+        with Supervisor() as supervisor, TemporaryDirectory(prefix="bench-step-") as folder:
+            figures = run(supervisor, screen, arguments, folder=Path(folder))
+    except ChildFailedError as error:
+        screen.print(str(error), style="bold red")
+        return 1
+    print(json.dumps(figures))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=6, help="measured search_r1 steps (default 6)")
+    parser.add_argument("--repeats", type=int, default=4, help="measurements of each method (default 4)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[name for name in ALGORITHMS if name != "search_r1"],
+        metavar="NAME",
+        help="methods to measure (default: all)",
+    )
+    parser.add_argument("overrides", nargs="*", help="settings of the trainer, as key=value")
+    return parser.parse_args()
+
+
+def run(
+    supervisor: Supervisor, screen: Screen, arguments: argparse.Namespace, *, folder: Path
+) -> dict[str, object]:
+    """Start the services and the trainer, measure, and return the figures."""
+    with screen.phase("starting the retriever") as update:
+        url = start_service(
+            supervisor,
+            "the retriever",
+            module="search_r1.search.retrieval_server",
+            arguments=[],
+            log=folder / "retriever.log",
+            update=update,
+        )
+    overrides = [
+        "recipe=quickstart",
+        "algorithm=search_r1",
+        f"retriever.url={url}/retrieve",
+        f"trainer.default_local_dir={folder / 'run'}",
+        "trainer.logger=[]",
+        "trainer.val_before_train=false",
+        *arguments.overrides,
+    ]
+    if any(Need.IG_SERVICE in ALGORITHMS[name].needs for name in arguments.methods):
+        with screen.phase("starting the IG service") as update:
+            ig_url = start_ig_service(
+                supervisor, arguments=IG_FLAGS, log=folder / "ig_service.log", update=update
+            )
+        overrides.append(f"reward.semantic.url={ig_url}")
+    config = compose_config(overrides)
+    figures = asyncio.run(measure(screen, config, arguments, overrides=overrides))
+    screen.console.print(show(figures))
+    return figures
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Return the configuration of these overrides."""
+    register_schema()
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return load_config(compose("ppo_trainer", overrides=list(overrides)))
+
+
+async def measure(
+    screen: Screen, config: Config, arguments: argparse.Namespace, *, overrides: Sequence[str]
+) -> dict[str, object]:
+    """Measure steps of search_r1, then every method on the same trajectories."""
+    async with open_trainer(config) as trainer:
+        parts = trainer.parts
+        await parts.publisher.verify(version=0)
+        parts.engines.expect_version(0)
+        steps = Cost()
+        phases: list[dict[str, float]] = []
+        with screen.phase("measuring steps", total=arguments.steps) as update:
+            for step in range(1, WARM_UP_STEPS + arguments.steps + 1):
+                before, began = cpu_seconds(), time.perf_counter()
+                await trainer.train_step(step)
+                if step > WARM_UP_STEPS:
+                    steps.cpu_s.append(cpu_seconds() - before)
+                    steps.wall_s.append(time.perf_counter() - began)
+                    phases.append(dict(trainer.timer.seconds))
+                    update(step - WARM_UP_STEPS, f"{steps.cpu_s[-1]:.1f} processor s")
+        questions = parts.questions.next_batch()
+        groups = await parts.collector.collect(questions, step=0)
+        step_cpu_s, step_s = statistics.median(steps.cpu_s), statistics.median(steps.wall_s)
+        costs, tokens = {}, {}
+        with screen.phase("measuring methods", total=len(arguments.methods)) as update:
+            for number, name in enumerate(arguments.methods, start=1):
+                update(number - 1, name)
+                costs[name], tokens[name] = await measure_method(
+                    name, trainer, groups, overrides=overrides, repeats=arguments.repeats
+                )
+        turns = await measure_turns(trainer)
+        with screen.phase("measuring the bare engine and the bare update"):
+            ratios = await asyncio.to_thread(compare_bare, config, groups, phases)
+    return {
+        "step_cpu_s": round(step_cpu_s, 2),
+        "step_s": round(step_s, 2),
+        "overhead": {
+            name: round(statistics.median(cost.cpu_s) / step_cpu_s, 3) for name, cost in costs.items()
+        },
+        "overhead_visible": {
+            name: round(statistics.median(cost.wall_s) / step_s, 3) for name, cost in costs.items()
+        },
+        "tokens_scored_vs_naive": {name: share for name, share in tokens.items() if share is not None},
+        "turns": turns,
+        **ratios,
+        "searches_per_trajectory": round(
+            statistics.fmean(len(t.observations) for group in groups for t in group.trajectories), 2
+        ),
+    }
+
+
+async def measure_method(
+    name: str, trainer: PPOTrainer, groups: Sequence[Group], *, overrides: Sequence[str], repeats: int
+) -> tuple[Cost, float | None]:
+    """Return what a method adds to the step that played these groups, and its share of the naive tokens.
+
+    A gain that the IG service computes while episodes run is invisible until they have ended: for methods
+    that prefetch the episodes are played again.
+    """
+    config = compose_config([o for o in overrides if not o.startswith("algorithm=")] + [f"algorithm={name}"])
+    algorithm, scorer, client = make_method(config, trainer)
+    cost = Cost()
+    questions = [group.question for group in groups]
+    prefetches = type(algorithm).prefetch is not Algorithm.prefetch
+    for _ in range(repeats):
+        plain = 0.0
+        if prefetches:
+            before = cpu_seconds()
+            await trainer.parts.collector.collect(questions, step=0)
+            plain = cpu_seconds() - before
+        before = cpu_seconds()
+        async with aclosing(algorithm.prefetch(questions)) as prefetch:
+            if prefetches:
+                await trainer.parts.collector.collect(
+                    questions, step=0, on_episode_end=prefetch.on_episode_end
+                )
+            began = time.perf_counter()
+            scored = await make_reward(config, algorithm).score(groups, prefetch=prefetch)
+        cost.wall_s.append(time.perf_counter() - began)
+        cost.cpu_s.append(cpu_seconds() - before - plain)
+        assert len(scored.credits) == len(groups)
+    if client is not None:
+        await client.aclose()
+    return cost, None if scorer is None or not scorer.naive else round(scorer.shared / scorer.naive, 3)
+
+
+def make_method(
+    config: Config, trainer: PPOTrainer
+) -> tuple[Algorithm, CountingScorer | None, GainClient | None]:
+    """Return a method with what it measures with, its scorer if it has one, and its client to close."""
+    method = ALGORITHMS[config.algorithm.name]
+    parts = trainer.parts
+    semantic = config.reward.semantic
+    client = None
+    if Need.IG_SERVICE in method.needs:
+        client = GainClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size)
+    services = make_services(
+        config,
+        Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
+        needs=method.needs,
+        codec=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
+        ig_service=client,
+    )
+    inner = services.policy or services.frozen
+    scorer = None if inner is None else CountingScorer(inner)
+    if scorer is not None:
+        changed = {"policy": scorer} if services.policy is not None else {"frozen": scorer}
+        services = replace(services, **changed)  # type: ignore[arg-type]
+    return method(config.algorithm, services), scorer, client
+
+
+async def measure_turns(trainer: PPOTrainer) -> dict[str, dict[str, float]]:
+    """Return how long scoring an answer in every state takes for trajectories of 1 to 8 turns.
+
+    16 trajectories of 40 tokens a turn, an answer of 8 tokens; milliseconds, the best of three.
+    """
+    rng = np.random.default_rng(0)
+    figures = {}
+    for turns in SCORED_TURNS:
+        trees = [
+            Tree(
+                trunk=rng.integers(5, 1000, 60 + 40 * turns).astype(np.int32),
+                branches=tuple(
+                    Branch(
+                        ids=rng.integers(5, 1000, 8).astype(np.int32),
+                        start=60 + 40 * turn,
+                        scored=(0, 8),
+                    )
+                    for turn in range(turns + 1)
+                ),
+            )
+            for _ in range(16)
+        ]
+        seconds = {}
+        for shared in (True, False):
+            times = []
+            for _ in range(3):
+                began = time.perf_counter()
+                await trainer.parts.policy.tree_log_probs(trees, shared=shared)
+                times.append(time.perf_counter() - began)
+            seconds[shared] = 1000 * min(times)
+        figures[str(turns)] = {
+            "shared_ms": round(seconds[True], 1),
+            "naive_ms": round(seconds[False], 1),
+        }
+    return figures
+
+
+def compare_bare(
+    config: Config, groups: Sequence[Group], phases: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """Return rollout and update against vLLM and torch alone, and the share of sampled tokens that count."""
+    trajectories = [t for group in groups for t in group.trajectories]
+    requests = []
+    for trajectory in trajectories:
+        ids, start = trajectory.token_ids, len(trajectory.prompt_ids)
+        for turn in trajectory.turns:
+            requests.append((ids[:start].tolist(), len(turn.output_ids)))
+            start += len(turn.output_ids) + len(turn.observation_ids)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=bare.load, initargs=(config,)) as process:
+        decoding = [process.submit(bare.decode, requests).result() for _ in range(3)]
+        rows = [t.token_ids.tolist() for t in trajectories]
+        masks = [t.policy_mask.tolist() for t in trajectories]
+        update_s = min(process.submit(bare.train, rows, masks, config).result() for _ in range(3))
+    rollout_s = statistics.median(phase["rollout"] for phase in phases)
+    trained_s = statistics.median(phase["update"] for phase in phases)
+    sampled = sum(t.num_policy_tokens for t in trajectories)
+    useful = sum(t.num_policy_tokens for t in trajectories if t.stop is not Stop.FAILED)
+    return {
+        "rollout_vs_engine": round(min(decoding) / rollout_s, 3),
+        "update_vs_torch": round(update_s / trained_s, 3),
+        "decoded_over_useful": round(sampled / useful, 3),
+    }
+
+
+def cpu_seconds() -> float:
+    """Return the processor seconds of this process and all its descendants that are alive."""
+    total = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def show(figures: dict[str, object]) -> Table:
+    """Return the result for the terminal."""
+    overhead, visible = figures["overhead"], figures["overhead_visible"]
+    scored = figures["tokens_scored_vs_naive"]
+    assert isinstance(overhead, dict)
+    assert isinstance(visible, dict)
+    assert isinstance(scored, dict)
+    table = Table(
+        "method",
+        "processor time",
+        "visible time",
+        "tokens scored / naive",
+        title=f"added to a search_r1 step of {figures['step_cpu_s']} processor s, {figures['step_s']} s",
+    )
+    for name in overhead:
+        share = f"{scored[name]:.2f}" if name in scored else ""
+        table.add_row(name, f"{overhead[name]:+.1%}", f"{visible[name]:+.1%}", share)
+    return table
+
+
+if __name__ == "__main__":
+    with error_line():
+        sys.exit(main())

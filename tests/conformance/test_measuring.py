@@ -1,0 +1,274 @@
+"""What the methods ask of a scorer and make of its answers, from trajectories to advantages."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.fakes import make_question, make_trajectory
+from tests.methods import make_method
+from verl.algorithms.base import Algorithm, Prefetch
+from verl.branches import Tree, TreeLogProbs
+from verl.types import (
+    Gain,
+    Group,
+    IntArray,
+    Observation,
+    Passage,
+    Question,
+    Score,
+    Span,
+    SpanKind,
+    Stop,
+    Trajectory,
+    Turn,
+)
+
+LOG_PROB_METHODS = ("igpo", "ig_search", "cw_grpo", "tips")
+
+
+class PathScorer:
+    """The log-prob of a token depends on all tokens before it and on nothing else, as a model's does."""
+
+    def __init__(self, *, scores_trajectories: bool = False) -> None:
+        self.scores_trajectories = scores_trajectories
+        self.asked: list[Tree] = []
+
+    def log_prob(self, path: IntArray, index: int) -> float:
+        weights = np.arange(1, index + 2)
+        return -float((path[: index + 1].astype(np.int64) * weights).sum() % 997) / 200.0
+
+    async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
+        self.asked += trees
+        return [self._score(tree) for tree in trees]
+
+    def _score(self, tree: Tree) -> TreeLogProbs:
+        branches = []
+        for i, branch in enumerate(tree.branches):
+            path = tree.path(i)
+            start = len(path) - len(branch.ids)
+            first, end = branch.scored
+            branches.append(np.array([self.log_prob(path, start + k) for k in range(first, end)], np.float32))
+        trunk = None
+        if tree.trunk_scored is not None:
+            values = [self.log_prob(tree.trunk, k) for k in range(len(tree.trunk))]
+            trunk = np.where(tree.trunk_scored, np.array(values, np.float32), np.float32(0))
+        return TreeLogProbs(branches=tuple(branches), trunk=trunk)
+
+
+def group_of(uid: str, *queries: Sequence[str], golds: tuple[str, ...] = ("Bolton",)) -> Group:
+    question = make_question(uid, golds=golds)
+    plain = [make_trajectory(question, sample=i, queries=tuple(q), answer="x") for i, q in enumerate(queries)]
+    return Group(question=question, trajectories=tuple(with_documents(t) for t in plain))
+
+
+def with_documents(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with results of its own for every query."""
+
+    def read(turn: Turn) -> Turn:
+        if not turn.observations:
+            return turn
+        text = f"What is known about {turn.action.text}."
+        passages = (Passage(id=text, title="", text=text, score=1.0),)
+        return replace(
+            turn,
+            observations=(Observation(text=text, passages=passages),),
+            observation_ids=np.array([ord(c) for c in text], np.int32),
+        )
+
+    return replace(trajectory, turns=tuple(map(read, trajectory.turns)))
+
+
+def make(name: str, scorer: PathScorer, **settings: object) -> Algorithm:
+    method = make_method(name, **settings)
+    method.services = replace(method.services, policy=scorer, frozen=scorer)
+    return method
+
+
+async def gains_of(method: Algorithm, groups: Sequence[Group]) -> list[list[Gain]]:
+    return (await method.measure(groups, prefetch=Prefetch())).gains
+
+
+GROUPS = (
+    group_of("nq/0", ("a", "b"), (), ("c",)),
+    group_of("nq/1", ("d",), ("e", "f", "g"), golds=("Leeds", "York")),
+    group_of("nq/2", ("h",), ()),
+)
+
+
+@pytest.mark.parametrize("name", LOG_PROB_METHODS)
+async def test_gains_do_not_depend_on_the_order_of_the_batch(name: str) -> None:
+    plain = await gains_of(make(name, PathScorer()), GROUPS)
+    shuffled = list(range(len(GROUPS)))
+    random.Random(3).shuffle(shuffled)
+    moved = await gains_of(make(name, PathScorer()), [GROUPS[i] for i in shuffled])
+    assert moved == [plain[i] for i in shuffled]
+    assert any(gain.values for of_group in plain for gain in of_group)
+
+
+@pytest.mark.parametrize("name", LOG_PROB_METHODS)
+async def test_a_gain_per_turn_none_on_the_last_and_none_without_a_search(name: str) -> None:
+    gains = await gains_of(make(name, PathScorer()), GROUPS)
+    for group, of_group in zip(GROUPS, gains, strict=True):
+        for trajectory, gain in zip(group.trajectories, of_group, strict=True):
+            assert gain.failure is None
+            if len(trajectory.turns) == 1:
+                assert not any(gain.values)
+                continue
+            assert [value is None for value in gain.turns[:-1]] == [False] * (len(trajectory.turns) - 1)
+
+
+async def test_the_gains_of_igpo_telescope_and_use_one_answer_in_all_states() -> None:
+    scorer = PathScorer()
+    method = make("igpo", scorer)
+    gains = await gains_of(method, GROUPS)
+    trajectory = GROUPS[1].trajectories[1]
+    wrapper = method.settings.answer_wrapper  # type: ignore[attr-defined]
+    before = [ord(c) for c in wrapper.partition("{answer}")[0]]
+
+    def belief(answer: str, length: int) -> float:
+        ids = [ord(c) for c in answer]
+        path = np.array([*trajectory.token_ids[:length], *before, *ids], np.int32)
+        return float(np.mean([scorer.log_prob(path, k) for k in range(len(path) - len(ids), len(path))]))
+
+    lengths = np.cumsum(
+        [len(trajectory.prompt_ids), *(len(t.output_ids) + len(t.observation_ids) for t in trajectory.turns)]
+    )[:-1].tolist()
+    best = max(("Leeds", "York"), key=lambda answer: belief(answer, lengths[-1]))
+    expected = belief(best, lengths[-1]) - belief(best, lengths[0])
+    assert math.fsum(gains[1][1].values) == pytest.approx(expected, abs=1e-6)
+
+
+async def test_old_log_probs_come_from_the_same_pass() -> None:
+    scorer = PathScorer(scores_trajectories=True)
+    measurement = await make("igpo", scorer).measure(GROUPS, prefetch=Prefetch())
+    assert measurement.old_log_probs is not None
+    assert len(scorer.asked) == sum(len(group.trajectories) for group in GROUPS)
+    for group, of_group in zip(GROUPS, measurement.old_log_probs, strict=True):
+        for trajectory, log_probs in zip(group.trajectories, of_group, strict=True):
+            assert log_probs.shape == trajectory.token_ids.shape
+            assert (log_probs[~trajectory.policy_mask] == 0).all()
+            assert (log_probs[trajectory.policy_mask] != 0).any()
+
+
+@pytest.mark.parametrize("name", LOG_PROB_METHODS)
+async def test_a_failed_trajectory_asks_for_nothing(name: str) -> None:
+    question = make_question("nq/9")
+    failed = replace(
+        make_trajectory(question, queries=("q",), answer="x"), stop=Stop.FAILED, failure="search_failed: x"
+    )
+    scorer = PathScorer()
+    groups = [Group(question=question, trajectories=(failed,)), *GROUPS]
+    gains = await gains_of(make(name, scorer), groups)
+    assert not gains[0][0].values
+    assert gains[0][0].failure is None
+    assert not scorer.asked[0].branches
+
+
+async def test_an_answer_without_tokens_is_a_failed_measurement() -> None:
+    gains = await gains_of(make("igpo", PathScorer()), [group_of("nq/5", ("a",), golds=(" ",))])
+    assert gains[0][0].failure == "gain_failed: no answer has a token of its own"
+
+
+async def test_counterfactual_documents_come_from_other_questions_and_move_together_with_the_summary() -> (
+    None
+):
+    scorer = PathScorer()
+    await gains_of(make("ig_search", scorer), GROUPS)
+    own = {
+        group.question.uid: {
+            tuple(turn.observation_ids.tolist()) for t in group.trajectories for turn in t.turns
+        }
+        for group in GROUPS
+    }
+    trees = iter(scorer.asked)
+    for group in GROUPS:
+        for trajectory in group.trajectories:
+            tree = next(trees)
+            documents = [b for b in tree.branches if b.scored[0] == b.scored[1]]
+            assert len(documents) == 3 * len(trajectory.observations)
+            for branch in documents:
+                uids = {uid for uid, seen in own.items() if tuple(branch.ids.tolist()) in seen}
+                assert uids
+                assert group.question.uid not in uids
+
+
+async def test_without_another_question_a_search_has_no_gain() -> None:
+    gains = await gains_of(make("ig_search", PathScorer()), GROUPS[:1])
+    assert not any(gain.values for gain in gains[0])
+
+
+def with_query(trajectory: Trajectory, *lengths: int) -> Trajectory:
+    """The trajectory with queries of so many tokens."""
+    turns = []
+    for turn, length in zip(trajectory.turns, lengths, strict=False):
+        ids = np.arange(10, 12 + length, dtype=np.int32)
+        span = Span(kind=SpanKind.QUERY, start=1, end=1 + length, text="q")
+        turns.append(
+            replace(
+                turn,
+                output_ids=ids,
+                output_log_probs=np.zeros(len(ids), np.float32),
+                action=replace(turn.action, spans=(span,)),
+            )
+        )
+    return replace(trajectory, turns=(*turns, *trajectory.turns[len(lengths) :]))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        ((0.0, 0.0, 0.0), (0.034553, -0.021848, 0.0)),  # every answer wrong: the queries keep a gradient
+        ((1.0, 0.0, 0.0), (1.189252, 1.132850, 1.154699)),
+    ],
+)
+def test_ig_search_credits_query_tokens_alone(
+    outcomes: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    question: Question = make_question("nq/7")
+    first = with_query(make_trajectory(question, queries=("a", "b"), answer="x"), 6, 4)
+    others = [make_trajectory(question, sample=i, answer="x") for i in (1, 2)]
+    scores = [
+        Score(outcome=outcomes[0], gain=Gain(turns=(0.85, -0.6, None))),
+        *(Score(outcome=o) for o in outcomes[1:]),
+    ]
+    group = Group(question=question, trajectories=(first, *others))
+    credit = make_method("ig_search").credit([group], [scores])[0][0]
+    start = len(first.prompt_ids)
+    after_first = start + len(first.turns[0].output_ids) + len(first.turns[0].observation_ids)
+    queries = np.zeros(len(credit.advantages), np.bool_)
+    queries[start + 1 : start + 7] = queries[after_first + 1 : after_first + 5] = True
+    np.testing.assert_allclose(credit.advantages[start + 1 : start + 7], expected[0], atol=1e-6)
+    np.testing.assert_allclose(credit.advantages[after_first + 1 : after_first + 5], expected[1], atol=1e-6)
+    np.testing.assert_allclose(credit.advantages[first.policy_mask & ~queries], expected[2], atol=1e-6)
+    assert not credit.advantages[~first.policy_mask].any()
+
+
+def test_gains_of_chosen_tools_only() -> None:
+    group = group_of("nq/0", ("a", "b"))
+    method = make("igpo", PathScorer(), gain_tools=["python"])
+    gain = Gain(turns=(0.5, 0.2, None))
+    assert method._choose_tools(group.trajectories[0], gain).turns == (None, None, None)  # type: ignore[attr-defined]
+
+
+async def test_stepsearch_pays_new_support_and_takes_off_repeats() -> None:
+    question = replace(make_question("nq/0"), supporting_ids=("p1", "p2"))
+    found = [Passage(id=i, title="", text=i, score=1.0) for i in ("p1", "p2", "p9")]
+    plain = make_trajectory(question, queries=("a", "b", "c"), answer="x")
+    turns = [
+        replace(turn, observations=(replace(turn.observations[0], passages=tuple(of_one)),))
+        for turn, of_one in zip(plain.turns, ([found[0]], [found[0], found[1]], [found[2]]), strict=False)
+    ]
+    trajectory = replace(plain, turns=(*turns, plain.turns[-1]))
+    method = make_method("stepsearch")
+    gains = await gains_of(method, [Group(question=question, trajectories=(trajectory,))])
+    assert gains[0][0].turns == pytest.approx((0.5, 0.5 - 0.5, 0.0, None))
+    unknown = Group(question=make_question("nq/1"), trajectories=GROUPS[0].trajectories)
+    (failed, *_) = (await gains_of(method, [unknown]))[0]
+    assert failed.failure is not None
+    assert "supporting_ids" in failed.failure
