@@ -6,18 +6,21 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.fakes import FakeAgent, FakeGainService, make_question, make_trajectory
 from tests.methods import make_method
-from verl.algorithms.base import Algorithm, Prefetch
+from verl.algorithms.base import Algorithm, Measurement, Prefetch
 from verl.algorithms.inforeasoner import InfoReasoner
 from verl.algorithms.scoring.ig_service import GainRequests
 from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
+from verl.algorithms.search_r1 import SearchR1, SearchR1Config
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
 from verl.rollout.collector import Collector
@@ -25,10 +28,10 @@ from verl.run.progress import Progress
 from verl.run.recorder import Recorder
 from verl.run.records import step_files
 from verl.run.tracking import Tracker, read_metrics
-from verl.trainer.config.schema import TrainerConfig
+from verl.trainer.config.schema import FilterGroupsConfig, TrainerConfig
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
-from verl.types import Question, Trajectory
+from verl.types import Group, Question, Stop, Trajectory
 from verl.utils.actors import ActorError
 from verl.utils.reward_score.IG_client import GainClient
 from verl.workers.batch import TrainBatch
@@ -318,3 +321,66 @@ async def test_weights_of_an_update_that_was_cut_off_are_not_saved(
         await run.trainer.fit()
     assert run.checkpoints.latest() is None
     assert "steps 1 to 1 are lost: the update of step 2 was cut off" in caplog.text
+
+
+class CutAgent(FakeAgent):
+    """Sample 0 of every group is cut off by the token budget, sample 1 is right, sample 2 wrong."""
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        self.asked.append((question.uid, sample, seed, greedy))
+        answer = (None, question.golds[0], "wrong")[sample]
+        trajectory = make_trajectory(question, sample=sample, queries=("q",), answer=answer)
+        return replace(trajectory, stop=Stop.LENGTH) if sample == 0 else trajectory
+
+
+async def test_overlong_filtering_leaves_trajectories_that_were_cut_off_out_of_the_update(
+    tmp_path: Path,
+) -> None:
+    for filtering, expected in ((False, "update of 6"), (True, "update of 4")):
+        algorithm = make_method(overlong_filtering=filtering)
+        run = Run(tmp_path / str(filtering), algorithm=algorithm, agent=CutAgent(), **STEPS_ALONE)
+        await run.trainer.train_step(1)
+        run.tracker.finish()
+        assert expected in run.models.calls
+
+
+async def test_filtered_groups_are_replaced_within_the_step_and_counted(tmp_path: Path) -> None:
+    settings = FilterGroupsConfig(enable=True, max_num_gen_batches=3)
+    run = Run(tmp_path, algorithm=make_method(filter_groups=settings), **STEPS_ALONE)  # all answers are right
+    await run.trainer.train_step(1)
+    run.tracker.finish()
+    assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
+    assert "update of 6" in run.models.calls
+    line = read_metrics(tmp_path)[0]
+    assert (line["rollout/generation_batches"], line["rollout/filtered_group_share"]) == (3.0, 1.0)
+
+
+class KnowingMethod(SearchR1):
+    """Its measurement comes with the log-probs of the sampled tokens."""
+
+    async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
+        measurement = await super().measure(groups, prefetch=prefetch)
+        old = [
+            [np.where(t.policy_mask, np.float32(-0.25 * t.sample), np.float32(0)) for t in g.trajectories]
+            for g in groups
+        ]
+        return replace(measurement, old_log_probs=old)
+
+
+async def test_log_probs_that_measuring_computed_are_not_computed_again(tmp_path: Path) -> None:
+    algorithm = KnowingMethod(SearchR1Config(overlong_filtering=True), make_method().services)
+    run = Run(tmp_path, algorithm=algorithm, agent=CutAgent(), **STEPS_ALONE)
+    run.models.is_on_policy = lambda batch: False  # type: ignore[method-assign]
+    batches: list[TrainBatch] = []
+
+    async def update(batch: TrainBatch) -> dict[str, float]:
+        batches.append(batch)
+        return {"num_updates": 1.0, "skipped_updates": 0.0}
+
+    run.models.update = update  # type: ignore[method-assign]
+    await run.trainer.train_step(1)  # the fake policy computes no log-probs
+    run.tracker.finish()
+    (batch,) = batches
+    assert batch.old_log_probs is not None
+    expected = np.array([-0.25, -0.5, -0.25, -0.5], np.float32)[:, None] * batch.policy_mask
+    np.testing.assert_array_equal(batch.old_log_probs, expected)
