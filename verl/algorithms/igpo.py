@@ -22,7 +22,7 @@ from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_
 from verl.algorithms.statistics import (
     credit_turns,
     gains_of_turns,
-    leave_one_out_returns,
+    leave_one_out_turns,
     returns_to_go,
 )
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, share
@@ -242,21 +242,12 @@ def _scale_of_gains(groups: Sequence[RewardGroup]) -> float:
 
 
 def _leave_one_out(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> list[list[float]]:
-    """Return advantages of raw rewards against the mean return of the other trajectories at each turn."""
+    """Return advantages of raw rewards against the other trajectories; see `leave_one_out_turns`."""
     outcome_weight, gain_weight = settings.curriculum(progress)
-    returns = [
-        None
-        if rewards is None
-        else returns_to_go(
-            [
-                *(settings.gain_weight * gain_weight * (gain or 0.0) for gain in rewards.gains),
-                outcome_weight * rewards.outcome,
-            ],
-            discount=_discount(settings, turns=len(rewards.gains) + 1),
-        )
-        for rewards in group
-    ]
-    return leave_one_out_returns(returns)
+    weight = settings.gain_weight * gain_weight
+    gains = [None if r is None else [*(weight * (gain or 0.0) for gain in r.gains), 0.0] for r in group]
+    outcomes = [None if r is None else outcome_weight * r.outcome for r in group]
+    return leave_one_out_turns(gains, outcomes, discount=settings.gamma)
 
 
 def _discount(settings: IGPOConfig, *, turns: int) -> float:

@@ -199,6 +199,22 @@ def leave_one_out_returns(returns: Sequence[Sequence[float] | None]) -> list[lis
     ]
 
 
+def leave_one_out_turns(
+    gains: Sequence[Sequence[float] | None], outcomes: Sequence[float | None], *, discount: float
+) -> list[list[float]]:
+    """Return per trajectory and turn what it earned from there on, against the others of its group.
+
+    `gains` has one per turn. The later gains are discounted and compared at the same turn (see
+    `leave_one_out_returns`); the outcome counts in full at every turn and is compared as a whole, so that a
+    constant on all outcomes changes nothing. None for a trajectory that failed, which gets no turns.
+    """
+    returns = [None if of_one is None else returns_to_go(of_one, discount=discount) for of_one in gains]
+    return [
+        [value + outcome for value in of_one]
+        for of_one, outcome in zip(leave_one_out_returns(returns), _against_others(outcomes), strict=True)
+    ]
+
+
 def credit_turns(trajectory: Trajectory, values: Sequence[float], *, score: Score) -> Credit:
     """Return a credit that gives each turn's tokens the turn's value; no values: the trajectory failed.
 
@@ -219,27 +235,24 @@ def credit_turns(trajectory: Trajectory, values: Sequence[float], *, score: Scor
 def credit_returns(
     groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, gain_weight: float, discount: float
 ) -> list[list[Credit]]:
-    """Return per turn the discounted sum of its own and later rewards over that of the other trajectories.
+    """Return credits of the outcome and the weighted gains, each turn with all that came from it on.
 
-    The reward of a turn is its weighted gain, of the last one also the outcome. See `leave_one_out_returns`,
-    which keeps the gradient unbiased where papers have a value network that estimates the same baseline.
+    See `leave_one_out_turns`, whose baseline keeps the gradient unbiased where papers have a value network
+    that estimates the same.
     """
     credits = []
     for group, of_group in zip(groups, scores, strict=True):
-        returns: list[list[float] | None] = []
-        for trajectory, score in zip(group.trajectories, of_group, strict=True):
-            if score.failure is not None or score.outcome is None:
-                returns.append(None)
-                continue
-            rewards = [gain_weight * (gain or 0.0) for gain in gains_of_turns(trajectory, score)]
-            rewards[-1] += score.outcome
-            returns.append(returns_to_go(rewards, discount=discount))
+        valid = [score.failure is None and score.outcome is not None for score in of_group]
+        gains = [
+            [gain_weight * (gain or 0.0) for gain in gains_of_turns(*pair)] if is_valid else None
+            for pair, is_valid in zip(zip(group.trajectories, of_group, strict=True), valid, strict=True)
+        ]
+        outcomes = [s.outcome if is_valid else None for s, is_valid in zip(of_group, valid, strict=True)]
+        advantages = leave_one_out_turns(gains, outcomes, discount=discount)
         credits.append(
             [
                 credit_turns(trajectory, values, score=score)
-                for trajectory, values, score in zip(
-                    group.trajectories, leave_one_out_returns(returns), of_group, strict=True
-                )
+                for trajectory, values, score in zip(group.trajectories, advantages, of_group, strict=True)
             ]
         )
     return credits
