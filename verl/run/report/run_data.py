@@ -5,6 +5,7 @@ The run may have crashed: what is missing is None or empty.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from verl.algorithms import ALGORITHMS
 from verl.errors import DataError
 from verl.run.manifest import Manifest, read_manifest
 from verl.run.records import (
@@ -205,8 +207,11 @@ def _reward(run: RunData) -> str | None:
     settings = run.setting("algorithm")
     method = dict(settings) if isinstance(settings, Mapping) else {}
     label = method.pop("name", None)
-    shared = {"adv_estimator", "norm_adv_by_std_in_grpo"}
-    own = ", ".join(f"{key} {value}" for key, value in method.items() if key not in shared)
+    known = ALGORITHMS.get(str(label))
+    defaults = {} if known is None else dataclasses.asdict(known.settings_class())
+    # The weight of the gain always, because readers compare runs by it; of the rest what was chosen.
+    chosen = {key: v for key, v in method.items() if key == "gain_weight" or v != defaults.get(key, v)}
+    own = ", ".join(f"{key} {value}" for key, value in chosen.items())
     return f"{name}, {label}{f' ({own})' if own else ''}" if label else name
 
 
