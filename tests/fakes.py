@@ -249,8 +249,18 @@ class CharTokenizer:
     def render_prompt(self, question: Question) -> list[int]:
         return self.encode(question.messages[0].content)
 
-    def render_next_turn(self, text: str) -> list[int] | None:
+    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
         return None
+
+
+class PieceTokenizer(CharTokenizer):
+    """Decodes positions of a list of pieces."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self._pieces = pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._pieces[i] for i in ids)
 
 
 @dataclass(slots=True)

@@ -182,10 +182,10 @@ class Tokenizer(Protocol):
         """Return the ids of the question's chat prompt with the generation prompt."""
         ...
 
-    def render_next_turn(self, text: str) -> list[int] | None:
-        """Return the ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
+    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
+        """Return the ids that end a turn of the assistant, hold `text` as a message and begin the next turn.
 
-        The first one is the token that ends a turn. None where there are no turns.
+        The first one is the token that ends a turn. None where no message of this `role` can follow.
         """
         ...
 

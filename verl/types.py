@@ -127,6 +127,13 @@ class Span:
     """Its tokens are `[start, end)` of `Turn.output_ids`."""
     text: str
     """What the policy meant, stripped: without the escapes that the markup of a format may need."""
+    num_closing: int = 0
+    """Number of tokens after `end` up to the end of the markup that closes the part."""
+
+    @property
+    def outer_end(self) -> int:
+        """Return the end of the part with its closing markup."""
+        return self.end + self.num_closing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,35 +1,68 @@
-"""Find the tokens that hold a part of a sampled text, without encoding anything again."""
+"""Find the tokens that hold a part of a text, without encoding anything again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from verl.types import Span, SpanKind
 
-def find_token_span(
-    ids: Sequence[int], start: int, end: int, *, text: str, decode: Callable[[Sequence[int]], str]
-) -> tuple[int, int]:
-    """Return the span of the tokens with at least one of the characters `[start, end)` of `text`.
 
-    `text` is `decode(ids)`. An empty range of characters gives an empty span.
-    """
+class DecodedText:
+    """The text of tokens, and which of them hold a part of it."""
 
-    def covered(count: int) -> int:
-        # A prefix may end in half a character, which decodes to something else than it becomes.
-        prefix = decode(ids[:count])
-        if text.startswith(prefix):
-            return len(prefix)
-        return next(n for n, (a, b) in enumerate(zip(prefix, text + "\0", strict=False)) if a != b)
+    def __init__(self, ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> None:
+        self.text = decode(ids)
+        self._ids = ids
+        self._decode = decode
+        self._covered: dict[int, int] = {}
 
-    def fewest(reached: Callable[[int], bool]) -> int:
-        """Return the fewest tokens whose characters satisfy `reached`, by bisection: coverage only grows."""
-        low, high = 0, len(ids)
+    def find_tokens(self, start: int, end: int) -> tuple[int, int]:
+        """Return the span of the tokens with at least one of the characters `[start, end)`.
+
+        An empty range of characters gives an empty span.
+        """
+        first = self._count_tokens(start)
+        if self._cover(first) > start:
+            first -= 1
+        return first, self._count_tokens(end) if end > start else first
+
+    def make_span(
+        self, kind: SpanKind, start: int, end: int, *, closing_end: int | None = None, text: str | None = None
+    ) -> Span:
+        """Return the span of the characters `[start, end)`, stripped.
+
+        `closing_end` is where the markup that closes it ends, and `text` what the policy meant, where that is
+        not what the text says.
+        """
+        inner = self.text[start:end]
+        meant = inner.strip()
+        start += len(inner) - len(inner.lstrip() or inner)
+        first, last = self.find_tokens(start, start + len(meant))
+        outer_end = last if closing_end is None else self._count_tokens(closing_end)
+        return Span(
+            kind=kind,
+            start=first,
+            end=last,
+            text=meant if text is None else text,
+            num_closing=max(0, outer_end - last),
+        )
+
+    def _count_tokens(self, characters: int) -> int:
+        """Return the fewest tokens that cover so many characters, by bisection: coverage only grows."""
+        low, high = 0, len(self._ids)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if reached(covered(middle)) else (middle + 1, high)
+            low, high = (low, middle) if self._cover(middle) >= characters else (middle + 1, high)
         return low
 
-    first = fewest(lambda characters: characters >= start)
-    if covered(first) > start:
-        first -= 1
-    last = fewest(lambda characters: characters >= end) if end > start else first
-    return first, last
+    def _cover(self, count: int) -> int:
+        """Return the number of characters of the text that the first `count` tokens hold."""
+        if count not in self._covered:
+            # A prefix may end in half a character, which decodes to something else than it becomes.
+            prefix = self._decode(self._ids[:count])
+            self._covered[count] = (
+                len(prefix)
+                if self.text.startswith(prefix)
+                else next(n for n, (a, b) in enumerate(zip(prefix, self.text + "\0", strict=False)) if a != b)
+            )
+        return self._covered[count]

@@ -195,7 +195,12 @@ def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
         if turn.observation_overflowed or num_chars < max(1, min_chars):
             continue
         following = trajectory.turns[number + 1 : number + 2]
-        refined = [s.end for later in following for s in later.action.spans if s.kind is SpanKind.REFINE]
+        refined = [
+            span.outer_end
+            for later in following
+            for span in later.action.spans
+            if span.kind is SpanKind.REFINE
+        ]
         end = start + max(refined, default=0)
         steps.append(
             Step(

@@ -6,6 +6,7 @@ template may write them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ _PLACEHOLDER = "xPLACEHOLDERx"
 _MARK = re.compile(rf"(\t?){_PLACEHOLDER}(\d+){_PLACEHOLDER}\t?")
 """The place of a content in a rendered chat. Some templates strip contents: then its tabs are gone."""
 
+_VERBATIM = 'a "b" <c> & é'
+"""Escaping of any kind would change this."""
+
 
 class HfTokenizer:
     """A tokenizer of transformers as a `verl.protocols.Tokenizer`."""
@@ -39,6 +43,7 @@ class HfTokenizer:
             self._encoder = TextEncoder(tokenizer, tags=tags)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        self._next_turns: dict[str, str | None] = {}
         self._has_warned = False
 
     @classmethod
@@ -98,26 +103,44 @@ class HfTokenizer:
         ]
         return self._encode_chat(self._render(marked), contents)
 
-    def render_next_turn(self, text: str) -> list[int] | None:
-        """Return the ids that end a turn of the assistant, hold `text` of the user and begin the next turn.
+    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
+        """Return the ids that end a turn of the assistant, hold `text` as a message and begin the next turn.
 
         They begin with the token that ends a turn; `text` is from outside. None without a chat template, and
-        with one that renders no second turn of a user.
+        with one that renders no message of this `role` after an answer.
         """
+        if role not in self._next_turns:
+            self._next_turns[role] = self._find_next_turn(role)
+        next_turn = self._next_turns[role]
+        return None if next_turn is None else self._encode_chat(next_turn, [text])
+
+    def _find_next_turn(self, role: str) -> str | None:
+        """Return what the chat template writes from the end of an answer on, with a mark for the message."""
         if not self._tokenizer.chat_template:
             return None
         first = Message(role="user", content="Who?")
         answer = Message(role="assistant", content=_PLACEHOLDER)
-        second = Message(role="user", content=_mark(0))
+
+        def render(role: str, content: str) -> str:
+            text = self._render([first, answer, Message(role=role, content=content)])
+            return text.partition(_PLACEHOLDER)[2]
+
         try:
             opening = self._render([first]).removeprefix(self._render([first], is_open=False))
-            next_turn = self._render([first, answer, second]).partition(_PLACEHOLDER)[2]
-            if _MARK.search(next_turn) and next_turn.endswith(opening):
-                return self._encode_chat(next_turn, [text])
-            problem = f"the chat template of {self._tokenizer.name_or_path!r} renders no second user turn"
+            next_turn = render(role, _mark(0))
+            # Some templates write results of tools in JSON.
+            is_verbatim = render(role, _VERBATIM) == _MARK.sub(_VERBATIM, next_turn)
+            problem = f"the chat template of {self._tokenizer.name_or_path!r} has none after an answer"
         except ConfigError as error:
             problem = str(error)
-        logger.warning("a policy that ends its turn without an action is answered inside it: %s", problem)
+        else:
+            # Some take a role that they do not know for another one: a result would be the policy's own text.
+            for other in {"user", "assistant"} - {role}:
+                with contextlib.suppress(ConfigError):
+                    is_verbatim &= render(other, _mark(0)) != next_turn
+            if _MARK.search(next_turn) and next_turn.endswith(opening) and is_verbatim:
+                return next_turn
+        logger.warning("the policy gets no messages of the role %s: %s", role, problem)
         return None
 
     def _encode_chat(self, rendered: str, contents: Sequence[str]) -> list[int]:

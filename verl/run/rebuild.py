@@ -14,6 +14,7 @@ from verl.run.records import (
     ActionRecord,
     ObservationRecord,
     PassageRecord,
+    SpanRecord,
     TrajectoryRecord,
     TurnRecord,
     count_calls,
@@ -114,11 +115,13 @@ def _rebuild_action(action: ActionRecord) -> Action:
     return Action(
         kind=ActionKind(action["kind"]),
         calls=tuple(ToolCall(**call) for call in action["calls"]),
-        spans=tuple(
-            Span(kind=SpanKind(span["kind"]), start=span["start"], end=span["end"], text=span["text"])
-            for span in action["spans"]
-        ),
+        spans=tuple(_rebuild_span(span) for span in action["spans"]),
     )
+
+
+def _rebuild_span(span: SpanRecord) -> Span:
+    values: dict[str, Any] = {**span, "kind": SpanKind(span["kind"])}
+    return Span(**values)
 
 
 def _rebuild_old_action(action: ActionRecord) -> Action:

@@ -72,6 +72,7 @@ class SpanRecord(TypedDict):
     start: int
     end: int
     text: str
+    num_closing: int
 
 
 class ActionRecord(TypedDict):

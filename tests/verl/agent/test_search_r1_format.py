@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agents import make_format, make_observation, render
-from tests.fakes import CharTokenizer, make_action, make_turn
+from tests.fakes import CharTokenizer, PieceTokenizer, make_action, make_turn
 from verl.agent.formats.search_r1 import SearchR1Format
 from verl.errors import ConfigError
 from verl.types import (
@@ -39,26 +39,22 @@ RETRY = (
 )
 
 
-class PieceTokenizer(CharTokenizer):
-    """Decodes positions of a list of pieces."""
-
-    def __init__(self, pieces: Sequence[str]) -> None:
-        self._pieces = pieces
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self._pieces[i] for i in ids)
-
-
 def parse_pieces(pieces: Sequence[str]) -> Action:
     return make_format(PieceTokenizer(pieces)).parse(range(len(pieces)))
 
 
-def search(query: str, *, start: int, end: int) -> Action:
-    return make_action(ActionKind.TOOL, query, start=start, end=end)
+def act(kind: ActionKind, text: str = "", *, start: int, end: int, closing: int = 1) -> Action:
+    action = make_action(kind, text, start=start, end=end)
+    return replace(action, spans=(replace(action.spans[0], num_closing=closing),))
+
+
+def search(query: str, *, start: int, end: int, closing: int = 1) -> Action:
+    return act(ActionKind.TOOL, query, start=start, end=end, closing=closing)
 
 
 def with_thought(action: Action, text: str, *, start: int, end: int) -> Action:
-    return replace(action, spans=(Span(kind=SpanKind.THINK, start=start, end=end, text=text), *action.spans))
+    thought = Span(kind=SpanKind.THINK, start=start, end=end, text=text, num_closing=1)
+    return replace(action, spans=(thought, *action.spans))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +62,7 @@ def with_thought(action: Action, text: str, *, start: int, end: int) -> Action:
     [
         (
             ["<think>", " hm", "</think>", "<search>", " birth", "place", " ", "</search>"],
-            with_thought(search("birthplace", start=4, end=6), "hm", start=1, end=2),
+            with_thought(search("birthplace", start=4, end=6, closing=2), "hm", start=1, end=2),
         ),
         (
             ["<sea", "rch>who", " is", " it</", "search>. And", " more"],
@@ -74,9 +70,9 @@ def with_thought(action: Action, text: str, *, start: int, end: int) -> Action:
         ),
         (
             ["<answer>Bolton</answer>"],
-            make_action(ActionKind.ANSWER, "Bolton", start=0, end=1),
+            act(ActionKind.ANSWER, "Bolton", start=0, end=1, closing=0),
         ),
-        (["x", "<answer>", "  ", "</answer>"], make_action(ActionKind.ANSWER, start=2, end=2)),
+        (["x", "<answer>", "  ", "</answer>"], act(ActionKind.ANSWER, start=2, end=2, closing=2)),
         (["<think>", "a", "</think>", "b"], with_thought(INVALID, "a", start=1, end=2)),
         (
             ["<think>", "<search>", "q", "</search>"],  # a thought that was not closed
@@ -136,7 +132,9 @@ def test_a_span_is_the_smallest_cover_of_the_query_for_any_tokenization(
     first = len(before) + len("<search>") + len(query) - len(query.lstrip())
     wanted = set(range(first, first + len(query.strip())))
     covering = [k for k, (a, b) in enumerate(itertools.pairwise(borders)) if wanted & {*range(a, b)}]
-    assert action == search(query.strip(), start=covering[0], end=covering[-1] + 1)
+    closed = len(text) - len(after)
+    closing = [k for k, (a, _) in enumerate(itertools.pairwise(borders)) if covering[-1] < k and a < closed]
+    assert action == search(query.strip(), start=covering[0], end=covering[-1] + 1, closing=len(closing))
 
 
 class ByteTokenizer(CharTokenizer):
@@ -148,7 +146,7 @@ class ByteTokenizer(CharTokenizer):
 
 def test_half_characters_do_not_shift_the_span() -> None:
     action = make_format(ByteTokenizer()).parse(list("<search>日本</search>".encode()))
-    assert action == search("日本", start=8, end=14)
+    assert action == search("日本", start=8, end=14, closing=len("</search>"))
 
 
 def test_observations_have_the_bytes_of_search_r1() -> None:
@@ -168,7 +166,7 @@ def test_observations_have_the_bytes_of_search_r1() -> None:
 class ChatTokenizer(CharTokenizer):
     """Ends turns with `$`, or with `%`, which the template does not write."""
 
-    def render_next_turn(self, text: str) -> list[int] | None:
+    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
         return self.encode(f"$U:{text}$A:")
 
 
@@ -268,4 +266,4 @@ def test_the_packaged_prompt_for_search_alone_keeps_its_bytes() -> None:
     assert prompt_format.write_prompt("Was {Alice}?")[0].content.endswith("Question: Was {Alice}?\n")
     assert prompt_format.check_prompt([message]) is None
     lacking = prompt_format.check_prompt([Message(role="user", content="Who?")])
-    assert lacking == "never says to answer between <answer> and </answer>"
+    assert lacking == "never says to write between <answer> and </answer>"

@@ -23,6 +23,7 @@ TEXT = [
     'Where was Alice Marsh born? Doc 1(Title: "Bolton") Bolton is a town in England.</search>.',
     "<think> birthplace of Alice</think> <search> Alice 1987, née Zoë 日本 🙂</search>",
     "\n\n<answer>Bolton</answer>\n\n<information>Doc 2(Title: it's)</information>\n\n",
+    '<tool_call>{"name": "search", "arguments": {"query": ["a \\"town\\""]}}</tool_call>',
 ] * 3
 TAGS = list(FORMATS["search_r1"].tags)
 PASSAGES = (
@@ -56,6 +57,9 @@ def word_piece() -> PreTrainedTokenizerFast:
 MAKERS = [qwen, llama2_base, unigram_with_special_tags, word_piece]
 
 
+CLOSING = {"search_r1": "</information>", "autorefine": "</documents>", "tool_calls": ""}
+
+
 @pytest.fixture(scope="module", params=MAKERS, ids=lambda maker: maker.__name__)
 def tokenizer(request: pytest.FixtureRequest) -> HfTokenizer:
     return HfTokenizer(request.param())
@@ -67,6 +71,10 @@ PIECES = [
     "<search>birthplace of Alice</search>.",
     "<answer> Bolton, England</answer>",
     "<answer></answer>",
+    "<refine> Alice is born",
+    "</refine>",
+    '<tool_call>{"name": "search", "arguments": {"query": ["Zoë 日本 🙂", "a \\"town\\""]}}</tool_call>',
+    '<tool_call>{"name": "search", "arguments": {"query": "birthplace of Alice"}}</tool_call>',
     "<search> a <search>",
     "é日🙂",
     " ",
@@ -75,8 +83,9 @@ PIECES = [
 ]
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -86,14 +95,16 @@ PIECES = [
     found=st.lists(st.sampled_from(PASSAGES), max_size=3),
 )
 def test_trained_ids_are_sampled_plus_injected_ids(
-    tokenizer: HfTokenizer, outputs: list[list[str]], noise: list[int], found: list[Passage]
+    tokenizer: HfTokenizer, name: str, outputs: list[list[str]], noise: list[int], found: list[Passage]
 ) -> None:
     # Pieces encoded one by one, and random ids: what is sampled need not be what its text encodes to.
     script = [[*noise, *itertools.chain.from_iterable(map(tokenizer.encode, pieces))] for pieces in outputs]
     generate = ScriptedGenerate(list(script))
-    prompt_format = make_format(tokenizer)
-    search = ScriptedSearch({prompt_format.parse(ids).text: tuple(found) for ids in script})
-    agent = make_agent(generate, search, tokenizer=tokenizer, max_turns=3, max_obs_length=260)
+    limit = 500 if name == "tool_calls" else 260
+    prompt_format = make_format(tokenizer, name=name)
+    queries = [str(call.arguments["query"]) for ids in script for call in prompt_format.parse(ids).calls]
+    search = ScriptedSearch(dict.fromkeys(queries, tuple(found)))
+    agent = make_agent(generate, search, tokenizer=tokenizer, name=name, max_turns=3, max_obs_length=limit)
     trajectory = asyncio.run(agent.run(make_question(), sample=0, seed=0, greedy=False))
 
     expected = tokenizer.render_prompt(make_question())
@@ -103,13 +114,16 @@ def test_trained_ids_are_sampled_plus_injected_ids(
         injected = turn.observation_ids.tolist()
         expected = [*expected, *output, *injected]
         mask += [True] * len(output) + [False] * len(injected)
-        assert len(injected) <= 260
+        assert len(injected) <= limit
         if turn.observations:
-            assert tokenizer.decode(injected).rstrip().endswith("</information>")
+            assert tokenizer.decode(injected).rstrip().endswith(CLOSING[name])
             assert injected == prompt_format.render_observations(turn.action.calls, turn.observations)
-            assert turn.observation_truncated or turn.passages == tuple(found)
-        for span in turn.action.spans:
+            assert turn.observation_truncated or turn.passages == tuple(found) * len(turn.action.calls)
+        for before, span in itertools.pairwise([None, *turn.action.spans]):
+            assert span is not None
+            assert (before.end if before else 0) <= span.start <= span.end <= span.outer_end <= len(output)
             text = tokenizer.decode(output[span.start : span.end])
-            assert span.text in text or "\ufffd" in text
+            meant = span.text.replace('"', '\\"') if name == "tool_calls" else span.text
+            assert meant in text or "\ufffd" in text
     assert trajectory.token_ids.tolist() == expected
     assert np.array_equal(trajectory.policy_mask, mask)

@@ -138,6 +138,19 @@ def test_rows_of_neighboring_projects(tmp_path: Path, project: str) -> None:
     )
 
 
+def test_prompts_of_verl_with_tool_calls_are_those_of_that_format(tmp_path: Path) -> None:
+    shown = "Search with <tool_call> query </tool_call>, then give <answer> x </answer>. Question: Where?"
+    row = NEIGHBORS["verl"] | {"prompt": [POLITE[0], {"role": "user", "content": shown}]}
+    file = write(tmp_path / "a.parquet", row)
+    tool_calls = make_format(CharTokenizer(), name="tool_calls")
+    (question,) = load_questions([file], prompt_format=tool_calls)
+    assert question.messages == tuple(Message(**message) for message in row["prompt"])
+    (bare,) = load_questions([write(file, NEIGHBORS["IGPO"])], prompt_format=tool_calls)
+    assert bare.messages == tool_calls.write_prompt("Where?")
+    with pytest.raises(DataError, match="never says to write between <tool_call>"):
+        load_questions([write(file, NEIGHBORS["verl"])], prompt_format=tool_calls)
+
+
 @pytest.mark.parametrize("prompt", [BARE, [POLITE[0], *BARE]])
 def test_a_prompt_that_does_not_show_how_to_answer_is_refused(tmp_path: Path, prompt: object) -> None:
     """As that of verl's gsm8k example, which asks for `####`: nothing could ever be rewarded."""

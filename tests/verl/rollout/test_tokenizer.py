@@ -15,6 +15,8 @@ from tests.verl.rollout.tokenizers import (
     BAR,
     BASE,
     CHAT,
+    CHATML,
+    CHATML_WITH_TOOLS,
     deepseek,
     ends_every_text,
     llama2_base,
@@ -159,6 +161,34 @@ def test_without_further_turns_there_is_no_next_one(
 ) -> None:
     assert HfTokenizer(with_template(template)).render_next_turn("Again?") is None
     assert len(caplog.records) == warnings
+
+
+TOOLS_IN_JSON = CHATML.replace(
+    "m['content']", "(m['content'] | tojson if m['role'] == 'tool' else m['content'])"
+)
+ONLY_TOOLS_FOLLOW = (
+    "{% if messages[2:] and messages[2]['role'] != 'tool' %}{{ raise_exception('x') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "read"),
+    [
+        (CHATML_WITH_TOOLS, "user\n<tool_response>\n \nx\n</tool_response>"),
+        (CHATML, "tool\n \nx"),
+        (ONLY_TOOLS_FOLLOW + CHATML, "tool\n \nx"),
+        (TOOLS_IN_JSON, None),
+        (CHATML.replace("m['role']", "('user' if m['role'] == 'tool' else m['role'])"), None),
+        (CHATML.replace("m['role']", "('assistant' if m['role'] == 'tool' else m['role'])"), None),
+        (CHATML.replace("m in messages", "m in messages if m['role'] != 'tool'"), None),
+        (None, None),
+    ],
+)
+def test_messages_of_tools_are_what_the_template_has_for_them(template: str | None, read: str | None) -> None:
+    raw = with_template(template)
+    ids = HfTokenizer(raw).render_next_turn(" \nx", role="tool")
+    expected = f"<|im_end|>\n<|im_start|>{read}<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == (None if read is None else encode_trusted(raw, expected))
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no such role') }}", "{% for %}", "{{ 1 / 0 }}"])

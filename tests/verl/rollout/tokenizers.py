@@ -12,6 +12,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+CHATML_WITH_TOOLS = CHATML.replace(  # as Qwen2.5's
+    "{{ '<|im_start|>' + m['role']",
+    "{% if m['role'] == 'tool' %}{{ '<|im_start|>user\\n<tool_response>\\n' + m['content'] + "
+    "'\\n</tool_response><|im_end|>\\n' }}{% else %}{{ '<|im_start|>' + m['role']",
+).replace("{% endfor %}", "{% endif %}{% endfor %}")
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' "
     "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -58,6 +63,13 @@ def qwen() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     tags = ("<think>", "</think>", "<|file_sep|>")
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    return tokenizer
+
+
+def qwen_with_tools() -> PreTrainedTokenizerFast:
+    """The same, with results of tools as messages of the user."""
+    tokenizer = qwen()
+    tokenizer.chat_template = CHATML_WITH_TOOLS
     return tokenizer
 
 

@@ -52,7 +52,7 @@ def test_the_facts_of_turns_come_back_also_from_old_files(tmp_path: Path) -> Non
     pages = [Passage(id=str(k), title='"Bolton"', text="A town.", score=0.5) for k in range(3)]
     read = search_turn("where", pages[:1])
     overflowed = replace(read, observation_ids=read.observation_ids[:0], finish=Finish.LENGTH)
-    call, thought = read.action.calls[0], Span(kind=SpanKind.THINK, start=0, end=2, text="hm")
+    call, thought = read.action.calls[0], Span(kind=SpanKind.THINK, start=0, end=2, text="hm", num_closing=1)
     twice = replace(
         read,
         action=replace(read.action, calls=(call, call), spans=(thought, *read.action.spans * 2)),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl.agent.spans import find_token_span
+from verl.agent.spans import DecodedText
 from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
 from verl.branches import Branch, Tree, TreeLogProbs
 from verl.errors import ConfigError
@@ -54,14 +54,14 @@ class AnswerProbes:
 
     def _encode(self, answer: str) -> Probe | None:
         # Encoded together with its wrapper, because a tokenizer may merge characters over the border.
-        text = self._before + answer + self._after
-        ids = self._codec.encode(text)
-        text = self._codec.decode(ids)
+        ids = self._codec.encode(self._before + answer + self._after)
+        decoded = DecodedText(ids, decode=self._codec.decode)
+        text = decoded.text
         start = 0 if self._whole else text.find(answer, max(0, len(self._before) - 1))
         end = len(text) if self._whole else start + len(answer)
         if not answer.strip() or start < 0:
             return None
-        span = find_token_span(ids, start, end, text=text, decode=self._codec.decode)
+        span = decoded.find_tokens(start, end)
         return Probe(ids=np.array(ids[: span[1]], dtype=np.int32), scored=span)
 
 
