@@ -99,7 +99,7 @@ class SharedSamples:
     """The samples of each prompt, drawn once."""
 
     def __init__(self, sampler: AnswerSampler, *, key_of: Callable[[str], bytes], size: int) -> None:
-        """`key_of` stands for everything that the samples of a prompt depend on."""
+        """Take `key_of`, which covers everything that the samples of a prompt depend on."""
         self._sampler = sampler
         self._key_of = key_of
         self._finished: _Cache[tuple[SampledAnswer, ...]] = _Cache(size)
@@ -125,9 +125,7 @@ class SharedSamples:
 
     async def _sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         answers = await self._sampler.sample(prompt)
-        if not answers or not all(math.isfinite(answer.mean_log_prob) for answer in answers):
-            log_probs = [answer.mean_log_prob for answer in answers]
-            raise SamplingError(f"the log-probs of the answers are {log_probs}, expected finite numbers")
+        require_log_probs(answers)
         return answers
 
     def _settle(self, key: bytes, flight: _Flight[tuple[SampledAnswer, ...]]) -> None:
@@ -189,12 +187,7 @@ class SharedJudgements:
         outcomes = await self._judge.judge(pairs)
         if len(outcomes) != len(pairs):
             raise JudgementError(f"{len(outcomes)} judgements came back for {len(pairs)} pairs")
-        return {
-            pair: outcome
-            if isinstance(outcome, Exception) or 0.0 <= outcome <= 1.0
-            else JudgementError(f"the entailment model gave {outcome} for {pair}, expected a probability")
-            for pair, outcome in zip(pairs, outcomes, strict=True)
-        }
+        return dict(zip(pairs, map(check_judgement, outcomes, pairs), strict=True))
 
     def _settle(self, pairs: list[Pair], flight: _Flight[_Judged]) -> None:
         for pair in pairs:
@@ -202,6 +195,20 @@ class SharedJudgements:
         for pair, outcome in (flight.outcome or {}).items():
             if not isinstance(outcome, Exception):
                 self._known.put(_pair_key(pair), outcome)
+
+
+def require_log_probs(answers: Sequence[SampledAnswer]) -> None:
+    """Raise SamplingError unless there are answers, all with finite log-probs."""
+    log_probs = [answer.mean_log_prob for answer in answers]
+    if not log_probs or not all(map(math.isfinite, log_probs)):
+        raise SamplingError(f"the log-probs of the answers are {log_probs}, expected finite numbers")
+
+
+def check_judgement(outcome: float | Exception, pair: Pair) -> float | Exception:
+    """Return the outcome of a pair, or a JudgementError in place of what is no probability."""
+    if isinstance(outcome, Exception) or 0.0 <= outcome <= 1.0:
+        return outcome
+    return JudgementError(f"the entailment model gave {outcome} for {pair}, expected a probability")
 
 
 def _pair_key(pair: Pair) -> bytes:
@@ -253,7 +260,7 @@ class _Flight(Generic[T]):
 
     @property
     def outcome(self) -> T | None:
-        """The result; None while it runs, when it failed and when it was cancelled."""
+        """Return the result; None while it runs, when it failed and when it was cancelled."""
         if not self._task.done() or self._task.cancelled() or self._task.exception() is not None:
             return None
         return self._task.result()

@@ -1,7 +1,7 @@
-"""The workers of the pool: both models in this process, or in an actor of a private Ray cluster.
+"""Run both models of the service in this process, or in an actor of a private Ray cluster.
 
-A worker knows nothing of questions, gold answers or gains: it samples answers to prompts and judges pairs of
-texts, so one worker and several give the same numbers.
+A worker only samples answers to prompts and judges pairs of texts; questions, gold answers and gains are
+handled outside, so one worker and several give the same numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from dataclasses import replace
 from IG.config import IGServiceConfig, visible_gpu
 from IG.entailment import DeviceLostError, EntailmentModel, Pair
 from IG.prompts import build_prompt
-from IG.sampler import EngineLostError, SampledAnswer, VllmSampler
+from IG.sampler import EngineLostError, SampledAnswer, SamplingError, VllmSampler
 from IG.service.cluster import RayActor, RayCluster
 from IG.service.jobs import WorkerLostError
+from IG.sharing import check_judgement, require_log_probs
 from serving.web.loading import load_in_thread
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class LocalWorker:
 
     @classmethod
     async def start(cls, config: IGServiceConfig, rank: int) -> LocalWorker:
-        """Load both models and warm them up. Raises what the libraries raise."""
+        """Load both models and use each once. Raises what the libraries and `warm_up` raise."""
         cores = len(os.sched_getaffinity(0)) / config.worker_count
         # The engine first: its process must be started before this one computes anything.
         sampler = await VllmSampler.start(config, cores=cores)
@@ -61,19 +62,30 @@ class LocalWorker:
         gpu = config.cuda_device if config.num_gpus == 1 else f"cuda:{rank}"
         worker = cls(sampler, entailment=entailment, device="cpu" if sampler.device == "cpu" else gpu)
         try:
-            prompt = build_prompt(
-                "What is the capital of France?",
-                context="",
-                prompt_type=config.prompt_type,
-                max_context_words=config.max_context_words,
-                prompt_style=config.prompt_style,
-            )
-            await asyncio.gather(worker.sample(prompt), worker.judge(_WARM_UP_PAIRS))
+            await worker.warm_up(config)
         except BaseException:
             await worker.aclose()
             raise
         _keep_from_collector()
         return worker
+
+    async def warm_up(self, config: IGServiceConfig) -> None:
+        """Use both models once. Raises RuntimeError when no gain can be measured with them."""
+        prompt = build_prompt(
+            "What is the capital of France?",
+            context="",
+            prompt_type=config.prompt_type,
+            max_context_words=config.max_context_words,
+            prompt_style=config.prompt_style,
+        )
+        try:
+            answers, scores = await asyncio.gather(self.sample(prompt), self.judge(_WARM_UP_PAIRS))
+            require_log_probs(answers)
+        except SamplingError as error:
+            raise RuntimeError(f"no gain can be measured with the generator: {error}") from error
+        for outcome in map(check_judgement, scores, _WARM_UP_PAIRS):
+            if isinstance(outcome, Exception):
+                raise RuntimeError(f"no gain can be measured with the entailment model: {outcome}")
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:
         """Return answers to the prompt; cancelling it stops the engine's work."""

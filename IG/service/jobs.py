@@ -13,7 +13,7 @@ _MAX_SHOWN_CHARS = 80
 
 
 class WorkerLostError(RuntimeError):
-    """The worker is gone, and with it whatever it was doing."""
+    """The worker is gone, and with it the work that it had."""
 
 
 class Worker(Protocol):
@@ -21,7 +21,7 @@ class Worker(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes: `cpu` or `cuda:N`."""
+        """Return where it computes: `cpu` or `cuda:N`."""
         ...
 
     async def sample(self, prompt: str) -> tuple[SampledAnswer, ...]:

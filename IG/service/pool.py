@@ -1,9 +1,9 @@
 """Give work to one or several workers, and replace workers that are lost.
 
-One queue serves all workers, the least loaded first. Items (prompts and pairs) that were on a lost worker are
-suspects: each is retried alone, on a worker that has nothing else to do meanwhile, and is quarantined when
-that worker is lost, too. So one poison item costs two workers and its neighbors only time. One worker at a
-time retries suspects; the others go on.
+One queue serves all workers, the least loaded first. Each item (prompt or pair) that was on a lost worker is
+retried alone, on a worker that has nothing else to do meanwhile, and is quarantined when that worker is lost,
+too. So one poison item costs two workers and its neighbors only time. One worker at a time retries such
+items; the others go on.
 
 Everything runs on one event loop: between two awaits, no other code sees a half-made change.
 """
@@ -11,6 +11,7 @@ Everything runs on one event loop: between two awaits, no other code sees a half
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -60,7 +61,7 @@ class _Slot:
         self.worker: Worker | None = None
         self.jobs: dict[Job, asyncio.Task[None]] = {}
         self.lost = asyncio.Event()
-        self.had_work = False
+        self.was_used = False
         """Whether the present worker was given any work."""
         self.opened_at = 0.0
         """When the present worker was started, on the clock of the event loop."""
@@ -80,7 +81,7 @@ class WorkerPool:
     """Workers behind one queue; an AnswerSampler and a PairJudge.
 
     Up to `max_prompts_in_flight` prompts and one batch of at most `pairs_per_batch` pairs are on a worker at
-    a time. A worker that is lost idle within `settled_s` counts as a failed start.
+    a time. A worker that is lost unused within `min_uptime_s` counts as a failed start.
     """
 
     def __init__(
@@ -92,17 +93,17 @@ class WorkerPool:
         pairs_per_batch: int,
         start_timeout_s: float = _START_TIMEOUT_S,
         retry_pause_s: float = 1.0,
-        settled_s: float = 60.0,
+        min_uptime_s: float = 60.0,
     ) -> None:
         self._start_worker = start_worker
         self._max_prompts = max_prompts_in_flight
         self._start_timeout_s = start_timeout_s
         self._retry_pause_s = retry_pause_s
-        self._settled_s = settled_s
+        self._min_uptime_s = min_uptime_s
         self._num_restarts = 0
         self._failure: str | None = None
         self._slots = [_Slot(rank) for rank in range(num_workers)]
-        self._keepers: list[asyncio.Task[None]] = []
+        self._supervisors: list[asyncio.Task[None]] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._pairs_per_batch = pairs_per_batch
         # What waits, oldest first; an abandoned item is removed in O(1).
@@ -110,9 +111,10 @@ class WorkerPool:
         self._pairs: OrderedDict[Item, None] = OrderedDict()
         self._halves: deque[Sequence[Item]] = deque()
         """Halves of batches that failed, to find the pair that fails."""
-        self._suspects: deque[Item] = deque()
+        self._retries: deque[Item] = deque()
+        """Items to retry alone, since the worker that had them was lost."""
         self._retry_slot: _Slot | None = None
-        """The slot that retries suspects."""
+        """The slot that retries them."""
 
     async def start(self) -> None:
         """Start all workers together. Raises what the first failure raises, and leaves none running."""
@@ -128,11 +130,11 @@ class WorkerPool:
             raise
         for slot, worker in zip(self._slots, workers, strict=True):
             self._open(slot, worker)
-            self._keepers.append(asyncio.create_task(self._keep(slot, worker)))
+            self._supervisors.append(asyncio.create_task(self._supervise(slot, worker)))
 
     @property
     def status(self) -> PoolStatus:
-        """The state of the workers now."""
+        """Return the state of the workers now."""
         return PoolStatus(
             devices=tuple(slot.device for slot in self._slots),
             num_ready=sum(slot.worker is not None for slot in self._slots),
@@ -157,12 +159,17 @@ class WorkerPool:
 
     async def judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
         """Return P(premise entails hypothesis) of every pair, or its error. Raises PoolFailedError."""
-        judged: list[float | Exception] = []
-        # One round of batches at a time, so that a very long call does not block the others.
         size = self._pairs_per_batch * len(self._slots)
-        for start in range(0, len(pairs), size):
-            judged += await self._judge(pairs[start : start + size])
-        return judged
+        # At most two rounds of batches at a time: a very long call does not block others, and no worker waits
+        # for the slowest batch of a round.
+        rounds = asyncio.Semaphore(2)
+
+        async def judge_round(start: int) -> list[float | Exception]:
+            async with rounds:
+                return await self._judge(pairs[start : start + size])
+
+        judged = await asyncio.gather(*map(judge_round, range(0, len(pairs), size)))
+        return list(itertools.chain.from_iterable(judged))
 
     async def _judge(self, pairs: Sequence[Pair]) -> list[float | Exception]:
         self._require_workers()
@@ -184,15 +191,15 @@ class WorkerPool:
     async def aclose(self) -> None:
         """Stop all workers; waiting work fails."""
         self._fail("the service is shutting down")
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
         workers = [slot.worker for slot in self._slots if slot.worker is not None]
         for slot in self._slots:
             self._clear(slot)
         await asyncio.gather(*(_close(worker) for worker in workers), *self._closing)
 
-    async def _keep(self, slot: _Slot, worker: Worker) -> None:
+    async def _supervise(self, slot: _Slot, worker: Worker) -> None:
         """Replace the worker of a slot whenever it is lost, until that fails too often."""
         present: Worker | None = worker
         while present is not None:
@@ -203,12 +210,12 @@ class WorkerPool:
                 watcher.cancel()
             lived_s = asyncio.get_running_loop().time() - slot.opened_at
             # Lost soon after its start, before any work: its replacements may end the same way.
-            if not slot.had_work and lived_s < self._settled_s:
+            if not slot.was_used and lived_s < self._min_uptime_s:
                 slot.num_failed_starts += 1
             await self._close_lost(present)
             present = await self._replace(slot)
         logger.error("worker %d cannot be replaced", slot.rank)
-        if all(keeper.done() or keeper is asyncio.current_task() for keeper in self._keepers):
+        if all(task.done() or task is asyncio.current_task() for task in self._supervisors):
             self._fail("all workers were lost and none could be started again; restart the service")
 
     async def _close_lost(self, worker: Worker) -> None:
@@ -219,13 +226,13 @@ class WorkerPool:
         await asyncio.shield(closing)
 
     async def _watch(self, slot: _Slot, worker: Worker) -> None:
-        self._lose(slot, worker, reason=await worker.wait_lost())
+        self._handle_loss(slot, worker, reason=await worker.wait_lost())
 
     async def _replace(self, slot: _Slot) -> Worker | None:
         while slot.num_failed_starts < _MAX_FAILED_STARTS:
             try:
                 worker = await self._start_in_time(slot)
-            except Exception as error:  # whatever one start raises, the next may succeed
+            except Exception as error:  # the next start may succeed
                 slot.num_failed_starts += 1
                 logger.error("worker %d did not restart: %s: %s", slot.rank, type(error).__name__, error)
                 await asyncio.sleep(self._retry_pause_s * slot.num_failed_starts)
@@ -248,12 +255,12 @@ class WorkerPool:
 
     def _open(self, slot: _Slot, worker: Worker) -> None:
         slot.worker, slot.device = worker, worker.device
-        slot.had_work, slot.opened_at = False, asyncio.get_running_loop().time()
+        slot.was_used, slot.opened_at = False, asyncio.get_running_loop().time()
         slot.lost.clear()
         self._dispatch()
 
-    def _lose(self, slot: _Slot, worker: Worker, *, reason: str) -> None:
-        """Take a lost worker out and make its jobs suspects; a second report of the same loss is ignored."""
+    def _handle_loss(self, slot: _Slot, worker: Worker, *, reason: str) -> None:
+        """Take a lost worker out, and retry its items alone; ignore a second report of the loss."""
         if slot.worker is not worker:
             return
         jobs = self._clear(slot)
@@ -261,7 +268,7 @@ class WorkerPool:
         for item in (item for job in jobs for item in job.items if not item.future.done()):
             item.num_lost_workers += 1
             if item.num_lost_workers < 2:
-                self._suspects.append(item)
+                self._retries.append(item)
             else:
                 logger.error("quarantined after two lost workers: %s", item)
                 item.settle(PoisonedError(f"{item} ended two workers in a row; it is quarantined"))
@@ -279,8 +286,8 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         """Start waiting work as far as workers are free. Called after every change; never waits."""
-        # Suspects come first: they have waited longest, and they need a worker for themselves.
-        self._retry_suspects()
+        # Retries come first: they have waited longest, and they need a worker for themselves.
+        self._retry_alone()
         free = [slot for slot in self._slots if slot.worker is not None and slot is not self._retry_slot]
         # Prompts one at a time, so that each goes to the worker with the fewest: engines batch by themselves.
         while self._prompts and free and (slot := _least_loaded(free)).num_prompts < self._max_prompts:
@@ -294,18 +301,18 @@ class WorkerPool:
                 break
             self._begin(_least_loaded(idle), items)
 
-    def _retry_suspects(self) -> None:
-        """Start the next suspect on the slot that is reserved for them, once that slot is empty."""
-        while self._suspects and self._suspects[0].future.done():
-            self._suspects.popleft()
+    def _retry_alone(self) -> None:
+        """Retry the next item of a lost worker, on a slot that is reserved for these, once it is empty."""
+        while self._retries and self._retries[0].future.done():
+            self._retries.popleft()
         ready = [slot for slot in self._slots if slot.worker is not None]
-        if self._retry_slot is None and self._suspects and ready:
+        if self._retry_slot is None and self._retries and ready:
             self._retry_slot = _least_loaded(ready)
-        # Alone on the worker: if the worker is lost, this suspect and no other item is the cause.
+        # Alone on the worker: if the worker is lost, this item and no other one is the cause.
         if self._retry_slot is None or self._retry_slot.jobs:
             return
-        if self._suspects:
-            self._begin(self._retry_slot, [self._suspects.popleft()])
+        if self._retries:
+            self._begin(self._retry_slot, [self._retries.popleft()])
         else:
             self._retry_slot = None
 
@@ -321,7 +328,7 @@ class WorkerPool:
 
     def _begin(self, slot: _Slot, items: Sequence[Item]) -> None:
         assert slot.worker is not None
-        slot.had_work = True
+        slot.was_used = True
         job = Job(items)
         task = asyncio.create_task(self._run(slot, slot.worker, job))
         slot.jobs[job] = items[0].task = task
@@ -331,14 +338,15 @@ class WorkerPool:
     async def _run(self, slot: _Slot, worker: Worker, job: Job) -> None:
         try:
             await job.run(worker)
-            slot.num_failed_starts = 0
+            if slot.worker is worker:  # not a late answer of a lost worker
+                slot.num_failed_starts = 0
         except WorkerLostError as error:
-            self._lose(slot, worker, reason=str(error))
+            self._handle_loss(slot, worker, reason=str(error))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            self._lose(slot, worker, reason="it stopped by itself in the middle of its work")
+            self._handle_loss(slot, worker, reason="it stopped by itself in the middle of its work")
         except Exception as error:  # the job's own failure, unless the worker was lost meanwhile
             if slot.worker is worker:
                 self._settle_failed(job, error)
@@ -366,9 +374,9 @@ class WorkerPool:
         self._failure = self._failure or reason
         running = [item for slot in self._slots for job in slot.jobs for item in job.items]
         halves = [item for half in self._halves for item in half]
-        for item in (*self._prompts, *self._pairs, *halves, *self._suspects, *running):
+        for item in (*self._prompts, *self._pairs, *halves, *self._retries, *running):
             item.settle(PoolFailedError(self._failure))
-        for waiting in (self._prompts, self._pairs, self._halves, self._suspects):
+        for waiting in (self._prompts, self._pairs, self._halves, self._retries):
             waiting.clear()
 
 

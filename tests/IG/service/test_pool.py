@@ -64,7 +64,7 @@ class FakeWorkers:
         *,
         max_prompts: int = 4,
         pairs_per_batch: int = 8,
-        settled_s: float = 60.0,
+        min_uptime_s: float = 60.0,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
             self.start,
@@ -72,7 +72,7 @@ class FakeWorkers:
             max_prompts_in_flight=max_prompts,
             pairs_per_batch=pairs_per_batch,
             retry_pause_s=0,
-            settled_s=settled_s,
+            min_uptime_s=min_uptime_s,
         )
         await pool.start()
         async with asyncio.timeout(200):
@@ -181,6 +181,41 @@ async def test_a_very_long_call_does_not_block_others() -> None:
         assert await giant == [probability(pair) for pair in pairs(804, "giant")]
 
 
+class Held(FakeWorker):
+    """Works on its first batch until it is released."""
+
+    def __init__(self, fakes: FakeWorkers, rank: int) -> None:
+        super().__init__(fakes, rank)
+        self.release = asyncio.Event()
+
+    async def _work(self, kind: str, *, dies: bool) -> None:
+        await self.release.wait()
+        await super()._work(kind, dies=dies)
+
+
+async def test_a_worker_need_not_wait_for_the_others_between_the_batches_of_a_long_call() -> None:
+    fakes = FakeWorkers()
+    held = Held(fakes, 0)
+    fakes.makers = [lambda *_: held]
+    async with fakes.pool(2, pairs_per_batch=8) as pool:
+        long = asyncio.create_task(pool.judge(pairs(100)))
+        for _ in range(5):
+            await settle()
+        other = fakes.workers[1]
+        assert [len(worker.batches) for worker in (held, other)] == [1, 12]
+        held.release.set()
+        assert await long == [probability(pair) for pair in pairs(100)]
+
+
+async def test_free_workers_share_what_waits() -> None:
+    fakes = FakeWorkers()
+    async with fakes.pool(2, pairs_per_batch=64) as pool:
+        await pool.judge(pairs(40))
+        assert [[len(batch) for batch in worker.batches] for worker in fakes.workers] == [[20], [20]]
+        await pool.judge(pairs(10))  # too few to be cut
+        assert sum(len(worker.batches) for worker in fakes.workers) == 3
+
+
 async def test_a_bad_prompt_and_a_bad_pair_fail_alone() -> None:
     fakes = FakeWorkers()
     async with fakes.pool(2, pairs_per_batch=64) as pool:
@@ -240,8 +275,8 @@ async def test_work_of_a_lost_worker_is_retried_item_by_item() -> None:
         judged = asyncio.create_task(pool.judge(pairs(6)))
         await settle()
         lost = fakes.workers[0]
-        suspects = set(lost.prompts)
-        assert len(suspects) == 4
+        retried = set(lost.prompts)
+        assert len(retried) == 4
         lost.die()
         await settle()
         fakes.gate.set()
@@ -249,13 +284,13 @@ async def test_work_of_a_lost_worker_is_retried_item_by_item() -> None:
         assert await judged == [probability(pair) for pair in pairs(6)]
         assert pool.status.num_restarts == 1
         assert pool.status.num_ready == 2
-        assert {prompt for prompt, count in fakes.sampled.items() if count == 2} == suspects
+        assert {prompt for prompt, count in fakes.sampled.items() if count == 2} == retried
         for batch in lost.batches:  # its pairs one by one
             again = [later for worker in fakes.workers[1:] for later in worker.batches]
             assert all([pair] in again for pair in batch)
 
 
-async def test_suspects_are_retried_alone() -> None:
+async def test_items_of_a_lost_worker_are_retried_alone() -> None:
     fakes = FakeWorkers()
     async with fakes.pool(1, max_prompts=8) as pool:
         fakes.gate.clear()
@@ -329,6 +364,36 @@ async def test_late_answers_of_a_lost_worker_are_ignored(late_error: Exception |
         assert len(fakes.workers) == 2
 
 
+async def test_a_late_answer_of_a_lost_worker_does_not_hide_failed_starts() -> None:
+    answering = asyncio.Event()
+
+    class Late(FakeWorker):
+        async def _work(self, kind: str, *, dies: bool) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await answering.wait()
+
+    class Starts(FakeWorkers):
+        async def start(self, rank: int) -> FakeWorker:
+            if len(self.failing_starts) == 1:  # the last of three
+                answering.set()
+                await settle()
+            return await super().start(rank)
+
+    fakes = Starts()
+    fakes.makers = [Late]
+    async with fakes.pool(1) as pool:
+        asked = asyncio.create_task(pool.sample("prompt"))
+        await settle()
+        fakes.failing_starts = [OSError("no")] * 3
+        fakes.workers[0].die()
+        await asked
+        for _ in range(5):
+            await settle()
+        assert pool.status.failure is not None
+
+
 async def test_failed_starts_count_in_a_row_only() -> None:
     fakes = FakeWorkers()
     async with fakes.pool(1) as pool:
@@ -370,9 +435,9 @@ async def test_workers_that_die_at_their_start_are_not_restarted_for_ever() -> N
     await pool.aclose()
 
 
-async def test_idle_losses_of_settled_workers_are_no_failed_starts() -> None:
+async def test_a_worker_that_is_lost_unused_after_its_minimum_uptime_is_no_failed_start() -> None:
     fakes = FakeWorkers()
-    async with fakes.pool(2, settled_s=0) as pool:
+    async with fakes.pool(2, min_uptime_s=0) as pool:
         for _ in range(5):
             fakes.workers[-1].die()
             await settle()
