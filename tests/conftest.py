@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import hypothesis
 import psutil
@@ -141,3 +142,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="tests.conformance.rules",
         help="module whose RULES the worked numbers of tests/conformance are held against",
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"IG", "search_r1"} & {*item.path.relative_to(Path(__file__).parent).parts}:
+            item.add_marker("services")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.running import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 
 def requests() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.running import ROOT, read_steps, running_service, training
 from tests.e2e.smollm2 import ModelUnavailableError, make_smollm2
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 
 ITEMS = [
     {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tests.e2e.bare_machine import strip_machine
 from tests.e2e.running import ROOT, end_training, read_manifest, read_steps, training, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 def test_quickstart_trains_reports_and_needs_no_more_than_the_readme_says(tmp_path: Path) -> None:
