@@ -42,6 +42,8 @@ _SCALAR_KINDS = {
 _REFINED_PER_RESULT = 10
 _MIN_REFINED = 64
 """Candidates of a refined index whose whole vectors are compared, also for one result."""
+_REFINED_BLOCK_ROWS = 8192
+"""Whole vectors that are decoded at once; Faiss reads more than 1000 with all threads."""
 _GPU_KINDS = (IndexKind.FLAT, IndexKind.IVF_PQ)
 _SUPPORTED = (
     "IndexFlatIP, IndexScalarQuantizer of fp16 or 8 bits, IndexIVFPQ, IndexRefine of that, IndexHNSWFlat, "
@@ -230,42 +232,76 @@ def _map_tail(path: Path, *, num_bytes: int, mmap: bool) -> npt.NDArray[np.uint8
 
 
 class FaissIndex:
-    """A VectorIndex that Faiss searches."""
+    """A VectorIndex that Faiss searches. Whole vectors that refine the result stay where they are."""
 
     def __init__(
-        self, index: faiss.Index, *, kind: IndexKind, search: SearchOptions, device: str, mmap: bool
+        self,
+        index: faiss.Index,
+        *,
+        path: Path,
+        kind: IndexKind,
+        search: SearchOptions,
+        mmap: bool,
+        move: Callable[[faiss.Index], faiss.Index] | None = None,
     ) -> None:
+        """`move` copies what is searched to GPUs; None: it is searched on the CPU."""
         self.kind = kind
         self.dim = int(index.d)
-        self._index = index
+        self._file = index  # owns the parts below
+        self._path = path
         self._search = search
-        self._facts: dict[str, str | int] = {"device": device, "mmap": int(mmap)}
-        self._is_refined = isinstance(index, faiss.IndexRefine)
+        parts: tuple[Any, Any] = _split(index) if isinstance(index, faiss.IndexRefine) else (index, None)
+        self._searched, self._whole = parts
+        self._facts: dict[str, str | int] = {"device": "cpu", "mmap": int(mmap)}
         if kind is IndexKind.IVF_PQ:
-            base = _split(index)[0]
-            base.nprobe = search.choose_nprobe(int(base.nlist))
-            self._facts |= {"num_lists": int(base.nlist), "nprobe": int(base.nprobe)}
+            lists = self._searched
+            lists.nprobe = search.choose_nprobe(int(lists.nlist))  # before it is moved: copies have the same
+            self._facts |= {"num_lists": int(lists.nlist), "nprobe": int(lists.nprobe)}
         if kind is IndexKind.HNSW:
             self._facts["ef_search"] = search.choose_ef_search(1)
+        if move is not None:
+            self._searched = move(self._searched)
+            self._facts |= {"device": "faiss_gpu", "mmap": int(mmap and self._whole is not None)}
+            self._file = index if self._whole is not None else None
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        return int(self._searched.ntotal)
 
     def search(self, vectors: FloatArray, *, topk: int) -> tuple[FloatArray, RowArray]:
-        """Search as VectorIndex does."""
+        """Search as VectorIndex does. Raises RetrieverError where the index is damaged."""
         num_found = min(topk, len(self))
+        if self._whole is not None:
+            num_found = min(max(_MIN_REFINED, _REFINED_PER_RESULT * num_found), len(self))
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         if not len(vectors) or not num_found:
             shape = (len(vectors), 0)
             return order_hits(np.empty(shape, np.float32), np.empty(shape, np.int64), topk=topk)
         parameters = None
-        if self._is_refined:
-            k_factor = max(_MIN_REFINED / num_found, _REFINED_PER_RESULT)
-            parameters = faiss.IndexRefineSearchParameters(k_factor=min(k_factor, len(self) / num_found))
         if self.kind is IndexKind.HNSW:
             parameters = faiss.SearchParametersHNSW(efSearch=self._search.choose_ef_search(num_found))
-        scores, rows = self._index.search(vectors, num_found, params=parameters)
+        scores, rows = self._searched.search(vectors, num_found, params=parameters)
+        if rows.min() < -1 or rows.max() >= len(self):
+            wrong = rows[(rows < -1) | (rows >= len(self))][0]
+            raise RetrieverError(
+                f"index {self._path} is damaged: a search found row {wrong} of {len(self)}; check it with "
+                "`index verify`, and copy or build it again"
+            )
+        if self._whole is not None:
+            scores = self._refine(vectors, rows)
         return order_hits(scores, rows, topk=topk)
+
+    def _refine(self, vectors: FloatArray, rows: RowArray) -> FloatArray:
+        """Return the inner products [n, k] of queries [n, dim] and the whole vectors of their candidates.
+
+        Row -1 has the product of row 0. Faiss would read the rows of a damaged index without a check.
+        """
+        scores = np.empty(rows.shape, np.float32)
+        step = max(1, _REFINED_BLOCK_ROWS // rows.shape[1])
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            found = self._whole.reconstruct_batch(block.clip(min=0).ravel()).reshape(*block.shape, -1)
+            scores[start : start + step] = np.einsum("nkd,nd->nk", found, vectors[start : start + step])
+        return scores
 
     def describe(self) -> dict[str, str | int]:
         """Return kind, size and what the answers depend on."""
@@ -276,37 +312,13 @@ def open_faiss(path: Path, *, mmap: bool, on_gpu: bool, search: SearchOptions) -
     """Open a file for search by Faiss. Raises RetrieverError if it is damaged or not for a GPU."""
     index = _read(path, mmap=mmap)
     kind = _classify(index, path)
-    if kind is IndexKind.IVF_PQ:
-        _check_ids(index, path)
-    if not on_gpu:
-        return FaissIndex(index, kind=kind, search=search, device="cpu", mmap=mmap)
-    if kind not in _GPU_KINDS:
+    if on_gpu and kind not in _GPU_KINDS:
         raise RetrieverError(
             f"index {path} is of kind {kind}; Faiss searches {', '.join(_GPU_KINDS)} on GPUs: "
             "leave --faiss_gpu out, or use --index_device torch for fp16 and sq8"
         )
-    if isinstance(index, faiss.IndexRefine):  # the whole vectors stay where they are
-        base, stored = _split(index)
-        moved = faiss.IndexRefine(_move_to_gpus(base), stored)
-        moved.referenced_objects.append(index)
-    else:
-        moved = _move_to_gpus(index)
-    return FaissIndex(moved, kind=kind, search=search, device="faiss_gpu", mmap=mmap)
-
-
-def _check_ids(index: faiss.Index, path: Path) -> None:
-    """Raise RetrieverError for an id out of range: Faiss reads the whole vector there, and may crash."""
-    count, lists = int(index.ntotal), _split(index)[0].invlists
-    for number in range(lists.nlist):
-        if not (size := lists.list_size(number)):
-            continue
-        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
-        if ids.min() < 0 or ids.max() >= count:
-            wrong = ids[(ids < 0) | (ids >= count)][0]
-            raise RetrieverError(
-                f"index {path} is damaged: it has row {wrong} of {count}; check it with `index verify`, and "
-                "copy or build it again"
-            )
+    move = _move_to_gpus if on_gpu else None
+    return FaissIndex(index, path=path, kind=kind, search=search, mmap=mmap, move=move)
 
 
 def _read(path: Path, *, mmap: bool) -> faiss.Index:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from search_r1.search.errors import RetrieverError
-from search_r1.search.faiss_index import write_index
+from search_r1.search.faiss_index import FaissIndex, write_index
 from search_r1.search.kinds import SCANNED_KINDS, IndexKind, IndexOptions, SearchOptions, parse_options
 from search_r1.search.ranking import compare_rows, order_hits
 from search_r1.search.vector_index import open_exact, open_index, search_source
@@ -173,13 +173,52 @@ def test_a_truncated_or_damaged_file_is_an_error_and_no_crash(
         (tmp_path / "cut").write_bytes(content[:length])
         with pytest.raises(RetrieverError):
             open_index(tmp_path / "cut")
-    if kind is IndexKind.IVF_PQ:
-        damaged = bytearray(content)
-        end = len(content) - COUNT * DIM - 1000  # of the lists; the whole vectors follow
-        damaged[end - 3000 : end] = np.random.default_rng(0).bytes(3000)
-        (tmp_path / "cut").write_bytes(damaged)
-        with pytest.raises(RetrieverError, match=r"damaged: it has row -?\d+ of 3000"):
-            open_index(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        (IndexKind.IVF_PQ, r"is damaged: a search found row -?\d+ of 3000; check it with `index verify`"),
+        (IndexKind.HNSW, r"not a readable Faiss index .*neighbors\[\d+\] = -?\d+ out of range"),
+    ],
+)
+def test_rows_that_are_not_in_the_index_are_damage_and_no_crash(
+    kind: IndexKind, complaint: str, built: dict[IndexKind, Path], queries: FloatArray, tmp_path: Path
+) -> None:
+    damaged = bytearray(built[kind].read_bytes())
+    end = len(damaged) - COUNT * DIM - 1000  # of the lists or the graph; the whole vectors follow
+    damaged[end - 3000 : end] = np.random.default_rng(0).bytes(3000)
+    (tmp_path / "damaged").write_bytes(damaged)
+    with pytest.raises(RetrieverError, match=complaint):
+        open_index(tmp_path / "damaged", search=SearchOptions(nprobe=64)).search(queries, topk=300)
+
+
+@pytest.mark.parametrize("refined", [True, False])
+def test_shards_as_on_several_gpus_find_the_same_rows(
+    refined: bool, vectors: FloatArray, queries: FloatArray, tmp_path: Path
+) -> None:
+    """Shards of the CPU stand in for those of GPUs: they have no lists and no `nprobe` of their own."""
+    options = parse_options("IVF64,PQ32,Refine(SQ8)" if refined else "IVF64,PQ32")
+    write_index(vectors, tmp_path / "index", options=options, num_threads=1)
+
+    def shard(lists: faiss.Index) -> faiss.Index:
+        shards = faiss.IndexShards(DIM, False, False)
+        for first in (0, COUNT // 2):
+            part = faiss.clone_index(lists)
+            part.reset()
+            lists.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_RANGE, first, first + COUNT // 2)
+            shards.add_shard(part)
+        return shards
+
+    search = SearchOptions(nprobe=8)
+    whole = open_index(tmp_path / "index", search=search)
+    index = faiss.read_index(str(tmp_path / "index"))
+    moved = FaissIndex(
+        index, path=tmp_path / "index", kind=IndexKind.IVF_PQ, search=search, mmap=True, move=shard
+    )
+    assert moved.search(queries, topk=5)[1].tolist() == whole.search(queries, topk=5)[1].tolist()
+    assert len(moved) == COUNT
+    assert moved.describe() == {**whole.describe(), "device": "faiss_gpu", "mmap": int(refined)}
 
 
 def test_search_options_reach_the_search(
@@ -253,7 +292,7 @@ from pathlib import Path
 from threading import Event, Thread
 import numpy as np
 import faiss
-from search_r1.search.faiss_index import write_index
+from search_r1.search.faiss_index import FaissIndex, write_index
 from search_r1.search.kinds import parse_options
 
 class Generated:
