@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 _READ_BYTES = 1 << 22
 
@@ -70,14 +71,36 @@ def write_json_atomically(path: Path, value: object, *, indent: int = 2) -> None
 
 @contextmanager
 def lock_file(path: Path, *, taken: Exception) -> Iterator[None]:
-    """Hold the lock of a file, which is created with its folder. Raises `taken` if another process has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise taken from error
+    """Hold the lock of a file, which is created with its folder. Raises `taken` if another process has it.
+
+    The message of `taken` gets the number of that process. The holder may remove the file.
+    """
+    while (file := _lock(path, taken=taken)) is None:
+        pass
+    with file:
+        with naming_file(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
+
+
+def _lock(path: Path, *, taken: Exception) -> TextIO | None:
+    """Return the open, locked file; None if it was removed before it was locked, and locks nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(path.open("a+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError as error:
+            file.seek(0)
+            raise type(taken)(f"{taken} (process {file.read() or 'unknown'})") from error
+        except FileNotFoundError:
+            return None
+        if is_current:
+            opened.pop_all()
+        return file if is_current else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ _MIN_COSINE = 0.98
 """Of a stored vector, perhaps quantized or made in fp16, and the same passage encoded now."""
 _NUM_RECALL_QUERIES = 200
 _RECALL_AT = (1, 3, 10)
+_LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,15 +92,25 @@ def build_index(options: BuildOptions, *, report: Report | None = None) -> Index
     """
     folder = options.folder
     taken = RetrieverError(f"another builder is at work in {folder}; let it end or stop it")
-    with lock_file(folder / "lock", taken=taken):
+    with lock_file(folder / _LOCK_FILE, taken=taken):
         try:
             manifest = _build(options, report or (lambda *_: None))
         except BaseException:
             if not holds_unfinished(folder):
-                shutil.rmtree(folder)
+                _remove(folder)
             raise
-        shutil.rmtree(folder)
+        _remove(folder)
     return manifest
+
+
+def _remove(folder: Path) -> None:
+    """Remove the work, its lock last: until then no other builder can begin here."""
+    for path in folder.iterdir():
+        if path.name != _LOCK_FILE:
+            path.unlink()
+    (folder / _LOCK_FILE).unlink()
+    with suppress(OSError):  # not empty: another builder has begun
+        folder.rmdir()
 
 
 def _build(options: BuildOptions, report: Report) -> IndexManifest:
@@ -157,7 +169,7 @@ def _get_vectors(
                 f"{options.folder} holds the vectors of an unfinished build, which --from_index would "
                 "discard; finish that one without --from_index, name another --index_path, or pass --restart"
             )
-        _check_disk(options, count=count, dim=dim, num_unencoded=0)
+        check_disk(options, count=count, dim=dim, num_unencoded=0)
         return _open_vectors(options.from_index, corpus=corpus, encoder=encoder, trial=trial)
     run = EncodingRun(
         options.folder,
@@ -173,7 +185,7 @@ def _get_vectors(
         restart=options.restart,
     )
     before, started_s = run.num_encoded, time.monotonic()
-    _check_disk(options, count=count, dim=dim, num_unencoded=count - before)
+    check_disk(options, count=count, dim=dim, num_unencoded=count - before)
     if before:
         logger.info("continuing: %d of %d passages are encoded already", before, count)
     report_encoded = partial(report, "encode passages")
@@ -192,7 +204,7 @@ def _get_vectors(
     return run.vectors
 
 
-def _check_disk(options: BuildOptions, *, count: int, dim: int, num_unencoded: int) -> None:
+def check_disk(options: BuildOptions, *, count: int, dim: int, num_unencoded: int) -> None:
     """Raise RetrieverError when the disk has no room for the vectors and the index."""
     cost = estimate(options.index, count, dim)
     # Codes of whole vectors are written twice: beside the index and into it.

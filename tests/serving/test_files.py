@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,36 @@ def test_a_lock_is_held_by_one_at_a_time_and_free_after_it(tmp_path: Path) -> No
         pass
     with lock_file(path, taken=taken):
         pass
+
+
+REMOVED_MEANWHILE = """
+import os, sys
+from pathlib import Path
+from serving.files import lock_file
+
+path, opened = Path(sys.argv[1]), []
+
+def remove_before_the_first_lock(event, arguments):
+    if event == "fcntl.flock" and not opened:
+        opened.append(event)
+        path.unlink()
+        path.parent.rmdir()
+
+sys.addaudithook(remove_before_the_first_lock)
+with lock_file(path, taken=ValueError("taken")):
+    print(path.read_text() == str(os.getpid()))
+    try:
+        with lock_file(path, taken=ValueError("taken")):
+            print("locked twice")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_lock_that_its_holder_removed_is_not_the_lock(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", REMOVED_MEANWHILE, str(tmp_path / "work" / "lock")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.communicate()[0] == f"True\ntaken (process {child.pid})\n"
