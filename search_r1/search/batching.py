@@ -1,10 +1,10 @@
-"""Micro-batching: queries that are asked at about the same time go to the retriever in one call.
+"""Micro-batching: queries that arrive at about the same time go to the retriever in one call.
 
 A scan of an index costs about as much for 64 queries as for one. So a query waits a few milliseconds for
-others, and while a search runs the next batch gathers. Clients that ask in a loop ask again right after an
-answer: after a long search a batch waits a little longer, until as many queries are there as there were
-clients, so that these do not split into two halves that search in turns. Equal queries are searched once,
-and remembered.
+others, and while a search runs the next batch gathers. Clients that search in a loop send the next query
+right after an answer: after a long search a batch waits a little longer, until as many queries are there as
+there were clients, so that these do not split into two halves that search in turns. Equal queries are
+searched once, and their answers are cached.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ MAX_WAIT_SHARE = 0.25
 """The same for all of them together."""
 MAX_WAIT_S = 0.5
 """Upper bound of that wait."""
-_MAX_REMEMBERED_CHARS = 1000
-_MAX_REMEMBERED_PASSAGES = 100
-"""Longer queries and answers with more passages are not remembered."""
+_PASSAGES_PER_ANSWER = 10
+"""The cache holds so many passages for every answer that it may hold, however they are spread."""
+_MAX_CACHED_CHARS = 1000
+"""Answers to longer queries are not cached."""
 _STOPPED = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="the server is shutting down")
 
 
@@ -69,17 +70,17 @@ class BatchOptions:
     window_s: float = 0.002
     """How long a query waits for others where searches are quick."""
     cache_size: int = 10_000
-    """Answers that are remembered; 0 for none."""
+    """Answers that are cached, with up to ten passages each on average; 0 for none."""
 
 
 @dataclass(slots=True, eq=False)
-class _Asked:
+class _Query:
     """A query to search, for all callers that wait for it."""
 
-    query: str
+    text: str
     lane: _Lane
     request: int
-    """Number of the request that asked first."""
+    """Number of the first request with it."""
     answer: asyncio.Future[Outcome]
     deadline: float = 0.0
     """The latest of all callers."""
@@ -88,10 +89,10 @@ class _Asked:
 
 @dataclass(slots=True, eq=False)
 class _Lane:
-    """Queries that may share a call: those that ask for the same number of passages."""
+    """Queries that may share a call: those with the same number of passages."""
 
     topk: int
-    queue: OrderedDict[_Asked, None] = field(default_factory=OrderedDict)
+    queue: OrderedDict[_Query, None] = field(default_factory=OrderedDict)
     """In the order of their arrival."""
     num_clients: int = 1
     """Queries when the last call ended: those just answered and those waiting."""
@@ -104,7 +105,7 @@ class _Lane:
 
 
 class MicroBatcher:
-    """Returns one outcome per query from a retriever that is asked in batches. One per event loop."""
+    """Searches in batches and returns one outcome per query. One per event loop."""
 
     def __init__(self, retriever: Retriever, *, options: BatchOptions, counts: Counts) -> None:
         self.retriever = retriever
@@ -114,9 +115,10 @@ class MicroBatcher:
         self._max_batch = max(1, min(options.max_batch, retriever.max_batch))
         self._counts = counts
         self._lanes: dict[int, _Lane] = {}
-        self._unanswered: dict[tuple[str, int], _Asked] = {}
+        self._unanswered: dict[tuple[str, int], _Query] = {}
         """Queries that are not answered yet, queued or searched."""
-        self._remembered: OrderedDict[tuple[str, int], Found] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int], Found] = OrderedDict()
+        self._num_cached_passages = 0
         self._facts = retriever.describe()
         self._calls: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -133,21 +135,22 @@ class MicroBatcher:
         self._num_requests += 1
         if (facts := self.retriever.describe()) != self._facts:  # a recording begins a new day
             self._facts = facts
-            self._remembered.clear()
-        answers = [self._ask(query, topk=topk, deadline=deadline) for query in queries]
-        waited_for = [answer for answer in answers if isinstance(answer, _Asked)]
+            self._cache.clear()
+            self._num_cached_passages = 0
+        answers = [self._enqueue(text, topk=topk, deadline=deadline) for text in queries]
+        pending = [answer for answer in answers if isinstance(answer, _Query)]
         self._schedule()
         try:
-            if waited_for:
+            if pending:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(deadline):
-                        await asyncio.wait({asked.answer for asked in waited_for})
+                        await asyncio.wait({query.answer for query in pending})
         finally:
-            self._leave(waited_for)
+            self._release(pending)
         late = SearchFailure(kind=FailureKind.DEADLINE, reason=f"not answered within {timeout_s:g} s")
         return [
             (answer.answer.result() if answer.answer.done() else late)
-            if isinstance(answer, _Asked)
+            if isinstance(answer, _Query)
             else answer
             for answer in answers
         ]
@@ -160,42 +163,42 @@ class MicroBatcher:
             call.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
         # Also queries whose call was cancelled before its first step.
-        for asked in list(self._unanswered.values()):
-            self._settle(asked, _STOPPED)
+        for query in list(self._unanswered.values()):
+            self._settle(query, _STOPPED)
         await self.retriever.aclose()
 
-    def _ask(self, query: str, *, topk: int, deadline: float) -> _Asked | Found:
+    def _enqueue(self, text: str, *, topk: int, deadline: float) -> _Query | Found:
         """Return the answer if it is known, else what to wait for."""
-        if not query.strip():
+        if not text.strip():
             self._counts.count_query(Source.BLANK)
             return ()
-        key = (query, topk)
-        if (found := self._remembered.get(key)) is not None:
-            self._remembered.move_to_end(key)
+        key = (text, topk)
+        if (found := self._cache.get(key)) is not None:
+            self._cache.move_to_end(key)
             self._counts.count_query(Source.CACHED)
             return found
-        asked = self._unanswered.get(key)
-        self._counts.count_query(Source.SEARCHED if asked is None else Source.JOINED)
-        if asked is None:
+        query = self._unanswered.get(key)
+        self._counts.count_query(Source.SEARCHED if query is None else Source.JOINED)
+        if query is None:
             loop = asyncio.get_running_loop()
             lane = self._lanes.setdefault(topk, _Lane(topk))
-            asked = _Asked(query, lane, self._num_requests, loop.create_future())
-            self._unanswered[key] = asked
-            lane.queue[asked] = None
+            query = _Query(text, lane, self._num_requests, loop.create_future())
+            self._unanswered[key] = query
+            lane.queue[query] = None
             lane.latest = loop.time()
-        asked.num_waiting += 1
-        asked.deadline = max(asked.deadline, deadline)
-        return asked
+        query.num_waiting += 1
+        query.deadline = max(query.deadline, deadline)
+        return query
 
-    def _leave(self, waited_for: Sequence[_Asked]) -> None:
+    def _release(self, pending: Sequence[_Query]) -> None:
         """Remove queued queries without callers."""
-        for asked in waited_for:
-            asked.num_waiting -= 1
-            if asked.num_waiting == 0 and asked in asked.lane.queue:
-                del asked.lane.queue[asked]
-                self._forget(asked)
-                if not asked.lane.queue:
-                    asked.lane.since = None
+        for query in pending:
+            query.num_waiting -= 1
+            if query.num_waiting == 0 and query in query.lane.queue:
+                del query.lane.queue[query]
+                self._remove_pending(query)
+                if not query.lane.queue:
+                    query.lane.since = None
 
     def _schedule(self) -> None:
         """Start the calls that are due, and set the timer for the next one."""
@@ -228,43 +231,43 @@ class MicroBatcher:
         return max(start, min(next_query, last_query))
 
     def _start(self, lane: _Lane) -> None:
-        batch: list[_Asked] = []
+        batch: list[_Query] = []
         while lane.queue and len(batch) < self._max_batch:
-            asked = next(iter(lane.queue))
-            if batch and not self._options.together and asked.request != batch[0].request:
+            query = next(iter(lane.queue))
+            if batch and not self._options.together and query.request != batch[0].request:
                 break
-            del lane.queue[asked]
-            batch.append(asked)
+            del lane.queue[query]
+            batch.append(query)
         lane.since = None
         call = asyncio.create_task(self._call(lane, batch))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
         call.add_done_callback(lambda _: self._schedule())
 
-    async def _call(self, lane: _Lane, batch: list[_Asked]) -> None:
+    async def _call(self, lane: _Lane, batch: list[_Query]) -> None:
         clock = asyncio.get_running_loop().time
         started = clock()
-        deadline = max(asked.deadline for asked in batch)
+        deadline = max(query.deadline for query in batch)
         outcomes: list[Outcome] = [_STOPPED] * len(batch)
         try:
             outcomes = await self._search(batch, topk=lane.topk)
         finally:
             seconds = clock() - started
             lane.search_s = seconds if not lane.search_s else (lane.search_s + seconds) / 2
-            lane.num_clients = max(1, sum(asked.num_waiting > 0 for asked in batch) + len(lane.queue))
+            lane.num_clients = max(1, sum(query.num_waiting > 0 for query in batch) + len(lane.queue))
             self._counts.count_batch(size=len(batch), seconds=seconds)
-            for asked, outcome in zip(batch, outcomes, strict=True):
+            for query, outcome in zip(batch, outcomes, strict=True):
                 is_late = isinstance(outcome, SearchFailure) and outcome.kind is FailureKind.DEADLINE
                 # A query that was joined meanwhile, with a later deadline, is searched again.
-                if is_late and asked.num_waiting and asked.deadline > deadline:
-                    lane.queue[asked] = None
+                if is_late and query.num_waiting and query.deadline > deadline:
+                    lane.queue[query] = None
                 else:
-                    self._settle(asked, outcome)
+                    self._settle(query, outcome)
 
-    async def _search(self, batch: list[_Asked], *, topk: int) -> list[Outcome]:
+    async def _search(self, batch: list[_Query], *, topk: int) -> list[Outcome]:
         """Return one outcome per query. A batch that crashes is searched again in halves."""
-        queries = [asked.query for asked in batch]
-        left_s = max(asked.deadline for asked in batch) - asyncio.get_running_loop().time()
+        queries = [query.text for query in batch]
+        left_s = max(query.deadline for query in batch) - asyncio.get_running_loop().time()
         try:
             outcomes = await self.retriever.search(queries, topk=topk, timeout_s=max(left_s, 0.001))
             self.defect = None
@@ -275,7 +278,7 @@ class MicroBatcher:
                 return [SearchFailure(kind=FailureKind.UNAVAILABLE, reason=self.defect)] * len(queries)
             return _fail(queries, str(error))
         except Exception as error:  # any retriever's defect: each query must have its outcome
-            if len(queries) == 1 or not any(asked.num_waiting for asked in batch):
+            if len(queries) == 1 or not any(query.num_waiting for query in batch):
                 logger.exception("a search of %d queries crashed", len(queries))
                 return _fail(queries, f"the search crashed ({type(error).__name__}: {error})")
         else:
@@ -288,20 +291,22 @@ class MicroBatcher:
         first = await self._search(batch[:half], topk=topk)
         return first + await self._search(batch[half:], topk=topk)
 
-    def _settle(self, asked: _Asked, outcome: Outcome) -> None:
-        self._forget(asked)
-        asked.answer.set_result(outcome)
+    def _settle(self, query: _Query, outcome: Outcome) -> None:
+        self._remove_pending(query)
+        query.answer.set_result(outcome)
         if isinstance(outcome, SearchFailure):
             return
-        if len(asked.query) > _MAX_REMEMBERED_CHARS or len(outcome) > _MAX_REMEMBERED_PASSAGES:
+        if len(query.text) > _MAX_CACHED_CHARS:
             return
-        self._remembered[asked.query, asked.lane.topk] = outcome
-        if len(self._remembered) > self._options.cache_size:
-            self._remembered.popitem(last=False)
+        self._cache[query.text, query.lane.topk] = outcome
+        self._num_cached_passages += len(outcome)
+        size = self._options.cache_size
+        while len(self._cache) > size or self._num_cached_passages > _PASSAGES_PER_ANSWER * size:
+            self._num_cached_passages -= len(self._cache.popitem(last=False)[1])
 
-    def _forget(self, asked: _Asked) -> None:
+    def _remove_pending(self, query: _Query) -> None:
         """Let later equal queries be searched again."""
-        self._unanswered.pop((asked.query, asked.lane.topk), None)
+        self._unanswered.pop((query.text, query.lane.topk), None)
 
 
 def _fail(queries: Sequence[str], reason: str) -> list[Outcome]:

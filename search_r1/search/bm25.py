@@ -23,6 +23,7 @@ from search_r1.search.corpus import Corpus, compare_corpus, open_corpus, sample_
 from search_r1.search.errors import RetrieverError
 from search_r1.search.files import WatchedFile, compare_facts, describe_file, list_changed_files
 from search_r1.search.manifest import (
+    BM25_LANGUAGES,
     Bm25Manifest,
     load_bm25_manifest,
     locate_bm25_manifest,
@@ -172,6 +173,8 @@ def build_bm25(
     report: Report | None = None,
 ) -> Bm25Manifest:
     """Write the folder `index_path`, replacing an older BM25 index. Raises RetrieverError for bad input."""
+    if language not in BM25_LANGUAGES:
+        raise RetrieverError(f"BM25 language {language!r} is unknown; expected one of {BM25_LANGUAGES}")
     corpus_path, index_path = Path(corpus_path), Path(index_path)
     _require_own_folder(index_path)
     corpus = open_corpus(corpus_path)

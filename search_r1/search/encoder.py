@@ -29,8 +29,8 @@ from search_r1.search.recipes import (
     POOLINGS,
     EncoderSpec,
     EncodingRecipe,
+    ModelRecipe,
     PartialRecipe,
-    StatedModel,
     find_family,
     resolve_recipe,
 )
@@ -39,6 +39,8 @@ from serving.weights import copy_weights
 # Our name of a pooling, by that of the library where they differ.
 _POOLING_NAMES = {"lasttoken": "last", "weightedmean": "weighted", "mean_sqrt_len_tokens": "mean_sqrt_len"}
 _LIBRARY_NAMES = {ours: theirs for theirs, ours in _POOLING_NAMES.items()}
+_NO_LENGTH = 10**9
+"""Tokenizers without a length of their own state 10**30."""
 _QUERY_PROMPTS = ("query", "s2p_query", "retrieval.query", "search_query", "web_search_query", "question")
 _PASSAGE_PROMPTS = ("document", "passage", "corpus", "retrieval.passage", "search_document", "doc", "text")
 
@@ -61,7 +63,7 @@ class TextEncoder:
         self._model = _load_model(folder, device=str(where), dtype=dtype)
         transformer = folder / (read_modules(folder) or [("", "")])[0][1]
         self.recipe: EncodingRecipe = resolve_recipe(
-            _read_stated(self._model, folder, transformer=transformer),
+            _read_model_recipe(self._model, folder, transformer=transformer),
             model_name=self.name,
             family=spec.family,
             flags=spec.flags,
@@ -145,11 +147,11 @@ def _load_model(folder: Path, *, device: str, dtype: torch.dtype) -> SentenceTra
     return model
 
 
-def _read_stated(model: SentenceTransformer, folder: Path, *, transformer: Path) -> StatedModel:
+def _read_model_recipe(model: SentenceTransformer, folder: Path, *, transformer: Path) -> ModelRecipe:
     """Return what the files of a model state about its texts; a plain transformer states only its length."""
     limit = read_length_limit(transformer)
     if read_modules(folder) is None:
-        return StatedModel(is_sentence_encoder=False, recipe=PartialRecipe(), length_limit=limit)
+        return ModelRecipe(is_sentence_encoder=False, recipe=PartialRecipe(), length_limit=limit)
     config = read_json(folder / "config_sentence_transformers.json")
     query_prefix, passage_prefix = _read_prompts(config.get("prompts"))
     modes = _find_pooling(model).pooling_mode
@@ -165,7 +167,7 @@ def _read_stated(model: SentenceTransformer, folder: Path, *, transformer: Path)
                 "cosine and dot"
             )
         normalized = None if similarity is None else similarity == "cosine"
-    lengths = [length for length in (model.max_seq_length, limit) if length is not None]
+    lengths = [length for length in (model.max_seq_length, limit) if length and length < _NO_LENGTH]
     recipe = PartialRecipe(
         query_prefix=query_prefix,
         passage_prefix=passage_prefix,
@@ -173,7 +175,7 @@ def _read_stated(model: SentenceTransformer, folder: Path, *, transformer: Path)
         max_length=min(lengths, default=None),
         normalized=normalized,
     )
-    return StatedModel(is_sentence_encoder=True, recipe=recipe, length_limit=limit)
+    return ModelRecipe(is_sentence_encoder=True, recipe=recipe, length_limit=limit)
 
 
 def _read_prompts(prompts: object) -> tuple[str | None, str | None]:

@@ -55,7 +55,7 @@ def find_line_starts(
             _write_sidecar(path, sidecar, header=header, report=report)
             return np.load(sidecar, mmap_mode="r")[_HEADER:], sidecar
         except OSError as error:
-            logger.warning("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
+            logger.info("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
     logger.warning("line offsets of %s stay in memory and are made at every start", path)
     return np.concatenate(list(_scan(path, report))), None
 

@@ -61,7 +61,7 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StatedModel:
+class ModelRecipe:
     """What the files of a model state about its encoding."""
 
     is_sentence_encoder: bool
@@ -122,7 +122,7 @@ def find_family(model_name: str) -> str | None:
 
 
 def resolve_recipe(
-    stated: StatedModel, *, model_name: str, family: str | None = None, flags: PartialRecipe
+    stated: ModelRecipe, *, model_name: str, family: str | None = None, flags: PartialRecipe
 ) -> EncodingRecipe:
     """Choose each field from `flags`, else from the model, else from its family, and log the sources.
 

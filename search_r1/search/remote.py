@@ -6,6 +6,7 @@ ignores these keys.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -20,6 +21,8 @@ SERVICE = "retriever"
 _PATH = "/retrieve"
 _MAX_REASON_CHARS = 300
 _WITHOUT_ROUTE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
+_DIVIDED = frozenset({HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.INTERNAL_SERVER_ERROR})
+"""Refusals that one query or the number of queries may cause, by servers without `allow_failures`."""
 _HITS = TypeAdapter(list[ScoredDocument])
 
 
@@ -57,20 +60,27 @@ class RemoteRetriever:
         """Return one outcome per query, in order; a deadline that passes is a failure. Raises nothing."""
         # Lone surrogates have no UTF-8 form and would spoil the request of all the others.
         texts = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
-        asked = [row for row, text in enumerate(texts) if text.strip()]
+        rows = [row for row, text in enumerate(texts) if text.strip()]
         outcomes: list[Outcome] = [()] * len(texts)
-        if not asked:
-            return outcomes
-        found: list[Outcome]
-        try:
-            payload = partial(_make_payload, [texts[row] for row in asked], topk)
-            body = await self._service.post(_PATH, payload, timeout_s=timeout_s)
-            found = read_outcomes(body, expected=len(asked), topk=topk, url=self._service.shown_url)
-        except CallError as error:
-            found = [SearchFailure(kind=_kind_of(error), reason=error.message)] * len(asked)
-        for row, outcome in zip(asked, found, strict=True):
-            outcomes[row] = outcome
+        if rows:
+            deadline = time.monotonic() + timeout_s
+            found = await self._search([texts[row] for row in rows], topk=topk, deadline=deadline)
+            for row, outcome in zip(rows, found, strict=True):
+                outcomes[row] = outcome
         return outcomes
+
+    async def _search(self, queries: list[str], *, topk: int, deadline: float) -> list[Outcome]:
+        """Search in one request; one that crashes, or is too large for the server, is divided in halves."""
+        payload = partial(_make_payload, queries, topk)
+        try:
+            body = await self._service.post(_PATH, payload, timeout_s=deadline - time.monotonic())
+            return read_outcomes(body, expected=len(queries), topk=topk, url=self._service.shown_url)
+        except CallError as error:
+            if error.status not in _DIVIDED or len(queries) == 1:
+                return [SearchFailure(kind=_kind_of(error), reason=error.message)] * len(queries)
+        half = len(queries) // 2
+        first = await self._search(queries[:half], topk=topk, deadline=deadline)
+        return first + await self._search(queries[half:], topk=topk, deadline=deadline)
 
     async def aclose(self) -> None:
         """Close all connections."""

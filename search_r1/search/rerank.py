@@ -91,7 +91,7 @@ class CrossEncoderReranker:
 
 
 class RerankedRetriever:
-    """Asks `inner` for more than is wanted, and keeps what the model scores best.
+    """Searches `inner` for `depth` documents per query and returns those that the model scores best.
 
     A query is scored with its own documents only, all queries of a call in one batch, in a thread. The scores
     of the hits are the model's. A query that `inner` failed stays failed.

@@ -1,4 +1,4 @@
-"""What the server needs of a retriever, whatever is behind it: an index, a search engine, a mixture."""
+"""The interface of a retriever that the server uses, and a blocking search as such a retriever."""
 
 from __future__ import annotations
 

@@ -121,12 +121,13 @@ def _check_date(text: str) -> None:
 
 
 def _check_url(text: str) -> None:
-    if "@" in text:
-        raise RetrieverError("--online_url must not hold a user or password: it is shown and logged")
     try:
         parts = urlsplit(text)
         is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         is_usable = False
+    # What is no URL may hold a password anywhere.
+    if "@" in (parts.netloc if is_usable else text):
+        raise RetrieverError("--online_url must not hold a user or password: it is shown and logged")
     if not is_usable:
         raise RetrieverError(f"--online_url must look like https://host/path, got {text!r}")

@@ -100,8 +100,15 @@ class OnlineRetriever:
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """Search with one request per query and started ten of `topk`; at most 100 hits per query."""
         deadline = time.monotonic() + timeout_s
-        searches = (self._search_one(query, topk=topk, deadline=deadline) for query in queries)
-        return list(await asyncio.gather(*searches))
+        try:
+            async with asyncio.TaskGroup() as group:  # after a defect no other search goes on
+                searches = [
+                    group.create_task(self._search_one(query, topk=topk, deadline=deadline))
+                    for query in queries
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [search.result() for search in searches]
 
     async def aclose(self) -> None:
         """Close connections and file; log how many requests were counted."""

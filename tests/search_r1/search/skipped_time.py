@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -34,3 +36,13 @@ def run_skipping(main: Coroutine[Any, Any, T]) -> T:
     """Run what waits for nothing but time and itself, by a clock of its own."""
     with asyncio.Runner(loop_factory=_SkippingLoop) as runner:
         return runner.run(main)
+
+
+def on_skipped_time(test: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """Make a test of a coroutine that runs by that clock, where sleeps order events."""
+
+    @functools.wraps(test)
+    def run(*arguments: P.args, **fixtures: P.kwargs) -> T:
+        return run_skipping(test(*arguments, **fixtures))
+
+    return run

@@ -16,7 +16,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
 from tests.search_r1.search.servers import EchoRetriever, hits_for
-from tests.search_r1.search.skipped_time import run_skipping
+from tests.search_r1.search.skipped_time import on_skipped_time, run_skipping
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ def test_askers_in_a_loop_end_in_one_batch() -> None:
     assert [len(call) for call in retriever.calls] == [32, 64, 64, 64, 64, 64, 32]
 
 
+@on_skipped_time
 async def test_without_batching_every_request_is_a_call_of_its_own() -> None:
     retriever = EchoRetriever(search_s=0.001)
     batcher = make(retriever, together=False)
@@ -102,6 +103,7 @@ async def test_queries_that_ask_for_other_numbers_of_passages_are_searched_apart
     assert sorted(zip(retriever.topks, retriever.calls, strict=True)) == [(3, ("a", "b", "c")), (5, ("a",))]
 
 
+@on_skipped_time
 async def test_equal_queries_are_searched_once_and_remembered() -> None:
     retriever, counts = EchoRetriever(search_s=0.02), Counted()
     batcher = make(retriever, counts)
@@ -127,13 +129,23 @@ async def test_as_many_answers_are_remembered_as_asked_for() -> None:
     assert len(retriever.calls) == 4 + 3
 
 
-async def test_long_queries_and_large_answers_are_not_remembered() -> None:
+async def test_long_queries_are_not_remembered() -> None:
     retriever = EchoRetriever()
     batcher = make(retriever)
     for _ in range(2):
-        await ask(batcher, "huge", topk=101)
         await ask(batcher, "long " * 1000)
-    assert len(retriever.calls) == 4
+    assert len(retriever.calls) == 2
+
+
+async def test_ten_passages_are_remembered_for_every_answer() -> None:
+    retriever = EchoRetriever()
+    batcher = make(retriever, cache_size=6)
+    for query, topk in (("a", 25), ("b", 25), ("a", 25), ("c", 20), ("a", 25), ("d", 10), ("b", 25)):
+        await ask(batcher, query, topk=topk)  # b is forgotten for c: these are more than 60
+    assert retriever.calls == [("a",), ("b",), ("c",), ("d",), ("b",)]
+    await ask(batcher, "huge", topk=61)
+    await ask(batcher, "huge", topk=61)
+    assert retriever.calls[5:] == [("huge",), ("huge",)]
 
 
 async def test_answers_are_forgotten_when_what_they_depend_on_changes() -> None:
@@ -199,6 +211,7 @@ def test_each_waits_until_its_own_deadline() -> None:
     assert retriever.timeouts_s == [pytest.approx(9.98)]
 
 
+@on_skipped_time
 async def test_who_joins_late_is_not_failed_by_the_deadline_of_another() -> None:
     late = SearchFailure(kind=FailureKind.DEADLINE, reason="too slow")
     retriever = EchoRetriever(search_s=0.1, act={"a": late})
@@ -211,6 +224,7 @@ async def test_who_joins_late_is_not_failed_by_the_deadline_of_another() -> None
     assert await patient == [hits_for("a", 1)]
 
 
+@on_skipped_time
 async def test_what_nobody_waits_for_any_more_is_not_searched() -> None:
     retriever = EchoRetriever(search_s=0.1)
     batcher = make(retriever)
@@ -228,6 +242,7 @@ async def test_what_nobody_waits_for_any_more_is_not_searched() -> None:
     assert batcher.num_waiting == 0
 
 
+@on_skipped_time
 async def test_the_end_answers_everybody() -> None:
     retriever = EchoRetriever(search_s=60)
     batcher = make(retriever, max_batch=1)
@@ -237,6 +252,42 @@ async def test_the_end_answers_everybody() -> None:
     assert [kinds(await answer) for answer in asked] == [[FailureKind.UNAVAILABLE]] * 3
     assert retriever.closed
     assert len(retriever.calls) == 1
+
+
+async def test_a_batch_is_never_larger_than_both_limits() -> None:
+    for max_batch in (5, 100):
+        retriever = EchoRetriever(max_batch=7)
+        answers = await ask(make(retriever, max_batch=max_batch), *(f"q{number}" for number in range(23)))
+        assert answers == [hits_for(f"q{number}", 1) for number in range(23)]
+        assert max(map(len, retriever.calls)) == min(7, max_batch)
+
+
+@on_skipped_time
+async def test_as_many_calls_run_at_once_as_the_retriever_allows() -> None:
+    retriever = EchoRetriever(search_s=0.05, max_batch=1, num_parallel_calls=3)
+    await ask(make(retriever), *"abcdefgh")
+    assert (retriever.most, len(retriever.calls)) == (3, 8)
+
+
+@on_skipped_time
+async def test_no_number_of_passages_starves_beside_a_busy_one() -> None:
+    retriever = EchoRetriever(search_s=0.005)
+    batcher = make(retriever, max_batch=4, cache_size=0, window_s=0.002)
+
+    async def search_again_and_again(number: int) -> None:
+        for turn in range(100):
+            await batcher.search([f"{number}.{turn}"], topk=3, timeout_s=30)
+
+    busy = [
+        asyncio.create_task(search_again_and_again(number)) for number in range(16)
+    ]  # always a full batch
+    await asyncio.sleep(0.1)
+    before = len(retriever.calls)
+    assert await ask(batcher, "rare", topk=5) == [hits_for("rare", 5)]
+    assert len(retriever.calls) - before <= 4
+    await batcher.aclose()
+    for task in busy:
+        task.cancel()
 
 
 # ------------------------------------------------------------------------------------- whatever happens when

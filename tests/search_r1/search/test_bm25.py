@@ -239,6 +239,12 @@ def test_what_is_no_index_is_not_replaced(folder: Folder) -> None:
         folder.build(FOUR)
 
 
+def test_an_unknown_language_is_named_before_anything_is_written(folder: Folder) -> None:
+    with pytest.raises(RetrieverError, match=r"'klingon' is unknown; expected one of \('english', 'none'\)"):
+        folder.build(FOUR, language="klingon")
+    assert not folder.index.exists()
+
+
 def test_a_malformed_line_is_named_and_the_old_index_stands(folder: Folder) -> None:
     folder.build(FOUR)
     kept = folder.corpus.read_text()

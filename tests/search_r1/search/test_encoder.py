@@ -21,8 +21,10 @@ from search_r1.search.recipes import EncoderSpec, EncodingRecipe, PartialRecipe
 from tests.search_r1.search.tiny_models import (
     DIM,
     describe_sentence_encoder,
+    save_decoder,
     save_dense,
     save_transformer,
+    save_without_length,
     write_json,
 )
 
@@ -103,6 +105,29 @@ def test_pooling_is_what_its_name_says(folder: Path, pooling: str) -> None:
     assert vectors.dtype == np.float32
     for text, vector in zip(TEXTS, vectors, strict=True):
         np.testing.assert_allclose(vector, pool(token_states(folder, text), pooling), atol=2e-6)
+
+
+def test_the_last_token_is_found_where_padding_is_on_the_left(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "Qwen3-Embedding-tiny")
+    encoder = TextEncoder(folder, device="cpu")
+    assert (encoder.family, encoder.recipe.pooling) == ("qwen3_embedding", "last")
+    for text, vector in zip(TEXTS, encoder.encode_passages(TEXTS), strict=True):
+        np.testing.assert_allclose(vector, unit(token_states(folder, text)[-1]), atol=2e-6)
+
+
+def test_explicit_flags_are_followed(folder: Path) -> None:
+    describe_sentence_encoder(folder, prompts={"query": "query: "})
+    spec = of(folder, pooling="last", query_prefix="a ", passage_prefix="the ", normalized=False)
+    encoder = TextEncoder(spec, device="cpu")
+    expected = pool(token_states(folder, "a cat"), "last")
+    np.testing.assert_allclose(encoder.encode_queries(["cat"])[0], expected, atol=1e-6)
+    expected = pool(token_states(folder, "the cat"), "last")
+    np.testing.assert_allclose(encoder.encode_passages(["cat"])[0], expected, atol=1e-6)
+
+
+def test_a_tokenizer_without_a_length_states_none(tmp_path: Path) -> None:
+    folder = describe_sentence_encoder(save_without_length(tmp_path / "tiny"))
+    assert TextEncoder(folder, device="cpu").recipe.max_length == 512
 
 
 def test_what_the_library_writes_today_is_read_as_it_reads_it(folder: Path, tmp_path: Path) -> None:

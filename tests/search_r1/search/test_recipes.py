@@ -10,10 +10,10 @@ import pytest
 from search_r1.search.encoder import TextEncoder
 from search_r1.search.errors import RetrieverError
 from search_r1.search.model_files import read_length_limit
-from search_r1.search.recipes import EncodingRecipe, PartialRecipe, StatedModel, find_family, resolve_recipe
+from search_r1.search.recipes import EncodingRecipe, ModelRecipe, PartialRecipe, find_family, resolve_recipe
 from tests.search_r1.search.tiny_models import describe_sentence_encoder, save_transformer, write_json
 
-SILENT = StatedModel(is_sentence_encoder=False, recipe=PartialRecipe(), length_limit=512)
+SILENT = ModelRecipe(is_sentence_encoder=False, recipe=PartialRecipe(), length_limit=512)
 
 
 @pytest.fixture
@@ -26,14 +26,14 @@ def read(folder: Path) -> EncodingRecipe:
 
 
 def resolve(
-    name: str, stated: StatedModel = SILENT, *, family: str | None = None, **flags: object
+    name: str, stated: ModelRecipe = SILENT, *, family: str | None = None, **flags: object
 ) -> EncodingRecipe:
     given = PartialRecipe(**flags)  # type: ignore[arg-type]
     return resolve_recipe(stated, model_name=name, family=family, flags=given)
 
 
-def state(**recipe: object) -> StatedModel:
-    return StatedModel(is_sentence_encoder=True, recipe=PartialRecipe(**recipe), length_limit=512)  # type: ignore[arg-type]
+def state(**recipe: object) -> ModelRecipe:
+    return ModelRecipe(is_sentence_encoder=True, recipe=PartialRecipe(**recipe), length_limit=512)  # type: ignore[arg-type]
 
 
 def test_families_are_known_by_their_names() -> None:

@@ -43,6 +43,20 @@ async def test_a_published_server_answers_in_one_request() -> None:
     assert [body["queries"] for body in server.bodies] == [["a", "b"]]
 
 
+@pytest.mark.parametrize(("status", "kind"), [(500, FailureKind.INTERNAL), (413, FailureKind.REFUSED)])
+async def test_a_query_that_a_published_server_cannot_take_fails_alone(
+    status: int, kind: FailureKind
+) -> None:
+    server = AnsweringServer(lambda body: Reply(status=status) if "bad" in body["queries"] else answer(body))
+    assert ids(await ask(server, ["a", "b", "bad", "c"], timeout_s=60.0)) == ["a", "b", kind, "c"]
+
+
+async def test_a_server_that_takes_fewer_queries_gets_fewer() -> None:
+    server = AnsweringServer(lambda body: Reply(status=413) if len(body["queries"]) > 3 else answer(body))
+    queries = [f"q{row}" for row in range(10)]
+    assert ids(await ask(server, queries, timeout_s=60.0)) == queries
+
+
 async def test_what_cannot_be_read_fails_alone_too() -> None:
     lists: list[object] = [find("a"), [{"document": {}, "score": 1.0}], None, "text", find("b") * 4, []]
     outcomes = await ask(

@@ -14,6 +14,10 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
 )
 
 DIM = 16
@@ -65,6 +69,37 @@ def save_transformer(folder: Path, *, seed: int = 0) -> Path:
     save_tokenizer(folder)
     torch.manual_seed(seed)
     BertModel(_config()).save_pretrained(folder)
+    return folder
+
+
+def save_decoder(folder: Path) -> Path:
+    """As Qwen3-Embedding: each token sees those before it, positions are relative, padding is on the left."""
+    save_tokenizer(folder, padding_side="left")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=4 + len(WORDS),
+        hidden_size=DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        pad_token_id=0,
+    )
+    Qwen3Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_without_length(folder: Path) -> Path:
+    """A T5 encoder, which has no limit of positions, and a tokenizer that states none."""
+    save_tokenizer(folder, model_max_length=10**30)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=4 + len(WORDS), d_model=DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    T5EncoderModel(config).save_pretrained(folder)
     return folder
 
 

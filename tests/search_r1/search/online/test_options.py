@@ -54,6 +54,8 @@ def test_an_unusable_key_is_named_and_not_shown(key: str) -> None:
         (["--online_url", "ftp://host/"], "got 'ftp://host/'"),
         (["--online_url", "http://host:99999/"], "--online_url"),
         (["--online_url", f"https://me:{SECRET}@host/search"], "--online_url must not hold"),
+        (["--online_url", f"me:{SECRET}@host/search"], "--online_url must not hold"),
+        (["--online_url", f"https://me:{SECRET}@[host/search"], "--online_url must not hold"),
         (["--retriever_name", "bing"], "'bing', whose API Microsoft retired in August 2025"),
     ],
 )
@@ -61,6 +63,10 @@ def test_what_does_not_go_together_is_named(flags: list[str], complaint: str) ->
     with pytest.raises(RetrieverError, match=complaint) as caught:
         resolve(*flags)
     assert SECRET not in str(caught.value)
+
+
+def test_a_url_may_have_an_at_sign_in_its_path() -> None:
+    assert resolve("--online_url", "https://host/@me/search?as=a@b").url == "https://host/@me/search?as=a@b"
 
 
 async def test_every_engine_can_be_mocked_without_key_and_network(caplog: pytest.LogCaptureFixture) -> None:
