@@ -121,10 +121,11 @@ class Maker:
     def make_data(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         size, seed = self.plan.size, self.seed
-        dataset.write_corpus(self.out / "corpus.jsonl", dataset.corpus(self.world, seed=seed))
+        passages = dataset.corpus(self.world, seed=seed)
+        dataset.write_corpus(self.out / "corpus.jsonl", passages.values())
         for split in ("train", "test"):
             problems = dataset.problems(self.world, size, split=split, seed=seed)
-            dataset.write_questions(self.out / f"{split}.parquet", problems, split=split)
+            dataset.write_questions(self.out / f"{split}.parquet", problems, passages=passages, split=split)
         examined, count = self.out / "doctor.jsonl", size.examined_questions
         dataset.write_examined(examined, problems, num_questions=count, world=self.world, seed=seed)
 

@@ -3,8 +3,9 @@
 A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
 questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well. The
-files that are written hold no prompt: training takes the instruction from data.prompt_file. A corpus of BEIR
-or pyserini becomes the JSON lines of the retriever. Files are local; nothing is downloaded.
+files that are written hold no prompt: training takes the instruction from data.prompt_file. Supporting
+passages (HotpotQA, 2WikiMultihopQA, MuSiQue) are kept for algorithm=stepsearch. A corpus of BEIR or pyserini
+becomes the JSON lines of the retriever. Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
@@ -86,7 +87,7 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
                     "data_source": source,
                     "ability": "fact-reasoning",
                     "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
-                    "extra_info": {"split": split, "index": start + len(rows)},
+                    "extra_info": {"split": split, "index": start + len(rows), **find_support(row)},
                 }
             )
     except QuestionError as error:  # the file as a whole, or a line that is not JSON
@@ -96,6 +97,55 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
     if not rows:
         raise DataError(f"{path}: the file is empty")
     return rows
+
+
+def find_support(row: Row) -> dict[str, list[str]]:
+    """Return `supporting_ids` and `supporting_texts` of a row, as far as it has them; {} without any.
+
+    Ids are taken as they are. HotpotQA, 2WikiMultihopQA and MuSiQue name supporting passages by their title,
+    which becomes the id, with the title and the paragraph as the text. All are read from the row or from its
+    `metadata`.
+    """
+    places = [row, *(found for key in ("extra_info", "metadata") if isinstance(found := row.get(key), dict))]
+    for place in places:
+        ids, texts = place.get("supporting_ids"), place.get("supporting_texts")
+        if isinstance(ids, list) and ids:
+            given = {"supporting_ids": ids, "supporting_texts": texts if isinstance(texts, list) else []}
+            return {name: [str(one) for one in found] for name, found in given.items()}
+    for place in places:
+        paragraphs = read_paragraphs(place)
+        if paragraphs:
+            texts = [f"{title}\n{text}" for title, text in paragraphs.items() if text]
+            is_complete = len(texts) == len(paragraphs)
+            return {"supporting_ids": [*paragraphs], "supporting_texts": texts if is_complete else []}
+    return {}
+
+
+def read_paragraphs(place: Row) -> dict[str, str]:
+    """Return the text of each supporting paragraph by its title; empty where only the title is there."""
+    paragraphs = place.get("paragraphs")
+    if isinstance(paragraphs, list):  # MuSiQue
+        supporting = [one for one in paragraphs if isinstance(one, dict) and one.get("is_supporting")]
+        return {str(one.get("title")): str(one.get("paragraph_text") or "") for one in supporting}
+    context = dict(read_pairs(place.get("context"), "sentences", "content"))
+    titles = [title for title, _ in read_pairs(place.get("supporting_facts"), "sent_id")]
+    return {title: join_text(context.get(title, "")) for title in titles}
+
+
+def read_pairs(value: object, *names: str) -> list[tuple[str, object]]:
+    """Return (title, value) of a list of pairs, or of an object of lists `title` and one of `names`."""
+    if isinstance(value, dict):
+        columns = [value.get("title"), *(value[name] for name in names if name in value)][:2]
+        is_table = len(columns) == 2 and all(isinstance(column, list) for column in columns)
+        value = [[*pair] for pair in zip(*columns, strict=False)] if is_table else []
+    pairs = value if isinstance(value, list) else []
+    return [(str(pair[0]), pair[1]) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+
+
+def join_text(text: object) -> str:
+    """Return a paragraph that is a text or a list of sentences."""
+    sentences = text if isinstance(text, list) else [text]
+    return " ".join(" ".join(map(str, sentences)).split())
 
 
 def convert_questions(sources: Sequence[tuple[str, Path]], *, split: str, out: Path) -> Counter[str]:

@@ -47,7 +47,7 @@ class Question:
     """Accepted answers (aliases), at least one."""
     data_source: str
     supporting_ids: tuple[str, ...] = ()
-    """Ids of the passages that support the answer, where the data has them."""
+    """Ids of the passages that support the answer, or titles where those are all that the data has."""
     supporting_texts: tuple[str, ...] = ()
     """Their texts in the same order, where the data has them."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -17,20 +17,20 @@ from world.facts import BRIDGES, Fact, Kind, World, WorldSize, relations_of
 from world.traces import Problem
 
 
-def corpus(world: World, *, seed: int) -> list[str]:
-    """Return one passage per fact, in random order."""
+def corpus(world: World, *, seed: int) -> dict[Fact, str]:
+    """Return the contents of the passage of every fact, in random order."""
     rng = Random(f"corpus {seed}")
-    contents = list(_contents(world, rng).values())
+    contents = list(_contents(world, rng).items())
     rng.shuffle(contents)
-    return contents
+    return dict(contents)
 
 
 def _contents(world: World, rng: Random) -> dict[Fact, str]:
     return {fact: text.write_contents(fact, rng) for fact in world.facts}
 
 
-def write_corpus(path: Path, contents: Sequence[str]) -> None:
-    """Write the corpus file of the retriever."""
+def write_corpus(path: Path, contents: Iterable[str]) -> None:
+    """Write the corpus file of the retriever; the id of a passage is its number."""
     _write_lines(path, ({"id": str(k), "contents": line} for k, line in enumerate(contents)))
 
 
@@ -62,9 +62,15 @@ def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Pr
     return [Problem(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, number // 2)]]
 
 
-def write_questions(path: Path, problems: Sequence[Problem], *, split: str) -> None:
-    """Write questions as Search-R1's parquet rows; `extra_info.index` counts within each source."""
+def write_questions(
+    path: Path, problems: Sequence[Problem], *, passages: Mapping[Fact, str], split: str
+) -> None:
+    """Write questions as Search-R1's parquet rows; `extra_info.index` counts within each source.
+
+    `passages` is the corpus: every question has the ids and the texts of the passages of its facts.
+    """
     counts: defaultdict[str, Iterator[int]] = defaultdict(count)
+    ids = {fact: str(number) for number, fact in enumerate(passages)}
     rows = [
         {
             "id": f"{split}_{number}",
@@ -74,7 +80,12 @@ def write_questions(path: Path, problems: Sequence[Problem], *, split: str) -> N
             "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
             "ability": "fact-reasoning",
             "reward_model": {"style": "rule", "ground_truth": {"target": problem.answer.golds}},
-            "extra_info": {"split": split, "index": next(counts[problem.source])},
+            "extra_info": {
+                "split": split,
+                "index": next(counts[problem.source]),
+                "supporting_ids": [ids[fact] for fact in problem.hops],
+                "supporting_texts": [passages[fact] for fact in problem.hops],
+            },
         }
         for number, problem in enumerate(problems)
     ]

@@ -142,3 +142,44 @@ def test_what_cannot_be_read_or_written_is_named(
     with pytest.raises(SystemExit) as end:
         main(["--out-dir", "out", *arguments.split()])
     assert message in str(end.value.code)
+
+
+FACTS = {"title": ["Hull", "York"], "sent_id": [0, 1]}
+CONTEXT = {"title": ["Leeds", "York", "Hull"], "sentences": [["x"], ["In ", " York."], ["In Hull."]]}
+MUSIQUE = [
+    {"title": "Leeds", "paragraph_text": "x", "is_supporting": False},
+    {"title": "Hull", "paragraph_text": "In Hull.", "is_supporting": True},
+    {"title": "York", "paragraph_text": "In York.", "is_supporting": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids", "texts"),
+    [
+        ({}, (), ()),
+        (
+            {
+                "supporting_facts": [["Hull", 0], ["York", 1], ["York", 2]],
+                "context": [["York", ["x"]]],
+            },
+            ("Hull", "York"),
+            (),  # one paragraph is missing
+        ),
+        (
+            {"metadata": {"supporting_facts": FACTS, "context": CONTEXT}},
+            ("Hull", "York"),
+            ("Hull\nIn Hull.", "York\nIn York."),
+        ),
+        ({"paragraphs": MUSIQUE}, ("Hull", "York"), ("Hull\nIn Hull.", "York\nIn York.")),
+        ({"extra_info": {"supporting_ids": [3]}, "paragraphs": MUSIQUE}, ("3",), ()),
+        ({"supporting_facts": "?", "context": {"title": 3}, "paragraphs": None}, (), ()),
+    ],
+    ids=["none", "hotpotqa", "flashrag", "musique", "ids", "unknown"],
+)
+def test_supporting_passages_are_kept(
+    tmp_path: Path, fields: dict[str, object], ids: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    source = write_lines(tmp_path / "questions.jsonl", {**line("q1", "a"), **fields})
+    main(["--train", f"mine={source}", "--out-dir", str(tmp_path)])
+    (question,) = load_questions([tmp_path / "train.parquet"], prompt_format=FORMAT)
+    assert (question.supporting_ids, question.supporting_texts) == (ids, texts)

@@ -96,6 +96,16 @@ def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Pat
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
 
+def test_every_question_names_the_passages_of_its_facts() -> None:
+    lines = (SHIPPED / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    contents = {row["id"]: row["contents"] for row in map(json.loads, lines)}
+    for row in pq.read_table(SHIPPED / "test.parquet").to_pylist():
+        extra = row["extra_info"]
+        assert [contents[passage] for passage in extra["supporting_ids"]] == extra["supporting_texts"]
+        assert len(extra["supporting_ids"]) == (1 if row["data_source"] == "world_onehop" else 2)
+        assert row["golden_answers"][0].split()[0] in extra["supporting_texts"][-1]
+
+
 def test_test_questions_are_about_other_entities_than_train_questions(
     world: World, held_out: list[Problem]
 ) -> None:

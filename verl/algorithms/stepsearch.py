@@ -78,7 +78,7 @@ def similarities(question: Question, results: Sequence[Sequence[Passage]]) -> li
     """Return per search and supporting passage the largest similarity of a result to it [K, D].
 
     A passage is 1 to itself. To another one it is the cosine of their TF-IDF vectors over all passages at
-    hand; without texts in the data it is 0.
+    hand. Without texts in the data it is 1 where the id is the passage's title, else 0.
     """
     passages = [passage for of_one in results for passage in of_one]
     cosines = np.zeros((len(passages), len(question.supporting_ids)))
@@ -88,7 +88,9 @@ def similarities(question: Question, results: Sequence[Sequence[Passage]]) -> li
         cosines = vectors[count:] @ vectors[:count].T
     for i, passage in enumerate(passages):
         for d, supporting_id in enumerate(question.supporting_ids):
-            if passage.id == supporting_id:
+            # A title names a whole article, so a text says better which passages of it are meant.
+            is_title = not question.supporting_texts and passage.title.strip(' "') == supporting_id
+            if passage.id == supporting_id or is_title:
                 cosines[i, d] = 1.0
     borders = np.cumsum([0, *(len(of_one) for of_one in results)])
     return [cosines[a:b].max(axis=0, initial=0.0).tolist() for a, b in itertools.pairwise(borders)]

@@ -1,7 +1,8 @@
 """Parquet files of this and other projects -> `Question`s, or an error with file, row, column and fix.
 
-Read are `data_source`, `prompt` (chat messages), `extra_info.{split,index}`, and question and gold answers as
-in serving/questions.py; other columns are ignored.
+Read are `data_source`, `prompt` (chat messages), `extra_info.{split,index}`, the ids and texts of supporting
+passages (`extra_info.{supporting_ids,supporting_texts}`, optional), and question and gold answers as in
+serving/questions.py; other columns are ignored.
 """
 
 from __future__ import annotations
@@ -90,6 +91,23 @@ def check_prompt_lengths(
         )
 
 
+def require_supporting_ids(questions: Sequence[Question], *, method: str) -> None:
+    """Raise DataError if no question has ids of supporting passages; warn if some have none."""
+    lacking = sum(not question.supporting_ids for question in questions)
+    if lacking == len(questions):
+        raise DataError(
+            f"algorithm={method} needs extra_info.supporting_ids, and no row of data.train_files has any; "
+            "scripts/prepare_data.py writes them for HotpotQA, 2WikiMultihopQA and MuSiQue, or take another "
+            "algorithm"
+        )
+    if lacking:
+        logger.warning(
+            "%d of %d training questions have no extra_info.supporting_ids: their gains count as failed",
+            lacking,
+            len(questions),
+        )
+
+
 def _parse_row(
     row: Row, *, where: str, prompt_format: PromptFormat, prompt: str, bare: list[str]
 ) -> Question:
@@ -115,13 +133,35 @@ def _parse_row(
             f"{where}: prompt is {row.get('prompt')!r}, which has no instruction, but data.prompt=parquet "
             "takes it from there; use data.prompt=auto or file, which take it from data.prompt_file"
         )
+    supporting_ids, supporting_texts = _parse_support(extra, where=where)
     return Question(
         uid=f"{data_source}/{split}/{index}",
         text=text,
         messages=messages,
         golds=find_golds(row, where=where),
         data_source=data_source,
+        supporting_ids=supporting_ids,
+        supporting_texts=supporting_texts,
     )
+
+
+def _parse_support(extra: Row, *, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return ids and texts of the supporting passages; empty where there are none. Raises QuestionError."""
+    ids, texts = extra.get("supporting_ids") or [], extra.get("supporting_texts") or []
+    name = "extra_info.supporting_ids"
+    if not isinstance(ids, list) or not all(_is_id(passage_id) for passage_id in ids):
+        refuse(ids, where=where, name=name, expected="a list of ids, which are texts or whole numbers")
+    name = "extra_info.supporting_texts"
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        refuse(texts, where=where, name=name, expected="a list of texts that are not empty")
+    if texts and len(texts) != len(ids):
+        expected = f"one text for each of the {len(ids)} extra_info.supporting_ids, or none at all"
+        refuse(texts, where=where, name=name, expected=expected)
+    return tuple(map(str, ids)), tuple(texts)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool) and value != ""
 
 
 def _is_bare(prompt: object, question: str) -> bool:

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from tests.agents import make_format
 from tests.fakes import CharTokenizer
-from verl.data.dataset import check_prompt_lengths, load_questions
+from verl.data.dataset import check_prompt_lengths, load_questions, require_supporting_ids
 from verl.errors import DataError
 from verl.types import Message, Question
 
@@ -216,3 +216,52 @@ def test_prompts_that_are_too_long_are_named_with_the_length_they_need(tmp_path:
         DataError, match=r"1 of 2 prompts .*=14, as nq/train/100 \(16\); set it to at least 16"
     ):
         check_prompt_lengths(questions, prompt_format=FORMAT, max_start_length=14)
+
+
+def extra(**fields: object) -> dict[str, object]:
+    return {"extra_info": {"split": "train", "index": 0, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids", "texts"),
+    [
+        ({}, (), ()),
+        ({"supporting_ids": None, "supporting_texts": []}, (), ()),
+        ({"supporting_ids": [7, 12]}, ("7", "12"), ()),
+        ({"supporting_ids": ["a"], "supporting_texts": ["About a."]}, ("a",), ("About a.",)),
+    ],
+)
+def test_supporting_passages_are_read(
+    tmp_path: Path, fields: dict[str, object], ids: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    (question,) = load([write(tmp_path / "a.parquet", make_row(**extra(**fields)))])
+    assert (question.supporting_ids, question.supporting_texts) == (ids, texts)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"supporting_ids": "a"}, "supporting_ids is 'a', expected a list of ids"),
+        ({"supporting_ids": [0.5]}, "supporting_ids is .*0.5.*, expected a list of ids"),
+        (
+            {"supporting_ids": ["a"], "supporting_texts": [" "]},
+            "supporting_texts is .* a list of texts",
+        ),
+        ({"supporting_texts": ["x"]}, "expected one text for each of the 0 extra_info.supporting_ids"),
+    ],
+)
+def test_wrong_supporting_passages_are_named(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=f"row 0: extra_info.*{message}"):
+        load([write(tmp_path / "a.parquet", make_row(**extra(**fields)))])
+
+
+def test_data_without_supporting_passages_is_refused_and_a_part_of_it_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_ids = extra(supporting_ids=["a"])
+    rows = [make_row(0, **with_ids), make_row(1)]
+    some = load([write(tmp_path / "a.parquet", *rows)])
+    require_supporting_ids(some, method="stepsearch")
+    assert "1 of 2 training questions have no extra_info.supporting_ids" in caplog.text
+    with pytest.raises(DataError, match=r"algorithm=stepsearch needs extra_info\.supporting_ids"):
+        require_supporting_ids(some[1:], method="stepsearch")
