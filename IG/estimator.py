@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,9 +29,10 @@ from IG.semantics import GainKind, ScoreKind
 from IG.sharing import JudgementError, PairJudge, SharedJudgements, SharedSamples, Source, Work
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _STARTED_TOGETHER = 32
-"""Queries that are started before other tasks on the event loop have their turn."""
+"""Tasks that are started before other tasks on the event loop have their turn."""
 _READ_TOGETHER = 512
 """Conditions of a request whose answers are compared at a time, which bounds the memory of their pairs."""
 _WATCHED_ANSWERS = 100
@@ -38,7 +40,8 @@ _WATCHED_ANSWERS = 100
 _MANY_EMPTY = 0.5
 MAX_GOLDS = 1000
 MAX_CHARS = 20_000
-"""Of a question and of a gold answer: more than an entailment model reads, too few to block the service."""
+"""Of a question, a gold answer and a text to judge: more than an entailment model reads, too few to block
+the service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +139,41 @@ _FAILURE_KINDS: dict[type[Exception], FailureKind] = {
 """By exact class: PoisonedError is a SamplingError."""
 
 
+def failure_of(error: Exception) -> GainFailure:
+    """Return what is reported of an error."""
+    if (kind := _FAILURE_KINDS.get(type(error))) is not None:
+        return GainFailure(kind=kind, reason=str(error))
+    return GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}")
+
+
+def late_failure(timeout_s: float | None) -> GainFailure:
+    """Return the failure of work that was not done in time."""
+    reason = f"deadline: not done within {round(timeout_s or 0, 2):g} s"
+    return GainFailure(kind=FailureKind.deadline, reason=reason)
+
+
+async def run_until(
+    works: Iterable[Coroutine[object, object, T]], *, timeout_s: float | None
+) -> list[T | None]:
+    """Return the results in order, None for work that was not done in time and is cancelled."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        for work in works:
+            tasks.append(loop.create_task(work))
+            if len(tasks) % _STARTED_TOGETHER == 0:
+                await asyncio.sleep(0)
+        if tasks:
+            left_s = None if timeout_s is None else started + timeout_s - loop.time()
+            await asyncio.wait(tasks, timeout=left_s)
+    finally:
+        late = [task for task in tasks if task.cancel()]
+    if late:
+        await asyncio.wait(late)
+    return [None if task.cancelled() else task.result() for task in tasks]
+
+
 def explain_empty(num_empty: int, *, of: int) -> str | None:
     """Return a warning when at least half of the sampled answers are empty, else None."""
     if of == 0 or num_empty / of < _MANY_EMPTY:
@@ -155,8 +193,9 @@ class GainEstimator:
         self._config = config
         self._generator_digest = generator_digest
         self._samples = SharedSamples(sampler, key_of=self._sample_key, size=config.sample_cache_size)
-        judgements = SharedJudgements(judge, size=config.pair_cache_size)
-        self._reader = BeliefReader(judgements, score=config.score, threshold=config.threshold)
+        self.judgements = SharedJudgements(judge, size=config.pair_cache_size)
+        """Of all texts; other requests for entailment share them."""
+        self._reader = BeliefReader(self.judgements, score=config.score, threshold=config.threshold)
         self._num_answers = self._num_empty = 0
         self._has_warned = False
 
@@ -167,25 +206,12 @@ class GainEstimator:
 
         Cancelling it cancels all work that no other request waits for.
         """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
         request = _Request(full=details or self._config.gain is GainKind.entropy)
-        tasks: list[asyncio.Task[GainEstimate | GainFailure]] = []
-        try:
-            for query in queries:
-                tasks.append(loop.create_task(self._outcome(query, request=request)))
-                if len(tasks) % _STARTED_TOGETHER == 0:
-                    await asyncio.sleep(0)
-            if tasks:
-                left_s = None if timeout_s is None else started + timeout_s - loop.time()
-                await asyncio.wait(tasks, timeout=left_s)
-        finally:
-            late = [task for task in tasks if task.cancel()]
-        if late:
-            await asyncio.wait(late)
-        reason = f"deadline: not done within {round(timeout_s or 0, 2):g} s"
-        failure = GainFailure(kind=FailureKind.deadline, reason=reason)
-        outcomes = [failure if task.cancelled() else task.result() for task in tasks]
+        ended = await run_until(
+            (self._outcome(query, request=request) for query in queries), timeout_s=timeout_s
+        )
+        late = late_failure(timeout_s)
+        outcomes = [late if outcome is None else outcome for outcome in ended]
         request.work.items = len(queries)
         request.work.distinct_prompts = len(request.prompts)
         self._warn_of_empty(request.work)
@@ -205,13 +231,11 @@ class GainEstimator:
         try:
             return await self._measure(self._plan(query, request=request), request=request)
         except Exception as error:  # one query's failure must not become another's
-            if (kind := _FAILURE_KINDS.get(type(error))) is not None:
-                return GainFailure(kind=kind, reason=str(error))
-            reason = f"{type(error).__name__}: {error}"
-            if reason not in request.logged:  # many queries may fail for the same cause
-                request.logged.add(reason)
+            failure = failure_of(error)
+            if failure.kind is FailureKind.internal and failure.reason not in request.logged:
+                request.logged.add(failure.reason)  # many queries may fail for the same cause
                 logger.exception("information gain failed for the question %r", query.question)
-            return GainFailure(kind=FailureKind.internal, reason=reason)
+            return failure
 
     def _plan(self, query: GainQuery, *, request: _Request) -> _Plan:
         """Check a query and build its prompts. Raises _InvalidQueryError."""

@@ -153,8 +153,13 @@ class SharedJudgements:
 
         Raises JudgementError and PoisonedError for a pair that has none, and what the judge raises.
         """
+        outcomes = await self.outcomes(pairs, work)
+        return {pair: _probability(outcome) for pair, outcome in outcomes.items()}
+
+    async def outcomes(self, pairs: Sequence[Pair], work: Work) -> _Judged:
+        """Return P(premise entails hypothesis) by pair, or why it has none. Raises what the judge raises."""
         # A pair is known, being judged for another call, or new; all new ones of a call are one flight.
-        found: dict[Pair, float] = {}
+        found: _Judged = {}
         new: list[Pair] = []
         waiting: dict[_Flight[_Judged], list[Pair]] = {}
         for pair in dict.fromkeys(pairs):
@@ -177,7 +182,7 @@ class SharedJudgements:
         try:
             for flight, wanted in waiting.items():
                 outcomes = await flight.result()
-                found |= {pair: _probability(outcomes[pair]) for pair in wanted}
+                found |= {pair: outcomes[pair] for pair in wanted}
         finally:
             for flight in waiting:
                 flight.leave()

@@ -41,10 +41,10 @@ from supervise import ChildFailedError, Supervisor
 from bench import bare
 from bench.service import start_ig_service, start_service
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, Need
+from verl.algorithms.base import Algorithm
 from verl.branches import Branch, Tree, row_length, split
 from verl.rollout.tokenizer import HfTokenizer
-from verl.trainer.build import make_reward, make_services, open_trainer
+from verl.trainer.build import USE_IG_SERVICE, make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import Models
@@ -133,7 +133,7 @@ def run(
         "trainer.val_before_train=false",
         *arguments.overrides,
     ]
-    if any(Need.IG_SERVICE in ALGORITHMS[name].needs for name in arguments.methods):
+    if any(ALGORITHMS[name].needs & USE_IG_SERVICE for name in arguments.methods):
         with screen.phase("starting the IG service") as update:
             ig_url = start_ig_service(
                 supervisor, arguments=IG_FLAGS, log=folder / "ig_service.log", update=update
@@ -245,14 +245,14 @@ def make_method(
     parts = trainer.parts
     semantic = config.reward.semantic
     client = None
-    if Need.IG_SERVICE in method.needs:
+    if method.needs & USE_IG_SERVICE:
         client = GainClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size)
     services = make_services(
         config,
         Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
         needs=method.needs,
         codec=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
-        ig_service=client,
+        ig_client=client,
     )
     inner = services.policy or services.frozen
     scorer = None if inner is None else CountingScorer(inner)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tests.fakes import CharTokenizer
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, IGService, Services
+from verl.algorithms.base import Algorithm, Entailment, IGService, LogProbScorer, Services
 from verl.types import Credit, Group, Score, Trajectory
 
 
@@ -18,11 +18,19 @@ def make_method(
     name: str = "search_r1",
     *,
     ig_service: IGService | None = None,
+    policy: LogProbScorer | None = None,
+    entailment: Entailment | None = None,
     render_context: Callable[[Trajectory], str] = join_titles,
     **settings: object,
 ) -> Algorithm:
     method = ALGORITHMS[name]
-    services = Services(render_context=render_context, ig_service=ig_service, codec=CharTokenizer())
+    services = Services(
+        render_context=render_context,
+        ig_service=ig_service,
+        codec=CharTokenizer(),
+        policy=policy,
+        entailment=entailment,
+    )
     return method(method.settings_class(**settings), services)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
@@ -26,17 +27,21 @@ from IG.config import (
     visible_device,
 )
 from IG.estimator import Estimates, FailureKind, GainFailure, GainQuery
+from IG.judging import Judgements
 from IG.semantics import gain_limit
 from IG.service.backend import Backend, PooledBackend
 from IG.service.metrics import ServiceMetrics
 from IG.service.models import require_models
-from IG.service.rendering import render
+from IG.service.rendering import render, render_judgements
 from IG.service.schema import (
+    EntailmentRequest,
+    EntailmentResponse,
     HealthResponse,
     InfoGainRequest,
     InfoGainResponse,
     Message,
     Mode,
+    RequestOptions,
     VersionResponse,
 )
 from IG.sharing import Work
@@ -52,13 +57,17 @@ from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
 
-_WORK_PATH = "/compute_info_gain"
+Done = TypeVar("Done", Estimates, Judgements)
+
+_GAIN_PATH = "/compute_info_gain"
+_ENTAILMENT_PATH = "/entailment"
 _DESCRIPTION = """
 The service samples short answers to a question with a context and without it, groups them by meaning, and
 returns how much the belief in the accepted answers grew.
 
 * `null` is not 0: an item that failed has a `null` score and its error; leave it out.
 * The same item gets the same score alone and among others; what items have in common is done once.
+* Entailment of pairs of texts is judged on request too, by the same model with the same limits.
 * A caller that disconnects cancels work that no other caller waits for.
 * 429 and 503 carry `Retry-After`, in seconds.
 """
@@ -108,11 +117,13 @@ def create_app(
         identity = host.backend.identity if host.backend else None
         return VersionResponse.of(config, version=package_version(), identity=identity)
 
-    guarded.include_router(_work(host=host, metrics=metrics, config=config))
+    turns = asyncio.Semaphore(config.max_concurrent_requests)
+    guarded.include_router(_gains(host=host, metrics=metrics, config=config, turns=turns))
+    guarded.include_router(_entailment(host=host, metrics=metrics, config=config, turns=turns))
     app.include_router(guarded)
     app.add_middleware(
         Guard,
-        work_path=_WORK_PATH,
+        work_paths={_GAIN_PATH, _ENTAILMENT_PATH},
         token=config.token,
         max_body_bytes=config.max_body_bytes,
         body_flag="--max-body-mb",
@@ -122,13 +133,13 @@ def create_app(
     return app
 
 
-def _work(*, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConfig) -> APIRouter:
-    turns = asyncio.Semaphore(config.max_concurrent_requests)
-    limits = {"--max-items": config.max_items, "--max-queued-items": config.max_queued_items}
-    router = APIRouter(route_class=bounded_route(read=host.read, noun="items", limits=limits))
+def _gains(
+    *, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConfig, turns: asyncio.Semaphore
+) -> APIRouter:
+    router = _router(host, config, noun="items")
 
     @router.post(
-        _WORK_PATH,
+        _GAIN_PATH,
         tags=["gain"],
         response_model=InfoGainResponse,
         responses=refusals(400, 408, 413, 415, 429, 503),
@@ -137,48 +148,108 @@ def _work(*, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConf
         """Return gains in order; a failed item has a null score (`compat`: 0.0) and its error."""
         # The deadline counts from here: waiting for a turn is part of it.
         deadline = asyncio.get_running_loop().time() + (body.timeout_s or config.request_timeout_s)
+        queries = [
+            GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
+            for item in body.items
+        ]
+
+        def fail_all(failure: GainFailure) -> Estimates:
+            return Estimates(outcomes=[failure for _ in queries], work=Work(items=len(queries)))
 
         async def take_turn(backend: Backend) -> Estimates:
-            return await _estimate_in_turn(backend, body, turns=turns, deadline=deadline)
+            return await _work_in_turn(
+                lambda left_s: backend.estimate(queries, details=body.include_details, timeout_s=left_s),
+                turns=turns,
+                deadline=deadline,
+                fail_all=fail_all,
+            )
 
         estimates = await host.run(
-            take_turn, size=len(body.items), disconnected=lambda: wait_for_disconnect(request)
+            take_turn, size=len(queries), disconnected=lambda: wait_for_disconnect(request)
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
-        is_compatible = config.compat if body.compat is None else body.compat
         answer = await render(
             estimates,
             include_details=body.include_details,
             gain_limit=gain_limit(config.gain, num_samples=config.num_generations),
-            failed_score=0.0 if is_compatible else None,
+            failed_score=_failed_number(body, config),
         )
         return Response(answer, media_type="application/json")
 
     return router
 
 
-async def _estimate_in_turn(
-    backend: Backend, body: InfoGainRequest, *, turns: asyncio.Semaphore, deadline: float
-) -> Estimates:
-    """Return outcomes in order; what fails as a whole, or gets no turn in time, fails item by item."""
-    queries = [
-        GainQuery(question=item.question, context=item.context, golds=tuple(item.answers))
-        for item in body.items
-    ]
+def _entailment(
+    *, host: Host[Backend], metrics: ServiceMetrics, config: IGServiceConfig, turns: asyncio.Semaphore
+) -> APIRouter:
+    router = _router(host, config, noun="pairs")
+
+    @router.post(
+        _ENTAILMENT_PATH,
+        tags=["entailment"],
+        response_model=EntailmentResponse,
+        responses=refusals(400, 408, 413, 415, 429, 503),
+    )
+    async def judge_entailment(body: EntailmentRequest, request: Request) -> Response:
+        """Return probabilities in order; a failed pair has null (`compat`: 0.0) and its error."""
+        deadline = asyncio.get_running_loop().time() + (body.timeout_s or config.request_timeout_s)
+        pairs = [(pair.premise, pair.hypothesis) for pair in body.pairs]
+
+        def fail_all(failure: GainFailure) -> Judgements:
+            return Judgements(outcomes=[failure for _ in pairs], work=Work(items=len(pairs)))
+
+        async def take_turn(backend: Backend) -> Judgements:
+            return await _work_in_turn(
+                lambda left_s: backend.judge(pairs, timeout_s=left_s),
+                turns=turns,
+                deadline=deadline,
+                fail_all=fail_all,
+            )
+
+        judgements = await host.run(
+            take_turn, size=len(pairs), disconnected=lambda: wait_for_disconnect(request)
+        )
+        metrics.count_outcomes(judgements.outcomes, work=judgements.work)
+        answer = render_judgements(judgements, failed=_failed_number(body, config))
+        return Response(answer, media_type="application/json")
+
+    return router
+
+
+def _router(host: Host[Backend], config: IGServiceConfig, *, noun: str) -> APIRouter:
+    """Return a router whose requests have a list `noun`, bounded by the settings."""
+    limits = {"--max-items": config.max_items, "--max-queued-items": config.max_queued_items}
+    return APIRouter(route_class=bounded_route(read=host.read, noun=noun, limits=limits))
+
+
+def _failed_number(options: RequestOptions, config: IGServiceConfig) -> float | None:
+    """Return what stands for a number that could not be computed."""
+    is_compatible = config.compat if options.compat is None else options.compat
+    return 0.0 if is_compatible else None
+
+
+async def _work_in_turn(
+    do_work: Callable[[float], Awaitable[Done]],
+    *,
+    turns: asyncio.Semaphore,
+    deadline: float,
+    fail_all: Callable[[GainFailure], Done],
+) -> Done:
+    """Return what the work gives in the seconds that are left when its turn comes.
+
+    What fails as a whole, or gets no turn in time, fails item by item.
+    """
     try:
         async with asyncio.timeout_at(deadline):
             await turns.acquire()
     except TimeoutError:
         reason = "deadline: other requests were worked on until then"
-        failure = GainFailure(kind=FailureKind.deadline, reason=reason)
-        return Estimates(outcomes=[failure for _ in queries], work=Work(items=len(queries)))
+        return fail_all(GainFailure(kind=FailureKind.deadline, reason=reason))
     try:
-        left_s = max(deadline - asyncio.get_running_loop().time(), 0.0)
-        return await backend.estimate(queries, details=body.include_details, timeout_s=left_s)
+        return await do_work(max(deadline - asyncio.get_running_loop().time(), 0.0))
     except Exception as error:  # the request still gets an answer
-        logger.exception("a request of %d items failed", len(queries))
-        failure = GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}")
-        return Estimates(outcomes=[failure for _ in queries], work=Work(items=len(queries)))
+        logger.exception("a request failed")
+        return fail_all(GainFailure(kind=FailureKind.internal, reason=f"{type(error).__name__}: {error}"))
     finally:
         turns.release()
 

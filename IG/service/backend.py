@@ -1,4 +1,4 @@
-"""Measure gains behind the HTTP surface: shared work in front, a pool of workers behind.
+"""Measure gains and judge entailment behind the HTTP surface: shared work in front, a pool of workers behind.
 
 `Backend` is the seam: the server knows nothing else of models, engines or devices.
 """
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from IG.config import IGServiceConfig
+from IG.entailment import Pair
 from IG.estimator import Estimates, GainEstimator, GainQuery
+from IG.judging import Judgements, judge_pairs
 from IG.service.cluster import RayCluster
 from IG.service.IG_worker import LocalWorker, RayWorker
 from IG.service.jobs import Worker
@@ -26,7 +28,7 @@ _CHUNKS_PER_BATCH = 4
 
 
 class Backend(Protocol):
-    """Measures gains."""
+    """Measures gains and judges entailment."""
 
     @property
     def workers(self) -> PoolStatus:
@@ -44,13 +46,17 @@ class Backend(Protocol):
         """Return one outcome per query, in order. Cancelling it cancels work that no one else waits for."""
         ...
 
+    async def judge(self, pairs: Sequence[Pair], *, timeout_s: float | None) -> Judgements:
+        """Return one outcome per pair, in order. Cancelling it cancels work that no one else waits for."""
+        ...
+
     async def aclose(self) -> None:
         """Free the models and stop every process."""
         ...
 
 
 class PooledBackend:
-    """Gains from a pool of workers; make it with `start`."""
+    """Gains and entailment from a pool of workers; make it with `start`."""
 
     def __init__(
         self,
@@ -105,6 +111,10 @@ class PooledBackend:
     ) -> Estimates:
         """Return one outcome per query, in order."""
         return await self._estimator.estimate(queries, details=details, timeout_s=timeout_s)
+
+    async def judge(self, pairs: Sequence[Pair], *, timeout_s: float | None) -> Judgements:
+        """Return one outcome per pair, in order."""
+        return await judge_pairs(self._estimator.judgements, pairs, timeout_s=timeout_s)
 
     async def aclose(self) -> None:
         """Free the models and stop every process."""

@@ -25,8 +25,10 @@ class ServiceMetrics:
         self, *, items_in_progress: Callable[[], int], backend: Callable[[], Backend | None]
     ) -> None:
         self._registry = CollectorRegistry()
-        self.requests = RequestMetrics(self._registry, prefix="ig", purpose="gains", buckets=_SECONDS)
-        self._items = self._counter("ig_items", "Items, by outcome: scored or a kind of failure.", "outcome")
+        self.requests = RequestMetrics(self._registry, prefix="ig", purpose="work", buckets=_SECONDS)
+        self._items = self._counter(
+            "ig_items", "Items and single pairs, by outcome: scored or a kind of failure.", "outcome"
+        )
         self._prompts = self._counter("ig_prompts", "Conditions, by source of their samples.", "source")
         self._baselines = self._counter("ig_baselines", "Conditions without context, by source.", "source")
         self._answers = self._counter("ig_answers", "Sampled answers: written or empty.", "text")
@@ -38,8 +40,8 @@ class ServiceMetrics:
         in_progress.set_function(items_in_progress)
         self._registry.register(_Workers(backend))
 
-    def count_outcomes(self, outcomes: Sequence[GainEstimate | GainFailure], *, work: Work) -> None:
-        """Count the items of one request and the work that was done for them."""
+    def count_outcomes(self, outcomes: Sequence[GainEstimate | float | GainFailure], *, work: Work) -> None:
+        """Count the items, or pairs, of one request and the work that was done for them."""
         for outcome in outcomes:
             self._items.labels(outcome.kind if isinstance(outcome, GainFailure) else "scored").inc()
         for source, count in (

@@ -1,12 +1,20 @@
-"""Write the outcomes of a request in the published wire format."""
+"""Write the outcomes of a request in the wire format."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from IG.belief import Belief
 from IG.estimator import Estimates, GainEstimate, GainFailure
-from IG.service.schema import EntailmentDetail, InfoGainDetail, InfoGainResponse, ResponseDetail
+from IG.judging import Judgements
+from IG.service.schema import (
+    EntailmentDetail,
+    EntailmentResponse,
+    InfoGainDetail,
+    InfoGainResponse,
+    ResponseDetail,
+)
 
 
 async def render(
@@ -19,12 +27,11 @@ async def render(
     measured = [outcome if isinstance(outcome, GainEstimate) else None for outcome in estimates.outcomes]
     response = InfoGainResponse(
         scores=[estimate.gain if estimate else failed_score for estimate in measured],
-        errors=[
-            _valid_text(outcome.reason) if isinstance(outcome, GainFailure) else None
-            for outcome in estimates.outcomes
-        ],
+        errors=_errors(estimates.outcomes),
         details=None,
         standard_errors=[estimate.standard_error if estimate else None for estimate in measured],
+        beliefs_with_context=[estimate.with_context.score if estimate else None for estimate in measured],
+        beliefs_no_context=[estimate.no_context.score if estimate else None for estimate in measured],
         gain_limit=gain_limit,
         work=estimates.work,
     )
@@ -36,6 +43,25 @@ async def render(
     if include_details and measured:
         return await asyncio.to_thread(render_details)
     return response.model_dump_json().encode()
+
+
+def render_judgements(judgements: Judgements, *, failed: float | None) -> bytes:
+    """Return the response as JSON; `failed` is the number of pairs that failed."""
+    return (
+        EntailmentResponse(
+            probabilities=[
+                failed if isinstance(outcome, GainFailure) else outcome for outcome in judgements.outcomes
+            ],
+            errors=_errors(judgements.outcomes),
+            work=judgements.work,
+        )
+        .model_dump_json()
+        .encode()
+    )
+
+
+def _errors(outcomes: Sequence[object]) -> list[str | None]:
+    return [_valid_text(outcome.reason) if isinstance(outcome, GainFailure) else None for outcome in outcomes]
 
 
 def _detail(estimate: GainEstimate) -> InfoGainDetail:

@@ -48,7 +48,26 @@ class InfoGainItem(BaseModel):
     )
 
 
-class InfoGainRequest(BaseModel):
+class RequestOptions(BaseModel):
+    """What every request for work may say."""
+
+    compat: bool | None = Field(
+        default=None,
+        description="Give what fails the number 0.0 beside its error, as the published service does, "
+        "instead of null. Null: the service's setting `--compat`.",
+    )
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TIMEOUT_S,
+        allow_inf_nan=False,
+        description="Seconds until the answer, waiting for a turn included. What is not done by then "
+        "gets null and an error that begins with `deadline:`; what is done keeps its number. "
+        "Null: --request-timeout-s.",
+    )
+
+
+class InfoGainRequest(RequestOptions):
     """A batch of items."""
 
     items: Annotated[list[InfoGainItem], FailFast()] = Field(
@@ -57,20 +76,36 @@ class InfoGainRequest(BaseModel):
     include_details: bool = Field(
         default=True, description="Return the evidence of every score too; without it is faster."
     )
-    compat: bool | None = Field(
-        default=None,
-        description="Give items that fail the score 0.0 beside their error, as the published service does, "
-        "instead of null. Null: the service's setting `--compat`.",
+
+
+class EntailmentPair(BaseModel):
+    """Two texts."""
+
+    premise: Context = Field(
+        description="What is given. Only its end is read where it is long.",
+        examples=["Alice Marsh was born in Bolton."],
     )
-    timeout_s: float | None = Field(
-        default=None,
-        gt=0,
-        le=MAX_TIMEOUT_S,
-        allow_inf_nan=False,
-        description="Seconds until the answer, waiting for a turn included. Items that are not done by then "
-        "get a null score and an error that begins with `deadline:`; finished ones keep their scores. "
-        "Null: --request-timeout-s.",
+    hypothesis: Text = Field(
+        description="What may follow from it.", examples=["Where was Alice Marsh born? Bolton"]
     )
+
+
+class EntailmentRequest(RequestOptions):
+    """A batch of pairs."""
+
+    pairs: Annotated[list[EntailmentPair], FailFast()] = Field(
+        description="Any number up to --max-items; none gives none."
+    )
+
+
+class EntailmentResponse(BaseModel):
+    """Everything in the order of the pairs; a failed one has null (`compat`: 0.0) and its error."""
+
+    probabilities: list[float | None] = Field(
+        description="P(premise entails hypothesis). Null is not 0.", examples=[[0.98]]
+    )
+    errors: list[str | None] = Field(description="Why there is no probability.", examples=[[None]])
+    work: Work = Field(description="What the request asked for and how much of it had to be done.")
 
 
 class ResponseDetail(BaseModel):
@@ -134,6 +169,12 @@ class InfoGainResponse(BaseModel):
     standard_errors: list[float | None] = Field(
         description="Jackknife standard error of every gain; null where there is none.", examples=[[0.21]]
     )
+    beliefs_with_context: list[float | None] = Field(
+        description="Belief in the answers with the context, 0 to 1; null without answers and for a failed "
+        "item.",
+        examples=[[0.75]],
+    )
+    beliefs_no_context: list[float | None] = Field(examples=[[0.25]], description="And without it.")
     gain_limit: float = Field(
         description="Largest absolute value that a score can have here: 1 for `--gain difference`, 3 for "
         "`log_ratio`, log(--num-generations) for `entropy`.",

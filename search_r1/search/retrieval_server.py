@@ -148,7 +148,7 @@ def create_app(
     app.include_router(guarded)
     app.add_middleware(
         Guard,
-        work_path=_WORK_PATH,
+        work_paths={_WORK_PATH},
         token=settings.token,
         max_body_bytes=settings.max_body_bytes,
         body_flag="--max_body_mb",

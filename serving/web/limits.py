@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 
@@ -42,7 +42,7 @@ class Guard:
         self,
         app: ASGIApp,
         *,
-        work_path: str,
+        work_paths: Collection[str],
         token: str,
         max_body_bytes: int,
         body_flag: str,
@@ -56,7 +56,7 @@ class Guard:
         self.body_flag = body_flag
         self._noun = noun
         self._app = app
-        self._work_path = work_path
+        self._work_paths = frozenset(work_paths)
         self._token = token.encode()
         self._metrics = metrics
 
@@ -65,7 +65,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
-        if scope["path"] != self._work_path:
+        if scope["path"] not in self._work_paths:
             await self._check(scope, receive, send)
             return
         started = time.monotonic()

@@ -80,6 +80,12 @@ async def test_standard_errors_and_the_work_of_the_service_are_read() -> None:
     assert results == [GainResult(gain=0.5, standard_error=0.125), GainResult(gain=0.0)]
 
 
+async def test_beliefs_are_read_where_the_service_reports_them() -> None:
+    reply = answer([0.5], beliefs_with_context=[0.75], beliefs_no_context=[0.25])
+    (result,) = await compute(ScriptedServer([reply]), 1)
+    assert (result.belief_with_context, result.belief_no_context) == (0.75, 0.25)
+
+
 @pytest.mark.parametrize(
     ("reply", "why", "retryable"),
     [
@@ -97,6 +103,7 @@ async def test_standard_errors_and_the_work_of_the_service_are_read() -> None:
         (answer([1e308, -50]), "a score from -1 to 1 was expected, got", False),
         (answer([3.1, -3.1], gain_limit=3.0), "a score from -3 to 3 was expected, got", False),
         (answer([0.5, 0.5], gain_limit=1e9), "gain_limit must be a number above 0 up to 20", False),
+        (answer([0.5, 0.5], beliefs_no_context=[-0.2, 1.5]), "beliefs from 0 to 1 were expected", False),
         (answer([None, None], ["deadline: not done"] * 2), "deadline: not done", True),
         (Reply('{"scores": ["0.5", true], "errors": [null, null]}'), "finite score was expected", False),
         (Reply('{"scores": [1' + "0" * 400 + ', {}], "errors": [null, null]}'), "finite score", False),
@@ -334,3 +341,30 @@ def test_the_client_needs_none_of_the_service_and_nothing_of_the_trainer() -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_entailment_is_asked_many_pairs_at_a_time_and_what_fails_is_named() -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        if len(body["pairs"]) > 2:
+            return Reply(status=413)
+        found = [0.25 if pair["premise"] == "a" else None for pair in body["pairs"]]
+        errors = [None if one is not None else "kaput" for one in found]
+        return Reply(json.dumps({"probabilities": found, "errors": errors, "work": {"pairs_judged": 1}}))
+
+    server = AnsweringServer(reply)
+    async with server.running(), IGClient(server.url, timeout_s=5) as client:
+        results = await client.judge([("a", "x"), ("b", "x"), ("a", "y\ud800")])
+        assert client.work == {"pairs_judged": 2}
+    assert [result.probability for result in results] == [0.25, None, 0.25]
+    assert results[1].error == "IG service: kaput"
+    assert [line for line, _, _ in server.requests] == ["POST /entailment HTTP/1.1"] * 3
+    assert server.bodies[-1]["pairs"] == [{"premise": "a", "hypothesis": "y?"}]
+
+
+@pytest.mark.parametrize("wrong", [1.5, "0.5", None])
+async def test_what_is_no_probability_is_a_failure(wrong: object) -> None:
+    reply = Reply(json.dumps({"probabilities": [wrong], "errors": [None]}))
+    async with (server := ScriptedServer([reply])).running(), IGClient(server.url, timeout_s=5) as client:
+        (result,) = await client.judge([("a", "b")])
+    assert result.probability is None
+    assert "a probability was expected" in (result.error or "")

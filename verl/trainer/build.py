@@ -21,10 +21,10 @@ from verl.agent.prompts import load_texts, prompt_file
 from verl.agent.tools import TOOLS
 from verl.agent.tools.search import render_context
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, IGService, Need, Services, TextCodec
+from verl.algorithms.base import Algorithm, Need, Services, TextCodec
 from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
-from verl.data.dataset import check_prompt_lengths, load_questions
+from verl.data.dataset import check_prompt_lengths, load_questions, require_supporting_ids
 from verl.data.sampler import QuestionSampler
 from verl.errors import ConfigError
 from verl.protocols import PromptFormat, Tokenizer, Tool, ToolResources
@@ -53,6 +53,9 @@ from verl.workers.weight_sync import WeightPublisher, make_probe, probe_toleranc
 
 logger = logging.getLogger(__name__)
 
+USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
+"""Needs that the IG service meets."""
+
 
 @asynccontextmanager
 async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
@@ -77,12 +80,15 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     """Wire the parts; each registers on the stack how it is taken down."""
     algorithm_class = ALGORITHMS[config.algorithm.name]
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
-    ig_service, services = await connect_services(config, stack, tools=tools, needs=algorithm_class.needs)
+    needs = algorithm_class.needs
+    ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tags = FORMATS[config.agent.format].tags
     tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
+    if Need.SUPPORTING_IDS in needs and not config.trainer.evaluates_only:
+        require_supporting_ids(train, method=config.algorithm.name)
     manifest = make_manifest(
         config,
         services=services,
@@ -92,7 +98,6 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
-    needs = algorithm_class.needs
     has_kl = config.actor_rollout_ref.actor.use_kl_loss
     models = await launch_models(
         config,
@@ -104,7 +109,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         needs_reference=(has_kl or Need.FROZEN_LOG_PROBS in needs) and not config.trainer.evaluates_only,
     )
     algorithm = algorithm_class(
-        config.algorithm, make_services(config, models, needs=needs, codec=tokenizer, ig_service=ig_service)
+        config.algorithm, make_services(config, models, needs=needs, codec=tokenizer, ig_client=ig_client)
     )
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
     parts = Parts(
@@ -182,7 +187,7 @@ def start_run(
 
 
 def make_services(
-    config: Config, models: Models, *, needs: frozenset[Need], codec: TextCodec, ig_service: IGService | None
+    config: Config, models: Models, *, needs: frozenset[Need], codec: TextCodec, ig_client: GainClient | None
 ) -> Services:
     """Hand a method what it needs to measure with."""
     shares_prefixes = getattr(config.algorithm, "use_vectorized_gt_logprob", True)
@@ -197,7 +202,12 @@ def make_services(
     if Need.FROZEN_LOG_PROBS in needs and models.reference is not None:
         frozen = LogProbScorer(models.reference, shares_prefixes=shares_prefixes, scores_trajectories=False)
     return Services(
-        render_context=render_context, ig_service=ig_service, codec=codec, policy=policy, frozen=frozen
+        render_context=render_context,
+        ig_service=ig_client if Need.IG_SERVICE in needs else None,
+        codec=codec,
+        policy=policy,
+        frozen=frozen,
+        entailment=ig_client if Need.ENTAILMENT in needs else None,
     )
 
 
@@ -292,7 +302,7 @@ def make_reward(config: Config, algorithm: Algorithm) -> Reward:
         rule=AnswerRule(reward.answer_rule),
     )
     fix = "repair what the failures name."
-    if Need.IG_SERVICE in algorithm.needs:
+    if algorithm.needs & USE_IG_SERVICE:
         fix = f"is the IG service at {reward.semantic.url} (reward.semantic.url) up?"
     return Reward(
         outcome,
@@ -309,7 +319,7 @@ async def connect_services(
     for tool in tools:
         close_quietly(stack, tool.aclose)
     semantic, gains = config.reward.semantic, None
-    if Need.IG_SERVICE in needs:
+    if needs & USE_IG_SERVICE:
         token = os.environ.get("IG_TOKEN") or None
         gains = GainClient(
             semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
@@ -317,7 +327,8 @@ async def connect_services(
         close_quietly(stack, gains.aclose)
     wait_s = config.trainer.service_wait_s
     connections = [tool.connect(wait_s) for tool in tools]
-    health, *facts = await asyncio.gather(_wait_for(gains, wait_s), *connections)
+    waiting = _wait_for(gains, wait_s, judges=Need.ENTAILMENT in needs)
+    health, *facts = await asyncio.gather(waiting, *connections)
     names = [tool.section or tool.spec.name for tool in tools]
     services: dict[str, object] = {
         name: dict(found) for name, found in zip(names, facts, strict=True) if found
@@ -328,9 +339,9 @@ async def connect_services(
     return gains, services
 
 
-async def _wait_for(gains: GainClient | None, timeout_s: float) -> Mapping[str, object]:
+async def _wait_for(gains: GainClient | None, timeout_s: float, *, judges: bool) -> Mapping[str, object]:
     """Return the health of the IG service once it answers, if it is needed."""
-    return {} if gains is None else await gains.wait_ready(timeout_s)
+    return {} if gains is None else await gains.wait_ready(timeout_s, judges=judges)
 
 
 def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Question], list[Question]]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
 from IG.config import resolve_config
+from IG.entailment import Pair
 from IG.estimator import Estimates, GainEstimator, GainQuery
+from IG.judging import Judgements, judge_pairs
 from IG.service.IG_server import create_app
 from IG.service.pool import PoolStatus
 from IG.sharing import ModelIdentity
 from tests.fakes import FakeAnswerSampler, FakePairJudge
+
+T = TypeVar("T")
 
 GOOD = {"question": "Where?", "context": "a good passage", "answers": ["Bolton"]}
 ANSWERS: Mapping[str, Sequence[str] | Exception] = {
@@ -74,6 +79,16 @@ class FakeBackend:
     async def estimate(
         self, queries: Sequence[GainQuery], *, details: bool, timeout_s: float | None
     ) -> Estimates:
+        assert self.estimator is not None
+        work = self.estimator.estimate(queries, details=details, timeout_s=timeout_s)
+        return await self._run(work, timeout_s=timeout_s)
+
+    async def judge(self, pairs: Sequence[Pair], *, timeout_s: float | None) -> Judgements:
+        assert self.estimator is not None
+        work = judge_pairs(self.estimator.judgements, pairs, timeout_s=timeout_s)
+        return await self._run(work, timeout_s=timeout_s)
+
+    async def _run(self, work: Coroutine[object, object, T], *, timeout_s: float | None) -> T:
         self.timeouts_s.append(timeout_s)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -83,12 +98,12 @@ class FakeBackend:
             await asyncio.sleep(self.pause_s)
             if self.gate is not None:
                 await self.gate.wait()
-            assert self.estimator is not None
-            return await self.estimator.estimate(queries, details=details, timeout_s=timeout_s)
+            return await work
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
+            work.close()
             self.running -= 1
 
     async def aclose(self) -> None:

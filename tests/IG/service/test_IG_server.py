@@ -18,7 +18,10 @@ async def test_wire_format_with_one_bad_item() -> None:
         # Values and unknown fields are read as by the published service.
         body = {"items": [good | {"id": 7}, poison, good, long], "include_details": "true", "batch_size": 512}
         answer = (await client.post("/compute_info_gain", json=body)).json()
-    assert set(answer) == {"scores", "errors", "details", "standard_errors", "gain_limit", "work"}
+    beliefs = {"beliefs_with_context", "beliefs_no_context"}
+    assert set(answer) == {"scores", "errors", "details", "standard_errors", "gain_limit", "work", *beliefs}
+    assert answer["beliefs_with_context"][:3] == [0.75, None, 0.75]
+    assert answer["beliefs_no_context"][:3] == [0.5, None, 0.5]
     assert answer["scores"] == [pytest.approx(0.25), None, pytest.approx(0.25), pytest.approx(0.5)]
     assert answer["errors"] == [None, "RuntimeError: boom", None, None]
     assert answer["standard_errors"][0] == answer["details"][0]["gain_standard_error"] > 0
@@ -53,6 +56,8 @@ async def test_details_can_be_left_out_and_nothing_asks_for_nothing() -> None:
         "errors": [],
         "details": None,
         "standard_errors": [],
+        "beliefs_with_context": [],
+        "beliefs_no_context": [],
         "gain_limit": 1.0,
         "work": asdict(Work()),
     }

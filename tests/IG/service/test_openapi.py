@@ -60,10 +60,11 @@ def test_everything_is_described_with_examples(document: dict[str, Any]) -> None
 
 
 def test_every_refusal_is_documented(document: dict[str, Any]) -> None:
-    work = document["paths"]["/compute_info_gain"]["post"]["responses"]
-    assert set(work) == {"200", "400", "401", "408", "413", "415", "422", "429", "503"}
-    assert "Retry-After" in work["429"]["headers"]
-    assert "Retry-After" in work["503"]["headers"]
+    for path in ("/compute_info_gain", "/entailment"):
+        work = document["paths"][path]["post"]["responses"]
+        assert set(work) == {"200", "400", "401", "408", "413", "415", "422", "429", "503"}
+        assert "Retry-After" in work["429"]["headers"]
+        assert "Retry-After" in work["503"]["headers"]
     assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
 
 
@@ -73,4 +74,4 @@ def test_the_token_is_documented_where_it_is_asked_for(token: str) -> None:
     guarded = {
         path for path, operations in paths.items() if any("security" in o for o in operations.values())
     }
-    assert guarded == ({"/compute_info_gain", "/metrics", "/version"} if token else set())
+    assert guarded == ({"/compute_info_gain", "/entailment", "/metrics", "/version"} if token else set())

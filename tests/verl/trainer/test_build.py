@@ -27,6 +27,7 @@ from verl.agent.prompts import PACKAGED_FILE
 from verl.algorithms.base import Measurement, Need, Prefetch
 from verl.algorithms.inforeasoner import InfoReasoner
 from verl.algorithms.search_r1 import SearchR1, SearchR1Config
+from verl.algorithms.siop import SIOP
 from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
@@ -97,6 +98,21 @@ async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: p
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
             await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
     assert TOKEN not in str(caught.value)
+
+
+async def test_entailment_is_required_of_the_ig_service_where_the_method_needs_it() -> None:
+    retriever = ScriptedServer([FOUND_NOTHING, INDEX])
+    judging = ScriptedServer([NO_ITEMS, HEALTHY, Reply('{"probabilities": [], "errors": []}'), VERSION])
+    published = ScriptedServer([NO_ITEMS, HEALTHY, Reply("", 404)])
+    async with retriever.running(), judging.running(), published.running(), AsyncExitStack() as stack:
+        config = make_config(retriever, judging)
+        tools = make_tools(config, resources(config))
+        client, services = await connect_services(config, stack, tools=tools, needs=SIOP.needs)
+        assert client is not None
+        assert "ig_service" in services
+        config = make_config(retriever, published)
+        with pytest.raises(ServiceError, match=r"has no /entailment.*start it with"):
+            await connect_services(config, stack, tools=[], needs=SIOP.needs)
 
 
 @pytest.mark.parametrize(

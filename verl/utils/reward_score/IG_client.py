@@ -32,7 +32,10 @@ _HEALTH_TIMEOUT_S = 2.0
 
 
 class GainClient:
-    """Client of the trainer: asks for gains many at once or one by one; failures are named in the result."""
+    """Client of the trainer: asks for gains many at once or one by one, and for entailment.
+
+    Failures of gains are named in their results, those of entailment in the log.
+    """
 
     def __init__(
         self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
@@ -62,10 +65,24 @@ class GainClient:
         """Return the result of one request, which is sent together with others submitted meanwhile."""
         return await self._client.submit(request)
 
-    async def wait_ready(self, deadline_s: float) -> dict[str, object]:
-        """Wait until the service can work; return its health. Raises ServiceError, naming what to start."""
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        """Return P(premise entails hypothesis) of each pair (premise, hypothesis); None where it failed."""
+        results = await self._client.judge(pairs)
+        errors = [result.error for result in results if result.error is not None]
+        if errors:
+            logger.warning("%d of %d pairs were not judged: %s", len(errors), len(results), errors[0])
+        return [result.probability for result in results]
+
+    async def wait_ready(self, deadline_s: float, *, judges: bool = False) -> dict[str, object]:
+        """Wait until the service can work; return its health. Raises ServiceError, naming what to start.
+
+        `judges` also requires that it judges entailment, which a published service does not.
+        """
         with translated_calls():
-            return await self._client.wait_ready(deadline_s)
+            health = await self._client.wait_ready(deadline_s)
+            if judges:
+                await self._client.require_entailment()
+            return health
 
     async def describe(self) -> dict[str, object] | None:
         """Return what the service's numbers depend on, None from a service that does not report it."""

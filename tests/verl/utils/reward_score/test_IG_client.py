@@ -31,6 +31,15 @@ async def test_it_is_the_client_of_the_service() -> None:
         await client.aclose()
 
 
+async def test_pairs_that_were_not_judged_are_none_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    reply = Reply(json.dumps({"probabilities": [0.75, None], "errors": [None, "kaput"]}))
+    async with (server := ScriptedServer([reply])).running():
+        client = GainClient(server.url, timeout_s=5)
+        assert await client.judge([("a", "b"), ("c", "d")]) == [0.75, None]
+        await client.aclose()
+    assert "1 of 2 pairs were not judged: IG service: kaput" in caplog.text
+
+
 async def test_its_errors_are_those_of_the_trainer() -> None:
     with pytest.raises(ConfigError, match="URL of the IG service"):
         GainClient("localhost", timeout_s=5)
