@@ -47,8 +47,9 @@ from verl.types import (
 MEANS = (0.6, 0.3, 0.1, 0.05)
 """m_t, the mean gain of a search at each turn."""
 SEARCH_PROBABILITY = 0.5
-Placement = Literal["turns", "trajectory", "outcome"]
-"""Where a method reads the gains of the game: per turn, their sum per trajectory, or as the outcome."""
+Placement = Literal["turns", "so_far", "trajectory", "outcome"]
+"""Where a method reads the gains of the game: per turn, per turn the sum up to it, their sum per trajectory,
+or as the outcome."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +156,12 @@ VARIANTS = (
     Variant(name="search_r1", placement="outcome", settings={"adv_estimator": "rloo"}),
     Variant(name="search_r1", placement="outcome", settings={"adv_estimator": "reinforce_plus_plus"}),
     Variant(name="inforeasoner", placement="trajectory"),
+    Variant(name="inforeasoner", placement="turns", settings={"granularity": "turn"}),
+    Variant(
+        name="inforeasoner",
+        placement="so_far",
+        settings={"granularity": "turn", "turn_baseline": "no_retrieval"},
+    ),
     Variant(name="ig_search", placement="turns"),
     Variant(name="igpo", placement="turns"),
     Variant(name="igpo", placement="turns", settings={"info_gain_norm_mode": "joint"}),
@@ -249,8 +256,10 @@ def _score(play: Episode, placement: Placement) -> Score:
     total = math.fsum(play.gains)
     if placement == "outcome":
         return Score(outcome=total)
-    gain = Gain(turns=(*play.gains, None)) if placement == "turns" else Gain(trajectory=total)
-    return Score(outcome=0.0, gain=gain)
+    if placement == "trajectory":
+        return Score(outcome=0.0, gain=Gain(trajectory=total))
+    gains = play.gains if placement == "turns" else itertools.accumulate(play.gains)
+    return Score(outcome=0.0, gain=Gain(turns=(*gains, None)))
 
 
 def _trajectory(question: Question, sample: int, play: Episode) -> Trajectory:

@@ -13,7 +13,7 @@ from functools import cache
 
 from IG.messages import GainRequest, GainResult
 from verl.algorithms.base import IGService, Prefetch
-from verl.types import Gain, Trajectory
+from verl.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,3 @@ class GainRequests(Prefetch):
         self._num_under_way -= 1
         if self._num_under_way == 0:
             self._busy_s = until_now
-
-
-def as_gain(result: GainResult) -> Gain:
-    """Return the gain of a whole trajectory, or its named failure."""
-    if result.gain is None:
-        return Gain(failure=f"gain_failed: {result.error}")
-    return Gain(trajectory=result.gain)
