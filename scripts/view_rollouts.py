@@ -8,7 +8,7 @@ python scripts/view_rollouts.py runs/NAME/evaluation/step_000050.jsonl --limit 3
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,17 @@ from verl.run.records import (
     count_calls,
     iterate_records,
     step_files,
+)
+from verl.run.report.credit import (
+    LEVELS,
+    Piece,
+    credit_pieces,
+    credit_scale,
+    mean_advantage,
+    segment_parts,
+    shade,
+    shade_color,
+    span_credits,
 )
 from verl.run.report.examples import is_right
 from verl.run.report.run_data import count_searches
@@ -64,11 +75,14 @@ def main(arguments: list[str] | None = None, *, console: Console | None = None) 
     console = console or Console(soft_wrap=False)
     with error_line():
         path = find_file(options.path, step=options.step, evaluation=options.evaluation)
-        shown = 0
-        for record in islice(select(path, only=options.only, contains=options.contains), options.limit):
-            console.print(render(record))
-            shown += 1
-    console.print(Text(f"{shown} trajectories of {path}", style="dim"))
+        chosen = select(path, only=options.only, contains=options.contains)
+        records = list(islice(chosen, options.limit))
+        scale = credit_scale(records)
+        for record in records:
+            console.print(render(record, scale=scale))
+    if scale:
+        console.print(render_legend(scale))
+    console.print(Text(f"{len(records)} trajectories of {path}", style="dim"))
 
 
 def find_file(path: Path, *, step: int | None, evaluation: bool) -> Path:
@@ -103,12 +117,13 @@ def styled(text: str, style: str) -> Text:
     return Text(clean, style=style)
 
 
-def render(record: TrajectoryRecord) -> Panel:
-    """Return one trajectory as a panel of plain text."""
+def render(record: TrajectoryRecord, *, scale: float) -> Panel:
+    """Return one trajectory as a panel; sampled text has the color of its advantage, full at `scale`."""
     parts: list[RenderableType] = [styled(f"accepted: {' / '.join(record['golds'])}", "dim")]
     gains = record.get("turn_gains") or [None] * len(record["turns"])
-    for number, (turn, gain) in enumerate(zip(record["turns"], gains, strict=True), start=1):
-        parts += _render_turn(turn, number=number, gain=gain)
+    turns = zip(record["turns"], gains, credit_pieces(record), strict=True)
+    for number, (turn, gain, pieces) in enumerate(turns, start=1):
+        parts += _render_turn(turn, number=number, gain=gain, pieces=pieces, scale=scale)
     if record["failure"] is not None:
         parts.append(styled(f"left out of training: {record['failure']}", "bold red"))
     parts.append(_render_end(record))
@@ -117,11 +132,29 @@ def render(record: TrajectoryRecord) -> Panel:
     return Panel(Group(*parts), title=title, subtitle=where, title_align="left", subtitle_align="right")
 
 
-def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[RenderableType]:
+def render_legend(scale: float) -> Text:
+    """Return the colors of advantages from `-scale` to `scale`."""
+    legend = Text(f"advantage {-scale:+.3g} ", style="dim")
+    for level in range(-LEVELS, LEVELS + 1):
+        legend.append("  ", style=f"on {shade_color(level)}")
+    return legend.append(f" {scale:+.3g}", style="dim")
+
+
+def _render_turn(
+    turn: TurnRecord, *, number: int, gain: float | None, pieces: Sequence[Piece], scale: float
+) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for segment in split_output(turn["output_text"]):
-        label = "" if segment.kind == "other" else f"{segment.kind}: "
-        lines.append(styled(f"{number}  {label}{segment.text.strip()}", STYLES.get(segment.kind, CALL_STYLE)))
+        style = STYLES.get(segment.kind, CALL_STYLE)
+        label = "" if segment.kind == "other" else f"{segment.kind}:"
+        line = styled(f"{number}  {label}", style)
+        for part in segment_parts(segment, turn["output_text"], pieces):
+            if not part.is_tag:
+                line.append_text(styled(part.text, _credit_style(part.piece, scale=scale) or style))
+        lines.append(line)
+    if (whole := mean_advantage(pieces)) is not None:
+        values = (*span_credits(pieces), ("whole turn", whole))
+        lines.append(Text("     credit" + "".join(f"   {kind} {value:+.4f}" for kind, value in values)))
     for passage in turn["passages"]:
         score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
         lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))
@@ -132,6 +165,11 @@ def _render_turn(turn: TurnRecord, *, number: int, gain: float | None) -> list[R
     if gain is not None:
         lines.append(styled(f"     gain of this turn {gain:+.3f}", "default"))
     return lines
+
+
+def _credit_style(piece: Piece | None, *, scale: float) -> str | None:
+    level = 0 if piece is None else shade(piece.advantage, scale=scale)
+    return f"black on {shade_color(level)}" if level else None
 
 
 def _render_end(record: TrajectoryRecord) -> Text:

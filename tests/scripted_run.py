@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ import numpy as np
 from tests.fakes import make_action
 from tests.methods import make_method
 from verl.agent.tools.search import render_passages
+from verl.algorithms.base import Algorithm
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, DataConfig, RewardConfig, TrainerConfig
 from verl.trainer.ppo.evaluation import evaluation_metrics
+from verl.trainer.ppo.metrics import credit_metrics, gain_metrics, reward_metrics
 from verl.types import (
     Action,
     ActionKind,
@@ -30,6 +33,8 @@ from verl.types import (
     Question,
     Score,
     ScoredGroups,
+    Span,
+    SpanKind,
     Stop,
     Trajectory,
     Turn,
@@ -85,6 +90,15 @@ def answer_turn(answer: str) -> Turn:
     return make_turn(text, make_action(ActionKind.ANSWER, answer, start=start, end=start + len(answer)))
 
 
+def with_thought(turn: Turn) -> Turn:
+    """Return the turn with the span of its thought."""
+    text = decode(turn.output_ids.tolist())
+    thought = text[len("<think>") : text.index("</think>")]
+    start = text.index(thought.strip())
+    span = Span(kind=SpanKind.THINK, start=start, end=start + len(thought.strip()), text=thought.strip())
+    return replace(turn, action=replace(turn.action, spans=(span, *turn.action.spans)))
+
+
 def make_trajectory(question: Question, sample: int, rng: random.Random, *, skill: float) -> Trajectory:
     """Searches and answers right with probability `skill`; now and then the retriever fails."""
     name, _, relation, value, _ = _FACTS[int(question.uid.rsplit("/", 1)[1]) % len(_FACTS)]
@@ -110,22 +124,29 @@ def make_trajectory(question: Question, sample: int, rng: random.Random, *, skil
         question=question,
         sample=sample,
         prompt_ids=encode(f"<|im_start|>user\nQuestion: {question.text}<|im_end|>\n<|im_start|>assistant\n"),
-        turns=tuple(turns),
+        turns=tuple(map(with_thought, turns)),
         stop=Stop.ANSWERED if failure is None else Stop.FAILED,
         failure=failure,
         seconds=0.4,
     )
 
 
-def score(trajectory: Trajectory, rng: random.Random, *, with_gain: bool = True) -> Score:
+def score(
+    trajectory: Trajectory, rng: random.Random, *, with_gain: bool = True, by_turn: bool = False
+) -> Score:
     if trajectory.failure is not None:
         return Score(outcome=None, failure=trajectory.failure)
     em = float(trajectory.answer in trajectory.question.golds)
-    gain = round(rng.uniform(-0.15, 0.75), 4) if with_gain and trajectory.passages else None
-    return Score(outcome=em, gain=Gain(trajectory=gain), metrics={"em": em, "sub_em": em, "f1": max(em, 0.2)})
+    value = round(rng.uniform(-0.15, 0.75), 4) if with_gain and trajectory.passages else None
+    gain = Gain(trajectory=value)
+    if by_turn and with_gain:
+        gain = Gain(turns=tuple(value if turn.passages else None for turn in trajectory.turns))
+    return Score(outcome=em, gain=gain, metrics={"em": em, "sub_em": em, "f1": max(em, 0.2)})
 
 
-def make_step(step: int, *, steps: int, num_questions: int, num_samples: int) -> ScoredGroups:
+def make_step(
+    step: int, *, steps: int, num_questions: int, num_samples: int, method: Algorithm = METHOD
+) -> ScoredGroups:
     rng = random.Random(step)
     skill = step / steps
     groups = []
@@ -133,20 +154,18 @@ def make_step(step: int, *, steps: int, num_questions: int, num_samples: int) ->
         question = make_question(step * num_questions + number)
         samples = tuple(make_trajectory(question, k, rng, skill=skill) for k in range(num_samples))
         groups.append(Group(question=question, trajectories=samples))
-    scores = [[score(t, rng) for t in group.trajectories] for group in groups]
-    return ScoredGroups(groups=groups, scores=scores, credits=METHOD.credit(groups, scores))
+    by_turn = method is not METHOD
+    scores = [[score(t, rng, by_turn=by_turn) for t in group.trajectories] for group in groups]
+    return ScoredGroups(groups=groups, scores=scores, credits=method.credit(groups, scores))
 
 
 def step_metrics(step: int, *, steps: int, scored: ScoredGroups) -> dict[str, float]:
-    judged = [s for s in scored.samples() if s.score.outcome is not None]
-    flat = [s.score for s in judged]
-    gains = [value for s in flat for value in s.gain.values]
-    rewards = [value for s in judged if isinstance(value := s.credit.components["reward"], float)]
     done = step / steps
+    samples = scored.samples()
     return {
-        "reward/mean": float(np.mean(rewards)),
-        "reward/em_mean": float(np.mean([s.outcome for s in flat if s.outcome is not None])),
-        "ig/gain_mean": float(np.mean(gains)),
+        **reward_metrics(samples),
+        **gain_metrics([(sample.trajectory, sample.score) for sample in samples]),
+        **credit_metrics(scored),
         "policy/kl": 0.02 * done**1.5,
         "policy/entropy": 0.9 - 0.4 * done,
         "rollout/response_length_mean": 90 + 40 * done + 3 * math.sin(step),
@@ -178,14 +197,18 @@ def write_run(
     num_questions: int = 4,
     num_samples: int = 4,
     crashed_at: int | None = None,
+    method: Algorithm = METHOD,
 ) -> Path:
-    """Write a run folder; one that `crashed_at` a step has no end in its manifest and no final evaluation."""
+    """Write a run folder; one that `crashed_at` a step has no end in its manifest and no final evaluation.
+
+    `METHOD` gets one gain per trajectory, other methods get gains of turns.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     data = run_dir.parent / "train.parquet"
     data.write_bytes(b"PAR1")
     config = Config(
         data=DataConfig(train_files=str(data)),
-        algorithm=METHOD.settings_class(),
+        algorithm=type(method.settings)(),
         reward=RewardConfig(outcome="em"),
     )
     config.trainer.experiment_name = "scripted"
@@ -196,7 +219,9 @@ def write_run(
     recorder = Recorder(run_dir, decode=decode)
     write_evaluation(recorder, tracker, 0, steps=steps, num_questions=30)
     for step in range(1, (crashed_at or steps) + 1):
-        scored = make_step(step, steps=steps, num_questions=num_questions, num_samples=num_samples)
+        scored = make_step(
+            step, steps=steps, num_questions=num_questions, num_samples=num_samples, method=method
+        )
         recorder.write(step, scored)
         tracker.log(step, step_metrics(step, steps=steps, scored=scored))
     if crashed_at is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -29,6 +30,7 @@ def test_shows_turns_gain_and_advantage_of_runs_and_of_single_files(run_dir: Pat
     shown = _show(str(run_dir), "--only", "right", "--limit", "2")
     for part in ("search: ", "answer: ", "gain +", "advantage ", "accepted: ", "step 3", "2 trajectories of"):
         assert part in shown, part
+    assert re.search(r"credit   think [+-]\d\.\d+   answer .*   other .*   whole turn [+-]\d\.\d+", shown)
     shown = _show(str(run_dir), "--evaluation", "--step", "0", "--limit", "1")
     assert "test/0" in shown
     assert "advantage -" in shown

@@ -22,7 +22,7 @@ class DecodedText:
         An empty range of characters gives an empty span.
         """
         first = self._count_tokens(start)
-        if self._cover(first) > start:
+        if self.count_characters(first) > start:
             first -= 1
         return first, self._count_tokens(end) if end > start else first
 
@@ -52,10 +52,10 @@ class DecodedText:
         low, high = 0, len(self._ids)
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._cover(middle) >= characters else (middle + 1, high)
+            low, high = (low, middle) if self.count_characters(middle) >= characters else (middle + 1, high)
         return low
 
-    def _cover(self, count: int) -> int:
+    def count_characters(self, count: int) -> int:
         """Return the number of characters of the text that the first `count` tokens hold."""
         if count not in self._covered:
             # A prefix may end in half a character, which decodes to something else than it becomes.

@@ -27,6 +27,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from serving.redaction import redact_text
+from verl.agent.spans import DecodedText
 from verl.errors import DataError
 from verl.types import (
     ActionKind,
@@ -104,6 +105,9 @@ class TurnRecord(TypedDict):
     """One completion and the reply to it."""
 
     output_text: str
+    text_cuts: NotRequired[list[tuple[int, int]]]
+    """(token of `output_ids`, character of `output_text`) at both ends and wherever the advantage changes or
+    a span begins or ends; empty in an evaluation, absent in older files."""
     output_ids: list[int]
     output_log_probs: list[float | None]
     """None where it was not finite."""
@@ -203,16 +207,41 @@ def to_record(
         "metrics": dict(score.metrics),
         "seconds": round(trajectory.seconds, 3),
         "prompt_text": decode(trajectory.prompt_ids.tolist()),
-        "turns": [_turn_record(turn, decode=decode) for turn in trajectory.turns],
+        "turns": [
+            _turn_record(turn, advantages=advantages, decode=decode)
+            for turn, advantages in zip(trajectory.turns, _split_turns(trajectory, credit), strict=True)
+        ],
         "prompt_ids": trajectory.prompt_ids.tolist(),
         "mask_runs": _mask_runs(trajectory),
         "advantage_runs": None if credit is None else _runs(credit.advantages),
     }
 
 
-def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
+def _split_turns(trajectory: Trajectory, credit: Credit | None) -> list[FloatArray | None]:
+    """Return the advantages of the output of each turn, None without a credit."""
+    if credit is None:
+        return [None] * len(trajectory.turns)
+    parts: list[FloatArray | None] = []
+    start = len(trajectory.prompt_ids)
+    for turn in trajectory.turns:
+        parts.append(credit.advantages[start : start + len(turn.output_ids)])
+        start += len(turn.output_ids) + len(turn.observation_ids)
+    return parts
+
+
+def _text_cuts(turn: Turn, advantages: FloatArray | None, *, text: DecodedText) -> list[tuple[int, int]]:
+    if advantages is None:
+        return []
+    changes = np.flatnonzero(np.diff(advantages) != 0) + 1
+    spans = (edge for span in turn.action.spans for edge in (span.start, span.end))
+    tokens = sorted({0, len(turn.output_ids), *changes.tolist(), *spans})
+    return [(token, text.count_characters(token)) for token in tokens]
+
+
+def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -> TurnRecord:
+    text = DecodedText(turn.output_ids.tolist(), decode=decode)
     return {
-        "output_text": decode(turn.output_ids.tolist()),
+        "output_text": text.text,
         "action": cast(ActionRecord, asdict(turn.action) | {"text": turn.action.text}),
         "finish": str(turn.finish),
         "is_executed": bool(turn.observations),
@@ -227,6 +256,7 @@ def _turn_record(turn: Turn, *, decode: Decode) -> TurnRecord:
         "observation_text": decode(turn.observation_ids.tolist()),
         "observation_truncated": turn.observation_truncated,
         "version": turn.version,
+        "text_cuts": _text_cuts(turn, advantages, text=text),
         "output_ids": turn.output_ids.tolist(),
         "output_log_probs": [_number(x, LOG_PROB_DIGITS) for x in turn.output_log_probs],
         "observation_ids": turn.observation_ids.tolist(),

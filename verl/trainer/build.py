@@ -36,10 +36,11 @@ from verl.run.manifest import Manifest, make_manifest, write_manifest
 from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
 from verl.run.resume import find_progress
-from verl.run.tracking import Tracker
+from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
+from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Question
@@ -125,10 +126,12 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
             stack, models, prompt_format=prompt_format, questions=train, tolerance=tolerance
         ),
         checkpoints=start.checkpoints,
-        guard=Guard(
-            run_dir,
-            max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates,
+        guard=Guard(run_dir, max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates),
+        alarms=Alarms(
+            config.trainer.alarms,
+            max_turns=config.max_turns,
             max_log_prob_difference=tolerance,
+            history=[line for line in read_metrics(run_dir) if line["kind"] == "train"],
         ),
         tracker=make_tracker(config, stack, run_dir=run_dir, total_steps=start.total_steps),
         recorder=Recorder(run_dir, decode=tokenizer.decode),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from verl.run.records import EVALUATION, count_calls, read_records
 from verl.types import (
     Action,
     ActionKind,
+    Credit,
     Finish,
     Gain,
     Observation,
@@ -93,6 +94,33 @@ def test_the_facts_of_turns_come_back_also_from_old_files(tmp_path: Path) -> Non
         assert [turn.action for turn in old.turns] == [turn.action for turn in turns[:3]]
         assert [len(turn.observations) for turn in old.turns] == [1, int(version == 2), 0]
         assert old.passages == (pages[0],)
+
+
+def test_texts_are_cut_where_the_credit_changes_or_a_span_begins_or_ends(tmp_path: Path) -> None:
+    """Also inside a character of several tokens, which has a text only as a whole."""
+
+    def decode_bytes(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    text = "<search> Zo\u00eb </search>"
+    ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+    query = Span(kind=SpanKind.QUERY, start=9, end=13, text="Zo\u00eb")
+    turn = replace(search_turn("x", []), output_ids=ids, output_log_probs=np.zeros(len(ids), np.float32))
+    turn = replace(turn, action=replace(turn.action, spans=(query,)), observation_ids=ids[:2])
+    scored = make_step(3, steps=6, num_questions=1, num_samples=1)
+    trajectory = replace(scored.groups[0].trajectories[0], prompt_ids=ids[:3], turns=(turn, turn))
+    advantages = np.zeros(len(trajectory.token_ids), np.float32)
+    advantages[3 + 9 : 3 + 12] = 0.5  # up to the first half of the last letter
+    scored = replace(
+        scored,
+        groups=[replace(scored.groups[0], trajectories=(trajectory,))],
+        scores=[[Score(outcome=1.0)]],
+        credits=[[Credit(advantages=advantages, components={"reward": 1.0})]],
+    )
+    (record,) = read_records(Recorder(tmp_path, decode=decode_bytes).write(1, scored))
+    end = (len(ids), len(text))
+    assert record["turns"][0]["text_cuts"] == [(0, 0), (9, 9), (12, 11), (13, 12), end]
+    assert record["turns"][1]["text_cuts"] == [(0, 0), (9, 9), (13, 12), end]
 
 
 def test_the_method_on_a_rebuilt_step_gives_the_recorded_credit(tmp_path: Path) -> None:

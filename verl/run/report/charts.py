@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from serving.plotting import BLUE, GREEN, GREY, ORANGE, STYLE
+from serving.plotting import BLUE, COLORS, GREEN, GREY, ORANGE, STYLE
 from verl.run.report.run_data import RunData, Series
+from verl.types import SpanKind
 
 PHASE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a7f00", "#5b6470")
 SMOOTHING = 5
@@ -61,8 +62,25 @@ CHARTS = (
     Chart(
         title="Information gain",
         curves=(Curve(label="mean gain", metric="ig/gain_mean", color=GREEN),),
-        meaning="How much more a frozen model believes in the right answer after the search.",
+        meaning="How much more likely the right answer is after the search, as the method measures it.",
         has_zero_line=True,
+    ),
+    Chart(
+        title="Positive gains",
+        curves=(Curve(label="share of measured gains", metric="ig/positive_share", color=GREEN),),
+        meaning="Share of all gains that are above 0.",
+    ),
+    Chart(
+        title="Log-prob of the gold answer",
+        curves=(
+            Curve(label="with the documents found", metric="ig/log_prob_real_mean"),
+            Curve(
+                label="with those of other questions",
+                metric="ig/log_prob_counterfactual_mean",
+                color=ORANGE,
+            ),
+        ),
+        meaning="Mean per token under the policy; the distance is the gain.",
     ),
     Chart(
         title="Reward",
@@ -94,10 +112,44 @@ CHARTS = (
 )
 
 
+TOKEN_KINDS = (*map(str, SpanKind), "other")
+
+
+def _list_families(run: RunData) -> list[Chart]:
+    """Return the charts with a curve per turn or per kind of token, as far as the run has these."""
+    turns = sum(re.fullmatch(r"ig/gain_turn_\d+_mean", name) is not None for name in run.names())
+    of_turns = [(f"turn {k}", f"ig/gain_turn_{k}_mean") for k in range(1, turns + 1)]
+    return [
+        _family(
+            "Gain per turn",
+            of_turns,
+            meaning="Mean over the attempts in which the gain of that turn was measured.",
+        ),
+        _family(
+            "Advantage by kind of token",
+            [(kind, f"credit/advantage_{kind}_mean") for kind in TOKEN_KINDS],
+            meaning="Mean per token; above 0 such tokens become more likely. Tags are other.",
+        ),
+        _family(
+            "Size of the advantage by kind of token",
+            [(kind, f"credit/advantage_{kind}_abs_mean") for kind in TOKEN_KINDS],
+            meaning="Mean absolute value per token; where the update is large.",
+        ),
+    ]
+
+
+def _family(title: str, metrics: Sequence[tuple[str, str]], *, meaning: str) -> Chart:
+    curves = [
+        Curve(label=label, metric=name, color=color)
+        for (label, name), color in zip(metrics, COLORS, strict=False)
+    ]
+    return Chart(title=title, curves=tuple(curves), meaning=meaning, has_zero_line=True)
+
+
 def draw_curves(run: RunData) -> list[tuple[str, str, str]]:
     """Return (title, meaning, SVG) of every chart that has data, the seconds per phase last."""
     drawn = []
-    for chart in CHARTS:
+    for chart in (*CHARTS, *_list_families(run)):
         found = [(curve, run.series(curve.metric, kind=curve.kind)) for curve in chart.curves]
         if kept := [(curve, series) for curve, series in found if series.steps]:
             drawn.append((chart.title, chart.meaning, _draw_lines(chart, kept)))
@@ -110,12 +162,15 @@ def draw_curves(run: RunData) -> list[tuple[str, str, str]]:
 
 
 def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
-    with _new_figure(chart.title) as (figure, axes):
+    is_crowded = len(curves) > 2
+    with _new_figure(chart.title, right=0.8 if is_crowded else 0.985) as (figure, axes):
         if chart.has_zero_line:
             axes.axhline(0, color="#9aa3ad", linewidth=1)
         for curve, series in curves:
             _draw_curve(axes, curve, series)
-        if len(curves) > 1:
+        if is_crowded:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1)
+        elif len(curves) > 1:
             axes.legend(loc="best")
         else:
             axes.set_ylabel(curves[0][0].label)

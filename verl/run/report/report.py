@@ -15,6 +15,16 @@ from markupsafe import Markup
 
 from serving.files import write_atomically
 from verl.run.report.charts import draw_curves
+from verl.run.report.credit import (
+    LEVELS,
+    credit_pieces,
+    credit_scale,
+    describe_credit,
+    gain_scale,
+    segment_parts,
+    shade,
+    shade_color,
+)
 from verl.run.report.examples import is_right, pick_extremes, pick_pairs, pick_steps
 from verl.run.report.run_data import (
     MEASURES,
@@ -53,6 +63,37 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: RunData) -> str:
     """Return the report as HTML."""
+    pairs, steps, extremes = pick_pairs(run), pick_steps(run), pick_extremes(run)
+    shown = [record for step in steps for group in step.groups for record in group]
+    shown += [*extremes.best, *extremes.worst]
+    credit_full, gain_full = credit_scale(shown), gain_scale(shown)
+    environment = make_environment(run, credit_full=credit_full, gain_full=gain_full)
+    return environment.get_template("report.html").render(
+        title=run.setting("trainer.experiment_name") or run.run_dir.resolve().name,
+        run=run,
+        facts=run_facts(run),
+        tiles=headline(run),
+        status=run.manifest.get("status"),
+        measures=MEASURES,
+        sources=compare_evaluations(run),
+        evaluated_steps=[line["step"] for line in run.val],
+        charts=[(title, meaning, Markup(svg)) for title, meaning, svg in draw_curves(run)],
+        pairs=pairs,
+        steps=steps,
+        extremes=extremes,
+        credit_scale=credit_full,
+        gain_scale=gain_full,
+        shades=[(_shade_class(level).strip(), shade_color(level)) for level in range(-LEVELS, LEVELS + 1)],
+        metrics=metrics_table(run),
+        config=json.dumps(run.manifest.get("config", {}), indent=2, ensure_ascii=False),
+        services=run.manifest.get("services") or {},
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def make_environment(run: RunData, *, credit_full: float, gain_full: float) -> Environment:
+    """Return the templates and what they call; colors are full at these sizes of an advantage and a gain."""
     # Everything but our own SVG, style and script is text from outside, and escaped.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -74,26 +115,18 @@ def render_report(run: RunData) -> str:
         "reward": partial(reward_of, gain_weight=run.old_gain_weight),
         "names_gold": names_gold,
         "mask_strip": mask_strip,
+        "pieces": credit_pieces,
+        "parts": segment_parts,
+        "describe_credit": describe_credit,
+        "credit_shade": lambda value: _shade_class(shade(value, scale=credit_full)),
+        "gain_shade": lambda value: _shade_class(shade(value, scale=gain_full)),
     }
-    return environment.get_template("report.html").render(
-        title=run.setting("trainer.experiment_name") or run.run_dir.resolve().name,
-        run=run,
-        facts=run_facts(run),
-        tiles=headline(run),
-        status=run.manifest.get("status"),
-        measures=MEASURES,
-        sources=compare_evaluations(run),
-        evaluated_steps=[line["step"] for line in run.val],
-        charts=[(title, meaning, Markup(svg)) for title, meaning, svg in draw_curves(run)],
-        pairs=pick_pairs(run),
-        steps=pick_steps(run),
-        extremes=pick_extremes(run),
-        metrics=metrics_table(run),
-        config=json.dumps(run.manifest.get("config", {}), indent=2, ensure_ascii=False),
-        services=run.manifest.get("services") or {},
-        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
-        script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
-    )
+    return environment
+
+
+def _shade_class(level: int) -> str:
+    """Return the CSS class of a shade after a space."""
+    return f" {'neg' if level < 0 else 'pos'}{abs(level)}" if level else " zero"
 
 
 def headline(run: RunData) -> list[Tile]:

@@ -14,11 +14,16 @@ _TAGGED = re.compile(r"<(\w+)>(?:(.*?)</\1>|((?!.*</\w).*)\Z)", re.DOTALL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A piece of sampled text."""
+    """A piece of sampled text: characters `[start, end)` of a completion."""
 
     kind: str
     """Name of the tag around it, such as think, or other."""
     text: str
+    """Without tags and white space around it."""
+    start: int
+    end: int
+    inner: tuple[int, int]
+    """Where the characters between the tags begin and end."""
     is_closed: bool = True
 
 
@@ -26,13 +31,31 @@ def split_output(text: str) -> list[Segment]:
     """Split sampled text at its tags; a tag that is not closed runs to the end of the text."""
     segments, position = [], 0
     for match in _TAGGED.finditer(text):
-        segments.append(Segment(kind="other", text=text[position : match.start()]))
-        name, closed, rest = match.groups()
-        text_inside = rest if closed is None else closed
-        segments.append(Segment(kind=name, text=text_inside.strip(), is_closed=closed is not None))
+        segments += _between(text, position, match.start())
+        is_closed = match[2] is not None
+        inner = match.span(2 if is_closed else 3)
+        segments.append(
+            Segment(
+                kind=match[1],
+                text=text[slice(*inner)].strip(),
+                start=match.start(),
+                end=match.end(),
+                inner=inner,
+                is_closed=is_closed,
+            )
+        )
         position = match.end()
-    segments.append(Segment(kind="other", text=text[position:]))
-    return [s for s in segments if s.kind != "other" or s.text.strip()]
+    return [*segments, *_between(text, position, len(text))]
+
+
+def _between(text: str, start: int, end: int) -> list[Segment]:
+    """Return what is between two tags, if it is more than white space."""
+    outside = text[start:end].strip()
+    if not outside:
+        return []
+    start = text.index(outside, start)
+    end = start + len(outside)
+    return [Segment(kind="other", text=outside, start=start, end=end, inner=(start, end))]
 
 
 def gain_of(record: TrajectoryRecord) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from serving.answers import AnswerRule
@@ -67,12 +67,15 @@ def _name(default: str) -> Any:
 
 
 def check_section(key: str, section: Any) -> None:
-    """Check the declared range of every field of a section. Raises ConfigError for the first wrong one."""
+    """Check the declared range of every field, of nested sections, too. Raises ConfigError for the first."""
     for each in fields(section):
         rule: _Rule | None = each.metadata.get("rule")
         value = getattr(section, each.name)
+        name = f"{key}.{each.name}".lstrip(".")
         if rule is not None and value is not None:
-            _check(rule[0](value), f"{key}.{each.name}".lstrip("."), value, rule[1])
+            _check(rule[0](value), name, value, rule[1])
+        if is_dataclass(value):
+            check_section(name, value)
 
 
 def _check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -159,9 +162,6 @@ class OptimConfig:
     beta1: float = _fraction(0.9)
     beta2: float = _fraction(0.999)
 
-    def __post_init__(self) -> None:
-        check_section("actor_rollout_ref.actor.optim", self)
-
 
 @dataclass
 class PolicyLossConfig:
@@ -169,9 +169,6 @@ class PolicyLossConfig:
 
     loss_mode: str = one_of("vanilla", "gspo", "gspo_turn")
     """`vanilla`: of each token; `gspo`: of a whole trajectory (arXiv 2507.18071); `gspo_turn`: of a turn."""
-
-    def __post_init__(self) -> None:
-        check_section("actor_rollout_ref.actor.policy_loss", self)
 
 
 @dataclass
@@ -271,7 +268,7 @@ class RewardConfig:
     answer_rule: str = one_of("folded", *(rule for rule in AnswerRule if rule != "folded"))
     format_score: float = not_negative(0.0)
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)
-    max_failure_share: float = _setting(0.2, lambda value: 0 <= value <= 1, "in [0, 1]")
+    max_failure_share: float = share(0.2)
 
     def __post_init__(self) -> None:
         check_section("reward", self)
@@ -313,6 +310,29 @@ class OutcomeConfig(AlgorithmConfig):
 
 
 @dataclass
+class AlarmsConfig:
+    """Limits of metrics beyond which a step logs a warning; null: no such warning."""
+
+    steps: int = positive(5)
+    repeat_steps: int = positive(20)
+    trend_steps: int | None = _setting(20, lambda value: value >= 4, "at least 4")
+    max_no_search_share: float | None = share(0.9)
+    max_turn_share: float | None = share(0.95)
+    min_distinct_query_share: float | None = share(0.7)
+    max_gold_in_query_share: float | None = share(0.3)
+    max_cut_share: float | None = share(0.3)
+    max_repetition_share: float | None = share(0.5)
+    max_length_ratio: float | None = positive(3.0)
+    min_entropy_ratio: float | None = share(0.1)
+    max_entropy_ratio: float | None = positive(3.0)
+    max_kl: float | None = positive(1.0)
+    max_ratio_distance: float | None = positive(0.1)
+    max_clip_fraction: float | None = share(0.3)
+    max_importance_distance: float | None = positive(0.1)
+    max_zero_advantage_share: float | None = share(0.9)
+
+
+@dataclass
 class TrainerConfig:
     """The run: length, devices, folder, seed."""
 
@@ -337,6 +357,7 @@ class TrainerConfig:
     max_concurrent_episodes: int = positive(512)
     startup_timeout_s: float = positive(600.0)
     service_wait_s: float = positive(10.0)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
         check_section("trainer", self)

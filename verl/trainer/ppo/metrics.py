@@ -10,13 +10,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
+from serving.answers import AnswerRule, find_answer
 from verl.types import (
     ActionKind,
     Finish,
+    FloatArray,
+    IntArray,
     Sample,
     Score,
     ScoredGroups,
@@ -30,6 +34,8 @@ from verl.utils.failures import failure_name
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+REPEATED_TOKENS = 4
+"""Length of the sequences whose repetition is counted."""
 
 
 def step_metrics(
@@ -41,6 +47,7 @@ def step_metrics(
     return finite(
         {
             **rollout_metrics(trajectories),
+            **length_by_outcome(samples),
             **reward_metrics(samples),
             **gain_metrics([(sample.trajectory, sample.score) for sample in samples]),
             **scored.stats,
@@ -70,6 +77,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
             "rollout/failed_share": _ratio(len(trajectories) - len(played), len(trajectories)),
             **{f"rollout/failures_{name}": count for name, count in sorted(failures.items())},
             **_action_metrics(played),
+            **_query_metrics(played),
             **_length_metrics(played),
         }
     )
@@ -78,16 +86,6 @@ def rollout_metrics(trajectories: Sequence[Trajectory]) -> Metrics:
 def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     turns = [turn for t in played for turn in t.turns]
     searches = [len(t.observations) for t in played]
-    queries = [
-        [
-            " ".join(span.text.lower().split())
-            for turn in t.turns
-            if turn.observations
-            for span in turn.action.spans
-            if span.kind is SpanKind.QUERY
-        ]
-        for t in played
-    ]
     empty = sum(not found.text and not found.passages for t in played for found in t.observations)
     invalid = [turn for turn in turns if turn.action.kind is ActionKind.INVALID]
     return {
@@ -95,10 +93,10 @@ def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
         "rollout/searches_mean": mean(searches),
         "rollout/no_search_share": mean([count == 0 for count in searches]),
         "rollout/empty_search_share": _ratio(empty, sum(searches)),
-        "rollout/distinct_query_share": _ratio(sum(len(set(asked)) for asked in queries), sum(searches)),
         "rollout/valid_action_share": mean([turn.action.kind is not ActionKind.INVALID for turn in turns]),
         "rollout/malformed_actions": float(sum(turn.finish is Finish.STOP for turn in invalid)),
         "rollout/cut_completions": float(sum(turn.finish is Finish.LENGTH for turn in turns)),
+        "rollout/cut_share": mean([turn.finish is Finish.LENGTH for turn in turns]),
         "rollout/finished_share": mean([t.stop is Stop.ANSWERED for t in played]),
         "rollout/answer_share": mean([bool(t.answer) for t in played]),
         "rollout/budget_stops": float(sum(t.stop is Stop.BUDGET for t in played)),
@@ -108,6 +106,34 @@ def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     }
 
 
+def _query_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
+    """Return the shares of executed queries that are new to their episode, and that give an answer away."""
+    distinct, leaks = 0, []
+    for trajectory in played:
+        queries = list(executed_queries(trajectory))
+        distinct += len({" ".join(text.lower().split()) for text, _ in queries})
+        leaks += [names_unread_gold(text, read, golds=trajectory.question.golds) for text, read in queries]
+    return {
+        "rollout/distinct_query_share": _ratio(distinct, len(leaks)),
+        "rollout/gold_in_query_share": mean(leaks),
+    }
+
+
+def executed_queries(trajectory: Trajectory) -> Iterator[tuple[str, list[str]]]:
+    """Yield each executed query with what the policy had read when it wrote it: question and passages."""
+    read = [trajectory.question.text]
+    for turn in trajectory.turns:
+        if turn.observations:
+            yield from ((s.text, list(read)) for s in turn.action.spans if s.kind is SpanKind.QUERY)
+        read += [f"{passage.title} {passage.text}" for passage in turn.passages]
+
+
+def names_unread_gold(query: str, read: Sequence[str], *, golds: Sequence[str]) -> bool:
+    """Return whether a query contains a gold answer that nothing read before it contains."""
+    rule = AnswerRule.folded
+    return find_answer([query], golds, rule=rule) is not None and find_answer(read, golds, rule=rule) is None
+
+
 def _length_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     sampled = [t.num_policy_tokens for t in played]
     observed = [sum(len(turn.observation_ids) for turn in t.turns) for t in played]
@@ -115,12 +141,33 @@ def _length_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
     return {
         "rollout/response_length_mean": mean(sampled),
         "rollout/response_length_max": max(sampled, default=None),
+        "rollout/repetition_share": repetition_share([turn.output_ids for t in played for turn in t.turns]),
         "rollout/observation_length_mean": mean(observed),
         "rollout/prompt_length_mean": mean([len(t.prompt_ids) for t in played]),
         "rollout/mask_coverage": _ratio(sum(sampled), sum(sampled) + sum(observed)),
         "rollout/episode_seconds_mean": mean(seconds),
         "rollout/episode_seconds_max": max(seconds, default=None),
     }
+
+
+def repetition_share(completions: Sequence[IntArray]) -> float | None:
+    """Return the share of `REPEATED_TOKENS` tokens in a row that occurred before in the same completion."""
+    distinct, count = 0, 0
+    for ids in completions:
+        tokens = ids.tolist()
+        stretches = list(zip(*(tokens[k:] for k in range(REPEATED_TOKENS)), strict=False))
+        distinct, count = distinct + len(set(stretches)), count + len(stretches)
+    return _ratio(count - distinct, count)
+
+
+def length_by_outcome(samples: Sequence[Sample]) -> Metrics:
+    """Return the mean length of right answers (an exact match, or the full outcome) and of wrong ones."""
+    lengths: dict[str, list[int]] = {"right": [], "wrong": []}
+    for trajectory, score, _ in samples:
+        if score.outcome is not None:
+            is_right = score.metrics.get("em", score.outcome) >= 1.0
+            lengths["right" if is_right else "wrong"].append(trajectory.num_policy_tokens)
+    return finite({f"rollout/response_length_{name}_mean": mean(found) for name, found in lengths.items()})
 
 
 def reward_metrics(samples: Sequence[Sample]) -> Metrics:
@@ -147,9 +194,14 @@ def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
     measured = [score.gain.values for score in played if score.gain.values and score.failure is None]
     gains = [value for values in measured for value in values]
     failures = Counter(failure_name(score.failure) for score in played if score.failure is not None)
+    by_turn = zip_longest(*(score.gain.turns for score in played if score.failure is None))
     return finite(
         {
             **_spread("ig/gain_", gains),
+            **{
+                f"ig/gain_turn_{number}_mean": mean([gain for gain in of_turn if gain is not None])
+                for number, of_turn in enumerate(by_turn, start=1)
+            },
             "ig/positive_share": mean([gain > 0 for gain in gains]),
             "ig/measured_share": _ratio(len(measured), len(played)),
             "ig/failed_share": _ratio(failures.total(), len(measured) + failures.total()),
@@ -172,8 +224,41 @@ def credit_metrics(scored: ScoredGroups) -> Metrics:
             "credit/advantage_abs_mean": mean([peak for of_group in peaks for peak in of_group]),
             "credit/advantage_abs_max": max((peak for of_group in peaks for peak in of_group), default=None),
             **{f"credit/{name}_mean": mean(_numbers(samples, name)) for name in names},
+            **_advantage_metrics(samples),
         }
     )
+
+
+def _advantage_metrics(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Return mean and mean size of the advantage per sampled token, by kind of token."""
+    parts: dict[str, list[FloatArray]] = {}
+    for trajectory, score, credit in samples:
+        if score.failure is None:
+            for kind, values in split_by_kind(trajectory, credit.advantages):
+                parts.setdefault(kind, []).append(values)
+    joined = {kind: np.concatenate(values).astype(np.float64) for kind, values in parts.items()}
+    known = {kind: values for kind, values in joined.items() if len(values)}
+    return {
+        **{f"credit/advantage_{kind}_mean": float(values.mean()) for kind, values in known.items()},
+        **{
+            f"credit/advantage_{kind}_abs_mean": float(np.abs(values).mean())
+            for kind, values in known.items()
+        },
+    }
+
+
+def split_by_kind(trajectory: Trajectory, values: FloatArray) -> Iterator[tuple[str, FloatArray]]:
+    """Yield the values of the sampled tokens [L] by the kind of the span around them, or `other`."""
+    start = len(trajectory.prompt_ids)
+    for turn in trajectory.turns:
+        of_turn = values[start : start + len(turn.output_ids)]
+        done = 0
+        for span in turn.action.spans:
+            yield "other", of_turn[done : span.start]
+            yield str(span.kind), of_turn[span.start : span.end]
+            done = span.end
+        yield "other", of_turn[done:]
+        start += len(turn.output_ids) + len(turn.observation_ids)
 
 
 def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float]) -> Metrics:

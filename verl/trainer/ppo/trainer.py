@@ -24,6 +24,7 @@ from verl.run.progress import Identity, Progress
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import TrainerConfig
+from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import step_metrics
@@ -55,6 +56,7 @@ class Parts:
     publisher: WeightPublisher
     checkpoints: CheckpointStore
     guard: Guard
+    alarms: Alarms
     tracker: Tracker
     recorder: Recorder
 
@@ -206,7 +208,7 @@ class PPOTrainer:
         metrics = step_metrics(scored, update=update, seconds=self.timer.seconds)
         self.parts.tracker.log(step, metrics)
         self.unrecorded = _nothing
-        for alarm in self.parts.guard.alarms(metrics):
+        for alarm in self.parts.alarms.observe(step, metrics):
             logger.warning("step %d: %s", step, alarm)
         self.parts.guard.keep_skipped(update, step=step, scored=scored)
 

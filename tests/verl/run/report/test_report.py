@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import make_action
+from tests.methods import make_method
 from tests.scripted_run import decode, make_question, make_turn, write_run
 from verl.errors import DataError
 from verl.run.recorder import Recorder
@@ -64,9 +65,43 @@ def test_a_finished_run(finished: Path) -> None:
         "trainer.seed 0",
     ):
         assert expected in text, expected
-    assert sum(tag == "svg" for tag, _ in elements.found) == 8
+    charts = 11
+    assert sum(tag == "svg" for tag, _ in elements.found) == charts
     assert path.stat().st_size < 2_000_000
-    assert html.count("<figure>") == 8
+    assert html.count("<figure>") == charts
+
+
+def test_sampled_text_has_the_color_of_its_credit(tmp_path: Path) -> None:
+    """With the components of the turn as the title, and the gains of its turns above."""
+    run_dir = write_run(tmp_path / "run", steps=3, method=make_method("ig_search"))
+    _, elements = _read(write_report(run_dir))
+    text = " ".join(elements.text.split())
+    assert "Gain per turn" in text
+    assert "Advantage by kind of token" in text
+    assert "Gains per turn have the same colors" in text
+    titles = {a["title"] or "" for tag, a in elements.found if "credit" in (a.get("class") or "").split()}
+    expected = re.compile(
+        r"query: advantage [+-]\d\.\d+ on each of \d+ tokens\n"
+        r"turn 1: gain [+-]0\.\d+, query_gain [+-]0\.\d+\nattempt: reward [+-]\d\.\d+, outcome [+-]\d\.\d+"
+    )
+    assert any(map(expected.fullmatch, titles))
+    classes = {name for _, a in elements.found for name in (a.get("class") or "").split()}
+    assert {"pos6", "neg6"} <= classes
+    strips = [a["title"] for _, a in elements.found if "gain-of-turn" in (a.get("class") or "")]
+    assert {title and title[:13] for title in strips} >= {"turn 1: gain ", "turn 2: no ga"}
+
+
+def test_a_run_of_before_text_cuts_is_shown_without_colors(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=1)
+    (path,) = (run_dir / "trajectories").iterdir()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for turn in (turn for record in records for turn in record["turns"]):
+        del turn["text_cuts"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, elements = _read(write_report(run_dir))
+    assert not any("credit" in (a.get("class") or "").split() for _, a in elements.found)
+    assert "I should look this up first." in elements.text
+    assert "No credit by token was recorded" in elements.text
 
 
 def test_it_needs_no_network(finished: Path) -> None:

@@ -1,26 +1,38 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 import pytest
 
 from verl.run.records import TrajectoryRecord
-from verl.run.report.text import Segment, gain_of, names_gold, split_output
+from verl.run.report.text import gain_of, names_gold, split_output
+
+
+def pieces_of(text: str) -> list[tuple[str, str, bool]]:
+    """Return kind, text and whether it is closed of each segment, whose positions must fit."""
+    segments = split_output(text)
+    for one, following in pairwise(segments):
+        assert not text[one.end : following.start].strip()
+    for segment in segments:
+        assert text[slice(*segment.inner)].strip() == segment.text
+        assert segment.start <= segment.inner[0] <= segment.inner[1] <= segment.end
+    return [(segment.kind, segment.text, segment.is_closed) for segment in segments]
 
 
 def test_output_is_cut_at_its_tags_and_nothing_is_lost() -> None:
-    assert split_output("a <think> b </think> <search> c </search><|im_end|>") == [
-        Segment(kind="other", text="a "),
-        Segment(kind="think", text="b"),
-        Segment(kind="search", text="c"),
-        Segment(kind="other", text="<|im_end|>"),
+    assert pieces_of("a <think> b </think> \n <search> c </search><|im_end|>\n") == [
+        ("other", "a", True),
+        ("think", "b", True),
+        ("search", "c", True),
+        ("other", "<|im_end|>", True),
     ]
 
 
 def test_a_tag_that_never_closes_runs_to_the_end() -> None:
-    assert split_output("<python> 1 < 2 </python><think> b <search> c") == [
-        Segment(kind="python", text="1 < 2"),
-        Segment(kind="think", text="b <search> c", is_closed=False),
+    assert pieces_of("<python> 1 < 2 </python><think> b <search> c") == [
+        ("python", "1 < 2", True),
+        ("think", "b <search> c", False),
     ]
 
 

@@ -13,11 +13,25 @@ from verl.trainer.ppo.metrics import (
     credit_metrics,
     finite,
     gain_metrics,
+    length_by_outcome,
+    repetition_share,
     reward_metrics,
     rollout_metrics,
     step_metrics,
 )
-from verl.types import ActionKind, Credit, Finish, Gain, Group, Score, ScoredGroups, Stop, Trajectory
+from verl.types import (
+    ActionKind,
+    Credit,
+    Finish,
+    Gain,
+    Group,
+    Score,
+    ScoredGroups,
+    Span,
+    SpanKind,
+    Stop,
+    Trajectory,
+)
 
 QUESTION = make_question()
 AREAS = {"rollout", "reward", "ig", "credit", "policy", "time", "perf"}
@@ -143,7 +157,10 @@ def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
         Score(outcome=0.0, gain=Gain(turns=(0.2, 0.0, None))),
     ]
     scored = score_group(trajectories, scores, method="search_r1")
-    assert gain_metrics(list(zip(trajectories, scores, strict=True)))["ig/gain_mean"] == pytest.approx(0.15)
+    gains = gain_metrics(list(zip(trajectories, scores, strict=True)))
+    assert gains["ig/gain_mean"] == pytest.approx(0.15)
+    of_turns = [gains[f"ig/gain_turn_{number}_mean"] for number in (1, 2, 3)]
+    assert of_turns == pytest.approx([0.35, 0.0, -0.1])
     credits = [
         replace(credit, components={**credit.components, "gain": 0.5, "turn_reward": score.gain.turns})
         for credit, score in zip(scored.credits[0], scores, strict=True)
@@ -151,9 +168,79 @@ def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
     metrics = credit_metrics(replace(scored, credits=[credits]))
     assert metrics["credit/turn_reward_mean"] == pytest.approx(0.15)
     # Reward, outcome and gain have metrics of their own.
-    assert {name for name in metrics if name.endswith("_mean")} == {
-        "credit/turn_reward_mean",
-        "credit/advantage_abs_mean",
+    own = {name for name in metrics if name.endswith("_mean") and not name.startswith("credit/advantage_")}
+    assert own == {"credit/turn_reward_mean"}
+
+
+def test_advantages_are_counted_by_kind_of_token() -> None:
+    """Over two sampled turns of 4 tokens; a failed trajectory counts nowhere."""
+    thought = Span(kind=SpanKind.THINK, start=0, end=1, text="hm")
+    query = Span(kind=SpanKind.QUERY, start=2, end=4, text="q")
+    trajectory = make_trajectory(QUESTION, queries=("q",), answer="x")
+    call, answer = trajectory.turns
+    call = replace(call, action=replace(call.action, spans=(thought, query)))
+    trajectory = replace(trajectory, turns=(call, answer))
+    advantages = np.array([0, 0, 0, 0.5, -1, 2, 4, *[0] * 5, 3, -3, 3, -3], np.float32)
+    scored = score_group([trajectory, trajectory], [Score(outcome=1.0), Score(outcome=None, failure="x")])
+    credits = [[Credit(advantages=a, components={}) for a in (advantages, advantages * 100)]]
+    metrics = credit_metrics(replace(scored, credits=credits))
+    kinds = {name: value for name, value in metrics.items() if name.startswith("credit/advantage_")}
+    assert kinds == {
+        "credit/advantage_abs_mean": 202.0,
+        "credit/advantage_abs_max": 400.0,
+        "credit/advantage_think_mean": 0.5,
+        "credit/advantage_think_abs_mean": 0.5,
+        "credit/advantage_query_mean": 3.0,
+        "credit/advantage_query_abs_mean": 3.0,
+        "credit/advantage_other_mean": pytest.approx(-0.2),
+        "credit/advantage_other_abs_mean": pytest.approx(2.6),
+    }
+
+
+@pytest.mark.parametrize(
+    ("queries", "question", "share"),
+    [
+        (("where is Bolton",), "Where?", 1.0),
+        (("where is Boltonia",), "Where?", 0.0),
+        (("the bolton, england",), "Is it Bolton or Leeds?", 0.0),
+        (("the band", "Bolton band"), "Where?", 0.5),
+        (("about Bolton", "Bolton band"), "Where?", 0.5),
+        ((), "Where?", None),
+    ],
+)
+def test_a_gold_answer_in_a_query_counts_unless_it_was_read(
+    queries: tuple[str, ...], question: str, share: float | None
+) -> None:
+    """The passage that a query finds is titled like the query: what it names has been read from then on."""
+    trajectory = make_trajectory(make_question(text=question), queries=queries, answer="x")
+    assert rollout_metrics([trajectory]).get("rollout/gold_in_query_share") == share
+
+
+@pytest.mark.parametrize(
+    ("completions", "share"),
+    [
+        ([[1, 2, 3, 4, 5]], 0.0),
+        ([[7] * 8], 0.8),  # five times the same four tokens in a row
+        ([[1, 2, 1, 2, 1, 2]], pytest.approx(1 / 3)),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], 0.0),  # in another completion
+        ([[1, 2, 3]], None),
+    ],
+)
+def test_repetition_within_completions(completions: list[list[int]], share: float | None) -> None:
+    assert repetition_share([np.array(ids, np.int32) for ids in completions]) == share
+
+
+def test_length_by_outcome() -> None:
+    trajectories = [make_trajectory(QUESTION, answer="x", outputs=n) for n in (4, 10, 20, 99)]
+    scores = [
+        Score(outcome=0.1, metrics={"em": 1.0}),
+        Score(outcome=0.9, metrics={"em": 0.0}),
+        Score(outcome=0.5),
+        Score(outcome=None, failure="x"),
+    ]
+    assert length_by_outcome(score_group(trajectories, scores).samples()) == {
+        "rollout/response_length_right_mean": 4.0,
+        "rollout/response_length_wrong_mean": 15.0,
     }
 
 

@@ -28,7 +28,8 @@ from verl.run.progress import Progress
 from verl.run.recorder import Recorder
 from verl.run.records import step_files
 from verl.run.tracking import Tracker, read_metrics
-from verl.trainer.config.schema import FilterGroupsConfig, TrainerConfig
+from verl.trainer.config.schema import AlarmsConfig, FilterGroupsConfig, TrainerConfig
+from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import Group, Question, Stop, Trajectory
@@ -115,6 +116,7 @@ class Run:
             publisher=models,
             checkpoints=self.checkpoints,
             guard=Guard(run_dir, max_skipped_updates=3),
+            alarms=Alarms(AlarmsConfig(steps=1), max_turns=3, max_log_prob_difference=1e-3),
             tracker=self.tracker,
             recorder=Recorder(run_dir, decode=lambda ids: "".join(map(chr, ids))),
         )
@@ -384,3 +386,13 @@ async def test_log_probs_that_measuring_computed_are_not_computed_again(tmp_path
     assert batch.old_log_probs is not None
     expected = np.array([-0.25, -0.5, -0.25, -0.5], np.float32)[:, None] * batch.policy_mask
     np.testing.assert_array_equal(batch.old_log_probs, expected)
+
+
+async def test_an_alarm_is_a_warning_and_stops_nothing(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def update(batch: TrainBatch) -> dict[str, float]:
+        return {"num_updates": 1.0, "skipped_updates": 0.0, "kl": 3.0}
+
+    run.models.update = update  # type: ignore[method-assign]
+    await run.trainer.fit()
+    assert run.trainer.progress.step == 3
+    assert caplog.text.count("policy/kl is 3, above 1 for 1 steps (trainer.alarms.max_kl): ") == 1
