@@ -138,7 +138,7 @@ class BatchedCalls(Generic[RequestT, ResultT]):
         try:
             requests = [pending.request for pending in batch]
             splits = iter(range(_MAX_SPLITS_AFTER_500))
-            results = await self._ask(requests, deadline=deadline, splits=splits)
+            results, _ = await self._ask(requests, deadline=deadline, splits=splits)
         except BaseException as error:  # closed, or a defect: callers must not wait until the deadline
             _settle_all(batch, self._fail(f"the request was broken off ({type(error).__name__})"))
             raise
@@ -147,8 +147,12 @@ class BatchedCalls(Generic[RequestT, ResultT]):
 
     async def _ask(
         self, requests: Sequence[RequestT], *, deadline: float, splits: Iterator[int]
-    ) -> list[ResultT]:
-        """Return results; a request that is refused for its size or for one item is sent again in halves."""
+    ) -> tuple[list[ResultT], bool]:
+        """Return results, and whether the service accepted the request whole.
+
+        One that is refused for its size or for one item is sent again in halves. If both are accepted after
+        a refusal for the size, later requests are no longer than they are.
+        """
 
         def make_payload(left_s: float) -> dict[str, object]:
             return self._wire.make_payload(requests) | {"timeout_s": choose_deadline(left_s)}
@@ -164,15 +168,17 @@ class BatchedCalls(Generic[RequestT, ResultT]):
                 or len(requests) == 1
                 or (error.status == HTTPStatus.INTERNAL_SERVER_ERROR and next(splits, None) is None)
             ):
-                return [self._wire.fail(str(error), error.retryable)] * len(requests)
+                return [self._wire.fail(str(error), error.retryable)] * len(requests), False
             half = (len(requests) + 1) // 2
-            first, second = await asyncio.gather(
+            (first, is_first_whole), (second, is_second_whole) = await asyncio.gather(
                 self._ask(requests[:half], deadline=deadline, splits=splits),
                 self._ask(requests[half:], deadline=deadline, splits=splits),
             )
-            return first + second
+            if error.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and is_first_whole and is_second_whole:
+                self._batch_size = min(self._batch_size, half)
+            return first + second, False
         self._work.update(read_work(body))
-        return results
+        return results, True
 
     def _fail(self, reason: str, *, retryable: bool = False) -> ResultT:
         return self._wire.fail(f"{SERVICE}: {reason}", retryable)

@@ -27,6 +27,7 @@ from verl.errors import UserError
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ORPHAN_GRACE_S = 2.0
+_KILL_ROUNDS = 10
 _RESIDENT_GROWTH = 1.01
 """Growth by less is not measured: without this, a slow leak would be measured every second."""
 # The services run on this machine: the requests must not go through a proxy that the user has set.
@@ -108,8 +109,9 @@ class Supervisor:
         return child
 
     def descendants(self) -> list[psutil.Process]:
-        """Return all processes below this one, without those from before the supervisor."""
-        return [p for p in psutil.Process().children(recursive=True) if p not in self._earlier]
+        """Return all living processes below this one, without those from before the supervisor."""
+        below = psutil.Process().children(recursive=True)
+        return [process for process in below if process not in self._earlier and _is_alive(process)]
 
     def stop_all(self) -> None:
         """End all: SIGTERM to each child, which can then end its own; after the grace period SIGKILL."""
@@ -120,13 +122,22 @@ class Supervisor:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
         _, alive = psutil.wait_procs(self.descendants(), timeout=_ORPHAN_GRACE_S)
-        while alive:
+        for _ in range(_KILL_ROUNDS):  # what is killed may have started others meanwhile
+            if not alive:
+                break
             for process in alive:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(alive, timeout=_ORPHAN_GRACE_S)  # also reaps orphans that became our children
             alive = self.descendants()
         self.children.clear()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs; a zombie has ended and waits for its parent."""
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class MemoryWatch:

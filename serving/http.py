@@ -158,12 +158,16 @@ class JsonService:
         self._timeout_s = timeout_s
         self._fix = fix
         self._has_token = bool(token)
+        # Only gzip: a piece of another encoding can unpack to far more than the limit before it is counted.
+        headers = {"Accept-Encoding": "gzip"}
+        if token:
+            headers["Authorization"] = f"Bearer {_checked_token(token, name=name)}"
         # Services sit next to the trainer: a proxy set for the internet must not swallow loopback calls.
         self._client = httpx.AsyncClient(
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),
             trust_env=False,
-            headers={"Authorization": f"Bearer {_checked_token(token, name=name)}"} if token else {},
+            headers=headers,
         )
 
     async def post(self, path: str, payload: Payload, *, timeout_s: float | None = None) -> dict[str, object]:

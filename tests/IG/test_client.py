@@ -162,6 +162,17 @@ async def test_a_large_call_is_split_and_few_requests_are_in_flight() -> None:
     assert [len(body["items"]) for body in server.bodies] == [5] * 5
 
 
+async def test_the_size_that_the_service_accepts_is_remembered() -> None:
+    async with (
+        (server := FakeGainService(max_items=3)).running(),
+        IGClient(server.url, timeout_s=5, max_in_flight=1) as client,
+    ):
+        assert await client.compute(requests(8)) == expected(requests(8))
+        server.bodies.clear()
+        assert await client.compute(requests(4)) == expected(requests(4))
+    assert [len(body["items"]) for body in server.bodies] == [2, 2]
+
+
 async def test_one_deadline_covers_all_requests_of_a_call_and_what_is_done_counts() -> None:
     server = FakeGainService(delay_s=0.4)
     results = await compute(server, 6, batch_size=1, max_in_flight=2, timeout_s=1.0)

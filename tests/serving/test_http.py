@@ -37,6 +37,7 @@ async def test_sends_json_and_returns_the_object() -> None:
     line, headers, body = server.requests[0]
     assert line == "POST /retrieve HTTP/1.1"
     assert headers["content-type"] == "application/json"
+    assert headers["accept-encoding"] == "gzip"
     assert "authorization" not in headers
     assert body.decode() == '{"queries":["größe 漢字"]}'
 

@@ -1,4 +1,4 @@
-"""Rebuild the steps of a run from their records, exactly as the trainer saw them: see `verl.run.records`."""
+"""Rebuild the steps of a run from their records, as the policy read them: see `verl.run.records`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The file format of recorded trajectories: one JSON object per line.
 
-A step is rebuilt from its file exactly as the trainer saw it (token ids, masks, scores), so that any method
+A step is rebuilt from its file as the policy read it (token ids, masks, scores), so that any method
 can credit it again:
 
     step = rebuild_step(read_records(path))

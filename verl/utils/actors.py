@@ -16,7 +16,7 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -71,8 +71,15 @@ class Launcher(Protocol):
 
 
 def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
-    """Return the launcher that `trainer.launcher` names; "ray" starts a private cluster."""
-    return LocalLauncher() if kind == "local" else RayLauncher(object_store_mb=object_store_mb)
+    """Return the launcher that `trainer.launcher` names; "ray" starts a private cluster.
+
+    Raises KeyError for another name.
+    """
+    starts: dict[str, Callable[[], Launcher]] = {
+        "local": LocalLauncher,
+        "ray": lambda: RayLauncher(object_store_mb=object_store_mb),
+    }
+    return starts[kind]()
 
 
 class _Host:

@@ -101,8 +101,8 @@ class WeightPublisher:
     async def verify(self, *, version: int) -> None:
         """Publish perturbed weights, compare, then publish the policy's own.
 
-        Raises WeightSyncError for an engine that keeps stale weights or loads others than were sent. The
-        policy ends as it was, bit for bit.
+        Raises WeightSyncError for an engine that keeps stale weights or loads others than were sent, and
+        where perturbing moves nothing. The policy ends as it was, bit for bit.
         """
         before = await self._policy.probe(self._probe_ids)
         await self._policy.perturb()
@@ -110,6 +110,12 @@ class WeightPublisher:
             # An engine with stale weights differs by the whole shift, a good one by rounding alone, which the
             # doubled logits double.
             shift = _distance(before, await self._policy.probe(self._probe_ids))
+            if shift == 0:
+                raise WeightSyncError(
+                    "perturbing the policy's weights moves no log-prob of the probe sequence, so the check "
+                    "cannot tell new weights from stale ones; look at the weights of "
+                    "actor_rollout_ref.model.path (an output layer of zeros makes all tokens equally likely)"
+                )
             await self._publish(version, tolerance=min(3 * self._tolerance, shift / 3))
         finally:
             await self._policy.perturb(undo=True)
@@ -182,7 +188,7 @@ def _compare(
     if len(score) != len(expected):
         raise WeightSyncError(f"engine {engine} scored {len(score)} of {len(expected)} probe tokens")
     difference = _distance(expected, score)
-    if difference < tolerance:  # False for NaN, and where perturbed weights move nothing
+    if difference < tolerance:  # False for NaN
         return difference
     raise WeightSyncError(
         f"engine {engine} does not sample from the policy that is trained: after publishing version "

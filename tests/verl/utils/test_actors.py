@@ -68,6 +68,11 @@ def local() -> Iterator[Launcher]:
     launcher.shutdown()
 
 
+def test_an_unknown_launcher_starts_nothing() -> None:
+    with pytest.raises(KeyError, match="Ray"):
+        make_launcher("Ray")
+
+
 def on_sigterm(number: int, frame: FrameType | None) -> None:
     """A handler of the test process."""
 
