@@ -32,6 +32,8 @@ class EchoRetriever:
     max_batch: int = 256
     num_parallel_calls: int = 1
     num_passages: int | None = None
+    gate: asyncio.Event | None = None
+    """What every search waits for."""
     act: Mapping[str, Outcome | Exception] = field(default_factory=dict)
     calls: list[tuple[str, ...]] = field(default_factory=list)
     topks: list[int] = field(default_factory=list)
@@ -56,6 +58,8 @@ class EchoRetriever:
         self.most = max(self.most, self.running)
         try:
             await asyncio.sleep(self.search_s)
+            if self.gate is not None:
+                await self.gate.wait()
         finally:
             self.running -= 1
         for query in queries:

@@ -10,13 +10,13 @@ import pytest
 from pyarrow import Table as ArrowTable
 from pyarrow import parquet
 
-from search_r1.search import assemble
 from search_r1.search.bm25 import build_bm25
 from search_r1.search.ceiling import AskedQuestion, measure_ranks, read_questions, share_within, wilson_share
 from search_r1.search.index_cli import main
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
 from tests.fakes import Reply, ScriptedServer
+from tests.search_r1.search.servers import EchoRetriever, serving
 from tests.search_r1.search.small_world import write_corpus
 
 BOLTON = AskedQuestion(text="Where was Alice Marsh born?", golds=("Bolton",), data_source="one")
@@ -37,7 +37,6 @@ class FakeRetriever:
         self.num_parallel_calls = 2
         self.num_passages = None
         self.batches: list[int] = []
-        self.is_closed = False
 
     def describe(self) -> dict[str, str]:
         return {"index": "fake"}
@@ -48,7 +47,7 @@ class FakeRetriever:
         return [part if isinstance(part, SearchFailure) else part[:topk] for part in found]
 
     async def aclose(self) -> None:
-        self.is_closed = True
+        """Close nothing."""
 
 
 def test_wilson_intervals() -> None:
@@ -109,44 +108,43 @@ def write_questions(path: Path, count: int) -> Path:
     return path
 
 
-def test_the_command_from_questions_to_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_the_command_from_questions_to_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failure = SearchFailure(kind=FailureKind.QUOTA, reason="spent")
-    outcomes: dict[str, Outcome] = {f"q{k}": hits(*["x"] * k, "Bolton") for k in range(9)} | {"q9": failure}
-    retriever = FakeRetriever(outcomes)
-
-    async def open_fake(settings: object) -> FakeRetriever:
-        return retriever
-
-    monkeypatch.setattr(assemble, "open_retriever", open_fake)
+    outcomes: dict[str, Outcome] = {f"q{k}": hits(*["x"] * k, "Bolton")[:5] for k in range(9)}
+    outcomes["q9"] = failure
     questions = write_questions(tmp_path / "q.jsonl", 10)
     plot = tmp_path / "new" / "c.png"
-    flags = ["--questions", str(questions), "--plot", str(plot)]
-    assert main(["ceiling", *flags, "--topk", "5", "1"]) == 0
+    async with serving(EchoRetriever(act=outcomes)) as client:
+        url = str(client.base_url)
+        flags = ["--questions", str(questions), "--plot", str(plot), "--url", url]
+        assert await asyncio.to_thread(main, ["ceiling", *flags, "--topk", "5", "1"]) == 0
     *shown, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)
     assert (summary["questions"], summary["failed"], summary["failures"]) == (10, 1, {"quota": 1})
     assert summary["ceiling"] == {"1": pytest.approx(1 / 9, abs=1e-4), "5": pytest.approx(5 / 9, abs=1e-4)}
     assert summary["by_source"]["b"]["ceiling"]["5"] == pytest.approx(2 / 4)
-    assert summary["retriever"] == {"index": "fake"}
+    assert summary["retriever"]["retriever"] == {"retriever": "echo"}
     assert "55.6%" in "".join(shown)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert retriever.is_closed
 
 
-def test_nothing_but_failures_is_no_ceiling_of_zero(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+async def test_nothing_but_failures_is_no_ceiling_of_zero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failure = SearchFailure(kind=FailureKind.UNAVAILABLE, reason="no route")
-    retriever = FakeRetriever({"q0": failure, "q1": failure})
-
-    async def open_fake(settings: object) -> FakeRetriever:
-        return retriever
-
-    monkeypatch.setattr(assemble, "open_retriever", open_fake)
+    failure = SearchFailure(kind=FailureKind.REFUSED, reason="no")
     questions = write_questions(tmp_path / "q.jsonl", 2)
-    assert main(["ceiling", "--questions", str(questions), "--plot", str(tmp_path / "c.png")]) == 1
+    async with serving(EchoRetriever(act={"q0": failure, "q1": failure})) as client:
+        flags = [
+            "--questions",
+            str(questions),
+            "--plot",
+            str(tmp_path / "c.png"),
+            "--url",
+            str(client.base_url),
+        ]
+        assert await asyncio.to_thread(main, ["ceiling", *flags]) == 1
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["ceiling"] == {"1": None, "3": None, "10": None, "100": None}
     assert not (tmp_path / "c.png").exists()

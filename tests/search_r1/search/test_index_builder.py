@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from search_r1.search import building
-from search_r1.search.building import BuildOptions, build_index, take_query
+from search_r1.search.building import BuildOptions, build_index, check_disk, take_query
 from search_r1.search.dense import load_dense
 from search_r1.search.encoder import TextEncoder
+from search_r1.search.encoding_run import VECTORS_FILE
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index_builder import main
 from search_r1.search.kinds import IndexKind, IndexOptions
@@ -87,17 +86,17 @@ def test_every_kind_is_built_measured_and_taken_by_the_server(
     assert load(varied, index)["index_kind"] == kind
 
 
-def test_another_kind_takes_the_vectors_of_an_index(
-    varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_kind_takes_the_vectors_of_an_index(varied: World, tmp_path: Path) -> None:
     flat, direct, second = (tmp_path / name / "i.index" for name in ("flat", "direct", "second"))
     build(varied, flat, keep_vectors=tmp_path / "raw")
     build(varied, direct, index=SQ8)
-    monkeypatch.setattr(building, "encode_here", None)
+    phases: set[str] = set()
     for source in (flat, tmp_path / "raw"):
-        build(varied, second, index=SQ8, from_index=source)
+        build(varied, second, index=SQ8, from_index=source, report=lambda phase, *_: phases.add(phase))
         assert second.read_bytes() == direct.read_bytes()
         assert load_manifest(second) == load_manifest(direct)
+    assert "add vectors" in phases
+    assert "encode passages" not in phases
 
 
 def test_vectors_of_something_else_are_refused(varied: World, world: World, tmp_path: Path) -> None:
@@ -114,20 +113,18 @@ def test_vectors_of_something_else_are_refused(varied: World, world: World, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_an_index_that_fails_its_trial_is_not_published(
-    varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_fails_its_trial_is_not_published(varied: World, tmp_path: Path) -> None:
     index = tmp_path / "i.index"
     build(varied, index)
     before = index.read_bytes(), locate_manifest(index).read_bytes()
-    encode = TextEncoder.encode_passages
 
-    def encode_wrongly(self: TextEncoder, passages: list[str], *, batch_size: int = 64) -> np.ndarray:
-        return np.roll(encode(self, passages, batch_size=batch_size), 1, axis=0)
+    def mix_up_vectors(phase: str, done: int, total: int) -> None:
+        if phase == "encode passages" and done == total:
+            path = tmp_path / "i.index.building" / VECTORS_FILE
+            np.roll(np.fromfile(path, dtype=np.float32).reshape(total, -1), 1, axis=0).tofile(path)
 
-    monkeypatch.setattr(TextEncoder, "encode_passages", encode_wrongly)
     with pytest.raises(RetrieverError, match=r"do not find themselves.*it is not published"):
-        build(varied, index, restart=True)
+        build(varied, index, report=mix_up_vectors)
     assert (index.read_bytes(), locate_manifest(index).read_bytes()) == before
 
 
@@ -137,14 +134,13 @@ def test_a_second_builder_of_the_same_index_is_refused(world: World, tmp_path: P
         build(world, tmp_path / "i.index")
 
 
-def test_want_of_disk_is_named_before_anything_is_encoded(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(building, "encode_here", None)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**8))
-    with pytest.raises(RetrieverError, match=r"the build needs .* GB in"):
-        build(world, tmp_path / "i.index")
+def test_want_of_disk_is_named(world: World, tmp_path: Path) -> None:
+    spec = EncoderSpec(path=str(world.encoder))
+    options = BuildOptions(corpus_path=world.corpus, index_path=tmp_path / "i.index", encoder=spec)
+    options.folder.mkdir()
+    check_disk(options, count=10, dim=32, num_unencoded=10)
+    with pytest.raises(RetrieverError, match=r"the build needs 1152000000\.0 GB in"):
+        check_disk(options, count=3 * 10**15, dim=32, num_unencoded=3 * 10**15)
 
 
 def test_bad_input_is_named_and_keeps_the_old_index(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,18 +39,16 @@ class Inner:
     num_parallel_calls = 3
     num_passages = 11
 
-    def __init__(self, table: Mapping[str, Outcome], *, delay_s: float = 0.0) -> None:
+    def __init__(self, table: Mapping[str, Outcome]) -> None:
         self.depths: list[int] = []
         self.is_closed = False
         self._table = table
-        self._delay_s = delay_s
 
     def describe(self) -> Mapping[str, str | int | float | None]:
         return {"retriever": "inner"}
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         self.depths.append(topk)
-        await asyncio.sleep(self._delay_s)
         outcomes = [self._table[query] for query in queries]
         return [found if isinstance(found, SearchFailure) else found[:topk] for found in outcomes]
 
@@ -132,16 +129,21 @@ async def test_a_model_that_breaks_fails_what_it_should_have_read() -> None:
 
 
 async def test_nothing_is_read_for_those_whose_deadline_passes_while_others_are_read() -> None:
-    class Slow(Judge):
+    started, released = threading.Event(), threading.Event()
+
+    class Gated(Judge):
         def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-            time.sleep(0.3)
+            started.set()
+            released.wait()
             return super().score(pairs)
 
-    judge = Slow()
+    judge = Gated()
     reranked = RerankedRetriever(Inner({"p": find("a"), "q": find("b")}), model=judge, depth=2)
-    patient = asyncio.create_task(reranked.search(["p"], topk=1, timeout_s=5))
-    await asyncio.sleep(0.1)
-    [late] = await reranked.search(["q"], topk=1, timeout_s=0.1)
+    patient = asyncio.create_task(reranked.search(["p"], topk=1, timeout_s=600))
+    await asyncio.to_thread(started.wait)
+    hasty = asyncio.create_task(reranked.search(["q"], topk=1, timeout_s=0))
+    released.set()
+    [late] = await hasty
     assert isinstance(late, SearchFailure)
     assert late.kind is FailureKind.DEADLINE
     assert list_ids((await patient)[0]) == ["a"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import pytest
 
 from search_r1.search.retriever import FailureKind, SearchFailure
+from search_r1.search.schema import Document
 from serving.http import CallError, JsonService
 from tests.search_r1.search.servers import EchoRetriever, serving
 
@@ -102,11 +105,13 @@ async def test_without_that_the_request_fails_and_names_the_query(
 
 
 async def test_the_deadline_of_the_request_goes_before_that_of_the_server() -> None:
-    async with serving(EchoRetriever(search_s=0.4), "--request_timeout_s", "0.1") as client:
+    gate = asyncio.Event()
+    async with serving(EchoRetriever(gate=gate), "--request_timeout_s", "0.1") as client:
         late = await retrieve(client, query="a")
-        patient = await retrieve(client, query="a", timeout_s=10)
+        patient = asyncio.create_task(retrieve(client, query="a", timeout_s=600))
         partial = await retrieve(client, queries=["b", ""], timeout_s=0.1, allow_failures=True)
-    assert (late.status_code, patient.status_code) == (504, 200)
+        gate.set()
+        assert (late.status_code, (await patient).status_code) == (504, 200)
     assert late.json()["detail"] == "query 0 'a': deadline: not answered within 0.1 s"
     assert [error and error["kind"] for error in partial.json()["errors"]] == ["deadline", None]
 
@@ -115,13 +120,14 @@ async def test_the_deadline_of_the_request_goes_before_that_of_the_server() -> N
 
 
 async def test_a_full_queue_is_a_429_with_a_time_also_before_the_body_is_read() -> None:
-    retriever = EchoRetriever(search_s=0.5)
+    retriever = EchoRetriever(gate=(gate := asyncio.Event()))
     async with serving(retriever, "--max_queue", "4") as client:
         first = asyncio.create_task(retrieve(client, queries=["a", "b", "c", "d"]))
         await eventually(lambda: retriever.running == 1)
         refused = await retrieve(client, query="e")
         async with announcing(client, 1000) as (reader, _):
             assert (await first_line(reader)).startswith("HTTP/1.1 429")
+        gate.set()
         assert (await first).status_code == 200
         assert (await retrieve(client, query="e")).status_code == 200
     assert refused.status_code == 429
@@ -206,7 +212,7 @@ async def test_until_it_is_loaded_it_says_so() -> None:
 
 
 async def test_the_search_of_a_caller_who_hangs_up_is_dropped() -> None:
-    retriever = EchoRetriever(search_s=0.5)
+    retriever = EchoRetriever(gate=(gate := asyncio.Event()))
     async with serving(retriever) as client:
         running = asyncio.create_task(retrieve(client, query="running"))
         await eventually(lambda: retriever.running == 1)
@@ -214,7 +220,11 @@ async def test_the_search_of_a_caller_who_hangs_up_is_dropped() -> None:
         async with announcing(client, len(body)) as (_, writer):
             writer.write(body)
             staying = asyncio.create_task(retrieve(client, query="shared"))
-            await asyncio.sleep(0.1)
+            while (await read_metrics(client))["retriever_queries_in_progress"] < 4:
+                await asyncio.sleep(0.01)
+        while (await read_metrics(client))["retriever_queries_in_progress"] > 2:
+            await asyncio.sleep(0.01)
+        gate.set()
         assert (await staying).status_code == 200
         await running
         metrics = await read_metrics(client)
@@ -253,3 +263,23 @@ async def test_where_failures_are_allowed_the_others_are_answered() -> None:
     assert (bare.status_code, bare.json()) == (200, {"result": [[document], None, []], "errors": errors})
     assert scored.json() == {"result": [[{"document": document, "score": 0}], None, []], "errors": errors}
     assert clean.json() == {"result": [[document]], "errors": [None]}
+
+
+async def test_large_answers_are_not_written_in_the_loop() -> None:
+    class WatchedHit:
+        """Keeps the threads that read its document."""
+
+        score = 1.0
+        threads: ClassVar[set[int]] = set()
+
+        @property
+        def document(self) -> Document:
+            self.threads.add(threading.get_ident())
+            return Document(id="1", contents="text")
+
+    hits = (WatchedHit(),) * 1000
+    async with serving(EchoRetriever(act={"q": hits})) as client:  # type: ignore[dict-item]
+        answer = await retrieve(client, queries=["q", "other"], topk=1000)
+    assert len(answer.json()["result"][0]) == 1000
+    assert WatchedHit.threads
+    assert WatchedHit.threads.isdisjoint({threading.get_ident()})
