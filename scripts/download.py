@@ -4,7 +4,9 @@
   python scripts/download.py --save_path data/wiki-18 --what corpus
   HF_ENDPOINT=https://mirror.example python scripts/download.py --save_path data/wiki-18
 
-Run it again after an interruption: it continues where it stopped, and loads nothing when everything is there.
+Run it again after an interruption: it continues where it stopped. When everything is there it needs no
+network: size, SHA-256 and source of each file are kept beside it in FILE.source.json, and a file that differs
+is refused (by its size; with --verify by its hash).
 Every part is checked by the SHA-256 that the hub names (or --sha256) and then appended to one file, so
 joining takes the room of one part at most. A token, where one is needed, is read from HF_TOKEN.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -35,7 +38,7 @@ from huggingface_hub.errors import (
 from rich.console import Console
 from rich.filesize import decimal
 
-from serving.files import lock_file, replacing_file
+from serving.files import lock_file, replacing_file, sha256_of_file, write_json_atomically
 from serving.web.settings import expand_home
 from verl.errors import UserError
 from verl.utils.entry import error_line
@@ -89,23 +92,76 @@ class Downloader:
     def make(self, target: Target) -> None:
         """Make one file. Raises DownloadError; what was loaded by then is kept for the next run."""
         path = self._folder / target.name
-        was_there = path.is_file()
-        if was_there and target.is_packed:
-            how = "already there"
+        record_path = self._folder / f"{target.name}.source.json"
+        if not path.is_file():
+            parts = self._look_up_all(target)
+            self._check_room(target, parts)
+            self._join(target, parts, path)
+            how = self._keep_record(target, path, record_path=record_path)
+        elif record_path.is_file():
+            how = self._check_record(target, path, record_path=record_path)
         else:
-            with naming_hub(self._settings.endpoint, target.repo):
-                parts = [self._look_up(target, name) for name in target.parts]
-            if was_there:
-                check_pieces(path, parts, by_size_only=not self._settings.verify)
-                how = "verified" if self._settings.verify else "already there, not read again (--verify does)"
-            else:
-                self._check_room(target, parts)
-                self._join(target, parts, path)
-                how = "checked"
-        size = path.stat().st_size
-        if (expected := self._digests.get(target.name)) is not None:
-            check_pieces(path, [Part(name=target.name, size=size, digest=expected)])
-        self._console.print(f"{path}: {size:,} bytes, {how}")
+            self._check_unrecorded(target, path)
+            how = self._keep_record(target, path, record_path=record_path)
+        self._console.print(f"{path}: {path.stat().st_size:,} bytes, {how}")
+
+    def _source(self, target: Target) -> dict[str, object]:
+        settings = self._settings
+        parts = list(target.parts)
+        return {
+            "repo": target.repo,
+            "revision": settings.revision,
+            "type": settings.repo_type,
+            "parts": parts,
+        }
+
+    def _keep_record(self, target: Target, path: Path, *, record_path: Path) -> str:
+        """Write size, hash and source of a file beside it. Raises DownloadError unless --sha256 fits."""
+        digest, size = sha256_of_file(path), path.stat().st_size
+        self._check_given(target, path, digest)
+        write_json_atomically(record_path, {"sha256": digest, "size": size, "source": self._source(target)})
+        return "checked"
+
+    def _check_record(self, target: Target, path: Path, *, record_path: Path) -> str:
+        """Compare a file with its record, without the hub. Raises DownloadError."""
+        try:
+            record = json.loads(record_path.read_text("utf-8"))
+            source, digest, size = record["source"], str(record["sha256"]), int(record["size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DownloadError(
+                f"{record_path} is no record of a download ({error!r}); delete it and run again"
+            ) from error
+        if source != self._source(target):
+            raise DownloadError(
+                f"{path} was made of {source}, expected {self._source(target)}; delete it and "
+                f"{record_path.name}, or choose another --save_path"
+            )
+        recorded = Part(name=target.name, size=size, digest=digest)
+        check_pieces(path, [recorded], by_size_only=not self._settings.verify)
+        self._check_given(target, path, digest)
+        return "verified" if self._settings.verify else "already there, not read again (--verify does)"
+
+    def _check_unrecorded(self, target: Target, path: Path) -> None:
+        """Check a file that has no record: by the hashes of its parts, a packed one by --sha256."""
+        if not target.is_packed:
+            check_pieces(path, self._look_up_all(target))
+        elif target.name not in self._digests:
+            raise DownloadError(
+                f"{path} is there without a record of where it is from, so it cannot be checked; delete it "
+                f"and run again, or give its hash with --sha256 {target.name}=..."
+            )
+
+    def _check_given(self, target: Target, path: Path, digest: str) -> None:
+        expected = self._digests.get(target.name, digest)
+        if digest != expected:
+            raise DownloadError(
+                f"{path}: its hash is {digest}, expected {expected}; delete it and run again, or correct "
+                "--sha256"
+            )
+
+    def _look_up_all(self, target: Target) -> list[Part]:
+        with naming_hub(self._settings.endpoint, target.repo):
+            return [self._look_up(target, name) for name in target.parts]
 
     def _look_up(self, target: Target, name: str) -> Part:
         facts = get_hf_file_metadata(hf_hub_url(target.repo, name, **self._hub))
@@ -249,7 +305,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--endpoint", default=endpoint, help=f"hub or mirror (HF_ENDPOINT; now {endpoint})")
     add("--sha256", action="append", default=[], metavar="NAME=HEX", help="expected hash of a part or result")
     add("--allow_unchecked", action="store_true", help="also take files for which there is no hash")
-    add("--verify", action="store_true", help="compare the hash of a joined file that is there")
+    add("--verify", action="store_true", help="compare the hash of files that are there")
     return parser.parse_args(expand_home(arguments))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -42,15 +43,30 @@ def test_fetches_joins_and_unpacks_once(hub: FakeHub, tmp_path: Path) -> None:
     assert index.read_bytes() == INDEX
     assert (tmp_path / "wiki-18.jsonl").read_bytes() == CORPUS
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"wiki-18-e5_Flat.index", "wiki-18.jsonl", ".download.lock"}
+    made = {"wiki-18-e5_Flat.index", "wiki-18.jsonl"}
+    assert names == made | {f"{name}.source.json" for name in made} | {".download.lock"}
     assert "wiki-18-e5_Flat.index: 600,003 bytes, checked" in shown
     num_bytes = hub.num_bytes
     assert run(hub, tmp_path).count("already there") == 2
-    assert "verified" in run(hub, tmp_path, "--verify")
+    assert run(hub, tmp_path, "--verify").count("verified") == 2
     assert hub.num_bytes == num_bytes
     index.write_bytes(INDEX[:-1] + b"x")
-    assert "the hash of part_ab is" in fail(hub, tmp_path, "--verify")
-    assert "has 600,003 bytes, expected 300,002" in fail(hub, tmp_path, "--index_files", "part_ab")
+    assert "the hash of wiki-18-e5_Flat.index is" in fail(hub, tmp_path, "--verify")
+    assert "expected {'repo'" in fail(hub, tmp_path, "--index_files", "part_ab")
+    hub.url = "http://127.0.0.1:9"
+    assert run(hub, tmp_path).count("already there") == 2
+
+
+def test_a_corpus_that_is_there_and_wrong_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    corpus = tmp_path / "wiki-18.jsonl"
+    corpus.write_bytes(CORPUS)
+    assert "without a record" in fail(hub, tmp_path, "--what", "corpus")
+    given = ("--sha256", f"wiki-18.jsonl={hashlib.sha256(CORPUS).hexdigest()}")
+    assert "checked" in run(hub, tmp_path, "--what", "corpus", *given)
+    corpus.write_bytes(CORPUS[:-1])
+    assert "bytes, expected" in fail(hub, tmp_path, "--what", "corpus")
+    corpus.write_bytes(CORPUS[:-1] + b"x")
+    assert "the hash of wiki-18.jsonl is" in fail(hub, tmp_path, "--what", "corpus", "--verify")
 
 
 def test_another_run_continues_where_the_first_one_stopped(hub: FakeHub, tmp_path: Path) -> None:
