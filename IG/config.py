@@ -147,29 +147,29 @@ class IGServiceConfig:
 
     @property
     def log_floor(self) -> float:
-        """Smallest score of the log-ratio: R samples cannot tell a score of 0 from one well below 1/R."""
+        """Return the smallest score of the log-ratio: R samples cannot tell 0 from a score well below 1/R."""
         return 1 / (10 * self.num_generations)
 
     @property
     def max_body_bytes(self) -> int:
-        """Longest request body."""
+        """Return the longest request body, in bytes."""
         return int(self.max_body_mb * 2**20)
 
     @property
     def worker_count(self) -> int:
-        """Number of workers: on CPUs or on GPUs, never both."""
+        """Return the number of workers: on CPUs or on GPUs, never both."""
         return max(self.num_workers, self.num_gpus)
 
     @property
     def device_kind(self) -> str:
-        """Where the generator must run: `auto`, `cpu` or `cuda`."""
+        """Return where the generator must run: `auto`, `cpu` or `cuda`."""
         if self.num_workers > 1:
             return "cpu"
         return "cuda" if self.num_gpus > 1 else self.device.partition(":")[0]
 
     @property
     def cuda_device(self) -> str:
-        """The GPU by its full name; `auto` and `cuda` are the first one."""
+        """Return the GPU by its full name; `auto` and `cuda` are the first one."""
         kind, _, index = self.device.partition(":")
         return f"cuda:{int(index)}" if kind == "cuda" and index else "cuda:0"
 

@@ -127,7 +127,7 @@ class _Request:
 
 
 class _InvalidQueryError(ValueError):
-    """The query cannot be measured whatever the models do."""
+    """The query cannot be measured by any models."""
 
 
 _FAILURE_KINDS: dict[type[Exception], FailureKind] = {

@@ -46,7 +46,7 @@ class SamplingError(RuntimeError):
 
 
 class PoisonedError(SamplingError):
-    """This item killed the workers that tried it and is quarantined."""
+    """Two workers were lost while they had this item; it is quarantined."""
 
 
 class EngineLostError(RuntimeError):
@@ -151,7 +151,7 @@ class VllmSampler:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine process still works."""
+        """Return whether the engine process still works."""
         return not self._engine.errored
 
     async def aclose(self) -> None:

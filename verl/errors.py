@@ -36,4 +36,4 @@ class WeightSyncError(UserError, RuntimeError):
 
 
 class TrainingHaltedError(UserError, RuntimeError):
-    """The run stopped itself (too many failures, too many non-finite updates) and says why."""
+    """The run stopped itself (too many failures, too many non-finite updates) and names the reason."""

@@ -78,7 +78,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """What a tool says of itself, for the prompt and for the parser of a prompt format."""
+    """Name, description and limits of a tool, for the prompt and the parser of a prompt format."""
 
     name: str
     description: str

@@ -174,7 +174,7 @@ def _doubts(
     gains: dict[Scenario, list[float]],
     config: IGServiceConfig,
 ) -> list[str]:
-    """Return what makes the gains untrustworthy whatever the number of samples."""
+    """Return what makes the gains untrustworthy at any number of samples."""
     doubts = []
     if noise is not None and Scenario.random in gains:
         helpful, random = (float(np.mean(gains[name])) for name in (Scenario.supporting, Scenario.random))

@@ -76,12 +76,12 @@ class QuestionReading:
 
     @property
     def contexts(self) -> dict[Scenario, Samples]:
-        """The conditions that have a context."""
+        """Return the conditions that have a context."""
         return {name: samples for name, samples in self.conditions.items() if name is not Scenario.none}
 
     @property
     def num_samples(self) -> int:
-        """Samples of the condition that has the fewest."""
+        """Return the number of samples of the condition that has the fewest."""
         return min(len(samples) for samples in self.conditions.values())
 
     def gains(self, config: IGServiceConfig) -> dict[Scenario, float]:

@@ -1,6 +1,6 @@
 """Measure gains and judge entailment behind the HTTP surface: shared work in front, a pool of workers behind.
 
-`Backend` is the seam: the server knows nothing else of models, engines or devices.
+`Backend` is the seam: the server uses models, engines and devices only through it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Backend(Protocol):
 
     @property
     def workers(self) -> PoolStatus:
-        """The state of the workers now."""
+        """Return the state of the workers now."""
         ...
 
     @property
     def identity(self) -> ModelIdentity:
-        """Which models the numbers come from."""
+        """Return which models the numbers come from."""
         ...
 
     async def estimate(
@@ -103,7 +103,7 @@ class PooledBackend:
 
     @property
     def workers(self) -> PoolStatus:
-        """The state of the workers now."""
+        """Return the state of the workers now."""
         return self._pool.status
 
     async def estimate(

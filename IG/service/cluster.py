@@ -17,7 +17,7 @@ from IG.service.jobs import WorkerLostError
 from serving.ray_start import PrivateRay
 from serving.web.loading import load_in_thread
 
-_OBJECT_STORE_BYTES = 80 * 2**20  # what goes to and fro is small and travels inline; Ray takes no less
+_OBJECT_STORE_BYTES = 80 * 2**20  # arguments and results are small and sent inline; Ray accepts no less
 _CALLS_AT_ONCE = 10_000
 
 

@@ -74,7 +74,7 @@ def _has_chat_template(name: str) -> bool:
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that make the model, sorted by name; hex.
+    """Return the SHA-256 over names and contents of a model's files, sorted by name, in hex.
 
     It reads all weights: seconds for large models.
     """

@@ -20,7 +20,7 @@ from IG.service.schema import (
 async def render(
     estimates: Estimates, *, include_details: bool, gain_limit: float, failed_score: float | None
 ) -> bytes:
-    """Return the response as JSON; details are written in a thread, beside the event loop.
+    """Return the response as JSON; details are written in a thread, off the event loop.
 
     `failed_score` is the score of items that failed.
     """

@@ -41,12 +41,12 @@ class IGService(Protocol):
 
     @property
     def timeout_s(self) -> float:
-        """The longest that a step may wait for its gains."""
+        """Return the longest time that a step may wait for its gains."""
         ...
 
     @property
     def work(self) -> Mapping[str, int]:
-        """The service's own account of all work it did for this client so far."""
+        """Return the work that the service reports for this client so far."""
         ...
 
     async def compute(

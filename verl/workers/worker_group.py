@@ -20,7 +20,7 @@ from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
 _GRACE_S = 5.0
-"""When a rank dies the others fail in a collective; its own error says more, so wait for that."""
+"""When a rank dies the others fail in a collective; wait for its own error, which is more specific."""
 
 # Threads that spin would take the cores from the other processes.
 _CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"}

@@ -75,7 +75,6 @@ async def gains_while_one_is_killed(service: PooledBackend, name: str) -> list[f
 
 
 async def test_one_worker_and_two_give_the_same_gains_also_when_processes_are_killed() -> None:
-    # Ray first: it reads its authentication mode when it is imported, which vLLM does in this process, too.
     async with backend(2) as sharded:
         expected = await gains(sharded)
         assert len(set(expected)) > 3

@@ -87,7 +87,7 @@ class SearchR1Format:
         return (Message(role="user", content=content),)
 
     def check_prompt(self, messages: Sequence[Message]) -> str | None:
-        """Return what a prompt lacks that never shows how to answer: no answer would ever be found."""
+        """Return what a prompt lacks if it does not show how to answer, since no answer would be found."""
         return find_missing_tag(messages, [ANSWER, *(part for part in self.parts if part != SpanKind.THINK)])
 
     def render_prompt(self, question: Question) -> list[int]:
