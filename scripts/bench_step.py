@@ -2,7 +2,9 @@
 
 `make bench-step` runs this on the embedded world. All methods measure the same trajectories. Costs are
 processor seconds of all processes and visible wall seconds, both as a share of a `search_r1` step measured in
-the same run. The last line of the output is JSON:
+the same run. One update takes the whole batch, as in the quickstart; with
+`actor_rollout_ref.actor.ppo_mini_batch_size=40` there are two, which need old log-probs, and those come from
+the same pass as the gains. The last line of the output is JSON:
 
   step_cpu_s, step_s       a search_r1 step: processor seconds of all processes, wall seconds
   overhead                 processor seconds that a method adds, as a share of step_cpu_s
@@ -41,8 +43,9 @@ from supervise import ChildFailedError, Supervisor
 from bench import bare
 from bench.service import start_ig_service, start_service
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm
-from verl.branches import Branch, Tree, row_length, split
+from verl.algorithms.base import Algorithm, LogProbScorer
+from verl.algorithms.statistics import spread
+from verl.branches import Branch, Tree, TreeLogProbs, row_length, split
 from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.build import USE_IG_SERVICE, make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
@@ -52,6 +55,7 @@ from verl.trainer.ppo.trainer import PPOTrainer
 from verl.types import Group, Stop
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
+from verl.workers.batch import build_batch
 
 WARM_UP_STEPS = 1
 SCORED_TURNS = (1, 2, 4, 8)
@@ -69,15 +73,16 @@ class Cost:
 class CountingScorer:
     """A scorer that counts the tokens of its forward passes, and those of one pass per state."""
 
-    def __init__(self, scorer: object) -> None:
+    def __init__(self, scorer: LogProbScorer) -> None:
         self._scorer = scorer
-        self.scores_trajectories = False
+        self.scores_trajectories: bool = scorer.scores_trajectories
         self.shared = self.naive = 0
 
-    async def score(self, trees: Sequence[Tree]) -> object:
-        self.shared += sum(row_length(tree) for tree in trees if tree.branches)
+    async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
+        """Return the log-probs of each tree, in order."""
+        self.shared += sum(row_length(tree) for tree in trees if tree.branches or self.scores_trajectories)
         self.naive += sum(row_length(part) for tree in trees for part in split(tree))
-        return await self._scorer.score(trees)  # type: ignore[attr-defined]
+        return await self._scorer.score(trees)
 
 
 def main() -> int:
@@ -208,19 +213,25 @@ async def measure_method(
     """Return what a method adds to the step that played these groups, and its share of the naive tokens.
 
     A gain that the IG service computes while episodes run is invisible until they have ended: for methods
-    that prefetch the episodes are played again.
+    that prefetch the episodes are played again. Where the update needs old log-probs, a method that scores
+    the trajectories gives them, too: the pass that a `search_r1` step needs for them is taken off.
     """
     config = compose_config([o for o in overrides if not o.startswith("algorithm=")] + [f"algorithm={name}"])
     algorithm, scorer, client = make_method(config, trainer)
     cost = Cost()
     questions = [group.question for group in groups]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    batch = build_batch(trajectories, [spread(t, 0.0) for t in trajectories], pad_id=trainer.pad_id)
     prefetches = type(algorithm).prefetch is not Algorithm.prefetch
     for _ in range(repeats):
-        plain = 0.0
+        plain_cpu_s = plain_wall_s = 0.0
+        before, began = cpu_seconds(), time.perf_counter()
         if prefetches:
-            before = cpu_seconds()
             await trainer.parts.collector.collect(questions, step=0)
-            plain = cpu_seconds() - before
+            plain_cpu_s = cpu_seconds() - before
+        elif scorer is not None and scorer.scores_trajectories:
+            await trainer.parts.policy.log_probs(batch)
+            plain_cpu_s, plain_wall_s = cpu_seconds() - before, time.perf_counter() - began
         before = cpu_seconds()
         async with aclosing(algorithm.prefetch(questions)) as prefetch:
             if prefetches:
@@ -229,8 +240,8 @@ async def measure_method(
                 )
             began = time.perf_counter()
             scored = await make_reward(config, algorithm).score(groups, prefetch=prefetch)
-        cost.wall_s.append(time.perf_counter() - began)
-        cost.cpu_s.append(cpu_seconds() - before - plain)
+        cost.wall_s.append(time.perf_counter() - began - plain_wall_s)
+        cost.cpu_s.append(cpu_seconds() - before - plain_cpu_s)
         assert len(scored.credits) == len(groups)
     if client is not None:
         await client.aclose()
@@ -313,8 +324,9 @@ def compare_bare(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=bare.load, initargs=(config,)) as process:
         decoding = [process.submit(bare.decode, requests).result() for _ in range(3)]
-        rows = [t.token_ids.tolist() for t in trajectories]
-        masks = [t.policy_mask.tolist() for t in trajectories]
+    rows = [t.token_ids.tolist() for t in trajectories]
+    masks = [t.policy_mask.tolist() for t in trajectories]
+    with ProcessPoolExecutor(1, spawn) as process:  # vLLM leaves a process with fewer threads
         update_s = min(process.submit(bare.train, rows, masks, config).result() for _ in range(3))
     rollout_s = statistics.median(phase["rollout"] for phase in phases)
     trained_s = statistics.median(phase["update"] for phase in phases)

@@ -57,7 +57,9 @@ def train(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], config
     import torch
     from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
     model = AutoModelForCausalLM.from_pretrained(config.actor_rollout_ref.model.path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
