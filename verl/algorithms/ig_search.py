@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, score_branches
+from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, answer_branches, score_branches
 from verl.algorithms.statistics import credit_outcomes, gains_of_turns, spread_spans
 from verl.branches import Branch, TreeLogProbs
 from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive, share
@@ -221,14 +221,11 @@ def _branches(
     for step, drawn in zip(steps, draws, strict=True):
         if not drawn or not probes:
             continue
-        branches += [Branch(ids=probe.ids, start=step.end, scored=probe.scored) for probe in probes]
+        branches += answer_branches(probes, start=step.end, parent=None, index=len(branches))
         for other in drawn:
             documents = len(branches)
             branches.append(Branch(ids=other.ids, start=step.query_end))
-            branches += [
-                Branch(ids=probe.ids, start=len(other.ids), scored=probe.scored, parent=documents)
-                for probe in probes
-            ]
+            branches += answer_branches(probes, start=len(other.ids), parent=documents, index=documents + 1)
     return branches
 
 
