@@ -47,7 +47,7 @@ class Scorer:
     """Those that were scored, per trajectory."""
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
-        self.answers += [list(dict.fromkeys(map(_text, tree.branches))) for tree in trees]
+        self.answers += [list(dict.fromkeys(filter(None, map(_text, tree.branches)))) for tree in trees]
         return [TreeLogProbs(branches=tuple(_scores(tree))) for tree in trees]
 
 
@@ -57,9 +57,12 @@ def _text(branch: Branch) -> str:
 
 
 def _scores(tree: Tree) -> list[np.ndarray]:
-    states = sorted({branch.start for branch in tree.branches})
+    def state(branch: Branch) -> int:
+        return branch.start if branch.parent is None else state(tree.branches[branch.parent])
+
+    states = sorted({state(branch) for branch in tree.branches})
     return [
-        np.full(branch.scored[1] - branch.scored[0], -2.0 + states.index(branch.start), np.float32)
+        np.full(branch.scored[1] - branch.scored[0], -2.0 + states.index(state(branch)), np.float32)
         for branch in tree.branches
     ]
 
