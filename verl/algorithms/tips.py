@@ -35,6 +35,8 @@ class TIPSConfig(AlgorithmConfig):
     target_size: float = positive(0.11)
     terminal: bool = False
     """Subtract the last potential from the last turn: the shaping then leaves the best policy as it is."""
+    refresh_steps: int = not_negative(0)
+    """The scorer gets the policy's weights after every so many steps; 0: it stays the initial policy."""
     answer_wrapper: str = "<answer>{answer}</answer>"
 
 

@@ -100,6 +100,9 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
     has_kl = config.actor_rollout_ref.actor.use_kl_loss
+    refresh_steps = getattr(config.algorithm, "refresh_steps", 0)
+    scores_with_reference = Need.FROZEN_LOG_PROBS in needs and not refresh_steps
+    trains = not config.trainer.evaluates_only
     models = await launch_models(
         config,
         stack,
@@ -107,7 +110,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
-        needs_reference=(has_kl or Need.FROZEN_LOG_PROBS in needs) and not config.trainer.evaluates_only,
+        needs_reference=(has_kl or scores_with_reference) and trains,
+        refresh_steps=refresh_steps if trains else 0,
     )
     algorithm = algorithm_class(
         config.algorithm, make_services(config, models, needs=needs, codec=tokenizer, ig_client=ig_client)
@@ -121,6 +125,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         reward=make_reward(config, algorithm),
         policy=models.policy,
         reference=models.reference if has_kl else None,
+        copy=models.copy,
         engines=models.engines,
         publisher=make_publisher(
             stack, models, prompt_format=prompt_format, questions=train, tolerance=tolerance
@@ -202,8 +207,9 @@ def make_services(
             # The same forward pass gives the old log-probs, where an update needs any.
             scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step),
         )
-    if Need.FROZEN_LOG_PROBS in needs and models.reference is not None:
-        frozen = LogProbScorer(models.reference, shares_prefixes=shares_prefixes, scores_trajectories=False)
+    still = models.reference if models.copy is None else models.copy.model
+    if Need.FROZEN_LOG_PROBS in needs and still is not None:
+        frozen = LogProbScorer(still, shares_prefixes=shares_prefixes, scores_trajectories=False)
     return Services(
         render_context=render_context,
         ig_service=ig_client if Need.IG_SERVICE in needs else None,

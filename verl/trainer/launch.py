@@ -19,6 +19,7 @@ from verl.utils.actors import Launcher, make_launcher
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.model import prepare_engine_model
 from verl.workers.parallel import Placement
+from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Models:
     reference: WorkerGroup | None
     """Frozen initial policy; None where neither the KL term nor the method needs it."""
     engines: EnginePool
+    copy: PolicyCopy | None = None
+    """The model that the method scores with, if that is refreshed; else the reference is."""
 
 
 async def launch_models(
@@ -43,8 +46,11 @@ async def launch_models(
     scratch: Path,
     checkpoint: Path | None,
     needs_reference: bool,
+    refresh_steps: int = 0,
 ) -> Models:
     """Return policy (as in the checkpoint), reference if needed, and engines once all are ready.
+
+    Above 0, `refresh_steps` also starts a copy of the policy that is refreshed.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
@@ -74,7 +80,12 @@ async def launch_models(
             async with alone_on_gpus(engines, device=device):
                 policy = launch_group(name="policy", trainable=True)
                 close_quietly(stack, policy.shutdown)
-                reference = None
+                reference = copy = None
+                if refresh_steps:
+                    model = launch_group(name="copy", trainable=False)
+                    close_quietly(stack, model.shutdown)
+                    await model.wait_until_ready()
+                    copy = PolicyCopy(policy, model, every=refresh_steps, scratch=scratch)
                 if needs_reference:
                     reference = launch_group(name="reference", trainable=False)
                     close_quietly(stack, reference.shutdown)
@@ -89,8 +100,10 @@ async def launch_models(
         ) from error
     logger.info("ready: a policy of %s parameters", f"{num_parameters:,}")
     if checkpoint is not None:
+        if copy is not None:
+            await copy.load(checkpoint)
         await policy.load(checkpoint)
-    return Models(policy=policy, reference=reference, engines=engines)
+    return Models(policy=policy, reference=reference, engines=engines, copy=copy)
 
 
 @asynccontextmanager

@@ -189,9 +189,9 @@ class PolicyWorker:
             write_model(Path(folder), state, source=self._source)
         wait_for_ranks(self._context)
 
-    def save(self, folder: str) -> None:
-        """Write this rank's weights, optimizer state, step and random state."""
-        assert self._optimizer is not None
+    def save(self, folder: str, *, weights_only: bool = False) -> None:
+        """Write this rank's weights, optimizer state (unless `weights_only`), step and random state."""
+        states = {} if self._optimizer is None or weights_only else self._optimizer.state
         names = {parameter: name for name, parameter in self._network.named_parameters()}
         record = {
             "world_size": self._context.world_size,
@@ -199,7 +199,7 @@ class PolicyWorker:
             "weights": {name: _copy_part(p.detach()) for p, name in names.items()},
             "optimizer": {
                 names[p]: {key: _copy_part(value) for key, value in state.items()}
-                for p, state in self._optimizer.state.items()
+                for p, state in states.items()
             },
             "random": torch.get_rng_state(),
         }
@@ -210,8 +210,10 @@ class PolicyWorker:
         wait_for_ranks(self._context)
 
     def load(self, folder: str) -> None:
-        """Continue exactly where `save` was called. Raises ConfigError if the ranks or the model differ."""
-        assert self._optimizer is not None
+        """Continue exactly where `save` was called; a frozen model takes the weights.
+
+        Raises ConfigError if the ranks or the model differ.
+        """
         path = self._rank_file(folder)
         if not path.is_file():
             raise ConfigError(
@@ -226,7 +228,7 @@ class PolicyWorker:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 local_part(parameter).copy_(record["weights"][name])
-                if name in record["optimizer"]:
+                if self._optimizer is not None and name in record["optimizer"]:
                     self._optimizer.state[parameter] = _restore_state(parameter, record["optimizer"][name])
         torch.set_rng_state(record["random"])
         self._step = record["step"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 from verl.branches import Tree, TreeLogProbs
+from verl.errors import ConfigError
 from verl.workers.worker_group import WorkerGroup
 
 
@@ -20,3 +23,41 @@ class LogProbScorer:
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
         return await self._model.tree_log_probs(trees, shared=self._shares_prefixes)
+
+
+class PolicyCopy:
+    """A frozen model that gets the policy's weights every so many steps, and is kept in checkpoints."""
+
+    def __init__(self, policy: WorkerGroup, model: WorkerGroup, *, every: int, scratch: Path) -> None:
+        """`every` counts steps; weights travel through a folder in `scratch`."""
+        self.model = model
+        self._policy = policy
+        self._every = every
+        self._folder = scratch / "policy_copy"
+
+    async def refresh(self, step: int) -> None:
+        """Copy the policy's weights, exactly, if that is due after this step."""
+        if step % self._every:
+            return
+        try:
+            await self._policy.save(self._folder, weights_only=True)
+            await self.model.load(self._folder)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def save(self, checkpoint: Path) -> None:
+        """Write the copy into the folder of a checkpoint."""
+        await self.model.save(checkpoint / _COPY, weights_only=True)
+
+    async def load(self, checkpoint: Path) -> None:
+        """Restore the copy that was saved. Raises ConfigError where there is none."""
+        if not (checkpoint / _COPY).is_dir():
+            raise ConfigError(
+                f"{checkpoint} has no copy of the policy, which algorithm.refresh_steps={self._every} scores "
+                "with: it was saved with 0. Resume with algorithm.refresh_steps=0, or start another run"
+            )
+        await self.model.load(checkpoint / _COPY)
+
+
+_COPY = "policy_copy"
+"""Folder in a checkpoint."""

@@ -164,9 +164,9 @@ class WorkerGroup:
         """Write a folder that `from_pretrained` and vLLM load."""
         await self._call_all("export_hf", [(str(folder),)] * len(self._actors))
 
-    async def save(self, folder: Path) -> None:
-        """Write what `load` needs to continue exactly, one file per rank."""
-        await self._call_all("save", [(str(folder),)] * len(self._actors))
+    async def save(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Write what `load` needs to continue exactly, or to have the same weights, one file per rank."""
+        await self._call_all("save", [(str(folder),)] * len(self._actors), weights_only=weights_only)
 
     async def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called. Raises ConfigError, see `PolicyWorker.load`."""

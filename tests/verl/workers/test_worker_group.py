@@ -11,11 +11,18 @@ from tests.verl.workers.episodes import make_actor, make_config, make_worker, on
 from verl.errors import ConfigError
 from verl.utils.actors import ActorError, Launcher, make_launcher
 from verl.workers.parallel import Placement
+from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
 
 
 def launch(
-    launcher: Launcher, folder: Path, *, scratch: Path, name: str = "policy", world_size: int = 1
+    launcher: Launcher,
+    folder: Path,
+    *,
+    scratch: Path,
+    name: str = "policy",
+    world_size: int = 1,
+    trainable: bool = True,
 ) -> WorkerGroup:
     return WorkerGroup.launch(
         launcher,
@@ -25,7 +32,7 @@ def launch(
         scratch=scratch,
         total_steps=10,
         seed=0,
-        trainable=True,
+        trainable=trainable,
     )
 
 
@@ -55,6 +62,45 @@ async def test_one_local_rank_does_what_the_worker_does(
     group.shutdown()
     with pytest.raises(ActorError, match="policy-0"):
         await group.probe(ids)
+
+
+async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
+    local: Launcher, model_folder: Path, tmp_path: Path
+) -> None:
+    """Refreshed after steps 2 and 4; a run that resumes from step 3 scores steps 4 and 5 alike."""
+
+    def start(name: str) -> tuple[WorkerGroup, PolicyCopy]:
+        policy = launch(local, model_folder, scratch=tmp_path, name=name)
+        frozen = launch(local, model_folder, scratch=tmp_path, name=f"{name} copy", trainable=False)
+        return policy, PolicyCopy(policy, frozen, every=2, scratch=tmp_path)
+
+    batches = [random_batch(4, seed=seed) for seed in range(5)]
+    ids = batches[0].input_ids[0]
+    policy, copy = start("unbroken")
+    initial, unbroken = await policy.probe(ids), []
+    for step, batch in enumerate(batches, start=1):
+        unbroken.append(await copy.model.probe(ids))  # what scores in this step
+        await policy.update(batch)
+        await copy.refresh(step)
+        if step == 2:
+            np.testing.assert_array_equal(await copy.model.probe(ids), await policy.probe(ids))
+        if step == 3:
+            await policy.save(tmp_path / "checkpoint")
+            await copy.save(tmp_path / "checkpoint")
+    np.testing.assert_array_equal(unbroken[1], initial)
+    assert not np.array_equal(unbroken[2], initial)
+    assert not np.array_equal(unbroken[4], unbroken[3])
+
+    policy, copy = start("resumed")
+    await copy.load(tmp_path / "checkpoint")
+    await policy.load(tmp_path / "checkpoint")
+    for step in (4, 5):
+        np.testing.assert_array_equal(await copy.model.probe(ids), unbroken[step - 1])
+        await policy.update(batches[step - 1])
+        await copy.refresh(step)
+    with pytest.raises(ConfigError, match=r"no copy of the policy.*refresh_steps=2"):
+        await copy.load(tmp_path)
+    assert not (tmp_path / "policy_copy").exists()
 
 
 async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher, tmp_path: Path) -> None:

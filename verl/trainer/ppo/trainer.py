@@ -34,6 +34,7 @@ from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
 from verl.workers.checkpoint import CheckpointStore
+from verl.workers.scorer import PolicyCopy
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
@@ -52,6 +53,8 @@ class Parts:
     policy: WorkerGroup
     reference: WorkerGroup | None
     """Frozen initial policy of the KL term; None without it."""
+    copy: PolicyCopy | None = None
+    """Copy of the policy that the method scores with, where that is refreshed."""
     engines: EnginePool
     publisher: WeightPublisher
     checkpoints: CheckpointStore
@@ -166,6 +169,8 @@ class PPOTrainer:
     async def update(self, step: int, batch: TrainBatch, scored: ScoredGroups) -> dict[str, float]:
         """Train on the batch; then the step is done, and remains to be recorded."""
         update = await self.parts.policy.update(batch)
+        if self.parts.copy is not None:
+            await self.parts.copy.refresh(step)
         self.progress.step = step
         self.progress.sampler = self.parts.questions.state_dict()
         self.unrecorded = partial(self.record, scored, update)
@@ -225,6 +230,8 @@ class PPOTrainer:
 
         async def write(folder: Path) -> None:
             await self.parts.policy.save(folder)
+            if self.parts.copy is not None:
+                await self.parts.copy.save(folder)
             await self.parts.policy.export_hf(folder / "huggingface")
             self.progress.save(folder, identity=self.identity)
 

@@ -87,6 +87,19 @@ class FakeModels:
         self.note("wake")
 
 
+class FakeCopy:
+    """Notes after which steps it was refreshed and saved."""
+
+    def __init__(self, models: FakeModels) -> None:
+        self._models = models
+
+    async def refresh(self, step: int) -> None:
+        self._models.note(f"refresh {step}")
+
+    async def save(self, checkpoint: Path) -> None:
+        self._models.note(f"save copy in {checkpoint.name}")
+
+
 class Run:
     """A trainer whose models are fake, and what it works with."""
 
@@ -96,6 +109,7 @@ class Run:
         *,
         algorithm: Algorithm | None = None,
         agent: FakeAgent | None = None,
+        has_copy: bool = False,
         **settings: int,
     ) -> None:
         algorithm = algorithm or make_method()
@@ -104,6 +118,7 @@ class Run:
         self.checkpoints = CheckpointStore(run_dir / "checkpoints", keep=2)
         self.tracker = Tracker(run_dir, TrainerConfig(logger=[]))
         models: Any = self.models
+        copy: Any = FakeCopy(self.models) if has_copy else None
         parts = Parts(
             questions=self.sampler,
             held_out=HELD_OUT,
@@ -112,6 +127,7 @@ class Run:
             reward=Reward(measure_outcome, algorithm=algorithm, max_failure_share=0.5, fix=""),
             policy=models,
             reference=None,
+            copy=copy,
             engines=models,
             publisher=models,
             checkpoints=self.checkpoints,
@@ -228,6 +244,17 @@ async def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path: Path
     ]
     greedy = [index for index, (*_, is_greedy) in enumerate(run.agent.asked) if is_greedy]
     assert greedy == [0, 13, 20]  # before training, after step 2, at the end
+
+
+async def test_the_copy_that_scores_is_part_of_a_step_and_of_its_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, has_copy=True, **(STEPS_ALONE | {"save_freq": 2}))
+    await run.trainer.fit()
+    run.tracker.finish()
+    noted = [call for call in run.models.calls if call.startswith(("update", "refresh", "save"))]
+    step = ["update of 6", "refresh {}"]
+    saved = ["save", "save copy in .global_step_{}.partial"]
+    plan = [(step, 1), (step, 2), (saved, 2), (step, 3), (saved, 3)]
+    assert noted == [call.format(number) for calls, number in plan for call in calls]
 
 
 async def test_a_halted_run_keeps_its_finished_steps_and_resumes_with_the_batch_it_failed(run: Run) -> None:
