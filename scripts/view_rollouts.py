@@ -169,7 +169,7 @@ def _render_turn(
 
 def _credit_style(piece: Piece | None, *, scale: float) -> str | None:
     level = 0 if piece is None else shade(piece.advantage, scale=scale)
-    return f"black on {shade_color(level)}" if level else None
+    return f"#000000 on {shade_color(level)}" if level else None
 
 
 def _render_end(record: TrajectoryRecord) -> Text:

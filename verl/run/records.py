@@ -73,7 +73,8 @@ class SpanRecord(TypedDict):
     start: int
     end: int
     text: str
-    num_closing: int
+    num_closing: NotRequired[int]
+    """Absent in older files of format 3: 0."""
 
 
 class ActionRecord(TypedDict):

@@ -74,6 +74,14 @@ def test_the_facts_of_turns_come_back_also_from_old_files(tmp_path: Path) -> Non
     assert rebuilt.turns[3].observations == twice.observations
     assert [o.text for o in rebuilt.observations] == [o.text for o in trajectory.observations]
 
+    early = json.loads(path.read_text())  # format 3 had no closing tags at first
+    for turn in early["turns"]:
+        for span in turn["action"]["spans"]:
+            del span["num_closing"]
+    path.with_name("step_000001.jsonl").write_text(json.dumps(early) + "\n")
+    (record,) = read_records(path.with_name("step_000001.jsonl"))
+    assert rebuild_step([record]).groups[0].trajectories[0].turns[0].action == turns[0].action
+
     line = json.loads(path.read_text())
     line["turns"].pop()  # they had one call in a turn
     del line["mask_runs"][-2:]

@@ -15,6 +15,8 @@ from verl.run.report.text import gain_of
 from verl.utils.failures import failure_name
 
 GROUPS_PER_STEP = 8
+STEP_BYTES = 200_000
+"""About the most HTML of the groups of one step, so that reports of long trajectories stay below 2 MB."""
 PAIRS_PER_CHANGE = {"won": 6, "lost": 3, "still wrong": 3, "still right": 3}
 EXTREMES = 4
 SCANNED_STEPS = 20
@@ -52,25 +54,31 @@ class Extremes:
     scanned_steps: int
 
 
-def pick_steps(run: RunData) -> list[StepExample]:
-    """Return the first, middle and last recorded step."""
+def pick_steps(run: RunData, *, max_bytes: int = STEP_BYTES) -> list[StepExample]:
+    """Return the first, middle and last recorded step, with groups of about `max_bytes`, at least one."""
     steps = list(run.steps)
     if not steps:
         return []
     chosen = {steps[len(steps) // 2]: "Middle step", steps[-1]: "Last step", steps[0]: "First step"}
-    return [_read_step(run.steps[step], step=step, label=chosen[step]) for step in sorted(chosen)]
+    return [
+        _read_step(run.steps[step], step=step, label=chosen[step], max_bytes=max_bytes)
+        for step in sorted(chosen)
+    ]
 
 
-def _read_step(path: Path, *, step: int, label: str) -> StepExample:
+def _read_step(path: Path, *, step: int, label: str, max_bytes: int) -> StepExample:
     groups: dict[str, list[TrajectoryRecord]] = {}
     attempts: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+    size = 0
     for record in iterate_records(path):
         attempts[record["uid"]] += 1
         if record["failure"] is not None:
             failures[failure_name(record["failure"])] += 1
-        if record["uid"] in groups or len(groups) < GROUPS_PER_STEP:
+        has_room = not groups or (len(groups) < GROUPS_PER_STEP and size < max_bytes)
+        if record["uid"] in groups or has_room:
             groups.setdefault(record["uid"], []).append(record)
+            size += _shown_bytes(record)
     return StepExample(
         label=label,
         step=step,
@@ -79,6 +87,15 @@ def _read_step(path: Path, *, step: int, label: str) -> StepExample:
         num_attempts=attempts.total(),
         failures=dict(failures.most_common()),
     )
+
+
+def _shown_bytes(record: TrajectoryRecord) -> int:
+    """Return about how much HTML a trajectory takes: its texts, and what is said of each piece of credit."""
+    size = 1500 + len(record["prompt_text"])
+    for turn in record["turns"]:
+        size += len(turn["output_text"]) + sum(len(passage["text"]) for passage in turn["passages"])
+        size += 300 * len(turn.get("text_cuts", ()))
+    return size
 
 
 def pick_extremes(run: RunData) -> Extremes:

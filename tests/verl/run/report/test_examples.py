@@ -22,6 +22,13 @@ def test_groups_are_shown_whole(run: RunData) -> None:
         assert all([t["sample"] for t in group] == [0, 1, 2] for group in step.groups)
 
 
+def test_of_long_trajectories_fewer_groups_are_shown_but_whole(run: RunData) -> None:
+    for max_bytes, least, most in ((0, 1, 1), (30_000, 2, 7)):
+        for step in pick_steps(run, max_bytes=max_bytes):
+            assert least <= len(step.groups) <= most
+            assert all([t["sample"] for t in group] == [0, 1, 2] for group in step.groups)
+
+
 def test_extremes_are_the_extremes(run: RunData) -> None:
     extremes = pick_extremes(run)
     gains = [t["gain"] or 0.0 for t in (*extremes.best, *reversed(extremes.worst))]
