@@ -96,4 +96,4 @@ async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Pa
     record = read_records(step_files(tmp_path)[1])[0]
     assert record["turn_gains"] == [1.0, None]
     assert record["components"] == {"reward": 1.0, "found": [1.0, None]}
-    assert "Gain of this turn +1.0000" in write_report(tmp_path).read_text()
+    assert "turn 1: gain +1.0000" in write_report(tmp_path).read_text()
