@@ -29,7 +29,7 @@ def measure_outcome(
 ) -> Outcome:
     """Score the answer by `metric`, normalized by `rule`.
 
-    `em`, `sub_em` and `f1` are 0 without an answer; a wrong answer that says something, in well-formed tags,
+    `em`, `sub_em` and `f1` are 0 without an answer; a wrong answer that is not empty, in well-formed tags,
     is worth at least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which
     have a rule of their own for answers that are wrong or missing.
     """
