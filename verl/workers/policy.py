@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from verl.branches import Tree
-from verl.errors import ConfigError
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import BoolArray, FloatArray, IntArray
 from verl.workers.batch import MiniBatch, Shard, TrainBatch, TreeBatch, TreeShard, build_tree_batch
@@ -32,7 +31,6 @@ from verl.workers.model import (
     untie,
     write_model,
     write_weights,
-    writing_tensors,
 )
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
@@ -45,6 +43,7 @@ from verl.workers.parallel import (
     shard_model,
     wait_for_ranks,
 )
+from verl.workers.rank_state import read_rank, write_rank
 
 logger = logging.getLogger(__name__)
 
@@ -191,22 +190,8 @@ class PolicyWorker:
 
     def save(self, folder: str, *, weights_only: bool = False) -> None:
         """Write this rank's weights, optimizer state (unless `weights_only`), step and random state."""
-        states = {} if self._optimizer is None or weights_only else self._optimizer.state
-        names = {parameter: name for name, parameter in self._network.named_parameters()}
-        record = {
-            "world_size": self._context.world_size,
-            "step": self._step,
-            "weights": {name: _copy_part(p.detach()) for p, name in names.items()},
-            "optimizer": {
-                names[p]: {key: _copy_part(value) for key, value in state.items()}
-                for p, state in states.items()
-            },
-            "random": torch.get_rng_state(),
-        }
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = self._rank_file(folder)
-        with writing_tensors(path), path.open("wb") as file:
-            torch.save(record, file)
+        optimizer = None if weights_only else self._optimizer
+        write_rank(folder, self._network, optimizer=optimizer, step=self._step, context=self._context)
         wait_for_ranks(self._context)
 
     def load(self, folder: str) -> None:
@@ -214,24 +199,13 @@ class PolicyWorker:
 
         Raises ConfigError if the ranks or the model differ.
         """
-        path = self._rank_file(folder)
-        if not path.is_file():
-            raise ConfigError(
-                f"{folder} has no {path.name}: it was saved by another number of workers. Resume with that "
-                "number, or start from its huggingface folder with actor_rollout_ref.model.path"
-            )
-        record = torch.load(path, map_location="cpu", weights_only=True)
-        parameters = dict(self._network.named_parameters())
-        shapes = {name: local_part(p).shape for name, p in parameters.items()}
-        if shapes != {name: saved.shape for name, saved in record["weights"].items()}:
-            raise ConfigError(f"{path} holds another model than actor_rollout_ref.model.path={self._source}")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                local_part(parameter).copy_(record["weights"][name])
-                if self._optimizer is not None and name in record["optimizer"]:
-                    self._optimizer.state[parameter] = _restore_state(parameter, record["optimizer"][name])
-        torch.set_rng_state(record["random"])
-        self._step = record["step"]
+        self._step = read_rank(
+            folder,
+            self._network,
+            optimizer=self._optimizer,
+            source=self._source,
+            context=self._context,
+        )
 
     def _train_on(self, batch: TrainBatch, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
         """Take one optimizer step and return its metrics, or None if it was skipped."""
@@ -392,25 +366,6 @@ class PolicyWorker:
         """Free cached GPU memory, which the engine on the same GPU needs."""
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _rank_file(self, folder: str) -> Path:
-        return Path(folder) / f"policy_rank_{self._context.rank}_of_{self._context.world_size}.pt"
-
-
-def _copy_part(tensor: Tensor) -> Tensor:
-    # Cloned: a part may be a view of a larger buffer, which torch.save would write whole.
-    return local_part(tensor).cpu().clone()
-
-
-def _restore_state(parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
-    for key, value in saved.items():
-        if value.dim() == 0:  # the step count
-            state[key] = value
-            continue
-        state[key] = torch.zeros_like(parameter)
-        local_part(state[key]).copy_(value)
-    return state
 
 
 _EMPTY_TREE = Tree(trunk=np.zeros(2, dtype=np.int32), branches=())
