@@ -14,6 +14,7 @@ from tests.fakes import make_question, make_trajectory
 from tests.methods import make_method
 from verl.algorithms.base import Algorithm, Prefetch
 from verl.branches import Tree, TreeLogProbs
+from verl.errors import ConfigError
 from verl.types import (
     Gain,
     Group,
@@ -272,3 +273,11 @@ async def test_stepsearch_pays_new_support_and_takes_off_repeats() -> None:
     (failed, *_) = (await gains_of(method, [unknown]))[0]
     assert failed.failure is not None
     assert "supporting_ids" in failed.failure
+
+
+@pytest.mark.parametrize("name", LOG_PROB_METHODS)
+def test_a_wrapper_without_a_place_for_the_answer_is_refused_as_a_setting(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.answer_wrapper must be a text with {answer} in it once"
+    ):
+        make_method(name, answer_wrapper="<answer>")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states
+from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
 from verl.algorithms.statistics import gains_of_turns, group_advantages, spread_turns
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import ActionKind, Credit, Group, Score, Trajectory
@@ -26,7 +26,7 @@ class CWGRPOConfig(AlgorithmConfig):
     """Settings of `algorithm=cw_grpo`."""
 
     name: str = "cw_grpo"
-    answer_wrapper: str = "<answer> {answer} </answer>"
+    answer_wrapper: str = wrapper_setting("<answer> {answer} </answer>")
 
 
 class CWGRPO(Algorithm):
@@ -38,8 +38,7 @@ class CWGRPO(Algorithm):
 
     def __init__(self, settings: CWGRPOConfig, services: Services) -> None:
         super().__init__(settings, services)
-        assert services.codec is not None
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
+        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure how much every turn but the last raised the mean log-prob of the gold answer."""

@@ -16,7 +16,13 @@ from zlib import crc32
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, answer_branches, score_branches
+from verl.algorithms.scoring.log_prob import (
+    AnswerProbes,
+    Probe,
+    answer_branches,
+    score_branches,
+    wrapper_setting,
+)
 from verl.algorithms.statistics import credit_outcomes, gains_of_turns, spread_spans
 from verl.branches import Branch, TreeLogProbs
 from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive, share
@@ -46,7 +52,7 @@ class IGSearchConfig(OutcomeConfig):
     """A step whose documents are shorter gets no gain and is no counterfactual of others."""
     answers: str = one_of("first", "best")
     seed: int = not_negative(0)
-    answer_wrapper: str = "\n<answer> {answer}"
+    answer_wrapper: str = wrapper_setting("\n<answer> {answer}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,8 +79,7 @@ class IGSearch(Algorithm):
 
     def __init__(self, settings: IGSearchConfig, services: Services) -> None:
         super().__init__(settings, services)
-        assert services.codec is not None
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
+        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gain of every search, real and counterfactual documents in one pass per trajectory."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states
+from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
 from verl.algorithms.statistics import (
     credit_turns,
     gains_of_turns,
@@ -55,7 +55,7 @@ class IGPOConfig(AlgorithmConfig):
     """Compute all states of a trajectory in one pass that shares their prefix; false: a pass per state."""
     answers: str = one_of("best", "first")
     """Gold answer that is scored: the most likely one after the last turn, or the first (as published)."""
-    answer_wrapper: str = (
+    answer_wrapper: str = wrapper_setting(
         "<think>\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer>"
     )
     use_curriculum: bool = False
@@ -87,8 +87,7 @@ class IGPO(Algorithm):
 
     def __init__(self, settings: IGPOConfig, services: Services) -> None:
         super().__init__(settings, services)
-        assert services.codec is not None
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
+        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gains of every turn but the last, all states of a trajectory in one pass."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, measure_states
+from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, measure_states, wrapper_setting
 from verl.algorithms.statistics import group_advantages, returns_to_go, spread_turns
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, positive, share
 from verl.types import Credit, Gain, Group, Score, Stop, Trajectory
@@ -39,7 +39,7 @@ class SIOPConfig(AlgorithmConfig):
     """lambda."""
     max_members: int = positive(3)
     """Most distinct answers of a cluster that are scored."""
-    answer_wrapper: str = "<answer>{answer}</answer>"
+    answer_wrapper: str = wrapper_setting("<answer>{answer}</answer>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +62,7 @@ class SIOP(Algorithm):
 
     def __init__(self, settings: SIOPConfig, services: Services) -> None:
         super().__init__(settings, services)
-        assert services.codec is not None
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper")
+        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the reward of every turn of every trajectory that answered."""

@@ -15,7 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states
+from verl.algorithms.scoring.log_prob import (
+    AnswerProbes,
+    has_changed,
+    measure_states,
+    wrapper_setting,
+)
 from verl.algorithms.statistics import credit_returns
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, positive, share
 from verl.types import Credit, Group, Score, Trajectory
@@ -37,7 +42,7 @@ class TIPSConfig(AlgorithmConfig):
     """Subtract the last potential from the last turn: the shaping then leaves the best policy as it is."""
     refresh_steps: int = not_negative(0)
     """The scorer gets the policy's weights after every so many steps; 0: it stays the initial policy."""
-    answer_wrapper: str = "<answer>{answer}</answer>"
+    answer_wrapper: str = wrapper_setting("<answer>{answer}</answer>")
 
 
 class TIPS(Algorithm):
@@ -49,11 +54,8 @@ class TIPS(Algorithm):
 
     def __init__(self, settings: TIPSConfig, services: Services) -> None:
         super().__init__(settings, services)
-        assert services.codec is not None
         # The whole wrapper counts: a state is good when the model would answer, and answer this.
-        self._probes = AnswerProbes(
-            services.codec, settings.answer_wrapper, key="algorithm.answer_wrapper", whole=True
-        )
+        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, whole=True)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the change of potential of every turn; those of a trajectory in one pass."""

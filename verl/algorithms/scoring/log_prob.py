@@ -9,16 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from verl.agent.spans import DecodedText
 from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
 from verl.branches import Branch, Tree, TreeLogProbs
-from verl.errors import ConfigError
+from verl.trainer.config.schema import setting
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
 
 _PLACEHOLDER = "{answer}"
+
+
+def wrapper_setting(default: str) -> Any:
+    """Declare the text around an answer that is scored."""
+    return setting(
+        default, lambda value: value.count(_PLACEHOLDER) == 1, f"a text with {_PLACEHOLDER} in it once"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,10 +41,9 @@ class Probe:
 class AnswerProbes:
     """Encodes answers in a wrapper; every answer once."""
 
-    def __init__(self, codec: TextCodec, wrapper: str, *, key: str, whole: bool = False) -> None:
-        """`whole` scores the tokens of the wrapper, too. Raises ConfigError, which names `key`."""
-        if wrapper.count(_PLACEHOLDER) != 1:
-            raise ConfigError(f"{key} must contain {_PLACEHOLDER} once, got {wrapper!r}")
+    def __init__(self, codec: TextCodec | None, wrapper: str, *, whole: bool = False) -> None:
+        """`wrapper` is `algorithm.answer_wrapper`; `whole` scores its tokens, too."""
+        assert codec is not None  # the trainer hands it to every method that needs log-probs
         self._codec = codec
         self._before, self._after = wrapper.split(_PLACEHOLDER)
         self._whole = whole

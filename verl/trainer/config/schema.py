@@ -19,47 +19,47 @@ _Rule = tuple[Callable[[Any], bool], str]
 """What a value must fulfill, and the words for it."""
 
 
-def _setting(default: object, is_valid: Callable[[Any], bool], expected: str) -> Any:
+def setting(default: object, is_valid: Callable[[Any], bool], expected: str) -> Any:
     return field(default=default, metadata={"rule": (is_valid, expected)})
 
 
 def positive(default: float | None) -> Any:
     """Declare a number above 0; None is always allowed where the type has it."""
-    return _setting(default, lambda value: value > 0 and math.isfinite(value), "greater than 0")
+    return setting(default, lambda value: value > 0 and math.isfinite(value), "greater than 0")
 
 
 def not_negative(default: float | None) -> Any:
     """Declare a number that is at least 0."""
-    return _setting(default, lambda value: value >= 0 and math.isfinite(value), "at least 0")
+    return setting(default, lambda value: value >= 0 and math.isfinite(value), "at least 0")
 
 
 def _fraction(default: float) -> Any:
-    return _setting(default, lambda value: 0 <= value < 1, "in [0, 1)")
+    return setting(default, lambda value: 0 <= value < 1, "in [0, 1)")
 
 
 def share(default: float | None) -> Any:
     """Declare a number in [0, 1], such as a discount."""
-    return _setting(default, lambda value: 0 <= value <= 1, "in [0, 1]")
+    return setting(default, lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
 def number(default: float) -> Any:
     """Declare a finite number of any sign."""
-    return _setting(default, math.isfinite, "a finite number")
+    return setting(default, math.isfinite, "a finite number")
 
 
 def one_of(default: str, *others: str) -> Any:
     """Declare a choice, of which `default` is the first."""
     choices = (default, *others)
-    return _setting(default, lambda value: value in choices, "one of " + ", ".join(choices))
+    return setting(default, lambda value: value in choices, "one of " + ", ".join(choices))
 
 
 def _url(default: str) -> Any:
-    return _setting(default, lambda value: value.startswith(("http://", "https://")), "an http(s) URL")
+    return setting(default, lambda value: value.startswith(("http://", "https://")), "an http(s) URL")
 
 
 def _name(default: str) -> Any:
     """Declare a name that does not lead out of the folder to which it is joined."""
-    return _setting(
+    return setting(
         default,
         lambda value: value.isprintable() and not {"", ".", ".."} & set(value.split("/")),
         "a name: printable, not absolute, without '..'",
@@ -181,7 +181,7 @@ class ActorConfig:
     ppo_max_token_len_per_gpu: int = positive(8192)
     clip_ratio_low: float = positive(0.2)
     clip_ratio_high: float = positive(0.2)
-    clip_ratio_c: float | None = _setting(None, lambda value: value > 1, "greater than 1")
+    clip_ratio_c: float | None = setting(None, lambda value: value > 1, "greater than 1")
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     tis_imp_ratio_cap: float | None = positive(2.0)
     use_kl_loss: bool = True
@@ -206,7 +206,7 @@ class RolloutConfig:
     n_agent: int = positive(5)
     temperature: float = positive(1.0)
     tensor_model_parallel_size: int = positive(1)
-    gpu_memory_utilization: float = _setting(0.5, lambda value: 0 < value < 1, "in (0, 1)")
+    gpu_memory_utilization: float = setting(0.5, lambda value: 0 < value < 1, "in (0, 1)")
     cpu_kv_cache_gib: float = positive(0.25)
     max_num_seqs: int = positive(256)
     enforce_eager: bool = False
@@ -315,7 +315,7 @@ class AlarmsConfig:
 
     steps: int = positive(5)
     repeat_steps: int = positive(20)
-    trend_steps: int | None = _setting(20, lambda value: value >= 4, "at least 4")
+    trend_steps: int | None = setting(20, lambda value: value >= 4, "at least 4")
     max_no_search_share: float | None = share(0.9)
     max_turn_share: float | None = share(0.95)
     min_distinct_query_share: float | None = share(0.7)
