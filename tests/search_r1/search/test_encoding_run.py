@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,9 @@ def test_an_encoding_process_that_cannot_or_dies_is_named(world: World, tmp_path
 
         def report(*_: int) -> None:
             for child in psutil.Process().children() if killed else ():
-                if "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
+                with suppress(psutil.NoSuchProcess):  # one that an earlier report killed
+                    if "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
 
         spec = EncoderSpec(path=str(path), family="e5")
         job = EncodingJob(corpus_path=world.corpus, spec=spec, batch_size=4, num_threads=1)
