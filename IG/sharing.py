@@ -210,7 +210,7 @@ def require_log_probs(answers: Sequence[SampledAnswer]) -> None:
 
 
 def check_judgement(outcome: float | Exception, pair: Pair) -> float | Exception:
-    """Return the outcome of a pair, or a JudgementError in place of what is no probability."""
+    """Return the outcome of a pair, or a JudgementError in place of an invalid probability."""
     if isinstance(outcome, Exception) or 0.0 <= outcome <= 1.0:
         return outcome
     return JudgementError(f"the entailment model gave {outcome} for {pair}, expected a probability")

@@ -80,7 +80,7 @@ class CountingScorer:
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
-        self.shared += sum(row_length(tree) for tree in trees if tree.branches or self.scores_trajectories)
+        self.shared += sum(row_length(tree) for tree in trees if tree.num_scored)
         self.naive += sum(row_length(part) for tree in trees for part in split(tree))
         return await self._scorer.score(trees)
 

@@ -59,6 +59,12 @@ class Tree:
                 raise ValueError(f"branch {index} has {len(branch.ids)} tokens, scored are {branch.scored}")
 
     @property
+    def num_scored(self) -> int:
+        """Return the number of tokens whose log-probs are asked for."""
+        of_trunk = 0 if self.trunk_scored is None else int(self.trunk_scored.sum())
+        return of_trunk + sum(end - first for first, end in (branch.scored for branch in self.branches))
+
+    @property
     def used_trunk(self) -> IntArray:
         """Return the part of the trunk that log-probs depend on, at least one token."""
         starts = [branch.start for branch in self.branches if branch.parent is None]

@@ -119,7 +119,7 @@ class SpanKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """A part of a completion that the prompt format tells apart, markup excluded."""
+    """A part of a completion that the prompt format distinguishes, markup excluded."""
 
     kind: SpanKind
     start: int
@@ -312,6 +312,11 @@ class Score:
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Further measures of the answer (em, sub_em, f1), for logs only."""
+
+    @property
+    def valid_outcome(self) -> float | None:
+        """Return the outcome; None where the trajectory or its measurement failed."""
+        return None if self.failure is not None else self.outcome
 
 
 Component = float | tuple[float | None, ...] | None

@@ -16,7 +16,7 @@ import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
 from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
-from verl.algorithms.statistics import gains_of_turns, group_advantages, spread_turns
+from verl.algorithms.statistics import credit_turns, gains_of_turns, group_advantages
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import ActionKind, Credit, Group, Score, Trajectory
 
@@ -61,7 +61,7 @@ class CWGRPO(Algorithm):
         """Credit each search with its share of the trajectory's advantage, other turns with the advantage."""
         credits = []
         for group, of_group in zip(groups, scores, strict=True):
-            outcomes = [None if score.failure is not None else score.outcome for score in of_group]
+            outcomes = [score.valid_outcome for score in of_group]
             advantages = group_advantages(outcomes, by_std=self.settings.norm_adv_by_std_in_grpo)
             credits.append(
                 [
@@ -79,15 +79,7 @@ def _credit(trajectory: Trajectory, score: Score, outcome: float | None, advanta
     values = [advantage] * len(trajectory.turns)
     for turn, value in zip(searches, shares, strict=True):
         values[turn] = value
-    return Credit(
-        advantages=spread_turns(trajectory, values),
-        components={
-            "reward": outcome,
-            "outcome": outcome,
-            "gain": score.gain.turns or None,
-            "turn_advantage": None if outcome is None else tuple(values),
-        },
-    )
+    return credit_turns(trajectory, [] if outcome is None else values, score=score)
 
 
 def redistribute(advantage: float, contributions: Sequence[float | None]) -> list[float]:

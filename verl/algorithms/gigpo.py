@@ -47,7 +47,7 @@ class GiGPO(Algorithm):
     def _credit_group(self, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[Credit]:
         settings = self.settings
         by_std = settings.mode == "mean_std_norm" and settings.norm_adv_by_std_in_grpo
-        outcomes = [None if score.failure is not None else score.outcome for score in scores]
+        outcomes = [score.valid_outcome for score in scores]
         episode = group_advantages(outcomes, by_std=by_std)
         step = step_advantages(
             [states_before(trajectory) for trajectory in trajectories],

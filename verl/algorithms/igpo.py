@@ -128,8 +128,8 @@ class IGPO(Algorithm):
         rewards = [
             [
                 None
-                if score.failure is not None or score.outcome is None
-                else TurnRewards(gains=gains_of_turns(trajectory, score)[:-1], outcome=score.outcome)
+                if (outcome := score.valid_outcome) is None
+                else TurnRewards(gains=gains_of_turns(trajectory, score)[:-1], outcome=outcome)
                 for trajectory, score in zip(group.trajectories, of_group, strict=True)
             ]
             for group, of_group in zip(groups, scores, strict=True)
@@ -244,9 +244,17 @@ def _leave_one_out(group: RewardGroup, settings: IGPOConfig, *, progress: float)
     """Return advantages of raw rewards against the other trajectories; see `leave_one_out_turns`."""
     outcome_weight, gain_weight = settings.curriculum(progress)
     weight = settings.gain_weight * gain_weight
-    gains = [None if r is None else [*(weight * (gain or 0.0) for gain in r.gains), 0.0] for r in group]
+    returns = [
+        None
+        if r is None
+        else returns_to_go(
+            [*(weight * (gain or 0.0) for gain in r.gains), 0.0],
+            discount=_discount(settings, turns=len(r.gains) + 1),
+        )
+        for r in group
+    ]
     outcomes = [None if r is None else outcome_weight * r.outcome for r in group]
-    return leave_one_out_turns(gains, outcomes, discount=settings.gamma)
+    return leave_one_out_turns(returns, outcomes)
 
 
 def _discount(settings: IGPOConfig, *, turns: int) -> float:

@@ -120,25 +120,14 @@ class SIOP(Algorithm):
     async def _cluster(self, groups: Sequence[Group]) -> list[list[Cluster] | None]:
         """Return the clusters of each group's answers; None where a pair could not be judged."""
         assert self.services.entailment is not None
-        asked = [self._pairs(group) for group in groups]
+        contexts = [self._contexts(group) for group in groups]
+        asked = [_pairs(of_group) for of_group in contexts]
         answers = iter(await self.services.entailment.judge([pair for pairs in asked for pair in pairs]))
         judged = [{pair: next(answers) for pair in pairs} for pairs in asked]
         return [
-            None if None in of_group.values() else self._clusters(group, of_group)  # type: ignore[arg-type]
-            for group, of_group in zip(groups, judged, strict=True)
+            None if None in of_group.values() else self._clusters(group, read, of_group)  # type: ignore[arg-type]
+            for group, read, of_group in zip(groups, contexts, judged, strict=True)
         ]
-
-    def _pairs(self, group: Group) -> list[tuple[str, str]]:
-        """Return what is asked of a group: its distinct answers both ways, and what was read against them."""
-        texts = list(dict.fromkeys(_statement(t) for t in group.trajectories if _has_answer(t)))
-        return list(
-            dict.fromkeys(
-                [
-                    *itertools.permutations(texts, 2),
-                    *((context, _statement(t)) for t, context in self._contexts(group) if context),
-                ]
-            )
-        )
 
     def _contexts(self, group: Group) -> list[tuple[Trajectory, str]]:
         """Return what each trajectory with an answer had read."""
@@ -148,12 +137,17 @@ class SIOP(Algorithm):
             if _has_answer(t)
         ]
 
-    def _clusters(self, group: Group, judged: Mapping[tuple[str, str], float]) -> list[Cluster]:
+    def _clusters(
+        self,
+        group: Group,
+        contexts: Sequence[tuple[Trajectory, str]],
+        judged: Mapping[tuple[str, str], float],
+    ) -> list[Cluster]:
         answered = [i for i, t in enumerate(group.trajectories) if _has_answer(t)]
         texts = list(dict.fromkeys(_statement(group.trajectories[i]) for i in answered))
         numbers = connect(texts, lambda a, b: min(judged[a, b], judged[b, a]) > ENTAILED)
         # A trajectory that read nothing has no support for its answer.
-        support = [judged[context, _statement(t)] if context else 0.0 for t, context in self._contexts(group)]
+        support = [judged[context, _statement(t)] if context else 0.0 for t, context in contexts]
         of_cluster = [
             [k for k, i in enumerate(answered) if numbers[_statement(group.trajectories[i])] == number]
             for number in range(len(set(numbers.values())))
@@ -173,6 +167,13 @@ class SIOP(Algorithm):
             )
             for members, weight in zip(of_cluster, weights, strict=True)
         ]
+
+
+def _pairs(contexts: Sequence[tuple[Trajectory, str]]) -> list[tuple[str, str]]:
+    """Return what is asked of a group: its distinct answers both ways, and what was read against them."""
+    texts = list(dict.fromkeys(_statement(t) for t, _ in contexts))
+    read = ((context, _statement(t)) for t, context in contexts if context)
+    return list(dict.fromkeys([*itertools.permutations(texts, 2), *read]))
 
 
 def _has_answer(trajectory: Trajectory) -> bool:

@@ -165,7 +165,7 @@ def credit_outcomes(
     """Return the credit of the outcomes: see `credit_rewards`."""
     return credit_rewards(
         groups,
-        [[None if score.failure is not None else score.outcome for score in some] for some in scores],
+        [[score.valid_outcome for score in some] for some in scores],
         [[{"outcome": score.outcome} for score in some] for some in scores],
         settings=settings,
     )
@@ -200,15 +200,14 @@ def leave_one_out_returns(returns: Sequence[Sequence[float] | None]) -> list[lis
 
 
 def leave_one_out_turns(
-    gains: Sequence[Sequence[float] | None], outcomes: Sequence[float | None], *, discount: float
+    returns: Sequence[Sequence[float] | None], outcomes: Sequence[float | None]
 ) -> list[list[float]]:
     """Return per trajectory and turn what it earned from there on, against the others of its group.
 
-    `gains` has one per turn. The later gains are discounted and compared at the same turn (see
-    `leave_one_out_returns`); the outcome counts in full at every turn and is compared as a whole, so that a
-    constant on all outcomes changes nothing. None for a trajectory that failed, which gets no turns.
+    `returns` are of the gains, one per turn, compared at the same turn (see `leave_one_out_returns`); the
+    outcome counts in full at every turn and is compared as a whole, so that a constant on all outcomes
+    changes nothing. None for a trajectory that failed, which gets no turns.
     """
-    returns = [None if of_one is None else returns_to_go(of_one, discount=discount) for of_one in gains]
     return [
         [value + outcome for value in of_one]
         for of_one, outcome in zip(leave_one_out_returns(returns), _against_others(outcomes), strict=True)
@@ -242,13 +241,16 @@ def credit_returns(
     """
     credits = []
     for group, of_group in zip(groups, scores, strict=True):
-        valid = [score.failure is None and score.outcome is not None for score in of_group]
-        gains = [
-            [gain_weight * (gain or 0.0) for gain in gains_of_turns(*pair)] if is_valid else None
-            for pair, is_valid in zip(zip(group.trajectories, of_group, strict=True), valid, strict=True)
+        outcomes = [score.valid_outcome for score in of_group]
+        returns = [
+            None
+            if outcome is None
+            else returns_to_go(
+                [gain_weight * (gain or 0.0) for gain in gains_of_turns(trajectory, score)], discount=discount
+            )
+            for trajectory, score, outcome in zip(group.trajectories, of_group, outcomes, strict=True)
         ]
-        outcomes = [s.outcome if is_valid else None for s, is_valid in zip(of_group, valid, strict=True)]
-        advantages = leave_one_out_turns(gains, outcomes, discount=discount)
+        advantages = leave_one_out_turns(returns, outcomes)
         credits.append(
             [
                 credit_turns(trajectory, values, score=score)

@@ -102,25 +102,28 @@ class WorkerGroup:
         `shared` computes a common prefix once, in one row per tree; without it every branch has a row of its
         own. The results are equal up to rounding, and do not depend on order or batch.
         """
-        parts = list(trees) if shared else [part for tree in trees for part in split(tree)]
+        parts_of = [[tree] if shared else split(tree) for tree in trees]
+        # A tree in which nothing is scored needs no forward pass; it would be padded like the others.
+        scored_of = [[part for part in parts if part.num_scored] for parts in parts_of]
+        scored = [part for parts in scored_of for part in parts]
+        if not scored:
+            return [unpack(tree, np.zeros(0, np.float32)) for tree in trees]
         shards = shard_trees(
-            parts, num_ranks=len(self._actors), max_tokens=self._config.ppo_max_token_len_per_gpu
+            scored, num_ranks=len(self._actors), max_tokens=self._config.ppo_max_token_len_per_gpu
         )
         answers: list[list[FloatArray]] = await self._call_all(
             "tree_log_probs", [(shard,) for shard in shards]
         )
-        found: dict[int, FloatArray] = {}
-        for shard, answer in zip(shards, answers, strict=True):
-            found.update(zip(shard.index, answer, strict=True))
-        if shared:
-            return [unpack(tree, found[i]) for i, tree in enumerate(trees)]
-        results, start = [], 0
-        for tree in trees:
-            count = len(split(tree))
-            of_tree = [found[i] for i in range(start, start + count)]
-            results.append(unpack(tree, np.concatenate([np.zeros(0, np.float32), *of_tree])))
-            start += count
-        return results
+        found = {
+            i: log_probs
+            for shard, answer in zip(shards, answers, strict=True)
+            for i, log_probs in zip(shard.index, answer, strict=True)
+        }
+        in_order = iter([found[i] for i in range(len(scored))])
+        return [
+            unpack(tree, np.concatenate([np.zeros(0, np.float32), *(next(in_order) for _ in parts)]))
+            for tree, parts in zip(trees, scored_of, strict=True)
+        ]
 
     def is_on_policy(self, batch: TrainBatch) -> bool:
         """Return whether one update takes the whole batch: all ratios are then 1, without old log-probs."""

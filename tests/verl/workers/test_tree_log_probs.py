@@ -169,6 +169,17 @@ def test_the_attention_of_the_model_is_kept_for_training(model_folder: Path, att
     )
 
 
+async def test_a_tree_without_a_scored_token_takes_no_forward_pass(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    bare = Tree(trunk=tokens(np.random.default_rng(0), 9), branches=())
+    group = launch(model_folder, scratch=tmp_path)
+    group.shutdown()  # a call of a rank would fail now
+    for shared in (True, False):
+        (result,) = await group.tree_log_probs([bare], shared=shared)
+        assert (result.branches, result.trunk) == ((), None)
+
+
 def test_every_rank_has_as_many_passes_and_each_tree_is_scored_once() -> None:
     rng = np.random.default_rng(3)
     trees = [random_tree(rng, turns=turns) for turns in (1, 4, 2, 0, 3, 1, 1)]

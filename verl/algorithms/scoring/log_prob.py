@@ -136,10 +136,9 @@ async def measure_states(
     """Measure the gains of turns from the log-probs of answers in the states of each trajectory.
 
     `probes` returns the answers of a trajectory, None where nothing is to be measured, as with a single turn
-    (see `has_changed`); `reduce` makes a
-    number of the log-probs of an answer's tokens, and `turns` makes the gains, one per turn, of these numbers
-    [states, answers]. A trajectory that failed has no gain; one without an answer that has tokens of its own
-    is a failed measurement.
+    (see `has_changed`); `reduce` makes a number of the log-probs of an answer's tokens, and `turns` makes the
+    gains, one per turn, of these numbers [states, answers]. A trajectory that failed has no gain; one without
+    an answer that has tokens of its own is a failed measurement.
     """
     asked = [
         [probes(t) if t.stop is not Stop.FAILED and t.turns else None for t in group.trajectories]

@@ -42,11 +42,6 @@ def share(default: float | None) -> Any:
     return setting(default, lambda value: 0 <= value <= 1, "in [0, 1]")
 
 
-def number(default: float) -> Any:
-    """Declare a finite number of any sign."""
-    return setting(default, math.isfinite, "a finite number")
-
-
 def one_of(default: str, *others: str) -> Any:
     """Declare a choice, of which `default` is the first."""
     choices = (default, *others)
