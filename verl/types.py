@@ -311,7 +311,7 @@ class Score:
     failure: str | None = None
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Further measures of the answer (em, sub_em, f1), for logs only."""
+    """Further measures of the answer (em, sub_em, f1, set_f1), for logs only."""
 
     @property
     def valid_outcome(self) -> float | None:

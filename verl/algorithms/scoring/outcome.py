@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from serving.answers import AnswerRule, normalize_answer
 from verl.types import ActionKind, SpanKind, Trajectory
-from verl.utils.reward_score.qa_em import exact_match, sub_exact_match, word_f1
+from verl.utils.reward_score.qa_em import exact_match, overlap_f1, set_f1, sub_exact_match, word_f1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,7 @@ class Outcome:
 
     value: float
     metrics: dict[str, float]
-    """em, sub_em and f1, whatever the reward is."""
+    """em, sub_em, f1 and set_f1, whatever the reward is."""
 
 
 def measure_outcome(
@@ -29,17 +29,18 @@ def measure_outcome(
 ) -> Outcome:
     """Score the answer by `metric`, normalized by `rule`.
 
-    `em`, `sub_em` and `f1` are 0 without an answer; a wrong answer that is not empty, in well-formed tags,
-    is worth at least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which
-    have a rule of their own for answers that are wrong or missing.
+    All measures are 0 without an answer; a wrong answer that is not empty, in well-formed tags, is worth at
+    least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which have a rule
+    of their own for answers that are wrong or missing.
     """
     answer, golds = trajectory.answer, trajectory.question.golds
-    metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0}
+    metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0, "set_f1": 0.0}
     if answer is not None:
         metrics = {
             "em": exact_match(answer, golds, rule=rule),
             "sub_em": sub_exact_match(answer, golds, rule=rule),
             "f1": word_f1(answer, golds, rule=rule),
+            "set_f1": set_f1(answer, golds, rule=rule),
         }
     if metric == "igpo_f1":
         is_broken = any(turn.action.kind is ActionKind.INVALID for turn in trajectory.turns)
@@ -54,15 +55,8 @@ def measure_outcome(
 
 
 def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) -> float:
-    """Return the best F1 over the gold answers between sets of words, or the penalty without an answer.
-
-    Words are lower case, punctuation separates them, articles count (arXiv 2510.14967, section 4.1, and the
-    authors' code, which has the value of the penalty).
-    """
-    if answer is None:
-        return penalty
-    words = _word_set(answer)
-    return max((_set_f1(words, _word_set(gold)) for gold in golds), default=0.0)
+    """Return `set_f1`, or the penalty without an answer (IGPO, whose code has the value of the penalty)."""
+    return penalty if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
 
 
 def autorefine_f1(answer: str | None, golds: Sequence[str], *, summaries: Sequence[str]) -> float:
@@ -70,8 +64,8 @@ def autorefine_f1(answer: str | None, golds: Sequence[str], *, summaries: Sequen
 
     Source: AutoRefine, arXiv 2505.11277, section 3.3.
     """
-    words = set(normalize_answer(answer or "").split())
-    value = max((_set_f1(words, set(normalize_answer(gold).split())) for gold in golds), default=0.0)
+    words = _distinct_words(answer or "")
+    value = max((overlap_f1(words, _distinct_words(gold)) for gold in golds), default=0.0)
     if value > 0.0:
         return value
     refined = f" {normalize_answer(' '.join(summaries))} "
@@ -79,10 +73,5 @@ def autorefine_f1(answer: str | None, golds: Sequence[str], *, summaries: Sequen
     return 0.1 if found else 0.0
 
 
-def _word_set(text: str) -> set[str]:
-    return set(re.sub(r"[^\w\s]|_", " ", text.lower()).split())
-
-
-def _set_f1(words: set[str], gold: set[str]) -> float:
-    common = len(words & gold)
-    return 2.0 * common / (len(words) + len(gold)) if common else 0.0
+def _distinct_words(text: str) -> Counter[str]:
+    return Counter(set(normalize_answer(text).split()))

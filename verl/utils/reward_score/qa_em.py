@@ -1,4 +1,4 @@
-"""Score a short answer against several gold answers: exact match, cover match and word F1.
+"""Score a short answer against several gold answers: exact match, cover match, F1 of words, F1 of word sets.
 
     >>> exact_match("The Bolton.", ["Bolton, England", "bolton"])
     1.0
@@ -20,6 +20,7 @@ from verl.utils.reward_score.IG_reward import combine
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _INFORMATION = re.compile(r"<information>\s*\S.*?</information>", re.DOTALL)
+_SEPARATORS = re.compile(r"[^\w\s]|_")
 _END_OF_INSTRUCTION = "<answer> Beijing </answer>. Question:"
 """The published instruction has answer and information tags of its own, before the question."""
 _GAIN_WEIGHT = 0.6
@@ -52,7 +53,23 @@ def word_f1(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerR
     In scripts without spaces each character is a word; by the published rule only white space separates.
     """
     predicted = _count_words(prediction, rule=rule)
-    return max((_bag_f1(predicted, _count_words(gold, rule=rule)) for gold in golds), default=0.0)
+    return max((overlap_f1(predicted, _count_words(gold, rule=rule)) for gold in golds), default=0.0)
+
+
+def set_f1(prediction: str, golds: Iterable[str], *, rule: AnswerRule = AnswerRule.folded) -> float:
+    """Return the best F1 over the gold answers between sets of words in lower case.
+
+    Punctuation separates words and articles count, other than in SQuAD (IGPO, arXiv 2510.14967, section 4.1).
+    By the folded rule typography is folded first, and scripts without spaces are split into characters.
+    """
+    predicted = _distinct_words(prediction, rule=rule)
+    return max((overlap_f1(predicted, _distinct_words(gold, rule=rule)) for gold in golds), default=0.0)
+
+
+def overlap_f1(predicted: Counter[str], gold: Counter[str]) -> float:
+    """Return the harmonic mean of the shares of `predicted` and of `gold` that both have."""
+    common = (predicted & gold).total()
+    return 2.0 * common / (predicted.total() + gold.total()) if common else 0.0
 
 
 def _count_words(text: str, *, rule: AnswerRule) -> Counter[str]:
@@ -60,9 +77,9 @@ def _count_words(text: str, *, rule: AnswerRule) -> Counter[str]:
     return Counter(split_words(normalized) if rule is AnswerRule.folded else normalized.split())
 
 
-def _bag_f1(predicted: Counter[str], gold: Counter[str]) -> float:
-    common = (predicted & gold).total()
-    return 2.0 * common / (predicted.total() + gold.total()) if common else 0.0
+def _distinct_words(text: str, *, rule: AnswerRule) -> Counter[str]:
+    words = _SEPARATORS.sub(" ", (fold(text) if rule is AnswerRule.folded else text).lower())
+    return Counter(set(split_words(words) if rule is AnswerRule.folded else words.split()))
 
 
 def normalize_answer(s: str) -> str:

@@ -73,7 +73,7 @@ async def test_outcome_gain_and_measures_of_every_trajectory() -> None:
     assert [score.outcome for score in scores] == [0.0, 1.0, 1.0, 0.0, 1.0]
     assert scores[1].gain == Gain(trajectory=random.Random("0-1").uniform(-1, 1))
     assert scored.stats == {"perf/gain_visible_s": 0.5}
-    assert scores[1].metrics == {"em": 1.0, "sub_em": 1.0, "f1": 1.0}
+    assert scores[1].metrics == dict.fromkeys(("em", "sub_em", "f1", "set_f1"), 1.0)
     reward = Reward(measure_outcome, algorithm=ScriptedGain(), max_failure_share=0.5, fix="")
     validation = reward.score_validation(group.trajectories)  # asks for no gain
     assert validation == [replace(score, gain=Gain()) for score in scores]

@@ -12,6 +12,7 @@ from verl.utils.reward_score.qa_em import (
     exact_match,
     extract_solution,
     normalize_answer,
+    set_f1,
     sub_exact_match,
     subem_check,
     word_f1,
@@ -67,6 +68,22 @@ def test_f1_is_over_bags_of_normalized_words(prediction: str, golds: list[str], 
     assert word_f1(prediction, golds) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "golds", "expected"),
+    [
+        ("New York New York", ["New York City"], 2 * 2 / (2 + 3)),  # sets; bags would give 4/7
+        ("The U.S. Army", ["us army", "army"], 2 * 1 / (4 + 1)),  # the, u, s, army
+        ("Paris", ["Bolton"], 0.0),
+        ("", ["Bolton"], 0.0),
+        ("\u6771\u4eac\u90fd", ["\u6771\u4eac"], 2 * 2 / (3 + 2)),
+    ],
+)
+def test_set_f1_is_over_distinct_words_with_articles(
+    prediction: str, golds: list[str], expected: float
+) -> None:
+    assert set_f1(prediction, golds) == pytest.approx(expected)
+
+
 def test_the_published_rule_folds_nothing() -> None:
     published = AnswerRule.published
     assert exact_match("The Bolton.", ["bolton"], rule=published) == 1.0
@@ -74,6 +91,7 @@ def test_the_published_rule_folds_nothing() -> None:
     assert exact_match("A", ["A"], rule=published) == 0.0
     assert sub_exact_match("it\u2019s so", ["it's"], rule=published) == 0.0
     assert word_f1("\u6771\u4eac\u90fd", ["\u6771\u4eac"], rule=published) == 0.0
+    assert set_f1("Cafe\u0301", ["caf\u00e9"], rule=published) == 0.0
 
 
 PUBLISHED_PROMPT = (
