@@ -8,6 +8,8 @@ branch and to what that branch continues, so that the common prefix is computed 
     row        q q a o o | p g | p g g        trunk q q a o o; two branches, after a and after o
     position   0 1 2 3 4 | 3 4 | 5 6 7
     previous   - 0 1 2 3 | 2 5 | 4 7 8        row index of the token before it
+    enters     0 1 2 3 4 | 7 8 | 5 6 7        of a depth-first walk: token i attends to token j
+    leaves     9 9 9 7 7 | 9 9 | 7 7 8        where enters[j] <= enters[i] < leaves[j]
 
 NumPy only; `verl/workers/policy.py` runs the model.
 """
@@ -98,8 +100,13 @@ class TreeRow:
     """Distance from the first token of the trunk along the branch [R]."""
     previous: IntArray
     """Row index of the token before each one [R]; 0 for the first, which has none."""
-    visible: BoolArray
-    """Whether token i attends to token j [R, R]."""
+    enters: IntArray
+    """When a depth-first walk over the tree reaches each token [R]."""
+    leaves: IntArray
+    """When it has seen all that follows the token, in whichever branch [R].
+
+    Token i attends to token j, itself or one that it follows, where `enters[j] <= enters[i] < leaves[j]`.
+    """
     scored: IntArray
     """Row indices of the scored tokens: those of the trunk, then those of each branch."""
 
@@ -108,31 +115,50 @@ def pack(tree: Tree) -> TreeRow:
     """Lay a tree out as one row: the used trunk, then the branches in order."""
     trunk = tree.used_trunk
     sizes = [len(trunk), *(len(branch.ids) for branch in tree.branches)]
-    offsets = np.cumsum([0, *sizes])  # of the trunk, then of each branch
-    length = int(offsets[-1])
-    positions = np.arange(length, dtype=np.int32)
-    previous = np.maximum(np.arange(length, dtype=np.int32) - 1, 0)
-    visible = np.zeros((length, length), dtype=np.bool_)
-    visible[: len(trunk), : len(trunk)] = np.tri(len(trunk), dtype=np.bool_)
+    offsets = np.cumsum([0, *sizes]).tolist()  # of the trunk, then of each branch
+    positions = np.arange(offsets[-1], dtype=np.int32)
+    previous = np.maximum(positions - 1, 0)
     scored = [np.zeros(0, np.int32)]
     if tree.trunk_scored is not None:
         scored.append(np.flatnonzero(tree.trunk_scored).astype(np.int32))
-    for branch, offset, size in zip(tree.branches, offsets[1:], sizes[1:], strict=False):
-        # The last token of the parent that the branch continues: all that it sees, the branch sees.
-        before = int(offsets[0 if branch.parent is None else branch.parent + 1]) + branch.start - 1
-        own = slice(int(offset), int(offset) + size)
-        positions[own] = positions[before] + 1 + np.arange(size)
-        previous[own.start : own.start + 1] = before  # an empty branch has no first token
-        visible[own] = visible[before]
-        visible[own, own] = np.tri(size, dtype=np.bool_)
-        scored.append(np.arange(branch.scored[0], branch.scored[1], dtype=np.int32) + own.start)
+    segments = []
+    for branch, start, end in zip(tree.branches, offsets[1:], offsets[2:], strict=False):
+        # The last token of the parent that the branch continues.
+        before = offsets[0 if branch.parent is None else branch.parent + 1] + branch.start - 1
+        positions[start:end] = positions[before] + 1 + np.arange(end - start)
+        previous[start : min(start + 1, end)] = before  # an empty branch has no first token
+        scored.append(np.arange(branch.scored[0], branch.scored[1], dtype=np.int32) + start)
+        segments.append((before, slice(start, end)))
+    enters, leaves = _walk(len(trunk), segments, length=offsets[-1])
     return TreeRow(
         ids=np.concatenate([trunk, *(branch.ids for branch in tree.branches)]).astype(np.int32),
         positions=positions,
         previous=previous,
-        visible=visible,
+        enters=enters,
+        leaves=leaves,
         scored=np.concatenate(scored),
     )
+
+
+def _walk(trunk: int, segments: list[tuple[int, slice]], *, length: int) -> tuple[IntArray, IntArray]:
+    """Return when a depth-first walk enters and leaves each token of a row [R].
+
+    `segments` are the branches: the token that each continues, and its own tokens. After a token comes the
+    next one of its segment with all that follows it, then the branches that start there, in order.
+    """
+    hanging = np.zeros(length, dtype=np.int32)  # tokens of the branches that start at each token
+    for before, own in reversed(segments):
+        hanging[before] += own.stop - own.start + hanging[own].sum()
+    enters = np.arange(length, dtype=np.int32)
+    leaves = np.zeros(length, dtype=np.int32)
+    leaves[:trunk] = enters[:trunk] + np.cumsum((1 + hanging[:trunk])[::-1])[::-1]
+    for before, own in segments:
+        total = own.stop - own.start + hanging[own].sum()
+        first = leaves[before] - hanging[before]
+        hanging[before] -= total  # the next branch here begins where this one ends
+        enters[own] = first + np.arange(own.stop - own.start)
+        leaves[own] = enters[own] + np.cumsum((1 + hanging[own])[::-1])[::-1]
+    return enters, leaves
 
 
 def unpack(tree: Tree, log_probs: FloatArray) -> TreeLogProbs:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from IG.messages import GainRequest, GainResult
 from verl.branches import Tree, TreeLogProbs
@@ -71,6 +71,16 @@ class LogProbScorer(Protocol):
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerOptions:
+    """How the log-probs of a method are computed."""
+
+    shares_prefixes: bool = True
+    """In one pass per trajectory; False: one per continuation."""
+    refresh_steps: int = 0
+    """The copy of the policy gets its weights after every so many steps; 0: it is the initial policy."""
 
 
 class TextCodec(Protocol):
@@ -142,6 +152,11 @@ class Algorithm(ABC):
         """Take settings of `settings_class` (see `verl.trainer.config.validate`)."""
         self.settings = settings
         self.services = services
+
+    @classmethod
+    def scorer_options(cls, settings: Any) -> ScorerOptions:  # noqa: ARG003 (methods read theirs)
+        """Return how the log-probs that the method needs are computed, under settings of its class."""
+        return ScorerOptions()
 
     def prefetch(self, questions: Sequence[Question]) -> Prefetch:
         """Begin a step over these questions: return what may send requests while its episodes run."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
+from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, ScorerOptions, Services
 from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
 from verl.algorithms.statistics import (
     credit_turns,
@@ -88,6 +88,11 @@ class IGPO(Algorithm):
     def __init__(self, settings: IGPOConfig, services: Services) -> None:
         super().__init__(settings, services)
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
+
+    @classmethod
+    def scorer_options(cls, settings: IGPOConfig) -> ScorerOptions:
+        """Return whether the states of a trajectory share a pass."""
+        return ScorerOptions(shares_prefixes=settings.use_vectorized_gt_logprob)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gains of every turn but the last, all states of a trajectory in one pass."""

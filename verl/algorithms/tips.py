@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
+from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, ScorerOptions, Services
 from verl.algorithms.scoring.log_prob import (
     AnswerProbes,
     has_changed,
@@ -56,6 +56,11 @@ class TIPS(Algorithm):
         super().__init__(settings, services)
         # The whole wrapper counts: a state is good when the model would answer, and answer this.
         self._probes = AnswerProbes(services.codec, settings.answer_wrapper, whole=True)
+
+    @classmethod
+    def scorer_options(cls, settings: TIPSConfig) -> ScorerOptions:
+        """Return how often the copy of the policy is refreshed."""
+        return ScorerOptions(refresh_steps=settings.refresh_steps)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the change of potential of every turn; those of a trajectory in one pass."""

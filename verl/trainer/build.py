@@ -100,7 +100,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
     has_kl = config.actor_rollout_ref.actor.use_kl_loss
-    refresh_steps = getattr(config.algorithm, "refresh_steps", 0)
+    refresh_steps = algorithm_class.scorer_options(config.algorithm).refresh_steps
     scores_with_reference = Need.FROZEN_LOG_PROBS in needs and not refresh_steps
     trains = not config.trainer.evaluates_only
     models = await launch_models(
@@ -114,7 +114,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         refresh_steps=refresh_steps if trains else 0,
     )
     algorithm = algorithm_class(
-        config.algorithm, make_services(config, models, needs=needs, codec=tokenizer, ig_client=ig_client)
+        config.algorithm, make_services(config, models, codec=tokenizer, ig_client=ig_client)
     )
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
     parts = Parts(
@@ -195,10 +195,12 @@ def start_run(
 
 
 def make_services(
-    config: Config, models: Models, *, needs: frozenset[Need], codec: TextCodec, ig_client: GainClient | None
+    config: Config, models: Models, *, codec: TextCodec, ig_client: GainClient | None
 ) -> Services:
-    """Hand a method what it needs to measure with."""
-    shares_prefixes = getattr(config.algorithm, "use_vectorized_gt_logprob", True)
+    """Hand the method what it needs to measure with."""
+    algorithm = ALGORITHMS[config.algorithm.name]
+    needs = algorithm.needs
+    shares_prefixes = algorithm.scorer_options(config.algorithm).shares_prefixes
     policy = frozen = None
     if Need.POLICY_LOG_PROBS in needs:
         policy = LogProbScorer(

@@ -108,8 +108,9 @@ class TreeBatch:
     input_ids: IntArray
     positions: IntArray
     previous: IntArray
-    visible: BoolArray
-    """[B, L, L]; padding attends to itself alone, because a softmax over nothing is not a number."""
+    enters: IntArray
+    leaves: IntArray
+    """Padding attends to padding, because a softmax over nothing is not a number."""
     rows: IntArray
     """Row of each scored token [N]; row by row."""
     columns: IntArray
@@ -185,15 +186,13 @@ def shard_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> li
 def build_tree_batch(trees: Sequence[Tree]) -> TreeBatch:
     """Pack each tree in a row and pad the rows."""
     packed = [pack(tree) for tree in trees]
-    width = max(len(row.ids) for row in packed)
-    visible = np.broadcast_to(np.eye(width, dtype=np.bool_), (len(packed), width, width)).copy()
-    for square, row in zip(visible, packed, strict=True):
-        square[: len(row.ids), : len(row.ids)] = row.visible
+    end = max(len(row.ids) for row in packed)  # a walk of that many tokens has left all of them
     return TreeBatch(
         input_ids=_pad([row.ids for row in packed], fill=0, dtype=np.int32),
         positions=_pad([row.positions for row in packed], fill=0, dtype=np.int32),
         previous=_pad([row.previous for row in packed], fill=0, dtype=np.int32),
-        visible=visible,
+        enters=_pad([row.enters for row in packed], fill=end, dtype=np.int32),
+        leaves=_pad([row.leaves for row in packed], fill=end + 1, dtype=np.int32),
         rows=np.repeat(np.arange(len(packed), dtype=np.int32), [len(row.scored) for row in packed]),
         columns=np.concatenate([row.scored for row in packed]),
     )

@@ -33,6 +33,7 @@ from verl.trainer.config.schema import ModelConfig
 from verl.workers.losses import log_probs_and_entropy
 
 if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,24 @@ class TreeLayout:
     """[B, L]"""
     previous: Tensor
     """Column of the token before each one [B, L]."""
-    visible: Tensor
-    """Whether token i attends to token j [B, L, L]."""
+    enters: Tensor
+    leaves: Tensor
+    """[B, L]"""
+
+    def mask(self, attention: str) -> Tensor | BlockMask:
+        """Return which tokens attend to which: for SDPA and eager attention [B, 1, L, L], True where so."""
+        enters, leaves = self.enters, self.leaves
+
+        def attends(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001
+            return (enters[row, j] <= enters[row, i]) & (enters[row, i] < leaves[row, j])
+
+        rows, length = enters.shape
+        if attention == "flex_attention":  # computes only blocks of tokens of which some attend to others
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            return create_block_mask(attends, rows, None, length, length, device=enters.device)
+        row, token = (torch.arange(count, device=enters.device) for count in (rows, length))
+        return attends(row[:, None, None, None], row[:1], token[:, None], token)
 
 
 class PolicyNetwork(nn.Module):
@@ -163,7 +180,7 @@ class PolicyNetwork(nn.Module):
             hidden = decoder(
                 input_ids=input_ids,
                 position_ids=layout.positions,
-                attention_mask=layout.visible[:, None],  # [B, 1, L, L], the same for every head
+                attention_mask=layout.mask(self.model.config._attn_implementation),
                 use_cache=False,
             ).last_hidden_state
             hidden = hidden[rows, layout.previous[rows, columns]]
@@ -282,14 +299,21 @@ def _choose_attention(config: ModelConfig, *, device: str) -> str:
     return config.attention
 
 
+def choose_tree_attention(config: ModelConfig, *, device: str) -> str:
+    """Return how rows that hold trees are computed; flash attention has no mask per row."""
+    if config.tree_attention != "auto":
+        return config.tree_attention
+    return "sdpa" if device == "cpu" else "flex_attention"
+
+
 @contextlib.contextmanager
-def tree_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Compute attention by SDPA, which takes a mask per row; flash attention has none."""
+def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Compute attention by another implementation, and by the model's own one afterwards."""
     before = model.config._attn_implementation
-    if before == "sdpa":
+    if before == implementation:
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:

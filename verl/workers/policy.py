@@ -22,13 +22,14 @@ from verl.workers.losses import importance_weights, kl_estimates, policy_losses,
 from verl.workers.model import (
     PolicyNetwork,
     TreeLayout,
+    choose_tree_attention,
     compute_dtype,
     embedding_name,
     is_tied,
     load_model,
     resolve_model_folder,
-    tree_attention,
     untie,
+    using_attention,
     write_model,
     write_weights,
 )
@@ -81,6 +82,7 @@ class PolicyWorker:
         self._total_steps = total_steps
         self._source = resolve_model_folder(model.path)
         self._dtype = compute_dtype(model, device=device)
+        self._tree_attention = choose_tree_attention(model, device=device)
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         self._unties = device == "cpu" and is_tied(self._source)
         self._context = init_distributed(placement)
@@ -322,9 +324,10 @@ class PolicyWorker:
         layout = TreeLayout(
             positions=self._tensor(batch.positions).long(),
             previous=self._tensor(batch.previous).long(),
-            visible=self._tensor(batch.visible),
+            enters=self._tensor(batch.enters),
+            leaves=self._tensor(batch.leaves),
         )
-        with torch.no_grad(), tree_attention(self._model):
+        with torch.no_grad(), using_attention(self._model, self._tree_attention):
             log_probs, _ = self._network(
                 self._tensor(batch.input_ids).long(),
                 self._tensor(batch.rows).long(),

@@ -24,10 +24,12 @@ from tests.fakes import (
 )
 from tests.methods import make_method
 from verl.agent.prompts import PACKAGED_FILE
-from verl.algorithms.base import Measurement, Need, Prefetch
+from verl.algorithms.base import Measurement, Need, Prefetch, ScorerOptions
+from verl.algorithms.igpo import IGPO, IGPOConfig
 from verl.algorithms.inforeasoner import InfoReasoner
 from verl.algorithms.search_r1 import SearchR1, SearchR1Config
 from verl.algorithms.siop import SIOP
+from verl.algorithms.tips import TIPS, TIPSConfig
 from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
@@ -173,3 +175,10 @@ def test_data_prompt_holds_for_training_and_held_out_questions(tmp_path: Path) -
         config.data.prompt = prompt
         train, held_out = load_data(config, prompt_format)
         assert [question.messages for question in (*train, *held_out)] == [asked, asked]
+
+
+def test_settings_of_a_method_say_how_its_log_probs_are_computed() -> None:
+    shared = ScorerOptions(shares_prefixes=True, refresh_steps=0)
+    assert IGPO.scorer_options(IGPOConfig()) == SearchR1.scorer_options(SearchR1Config()) == shared
+    assert not IGPO.scorer_options(IGPOConfig(use_vectorized_gt_logprob=False)).shares_prefixes
+    assert TIPS.scorer_options(TIPSConfig(refresh_steps=3)).refresh_steps == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.verl.workers.episodes import make_actor, make_config, make_worker
-from verl.branches import Branch, Tree, pack, row_length, split, unpack
-from verl.types import FloatArray, IntArray
+from verl.branches import Branch, Tree, TreeRow, pack, row_length, split, unpack
+from verl.types import BoolArray, FloatArray, IntArray
 from verl.utils.actors import LocalLauncher
 from verl.workers.batch import build_tree_batch, shard_trees
 from verl.workers.parallel import Placement
@@ -40,6 +41,12 @@ def random_tree(rng: np.random.Generator, *, turns: int) -> Tree:
     scored = rng.random(len(trunk)) < 0.4
     scored[0] = False
     return Tree(trunk=trunk, branches=tuple(branches), trunk_scored=scored if turns % 2 else None)
+
+
+def visible(row: TreeRow) -> BoolArray:
+    """Whether token i attends to token j [R, R]."""
+    seen: BoolArray = (row.enters <= row.enters[:, None]) & (row.enters[:, None] < row.leaves)
+    return seen
 
 
 def naive(folder: Path, path: IntArray, first: int, end: int, *, temperature: float = 1.0) -> FloatArray:
@@ -80,7 +87,7 @@ def test_a_row_has_the_positions_parents_and_sight_of_its_branches() -> None:
     assert row.positions.tolist() == [0, 1, 2, 3, 4, 4]
     assert row.previous.tolist() == [0, 0, 1, 2, 3, 3]
     assert row.scored.tolist() == [4, 5]
-    assert [np.flatnonzero(seen).tolist() for seen in row.visible] == [
+    assert [np.flatnonzero(seen).tolist() for seen in visible(row)] == [
         [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5]
     ]  # fmt: skip
 
@@ -107,7 +114,7 @@ def test_splitting_and_packing_score_the_same_tokens_after_the_same_paths(seed: 
     assert len(row.ids) == row_length(tree)
 
     def path_of(index: int) -> list[int]:
-        return row.ids[row.visible[index]].tolist()
+        return row.ids[visible(row)[index]].tolist()
 
     expected = [
         part.trunk[: i + 1].tolist()
@@ -154,10 +161,17 @@ async def test_equal_to_a_forward_pass_per_branch_for_any_batch_order_and_paddin
         group.shutdown()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_attention_of_the_model_is_kept_for_training(model_folder: Path, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "of_trees"), [("sdpa", "sdpa"), ("eager", "sdpa"), ("sdpa", "flex_attention")]
+)
+def test_the_attention_of_the_model_is_kept_for_training(
+    model_folder: Path, attention: str, of_trees: str
+) -> None:
+    if of_trees == "flex_attention" and shutil.which("g++") is None:
+        pytest.skip("FlexAttention on the CPU is compiled, and this machine has no g++")
     config = make_config(model_folder)
     config.model.attention = attention
+    config.model.tree_attention = of_trees
     worker = make_worker(config, trainable=False)
     tree = random_tree(np.random.default_rng(1), turns=2)
     (log_probs,) = worker.tree_log_probs(shard_trees([tree], num_ranks=1, max_tokens=8192)[0])
