@@ -1,10 +1,12 @@
 """Measure what each method adds to a training step, and how close a step is to its bare engines.
 
-`make bench-step` runs this on the embedded world. All methods measure the same trajectories. Costs are
-processor seconds of all processes and visible wall seconds, both as a share of a `search_r1` step measured in
-the same run. One update takes the whole batch, as in the quickstart; with
-`actor_rollout_ref.actor.ppo_mini_batch_size=40` there are two, which need old log-probs, and those come from
-the same pass as the gains. The last line of the output is JSON:
+`make bench-step` runs this on the embedded world. All methods measure the same trajectories, of other
+questions in every repetition, because the IG service remembers what it has sampled and judged. They have
+the format of the embedded policy, so that `ig_search` finds no summaries. Costs are processor seconds of
+all processes and visible wall seconds, both as a share of a `search_r1` step measured in the same run. One
+update takes the whole batch, as in the quickstart; with `actor_rollout_ref.actor.ppo_mini_batch_size=40`
+there are two, which need old log-probs, and those come from the same pass as the gains. The last line of
+the output is JSON:
 
   step_cpu_s, step_s       a search_r1 step: processor seconds of all processes, wall seconds
   overhead                 processor seconds that a method adds, as a share of step_cpu_s
@@ -12,7 +14,7 @@ the same pass as the gains. The last line of the output is JSON:
   tokens_scored_vs_naive   tokens of its forward passes over those of one pass per state
   turns                    milliseconds of scoring trajectories of 1 to 8 turns, sharing prefixes or not
   rollout_vs_engine        wall seconds of vLLM alone for the same tokens over those of the rollout
-  update_vs_torch          wall seconds of a plain torch loop on the same batch over those of the update
+  update_vs_torch          wall seconds of a plain torch loop on the same batches over those of the update
   decoded_over_useful      sampled tokens over those that the update trained on
 """
 
@@ -28,7 +30,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,17 +45,18 @@ from supervise import ChildFailedError, Supervisor
 
 from bench import bare
 from bench.service import start_ig_service, start_service
+from bench.step import Batch, Cost, CountingScorer, Method
 from verl.algorithms import ALGORITHMS
-from verl.algorithms.base import Algorithm, LogProbScorer
+from verl.algorithms.base import Algorithm, Need
 from verl.algorithms.statistics import spread
-from verl.branches import Branch, Tree, TreeLogProbs, row_length, split
+from verl.branches import Branch, Tree
+from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.build import USE_IG_SERVICE, make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import Models
 from verl.trainer.ppo.trainer import PPOTrainer
-from verl.types import Group, Stop
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
 from verl.workers.batch import build_batch
@@ -60,29 +64,6 @@ from verl.workers.batch import build_batch
 WARM_UP_STEPS = 1
 SCORED_TURNS = (1, 2, 4, 8)
 IG_FLAGS = ("--num-generations", "8", "--max-new-tokens", "12")
-
-
-@dataclass(slots=True, kw_only=True)
-class Cost:
-    """What a method added, once per repetition."""
-
-    cpu_s: list[float] = field(default_factory=list)
-    wall_s: list[float] = field(default_factory=list)
-
-
-class CountingScorer:
-    """A scorer that counts the tokens of its forward passes, and those of one pass per state."""
-
-    def __init__(self, scorer: LogProbScorer) -> None:
-        self._scorer = scorer
-        self.scores_trajectories: bool = scorer.scores_trajectories
-        self.shared = self.naive = 0
-
-    async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
-        """Return the log-probs of each tree, in order."""
-        self.shared += sum(row_length(tree) for tree in trees if tree.num_scored)
-        self.naive += sum(row_length(part) for tree in trees for part in split(tree))
-        return await self._scorer.score(trees)
 
 
 def main() -> int:
@@ -104,7 +85,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=6, help="measured search_r1 steps (default 6)")
-    parser.add_argument("--repeats", type=int, default=4, help="measurements of each method (default 4)")
+    parser.add_argument(
+        "--repeats", type=int, default=4, help="batches that each method measures (default 4)"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -166,102 +149,106 @@ async def measure(
         await parts.publisher.verify(version=0)
         parts.engines.expect_version(0)
         steps = Cost()
-        phases: list[dict[str, float]] = []
         with screen.phase("measuring steps", total=arguments.steps) as update:
             for step in range(1, WARM_UP_STEPS + arguments.steps + 1):
                 before, began = cpu_seconds(), time.perf_counter()
                 await trainer.train_step(step)
                 if step > WARM_UP_STEPS:
-                    steps.cpu_s.append(cpu_seconds() - before)
-                    steps.wall_s.append(time.perf_counter() - began)
-                    phases.append(dict(trainer.timer.seconds))
+                    steps.add(cpu_seconds() - before, time.perf_counter() - began)
                     update(step - WARM_UP_STEPS, f"{steps.cpu_s[-1]:.1f} processor s")
-        questions = parts.questions.next_batch()
-        groups = await parts.collector.collect(questions, step=0)
-        step_cpu_s, step_s = statistics.median(steps.cpu_s), statistics.median(steps.wall_s)
-        costs, tokens = {}, {}
-        with screen.phase("measuring methods", total=len(arguments.methods)) as update:
-            for number, name in enumerate(arguments.methods, start=1):
-                update(number - 1, name)
-                costs[name], tokens[name] = await measure_method(
-                    name, trainer, groups, overrides=overrides, repeats=arguments.repeats
-                )
+        methods = [make_method(name, trainer, overrides=overrides) for name in arguments.methods]
+        batches = []
+        with screen.phase("measuring methods", total=arguments.repeats) as update:
+            for repeat in range(arguments.repeats):
+                update(repeat, "episodes")
+                batches.append(await play(trainer, number=repeat))
+                for method in methods:
+                    update(repeat, method.name)
+                    await measure_method(method, trainer, batches[-1])
+        for method in methods:
+            await method.aclose()
         turns = await measure_turns(trainer)
-        with screen.phase("measuring the bare engine and the bare update"):
-            ratios = await asyncio.to_thread(compare_bare, config, groups, phases)
+        with screen.phase("measuring the update, the bare engine and the bare update"):
+            for batch in batches:  # last: the policy is not the engine's any more
+                await batch.train(trainer)
+            ratios = await asyncio.to_thread(compare_bare, config, batches)
+    step_cpu_s, step_s = statistics.median(steps.cpu_s), statistics.median(steps.wall_s)
     return {
         "step_cpu_s": round(step_cpu_s, 2),
         "step_s": round(step_s, 2),
-        "overhead": {
-            name: round(statistics.median(cost.cpu_s) / step_cpu_s, 3) for name, cost in costs.items()
+        "overhead": {m.name: round(statistics.median(m.cost.cpu_s) / step_cpu_s, 3) for m in methods},
+        "overhead_visible": {m.name: round(statistics.median(m.cost.wall_s) / step_s, 3) for m in methods},
+        "tokens_scored_vs_naive": {
+            m.name: round(m.scorer.shared / m.scorer.naive, 3)
+            for m in methods
+            if m.scorer is not None and m.scorer.naive
         },
-        "overhead_visible": {
-            name: round(statistics.median(cost.wall_s) / step_s, 3) for name, cost in costs.items()
-        },
-        "tokens_scored_vs_naive": {name: share for name, share in tokens.items() if share is not None},
         "turns": turns,
         **ratios,
         "searches_per_trajectory": round(
-            statistics.fmean(len(t.observations) for group in groups for t in group.trajectories), 2
+            statistics.fmean(len(t.observations) for batch in batches for t in batch.trajectories), 2
         ),
     }
 
 
-async def measure_method(
-    name: str, trainer: PPOTrainer, groups: Sequence[Group], *, overrides: Sequence[str], repeats: int
-) -> tuple[Cost, float | None]:
-    """Return what a method adds to the step that played these groups, and its share of the naive tokens.
+async def play(trainer: PPOTrainer, *, number: int) -> Batch:
+    """Play the episodes of a step over questions that no step before had."""
+    questions = trainer.parts.questions.next_batch()
+    step = trainer.total_steps + number
+    began = time.perf_counter()
+    groups = await trainer.parts.collector.collect(questions, step=step)
+    return Batch(groups=groups, step=step, rollout_s=time.perf_counter() - began)
+
+
+async def measure_method(method: Method, trainer: PPOTrainer, batch: Batch) -> None:
+    """Measure what a method adds to the step that played these groups.
 
     A gain that the IG service computes while episodes run is invisible until they have ended: for methods
     that prefetch the episodes are played again. Where the update needs old log-probs, a method that scores
     the trajectories gives them, too: the pass that a `search_r1` step needs for them is taken off.
     """
-    config = compose_config([o for o in overrides if not o.startswith("algorithm=")] + [f"algorithm={name}"])
-    algorithm, scorer, client = make_method(config, trainer)
-    cost = Cost()
-    questions = [group.question for group in groups]
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    batch = build_batch(trajectories, [spread(t, 0.0) for t in trajectories], pad_id=trainer.pad_id)
+    algorithm, scorer = method.algorithm, method.scorer
+    questions = [group.question for group in batch.groups]
+    collect = partial(trainer.parts.collector.collect, questions, step=batch.step)
     prefetches = type(algorithm).prefetch is not Algorithm.prefetch
-    for _ in range(repeats):
-        plain_cpu_s = plain_wall_s = 0.0
-        before, began = cpu_seconds(), time.perf_counter()
+    rows = build_batch(
+        batch.trajectories, [spread(t, 0.0) for t in batch.trajectories], pad_id=trainer.pad_id
+    )
+    plain_cpu_s = plain_wall_s = 0.0
+    before, began = cpu_seconds(), time.perf_counter()
+    if prefetches:
+        await collect()
+        plain_cpu_s = cpu_seconds() - before
+    elif scorer is not None and scorer.scores_trajectories:
+        await trainer.parts.policy.log_probs(rows)
+        plain_cpu_s, plain_wall_s = cpu_seconds() - before, time.perf_counter() - began
+    before = cpu_seconds()
+    async with aclosing(algorithm.prefetch(questions)) as prefetch:
         if prefetches:
-            await trainer.parts.collector.collect(questions, step=0)
-            plain_cpu_s = cpu_seconds() - before
-        elif scorer is not None and scorer.scores_trajectories:
-            await trainer.parts.policy.log_probs(batch)
-            plain_cpu_s, plain_wall_s = cpu_seconds() - before, time.perf_counter() - began
-        before = cpu_seconds()
-        async with aclosing(algorithm.prefetch(questions)) as prefetch:
-            if prefetches:
-                await trainer.parts.collector.collect(
-                    questions, step=0, on_episode_end=prefetch.on_episode_end
-                )
-            began = time.perf_counter()
-            scored = await make_reward(config, algorithm).score(groups, prefetch=prefetch)
-        cost.wall_s.append(time.perf_counter() - began - plain_wall_s)
-        cost.cpu_s.append(cpu_seconds() - before - plain_cpu_s)
-        assert len(scored.credits) == len(groups)
-    if client is not None:
-        await client.aclose()
-    return cost, None if scorer is None or not scorer.naive else round(scorer.shared / scorer.naive, 3)
+            await collect(on_episode_end=prefetch.on_episode_end)
+        began = time.perf_counter()
+        await method.reward.score(batch.groups, prefetch=prefetch)
+    wall_s = time.perf_counter() - began
+    method.cost.add(cpu_seconds() - before - plain_cpu_s, wall_s - plain_wall_s)
 
 
-def make_method(
-    config: Config, trainer: PPOTrainer
-) -> tuple[Algorithm, CountingScorer | None, GainClient | None]:
-    """Return a method with what it measures with, its scorer if it has one, and its client to close."""
-    method = ALGORITHMS[config.algorithm.name]
+def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> Method:
+    """Return a method with what it measures with. Raises ConfigError where the run has no such model."""
+    config = compose_config([o for o in overrides if not o.startswith("algorithm=")] + [f"algorithm={name}"])
+    algorithm_class = ALGORITHMS[name]
     parts = trainer.parts
     semantic = config.reward.semantic
     client = None
-    if method.needs & USE_IG_SERVICE:
+    if algorithm_class.needs & USE_IG_SERVICE:
         client = GainClient(semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size)
+    if Need.FROZEN_LOG_PROBS in algorithm_class.needs and parts.reference is None:
+        raise ConfigError(
+            f"{name} is measured with the frozen reference, which actor_rollout_ref.actor.use_kl_loss=false "
+            f"leaves out: set it to true, or leave {name} out of --methods"
+        )
     services = make_services(
         config,
         Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
-        needs=method.needs,
         codec=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
         ig_client=client,
     )
@@ -270,7 +257,10 @@ def make_method(
     if scorer is not None:
         changed = {"policy": scorer} if services.policy is not None else {"frozen": scorer}
         services = replace(services, **changed)  # type: ignore[arg-type]
-    return method(config.algorithm, services), scorer, client
+    algorithm = algorithm_class(config.algorithm, services)
+    return Method(
+        name=name, algorithm=algorithm, reward=make_reward(config, algorithm), scorer=scorer, client=client
+    )
 
 
 async def measure_turns(trainer: PPOTrainer) -> dict[str, dict[str, float]]:
@@ -310,32 +300,26 @@ async def measure_turns(trainer: PPOTrainer) -> dict[str, dict[str, float]]:
     return figures
 
 
-def compare_bare(
-    config: Config, groups: Sequence[Group], phases: Sequence[dict[str, float]]
-) -> dict[str, float]:
+def compare_bare(config: Config, batches: Sequence[Batch]) -> dict[str, float]:
     """Return rollout and update against vLLM and torch alone, and the share of sampled tokens that count."""
-    trajectories = [t for group in groups for t in group.trajectories]
-    requests = []
-    for trajectory in trajectories:
-        ids, start = trajectory.token_ids, len(trajectory.prompt_ids)
-        for turn in trajectory.turns:
-            requests.append((ids[:start].tolist(), len(turn.output_ids)))
-            start += len(turn.output_ids) + len(turn.observation_ids)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=bare.load, initargs=(config,)) as process:
-        decoding = [process.submit(bare.decode, requests).result() for _ in range(3)]
-    rows = [t.token_ids.tolist() for t in trajectories]
-    masks = [t.policy_mask.tolist() for t in trajectories]
+        decode_s = sum(process.submit(bare.decode, batch.requests()).result() for batch in batches)
     with ProcessPoolExecutor(1, spawn) as process:  # vLLM leaves a process with fewer threads
-        update_s = min(process.submit(bare.train, rows, masks, config).result() for _ in range(3))
-    rollout_s = statistics.median(phase["rollout"] for phase in phases)
-    trained_s = statistics.median(phase["update"] for phase in phases)
-    sampled = sum(t.num_policy_tokens for t in trajectories)
-    useful = sum(t.num_policy_tokens for t in trajectories if t.stop is not Stop.FAILED)
+        train_s = sum(
+            process.submit(
+                bare.train,
+                [t.token_ids.tolist() for t in batch.trajectories],
+                [t.policy_mask.tolist() for t in batch.trajectories],
+                config,
+            ).result()
+            for batch in batches
+        )
+    sampled = sum(t.num_policy_tokens for batch in batches for t in batch.trajectories)
     return {
-        "rollout_vs_engine": round(min(decoding) / rollout_s, 3),
-        "update_vs_torch": round(update_s / trained_s, 3),
-        "decoded_over_useful": round(sampled / useful, 3),
+        "rollout_vs_engine": round(decode_s / sum(batch.rollout_s for batch in batches), 3),
+        "update_vs_torch": round(train_s / sum(batch.update_s for batch in batches), 3),
+        "decoded_over_useful": round(sampled / sum(batch.num_trained for batch in batches), 3),
     }
 
 
