@@ -1,0 +1,106 @@
+"""Combine the scored samples of an evaluation: per question, per data source and over all: pure functions.
+
+What failed is left out and counted, never 0: a sample with a failure counts neither as right nor as wrong,
+and a question whose samples all failed is a failed question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from serving.answers import normalize_answer
+from verl.evaluation.records import ResultRecord
+
+COSTS = ("searches", "turns", "output_tokens", "context_tokens", "seconds")
+"""Means that say what an answer costs; all other names are scores in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuestionScore:
+    """What was measured of one question: means over its samples that did not fail."""
+
+    uid: str
+    data_source: str
+    num_samples: int
+    values: Mapping[str, float]
+    """By name: the metrics of the records, pass@k and majority where there are several samples, and COSTS."""
+
+
+def score_questions(records: Iterable[ResultRecord]) -> list[QuestionScore]:
+    """Return one score per question that has a sample without failure, in the order of the records."""
+    by_question: dict[str, list[ResultRecord]] = {}
+    for record in records:
+        if record["failure"] is None:
+            by_question.setdefault(record["uid"], []).append(record)
+    return [_score_question(samples) for samples in by_question.values()]
+
+
+def _score_question(samples: Sequence[ResultRecord]) -> QuestionScore:
+    samples = sorted(samples, key=lambda record: record["sample"])
+    # A metric that only some samples have, such as a verdict, is a mean over these.
+    names = dict.fromkeys(name for record in samples for name in record["metrics"])
+    values = {name: _mean([r["metrics"][name] for r in samples if name in r["metrics"]]) for name in names}
+    if len(samples) > 1:
+        num_right = sum(record["metrics"]["em"] >= 1.0 for record in samples)
+        for k in pass_sizes(len(samples)):
+            values[f"pass@{k}"] = pass_at_k(len(samples), num_right, k=k)
+        voted = vote([record["prediction"] for record in samples])
+        values["majority"] = 0.0 if voted is None else samples[voted]["metrics"]["em"]
+    costs: dict[str, list[float]] = {
+        "searches": [record["num_searches"] for record in samples],
+        "turns": [record["num_turns"] for record in samples],
+        "output_tokens": [record["output_tokens"] for record in samples],
+        "context_tokens": [record["context_tokens"] for record in samples],
+        "seconds": [record["seconds"] for record in samples],
+    }
+    return QuestionScore(
+        uid=samples[0]["uid"],
+        data_source=samples[0]["data_source"],
+        num_samples=len(samples),
+        values=values | {name: _mean(numbers) for name, numbers in costs.items()},
+    )
+
+
+def pass_sizes(num_samples: int) -> list[int]:
+    """Return the k of pass@k that are reported: powers of 2 up to the number of samples, and that number."""
+    powers = [1 << k for k in range(1, num_samples.bit_length()) if 1 << k <= num_samples]
+    return sorted({*powers, num_samples} - {1})
+
+
+def pass_at_k(num_samples: int, num_right: int, *, k: int) -> float:
+    """Return the unbiased estimate of the chance that one of k samples is right: `1 - C(n-c, k) / C(n, k)`.
+
+    Source: Chen et al. 2021, arXiv 2107.03374, section 2.1. Raises ValueError for k above the number of
+    samples, for which there is none.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
+        raise ValueError(f"pass@{k} of {num_right} right among {num_samples} samples is not defined")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def vote(predictions: Sequence[str | None]) -> int | None:
+    """Return the index of the first sample with the answer that most samples give; None without an answer.
+
+    Answers are compared after normalization. Among equally frequent answers the first sampled one wins. No
+    answer, or one that is blank, is not a vote (Wang et al. 2022, arXiv 2203.11171).
+    """
+    keys = [None if prediction is None else normalize_answer(prediction) for prediction in predictions]
+    votes = Counter(key for key in keys if key)
+    # The most frequent key; `most_common` keeps the order of first appearance among equals.
+    return keys.index(votes.most_common(1)[0][0]) if votes else None
+
+
+def by_source(scores: Iterable[QuestionScore], name: str) -> dict[str, list[float]]:
+    """Return the numbers of one name, one per question that has it, by data source in alphabetical order."""
+    found: dict[str, list[float]] = {}
+    for score in scores:
+        if name in score.values:
+            found.setdefault(score.data_source, []).append(score.values[name])
+    return dict(sorted(found.items()))
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)

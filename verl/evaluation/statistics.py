@@ -1,0 +1,148 @@
+"""Bootstrap intervals over questions, paired tests and their adjustment: pure functions of numbers.
+
+A stratum has one number per question of one data source. The statistic is the mean over the strata of their
+means: one stratum gives the plain mean, one per source the macro average. Questions are resampled within
+their stratum. Every function starts its own generator from the seed, so that a result does not depend on
+what was computed before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+
+NUM_RESAMPLES = 10_000
+CONFIDENCE = 0.95
+_CHUNK_CELLS = 1 << 22
+_NORMAL = NormalDist()
+
+Array = npt.NDArray[np.float64]
+Interval = tuple[float, float]
+
+
+def mean_of_means(strata: Sequence[Sequence[float]]) -> float | None:
+    """Return the mean over the strata of their means; None if there is none or one is empty."""
+    if not strata or not all(map(len, strata)):
+        return None
+    return math.fsum(math.fsum(values) / len(values) for values in strata) / len(strata)
+
+
+def bootstrap_interval(
+    strata: Sequence[Sequence[float]],
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> Interval | None:
+    """Return the bias-corrected and accelerated bootstrap interval (BCa) of the mean over the strata.
+
+    None where no stratum has two different numbers: resampling them would claim certainty. Source: Efron
+    1987, "Better bootstrap confidence intervals"; for several strata Davison and Hinkley 1997, section 5.3.
+    """
+    estimate = mean_of_means(strata)
+    if estimate is None or not _can_vary(strata):
+        return None
+    means = _resample_means(strata, seed=seed, num_resamples=num_resamples)  # [num_resamples]
+    # Sums of the same numbers in another order differ in the last digits: those are ties.
+    is_tie = np.isclose(means, estimate, rtol=0.0, atol=1e-12)
+    below = (np.count_nonzero((means < estimate) & ~is_tie) + 0.5 * np.count_nonzero(is_tie)) / len(means)
+    bias = _NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
+    acceleration = _acceleration(strata)
+    shares = []
+    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
+        shifted = bias + _NORMAL.inv_cdf(tail)
+        shares.append(_NORMAL.cdf(bias + shifted / (1 - acceleration * shifted)))
+    low, high = np.quantile(means, shares)
+    return float(low), float(high)
+
+
+def bootstrap_p_value(
+    differences: Sequence[Sequence[float]], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> float | None:
+    """Return the two-sided p value of a mean difference of 0, by a paired bootstrap.
+
+    `differences` has one number per question that both runs answered. The resampled means are shifted so that
+    their center is 0; p is the share of them that is at least as far from 0 as the observed mean, the
+    observed one counted with them (Efron and Tibshirani 1993, section 16.4). None without a question.
+    """
+    observed = mean_of_means(differences)
+    if observed is None:
+        return None
+    if not _can_vary(differences):
+        # All differences are equal: none at all, or the same for each question, which chance gives the other
+        # sign for all questions at once.
+        num_questions = sum(map(len, differences))
+        return 1.0 if observed == 0.0 else min(1.0, 2.0 ** (1 - num_questions))
+    means = _resample_means(differences, seed=seed, num_resamples=num_resamples)
+    extreme = np.count_nonzero(np.abs(means - observed) >= abs(observed) - 1e-12)
+    return float((1 + extreme) / (1 + num_resamples))
+
+
+def mcnemar_p_value(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Return the exact two-sided p value of McNemar's test; None without a question.
+
+    Of the questions that only one of both answered right, each is as likely to be one of either (McNemar
+    1947; exact by the binomial distribution).
+    """
+    if not first:
+        return None
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(a and not b for a, b in pairs)
+    only_second = sum(b and not a for a, b in pairs)
+    num_discordant = only_first + only_second
+    return float(binomtest(only_first, num_discordant).pvalue) if num_discordant else 1.0
+
+
+def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return the p values adjusted for their number by the step-down method of Holm 1979, in order.
+
+    None stands for a test that was not made; it stays None and does not count.
+    """
+    order = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p_value, k) in enumerate(order):
+        highest = max(highest, min(1.0, p_value * (len(order) - rank)))
+        adjusted[k] = highest
+    return adjusted
+
+
+def _can_vary(strata: Sequence[Sequence[float]]) -> bool:
+    return any(min(values) < max(values) for values in strata)
+
+
+def _acceleration(strata: Sequence[Sequence[float]]) -> float:
+    """Return the skewness of the statistic over 6: the influence of each question, cubed and summed."""
+    influences = [(np.asarray(values) - np.mean(values)) / len(values) for values in strata]
+    influence = np.concatenate(influences)
+    return float((influence**3).sum() / (6.0 * (influence**2).sum() ** 1.5))
+
+
+def _resample_means(strata: Sequence[Sequence[float]], *, seed: int, num_resamples: int) -> Array:
+    """Return the statistic of each resample [num_resamples]."""
+    generator = np.random.default_rng(seed)
+    total = np.zeros(num_resamples)
+    for values in strata:
+        total += np.concatenate(list(_stratum_means(values, generator, num_resamples)))
+    return total / len(strata)
+
+
+def _stratum_means(
+    values: Sequence[float], generator: np.random.Generator, num_resamples: int
+) -> Iterator[Array]:
+    """Yield the means of resamples of one stratum, in chunks that fit in memory.
+
+    A resample of n questions has each distinct value a multinomial number of times; scores have few.
+    """
+    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)  # [d], [d]
+    num_questions = len(values)
+    chunk = max(1, _CHUNK_CELLS // len(distinct))
+    for start in range(0, num_resamples, chunk):
+        size = min(chunk, num_resamples - start)
+        drawn = generator.multinomial(num_questions, counts / num_questions, size=size)  # [size, d]
+        yield drawn @ distinct / num_questions
