@@ -105,7 +105,7 @@ def _holds(condition: str, names: Mapping[str, Any]) -> bool:
     name, sign, expected = match.groups()
     if sign is None:
         return names.get(name) is not None
-    return name in names and (_text(names[name]).lower() == expected) == (sign == "=")
+    return name in names and _matches(expected, _text(names[name]).lower()) == (sign == "=")
 
 
 def _fill(template: str, names: Mapping[str, Any]) -> str:

@@ -78,6 +78,12 @@ def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
         (SCRIPTS["Search-R1, PPO"], "algorithm.adv_estimator", "algorithm.adv_estimator=grpo"),
         (SCRIPTS["IGPO"], "max_turns", "max_turns=9"),
         ([f"{ROLLOUT}.n=8", "trainer.save_freq=-1"], "trainer.save_freq", "trainer.save_freq=0"),
+        (SCRIPTS["verl, DAPO"], f"{ACTOR}.ppo_mini_batch_size", f"{ACTOR}.ppo_mini_batch_size=512"),
+        (
+            [f"{ROLLOUT}.n=8", f"{ACTOR}.tis_imp_ratio_cap=-1"],
+            f"{ACTOR}.tis_imp_ratio_cap",
+            f"{ACTOR}.tis_imp_ratio_cap=null",
+        ),
         (
             [f"{ROLLOUT}.n=8", f"{ROLLOUT}.val_kwargs.n=1", f"{ACTOR}.ppo_mini_batch_size=32"],
             f"{ACTOR}.ppo_mini_batch_size",
@@ -103,6 +109,18 @@ def test_of_an_unset_key_nothing_is_computed() -> None:
     key = f"{ACTOR}.ppo_micro_batch_size_per_gpu"
     assert refusals([f"{key}=null"])[key].startswith("leave it out: a forward pass is limited in tokens")
     assert refusals([f"{ROLLOUT}.n=null"]) == {f"{ROLLOUT}.n": "leave it out"}
+
+
+def test_corrections_that_exist_here_are_kept() -> None:
+    kept = [
+        f"{ACTOR}.policy_loss.loss_mode=gspo",
+        f"{ACTOR}.clip_ratio_c=3.0",
+        f"{ACTOR}.loss_scale_factor=512",
+        "algorithm.adv_estimator=rloo",
+        "algorithm.filter_groups.enable=true",
+    ]
+    left = {f"{ROLLOUT}.n", f"{ACTOR}.policy_loss.clip_cov_ratio"}
+    assert set(refusals([f"{ROLLOUT}.n=8", f"{ACTOR}.policy_loss.clip_cov_ratio=0.1", *kept])) == left
 
 
 def test_a_shared_key_is_read_as_ours_unless_other_keys_are_of_another_trainer() -> None:
