@@ -103,8 +103,8 @@ def find_support(row: Row) -> dict[str, list[str]]:
     """Return `supporting_ids` and `supporting_texts` of a row, as far as it has them; {} without any.
 
     Ids are taken as they are. HotpotQA, 2WikiMultihopQA and MuSiQue name supporting passages by their title,
-    which becomes the id, with the title and the paragraph as the text. All are read from the row or from its
-    `metadata`.
+    which becomes the id, with title and paragraph as the text; paragraphs of one article have the same id.
+    All are read from the row or from its `metadata`.
     """
     places = [row, *(found for key in ("extra_info", "metadata") if isinstance(found := row.get(key), dict))]
     for place in places:
@@ -115,21 +115,23 @@ def find_support(row: Row) -> dict[str, list[str]]:
     for place in places:
         paragraphs = read_paragraphs(place)
         if paragraphs:
-            texts = [f"{title}\n{text}" for title, text in paragraphs.items() if text]
+            texts = [f"{title}\n{text}" for title, text in paragraphs if text]
             is_complete = len(texts) == len(paragraphs)
-            return {"supporting_ids": [*paragraphs], "supporting_texts": texts if is_complete else []}
+            titles = [title for title, _ in paragraphs]
+            return {"supporting_ids": titles, "supporting_texts": texts if is_complete else []}
     return {}
 
 
-def read_paragraphs(place: Row) -> dict[str, str]:
-    """Return the text of each supporting paragraph by its title; empty where only the title is there."""
+def read_paragraphs(place: Row) -> list[tuple[str, str]]:
+    """Return title and text of each supporting paragraph; the text is empty where only the title is there."""
     paragraphs = place.get("paragraphs")
     if isinstance(paragraphs, list):  # MuSiQue
         supporting = [one for one in paragraphs if isinstance(one, dict) and one.get("is_supporting")]
-        return {str(one.get("title")): str(one.get("paragraph_text") or "") for one in supporting}
+        return [(str(one.get("title")), str(one.get("paragraph_text") or "")) for one in supporting]
     context = dict(read_pairs(place.get("context"), "sentences", "content"))
-    titles = [title for title, _ in read_pairs(place.get("supporting_facts"), "sent_id")]
-    return {title: join_text(context.get(title, "")) for title in titles}
+    # A fact is a sentence: several of one paragraph have the same title.
+    titles = dict.fromkeys(title for title, _ in read_pairs(place.get("supporting_facts"), "sent_id"))
+    return [(title, join_text(context.get(title, ""))) for title in titles]
 
 
 def read_pairs(value: object, *names: str) -> list[tuple[str, object]]:

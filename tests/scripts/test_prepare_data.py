@@ -170,7 +170,11 @@ MUSIQUE = [
             ("Hull", "York"),
             ("Hull\nIn Hull.", "York\nIn York."),
         ),
-        ({"paragraphs": MUSIQUE}, ("Hull", "York"), ("Hull\nIn Hull.", "York\nIn York.")),
+        (
+            {"paragraphs": [*MUSIQUE, MUSIQUE[2] | {"paragraph_text": "By the Ouse."}]},
+            ("Hull", "York", "York"),
+            ("Hull\nIn Hull.", "York\nIn York.", "York\nBy the Ouse."),
+        ),
         ({"extra_info": {"supporting_ids": [3]}, "paragraphs": MUSIQUE}, ("3",), ()),
         ({"supporting_facts": "?", "context": {"title": 3}, "paragraphs": None}, (), ()),
     ],
