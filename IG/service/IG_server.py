@@ -41,7 +41,6 @@ from IG.service.schema import (
     InfoGainResponse,
     Message,
     Mode,
-    RequestOptions,
     VersionResponse,
 )
 from IG.sharing import Work
@@ -168,11 +167,12 @@ def _gains(
             take_turn, size=len(queries), disconnected=lambda: wait_for_disconnect(request)
         )
         metrics.count_outcomes(estimates.outcomes, work=estimates.work)
+        is_compatible = config.compat if body.compat is None else body.compat
         answer = await render(
             estimates,
             include_details=body.include_details,
             gain_limit=gain_limit(config.gain, num_samples=config.num_generations),
-            failed_score=_failed_number(body, config),
+            failed_score=0.0 if is_compatible else None,
         )
         return Response(answer, media_type="application/json")
 
@@ -191,7 +191,7 @@ def _entailment(
         responses=refusals(400, 408, 413, 415, 429, 503),
     )
     async def judge_entailment(body: EntailmentRequest, request: Request) -> Response:
-        """Return probabilities in order; a failed pair has null (`compat`: 0.0) and its error."""
+        """Return probabilities in order; a failed pair has null and its error."""
         deadline = asyncio.get_running_loop().time() + (body.timeout_s or config.request_timeout_s)
         pairs = [(pair.premise, pair.hypothesis) for pair in body.pairs]
 
@@ -210,7 +210,7 @@ def _entailment(
             take_turn, size=len(pairs), disconnected=lambda: wait_for_disconnect(request)
         )
         metrics.count_outcomes(judgements.outcomes, work=judgements.work)
-        answer = render_judgements(judgements, failed=_failed_number(body, config))
+        answer = render_judgements(judgements)
         return Response(answer, media_type="application/json")
 
     return router
@@ -220,12 +220,6 @@ def _router(host: Host[Backend], config: IGServiceConfig, *, noun: str) -> APIRo
     """Return a router whose requests have a list `noun`, bounded by the settings."""
     limits = {"--max-items": config.max_items, "--max-queued-items": config.max_queued_items}
     return APIRouter(route_class=bounded_route(read=host.read, noun=noun, limits=limits))
-
-
-def _failed_number(options: RequestOptions, config: IGServiceConfig) -> float | None:
-    """Return what stands for a number that could not be computed."""
-    is_compatible = config.compat if options.compat is None else options.compat
-    return 0.0 if is_compatible else None
 
 
 async def _work_in_turn(

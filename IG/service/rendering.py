@@ -45,12 +45,12 @@ async def render(
     return response.model_dump_json().encode()
 
 
-def render_judgements(judgements: Judgements, *, failed: float | None) -> bytes:
-    """Return the response as JSON; `failed` is the number of pairs that failed."""
+def render_judgements(judgements: Judgements) -> bytes:
+    """Return the response as JSON."""
     return (
         EntailmentResponse(
             probabilities=[
-                failed if isinstance(outcome, GainFailure) else outcome for outcome in judgements.outcomes
+                None if isinstance(outcome, GainFailure) else outcome for outcome in judgements.outcomes
             ],
             errors=_errors(judgements.outcomes),
             work=judgements.work,

@@ -51,11 +51,6 @@ class InfoGainItem(BaseModel):
 class RequestOptions(BaseModel):
     """What every request for work may say."""
 
-    compat: bool | None = Field(
-        default=None,
-        description="Give what fails the number 0.0 beside its error, as the published service does, "
-        "instead of null. Null: the service's setting `--compat`.",
-    )
     timeout_s: float | None = Field(
         default=None,
         gt=0,
@@ -73,6 +68,11 @@ class InfoGainRequest(RequestOptions):
     items: Annotated[list[InfoGainItem], FailFast()] = Field(
         description="Any number up to --max-items; none gives none."
     )
+    compat: bool | None = Field(
+        default=None,
+        description="Give what fails the number 0.0 beside its error, as the published service does, "
+        "instead of null. Null: the service's setting `--compat`.",
+    )
     include_details: bool = Field(
         default=True, description="Return the evidence of every score too; without it is faster."
     )
@@ -81,7 +81,7 @@ class InfoGainRequest(RequestOptions):
 class EntailmentPair(BaseModel):
     """Two texts."""
 
-    premise: Context = Field(
+    premise: Text = Field(
         description="What is given. Only its end is read where it is long.",
         examples=["Alice Marsh was born in Bolton."],
     )
@@ -99,7 +99,7 @@ class EntailmentRequest(RequestOptions):
 
 
 class EntailmentResponse(BaseModel):
-    """Everything in the order of the pairs; a failed one has null (`compat`: 0.0) and its error."""
+    """Everything in the order of the pairs; a failed one has null and its error."""
 
     probabilities: list[float | None] = Field(
         description="P(premise entails hypothesis). Null is not 0.", examples=[[0.98]]
