@@ -26,27 +26,29 @@ class QuestionScore:
     data_source: str
     num_samples: int
     values: Mapping[str, float]
-    """By name: the metrics of the records, pass@k and majority where there are several samples, and COSTS."""
+    """By name: metrics that all its samples have, pass@k and majority of several samples, and COSTS."""
 
 
-def score_questions(records: Iterable[ResultRecord]) -> list[QuestionScore]:
+def score_questions(records: Sequence[ResultRecord]) -> list[QuestionScore]:
     """Return one score per question that has a sample without failure, in the order of the records."""
+    sizes = pass_sizes(1 + max((record["sample"] for record in records), default=0))
     by_question: dict[str, list[ResultRecord]] = {}
     for record in records:
         if record["failure"] is None:
             by_question.setdefault(record["uid"], []).append(record)
-    return [_score_question(samples) for samples in by_question.values()]
+    return [_score_question(samples, sizes=sizes) for samples in by_question.values()]
 
 
-def _score_question(samples: Sequence[ResultRecord]) -> QuestionScore:
+def _score_question(samples: Sequence[ResultRecord], *, sizes: Sequence[int]) -> QuestionScore:
     samples = sorted(samples, key=lambda record: record["sample"])
-    # A metric that only some samples have, such as a verdict, is a mean over these.
-    names = dict.fromkeys(name for record in samples for name in record["metrics"])
-    values = {name: _mean([r["metrics"][name] for r in samples if name in r["metrics"]]) for name in names}
-    if len(samples) > 1:
+    # Not what only some samples have: a verdict is most often missing where the answer is wrong.
+    names = [name for name in samples[0]["metrics"] if all(name in record["metrics"] for record in samples)]
+    values = {name: _mean([record["metrics"][name] for record in samples]) for name in names}
+    if sizes:
         num_right = sum(record["metrics"]["em"] >= 1.0 for record in samples)
-        for k in pass_sizes(len(samples)):
-            values[f"pass@{k}"] = pass_at_k(len(samples), num_right, k=k)
+        for k in sizes:
+            if k <= len(samples):
+                values[f"pass@{k}"] = pass_at_k(len(samples), num_right, k=k)
         voted = vote([record["prediction"] for record in samples])
         values["majority"] = 0.0 if voted is None else samples[voted]["metrics"]["em"]
     costs: dict[str, list[float]] = {
@@ -65,7 +67,10 @@ def _score_question(samples: Sequence[ResultRecord]) -> QuestionScore:
 
 
 def pass_sizes(num_samples: int) -> list[int]:
-    """Return the k of pass@k that are reported: powers of 2 up to the number of samples, and that number."""
+    """Return the k of pass@k that are reported: powers of 2 up to the number of samples, and that number.
+
+    None for one sample. A question has no pass@k if fewer than k of its samples did not fail.
+    """
     powers = [1 << k for k in range(1, num_samples.bit_length()) if 1 << k <= num_samples]
     return sorted({*powers, num_samples} - {1})
 

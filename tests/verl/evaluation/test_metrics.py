@@ -50,7 +50,8 @@ def test_samples_of_a_question_are_averaged_without_those_that_failed() -> None:
     (question,) = score_questions([*samples, failed])
     assert (question.uid, question.num_samples) == ("nq/test/7", 3)
     assert question.values["em"] == pytest.approx(2 / 3)
-    assert (question.values["pass@2"], question.values["pass@3"]) == (1.0, 1.0)
+    assert question.values["pass@2"] == 1.0
+    assert "pass@4" not in question.values  # one of four samples failed
     assert (question.values["majority"], question.values["searches"]) == (1.0, pytest.approx(5 / 3))
 
 
@@ -61,3 +62,6 @@ def test_scores_by_source_leave_out_what_was_not_measured() -> None:
     assert by_source(scores, "em") == {"hotpotqa": [0.0], "nq": [1.0, 1.0]}
     assert by_source(scores, "judge") == {"nq": [1.0]}
     assert "majority" not in scores[0].values
+    partly_judged = [make_result(sample=0), make_result(sample=1)]
+    partly_judged[0]["metrics"]["judge"] = 1.0
+    assert "judge" not in score_questions(partly_judged)[0].values
