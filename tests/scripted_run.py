@@ -22,7 +22,7 @@ from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
 from verl.trainer.config.schema import Config, DataConfig, RewardConfig, TrainerConfig
 from verl.trainer.ppo.evaluation import evaluation_metrics
-from verl.trainer.ppo.metrics import credit_metrics, gain_metrics, reward_metrics
+from verl.trainer.ppo.metrics import credit_metrics, gain_metrics, outcome_metrics, reward_metrics
 from verl.types import (
     Action,
     ActionKind,
@@ -164,6 +164,7 @@ def step_metrics(step: int, *, steps: int, scored: ScoredGroups) -> dict[str, fl
     samples = scored.samples()
     return {
         **reward_metrics(samples),
+        **outcome_metrics([sample.score for sample in samples]),
         **gain_metrics([(sample.trajectory, sample.score) for sample in samples]),
         **credit_metrics(scored),
         "policy/kl": 0.02 * done**1.5,

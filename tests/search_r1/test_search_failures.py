@@ -19,7 +19,7 @@ from verl.algorithms.scoring.outcome import Outcome
 from verl.algorithms.scoring.reward import Reward
 from verl.errors import TrainingHaltedError
 from verl.rollout.collector import Collector
-from verl.trainer.ppo.metrics import reward_metrics, rollout_metrics
+from verl.trainer.ppo.metrics import outcome_metrics, rollout_metrics
 from verl.types import Completion, Finish, Group, IntArray, Sampling, Stop, Trajectory
 
 CHARS = CharTokenizer()
@@ -97,7 +97,8 @@ async def test_a_failed_search_masks_its_own_episode_only(answer: Any) -> None:
     reward = Reward(judge, algorithm=make_method(), max_failure_share=0.5, fix="")
     samples = (await reward.score([bad], prefetch=Prefetch())).samples()
     assert [sample.score.outcome for sample in samples] == [None, 0.0, None, 1.0]
-    assert reward_metrics(samples)["reward/failed_share"] == pytest.approx(2 / 4)
+    scores = [sample.score for sample in samples]
+    assert outcome_metrics(scores)["reward/failed_share"] == pytest.approx(2 / 4)
     assert [bool(sample.credit.advantages.any()) for sample in samples] == [False, True, False, True]
 
 

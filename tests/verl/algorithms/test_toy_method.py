@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from tests.methods import make_method
-from tests.verl.trainer.ppo.test_trainer import STEPS_ALONE, Run, SearchingAgent
+from tests.trainer_run import STEPS_ALONE, Run, SearchingAgent
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Measurement, Prefetch
 from verl.algorithms.statistics import group_advantages, spread, spread_turns

@@ -200,7 +200,8 @@ class _Rule:
     """Whether the setting is a largest distance from 1."""
 
 
-_LOWER_LR = "lower actor_rollout_ref.actor.optim.lr"
+_ACTOR = "actor_rollout_ref.actor"
+_LOWER_LR = f"lower {_ACTOR}.optim.lr"
 _MISMATCH = (
     "the engine samples from another policy than the one that is trained; compare precision, temperature and "
     "model of the two"
@@ -243,39 +244,40 @@ _RULES = (
         metric="rollout/response_length_mean",
         setting="trainer.alarms.max_length_ratio",
         is_ratio=True,
-        advice="responses grow; look whether they make sense, and at actor_rollout_ref.actor.loss_agg_mode, "
-        "which decides what length weighs in the loss",
+        advice=f"responses grow; look whether they make sense, and at {_ACTOR}.loss_agg_mode, which decides "
+        "what length weighs in the loss",
     ),
     _Rule(
         metric="policy/entropy",
         setting="trainer.alarms.min_entropy_ratio",
         is_upper=False,
         is_ratio=True,
-        advice=f"the policy hardly explores any more; {_LOWER_LR} or raise entropy_coeff",
+        advice=f"the policy hardly explores any more; {_LOWER_LR} or raise {_ACTOR}.entropy_coeff",
     ),
     _Rule(
         metric="policy/entropy",
         setting="trainer.alarms.max_entropy_ratio",
         is_ratio=True,
-        advice=f"the policy becomes random; {_LOWER_LR} or entropy_coeff, and go on from an earlier "
-        "checkpoint",
+        advice=f"the policy becomes random; {_LOWER_LR} or {_ACTOR}.entropy_coeff, and go on from an "
+        "earlier checkpoint",
     ),
     _Rule(
         metric="policy/kl",
         setting="trainer.alarms.max_kl",
-        advice=f"the policy is far from the reference; {_LOWER_LR} or raise kl_loss_coef",
+        advice=f"the policy is far from the reference; {_LOWER_LR} or raise {_ACTOR}.kl_loss_coef",
     ),
     _Rule(
         metric="policy/ratio_mean",
         setting="trainer.alarms.max_ratio_distance",
         is_distance=True,
         advice=f"an update moves the policy far from the one that sampled; {_LOWER_LR} or raise "
-        "ppo_mini_batch_size",
+        f"{_ACTOR}.ppo_mini_batch_size",
     ),
     _Rule(
         metric="policy/clip_fraction",
         setting="trainer.alarms.max_clip_fraction",
-        advice=f"a large part of the update is clipped away; {_LOWER_LR} or raise ppo_mini_batch_size",
+        advice=f"a large part of the update is clipped away; {_LOWER_LR} or raise "
+        f"{_ACTOR}.ppo_mini_batch_size",
     ),
     _Rule(
         metric="policy/importance_mean",
@@ -284,9 +286,9 @@ _RULES = (
         advice=_MISMATCH,
     ),
     _Rule(
-        metric="credit/dead_group_share",
+        metric="credit/zero_advantage_share",
         setting="trainer.alarms.max_zero_advantage_share",
-        advice="the attempts at nearly every question are worth the same, and teach nothing; take harder or "
-        "easier questions, or raise n_agent",
+        advice="at nearly every question all attempts have advantage 0, so that the update hardly changes "
+        "the policy; take harder or easier questions, or raise actor_rollout_ref.rollout.n_agent",
     ),
 )

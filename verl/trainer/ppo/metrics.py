@@ -34,26 +34,37 @@ from verl.utils.failures import failure_name
 logger = logging.getLogger(__name__)
 
 Metrics = dict[str, float]
+Played = tuple[Trajectory, Score]
 REPEATED_TOKENS = 4
 """Length of the sequences whose repetition is counted."""
 
 
 def step_metrics(
-    scored: ScoredGroups, *, update: Mapping[str, float], seconds: Mapping[str, float]
+    scored: ScoredGroups,
+    *,
+    update: Mapping[str, float],
+    seconds: Mapping[str, float],
+    left_out: Sequence[Played] = (),
 ) -> Metrics:
-    """Return everything logged of one training step. `seconds`: wall seconds per phase, `step` the whole."""
+    """Return everything logged of one training step. `seconds`: wall seconds per phase, `step` the whole.
+
+    `left_out` was played and filtered away: it counts in what the policy did and how well it answered.
+    """
     samples = scored.samples()
-    trajectories = [sample.trajectory for sample in samples]
+    trained = [(sample.trajectory, sample.score) for sample in samples]
+    played = [*trained, *left_out]
+    trajectories = [trajectory for trajectory, _ in played]
     return finite(
         {
             **rollout_metrics(trajectories),
-            **length_by_outcome(samples),
+            **length_by_outcome(played),
             **reward_metrics(samples),
-            **gain_metrics([(sample.trajectory, sample.score) for sample in samples]),
+            **outcome_metrics([score for _, score in played]),
+            **gain_metrics(trained),
             **scored.stats,
             **credit_metrics(scored),
             **{f"policy/{name}": value for name, value in update.items()},
-            **time_metrics(trajectories, seconds),
+            **time_metrics(trajectories, seconds, trained=[sample.trajectory for sample in samples]),
         }
     )
 
@@ -160,10 +171,10 @@ def repetition_share(completions: Sequence[IntArray]) -> float | None:
     return _ratio(count - distinct, count)
 
 
-def length_by_outcome(samples: Sequence[Sample]) -> Metrics:
+def length_by_outcome(played: Sequence[Played]) -> Metrics:
     """Return the mean length of right answers (an exact match, or the full outcome) and of wrong ones."""
     lengths: dict[str, list[int]] = {"right": [], "wrong": []}
-    for trajectory, score, _ in samples:
+    for trajectory, score in played:
         if score.outcome is not None:
             is_right = score.metrics.get("em", score.outcome) >= 1.0
             lengths["right" if is_right else "wrong"].append(trajectory.num_policy_tokens)
@@ -171,24 +182,27 @@ def length_by_outcome(samples: Sequence[Sample]) -> Metrics:
 
 
 def reward_metrics(samples: Sequence[Sample]) -> Metrics:
-    """Return the reward trained on, over valid samples; outcome, em, sub_em, f1 over all that were judged."""
-    rewards = _numbers(samples, "reward")
-    judged = [s.score for s in samples if s.score.outcome is not None]
+    """Return the reward trained on, over valid samples."""
+    return finite(_spread("reward/", _numbers(samples, "reward")))
+
+
+def outcome_metrics(scores: Sequence[Score]) -> Metrics:
+    """Return outcome, em, sub_em and f1 over all that were judged, and the share that failed."""
+    judged = [score for score in scores if score.outcome is not None]
     names = sorted({name for score in judged for name in score.metrics})
     return finite(
         {
-            **_spread("reward/", rewards),
             "reward/outcome_mean": mean([s.outcome for s in judged if s.outcome is not None]),
             **{
                 f"reward/{name}_mean": mean([s.metrics[name] for s in judged if name in s.metrics])
                 for name in names
             },
-            "reward/failed_share": _ratio(sum(s.score.failure is not None for s in samples), len(samples)),
+            "reward/failed_share": _ratio(sum(s.failure is not None for s in scores), len(scores)),
         }
     )
 
 
-def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
+def gain_metrics(scores: Sequence[Played]) -> Metrics:
     """Return gains over all that was measured, per turn or per trajectory; failures as a share of both."""
     played = [score for trajectory, score in scores if trajectory.stop is not Stop.FAILED]
     measured = [score.gain.values for score in played if score.gain.values and score.failure is None]
@@ -211,17 +225,22 @@ def gain_metrics(scores: Sequence[tuple[Trajectory, Score]]) -> Metrics:
 
 
 def credit_metrics(scored: ScoredGroups) -> Metrics:
-    """Return the share of groups without any advantage, the size of the advantages, and the components."""
-    groups = list(scored.by_group())
-    peaks = [[float(np.abs(s.credit.advantages).max(initial=0.0)) for s in group] for group in groups]
-    lone = sum(sum(s.score.failure is None for s in group) < 2 for group in groups)
+    """Return the share of groups without any advantage, the size of the advantages, and the components.
+
+    Failed samples count nowhere, and a group in which all failed is none without advantage. The peak of a
+    sample is its largest absolute advantage.
+    """
     samples = scored.samples()
+    groups = [[s for s in group if s.score.failure is None] for group in scored.by_group()]
+    all_peaks = [[float(np.abs(s.credit.advantages).max(initial=0.0)) for s in group] for group in groups]
+    peaks = [of_group for of_group in all_peaks if of_group]
+    lone = sum(len(group) < 2 for group in groups)
     names = sorted({name for s in samples for name in s.credit.components} - {"reward", "outcome", "gain"})
     return finite(
         {
-            "credit/dead_group_share": mean([not any(of_group) for of_group in peaks]),
+            "credit/zero_advantage_share": mean([not any(of_group) for of_group in peaks]),
             "credit/lone_group_share": _ratio(lone, len(groups)),
-            "credit/advantage_abs_mean": mean([peak for of_group in peaks for peak in of_group]),
+            "credit/advantage_peak_mean": mean([peak for of_group in peaks for peak in of_group]),
             "credit/advantage_abs_max": max((peak for of_group in peaks for peak in of_group), default=None),
             **{f"credit/{name}_mean": mean(_numbers(samples, name)) for name in names},
             **_advantage_metrics(samples),
@@ -261,15 +280,17 @@ def split_by_kind(trajectory: Trajectory, values: FloatArray) -> Iterator[tuple[
         start += len(turn.output_ids) + len(turn.observation_ids)
 
 
-def time_metrics(trajectories: Sequence[Trajectory], seconds: Mapping[str, float]) -> Metrics:
+def time_metrics(
+    trajectories: Sequence[Trajectory], seconds: Mapping[str, float], *, trained: Sequence[Trajectory]
+) -> Metrics:
     """Return seconds per phase, and the throughput of those phases that were timed."""
-    sampled = count_policy_tokens(trajectories)
-    trained = sum(len(t.token_ids) for t in trajectories if t.stop is not Stop.FAILED)
+    num_sampled = count_policy_tokens(trajectories)
+    num_trained = sum(len(t.token_ids) for t in trained if t.stop is not Stop.FAILED)
     return finite(
         {
             **{f"time/{name}_s": value for name, value in seconds.items()},
-            "perf/sampled_tokens_per_s": _ratio(sampled, seconds.get("rollout", 0.0)),
-            "perf/tokens_per_s": _ratio(trained, seconds.get("step", 0.0)),
+            "perf/sampled_tokens_per_s": _ratio(num_sampled, seconds.get("rollout", 0.0)),
+            "perf/tokens_per_s": _ratio(num_trained, seconds.get("step", 0.0)),
             "perf/trajectories_per_s": _ratio(len(trajectories), seconds.get("step", 0.0)),
         }
     )

@@ -27,9 +27,9 @@ from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
-from verl.trainer.ppo.metrics import step_metrics
-from verl.trainer.ppo.sampling import collect_groups
-from verl.types import Group, Question, ScoredGroups, Stop
+from verl.trainer.ppo.metrics import Played, step_metrics
+from verl.trainer.ppo.sampling import Collected, collect_groups
+from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
@@ -122,12 +122,12 @@ class PPOTrainer:
                 # Closed before the update: no request of it then runs beside the training.
                 async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
                     with timer("rollout"):  # all episodes at once, each at its own pace
-                        groups, stats = await self.collect(step, questions, prefetch)
+                        collected = await self.collect(step, questions, prefetch)
                     await room.enter_async_context(parts.engines.asleep())
                     with timer("reward"):  # may run the policy, which now has the device
                         done = self.progress.step / self.total_steps
                         scored = await parts.reward.score(
-                            groups, prefetch=prefetch, progress=done, stats=stats
+                            collected.groups, prefetch=prefetch, progress=done, stats=collected.stats
                         )
 
                 with timer("log_probs"):
@@ -138,7 +138,8 @@ class PPOTrainer:
                         batch = batch.with_reference(await parts.reference.log_probs(batch))
 
                 with timer("update"):
-                    self.updating = asyncio.create_task(self.update(step, batch, scored))
+                    update_step = self.update(step, batch, scored, left_out=self.judge(collected))
+                    self.updating = asyncio.create_task(update_step)
                     update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
             with timer("publish"):
@@ -147,10 +148,8 @@ class PPOTrainer:
         self.unrecorded()
         parts.guard.check(last_checkpoint=parts.checkpoints.latest())
 
-    async def collect(
-        self, step: int, questions: Sequence[Question], prefetch: Prefetch
-    ) -> tuple[list[Group], dict[str, float]]:
-        """Run the episodes of a step, of further questions, too, if groups are filtered; return metrics."""
+    async def collect(self, step: int, questions: Sequence[Question], prefetch: Prefetch) -> Collected:
+        """Run the episodes of a step, of further questions, too, if groups are filtered."""
         parts = self.parts
         collect = partial(
             parts.collector.collect,
@@ -166,14 +165,21 @@ class PPOTrainer:
             settings=parts.algorithm.settings.filter_groups,
         )
 
-    async def update(self, step: int, batch: TrainBatch, scored: ScoredGroups) -> dict[str, float]:
+    def judge(self, collected: Collected) -> list[Played]:
+        """Return the trajectories of groups that were left out with their outcomes."""
+        trajectories = [t for group in collected.left_out for t in group.trajectories]
+        return list(zip(trajectories, self.parts.reward.score_validation(trajectories), strict=True))
+
+    async def update(
+        self, step: int, batch: TrainBatch, scored: ScoredGroups, *, left_out: Sequence[Played]
+    ) -> dict[str, float]:
         """Train on the batch; then the step is done, and remains to be recorded."""
         update = await self.parts.policy.update(batch)
         if self.parts.copy is not None:
             await self.parts.copy.refresh(step)
         self.progress.step = step
         self.progress.sampler = self.parts.questions.state_dict()
-        self.unrecorded = partial(self.record, scored, update)
+        self.unrecorded = partial(self.record, scored, update, left_out=left_out)
         return update
 
     async def publish(self, version: int) -> float:
@@ -186,17 +192,19 @@ class PPOTrainer:
         """Return tensors of all trajectories that did not fail; from here on only advantages count."""
         samples = scored.samples()
         overlong_filtering = self.parts.algorithm.settings.overlong_filtering
-        kept = [
-            i
-            for i, sample in enumerate(samples)
-            if sample.score.failure is None
-            and sample.trajectory.num_policy_tokens
-            and not (overlong_filtering and sample.trajectory.stop is Stop.LENGTH)
+        valid = [
+            i for i, s in enumerate(samples) if s.score.failure is None and s.trajectory.num_policy_tokens
         ]
+        kept = [i for i in valid if not (overlong_filtering and was_cut_off(samples[i].trajectory))]
         if not kept:
-            raise TrainingHaltedError(
-                f"step {self.progress.step + 1}: every trajectory failed or was cut off, nothing to train on"
-            )
+            why = f"{len(samples) - len(valid)} of {len(samples)} trajectories failed or are empty"
+            if valid:
+                why += (
+                    f", the other {len(valid)} were cut off and algorithm.overlong_filtering=true leaves "
+                    "them out; raise data.max_prompt_length (tokens of an episode) or "
+                    "data.max_response_length (of a completion), or set algorithm.overlong_filtering=false"
+                )
+            raise TrainingHaltedError(f"step {self.progress.step + 1}: nothing to train on: {why}")
         known = scored.old_log_probs
         old = None if known is None else [log_probs for of_group in known for log_probs in of_group]
         return build_batch(
@@ -206,11 +214,11 @@ class PPOTrainer:
             old_log_probs=None if old is None else [old[i] for i in kept],
         )
 
-    def record(self, scored: ScoredGroups, update: dict[str, float]) -> None:
+    def record(self, scored: ScoredGroups, update: dict[str, float], *, left_out: Sequence[Played]) -> None:
         """Write trajectories and metrics of the step, and the batch of a skipped update."""
         step = self.progress.step
         self.parts.recorder.write(step, scored)
-        metrics = step_metrics(scored, update=update, seconds=self.timer.seconds)
+        metrics = step_metrics(scored, update=update, seconds=self.timer.seconds, left_out=left_out)
         self.parts.tracker.log(step, metrics)
         self.unrecorded = _nothing
         for alarm in self.parts.alarms.observe(step, metrics):
@@ -268,6 +276,11 @@ class PPOTrainer:
 
     def is_due(self, frequency: int) -> bool:
         return frequency > 0 and self.progress.step % frequency == 0
+
+
+def was_cut_off(trajectory: Trajectory) -> bool:
+    """Return whether a token limit, of the episode or of its last completion, ended the trajectory."""
+    return trajectory.stop is Stop.LENGTH or trajectory.turns[-1].finish is Finish.LENGTH
 
 
 def has_succeeded(task: asyncio.Task[dict[str, float]]) -> bool:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import pytest
 
+from verl.trainer.config.loading import schema_keys
 from verl.trainer.config.schema import AlarmsConfig
 from verl.trainer.ppo.alarms import Alarms, find_alarms, find_change, make_limits
 
@@ -40,7 +42,7 @@ SICK = {
     "max_ratio_distance": ("policy/ratio_mean", 1.0, 0.8),
     "max_clip_fraction": ("policy/clip_fraction", 0.01, 0.4),
     "max_importance_distance": ("policy/importance_mean", 0.99, 1.2),
-    "max_zero_advantage_share": ("credit/dead_group_share", 0.5, 1.0),
+    "max_zero_advantage_share": ("credit/zero_advantage_share", 0.5, 1.0),
 }
 """Of each limit its metric, a value within it and one beyond."""
 
@@ -133,8 +135,15 @@ def test_a_warning_has_the_value_the_limit_its_key_and_what_to_do() -> None:
     assert message == (
         "policy/entropy is 0.06, below 0.08, 0.1 times its first value 0.8, for 3 steps "
         "(trainer.alarms.min_entropy_ratio): the policy hardly explores any more; "
-        "lower actor_rollout_ref.actor.optim.lr or raise entropy_coeff"
+        "lower actor_rollout_ref.actor.optim.lr or raise actor_rollout_ref.actor.entropy_coeff"
     )
+
+
+def test_advice_names_settings_as_they_are_typed() -> None:
+    limits = make_limits(SETTINGS, max_turns=3, max_log_prob_difference=1e-3)
+    words = {word for limit in limits for word in re.findall(r"\w+(?:\.\w+)*", limit.advice) if "_" in word}
+    assert words - set(schema_keys()) == set()
+    assert "actor_rollout_ref.rollout.n_agent" in words
 
 
 def test_a_resumed_run_is_compared_with_its_first_step() -> None:

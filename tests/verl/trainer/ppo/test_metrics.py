@@ -14,6 +14,7 @@ from verl.trainer.ppo.metrics import (
     finite,
     gain_metrics,
     length_by_outcome,
+    outcome_metrics,
     repetition_share,
     reward_metrics,
     rollout_metrics,
@@ -103,7 +104,7 @@ def test_rewards_are_those_trained_on_and_measures_those_of_everything_judged() 
         Score(outcome=None, failure="search_failed: x"),
     ]
     trajectories = [make_trajectory(QUESTION, sample=i, answer="x") for i in range(4)]
-    metrics = reward_metrics(score_group(trajectories, scores).samples())
+    metrics = reward_metrics(score_group(trajectories, scores).samples()) | outcome_metrics(scores)
     assert metrics["reward/mean"] == pytest.approx(0.65)
     assert (metrics["reward/min"], metrics["reward/max"]) == (0.0, pytest.approx(1.3))
     assert metrics["reward/em_mean"] == pytest.approx(2 / 3)
@@ -186,8 +187,8 @@ def test_advantages_are_counted_by_kind_of_token() -> None:
     metrics = credit_metrics(replace(scored, credits=credits))
     kinds = {name: value for name, value in metrics.items() if name.startswith("credit/advantage_")}
     assert kinds == {
-        "credit/advantage_abs_mean": 202.0,
-        "credit/advantage_abs_max": 400.0,
+        "credit/advantage_peak_mean": 4.0,
+        "credit/advantage_abs_max": 4.0,
         "credit/advantage_think_mean": 0.5,
         "credit/advantage_think_abs_mean": 0.5,
         "credit/advantage_query_mean": 3.0,
@@ -238,7 +239,7 @@ def test_length_by_outcome() -> None:
         Score(outcome=0.5),
         Score(outcome=None, failure="x"),
     ]
-    assert length_by_outcome(score_group(trajectories, scores).samples()) == {
+    assert length_by_outcome(list(zip(trajectories, scores, strict=True))) == {
         "rollout/response_length_right_mean": 4.0,
         "rollout/response_length_wrong_mean": 15.0,
     }
@@ -255,13 +256,15 @@ def test_zero_advantage_and_lone_groups() -> None:
         return Credit(advantages=np.array([0.0, peak], np.float32), components={})
 
     scored = ScoredGroups(
-        groups=[pair] * 3,
-        scores=[[valid, valid], [valid, valid], [valid, failed]],
-        credits=[[credit(1.5), credit(-0.5)], [credit(0.0)] * 2, [credit(0.0)] * 2],
+        groups=[pair] * 4,
+        scores=[[valid, valid], [valid, valid], [valid, failed], [failed, failed]],
+        credits=[[credit(1.5), credit(-0.5)], *[[credit(0.0)] * 2] * 3],
     )
     metrics = credit_metrics(scored)
-    assert metrics["credit/dead_group_share"] == pytest.approx(2 / 3)
-    assert metrics["credit/lone_group_share"] == pytest.approx(1 / 3)
+    # The group in which all failed has no advantage to be 0.
+    assert metrics["credit/zero_advantage_share"] == pytest.approx(2 / 3)
+    assert metrics["credit/lone_group_share"] == pytest.approx(2 / 4)
+    assert metrics["credit/advantage_peak_mean"] == pytest.approx((1.5 + 0.5) / 5)
     assert metrics["credit/advantage_abs_max"] == 1.5
 
 
