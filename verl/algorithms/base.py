@@ -147,6 +147,10 @@ class Algorithm(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     outcome: ClassVar[str] = "em"
     """What `reward.outcome=auto` stands for."""
+    format: ClassVar[str] = "search_r1"
+    """What `agent.format=auto` stands for: what the method was published with."""
+    compares_outcomes_only: ClassVar[bool] = False
+    """Whether a group whose outcomes are all equal gets no advantage, whatever its gains are."""
 
     def __init__(self, settings: AlgorithmConfig, services: Services) -> None:
         """Take settings of `settings_class` (see `verl.trainer.config.validate`)."""

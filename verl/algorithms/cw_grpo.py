@@ -34,6 +34,7 @@ class CWGRPO(Algorithm):
 
     settings: CWGRPOConfig
     settings_class = CWGRPOConfig
+    compares_outcomes_only = True
     needs = frozenset({Need.POLICY_LOG_PROBS})
 
     def __init__(self, settings: CWGRPOConfig, services: Services) -> None:

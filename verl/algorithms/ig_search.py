@@ -76,6 +76,7 @@ class IGSearch(Algorithm):
     settings_class = IGSearchConfig
     needs = frozenset({Need.POLICY_LOG_PROBS})
     outcome = "autorefine_f1"
+    format = "autorefine"
 
     def __init__(self, settings: IGSearchConfig, services: Services) -> None:
         super().__init__(settings, services)

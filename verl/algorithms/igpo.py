@@ -84,6 +84,7 @@ class IGPO(Algorithm):
     settings_class = IGPOConfig
     needs = frozenset({Need.POLICY_LOG_PROBS})
     outcome = "igpo_f1"
+    format = "tool_calls"
 
     def __init__(self, settings: IGPOConfig, services: Services) -> None:
         super().__init__(settings, services)

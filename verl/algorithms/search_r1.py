@@ -23,6 +23,7 @@ class SearchR1(Algorithm):
 
     settings: SearchR1Config
     settings_class = SearchR1Config
+    compares_outcomes_only = True
 
     def credit(
         self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from serving.answers import AnswerRule, normalize_answer
 from verl.types import ActionKind, SpanKind, Trajectory
@@ -47,7 +48,7 @@ def measure_outcome(
         return Outcome(value=igpo_f1(None if is_broken else answer, golds), metrics=metrics)
     if metric == "autorefine_f1":
         summaries = [s.text for t in trajectory.turns for s in t.action.spans if s.kind is SpanKind.REFINE]
-        return Outcome(value=autorefine_f1(answer, golds, summaries=summaries), metrics=metrics)
+        return Outcome(value=autorefine_f1(answer, golds, summaries=summaries, rule=rule), metrics=metrics)
     value = metrics[metric]
     if answer is not None and normalize_answer(answer, rule=AnswerRule.published):
         value = max(value, format_score)
@@ -59,19 +60,26 @@ def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) 
     return penalty if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
 
 
-def autorefine_f1(answer: str | None, golds: Sequence[str], *, summaries: Sequence[str]) -> float:
+def autorefine_f1(
+    answer: str | None,
+    golds: Sequence[str],
+    *,
+    summaries: Sequence[str],
+    rule: AnswerRule = AnswerRule.folded,
+) -> float:
     """Return the best F1 between sets of normalized words; 0.1 if it is 0 but a summary has a gold answer.
 
     Source: AutoRefine, arXiv 2505.11277, section 3.3.
     """
-    words = _distinct_words(answer or "")
-    value = max((overlap_f1(words, _distinct_words(gold)) for gold in golds), default=0.0)
+    normalize = partial(normalize_answer, rule=rule)
+    words = _count_distinct(normalize(answer or ""))
+    value = max((overlap_f1(words, _count_distinct(normalize(gold))) for gold in golds), default=0.0)
     if value > 0.0:
         return value
-    refined = f" {normalize_answer(' '.join(summaries))} "
-    found = any(f" {gold} " in refined for gold in map(normalize_answer, golds) if gold)
+    refined = f" {normalize(' '.join(summaries))} "
+    found = any(f" {gold} " in refined for gold in map(normalize, golds) if gold)
     return 0.1 if found else 0.0
 
 
-def _distinct_words(text: str) -> Counter[str]:
-    return Counter(set(normalize_answer(text).split()))
+def _count_distinct(text: str) -> Counter[str]:
+    return Counter(set(text.split()))

@@ -40,8 +40,12 @@ def load_config(raw: DictConfig) -> Config:
         raise ConfigError(f"{message}{_name_variable(raw, message)}") from error
     if not isinstance(config, Config):
         raise ConfigError(f"expected the ppo_schema configuration, got {type(config).__name__}")
-    if config.reward.outcome == "auto" and config.algorithm.name in ALGORITHMS:
-        config.reward.outcome = ALGORITHMS[config.algorithm.name].outcome  # recorded as what it means
+    if (method := ALGORITHMS.get(config.algorithm.name)) is not None:
+        # Recorded as what they mean.
+        if config.reward.outcome == "auto":
+            config.reward.outcome = method.outcome
+        if config.agent.format == "auto":
+            config.agent.format = method.format
     return config
 
 

@@ -20,6 +20,7 @@ _Rule = tuple[Callable[[Any], bool], str]
 
 
 def setting(default: object, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """Declare a field; `expected` names in an error what `is_valid` accepts."""
     return field(default=default, metadata={"rule": (is_valid, expected)})
 
 
@@ -228,7 +229,8 @@ class ActorRolloutRefConfig:
 class AgentConfig:
     """The form of episodes: prompt format and tools."""
 
-    format: str = "search_r1"
+    format: str = "auto"
+    """`auto`: that of the method, see docs/methods.md."""
     tools: list[str] = field(default_factory=lambda: ["search"])
 
 

@@ -15,7 +15,8 @@ from verl.trainer.config.schema import Config
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
-    problems = [*_check_algorithm(config), *_check_files(config), *_check_agent(config)]
+    problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config)]
+    problems += _check_agent(config)
     problems += _check_model(config)
     problems += _check_devices(config, num_gpus)
     problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
@@ -39,6 +40,16 @@ def _check_algorithm(config: Config) -> list[str]:
     return [
         f"algorithm.name={name!r} is set by algorithm=NAME alone, which selects the settings of the method; "
         f"write algorithm= with one of {', '.join(ALGORITHMS)}"
+    ]
+
+
+def _check_reward(config: Config) -> list[str]:
+    reward = config.reward
+    if reward.format_score == 0 or reward.outcome not in ("igpo_f1", "autorefine_f1"):
+        return []
+    return [
+        f"reward.format_score={reward.format_score:g} has no effect on reward.outcome={reward.outcome}, "
+        "which has a rule of its own for wrong answers; set it to 0, or reward.outcome to em, sub_em or f1"
     ]
 
 

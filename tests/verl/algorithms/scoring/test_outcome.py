@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serving.answers import AnswerRule
-from tests.fakes import make_question, make_trajectory
+from tests.fakes import make_question, make_trajectory, make_turn
 from verl.algorithms.scoring.outcome import measure_outcome
+from verl.types import ActionKind, Span, SpanKind
 
 QUESTION = make_question(golds=("Bolton", "Bolton, England"))
 
@@ -36,10 +39,41 @@ def test_all_measures_are_reported_whichever_is_the_reward(metric: str) -> None:
     assert outcome.metrics == {"em": 0.0, "sub_em": 1.0, "f1": two_thirds, "set_f1": two_thirds}
 
 
+@pytest.mark.parametrize(
+    ("metric", "answer", "summary", "expected"),
+    [
+        # Both words of the longer gold answer among three: 2 * 2 / (3 + 2).
+        ("autorefine_f1", "in Bolton, England", None, 0.8),
+        ("autorefine_f1", "Paris", "It was Bolton.", 0.1),
+        ("autorefine_f1", None, "It was Bolton.", 0.1),
+        ("autorefine_f1", "Paris", "It was Boltonia.", 0.0),
+        ("igpo_f1", "in Bolton, England", None, 0.8),
+        ("igpo_f1", "Paris", None, 0.0),
+        ("igpo_f1", None, None, -2.0),
+    ],
+)
+def test_outcomes_of_methods(metric: str, answer: str | None, summary: str | None, expected: float) -> None:
+    trajectory = make_trajectory(QUESTION, queries=("q",), answer=answer)
+    if summary is not None:
+        span = Span(kind=SpanKind.REFINE, start=0, end=1, text=summary)
+        first, *others = trajectory.turns
+        action = replace(first.action, spans=(span, *first.action.spans))
+        trajectory = replace(trajectory, turns=(replace(first, action=action), *others))
+    assert measure_outcome(trajectory, metric=metric).value == pytest.approx(expected)
+
+
+def test_an_invalid_action_costs_igpo_its_outcome() -> None:
+    trajectory = make_trajectory(QUESTION, answer="Bolton")
+    trajectory = replace(trajectory, turns=(make_turn(ActionKind.INVALID), *trajectory.turns))
+    outcome = measure_outcome(trajectory, metric="igpo_f1")
+    assert (outcome.value, outcome.metrics["em"]) == (-2.0, 1.0)
+
+
 @pytest.mark.parametrize(("rule", "value"), [(AnswerRule.folded, 1.0), (AnswerRule.published, 0.0)])
 @pytest.mark.parametrize(("gold", "answer"), [("A", "A."), ("caf\u00e9", "\u201cCafe\u0301\u201d")])
 def test_the_rule_decides_what_is_equal(rule: AnswerRule, value: float, gold: str, answer: str) -> None:
     trajectory = make_trajectory(make_question(golds=(gold,)), answer=answer)
+    assert measure_outcome(trajectory, rule=rule, metric="autorefine_f1").value == value
     metrics = measure_outcome(trajectory, rule=rule).metrics
     del metrics["set_f1"]  # counts articles by both rules
     assert metrics == dict.fromkeys(("em", "sub_em", "f1"), value)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 
+from tests.fakes import make_action, make_question, make_trajectory
+from tests.methods import credit_group, make_method
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
+from verl.trainer.config.advice import list_advice
 from verl.trainer.config.loading import config_groups, load_config, register_schema, schema_keys
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import validate
+from verl.types import ActionKind, Gain, Score
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 VARIABLES = {
@@ -53,6 +58,8 @@ def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
     defaults.algorithm = method.settings_class()
     assert defaults.reward.outcome == "auto"
     defaults.reward.outcome = method.outcome
+    assert defaults.agent.format == "auto"
+    defaults.agent.format = method.format
     assert dataclasses.asdict(config) == dataclasses.asdict(defaults)
 
 
@@ -238,6 +245,84 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"agent\.format='xml' is unknown, expected search_r1") as error:
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
     assert "algorithm.name='search_r1' is set by algorithm=NAME alone" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["algorithm=ig_search"], "autorefine"),
+        (["algorithm=igpo"], "tool_calls"),
+        (["algorithm=tips"], "search_r1"),
+        (["algorithm=igpo", "recipe=gpu"], "tool_calls"),
+        (["algorithm=igpo", "agent.format=autorefine"], "autorefine"),
+        # The policy of the embedded world writes one format only.
+        *[(["algorithm=igpo", f"recipe={name}"], "search_r1") for name in ("world", "quickstart", "smoke")],
+    ],
+)
+def test_the_format_is_that_of_the_method_unless_it_is_given(arguments: list[str], expected: str) -> None:
+    assert composed(arguments).agent.format == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["algorithm=igpo"], []),
+        (
+            ["algorithm=igpo", "agent.format=search_r1"],
+            ["agent.format=search_r1: igpo was published with tool_calls"],
+        ),
+        (["algorithm=search_r1", "algorithm.filter_groups.enable=true"], []),
+        (["algorithm=cw_grpo", "algorithm.filter_groups.enable=true"], []),
+        (
+            ["algorithm=ig_search", "algorithm.filter_groups.enable=true"],
+            ["algorithm.filter_groups.enable=true leaves"],
+        ),
+        (
+            ["actor_rollout_ref.actor.policy_loss.loss_mode=gspo"],
+            ["policy_loss.loss_mode=gspo with clip_ratio_low=0.2"],
+        ),
+        (
+            [
+                "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+                "actor_rollout_ref.actor.clip_ratio_low=3e-4",
+                "actor_rollout_ref.actor.clip_ratio_high=4e-4",
+            ],
+            [],
+        ),
+    ],
+)
+def test_settings_that_hardly_do_what_is_wanted_are_named(arguments: list[str], advice: list[str]) -> None:
+    found = list_advice(composed(arguments))
+    assert len(found) == len(advice)
+    for message, expected in zip(found, advice, strict=True):
+        assert expected in message
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_methods_of_which_it_is_said_learn_nothing_from_equal_outcomes(name: str) -> None:
+    """Two attempts with the same outcome, of which one gained more by its search."""
+    question = make_question()
+    attempts = [make_trajectory(question, sample=i, queries=("q",), answer="x") for i in range(2)]
+    action = make_action(ActionKind.TOOL, "q", start=1, end=3)
+    attempts = [replace(t, turns=(replace(t.turns[0], action=action), t.turns[1])) for t in attempts]
+    scores = [Score(outcome=0.0, gain=Gain(turns=(gain, None), trajectory=gain)) for gain in (0.5, 0.1)]
+    credits = credit_group(make_method(name), attempts, scores)
+    learns = any(credit.advantages.any() for credit in credits)
+    # Those of gigpo differ only where a right answer took more turns than another.
+    assert learns is not (ALGORITHMS[name].compares_outcomes_only or name == "gigpo")
+
+
+@pytest.mark.parametrize("outcome", ["igpo_f1", "autorefine_f1"])
+def test_a_format_score_is_refused_where_the_outcome_has_a_rule_of_its_own(outcome: str) -> None:
+    settings = [f"reward.outcome={outcome}", "data.train_files=gone.parquet"]
+    for score, refused in ((0.1, True), (0.0, False)):
+        with pytest.raises(ConfigError) as error:
+            validate(
+                composed([*settings, f"reward.format_score={score}"]), num_gpus=0, cpu_has_bfloat16=False
+            )
+        assert (
+            f"reward.format_score=0.1 has no effect on reward.outcome={outcome}" in str(error.value)
+        ) is refused
 
 
 @pytest.mark.parametrize("recipe", config_groups()["recipe"])
