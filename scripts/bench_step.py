@@ -55,7 +55,8 @@ from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.build import USE_IG_SERVICE, make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.schema import Config
-from verl.trainer.launch import Models
+from verl.trainer.config.validate import resolve_device
+from verl.trainer.launch import Models, count_gpus
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
@@ -249,6 +250,7 @@ def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> 
     services = make_services(
         config,
         Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
+        device=resolve_device(config, num_gpus=count_gpus()),
         codec=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
         ig_client=client,
     )

@@ -57,12 +57,14 @@ class StepSearch(Algorithm):
 
 
 def measure_searches(trajectory: Trajectory) -> Gain:
-    """Return gain minus redundancy of every turn that searched; a failure without supporting passages."""
+    """Return gain minus redundancy of every turn that searched.
+
+    A question whose supporting passages are unknown has nothing to measure: all its attempts are compared by
+    their outcomes alone.
+    """
     question = trajectory.question
-    if trajectory.stop is Stop.FAILED:
+    if trajectory.stop is Stop.FAILED or not question.supporting_ids:
         return Gain()
-    if not question.supporting_ids:
-        return Gain(failure="gain_failed: the data has no extra_info.supporting_ids for this question")
     searches = [t for t, turn in enumerate(trajectory.turns) if turn.observations]
     values: list[float | None] = [None] * len(trajectory.turns)
     if searches:

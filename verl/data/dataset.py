@@ -102,9 +102,11 @@ def require_supporting_ids(questions: Sequence[Question], *, method: str) -> Non
         )
     if lacking:
         logger.warning(
-            "%d of %d training questions have no extra_info.supporting_ids: their gains count as failed",
+            "%d of %d training questions have no extra_info.supporting_ids: algorithm=%s rewards them by "
+            "their outcome alone",
             lacking,
             len(questions),
+            method,
         )
 
 

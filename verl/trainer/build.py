@@ -37,6 +37,7 @@ from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker, read_metrics
+from verl.trainer.config.advice import list_advice
 from verl.trainer.config.schema import Config, RetrieverConfig
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
@@ -48,7 +49,7 @@ from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
 from verl.workers.checkpoint import CheckpointStore
-from verl.workers.model import check_model
+from verl.workers.model import check_model, trees_score_as_rows
 from verl.workers.scorer import LogProbScorer
 from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
 
@@ -56,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
 """Needs that the IG service meets."""
+USE_LOG_PROBS = frozenset({Need.POLICY_LOG_PROBS, Need.FROZEN_LOG_PROBS})
+"""Needs that a forward pass over trees meets."""
 
 
 @asynccontextmanager
@@ -71,6 +74,8 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
     with lock_folder(run_dir):
         configure_logging(log_file=run_dir / "train.log")
         logger.info("run folder: %s", run_dir)
+        for advice in list_advice(config):
+            logger.warning(advice)
         async with AsyncExitStack() as stack:
             yield await build(
                 config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus)
@@ -81,14 +86,17 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     """Wire the parts; each registers on the stack how it is taken down."""
     algorithm_class = ALGORITHMS[config.algorithm.name]
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
-    needs = algorithm_class.needs
+    trains = not config.trainer.evaluates_only
+    needs = algorithm_class.needs if trains else frozenset[Need]()  # evaluation asks for no gain
     ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
-    model_folder = check_model(config.actor_rollout_ref.model, device=device)
+    model_folder = check_model(
+        config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
+    )
     tags = FORMATS[config.agent.format].tags
     tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
-    if Need.SUPPORTING_IDS in needs and not config.trainer.evaluates_only:
+    if Need.SUPPORTING_IDS in needs:
         require_supporting_ids(train, method=config.algorithm.name)
     manifest = make_manifest(
         config,
@@ -100,9 +108,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
     has_kl = config.actor_rollout_ref.actor.use_kl_loss
-    refresh_steps = algorithm_class.scorer_options(config.algorithm).refresh_steps
+    refresh_steps = algorithm_class.scorer_options(config.algorithm).refresh_steps if trains else 0
     scores_with_reference = Need.FROZEN_LOG_PROBS in needs and not refresh_steps
-    trains = not config.trainer.evaluates_only
     models = await launch_models(
         config,
         stack,
@@ -110,11 +117,12 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
-        needs_reference=(has_kl or scores_with_reference) and trains,
-        refresh_steps=refresh_steps if trains else 0,
+        needs_reference=(has_kl and trains) or scores_with_reference,
+        refresh_steps=refresh_steps,
     )
     algorithm = algorithm_class(
-        config.algorithm, make_services(config, models, codec=tokenizer, ig_client=ig_client)
+        config.algorithm,
+        make_services(config, models, device=device, codec=tokenizer, ig_client=ig_client),
     )
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
     parts = Parts(
@@ -195,7 +203,12 @@ def start_run(
 
 
 def make_services(
-    config: Config, models: Models, *, codec: TextCodec, ig_client: GainClient | None
+    config: Config,
+    models: Models,
+    *,
+    device: str,
+    codec: TextCodec,
+    ig_client: GainClient | None,
 ) -> Services:
     """Hand the method what it needs to measure with."""
     algorithm = ALGORITHMS[config.algorithm.name]
@@ -206,12 +219,13 @@ def make_services(
         policy = LogProbScorer(
             models.policy,
             shares_prefixes=shares_prefixes,
-            # The same forward pass gives the old log-probs, where an update needs any.
-            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step),
+            # The same pass gives the old log-probs, where an update needs any and would compute the same.
+            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step)
+            and trees_score_as_rows(config.actor_rollout_ref.model, device=device),
         )
-    still = models.reference if models.copy is None else models.copy.model
-    if Need.FROZEN_LOG_PROBS in needs and still is not None:
-        frozen = LogProbScorer(still, shares_prefixes=shares_prefixes, scores_trajectories=False)
+    frozen_model = models.reference if models.copy is None else models.copy.model
+    if Need.FROZEN_LOG_PROBS in needs and frozen_model is not None:
+        frozen = LogProbScorer(frozen_model, shares_prefixes=shares_prefixes, scores_trajectories=False)
     return Services(
         render_context=render_context,
         ig_service=ig_client if Need.IG_SERVICE in needs else None,

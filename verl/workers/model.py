@@ -70,8 +70,21 @@ def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def check_model(config: ModelConfig, *, device: str) -> Path:
-    """Return the model's folder. Raises ConfigError for what shows without loading the weights."""
+def trees_score_as_rows(config: ModelConfig, *, device: str) -> bool:
+    """Return whether a pass over trees gives the log-probs of the update's own forward pass.
+
+    Up to rounding in float32 it does where both use SDPA on the CPU. On GPUs and in bfloat16 the two run
+    different kernels, so that the ratio of new to old probability would not begin at 1.
+    """
+    is_precise = compute_dtype(config, device=device) is torch.float32
+    return device == "cpu" and is_precise and _choose_attention(config, device=device) == "sdpa"
+
+
+def check_model(config: ModelConfig, *, device: str, scores_trees: bool = False) -> Path:
+    """Return the model's folder. Raises ConfigError for what shows without loading the weights.
+
+    `scores_trees`: the method needs log-probs from rows that hold trees.
+    """
     folder = resolve_model_folder(config.path)
     _choose_attention(config, device=device)
     with _naming_model(config.path):
@@ -81,7 +94,26 @@ def check_model(config: ModelConfig, *, device: str) -> Path:
             raise ConfigError(
                 f"{_KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
             )
+    if scores_trees and (partial := _find_partial_attention(settings)) is not None:
+        raise ConfigError(
+            f"{_KEY}.path={config.path}: its config.json has {partial}, but this method scores several "
+            "continuations in one pass, which needs attention to the whole context in every layer; take a "
+            "model without sliding windows, or a method without log-probs, such as algorithm=search_r1"
+        )
     return folder
+
+
+def _find_partial_attention(settings: Mapping[str, object]) -> str | None:
+    """Return the setting by which layers do not attend to the whole context; None where all do."""
+    window, layer_types = settings.get("sliding_window"), settings.get("layer_types")
+    if isinstance(layer_types, list):
+        partial = [kind for kind in layer_types if kind != "full_attention"]
+        return f"{partial[0]} in layer_types (sliding_window={window})" if partial else None
+    if not isinstance(window, int) or settings.get("use_sliding_window") is False:
+        return None
+    length = settings.get("max_position_embeddings")
+    is_whole = isinstance(length, int) and window >= length
+    return None if is_whole else f"sliding_window={window}"
 
 
 def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:

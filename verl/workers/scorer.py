@@ -1,4 +1,4 @@
-"""Log-probs for methods: of the policy before the update, or of a copy of it that stays behind."""
+"""Log-probs for methods: of the policy before the update, or of an older copy of it."""
 
 from __future__ import annotations
 

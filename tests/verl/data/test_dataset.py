@@ -262,6 +262,9 @@ def test_data_without_supporting_passages_is_refused_and_a_part_of_it_named(
     rows = [make_row(0, **with_ids), make_row(1)]
     some = load([write(tmp_path / "a.parquet", *rows)])
     require_supporting_ids(some, method="stepsearch")
-    assert "1 of 2 training questions have no extra_info.supporting_ids" in caplog.text
+    assert (
+        "1 of 2 training questions have no extra_info.supporting_ids: algorithm=stepsearch rewards them by "
+        "their outcome alone"
+    ) in caplog.text
     with pytest.raises(DataError, match=r"algorithm=stepsearch needs extra_info\.supporting_ids"):
         require_supporting_ids(some[1:], method="stepsearch")

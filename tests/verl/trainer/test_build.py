@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -23,7 +24,9 @@ from tests.fakes import (
     make_trajectory,
 )
 from tests.methods import make_method
+from tests.trainer_run import FakeModels
 from verl.agent.prompts import PACKAGED_FILE
+from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Measurement, Need, Prefetch, ScorerOptions
 from verl.algorithms.igpo import IGPO, IGPOConfig
 from verl.algorithms.inforeasoner import InfoReasoner
@@ -33,8 +36,18 @@ from verl.algorithms.tips import TIPS, TIPSConfig
 from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
-from verl.trainer.build import connect_services, load_data, make_format, make_reward, make_tools, open_search
-from verl.trainer.config.schema import Config, RewardConfig
+from verl.trainer.build import (
+    build,
+    connect_services,
+    load_data,
+    make_format,
+    make_reward,
+    make_services,
+    make_tools,
+    open_search,
+)
+from verl.trainer.config.schema import AgentConfig, Config, ModelConfig, RewardConfig
+from verl.trainer.launch import Models
 from verl.types import Gain, Group, Message
 from verl.utils.reward_score.IG_client import GainRequest
 
@@ -49,7 +62,7 @@ REQUEST = GainRequest(question="Where?", context="There.", golds=("Bolton",))
 
 
 def make_config(retriever: ScriptedServer, service: ScriptedServer | FakeGainService) -> Config:
-    config = Config()
+    config = Config(agent=AgentConfig(format="search_r1"))
     config.retriever.url = f"{retriever.url}/retrieve"
     config.reward.semantic.url = service.url
     config.reward.semantic.timeout_s = 2.0
@@ -118,23 +131,61 @@ async def test_entailment_is_required_of_the_ig_service_where_the_method_needs_i
 
 
 @pytest.mark.parametrize(
-    ("needs", "fix"), [(InfoReasoner.needs, "is the IG service at http"), (frozenset(), "repair what the")]
+    ("required", "fix"), [(InfoReasoner.needs, "is the IG service at http"), (frozenset(), "repair what the")]
 )
 async def test_a_halt_names_the_ig_service_only_where_the_method_asks_it(
-    needs: frozenset[Need], fix: str
+    required: frozenset[Need], fix: str
 ) -> None:
     class Failing(SearchR1):
+        needs = required
+
         async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
             return Measurement(gains=[[Gain(failure="gain_failed: x")] * len(g.trajectories) for g in groups])
 
     question = make_question()
     group = Group(question=question, trajectories=(make_trajectory(question, answer="x"),) * 2)
     method = Failing(SearchR1Config(), make_method().services)
-    method.needs = needs  # type: ignore[misc]
     with pytest.raises(TrainingHaltedError, match=f"Fix: {fix}"):
         await make_reward(Config(reward=RewardConfig(outcome="em")), method).score(
             [group], prefetch=Prefetch()
         )
+
+
+@pytest.mark.parametrize("name", ["siop", "inforeasoner"])
+async def test_an_evaluation_waits_for_no_service_of_the_method(tmp_path: Path, name: str) -> None:
+    """It goes on to the model, which comes after the services."""
+    retriever, closed = ScriptedServer([FOUND_NOTHING, INDEX]), ScriptedServer([Reply("", 500)])
+    async with retriever.running(), AsyncExitStack() as stack:
+        async with closed.running():
+            config = make_config(retriever, closed)
+        config.algorithm = ALGORITHMS[name].settings_class()
+        config.actor_rollout_ref.model.path = str(tmp_path / "none")
+        config.trainer.val_only = True
+        config.trainer.service_wait_s = 0.1
+        with pytest.raises(ConfigError, match=r"actor_rollout_ref\.model\.path"):
+            await build(config, stack, run_dir=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "attention", "expected"),
+    [
+        ("cpu", "auto", "auto", True),
+        ("cpu", "auto", "eager", False),
+        ("cpu", "bfloat16", "auto", False),
+        ("cuda", "auto", "auto", False),
+        ("cuda", "float32", "sdpa", False),
+    ],
+)
+def test_old_log_probs_come_from_trees_only_where_the_update_computes_the_same(
+    device: str, dtype: str, attention: str, expected: bool
+) -> None:
+    config = Config(algorithm=IGPOConfig())
+    config.actor_rollout_ref.model = ModelConfig(dtype=dtype, attention=attention)
+    policy: Any = FakeModels(is_fresh=False)
+    models = Models(policy=policy, reference=None, engines=policy)
+    services = make_services(config, models, device=device, codec=CharTokenizer(), ig_client=None)
+    assert services.policy is not None
+    assert services.policy.scores_trajectories is expected
 
 
 def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:
@@ -144,7 +195,7 @@ def test_importing_it_loads_neither_matplotlib_nor_jinja2() -> None:
 
 
 def test_an_instruction_that_does_not_show_how_to_answer_is_refused(tmp_path: Path) -> None:
-    config = Config()
+    config = Config(agent=AgentConfig(format="search_r1"))
     tools = make_tools(config, ToolResources(open_search=ScriptedSearch))
     tokenizer = CharTokenizer()
     assert make_format(config, tokenizer=tokenizer, tools=tools).stop_strings
@@ -165,7 +216,7 @@ def test_data_prompt_holds_for_training_and_held_out_questions(tmp_path: Path) -
         "extra_info": {"split": "train", "index": 0},
     }
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
-    config = Config()
+    config = Config(agent=AgentConfig(format="search_r1"))
     config.data.train_files = config.data.val_files = str(tmp_path / "a.parquet")
     config.data.max_start_length = 1000
     tools = make_tools(config, ToolResources(open_search=ScriptedSearch))

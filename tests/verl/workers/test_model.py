@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 from tests.verl.workers.episodes import make_worker, one_shard, random_batch
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
-from verl.workers.model import compute_dtype, is_tied, load_model, prepare_engine_model, resolve_model_folder
+from verl.workers.model import (
+    check_model,
+    compute_dtype,
+    is_tied,
+    load_model,
+    prepare_engine_model,
+    resolve_model_folder,
+)
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -96,6 +103,34 @@ def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) ->
     config = ModelConfig(path=str(model_folder))
     with pytest.raises(ConfigError, match="flash_attention_2 needs a GPU"):
         load_model(replace(config, attention="flash_attention_2"), device="cpu", trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"sliding_window": 64, "use_sliding_window": False}, None),
+        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64"),
+        ({"model_type": "mistral", "sliding_window": 256}, None),  # as long as the longest context
+        ({"model_type": "mistral", "sliding_window": None}, None),
+    ],
+)
+def test_a_model_that_sees_a_part_of_the_context_only_is_refused_where_trees_are_scored(
+    tmp_path: Path, model_folder: Path, settings: dict[str, object], refused: str | None
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    content = json.loads((folder / "config.json").read_text())
+    del content["layer_types"], content["use_sliding_window"]
+    (folder / "config.json").write_text(json.dumps(content | settings))
+    config = ModelConfig(path=str(folder))
+    check_model(config, device="cpu")
+    if refused is None:
+        check_model(config, device="cpu", scores_trees=True)
+        return
+    with pytest.raises(ConfigError, match=rf"path={folder}: its config\.json has .*{refused}.*take a model"):
+        check_model(config, device="cpu", scores_trees=True)
 
 
 @pytest.mark.parametrize("fixture", ["model_folder", "tied_folder"])
