@@ -200,3 +200,6 @@ class Agent(Protocol):
 
 OnEpisodeEnd = Callable[[Trajectory], None]
 """Called with every trajectory as soon as its episode has ended."""
+
+OnTurn = Callable[[int, Turn], None]
+"""Called with the number of a turn (from 0) and the turn: once it is sampled, and again with its reply."""

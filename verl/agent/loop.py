@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from verl.errors import ConfigError, RolloutError
-from verl.protocols import Generate, PromptFormat, Tool
+from verl.protocols import Generate, OnTurn, PromptFormat, Tool
 from verl.types import (
     ActionKind,
     IntArray,
@@ -88,14 +88,24 @@ class ToolAgent:
                 f"environment: with this tokenizer it must be at least {shortest}"
             )
 
-    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+    async def run(
+        self,
+        question: Question,
+        *,
+        sample: int,
+        seed: int,
+        greedy: bool,
+        on_turn: OnTurn = lambda number, turn: None,  # noqa: ARG005
+    ) -> Trajectory:
         """Play one episode; the same seed and weights give the same one."""
         started = time.monotonic()
         prompt_ids = self._render_prompt(question)
         turns: list[Turn] = []
         failure = None
         try:
-            stop = await self._play(prompt_ids, turns=turns, session=question.uid, seed=seed, greedy=greedy)
+            stop = await self._play(
+                prompt_ids, turns=turns, session=question.uid, seed=seed, greedy=greedy, on_turn=on_turn
+            )
         except _ToolFailureError as error:
             stop, failure = Stop.FAILED, str(error)
         except RolloutError as error:
@@ -111,7 +121,14 @@ class ToolAgent:
         )
 
     async def _play(
-        self, context: IntArray, *, turns: list[Turn], session: str, seed: int, greedy: bool
+        self,
+        context: IntArray,
+        *,
+        turns: list[Turn],
+        session: str,
+        seed: int,
+        greedy: bool,
+        on_turn: OnTurn,
     ) -> Stop:
         """Append the turns one by one and return why the episode ended; after the last nothing is read."""
         limits = self._limits
@@ -137,6 +154,7 @@ class ToolAgent:
             )
             # Before the reply, so that a tool that fails loses nothing of what was sampled.
             turns.append(turn)
+            on_turn(number, turn)
             if turn.action.kind is ActionKind.ANSWER:
                 return Stop.ANSWERED
             if number == limits.max_turns:
@@ -146,8 +164,10 @@ class ToolAgent:
             # observations stay as facts that were not read.
             if len(context) + len(turn.output_ids) + len(turn.observation_ids) > limits.max_prompt_length:
                 turns[-1] = replace(turn, observation_ids=_as_ids([]))
+                on_turn(number, turns[-1])
                 return Stop.LENGTH
             turns[-1] = turn
+            on_turn(number, turn)
             context = np.concatenate([context, turn.output_ids, turn.observation_ids])
         return Stop.BUDGET
 

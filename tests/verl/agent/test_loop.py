@@ -16,7 +16,7 @@ from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_qu
 from verl.agent.loop import ToolAgent
 from verl.agent.tools.search import render_context
 from verl.errors import ConfigError, RolloutError, ServiceError
-from verl.types import ActionKind, Finish, Observation, Passage, Question, Stop, Trajectory
+from verl.types import ActionKind, Finish, Observation, Passage, Question, Stop, Trajectory, Turn
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
@@ -78,6 +78,23 @@ async def test_search_then_answer() -> None:
     assert np.array_equal(trajectory.token_ids[mask], np.concatenate([first.output_ids, last.output_ids]))
     assert np.all(trajectory.sampling_log_probs[~mask] == 0)
     assert np.all(trajectory.sampling_log_probs[mask] < 0)
+
+
+async def test_every_turn_is_reported_once_it_is_sampled_and_again_with_its_reply() -> None:
+    overflow = {"max_prompt_length": 300}
+    for last, limits in (("<answer>a</answer>", {}), ("<search>long</search>", overflow)):
+        reported: list[tuple[int, Turn]] = []
+        agent, _, _ = build(
+            "<search>q</search>", last, found={"q": (BOLTON,), "long": (LONG, LONG)}, **limits
+        )
+
+        def report(number: int, turn: Turn, reported: list[tuple[int, Turn]] = reported) -> None:
+            reported.append((number, turn))
+
+        trajectory = await agent.run(make_question(), sample=0, seed=5, greedy=True, on_turn=report)
+        assert [number for number, _ in reported] == ([0, 0, 1, 1] if limits else [0, 0, 1])
+        assert [turn.observations for _, turn in reported[::2]] == [(), ()]
+        assert [turn for _, turn in reported[1:2] + reported[-1:]] == [*trajectory.turns]
 
 
 @pytest.mark.parametrize(("greedy", "temperature"), [(False, 0.7), (True, 0.0)])
