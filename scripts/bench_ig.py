@@ -25,7 +25,6 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import ChildFailedError, Supervisor
 
 from bench import engine
 from bench.service import read_counters, start_ig_service
@@ -34,6 +33,7 @@ from IG.client import GainRequest, IGClient
 from IG.config import IGServiceConfig, resolve_config
 from IG.prompts import PromptType, build_prompt
 from verl.utils.entry import error_line
+from verl.utils.supervise import ChildFailedError, Supervisor
 
 ANSWERS, MAX_NEW_TOKENS = 10, 16
 ENGINE_SEQUENCES = 512

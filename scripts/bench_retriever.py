@@ -36,7 +36,6 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import Child, ChildFailedError, Supervisor, service_environment
 
 from bench import clustered
 from bench.load import Load, ask_continuously, load_index, search_bare
@@ -44,6 +43,7 @@ from bench.service import ROOT, start_service
 from search_r1.search.ranking import compare_rows
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
+from verl.utils.supervise import Child, ChildFailedError, Supervisor, service_environment
 
 TOPK = 3
 BATCH = 64

@@ -41,7 +41,6 @@ from hydra import compose, initialize_config_module
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import ChildFailedError, Supervisor
 
 from bench import bare
 from bench.service import start_ig_service, start_service
@@ -60,6 +59,7 @@ from verl.trainer.launch import Models, count_gpus
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
+from verl.utils.supervise import ChildFailedError, Supervisor
 from verl.workers.batch import build_batch
 
 WARM_UP_STEPS = 1

@@ -22,7 +22,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
-from supervise import (
+
+from serving.web.settings import expand_home
+from verl.run.tracking import METRICS_FILE, read_metrics
+from verl.trainer.config.overrides import in_quotes
+from verl.utils.entry import error_line
+from verl.utils.supervise import (
     Child,
     MemoryWatch,
     Supervisor,
@@ -31,11 +36,6 @@ from supervise import (
     service_environment,
     wait_until_ready,
 )
-
-from serving.web.settings import expand_home
-from verl.run.tracking import METRICS_FILE, read_metrics
-from verl.trainer.config.overrides import in_quotes
-from verl.utils.entry import error_line
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_STEPS = 30

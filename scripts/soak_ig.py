@@ -24,12 +24,12 @@ import httpx
 import psutil
 from rich.console import Console
 from screen import Screen
-from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.service import read_counters, start_ig_service
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from bench.workload import Rollout, world_steps
 from verl.utils.entry import error_line
+from verl.utils.supervise import ChildFailedError, MemoryWatch, Supervisor
 
 TIMEOUT_S = 120.0
 SERVICE_ARGUMENTS = ("--num-generations", "8", "--max-new-tokens", "12", "--cpu-cache-gb", "0.1")

@@ -26,12 +26,12 @@ import httpx
 import pyarrow.parquet as pq
 from rich.console import Console
 from screen import Screen, Update
-from supervise import ChildFailedError, MemoryWatch, Supervisor
 
 from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD, start_service
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from verl.utils.entry import error_line
+from verl.utils.supervise import ChildFailedError, MemoryWatch, Supervisor
 
 TOPK = 5
 MAX_QUERIES_PER_REQUEST = 4

@@ -14,7 +14,8 @@ import aiohttp
 import faiss
 import numpy as np
 import numpy.typing as npt
-from supervise import ChildFailedError
+
+from verl.utils.supervise import ChildFailedError
 
 TIMEOUT_S = 120.0
 _INDEX: faiss.Index | None = None

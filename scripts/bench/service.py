@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
-from supervise import Supervisor, free_ports, service_environment, wait_until_ready
+
+from verl.utils.supervise import Supervisor, free_ports, service_environment, wait_until_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "world"

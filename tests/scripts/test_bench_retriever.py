@@ -14,12 +14,12 @@ from bench_retriever import Kind, Speeds
 from bench_retriever import summarize as summarize_bench
 from soak_retriever import Answer, Clients, agree, ask_serially
 from soak_retriever import summarize as summarize_soak
-from supervise import Supervisor
 
 from bench import clustered
 from bench.load import Load, ask_continuously
 from bench.service import WORLD, start_service
 from bench.soak import Statistics
+from verl.utils.supervise import Supervisor
 
 RIGHT: Answer = [("a", 0.9), ("b", 0.8), ("c", 0.7)]
 SOAK = argparse.Namespace(queries=60, clients=8, seed=0)

@@ -15,13 +15,13 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from quickstart import choose_overrides, parse, summarize
-from supervise import is_service_variable
 
 from search_r1.search.online.options import MOCK_VARIABLE
 from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.validate import validate
+from verl.utils.supervise import is_service_variable
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -66,7 +66,7 @@ def tree(tmp_path: Path) -> Path:
     """A repository with the real runner and stand-ins for what it starts; its path needs quotes."""
     root = tmp_path / "é (1),[x]=~'&张"
     (root / "scripts").mkdir(parents=True)
-    for name in ("quickstart.py", "screen.py", "supervise.py"):
+    for name in ("quickstart.py", "screen.py"):
         shutil.copy(SCRIPTS / name, root / "scripts")
     for module, code in {
         "search_r1/search/retrieval_server": SERVICE,

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from supervise import MemoryWatch, Supervisor
+from verl.utils.supervise import MemoryWatch, Supervisor
 
 NUM_BYTES = 200 * 2**20
 HOLDER = f"import sys; held = b'x' * {NUM_BYTES}; print('held', flush=True); sys.stdin.read()"
