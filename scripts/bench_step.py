@@ -247,11 +247,12 @@ def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> 
             f"{name} is measured with the frozen reference, which actor_rollout_ref.actor.use_kl_loss=false "
             f"leaves out: set it to true, or leave {name} out of --methods"
         )
+    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
     services = make_services(
         config,
         Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
         device=resolve_device(config, num_gpus=count_gpus()),
-        codec=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
+        codec=tokenizer,
         ig_client=client,
     )
     inner = services.policy or services.frozen
@@ -260,9 +261,8 @@ def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> 
         changed = {"policy": scorer} if services.policy is not None else {"frozen": scorer}
         services = replace(services, **changed)  # type: ignore[arg-type]
     algorithm = algorithm_class(config.algorithm, services)
-    return Method(
-        name=name, algorithm=algorithm, reward=make_reward(config, algorithm), scorer=scorer, client=client
-    )
+    reward = make_reward(config, algorithm, decode=tokenizer.decode)
+    return Method(name=name, algorithm=algorithm, reward=reward, scorer=scorer, client=client)
 
 
 async def measure_turns(trainer: PPOTrainer) -> dict[str, dict[str, float]]:

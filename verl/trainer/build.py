@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +130,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         held_out=held_out,
         collector=make_collector(config, engines=models.engines, prompt_format=prompt_format, tools=tools),
         algorithm=algorithm,
-        reward=make_reward(config, algorithm),
+        reward=make_reward(config, algorithm, decode=tokenizer.decode),
         policy=models.policy,
         reference=models.reference if has_kl else None,
         copy=models.copy,
@@ -317,14 +317,18 @@ def make_collector(
     )
 
 
-def make_reward(config: Config, algorithm: Algorithm) -> Reward:
-    """Make the reward: the outcome of an episode, and the gains of the method."""
+def make_reward(config: Config, algorithm: Algorithm, *, decode: Callable[[Sequence[int]], str]) -> Reward:
+    """Make the reward: the outcome of an episode, and the gains of the method.
+
+    `decode` returns the text of sampled tokens.
+    """
     reward = config.reward
     outcome = partial(
         measure_outcome,
         metric=reward.outcome,
         format_score=reward.format_score,
         rule=AnswerRule(reward.answer_rule),
+        decode=decode,
     )
     fix = "repair what the failures name."
     if algorithm.needs & USE_IG_SERVICE:

@@ -146,7 +146,7 @@ async def test_a_halt_names_the_ig_service_only_where_the_method_asks_it(
     group = Group(question=question, trajectories=(make_trajectory(question, answer="x"),) * 2)
     method = Failing(SearchR1Config(), make_method().services)
     with pytest.raises(TrainingHaltedError, match=f"Fix: {fix}"):
-        await make_reward(Config(reward=RewardConfig(outcome="em")), method).score(
+        await make_reward(Config(reward=RewardConfig(outcome="em")), method, decode=str).score(
             [group], prefetch=Prefetch()
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from serving.answers import AnswerRule, normalize_answer
 from verl.types import ActionKind, SpanKind, Trajectory
 from verl.utils.reward_score.qa_em import exact_match, overlap_f1, set_f1, sub_exact_match, word_f1
+
+_IGPO_TAGS = ("think", "tool_call", "code", "answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +29,15 @@ def measure_outcome(
     metric: str = "em",
     format_score: float = 0.0,
     rule: AnswerRule = AnswerRule.folded,
+    decode: Callable[[Sequence[int]], str] | None = None,
 ) -> Outcome:
     """Score the answer by `metric`, normalized by `rule`.
 
     All measures are 0 without an answer; a wrong answer that is not empty, in well-formed tags, is worth at
     least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which have a rule
-    of their own for answers that are wrong or missing.
+    of their own for answers that are wrong or missing. For `igpo_f1`, which needs `decode` (the text of
+    sampled tokens), an answer counts as missing when the sampled text has unbalanced tags or when a turn was
+    INVALID: in the authors' code such a turn ends the episode without an answer, here the episode goes on.
     """
     answer, golds = trajectory.answer, trajectory.question.golds
     metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0, "set_f1": 0.0}
@@ -44,7 +49,10 @@ def measure_outcome(
             "set_f1": set_f1(answer, golds, rule=rule),
         }
     if metric == "igpo_f1":
-        is_broken = any(turn.action.kind is ActionKind.INVALID for turn in trajectory.turns)
+        assert decode is not None
+        text = "".join(decode(turn.output_ids.tolist()) for turn in trajectory.turns)
+        is_invalid = any(turn.action.kind is ActionKind.INVALID for turn in trajectory.turns)
+        is_broken = is_invalid or not has_balanced_tags(text)
         return Outcome(value=igpo_f1(None if is_broken else answer, golds), metrics=metrics)
     if metric == "autorefine_f1":
         summaries = [s.text for t in trajectory.turns for s in t.action.spans if s.kind is SpanKind.REFINE]
@@ -58,6 +66,15 @@ def measure_outcome(
 def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) -> float:
     """Return `set_f1`, or the penalty without an answer (IGPO, whose code has the value of the penalty)."""
     return penalty if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
+
+
+def has_balanced_tags(text: str) -> bool:
+    """Return whether each of IGPO's tags is closed as often as opened, and no opened one stays open."""
+    for name in _IGPO_TAGS:
+        opened, closed = f"<{name}>", f"</{name}>"
+        if text.count(opened) != text.count(closed) or text.rfind(opened) > text.rfind(closed):
+            return False
+    return True
 
 
 def autorefine_f1(

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from serving.answers import AnswerRule
-from tests.fakes import make_question, make_trajectory, make_turn
+from tests.fakes import CharTokenizer, make_question, make_trajectory, make_turn
 from verl.algorithms.scoring.outcome import measure_outcome
-from verl.types import ActionKind, Span, SpanKind
+from verl.types import ActionKind, Span, SpanKind, Turn
 
 QUESTION = make_question(golds=("Bolton", "Bolton, England"))
 
@@ -59,14 +60,8 @@ def test_outcomes_of_methods(metric: str, answer: str | None, summary: str | Non
         first, *others = trajectory.turns
         action = replace(first.action, spans=(span, *first.action.spans))
         trajectory = replace(trajectory, turns=(replace(first, action=action), *others))
-    assert measure_outcome(trajectory, metric=metric).value == pytest.approx(expected)
-
-
-def test_an_invalid_action_costs_igpo_its_outcome() -> None:
-    trajectory = make_trajectory(QUESTION, answer="Bolton")
-    trajectory = replace(trajectory, turns=(make_turn(ActionKind.INVALID), *trajectory.turns))
-    outcome = measure_outcome(trajectory, metric="igpo_f1")
-    assert (outcome.value, outcome.metrics["em"]) == (-2.0, 1.0)
+    outcome = measure_outcome(trajectory, metric=metric, decode=CharTokenizer().decode)
+    assert outcome.value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("rule", "value"), [(AnswerRule.folded, 1.0), (AnswerRule.published, 0.0)])
@@ -77,3 +72,39 @@ def test_the_rule_decides_what_is_equal(rule: AnswerRule, value: float, gold: st
     metrics = measure_outcome(trajectory, rule=rule).metrics
     del metrics["set_f1"]  # counts articles by both rules
     assert metrics == dict.fromkeys(("em", "sub_em", "f1"), value)
+
+
+CALL = "<think> hm </think><tool_call> {} </tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("searched", "answered", "kind", "expected"),
+    [
+        (CALL, "<think> so </think><answer> Bolton </answer>", ActionKind.TOOL, 1.0),
+        (CALL, "<think> it is <answer> Bolton </answer>", ActionKind.TOOL, -2.0),
+        (CALL, "</think><think> so <answer> Bolton </answer>", ActionKind.TOOL, -2.0),
+        ("<code> 1 <tool_call> {} </tool_call>", "<answer> Bolton </answer>", ActionKind.TOOL, -2.0),
+        # The whole text is balanced, not each turn; other tags than IGPO's are not counted.
+        (
+            "<think> a <tool_call> {} </tool_call>",
+            "</think><search><answer> Bolton </answer>",
+            ActionKind.TOOL,
+            1.0,
+        ),
+        (CALL, "<answer> Bolton </answer>", ActionKind.INVALID, -2.0),
+    ],
+)
+def test_igpo_pays_a_penalty_for_unbalanced_tags_and_invalid_turns(
+    searched: str, answered: str, kind: ActionKind, expected: float
+) -> None:
+    tokenizer = CharTokenizer()
+
+    def sampled(turn: Turn, text: str) -> Turn:
+        ids = np.array(tokenizer.encode(text), np.int32)
+        return replace(turn, output_ids=ids, output_log_probs=np.zeros(len(ids), np.float32))
+
+    plain = make_trajectory(QUESTION, answer="Bolton")
+    first, last = make_turn(kind, "q", titles=("q",)), plain.turns[-1]
+    trajectory = replace(plain, turns=(sampled(first, searched), sampled(last, answered)))
+    outcome = measure_outcome(trajectory, metric="igpo_f1", decode=tokenizer.decode)
+    assert (outcome.value, outcome.metrics["em"]) == (expected, 1.0)
