@@ -11,7 +11,6 @@ from verl.algorithms import cw_grpo, gigpo, ig_search, igpo, siop, stepsearch, t
 from verl.algorithms.scoring.outcome import igpo_f1
 from verl.algorithms.statistics import (
     group_advantages,
-    leave_one_out,
     leave_one_out_returns,
     outcome_advantages,
 )
@@ -50,11 +49,11 @@ def ig_search_bonus(
     ]
 
 
-def tips_rewards(settings: Settings, log_probs: Sequence[Sequence[float]]) -> list[float]:
+def tips_rewards(settings: Settings, log_probs: Sequence[Sequence[float]]) -> list[float | None]:
     config = tips.TIPSConfig(**settings)
     changes = tips.shaping([tips.potential(one, config) for one in log_probs], terminal=config.terminal)
-    alpha = tips.batch_scale(changes, config)
-    return [alpha * change for change in changes]
+    alpha = tips.batch_scale(changes[:-1], config)
+    return [None if change is None else alpha * change for change in changes]
 
 
 def siop_rewards(settings: Settings, mean_log_probs: Sequence[Sequence[float]], weight: float) -> list[float]:
@@ -66,7 +65,14 @@ def gigpo_step(
     settings: Settings, states: Sequence[Sequence[str]], outcomes: Sequence[float | None]
 ) -> list[list[float]]:
     config = gigpo.GiGPOConfig(**settings)
-    return gigpo.step_advantages(states, outcomes, discount=config.gamma, similarity=config.similarity_thresh)
+    read = [[gigpo.State(text, tuple(map(ord, text))) for text in of_one] for of_one in states]
+    return gigpo.step_advantages(
+        read,
+        outcomes,
+        discount=config.gamma,
+        similarity=config.similarity_thresh,
+        by_std=config.mode == "mean_std_norm",
+    )
 
 
 RULES: dict[str, Callable[..., Any]] = {
@@ -74,7 +80,6 @@ RULES: dict[str, Callable[..., Any]] = {
     "outcome_advantages": lambda settings, rewards, num_tokens: outcome_advantages(
         rewards, num_tokens, **settings
     ),
-    "leave_one_out": lambda _, rewards: leave_one_out(rewards),
     "leave_one_out_returns": lambda _, returns: leave_one_out_returns(returns),
     "igpo": igpo_returns,
     "igpo_f1": lambda _, answer, golds: igpo_f1(answer, golds),
@@ -87,7 +92,9 @@ RULES: dict[str, Callable[..., Any]] = {
         tips.potential(one, tips.TIPSConfig(**settings)) for one in log_probs
     ],
     "tips_rewards": tips_rewards,
-    "siop_weights": lambda _, masses, supports: siop.cluster_weights(masses, supports, eta=1.0),
+    "siop_weights": lambda settings, masses, supports: siop.cluster_weights(
+        masses, supports, eta=siop.SIOPConfig(**settings).eta
+    ),
     "siop_rewards": siop_rewards,
     "gigpo_step": gigpo_step,
     "stepsearch_gains": lambda _, similarities: stepsearch.coverage_gains(similarities),

@@ -250,11 +250,26 @@ def test_ig_search_credits_query_tokens_alone(
     assert not credit.advantages[~first.policy_mask].any()
 
 
-def test_gains_of_chosen_tools_only() -> None:
-    group = group_of("nq/0", ("a", "b"))
-    method = make("igpo", PathScorer(), gain_tools=["python"])
-    gain = Gain(turns=(0.5, 0.2, None))
-    assert method._choose_tools(group.trajectories[0], gain).turns == (None, None, None)  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    ("tools", "num_states"), [(["python"], 3), (["search"], 3), (["python", "search"], 4), (["other"], 0)]
+)
+async def test_gains_of_chosen_tools_only_and_no_state_that_none_of_them_needs(
+    tools: list[str], num_states: int
+) -> None:
+    plain = group_of("nq/0", ("a", "b", "c"))
+    (trajectory,) = plain.trajectories
+    first = trajectory.turns[0]
+    call = replace(first.action, calls=(replace(first.action.calls[0], tool="python"),))
+    mixed = replace(trajectory, turns=(replace(first, action=call), *trajectory.turns[1:]))
+    groups = [replace(plain, trajectories=(mixed,))]
+    scorer = PathScorer()
+    ((gain,),) = await gains_of(make("igpo", scorer, gain_tools=tools), groups)
+    ((whole,),) = await gains_of(make("igpo", PathScorer()), groups)
+    chosen = [turn.action.calls[0].tool in tools for turn in mixed.turns[:-1]]
+    expected = [value if is_chosen else None for value, is_chosen in zip(whole.turns, chosen, strict=False)]
+    assert list(gain.turns[:-1]) == (expected if any(chosen) else [])
+    # The states around a chosen turn, and the last one, which says which gold answer is scored.
+    assert len(scorer.asked[0].branches) == num_states
 
 
 async def test_stepsearch_pays_new_support_and_takes_off_repeats() -> None:

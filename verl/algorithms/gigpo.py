@@ -2,12 +2,12 @@
 
 A(i, t) = A_E(i) + w * A_S(i, t). A_E is the advantage of the outcome within the group. A_S compares the
 discounted outcome, `discount^(T-1-t) * R`, between turns of the group that were sampled after the same
-observation; a turn without a like gets 0.
+observation; a turn that shares its state with no other gets 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -25,8 +25,13 @@ class GiGPOConfig(AlgorithmConfig):
     gamma: float = share(0.95)
     step_advantage_w: float = not_negative(1.0)
     mode: str = one_of("mean_std_norm", "mean_norm")
+    """`mean_norm`: without division by the spread."""
     similarity_thresh: float = share(0.9)
-    """Observations of at least this SequenceMatcher ratio are one state; 1 for equal texts only."""
+    """Observations of at least this SequenceMatcher ratio are one state; 1: only equal tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_ignored("norm_adv_by_std_in_grpo", because="algorithm=gigpo, whose key is algorithm.mode")
 
 
 class GiGPO(Algorithm):
@@ -46,7 +51,7 @@ class GiGPO(Algorithm):
 
     def _credit_group(self, trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[Credit]:
         settings = self.settings
-        by_std = settings.mode == "mean_std_norm" and settings.norm_adv_by_std_in_grpo
+        by_std = settings.mode == "mean_std_norm"
         outcomes = [score.valid_outcome for score in scores]
         episode = group_advantages(outcomes, by_std=by_std)
         step = step_advantages(
@@ -71,14 +76,36 @@ class GiGPO(Algorithm):
         ]
 
 
-def states_before(trajectory: Trajectory) -> list[str]:
-    """Return the observation that the policy read last before each turn; empty before the first one."""
-    read = ["\n".join(each.text for each in turn.observations) for turn in trajectory.turns]
-    return ["", *read[:-1]] if read else []
+@dataclass(frozen=True, slots=True, order=True)
+class State:
+    """What the policy read last before it sampled a turn. Empty: the question."""
+
+    text: str = ""
+    """What tools returned; empty where they returned nothing, and after an invalid action."""
+    ids: tuple[int, ...] = ()
+    """All that was appended, also for an empty result or an invalid action."""
+
+    def is_like(self, other: State, similarity: float) -> bool:
+        """Return whether the two were read as the same tokens or have similar texts."""
+        if self.ids == other.ids:
+            return True
+        if similarity >= 1.0 or not (self.text and other.text):
+            return False
+        matcher = SequenceMatcher(None, self.text, other.text)
+        return matcher.quick_ratio() >= similarity and matcher.ratio() >= similarity
+
+
+def states_before(trajectory: Trajectory) -> list[State]:
+    """Return the state before each turn."""
+    read = [
+        State("\n".join(each.text for each in turn.observations), tuple(turn.observation_ids.tolist()))
+        for turn in trajectory.turns
+    ]
+    return [State(), *read[:-1]] if read else []
 
 
 def step_advantages(
-    states: Sequence[Sequence[str]],
+    states: Sequence[Sequence[State]],
     outcomes: Sequence[float | None],
     *,
     discount: float,
@@ -87,33 +114,33 @@ def step_advantages(
 ) -> list[list[float]]:
     """Return A_S per trajectory and turn of one group (section 4.2, eq. 6 to 8).
 
-    `states` has the observation before each turn, None in `outcomes` a failed trajectory, which gets 0. The
-    first turns of all trajectories share the state of the question. Other turns share a state with the first
-    earlier one whose observation is similar enough, as in the authors' clustering.
+    `states` are those before each turn; None in `outcomes` is a failed trajectory, which gets 0.
     """
-    clusters: list[tuple[tuple[bool, str], list[tuple[int, int, float]]]] = []
+    valid = [of_one for of_one, outcome in zip(states, outcomes, strict=True) if outcome is not None]
+    first_of = cluster({state for of_one in valid for state in of_one}, similarity=similarity)
+    members: dict[State, list[tuple[int, int, float]]] = {}
     for i, (of_one, outcome) in enumerate(zip(states, outcomes, strict=True)):
         if outcome is None:
             continue
-        for t, text in enumerate(of_one):
-            state = (t == 0, text)
-            members = next((m for key, m in clusters if _is_same(key, state, similarity)), None)
-            if members is None:
-                clusters.append((state, members := []))
-            members.append((i, t, discount ** (len(of_one) - 1 - t) * outcome))
+        for t, state in enumerate(of_one):
+            value = discount ** (len(of_one) - 1 - t) * outcome
+            members.setdefault(first_of[state], []).append((i, t, value))
     advantages = [[0.0] * len(of_one) for of_one in states]
-    for _, members in clusters:
-        for (i, t, _), value in zip(
-            members, group_advantages([value for *_, value in members], by_std=by_std), strict=True
-        ):
+    for of_cluster in members.values():
+        values = group_advantages([value for *_, value in of_cluster], by_std=by_std)
+        for (i, t, _), value in zip(of_cluster, values, strict=True):
             advantages[i][t] = value
     return advantages
 
 
-def _is_same(one: tuple[bool, str], other: tuple[bool, str], similarity: float) -> bool:
-    if one == other:
-        return True
-    if one[0] or other[0] or similarity >= 1.0:
-        return False
-    matcher = SequenceMatcher(None, one[1], other[1])
-    return matcher.quick_ratio() >= similarity and matcher.ratio() >= similarity
+def cluster(states: Collection[State], *, similarity: float) -> dict[State, State]:
+    """Return the first state of the cluster of each state.
+
+    A state joins the first cluster whose first state it is like, as in the authors' code. Like is not
+    transitive, so that the order counts: here it is that of the texts, not that of the trajectories.
+    """
+    first_of: dict[State, State] = {}
+    for state in sorted(states):
+        firsts = dict.fromkeys(first_of.values())
+        first_of[state] = next((first for first in firsts if first.is_like(state, similarity)), state)
+    return first_of

@@ -69,6 +69,17 @@ class Step:
     """The tokens between: results and refinement."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Asked:
+    """What is asked of the policy about one trajectory."""
+
+    steps: list[Step]
+    draws: list[list[Step]]
+    """Counterfactual steps of each step; empty where there are none."""
+    probes: list[Probe]
+    """The gold answers that are scored."""
+
+
 class IGSearch(Algorithm):
     """Reward a trajectory by its outcome, and the tokens of each query by the gain of its documents."""
 
@@ -92,26 +103,22 @@ class IGSearch(Algorithm):
         ]
         pool = sorted((step for of_group in steps for some in of_group for step in some), key=_key)
         count = None if settings.answers == "best" else 1
-        probes = [self._probes.encode_all(group.question.golds[:count]) for group in groups]
-        draws = [[[self._draw(step, pool) for step in some] for some in of_group] for of_group in steps]
-        branches = [
+        asked = [
             [
-                _branches(some, of_draws, of_group_probes)
-                for some, of_draws in zip(of_group, of_group_draws, strict=True)
+                Asked(
+                    steps=some,
+                    draws=[self._draw(step, pool) for step in some],
+                    probes=self._probes.encode_all(group.question.golds[:count]),
+                )
+                for some in of_group
             ]
-            for of_group, of_group_draws, of_group_probes in zip(steps, draws, probes, strict=True)
+            for group, of_group in zip(groups, steps, strict=True)
         ]
+        branches = [[_branches(of_one) for of_one in of_group] for of_group in asked]
         results, old = await score_branches(groups, branches, scorer=self.services.policy)
         measured = [
-            [
-                self._gain(t, some, of_draws, result, num_probes=len(of_group_probes))
-                for t, some, of_draws, result in zip(
-                    group.trajectories, of_group, of_group_draws, of_results, strict=True
-                )
-            ]
-            for group, of_group, of_group_draws, of_results, of_group_probes in zip(
-                groups, steps, draws, results, probes, strict=True
-            )
+            [self._gain(*parts) for parts in zip(group.trajectories, of_group, of_results, strict=True)]
+            for group, of_group, of_results in zip(groups, asked, results, strict=True)
         ]
         gains = [[gain for gain, _ in of_group] for of_group in measured]
         pairs = [pair for of_group in measured for _, some in of_group for pair in some]
@@ -162,21 +169,16 @@ class IGSearch(Algorithm):
         return [others[i] for i in chosen]
 
     def _gain(
-        self,
-        trajectory: Trajectory,
-        steps: Sequence[Step],
-        draws: Sequence[Sequence[Step]],
-        result: TreeLogProbs,
-        *,
-        num_probes: int,
+        self, trajectory: Trajectory, asked: Asked, result: TreeLogProbs
     ) -> tuple[Gain, list[tuple[float, float]]]:
         """Return the gains of the turns, and the real and mean counterfactual log-prob of each step."""
-        if steps and not num_probes:
+        num_probes = len(asked.probes)
+        if asked.steps and not num_probes:
             return Gain(failure="gain_failed: no gold answer has a token of its own"), []
         values = iter([mean_log_prob(part, self.settings) for part in result.branches if len(part)])
         turns: list[float | None] = [None] * len(trajectory.turns)
         pairs = []
-        for step, drawn in zip(steps, draws, strict=True):
+        for step, drawn in zip(asked.steps, asked.draws, strict=True):
             if not drawn:
                 continue
             real = [next(values) for _ in range(num_probes)]
@@ -219,19 +221,19 @@ def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
     return steps
 
 
-def _branches(
-    steps: Sequence[Step], draws: Sequence[Sequence[Step]], probes: Sequence[Probe]
-) -> list[Branch]:
+def _branches(asked: Asked) -> list[Branch]:
     """Return per step the answers after its own results, then after those of each counterfactual."""
     branches: list[Branch] = []
-    for step, drawn in zip(steps, draws, strict=True):
-        if not drawn or not probes:
+    for step, drawn in zip(asked.steps, asked.draws, strict=True):
+        if not drawn or not asked.probes:
             continue
-        branches += answer_branches(probes, start=step.end, parent=None, index=len(branches))
+        branches += answer_branches(asked.probes, start=step.end, parent=None, index=len(branches))
         for other in drawn:
             documents = len(branches)
             branches.append(Branch(ids=other.ids, start=step.query_end))
-            branches += answer_branches(probes, start=len(other.ids), parent=documents, index=documents + 1)
+            branches += answer_branches(
+                asked.probes, start=len(other.ids), parent=documents, index=documents + 1
+            )
     return branches
 
 

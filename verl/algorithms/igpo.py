@@ -13,24 +13,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, ScorerOptions, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
+from verl.algorithms.scoring.log_prob import AnswerProbes, measure_states, wrapper_setting
 from verl.algorithms.statistics import (
+    UNSCALED,
     credit_turns,
     gains_of_turns,
     leave_one_out_turns,
     returns_to_go,
 )
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, share
-from verl.types import Credit, Gain, Group, Score, Trajectory
+from verl.types import Credit, Group, Score, Trajectory
 
 STD_FLOOR = 1e-8
 """Added to a variance before its root, as in the authors' code."""
 EPSILON = 1e-6
+_LEAST_SPREAD = math.sqrt(2 * STD_FLOOR) + EPSILON
+"""Divisor of values whose variance is `STD_FLOOR`; `raw_ig` does not divide by a smaller one."""
 _MAX_SCALE, _MIN_OUTCOME = 10.0, 0.3
 """Bounds of `scaled_separate`, as in the authors' code."""
 
@@ -66,6 +70,15 @@ class IGPOConfig(AlgorithmConfig):
     curriculum_before_norm: bool = False
     """Weigh rewards before they are normalized, as published first: without effect in `separate`."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline == "leave_one_out":
+            self.refuse_ignored(
+                "info_gain_norm_mode",
+                "norm_adv_by_std_in_grpo",
+                because=f"algorithm.baseline=leave_one_out: {UNSCALED}",
+            )
+
     def curriculum(self, progress: float) -> tuple[float, float]:
         """Return the weights of outcome and gains at a share of the run in [0, 1]."""
         if not self.use_curriculum:
@@ -99,33 +112,37 @@ class IGPO(Algorithm):
         """Measure the gains of every turn but the last, all states of a trajectory in one pass."""
         assert self.services.policy is not None
         count = None if self.settings.answers == "best" else 1
-        measurement = await measure_states(
+        return await measure_states(
             groups,
-            lambda t: self._probes.encode_all(t.question.golds[:count]) if has_changed(t) else None,
+            lambda t: self._probes.encode_all(t.question.golds[:count]) if self._chosen_turns(t) else None,
+            states=self._states,
             scorer=self.services.policy,
             reduce=np.mean,
             turns=self._gains,
         )
-        if self.settings.gain_tools is None:
-            return measurement
-        gains = [
-            [self._choose_tools(*pair) for pair in zip(group.trajectories, of_group, strict=True)]
-            for group, of_group in zip(groups, measurement.gains, strict=True)
-        ]
-        return replace(measurement, gains=gains)
 
-    def _gains(self, _: Trajectory, log_probs: list[list[float]]) -> list[float | None]:
+    def _chosen_turns(self, trajectory: Trajectory) -> list[int]:
+        """Return the turns that get a gain: all but the last, or those of them that called `gain_tools`."""
+        tools = self.settings.gain_tools
+        return [
+            t
+            for t, turn in enumerate(trajectory.turns[:-1])
+            if tools is None or any(call.tool in tools for call in turn.action.calls)
+        ]
+
+    def _states(self, trajectory: Trajectory) -> list[int]:
+        """Return the states before and after each chosen turn, and the last one, which chooses the answer."""
+        chosen = self._chosen_turns(trajectory)
+        return sorted({*chosen, *(t + 1 for t in chosen), len(trajectory.turns) - 1})
+
+    def _gains(self, trajectory: Trajectory, log_probs: list[list[float]]) -> list[float | None]:
         last = log_probs[-1]
         best = last.index(max(last))  # the same answer in every state, or their differences say nothing
-        beliefs = [of_state[best] for of_state in log_probs]
-        return [*gains_of(beliefs, kind=self.settings.info_gain_type), None]
-
-    def _choose_tools(self, trajectory: Trajectory, gain: Gain) -> Gain:
-        """Leave out gains of turns that called none of `gain_tools`."""
-        tools = self.settings.gain_tools or []
-        called = [any(call.tool in tools for call in turn.action.calls) for turn in trajectory.turns]
-        kept = [value if chosen else None for value, chosen in zip(gain.turns, called, strict=False)]
-        return replace(gain, turns=tuple(kept))
+        beliefs = {s: of_state[best] for s, of_state in zip(self._states(trajectory), log_probs, strict=True)}
+        gains: list[float | None] = [None] * len(trajectory.turns)
+        for t in self._chosen_turns(trajectory):
+            (gains[t],) = gains_of([beliefs[t], beliefs[t + 1]], kind=self.settings.info_gain_type)
+        return gains
 
     def credit(
         self, groups: Sequence[Group], scores: Sequence[Sequence[Score]], *, progress: float = 0.0
@@ -186,7 +203,7 @@ def turn_returns(
 def _sum_later(rewards: TurnRewards, settings: IGPOConfig, *, scale: float) -> list[float]:
     """Return per turn its normalized reward and the discounted ones of later turns (eq. 6)."""
     gains = [0.0 if gain is None else scale * gain for gain in rewards.gains]
-    discount = _discount(settings, turns=len(gains) + 1)
+    discount = _discount(settings, len(gains) + 1)
     if settings.info_gain_norm_mode == "raw_ig":  # the discount is for gains, the outcome counts in full
         return [value + rewards.outcome for value in returns_to_go([*gains, 0.0], discount=discount)]
     return returns_to_go([*gains, rewards.outcome], discount=discount)
@@ -207,7 +224,8 @@ def _normalize(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> 
     of_outcomes = of_gains if mode == "joint" else _moments(outcomes, by_std=by_std)
     weight = late[1]
     if mode == "raw_ig":  # not centered: a gain stays what it is, in units of its spread
-        of_gains = (0.0, of_gains[1])
+        # Equal gains have no spread: they would be multiplied by 10,000.
+        of_gains = (0.0, of_gains[1] if of_gains[1] > _LEAST_SPREAD else 1.0 + EPSILON)
         weight *= settings.gain_weight
     return [
         None
@@ -226,13 +244,14 @@ def _normalize(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> 
 def _moments(values: Sequence[float], *, by_std: bool) -> tuple[float, float]:
     """Return mean and divisor: `sqrt(population variance + 1e-8) + 1e-6`, or about 1 for a lone value."""
     mean = math.fsum(values) / len(values) if values else 0.0
+    if len({*values}) == 1:
+        mean = values[0]  # exactly, so that equal rewards give exactly 0
     if not by_std:
         return mean, 1.0
-    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values))
-    # Equal values have no spread to be measured in. Centered ones are 0 whatever they are divided by; those
-    # of `raw_ig` would be multiplied by 10,000.
-    spreads = len(values) > 1 and variance > STD_FLOOR
-    return mean, (math.sqrt(variance + STD_FLOOR) if spreads else 1.0) + EPSILON
+    if len(values) < 2:
+        return mean, 1.0 + EPSILON
+    variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
+    return mean, math.sqrt(variance + STD_FLOOR) + EPSILON
 
 
 def _scale_of_gains(groups: Sequence[RewardGroup]) -> float:
@@ -249,21 +268,15 @@ def _scale_of_gains(groups: Sequence[RewardGroup]) -> float:
 def _leave_one_out(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> list[list[float]]:
     """Return advantages of raw rewards against the other trajectories; see `leave_one_out_turns`."""
     outcome_weight, gain_weight = settings.curriculum(progress)
-    weight = settings.gain_weight * gain_weight
-    returns = [
-        None
-        if r is None
-        else returns_to_go(
-            [*(weight * (gain or 0.0) for gain in r.gains), 0.0],
-            discount=_discount(settings, turns=len(r.gains) + 1),
-        )
-        for r in group
-    ]
-    outcomes = [None if r is None else outcome_weight * r.outcome for r in group]
-    return leave_one_out_turns(returns, outcomes)
+    return leave_one_out_turns(
+        [() if r is None else (*r.gains, None) for r in group],
+        [None if r is None else outcome_weight * r.outcome for r in group],
+        gain_weight=settings.gain_weight * gain_weight,
+        discount=partial(_discount, settings),
+    )
 
 
-def _discount(settings: IGPOConfig, *, turns: int) -> float:
-    if settings.adaptive_gamma:
+def _discount(settings: IGPOConfig, turns: int) -> float:
+    if settings.adaptive_gamma is not None:
         return float(settings.adaptive_gamma ** (1.0 / turns))
     return settings.gamma

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from IG.messages import GainRequest, GainResult
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.scoring.ig_service import GainRequests
-from verl.algorithms.statistics import credit_returns, credit_rewards
+from verl.algorithms.statistics import UNSCALED, credit_returns, credit_rewards
 from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive
 from verl.types import Credit, Gain, Group, Question, Score, Stop, Trajectory
 from verl.utils.reward_score.IG_reward import combine
@@ -36,6 +36,15 @@ class InfoReasonerConfig(OutcomeConfig):
     """Least S in a logarithm."""
     gain_clip: float = positive(3.0)
     """Largest absolute value of a log ratio."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity == "turn":
+            self.refuse_ignored(
+                "adv_estimator",
+                "norm_adv_by_std_in_grpo",
+                because=f"algorithm.granularity=turn: {UNSCALED}",
+            )
 
 
 class InfoReasoner(Algorithm):

@@ -17,7 +17,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, Probe, measure_states, wrapper_setting
+from verl.algorithms.scoring.log_prob import (
+    AnswerProbes,
+    Probe,
+    has_changed,
+    measure_states,
+    wrapper_setting,
+)
 from verl.algorithms.statistics import group_advantages, returns_to_go, spread_turns
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, positive, share
 from verl.types import Credit, Gain, Group, Score, Stop, Trajectory
@@ -77,7 +83,9 @@ class SIOP(Algorithm):
 
         def probes(trajectory: Trajectory) -> list[Probe] | None:
             cluster = clusters.get(id(trajectory))
-            return None if cluster is None else self._probes.encode_all(cluster.answers)
+            if cluster is None or not has_changed(trajectory):
+                return None
+            return self._probes.encode_all(cluster.answers)
 
         def turns(trajectory: Trajectory, states: list[list[float]]) -> list[float]:
             beliefs = [cluster_belief(of_state) for of_state in states]
@@ -86,12 +94,17 @@ class SIOP(Algorithm):
         measurement = await measure_states(
             groups, probes, scorer=self.services.policy, reduce=np.mean, turns=turns
         )
-        failed = Gain(failure="gain_failed: the entailment of the answers could not be judged")
+
+        def complete(trajectory: Trajectory, gain: Gain) -> Gain:
+            if id(trajectory) in unjudged:
+                return Gain(failure="gain_failed: the entailment of the answers could not be judged")
+            if id(trajectory) in clusters and not has_changed(trajectory):
+                weight = clusters[id(trajectory)].weight
+                return Gain(turns=tuple(turn_rewards([], weight, self.settings)))
+            return gain
+
         gains = [
-            [
-                failed if id(t) in unjudged else gain
-                for t, gain in zip(group.trajectories, of_group, strict=True)
-            ]
+            [complete(*pair) for pair in zip(group.trajectories, of_group, strict=True)]
             for group, of_group in zip(groups, measurement.gains, strict=True)
         ]
         return replace(measurement, gains=gains)
@@ -109,7 +122,7 @@ class SIOP(Algorithm):
                 _credit(*parts)
                 for parts in zip(
                     group.trajectories,
-                    turn_returns([_rewards(score) for score in of_group], discount=self.settings.gamma),
+                    turn_returns([_rewards(score) for score in of_group], self.settings),
                     of_group,
                     strict=True,
                 )
@@ -230,17 +243,21 @@ def cluster_belief(mean_log_probs: Sequence[float]) -> float:
 def turn_rewards(beliefs: Sequence[float], weight: float, settings: SIOPConfig) -> list[float]:
     """Return the reward of every turn from p before the first turn and after each but the last one.
 
-    `weight` is q of the trajectory's own cluster. The last turn, which answers, gets the bonus alone.
+    `weight` is q of the trajectory's own cluster. The last turn, which answers, gets the bonus alone; a
+    trajectory of one turn needs no p.
     """
     logs = [math.log(belief + FLOOR) for belief in beliefs]
     bonus = (1.0 - settings.gain_share) * weight
     return [*(weight * (after - before) for before, after in itertools.pairwise(logs)), bonus]
 
 
-def turn_returns(rewards: Sequence[Sequence[float] | None], *, discount: float) -> list[list[float]]:
+def turn_returns(rewards: Sequence[Sequence[float] | None], settings: SIOPConfig) -> list[list[float]]:
     """Return advantages per turn of one group: pooled over all turns, standardized, summed over later turns.
 
     None for a trajectory that failed or gave no answer: it enters no statistic and gets no turns.
     """
-    pooled = iter(group_advantages([reward for of_one in rewards for reward in of_one or ()]))
-    return [returns_to_go([next(pooled) for _ in of_one or ()], discount=discount) for of_one in rewards]
+    by_std = settings.norm_adv_by_std_in_grpo
+    pooled = iter(group_advantages([r for of_one in rewards for r in of_one or ()], by_std=by_std))
+    return [
+        returns_to_go([next(pooled) for _ in of_one or ()], discount=settings.gamma) for of_one in rewards
+    ]

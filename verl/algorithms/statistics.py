@@ -6,7 +6,7 @@ NumPy only. None stands for a sample that failed: it is left out of every statis
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from verl.types import Component, Credit, FloatArray, Group, Score, SpanKind, Tr
 
 EPSILON = 1e-6
 """Added to the standard deviation; a group that spreads less than this has nothing to compare and gets 0."""
+UNSCALED = "returns are compared with those of the other trajectories and not divided by their spread"
+"""Why a method that credits `leave_one_out_turns` ignores `norm_adv_by_std_in_grpo`."""
 
 
 def group_advantages(rewards: Sequence[float | None], *, by_std: bool = True) -> list[float]:
@@ -36,15 +38,16 @@ def group_advantages(rewards: Sequence[float | None], *, by_std: bool = True) ->
     return [0.0 if reward is None else (reward - mean) / scale for reward in rewards]
 
 
-def leave_one_out(rewards: Sequence[float | None]) -> list[float | None]:
-    """Return per sample the mean reward of the others: `(sum - reward) / (n - 1)` over the n valid samples.
+def leave_one_out(rewards: Sequence[float | None]) -> list[float]:
+    """Return per sample its reward minus the mean of the others, `n / (n - 1) * (reward - mean)`.
 
-    None for a failed sample and for a lone one. A baseline that does not depend on the sample itself leaves
-    the policy gradient unbiased (Kool et al. 2019, RLOO).
+    n counts the valid samples. Failed samples, lone ones and equal rewards get exactly 0, as in
+    `group_advantages`. A baseline that does not depend on the sample itself leaves the policy gradient
+    unbiased (Kool et al. 2019, RLOO).
     """
-    valid = [reward for reward in rewards if reward is not None]
-    total, others = math.fsum(valid), len(valid) - 1
-    return [None if reward is None or others < 1 else (total - reward) / others for reward in rewards]
+    num_valid = sum(reward is not None for reward in rewards)
+    scale = num_valid / max(1, num_valid - 1)
+    return [scale * advantage for advantage in group_advantages(rewards, by_std=False)]
 
 
 def spread(trajectory: Trajectory, value: float) -> FloatArray:
@@ -94,7 +97,7 @@ def outcome_advantages(
     if estimator == "grpo":
         return [group_advantages(of_group, by_std=by_std) for of_group in rewards]
     if estimator == "rloo":
-        return [_against_others(of_group) for of_group in rewards]
+        return [leave_one_out(of_group) for of_group in rewards]
     values = [[*of_group] for of_group in rewards]
     if estimator == "reinforce_plus_plus_baseline":
         values = [_centered(of_group) for of_group in rewards]
@@ -113,14 +116,6 @@ def outcome_advantages(
     if scale < 2 * EPSILON:
         return [[0.0] * len(of_group) for of_group in rewards]
     return [[0.0 if v is None else (v - mean) / scale for v in of_group] for of_group in values]
-
-
-def _against_others(rewards: Sequence[float | None]) -> list[float]:
-    baselines = leave_one_out(rewards)
-    return [
-        0.0 if reward is None or baseline is None else reward - baseline
-        for reward, baseline in zip(rewards, baselines, strict=True)
-    ]
 
 
 def _centered(rewards: Sequence[float | None]) -> list[float | None]:
@@ -187,30 +182,37 @@ def leave_one_out_returns(returns: Sequence[Sequence[float] | None]) -> list[lis
     to collect. Because the baseline does not depend on the trajectory's own actions, the gradient is
     unbiased. A trajectory without valid others has nothing to be compared with and gets 0 everywhere.
     """
-    valid = [of_one for of_one in returns if of_one is not None]
-    longest = max((len(of_one) for of_one in valid), default=0)
-    totals = [math.fsum(of_one[t] for of_one in valid if t < len(of_one)) for t in range(longest)]
-    others = len(valid) - 1
-    return [
-        [0.0] * len(of_one or ())
-        if of_one is None or others < 1
-        else [value - (totals[t] - value) / others for t, value in enumerate(of_one)]
-        for of_one in returns
+    longest = max((len(of_one) for of_one in returns if of_one is not None), default=0)
+    by_turn = [
+        leave_one_out([None if r is None else r[t] if t < len(r) else 0.0 for r in returns])
+        for t in range(longest)
     ]
+    return [[by_turn[t][i] for t in range(len(of_one or ()))] for i, of_one in enumerate(returns)]
 
 
 def leave_one_out_turns(
-    returns: Sequence[Sequence[float] | None], outcomes: Sequence[float | None]
+    gains: Sequence[Sequence[float | None]],
+    outcomes: Sequence[float | None],
+    *,
+    gain_weight: float,
+    discount: Callable[[int], float],
 ) -> list[list[float]]:
-    """Return per trajectory and turn what it earned from there on, against the others of its group.
+    """Return per trajectory and turn what it earned from there on, minus the mean of the others of its group.
 
-    `returns` are of the gains, one per turn, compared at the same turn (see `leave_one_out_returns`); the
-    outcome counts in full at every turn and is compared as a whole, so that a constant on all outcomes
-    changes nothing. None for a trajectory that failed, which gets no turns.
+    The returns of the weighted `gains` (one per turn, None counts 0) are compared at the same turn, see
+    `leave_one_out_returns`; `discount` maps the number of turns to their discount. The outcome counts in full
+    at every turn and is compared as a whole, so that a constant on all outcomes changes nothing. A trajectory
+    whose outcome is None failed and gets no turns.
     """
+    returns = [
+        None
+        if outcome is None
+        else returns_to_go([gain_weight * (gain or 0.0) for gain in of_one], discount=discount(len(of_one)))
+        for of_one, outcome in zip(gains, outcomes, strict=True)
+    ]
     return [
-        [value + outcome for value in of_one]
-        for of_one, outcome in zip(leave_one_out_returns(returns), _against_others(outcomes), strict=True)
+        [value + advantage for value in of_one]
+        for of_one, advantage in zip(leave_one_out_returns(returns), leave_one_out(outcomes), strict=True)
     ]
 
 
@@ -241,16 +243,12 @@ def credit_returns(
     """
     credits = []
     for group, of_group in zip(groups, scores, strict=True):
-        outcomes = [score.valid_outcome for score in of_group]
-        returns = [
-            None
-            if outcome is None
-            else returns_to_go(
-                [gain_weight * (gain or 0.0) for gain in gains_of_turns(trajectory, score)], discount=discount
-            )
-            for trajectory, score, outcome in zip(group.trajectories, of_group, outcomes, strict=True)
-        ]
-        advantages = leave_one_out_turns(returns, outcomes)
+        advantages = leave_one_out_turns(
+            [gains_of_turns(*pair) for pair in zip(group.trajectories, of_group, strict=True)],
+            [score.valid_outcome for score in of_group],
+            gain_weight=gain_weight,
+            discount=lambda _: discount,
+        )
         credits.append(
             [
                 credit_turns(trajectory, values, score=score)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
-from verl.algorithms.statistics import credit_returns
+from verl.algorithms.statistics import UNSCALED, credit_returns
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, share
 from verl.types import Credit, Gain, Group, Passage, Question, Score, Stop, Trajectory
 
@@ -30,6 +30,10 @@ class StepSearchConfig(AlgorithmConfig):
     gamma: float = share(1.0)
     gain_weight: float = not_negative(0.6)
     """Weight of gain minus redundancy against the outcome."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_ignored("norm_adv_by_std_in_grpo", because=f"algorithm=stepsearch: {UNSCALED}")
 
 
 class StepSearch(Algorithm):

@@ -21,7 +21,7 @@ from verl.algorithms.scoring.log_prob import (
     measure_states,
     wrapper_setting,
 )
-from verl.algorithms.statistics import credit_returns
+from verl.algorithms.statistics import UNSCALED, credit_returns
 from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, positive, share
 from verl.types import Credit, Group, Score, Trajectory
 
@@ -43,6 +43,10 @@ class TIPSConfig(AlgorithmConfig):
     refresh_steps: int = not_negative(0)
     """The scorer gets the policy's weights after every so many steps; 0: it stays the initial policy."""
     answer_wrapper: str = wrapper_setting("<answer>{answer}</answer>")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_ignored("norm_adv_by_std_in_grpo", because=f"algorithm=tips: {UNSCALED}")
 
 
 class TIPS(Algorithm):
@@ -77,7 +81,7 @@ class TIPS(Algorithm):
             turns=self._changes,
         )
 
-    def _changes(self, _: Trajectory, log_probs: list[list[float]]) -> list[float]:
+    def _changes(self, _: Trajectory, log_probs: list[list[float]]) -> list[float | None]:
         potentials = [potential(of_state, self.settings) for of_state in log_probs]
         return shaping(potentials, terminal=self.settings.terminal)
 
@@ -90,7 +94,8 @@ class TIPS(Algorithm):
     ) -> list[list[Credit]]:
         """Credit scaled changes of potential and the outcome, each turn with all that came from it on."""
         valid = [score for of_group in scores for score in of_group if score.failure is None]
-        alpha = batch_scale([gain or 0.0 for score in valid for gain in score.gain.turns], self.settings)
+        # Without the last turns: the terminal term is a whole potential, which would set the scale.
+        alpha = batch_scale([gain for score in valid for gain in score.gain.turns[:-1]], self.settings)
         return credit_returns(groups, scores, gain_weight=alpha, discount=self.settings.gamma)
 
 
@@ -103,18 +108,18 @@ def potential(log_probs: Sequence[float], settings: TIPSConfig) -> float:
     return settings.tau * (top + math.log(math.fsum(math.exp(value - top) for value in scaled)))
 
 
-def shaping(potentials: Sequence[float], *, terminal: bool = False) -> list[float]:
+def shaping(potentials: Sequence[float], *, terminal: bool = False) -> list[float | None]:
     """Return the difference of potentials that each turn made, from those before the first and after each.
 
-    The last turn answers and changes no state. With `terminal` it loses the last potential, so that all
+    The last turn answers and changes no state: None. With `terminal` it loses the last potential, so that all
     differences sum to minus the first one whatever the policy does, and the best policy stays the best
     (Ng et al. 1999).
     """
     changes = [after - before for before, after in itertools.pairwise(potentials)]
-    return [*changes, -potentials[-1] if terminal else 0.0]
+    return [*changes, -potentials[-1] if terminal else None]
 
 
-def batch_scale(differences: Sequence[float], settings: TIPSConfig) -> float:
+def batch_scale(differences: Sequence[float | None], settings: TIPSConfig) -> float:
     """Return alpha: fixed, or such that the mean of `|alpha * difference|` over non-zero ones is as set."""
     sizes = [abs(value) for value in differences if value]
     if settings.scale == "fixed":

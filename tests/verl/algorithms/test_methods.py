@@ -58,6 +58,28 @@ def test_failures_are_masked_whatever_numbers_they_carry(method: str) -> None:
     assert [credit.components["reward"] is None for credit in credits] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "ignored"),
+    [
+        ("tips", {}, "norm_adv_by_std_in_grpo=False"),
+        ("stepsearch", {}, "norm_adv_by_std_in_grpo=False"),
+        ("gigpo", {}, "norm_adv_by_std_in_grpo=False"),
+        ("inforeasoner", {"granularity": "turn"}, "norm_adv_by_std_in_grpo=False"),
+        ("inforeasoner", {"granularity": "turn"}, "adv_estimator=rloo"),
+        ("igpo", {"baseline": "leave_one_out"}, "norm_adv_by_std_in_grpo=False"),
+        ("igpo", {"baseline": "leave_one_out"}, "info_gain_norm_mode=joint"),
+    ],
+)
+def test_a_setting_without_effect_is_refused_and_its_default_is_not(
+    method: str, settings: dict[str, object], ignored: str
+) -> None:
+    key, _, value = ignored.partition("=")
+    default = getattr(make_method(method, **settings).settings, key)
+    make_method(method, **settings, **{key: default})
+    with pytest.raises(ConfigError, match=rf"algorithm\.{ignored} has no effect .*set it to {default}"):
+        make_method(method, **settings, **{key: False if value == "False" else value})
+
+
 def test_without_std_the_advantage_is_the_distance_to_the_mean() -> None:
     trajectories, scores = play((1.0, None, None), (0.0, None, None))
     credits = credit_group(make_method("search_r1", norm_adv_by_std_in_grpo=False), trajectories, scores)

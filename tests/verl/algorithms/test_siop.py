@@ -103,7 +103,8 @@ async def test_turns_are_rewarded_by_the_rise_of_their_own_clusters_belief() -> 
     assert gains[2].turns == pytest.approx([q["ABB"] / 2])  # one turn: the bonus alone
     assert gains[3].turns == pytest.approx([q["C"] * steps[0], q["C"] / 2])
     assert gains[4] == Gain()  # no answer: nothing
-    assert scorer.answers == [["A", "AB", "B"]] * 3 + [["C"], []]
+    # The one-turn trajectory, whose reward needs no log-prob, and the one without an answer ask for none.
+    assert scorer.answers == [["A", "AB", "B"]] * 2 + [[], ["C"], []]
     assert len(judge.asked) == len({*judge.asked})
     assert ("q1", "Where? A") not in judge.asked  # every trajectory's own results only
 
@@ -135,8 +136,10 @@ def score(*turns: float | None) -> Score:
     return Score(outcome=0.0, gain=Gain(turns=turns))
 
 
-def advantages(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> list[list[float]]:
-    credits = credit_group(make_method("siop"), trajectories, scores)
+def advantages(
+    trajectories: Sequence[Trajectory], scores: Sequence[Score], **settings: object
+) -> list[list[float]]:
+    credits = credit_group(make_method("siop", **settings), trajectories, scores)
     return [list(c.components["turn_advantage"] or ()) for c in credits]  # type: ignore[arg-type]
 
 
@@ -147,3 +150,9 @@ def test_rewards_are_pooled_over_all_turns_and_summed_over_later_ones() -> None:
     assert found[0] == pytest.approx([z[0] + z[1], z[1]])
     assert found[1] == pytest.approx([z[1]])
     assert found[2] == []
+    centered = advantages(
+        group.trajectories,
+        [score(0.4, 0.1), score(0.1), Score(outcome=0.0)],
+        norm_adv_by_std_in_grpo=False,
+    )
+    assert centered[0] == pytest.approx([0.2 - 0.1, -0.1])

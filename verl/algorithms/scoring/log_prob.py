@@ -85,11 +85,22 @@ def state_lengths(trajectory: Trajectory) -> list[int]:
     return lengths
 
 
-def answers_in_states(trajectory: Trajectory, probes: Sequence[Probe]) -> list[Branch]:
-    """Return the branches of all probes in the first state, then those in the next; see `answer_branches`."""
+def all_states(trajectory: Trajectory) -> Sequence[int]:
+    """Return the index of every state: that before each turn."""
+    return range(len(trajectory.turns))
+
+
+def answers_in_states(
+    trajectory: Trajectory, probes: Sequence[Probe], *, states: Sequence[int]
+) -> list[Branch]:
+    """Return the branches of all probes in the first of `states`, then those in the next.
+
+    See `answer_branches`.
+    """
     branches: list[Branch] = []
-    for length in state_lengths(trajectory):
-        branches += answer_branches(probes, start=length, parent=None, index=len(branches))
+    lengths = state_lengths(trajectory)
+    for state in states:
+        branches += answer_branches(probes, start=lengths[state], parent=None, index=len(branches))
     return branches
 
 
@@ -130,22 +141,27 @@ async def measure_states(
     probes: Callable[[Trajectory], Sequence[Probe] | None],
     *,
     scorer: LogProbScorer,
+    states: Callable[[Trajectory], Sequence[int]] = all_states,
     reduce: Callable[[FloatArray], float],
     turns: Callable[[Trajectory, list[list[float]]], Sequence[float | None]],
 ) -> Measurement:
     """Measure the gains of turns from the log-probs of answers in the states of each trajectory.
 
     `probes` returns the answers of a trajectory, None where nothing is to be measured, as with a single turn
-    (see `has_changed`); `reduce` makes a number of the log-probs of an answer's tokens, and `turns` makes the
-    gains, one per turn, of these numbers [states, answers]. A trajectory that failed has no gain; one without
-    an answer that has tokens of its own is a failed measurement.
+    (see `has_changed`), and `states` the states to score them in. `reduce` makes a number of the log-probs of
+    an answer's tokens, and `turns` makes the gains, one per turn, of these numbers [states, answers]. A
+    trajectory that failed has no gain; one without an answer that has tokens of its own is a failed
+    measurement.
     """
     asked = [
         [probes(t) if t.stop is not Stop.FAILED and t.turns else None for t in group.trajectories]
         for group in groups
     ]
     branches = [
-        [answers_in_states(t, of_one or ()) for t, of_one in zip(group.trajectories, of_group, strict=True)]
+        [
+            answers_in_states(t, of_one, states=states(t)) if of_one else []
+            for t, of_one in zip(group.trajectories, of_group, strict=True)
+        ]
         for group, of_group in zip(groups, asked, strict=True)
     ]
     results, old = await score_branches(groups, branches, scorer=scorer)
@@ -157,8 +173,8 @@ async def measure_states(
             return Gain(failure="gain_failed: no answer has a token of its own")
         scored = [of_branch for of_branch in result.branches if len(of_branch)]
         values = [float(reduce(of_branch.astype(np.float64))) for of_branch in scored]
-        states = [values[i : i + len(of_one)] for i in range(0, len(values), len(of_one))]
-        return Gain(turns=tuple(turns(trajectory, states)))
+        by_state = [values[i : i + len(of_one)] for i in range(0, len(values), len(of_one))]
+        return Gain(turns=tuple(turns(trajectory, by_state)))
 
     gains = [
         [

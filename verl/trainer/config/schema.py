@@ -300,6 +300,16 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         check_section("algorithm", self)
 
+    def refuse_ignored(self, *keys: str, because: str) -> None:
+        """Raise ConfigError for a key that nothing reads and whose value is not the default."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in keys and value != each.default:
+                raise ConfigError(
+                    f"algorithm.{each.name}={value} has no effect with {because}; "
+                    f"leave it out or set it to {each.default}"
+                )
+
 
 @dataclass
 class OutcomeConfig(AlgorithmConfig):
