@@ -84,10 +84,8 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts; each registers on the stack how it is taken down."""
-    algorithm_class = ALGORITHMS[config.algorithm.name]
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
-    trains = not config.trainer.evaluates_only
-    needs = algorithm_class.needs if trains else frozenset[Need]()  # evaluation asks for no gain
+    needs = find_needs(config)
     ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
     model_folder = check_model(
         config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
@@ -107,20 +105,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
-    has_kl = config.actor_rollout_ref.actor.use_kl_loss
-    refresh_steps = algorithm_class.scorer_options(config.algorithm).refresh_steps if trains else 0
-    scores_with_reference = Need.FROZEN_LOG_PROBS in needs and not refresh_steps
-    models = await launch_models(
-        config,
-        stack,
-        device=device,
-        total_steps=start.total_steps,
-        scratch=stack.enter_context(scratch_folder(run_dir)),
-        checkpoint=start.checkpoint,
-        needs_reference=(has_kl and trains) or scores_with_reference,
-        refresh_steps=refresh_steps,
-    )
-    algorithm = algorithm_class(
+    models = await start_models(config, stack, start, run_dir=run_dir, device=device)
+    algorithm = ALGORITHMS[config.algorithm.name](
         config.algorithm,
         make_services(config, models, device=device, codec=tokenizer, ig_client=ig_client),
     )
@@ -132,7 +118,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         algorithm=algorithm,
         reward=make_reward(config, algorithm, decode=tokenizer.decode),
         policy=models.policy,
-        reference=models.reference if has_kl else None,
+        reference=models.reference if config.actor_rollout_ref.actor.use_kl_loss else None,
         copy=models.copy,
         engines=models.engines,
         publisher=make_publisher(
@@ -157,6 +143,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         progress=start.progress,
         identity=start.identity,
     )
+
+
+def find_needs(config: Config) -> frozenset[Need]:
+    """Return what the method measures with; an evaluation measures no gain."""
+    return frozenset() if config.trainer.evaluates_only else ALGORITHMS[config.algorithm.name].needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,18 +193,33 @@ def start_run(
     )
 
 
+async def start_models(
+    config: Config, stack: AsyncExitStack, start: RunStart, *, run_dir: Path, device: str
+) -> Models:
+    """Launch the models that the run needs; an evaluation needs the policy alone."""
+    options = ALGORITHMS[config.algorithm.name].scorer_options(config.algorithm)
+    trains = not config.trainer.evaluates_only
+    refresh_steps = options.refresh_steps if trains else 0
+    has_kl = trains and config.actor_rollout_ref.actor.use_kl_loss
+    scores_with_reference = Need.FROZEN_LOG_PROBS in find_needs(config) and not refresh_steps
+    return await launch_models(
+        config,
+        stack,
+        device=device,
+        total_steps=start.total_steps,
+        scratch=stack.enter_context(scratch_folder(run_dir)),
+        checkpoint=start.checkpoint,
+        needs_reference=has_kl or scores_with_reference,
+        refresh_steps=refresh_steps,
+    )
+
+
 def make_services(
-    config: Config,
-    models: Models,
-    *,
-    device: str,
-    codec: TextCodec,
-    ig_client: GainClient | None,
+    config: Config, models: Models, *, device: str, codec: TextCodec, ig_client: GainClient | None
 ) -> Services:
     """Hand the method what it needs to measure with."""
-    algorithm = ALGORITHMS[config.algorithm.name]
-    needs = algorithm.needs
-    shares_prefixes = algorithm.scorer_options(config.algorithm).shares_prefixes
+    needs = find_needs(config)
+    shares_prefixes = ALGORITHMS[config.algorithm.name].scorer_options(config.algorithm).shares_prefixes
     policy = frozen = None
     if Need.POLICY_LOG_PROBS in needs:
         policy = LogProbScorer(

@@ -1,7 +1,7 @@
 """Pad trajectories and their advantages into arrays, and split these over updates, ranks and passes.
 
 The only file that pads. Padding is on the right and attention is causal, so real tokens never attend to it
-and no attention mask is needed; `policy_mask` alone says what counts in the loss. A batch is split three
+and no attention mask is needed; `policy_mask` alone decides what counts in the loss. A batch is split three
 times: into mini-batches (an optimizer step each), over ranks, and into micro-batches (a forward pass each).
 """
 

@@ -202,7 +202,7 @@ class PolicyNetwork(nn.Module):
         """Return log-probs of `input_ids[rows, columns]` and the entropies there, both float32 [N].
 
         `input_ids` [B, L] is right-padded; columns start at 1. Attention is causal, so no attention mask is
-        needed, unless the rows are trees: then `layout` says what each token follows and attends to.
+        needed, unless the rows are trees: then `layout` has what each token follows and attends to.
         """
         decoder = self.model.get_decoder()
         if layout is None:
