@@ -18,7 +18,7 @@ BIN := .venv/bin
 .PHONY: help venv doctor check format test test-fast quickstart bench-step bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n '/^# /!q;s/^# //p' Makefile
 
 venv: .venv/.installed-$(PLATFORM)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -61,3 +62,8 @@ def test_make_knows_its_targets() -> None:
     targets += ["bench-ig", "soak-ig", "bench-retriever", "soak-retriever"]
     done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    head = itertools.takewhile(
+        lambda line: line.startswith("# "), (ROOT / "Makefile").read_text().splitlines()
+    )
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert shown == [line.removeprefix("# ") for line in head]

@@ -216,8 +216,15 @@ async def test_a_service_that_dies_and_comes_back_before_the_deadline_costs_time
         port = int(server.url.rpartition(":")[2])
         client = IGClient(server.url, timeout_s=10)
         assert await client.compute(requests(2)) == expected(requests(2))
-    call = asyncio.create_task(client.compute(requests(3)))
-    await asyncio.sleep(0.7)
+    was_dropped = asyncio.Event()
+
+    def drop(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        was_dropped.set()
+
+    async with await asyncio.start_server(drop, "127.0.0.1", port):
+        call = asyncio.create_task(client.compute(requests(3)))
+        await was_dropped.wait()
     assert not call.done()
     async with server.running(port=port):
         assert await call == expected(requests(3))

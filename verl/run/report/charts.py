@@ -24,6 +24,8 @@ PHASE_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 SMOOTHING = 5
 MIN_STEPS_TO_SMOOTH = 10
 MAX_BARS = 80
+LINE_STYLES = ("-", "--", ":")
+"""Of curves with the same color."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Curve:
     label: str
     metric: str
     color: str = BLUE
+    style: str = "-"
     kind: str = "train"
 
 
@@ -62,7 +65,7 @@ CHARTS = (
     Chart(
         title="Information gain",
         curves=(Curve(label="mean gain", metric="ig/gain_mean", color=GREEN),),
-        meaning="How much more likely the right answer is after the search, as the method measures it.",
+        meaning="Mean gain of the searches, as the method measures it.",
         has_zero_line=True,
     ),
     Chart(
@@ -117,8 +120,9 @@ TOKEN_KINDS = (*map(str, SpanKind), "other")
 
 def _list_families(run: RunData) -> list[Chart]:
     """Return the charts with a curve per turn or per kind of token, as far as the run has these."""
-    turns = sum(re.fullmatch(r"ig/gain_turn_\d+_mean", name) is not None for name in run.names())
-    of_turns = [(f"turn {k}", f"ig/gain_turn_{k}_mean") for k in range(1, turns + 1)]
+    found = (re.fullmatch(r"ig/gain_turn_(\d+)_mean", name) for name in run.names())
+    turns = sorted(int(match[1]) for match in found if match)
+    of_turns = [(f"turn {k}", f"ig/gain_turn_{k}_mean") for k in turns]
     return [
         _family(
             "Gain per turn",
@@ -140,8 +144,13 @@ def _list_families(run: RunData) -> list[Chart]:
 
 def _family(title: str, metrics: Sequence[tuple[str, str]], *, meaning: str) -> Chart:
     curves = [
-        Curve(label=label, metric=name, color=color)
-        for (label, name), color in zip(metrics, COLORS, strict=False)
+        Curve(
+            label=label,
+            metric=name,
+            color=COLORS[k % len(COLORS)],
+            style=LINE_STYLES[k // len(COLORS) % len(LINE_STYLES)],
+        )
+        for k, (label, name) in enumerate(metrics)
     ]
     return Chart(title=title, curves=tuple(curves), meaning=meaning, has_zero_line=True)
 
@@ -186,8 +195,10 @@ def _draw_curve(axes: Axes, curve: Curve, series: Series) -> None:
     looks: dict[str, Any] = {"color": curve.color, "label": curve.label}
     if curve.kind == "val":
         axes.plot(steps, values, "o--", markersize=5, linewidth=1, **looks)
-    elif len(steps) < MIN_STEPS_TO_SMOOTH:
-        axes.plot(steps, values, ".-", linewidth=1.6, **looks)
+        return
+    looks["linestyle"] = curve.style
+    if len(steps) < MIN_STEPS_TO_SMOOTH:
+        axes.plot(steps, values, marker=".", linewidth=1.6, **looks)
     else:
         axes.plot(steps, values, color=curve.color, alpha=0.3, linewidth=1)
         axes.plot(steps, moving_mean(values), linewidth=2, **looks)

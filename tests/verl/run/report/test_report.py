@@ -144,6 +144,16 @@ def test_metrics_alone_are_enough(tmp_path: Path) -> None:
     assert sum(tag == "svg" for tag, _ in elements.found) == 1
 
 
+def test_every_turn_whose_gain_was_measured_has_a_curve(tmp_path: Path) -> None:
+    gains = {f"ig/gain_turn_{turn}_mean": 0.1 * turn for turn in (1, 3, *range(5, 13))}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "kind": "train", "time": 1.0, **gains}) + "\n"
+    )
+    _, elements = _read(write_report(tmp_path))
+    (description,) = (attributes["aria-label"] or "" for tag, attributes in elements.found if tag == "svg")
+    assert re.findall(r"turn (\d+): ", description) == ["1", "3", *map(str, range(5, 13))]
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a run folder"):
         write_report(tmp_path)
