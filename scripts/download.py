@@ -96,13 +96,14 @@ class Downloader:
         if not path.is_file():
             parts = self._look_up_all(target)
             self._check_room(target, parts)
-            self._join(target, parts, path)
-            how = self._keep_record(target, path, record_path=record_path)
+            self._join(target, parts, path, record_path=record_path)
+            how = "checked"
         elif record_path.is_file():
             how = self._check_record(target, path, record_path=record_path)
         else:
             self._check_unrecorded(target, path)
-            how = self._keep_record(target, path, record_path=record_path)
+            self._keep_record(target, path, made_of=path, record_path=record_path)
+            how = "checked"
         self._console.print(f"{path}: {path.stat().st_size:,} bytes, {how}")
 
     def _source(self, target: Target) -> dict[str, object]:
@@ -115,12 +116,11 @@ class Downloader:
             "parts": parts,
         }
 
-    def _keep_record(self, target: Target, path: Path, *, record_path: Path) -> str:
-        """Write size, hash and source of a file beside it. Raises DownloadError unless --sha256 fits."""
+    def _keep_record(self, target: Target, path: Path, *, made_of: Path, record_path: Path) -> None:
+        """Write the record of a file. Raises DownloadError, which names `made_of`, unless --sha256 fits."""
         digest, size = sha256_of_file(path), path.stat().st_size
-        self._check_given(target, path, digest)
+        self._check_given(target, made_of, digest)
         write_json_atomically(record_path, {"sha256": digest, "size": size, "source": self._source(target)})
-        return "checked"
 
     def _check_record(self, target: Target, path: Path, *, record_path: Path) -> str:
         """Compare a file with its record, without the hub. Raises DownloadError."""
@@ -175,8 +175,11 @@ class Downloader:
             )
         return Part(name=name, size=int(facts.size or 0), digest=digest)
 
-    def _join(self, target: Target, parts: Sequence[Part], path: Path) -> None:
-        """Make the file of all parts: each is downloaded, checked, appended and removed."""
+    def _join(self, target: Target, parts: Sequence[Part], path: Path, *, record_path: Path) -> None:
+        """Make the file of all parts: each is downloaded, checked, appended and removed.
+
+        The record is written before the file gets its name: an interruption leaves no file without one.
+        """
         # The name identifies the revision, so that bytes of another one are never continued.
         source = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         joined = self._folder / f"{target.name}.{source}.partial"
@@ -190,9 +193,12 @@ class Downloader:
                     self._append(target, part, out=out)
             done += part.size
         if target.is_packed:
-            unpack(joined, path)
+            with replacing_file(path) as unpacked:
+                unpack(joined, unpacked)
+                self._keep_record(target, unpacked, made_of=joined, record_path=record_path)
             joined.unlink()
         else:
+            self._keep_record(target, joined, made_of=joined, record_path=record_path)
             joined.replace(path)
         shutil.rmtree(self._folder / ".parts", ignore_errors=True)
 
@@ -246,7 +252,7 @@ def check_pieces(path: Path, pieces: Sequence[Part], *, by_size_only: bool = Fal
 def unpack(archive: Path, path: Path) -> None:
     """Unpack a gzip file. Raises DownloadError for a damaged one."""
     try:
-        with replacing_file(path) as partial, gzip.open(archive) as text, partial.open("wb") as out:
+        with gzip.open(archive) as text, path.open("wb") as out:
             shutil.copyfileobj(text, out, _BLOCK)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DownloadError(

@@ -82,6 +82,21 @@ def test_another_run_continues_where_the_first_one_stopped(hub: FakeHub, tmp_pat
     assert hub.num_bytes - num_bytes == len(PARTS[1])
 
 
+@pytest.mark.parametrize(("what", "name"), [("corpus", "wiki-18.jsonl"), ("index", "wiki-18-e5_Flat.index")])
+def test_a_run_that_ends_before_its_record_is_written_is_continued(
+    hub: FakeHub, tmp_path: Path, what: str, name: str
+) -> None:
+    record = tmp_path / f"{name}.source.json"
+    record.mkdir()
+    with pytest.raises(IsADirectoryError):
+        run(hub, tmp_path, "--what", what)
+    record.rmdir()
+    num_bytes = hub.num_bytes
+    assert "checked" in run(hub, tmp_path, "--what", what)
+    assert (tmp_path / name).read_bytes() == {"corpus": CORPUS, "index": INDEX}[what]
+    assert hub.num_bytes == num_bytes
+
+
 def test_a_connection_that_breaks_is_resumed(hub: FakeHub, tmp_path: Path) -> None:
     hub.break_after = 100_000
     run(hub, tmp_path, "--what", "index")
