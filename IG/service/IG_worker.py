@@ -66,7 +66,7 @@ class LocalWorker:
         except BaseException:
             await worker.aclose()
             raise
-        _keep_from_collector()
+        keep_from_collector()
         return worker
 
     async def warm_up(self, config: IGServiceConfig) -> None:
@@ -121,7 +121,7 @@ class LocalWorker:
             await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
 
 
-def _keep_from_collector() -> None:
+def keep_from_collector() -> None:
     """Exempt models and libraries from garbage collection, which else pauses everything for 0.3 s."""
     gc.unfreeze()  # the remains of a lost worker may be collected
     gc.collect()

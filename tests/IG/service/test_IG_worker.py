@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from IG.config import resolve_config
 from IG.entailment import DeviceLostError
 from IG.sampler import EngineLostError, SampledAnswer, SamplingError
-from IG.service.IG_worker import LocalWorker
+from IG.service.IG_worker import LocalWorker, keep_from_collector
 from IG.service.jobs import WorkerLostError
 
 
@@ -89,3 +90,10 @@ async def test_a_worker_whose_models_cannot_measure_a_gain_does_not_start(
         await broken.warm_up(config)
     await working.aclose()
     await broken.aclose()
+
+
+def test_the_collector_does_not_look_through_what_is_loaded() -> None:
+    loaded = [Models()]
+    assert any(found is loaded for found in gc.get_objects())
+    keep_from_collector()
+    assert not any(found is loaded for found in gc.get_objects())

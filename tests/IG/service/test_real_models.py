@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pyarrow.parquet as parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,26 +84,75 @@ def _many_items(count: int) -> list[dict[str, object]]:
 def _interrupt_at_work(process: subprocess.Popen[bytes], client: httpx.Client) -> None:
     """Ctrl-C reaches every process of the group; what was accepted is finished, and then nothing is left."""
     children = psutil.Process(process.pid).children(recursive=True)
-    items = [item | {"context": "b"} for item in _many_items(300)]
+    items = [item | {"context": "b"} for item in _many_items(60)]
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(_score, client, items)
-        time.sleep(0.5)
-        assert not answer.done()
+        _wait_for_work(client)
         os.killpg(process.pid, signal.SIGINT)
         assert None not in answer.result()["scores"]
     assert process.wait() == 0
     assert _living(children) == []
 
 
-def test_alone_or_among_others_on_two_workers_a_score_is_the_same_and_an_interrupt_loses_none() -> None:
-    """Two services, whose caches are fresh: only the seeds can agree."""
-    with serving("--shutdown-grace-s", "500") as (process, client):
+def _wait_for_work(client: httpx.Client) -> None:
+    while "ig_items_in_progress 0.0" in client.get("/metrics").text:
+        time.sleep(0.02)
+
+
+def _scores_while_one_is_killed(
+    process: subprocess.Popen[bytes], client: httpx.Client, items: list[dict[str, object]], *, name: str
+) -> list[object]:
+    """Return the scores of items at whose work a process is killed, when its worker is replaced."""
+    restarts = re.compile(r"ig_worker_restarts_total (.*)")
+    before = restarts.findall(client.get("/metrics").text)
+    children = psutil.Process(process.pid).children(recursive=True)
+    victim = next(child for child in children if child.name().startswith(name))
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(_score, client, items)
+        _wait_for_work(client)
+        victim.kill()
+        scores: list[object] = [*answer.result()["scores"]]
+    while restarts.findall(client.get("/metrics").text) == before:
+        time.sleep(0.1)
+    assert client.get("/health").json()["status"] == "healthy"
+    return scores
+
+
+def _world_items(count: int) -> list[dict[str, object]]:
+    """Questions of the embedded world; every second context holds an answer."""
+    rows = parquet.read_table(ROOT / "world" / "test.parquet", columns=["question", "golden_answers"])
+    return [
+        {
+            "question": row["question"],
+            "context": f'Doc 1(Title: "Note") {row["question"]} {row["golden_answers"][0] * (index % 2)}.',
+            "answers": row["golden_answers"],
+        }
+        for index, row in enumerate(rows.slice(0, count).to_pylist())
+    ]
+
+
+def test_scores_do_not_depend_on_workers_other_items_and_killed_processes_and_an_interrupt_loses_none() -> (
+    None
+):
+    """Two services that remember next to nothing: only the seeds can agree."""
+    world = _world_items(60)
+    flags = ("--sample-cache-size", "1", "--pair-cache-size", "1", "--shutdown-grace-s", "500")
+    with serving(*flags) as (process, client):
         alone = _score(client, [ITEM])
+        expected = _score(client, world)["scores"]
+        assert len({*map(str, expected)} - {"None"}) > 3
+        assert _score(client, world[:20])["scores"] == expected[:20]  # whatever else is in the batch
+        assert _scores_while_one_is_killed(process, client, world, name="VLLM::EngineCor") == expected
+        version = client.get("/version").json()
         _interrupt_at_work(process, client)
     too_long = ITEM | {"context": "Alice Marsh " * 2000}
-    with serving("--num-workers", "2", "--shutdown-grace-s", "500") as (process, client):
+    with serving(*flags, "--num-workers", "2") as (process, client):
         assert client.get("/health").json()["mode"] == "multi-CPU"
         together = _score(client, [*_many_items(20), ITEM, *_many_items(40)[20:], too_long])
+        for name in ("ray::_Host", "VLLM::EngineCor"):
+            assert _scores_while_one_is_killed(process, client, world, name=name) == expected
+        assert "ig_worker_restarts_total 2.0" in client.get("/metrics").text
+        assert client.get("/version").json() == version
         _interrupt_at_work(process, client)
     assert together["errors"][:41] == [None] * 41
     assert together["scores"][41] is None
@@ -119,8 +169,8 @@ def test_a_killed_service_leaves_no_process_and_no_folder(num_workers: int) -> N
         words = " ".join(word for child in children for word in child.cmdline())
         folders = set(re.findall(r"/\S+/ray-[a-z0-9_]{8}(?=[/\s])", words))
         assert len(folders) == num_workers - 1
-        answer = thread.submit(_score, client, _many_items(300))
-        time.sleep(0.5)
+        answer = thread.submit(_score, client, _many_items(60))
+        _wait_for_work(client)
         process.kill()
         process.wait()
         assert isinstance(answer.exception(), httpx.TransportError)
