@@ -1,8 +1,8 @@
 """Encode text for a language model so that text from outside never becomes a control token.
 
-Control tokens are the special tokens of a tokenizer and other added tokens like `<|User|>`; only trusted text
-(a chat template) may write them. Of other text, what looks like one is encoded as ordinary text. Text without
-any of them gets the ids that the tokenizer gives it as a whole.
+Control tokens are the special tokens of a tokenizer and other added tokens like `<|User|>`; only trusted
+text (a chat template) may contain them. Of other text, what looks like one is encoded as ordinary text. Text
+without any of them gets the ids that the tokenizer gives it as a whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TextEncoder:
     """Encodes trusted and untrusted text with the tokenizer of a model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
-        """`tags` are added tokens that any text may contain. Raises ValueError for an unusable tokenizer."""
+        """Take `tags`, added tokens allowed in any text. Raises ValueError for an unusable tokenizer."""
         self._tokenizer = tokenizer
         self.control = _find_control_tokens(tokenizer, tags=tags)
         """Text of every control token by id."""
@@ -35,7 +35,7 @@ class TextEncoder:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text, nothing added and no control token among them.
 
-        Text of control tokens is cut after its first character and the parts are encoded apart.
+        Text of control tokens is cut after its first character and the parts are encoded separately.
         """
         ids = self.encode_trusted(text)
         if self.control.keys().isdisjoint(ids):

@@ -37,7 +37,7 @@ def sha256_of_file(
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it replaces `path`.
+    """Yield a temporary path beside `path` to write to; at the end it replaces `path`.
 
     After a crash at any moment `path` is the old file or the complete new one. An exception leaves `path` as
     it was and removes the temporary file. An OSError that names no file, such as that of a full disk, names

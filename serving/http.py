@@ -145,7 +145,7 @@ class JsonService:
         fix: str = "check that it runs at this URL",
         token: str | None = None,
     ) -> None:
-        """`timeout_s` covers a whole call with all attempts; `fix` ends messages about a dead service.
+        """Take `timeout_s` for a whole call with all attempts, and `fix` for messages about no answer.
 
         `token` is sent as a bearer token. Raises ValueError for a bad URL, timeout or token.
         """
@@ -162,7 +162,7 @@ class JsonService:
         headers = {"Accept-Encoding": "gzip"}
         if token:
             headers["Authorization"] = f"Bearer {_checked_token(token, name=name)}"
-        # Services sit next to the trainer: a proxy set for the internet must not swallow loopback calls.
+        # Services sit next to the trainer: a proxy for the internet must not get loopback calls.
         self._client = httpx.AsyncClient(
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),

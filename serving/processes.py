@@ -1,7 +1,7 @@
 """End processes together with this one, even if it is killed with SIGKILL.
 
-A small shell in a session of its own reads process ids and folders from a pipe. The pipe closes when its
-owner is gone, however that happened; then the shell ends the processes and removes the folders.
+A small shell in a session of its own reads process ids and folders from a pipe. The pipe closes when this
+process ends, however it ends; then the shell ends the processes and removes the folders.
 
 Process ids are reused, so a process is recorded with its start time and gets a signal only while the process
 of this id still has the same one.
@@ -61,10 +61,10 @@ _END_TIMEOUT_S = 10.0
 
 
 class ProcessGuard:
-    """Ends the processes that were added when this process is gone, or at `close`."""
+    """Ends the added processes when this process ends, or at `close`."""
 
     def __init__(self, *, grace_s: float = 0.0) -> None:
-        """`grace_s`: time between SIGTERM and SIGKILL; 0 sends SIGKILL at once."""
+        """Take `grace_s`, the time between SIGTERM and SIGKILL; 0 sends SIGKILL at once."""
         self._grace_s = grace_s
         self._shell = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "guard", str(round(grace_s * 10))],
@@ -95,7 +95,7 @@ class ProcessGuard:
 
     @contextmanager
     def adding(self, find: Callable[[], list[psutil.Process]]) -> Iterator[None]:
-        """Add the processes that `find` returns, and their descendants, again and again while the block runs.
+        """Add the processes that `find` returns, and their descendants, repeatedly while the block runs.
 
         For libraries that start processes of their own while they load.
         """
@@ -137,7 +137,7 @@ class ProcessGuard:
 
 
 def start_time(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since the machine did; None if there is none."""
+    """Return when a process started, in clock ticks since boot; None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):

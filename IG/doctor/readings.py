@@ -29,7 +29,7 @@ _QUESTIONS_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
-    """The answers sampled under one condition and how they relate."""
+    """The answers sampled under one condition, their classes and their entailment with the gold answers."""
 
     texts: tuple[str, ...]
     mean_log_probs: FloatArray  # [response]
@@ -53,7 +53,7 @@ class Samples:
         )
 
     def equivalent_to_gold(self, *, threshold: float) -> BoolArray:
-        """Return which responses the entailment model holds equivalent to which golds: `[response, gold]`."""
+        """Return which responses are judged equivalent to which gold answers: `[response, gold]`."""
         return semantics.equivalent(
             self.response_entails_gold, self.gold_entails_response, threshold=threshold
         )
@@ -119,7 +119,7 @@ class QuestionReading:
 
 
 def _statistic(samples: Samples, chosen: IntArray, config: IGServiceConfig) -> FloatArray:
-    """Return what two conditions are compared by, from the chosen samples `[draw, size]`: `[draw]`."""
+    """Return the statistic that a gain compares, from the chosen samples `[draw, size]`: `[draw]`."""
     weights = samples.weights(chosen)
     if config.gain is GainKind.entropy:
         return semantics.semantic_entropy(weights, samples.clusters)

@@ -1,7 +1,7 @@
-"""Which file is this, and is it still what it was: fingerprints, hashes, and a watch on files in use.
+"""Identify files and detect changes: fingerprints, hashes, and a check of files in use.
 
-A fingerprint reads at most 3 MiB, whatever the size. It tells different files apart, and finds a truncated or
-half-copied one; a flipped bit in the middle of gigabytes it may miss. `index verify` reads every byte.
+A fingerprint reads at most 3 MiB, whatever the size. It differs between files, and for a truncated or
+half-copied one; it may miss a flipped bit in the middle of gigabytes. `index verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFacts:
-    """What identifies a file's content."""
+    """Size and hashes of a file's content."""
 
     bytes: int
     fingerprint: str
@@ -87,7 +87,7 @@ class WatchedFile:
     """
 
     def __init__(self, path: Path, *, size_only: bool = False) -> None:
-        """`size_only`: others may write into the file, but not shorten it."""
+        """Open the file. `size_only` allows others to write into it, but not to shorten it."""
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._size_only = size_only

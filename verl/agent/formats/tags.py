@@ -1,4 +1,4 @@
-"""Tags around parts of a text, which all packaged formats share: `<search> q </search>`, `<think>..</think>`.
+"""Read and neutralize the tags that all packaged formats share: `<search> q </search>`, `<think>..</think>`.
 
 Generation stops at the first closing tag of an action (a tool call, an answer). This tag and the nearest
 opening tag of the same name before it are the action; a second complete pair is never sampled. Tags that were
@@ -20,7 +20,7 @@ from verl.types import Message, Span, SpanKind
 
 ANSWER, TOOL_CALL = "answer", "tool_call"
 TAG_NAMES = ("think", "search", "information", ANSWER, "documents", "refine", TOOL_CALL, "tool_response")
-"""Those of all packaged formats: a policy may have been trained on another one."""
+"""Of all packaged formats: the policy may have been trained with another one."""
 TAGS = tuple(f"<{slash}{name}>" for name in TAG_NAMES for slash in ("", "/"))
 _TAG = re.compile(r"</?([\w-]+)>")
 
@@ -43,11 +43,11 @@ class TagReader:
     def __init__(
         self, *, actions: Sequence[str], parts: Sequence[SpanKind] = (SpanKind.THINK,), others: Iterable[str]
     ) -> None:
-        """`parts` have the tags of their names; `others` are further tags to neutralize."""
+        """Take the names of tags: of actions, of parts, and of `others` that are only neutralized."""
         names = "|".join(map(re.escape, actions))
         self.stop_strings = tuple(f"</{name}>" for name in actions)
         self._closing_tag = re.compile(f"</({names})>")
-        # A summary that is not closed ends at the next tag of an action; an open thought is no part.
+        # A summary that is not closed ends at the next tag of an action; an unclosed thought is not a part.
         ends = {SpanKind.REFINE: f"(?:</refine>|(?=</?(?:{names})>))"}
         self._parts = re.compile(
             "|".join(f"<{kind}>(?P<{kind}>.*?){ends.get(kind, f'</{kind}>')}" for kind in parts), re.DOTALL
@@ -76,13 +76,13 @@ class TagReader:
     def neutralize(self, text: str) -> str:
         """Return the text with a space after the `<` of every tag, as in `< /information>`.
 
-        No page can then end its observation or act for the policy. Other text stays as it is.
+        A page can then neither end its observation nor contain an action. Other text stays as it is.
         """
         return self._any_tag.sub("< ", text)
 
 
 def find_missing_tag(messages: Sequence[Message], names: Iterable[str]) -> str | None:
-    """Return what a prompt lacks that never shows one of these tags, which the policy must write."""
+    """Return what a prompt lacks if one of these tags, which the policy must write, is not in it."""
     for name in names:
         if not any(f"<{name}>" in message.content for message in messages):
             return f"never says to write between <{name}> and </{name}>"
