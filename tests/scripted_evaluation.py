@@ -53,9 +53,9 @@ def write_evaluation_folder(
             trajectory = make_trajectory(make_question(number, split="test"), sample, rng, skill=skill)
             writer.write(trajectory, score=score(trajectory, rng, with_gain=False))
     writer.close()
+    model = {"model": {"path": f"models/{folder.name}"}}
     settings = {
-        "model": {"path": f"models/{folder.name}"},
-        "config": {"max_turns": 2, "agent": {"format": "search_r1"}},
+        "config": {"actor_rollout_ref": model, "data": {"val_files": ["test.parquet"]}, "max_turns": 2}
     }
     write_json_atomically(folder / SETTINGS_FILE, settings)
     return folder

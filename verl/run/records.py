@@ -306,26 +306,30 @@ def read_records(path: Path) -> list[TrajectoryRecord]:
 
 def iterate_records(path: Path) -> Iterator[TrajectoryRecord]:
     """Yield the trajectories of a file. Raises DataError that names file and line."""
-    fix = "was the file cut or edited? Restore it"
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                # First the version alone: a newer format may have another shape.
-                version = parse_json(line, shape=_version_shape(), where=where, fix=fix).get("format", 1)
-                if not 1 <= version <= FORMAT:
-                    raise DataError(
-                        f"{where}: format {version} was found, formats 1 to {FORMAT} are read; "
-                        "read the file with the version that wrote it"
-                    )
-                record = parse_json(line, shape=_shape(), where=where, fix=fix)
-                if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
-                    raise DataError(f"{where}: mask_runs does not fit the turns; {fix}")
-                if len(record.get("turn_gains", ())) not in (0, len(record["turns"])):
-                    raise DataError(f"{where}: turn_gains does not fit the turns; {fix}")
-                yield record
+                yield parse_record(line, where=f"{path}:{number}")
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there; expected a JSONL file of recorded trajectories") from error
+
+
+def parse_record(line: bytes, *, where: str) -> TrajectoryRecord:
+    """Return the trajectory of a line. Raises DataError that names where it is."""
+    fix = "was the file cut or edited? Restore it"
+    # First the version alone: a newer format may have another shape.
+    version = parse_json(line, shape=_version_shape(), where=where, fix=fix).get("format", 1)
+    if not 1 <= version <= FORMAT:
+        raise DataError(
+            f"{where}: format {version} was found, formats 1 to {FORMAT} are read; "
+            "read the file with the version that wrote it"
+        )
+    record = parse_json(line, shape=_shape(), where=where, fix=fix)
+    if len(record["mask_runs"]) != 1 + 2 * len(record["turns"]):
+        raise DataError(f"{where}: mask_runs does not fit the turns; {fix}")
+    if len(record.get("turn_gains", ())) not in (0, len(record["turns"])):
+        raise DataError(f"{where}: turn_gains does not fit the turns; {fix}")
+    return record
 
 
 @cache

@@ -172,7 +172,7 @@ def draw_curves(run: RunData) -> list[tuple[str, str, str]]:
 
 def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
     is_crowded = len(curves) > 2
-    with _new_figure(chart.title, right=0.8 if is_crowded else 0.985) as (figure, axes):
+    with new_figure(chart.title, right=0.8 if is_crowded else 0.985) as (figure, axes):
         if chart.has_zero_line:
             axes.axhline(0, color="#9aa3ad", linewidth=1)
         for curve, series in curves:
@@ -187,7 +187,7 @@ def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:
             f"{curve.label}: {s.values[0]:.3g} at step {s.steps[0]}, {s.values[-1]:.3g} at step {s.steps[-1]}"
             for curve, s in curves
         )
-        return _as_svg(figure, description=f"{chart.title}. {'; '.join(ends)}.")
+        return as_svg(figure, description=f"{chart.title}. {'; '.join(ends)}.")
 
 
 def _draw_curve(axes: Axes, curve: Curve, series: Series) -> None:
@@ -205,7 +205,7 @@ def _draw_curve(axes: Axes, curve: Curve, series: Series) -> None:
 
 
 def _draw_phases(phases: dict[str, Series]) -> str:
-    with _new_figure("phases", right=0.72) as (figure, axes):
+    with new_figure("phases", right=0.72) as (figure, axes):
         steps = sorted({step for series in phases.values() for step in series.steps})
         bins = np.array_split(np.array(steps), min(len(steps), MAX_BARS))
         centers = [float(chunk.mean()) for chunk in bins]
@@ -220,7 +220,7 @@ def _draw_phases(phases: dict[str, Series]) -> str:
         axes.set_ylabel("seconds")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True, handlelength=1)
         means = (f"{name} {np.mean(series.values):.1f} s" for name, series in phases.items() if series.values)
-        return _as_svg(figure, description=f"Mean seconds per phase: {'; '.join(means)}.")
+        return as_svg(figure, description=f"Mean seconds per phase: {'; '.join(means)}.")
 
 
 def moving_mean(values: Sequence[float], window: int = SMOOTHING) -> list[float]:
@@ -230,16 +230,17 @@ def moving_mean(values: Sequence[float], window: int = SMOOTHING) -> list[float]
 
 
 @contextmanager
-def _new_figure(name: str, *, right: float = 0.985) -> Iterator[tuple[Figure, Axes]]:
+def new_figure(name: str, *, right: float = 0.985, x_label: str = "step") -> Iterator[tuple[Figure, Axes]]:
+    """Give a figure in the style of the reports; its axes end at this share of the width."""
     with mpl.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name}):
         figure = Figure(figsize=(5.2, 2.35))  # fixed margins: fitting them takes half of the time
         axes = figure.subplots(gridspec_kw={"left": 0.125, "right": right, "bottom": 0.185, "top": 0.96})
-        axes.set_xlabel("step")
+        axes.set_xlabel(x_label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         yield figure, axes
 
 
-def _as_svg(figure: Figure, *, description: str) -> str:
+def as_svg(figure: Figure, *, description: str) -> str:
     """Return the figure as an SVG element with a description, without metadata and fonts of this machine."""
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)

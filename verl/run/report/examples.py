@@ -78,7 +78,7 @@ def _read_step(path: Path, *, step: int, label: str, max_bytes: int) -> StepExam
         has_room = not groups or (len(groups) < GROUPS_PER_STEP and size < max_bytes)
         if record["uid"] in groups or has_room:
             groups.setdefault(record["uid"], []).append(record)
-            size += _shown_bytes(record)
+            size += shown_bytes(record)
     return StepExample(
         label=label,
         step=step,
@@ -89,9 +89,9 @@ def _read_step(path: Path, *, step: int, label: str, max_bytes: int) -> StepExam
     )
 
 
-def _shown_bytes(record: TrajectoryRecord) -> int:
+def shown_bytes(record: TrajectoryRecord) -> int:
     """Return about how much HTML a trajectory takes: its texts, and what is said of each piece of credit."""
-    size = 1500 + len(record["prompt_text"])
+    size = 1500 + len(record["prompt_text"]) + 2 * len(record["answer"] or "")
     for turn in record["turns"]:
         size += len(turn["output_text"]) + sum(len(passage["text"]) for passage in turn["passages"])
         size += 300 * len(turn.get("text_cuts", ()))

@@ -6,6 +6,7 @@ Model output, passages and questions are untrusted text: the templates escape ev
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,7 +68,9 @@ def render_report(run: RunData) -> str:
     shown = [record for step in steps for group in step.groups for record in group]
     shown += [*extremes.best, *extremes.worst]
     credit_full, gain_full = credit_scale(shown), gain_scale(shown)
-    environment = make_environment(run, credit_full=credit_full, gain_full=gain_full)
+    environment = make_environment(
+        credit_full=credit_full, gain_full=gain_full, old_gain_weight=run.old_gain_weight
+    )
     return environment.get_template("report.html").render(
         title=run.setting("trainer.experiment_name") or run.run_dir.resolve().name,
         run=run,
@@ -92,11 +95,21 @@ def render_report(run: RunData) -> str:
     )
 
 
-def make_environment(run: RunData, *, credit_full: float, gain_full: float) -> Environment:
-    """Return the templates and what they call; colors are full at these sizes of an advantage and a gain."""
+def make_environment(
+    *,
+    credit_full: float,
+    gain_full: float,
+    old_gain_weight: float = 0.0,
+    folders: Sequence[Path] = (),
+) -> Environment:
+    """Return the templates and what they call; colors are full at these sizes of an advantage and a gain.
+
+    `folders` have further templates, which come before those of the same name here. `old_gain_weight` is for
+    records of format 1.
+    """
     # Everything but our own SVG, style and script is text from outside, and escaped.
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,  # a misspelled name in a template is an error, not an empty text
         trim_blocks=True,
@@ -112,7 +125,7 @@ def make_environment(run: RunData, *, credit_full: float, gain_full: float) -> E
     environment.globals |= {
         "searches": count_searches,
         "gain": gain_of,
-        "reward": partial(reward_of, gain_weight=run.old_gain_weight),
+        "reward": partial(reward_of, gain_weight=old_gain_weight),
         "names_gold": names_gold,
         "mask_strip": mask_strip,
         "pieces": credit_pieces,
