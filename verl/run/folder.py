@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,10 +17,10 @@ from verl.run.progress import Progress
 from verl.run.records import EVALUATION, TRAJECTORIES, step_files
 from verl.run.tracking import METRICS_FILE, read_metrics, write_metrics
 from verl.utils.entry import describe_error
+from verl.workers.checkpoint import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped"
 """Folder of the batches whose update was skipped."""
 _STEP_FOLDERS = (TRAJECTORIES, EVALUATION, SKIPPED)
@@ -28,13 +28,15 @@ _RUN_PARTS = (MANIFEST_FILE, METRICS_FILE, *_STEP_FOLDERS, CHECKPOINTS, "report.
 """What a run leaves in its folder, except for the log, which is open."""
 
 
-def lock_folder(run_dir: Path) -> AbstractContextManager[None]:
-    """Hold the lock of a run folder, which is created. Raises ConfigError if another run holds it."""
+def lock_folder(run_dir: Path, *, key: str = "trainer.default_local_dir") -> AbstractContextManager[None]:
+    """Hold the lock of a run folder, which is created. Raises ConfigError if another run holds it.
+
+    `key` is the setting that names the folder.
+    """
     return lock_file(
         run_dir / ".lock",
         taken=ConfigError(
-            f"trainer.default_local_dir={str(run_dir)!r} is in use by another run; "
-            "stop it or choose another folder"
+            f"{key}={str(run_dir)!r} is in use by another run; stop it or choose another folder"
         ),
     )
 
@@ -84,9 +86,12 @@ def has_records(run_dir: Path) -> bool:
     return bool(read_metrics(run_dir)) or any(step_files(run_dir, folder) for folder in _STEP_FOLDERS)
 
 
-def set_aside_run(run_dir: Path) -> Path | None:
-    """Move what an earlier run left to `previous-<time>/`; return that folder, or None without any."""
-    left = [path for name in _RUN_PARTS if _has_content(path := run_dir / name)]
+def set_aside_run(run_dir: Path, *, parts: Sequence[str] = _RUN_PARTS) -> Path | None:
+    """Move what an earlier run left to `previous-<time>/`; return that folder, or None without any.
+
+    `parts` are names of files and folders.
+    """
+    left = [path for name in parts if _has_content(path := run_dir / name)]
     if not left:
         return None
     target = _make_folder(run_dir)

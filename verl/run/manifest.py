@@ -71,14 +71,16 @@ def make_manifest(
     model_folder: Path | None = None,
     prompt_file: Path | None = None,
     prompt: str | None = None,
+    trains: bool = True,
 ) -> Manifest:
     """Describe a run that starts. Raises DataError for a missing data file.
 
     `services` is what the services report about themselves, `model_folder` the folder of a hub model,
-    `prompt_file` the file of the instruction and other fixed texts, `prompt` a rendered prompt.
+    `prompt_file` the file of the instruction and other fixed texts, `prompt` a rendered prompt. A run that
+    does not train reads no training files.
     """
     model_path = config.actor_rollout_ref.model.path
-    files = [*config.data.train_paths, *config.data.val_paths]
+    files = [*(config.data.train_paths if trains else ()), *config.data.val_paths]
     text = None if prompt is None else {"sha256": hashlib.sha256(prompt.encode()).hexdigest(), "text": prompt}
     return {
         "status": "running",

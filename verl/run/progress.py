@@ -83,7 +83,7 @@ def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Ide
     model = config.actor_rollout_ref.model.path
     hashes = {facts["path"]: facts["sha256"] for facts in manifest["data"]}
     return {
-        "actor_rollout_ref.model.path": f"{model} ({_model_digest(manifest['model'])})",
+        "actor_rollout_ref.model.path": f"{model} ({model_digest(manifest['model'])})",
         "data.train_files": [f"{path} ({hashes[path][:12]})" for path in config.data.train_paths],
         "data.train_batch_size": config.data.train_batch_size,
         "trainer.seed": config.trainer.seed,
@@ -93,7 +93,7 @@ def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Ide
     }
 
 
-def _model_digest(model: Manifest) -> str:
+def model_digest(model: Manifest) -> str:
     """Return one hash over sizes and hashes of the files of model, tokenizer and chat template."""
     files = {n: facts for n, facts in (model["files"] or {}).items() if Path(n).suffix in _MODEL_FILES}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from serving.redaction import redact
 from verl.errors import ConfigError
-from verl.run.folder import CHECKPOINTS, has_records, set_aside_records, set_aside_run
+from verl.run.folder import has_records, set_aside_records, set_aside_run
 from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_manifest
 from verl.run.progress import Identity, Progress
 from verl.run.tracking import read_metrics
 from verl.trainer.config.schema import Config
-from verl.workers.checkpoint import CheckpointStore
+from verl.workers.checkpoint import CHECKPOINTS, CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,15 @@ def _file_facts(manifest: Manifest) -> dict[str, object]:
     facts: dict[str, object] = {}
     for file in (*(manifest.get("data") or []), manifest.get("prompt_file") or {}):
         facts[f"sha256 of {file.get('path')}"] = file.get("sha256")
+    return facts | retriever_facts(manifest)
+
+
+def retriever_facts(manifest: Mapping[str, object]) -> dict[str, object]:
+    """Return what the passages depend on, by dotted name; empty if the retriever does not describe itself."""
     found: object = manifest.get("services")
-    for name in ("retriever", "version", "retriever"):  # a published server does not describe itself
+    for name in ("retriever", "version", "retriever"):
         found = found.get(name) if isinstance(found, Mapping) else None
-    return facts | (flatten(found, "retriever.index.") if isinstance(found, Mapping) else {})
+    return flatten(found, "retriever.index.") if isinstance(found, Mapping) else {}
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:

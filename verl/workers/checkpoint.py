@@ -1,6 +1,6 @@
 """Checkpoint folders that are written atomically, and the newest one that is undamaged.
 
-root/global_step_20/...            what the writer wrote
+root/global_step_20/...            what the writer wrote, with the policy as a model in `huggingface`
 root/global_step_20/manifest.json  size and SHA-256 of every file, written last
 root/latest                        name of the folder that was written last
 """
@@ -15,12 +15,16 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from serving.files import sha256_of_file, write_atomically, write_json_atomically
+from verl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _POINTER = "latest"
 _PREFIX = "global_step_"
+CHECKPOINTS = "checkpoints"
+"""The root in the folder of a run."""
+EXPORT = "huggingface"
 
 
 class CheckpointStore:
@@ -65,7 +69,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """Return the checkpoint written last, or the newest other one that is undamaged, or None."""
-        for folder in self._candidates():
+        for folder in _candidates(self._root):
             if folder in self._good:
                 return folder
             damage = find_damage(folder)
@@ -76,19 +80,45 @@ class CheckpointStore:
             logger.warning("checkpoint %s is damaged: %s", folder, damage)
         return None
 
-    def _candidates(self) -> list[Path]:
-        folders = [f for f in self._root.glob(f"{_PREFIX}*") if f.is_dir() and _step_of(f) is not None]
-        folders.sort(key=lambda folder: _step_of(folder) or 0, reverse=True)
-        pointer = self._root / _POINTER
-        last = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-        return sorted(folders, key=lambda folder: folder.name != last)
-
     def _prune(self, step: int) -> None:
         """Remove old checkpoints up to the step just written; later ones belong to another run and stay."""
-        earlier = [folder for folder in self._candidates() if (_step_of(folder) or 0) <= step]
+        earlier = [folder for folder in _candidates(self._root) if (_step_of(folder) or 0) <= step]
         for folder in earlier[self._keep :]:
             shutil.rmtree(folder, ignore_errors=True)
             self._good.discard(folder)
+
+
+def find_policy(path: str) -> str:
+    """Return the model of a run folder (its newest undamaged checkpoint) or of a checkpoint; else `path`.
+
+    Only reads: the run may be going on. Raises ConfigError for a damaged checkpoint, or a run without any.
+    """
+    folder = Path(path)
+    if (folder / EXPORT).is_dir():
+        checkpoints = [folder]
+    elif (folder / CHECKPOINTS).is_dir():
+        checkpoints = _candidates(folder / CHECKPOINTS)
+    else:
+        return path
+    damages = []
+    for checkpoint in checkpoints:
+        if (damage := find_damage(checkpoint)) is None:
+            return str(checkpoint / EXPORT)
+        damages.append(f"{checkpoint}: {damage}")
+        logger.warning("checkpoint %s", damages[-1])
+    found = "; ".join(damages) or f"{folder / CHECKPOINTS} holds no checkpoint"
+    raise ConfigError(
+        f"actor_rollout_ref.model.path={path}: {found}; name the folder of another run, checkpoint or model"
+    )
+
+
+def _candidates(root: Path) -> list[Path]:
+    """Return the checkpoints, the one written last first, then by step from the newest."""
+    folders = [f for f in root.glob(f"{_PREFIX}*") if f.is_dir() and _step_of(f) is not None]
+    folders.sort(key=lambda folder: _step_of(folder) or 0, reverse=True)
+    pointer = root / _POINTER
+    last = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    return sorted(folders, key=lambda folder: folder.name != last)
 
 
 def find_damage(folder: Path) -> str | None:

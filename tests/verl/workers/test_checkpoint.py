@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from verl.workers.checkpoint import CheckpointStore, find_damage
+from verl.errors import ConfigError
+from verl.workers.checkpoint import CHECKPOINTS, CheckpointStore, find_damage, find_policy
 
 
 async def write_step(store: CheckpointStore, step: int) -> Path:
@@ -103,3 +104,20 @@ async def test_an_unfinished_write_is_removed(tmp_path: Path) -> None:
     (partial / "weights.pt").write_bytes(b"half")
     assert CheckpointStore(tmp_path, keep=1).latest() is None
     assert not partial.exists()
+
+
+async def test_the_policy_of_a_run_is_that_of_its_newest_good_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / CHECKPOINTS, keep=3)
+    steps = [await write_step(store, step) for step in (5, 10)]
+    unfinished = tmp_path / CHECKPOINTS / ".global_step_15.partial"
+    unfinished.mkdir()
+    assert find_policy(str(tmp_path)) == str(steps[1] / "huggingface")
+    for path in (str(steps[0]), str(steps[0] / "huggingface")):
+        assert find_policy(path) == str(steps[0] / "huggingface")
+    truncate(steps[1])
+    assert find_policy(str(tmp_path)) == str(steps[0] / "huggingface")
+    assert unfinished.is_dir(), "it belongs to the run, which may be going on"
+    with pytest.raises(ConfigError, match=r"model\.path=\S+global_step_10: .*weights\.pt has 1 bytes"):
+        find_policy(str(steps[1]))
+    for name in ("Qwen/Qwen2.5-3B", str(tmp_path / "nowhere")):
+        assert find_policy(name) == name

@@ -33,7 +33,7 @@ from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
-from verl.workers.checkpoint import CheckpointStore
+from verl.workers.checkpoint import EXPORT, CheckpointStore
 from verl.workers.scorer import PolicyCopy
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
@@ -240,7 +240,7 @@ class PPOTrainer:
             await self.parts.policy.save(folder)
             if self.parts.copy is not None:
                 await self.parts.copy.save(folder)
-            await self.parts.policy.export_hf(folder / "huggingface")
+            await self.parts.policy.export_hf(folder / EXPORT)
             self.progress.save(folder, identity=self.identity)
 
         await self.parts.checkpoints.write(self.progress.step, write)
