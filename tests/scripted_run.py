@@ -17,6 +17,7 @@ from tests.fakes import make_action
 from tests.methods import make_method
 from verl.agent.tools.search import render_passages
 from verl.algorithms.base import Algorithm
+from verl.evaluation.records import to_result
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
@@ -188,7 +189,8 @@ def write_evaluation(
     played = [make_trajectory(question, 0, rng, skill=0.15 + 0.7 * step / steps) for question in questions]
     scores = [score(t, rng, with_gain=False) for t in played]
     recorder.write_evaluation(step, played, scores)
-    tracker.log(step, evaluation_metrics(played, scores), kind="val")
+    results = [to_result(t, score=s) for t, s in zip(played, scores, strict=True)]
+    tracker.log(step, evaluation_metrics(results), kind="val")
 
 
 def write_run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,25 +71,42 @@ class Collector:
         ]
 
     async def evaluate(
-        self, questions: Sequence[Question], *, progress: Progress | None = None
+        self,
+        questions: Sequence[Question],
+        *,
+        greedy: bool = True,
+        done: Collection[tuple[str, int]] = (),
+        progress: Progress | None = None,
+        on_episode_end: OnEpisodeEnd | None = None,
     ) -> list[Trajectory]:
-        """Return one greedy trajectory per question, in order. Raises TrainingHaltedError as `collect`."""
+        """Return one greedy or `n` sampled trajectories per question, in order, without those of `done`.
+
+        `done` are pairs of uid and sample; they count as finished, without a failure. Raises
+        TrainingHaltedError as `collect`.
+        """
         episodes = [
-            _Episode(question, 0, derive_seed(self._seed, "evaluation", question.uid), greedy=True)
+            _Episode(
+                question, sample, derive_seed(self._seed, "evaluation", question.uid, sample), greedy=greedy
+            )
             for question in questions
+            for sample in range(1 if greedy else self._n)
+            if (question.uid, sample) not in done
         ]
-        return await self._play(episodes, progress=progress)
+        return await self._play(
+            episodes, num_done=len(done), progress=progress, on_episode_end=on_episode_end
+        )
 
     async def _play(
         self,
         episodes: Sequence[_Episode],
         *,
+        num_done: int = 0,
         progress: Progress | None,
-        on_episode_end: OnEpisodeEnd | None = None,
+        on_episode_end: OnEpisodeEnd | None,
     ) -> list[Trajectory]:
         slots = asyncio.Semaphore(self._max_concurrent)
         failures: list[str] = []
-        num_finished = 0
+        num_finished, total = num_done, num_done + len(episodes)
 
         async def play(episode: _Episode) -> Trajectory:
             nonlocal num_finished
@@ -102,7 +119,7 @@ class Collector:
                 failures.append(trajectory.failure)
                 check_failure_share(
                     failures,
-                    total=len(episodes),
+                    total=total,
                     max_share=self._max_failure_share,
                     what="episodes",
                     fix="repair the tool or the engine that the first failure names.",
@@ -110,7 +127,7 @@ class Collector:
             if on_episode_end is not None:
                 on_episode_end(trajectory)
             if progress is not None:
-                progress(num_finished, len(episodes))
+                progress(num_finished, total)
             return trajectory
 
         try:

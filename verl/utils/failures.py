@@ -30,6 +30,6 @@ def check_failure_share(
     counts = ", ".join(f"{count} x {name}" for name, count in causes.most_common())
     raise TrainingHaltedError(
         f"{failed} of {total} {what} failed ({failed / total:.0%}, reward.max_failure_share allows "
-        f"{max_share:.0%}): {counts}. First failure: {failures[0][:_MAX_MESSAGE_CHARS]}. Fix: {fix} Nothing "
-        "was trained on this batch; the same command resumes from the last checkpoint."
+        f"{max_share:.0%}): {counts}. First failure: {failures[0][:_MAX_MESSAGE_CHARS]}. Fix: {fix} The "
+        "same command continues from what is saved."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -62,18 +63,23 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
 class ProgressLog:
     """Logs the progress of a long phase, at most every 15 seconds, so that short phases log nothing."""
 
-    def __init__(self, target: logging.Logger, what: str, *, interval_s: float = 15.0) -> None:
+    def __init__(self, target: logging.Logger, what: str, *, done: int = 0, interval_s: float = 15.0) -> None:
+        """`done` pieces are finished before the phase begins."""
         self._target = target
         self._what = what
+        self._done = done
         self._interval_s = interval_s
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Report that `done` of `total` pieces are finished."""
+        """Report that `done` of `total` pieces are finished, with the rate and the time that is left."""
         now = time.monotonic()
-        if now - self._last >= self._interval_s:
-            self._last = now
-            self._target.info("%s: %d of %d", self._what, done, total)
+        if now - self._last < self._interval_s:
+            return
+        self._last = now
+        rate = (done - self._done) / max(now - self._start, 1e-6)
+        left = f", {timedelta(seconds=round((total - done) / rate))} left" if rate else ""
+        self._target.info("%s: %d of %d, %.2f per second%s", self._what, done, total, rate, left)
 
 
 def _stderr_console() -> Console:

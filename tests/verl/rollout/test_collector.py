@@ -74,6 +74,19 @@ async def test_evaluation_asks_every_question_once_and_greedily() -> None:
     ]
 
 
+async def test_evaluation_samples_and_leaves_out_what_is_done() -> None:
+    agent, counts = FakeAgent(), list[tuple[int, int]]()
+    done = {(UIDS[0], 0), (UIDS[3], 2)}
+    collector = make_collector(agent)
+    trajectories = await collector.evaluate(
+        QUESTIONS, greedy=False, done=done, progress=lambda *count: counts.append(count)
+    )
+    expected = [(uid, sample) for uid in UIDS for sample in range(3) if (uid, sample) not in done]
+    assert [(t.question.uid, t.sample) for t in trajectories] == expected
+    assert (counts[0], counts[-1]) == ((3, 12), (12, 12))
+    assert len({seed for _, _, seed, _ in agent.asked}) == 10
+
+
 async def test_above_the_failure_share_it_halts_at_once_with_counts_and_the_first_message() -> None:
     agent = FakeAgent(
         failures={UIDS[1]: "search_failed: retriever: down", UIDS[2]: "generation_failed: dead"},

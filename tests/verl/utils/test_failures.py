@@ -40,8 +40,8 @@ def test_the_message_counts_causes_and_names_share_first_failure_and_fix() -> No
         check(6, max_share=0.25)
     assert str(halted.value) == (
         "6 of 20 episodes failed (30%, reward.max_failure_share allows 25%): 5 x search_failed, "
-        "1 x generation_failed. First failure: search_failed: HTTP 500. Fix: restart it. Nothing was "
-        "trained on this batch; the same command resumes from the last checkpoint."
+        "1 x generation_failed. First failure: search_failed: HTTP 500. Fix: restart it. The same command "
+        "continues from what is saved."
     )
 
 

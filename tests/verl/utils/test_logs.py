@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from verl.errors import ConfigError
-from verl.utils.logs import configure_logging
+from verl.utils.logs import ProgressLog, configure_logging
 
 
 @pytest.fixture
@@ -42,3 +43,13 @@ def test_lines_reach_screen_and_file_without_secrets(
 def test_unknown_level_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="LOUD"):
         configure_logging(level="LOUD")
+
+
+def test_progress_has_the_rate_of_this_start_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    log = ProgressLog(logging.getLogger("verl.test"), "answers", done=90, interval_s=0.0)
+    log(90, 100)
+    log(91, 100)
+    none_yet, one = caplog.messages
+    assert none_yet == "answers: 90 of 100, 0.00 per second"
+    assert re.fullmatch(r"answers: 91 of 100, \d+\.\d\d per second, \d:\d\d:\d\d left", one)

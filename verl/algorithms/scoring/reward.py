@@ -15,6 +15,7 @@ from verl.types import Gain, Group, Sample, Score, ScoredGroups, Stop, Trajector
 from verl.utils.failures import check_failure_share
 
 OutcomeRule = Callable[[Trajectory], Outcome]
+NO_GAIN = Gain()
 
 
 class Reward:
@@ -44,7 +45,10 @@ class Reward:
         """
         measurement = await self._algorithm.measure(groups, prefetch=prefetch)
         scores = [
-            [self._score(t, gain) for t, gain in zip(group.trajectories, gains, strict=True)]
+            [
+                score_answer(t, outcome=self._outcome, gain=gain)
+                for t, gain in zip(group.trajectories, gains, strict=True)
+            ]
             for group, gains in zip(groups, measurement.gains, strict=True)
         ]
         measured = [g for gains in measurement.gains for g in gains if g.values or g.failure is not None]
@@ -64,7 +68,7 @@ class Reward:
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Return outcomes only: evaluation asks for no gain, and its failures are counted by the caller."""
-        return [self._score(trajectory, Gain()) for trajectory in trajectories]
+        return [score_answer(trajectory, outcome=self._outcome) for trajectory in trajectories]
 
     def _check(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
         check_failure_share(
@@ -75,11 +79,13 @@ class Reward:
             fix=fix,
         )
 
-    def _score(self, trajectory: Trajectory, gain: Gain) -> Score:
-        if trajectory.stop is Stop.FAILED:
-            return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
-        outcome = self._outcome(trajectory)
-        return Score(outcome=outcome.value, gain=gain, failure=gain.failure, metrics=outcome.metrics)
+
+def score_answer(trajectory: Trajectory, *, outcome: OutcomeRule, gain: Gain = NO_GAIN) -> Score:
+    """Return the score of a trajectory; one that failed has neither outcome nor metrics."""
+    if trajectory.stop is Stop.FAILED:
+        return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
+    measured = outcome(trajectory)
+    return Score(outcome=measured.value, gain=gain, failure=gain.failure, metrics=measured.metrics)
 
 
 def check_sample(sample: Sample) -> None:

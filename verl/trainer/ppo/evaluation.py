@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from verl.evaluation.records import ResultRecord, to_result
 from verl.trainer.ppo.metrics import finite, mean
 from verl.types import Question, Score, Trajectory
 from verl.utils.failures import failure_name
@@ -56,20 +57,22 @@ async def evaluate(
     return EvaluationResult(
         trajectories=tuple(trajectories),
         scores=tuple(scores),
-        metrics=evaluation_metrics(trajectories, scores),
+        metrics=evaluation_metrics(
+            [to_result(t, score=score) for t, score in zip(trajectories, scores, strict=True)]
+        ),
     )
 
 
-def evaluation_metrics(trajectories: Sequence[Trajectory], scores: Sequence[Score]) -> dict[str, float]:
-    """Return means over the questions that did not fail, and counts of those that did, by name."""
-    pairs = list(zip(trajectories, scores, strict=True))
-    metrics = _means(pairs, suffix="")
-    failures = Counter(failure_name(score.failure) for _, score in pairs if score.failure is not None)
+def evaluation_metrics(results: Sequence[ResultRecord]) -> dict[str, float]:
+    """Return means over the answers that did not fail, and counts of those that did, by name.
+
+    `val/what` is over all of them, `val/what/source` over a data source.
+    """
+    metrics = _means(results, suffix="")
+    failures = Counter(failure_name(r["failure"]) for r in results if r["failure"] is not None)
     metrics |= {f"val/failures_{name}": float(count) for name, count in sorted(failures.items())}
-    for source in sorted({t.question.data_source for t in trajectories}):
-        metrics |= _means(
-            [pair for pair in pairs if pair[0].question.data_source == source], suffix=f"/{source}"
-        )
+    for source in sorted({r["data_source"] for r in results}):
+        metrics |= _means([r for r in results if r["data_source"] == source], suffix=f"/{source}")
     return metrics
 
 
@@ -84,17 +87,19 @@ def _in_order(questions: Sequence[Question], trajectories: Sequence[Trajectory])
     return [played[uid] for uid in asked]
 
 
-def _means(pairs: Sequence[tuple[Trajectory, Score]], *, suffix: str) -> dict[str, float]:
-    judged = [(t, score) for t, score in pairs if score.failure is None and score.outcome is not None]
-    names = sorted({name for _, score in judged for name in score.metrics})
-    searches = [len(t.observations) for t, _ in judged]
+def _means(results: Sequence[ResultRecord], *, suffix: str) -> dict[str, float]:
+    judged = [r for r in results if r["failure"] is None]
+    names = sorted({name for r in judged for name in r["metrics"]})
+    searches = [sum(r["num_calls"].values()) for r in judged]
     return finite(
         {
-            **{f"val/{name}{suffix}": mean([s.metrics[name] for _, s in judged]) for name in names},
+            **{f"val/{name}{suffix}": mean([r["metrics"][name] for r in judged]) for name in names},
             f"val/searches_mean{suffix}": mean(searches),
             f"val/no_search_share{suffix}": mean([count == 0 for count in searches]),
-            f"val/answer_share{suffix}": mean([bool(t.answer) for t, _ in judged]),
-            f"val/questions{suffix}": len(pairs),
-            f"val/failed{suffix}": len(pairs) - len(judged),
+            f"val/answer_share{suffix}": mean([bool(r["prediction"]) for r in judged]),
+            f"val/output_tokens_mean{suffix}": mean([r["output_tokens"] for r in judged]),
+            f"val/context_tokens_mean{suffix}": mean([r["context_tokens"] for r in judged]),
+            f"val/questions{suffix}": len({r["uid"] for r in results}),
+            f"val/failed{suffix}": len(results) - len(judged),
         }
     )
