@@ -51,12 +51,13 @@ from verl.algorithms.statistics import spread
 from verl.branches import Branch, Tree
 from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
-from verl.trainer.build import USE_IG_SERVICE, make_reward, make_services, open_trainer
+from verl.trainer.build import make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device
 from verl.trainer.launch import Models, count_gpus
 from verl.trainer.ppo.trainer import PPOTrainer
+from verl.trainer.wiring import USE_IG_SERVICE
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.supervise import ChildFailedError, Supervisor

@@ -174,17 +174,15 @@ class ResultWriter:
         """The questions and samples that are recorded."""
         return frozenset(self._results.lines)
 
-    def write(self, trajectory: Trajectory, *, score: Score) -> ResultRecord:
-        """Append one answer to both files; return its record. Raises ValueError if it was recorded."""
+    def write(self, trajectory: Trajectory, *, score: Score) -> None:
+        """Append one answer to both files. Raises ValueError if it was recorded."""
         key = (trajectory.question.uid, trajectory.sample)
         if key in self._results.lines:
             raise ValueError(f"{_name(key)} is recorded already: every question is scored exactly once")
-        result = to_result(trajectory, score=score)
         record = to_record(trajectory, score=score, credit=None, step=0, kind="val", decode=self._decode)
         # The result last: it counts as done, so its trajectory must be there.
         self._trajectories.append(key, record)
-        self._results.append(key, result)
-        return result
+        self._results.append(key, to_result(trajectory, score=score))
 
     def sort(self, keys: Sequence[Key]) -> None:
         """Bring both files into this order. Raises ValueError if a key is missing, doubled or unknown."""

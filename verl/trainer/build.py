@@ -1,49 +1,52 @@
-"""Composition root, the only module that imports every package: wire the trainer's parts, take them down."""
+"""Composition root of training: wire the trainer's parts, take them down at the end."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
-import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from search_r1.search.client import HttpSearch
-from serving.answers import AnswerRule
 from serving.machine import has_bfloat16
-from verl.agent.formats import FORMATS
-from verl.agent.loop import EpisodeLimits, ToolAgent
-from verl.agent.prompts import load_texts, prompt_file
-from verl.agent.tools import TOOLS
+from verl.agent.prompts import prompt_file
 from verl.agent.tools.search import render_context
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Need, Services, TextCodec
-from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import Reward
-from verl.data.dataset import check_prompt_lengths, load_questions, require_supporting_ids
+from verl.data.dataset import require_supporting_ids
 from verl.data.sampler import QuestionSampler
-from verl.errors import ConfigError
-from verl.protocols import PromptFormat, Tokenizer, Tool, ToolResources
+from verl.protocols import PromptFormat, Tool, ToolResources
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
-from verl.rollout.tokenizer import HfTokenizer
 from verl.run.folder import lock_folder, recorded_end, scratch_folder
 from verl.run.manifest import Manifest, make_manifest, write_manifest
 from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
+from verl.run.records import Decode
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.advice import list_advice
-from verl.trainer.config.schema import Config, RetrieverConfig
+from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
+from verl.trainer.wiring import (
+    USE_IG_SERVICE,
+    connect_services,
+    load_prompts,
+    make_agent,
+    make_format,
+    make_outcome,
+    make_tokenizer,
+    make_tools,
+    open_search,
+    warn_if_unused,
+)
 from verl.types import Question
 from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
@@ -55,8 +58,6 @@ from verl.workers.weight_sync import WeightPublisher, make_probe, probe_toleranc
 
 logger = logging.getLogger(__name__)
 
-USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
-"""Needs that the IG service meets."""
 USE_LOG_PROBS = frozenset({Need.POLICY_LOG_PROBS, Need.FROZEN_LOG_PROBS})
 """Needs that a forward pass over trees meets."""
 
@@ -90,8 +91,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     model_folder = check_model(
         config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
     )
-    tags = FORMATS[config.agent.format].tags
-    tokenizer = HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
+    tokenizer = make_tokenizer(config)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)
     if Need.SUPPORTING_IDS in needs:
@@ -268,54 +268,19 @@ def make_tracker(config: Config, stack: AsyncExitStack, *, run_dir: Path, total_
     return tracker
 
 
-def open_search(config: RetrieverConfig) -> HttpSearch:
-    """Make a client of the retriever."""
-    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
-    token = os.environ.get("RETRIEVER_TOKEN") or None
-    return HttpSearch(config.url, topk=config.topk, timeout_s=config.timeout_s, token=token)
-
-
-def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
-    """Make the tools that the policy can call. Raises ConfigError for their texts in the prompt file."""
-    path = prompt_file(config.data.prompt_file)
-    return [
-        tool(
-            getattr(config, tool.section) if tool.section else None,
-            texts=load_texts(path, section=f"tools.{name}", entries=tool.texts),
-            resources=resources,
-        )
-        for name, tool in ((name, TOOLS[name]) for name in config.agent.tools)
-    ]
-
-
-def make_format(config: Config, *, tokenizer: Tokenizer, tools: Sequence[Tool]) -> PromptFormat:
-    """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
-    name, path = config.agent.format, prompt_file(config.data.prompt_file)
-    texts = load_texts(path, section=name, entries=FORMATS[name].texts)
-    prompt_format = FORMATS[name](tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
-    if problem := prompt_format.check_prompt(prompt_format.write_prompt("")):
-        raise ConfigError(
-            f"data.prompt_file={str(path)!r}: the instruction of {name} {problem}; add it there"
-        )
-    return prompt_format
-
-
 def make_collector(
     config: Config, *, engines: EnginePool, prompt_format: PromptFormat, tools: Sequence[Tool]
 ) -> Collector:
     """Make the collector, which runs the episodes of a step."""
-    rollout, data = config.actor_rollout_ref.rollout, config.data
-    limits = EpisodeLimits(
-        max_turns=config.max_turns,
-        max_start_length=data.max_start_length,
-        max_prompt_length=data.max_prompt_length,
-        max_response_length=data.max_response_length,
-        max_obs_length=data.max_obs_length,
-        temperature=rollout.temperature,
-    )
-    agent = ToolAgent(generate=engines, prompt_format=prompt_format, tools=tools, limits=limits)
+    rollout = config.actor_rollout_ref.rollout
     return Collector(
-        agent,
+        make_agent(
+            config,
+            engines=engines,
+            prompt_format=prompt_format,
+            tools=tools,
+            temperature=rollout.temperature,
+        ),
         n=rollout.n_agent,
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_failure_share=config.reward.max_failure_share,
@@ -323,78 +288,23 @@ def make_collector(
     )
 
 
-def make_reward(config: Config, algorithm: Algorithm, *, decode: Callable[[Sequence[int]], str]) -> Reward:
-    """Make the reward: the outcome of an episode, and the gains of the method.
-
-    `decode` returns the text of sampled tokens.
-    """
-    reward = config.reward
-    outcome = partial(
-        measure_outcome,
-        metric=reward.outcome,
-        format_score=reward.format_score,
-        rule=AnswerRule(reward.answer_rule),
-        decode=decode,
-    )
-    fix = "repair what the failures name."
-    if algorithm.needs & USE_IG_SERVICE:
-        fix = f"is the IG service at {reward.semantic.url} (reward.semantic.url) up?"
-    return Reward(
-        outcome,
-        algorithm=algorithm,
-        max_failure_share=reward.max_failure_share,
-        fix=fix,
-    )
-
-
-async def connect_services(
-    config: Config, stack: AsyncExitStack, *, tools: Sequence[Tool], needs: frozenset[Need]
-) -> tuple[GainClient | None, dict[str, object]]:
-    """Wait for what the tools call and, if needed, the IG service; return its client and all versions."""
-    for tool in tools:
-        close_quietly(stack, tool.aclose)
-    semantic, gains = config.reward.semantic, None
-    if needs & USE_IG_SERVICE:
-        token = os.environ.get("IG_TOKEN") or None
-        gains = GainClient(
-            semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
-        )
-        close_quietly(stack, gains.aclose)
-    wait_s = config.trainer.service_wait_s
-    connections = [tool.connect(wait_s) for tool in tools]
-    waiting = _wait_for(gains, wait_s, judges=Need.ENTAILMENT in needs)
-    health, *facts = await asyncio.gather(waiting, *connections)
-    names = [tool.section or tool.spec.name for tool in tools]
-    services: dict[str, object] = {
-        name: dict(found) for name, found in zip(names, facts, strict=True) if found
-    }
-    if gains is not None:
-        version = await gains.describe()
-        services["ig_service"] = {"url": semantic.url, "health": health, "version": version}
-    return gains, services
-
-
-async def _wait_for(gains: GainClient | None, timeout_s: float, *, judges: bool) -> Mapping[str, object]:
-    """Return the health of the IG service once it answers, if it is needed."""
-    return {} if gains is None else await gains.wait_ready(timeout_s, judges=judges)
-
-
 def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Question], list[Question]]:
     """Return training and held-out questions; none of their prompts is too long."""
     data = config.data
-    train = load_questions(data.train_paths, prompt_format=prompt_format, prompt=data.prompt)
-    held_out = load_questions(
-        data.val_paths, prompt_format=prompt_format, prompt=data.prompt, limit=data.val_max_questions
-    )
-    if data.prompt_file is not None and not any(
-        question.messages == prompt_format.write_prompt(question.text) for question in (*train, *held_out)
-    ):
-        logger.warning(
-            "the instruction of data.prompt_file=%r is not used: every question has a prompt of its own; to "
-            "use it set data.prompt=file",
-            data.prompt_file,
-        )
-    check_prompt_lengths(
-        [*train, *held_out], prompt_format=prompt_format, max_start_length=data.max_start_length
-    )
+    train = load_prompts(config, data.train_paths, prompt_format=prompt_format)
+    held_out = load_prompts(config, data.val_paths, prompt_format=prompt_format, limit=data.val_max_questions)
+    warn_if_unused(config, [*train, *held_out], prompt_format=prompt_format)
     return train, held_out
+
+
+def make_reward(config: Config, algorithm: Algorithm, *, decode: Decode) -> Reward:
+    """Make the reward: the outcome of an episode, and the gains of the method."""
+    fix = "repair what the failures name."
+    if algorithm.needs & USE_IG_SERVICE:
+        fix = f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?"
+    return Reward(
+        make_outcome(config, decode=decode),
+        algorithm=algorithm,
+        max_failure_share=config.reward.max_failure_share,
+        fix=fix,
+    )

@@ -56,9 +56,7 @@ async def launch_models(
     """
     trainer = config.trainer
     logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
-    launcher = make_launcher(trainer.launcher)
-    close_quietly(stack, launcher.shutdown)
-    await stack.enter_async_context(ended_by(launcher.watch()))
+    launcher = await open_launcher(config, stack)
     launch_group = partial(
         WorkerGroup.launch,
         launcher,
@@ -72,38 +70,68 @@ async def launch_models(
         seed=trainer.seed,
         scratch=scratch,
     )
-    try:
-        async with asyncio.timeout(trainer.startup_timeout_s):
-            # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
-            engines = launch_engines(config, launcher, device=device, scratch=scratch)
-            close_quietly(stack, engines.shutdown)
-            async with alone_on_gpus(engines, device=device):
-                policy = launch_group(name="policy", trainable=True)
-                close_quietly(stack, policy.shutdown)
-                reference = copy = None
-                if refresh_steps:
-                    model = launch_group(name="copy", trainable=False)
-                    close_quietly(stack, model.shutdown)
-                    await model.wait_until_ready()
-                    copy = PolicyCopy(policy, model, every=refresh_steps, scratch=scratch)
-                if needs_reference:
-                    reference = launch_group(name="reference", trainable=False)
-                    close_quietly(stack, reference.shutdown)
-                    await reference.wait_until_ready()
-                # Constructors run in the actors: what they raise shows only when they are waited for.
-                num_parameters = await policy.wait_until_ready()
-            await engines.wait_until_ready()
-    except TimeoutError as error:
-        raise ConfigError(
-            "workers and engines did not start within "
-            f"trainer.startup_timeout_s={trainer.startup_timeout_s:g}; allow more time"
-        ) from error
+    async with limited_start(config):
+        # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
+        engines = launch_engines(config, launcher, device=device, scratch=scratch)
+        close_quietly(stack, engines.shutdown)
+        async with alone_on_gpus(engines, device=device):
+            policy = launch_group(name="policy", trainable=True)
+            close_quietly(stack, policy.shutdown)
+            reference = copy = None
+            if refresh_steps:
+                model = launch_group(name="copy", trainable=False)
+                close_quietly(stack, model.shutdown)
+                await model.wait_until_ready()
+                copy = PolicyCopy(policy, model, every=refresh_steps, scratch=scratch)
+            if needs_reference:
+                reference = launch_group(name="reference", trainable=False)
+                close_quietly(stack, reference.shutdown)
+                await reference.wait_until_ready()
+            # Constructors run in the actors: what they raise shows only when they are waited for.
+            num_parameters = await policy.wait_until_ready()
+        await engines.wait_until_ready()
     logger.info("ready: a policy of %s parameters", f"{num_parameters:,}")
     if checkpoint is not None:
         if copy is not None:
             await copy.load(checkpoint)
         await policy.load(checkpoint)
     return Models(policy=policy, reference=reference, engines=engines, copy=copy)
+
+
+async def open_engines(config: Config, stack: AsyncExitStack, *, device: str, scratch: Path) -> EnginePool:
+    """Return engines alone, with the weights of the model's folder, once they are ready.
+
+    Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
+    """
+    logger.info("starting engines on %s (imports take most of it)", device)
+    launcher = await open_launcher(config, stack)
+    async with limited_start(config):
+        engines = launch_engines(config, launcher, device=device, scratch=scratch)
+        close_quietly(stack, engines.shutdown)
+        await engines.wait_until_ready()
+    return engines
+
+
+async def open_launcher(config: Config, stack: AsyncExitStack) -> Launcher:
+    """Start the launcher, which the stack shuts down; what runs on the stack ends when the launcher dies."""
+    launcher = make_launcher(config.trainer.launcher)
+    close_quietly(stack, launcher.shutdown)
+    await stack.enter_async_context(ended_by(launcher.watch()))
+    return launcher
+
+
+@asynccontextmanager
+async def limited_start(config: Config) -> AsyncIterator[None]:
+    """Raise ConfigError if the block takes longer than `trainer.startup_timeout_s`."""
+    timeout_s = config.trainer.startup_timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise ConfigError(
+            "workers and engines did not start within "
+            f"trainer.startup_timeout_s={timeout_s:g}; allow more time"
+        ) from error
 
 
 @asynccontextmanager
@@ -118,21 +146,22 @@ async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[No
 
 
 def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: Path) -> EnginePool:
-    """Start one engine on the CPU; on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
+    """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
     settings = config.actor_rollout_ref
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
     parallel = settings.rollout.tensor_model_parallel_size
-    replicas = config.trainer.n_gpus_per_node // parallel if device == "cuda" else 1
+    trainer = config.trainer
+    replicas = trainer.n_gpus_per_node // parallel if device == "cuda" else trainer.num_cpu_engines
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
     kwargs: dict[str, object] = {
         "config": settings.rollout,
         "model_path": str(model_path),
         "dtype": precision if settings.model.dtype == "auto" else settings.model.dtype,
         "max_model_len": config.data.max_model_len,
-        "seed": config.trainer.seed,
+        "seed": trainer.seed,
         "device": device,
         # Half of the cores: the retriever and the agent loop work at the same time.
-        "num_threads": max(1, (os.cpu_count() or 1) // 2) if device == "cpu" else None,
+        "num_threads": max(1, (os.cpu_count() or 1) // 2 // replicas) if device == "cpu" else None,
     }
     actors = [
         launcher.launch(
@@ -140,7 +169,7 @@ def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: 
             kwargs=kwargs,
             name=f"engine-{replica}",
             env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
-            max_concurrency=config.trainer.max_concurrent_episodes,
+            max_concurrency=trainer.max_concurrent_episodes,
         )
         for replica in range(replicas)
     ]

@@ -36,18 +36,10 @@ from verl.algorithms.tips import TIPS, TIPSConfig
 from verl.errors import ConfigError, ServiceError, TrainingHaltedError
 from verl.protocols import ToolResources
 from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
-from verl.trainer.build import (
-    build,
-    connect_services,
-    load_data,
-    make_format,
-    make_reward,
-    make_services,
-    make_tools,
-    open_search,
-)
+from verl.trainer.build import build, load_data, make_reward, make_services
 from verl.trainer.config.schema import AgentConfig, Config, ModelConfig, RewardConfig
 from verl.trainer.launch import Models
+from verl.trainer.wiring import connect_services, make_format, make_tools, open_search
 from verl.types import Gain, Group, Message
 from verl.utils.reward_score.IG_client import GainRequest
 

@@ -357,6 +357,7 @@ class TrainerConfig:
     launcher: str = one_of("ray", "local")
     n_gpus_per_node: int = positive(8)
     num_cpu_workers: int = positive(1)
+    num_cpu_engines: int = positive(1)
     seed: int = not_negative(0)
     logger: list[str] = field(default_factory=lambda: ["console", "wandb"])
     project_name: str = _name("inforeasoner")
@@ -386,6 +387,33 @@ class TrainerConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """The evaluation of a model without training."""
+
+    output_dir: str = "runs/evaluation"
+    log_file: str | None = None
+    n: int = positive(1)
+    temperature: float = not_negative(0.0)
+    max_questions: int | None = positive(None)
+    resume: bool = True
+    seed: int = not_negative(0)
+
+    def __post_init__(self) -> None:
+        check_section("evaluation", self)
+        _check(bool(self.output_dir), "evaluation.output_dir", self.output_dir, "a folder")
+        self.output_dir = os.path.expanduser(self.output_dir)
+        if self.log_file is not None:
+            _check(bool(self.log_file), "evaluation.log_file", self.log_file, "a file or null")
+            self.log_file = os.path.expanduser(self.log_file)
+        _check(
+            self.n == 1 or self.temperature > 0,
+            "evaluation.temperature",
+            self.temperature,
+            f"greater than 0 with evaluation.n={self.n}: greedy answers are all equal",
+        )
+
+
+@dataclass
 class Config:
     """The whole tree, as typed on the command line."""
 
@@ -397,6 +425,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         check_section("", self)

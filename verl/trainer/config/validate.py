@@ -13,9 +13,9 @@ from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
 
 
-def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
+def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool = True) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
-    problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config)]
+    problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config, trains=trains)]
     problems += _check_agent(config)
     problems += _check_model(config)
     problems += _check_devices(config, num_gpus)
@@ -53,8 +53,8 @@ def _check_reward(config: Config) -> list[str]:
     ]
 
 
-def _check_files(config: Config) -> list[str]:
-    files = [("data.train_files", p) for p in config.data.train_paths]
+def _check_files(config: Config, *, trains: bool) -> list[str]:
+    files = [("data.train_files", p) for p in config.data.train_paths] if trains else []
     files += [("data.val_files", p) for p in config.data.val_paths]
     return [
         f"{key}: no such file {path!r} in {Path.cwd()}; scripts/prepare_data.py writes data files"
@@ -120,10 +120,12 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
         )
     if device == "cuda" and config.trainer.launcher == "local" and wanted > 1:
         problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs")
-    if config.trainer.launcher == "local" and config.trainer.num_cpu_workers > 1:
-        problems.append(
-            "trainer.launcher=local runs one worker; use trainer.launcher=ray or trainer.num_cpu_workers=1"
-        )
+    for key in ("num_cpu_workers", "num_cpu_engines"):
+        if config.trainer.launcher == "local" and getattr(config.trainer, key) > 1:
+            problems.append(
+                f"trainer.launcher=local runs one worker and one engine; use trainer.launcher=ray or "
+                f"trainer.{key}=1"
+            )
     return problems
 
 

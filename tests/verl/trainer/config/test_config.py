@@ -215,6 +215,7 @@ def test_wrong_type_is_refused_with_its_key() -> None:
         ("trainer.project_name=/abs", "trainer.project_name must be a name"),
         ("trainer.experiment_name=''", "trainer.experiment_name must be a name"),
         ("trainer.total_training_steps=-1", "at least 0"),
+        ("evaluation.n=4", r"evaluation\.temperature must be greater than 0 with evaluation\.n=4"),
     ],
 )
 def test_bad_value_is_named(override: str, message: str) -> None:
@@ -228,6 +229,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
         [
             *["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
             *["agent.tools=[search,search,ask]", "data.prompt_file=gone.yaml", "trainer.launcher=local"],
+            "trainer.num_cpu_engines=2",
         ],
     )
     with pytest.raises(ConfigError) as error:
@@ -237,6 +239,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "actor_rollout_ref.model.path=./gone: no such folder" in message
     assert "this machine has 0 GPUs" in message
     assert "trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs" in message
+    assert "use trainer.launcher=ray or trainer.num_cpu_engines=1" in message
     assert "agent.tools: 'ask' is unknown, expected search" in message
     assert "expected at least one name, each once" in message
     assert "data.prompt_file='gone.yaml' cannot be read" in message

@@ -13,10 +13,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
+from verl.trainer.command import run_command
 from verl.trainer.config.loading import schema_keys
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.published import PROJECTS, Rule, find_rule, read_rules, read_same_keys
-from verl.trainer.main_ppo import main
+from verl.trainer.main_ppo import train
 
 ROOT = Path(__file__).resolve().parents[4]
 SECTIONS = {"S": "Search-R1", "G": "IGPO", "V": "verl 0.8 and 0.9"}
@@ -171,7 +172,7 @@ def test_overrides_may_stand_before_and_after_flags(
 ) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["main_ppo", "trainer.seed=7", "--cfg", "job", "max_turns=4"])
-    main()
+    run_command(train)
     assert {"  seed: 7", "max_turns: 4"} <= set(capsys.readouterr().out.splitlines())
 
 
@@ -226,7 +227,7 @@ def test_an_error_of_hydra_is_one_line(argument: str, line: str, monkeypatch: py
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(sys, "argv", ["main_ppo", argument])
     with pytest.raises(SystemExit) as end:
-        main()
+        run_command(train)
     assert str(end.value.code).startswith(line)
     assert "\n" not in str(end.value.code)
 

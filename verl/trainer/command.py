@@ -1,0 +1,54 @@
+"""What the entry points share: read the configuration, run one coroutine with it, end with one line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.errors import ConfigError
+from verl.trainer.config.loading import first_line, load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.schema import Config
+from verl.utils.entry import error_line
+
+
+def run_command(work: Callable[[Config], Awaitable[None]]) -> None:
+    """Run `work` with the configuration of the command line; exit code 130 after an interrupt.
+
+    A user's error ends as one line, before `work` starts or while it runs.
+    """
+
+    @hydra.main(version_base=None, config_path="config", config_name="ppo_trainer")
+    def run(raw: DictConfig) -> None:
+        try:
+            with error_line():
+                asyncio.run(_cancel_by_signals(work, load_config(raw)))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            sys.exit(130)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints several lines and exits
+    register_schema()
+    with error_line():
+        sys.argv[1:] = check_overrides(sys.argv[1:])
+        try:
+            run()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(first_line(error)) from error
+
+
+async def _cancel_by_signals(work: Callable[[Config], Awaitable[None]], config: Config) -> None:
+    """Run `work` in a task that the signals of a closing terminal cancel, too."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    await work(config)

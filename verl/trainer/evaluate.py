@@ -1,0 +1,177 @@
+"""Evaluate a model without training: engines alone, the agent of the training, answers that are kept.
+
+It ends with one record per question and sample, for any number of engines, started once or often.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from serving.files import write_json_atomically
+from serving.machine import has_bfloat16
+from verl.agent.prompts import prompt_file
+from verl.algorithms.scoring.reward import OutcomeRule, score_answer
+from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
+from verl.evaluation.settings import open_folder
+from verl.protocols import Agent, ToolResources
+from verl.rollout.collector import Collector
+from verl.run.folder import lock_folder, scratch_folder
+from verl.run.manifest import make_manifest
+from verl.trainer.config.schema import Config
+from verl.trainer.config.validate import resolve_device, validate
+from verl.trainer.launch import count_gpus, open_engines
+from verl.trainer.ppo.evaluation import evaluation_metrics
+from verl.trainer.ppo.metrics import finite, mean
+from verl.trainer.wiring import (
+    connect_services,
+    load_prompts,
+    make_agent,
+    make_format,
+    make_outcome,
+    make_tokenizer,
+    make_tools,
+    open_search,
+    warn_if_unused,
+)
+from verl.types import Question, Trajectory
+from verl.utils.logs import ProgressLog, configure_logging
+from verl.workers.checkpoint import find_policy
+from verl.workers.model import check_model
+
+logger = logging.getLogger(__name__)
+
+LOG_FILE = "evaluation.log"
+
+
+async def evaluate_model(config: Config) -> dict[str, object]:
+    """Ask what is not answered yet in `evaluation.output_dir`; return the summary of all answers.
+
+    Cheap checks come first (configuration, services, data, the folder), engines start last, and only if a
+    question is left. Raises ConfigError, DataError, ServiceError before, TrainingHaltedError if too many
+    fail.
+    """
+    model = replace(config.actor_rollout_ref.model, path=find_policy(config.actor_rollout_ref.model.path))
+    config = replace(config, actor_rollout_ref=replace(config.actor_rollout_ref, model=model))
+    num_gpus = count_gpus()
+    validate(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16(), trains=False)
+    folder = Path(config.evaluation.output_dir).resolve()
+    with lock_folder(folder, key="evaluation.output_dir"):
+        configure_logging(log_file=Path(config.evaluation.log_file or folder / LOG_FILE))
+        logger.info("evaluating %s, results in %s", model.path, folder)
+        async with AsyncExitStack() as stack:
+            device = resolve_device(config, num_gpus=num_gpus)
+            num_asked, seconds = await answer_questions(config, stack, folder=folder, device=device)
+        return summarize(folder, num_asked=num_asked, seconds=seconds)
+
+
+async def answer_questions(
+    config: Config, stack: AsyncExitStack, *, folder: Path, device: str
+) -> tuple[int, float]:
+    """Complete the results of the folder; return the number of answers of this start and its seconds."""
+    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    _, services = await connect_services(config, stack, tools=tools, needs=frozenset())
+    model_folder = check_model(config.actor_rollout_ref.model, device=device)
+    tokenizer = make_tokenizer(config)
+    prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
+    questions = load_prompts(
+        config, config.data.val_paths, prompt_format=prompt_format, limit=config.evaluation.max_questions
+    )
+    warn_if_unused(config, questions, prompt_format=prompt_format)
+    settings = make_manifest(
+        config,
+        services=services,
+        model_folder=model_folder,
+        prompt_file=prompt_file(config.data.prompt_file),
+        prompt=tokenizer.decode(prompt_format.render_prompt(questions[0])),
+        trains=False,
+    )
+    open_folder(folder, settings, resume=config.evaluation.resume)
+    writer = ResultWriter(folder, decode=tokenizer.decode)
+    stack.callback(writer.close)
+    keys = [(question.uid, sample) for question in questions for sample in range(config.evaluation.n)]
+    num_left, seconds = len(keys) - len(writer.done), 0.0
+    if num_left:
+        engines = await open_engines(
+            config, stack, device=device, scratch=stack.enter_context(scratch_folder(folder))
+        )
+        agent = make_agent(
+            config,
+            engines=engines,
+            prompt_format=prompt_format,
+            tools=tools,
+            temperature=config.evaluation.temperature,
+        )
+        started = time.monotonic()
+        outcome = make_outcome(config, decode=tokenizer.decode)
+        await play(config, agent, questions, outcome=outcome, writer=writer)
+        seconds = time.monotonic() - started
+    writer.sort(keys)
+    return num_left, seconds
+
+
+async def play(
+    config: Config,
+    agent: Agent,
+    questions: Sequence[Question],
+    *,
+    outcome: OutcomeRule,
+    writer: ResultWriter,
+) -> None:
+    """Play what is not recorded, and record each trajectory as soon as its episode has ended.
+
+    What is recorded stays, however this ends. Raises TrainingHaltedError if too many episodes fail.
+    """
+    evaluation, done = config.evaluation, writer.done
+    collector = Collector(
+        agent,
+        n=evaluation.n,
+        max_concurrent=config.trainer.max_concurrent_episodes,
+        max_failure_share=config.reward.max_failure_share,
+        seed=evaluation.seed,
+    )
+
+    def record(trajectory: Trajectory) -> None:
+        writer.write(trajectory, score=score_answer(trajectory, outcome=outcome))
+
+    if done:
+        logger.info("%d answers are there already; the others are asked", len(done))
+    try:
+        await collector.evaluate(
+            questions,
+            greedy=evaluation.temperature == 0,
+            done=done,
+            progress=ProgressLog(logger, "answers", done=len(done)),
+            on_episode_end=record,
+        )
+    except BaseException:  # an interrupt, too
+        logger.info("%d answers are recorded; the same command asks the others", len(writer.done))
+        raise
+
+
+def summarize(folder: Path, *, num_asked: int, seconds: float) -> dict[str, object]:
+    """Write `metrics.json` from the records; return what the last line of stdout says.
+
+    `seconds` are those that the `num_asked` answers of this start took together.
+    """
+    results = read_results(folder)
+    metrics = evaluation_metrics(results)
+    judged = [result for result in results if result["failure"] is None]
+    spent = {"perf/episode_seconds_mean": mean([result["seconds"] for result in judged])}
+    write_json_atomically(folder / METRICS_FILE, metrics | finite(spent))
+    logger.info(
+        "%d answers to %d questions: %s", len(results), metrics["val/questions"], folder / METRICS_FILE
+    )
+    shown = ("em", "sub_em", "f1", "questions", "failed", "searches_mean", "output_tokens_mean")
+    return {
+        **{name: metrics[f"val/{name}"] for name in shown if f"val/{name}" in metrics},
+        "asked": num_asked,
+        "seconds": round(seconds, 1),
+        "seconds_per_question": round(seconds / num_asked, 4) if num_asked else None,
+        "output_dir": str(folder),
+    }

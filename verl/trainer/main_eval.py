@@ -1,0 +1,25 @@
+"""Evaluate a model: `python -m verl.trainer.main_eval [key=value ...]` (config/ppo_trainer.yaml).
+
+It answers the questions of data.val_files with the model at actor_rollout_ref.model.path, by the agent,
+formats, tools and metrics of the training; its own settings are the section `evaluation`. The last line of
+stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+
+from verl.trainer.command import run_command
+from verl.trainer.config.schema import Config
+
+
+async def evaluate(config: Config) -> None:
+    """Evaluate, and print the summary as the last line."""
+    from verl.trainer.evaluate import evaluate_model  # takes seconds, so only after the arguments are checked
+
+    summary = await evaluate_model(config)
+    print(json.dumps(summary), flush=True)  # noqa: T201 (for the program that started this one)
+
+
+if __name__ == "__main__":
+    run_command(evaluate)

@@ -1,0 +1,158 @@
+"""Wire the parts that training and evaluation share: tools, format, agent, outcome, services, questions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+
+from search_r1.search.client import HttpSearch
+from serving.answers import AnswerRule
+from verl.agent.formats import FORMATS
+from verl.agent.loop import EpisodeLimits, ToolAgent
+from verl.agent.prompts import load_texts, prompt_file
+from verl.agent.tools import TOOLS
+from verl.algorithms.base import Need
+from verl.algorithms.scoring.outcome import measure_outcome
+from verl.algorithms.scoring.reward import OutcomeRule
+from verl.data.dataset import check_prompt_lengths, load_questions
+from verl.errors import ConfigError
+from verl.protocols import Generate, PromptFormat, Tokenizer, Tool, ToolResources
+from verl.rollout.tokenizer import HfTokenizer
+from verl.run.records import Decode
+from verl.trainer.config.schema import Config, RetrieverConfig
+from verl.types import Question
+from verl.utils.reward_score.IG_client import GainClient
+from verl.utils.shutdown import close_quietly
+
+logger = logging.getLogger(__name__)
+
+USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
+"""Needs that the IG service meets."""
+
+
+def open_search(config: RetrieverConfig) -> HttpSearch:
+    """Make a client of the retriever."""
+    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
+    token = os.environ.get("RETRIEVER_TOKEN") or None
+    return HttpSearch(config.url, topk=config.topk, timeout_s=config.timeout_s, token=token)
+
+
+def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
+    """Make the tools that the policy can call. Raises ConfigError for their texts in the prompt file."""
+    path = prompt_file(config.data.prompt_file)
+    return [
+        tool(
+            getattr(config, tool.section) if tool.section else None,
+            texts=load_texts(path, section=f"tools.{name}", entries=tool.texts),
+            resources=resources,
+        )
+        for name, tool in ((name, TOOLS[name]) for name in config.agent.tools)
+    ]
+
+
+def make_tokenizer(config: Config) -> HfTokenizer:
+    """Load the tokenizer of the model; tags of the format stay single tokens where it has them as such."""
+    tags = FORMATS[config.agent.format].tags
+    return HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
+
+
+def make_format(config: Config, *, tokenizer: Tokenizer, tools: Sequence[Tool]) -> PromptFormat:
+    """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
+    name, path = config.agent.format, prompt_file(config.data.prompt_file)
+    texts = load_texts(path, section=name, entries=FORMATS[name].texts)
+    prompt_format = FORMATS[name](tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
+    if problem := prompt_format.check_prompt(prompt_format.write_prompt("")):
+        raise ConfigError(
+            f"data.prompt_file={str(path)!r}: the instruction of {name} {problem}; add it there"
+        )
+    return prompt_format
+
+
+def make_agent(
+    config: Config,
+    *,
+    engines: Generate,
+    prompt_format: PromptFormat,
+    tools: Sequence[Tool],
+    temperature: float,
+) -> ToolAgent:
+    """Make the agent, which plays one episode; `temperature` is that of sampled episodes."""
+    data = config.data
+    limits = EpisodeLimits(
+        max_turns=config.max_turns,
+        max_start_length=data.max_start_length,
+        max_prompt_length=data.max_prompt_length,
+        max_response_length=data.max_response_length,
+        max_obs_length=data.max_obs_length,
+        temperature=temperature,
+    )
+    return ToolAgent(generate=engines, prompt_format=prompt_format, tools=tools, limits=limits)
+
+
+def make_outcome(config: Config, *, decode: Decode) -> OutcomeRule:
+    """Make the rule that scores the final answer of an episode; `decode` returns the text of tokens."""
+    reward = config.reward
+    return partial(
+        measure_outcome,
+        metric=reward.outcome,
+        format_score=reward.format_score,
+        rule=AnswerRule(reward.answer_rule),
+        decode=decode,
+    )
+
+
+async def connect_services(
+    config: Config, stack: AsyncExitStack, *, tools: Sequence[Tool], needs: frozenset[Need]
+) -> tuple[GainClient | None, dict[str, object]]:
+    """Wait for what the tools call and, if needed, the IG service; return its client and all versions."""
+    for tool in tools:
+        close_quietly(stack, tool.aclose)
+    semantic, gains = config.reward.semantic, None
+    if needs & USE_IG_SERVICE:
+        token = os.environ.get("IG_TOKEN") or None
+        gains = GainClient(
+            semantic.url, timeout_s=semantic.timeout_s, batch_size=semantic.batch_size, token=token
+        )
+        close_quietly(stack, gains.aclose)
+    wait_s = config.trainer.service_wait_s
+    connections = [tool.connect(wait_s) for tool in tools]
+    waiting = _wait_for(gains, wait_s, judges=Need.ENTAILMENT in needs)
+    health, *facts = await asyncio.gather(waiting, *connections)
+    names = [tool.section or tool.spec.name for tool in tools]
+    services: dict[str, object] = {
+        name: dict(found) for name, found in zip(names, facts, strict=True) if found
+    }
+    if gains is not None:
+        version = await gains.describe()
+        services["ig_service"] = {"url": semantic.url, "health": health, "version": version}
+    return gains, services
+
+
+async def _wait_for(gains: GainClient | None, timeout_s: float, *, judges: bool) -> Mapping[str, object]:
+    """Return the health of the IG service once it answers, if it is needed."""
+    return {} if gains is None else await gains.wait_ready(timeout_s, judges=judges)
+
+
+def load_prompts(
+    config: Config, files: Sequence[str], *, prompt_format: PromptFormat, limit: int | None = None
+) -> list[Question]:
+    """Return the questions of the files, at most `limit`; none of their prompts is too long."""
+    data = config.data
+    questions = load_questions(files, prompt_format=prompt_format, prompt=data.prompt, limit=limit)
+    check_prompt_lengths(questions, prompt_format=prompt_format, max_start_length=data.max_start_length)
+    return questions
+
+
+def warn_if_unused(config: Config, questions: Sequence[Question], *, prompt_format: PromptFormat) -> None:
+    """Warn if a prompt file is named and no question is asked with its instruction."""
+    path = config.data.prompt_file
+    if path is not None and not any(q.messages == prompt_format.write_prompt(q.text) for q in questions):
+        logger.warning(
+            "the instruction of data.prompt_file=%r is not used: every question has a prompt of its own; to "
+            "use it set data.prompt=file",
+            path,
+        )
