@@ -50,6 +50,7 @@ def make_agent(
     name: str = "search_r1",
     tools: Sequence[str] = ("search",),
     search_timeout_s: float = 30,
+    dropped_text: str | None = None,
     **limits: int,
 ) -> ToolAgent:
     """Return an agent with `LIMITS`, some of them replaced."""
@@ -58,6 +59,7 @@ def make_agent(
         prompt_format=make_format(tokenizer, name=name, tools=tools),
         tools=make_tools(search, tools, search_timeout_s=search_timeout_s),
         limits=EpisodeLimits(**(LIMITS | limits), temperature=0.7),
+        dropped_text=dropped_text,
     )
 
 

@@ -195,6 +195,10 @@ class Turn:
     """What the environment appended; empty on the last turn."""
     observation_truncated: bool = False
     """Whether the observations were cut to `data.max_obs_length`."""
+    replacement_ids: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    """What later turns read instead of `observation_ids` once these were dropped; empty if they were not."""
+    num_dropped: int = 0
+    """This turn was sampled from a context in which the first `num_dropped` turns were replaced."""
     version: int = 0
 
     @property
@@ -234,10 +238,17 @@ class Trajectory:
 
     @property
     def token_ids(self) -> IntArray:
-        """Return the prompt, then output and observation of every turn [L]."""
-        return np.concatenate(
-            [self.prompt_ids, *(ids for t in self.turns for ids in (t.output_ids, t.observation_ids))]
-        )
+        """Return the prompt, then output and observation of every turn, dropped ones included [L]."""
+        return join_context(self.prompt_ids, self.turns)
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """Return whether every completion was sampled from the tokens before it in `token_ids`."""
+        return not any(turn.num_dropped for turn in self.turns)
+
+    def context_ids(self, number: int) -> IntArray:
+        """Return the tokens that turn `number` was sampled from."""
+        return join_context(self.prompt_ids, self.turns[:number], num_dropped=self.turns[number].num_dropped)
 
     @property
     def policy_mask(self) -> BoolArray:
@@ -361,6 +372,18 @@ class ScoredGroups:
     def samples(self) -> list[Sample]:
         """Return all samples, in order."""
         return [sample for of_group in self.by_group() for sample in of_group]
+
+
+def join_context(prompt_ids: IntArray, turns: Sequence[Turn], *, num_dropped: int = 0) -> IntArray:
+    """Return the prompt, then output and observation of every turn, the first `num_dropped` replaced [L].
+
+    A turn without replacement keeps its observation.
+    """
+    parts = [prompt_ids]
+    for number, turn in enumerate(turns):
+        is_dropped = number < num_dropped and len(turn.replacement_ids) > 0
+        parts += [turn.output_ids, turn.replacement_ids if is_dropped else turn.observation_ids]
+    return np.concatenate(parts)
 
 
 def count_policy_tokens(trajectories: Sequence[Trajectory]) -> int:

@@ -3,8 +3,9 @@
     prompt -> [output -> observations] x max_turns -> last output, whose tool calls are not executed
 
 Nothing that was sampled is ever decoded and encoded again, so the trained ids are the sampled ids plus the
-injected ones. A failed tool call or completion ends the episode as FAILED, with its name; the policy never
-reads the text of the error.
+injected ones. When the context is full the episode ends, or the oldest observations are replaced by a fixed
+text (`agent.context`); each turn then records which ones. A failed tool call or completion ends the episode
+as FAILED, with its name; the policy never reads the text of the error.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from verl.types import (
     ToolCall,
     Trajectory,
     Turn,
+    join_context,
 )
 
 _MAX_CHARS_PER_TOKEN = 16
@@ -68,12 +70,17 @@ class ToolAgent:
         prompt_format: PromptFormat,
         tools: Sequence[Tool],
         limits: EpisodeLimits,
+        dropped_text: str | None = None,
     ) -> None:
-        """Raise ConfigError when `max_obs_length` has no room for the fixed replies of the environment."""
+        """`dropped_text` replaces old observations in a full context; None: the episode ends there.
+
+        Raises ConfigError when `max_obs_length` has no room for the fixed replies of the environment.
+        """
         self._generate = generate
         self._format = prompt_format
         self._tools = {tool.spec.name: tool for tool in tools}
         self._limits = limits
+        self._dropped_text = dropped_text
         # The samples of a group follow each other, so that its prompt is rendered once.
         self._render_prompt = lru_cache(_CACHED_PROMPTS)(lambda q: _as_ids(prompt_format.render_prompt(q)))
         lengths = [
@@ -122,7 +129,7 @@ class ToolAgent:
 
     async def _play(
         self,
-        context: IntArray,
+        prompt_ids: IntArray,
         *,
         turns: list[Turn],
         session: str,
@@ -131,7 +138,7 @@ class ToolAgent:
         on_turn: OnTurn,
     ) -> Stop:
         """Append the turns one by one and return why the episode ended; after the last nothing is read."""
-        limits = self._limits
+        limits, context, num_dropped = self._limits, prompt_ids, 0
         if len(context) > limits.max_start_length:
             raise RolloutError(
                 f"the prompt has {len(context)} tokens, data.max_start_length is {limits.max_start_length}"
@@ -150,6 +157,7 @@ class ToolAgent:
                 output_log_probs=completion.log_probs,
                 finish=completion.finish,
                 action=self._format.parse(completion.ids.tolist()),
+                num_dropped=num_dropped,
                 version=completion.version,
             )
             # Before the reply, so that a tool that fails loses nothing of what was sampled.
@@ -159,17 +167,42 @@ class ToolAgent:
                 return Stop.ANSWERED
             if number == limits.max_turns:
                 break
-            turn = await self._reply(turn)
-            # A context that is cut would not be the one that was sampled from, so that the episode ends; the
-            # observations stay as facts that were not read.
-            if len(context) + len(turn.output_ids) + len(turn.observation_ids) > limits.max_prompt_length:
-                turns[-1] = replace(turn, observation_ids=_as_ids([]))
-                on_turn(number, turns[-1])
-                return Stop.LENGTH
-            turns[-1] = turn
+            turns[-1] = turn = await self._reply(turn)
+            excess = len(context) + len(turn.output_ids) + len(turn.observation_ids)
+            excess -= limits.max_prompt_length
+            if excess > 0:
+                room = self._make_room(turns, start=num_dropped, excess=excess)
+                if room is None:  # the observations stay as facts that were not read
+                    turns[-1] = replace(turn, observation_ids=_as_ids([]))
+                    on_turn(number, turns[-1])
+                    return Stop.LENGTH
+                turns[:], num_dropped = room
             on_turn(number, turn)
-            context = np.concatenate([context, turn.output_ids, turn.observation_ids])
+            context = join_context(prompt_ids, turns, num_dropped=num_dropped)
         return Stop.BUDGET
+
+    def _make_room(self, turns: Sequence[Turn], *, start: int, excess: int) -> tuple[list[Turn], int] | None:
+        """Replace as few of the oldest observations as save `excess` tokens, from turn `start` on.
+
+        Return the turns and how many of them, from the first on, are dropped. None when the context must not
+        change, or when it has no room even without them. The newest observation is never replaced, nor are
+        replies to invalid actions and observations shorter than their replacement.
+        """
+        if self._dropped_text is None:
+            return None
+        changed = list(turns)
+        for number, turn in enumerate(turns[:-1]):
+            if number < start or not turn.observations:
+                continue
+            fixed = [Observation(text=self._dropped_text)] * len(turn.observations)
+            ids = _as_ids(self._format.render_observations(turn.action.calls, fixed))
+            if len(ids) >= len(turn.observation_ids):
+                continue
+            changed[number] = replace(turn, replacement_ids=ids)
+            excess -= len(turn.observation_ids) - len(ids)
+            if excess <= 0:
+                return changed, number + 1
+        return None
 
     async def _reply(self, turn: Turn) -> Turn:
         """Return the same turn with the environment's reply. Raises _ToolFailureError."""

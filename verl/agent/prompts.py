@@ -15,6 +15,8 @@ from verl.errors import ConfigError
 from verl.protocols import FixedText
 
 PACKAGED_FILE = Path(__file__).with_name("prompts.yaml")
+CONTEXT_TEXTS = {"dropped": FixedText()}
+"""The section `context`, which `agent.context=drop_observations` needs."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, which an escape in YAML can write and no tokenizer can read."""
 

@@ -95,6 +95,8 @@ def _rebuild_turn(turn: TurnRecord) -> Turn:
         observations=_rebuild_observations(turn),
         observation_ids=_ids(turn["observation_ids"]),
         observation_truncated=turn["observation_truncated"],
+        replacement_ids=_ids(turn.get("replacement_ids", [])),
+        num_dropped=turn.get("num_dropped", 0),
         version=turn["version"],
     )
 

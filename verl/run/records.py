@@ -125,6 +125,11 @@ class TurnRecord(TypedDict):
     """All that the environment appended, decoded."""
     observation_ids: list[int]
     observation_truncated: bool
+    num_dropped: NotRequired[int]
+    """The policy wrote this turn without the observations of the first `num_dropped` turns: it read the
+    `replacement_ids` of those that have some. Absent: nothing was dropped."""
+    replacement_ids: NotRequired[list[int]]
+    """What later turns read instead of the observation; absent if that was never dropped."""
     version: int
 
 
@@ -241,7 +246,7 @@ def _text_cuts(turn: Turn, advantages: FloatArray | None, *, text: DecodedText) 
 
 def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -> TurnRecord:
     text = DecodedText(turn.output_ids.tolist(), decode=decode)
-    return {
+    record: TurnRecord = {
         "output_text": text.text,
         "action": cast(ActionRecord, asdict(turn.action) | {"text": turn.action.text}),
         "finish": str(turn.finish),
@@ -262,6 +267,11 @@ def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -
         "output_log_probs": [_number(x, LOG_PROB_DIGITS) for x in turn.output_log_probs],
         "observation_ids": turn.observation_ids.tolist(),
     }
+    if turn.num_dropped:
+        record["num_dropped"] = turn.num_dropped
+    if len(turn.replacement_ids):
+        record["replacement_ids"] = turn.replacement_ids.tolist()
+    return record
 
 
 def _number(value: float | np.floating, digits: int) -> float | None:

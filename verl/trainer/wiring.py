@@ -13,7 +13,7 @@ from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from verl.agent.formats import FORMATS
 from verl.agent.loop import EpisodeLimits, ToolAgent
-from verl.agent.prompts import load_texts, prompt_file
+from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
 from verl.agent.tools import TOOLS
 from verl.algorithms.base import Need
 from verl.algorithms.scoring.outcome import measure_outcome
@@ -23,7 +23,7 @@ from verl.errors import ConfigError
 from verl.protocols import Generate, PromptFormat, Tokenizer, Tool, ToolResources
 from verl.rollout.tokenizer import HfTokenizer
 from verl.run.records import Decode
-from verl.trainer.config.schema import Config, RetrieverConfig
+from verl.trainer.config.schema import DROP_OBSERVATIONS, Config, RetrieverConfig
 from verl.types import Question
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.shutdown import close_quietly
@@ -90,7 +90,17 @@ def make_agent(
         max_obs_length=data.max_obs_length,
         temperature=temperature,
     )
-    return ToolAgent(generate=engines, prompt_format=prompt_format, tools=tools, limits=limits)
+    dropped_text = None
+    if config.agent.context == DROP_OBSERVATIONS:
+        texts = load_texts(prompt_file(data.prompt_file), section="context", entries=CONTEXT_TEXTS)
+        dropped_text = texts["dropped"].format()
+    return ToolAgent(
+        generate=engines,
+        prompt_format=prompt_format,
+        tools=tools,
+        limits=limits,
+        dropped_text=dropped_text,
+    )
 
 
 def make_outcome(config: Config, *, decode: Decode) -> OutcomeRule:

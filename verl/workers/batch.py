@@ -245,6 +245,11 @@ def _check_row(trajectory: Trajectory, advantages: FloatArray) -> None:
     name = f"trajectory {trajectory.question.uid}#{trajectory.sample}"
     if not trajectory.num_policy_tokens or not len(trajectory.prompt_ids):
         raise ValueError(f"{name} needs a prompt and at least one sampled token to be trained on")
+    if not trajectory.is_one_sequence:
+        raise ValueError(
+            f"{name}: observations were dropped from its context, so that its completions were not sampled "
+            "from its tokens; agent.context=drop_observations is for evaluation"
+        )
     if advantages.shape != trajectory.token_ids.shape:
         raise ValueError(f"{name}: {advantages.shape} advantages for {trajectory.token_ids.shape} tokens")
     if not np.isfinite(advantages).all():

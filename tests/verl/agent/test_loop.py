@@ -16,7 +16,17 @@ from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_qu
 from verl.agent.loop import ToolAgent
 from verl.agent.tools.search import render_context
 from verl.errors import ConfigError, RolloutError, ServiceError
-from verl.types import ActionKind, Finish, Observation, Passage, Question, Stop, Trajectory, Turn
+from verl.types import (
+    ActionKind,
+    Finish,
+    Observation,
+    Passage,
+    Question,
+    Stop,
+    Trajectory,
+    Turn,
+    join_context,
+)
 
 BOLTON = Passage(id="1", title='"Bolton"', text="Bolton is a town.", score=0.9)
 LONG = Passage(id="2", title='"Long"', text="word " * 200, score=0.8)
@@ -33,13 +43,15 @@ def build(
     *outputs: str | Exception,
     found: dict[str, tuple[Passage, ...] | Exception] | None = None,
     tokenizer: CharTokenizer = CHARS,
+    dropped_text: str | None = None,
     **limits: int,
 ) -> tuple[ToolAgent, ScriptedGenerate, ScriptedSearch]:
     script: list[Sequence[int] | Exception] = [
         CHARS.encode(output) if isinstance(output, str) else output for output in outputs
     ]
     generate, search = ScriptedGenerate(script, version=3), ScriptedSearch(found or {})
-    return make_agent(generate, search, tokenizer=tokenizer, **limits), generate, search
+    agent = make_agent(generate, search, tokenizer=tokenizer, dropped_text=dropped_text, **limits)
+    return agent, generate, search
 
 
 async def play(agent: ToolAgent) -> Trajectory:
@@ -257,6 +269,60 @@ async def test_a_full_context_ends_the_episode_without_cutting_anything() -> Non
     assert len(trajectory.observations) == 2
     assert trajectory.passages == (BOLTON,)
     assert render_context(trajectory) == make_observation(BOLTON).text
+
+
+GONE = "gone"
+
+
+async def test_a_full_context_drops_its_oldest_observations_and_records_which() -> None:
+    found = {name: (Passage(id=name, title="T", text=name * 100, score=0.8),) for name in "abcd"}
+    outputs = ["<search>a</search>", "<search>b</search>", "hm", "<search>c</search>", "<search>d</search>"]
+    agent, generate, _ = build(
+        *outputs, "<answer>x</answer>", found=found, dropped_text=GONE, max_turns=5, max_prompt_length=600
+    )
+    trajectory = await play(agent)
+    assert (trajectory.stop, trajectory.answer, trajectory.is_one_sequence) == (Stop.ANSWERED, "x", False)
+    assert [turn.num_dropped for turn in trajectory.turns] == [0, 0, 0, 0, 1, 4]
+    dropped = [number for number, turn in enumerate(trajectory.turns) if len(turn.replacement_ids)]
+    assert dropped == [0, 1, 3]
+    context = CHARS.decode(generate.contexts[-1])
+    gone = CHARS.decode(render(FORMAT, Observation(text=GONE)))
+    kept = [CHARS.decode(FORMAT.render_retry(trajectory.turns[2])), wrapped(*found["d"])]
+    assert context == CHARS.decode(trajectory.prompt_ids.tolist()) + "".join(
+        output + read for output, read in zip(outputs, [gone, gone, kept[0], gone, kept[1]], strict=True)
+    )
+    assert [passage.id for passage in trajectory.passages] == ["a", "b", "c", "d"]  # all were read once
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(0, 120), min_size=1, max_size=12), room=st.integers(0, 400))
+def test_as_few_observations_are_dropped_as_make_room_and_every_context_can_be_rebuilt(
+    lengths: list[int], room: int
+) -> None:
+    found = {f"q{k}": (Passage(id=str(k), title="", text="w" * n, score=0.8),) for k, n in enumerate(lengths)}
+    outputs = [f"<search>{query}</search>" for query in found]
+    limit = 200 + room
+    agent, generate, _ = build(
+        *outputs, "<answer>a</answer>", found=found, dropped_text=GONE, max_turns=20, max_prompt_length=limit
+    )
+    trajectory = asyncio.run(play(agent))
+    turns = trajectory.turns
+    for number, (turn, context) in enumerate(zip(turns, generate.contexts, strict=True)):
+        assert trajectory.context_ids(number).tolist() == context
+        assert len(context) <= limit
+        before = turns[number - 1].num_dropped if number else 0
+        assert before <= turn.num_dropped <= max(0, number - 1)
+        if turn.num_dropped > before:  # one less would not have been enough
+            fewer = join_context(trajectory.prompt_ids, turns[:number], num_dropped=turn.num_dropped - 1)
+            assert len(fewer) > limit
+    assert trajectory.is_one_sequence == (max(turn.num_dropped for turn in turns) == 0)
+    sampled = [turn.output_ids for turn in turns]
+    assert np.array_equal(trajectory.token_ids[trajectory.policy_mask], np.concatenate(sampled))
+    if trajectory.stop is Stop.LENGTH:  # not even without all older ones
+        gone = len(render(FORMAT, Observation(text=GONE)))
+        least = len(trajectory.prompt_ids) + trajectory.num_policy_tokens
+        least += sum(min(gone, len(turn.observation_ids)) for turn in turns)
+        assert least + len(wrapped(*found[f"q{len(turns) - 1}"])) > limit
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from verl.types import (
     SpanKind,
     Stop,
     Trajectory,
+    join_context,
 )
 
 
@@ -47,6 +48,24 @@ def test_a_step_is_rebuilt_from_its_file(tmp_path: Path) -> None:
             np.testing.assert_allclose(rebuilt.sampling_log_probs, trajectory.sampling_log_probs, atol=1e-6)
             assert rebuilt.passages == trajectory.passages
             assert (rebuilt.answer, rebuilt.stop) == (trajectory.answer, trajectory.stop)
+
+
+def test_dropped_observations_come_back_and_are_absent_where_there_are_none(tmp_path: Path) -> None:
+    read = search_turn("where", [Passage(id="1", title="T", text="A town.", score=0.5)])
+    turns = (replace(read, replacement_ids=read.output_ids[:2]), read, replace(read, num_dropped=1))
+    trajectory = Trajectory(
+        question=make_question(1), sample=0, prompt_ids=read.output_ids, turns=turns, stop=Stop.BUDGET
+    )
+    path = Recorder(tmp_path, decode=decode).write_evaluation(0, [trajectory], [Score(outcome=0.0)])
+    (record,) = read_records(path)
+    dropped = [(turn.get("num_dropped"), "replacement_ids" in turn) for turn in record["turns"]]
+    assert dropped == [(None, True), (None, False), (1, False)]
+    rebuilt = rebuild_step([record]).groups[0].trajectories[0]
+    for number in range(3):
+        np.testing.assert_array_equal(rebuilt.context_ids(number), trajectory.context_ids(number))
+    assert len(rebuilt.context_ids(2)) == len(join_context(read.output_ids, turns[:2])) - (
+        len(read.observation_ids) - 2
+    )
 
 
 def test_the_facts_of_turns_come_back_also_from_old_files(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,6 +40,9 @@ def test_what_cannot_be_trained_on_is_refused_by_name() -> None:
         build_batch([good], [np.zeros(2, np.float32)], pad_id=0)
     with pytest.raises(ValueError, match="must be finite"):
         build_batch([good], [np.full(7, np.nan, np.float32)], pad_id=0)
+    turns = (good.turns[0], replace(good.turns[0], num_dropped=1))
+    with pytest.raises(ValueError, match="nq/test/3#0: observations were dropped from its context"):
+        build_batch([replace(good, turns=turns)], [np.zeros(11, np.float32)], pad_id=0)
     with pytest.raises(ValueError, match="must have shape"):
         build_batch([good], [np.zeros(7, np.float32)], pad_id=0).with_old(np.zeros((1, 6), np.float32))
 

@@ -15,6 +15,7 @@ from typing import Any
 from serving.answers import AnswerRule
 from verl.errors import ConfigError
 
+DROP_OBSERVATIONS = "drop_observations"
 _Rule = tuple[Callable[[Any], bool], str]
 """What a value must fulfill, and the words for it."""
 
@@ -227,11 +228,16 @@ class ActorRolloutRefConfig:
 
 @dataclass
 class AgentConfig:
-    """The form of episodes: prompt format and tools."""
+    """The form of episodes: prompt format, tools, and what happens when the context is full."""
 
     format: str = "auto"
     """`auto`: that of the method, see docs/methods.md."""
     tools: list[str] = field(default_factory=lambda: ["search"])
+    context: str = one_of("end", DROP_OBSERVATIONS)
+    """A full context ends the episode, or its oldest observations are dropped (in evaluations only)."""
+
+    def __post_init__(self) -> None:
+        check_section("agent", self)
 
 
 @dataclass

@@ -6,17 +6,17 @@ from pathlib import Path
 
 from serving.model_files import ModelNotFoundError, find_local_model, read_model_config
 from verl.agent.formats import FORMATS
-from verl.agent.prompts import load_texts, prompt_file
+from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
 from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import DROP_OBSERVATIONS, Config
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool = True) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
     problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config, trains=trains)]
-    problems += _check_agent(config)
+    problems += _check_agent(config, trains=trains and not config.trainer.evaluates_only)
     problems += _check_model(config)
     problems += _check_devices(config, num_gpus)
     problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
@@ -63,7 +63,7 @@ def _check_files(config: Config, *, trains: bool) -> list[str]:
     ]
 
 
-def _check_agent(config: Config) -> list[str]:
+def _check_agent(config: Config, *, trains: bool) -> list[str]:
     agent = config.agent
     tools, formats = " or ".join(TOOLS), " or ".join(FORMATS)
     problems = [
@@ -71,9 +71,16 @@ def _check_agent(config: Config) -> list[str]:
     ]
     if not agent.tools or len({*agent.tools}) < len(agent.tools):
         problems.append(f"agent.tools={agent.tools!r}: expected at least one name, each once, of {tools}")
+    if agent.context == DROP_OBSERVATIONS and trains:
+        problems.append(
+            f"agent.context={DROP_OBSERVATIONS} is for evaluation: without its old observations a trajectory "
+            "is no longer one sequence to train on; use agent.context=end with a larger "
+            "data.max_prompt_length, or evaluate with python -m verl.trainer.main_eval"
+        )
     if agent.format not in FORMATS:
         return [*problems, f"agent.format={agent.format!r} is unknown, expected {formats}"]
     sections = {agent.format: FORMATS[agent.format].texts}
+    sections |= {"context": CONTEXT_TEXTS} if agent.context == DROP_OBSERVATIONS else {}
     sections |= {f"tools.{name}": TOOLS[name].texts for name in agent.tools if name in TOOLS}
     for section, entries in sections.items():
         try:

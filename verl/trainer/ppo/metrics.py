@@ -114,6 +114,7 @@ def _action_metrics(played: Sequence[Trajectory]) -> dict[str, float | None]:
         "rollout/length_stops": float(sum(t.stop is Stop.LENGTH for t in played)),
         "rollout/truncated_observations": float(sum(turn.observation_truncated for turn in turns)),
         "rollout/overflowed_observations": float(sum(turn.observation_overflowed for turn in turns)),
+        "rollout/dropped_observations": float(sum(len(turn.replacement_ids) > 0 for turn in turns)),
     }
 
 

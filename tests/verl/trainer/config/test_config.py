@@ -230,6 +230,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
             *["data.train_files=gone.parquet", "actor_rollout_ref.model.path=./gone", "trainer.device=cuda"],
             *["agent.tools=[search,search,ask]", "data.prompt_file=gone.yaml", "trainer.launcher=local"],
             "trainer.num_cpu_engines=2",
+            "agent.context=drop_observations",
         ],
     )
     with pytest.raises(ConfigError) as error:
@@ -243,11 +244,14 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     assert "agent.tools: 'ask' is unknown, expected search" in message
     assert "expected at least one name, each once" in message
     assert "data.prompt_file='gone.yaml' cannot be read" in message
+    assert "agent.context=drop_observations is for evaluation" in message
+    config.trainer.val_only = True
     config.algorithm = ALGORITHMS["inforeasoner"].settings_class(name="search_r1")
     config.agent.format = "xml"
     with pytest.raises(ConfigError, match=r"agent\.format='xml' is unknown, expected search_r1") as error:
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
     assert "algorithm.name='search_r1' is set by algorithm=NAME alone" in str(error.value)
+    assert "agent.context" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_what_was_not_measured_is_absent_not_zero() -> None:
         "rollout/length_stops": 0,
         "rollout/truncated_observations": 0,
         "rollout/overflowed_observations": 0,
+        "rollout/dropped_observations": 0,
         "rollout/malformed_actions": 0,
         "rollout/cut_completions": 0,
     }
