@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from serving.files import write_atomically, write_json_atomically
 from verl.errors import DataError
 from verl.evaluation.charts import draw_points
-from verl.evaluation.records import SETTINGS_FILE, TRAJECTORIES_FILE, ResultRecord, read_results
+from verl.evaluation.records import SETTINGS_FILE, TRAJECTORIES_FILE, ResultRecord
 from verl.evaluation.summary import CURVES, LABELS, Summary, summarize, summary_json
 from verl.evaluation.tables import (
     Table,
@@ -25,6 +25,7 @@ from verl.evaluation.tables import (
     format_interval,
     results_table,
 )
+from verl.evaluation.verdicts import read_judged_results
 from verl.run.records import TrajectoryRecord, parse_record
 from verl.run.report.examples import evenly_spaced, shown_bytes
 from verl.run.report.report import REPORT_FILE, TEMPLATES, Tile, make_environment
@@ -55,7 +56,7 @@ def write_report(folder: Path) -> Path:
 
     Returns the path of the page. Raises DataError for a folder without results or with damaged ones.
     """
-    results = read_results(folder)
+    results = read_judged_results(folder)
     summary = summarize(results)
     tables = [results_table(summary), *(curve_table(summary, key) for key in CURVES)]
     page = render_page(
@@ -91,7 +92,6 @@ def render_page(
     settings: Mapping[str, object],
 ) -> str:
     """Return the page as HTML; text from outside is escaped."""
-    environment = make_environment(credit_full=0.0, gain_full=0.0, folders=[_TEMPLATES])
     charts = [
         (
             f"Exact match by {label.lower()}",
@@ -100,7 +100,8 @@ def render_page(
         for key, label in CURVES.items()
         if summary.curves[key]
     ]
-    return environment.get_template("evaluation.html").render(
+    return render_template(
+        "evaluation.html",
         title=title,
         tiles=headline(summary),
         tables=tables,
@@ -109,8 +110,16 @@ def render_page(
         examples=examples,
         facts=list_facts(settings),
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
+    )
+
+
+def render_template(name: str, **values: object) -> str:
+    """Return a template of this package as HTML, in the style of the reports of runs."""
+    environment = make_environment(credit_full=0.0, gain_full=0.0, folders=[_TEMPLATES])
+    return environment.get_template(name).render(
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "page.js").read_text(encoding="utf-8")),
+        **values,
     )
 
 

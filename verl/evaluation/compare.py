@@ -1,0 +1,251 @@
+"""Compare evaluations: `python -m verl.evaluation.compare RUN RUN ... [--metric em] [--output FOLDER]`.
+
+The runs are folders of `verl.trainer.main_eval` that answered the same questions; the others are compared
+with the first. Tables go to the terminal, and with --output as Markdown, LaTeX, JSON and a page to a folder.
+The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.console import Console
+
+from serving.files import write_atomically, write_json_atomically
+from verl.errors import DataError
+from verl.evaluation.charts import draw_points
+from verl.evaluation.page import render_template
+from verl.evaluation.paired import (
+    MACRO,
+    Comparison,
+    Runs,
+    compare_runs,
+    comparison_json,
+    pair_runs,
+    shared_curves,
+)
+from verl.evaluation.records import ResultRecord
+from verl.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
+from verl.evaluation.summary import CURVES, LABELS, Point, summarize
+from verl.evaluation.tables import (
+    ABSENT,
+    Table,
+    as_latex,
+    as_markdown,
+    as_rich,
+    format_bin,
+    format_cost,
+    format_estimate,
+    format_interval,
+)
+from verl.evaluation.verdicts import read_judged_results
+from verl.utils.entry import error_line
+
+_COSTS = ("searches", "output_tokens", "seconds")
+Curves = Mapping[str, Mapping[str, Sequence[Point]]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare the runs, or exit with one line that says why that is not possible."""
+    parser = argparse.ArgumentParser(
+        prog="python -m verl.evaluation.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of an evaluation")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        help="em (default), f1, sub_em, set_f1, judge, majority, pass@K; can be given several times",
+    )
+    parser.add_argument(
+        "--intersect",
+        action="store_true",
+        help="compare the questions that all runs have, and count the others",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write tables and a page there")
+    options = parser.parse_args(arguments)
+    if len(options.runs) < 2:
+        parser.error("give at least two runs: the others are compared with the first")
+    with error_line():
+        found = compare_folders(
+            options.runs,
+            metrics=list(dict.fromkeys(options.metric or ["em"])),
+            intersect=options.intersect,
+            output=options.output,
+        )
+        print(json.dumps(found, allow_nan=False), flush=True)  # noqa: T201 (for the program that started this one)
+
+
+def compare_folders(
+    folders: Sequence[Path], *, metrics: Sequence[str], intersect: bool, output: Path | None
+) -> dict[str, object]:
+    """Print the comparison of evaluation folders, write it to `output`, and return it as JSON.
+
+    Raises DataError for folders that are damaged or do not have the same questions.
+    """
+    paths = {name: str(folder) for name, folder in name_runs(folders).items()}
+    runs, left_out = pair_runs(
+        {name: read_judged_results(Path(path)) for name, path in paths.items()}, intersect=intersect
+    )
+    comparisons = [compare_runs(runs, metric=metric) for metric in metrics]
+    curves = shared_curves(runs)
+    tables = [
+        *(
+            table
+            for c in comparisons
+            for table in (score_table(c, runs, left_out), difference_table(c, runs))
+        ),
+        *(curve_table(curves[key], key) for key in CURVES),
+    ]
+    console = Console()
+    for table in tables:
+        console.print(as_rich(table), "")
+    first = next(iter(runs.values()))
+    found: dict[str, object] = {
+        "format": 1,
+        "runs": paths,
+        "answers": len(first),
+        "questions": len({record["uid"] for record in first}),
+        "left_out": left_out,
+        "interval": {"confidence": CONFIDENCE, "method": "BCa bootstrap", "resamples": NUM_RESAMPLES},
+        "metrics": {c.metric: comparison_json(c) for c in comparisons},
+    }
+    if output is not None:
+        write_comparison(output, found=found, tables=tables, curves=curves)
+    return found
+
+
+def name_runs(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return the folders by their names, with as many of the folders above as tell them apart.
+
+    Raises DataError for a folder that is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise DataError(f"a run is given twice: {', '.join(map(str, folders))}")
+    for depth in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = [os.sep.join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(names, folders, strict=True))
+
+
+def write_comparison(
+    folder: Path, *, found: Mapping[str, object], tables: Sequence[Table], curves: Curves
+) -> None:
+    """Write the comparison as JSON, Markdown, LaTeX and a self-contained page."""
+    charts = [
+        (
+            f"Exact match by {label.lower()}",
+            Markup(draw_points(curves[key], title=label, x_label=f"{label.lower()} per answer")),
+        )
+        for key, label in CURVES.items()
+    ]
+    write_json_atomically(folder / "comparison.json", found)
+    write_atomically(folder / "comparison.md", "\n".join(map(as_markdown, tables)))
+    write_atomically(folder / "comparison.tex", "\n".join(map(as_latex, tables)))
+    page = render_template("comparison.html", runs=found["runs"], tables=tables, charts=charts)
+    write_atomically(folder / "comparison.html", page)
+
+
+def score_table(comparison: Comparison, runs: Runs, left_out: Mapping[str, int]) -> Table:
+    """Return one row per run with its scores on every set and its costs; a star marks what differs."""
+    marked = {(d.run, d.set_name) for d in comparison.differences if d.is_significant}
+    label = LABELS.get(comparison.metric, comparison.metric)
+    rows = []
+    for name, results in runs.items():
+        costs = summarize_costs(results)
+        scores = [
+            format_estimate(of_runs[name]) + ("*" if (name, set_name) in marked else "")
+            for set_name, of_runs in comparison.scores.items()
+        ]
+        rows.append((name, *scores, *costs))
+    first = next(iter(runs))
+    num_questions = len({record["uid"] for record in runs[first]})
+    note = (
+        f"{num_questions} questions, scores in percent with 95 % intervals (bootstrap over questions). "
+        f"* differs from {first}, p < 0.05 after Holm's adjustment."
+    )
+    if left_out:
+        note += f" Answers left out: {', '.join(f'{count} {why}' for why, count in left_out.items())}."
+    return Table(
+        title=label,
+        header=("run", *comparison.scores, *(LABELS[name] for name in _COSTS)),
+        rows=tuple(rows),
+        note=note,
+    )
+
+
+def summarize_costs(results: Sequence[ResultRecord]) -> list[str]:
+    """Return mean searches, sampled tokens and seconds per answer."""
+    estimates = summarize(results).micro.estimates
+    return [format_cost(estimates.get(name), name) for name in _COSTS]
+
+
+def difference_table(comparison: Comparison, runs: Runs) -> Table:
+    """Return one row per set and run: the difference to the first run with its interval and p values."""
+    first = next(iter(runs))
+    rows = [
+        (
+            d.set_name,
+            d.run,
+            str(d.estimate.num_questions),
+            f"{100 * d.estimate.value:+.1f}{format_interval(d.estimate.interval, sign='+')}",
+            _format_p(d.p_value),
+            _format_p(d.adjusted) + ("*" if d.is_significant else ""),
+            d.test,
+        )
+        for d in comparison.differences
+    ]
+    num_sets = sum(d.set_name != MACRO for d in comparison.differences)
+    label = LABELS.get(comparison.metric, comparison.metric)
+    return Table(
+        title=f"{label}: differences to {first}",
+        header=("set", "run", "questions", "difference", "p", "p (Holm)", "test"),
+        rows=tuple(rows),
+        note="Paired over questions: exact McNemar test where an answer is right or wrong, otherwise a "
+        f"paired bootstrap. Holm's adjustment is over the {len(rows)} tests of this table.",
+        rules=frozenset({num_sets} if 0 < num_sets < len(rows) else ()),
+    )
+
+
+def _format_p(p_value: float | None) -> str:
+    if p_value is None:
+        return ABSENT
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def curve_table(series: Mapping[str, Sequence[Point]], key: str) -> Table:
+    """Return exact match of every run by the number of searches or tokens of its answers."""
+    bins = dict(
+        sorted({(p.low, p.high): format_bin(p) for points in series.values() for p in points}.items())
+    )
+    found = {name: {(p.low, p.high): p.estimate for p in points} for name, points in series.items()}
+    return Table(
+        title=f"EM by {CURVES[key].lower()}",
+        header=(CURVES[key].lower(), *(f"{name} {what}" for name in series for what in ("n", "EM"))),
+        rows=tuple(
+            (
+                label,
+                *(
+                    cell
+                    for of_run in found.values()
+                    for cell in (
+                        str(of_run[ends].num_questions) if ends in of_run else "0",
+                        format_estimate(of_run.get(ends)),
+                    )
+                ),
+            )
+            for ends, label in bins.items()
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

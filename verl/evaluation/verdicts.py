@@ -1,0 +1,57 @@
+"""The verdicts of a judge on the answers of an evaluation: `judgements.jsonl` beside its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from verl.evaluation.records import ResultRecord, read_results
+from verl.utils.files import parse_json
+
+VERDICTS_FILE = "judgements.jsonl"
+
+
+class VerdictRecord(TypedDict):
+    """What is known of one answer; one line of the file."""
+
+    uid: str
+    sample: int
+    prediction: str | None
+    """The answer that was judged."""
+    verdict: float | None
+    """1 right, 0 wrong; None where it was not judged."""
+    source: str
+    """`exact_match`, `no_answer`, `cache`, `judge`, or why there is no verdict: `failed`, `capped`."""
+    failure: str | None
+    """`name: message`."""
+
+
+_SHAPE = TypeAdapter(VerdictRecord)
+
+
+def read_verdicts(folder: Path) -> list[VerdictRecord]:
+    """Return the verdicts of an evaluation folder, none if it was not judged. Raises DataError."""
+    path = folder / VERDICTS_FILE
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        return [
+            parse_json(line, shape=_SHAPE, where=f"{path}:{number}", fix="remove the file and judge again")
+            for number, line in enumerate(file, start=1)
+        ]
+
+
+def read_judged_results(folder: Path) -> list[ResultRecord]:
+    """Return the results of an evaluation folder, with the metric `judge` where there is a verdict.
+
+    A verdict on another answer than the one in the results is not used.
+    """
+    verdicts = {(v["uid"], v["sample"], v["prediction"]): v["verdict"] for v in read_verdicts(folder)}
+    results = read_results(folder)
+    for result in results:
+        verdict = verdicts.get((result["uid"], result["sample"], result["prediction"]))
+        if verdict is not None and result["failure"] is None:
+            result["metrics"]["judge"] = verdict
+    return results
