@@ -13,7 +13,8 @@ from difflib import SequenceMatcher
 
 from verl.algorithms.base import Algorithm
 from verl.algorithms.statistics import group_advantages, spread_turns
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, share
+from verl.trainer.config.fields import not_negative, one_of, share
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Group, Score, Trajectory
 
 

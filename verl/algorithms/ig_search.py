@@ -25,7 +25,8 @@ from verl.algorithms.scoring.log_prob import (
 )
 from verl.algorithms.statistics import credit_outcomes, gains_of_turns, spread_spans
 from verl.branches import Branch, TreeLogProbs
-from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive, share
+from verl.trainer.config.fields import not_negative, one_of, positive, share
+from verl.trainer.config.schema import OutcomeConfig
 from verl.types import Credit, FloatArray, Gain, Group, IntArray, Score, SpanKind, Stop, Trajectory
 
 

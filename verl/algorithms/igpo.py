@@ -27,7 +27,8 @@ from verl.algorithms.statistics import (
     leave_one_out_turns,
     returns_to_go,
 )
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, share
+from verl.trainer.config.fields import not_negative, one_of, share
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Group, Score, Trajectory
 
 STD_FLOOR = 1e-8

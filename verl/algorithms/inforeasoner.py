@@ -17,7 +17,8 @@ from IG.messages import GainRequest, GainResult
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.scoring.ig_service import GainRequests
 from verl.algorithms.statistics import UNSCALED, credit_returns, credit_rewards
-from verl.trainer.config.schema import OutcomeConfig, not_negative, one_of, positive
+from verl.trainer.config.fields import not_negative, one_of, positive
+from verl.trainer.config.schema import OutcomeConfig
 from verl.types import Credit, Gain, Group, Question, Score, Stop, Trajectory
 from verl.utils.reward_score.IG_reward import combine
 

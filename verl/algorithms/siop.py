@@ -25,7 +25,8 @@ from verl.algorithms.scoring.log_prob import (
     wrapper_setting,
 )
 from verl.algorithms.statistics import group_advantages, returns_to_go, spread_turns
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, positive, share
+from verl.trainer.config.fields import not_negative, positive, share
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Gain, Group, Score, Stop, Trajectory
 
 ENTAILED = 0.5

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.statistics import UNSCALED, credit_returns
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, share
+from verl.trainer.config.fields import not_negative, share
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Gain, Group, Passage, Question, Score, Stop, Trajectory
 
 

@@ -22,7 +22,8 @@ from verl.algorithms.scoring.log_prob import (
     wrapper_setting,
 )
 from verl.algorithms.statistics import UNSCALED, credit_returns
-from verl.trainer.config.schema import AlgorithmConfig, not_negative, one_of, positive, share
+from verl.trainer.config.fields import not_negative, one_of, positive, share
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Group, Score, Trajectory
 
 

@@ -77,7 +77,8 @@ def trees_score_as_rows(config: ModelConfig, *, device: str) -> bool:
     different kernels, so that the ratio of new to old probability would not begin at 1.
     """
     is_precise = compute_dtype(config, device=device) is torch.float32
-    return device == "cpu" and is_precise and _choose_attention(config, device=device) == "sdpa"
+    used = {_choose_attention(config, device=device), choose_tree_attention(config, device=device)}
+    return device == "cpu" and is_precise and used == {"sdpa"}
 
 
 def check_model(config: ModelConfig, *, device: str, scores_trees: bool = False) -> Path:

@@ -159,20 +159,21 @@ async def test_an_evaluation_waits_for_no_service_of_the_method(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "attention", "expected"),
+    ("device", "model", "expected"),
     [
-        ("cpu", "auto", "auto", True),
-        ("cpu", "auto", "eager", False),
-        ("cpu", "bfloat16", "auto", False),
-        ("cuda", "auto", "auto", False),
-        ("cuda", "float32", "sdpa", False),
+        ("cpu", ModelConfig(), True),
+        ("cpu", ModelConfig(attention="eager"), False),
+        ("cpu", ModelConfig(tree_attention="flex_attention"), False),
+        ("cpu", ModelConfig(dtype="bfloat16"), False),
+        ("cuda", ModelConfig(), False),
+        ("cuda", ModelConfig(dtype="float32", attention="sdpa", tree_attention="sdpa"), False),
     ],
 )
 def test_old_log_probs_come_from_trees_only_where_the_update_computes_the_same(
-    device: str, dtype: str, attention: str, expected: bool
+    device: str, model: ModelConfig, expected: bool
 ) -> None:
     config = Config(algorithm=IGPOConfig())
-    config.actor_rollout_ref.model = ModelConfig(dtype=dtype, attention=attention)
+    config.actor_rollout_ref.model = model
     policy: Any = FakeModels(is_fresh=False)
     models = Models(policy=policy, reference=None, engines=policy)
     services = make_services(config, models, device=device, codec=CharTokenizer(), ig_client=None)

@@ -16,7 +16,7 @@ import numpy as np
 from verl.agent.spans import DecodedText
 from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
 from verl.branches import Branch, Tree, TreeLogProbs
-from verl.trainer.config.schema import setting
+from verl.trainer.config.fields import setting
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
 
 _PLACEHOLDER = "{answer}"

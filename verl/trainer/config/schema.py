@@ -6,83 +6,31 @@ them); nothing assigns to them after `load_config`. Standard library only: any l
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from serving.answers import AnswerRule
 from verl.errors import ConfigError
+from verl.trainer.config.fields import (
+    check_section,
+    fraction,
+    not_negative,
+    one_of,
+    path_name,
+    positive,
+    require,
+    setting,
+    share,
+    web_url,
+)
 
 DROP_OBSERVATIONS = "drop_observations"
-_Rule = tuple[Callable[[Any], bool], str]
-"""What a value must fulfill, and the words for it."""
-
-
-def setting(default: object, is_valid: Callable[[Any], bool], expected: str) -> Any:
-    """Declare a field; `expected` names in an error what `is_valid` accepts."""
-    return field(default=default, metadata={"rule": (is_valid, expected)})
-
-
-def positive(default: float | None) -> Any:
-    """Declare a number above 0; None is always allowed where the type has it."""
-    return setting(default, lambda value: value > 0 and math.isfinite(value), "greater than 0")
-
-
-def not_negative(default: float | None) -> Any:
-    """Declare a number that is at least 0."""
-    return setting(default, lambda value: value >= 0 and math.isfinite(value), "at least 0")
-
-
-def _fraction(default: float) -> Any:
-    return setting(default, lambda value: 0 <= value < 1, "in [0, 1)")
-
-
-def share(default: float | None) -> Any:
-    """Declare a number in [0, 1], such as a discount."""
-    return setting(default, lambda value: 0 <= value <= 1, "in [0, 1]")
-
-
-def one_of(default: str, *others: str) -> Any:
-    """Declare a choice, of which `default` is the first."""
-    choices = (default, *others)
-    return setting(default, lambda value: value in choices, "one of " + ", ".join(choices))
-
-
-def _url(default: str) -> Any:
-    return setting(default, lambda value: value.startswith(("http://", "https://")), "an http(s) URL")
-
-
-def _name(default: str) -> Any:
-    """Declare a name that does not lead out of the folder to which it is joined."""
-    return setting(
-        default,
-        lambda value: value.isprintable() and not {"", ".", ".."} & set(value.split("/")),
-        "a name: printable, not absolute, without '..'",
-    )
-
-
-def check_section(key: str, section: Any) -> None:
-    """Check the declared range of every field, of nested sections, too. Raises ConfigError for the first."""
-    for each in fields(section):
-        rule: _Rule | None = each.metadata.get("rule")
-        value = getattr(section, each.name)
-        name = f"{key}.{each.name}".lstrip(".")
-        if rule is not None and value is not None:
-            _check(rule[0](value), name, value, rule[1])
-        if is_dataclass(value):
-            check_section(name, value)
-
-
-def _check(condition: bool, key: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key} must be {expected}, got {value!r}")
 
 
 def _file_list(key: str, value: Any) -> tuple[str, ...]:
     files = [value] if isinstance(value, str) else list(value or [])
-    _check(
+    require(
         bool(files) and all(isinstance(f, str) and f for f in files),
         key,
         value,
@@ -108,14 +56,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_section("data", self)
-        _check(
+        require(
             self.max_prompt_length >= self.max_start_length,
             "data.max_prompt_length",
             self.max_prompt_length,
             f"at least data.max_start_length ({self.max_start_length}): it holds the prompt and all turns",
         )
         if self.prompt_file is not None:
-            _check(bool(self.prompt_file), "data.prompt_file", self.prompt_file, "a YAML file or null")
+            require(bool(self.prompt_file), "data.prompt_file", self.prompt_file, "a YAML file or null")
             self.prompt_file = os.path.expanduser(self.prompt_file)
 
     @property
@@ -147,7 +95,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_section("actor_rollout_ref.model", self)
-        _check(bool(self.path), "actor_rollout_ref.model.path", self.path, "a model folder or hub id")
+        require(bool(self.path), "actor_rollout_ref.model.path", self.path, "a model folder or hub id")
         self.path = os.path.expanduser(self.path)
 
 
@@ -156,10 +104,10 @@ class OptimConfig:
     """AdamW and its learning rate."""
 
     lr: float = not_negative(1e-6)
-    lr_warmup_steps_ratio: float = _fraction(0.0)
+    lr_warmup_steps_ratio: float = fraction(0.0)
     weight_decay: float = not_negative(0.01)
-    beta1: float = _fraction(0.9)
-    beta2: float = _fraction(0.999)
+    beta1: float = fraction(0.9)
+    beta2: float = fraction(0.999)
 
 
 @dataclass
@@ -244,7 +192,7 @@ class AgentConfig:
 class RetrieverConfig:
     """The search service."""
 
-    url: str = _url("http://127.0.0.1:8000/retrieve")
+    url: str = web_url("http://127.0.0.1:8000/retrieve")
     topk: int = positive(3)
     timeout_s: float = positive(30.0)
 
@@ -256,7 +204,7 @@ class RetrieverConfig:
 class SemanticGainConfig:
     """The IG service."""
 
-    url: str = _url("http://127.0.0.1:8310")
+    url: str = web_url("http://127.0.0.1:8310")
     timeout_s: float = positive(120.0)
     batch_size: int = positive(256)
 
@@ -366,8 +314,8 @@ class TrainerConfig:
     num_cpu_engines: int = positive(1)
     seed: int = not_negative(0)
     logger: list[str] = field(default_factory=lambda: ["console", "wandb"])
-    project_name: str = _name("inforeasoner")
-    experiment_name: str = _name("grpo")
+    project_name: str = path_name("inforeasoner")
+    experiment_name: str = path_name("grpo")
     default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
     resume_mode: str = one_of("auto", "disable")
     max_concurrent_episodes: int = positive(512)
@@ -378,7 +326,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_section("trainer", self)
         for logger in self.logger:
-            _check(logger in ("console", "wandb"), "trainer.logger", logger, "one of console, wandb")
+            require(logger in ("console", "wandb"), "trainer.logger", logger, "one of console, wandb")
         self.default_local_dir = os.path.expanduser(self.default_local_dir)
 
     @property
@@ -406,12 +354,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)
-        _check(bool(self.output_dir), "evaluation.output_dir", self.output_dir, "a folder")
+        require(bool(self.output_dir), "evaluation.output_dir", self.output_dir, "a folder")
         self.output_dir = os.path.expanduser(self.output_dir)
         if self.log_file is not None:
-            _check(bool(self.log_file), "evaluation.log_file", self.log_file, "a file or null")
+            require(bool(self.log_file), "evaluation.log_file", self.log_file, "a file or null")
             self.log_file = os.path.expanduser(self.log_file)
-        _check(
+        require(
             self.n == 1 or self.temperature > 0,
             "evaluation.temperature",
             self.temperature,
