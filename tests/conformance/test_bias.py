@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.methods import make_method
-from verl.algorithms.bias import VARIANTS, bias_table, episodes, groups_of, method_gradient, sampled_gradient
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.bias import (
+    VARIANTS,
+    bias_line,
+    bias_table,
+    episodes,
+    groups_of,
+    method_gradient,
+    sampled_gradient,
+)
 from verl.algorithms.bias import true_gradient as exact
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -18,10 +27,16 @@ def test_the_page_has_the_table_as_it_is_computed() -> None:
     assert printed.partition("<!-- end of bias table -->")[0].strip() == bias_table()
 
 
-def test_the_game_is_whole() -> None:
-    plays = episodes()
-    assert sum(play.probability for play in plays) == pytest.approx(1.0)
-    assert sum(p for _, p in groups_of(plays, n=3)) == pytest.approx(1.0)
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_the_section_of_a_method_has_the_verdict_on_it(name: str) -> None:
+    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert bias_line(name) in section.splitlines()
+
+
+def test_probabilities_sum_to_one_and_the_exact_gradient_is_known() -> None:
+    played = episodes()
+    assert sum(episode.probability for episode in played) == pytest.approx(1.0)
+    assert sum(probability for _, probability in groups_of(played, n=3)) == pytest.approx(1.0)
     assert exact() == pytest.approx([0.1953125, 0.0453125, 0.0078125, 0.0015625])
 
 
@@ -49,6 +64,4 @@ def test_sampling_agrees_with_enumeration() -> None:
 
 
 def test_every_method_is_in_the_table() -> None:
-    from verl.algorithms import ALGORITHMS
-
     assert {variant.name for variant in VARIANTS} == set(ALGORITHMS)
