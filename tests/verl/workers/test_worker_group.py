@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_shard, random_batch
+from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.errors import ConfigError
 from verl.utils.actors import ActorError, Launcher, make_launcher
 from verl.workers.parallel import Placement
@@ -124,6 +126,22 @@ async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Pat
         launcher.shutdown()
 
 
+async def _compare_trees(two: WorkerGroup, one: WorkerGroup) -> None:
+    trees = [random_tree(np.random.default_rng(seed), turns=seed) for seed in range(4)]
+    for some, shared in itertools.product((trees, trees[1:2]), (True, False)):
+        pairs = zip(
+            await two.tree_log_probs(some, shared=shared),
+            await one.tree_log_probs(some, shared=shared),
+            strict=True,
+        )
+        for got, expected in pairs:
+            for of_two, of_one in zip(got.branches, expected.branches, strict=True):
+                np.testing.assert_allclose(of_two, of_one, atol=2e-5)
+            assert (got.trunk is None) == (expected.trunk is None)
+            if got.trunk is not None:
+                np.testing.assert_allclose(got.trunk, expected.trunk, atol=2e-5)
+
+
 async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) -> None:
     # 9 rows in mini-batches of 5 and 4, and of 100 tokens: the ranks have unequal numbers of micro-batches.
     batch = random_batch(9)
@@ -131,6 +149,7 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     assert await two.wait_until_ready() == await one.wait_until_ready()
     for each in (batch, single):  # with one row, one of the ranks has none
         np.testing.assert_allclose(await two.log_probs(each), await one.log_probs(each), atol=2e-5)
+    await _compare_trees(two, one)
     for _ in range(3):
         got, expected = await two.update(batch), await one.update(batch)
         for name, value in expected.items():
