@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from verl.algorithms import cw_grpo, gigpo, ig_search, igpo, siop, stepsearch, tips
-from verl.algorithms.scoring.outcome import igpo_f1
+from verl.algorithms.scoring.outcome import autorefine_f1, igpo_f1
 from verl.algorithms.statistics import (
     group_advantages,
     leave_one_out_returns,
+    leave_one_out_turns,
     outcome_advantages,
 )
 
@@ -75,6 +76,21 @@ def gigpo_step(
     )
 
 
+def stepsearch_returns(
+    settings: Settings,
+    similarities: Sequence[Sequence[Sequence[float]]],
+    results: Sequence[Sequence[Sequence[str]]],
+    outcomes: Sequence[float | None],
+) -> list[list[float]]:
+    config = stepsearch.StepSearchConfig(**settings)
+    return leave_one_out_turns(
+        [[*stepsearch.net_gains(*pair), None] for pair in zip(similarities, results, strict=True)],
+        outcomes,
+        gain_weight=config.gain_weight,
+        discount=lambda _: config.gamma,
+    )
+
+
 RULES: dict[str, Callable[..., Any]] = {
     "group_advantages": lambda settings, rewards: group_advantages(rewards, **settings),
     "outcome_advantages": lambda settings, rewards, num_tokens: outcome_advantages(
@@ -83,6 +99,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "leave_one_out_returns": lambda _, returns: leave_one_out_returns(returns),
     "igpo": igpo_returns,
     "igpo_f1": lambda _, answer, golds: igpo_f1(answer, golds),
+    "autorefine_f1": lambda _, answer, golds, summaries: autorefine_f1(answer, golds, summaries=summaries),
     "ig_search_gain": ig_search_gain,
     "ig_search_stabilize": lambda settings, gains: [
         ig_search.stabilize(gain, ig_search.IGSearchConfig(**settings)) for gain in gains
@@ -96,8 +113,10 @@ RULES: dict[str, Callable[..., Any]] = {
         masses, supports, eta=siop.SIOPConfig(**settings).eta
     ),
     "siop_rewards": siop_rewards,
+    "siop_returns": lambda settings, rewards: siop.turn_returns(rewards, siop.SIOPConfig(**settings)),
     "gigpo_step": gigpo_step,
     "stepsearch_gains": lambda _, similarities: stepsearch.coverage_gains(similarities),
+    "stepsearch_returns": stepsearch_returns,
     "stepsearch_redundancy": lambda _, results: stepsearch.redundancies(results),
     "cw_grpo": lambda _, advantage, contributions: cw_grpo.redistribute(advantage, contributions),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.test_measuring import GROUPS, LOG_PROB_METHODS, gains_of
+from tests.conformance.test_measuring import GROUPS, LOG_PROB_METHODS, Judge, gains_of
 from tests.fakes import tiny_model
 from tests.methods import make_method
 from tests.verl.workers.episodes import make_actor, make_config
@@ -50,7 +50,7 @@ async def measure(
         trainable=False,
     )
     scorer = LogProbScorer(group, shares_prefixes=shared, scores_trajectories=False)
-    method = make_method(name)
+    method = make_method(name, entailment=Judge())
     services = replace(method.services, policy=scorer, frozen=scorer, codec=ByteCodec())
     method = type(method)(method.settings, services)
     try:

@@ -30,7 +30,14 @@ from verl.types import (
     Turn,
 )
 
-LOG_PROB_METHODS = ("igpo", "ig_search", "cw_grpo", "tips")
+LOG_PROB_METHODS = ("igpo", "ig_search", "cw_grpo", "tips", "siop")
+
+
+class Judge:
+    """Judges that all texts entail each other, so that a group has one cluster."""
+
+    async def judge(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+        return [0.9] * len(pairs)
 
 
 class PathScorer:
@@ -64,7 +71,9 @@ class PathScorer:
 
 def group_of(uid: str, *queries: Sequence[str], golds: tuple[str, ...] = ("Bolton",)) -> Group:
     question = make_question(uid, golds=golds)
-    plain = [make_trajectory(question, sample=i, queries=tuple(q), answer="x") for i, q in enumerate(queries)]
+    plain = [
+        make_trajectory(question, sample=i, queries=tuple(q), answer=f"x{i}") for i, q in enumerate(queries)
+    ]
     return Group(question=question, trajectories=tuple(with_documents(t) for t in plain))
 
 
@@ -86,7 +95,7 @@ def with_documents(trajectory: Trajectory) -> Trajectory:
 
 
 def make(name: str, scorer: PathScorer, **settings: object) -> Algorithm:
-    method = make_method(name, **settings)
+    method = make_method(name, entailment=Judge(), **settings)
     method.services = replace(method.services, policy=scorer, frozen=scorer)
     return method
 
@@ -113,15 +122,15 @@ async def test_gains_do_not_depend_on_the_order_of_the_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOG_PROB_METHODS)
-async def test_a_gain_per_turn_none_on_the_last_and_none_without_a_search(name: str) -> None:
+async def test_a_gain_per_search_and_none_on_the_last_turn(name: str) -> None:
     gains = await gains_of(make(name, PathScorer()), GROUPS)
     for group, of_group in zip(GROUPS, gains, strict=True):
         for trajectory, gain in zip(group.trajectories, of_group, strict=True):
             assert gain.failure is None
-            if len(trajectory.turns) == 1:
-                assert not any(gain.values)
-                continue
-            assert [value is None for value in gain.turns[:-1]] == [False] * (len(trajectory.turns) - 1)
+            *searches, last = gain.turns or [None] * len(trajectory.turns)
+            assert len(searches) == len(trajectory.observations)
+            assert None not in searches
+            assert (last is None) == (name != "siop")  # which has a bonus there
 
 
 async def test_the_gains_of_igpo_telescope_and_use_one_answer_in_all_states() -> None:

@@ -74,11 +74,16 @@ def measure_searches(trajectory: Trajectory) -> Gain:
     values: list[float | None] = [None] * len(trajectory.turns)
     if searches:
         results = [trajectory.turns[t].passages for t in searches]
-        gains = coverage_gains(similarities(question, results))
-        repeated = redundancies([[passage.id for passage in of_one] for of_one in results])
-        for t, gain, share_seen in zip(searches, gains, repeated, strict=True):
-            values[t] = gain - share_seen
+        ids = [[passage.id for passage in of_one] for of_one in results]
+        for t, gain in zip(searches, net_gains(similarities(question, results), ids), strict=True):
+            values[t] = gain
     return Gain(turns=tuple(values))
+
+
+def net_gains(similarities: Sequence[Sequence[float]], results: Sequence[Sequence[str]]) -> list[float]:
+    """Return gain minus redundancy of each search; see `coverage_gains` and `redundancies`."""
+    pairs = zip(coverage_gains(similarities), redundancies(results), strict=True)
+    return [gain - share_seen for gain, share_seen in pairs]
 
 
 def similarities(question: Question, results: Sequence[Sequence[Passage]]) -> list[list[float]]:
