@@ -144,10 +144,12 @@ class JsonService:
         max_connections: int = 64,
         fix: str = "check that it runs at this URL",
         token: str | None = None,
+        use_proxy: bool = False,
     ) -> None:
         """Take `timeout_s` for a whole call with all attempts, and `fix` for messages about no answer.
 
-        `token` is sent as a bearer token. Raises ValueError for a bad URL, timeout or token.
+        `token` is sent as a bearer token. `use_proxy` is for services on the internet: the proxy of the
+        environment is used. Raises ValueError for a bad URL, timeout or token.
         """
         self._url = _checked_url(base_url, name=name)
         self.shown_url = _without_credentials(self._url)
@@ -166,7 +168,7 @@ class JsonService:
         self._client = httpx.AsyncClient(
             timeout=None,
             limits=httpx.Limits(max_connections=max_connections),
-            trust_env=False,
+            trust_env=use_proxy,
             headers=headers,
         )
 

@@ -31,7 +31,7 @@ from verl.evaluation.paired import (
 )
 from verl.evaluation.records import ResultRecord
 from verl.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
-from verl.evaluation.summary import CURVES, LABELS, Point, summarize
+from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, summarize
 from verl.evaluation.tables import (
     ABSENT,
     Table,
@@ -47,6 +47,8 @@ from verl.evaluation.verdicts import read_judged_results
 from verl.utils.entry import error_line
 
 _COSTS = ("searches", "output_tokens", "seconds")
+_FILE_WIDTH = 160
+"""Columns of the tables where the output is not a terminal."""
 Curves = Mapping[str, Mapping[str, Sequence[Point]]]
 
 
@@ -104,6 +106,8 @@ def compare_folders(
         *(curve_table(curves[key], key) for key in CURVES),
     ]
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     for table in tables:
         console.print(as_rich(table), "")
     first = next(iter(runs.values()))
@@ -223,28 +227,22 @@ def _format_p(p_value: float | None) -> str:
 
 def curve_table(series: Mapping[str, Sequence[Point]], key: str) -> Table:
     """Return exact match of every run by the number of searches or tokens of its answers."""
-    bins = dict(
-        sorted({(p.low, p.high): format_bin(p) for points in series.values() for p in points}.items())
-    )
+    bins = {(p.low, p.high): format_bin(p) for points in series.values() for p in points}
     found = {name: {(p.low, p.high): p.estimate for p in points} for name, points in series.items()}
+    rows = [
+        (label, *(_format_point(of_run.get(ends)) for of_run in found.values()))
+        for ends, label in sorted(bins.items())
+    ]
     return Table(
         title=f"EM by {CURVES[key].lower()}",
-        header=(CURVES[key].lower(), *(f"{name} {what}" for name in series for what in ("n", "EM"))),
-        rows=tuple(
-            (
-                label,
-                *(
-                    cell
-                    for of_run in found.values()
-                    for cell in (
-                        str(of_run[ends].num_questions) if ends in of_run else "0",
-                        format_estimate(of_run.get(ends)),
-                    )
-                ),
-            )
-            for ends, label in bins.items()
-        ),
+        header=(CURVES[key].lower(), *series),
+        rows=tuple(rows),
+        note="Behind each score the number of questions.",
     )
+
+
+def _format_point(found: Estimate | None) -> str:
+    return ABSENT if found is None else f"{format_estimate(found)} ({found.num_questions})"
 
 
 if __name__ == "__main__":
