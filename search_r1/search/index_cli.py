@@ -70,8 +70,10 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default {shown.replace('%', '%%')})"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: of the command; 1 what it could not do, 2 wrong arguments, 130 interrupted."""
+def main(
+    arguments: Sequence[str] | None = None, *, commands: Mapping[str, tuple[str, str]] = COMMANDS
+) -> int:
+    """Return the exit status: of the command; 1 what it could not do, 2 wrong arguments, 130 interrupted."""
     given = expand_home(arguments)
     parser = argparse.ArgumentParser(
         prog="index",
@@ -79,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="`index COMMAND --help` lists the flags of a command.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (path, meaning) in COMMANDS.items():
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (path, meaning) in commands.items():
         is_asked = given[:1] == [name]
-        command = commands.add_parser(
+        command = parsers.add_parser(
             name,
             help=meaning,
             description=f"{meaning.capitalize()}.",

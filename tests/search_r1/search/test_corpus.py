@@ -109,14 +109,18 @@ def test_what_is_no_corpus_is_named_with_the_fix(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("with_sidecars")
-def test_the_second_opening_reads_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_opening_reads_no_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
-    open_corpus(path).check()
-    monkeypatch.setattr(line_offsets, "_scan", None)
-    again = open_corpus(path)
-    assert len(again) == 5
-    monkeypatch.setattr("search_r1.search.corpus._parse_line", None)
-    again.check()
+    reports: list[tuple[int, int]] = []
+
+    def report(done: int, total: int) -> None:
+        reports.append((done, total))
+
+    open_corpus(path, report=report).check(report)
+    assert reports == [(path.stat().st_size, path.stat().st_size), (5, 5)]
+    again = open_corpus(path, report=report)
+    again.check(report)
+    assert (len(again), len(reports)) == (5, 2)
 
 
 @pytest.mark.usefixtures("with_sidecars")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from search_r1.search import index_cli
 from search_r1.search.errors import RetrieverError
 from search_r1.search.index_cli import COMMANDS, main
 
@@ -86,7 +85,7 @@ def test_how_a_command_ends_is_the_exit_status(
     module.run = run  # type: ignore[attr-defined]
     module.add_arguments = lambda parser: parser.add_argument("--number", type=int)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "made_up_command", module)
-    monkeypatch.setattr(index_cli, "COMMANDS", {"do": ("made_up_command", "do it")})
-    assert main(["do", "--number", "7"]) == status
+    commands = {"do": ("made_up_command", "do it")}
+    assert main(["do", "--number", "7"], commands=commands) == status
     if isinstance(ending, RetrieverError):
         assert caplog.messages == ["corpus x is not a file"]
