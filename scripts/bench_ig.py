@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import os
 import statistics
@@ -19,14 +18,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx
-from rich.console import Console
 from rich.table import Table
 from screen import Screen
 
 from bench import engine
+from bench.command import run_bench
 from bench.service import read_counters, start_ig_service
 from bench.workload import QUESTIONS, ROLLOUTS, Rollout, world_steps
 from IG.client import GainRequest, IGClient
@@ -54,19 +52,16 @@ class Measured:
 
 
 def main() -> int:
-    """Exit status: 0 measured, 1 something could not be started or sampled differently."""
+    """Return the exit status: 0 measured, 1 something could not be started or sampled differently."""
     arguments = parse_arguments()
-    screen = Screen(Console())
     steps = world_steps(num_steps=arguments.steps + 1, seed=arguments.seed)
-    try:
-        with Supervisor() as supervisor, TemporaryDirectory(prefix="bench-ig-") as folder:
-            log = Path(folder) / "ig_service.log"
-            figures = run(supervisor, screen, workers=arguments.workers, steps=steps, log=log)
-    except ChildFailedError as error:
-        screen.print(str(error), style="bold red")
-        return 1
-    print(json.dumps(figures))
-    return 0
+
+    def measure_all(screen: Screen, folder: Path) -> dict[str, float]:
+        with Supervisor() as supervisor:
+            log = folder / "ig_service.log"
+            return run(supervisor, screen, workers=arguments.workers, steps=steps, log=log)
+
+    return run_bench(measure_all, name="bench-ig")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -27,23 +27,22 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import psutil
-from rich.console import Console
 from rich.table import Table
 from screen import Screen
 
 from bench import clustered
+from bench.command import run_bench
 from bench.load import Load, ask_continuously, load_index, search_bare
 from bench.service import ROOT, start_service
 from search_r1.search.ranking import compare_rows
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from verl.utils.supervise import Child, ChildFailedError, Supervisor, service_environment
+from verl.utils.supervise import Child, Supervisor, service_environment
 
 TOPK = 3
 BATCH = 64
@@ -113,18 +112,15 @@ class Served:
 
 
 def main() -> int:
-    """Exit status: 0 measured, 1 something could not be built or started."""
+    """Return the exit status: 0 measured, 1 something could not be built or started."""
     arguments = parse_arguments()
-    screen = Screen(Console(width=None if sys.stdout.isatty() else 120))
-    try:
-        with TemporaryDirectory(prefix="bench-retriever-") as folder:
-            summary = Bench(screen, arguments=arguments, folder=arguments.folder or Path(folder)).run()
-    except (ChildFailedError, ExceptionGroup) as error:
-        screen.print(str(error), style="bold red")
-        return 1
-    screen.console.print(table(summary))
-    print(json.dumps(asdict(summary)))
-    return 0
+
+    def measure_all(screen: Screen, folder: Path) -> dict[str, object]:
+        summary = Bench(screen, arguments=arguments, folder=arguments.folder or folder).run()
+        screen.console.print(table(summary))
+        return asdict(summary)
+
+    return run_bench(measure_all, name="bench-retriever")
 
 
 def parse_arguments() -> argparse.Namespace:

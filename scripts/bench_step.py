@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import statistics
 import sys
@@ -33,16 +32,15 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 from hydra import compose, initialize_config_module
-from rich.console import Console
 from rich.table import Table
 from screen import Screen
 
 from bench import bare
+from bench.command import run_bench
 from bench.service import start_ig_service, start_service
 from bench.step import Batch, Cost, CountingScorer, Method
 from verl.algorithms import ALGORITHMS
@@ -60,7 +58,7 @@ from verl.trainer.ppo.trainer import PPOTrainer
 from verl.trainer.wiring import USE_IG_SERVICE
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
-from verl.utils.supervise import ChildFailedError, Supervisor
+from verl.utils.supervise import Supervisor
 from verl.workers.batch import build_batch
 
 WARM_UP_STEPS = 1
@@ -69,17 +67,14 @@ IG_FLAGS = ("--num-generations", "8", "--max-new-tokens", "12")
 
 
 def main() -> int:
-    """Exit status: 0 measured, 1 something could not be started."""
+    """Return the exit status: 0 measured, 1 something could not be started."""
     arguments = parse_arguments()
-    screen = Screen(Console())
-    try:
-        with Supervisor() as supervisor, TemporaryDirectory(prefix="bench-step-") as folder:
-            figures = run(supervisor, screen, arguments, folder=Path(folder))
-    except ChildFailedError as error:
-        screen.print(str(error), style="bold red")
-        return 1
-    print(json.dumps(figures))
-    return 0
+
+    def measure_all(screen: Screen, folder: Path) -> dict[str, object]:
+        with Supervisor() as supervisor:
+            return run(supervisor, screen, arguments, folder=folder)
+
+    return run_bench(measure_all, name="bench-step")
 
 
 def parse_arguments() -> argparse.Namespace:
