@@ -118,7 +118,6 @@ def test_corrections_that_exist_here_are_kept() -> None:
         f"{ACTOR}.clip_ratio_c=3.0",
         f"{ACTOR}.loss_scale_factor=512",
         "algorithm.adv_estimator=rloo",
-        "algorithm.filter_groups.enable=true",
     ]
     left = {f"{ROLLOUT}.n", f"{ACTOR}.policy_loss.clip_cov_ratio"}
     assert set(refusals([f"{ROLLOUT}.n=8", f"{ACTOR}.policy_loss.clip_cov_ratio=0.1", *kept])) == left
