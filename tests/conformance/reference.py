@@ -12,39 +12,39 @@ Array = NDArray[np.float64]
 
 
 def grpo(rewards: Array) -> Array:
-    """A_i = (r_i - mean r) / (std r + 1e-6), sample standard deviation."""
+    """Return A_i = (r_i - mean r) / (std r + 1e-6), with the sample standard deviation [n]."""
     return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
 
 
 def rloo(rewards: Array) -> Array:
-    """A_i = r_i - mean of r_j over j != i."""
+    """Return A_i = r_i - mean of r_j over j != i [n]."""
     n = len(rewards)
     others = (rewards.sum() - rewards) / (n - 1)
     return rewards - others
 
 
 def reinforce_plus_plus(rewards: Array, num_tokens: Array) -> Array:
-    """A = (r - mean r) / (std r + 1e-6) over all tokens of the batch."""
+    """Return A = (r - mean r) / (std r + 1e-6), mean and std over all tokens of the batch [n]."""
     per_token = np.repeat(rewards, num_tokens.astype(int))
     return (rewards - per_token.mean()) / (per_token.std(ddof=1) + 1e-6)
 
 
 def returns(rewards: Array, discount: float) -> Array:
-    """G_t = sum over k >= t of discount^(k - t) r_k; rows are trajectories, padded with 0 behind the end."""
+    """Return G_t = sum over k >= t of discount^(k - t) r_k; rows are trajectories, padded with 0 [n, T]."""
     steps = np.arange(rewards.shape[1])
     powers = np.triu(discount ** np.maximum(steps[None] - steps[:, None], 0))  # [t, k]
     return rewards @ powers.T
 
 
 def leave_one_out_returns(rewards: Array, mask: NDArray[np.bool_], discount: float) -> Array:
-    """A_{i,t} = G_{i,t} - mean of G_{j,t} over j != i, where G is 0 behind the end of a trajectory."""
+    """Return A_{i,t} = G_{i,t} - mean of G_{j,t} over j != i; G is 0 after the end of a trajectory [n, T]."""
     total = returns(rewards * mask, discount)
     others = (total.sum(0) - total) / (len(total) - 1)
     return (total - others) * mask
 
 
 def igpo_separate(gains: Array, mask: NDArray[np.bool_], outcomes: Array, discount: float) -> Array:
-    """Gains [n, T] and outcomes [n] z-scored apart, the outcome behind the last gain, then G [n, T + 1]."""
+    """Return the returns of gains [n, T] and outcomes [n], z-scored apart, outcomes last [n, T + 1]."""
 
     def z(values: Array) -> Array:
         if not len(values):
@@ -59,23 +59,23 @@ def igpo_separate(gains: Array, mask: NDArray[np.bool_], outcomes: Array, discou
 
 
 def tips_potential(log_probs: Array, tau: float) -> float:
-    """Phi = tau log sum exp(L / tau)."""
+    """Return Phi = tau log sum exp(L / tau)."""
     return float(tau * np.log(np.exp(log_probs / tau).sum()))
 
 
 def ig_search_gain(real: Array, counterfactual: Array) -> float:
-    """mean over tokens of the real log-probs - mean over documents and tokens of the counterfactual ones."""
+    """Return the mean of the real log-probs [L] minus that of the counterfactual ones [N, L]."""
     return float(real.mean() - counterfactual.mean(axis=1).mean())
 
 
 def siop_weights(masses: Array, supports: Array, eta: float) -> Array:
-    """q_c = m_c exp(eta r_c) / Z."""
+    """Return q_c = m_c exp(eta r_c) / Z per cluster."""
     raw = masses * np.exp(eta * supports)
     return raw / raw.sum()
 
 
 def stepsearch_gains(similarities: Array) -> Array:
-    """gain_k = mean over d of max(c_k(d) - max over j < k of c_j(d), 0)."""
+    """Return gain_k = mean over d of max(c_k(d) - max over j < k of c_j(d), 0), from c [K, D]."""
     best = np.zeros(similarities.shape[1])
     gains = []
     for row in similarities:
@@ -85,7 +85,7 @@ def stepsearch_gains(similarities: Array) -> Array:
 
 
 def cw_grpo(advantage: float, contributions: Array) -> Array:
-    """A_t = A n c_t / sum c for A >= 0, else A."""
+    """Return A_t = A n c_t / sum c for A >= 0, else A."""
     if advantage < 0 or contributions.sum() <= 0:
         return np.full(len(contributions), advantage)
     return advantage * len(contributions) * contributions / contributions.sum()

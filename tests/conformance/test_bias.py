@@ -48,7 +48,7 @@ def test_leave_one_out_returns_give_the_exact_gradient(n: int) -> None:
     assert gradient == pytest.approx(exact(means), abs=1e-6)
 
 
-def test_pooled_centering_of_gains_teaches_to_stop_searching() -> None:
+def test_pooled_centering_of_gains_lowers_the_probability_of_searching() -> None:
     gradient = method_gradient(make_method("igpo"), placement="turns", n=3)
     assert gradient[0] == pytest.approx(0.0, abs=1e-6)
     assert all(value < -0.01 for value in gradient[1:])

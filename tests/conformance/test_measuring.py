@@ -1,4 +1,4 @@
-"""What the methods ask of a scorer and make of its answers, from trajectories to advantages."""
+"""What methods have scored, and the gains and advantages that they compute from it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def group_of(uid: str, *queries: Sequence[str], golds: tuple[str, ...] = ("Bolto
 
 
 def with_documents(trajectory: Trajectory) -> Trajectory:
-    """The trajectory with results of its own for every query."""
+    """Return the trajectory with different results for every query."""
 
     def read(turn: Turn) -> Turn:
         if not turn.observations:
@@ -214,7 +214,7 @@ async def test_without_another_question_a_search_has_no_gain() -> None:
 
 
 def with_query(trajectory: Trajectory, *lengths: int) -> Trajectory:
-    """The trajectory with queries of so many tokens."""
+    """Return the trajectory with queries of these numbers of tokens."""
     turns = []
     for turn, length in zip(trajectory.turns, lengths, strict=False):
         ids = np.arange(10, 12 + length, dtype=np.int32)

@@ -15,7 +15,7 @@ CASES: list[dict[str, Any]] = yaml.safe_load(
 
 
 def flatten(value: Any) -> list[Any]:
-    """Numbers of nested lists in order, with the shape kept as text between them."""
+    """Return the numbers of nested lists in order, with brackets between them that keep the shape."""
     if isinstance(value, list | tuple):
         return ["[", *(part for each in value for part in flatten(each)), "]"]
     return [value if value is None else float(value)]

@@ -28,7 +28,7 @@ EXACT = settings(deadline=None, max_examples=80)
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[list[list[float]], list[float]]:
-    """Gains per turn but the last, and outcomes, of 2 to 6 trajectories with 1 to 5 turns."""
+    """Draw gains per turn but the last, and outcomes, of 2 to 6 trajectories with 1 to 5 turns."""
     n = draw(st.integers(2, 6))
     gains = [draw(st.lists(VALUES, max_size=4)) for _ in range(n)]
     return gains, draw(st.lists(VALUES, min_size=n, max_size=n))
@@ -115,7 +115,7 @@ def test_siop_weights(clusters: list[tuple[float, float]], eta: float) -> None:
 def test_stepsearch_gains(similarities: list[list[float]]) -> None:
     expected = reference.stepsearch_gains(np.array(similarities))
     np.testing.assert_allclose(stepsearch.coverage_gains(similarities), expected, atol=1e-12)
-    assert expected.sum() <= 1.0 + 1e-9  # what is covered once is not paid again
+    assert expected.sum() <= 1.0 + 1e-9  # a passage that is covered adds nothing again
 
 
 @EXACT
@@ -123,7 +123,7 @@ def test_stepsearch_gains(similarities: list[list[float]]) -> None:
 def test_cw_grpo(advantage: float, contributions: list[float]) -> None:
     got = cw_grpo.redistribute(advantage, contributions)
     np.testing.assert_allclose(got, reference.cw_grpo(advantage, np.array(contributions)), atol=1e-9)
-    assert sum(got) == pytest.approx(advantage * len(contributions), abs=1e-6)  # nothing is lost or added
+    assert sum(got) == pytest.approx(advantage * len(contributions), abs=1e-6)  # only redistributed
 
 
 # A is as similar to B as B to C, with which A has less in common.
@@ -200,7 +200,7 @@ def test_a_constant_on_all_outcomes_of_a_group_changes_nothing(
 
 # gigpo compares outcomes that are discounted per turn: equal ones differ between a short and a long way.
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"gigpo"}))
-def test_groups_of_one_and_equal_groups_without_gains_teach_nothing(name: str) -> None:
+def test_groups_of_one_and_equal_groups_without_gains_get_no_advantage(name: str) -> None:
     lone = credits_of(name, [[0.0, 0.0]], [1.0])
     equal = credits_of(name, [[0.0], [0.0], [0.0]], [1.0, 1.0, 1.0])
     for credit in (*lone, *equal):

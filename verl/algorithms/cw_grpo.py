@@ -30,7 +30,7 @@ class CWGRPOConfig(AlgorithmConfig):
 
 
 class CWGRPO(Algorithm):
-    """Reward a trajectory by its outcome, and share its advantage out by what each search contributed."""
+    """Reward a trajectory by its outcome, and distribute its advantage by what each search contributed."""
 
     settings: CWGRPOConfig
     settings_class = CWGRPOConfig
@@ -88,7 +88,7 @@ def redistribute(advantage: float, contributions: Sequence[float | None]) -> lis
 
     `contributions` are gains, of which the positive part counts, None where none was measured; they are
     normalized to sum to 1 over the n searches that were measured. A search without one keeps A, and so do all
-    searches where no contribution is positive: otherwise a right answer would silence all that led to it.
+    searches where no contribution is positive: otherwise a right answer would give no search any credit.
     """
     known = [max(0.0, value) for value in contributions if value is not None]
     total = math.fsum(known)

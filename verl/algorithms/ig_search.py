@@ -72,7 +72,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Asked:
-    """What is asked of the policy about one trajectory."""
+    """What the policy scores for one trajectory."""
 
     steps: list[Step]
     draws: list[list[Step]]

@@ -5,7 +5,7 @@ reward of turn t is b_t - b_{t-1} (or the difference of exp b), that of the last
 normalized within the group, summed from each turn on with a discount, and given to the turn's tokens.
 
 `info_gain_norm_mode` are the paper's `separate` and `joint`, and `raw_ig` and `scaled_separate`, which the
-authors use in DR-Venus. `baseline=leave_one_out` is ours: it does not take away the incentive to search.
+authors use in DR-Venus. `baseline=leave_one_out` is ours: it keeps the incentive to search.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class InfoReasoner(Algorithm):
     needs = frozenset({Need.IG_SERVICE})
 
     def prefetch(self, questions: Sequence[Question]) -> GainRequests:
-        """Ask for the baselines at once, and for every gain as soon as its episode has ended."""
+        """Request the baselines at once, and every gain as soon as its episode has ended."""
         assert self.services.ig_service is not None
         requests = GainRequests(self.services.ig_service, requests_of=self._requests_of)
         for question in questions:
@@ -91,7 +91,7 @@ class InfoReasoner(Algorithm):
         )
 
     def _requests_of(self, trajectory: Trajectory) -> list[GainRequest]:
-        """Return what is asked about a trajectory: nothing without a passage or without an answer.
+        """Return the requests for a trajectory: none without a passage or without an answer.
 
         Without an answer the published reward is 0, also after good searches, so that no gain is needed. For
         turns there is one request per turn that found passages, of all that was read up to it: the service

@@ -184,7 +184,7 @@ class SIOP(Algorithm):
 
 
 def _pairs(contexts: Sequence[tuple[Trajectory, str]]) -> list[tuple[str, str]]:
-    """Return what is asked of a group: its distinct answers both ways, and what was read against them."""
+    """Return the pairs to judge in a group: distinct answers both ways, and passages with their answer."""
     texts = list(dict.fromkeys(_statement(t) for t, _ in contexts))
     read = ((context, _statement(t)) for t, context in contexts if context)
     return list(dict.fromkeys([*itertools.permutations(texts, 2), *read]))

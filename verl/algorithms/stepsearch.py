@@ -89,8 +89,8 @@ def net_gains(similarities: Sequence[Sequence[float]], results: Sequence[Sequenc
 def similarities(question: Question, results: Sequence[Sequence[Passage]]) -> list[list[float]]:
     """Return per search and supporting passage the largest similarity of a result to it [K, D].
 
-    A passage is 1 to itself. To another one it is the cosine of their TF-IDF vectors over all passages at
-    hand. Without texts in the data it is 1 where the id is the passage's title, else 0.
+    A passage is 1 to itself. To another one it is the cosine of their TF-IDF vectors over all these
+    passages. Without texts in the data it is 1 where the id is the passage's title, else 0.
     """
     passages = [passage for of_one in results for passage in of_one]
     cosines = np.zeros((len(passages), len(question.supporting_ids)))

@@ -18,7 +18,7 @@ def read(text: str) -> State:
     return State(text, tuple(map(ord, text)))
 
 
-@pytest.mark.parametrize("texts", itertools.permutations(SIMILAR))
+@pytest.mark.parametrize("texts", [*itertools.permutations(SIMILAR)])
 def test_states_are_clustered_without_regard_to_the_order_of_the_group(texts: tuple[str, ...]) -> None:
     outcomes = {SIMILAR[0]: 1.0, SIMILAR[1]: 0.0, SIMILAR[2]: 0.5}
     advantages = step_advantages(
@@ -33,7 +33,7 @@ def test_states_are_clustered_without_regard_to_the_order_of_the_group(texts: tu
 
 
 def with_reply(text: str, ids: list[int], kind: ActionKind) -> Trajectory:
-    """A trajectory that read these tokens after its first turn, and this text from its tool."""
+    """Return a trajectory that read these tokens after its first turn, and this text from its tool."""
     plain = make_trajectory(make_question(), queries=("q",), answer="x")
     first = replace(
         plain.turns[0],

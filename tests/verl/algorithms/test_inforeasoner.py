@@ -40,7 +40,7 @@ class Believing:
     async def submit(self, request: GainRequest) -> GainResult:
         self.asked.append(request.context)
         if request.context not in self.beliefs:
-            return GainResult(gain=None, error="kaput")
+            return GainResult(gain=None, error="no model")
         after, before = self.beliefs[request.context], self.beliefs[""]
         beliefs = {"belief_with_context": after, "belief_no_context": before} if self.reports else {}
         return GainResult(gain=after - before, **beliefs)
@@ -106,7 +106,7 @@ def test_turns_without_new_passages_have_no_gain() -> None:
 @pytest.mark.parametrize(
     ("service", "settings", "failure"),
     [
-        (Believing({"": 0.25, "a": 0.5}), {"granularity": "turn"}, "gain_failed: kaput"),
+        (Believing({"": 0.25, "a": 0.5}), {"granularity": "turn"}, "gain_failed: no model"),
         (Believing(BELIEFS, reports=False), {"gain_form": "log_ratio"}, "reports no beliefs"),
     ],
 )

@@ -1,9 +1,10 @@
-"""What every method holds, and what the two that the trainer began with make of scores."""
+"""Properties of every method, and the credit of `search_r1` and `inforeasoner`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from verl.types import Gain, Score, Trajectory
 
 
 def play(*outcomes: tuple[float | None, float | None, str | None]) -> tuple[list[Trajectory], list[Score]]:
-    """Trajectories of 0, 1, 2, ... searches with these outcomes, gains and failures."""
+    """Return trajectories of 0, 1, 2, ... searches with these outcomes, gains and failures."""
     question = make_question()
     trajectories = [
         make_trajectory(question, sample=i, queries=("q",) * i, answer="x") for i in range(len(outcomes))
@@ -87,6 +88,15 @@ def test_without_std_the_advantage_is_the_distance_to_the_mean() -> None:
         0.5 * trajectories[0].num_policy_tokens,
         -0.5 * trajectories[1].num_policy_tokens,
     ]
+
+
+def test_the_terminal_term_of_tips_is_scaled_but_does_not_set_the_scale() -> None:
+    trajectories, scores = play((0.0, None, None), (0.0, None, None))
+    gains = [Gain(turns=(-4.0,)), Gain(turns=(3.0, -2.0))]
+    scored = [replace(score, gain=gain) for score, gain in zip(scores, gains, strict=True)]
+    credits = credit_group(make_method("tips", terminal=True), trajectories, scored)
+    # alpha = 0.11 / 3, and after the other trajectory has stopped, its return is 0
+    assert credits[1].components["turn_advantage"] == pytest.approx([0.11 / 3 * 5.0, 0.11 / 3 * -2.0])
 
 
 def test_a_setting_out_of_range_is_refused() -> None:

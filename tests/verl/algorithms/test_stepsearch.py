@@ -24,11 +24,11 @@ YORK = Passage(id="8", title='"York"', text="A town with walls.", score=1.0)
         (("8", "7"), (), [[0.0, 1.0], [1.0, 0.0]]),
         (("York", "Hull"), (), [[0.0, 1.0], [1.0, 0.0]]),  # titles, where the data has no more
         (("Y", "H"), ("York\nA town with walls.", "Hull\nA port in the north."), [[0.0, 1.0], [1.0, 0.0]]),
-        # A title stands for a whole article: the text says which passage of it is meant.
+        # A title names a whole article: the text identifies the passage of it.
         (("York",), ("York\nIts railway museum opened late.",), [[0.0], [0.2]]),
     ],
 )
-def test_passages_are_told_by_id_by_title_or_by_text(
+def test_passages_are_recognized_by_id_by_title_or_by_text(
     ids: tuple[str, ...], texts: tuple[str, ...], expected: list[list[float]]
 ) -> None:
     question = replace(make_question(), supporting_ids=ids, supporting_texts=texts)

@@ -1,6 +1,6 @@
 """Requests of one step to the IG service: sent as soon as they can be, completed when the step needs them.
 
-A gain depends on its question, context and gold answers only, not on when it was asked for.
+A gain depends on its question, context and gold answers only, not on the time of its request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class GainRequests(Prefetch):
     def __init__(
         self, service: IGService, *, requests_of: Callable[[Trajectory], Sequence[GainRequest]]
     ) -> None:
-        """`requests_of` returns what is asked about a trajectory, possibly nothing."""
+        """`requests_of` returns the requests for a trajectory, possibly none."""
         self._service = service
         self.requests_of = cache(requests_of)  # needed twice: when the episode ends and when all have
         self._tasks: dict[GainRequest, asyncio.Task[GainResult]] = {}

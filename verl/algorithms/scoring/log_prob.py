@@ -1,4 +1,4 @@
-"""Log-probs of answers in the states of a trajectory: what is asked of the policy, and how it is read.
+"""Log-probs of answers in the states of a trajectory: what the policy scores, and how it is reduced.
 
 A state is what the policy had read when it began a turn: the prompt, or all up to the observation of the turn
 before. An answer is appended to it inside a wrapper, such as `<answer>{answer}</answer>`, and the tokens that

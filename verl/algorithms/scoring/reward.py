@@ -1,7 +1,7 @@
 """The scores of a step: the outcome of every answer and the method's gains, and a halt when too many failed.
 
 A trajectory or a gain that failed is named, masked and counted, never 0; above a share of failures training
-halts, because what is left is no longer the batch that was asked for.
+halts, because what is left is no longer the configured batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Reward:
         return scored
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
-        """Return outcomes only: evaluation asks for no gain, and its failures are counted by the caller."""
+        """Return outcomes only: evaluation measures no gain, and the caller counts its failures."""
         return [score_answer(trajectory, outcome=self._outcome) for trajectory in trajectories]
 
     def _check(self, what: str, failures: Sequence[str | None], *, fix: str) -> None:
@@ -89,7 +89,7 @@ def score_answer(trajectory: Trajectory, *, outcome: OutcomeRule, gain: Gain = N
 
 
 def check_sample(sample: Sample) -> None:
-    """Raise ValueError where a method does not hold what the batch, metrics and records rely on."""
+    """Raise ValueError where a method breaks what batch, metrics and records rely on."""
     trajectory, score, credit = sample
     name = f"{trajectory.question.uid}#{trajectory.sample}"
     gain = score.gain
