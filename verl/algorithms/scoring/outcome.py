@@ -50,7 +50,7 @@ def measure_outcome(
         }
     if metric == "igpo_f1":
         assert decode is not None
-        text = "".join(decode(turn.output_ids.tolist()) for turn in trajectory.turns)
+        text = _text_of_turns(trajectory, decode)
         is_invalid = any(turn.action.kind is ActionKind.INVALID for turn in trajectory.turns)
         is_broken = is_invalid or not has_balanced_tags(text)
         return Outcome(value=igpo_f1(None if is_broken else answer, golds), metrics=metrics)
@@ -66,6 +66,17 @@ def measure_outcome(
 def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) -> float:
     """Return `set_f1`, or the penalty without an answer (IGPO, whose code has the value of the penalty)."""
     return penalty if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
+
+
+def _text_of_turns(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> str:
+    """Return the sampled text, with the tag `<think>` where the chat template opened it before a turn."""
+    text, before = "", trajectory.prompt_ids
+    for turn in trajectory.turns:
+        end = decode(before[-len("<think>\n") :].tolist())  # as many tokens as characters are enough
+        text += "<think>" if end.rstrip().endswith("<think>") else ""
+        text += decode(turn.output_ids.tolist())
+        before = turn.observation_ids
+    return text
 
 
 def has_balanced_tags(text: str) -> bool:

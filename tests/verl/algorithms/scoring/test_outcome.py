@@ -108,3 +108,19 @@ def test_igpo_pays_a_penalty_for_unbalanced_tags_and_invalid_turns(
     trajectory = replace(plain, turns=(sampled(first, searched), sampled(last, answered)))
     outcome = measure_outcome(trajectory, metric="igpo_f1", decode=tokenizer.decode)
     assert (outcome.value, outcome.metrics["em"]) == (expected, 1.0)
+
+
+def test_a_thought_that_the_chat_template_opened_is_balanced() -> None:
+    tokenizer = CharTokenizer()
+    ids = np.array(tokenizer.encode("hm </think><answer> Bolton </answer>"), np.int32)
+    plain = make_trajectory(QUESTION, answer="Bolton")
+    turn = replace(plain.turns[0], output_ids=ids, output_log_probs=np.zeros(len(ids), np.float32))
+    values = [
+        measure_outcome(
+            replace(plain, prompt_ids=np.array(tokenizer.encode(prompt), np.int32), turns=(turn,)),
+            metric="igpo_f1",
+            decode=tokenizer.decode,
+        ).value
+        for prompt in ("assistant\n<think>\n", "assistant\n")
+    ]
+    assert values == [1.0, -2.0]
