@@ -25,12 +25,11 @@ from serving.redaction import redact_text
 from verl.errors import ConfigError, ServiceError
 from verl.evaluation.judge_settings import PACKAGED_FILE, JudgeSettings, load_settings
 from verl.evaluation.page import write_report
-from verl.evaluation.records import ResultRecord, read_results
-from verl.evaluation.verdicts import VERDICTS_FILE, VerdictRecord
+from verl.evaluation.records import JUDGE_FILE, VERDICTS_FILE, ResultRecord, read_results
+from verl.evaluation.verdicts import VerdictRecord
 from verl.utils.entry import error_line
 from verl.utils.http import translated_settings
 
-JUDGE_FILE = "judge.json"
 CACHE = Path("~/.cache/inforeasoner/judge")
 _VERDICTS = {"correct": 1.0, "incorrect": 0.0}
 _MESSAGE_TOKENS = 64

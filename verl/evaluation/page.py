@@ -14,7 +14,14 @@ from pydantic import TypeAdapter
 from serving.files import write_atomically, write_json_atomically
 from verl.errors import DataError
 from verl.evaluation.charts import draw_points
-from verl.evaluation.records import SETTINGS_FILE, TRAJECTORIES_FILE, ResultRecord
+from verl.evaluation.records import (
+    LATEX_FILE,
+    MARKDOWN_FILE,
+    SETTINGS_FILE,
+    SUMMARY_FILE,
+    TRAJECTORIES_FILE,
+    ResultRecord,
+)
 from verl.evaluation.summary import CURVES, LABELS, Summary, summarize, summary_json
 from verl.evaluation.tables import (
     Table,
@@ -31,9 +38,6 @@ from verl.run.report.examples import evenly_spaced, shown_bytes
 from verl.run.report.report import REPORT_FILE, TEMPLATES, Tile, make_environment
 from verl.utils.files import parse_json
 
-SUMMARY_FILE = "summary.json"
-MARKDOWN_FILE = "table.md"
-LATEX_FILE = "table.tex"
 _TEMPLATES = Path(__file__).parent / "templates"
 _EXAMPLES = 16
 """Shown at most, of each verdict."""

@@ -3,7 +3,9 @@
     settings.json        what was evaluated, and with what
     results.jsonl        one `ResultRecord` per line: answer, metrics, tokens, seconds
     trajectories.jsonl   the same lines in the same order as `verl.run.records.TrajectoryRecord`
-    metrics.json         means over the results
+    metrics.json         means over the results, by the names of the training's evaluations
+    summary.json         the same with intervals, by source, micro and macro; table.md, table.tex, report.html
+    judgements.jsonl     verdicts of a judge, if it was asked; judge.json says of which
 
 Lines are appended to both files when an episode ends, and brought into the order of the questions when all
 have ended. What is in both files and did not fail is not asked again.
@@ -37,6 +39,11 @@ SETTINGS_FILE = "settings.json"
 RESULTS_FILE = "results.jsonl"
 TRAJECTORIES_FILE = "trajectories.jsonl"
 METRICS_FILE = "metrics.json"
+SUMMARY_FILE = "summary.json"
+MARKDOWN_FILE = "table.md"
+LATEX_FILE = "table.tex"
+VERDICTS_FILE = "judgements.jsonl"
+JUDGE_FILE = "judge.json"
 FORMAT = 1
 
 Key = tuple[str, int]

@@ -13,17 +13,29 @@ from typing_extensions import TypedDict
 from serving.files import write_json_atomically
 from serving.redaction import redact
 from verl.errors import ConfigError
-from verl.evaluation.records import METRICS_FILE, RESULTS_FILE, SETTINGS_FILE, TRAJECTORIES_FILE
+from verl.evaluation.records import (
+    JUDGE_FILE,
+    LATEX_FILE,
+    MARKDOWN_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    SETTINGS_FILE,
+    SUMMARY_FILE,
+    TRAJECTORIES_FILE,
+    VERDICTS_FILE,
+)
 from verl.run.folder import set_aside_run
 from verl.run.manifest import MANIFEST_FILE, Manifest
 from verl.run.progress import model_digest
+from verl.run.report.report import REPORT_FILE
 from verl.run.resume import flatten, retriever_facts
 from verl.utils.files import parse_json
 
 logger = logging.getLogger(__name__)
 
 PARTS = (
-    SETTINGS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, METRICS_FILE, "table.md", "table.tex", "report.html",
+    SETTINGS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, METRICS_FILE, SUMMARY_FILE, MARKDOWN_FILE, LATEX_FILE,
+    REPORT_FILE, VERDICTS_FILE, JUDGE_FILE,
 )  # fmt: skip
 """All that an evaluation leaves in its folder, except for the log, which is open."""
 _WITHOUT_EFFECT = (

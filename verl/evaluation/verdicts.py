@@ -7,10 +7,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from verl.evaluation.records import ResultRecord, read_results
+from verl.evaluation.records import VERDICTS_FILE, ResultRecord, read_results
 from verl.utils.files import parse_json
-
-VERDICTS_FILE = "judgements.jsonl"
 
 
 class VerdictRecord(TypedDict):

@@ -17,6 +17,7 @@ from serving.files import write_json_atomically
 from serving.machine import has_bfloat16
 from verl.agent.prompts import prompt_file
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
+from verl.evaluation.page import write_report
 from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
 from verl.evaluation.settings import open_folder
 from verl.protocols import Agent, ToolResources
@@ -67,7 +68,9 @@ async def evaluate_model(config: Config) -> dict[str, object]:
         async with AsyncExitStack() as stack:
             device = resolve_device(config, num_gpus=num_gpus)
             num_asked, seconds = await answer_questions(config, stack, folder=folder, device=device)
-        return summarize(folder, num_asked=num_asked, seconds=seconds)
+        summary = summarize(folder, num_asked=num_asked, seconds=seconds)
+        logger.info("report: %s", write_report(folder))
+        return summary
 
 
 async def answer_questions(

@@ -15,9 +15,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from tests.processes import served_in_thread
 from tests.scripted_evaluation import write_evaluation_folder
 from verl.errors import ConfigError, ServiceError
-from verl.evaluation.judge import JUDGE_FILE, Judge, Reply, judge_folder, main, parse_verdict, read_token
+from verl.evaluation.judge import Judge, Reply, judge_folder, main, parse_verdict, read_token
 from verl.evaluation.judge_settings import PACKAGED_FILE, JudgeSettings, load_settings
-from verl.evaluation.verdicts import VERDICTS_FILE, read_judged_results, read_verdicts
+from verl.evaluation.records import JUDGE_FILE, VERDICTS_FILE
+from verl.evaluation.verdicts import read_judged_results, read_verdicts
 
 KEY = "sk-geheim"
 TOKENS = 40
