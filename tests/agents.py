@@ -25,12 +25,15 @@ LIMITS = {
 
 def make_tools(search: Search, names: Sequence[str], *, search_timeout_s: float = 30) -> list[Tool]:
     """Return the tools of these names."""
-    settings, resources = RetrieverConfig(), ToolResources(open_search=lambda: search)
-    settings.timeout_s = search_timeout_s
+    resources = ToolResources(open_search=lambda: search)
+    settings = {name: TOOLS[name].settings_class() for name in names}
+    for each in settings.values():
+        if isinstance(each, RetrieverConfig):
+            each.timeout_s = search_timeout_s
     texts = {
         name: load_texts(PACKAGED_FILE, section=f"tools.{name}", entries=TOOLS[name].texts) for name in names
     }
-    return [TOOLS[name](settings, texts=texts[name], resources=resources) for name in names]
+    return [TOOLS[name](settings[name], texts=texts[name], resources=resources) for name in names]
 
 
 def make_format(

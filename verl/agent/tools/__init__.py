@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from verl.agent.tools.python import PythonTool
 from verl.agent.tools.search import SearchTool
 from verl.protocols import Tool
 
 TOOLS: dict[str, type[Tool]] = {
     "search": SearchTool,
+    "python": PythonTool,
 }

@@ -19,7 +19,7 @@ from tests.methods import credit_group, make_method
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.advice import list_advice
-from verl.trainer.config.loading import config_groups, load_config, register_schema, schema_keys
+from verl.trainer.config.loading import config_class, config_groups, load_config, register_schema, schema_keys
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import validate
@@ -49,7 +49,7 @@ def composed(overrides: Sequence[str] = ()) -> Config:
 
 
 def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
-    defaults = Config()
+    defaults = config_class()()
     folder = "runs/${trainer.project_name}/${trainer.experiment_name}"
     assert defaults.trainer.default_local_dir == folder
     defaults.trainer.default_local_dir = "runs/inforeasoner/grpo"
