@@ -42,7 +42,7 @@ MALFORMED: tuple[object, ...] = (
     {"queries": "one"},
     {"query": "a", "queries": ["b"]},
     {"queries": [None]},
-    {"query": "a", "topk": 0},
+    {"query": "a", "topk": -1},
     {"query": "a", "timeout_s": -1},
     [],
 )
