@@ -1,4 +1,5 @@
 # make quickstart   the main job, end to end: train a search agent on this machine (about 5 minutes after installing)
+# make ask          ask the quickstart's last checkpoint; a single question: make ask ASK_ARGS='"Where was Gilbert Nash born?"'
 # make test         every test;  make test-fast  those that take seconds
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
@@ -10,12 +11,13 @@ SHELL := /bin/bash
 # What is installed, else the CPU: the quickstart needs no GPU, not even where there is one.
 PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 QUICKSTART_ARGS ?=
+ASK_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart bench-step bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor check format test test-fast quickstart ask bench-step bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -54,6 +56,9 @@ test-fast: venv
 
 quickstart: venv
 	@$(BIN)/python scripts/quickstart.py $(QUICKSTART_ARGS)
+
+ask: venv
+	@$(BIN)/python -m verl.ask $(ASK_ARGS)
 
 bench-step: venv
 	@$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)

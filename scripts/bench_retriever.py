@@ -38,11 +38,11 @@ from screen import Screen
 from bench import clustered
 from bench.command import run_bench
 from bench.load import Load, ask_continuously, load_index, search_bare
-from bench.service import ROOT, start_service
+from bench.service import ROOT
 from search_r1.search.ranking import compare_rows
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from verl.utils.supervise import Child, Supervisor, service_environment
+from verl.utils.supervise import Child, Supervisor, service_environment, start_service
 
 TOPK = 3
 BATCH = 64

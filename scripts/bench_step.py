@@ -41,7 +41,7 @@ from screen import Screen
 
 from bench import bare
 from bench.command import run_bench
-from bench.service import start_ig_service, start_service
+from bench.service import start_ig_service
 from bench.step import Batch, Cost, CountingScorer, Method
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Need
@@ -58,7 +58,7 @@ from verl.trainer.ppo.trainer import PPOTrainer
 from verl.trainer.wiring import USE_IG_SERVICE
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
-from verl.utils.supervise import Supervisor
+from verl.utils.supervise import Supervisor, start_service
 from verl.workers.batch import build_batch
 
 WARM_UP_STEPS = 1

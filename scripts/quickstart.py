@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import statistics
 import sys
@@ -234,8 +235,17 @@ def show(console: Console, summary: Summary) -> None:
     table.add_row("peak memory, all processes", "", f"{summary.peak_rss_gb:.2f} GB")
     console.print(table)
     console.print(f"Look at it: {summary.run_dir}/report.html", soft_wrap=True)
+    if any(Path(summary.run_dir, "checkpoints").glob("global_step_*")):
+        console.print(f"Talk to it: {write_ask_command(Path(summary.run_dir))}", soft_wrap=True, markup=False)
     console.file.flush()
     print(json.dumps(asdict(summary)), flush=True)
+
+
+def write_ask_command(run_dir: Path) -> str:
+    """Return the command that asks the run's last checkpoint; without arguments it takes the newest run."""
+    if run_dir.parent == ROOT / "runs" and run_dir.match("quickstart-*"):
+        return "make ask"
+    return f"make ask ASK_ARGS={shlex.quote('--model ' + shlex.quote(str(run_dir)))}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

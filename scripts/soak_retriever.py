@@ -28,10 +28,10 @@ from rich.console import Console
 from screen import Screen, Update
 
 from bench.load import TIMEOUT_S, open_session
-from bench.service import WORLD, start_service
+from bench.service import WORLD
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from verl.utils.entry import error_line
-from verl.utils.supervise import ChildFailedError, MemoryWatch, Supervisor
+from verl.utils.supervise import ChildFailedError, MemoryWatch, Supervisor, start_service
 
 TOPK = 5
 MAX_QUERIES_PER_REQUEST = 4

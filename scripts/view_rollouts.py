@@ -42,14 +42,8 @@ from verl.run.report.examples import is_right
 from verl.run.report.run_data import count_searches
 from verl.run.report.text import gain_of, split_output
 from verl.utils.entry import error_line
+from verl.utils.styles import CALL_STYLE, NOTE_STYLE, PASSAGE_STYLE, STYLES, styled
 
-STYLES = {
-    "think": "magenta",
-    "answer": "bold dark_orange3",
-    "information": "dim",
-    "other": "dim",
-}
-CALL_STYLE = "bold blue"
 COLORS = {"right": "green", "wrong": "red", "failed": "bold red"}
 """Of the verdicts."""
 
@@ -111,12 +105,6 @@ def verdict(record: TrajectoryRecord) -> str:
     return "right" if is_right(record) else "wrong"
 
 
-def styled(text: str, style: str) -> Text:
-    """Return text without control characters, with which a policy could control the terminal."""
-    clean = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return Text(clean, style=style)
-
-
 def render(record: TrajectoryRecord, *, scale: float) -> Panel:
     """Return one trajectory as a panel; sampled text has the color of its advantage, full at `scale`."""
     parts: list[RenderableType] = [styled(f"accepted: {' / '.join(record['golds'])}", "dim")]
@@ -157,11 +145,11 @@ def _render_turn(
         lines.append(Text("     credit" + "".join(f"   {kind} {value:+.4f}" for kind, value in values)))
     for passage in turn["passages"]:
         score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
-        lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", "green"))
+        lines.append(styled(f"     {score}{passage['title']}  {passage['text']}", PASSAGE_STYLE))
     if not turn["passages"] and turn["observation_text"].strip():
-        lines.append(styled(f"     environment: {turn['observation_text'].strip()}", "yellow"))
+        lines.append(styled(f"     environment: {turn['observation_text'].strip()}", NOTE_STYLE))
     if count_calls(turn) and not turn["observation_ids"]:
-        lines.append(styled("     the context had no room for the result of the call", "yellow"))
+        lines.append(styled("     the context had no room for the result of the call", NOTE_STYLE))
     if gain is not None:
         lines.append(styled(f"     gain of this turn {gain:+.3f}", "default"))
     return lines

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
 
-from verl.utils.supervise import Supervisor, free_ports, service_environment, wait_until_ready
+from verl.utils.supervise import Supervisor, start_service
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "world"
-START_TIMEOUT_S = 300.0
-
-
-def start_service(
-    supervisor: Supervisor,
-    name: str,
-    *,
-    module: str,
-    arguments: Sequence[str],
-    log: Path,
-    update: Callable[[int, str], None],
-) -> str:
-    """Run `python -m module` on a free port and wait until it is ready. Returns its URL.
-
-    Raises ChildFailedError.
-    """
-    (port,) = free_ports(1)
-    url = f"http://127.0.0.1:{port}"
-    service = supervisor.start(
-        name,
-        command=[sys.executable, "-P", "-m", module, "--port", str(port), *arguments],
-        log=log,
-        cwd=ROOT,
-        environment=service_environment(),
-    )
-    for _ in wait_until_ready(
-        {f"{url}/readyz": service},
-        timeout_s=START_TIMEOUT_S,
-        on_tick=lambda waiting: update(0, "waiting for " + " and ".join(child.name for child in waiting)),
-    ):
-        pass
-    return url
 
 
 def start_ig_service(

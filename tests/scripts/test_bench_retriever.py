@@ -17,9 +17,9 @@ from soak_retriever import summarize as summarize_soak
 
 from bench import clustered
 from bench.load import Load, ask_continuously
-from bench.service import WORLD, start_service
+from bench.service import WORLD
 from bench.soak import Statistics
-from verl.utils.supervise import Supervisor
+from verl.utils.supervise import Supervisor, start_service
 
 RIGHT: Answer = [("a", 0.9), ("b", 0.8), ("c", 0.7)]
 SOAK = argparse.Namespace(queries=60, clients=8, seed=0)

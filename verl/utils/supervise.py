@@ -10,6 +10,7 @@ import ctypes
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -26,6 +27,8 @@ from verl.errors import UserError
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_ROOT = Path(__file__).resolve().parents[2]
+_START_TIMEOUT_S = 300.0
 _ORPHAN_GRACE_S = 2.0
 _KILL_ROUNDS = 10
 _RESIDENT_GROWTH = 1.01
@@ -232,6 +235,37 @@ def wait_until_ready(
             raise ChildFailedError(f"{late.name} was not ready after {timeout_s:g} s. {late.describe_log()}")
         on_tick(list(waiting.values()))
         time.sleep(0.25)
+
+
+def start_service(
+    supervisor: Supervisor,
+    name: str,
+    *,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    update: Callable[[int, str], None],
+) -> str:
+    """Run `python -m module` on a free loopback port and wait until it is ready. Returns its URL.
+
+    `update(0, what is waited for)` is called several times a second. Raises ChildFailedError.
+    """
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    service = supervisor.start(
+        name,
+        command=[sys.executable, "-P", "-m", module, "--port", str(port), *arguments],
+        log=log,
+        cwd=_ROOT,
+        environment=service_environment(),
+    )
+    for _ in wait_until_ready(
+        {f"{url}/readyz": service},
+        timeout_s=_START_TIMEOUT_S,
+        on_tick=lambda waiting: update(0, "waiting for " + " and ".join(child.name for child in waiting)),
+    ):
+        pass
+    return url
 
 
 def _answers(url: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -18,6 +20,8 @@ from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import AlgorithmConfig, Config
+
+logger = logging.getLogger(__name__)
 
 _MODULE, _FILE = "verl.trainer.config", "ppo_trainer"
 
@@ -47,6 +51,37 @@ def load_config(raw: DictConfig) -> Config:
         if config.agent.format == "auto":
             config.agent.format = method.format
     return config
+
+
+def restore_config(recorded: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Config:
+    """Return a recorded configuration, such as that of a manifest, under `key=value` overrides.
+
+    What it leaves out gets its default; keys that this version does not have are named in a warning. Raises
+    ConfigError.
+    """
+    register_schema()
+    schema = config_class()
+    known = {key: value for key, value in _leaves(recorded) if key in set(schema_keys(schema))}
+    if unknown := sorted({key for key, _ in _leaves(recorded)} - known.keys()):
+        logger.warning("recorded settings that this version does not have: %s", ", ".join(unknown))
+    raw = OmegaConf.structured(schema)
+    try:
+        for key, value in known.items():
+            OmegaConf.update(raw, key, value, force_add=False)
+        raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from error
+    assert isinstance(raw, DictConfig)
+    return load_config(raw)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values, those of nested mappings by themselves."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def config_class() -> type[Config]:

@@ -16,10 +16,26 @@ from verl.trainer.config.schema import DROP_OBSERVATIONS, Config
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool = True) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
     problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config, trains=trains)]
-    problems += _check_agent(config, trains=trains and not config.trainer.evaluates_only)
-    problems += _check_model(config)
-    problems += _check_devices(config, num_gpus)
-    problems += _check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16)
+    trains = trains and not config.trainer.evaluates_only
+    problems += _check_episodes(config, num_gpus=num_gpus, cpu_has_bfloat16=cpu_has_bfloat16, trains=trains)
+    _refuse(problems)
+
+
+def validate_episodes(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool) -> None:
+    """Raise one ConfigError that lists every problem of what plays episodes: agent, model, devices."""
+    _refuse(_check_episodes(config, num_gpus=num_gpus, cpu_has_bfloat16=cpu_has_bfloat16, trains=False))
+
+
+def _check_episodes(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool) -> list[str]:
+    return [
+        *_check_agent(config, trains=trains),
+        *_check_model(config),
+        *_check_devices(config, num_gpus),
+        *_check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16),
+    ]
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError(
             "the configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems)

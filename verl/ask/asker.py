@@ -1,0 +1,232 @@
+"""Keep an engine and the tools of an agent open, and let it answer questions one by one or at once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from serving.answers import complete_question
+from serving.machine import has_bfloat16
+from verl.agent.loop import ToolAgent
+from verl.algorithms.base import Need, TextCodec
+from verl.ask.gains import GainMeter
+from verl.ask.trace import Episode, Step, make_step
+from verl.protocols import Generate, PromptFormat, Tool, ToolResources
+from verl.trainer.config.schema import Config
+from verl.trainer.config.validate import resolve_device, validate_episodes
+from verl.trainer.launch import count_gpus, open_engines
+from verl.trainer.wiring import (
+    connect_services,
+    make_agent,
+    make_format,
+    make_tokenizer,
+    make_tools,
+    open_search,
+)
+from verl.types import Gain, Question, Trajectory
+from verl.utils.seeding import derive_seed
+from verl.utils.supervise import Supervisor, start_service
+from verl.workers.model import check_model
+
+logger = logging.getLogger(__name__)
+
+DATA_SOURCE = "ask"
+BY_LOG_PROB = "log_prob"
+RETRIEVER_MODULE = "search_r1.search.retrieval_server"
+OnStep = Callable[[Step], None]
+Update = Callable[[int, str], None]
+"""Called with a number and what is waited for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What an agent is made of."""
+
+    generate: Generate
+    prompt_format: PromptFormat
+    tools: Sequence[Tool]
+    codec: TextCodec
+    meter: GainMeter | None = None
+    """None: gains are not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskSettings:
+    """How a question is asked."""
+
+    temperature: float = 0.0
+    """0: greedy, as in an evaluation."""
+    max_turns: int | None = None
+    """None: that of the configuration."""
+    max_tokens: int | None = None
+    """Of each completion; None, or more than the configuration has: that of the configuration."""
+    golds: tuple[str, ...] = ()
+    """Right answers, if the user knows them: for gains only, the policy does not see them."""
+
+
+GREEDY = AskSettings()
+
+
+class Asker:
+    """Answers questions with the agent of the training; a question knows nothing of those before it."""
+
+    def __init__(self, config: Config, parts: Parts, *, stack: AsyncExitStack | None = None) -> None:
+        """`stack` closes the parts."""
+        self._config = config
+        self._parts = parts
+        self._stack = stack or AsyncExitStack()
+        self._numbers = itertools.count()
+
+    @classmethod
+    async def start(
+        cls,
+        config: Config,
+        *,
+        retriever: str | None,
+        expected_retriever: object = None,
+        gains: str | None = None,
+        update: Update = lambda number, note: None,  # noqa: ARG005
+    ) -> Asker:
+        """Start the engine, and the retriever of the embedded world where no URL is given.
+
+        `expected_retriever` is how the retriever of the run described itself; another one is named in a
+        warning. `gains`: `log_prob`, the URL of an IG service, or None. Raises ConfigError, ServiceError,
+        ChildFailedError, RolloutError.
+        """
+        async with AsyncExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ask-")))
+            num_gpus = count_gpus()
+            validate_episodes(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16())
+            device = resolve_device(config, num_gpus=num_gpus)
+            check_model(config.actor_rollout_ref.model, device=device)
+            if retriever is None and "search" in config.agent.tools:
+                retriever = await _start_retriever(stack, folder=scratch, update=update)
+            if retriever is not None:
+                config = replace(config, retriever=replace(config.retriever, url=retriever))
+            parts, services = await _open_parts(
+                config, stack, device=device, scratch=scratch, gains=gains, update=update
+            )
+            warn_of_other_retriever(expected_retriever, services, url=config.retriever.url)
+            return cls(config, parts, stack=stack.pop_all())
+
+    async def ask(
+        self,
+        text: str,
+        *,
+        settings: AskSettings = GREEDY,
+        on_step: OnStep = lambda step: None,  # noqa: ARG005
+    ) -> Episode:
+        """Play one episode; each turn is reported when it is sampled, and again with the reply to it.
+
+        A failed tool or engine is in the trajectory. Cancel it to stop it.
+        """
+        number, parts = next(self._numbers), self._parts
+        question = parts.prompt_format.write_prompt(complete_question(text))
+        asked = Question(
+            uid=f"{DATA_SOURCE}/{number}",
+            text=complete_question(text),
+            messages=question,
+            golds=settings.golds,
+            data_source=DATA_SOURCE,
+        )
+        decode = parts.codec.decode
+        trajectory = await self._agent(settings).run(
+            asked,
+            sample=0,
+            seed=derive_seed(self._config.trainer.seed, DATA_SOURCE, number),
+            greedy=settings.temperature == 0,
+            on_turn=lambda number, turn: on_step(make_step(number, turn, decode=decode)),
+        )
+        gain = await self._measure(trajectory)
+        gains = gain.turns or [None] * len(trajectory.turns)
+        steps = [
+            make_step(k, turn, decode=decode, gain=value)
+            for k, (turn, value) in enumerate(zip(trajectory.turns, gains, strict=True))
+        ]
+        return Episode(trajectory=trajectory, steps=tuple(steps), gain=gain)
+
+    @property
+    def gain_unit(self) -> str | None:
+        """What the numbers of a gain are; None where gains are not measured."""
+        return None if self._parts.meter is None else self._parts.meter.unit
+
+    async def aclose(self) -> None:
+        """End the engine, the tools and the retriever that was started."""
+        await self._stack.aclose()
+
+    def _agent(self, settings: AskSettings) -> ToolAgent:
+        data, parts = self._config.data, self._parts
+        max_tokens = min(data.max_response_length, settings.max_tokens or data.max_response_length)
+        config = replace(
+            self._config,
+            max_turns=settings.max_turns or self._config.max_turns,
+            data=replace(data, max_response_length=max_tokens),
+        )
+        return make_agent(
+            config,
+            engines=parts.generate,
+            prompt_format=parts.prompt_format,
+            tools=parts.tools,
+            temperature=settings.temperature,
+        )
+
+    async def _measure(self, trajectory: Trajectory) -> Gain:
+        """Measure the gains for the gold answers, or without any for the answer that was given."""
+        golds = trajectory.question.golds or tuple(filter(None, [trajectory.answer]))
+        if self._parts.meter is None or not golds:
+            return Gain()
+        return await self._parts.meter.measure(trajectory, golds=golds)
+
+
+async def _start_retriever(stack: AsyncExitStack, *, folder: Path, update: Update) -> str:
+    """Start the retriever of the embedded world; return its URL. Raises ChildFailedError."""
+    supervisor = stack.enter_context(Supervisor())
+    return await asyncio.to_thread(
+        start_service,
+        supervisor,
+        "the retriever",
+        module=RETRIEVER_MODULE,
+        arguments=[],
+        log=folder / "retriever.log",
+        update=update,
+    )
+
+
+async def _open_parts(
+    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path, gains: str | None, update: Update
+) -> tuple[Parts, Mapping[str, object]]:
+    """Connect the tools and start the engine; return with them what the services say of themselves."""
+    by_service = gains not in (None, BY_LOG_PROB)
+    needs = frozenset({Need.IG_SERVICE}) if by_service else frozenset()
+    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    client, services = await connect_services(config, stack, tools=tools, needs=needs)
+    tokenizer = make_tokenizer(config)
+    prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
+    update(0, "loading the model")
+    engines = await open_engines(config, stack, device=device, scratch=scratch)
+    meter = None
+    if client is not None:
+        meter = GainMeter.by_service(client)
+    elif gains == BY_LOG_PROB:
+        meter = GainMeter.by_log_prob(engines.receivers[0].score, codec=tokenizer)
+    parts = Parts(generate=engines, prompt_format=prompt_format, tools=tools, codec=tokenizer, meter=meter)
+    return parts, services
+
+
+def warn_of_other_retriever(expected: object, services: Mapping[str, object], *, url: str) -> None:
+    """Warn if the retriever does not describe itself as that of the run did."""
+    found = services.get("retriever")
+    version = found.get("version") if isinstance(found, Mapping) else None
+    if None not in (expected, version) and expected != version:
+        logger.warning(
+            "the run had another retriever or index than %s: its answers can differ; name its own with "
+            "--retriever",
+            url,
+        )
