@@ -137,8 +137,8 @@ def step_advantages(
 def cluster(states: Collection[State], *, similarity: float) -> dict[State, State]:
     """Return the first state of the cluster of each state.
 
-    A state joins the first cluster whose first state it is like, as in the authors' code. Like is not
-    transitive, so that the order counts: here it is that of the texts, not that of the trajectories.
+    A state joins the first cluster whose first state it is like, as in the authors' code. Similarity is not
+    transitive, so that the result depends on the order: here that of the texts, not of the trajectories.
     """
     first_of: dict[State, State] = {}
     for state in sorted(states):
