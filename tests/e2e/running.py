@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,10 +76,20 @@ def running_service(*command: str, folder: Path) -> Iterator[tuple[subprocess.Po
 @contextmanager
 def training(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """Train as users do, through the launcher, which becomes the trainer and gets its signals."""
+    arguments = (*SMALL_RUN, f"trainer.default_local_dir={run_dir}", *overrides)
+    with launched("train_grpo.sh", *arguments, cwd=run_dir.parent) as process:
+        yield process
+
+
+@contextmanager
+def launched(
+    script: str, *arguments: str, cwd: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Start a launcher on the embedded world; what is left of it at the end is killed."""
     process = subprocess.Popen(
-        ["bash", str(ROOT / "train_grpo.sh"), *SMALL_RUN, f"trainer.default_local_dir={run_dir}", *overrides],
-        cwd=run_dir.parent,
-        env={**os.environ, "RECIPE": "world", "VIRTUAL_ENV": sys.prefix},
+        ["bash", str(ROOT / script), *arguments],
+        cwd=cwd,
+        env={**os.environ, "RECIPE": "world", "VIRTUAL_ENV": sys.prefix, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

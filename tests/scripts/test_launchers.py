@@ -19,6 +19,7 @@ from verl.trainer.config.schema import Config
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = (
     "train_grpo.sh",
+    "evaluate.sh",
     "retrieval_launch.sh",
     "IG_service_launch.sh",
     "search_r1/search/build_index.sh",
@@ -33,10 +34,11 @@ printf "%s\\n" "$@"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The launcher in a folder whose .venv/bin/python prints its arguments instead of training."""
+    """The launchers in a folder whose .venv/bin/python prints its arguments instead of training."""
     root = tmp_path / DIFFICULT
     root.mkdir()
-    shutil.copy(ROOT / "train_grpo.sh", root)
+    for script in ("train_grpo.sh", "evaluate.sh"):
+        shutil.copy(ROOT / script, root)
     shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("world", "__pycache__"))
     write_program(root / ".venv/bin/python", FAKE_PYTHON)
     return root
@@ -54,15 +56,19 @@ def write_program(path: Path, code: str) -> None:
     path.chmod(0o755)
 
 
-def launch(tree: Path, *arguments: str, **variables: str) -> list[str]:
+def start(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
-    done = subprocess.run(
-        ["bash", str(tree / "train_grpo.sh"), *arguments],
-        cwd=tree,
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        cwd=script.parent,
         env={**clean, "PATH": "/usr/bin:/bin", **variables},
         capture_output=True,
         text=True,
     )
+
+
+def launch(tree: Path, *arguments: str, script: str = "train_grpo.sh", **variables: str) -> list[str]:
+    done = start(tree / script, *arguments, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -121,6 +127,45 @@ def test_recipes_of_the_command_line_win_and_homes_in_variables_are_expanded(tre
     assert {"DATA_DIR=/home/me/data", "BASE_MODEL=/home/me/models/m"} <= environment(tree)
     launch(tree, BASE_MODEL="~other/m")
     assert "BASE_MODEL=~other/m" in environment(tree)
+
+
+def test_variables_of_the_evaluation_reach_its_settings_and_arguments_come_last(tree: Path) -> None:
+    (tree / "my model").mkdir()
+    printed = launch(
+        tree,
+        "max_turns=5",
+        script="evaluate.sh",
+        HOME="/home/me",
+        MODEL_PATH="my model",
+        TEST_FILES="a1.parquet,~/b=2.parquet",
+        OUTPUT_DIR='o "1", é',
+        EVAL_LOG_PATH="/logs/e.log",
+        MAX_TURNS="010",
+    )
+    assert printed[:4] == ["-P", "-m", "verl.trainer.main_eval", "recipe=world"]
+    assert printed[-2:] == ["max_turns=9", "max_turns=5"]
+    config = composed(*printed[3:])
+    assert config.actor_rollout_ref.model.path == f"{tree}/my model"
+    assert config.data.val_paths == (f"{tree}/a1.parquet", "/home/me/b=2.parquet")
+    assert config.evaluation.output_dir == f'{tree}/o "1", é'
+    assert config.evaluation.log_file == "/logs/e.log"
+    assert config.max_turns == 5
+    hub = launch(tree, "recipe=gpu", script="evaluate.sh", MODEL_PATH="Qwen/Qwen2.5-3B")
+    assert composed(*hub[3:]).actor_rollout_ref.model.path == "Qwen/Qwen2.5-3B"
+
+
+@pytest.mark.parametrize("turns", ["1", "ten", "-3"])
+def test_too_few_turns_are_refused_by_name(tree: Path, turns: str) -> None:
+    done = start(tree / "evaluate.sh", MAX_TURNS=turns)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: MAX_TURNS must be a whole number of at least 2")
+
+
+def test_help_of_the_evaluation_names_every_variable() -> None:
+    done = start(ROOT / "evaluate.sh", "--help")
+    variables = set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "evaluate.sh").read_text()))
+    assert {"MODEL_PATH", "TEST_FILES", "OUTPUT_DIR", "EVAL_LOG_PATH", "MAX_TURNS"} <= variables
+    assert variables <= set(re.findall(r"\w+", done.stdout))
 
 
 def test_help_of_the_trainer_names_every_variable() -> None:
