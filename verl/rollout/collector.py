@@ -1,7 +1,7 @@
 """Run the episodes of a step: questions x samples -> groups, all at once, under one failure policy.
 
-Every episode is a coroutine with a seed of its own, so that a slow tool call delays no other episode and the
-result does not depend on the order in which episodes end.
+Episodes run in as many coroutines as may run at a time, each with a seed of its own, so that a slow tool call
+delays no other episode and the result does not depend on the order in which episodes end.
 """
 
 from __future__ import annotations
@@ -64,37 +64,62 @@ class Collector:
             for question in questions
             for sample in range(self._n)
         ]
-        played = await self._play(episodes, progress=progress, on_episode_end=on_episode_end)
+        played = await self._play_all(episodes, progress=progress, on_episode_end=on_episode_end)
         return [
             Group(question=question, trajectories=tuple(played[k * self._n : (k + 1) * self._n]))
             for k, question in enumerate(questions)
         ]
 
     async def evaluate(
+        self, questions: Sequence[Question], *, progress: Progress | None = None
+    ) -> list[Trajectory]:
+        """Return one greedy trajectory per question, in order. Raises TrainingHaltedError as `collect`."""
+        episodes = [self._evaluation_episode(question, 0, greedy=True) for question in questions]
+        return await self._play_all(episodes, progress=progress)
+
+    async def answer(
         self,
         questions: Sequence[Question],
         *,
-        greedy: bool = True,
-        done: Collection[tuple[str, int]] = (),
-        progress: Progress | None = None,
-        on_episode_end: OnEpisodeEnd | None = None,
-    ) -> list[Trajectory]:
-        """Return one greedy or `n` sampled trajectories per question, in order, without those of `done`.
+        greedy: bool,
+        done: Collection[tuple[str, int]],
+        progress: Progress,
+        on_episode_end: OnEpisodeEnd,
+    ) -> None:
+        """Play one greedy or `n` sampled episodes per question, but those of `done`; keep no trajectory.
 
         `done` are pairs of uid and sample; they count as finished, without a failure. Raises
         TrainingHaltedError as `collect`.
         """
         episodes = [
-            _Episode(
-                question, sample, derive_seed(self._seed, "evaluation", question.uid, sample), greedy=greedy
-            )
+            self._evaluation_episode(question, sample, greedy=greedy)
             for question in questions
             for sample in range(1 if greedy else self._n)
             if (question.uid, sample) not in done
         ]
-        return await self._play(
-            episodes, num_done=len(done), progress=progress, on_episode_end=on_episode_end
-        )
+        await self._play(episodes, num_done=len(done), progress=progress, on_episode_end=on_episode_end)
+
+    def _evaluation_episode(self, question: Question, sample: int, *, greedy: bool) -> _Episode:
+        seed = derive_seed(self._seed, "evaluation", question.uid, sample)
+        return _Episode(question, sample, seed, greedy=greedy)
+
+    async def _play_all(
+        self,
+        episodes: Sequence[_Episode],
+        *,
+        progress: Progress | None,
+        on_episode_end: OnEpisodeEnd | None = None,
+    ) -> list[Trajectory]:
+        """Return the trajectories in the order of the episodes."""
+        played: dict[tuple[str, int], Trajectory] = {}
+
+        def keep(trajectory: Trajectory) -> None:
+            played[trajectory.question.uid, trajectory.sample] = trajectory
+            if on_episode_end is not None:
+                on_episode_end(trajectory)
+
+        await self._play(episodes, progress=progress, on_episode_end=keep)
+        return [played[episode.question.uid, episode.sample] for episode in episodes]
 
     async def _play(
         self,
@@ -102,40 +127,44 @@ class Collector:
         *,
         num_done: int = 0,
         progress: Progress | None,
-        on_episode_end: OnEpisodeEnd | None,
-    ) -> list[Trajectory]:
-        slots = asyncio.Semaphore(self._max_concurrent)
+        on_episode_end: OnEpisodeEnd,
+    ) -> None:
+        """Play the episodes; `num_done` more have been played before."""
+        waiting = iter(episodes)
         failures: list[str] = []
         num_finished, total = num_done, num_done + len(episodes)
 
-        async def play(episode: _Episode) -> Trajectory:
+        async def play() -> None:
             nonlocal num_finished
-            async with slots:
+            for episode in waiting:  # each is taken by one of the tasks
                 trajectory = await self._run(episode)
-            num_finished += 1
-            if trajectory.failure is not None:
-                if trajectory.failure not in failures:
-                    logger.warning("an episode of %s failed: %s", episode.question.uid, trajectory.failure)
-                failures.append(trajectory.failure)
-                check_failure_share(
-                    failures,
-                    total=total,
-                    max_share=self._max_failure_share,
-                    what="episodes",
-                    fix="repair the tool or the engine that the first failure names.",
-                )
-            if on_episode_end is not None:
+                num_finished += 1
+                if trajectory.failure is not None:
+                    self._count_failure(trajectory, failures, total=total)
                 on_episode_end(trajectory)
-            if progress is not None:
-                progress(num_finished, total)
-            return trajectory
+                if progress is not None:
+                    progress(num_finished, total)
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(play(episode)) for episode in episodes]
+                for _ in range(min(self._max_concurrent, len(episodes))):
+                    group.create_task(play())
         except BaseExceptionGroup as stopped:
             raise stopped.exceptions[0] from None
-        return [task.result() for task in tasks]
+
+    def _count_failure(self, trajectory: Trajectory, failures: list[str], *, total: int) -> None:
+        """Add the failure. Raises TrainingHaltedError when too large a share of `total` has failed."""
+        failure = trajectory.failure or ""
+        if failure not in failures:
+            logger.warning("an episode of %s failed: %s", trajectory.question.uid, failure)
+        failures.append(failure)
+        check_failure_share(
+            failures,
+            total=total,
+            max_share=self._max_failure_share,
+            what="episodes",
+            fix="repair the tool or the engine that the first failure names.",
+        )
 
     async def _run(self, episode: _Episode) -> Trajectory:
         question = episode.question

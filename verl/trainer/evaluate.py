@@ -145,7 +145,7 @@ async def play(
     if done:
         logger.info("%d answers are there already; the others are asked", len(done))
     try:
-        await collector.evaluate(
+        await collector.answer(
             questions,
             greedy=evaluation.temperature == 0,
             done=done,

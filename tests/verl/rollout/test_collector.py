@@ -74,16 +74,19 @@ async def test_evaluation_asks_every_question_once_and_greedily() -> None:
     ]
 
 
-async def test_evaluation_samples_and_leaves_out_what_is_done() -> None:
-    agent, counts = FakeAgent(), list[tuple[int, int]]()
+async def test_answers_are_sampled_and_what_is_done_is_left_out() -> None:
+    agent, counts, played = FakeAgent(), list[tuple[int, int]](), list[tuple[str, int]]()
     done = {(UIDS[0], 0), (UIDS[3], 2)}
-    collector = make_collector(agent)
-    trajectories = await collector.evaluate(
-        QUESTIONS, greedy=False, done=done, progress=lambda *count: counts.append(count)
+    await make_collector(agent, slots=2).answer(
+        QUESTIONS,
+        greedy=False,
+        done=done,
+        progress=lambda *count: counts.append(count),
+        on_episode_end=lambda t: played.append((t.question.uid, t.sample)),
     )
-    expected = [(uid, sample) for uid in UIDS for sample in range(3) if (uid, sample) not in done]
-    assert [(t.question.uid, t.sample) for t in trajectories] == expected
-    assert (counts[0], counts[-1]) == ((3, 12), (12, 12))
+    assert sorted(played) == [(u, sample) for u in UIDS for sample in range(3) if (u, sample) not in done]
+    assert counts == [(k, 12) for k in range(3, 13)]
+    assert agent.max_running == 2
     assert len({seed for _, _, seed, _ in agent.asked}) == 10
 
 
