@@ -89,7 +89,7 @@ class ToolAgent:
             for call, count in [(ToolCall(tool=tool.spec.name, arguments={}), prompt_format.max_calls)]
             for text in ("", tool.spec.shortest_text)
         ]
-        if limits.max_obs_length < (shortest := max(prompt_format.reply_length, *lengths)):
+        if limits.max_obs_length < (shortest := max([prompt_format.reply_length, *lengths])):
             raise ConfigError(
                 f"data.max_obs_length={limits.max_obs_length} cannot hold the fixed replies of the "
                 f"environment: with this tokenizer it must be at least {shortest}"
@@ -209,7 +209,7 @@ class ToolAgent:
         calls = turn.action.calls
         if turn.action.kind is not ActionKind.TOOL:
             return replace(turn, observation_ids=_as_ids(self._format.render_retry(turn)))
-        found = await asyncio.gather(*(_call(self._tools[call.tool], call) for call in calls))
+        found = await asyncio.gather(*(call_tool(self._tools[call.tool], call) for call in calls))
         for call, observation in zip(calls, found, strict=True):
             if observation.failure is not None:
                 raise _ToolFailureError(f"{call.tool}_failed: {observation.failure}")
@@ -236,7 +236,7 @@ class ToolAgent:
 
         # Before anything else, so that a result of any size costs the same work.
         limited = shorten(found, max_length * _MAX_CHARS_PER_TOKEN)
-        whole = tuple(map(self._neutralize, limited))
+        whole = tuple(neutralize(observation, self._format) for observation in limited)
         is_cut = limited != tuple(found)
         if not is_cut and len(ids := self._format.render_observations(calls, whole)) <= max_length:
             return whole, ids, False
@@ -254,17 +254,18 @@ class ToolAgent:
                 high = middle - 1
         return shown, ids, True
 
-    def _neutralize(self, observation: Observation) -> Observation:
-        """Return the observation without markup of the format in its text and passages."""
-        clean = self._format.neutralize
-        passages = tuple(
-            replace(passage, title=clean(passage.title), text=clean(passage.text))
-            for passage in observation.passages
-        )
-        return replace(observation, text=clean(observation.text), passages=passages)
+
+def neutralize(observation: Observation, prompt_format: PromptFormat) -> Observation:
+    """Return the observation without markup of the format in its text and passages."""
+    clean = prompt_format.neutralize
+    passages = tuple(
+        replace(passage, title=clean(passage.title), text=clean(passage.text))
+        for passage in observation.passages
+    )
+    return replace(observation, text=clean(observation.text), passages=passages)
 
 
-async def _call(tool: Tool, call: ToolCall) -> Observation:
+async def call_tool(tool: Tool, call: ToolCall) -> Observation:
     """Return what the tool returned, or a failure when it did not return in time."""
     timeout_s = tool.spec.timeout_s
     try:

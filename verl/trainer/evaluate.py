@@ -16,6 +16,7 @@ from pathlib import Path
 from serving.files import write_json_atomically
 from serving.machine import has_bfloat16
 from verl.agent.prompts import prompt_file
+from verl.agent.reference import NO_SEARCH
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
 from verl.evaluation.page import write_report
 from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
@@ -35,6 +36,7 @@ from verl.trainer.wiring import (
     make_agent,
     make_format,
     make_outcome,
+    make_reference,
     make_tokenizer,
     make_tools,
     open_search,
@@ -77,7 +79,9 @@ async def answer_questions(
     config: Config, stack: AsyncExitStack, *, folder: Path, device: str
 ) -> tuple[int, float]:
     """Complete the results of the folder; return the number of answers of this start and its seconds."""
-    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    is_reference = config.evaluation.reference != "none"
+    resources = ToolResources(open_search=partial(open_search, config.retriever))
+    tools = [] if config.evaluation.reference == NO_SEARCH else make_tools(config, resources)
     _, services = await connect_services(config, stack, tools=tools, needs=frozenset())
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = make_tokenizer(config)
@@ -103,7 +107,7 @@ async def answer_questions(
         engines = await open_engines(
             config, stack, device=device, scratch=stack.enter_context(scratch_folder(folder))
         )
-        agent = make_agent(
+        agent: Agent = (make_reference if is_reference else make_agent)(
             config,
             engines=engines,
             prompt_format=prompt_format,

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 
 from search_r1.search.client import HttpSearch
@@ -14,6 +15,7 @@ from serving.answers import AnswerRule
 from verl.agent.formats import FORMATS
 from verl.agent.loop import EpisodeLimits, ToolAgent
 from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
+from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS, ReferenceAgent
 from verl.agent.tools import TOOLS
 from verl.algorithms.base import Need
 from verl.algorithms.scoring.outcome import measure_outcome
@@ -81,25 +83,53 @@ def make_agent(
     temperature: float,
 ) -> ToolAgent:
     """Make the agent, which plays one episode; `temperature` is that of sampled episodes."""
+    dropped_text = None
+    if config.agent.context == DROP_OBSERVATIONS:
+        path = prompt_file(config.data.prompt_file)
+        texts = load_texts(path, section="context", entries=CONTEXT_TEXTS)
+        dropped_text = texts["dropped"].format()
+    return ToolAgent(
+        generate=engines,
+        prompt_format=prompt_format,
+        tools=tools,
+        limits=_make_limits(config, temperature=temperature),
+        dropped_text=dropped_text,
+    )
+
+
+def make_reference(
+    config: Config,
+    *,
+    engines: Generate,
+    prompt_format: PromptFormat,
+    tools: Sequence[Tool],
+    temperature: float,
+) -> ReferenceAgent:
+    """Make the agent of `evaluation.reference`, which asks the model once."""
+    data, name = config.data, config.evaluation.reference
+    texts = load_texts(prompt_file(data.prompt_file), section="references", entries=REFERENCE_TEXTS)
+    # Passages are part of the first prompt.
+    limits = replace(
+        _make_limits(config, temperature=temperature), max_turns=0, max_start_length=data.max_prompt_length
+    )
+    return ReferenceAgent(
+        ToolAgent(generate=engines, prompt_format=prompt_format, tools=(), limits=limits),
+        prompt_format=prompt_format,
+        text=texts[name],
+        tool=next(t for t in tools if t.spec.name == "search") if name == ONE_SHOT_RAG else None,
+        max_obs_length=data.max_obs_length,
+    )
+
+
+def _make_limits(config: Config, *, temperature: float) -> EpisodeLimits:
     data = config.data
-    limits = EpisodeLimits(
+    return EpisodeLimits(
         max_turns=config.max_turns,
         max_start_length=data.max_start_length,
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
         max_obs_length=data.max_obs_length,
         temperature=temperature,
-    )
-    dropped_text = None
-    if config.agent.context == DROP_OBSERVATIONS:
-        texts = load_texts(prompt_file(data.prompt_file), section="context", entries=CONTEXT_TEXTS)
-        dropped_text = texts["dropped"].format()
-    return ToolAgent(
-        generate=engines,
-        prompt_format=prompt_format,
-        tools=tools,
-        limits=limits,
-        dropped_text=dropped_text,
     )
 
 

@@ -351,6 +351,7 @@ class EvaluationConfig:
     max_questions: int | None = positive(None)
     resume: bool = True
     seed: int = not_negative(0)
+    reference: str = one_of("none", "no_search", "one_shot_rag")
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)

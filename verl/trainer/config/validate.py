@@ -7,6 +7,7 @@ from pathlib import Path
 from serving.model_files import ModelNotFoundError, find_local_model, read_model_config
 from verl.agent.formats import FORMATS
 from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
+from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS
 from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
@@ -97,6 +98,10 @@ def _check_agent(config: Config, *, trains: bool) -> list[str]:
         return [*problems, f"agent.format={agent.format!r} is unknown, expected {formats}"]
     sections = {agent.format: FORMATS[agent.format].texts}
     sections |= {"context": CONTEXT_TEXTS} if agent.context == DROP_OBSERVATIONS else {}
+    if config.evaluation.reference != "none" and not trains:
+        sections["references"] = REFERENCE_TEXTS
+        if config.evaluation.reference == ONE_SHOT_RAG and "search" not in agent.tools:
+            problems.append(f"agent.tools={agent.tools!r}: evaluation.reference={ONE_SHOT_RAG} needs search")
     sections |= {f"tools.{name}": TOOLS[name].texts for name in agent.tools if name in TOOLS}
     for section, entries in sections.items():
         try:
