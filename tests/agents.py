@@ -25,7 +25,7 @@ LIMITS = {
 
 def make_tools(search: Search, names: Sequence[str], *, search_timeout_s: float = 30) -> list[Tool]:
     """Return the tools of these names."""
-    resources = ToolResources(open_search=lambda: search)
+    resources = ToolResources(open_search=lambda: search, tools=tuple(names))
     settings = {name: TOOLS[name].settings_class() for name in names}
     for each in settings.values():
         if isinstance(each, RetrieverConfig):

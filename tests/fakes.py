@@ -22,6 +22,7 @@ from verl.types import (
     IntArray,
     Message,
     Observation,
+    Page,
     Passage,
     Question,
     Sampling,
@@ -296,8 +297,17 @@ class ScriptedSearch:
 
     found: dict[str, tuple[Passage, ...] | Exception] = field(default_factory=dict)
     queries: list[str] = field(default_factory=list)
+    pages: dict[str, tuple[Passage, ...]] = field(default_factory=dict)
+    """Of one part each, by id; a part of any other number has no passages."""
     num_waits: int = 0
     num_closes: int = 0
+
+    async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
+        self.queries.append(f"{page_id} {part}")
+        if page_id not in self.pages:
+            return None
+        pieces = self.pages[page_id]
+        return Page(title=pieces[0].title, part=part, num_parts=1, passages=pieces if part == 1 else ())
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         self.queries.append(query)

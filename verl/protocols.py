@@ -13,6 +13,7 @@ from verl.types import (
     IntArray,
     Message,
     Observation,
+    Page,
     Passage,
     Question,
     Sampling,
@@ -38,6 +39,10 @@ class Search(Protocol):
         """Return passages, best first; none when nothing was found. Raises ServiceError when it failed."""
         ...
 
+    async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
+        """Return a part of the document with this passage; None for an unknown id. Raises ServiceError."""
+        ...
+
     async def wait_ready(self, deadline_s: float) -> None:
         """Return once the search engine answers. Raises ServiceError when that takes longer."""
         ...
@@ -57,6 +62,8 @@ class ToolResources:
 
     open_search: Callable[[], Search]
     """Make a client of the search engine that the section `retriever` describes; its owner closes it."""
+    tools: tuple[str, ...] = ()
+    """Names of all tools that the policy can call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import time
 from search_r1.search.remote import SERVICE, RemoteRetriever
 from search_r1.search.retriever import FailureKind, Hit, SearchFailure
 from verl.errors import ServiceError
-from verl.types import Passage
+from verl.types import Page, Passage
 from verl.utils.http import translated_calls, translated_settings
 
 _POLL_S = 0.5
@@ -38,6 +38,17 @@ class HttpSearch:
             raise ServiceError(SERVICE, outcome.reason)
         return tuple(map(_make_passage, outcome))
 
+    async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
+        """Return a part of the page that a passage is on; None for an unknown id. Raises ServiceError."""
+        with translated_calls():
+            page = await self._remote.open_page(
+                page_id, part=part, part_chars=part_chars, timeout_s=timeout_s
+            )
+        if page is None:
+            return None
+        pieces = [Passage(id=p.id, title=page.title, text=p.text, score=0.0) for p in page.passages]
+        return Page(title=page.title, part=page.part, num_parts=page.num_parts, passages=tuple(pieces))
+
     async def wait_ready(self, deadline_s: float) -> None:
         """Return once the server answers a search.
 
@@ -66,8 +77,5 @@ class HttpSearch:
 
 
 def _make_passage(hit: Hit) -> Passage:
-    """Split `contents` after its first line, the title. Contents of one line are text without a title."""
-    title, newline, text = hit.document.contents.partition("\n")
-    if not newline:
-        title, text = "", title
-    return Passage(id=hit.document.id, title=title, text=text, score=hit.score)
+    document = hit.document
+    return Passage(id=document.id, title=document.title, text=document.text, score=hit.score)

@@ -1,35 +1,23 @@
-"""Where the lines of a file start, found once and kept beside it: `<file>.offsets.npy`, memory-mapped.
-
-The sidecar is a plain array of int64: seven entries that tell which file it is about, then the start of every
-line and the end of the last one. It is valid only while size, time of change and fingerprint are the same.
-"""
+"""Where the lines of a file start, found once: of a large file kept beside it (sidecar.py)."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from serving.files import replacing_file
+from search_r1.search.sidecar import FLAG, Entries, keep_table
 
 logger = logging.getLogger(__name__)
 
-Offsets: TypeAlias = npt.NDArray[np.int64]
+Offsets: TypeAlias = Entries
 Report: TypeAlias = Callable[[int, int], None]
 
-SIDECAR_FROM_BYTES = 1 << 26
-"""Smaller files are scanned at every opening, in a tenth of a second."""
-_VERSION = 1
-_HEADER = 7
-_CHECKED_AT = 2  # entry of the header: every line was parsed once and is well formed
+_CHECKED_AT = FLAG  # every line was parsed once and is well formed
 _CHUNK_BYTES = 1 << 24
-_CACHE = Path("~/.cache/inforeasoner/offsets")
 
 
 def find_line_starts(
@@ -37,27 +25,17 @@ def find_line_starts(
 ) -> tuple[Offsets, Path | None]:
     """Return line starts and the end of the file [lines + 1], and the sidecar that holds them, if any.
 
-    The first time this reads the file (about a second per GB), later it opens the sidecar. Where neither the
-    file's folder nor the user's cache folder can be written, the offsets stay in memory: 8 bytes a line.
-    `report(done, total)` in bytes.
+    The first time this reads the file (about a second per GB), later it opens the sidecar. `report(done,
+    total)` in bytes.
     """
-    if path.stat().st_size < SIDECAR_FROM_BYTES:
-        return np.concatenate(list(_scan(path, report))), None
-    header = _make_header(path, fingerprint)
-    places = [path.with_name(path.name + ".offsets.npy")]
-    with suppress(RuntimeError):  # a user without a home, as in some containers
-        places.append(_locate_cached(path))
-    for sidecar in places:
-        if (starts := _open_sidecar(sidecar, header=header)) is not None:
-            return starts, sidecar
-        try:
-            logger.info("indexing the lines of %s, once", path)
-            _write_sidecar(path, sidecar, header=header, report=report)
-            return np.load(sidecar, mmap_mode="r")[_HEADER:], sidecar
-        except OSError as error:
-            logger.info("no line offsets can be kept in %s (%s)", sidecar, error.strerror)
-    logger.warning("line offsets of %s stay in memory and are made at every start", path)
-    return np.concatenate(list(_scan(path, report))), None
+    size = path.stat().st_size
+    return keep_table(
+        path,
+        kind="offsets",
+        fingerprint=fingerprint,
+        make=lambda: _scan(path, report),
+        is_whole=lambda starts: len(starts) > 1 and int(starts[-1]) == size,
+    )
 
 
 def is_checked(sidecar: Path | None) -> bool:
@@ -76,53 +54,6 @@ def mark_checked(sidecar: Path | None) -> None:
         return
     entries[_CHECKED_AT] = 1
     entries.flush()
-
-
-def _locate_cached(path: Path) -> Path:
-    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return _CACHE.expanduser() / f"{path.name}.{place}.offsets.npy"
-
-
-def _make_header(path: Path, fingerprint: str) -> Offsets:
-    facts = path.stat()
-    digest = np.frombuffer(bytes.fromhex(fingerprint), dtype="<i8")
-    return np.array([_VERSION, facts.st_size, 0, facts.st_mtime_ns, *digest[:3]], dtype=np.int64)
-
-
-def _open_sidecar(sidecar: Path, *, header: Offsets) -> Offsets | None:
-    """Return None unless it is there, whole, and about this very file."""
-    if not sidecar.is_file():
-        return None
-    try:
-        entries = np.load(sidecar, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        logger.warning("%s cannot be read (%s): it is made again", sidecar, error)
-        return None
-    if entries.dtype != np.int64 or entries.ndim != 1 or len(entries) < _HEADER + 2:
-        return None
-    found = entries[:_HEADER].copy()
-    found[_CHECKED_AT] = 0
-    starts: Offsets = entries[_HEADER:]
-    return starts if np.array_equal(found, header) and int(starts[-1]) == header[1] else None
-
-
-def _write_sidecar(path: Path, sidecar: Path, *, header: Offsets, report: Report | None) -> None:
-    """Write it a chunk at a time: memory does not grow with the file."""
-    with replacing_file(sidecar) as partial, partial.open("wb") as file:
-        _write_npy_header(file, 0)
-        length = file.tell()
-        file.write(header.astype("<i8").tobytes())
-        count = _HEADER
-        for starts in _scan(path, report):
-            file.write(starts.astype("<i8").tobytes())
-            count += len(starts)
-        file.seek(0)
-        _write_npy_header(file, count)
-        assert file.tell() == length  # numpy leaves room for the number to grow
-
-
-def _write_npy_header(file: BinaryIO, count: int) -> None:
-    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
 
 
 def _scan(path: Path, report: Report | None) -> Iterator[Offsets]:

@@ -1,4 +1,4 @@
-"""A retriever behind HTTP: any server of the published wire format.
+"""A retriever behind HTTP: any server of the published wire format; pages only from ours.
 
 A server is asked to answer what it can (`allow_failures`) and how long it may take (`timeout_s`): Search-R1's
 ignores these keys.
@@ -14,11 +14,19 @@ from http import HTTPStatus
 from pydantic import TypeAdapter, ValidationError
 
 from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
-from search_r1.search.schema import MAX_TIMEOUT_S, Document, ScoredDocument
+from search_r1.search.schema import (
+    MAX_ID_CHARS,
+    MAX_TIMEOUT_S,
+    Document,
+    Page,
+    PageAnswer,
+    PagePassage,
+    ScoredDocument,
+)
 from serving.http import CallError, JsonService
 
 SERVICE = "retriever"
-_PATH = "/retrieve"
+_PATH, _PAGE_PATH = "/retrieve", "/page"
 _MAX_REASON_CHARS = 300
 _WITHOUT_ROUTE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
 _DIVIDED = frozenset({HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.INTERNAL_SERVER_ERROR})
@@ -55,6 +63,30 @@ class RemoteRetriever:
             if error.status in _WITHOUT_ROUTE:
                 return None
             raise
+
+    async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
+        """Return a part of a page; None for an unknown id. Raises CallError."""
+        if len(page_id) > MAX_ID_CHARS:
+            return None
+        payload = {"id": _to_unicode(page_id), "part": part, "part_chars": part_chars}
+        try:
+            body = await self._service.post(_PAGE_PATH, payload, timeout_s=timeout_s)
+            page = PageAnswer.model_validate(body).page
+        except CallError as error:
+            if error.status not in _WITHOUT_ROUTE:
+                raise
+            url = self._service.shown_url
+            reason = (
+                f"{url} serves no pages; use the retriever of this project with a corpus: {error.message}"
+            )
+            raise CallError(SERVICE, reason, status=error.status) from error
+        except ValidationError as invalid:
+            reason = f"{self._service.shown_url}: the page is malformed: {_first_problem(invalid)}"
+            raise CallError(SERVICE, reason) from invalid
+        if page is None:
+            return None
+        pieces = [PagePassage(id=_to_unicode(p.id), text=_to_unicode(p.text)) for p in page.passages]
+        return page.model_copy(update={"title": _to_unicode(page.title), "passages": pieces})
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """Return one outcome per query, in order; a deadline that passes is a failure. Raises nothing."""
@@ -117,19 +149,24 @@ def _read_outcome(hits: object, error: object, *, topk: int, url: str) -> Outcom
     try:
         found = _HITS.validate_python(hits)
     except ValidationError as invalid:
-        first = invalid.errors(include_url=False, include_input=False)[0]
-        where = ".".join(("result", *map(str, first["loc"])))
-        return _malformed(f"{where}: {first['msg']}", url=url)
+        return _malformed(f"result.{_first_problem(invalid)}", url=url)
     if len(found) > topk:
         return _malformed(f"{len(found)} passages, asked for {topk}", url=url)
     return tuple(Hit(document=_clean(scored.document), score=scored.score) for scored in found)
 
 
+def _first_problem(invalid: ValidationError) -> str:
+    first = invalid.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def _clean(document: Document) -> Document:
+    return Document(id=_to_unicode(document.id), contents=_to_unicode(document.contents))
+
+
+def _to_unicode(text: str) -> str:
     """Replace lone surrogates, which JSON can spell and no tokenizer can read, by U+FFFD."""
-    texts = (text.encode("utf-8", "surrogatepass") for text in (document.id, document.contents))
-    name, contents = (text.decode("utf-8", "replace") for text in texts)
-    return Document(id=name, contents=contents)
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _malformed(complaint: str, *, url: str) -> SearchFailure:

@@ -24,6 +24,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
@@ -33,9 +34,17 @@ from pydantic import BaseModel, Field
 from search_r1.search.answers import find_refusal, render_answer
 from search_r1.search.assemble import check_files, open_retriever
 from search_r1.search.batching import BatchOptions, MicroBatcher
-from search_r1.search.errors import RetrieverError
+from search_r1.search.errors import ChangedFileError, RetrieverError
+from search_r1.search.pages import PageReader
 from search_r1.search.retriever import Outcome, Retriever
-from search_r1.search.schema import BareAnswer, RetrieveRequest, ScoredAnswer
+from search_r1.search.schema import (
+    BareAnswer,
+    Page,
+    PageAnswer,
+    PageRequest,
+    RetrieveRequest,
+    ScoredAnswer,
+)
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 from serving.logs import configure_logging
@@ -49,7 +58,7 @@ from serving.web.version import package_version
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
 
-_WORK_PATH = "/retrieve"
+_WORK_PATH, _PAGE_PATH = "/retrieve", "/page"
 _TOKEN_VARIABLE = "RETRIEVER_TOKEN"
 _MAX_PASSAGES = 50_000
 """Passages that one request may ask for, so that no answer fills the memory."""
@@ -67,6 +76,7 @@ Give it queries, get the passages that fit best.
 """
 
 _MEANINGS = {
+    404: "There is no corpus to read pages from.",
     402: "The engine's quota or the limit of requests is used up: asking again does not help.",
     424: "A search engine refused, or a replay has no answer: asking again does not help.",
     500: "The search crashed.",
@@ -94,48 +104,66 @@ class VersionResponse(BaseModel):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What does the work."""
+
+    batcher: MicroBatcher
+    pages: PageReader | None
+    """None where there is no corpus to read from."""
+
+    async def aclose(self) -> None:
+        """Close both."""
+        await self.batcher.aclose()
+        if self.pages is not None:
+            await self.pages.aclose()
+
+
 def create_app(
     open_retriever: Callable[[], Awaitable[Retriever]],
     *,
     settings: ServerSettings | None = None,
+    corpus_path: Path | None = None,
     on_ready: Callable[[Retriever], None] = lambda _: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Return the application; `open_retriever` is awaited in the background once it runs.
 
-    `settings`: by default those of the server without any flag.
+    `settings`: by default those of the server without any flag. `corpus_path`: what pages are read from; None
+    where there is no corpus.
     """
     settings = settings or resolve_server(environ={})[0]
 
-    async def start() -> MicroBatcher:
+    async def start() -> Backend:
         options = BatchOptions(
             together=not settings.no_batching,
             max_batch=settings.max_batch,
             window_s=settings.batch_window_ms / 1000,
             cache_size=settings.cache_size,
         )
-        return MicroBatcher(await open_retriever(), options=options, counts=metrics)
+        batcher = MicroBatcher(await open_retriever(), options=options, counts=metrics)
+        return Backend(batcher, None if corpus_path is None else PageReader(corpus_path))
 
-    host: Host[MicroBatcher] = Host(
+    host: Host[Backend] = Host(
         start,
         admission=Admission(max_items=settings.max_queue, noun="queries"),
         not_loaded="Retriever not loaded",
     )
     metrics = RetrieverMetrics(
         in_progress=lambda: host.admission.num_held,
-        waiting=lambda: host.backend.num_waiting if host.backend else 0,
+        waiting=lambda: host.backend.batcher.num_waiting if host.backend else 0,
     )
     app = make_application(
         host,
         title="Retriever",
         summary="Which passages of a corpus fit a query best?",
         description=_DESCRIPTION,
-        on_ready=lambda batcher: on_ready(batcher.retriever),
+        on_ready=lambda backend: on_ready(backend.batcher.retriever),
         on_failure=on_failure,
     )
 
     def require_ready() -> None:
-        if (defect := host.require_open().defect) is not None:
+        if (defect := host.require_open().batcher.defect) is not None:
             raise UnavailableError(defect, retry_after_s=60)
 
     add_states(app, require_ready=require_ready)
@@ -148,7 +176,7 @@ def create_app(
     app.include_router(guarded)
     app.add_middleware(
         Guard,
-        work_paths={_WORK_PATH},
+        work_paths={_WORK_PATH, _PAGE_PATH},
         token=settings.token,
         max_body_bytes=settings.max_body_bytes,
         body_flag="--max_body_mb",
@@ -158,7 +186,7 @@ def create_app(
     return app
 
 
-def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSettings) -> None:
+def _add_health(app: FastAPI, *, host: Host[Backend], settings: ServerSettings) -> None:
     @app.get(
         "/health",
         tags=["state"],
@@ -173,20 +201,20 @@ def _add_health(app: FastAPI, *, host: Host[MicroBatcher], settings: ServerSetti
     async def health() -> Response:
         """Return the state of the server; 503 unless it answers searches."""
         status = "stopping" if host.draining else "loading" if host.backend is None else "healthy"
-        if host.backend and host.backend.defect:
+        if host.backend and host.backend.batcher.defect:
             status = "unusable"
-        passages = host.backend.retriever.num_passages if host.backend else None
+        passages = host.backend.batcher.retriever.num_passages if host.backend else None
         body = {"status": status, "passages": passages, "topk": settings.topk}
         if status == "healthy":
             return JSONResponse(body)
         return JSONResponse(body, status_code=503, headers={"Retry-After": "1"})
 
 
-def _add_version(router: APIRouter, *, host: Host[MicroBatcher], settings: ServerSettings) -> None:
+def _add_version(router: APIRouter, *, host: Host[Backend], settings: ServerSettings) -> None:
     @router.get("/version", tags=["state"])
     async def version() -> VersionResponse:
         """Return everything that the answers depend on."""
-        retriever = host.backend.retriever if host.backend else None
+        retriever = host.backend.batcher.retriever if host.backend else None
         return VersionResponse(
             version=package_version(),
             topk=settings.topk,
@@ -195,7 +223,7 @@ def _add_version(router: APIRouter, *, host: Host[MicroBatcher], settings: Serve
         )
 
 
-def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: ServerSettings) -> APIRouter:
+def _work(*, host: Host[Backend], metrics: RetrieverMetrics, settings: ServerSettings) -> APIRouter:
     limits = {"--max_queries": settings.max_queries, "--max_queue": settings.max_queue}
     router = APIRouter(route_class=bounded_route(read=host.read, noun="queries", limits=limits))
 
@@ -216,8 +244,8 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
             )
         timeout_s = body.timeout_s or settings.request_timeout_s
 
-        async def search(batcher: MicroBatcher) -> list[Outcome]:
-            return await batcher.search(queries, topk=topk, timeout_s=timeout_s)
+        async def search(backend: Backend) -> list[Outcome]:
+            return await backend.batcher.search(queries, topk=topk, timeout_s=timeout_s)
 
         outcomes = await host.run(
             search, size=len(queries), disconnected=lambda: wait_for_disconnect(request)
@@ -227,6 +255,27 @@ def _work(*, host: Host[MicroBatcher], metrics: RetrieverMetrics, settings: Serv
             _require_answered(outcomes, queries=queries)
         answer = await _render(outcomes, body=body)
         return Response(answer, media_type="application/json")
+
+    @router.post(
+        _PAGE_PATH,
+        tags=["search"],
+        responses=refusals(400, 404, 408, 413, 415, 429, 500, 503, meanings=_MEANINGS),
+    )
+    async def page(body: PageRequest, request: Request) -> PageAnswer:
+        """Return a part of the page that a passage is on: all consecutive passages with its title."""
+
+        async def read(backend: Backend) -> Page | None:
+            if backend.pages is None:
+                raise HTTPException(404, "no pages: an online engine has no corpus to read them from")
+            try:
+                return await backend.pages.read(body.id, part=body.part, part_chars=body.part_chars)
+            except ChangedFileError as error:
+                raise UnavailableError(str(error), retry_after_s=60) from error
+            except RetrieverError as error:
+                raise HTTPException(500, str(error)) from error
+
+        found = await host.run(read, size=1, disconnected=lambda: wait_for_disconnect(request))
+        return PageAnswer(page=found)
 
     return router
 
@@ -287,10 +336,11 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
     app = create_app(
         lambda: open_retriever(opened),
         settings=settings,
+        corpus_path=None if opened.is_online else opened.dense.corpus_path,
         on_ready=announce,
         on_failure=lambda: server.stop_at_once(),
     )
-    host: Host[MicroBatcher] = app.state.host
+    host: Host[Backend] = app.state.host
     server = GracefulServer(app, host=host, grace_s=settings.shutdown_grace_s)
     if not settings.token and not is_loopback(settings.host):
         logger.warning(

@@ -1,4 +1,4 @@
-"""The wire format of `POST /retrieve`, shared by server and client.
+"""The wire formats of `POST /retrieve` and `POST /page`, shared by server and client.
 
     {"queries": ["birthplace of Alice Marsh"], "topk": 3, "return_scores": true}
     {"result": [[{"document": {"id": "7", "contents": "\\"Title\\"\\ntext"}, "score": 0.83}]]}
@@ -7,6 +7,11 @@ Without `return_scores` the inner lists hold the bare documents; `query` is acce
 
 A query that could not be answered fails the whole request, unless `allow_failures` asks for the rest: then
 its list is null and `errors` gives the reason. Null is not an empty list, which means that nothing was found.
+
+    {"id": "7", "part": 2, "part_chars": 2000}
+    {"page": {"title": "\\"Title\\"", "part": 2, "num_parts": 3, "passages": [{"id": "9", "text": "text"}]}}
+
+The page is null for an unknown id, and has no passages where it has no such part.
 """
 
 from __future__ import annotations
@@ -18,17 +23,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 MAX_TOPK = 1000
 MAX_QUERY_CHARS = 20_000
 MAX_TIMEOUT_S = 86_400.0
+MAX_ID_CHARS = 1000
+MIN_PART_CHARS, MAX_PART_CHARS = 100, 100_000
 
 Score = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _read_query(text: str) -> str:
-    """Cut a long query. Raises ValueError for a lone surrogate, which no tokenizer reads."""
+def _check_unicode(text: str) -> str:
+    """Raise ValueError for a lone surrogate, which no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"not valid Unicode at character {error.start}") from error
-    return text[:MAX_QUERY_CHARS]
+    return text
+
+
+def _read_query(text: str) -> str:
+    """Cut a long query. Raises ValueError for a lone surrogate."""
+    return _check_unicode(text)[:MAX_QUERY_CHARS]
 
 
 QueryText = Annotated[str, AfterValidator(_read_query)]
@@ -105,6 +117,18 @@ class Document(BaseModel):
         examples=['"Alice Marsh"\nAlice Marsh was born in Bolton.'],
     )
 
+    @property
+    def title(self) -> str:
+        """The first line of `contents`; empty where that is a single line."""
+        title, newline, _ = self.contents.partition("\n")
+        return title if newline else ""
+
+    @property
+    def text(self) -> str:
+        """What follows the title."""
+        _, newline, text = self.contents.partition("\n")
+        return text if newline else self.contents
+
 
 class ScoredDocument(BaseModel):
     """A passage and its score: higher is better, on a scale that depends on the retriever."""
@@ -137,3 +161,44 @@ class BareAnswer(BaseModel):
 
     result: list[list[Document] | None]
     errors: list[FailedQuery | None] | None = None
+
+
+class PageRequest(BaseModel):
+    """A request for a part of the page that a passage is on."""
+
+    model_config = ConfigDict(
+        coerce_numbers_to_str=True,
+        json_schema_extra={"examples": [{"id": "7"}, {"id": "7", "part": 2, "part_chars": 2000}]},
+    )
+
+    id: Annotated[str, AfterValidator(_check_unicode)] = Field(
+        max_length=MAX_ID_CHARS, description="Of any passage of the page."
+    )
+    part: int = Field(default=1, ge=1, description="Which part, from 1.")
+    part_chars: int = Field(
+        default=2000, ge=MIN_PART_CHARS, le=MAX_PART_CHARS, description="Characters of a part at most."
+    )
+
+
+class PagePassage(BaseModel):
+    """The text of one passage, as far as it is in the part."""
+
+    id: str
+    text: str
+
+
+class Page(BaseModel):
+    """A part of a page: consecutive passages with the same title."""
+
+    title: str = Field(examples=['"Alice Marsh"'])
+    part: int
+    num_parts: int = Field(description="Of the page, with parts of the length that was asked for.")
+    passages: list[PagePassage] = Field(
+        description="In order; joined by spaces they are the text. Empty where there is no such part."
+    )
+
+
+class PageAnswer(BaseModel):
+    """The answer to a request for a page."""
+
+    page: Page | None = Field(description="Null for an unknown id.")

@@ -259,7 +259,7 @@ def neutralize(observation: Observation, prompt_format: PromptFormat) -> Observa
     """Return the observation without markup of the format in its text and passages."""
     clean = prompt_format.neutralize
     passages = tuple(
-        replace(passage, title=clean(passage.title), text=clean(passage.text))
+        replace(passage, id=clean(passage.id), title=clean(passage.title), text=clean(passage.text))
         for passage in observation.passages
     )
     return replace(observation, text=clean(observation.text), passages=passages)

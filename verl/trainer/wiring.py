@@ -46,6 +46,7 @@ def open_search(config: RetrieverConfig) -> HttpSearch:
 def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
     """Make the tools that the policy can call. Raises ConfigError for their texts in the prompt file."""
     path = prompt_file(config.data.prompt_file)
+    resources = replace(resources, tools=tuple(config.agent.tools))
     return [
         tool(
             getattr(config, tool.section) if tool.section else None,

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import uvicorn
@@ -78,7 +79,11 @@ class EchoRetriever:
 
 
 def make_app(
-    retriever: Retriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+    retriever: Retriever,
+    *flags: str,
+    load_s: float = 0.0,
+    environ: Mapping[str, str] | None = None,
+    corpus_path: Path | None = None,
 ) -> FastAPI:
     """The application with the settings of a command line."""
 
@@ -86,16 +91,21 @@ def make_app(
         await asyncio.sleep(load_s)
         return retriever
 
-    return create_app(load, settings=resolve_server(flags, environ=environ or {})[0])
+    settings = resolve_server(flags, environ=environ or {})[0]
+    return create_app(load, settings=settings, corpus_path=corpus_path)
 
 
 @asynccontextmanager
 async def serving(
-    retriever: Retriever, *flags: str, load_s: float = 0.0, environ: Mapping[str, str] | None = None
+    retriever: Retriever,
+    *flags: str,
+    load_s: float = 0.0,
+    environ: Mapping[str, str] | None = None,
+    corpus_path: Path | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Ready for work unless `load_s` says otherwise."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(retriever, *flags, load_s=load_s, environ=environ)
+    app = make_app(retriever, *flags, load_s=load_s, environ=environ, corpus_path=corpus_path)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="h11"))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -12,7 +12,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as parquet
 import pytest
 
-from search_r1.search import line_offsets
+from search_r1.search import line_offsets, sidecar
 from search_r1.search.corpus import open_corpus, sample_rows
 from search_r1.search.errors import RetrieverError
 
@@ -27,8 +27,8 @@ def write(path: Path, text: str) -> Path:
 @pytest.fixture
 def with_sidecars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As if every file were large."""
-    monkeypatch.setattr(line_offsets, "SIDECAR_FROM_BYTES", 0)
-    monkeypatch.setattr(line_offsets, "_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sidecar, "SIDECAR_FROM_BYTES", 0)
+    monkeypatch.setattr(sidecar, "_CACHE", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("last_newline", ["", "\n"])
@@ -38,7 +38,7 @@ def test_rows_are_the_lines_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, last_newline: str, sidecar_from: int
 ) -> None:
     monkeypatch.setattr(line_offsets, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(line_offsets, "SIDECAR_FROM_BYTES", sidecar_from)
+    monkeypatch.setattr(sidecar, "SIDECAR_FROM_BYTES", sidecar_from)
     contents = ["é\n漢字 🎬", "b" * 50, "c\u2028d"]
     lines = [
         json.dumps({"id": row, "contents": text}, ensure_ascii=False) for row, text in enumerate(contents)
@@ -143,13 +143,13 @@ def test_the_sidecar_of_another_content_is_not_believed(tmp_path: Path) -> None:
 def test_a_damaged_sidecar_is_made_again(tmp_path: Path, spoilt: bytes) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
     open_corpus(path)
-    sidecar = path.with_name("corpus.jsonl.offsets.npy")
-    whole = sidecar.read_bytes()
+    kept = path.with_name("corpus.jsonl.offsets.npy")
+    whole = kept.read_bytes()
     for damaged in (spoilt, whole[: len(whole) // 2], whole[:-8]):
-        sidecar.write_bytes(damaged)
+        kept.write_bytes(damaged)
         assert len(open_corpus(path)) == 5
-        assert sidecar.read_bytes() == whole
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["corpus.jsonl", sidecar.name]
+        assert kept.read_bytes() == whole
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["corpus.jsonl", kept.name]
 
 
 @pytest.mark.usefixtures("with_sidecars")
@@ -157,15 +157,15 @@ def test_a_folder_that_cannot_be_written_has_its_offsets_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
-    sidecar = path.with_name("corpus.jsonl.offsets.npy")
-    sidecar.mkdir()  # no file can take its place, whoever runs the test
+    kept = path.with_name("corpus.jsonl.offsets.npy")
+    kept.mkdir()  # no file can take its place, whoever runs the test
     assert len(open_corpus(path)) == 5
     assert caplog.messages == []  # nothing to worry about: there is another place
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cached,) = (tmp_path / "cache" / "offsets").iterdir()
     assert len(np.load(cached)) == 7 + 6
     write(tmp_path / "file", "")
     for folder in (tmp_path / "file" / "cache", Path("~no-such-user/cache")):  # neither folder nor home
-        monkeypatch.setattr(line_offsets, "_CACHE", folder)
+        monkeypatch.setattr(sidecar, "_CACHE", folder)
         caplog.clear()
         assert len(open_corpus(path)) == 5
         assert "stay in memory" in caplog.text

@@ -56,6 +56,14 @@ def test_both_published_shapes(server: RunningServer) -> None:
         assert all(PASSAGES[hit["document"]["id"]] == hit["document"]["contents"] for hit in hits)
 
 
+def test_a_page_of_the_corpus(server: RunningServer) -> None:
+    answer = httpx.post(f"{server.url}/page", json={"id": 3}, trust_env=False, timeout=30.0).json()
+    assert answer["page"]["num_parts"] == 1
+    (passage,) = answer["page"]["passages"]
+    assert passage["id"] == "3"
+    assert PASSAGES["3"].endswith(passage["text"])
+
+
 @pytest.mark.parametrize("payload", [{}, {"topk": None}, {"topk": 0}])
 def test_the_default_number_of_passages(server: RunningServer, payload: dict[str, object]) -> None:
     assert len(retrieve(server, query="river", **payload).json()["result"][0]) == 3

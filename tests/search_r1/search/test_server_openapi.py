@@ -78,4 +78,4 @@ def test_the_token_is_documented_where_it_is_asked_for(token: str) -> None:
     guarded = {
         path for path, operations in paths.items() if any("security" in o for o in operations.values())
     }
-    assert guarded == ({"/retrieve", "/metrics", "/version"} if token else set())
+    assert guarded == ({"/retrieve", "/page", "/metrics", "/version"} if token else set())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 from verl.errors import ServiceError
@@ -13,11 +14,19 @@ from verl.types import Observation, Passage, ToolSpec, Trajectory
 
 _GRACE_S = 1.0
 """The client reports a search that took too long better than the agent loop can, which cancels the call."""
+_MAX_SHOWN_ID = 64
 
 
-def render_passages(passages: Sequence[Passage]) -> str:
-    """Return `Doc k(Title: title) text`, one line per passage, k from 1: Search-R1's lines, byte for byte."""
-    lines = [f"Doc {k}(Title: {p.title}) {p.text}\n" for k, p in enumerate(passages, start=1)]
+def render_passages(passages: Sequence[Passage], *, shows_ids: bool = False) -> str:
+    """Return `Doc k(Title: title) text`, one line per passage, k from 1: Search-R1's lines, byte for byte.
+
+    With ids they are `Doc k(Id: id, Title: title) text`; ids of more than 64 characters are left out.
+    """
+    lines = []
+    for k, passage in enumerate(passages, start=1):
+        is_shown = shows_ids and 0 < len(passage.id) <= _MAX_SHOWN_ID
+        name = f"Id: {passage.id}, Title: {passage.title}" if is_shown else f"Title: {passage.title}"
+        lines.append(f"Doc {k}({name}) {passage.text}\n")
     return "".join(lines).strip()
 
 
@@ -38,12 +47,13 @@ class SearchTool(Tool):
     ) -> None:
         self._settings = settings
         self._search = resources.open_search()
+        self._render = partial(render_passages, shows_ids="open_page" in resources.tools)
         self.spec = ToolSpec(
             name="search",
             description="search for passages that help to answer the question",
             parameters={"query": "what to search for"},
             timeout_s=settings.timeout_s + _GRACE_S,
-            shortest_text=render_passages([Passage(id="", title="", text="", score=0.0)]),
+            shortest_text=self._render([Passage(id="0" * _MAX_SHOWN_ID, title="", text="", score=0.0)]),
             empty_text=texts["nothing_found"].format(),
         )
 
@@ -64,7 +74,7 @@ class SearchTool(Tool):
             passages = await self._search.search(str(arguments["query"]))
         except ServiceError as error:
             return Observation(failure=str(error))
-        return Observation(text=render_passages(passages), passages=passages)
+        return Observation(text=self._render(passages), passages=passages)
 
     async def aclose(self) -> None:
         """Close the connections to the search engine."""
@@ -80,15 +90,15 @@ class SearchTool(Tool):
         shown: tuple[Passage, ...] = ()
         for count in range(len(passages), 0, -1):
             *whole, last = passages[:count]
-            heading = render_passages([*whole, replace(last, text="")])
-            end = min(max_chars, len(render_passages(passages[:count])))
+            heading = self._render([*whole, replace(last, text="")])
+            end = min(max_chars, len(self._render(passages[:count])))
             if len(documents[:max_chars].rstrip()) > len(heading):
                 text = documents[:end].rstrip()[len(heading) + 1 :]
                 shown = (*whole, replace(last, text=text))
                 break
         else:
             if passages:
-                start = len(render_passages([replace(passages[0], title="", text="")])) - 1
+                start = len(self._render([replace(passages[0], title="", text="")])) - 1
                 title = documents[start : min(start + len(passages[0].title), max_chars)]
                 shown = (replace(passages[0], title=title, text=""),)
-        return Observation(text=render_passages(shown), passages=shown)
+        return Observation(text=self._render(shown), passages=shown)
