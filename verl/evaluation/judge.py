@@ -26,7 +26,7 @@ from verl.errors import ConfigError, ServiceError
 from verl.evaluation.judge_settings import PACKAGED_FILE, JudgeSettings, load_settings
 from verl.evaluation.page import write_report
 from verl.evaluation.records import JUDGE_FILE, VERDICTS_FILE, ResultRecord, read_results
-from verl.evaluation.verdicts import VerdictRecord
+from verl.evaluation.verdicts import JudgeRecord, VerdictRecord
 from verl.utils.entry import error_line
 from verl.utils.http import translated_settings
 
@@ -183,7 +183,7 @@ def _read_cached(path: Path) -> float | None:
 
 async def judge_folder(
     folder: Path, *, settings: JudgeSettings, digest: str, token: str | None, cache: Path
-) -> dict[str, object]:
+) -> JudgeRecord:
     """Judge the answers of an evaluation folder; return what `judge.json` says.
 
     Raises DataError for a folder without results, ServiceError for an endpoint that does not work.
@@ -202,7 +202,7 @@ async def judge_folder(
         for result, prompt, reply in zip(results, prompts, known, strict=True)
     ]
     failures = Counter(r["failure"].partition(":")[0] for r in records if r["failure"] is not None)
-    summary: dict[str, object] = {
+    summary: JudgeRecord = {
         "format": 1,
         "model": settings.model,
         "replied_as": sorted(judge.models),

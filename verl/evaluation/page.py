@@ -32,7 +32,7 @@ from verl.evaluation.tables import (
     format_interval,
     results_table,
 )
-from verl.evaluation.verdicts import read_judged_results
+from verl.evaluation.verdicts import JudgeRecord, read_judge, read_judged_results
 from verl.run.records import TrajectoryRecord, parse_record
 from verl.run.report.examples import evenly_spaced, shown_bytes
 from verl.run.report.report import REPORT_FILE, TEMPLATES, Tile, make_environment
@@ -69,6 +69,7 @@ def write_report(folder: Path) -> Path:
         tables=tables,
         examples=pick_examples(folder, results),
         settings=read_settings(folder),
+        judge=read_judge(folder),
     )
     write_json_atomically(folder / SUMMARY_FILE, summary_json(summary))
     write_atomically(folder / MARKDOWN_FILE, "\n".join(map(as_markdown, tables)))
@@ -94,6 +95,7 @@ def render_page(
     tables: Sequence[Table],
     examples: Examples,
     settings: Mapping[str, object],
+    judge: JudgeRecord | None,
 ) -> str:
     """Return the page as HTML; text from outside is escaped."""
     charts = [
@@ -112,7 +114,7 @@ def render_page(
         charts=[(name, Markup(svg)) for name, svg in charts],
         summary=summary,
         examples=examples,
-        facts=list_facts(settings),
+        facts=[*list_facts(settings), *list_judge_facts(judge)],
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
 
@@ -154,6 +156,7 @@ def list_facts(settings: Mapping[str, object]) -> list[tuple[str, str]]:
     keys = {
         "Model": "config.actor_rollout_ref.model.path",
         "Questions": "config.data.val_files",
+        "Reference": "config.evaluation.reference",
         "Format": "config.agent.format",
         "Searches per question": "config.max_turns",
         "Passages per search": "config.retriever.topk",
@@ -167,9 +170,17 @@ def list_facts(settings: Mapping[str, object]) -> list[tuple[str, str]]:
         value: object = settings
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        if value is not None:
+        if value not in (None, "none"):
             facts.append((label, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return facts
+
+
+def list_judge_facts(judge: JudgeRecord | None) -> list[tuple[str, str]]:
+    """Return which judge gave the verdicts, nothing if none was asked."""
+    if judge is None:
+        return []
+    counts = f"{judge['calls']} calls, {judge['tokens']} tokens, {judge['not_judged']} answers not judged"
+    return [("Judge", f"{judge['model']} (settings {judge['sha256'][:12]}): {counts}")]
 
 
 def pick_examples(folder: Path, results: Sequence[ResultRecord]) -> Examples:

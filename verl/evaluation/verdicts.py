@@ -1,4 +1,4 @@
-"""The verdicts of a judge on the answers of an evaluation: `judgements.jsonl` beside its results."""
+"""The verdicts of a judge on the answers of an evaluation, and which judge it was: beside its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from verl.evaluation.records import VERDICTS_FILE, ResultRecord, read_results
+from verl.evaluation.records import JUDGE_FILE, VERDICTS_FILE, ResultRecord, read_results
 from verl.utils.files import parse_json
 
 
@@ -26,7 +26,29 @@ class VerdictRecord(TypedDict):
     """`name: message`."""
 
 
+class JudgeRecord(TypedDict):
+    """Which judge was asked, and what that took: `judge.json`."""
+
+    format: int
+    model: str
+    replied_as: list[str]
+    """Names under which the endpoint replied in this start."""
+    sha256: str
+    """Of the file of the settings."""
+    settings: dict[str, object]
+    answers: int
+    sources: dict[str, int]
+    """Number of answers by `VerdictRecord.source`."""
+    not_judged: int
+    failures: dict[str, int]
+    """By name."""
+    calls: int
+    """Of this start, like `tokens`."""
+    tokens: int
+
+
 _SHAPE = TypeAdapter(VerdictRecord)
+_JUDGE_SHAPE = TypeAdapter(JudgeRecord)
 
 
 def read_verdicts(folder: Path) -> list[VerdictRecord]:
@@ -39,6 +61,14 @@ def read_verdicts(folder: Path) -> list[VerdictRecord]:
             parse_json(line, shape=_SHAPE, where=f"{path}:{number}", fix="remove the file and judge again")
             for number, line in enumerate(file, start=1)
         ]
+
+
+def read_judge(folder: Path) -> JudgeRecord | None:
+    """Return which judge was asked, None if none was. Raises DataError."""
+    path = folder / JUDGE_FILE
+    if not path.is_file():
+        return None
+    return parse_json(path.read_bytes(), shape=_JUDGE_SHAPE, where=str(path), fix="judge again")
 
 
 def read_judged_results(folder: Path) -> list[ResultRecord]:

@@ -171,6 +171,7 @@ def test_a_folder_is_judged_with_calls_only_where_they_are_needed(
     assert all(r["metrics"]["judge"] == r["metrics"]["em"] for r in answered)
     assert len(read_verdicts(folder)) == len(answered) < len(results)
     assert "| judge |" in (folder / "table.md").read_text()
+    assert f"{len(wrong)} calls, {TOKENS * len(wrong)} tokens" in (folder / "report.html").read_text()
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY.encode() not in written
 
