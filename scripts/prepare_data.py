@@ -2,10 +2,11 @@
 
 A row is {"question": "...", "golden_answers": ["...", ...]}, with an optional "id": the format of the
 FlashRAG data sets (nq, triviaqa, popqa, hotpotqa, 2wikimultihopqa, musique, bamboogle) and of your own
-questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well. The
-files that are written hold no prompt: training takes the instruction from data.prompt_file. Supporting
-passages (HotpotQA, 2WikiMultihopQA, MuSiQue) are kept for algorithm=stepsearch. A corpus of BEIR or pyserini
-becomes the JSON lines of the retriever. Files are local; nothing is downloaded.
+questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL and IGPO are read as well, and
+{"problem": "...", "answer": "..."}, the format of MATH-500, for reward.outcome=math. The files that are
+written hold no prompt: training takes the instruction from data.prompt_file. Supporting passages (HotpotQA,
+2WikiMultihopQA, MuSiQue) are kept for algorithm=stepsearch. A corpus of BEIR or pyserini becomes the JSON
+lines of the retriever. Files are local; nothing is downloaded.
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
@@ -30,7 +31,16 @@ from rich.console import Console
 from rich.progress import track
 
 from serving.files import replacing_file
-from serving.questions import QuestionError, Row, find_golds, find_question, read_rows, refuse, require_text
+from serving.questions import (
+    MATH,
+    QuestionError,
+    Row,
+    find_golds,
+    find_question,
+    read_rows,
+    refuse,
+    require_text,
+)
 from serving.web.settings import expand_home
 from verl.errors import ConfigError, DataError
 from verl.utils.entry import error_line
@@ -73,7 +83,8 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
     try:
         for number, (where, row) in enumerate(read_rows(path)):
             try:
-                question, golds = find_question(row, where=where), list(find_golds(row, where=where))
+                is_math = "problem" in row and "question" not in row
+                question, golds = (find_problem if is_math else find_answers)(row, where=where)
             except QuestionError as error:
                 problems.append(f"  {error}")
                 if len(problems) == MAX_PROBLEMS_SHOWN:
@@ -85,7 +96,7 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
                     "question": question,
                     "golden_answers": golds,
                     "data_source": source,
-                    "ability": "fact-reasoning",
+                    "ability": MATH if is_math else "fact-reasoning",
                     "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
                     "extra_info": {"split": split, "index": start + len(rows), **find_support(row)},
                 }
@@ -97,6 +108,23 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
     if not rows:
         raise DataError(f"{path}: the file is empty")
     return rows
+
+
+def find_answers(row: Row, *, where: str) -> tuple[str, list[str]]:
+    """Return the question and its gold answers. Raises QuestionError."""
+    return find_question(row, where=where), list(find_golds(row, where=where))
+
+
+def find_problem(row: Row, *, where: str) -> tuple[str, list[str]]:
+    """Return a mathematical problem and its answer in LaTeX, as in MATH. Raises QuestionError.
+
+    The answer is one text as it is: `[1, 2]` is an interval, no list of answers.
+    """
+    problem = require_text(row["problem"], where=where, name="problem").strip()
+    answer = row.get("answer")
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    return problem, [require_text(answer, where=where, name="answer")]
 
 
 def find_support(row: Row) -> dict[str, list[str]]:

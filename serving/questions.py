@@ -24,6 +24,8 @@ from typing import NoReturn
 
 Row = Mapping[str, object]
 
+MATH = "math"
+"""The column `ability` of mathematical problems, whose text need not end in a question mark."""
 _QUESTIONS = ("question", "extra_info.question")
 _GOLDS = (
     "reward_model.ground_truth",

@@ -334,12 +334,17 @@ class Score:
     failure: str | None = None
     """Set: excluded from the group's statistics, masked from the loss, counted."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Further measures of the answer (em, sub_em, f1, set_f1), for logs only."""
+    """Further measures of the answer (em, sub_em, f1, set_f1, math), for logs only."""
 
     @property
     def valid_outcome(self) -> float | None:
         """Return the outcome; None where the trajectory or its measurement failed."""
         return None if self.failure is not None else self.outcome
+
+
+def find_rightness(metrics: Mapping[str, float]) -> float | None:
+    """Return the measure that says if an answer is right: math where it was graded so, else exact match."""
+    return metrics.get("math", metrics.get("em"))
 
 
 Component = float | tuple[float | None, ...] | None

@@ -187,3 +187,32 @@ def test_supporting_passages_are_kept(
     main(["--train", f"mine={source}", "--out-dir", str(tmp_path)])
     (question,) = load_questions([tmp_path / "train.parquet"], prompt_format=FORMAT)
     assert (question.supporting_ids, question.supporting_texts) == (ids, texts)
+
+
+def test_problems_keep_their_text_and_their_answer_as_one(tmp_path: Path) -> None:
+    # In the columns of MATH-500; the problems were made for this test.
+    rows = [
+        {
+            "problem": "Solve $|x-1|\\le 2$.",
+            "solution": "..",
+            "answer": "[-1, 3]",
+            "subject": "Algebra",
+            "level": 2,
+        },
+        {"problem": "What is $\\frac12+\\frac13$?", "solution": "..", "answer": "\\frac{5}{6}", "level": 1},
+        {"problem": "Compute $6!$.", "answer": 720},
+    ]
+    source = write_lines(tmp_path / "math.jsonl", *rows)
+    main(["--test", f"math={source}", "--out-dir", str(tmp_path)])
+    found = load_questions([tmp_path / "test.parquet"], prompt_format=FORMAT)
+    assert [question.text for question in found] == [row["problem"] for row in rows]
+    assert [question.golds for question in found] == [("[-1, 3]",), ("\\frac{5}{6}",), ("720",)]
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "--test",
+                f"math={write_lines(tmp_path / 'x.jsonl', {'problem': 'p'})}",
+                "--out-dir",
+                str(tmp_path),
+            ]
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from serving.answers import complete_question
 from serving.questions import (
+    MATH,
     QuestionError,
     Row,
     find_golds,
@@ -121,7 +122,9 @@ def _parse_row(
     if not isinstance(index, int | str) or isinstance(index, bool) or index == "":
         refuse(index, where=where, name="extra_info.index", expected="a whole number or a name")
     data_source = require_text(row.get("data_source"), where=where, name="data_source")
-    text = complete_question(find_question(row, where=where))
+    text = find_question(row, where=where)
+    if row.get("ability") != MATH:  # a problem is a request more often than a question
+        text = complete_question(text)
     is_bare = _is_bare(row.get("prompt"), text)
     has_prompt = row.get("prompt") is not None and not is_bare
     if prompt == "file" or (prompt == "auto" and not has_prompt):
@@ -171,7 +174,11 @@ def _is_bare(prompt: object, question: str) -> bool:
     if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], dict):
         return False
     content = prompt[0].get("content")
-    return isinstance(content, str) and bool(content.strip()) and complete_question(content) == question
+    return (
+        isinstance(content, str)
+        and bool(content.strip())
+        and question in (content.strip(), complete_question(content))
+    )
 
 
 def _parse_messages(value: object, *, where: str, prompt_format: PromptFormat) -> tuple[Message, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from serving.answers import normalize_answer
 from verl.evaluation.records import ResultRecord
+from verl.types import find_rightness
 
 COSTS = ("searches", "turns", "output_tokens", "context_tokens", "seconds")
 """Means that say what an answer costs; all other names are scores in [0, 1]."""
@@ -45,12 +46,13 @@ def _score_question(samples: Sequence[ResultRecord], *, sizes: Sequence[int]) ->
     names = [name for name in samples[0]["metrics"] if all(name in record["metrics"] for record in samples)]
     values = {name: _mean([record["metrics"][name] for record in samples]) for name in names}
     if sizes:
-        num_right = sum(record["metrics"]["em"] >= 1.0 for record in samples)
+        rightness = [find_rightness(record["metrics"]) or 0.0 for record in samples]
+        num_right = sum(value >= 1.0 for value in rightness)
         for k in sizes:
             if k <= len(samples):
                 values[f"pass@{k}"] = pass_at_k(len(samples), num_right, k=k)
         voted = vote([record["prediction"] for record in samples])
-        values["majority"] = 0.0 if voted is None else samples[voted]["metrics"]["em"]
+        values["majority"] = 0.0 if voted is None else rightness[voted]
     costs: dict[str, list[float]] = {
         "searches": [record["num_searches"] for record in samples],
         "turns": [record["num_turns"] for record in samples],

@@ -36,6 +36,7 @@ from verl.evaluation.verdicts import JudgeRecord, read_judge, read_judged_result
 from verl.run.records import TrajectoryRecord, parse_record
 from verl.run.report.examples import evenly_spaced, shown_bytes
 from verl.run.report.report import REPORT_FILE, TEMPLATES, Tile, make_environment
+from verl.types import find_rightness
 from verl.utils.files import parse_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -134,7 +135,7 @@ def headline(summary: Summary) -> list[Tile]:
     average = summary.macro if len(summary.sources) > 1 else summary.micro
     what = f"macro average of {len(summary.sources)} sources" if len(summary.sources) > 1 else "all questions"
     tiles = []
-    for name in ("em", "f1", "judge", "majority"):
+    for name in ("math", "em", "f1", "judge", "majority"):
         if found := average.estimates.get(name):
             interval = format_interval(found.interval)
             note = f"{what}{f', 95 %{interval}' if interval else ''}"
@@ -212,7 +213,7 @@ def pick_examples(folder: Path, results: Sequence[ResultRecord]) -> Examples:
 def _verdict(result: ResultRecord) -> str:
     if result["failure"] is not None:
         return "failed"
-    return "right" if result["metrics"]["em"] >= 1.0 else "wrong"
+    return "right" if (find_rightness(result["metrics"]) or 0.0) >= 1.0 else "wrong"
 
 
 def _read_lines(

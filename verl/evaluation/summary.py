@@ -27,6 +27,7 @@ from verl.evaluation.statistics import (
 from verl.utils.failures import failure_name
 
 LABELS = {
+    "math": "equal expressions",
     "em": "EM",
     "f1": "F1",
     "sub_em": "cover-EM",

@@ -37,6 +37,7 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.wiring import (
     USE_IG_SERVICE,
+    connect_grader,
     connect_services,
     load_prompts,
     make_agent,
@@ -50,6 +51,7 @@ from verl.trainer.wiring import (
 from verl.types import Question
 from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
+from verl.utils.reward_score.math_grader import GradingAgent, MathGrader
 from verl.utils.shutdown import close_quietly
 from verl.workers.checkpoint import CheckpointStore
 from verl.workers.model import check_model, trees_score_as_rows
@@ -88,6 +90,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
     needs = find_needs(config)
     ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
+    grader = await connect_grader(config, stack)
     model_folder = check_model(
         config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
     )
@@ -114,9 +117,11 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     parts = Parts(
         questions=start.sampler,
         held_out=held_out,
-        collector=make_collector(config, engines=models.engines, prompt_format=prompt_format, tools=tools),
+        collector=make_collector(
+            config, engines=models.engines, prompt_format=prompt_format, tools=tools, grader=grader
+        ),
         algorithm=algorithm,
-        reward=make_reward(config, algorithm, decode=tokenizer.decode),
+        reward=make_reward(config, algorithm, decode=tokenizer.decode, grader=grader),
         policy=models.policy,
         reference=models.reference if config.actor_rollout_ref.actor.use_kl_loss else None,
         copy=models.copy,
@@ -269,18 +274,24 @@ def make_tracker(config: Config, stack: AsyncExitStack, *, run_dir: Path, total_
 
 
 def make_collector(
-    config: Config, *, engines: EnginePool, prompt_format: PromptFormat, tools: Sequence[Tool]
+    config: Config,
+    *,
+    engines: EnginePool,
+    prompt_format: PromptFormat,
+    tools: Sequence[Tool],
+    grader: MathGrader | None,
 ) -> Collector:
     """Make the collector, which runs the episodes of a step."""
     rollout = config.actor_rollout_ref.rollout
+    agent = make_agent(
+        config,
+        engines=engines,
+        prompt_format=prompt_format,
+        tools=tools,
+        temperature=rollout.temperature,
+    )
     return Collector(
-        make_agent(
-            config,
-            engines=engines,
-            prompt_format=prompt_format,
-            tools=tools,
-            temperature=rollout.temperature,
-        ),
+        agent if grader is None else GradingAgent(agent, grader),
         n=rollout.n_agent,
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_failure_share=config.reward.max_failure_share,
@@ -297,13 +308,15 @@ def load_data(config: Config, prompt_format: PromptFormat) -> tuple[list[Questio
     return train, held_out
 
 
-def make_reward(config: Config, algorithm: Algorithm, *, decode: Decode) -> Reward:
+def make_reward(
+    config: Config, algorithm: Algorithm, *, decode: Decode, grader: MathGrader | None = None
+) -> Reward:
     """Make the reward: the outcome of an episode, and the gains of the method."""
     fix = "repair what the failures name."
     if algorithm.needs & USE_IG_SERVICE:
         fix = f"is the IG service at {config.reward.semantic.url} (reward.semantic.url) up?"
     return Reward(
-        make_outcome(config, decode=decode),
+        make_outcome(config, decode=decode, grader=grader),
         algorithm=algorithm,
         max_failure_share=config.reward.max_failure_share,
         fix=fix,

@@ -31,6 +31,7 @@ from verl.trainer.launch import count_gpus, open_engines
 from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.trainer.ppo.metrics import finite, mean
 from verl.trainer.wiring import (
+    connect_grader,
     connect_services,
     load_prompts,
     make_agent,
@@ -44,6 +45,7 @@ from verl.trainer.wiring import (
 )
 from verl.types import Question, Trajectory
 from verl.utils.logs import ProgressLog, configure_logging
+from verl.utils.reward_score.math_grader import GradingAgent
 from verl.workers.checkpoint import find_policy
 from verl.workers.model import check_model
 
@@ -83,6 +85,7 @@ async def answer_questions(
     resources = ToolResources(open_search=partial(open_search, config.retriever))
     tools = [] if config.evaluation.reference == NO_SEARCH else make_tools(config, resources)
     _, services = await connect_services(config, stack, tools=tools, needs=frozenset())
+    grader = await connect_grader(config, stack)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = make_tokenizer(config)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
@@ -114,8 +117,10 @@ async def answer_questions(
             tools=tools,
             temperature=config.evaluation.temperature,
         )
+        if grader is not None:
+            agent = GradingAgent(agent, grader)
         started = time.monotonic()
-        outcome = make_outcome(config, decode=tokenizer.decode)
+        outcome = make_outcome(config, decode=tokenizer.decode, grader=grader)
         await play(config, agent, questions, outcome=outcome, writer=writer)
         seconds = time.monotonic() - started
     writer.sort(keys)
@@ -174,7 +179,7 @@ def summarize(folder: Path, *, num_asked: int, seconds: float) -> dict[str, obje
     logger.info(
         "%d answers to %d questions: %s", len(results), metrics["val/questions"], folder / METRICS_FILE
     )
-    shown = ("em", "sub_em", "f1", "questions", "failed", "searches_mean", "output_tokens_mean")
+    shown = ("math", "em", "sub_em", "f1", "questions", "failed", "searches_mean", "output_tokens_mean")
     return {
         **{name: metrics[f"val/{name}"] for name in shown if f"val/{name}" in metrics},
         "asked": num_asked,

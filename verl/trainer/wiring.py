@@ -28,6 +28,7 @@ from verl.run.records import Decode
 from verl.trainer.config.schema import DROP_OBSERVATIONS, Config, RetrieverConfig
 from verl.types import Question
 from verl.utils.reward_score.IG_client import GainClient
+from verl.utils.reward_score.math_grader import MathGrader
 from verl.utils.shutdown import close_quietly
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,17 @@ def _make_limits(config: Config, *, temperature: float) -> EpisodeLimits:
     )
 
 
-def make_outcome(config: Config, *, decode: Decode) -> OutcomeRule:
+async def connect_grader(config: Config, stack: AsyncExitStack) -> MathGrader | None:
+    """Return what grades answers to mathematical problems, if the outcome needs it. Raises ConfigError."""
+    if config.reward.outcome != "math":
+        return None
+    grader = MathGrader(cpu_time_s=config.reward.math_cpu_time_s)
+    close_quietly(stack, grader.aclose)
+    await grader.connect()
+    return grader
+
+
+def make_outcome(config: Config, *, decode: Decode, grader: MathGrader | None = None) -> OutcomeRule:
     """Make the rule that scores the final answer of an episode; `decode` returns the text of tokens."""
     reward = config.reward
     return partial(
@@ -143,6 +154,7 @@ def make_outcome(config: Config, *, decode: Decode) -> OutcomeRule:
         format_score=reward.format_score,
         rule=AnswerRule(reward.answer_rule),
         decode=decode,
+        grade=None if grader is None else grader.grade,
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 
 from serving.answers import AnswerRule, normalize_answer
 from verl.types import ActionKind, SpanKind, Trajectory
+from verl.utils.reward_score.math_grader import Grade
 from verl.utils.reward_score.qa_em import exact_match, overlap_f1, set_f1, sub_exact_match, word_f1
 
 _IGPO_TAGS = ("think", "tool_call", "code", "answer")
@@ -18,9 +19,12 @@ _IGPO_TAGS = ("think", "tool_call", "code", "answer")
 class Outcome:
     """The reward of the final answer, and every measure of it for the logs."""
 
-    value: float
+    value: float | None
+    """None where it could not be measured."""
     metrics: dict[str, float]
-    """em, sub_em, f1 and set_f1, whatever the reward is."""
+    """em, sub_em, f1 and set_f1, whatever the reward is; math where that is the reward."""
+    failure: str | None = None
+    """Why it could not be measured."""
 
 
 def measure_outcome(
@@ -30,6 +34,7 @@ def measure_outcome(
     format_score: float = 0.0,
     rule: AnswerRule = AnswerRule.folded,
     decode: Callable[[Sequence[int]], str] | None = None,
+    grade: Callable[[str, Sequence[str]], Grade] | None = None,
 ) -> Outcome:
     """Score the answer by `metric`, normalized by `rule`.
 
@@ -38,6 +43,7 @@ def measure_outcome(
     of their own for answers that are wrong or missing. For `igpo_f1`, which needs `decode` (the text of
     sampled tokens), an answer counts as missing when the sampled text has unbalanced tags or when a turn was
     INVALID: in the authors' code such a turn ends the episode without an answer, here the episode goes on.
+    `math` needs `grade`; an answer on which it has no verdict has no outcome, but a failure.
     """
     answer, golds = trajectory.answer, trajectory.question.golds
     metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0, "set_f1": 0.0}
@@ -57,6 +63,12 @@ def measure_outcome(
     if metric == "autorefine_f1":
         summaries = [s.text for t in trajectory.turns for s in t.action.spans if s.kind is SpanKind.REFINE]
         return Outcome(value=autorefine_f1(answer, golds, summaries=summaries, rule=rule), metrics=metrics)
+    if metric == "math":
+        assert grade is not None
+        verdict = Grade(score=0.0) if answer is None else grade(answer, golds)
+        if verdict.score is None:
+            return Outcome(value=None, metrics={}, failure=verdict.failure)
+        metrics["math"] = verdict.score
     value = metrics[metric]
     if answer is not None and normalize_answer(answer, rule=AnswerRule.published):
         value = max(value, format_score)

@@ -81,10 +81,12 @@ class Reward:
 
 
 def score_answer(trajectory: Trajectory, *, outcome: OutcomeRule, gain: Gain = NO_GAIN) -> Score:
-    """Return the score of a trajectory; one that failed has neither outcome nor metrics."""
+    """Return the score of a trajectory; one that failed, or whose outcome did, has neither it nor metrics."""
     if trajectory.stop is Stop.FAILED:
         return Score(outcome=None, failure=trajectory.failure or "failed: no reason given")
     measured = outcome(trajectory)
+    if measured.value is None:
+        return Score(outcome=None, failure=measured.failure)
     return Score(outcome=measured.value, gain=gain, failure=gain.failure, metrics=measured.metrics)
 
 

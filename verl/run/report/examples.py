@@ -12,6 +12,7 @@ from pathlib import Path
 from verl.run.records import TrajectoryRecord, iterate_records
 from verl.run.report.run_data import RunData
 from verl.run.report.text import gain_of
+from verl.types import find_rightness
 from verl.utils.failures import failure_name
 
 GROUPS_PER_STEP = 8
@@ -155,5 +156,6 @@ def _change(was_right: bool, is_right_now: bool) -> str:
 
 
 def is_right(record: TrajectoryRecord) -> bool:
-    """Return whether the answer is an exact match, or where that was not recorded, has the full outcome."""
-    return record["metrics"].get("em", record["outcome"] or 0.0) >= 1.0
+    """Return whether the answer is right, or where that was not recorded, has the full outcome."""
+    rightness = find_rightness(record["metrics"])
+    return (record["outcome"] or 0.0 if rightness is None else rightness) >= 1.0

@@ -216,10 +216,11 @@ class SemanticGainConfig:
 class RewardConfig:
     """The reward of an episode."""
 
-    outcome: str = one_of("auto", "em", "sub_em", "f1", "igpo_f1", "autorefine_f1")
+    outcome: str = one_of("auto", "em", "sub_em", "f1", "igpo_f1", "autorefine_f1", "math")
     """`auto`: that of the method, see docs/methods.md."""
     answer_rule: str = one_of("folded", *(rule for rule in AnswerRule if rule != "folded"))
     format_score: float = not_negative(0.0)
+    math_cpu_time_s: float = positive(5.0)
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)
     max_failure_share: float = share(0.2)
 

@@ -28,6 +28,7 @@ from verl.types import (
     Stop,
     Trajectory,
     count_policy_tokens,
+    find_rightness,
 )
 from verl.utils.failures import failure_name
 
@@ -60,6 +61,7 @@ def step_metrics(
             **length_by_outcome(played),
             **reward_metrics(samples),
             **outcome_metrics([score for _, score in played]),
+            **count_ungraded(played),
             **gain_metrics(trained),
             **scored.stats,
             **credit_metrics(scored),
@@ -173,11 +175,12 @@ def repetition_share(completions: Sequence[IntArray]) -> float | None:
 
 
 def length_by_outcome(played: Sequence[Played]) -> Metrics:
-    """Return the mean length of right answers (an exact match, or the full outcome) and of wrong ones."""
+    """Return the mean length of right answers (if not measured, of full outcomes) and of wrong ones."""
     lengths: dict[str, list[int]] = {"right": [], "wrong": []}
     for trajectory, score in played:
         if score.outcome is not None:
-            is_right = score.metrics.get("em", score.outcome) >= 1.0
+            rightness = find_rightness(score.metrics)
+            is_right = (score.outcome if rightness is None else rightness) >= 1.0
             lengths["right" if is_right else "wrong"].append(trajectory.num_policy_tokens)
     return finite({f"rollout/response_length_{name}_mean": mean(found) for name, found in lengths.items()})
 
@@ -203,12 +206,23 @@ def outcome_metrics(scores: Sequence[Score]) -> Metrics:
     )
 
 
+def count_ungraded(played: Sequence[Played]) -> Metrics:
+    """Return the number of answers whose outcome could not be measured, by name."""
+    failures = Counter(
+        failure_name(score.failure or "unnamed")
+        for trajectory, score in played
+        if trajectory.stop is not Stop.FAILED and score.outcome is None
+    )
+    return {f"reward/failures_{name}": float(count) for name, count in sorted(failures.items())}
+
+
 def gain_metrics(scores: Sequence[Played]) -> Metrics:
     """Return gains over all that was measured, per turn or per trajectory; failures as a share of both."""
     played = [score for trajectory, score in scores if trajectory.stop is not Stop.FAILED]
     measured = [score.gain.values for score in played if score.gain.values and score.failure is None]
     gains = [value for values in measured for value in values]
-    failures = Counter(failure_name(score.failure) for score in played if score.failure is not None)
+    graded = [score for score in played if score.outcome is not None]
+    failures = Counter(failure_name(score.failure) for score in graded if score.failure is not None)
     by_turn = zip_longest(*(score.gain.turns for score in played if score.failure is None))
     return finite(
         {

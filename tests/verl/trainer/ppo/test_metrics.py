@@ -10,6 +10,7 @@ import pytest
 from tests.fakes import make_question, make_trajectory, make_turn
 from tests.methods import make_method
 from verl.trainer.ppo.metrics import (
+    count_ungraded,
     credit_metrics,
     finite,
     gain_metrics,
@@ -150,6 +151,19 @@ def test_what_was_not_measured_is_absent_not_zero() -> None:
         "rollout/malformed_actions": 0,
         "rollout/cut_completions": 0,
     }
+
+
+def test_answers_without_a_verdict_are_counted_by_name() -> None:
+    played = [
+        (make_trajectory(QUESTION, answer="x"), Score(outcome=1.0)),
+        (make_trajectory(QUESTION, answer="x"), Score(outcome=None, failure="math_failed: no verdict")),
+        (
+            make_trajectory(QUESTION, failure="search_failed: x"),
+            Score(outcome=None, failure="search_failed: x"),
+        ),
+    ]
+    assert count_ungraded(played) == {"reward/failures_math_failed": 1.0}
+    assert "ig/failures_math_failed" not in gain_metrics(played)
 
 
 def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
