@@ -301,7 +301,9 @@ async def measure_turns(trainer: PPOTrainer) -> dict[str, dict[str, float]]:
 def compare_bare(config: Config, batches: Sequence[Batch]) -> dict[str, float]:
     """Return rollout and update against vLLM and torch alone, and the share of sampled tokens that count."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=bare.load, initargs=(config,)) as process:
+    settings = config.actor_rollout_ref
+    loaded = (settings, config.data.max_model_len)
+    with ProcessPoolExecutor(1, spawn, initializer=bare.load, initargs=loaded) as process:
         decode_s = sum(process.submit(bare.decode, batch.requests()).result() for batch in batches)
     with ProcessPoolExecutor(1, spawn) as process:  # vLLM leaves a process with fewer threads
         train_s = sum(
@@ -309,7 +311,7 @@ def compare_bare(config: Config, batches: Sequence[Batch]) -> dict[str, float]:
                 bare.train,
                 [t.token_ids.tolist() for t in batch.trajectories],
                 [t.policy_mask.tolist() for t in batch.trajectories],
-                config,
+                settings,
             ).result()
             for batch in batches
         )

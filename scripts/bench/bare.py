@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from serving.vllm_rules import cpu_arguments, engine_arguments, prepare_environment
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import ActorRolloutRefConfig
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 _ENGINE: LLM | None = None
 
 
-def load(config: Config) -> None:
-    """Load the engine with the settings of the trainer's and run it once."""
+def load(config: ActorRolloutRefConfig, longest: int) -> None:
+    """Load the engine with the settings of the trainer's, for `longest` tokens, and run it once."""
     global _ENGINE
     cores = os.cpu_count() or 1
     prepare_environment(on_cpu=True, num_threads=max(1, cores // 2), log_level="WARNING")
     from vllm import LLM
 
-    rollout, longest = config.actor_rollout_ref.rollout, config.data.max_model_len
+    rollout = config.rollout
     settings: dict[str, Any] = engine_arguments(
-        model=config.actor_rollout_ref.model.path,
+        model=config.model.path,
         dtype="float32",
         max_model_len=longest,
         max_num_seqs=rollout.max_num_seqs,
@@ -53,7 +53,9 @@ def decode(requests: Sequence[tuple[Sequence[int], int]]) -> float:
     return time.perf_counter() - began
 
 
-def train(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], config: Config) -> float:
+def train(
+    rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], config: ActorRolloutRefConfig
+) -> float:
     """Take one plain torch step on the rows: forward, loss on the masked tokens, backward, AdamW; seconds."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -62,10 +64,10 @@ def train(rows: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]], config
 
     disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
-    model = AutoModelForCausalLM.from_pretrained(config.actor_rollout_ref.model.path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    limit = config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    limit = config.actor.ppo_max_token_len_per_gpu
     began = time.perf_counter()
     while order:
         width = len(rows[order[0]])
