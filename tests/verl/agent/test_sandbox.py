@@ -72,7 +72,7 @@ def attempt(what, *arguments):
 
 def test_what_is_forbidden_fails_like_a_call_without_permission(sandbox: Sandbox) -> None:
     code = """
-import multiprocessing, os, resource, signal, subprocess, sys, threading
+import fcntl, multiprocessing, os, resource, signal, subprocess, sys, threading
 program = [sys.executable, "-c", "print('escaped')"]
 for _ in range(100):
     attempt(os.fork)
@@ -89,6 +89,9 @@ attempt(os.pidfd_open, os.getppid())
 attempt(resource.setrlimit, resource.RLIMIT_CPU, (1000, 1000))
 attempt(resource.prlimit, 0, resource.RLIMIT_AS, (1 << 40, 1 << 40))
 attempt(os.memfd_create, "x")
+attempt(fcntl.fcntl, 0, fcntl.F_SETOWN, os.getppid())
+attempt(fcntl.fcntl, 0, 10, signal.SIGKILL)  # F_SETSIG
+attempt(fcntl.ioctl, 0, 0x8901, os.getppid().to_bytes(4, "little"))  # FIOSETOWN
 attempt(os.setuid, 12345)
 attempt(os.chmod, ".", 0o777)
 attempt(os.mkfifo, "x")
@@ -97,7 +100,7 @@ attempt(os.symlink, "/etc", "x")
     run = attack(sandbox, ATTEMPT + code)
     assert run.ending is Ending.EXITED
     errors = run.output.split()
-    assert len(errors) == 117
+    assert len(errors) == 120
     assert {*errors} == {"PermissionError", "RuntimeError", "ValueError"}
 
 

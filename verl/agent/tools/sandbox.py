@@ -125,7 +125,7 @@ class Sandbox:
     def run(self, code: str) -> Run:
         """Return what the code did, after `timeout_s` at the latest. Raises SandboxError."""
         run, isolation = self._run(code)
-        if isolation != self._isolation:
+        if isolation != self._isolation:  # the child has not run the code
             raise SandboxError(f"the code ran with {isolation} instead of {self._isolation}")
         return run
 
@@ -164,7 +164,7 @@ class Sandbox:
 
     def _write_command(self, folder: str) -> list[str]:
         """Return the command line of the process; `folder` is its own, empty one without namespaces."""
-        limits = self._limits
+        limits, known = self._limits, self._isolation
         folder_bytes = limits.folder_mib * _MIB
         sizes = {"AS": limits.memory_mib * _MIB, "FSIZE": folder_bytes, "NOFILE": _MAX_OPEN_FILES, "CORE": 0}
         spec = {
@@ -174,6 +174,7 @@ class Sandbox:
             "readable": self._readable if self._bwrap else [*self._readable, folder],
             # Without namespaces nothing limits how many files there are, so that there can be none.
             "writable": [os.devnull] if self._bwrap is None else [os.devnull, _FOLDER],
+            "expected": known and {"landlock": known.landlock, "seccomp": known.seccomp},
             "packages": sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}),
         }
         # Like -I, but with our own environment.
