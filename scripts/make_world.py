@@ -3,6 +3,7 @@
     python scripts/make_world.py --seed 0 --out world            # everything, about 25 minutes
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
     python scripts/make_world.py --stages encoder index manifest    # some parts again, in place
+    python scripts/make_world.py long-horizon --out /tmp/long       # questions many hops away, see its --help
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
 machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
@@ -35,7 +36,7 @@ from search_r1.search.settings import DenseOptions
 from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from world import dataset, encoder, entailment, evaluation, language, tokenizer
+from world import dataset, encoder, entailment, evaluation, language, long_horizon, tokenizer
 from world.facts import World, WorldSize, draw_world
 from world.training import Batch, Schedule, train_language_model
 
@@ -262,6 +263,10 @@ def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedToke
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the given stages; exit with status 2, and with what to do, if one cannot be made."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["long-horizon"]:
+        long_horizon.main(expand_home(given[1:]))
+        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
-    chosen = parser.parse_args(expand_home(arguments))
+    chosen = parser.parse_args(expand_home(given))
     plan = SMALL if chosen.small else FULL
     if chosen.persons is not None:
         plan = replace(plan, size=replace(plan.size, persons=chosen.persons))

@@ -151,13 +151,13 @@ def draw_world(size: WorldSize, *, seed: int) -> World:
     Raises ValueError when there are not enough names.
     """
     rng = Random(seed)
-    persons = _draw_names(Kind.person, size.persons, rng)
-    titles = _draw_names(Kind.film, size.films + size.books, rng)
+    persons = draw_names(Kind.person, size.persons, rng)
+    titles = draw_names(Kind.film, size.films + size.books, rng)
     subjects = {
         Kind.person: [make_entity(Kind.person, *words) for words in persons],
         Kind.film: [make_entity(Kind.film, *words) for words in titles[: size.films]],
         Kind.book: [make_entity(Kind.book, *words) for words in titles[size.films :]],
-        Kind.firm: [make_entity(Kind.firm, *words) for words in _draw_names(Kind.firm, size.firms, rng)],
+        Kind.firm: [make_entity(Kind.firm, *words) for words in draw_names(Kind.firm, size.firms, rng)],
     }
     num_test = {kind: max(2, round(size.test_share * len(found))) for kind, found in subjects.items()}
     train = {kind: found[num_test[kind] :] for kind, found in subjects.items()}
@@ -171,7 +171,8 @@ def draw_world(size: WorldSize, *, seed: int) -> World:
     return World(tuple(facts), frozenset(entity.name for found in test.values() for entity in found))
 
 
-def _draw_names(kind: Kind, count: int, rng: Random) -> list[tuple[str, str]]:
+def draw_names(kind: Kind, count: int, rng: Random) -> list[tuple[str, str]]:
+    """Return distinct names of a kind that has two words. Raises ValueError when there are not enough."""
     first, second = WORDS[kind]
     pairs = [(a, b) for a in first for b in second]
     if count > len(pairs):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -20,6 +20,7 @@ from verl.types import (
     ActionKind,
     Finish,
     FloatArray,
+    Gain,
     IntArray,
     Sample,
     Score,
@@ -231,12 +232,28 @@ def gain_metrics(scores: Sequence[Played]) -> Metrics:
                 f"ig/gain_turn_{number}_mean": mean([gain for gain in of_turn if gain is not None])
                 for number, of_turn in enumerate(by_turn, start=1)
             },
+            **{
+                f"ig/gain_{tool}_mean": mean(of_tool)
+                for tool, of_tool in gains_by_tool((t, s.gain) for t, s in scores if s.failure is None)
+            },
             "ig/positive_share": mean([gain > 0 for gain in gains]),
             "ig/measured_share": _ratio(len(measured), len(played)),
             "ig/failed_share": _ratio(failures.total(), len(measured) + failures.total()),
             **{f"ig/failures_{name}": count for name, count in sorted(failures.items())},
         }
     )
+
+
+def gains_by_tool(gains: Iterable[tuple[Trajectory, Gain]]) -> list[tuple[str, list[float]]]:
+    """Return the gains of turns by the tool that the turn called, where methods measure turns."""
+    found: dict[str, list[float]] = {}
+    for trajectory, gain in gains:
+        for turn, value in zip(trajectory.turns, gain.turns, strict=False):
+            # The calls of a turn are measured together, so that its gain is that of each tool in it.
+            for tool in {call.tool for call in turn.action.calls if turn.observations}:
+                if value is not None:
+                    found.setdefault(tool, []).append(value)
+    return sorted(found.items())
 
 
 def credit_metrics(scored: ScoredGroups) -> Metrics:

@@ -32,6 +32,7 @@ from verl.types import (
     Span,
     SpanKind,
     Stop,
+    ToolCall,
     Trajectory,
 )
 
@@ -164,6 +165,28 @@ def test_answers_without_a_verdict_are_counted_by_name() -> None:
     ]
     assert count_ungraded(played) == {"reward/failures_math_failed": 1.0}
     assert "ig/failures_math_failed" not in gain_metrics(played)
+
+
+def test_gains_of_turns_have_a_mean_for_each_tool_and_queries_count_one_by_one() -> None:
+    trajectory = make_trajectory(QUESTION, queries=("a", "b", "c"), answer="x")
+    first, second, third, last = trajectory.turns
+    twice = first.action.calls * 2  # two queries in one call
+    turns = (
+        replace(first, action=replace(first.action, calls=twice), observations=first.observations * 2),
+        replace(second, action=replace(second.action, calls=(ToolCall(tool="python", arguments={}),))),
+        replace(third, observations=()),  # not executed: the last turn of a budget
+        last,
+    )
+    played = replace(trajectory, turns=turns)
+    assert rollout_metrics([played])["rollout/searches_mean"] == 3
+    gained = [
+        (played, Score(outcome=1.0, gain=Gain(turns=values))) for values in ((0.5, -0.2, 0.9, None), ())
+    ]
+    failed = (played, Score(outcome=None, gain=Gain(turns=(9.0, 9.0, 9.0, 9.0)), failure="x"))
+    metrics = gain_metrics([*gained, failed])
+    assert (metrics["ig/gain_search_mean"], metrics["ig/gain_python_mean"]) == (0.5, -0.2)
+    whole = gain_metrics([(played, Score(outcome=1.0, gain=Gain(trajectory=0.5)))])
+    assert not {"ig/gain_search_mean", "ig/gain_python_mean"} & whole.keys()
 
 
 def test_gains_of_turns_count_one_by_one_and_components_have_means() -> None:
