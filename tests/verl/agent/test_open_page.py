@@ -41,7 +41,7 @@ async def test_a_search_shows_ids_and_a_page_is_read_by_one() -> None:
         search,
         call("search", query=["bolton"]),
         call("open_page", id=" 7 ", part="1"),
-        *(call("open_page", id="7", part=part) for part in ("2", "0", "²", "9" * 90)),
+        *(call("open_page", id=7, part=part) for part in (2, "0", "²", "9" * 90)),
         call("open_page", id="9", part="1"),
         "<answer> a </answer>",
     )

@@ -125,6 +125,8 @@ class ToolCallsFormat:
             raise _InvalidCallError("wrong_arguments")
         place = _find_values(text, 0)["arguments"]
         places = _find_values(text, place[0])
+        if len(arguments) != 1:  # among several arguments models write numbers as numbers
+            arguments = {key: _write_number(value) for key, value in arguments.items()}
         values = [*arguments.values()]
         if len(arguments) == 1 and isinstance(values[0], list):
             places = _find_values(text, places[next(iter(arguments))][0])
@@ -206,6 +208,11 @@ def _read_call(text: str) -> tuple[str, dict[str, Any]]:
         case {"name": str(name), "arguments": dict(arguments)}:
             return name, arguments
     raise _InvalidCallError("invalid_json")
+
+
+def _write_number(value: object) -> object:
+    """Return a whole number as text, everything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _find_values(text: str, start: int) -> dict[object, tuple[int, int]]:
