@@ -132,6 +132,8 @@ def _render_turn(
     turn: TurnRecord, *, number: int, gain: float | None, pieces: Sequence[Piece], scale: float
 ) -> list[RenderableType]:
     lines: list[RenderableType] = []
+    if num_dropped := turn.get("num_dropped"):
+        lines.append(styled(f"     written without the results of turns 1 to {num_dropped}", NOTE_STYLE))
     for segment in split_output(turn["output_text"]):
         style = STYLES.get(segment.kind, CALL_STYLE)
         label = "" if segment.kind == "other" else f"{segment.kind}:"

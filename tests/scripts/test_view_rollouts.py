@@ -39,17 +39,18 @@ def test_shows_turns_gain_and_advantage_of_runs_and_of_single_files(run_dir: Pat
         _show(str(run_dir), "--step", "7")
 
 
-def test_a_result_that_the_context_had_no_room_for_is_named(tmp_path: Path) -> None:
+def test_results_that_the_context_had_no_room_for_are_named(tmp_path: Path) -> None:
     turn = search_turn("where", [])
-    turn = replace(turn, observation_ids=turn.observation_ids[:0])
+    turn = replace(turn, observation_ids=turn.observation_ids[:0], num_dropped=3)
     trajectory = Trajectory(
         question=make_question(1), sample=0, prompt_ids=turn.output_ids, turns=(turn,), stop=Stop.LENGTH
     )
     for step in (0, 5):
         Recorder(tmp_path, decode=decode).write_evaluation(step, [trajectory], [Score(outcome=0.0)])
-    assert "no room for the result" in _show(str(tmp_path), "--evaluation")
     report.main([str(tmp_path)])
-    assert "no room for the result" in (tmp_path / "report.html").read_text()
+    for shown in (_show(str(tmp_path), "--evaluation"), (tmp_path / "report.html").read_text()):
+        assert "no room for the result" in shown
+        assert "without the results of turns 1 to 3" in shown
 
 
 def test_report_script(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
