@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from verl.protocols import Page
 from verl.types import (
     Action,
     ActionKind,
@@ -22,7 +23,6 @@ from verl.types import (
     IntArray,
     Message,
     Observation,
-    Page,
     Passage,
     Question,
     Sampling,

@@ -13,7 +13,6 @@ from verl.types import (
     IntArray,
     Message,
     Observation,
-    Page,
     Passage,
     Question,
     Sampling,
@@ -30,6 +29,18 @@ class Generate(Protocol):
     async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
         """Return one completion; `session` keeps a group on one replica. Raises RolloutError."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """A part of a document of the search engine, as the pieces of its passages that lie in it."""
+
+    title: str
+    part: int
+    """From 1."""
+    num_parts: int
+    passages: tuple[Passage, ...]
+    """In order; empty where the document has no such part."""
 
 
 class Search(Protocol):

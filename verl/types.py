@@ -65,18 +65,6 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Page:
-    """A part of a document of the search engine, as the pieces of its passages that lie in it."""
-
-    title: str
-    part: int
-    """From 1."""
-    num_parts: int
-    passages: tuple[Passage, ...]
-    """In order; empty where the document has no such part."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What a tool returned for one call."""
 

@@ -8,7 +8,8 @@ import time
 from search_r1.search.remote import SERVICE, RemoteRetriever
 from search_r1.search.retriever import FailureKind, Hit, SearchFailure
 from verl.errors import ServiceError
-from verl.types import Page, Passage
+from verl.protocols import Page
+from verl.types import Passage
 from verl.utils.http import translated_calls, translated_settings
 
 _POLL_S = 0.5

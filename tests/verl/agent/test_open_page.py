@@ -13,7 +13,8 @@ from tests.agents import make_agent, make_tools
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question
 from verl.agent.tools.search import render_passages
 from verl.errors import ServiceError
-from verl.types import Observation, Page, Passage, Stop, Trajectory
+from verl.protocols import Page
+from verl.types import Observation, Passage, Stop, Trajectory
 
 CHARS = CharTokenizer()
 PIECES = (

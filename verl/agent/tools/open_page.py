@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from verl.errors import ServiceError
-from verl.protocols import FixedText, Tool, ToolResources
+from verl.protocols import FixedText, Page, Tool, ToolResources
 from verl.trainer.config.fields import check_section, positive, setting
-from verl.types import Observation, Page, Passage, ToolSpec
+from verl.types import Observation, Passage, ToolSpec
 
 logger = logging.getLogger(__name__)
 
