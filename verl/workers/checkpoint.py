@@ -102,7 +102,7 @@ def find_policy(path: str) -> str:
         return path
     damages = []
     for checkpoint in checkpoints:
-        if (damage := find_damage(checkpoint)) is None:
+        if (damage := find_damage(checkpoint, part=EXPORT)) is None:
             return str(checkpoint / EXPORT)
         damages.append(f"{checkpoint}: {damage}")
         logger.warning("checkpoint %s", damages[-1])
@@ -121,12 +121,17 @@ def _candidates(root: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: folder.name != last)
 
 
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None: every file of its manifest must exist unchanged."""
+def find_damage(folder: Path, *, part: str = "") -> str | None:
+    """Return what is wrong with a checkpoint, or None: every file of its manifest must exist unchanged.
+
+    `part` is a folder in it that is checked alone.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         for name, record in manifest["files"].items():
             path = folder / name
+            if not path.is_relative_to(folder / part):
+                continue
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != record["size"]:

@@ -114,10 +114,12 @@ async def test_the_policy_of_a_run_is_that_of_its_newest_good_checkpoint(tmp_pat
     assert find_policy(str(tmp_path)) == str(steps[1] / "huggingface")
     for path in (str(steps[0]), str(steps[0] / "huggingface")):
         assert find_policy(path) == str(steps[0] / "huggingface")
-    truncate(steps[1])
+    truncate(steps[1])  # a file that only a resumed run reads
+    assert find_policy(str(tmp_path)) == str(steps[1] / "huggingface")
+    (steps[1] / "huggingface" / "config.json").write_text("")
     assert find_policy(str(tmp_path)) == str(steps[0] / "huggingface")
     assert unfinished.is_dir(), "it belongs to the run, which may be going on"
-    with pytest.raises(ConfigError, match=r"model\.path=\S+global_step_10: .*weights\.pt has 1 bytes"):
+    with pytest.raises(ConfigError, match=r"model\.path=\S+global_step_10: .*config\.json has 0 bytes"):
         find_policy(str(steps[1]))
     for name in ("Qwen/Qwen2.5-3B", str(tmp_path / "nowhere")):
         assert find_policy(name) == name
