@@ -88,7 +88,8 @@ async def answer_questions(
     grader = await connect_grader(config, stack)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
     tokenizer = make_tokenizer(config)
-    prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
+    # A reference cannot call tools: the search of one_shot_rag is not the model's.
+    prompt_format = make_format(config, tokenizer=tokenizer, tools=[] if is_reference else tools)
     questions = load_prompts(
         config, config.data.val_paths, prompt_format=prompt_format, limit=config.evaluation.max_questions
     )

@@ -36,7 +36,7 @@ async def play(
     generate = ScriptedGenerate([CHARS.encode(output)])
     search = ScriptedSearch({QUESTION.text: found})
     tools = make_tools(search, ["search"])
-    prompt_format = make_format(CHARS, name=format_name)
+    prompt_format = make_format(CHARS, name=format_name, tools=())
     limits = EpisodeLimits(**{**LIMITS, "max_turns": 0, "max_start_length": 4000}, temperature=1.0)
     agent = ReferenceAgent(
         ToolAgent(generate=generate, prompt_format=prompt_format, tools=(), limits=limits),
@@ -95,9 +95,10 @@ async def test_passages_are_cut_to_fit() -> None:
     assert len(generate.contexts[0]) - num_fixed == len(render_passages(first.passages)) == 100
 
 
-async def test_a_failed_search_is_a_failed_episode_and_another_call_no_answer() -> None:
+async def test_a_failed_search_is_a_failed_episode_and_a_call_no_answer() -> None:
     failed, generate, _ = await play(ONE_SHOT_RAG, "", found=ServiceError("retriever", "no answer"))
     assert (failed.stop, failed.failure) == (Stop.FAILED, "search_failed: retriever: no answer")
     assert generate.contexts == []
-    played, _, search = await play(NO_SEARCH, "<search>Bolton</search>")
-    assert (played.answer, played.stop, search.queries) == (None, Stop.BUDGET, [])
+    played, generate, search = await play(ONE_SHOT_RAG, "<search>Bolton</search>")
+    assert (played.answer, played.stop, search.queries) == (None, Stop.BUDGET, [QUESTION.text])
+    assert "</search>" not in generate.samplings[0].stop
