@@ -115,6 +115,27 @@ def parse_golds(value: object) -> tuple[str, ...]:
     return golds if len(golds) == len(present) else ()
 
 
+def read_support(row: Row, *, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return ids and texts of the supporting passages; empty where there are none. Raises QuestionError."""
+    extra = row.get("extra_info")
+    extra = extra if isinstance(extra, Mapping) else {}
+    ids, texts = extra.get("supporting_ids") or [], extra.get("supporting_texts") or []
+    name = "extra_info.supporting_ids"
+    if not isinstance(ids, list) or not all(_is_id(passage_id) for passage_id in ids):
+        refuse(ids, where=where, name=name, expected="a list of ids, which are texts or whole numbers")
+    name = "extra_info.supporting_texts"
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        refuse(texts, where=where, name=name, expected="a list of texts that are not empty")
+    if texts and len(texts) != len(ids):
+        expected = f"one text for each of the {len(ids)} extra_info.supporting_ids, or none at all"
+        refuse(texts, where=where, name=name, expected=expected)
+    return tuple(map(str, ids)), tuple(texts)
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool) and value != ""
+
+
 def require_text(value: object, *, where: str, name: str) -> str:
     """Return the value if it is a text that is not blank. Raises QuestionError."""
     if not isinstance(value, str) or not value.strip():

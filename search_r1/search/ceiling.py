@@ -14,46 +14,33 @@ import argparse
 import asyncio
 import json
 import logging
-import math
-import os
-import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from search_r1.search.defaults import REPOSITORY
-from search_r1.search.errors import RetrieverError
-from search_r1.search.progress import PhaseProgress
+from search_r1.search.asking import (
+    AskedQuestion,
+    Share,
+    add_asking_arguments,
+    check_asking,
+    check_depth,
+    format_share,
+    open_asked,
+    read_questions,
+    search_all,
+    wilson_share,
+)
 from search_r1.search.retriever import Outcome, Retriever, SearchFailure
-from search_r1.search.schema import MAX_TOPK
-from search_r1.search.settings import RETRIEVER_SETTINGS, add_retriever_arguments, resolve_retriever
 from serving.answers import AnswerRule, find_answer
-from serving.questions import QuestionError, find_golds, find_question, read_rows, require_text
 
 logger = logging.getLogger(__name__)
-
-_Z = 1.959963984540054
-"""97.5 % point of the normal distribution: intervals of 95 %."""
-_REACH_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AskedQuestion:
-    """One question of a data set."""
-
-    text: str
-    golds: tuple[str, ...]
-    """Accepted answers, at least one."""
-    data_source: str
-    """The name of the file where it does not state one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,22 +54,9 @@ class AnswerRank:
     """Why the rank is unknown."""
 
 
-Share: TypeAlias = tuple[float, float, float]
-"""A share of questions and its Wilson interval of 95 %: value, low, high."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `index ceiling`, and those of every retriever."""
     add = parser.add_argument
-    add(
-        "--questions",
-        type=Path,
-        nargs="+",
-        default=[REPOSITORY / "world" / "test.parquet"],
-        metavar="FILE",
-        help="parquet as for training, or JSON with question and golden_answers (default world/test.parquet)",
-    )
-    add("--url", help="ask this running retriever; without it, one is opened by the flags below")
     add(
         "--answer_rule",
         choices=tuple(map(str, AnswerRule)),
@@ -90,16 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how answers and passages are normalized: as reward.answer_rule of the trainer (default folded)",
     )
     add("--topk", type=int, nargs="+", default=[1, 3, 10, 100], metavar="K", help="depths to look at")
-    add("--num_questions", type=int, metavar="N", help="draw so many of them at random (all if left out)")
-    add("--batch_size", type=int, default=64, help="questions searched at once")
-    add("--timeout_s", type=float, default=600.0, help="deadline of a batch")
     add("--plot", type=Path, metavar="FILE", help="draw a picture (PNG)")
-    add_retriever_arguments(parser)
+    add_asking_arguments(parser)
 
 
 def run(settings: argparse.Namespace) -> int:
     """Measure, print a table and a last line of JSON. 1 when every search failed. Raises RetrieverError."""
-    _check(settings)
+    check_asking(settings)
+    for k in settings.topk:
+        check_depth("topk", k)
     questions = read_questions(settings.questions, limit=settings.num_questions)
     ranks, facts = asyncio.run(_measure(questions, settings))
     ks = sorted(set(settings.topk))
@@ -120,36 +93,6 @@ def run(settings: argparse.Namespace) -> int:
     return 1 if len(failures) == len(ranks) else 0
 
 
-def read_questions(paths: Sequence[Path], *, limit: int | None = None) -> list[AskedQuestion]:
-    """Return the questions of all files in order; of more than `limit`, so many drawn at random.
-
-    Raises RetrieverError that names file and row.
-    """
-    questions: list[AskedQuestion] = []
-    for path in paths:
-        if not path.is_file():
-            raise RetrieverError(f"--questions {path} is not a file; expected parquet or JSON")
-        try:
-            questions += [
-                AskedQuestion(
-                    text=find_question(row, where=where),
-                    golds=find_golds(row, where=where),
-                    data_source=require_text(
-                        row.get("data_source", path.stem), where=where, name="data_source"
-                    ),
-                )
-                for where, row in read_rows(path)
-            ]
-        except QuestionError as error:
-            raise RetrieverError(str(error)) from error
-    if not questions:
-        raise RetrieverError(f"no questions in {', '.join(map(str, paths))}")
-    if limit is None or limit >= len(questions):
-        return questions
-    # The first ones would often be those of one data source.
-    return [questions[row] for row in sorted(random.Random(0).sample(range(len(questions)), limit))]
-
-
 async def measure_ranks(
     questions: Sequence[AskedQuestion], retriever: Retriever, settings: argparse.Namespace
 ) -> list[AnswerRank]:
@@ -157,27 +100,15 @@ async def measure_ranks(
 
     Raises RetrieverError when the retriever fails for every query alike.
     """
-    rule, topk = AnswerRule(settings.answer_rule), max(settings.topk)
-    slots = asyncio.Semaphore(retriever.num_parallel_calls)
-    size = max(1, min(settings.batch_size, retriever.max_batch))
-    num_done = 0
-
-    async def measure(batch: Sequence[AskedQuestion]) -> list[AnswerRank]:
-        nonlocal num_done
-        async with slots:
-            texts = [question.text for question in batch]
-            outcomes = await retriever.search(texts, topk=topk, timeout_s=settings.timeout_s)
-            parts = zip(batch, outcomes, strict=True)
-            ranked = await asyncio.to_thread(lambda: [_rank(*part, rule=rule) for part in parts])
-        num_done += len(batch)
-        progress("search", num_done, len(questions))
-        return ranked
-
-    with PhaseProgress() as progress:
-        async with asyncio.TaskGroup() as group:
-            starts = range(0, len(questions), size)
-            tasks = [group.create_task(measure(questions[start : start + size])) for start in starts]
-    return [ranked for task in tasks for ranked in task.result()]
+    rule = AnswerRule(settings.answer_rule)
+    return await search_all(
+        questions,
+        retriever,
+        settings=settings,
+        topk=max(settings.topk),
+        query=lambda question: question.text,
+        answer=lambda question, outcome: _rank(question, outcome, rule=rule),
+    )
 
 
 def _rank(question: AskedQuestion, outcome: Outcome, *, rule: AnswerRule) -> AnswerRank:
@@ -195,16 +126,6 @@ def share_within(ranks: Sequence[AnswerRank], k: int) -> Share | None:
     known = [ranked for ranked in ranks if ranked.failure is None]
     hits = sum(ranked.rank is not None and ranked.rank <= k for ranked in known)
     return wilson_share(hits, len(known)) if known else None
-
-
-def wilson_share(hits: int, count: int) -> Share:
-    """Return the Wilson score interval: sensible also for few questions and for shares near 0 and 1."""
-    share = hits / count
-    scale = 1 + _Z**2 / count
-    center = (share + _Z**2 / (2 * count)) / scale
-    radius = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / scale
-    # At 0 and at 1 the interval ends there; rounding must not move it.
-    return share, 0.0 if hits == 0 else center - radius, 1.0 if hits == count else center + radius
 
 
 def by_source(ranks: Sequence[AnswerRank]) -> dict[str, list[AnswerRank]]:
@@ -237,59 +158,19 @@ def _make_table(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> Table:
     parts = by_source(ranks)
     for name, part in (parts | ({"all": list(ranks)} if len(parts) > 1 else {})).items():
         shares = [share_within(part, k) for k in ks]
-        shown = [f"{s[0]:.1%}\n{100 * s[1]:.0f}-{100 * s[2]:.0f}" if s else "-" for s in shares]
+        shown = [format_share(share) for share in shares]
         failed = sum(ranked.failure is not None for ranked in part)
         # A name from a file may hold what rich would take for markup.
         table.add_row(*(Text(cell) for cell in (name, str(len(part)), str(failed), *shown)))
     return table
 
 
-def _check(settings: argparse.Namespace) -> None:
-    for name, value in (("num_questions", settings.num_questions), ("batch_size", settings.batch_size)):
-        if value is not None and value < 1:
-            raise RetrieverError(f"--{name} must be at least 1, got {value}")
-    if not settings.timeout_s > 0:
-        raise RetrieverError(f"--timeout_s must be more than 0 seconds, got {settings.timeout_s}")
-    for k in settings.topk:
-        if not 1 <= k <= MAX_TOPK:
-            raise RetrieverError(f"--topk must be in 1..{MAX_TOPK}, got {k}")
-    given = [setting.flag for setting in RETRIEVER_SETTINGS if setting.name in settings]
-    if settings.url and given:
-        raise RetrieverError(
-            f"--url asks a running server, which has its own {given[0]}: leave one of them out"
-        )
-
-
 async def _measure(
     questions: Sequence[AskedQuestion], settings: argparse.Namespace
 ) -> tuple[list[AnswerRank], dict[str, object]]:
     """Return the ranks, and what the retriever's answers depend on. Raises RetrieverError."""
-    if settings.url:
-        retriever, facts = await _reach(settings.url)
-    else:
-        from search_r1.search.assemble import open_retriever
-
-        retriever = await open_retriever(resolve_retriever(settings))
-        facts = dict(retriever.describe())
-    try:
+    async with open_asked(settings) as (retriever, facts):
         return await measure_ranks(questions, retriever, settings), facts
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
-    finally:
-        await retriever.aclose()
-
-
-async def _reach(url: str) -> tuple[Retriever, dict[str, object]]:
-    from search_r1.search.remote import RemoteRetriever
-    from serving.http import CallError
-
-    try:
-        remote = RemoteRetriever(url, token=os.environ.get("RETRIEVER_TOKEN") or None)
-        # Fails early where no server answers: batches have much longer deadlines.
-        described = await remote.fetch_description(timeout_s=_REACH_S)
-    except (ValueError, CallError) as error:
-        raise RetrieverError(f"--url: {error}") from error
-    return remote, {**remote.describe(), **(described or {})}
 
 
 def _draw(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int]) -> None:

@@ -54,6 +54,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "search_r1.search.ceiling",
         "share of questions whose answer is in the passages that their text finds, at several depths",
     ),
+    "audit": (
+        "search_r1.search.audit",
+        "whether the evidence for each answer is in the corpus and can be retrieved, per question",
+    ),
 }
 """Module and meaning by name."""
 

@@ -19,6 +19,7 @@ from serving.questions import (
     find_golds,
     find_question,
     read_rows,
+    read_support,
     refuse,
     require_text,
 )
@@ -138,7 +139,7 @@ def _parse_row(
             f"{where}: prompt is {row.get('prompt')!r}, which has no instruction, but data.prompt=parquet "
             "takes it from there; use data.prompt=auto or file, which take it from data.prompt_file"
         )
-    supporting_ids, supporting_texts = _parse_support(extra, where=where)
+    supporting_ids, supporting_texts = read_support(row, where=where)
     return Question(
         uid=f"{data_source}/{split}/{index}",
         text=text,
@@ -148,25 +149,6 @@ def _parse_row(
         supporting_ids=supporting_ids,
         supporting_texts=supporting_texts,
     )
-
-
-def _parse_support(extra: Row, *, where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return ids and texts of the supporting passages; empty where there are none. Raises QuestionError."""
-    ids, texts = extra.get("supporting_ids") or [], extra.get("supporting_texts") or []
-    name = "extra_info.supporting_ids"
-    if not isinstance(ids, list) or not all(_is_id(passage_id) for passage_id in ids):
-        refuse(ids, where=where, name=name, expected="a list of ids, which are texts or whole numbers")
-    name = "extra_info.supporting_texts"
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        refuse(texts, where=where, name=name, expected="a list of texts that are not empty")
-    if texts and len(texts) != len(ids):
-        expected = f"one text for each of the {len(ids)} extra_info.supporting_ids, or none at all"
-        refuse(texts, where=where, name=name, expected=expected)
-    return tuple(map(str, ids)), tuple(texts)
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool) and value != ""
 
 
 def _is_bare(prompt: object, question: str) -> bool:

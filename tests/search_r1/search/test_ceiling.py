@@ -10,8 +10,9 @@ import pytest
 from pyarrow import Table as ArrowTable
 from pyarrow import parquet
 
+from search_r1.search.asking import AskedQuestion, read_questions, wilson_share
 from search_r1.search.bm25 import build_bm25
-from search_r1.search.ceiling import AskedQuestion, measure_ranks, read_questions, share_within, wilson_share
+from search_r1.search.ceiling import measure_ranks, share_within
 from search_r1.search.index_cli import main
 from search_r1.search.retriever import FailureKind, Found, Hit, Outcome, SearchFailure
 from search_r1.search.schema import Document
