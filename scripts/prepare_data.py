@@ -6,7 +6,11 @@ questions. HotpotQA's own JSON and the parquet files of Search-R1, verl, SkyRL a
 {"problem": "...", "answer": "..."}, the format of MATH-500, for reward.outcome=math. The files that are
 written hold no prompt: training takes the instruction from data.prompt_file. Supporting passages (HotpotQA,
 2WikiMultihopQA, MuSiQue) are kept for algorithm=stepsearch. A corpus of BEIR or pyserini becomes the JSON
-lines of the retriever. Files are local; nothing is downloaded.
+lines of the retriever. The decrypted questions of BrowseComp-Plus (query_id, query, answer, evidence_docs)
+keep their query_id as index, and its corpus its docid. Files are local; nothing is downloaded.
+
+The number of questions of a set that papers evaluate or train on is compared with theirs: another one is a
+warning, and is recorded in the metadata of the parquet file (key question_sets).
 
   python scripts/prepare_data.py --flashrag-dir FlashRAG_datasets --train nq hotpotqa \\
       --test nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle --out-dir data/nq_hotpotqa_train
@@ -43,9 +47,12 @@ from serving.questions import (
 )
 from serving.web.settings import expand_home
 from verl.errors import ConfigError, DataError
+from verl.evaluation.protocols import SETS, find_set
 from verl.utils.entry import error_line
 
 FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+SETS_KEY = "question_sets"
+"""Of the metadata of the files: per set the number of questions, that of papers, and the source files."""
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
 MAX_PROBLEMS_SHOWN = 10
 
@@ -83,6 +90,7 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
     try:
         for number, (where, row) in enumerate(read_rows(path)):
             try:
+                row = read_browsecomp(row, where=where)
                 is_math = "problem" in row and "question" not in row
                 question, golds = (find_problem if is_math else find_answers)(row, where=where)
             except QuestionError as error:
@@ -98,7 +106,11 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
                     "data_source": source,
                     "ability": MATH if is_math else "fact-reasoning",
                     "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
-                    "extra_info": {"split": split, "index": start + len(rows), **find_support(row)},
+                    "extra_info": {
+                        "split": split,
+                        "index": row.get("query_id", start + len(rows)),
+                        **find_support(row),
+                    },
                 }
             )
     except QuestionError as error:  # the file as a whole, or a line that is not JSON
@@ -113,6 +125,25 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
 def find_answers(row: Row, *, where: str) -> tuple[str, list[str]]:
     """Return the question and its gold answers. Raises QuestionError."""
     return find_question(row, where=where), list(find_golds(row, where=where))
+
+
+def read_browsecomp(row: Row, *, where: str) -> Row:
+    """Return a row of BrowseComp-Plus with the names of other sets; any other row as it is.
+
+    Raises QuestionError.
+    """
+    if "query_id" not in row or "query" not in row:
+        return row
+    number = str(row["query_id"])
+    if not number.isdecimal():
+        refuse(row["query_id"], where=where, name="query_id", expected="a whole number")
+    documents = row.get("evidence_docs")
+    ids = (
+        [str(one["docid"]) for one in documents if isinstance(one, dict) and "docid" in one]
+        if isinstance(documents, list)
+        else []
+    )
+    return {**row, "id": number, "query_id": int(number), "question": row["query"], "supporting_ids": ids}
 
 
 def find_problem(row: Row, *, where: str) -> tuple[str, list[str]]:
@@ -181,24 +212,51 @@ def join_text(text: object) -> str:
 def convert_questions(sources: Sequence[tuple[str, Path]], *, split: str, out: Path) -> Counter[str]:
     """Write one parquet file; the index counts within each name. Return rows per name. Raises DataError."""
     counts: Counter[str] = Counter()
+    files: dict[str, list[str]] = {}
     rows: list[Row] = []
     for name, path in track(sources, description=f"reading {split}", transient=True):
         found = read_questions(path, source=name, split=split, start=counts[name])
         counts[name] += len(found)
+        files.setdefault(name, []).append(path.name)
         rows += found
+    facts = {
+        name: {"questions": count, "published": published_size(name, split=split), "files": files[name]}
+        for name, count in counts.items()
+    }
+    table = pa.Table.from_pylist(rows)
     with replacing_file(out) as partial:
-        pq.write_table(pa.Table.from_pylist(rows), partial)
+        pq.write_table(table.replace_schema_metadata({SETS_KEY: json.dumps(facts)}), partial)
     return counts
 
 
+def published_size(name: str, *, split: str) -> int | None:
+    """Return how many questions of a set papers evaluate (test) or train on; None for any other set."""
+    known = SETS.get(find_set(name) or "")
+    if known is None:
+        return None
+    return known.num_questions if split == "test" else known.num_training
+
+
+def warn_of_size(console: Console, name: str, count: int, *, split: str) -> None:
+    """Print a warning if a set has not as many questions as papers ask."""
+    published = published_size(name, split=split)
+    if published is not None and published != count:
+        console.print(
+            f"warning: --{split} {name} has {count} questions, papers ask {published}: its numbers cannot be "
+            "set beside theirs (recorded in the file's metadata)",
+            style="yellow",
+            highlight=False,
+        )
+
+
 def to_passage(row: Row, *, where: str) -> Row:
-    """Return the retriever's corpus line of a passage in the columns of BEIR or pyserini.
+    """Return the retriever's corpus line of a passage in the columns of BEIR, pyserini or BrowseComp-Plus.
 
     The first of several lines is the title. Raises QuestionError.
     """
-    passage_id, contents = row.get("_id", row.get("id")), row.get("contents")
+    passage_id, contents = row.get("_id", row.get("id", row.get("docid"))), row.get("contents")
     if isinstance(passage_id, bool) or not isinstance(passage_id, str | int):
-        refuse(passage_id, where=where, name="_id or id", expected="a text or a number")
+        refuse(passage_id, where=where, name="_id, id or docid", expected="a text or a number")
     if contents is None:
         text = require_text(row.get("text"), where=where, name="contents or text")
         title = row.get("title")
@@ -246,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 out = arguments.out_dir / f"{split}.parquet"
                 for name, count in convert_questions(chosen, split=split, out=out).items():
                     console.print(f"{out}: {count} questions from {name}", highlight=False)
+                    warn_of_size(console, name, count, split=split)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepare_data import main
+from prepare_data import SETS_KEY, main
 
 from search_r1.search.corpus import open_corpus
 from tests.agents import make_format
 from tests.fakes import CharTokenizer
+from tests.flashrag_sample import SPLITS, write_sample
 from verl.data.dataset import load_questions
 
 FORMAT = make_format(CharTokenizer())
@@ -107,7 +108,7 @@ def test_a_corpus_of_beir_or_pyserini_becomes_that_of_the_retriever(tmp_path: Pa
         ("--train", {"golden_answers": ["a"]}, "none of question, extra_info.question"),
         ("--train", line("  ", "a"), "question is '  '"),
         ("--train", line("q"), "golden_answers is [], expected a text, a number or a list of these"),
-        ("--corpus", {"title": "T", "text": "a"}, "_id or id is None"),
+        ("--corpus", {"title": "T", "text": "a"}, "_id, id or docid is None"),
         ("--corpus", {"_id": "7", "title": "T"}, "contents or text is None"),
     ],
 )
@@ -142,6 +143,36 @@ def test_what_cannot_be_read_or_written_is_named(
     with pytest.raises(SystemExit) as end:
         main(["--out-dir", "out", *arguments.split()])
     assert message in str(end.value.code)
+
+
+def test_the_seven_sets_take_the_published_files_and_other_sizes_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_sample(tmp_path / "flashrag", per_set=2)
+    main(["--flashrag-dir", str(source), "--test", *SPLITS, "--out-dir", str(tmp_path)])
+    table = pq.read_table(tmp_path / "test.parquet")
+    facts = json.loads(table.schema.metadata[SETS_KEY.encode()])
+    assert facts["hotpotqa"] == {"questions": 2, "published": 7405, "files": ["dev.jsonl"]}
+    assert {name: fact["files"] for name, fact in facts.items()} == {
+        name: [f"{split}.jsonl"] for name, split in SPLITS.items()
+    }
+    assert " ".join(capsys.readouterr().out.split()).count("papers ask") == 7
+    questions = load_questions([tmp_path / "test.parquet"], prompt_format=FORMAT)
+    assert len(questions) == 14
+    supported = {q.data_source for q in questions if len(q.supporting_ids) == len(q.supporting_texts) == 2}
+    assert supported == {"hotpotqa", "2wikimultihopqa", "musique"}
+
+
+def test_browsecomp_plus_keeps_the_ids_of_its_queries_and_documents(tmp_path: Path) -> None:
+    row = {"query_id": "769", "query": "Which one?", "answer": "That", "evidence_docs": [{"docid": "41"}]}
+    source = write_lines(tmp_path / "queries.jsonl", row, row | {"query_id": "12"})
+    corpus = write_lines(tmp_path / "corpus.jsonl", {"docid": "41", "text": "a\nb", "url": "u"})
+    arguments = ["--test", f"browsecomp_plus={source}", "--corpus", str(corpus)]
+    main([*arguments, "--out-dir", str(tmp_path / "out")])
+    found = load_questions([tmp_path / "out/test.parquet"], prompt_format=FORMAT)
+    assert [q.uid for q in found] == [f"browsecomp_plus/test/{k}" for k in (769, 12)]
+    assert (found[0].text, found[0].golds, found[0].supporting_ids) == ("Which one?", ("That",), ("41",))
+    assert [passage.id for passage in open_corpus(tmp_path / "out/corpus.jsonl")] == ["41"]
 
 
 FACTS = {"title": ["Hull", "York"], "sent_id": [0, 1]}
