@@ -11,8 +11,10 @@ Ask a search agent held-out questions, and score its answers. No training, no IG
                                                 the newest checkpoint of a run
   MODEL_PATH=Qwen/Qwen2.5-3B-Instruct TEST_FILES=data/nq_hotpotqa_train/test.parquet bash evaluate.sh
                                                 a model of the hub on your questions
+  bash evaluate.sh --protocol search_r1         the settings of a paper, so that a number can be set beside its numbers;
+                                                what differs is an error: see docs/evaluation.md
   bash evaluate.sh evaluation.n=8 evaluation.temperature=1.0 evaluation.max_questions=100
-                                                all arguments are overrides of verl/trainer/config/ppo_trainer.yaml;
+                                                all other arguments are overrides of verl/trainer/config/ppo_trainer.yaml;
                                                 relative paths in them start at the repository, those in variables
                                                 where you stand
 
@@ -38,6 +40,25 @@ for argument in "$@"; do
         exit 0
     fi
 done
+
+# --protocol NAME is evaluation.protocol=NAME.
+arguments=()
+while (($#)); do
+    case "$1" in
+        --protocol=*) arguments+=("evaluation.protocol=${1#*=}") ;;
+        --protocol)
+            if (($# < 2)); then
+                echo "error: --protocol needs a name: search_r1, inforeasoner, igpo, review or browsecomp_plus" >&2
+                exit 1
+            fi
+            arguments+=("evaluation.protocol=$2")
+            shift
+            ;;
+        *) arguments+=("$1") ;;
+    esac
+    shift
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"

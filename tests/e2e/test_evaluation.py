@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepare_data import main as prepare_data
 from rich.console import Console
 from view_rollouts import main as view_rollouts
 
 from tests.e2e.running import ROOT, end_training, launched, training, wait_for
+from tests.flashrag_sample import SPLITS, write_sample
 from verl.evaluation.records import METRICS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, read_results
 from verl.run.records import TrajectoryRecord, read_records
 
@@ -117,3 +119,34 @@ def facts(record: TrajectoryRecord) -> list[object]:
     """Return all that the policy read and wrote, and how it was scored."""
     tokens = [(turn["output_ids"], turn["observation_ids"], turn["passages"]) for turn in record["turns"]]
     return [record["uid"], record["prompt_ids"], tokens, record["stop"], record["outcome"], record["metrics"]]
+
+
+def test_a_sample_of_the_seven_sets_is_evaluated_under_a_protocol(tmp_path: Path, retriever: str) -> None:
+    """Questions of the embedded world in the schemas of the sets, made here, from files to tables."""
+    flashrag = write_sample(tmp_path / "flashrag", per_set=2)
+    prepare_data(["--flashrag-dir", str(flashrag), "--test", *SPLITS, "--out-dir", str(tmp_path / "data")])
+    arguments = (
+        *("--protocol", "search_r1", f"retriever.url={retriever}", "trainer.device=cpu"),
+        *("data.max_start_length=512", "data.max_prompt_length=1024", "data.max_response_length=96"),
+        *("data.max_obs_length=192", "evaluation.protocol_overrides=true"),
+    )
+    variables = {"TEST_FILES": "data/test.parquet", "OUTPUT_DIR": "evaluation"}
+    with launched("evaluate.sh", *arguments, cwd=tmp_path, variables=variables) as process:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    folder = tmp_path / "evaluation"
+    assert [result["data_source"] for result in read_results(folder)] == [
+        name for name in SPLITS for _ in range(2)
+    ]
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["config"]["max_turns"] == 4
+    deviations = settings["protocol"]["deviations"]
+    assert "data.val_files has 2 questions of nq, the protocol has 3610" in deviations
+    assert any(text.startswith("the retriever has a corpus of 2580 passages") for text in deviations)
+    tables = (folder / "table.md").read_text()
+    assert "| Search-R1 3B base, PPO | 40.6 |" in tables
+    assert tables.count("DEVIATES FROM IT, NOT COMPARABLE") == tables.count("## ")
+    losses = json.loads((folder / "summary.json").read_text())["losses"]["groups"]
+    assert losses["musique"]["evidence"] == {"supporting_ids": 2}
+    assert losses["nq"]["evidence"] == {"gold_strings": 2}
+    assert losses["nq"]["evidence_in_depth"]["value"] == 1.0

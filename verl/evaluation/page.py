@@ -14,6 +14,9 @@ from pydantic import TypeAdapter
 from serving.files import write_atomically, write_json_atomically
 from verl.errors import DataError
 from verl.evaluation.charts import draw_points
+from verl.evaluation.evidence import read_evidence
+from verl.evaluation.loss_analysis import analysis_json, analyze_losses, ceiling_table, loss_table
+from verl.evaluation.protocol_check import find_record, published_table, with_protocol
 from verl.evaluation.records import (
     LATEX_FILE,
     MARKDOWN_FILE,
@@ -56,6 +59,15 @@ class Examples:
     """Of all answers, by verdict."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """Tables of the page after those of the results."""
+
+    anchor: str
+    title: str
+    tables: Sequence[Table]
+
+
 def write_report(folder: Path) -> Path:
     """Write `summary.json`, `table.md`, `table.tex` and `report.html` from the results of a folder.
 
@@ -63,18 +75,33 @@ def write_report(folder: Path) -> Path:
     """
     results = read_judged_results(folder)
     summary = summarize(results)
+    settings = read_settings(folder)
+    protocol = find_record(settings)
     tables = [results_table(summary), *(curve_table(summary, key) for key in CURVES)]
+    tables = [with_protocol(table, protocol) for table in tables]
+    figures = summary_json(summary)
+    sections = []
+    if protocol is not None:
+        beside = published_table(summary, protocol)
+        sections.append(Section(anchor="published", title="Beside published numbers", tables=[beside]))
+    if evidence := read_evidence(folder, results):
+        losses = analyze_losses(results, evidence)
+        figures["losses"] = analysis_json(losses)
+        made = [with_protocol(table, protocol) for table in (loss_table(losses), ceiling_table(losses))]
+        sections.append(Section(anchor="losses", title="Wrong answers", tables=made))
+    all_tables = [*tables, *(table for section in sections for table in section.tables)]
     page = render_page(
         folder.resolve().name,
         summary=summary,
         tables=tables,
+        sections=sections,
         examples=pick_examples(folder, results),
-        settings=read_settings(folder),
+        settings=settings,
         judge=read_judge(folder),
     )
-    write_json_atomically(folder / SUMMARY_FILE, summary_json(summary))
-    write_atomically(folder / MARKDOWN_FILE, "\n".join(map(as_markdown, tables)))
-    write_atomically(folder / LATEX_FILE, "\n".join(map(as_latex, tables)))
+    write_json_atomically(folder / SUMMARY_FILE, figures)
+    write_atomically(folder / MARKDOWN_FILE, "\n".join(map(as_markdown, all_tables)))
+    write_atomically(folder / LATEX_FILE, "\n".join(map(as_latex, all_tables)))
     write_atomically(folder / REPORT_FILE, page)
     return folder / REPORT_FILE
 
@@ -94,6 +121,7 @@ def render_page(
     *,
     summary: Summary,
     tables: Sequence[Table],
+    sections: Sequence[Section],
     examples: Examples,
     settings: Mapping[str, object],
     judge: JudgeRecord | None,
@@ -112,6 +140,7 @@ def render_page(
         title=title,
         tiles=headline(summary),
         tables=tables,
+        sections=sections,
         charts=[(name, Markup(svg)) for name, svg in charts],
         summary=summary,
         examples=examples,

@@ -5,6 +5,7 @@
     trajectories.jsonl   the same lines in the same order as `verl.run.records.TrajectoryRecord`
     metrics.json         means over the results, by the names of the training's evaluations
     summary.json         the same with intervals, by source, micro and macro; table.md, table.tex, report.html
+    evidence.jsonl       where the evidence for each answer was to be found, see evidence.py
     judgements.jsonl     verdicts of a judge, if it was asked; judge.json says of which
 
 Lines are appended to both files when an episode ends, and brought into the order of the questions when all
@@ -42,6 +43,7 @@ METRICS_FILE = "metrics.json"
 SUMMARY_FILE = "summary.json"
 MARKDOWN_FILE = "table.md"
 LATEX_FILE = "table.tex"
+EVIDENCE_FILE = "evidence.jsonl"
 VERDICTS_FILE = "judgements.jsonl"
 JUDGE_FILE = "judge.json"
 FORMAT = 1

@@ -14,6 +14,7 @@ from serving.files import write_json_atomically
 from serving.redaction import redact
 from verl.errors import ConfigError
 from verl.evaluation.records import (
+    EVIDENCE_FILE,
     JUDGE_FILE,
     LATEX_FILE,
     MARKDOWN_FILE,
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = (
     SETTINGS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, METRICS_FILE, SUMMARY_FILE, MARKDOWN_FILE, LATEX_FILE,
-    REPORT_FILE, VERDICTS_FILE, JUDGE_FILE,
+    REPORT_FILE, EVIDENCE_FILE, VERDICTS_FILE, JUDGE_FILE,
 )  # fmt: skip
 """All that an evaluation leaves in its folder, except for the log, which is open."""
 _WITHOUT_EFFECT = (

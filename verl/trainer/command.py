@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import hydra
 from hydra.errors import HydraException
@@ -20,10 +20,15 @@ from verl.trainer.config.schema import Config
 from verl.utils.entry import error_line
 
 
-def run_command(work: Callable[[Config], Awaitable[None]]) -> None:
+def run_command(
+    work: Callable[[Config], Awaitable[None]],
+    *,
+    complete: Callable[[Sequence[str]], Sequence[str]] = tuple,
+) -> None:
     """Run `work` with the configuration of the command line; exit code 130 after an interrupt.
 
-    A user's error ends as one line, before `work` starts or while it runs.
+    `complete` adds to the arguments what they imply. A user's error ends as one line, before `work` starts
+    or while it runs.
     """
 
     @hydra.main(version_base=None, config_path="config", config_name="ppo_trainer")
@@ -37,7 +42,7 @@ def run_command(work: Callable[[Config], Awaitable[None]]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints several lines and exits
     register_schema()
     with error_line():
-        sys.argv[1:] = check_overrides(sys.argv[1:])
+        sys.argv[1:] = check_overrides(complete(sys.argv[1:]))
         try:
             run()
         except (HydraException, OmegaConfBaseException) as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,8 +18,11 @@ from serving.machine import has_bfloat16
 from verl.agent.prompts import prompt_file
 from verl.agent.reference import NO_SEARCH
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
+from verl.evaluation.browsecomp import write_run_files
+from verl.evaluation.evidence import write_evidence
 from verl.evaluation.page import write_report
-from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
+from verl.evaluation.protocol_check import check_protocol
+from verl.evaluation.records import EVIDENCE_FILE, METRICS_FILE, ResultWriter, read_results
 from verl.evaluation.settings import open_folder
 from verl.protocols import Agent, ToolResources
 from verl.rollout.collector import Collector
@@ -74,6 +77,8 @@ async def evaluate_model(config: Config) -> dict[str, object]:
             num_asked, seconds = await answer_questions(config, stack, folder=folder, device=device)
         summary = summarize(folder, num_asked=num_asked, seconds=seconds)
         logger.info("report: %s", write_report(folder))
+        if config.evaluation.protocol == "browsecomp_plus":
+            logger.info("run files: %s", write_run_files(folder, read_results(folder), model=model.path))
         return summary
 
 
@@ -94,6 +99,7 @@ async def answer_questions(
         config, config.data.val_paths, prompt_format=prompt_format, limit=config.evaluation.max_questions
     )
     warn_if_unused(config, questions, prompt_format=prompt_format)
+    protocol = check_protocol(config, questions, version=find_version(services))
     settings = make_manifest(
         config,
         services=services,
@@ -102,6 +108,7 @@ async def answer_questions(
         prompt=tokenizer.decode(prompt_format.render_prompt(questions[0])),
         trains=False,
     )
+    settings |= {} if protocol is None else {"protocol": protocol}
     open_folder(folder, settings, resume=config.evaluation.resume)
     writer = ResultWriter(folder, decode=tokenizer.decode)
     stack.callback(writer.close)
@@ -125,7 +132,43 @@ async def answer_questions(
         await play(config, agent, questions, outcome=outcome, writer=writer)
         seconds = time.monotonic() - started
     writer.sort(keys)
+    if "search" in config.agent.tools and (num_left or not (folder / EVIDENCE_FILE).is_file()):
+        await trace_evidence(config, questions, folder=folder, services=services)
     return num_left, seconds
+
+
+async def trace_evidence(
+    config: Config, questions: Sequence[Question], *, folder: Path, services: Mapping[str, object]
+) -> None:
+    """Write where the evidence for each answer was; queries are searched again, but not by online engines."""
+    depth, retriever = config.evaluation.search_depth, config.retriever
+    search = None
+    version = find_version(services)
+    if version.get("passages", 0) is None:
+        logger.info("the queries of wrong answers are not searched again: the retriever is an online engine")
+    elif depth is not None and config.evaluation.reference != NO_SEARCH:
+        depth = max(depth, retriever.topk)
+        search = open_search(replace(retriever, topk=depth))
+    try:
+        await write_evidence(
+            folder,
+            read_results(folder),
+            questions=questions,
+            search=search,
+            topk=retriever.topk,
+            depth=depth,
+        )
+    finally:
+        if search is not None:
+            await search.aclose()
+
+
+def find_version(services: Mapping[str, object]) -> Mapping[str, object]:
+    """Return how the retriever describes itself; empty where it does not."""
+    found: object = services
+    for name in ("retriever", "version"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 async def play(

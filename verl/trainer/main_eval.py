@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 
+from verl.evaluation.protocol_check import add_protocol_settings
 from verl.trainer.command import run_command
 from verl.trainer.config.schema import Config
 
@@ -22,4 +23,4 @@ async def evaluate(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_command(evaluate)
+    run_command(evaluate, complete=add_protocol_settings)

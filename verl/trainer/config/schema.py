@@ -353,6 +353,10 @@ class EvaluationConfig:
     resume: bool = True
     seed: int = not_negative(0)
     reference: str = one_of("none", "no_search", "one_shot_rag")
+    search_depth: int | None = positive(100)
+    protocol: str = one_of("none", "search_r1", "inforeasoner", "igpo", "review", "browsecomp_plus")
+    """See `verl.evaluation.protocols`."""
+    protocol_overrides: bool = False
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)

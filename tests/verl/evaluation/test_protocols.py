@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from tests.scripted_evaluation import make_result
+from tests.scripted_run import make_question
+from verl.errors import ConfigError
+from verl.evaluation.browsecomp import write_run_files
+from verl.evaluation.protocol_check import (
+    add_protocol_settings,
+    check_protocol,
+    find_record,
+    protocol_table,
+    published_table,
+    with_protocol,
+)
+from verl.evaluation.protocols import NO_PROTOCOL, PROTOCOLS, SETS, find_set
+from verl.evaluation.published import PUBLISHED
+from verl.evaluation.summary import summarize
+from verl.evaluation.tables import as_markdown, results_table
+from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.schema import Config, EvaluationConfig
+from verl.types import Question
+
+ROOT = Path(__file__).resolve().parents[3]
+WIKI = {"passages": 21_015_324}
+
+
+def composed(*arguments: str) -> Config:
+    register_schema()
+    overrides = check_overrides(add_protocol_settings(arguments))
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return load_config(compose("ppo_trainer", overrides=overrides))
+
+
+def ask(source: str, count: int) -> list[Question]:
+    question = make_question(0)
+    return [dataclasses.replace(question, uid=f"{source}/test/{k}", data_source=source) for k in range(count)]
+
+
+def test_the_sets_have_the_published_sizes() -> None:
+    seven = PROTOCOLS["search_r1"].questions
+    assert sum(seven.values()) == 51_713
+    assert sum(SETS[name].num_training or 0 for name in seven) == 169_615
+    assert sum(PROTOCOLS["igpo"].questions.values()) == 3_197
+    names = ("2wiki", "tq", "Bamboogle", "searchR1_hotpotqa", "BrowseComp-Plus", "nq", "world_onehop")
+    assert [find_set(name) for name in names] == [
+        *("2wikimultihopqa", "triviaqa", "bamboogle", "hotpotqa", "browsecomp_plus", "nq"),
+        None,
+    ]
+
+
+def test_every_protocol_is_a_choice_with_settings_that_exist() -> None:
+    field = next(f for f in dataclasses.fields(EvaluationConfig) if f.name == "protocol")
+    assert field.default == NO_PROTOCOL
+    for name in (NO_PROTOCOL, *PROTOCOLS):
+        config = composed(f"evaluation.protocol={name}", "evaluation.protocol_overrides=true")
+        record = check_protocol(config, [], version={})
+        assert (record is None) == (name == NO_PROTOCOL)
+        assert record is None or record["deviations"] == []
+    with pytest.raises(ConfigError, match=r"evaluation\.protocol.*one of none, search_r1"):
+        composed("evaluation.protocol=autorefine")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_averages_are_those_of_their_rows(name: str) -> None:
+    """Up to rounding: each value can be off by half of its last digit."""
+    for result in PUBLISHED[name]:
+        if result.average is not None and len(result.values) == 7:
+            assert sum(result.values.values()) / 7 == pytest.approx(result.average, abs=0.11), result.model
+        assert result.values.keys() <= PROTOCOLS[name].questions.keys()
+
+
+def test_a_protocol_replaces_the_defaults_of_a_recipe() -> None:
+    config = composed("recipe=world", "evaluation.protocol=search_r1")
+    assert (config.max_turns, config.retriever.topk, config.agent.format) == (4, 3, "search_r1")
+    assert (config.data.max_prompt_length, config.reward.answer_rule) == (4096, "published")
+    assert check_protocol(config, ask("nq", 3_610), version=WIKI) == {
+        "name": "search_r1",
+        "deviations": [],
+        "unchecked": [],
+    }
+
+
+def test_what_differs_is_an_error_that_names_all_of_it_or_is_recorded() -> None:
+    arguments = ("evaluation.protocol=inforeasoner", "retriever.topk=5", "max_turns=2")
+    questions = [*ask("nq", 10), *ask("mine", 2)]
+    with pytest.raises(ConfigError) as refused:
+        check_protocol(composed(*arguments), questions, version={"passages": 2580})
+    deviations = [
+        "retriever.topk is 5, the protocol has 3",
+        "data.val_files has 2 questions of mine, which is not a set of the protocol",
+        "data.val_files has 10 questions of nq, the protocol has 3610",
+        "the retriever has a corpus of 2580 passages, the protocol searches wiki-18",
+    ]
+    for expected in (*deviations, "evaluation.protocol_overrides=true"):
+        assert expected in str(refused.value)
+    allowed = composed(*arguments, "evaluation.protocol_overrides=true")
+    record = check_protocol(allowed, questions, version={"passages": 2580})
+    assert record is not None
+    assert len(record["deviations"]) == len(deviations)
+    summary = summarize([make_result(f"nq/test/{k}") for k in range(4)])
+    for table in (with_protocol(results_table(summary), record), published_table(summary, record)):
+        assert "NOT COMPARABLE: retriever.topk is 5, the protocol has 3" in table.note
+    assert find_record({"protocol": record}) == record
+
+
+def test_an_online_engine_and_a_corpus_are_told_apart() -> None:
+    igpo = composed("evaluation.protocol=igpo", "evaluation.protocol_overrides=true")
+    assert check_protocol(igpo, ask("2wiki", 512), version={"passages": None})["deviations"] == []  # type: ignore[index]
+    for config, version in ((igpo, WIKI), (composed("evaluation.protocol=search_r1"), {"passages": None})):
+        config.evaluation.protocol_overrides = True
+        record = check_protocol(config, [], version=version)
+        assert record is not None
+        assert len(record["deviations"]) == 1
+    unknown = check_protocol(composed("evaluation.protocol=search_r1"), ask("nq", 3_610), version={})
+    assert unknown is not None
+    assert unknown["unchecked"] == ["the corpus, as the retriever does not describe itself"]
+
+
+def test_published_numbers_stand_beside_ours_as_theirs() -> None:
+    record = find_record({"protocol": {"name": "igpo", "deviations": [], "unchecked": []}})
+    assert record is not None
+    results = [make_result(f"2wiki/test/{k}") for k in range(4)]
+    for result in results:
+        result["metrics"]["set_f1"] = 0.5
+    shown = as_markdown(published_table(summarize(results), record))
+    assert "## Beside published numbers: set F1" in shown
+    ours = next(line for line in shown.splitlines() if line.startswith("| this evaluation"))
+    # One of seven sets: there is no average that theirs could be compared with.
+    assert ours == "| this evaluation | - | - | - | - | 50.0 | - | - | - | measured here |"
+    assert "| IGPO 7B | 46.4 | 80.6 | 53.8 | 59.0 | 72.1 | 32.7 | 77.0 | 60.2 | IGPO, 2510.14967 |" in shown
+
+
+def test_the_documentation_has_the_table_of_the_protocols() -> None:
+    assert protocol_table() in (ROOT / "docs" / "evaluation.md").read_text()
+
+
+def test_run_files_are_what_the_evaluator_of_browsecomp_plus_reads(tmp_path: Path) -> None:
+    results = [
+        make_result("browsecomp_plus/test/769", num_searches=2) | {"passages": [["7", "9"], ["9", "3"], []]},
+        make_result("browsecomp_plus/test/770", em=0.0, prediction=None),
+        make_result("browsecomp_plus/test/771", failure="search_failed: late"),
+        make_result("browsecomp_plus/test/769", sample=1),
+    ]
+    target = write_run_files(tmp_path, results, model="m")
+    (target / "run_old.json").write_text("{}")
+    assert write_run_files(tmp_path, results, model="m") == target
+    runs = {path.name: json.loads(path.read_text()) for path in sorted(target.iterdir())}
+    assert list(runs) == ["run_769.json", "run_770.json"]
+    assert runs["run_769.json"] == {
+        "metadata": {"model": "m"},
+        "query_id": "769",
+        "tool_call_counts": {"search": 2},
+        "status": "completed",
+        "retrieved_docids": ["7", "9", "3"],
+        "result": [{"type": "output_text", "tool_name": None, "arguments": None, "output": "Bolton"}],
+    }
+    assert runs["run_770.json"]["status"] == "incomplete"
