@@ -48,6 +48,7 @@ class Guard:
         body_flag: str,
         noun: str,
         metrics: RequestMetrics,
+        open_paths: Collection[str] = OPEN_PATHS,
     ) -> None:
         """Take `body_flag`, which sets the limit, and `noun`, what a request has many of, for messages."""
         self.num_held = 0
@@ -57,6 +58,7 @@ class Guard:
         self._noun = noun
         self._app = app
         self._work_paths = frozenset(work_paths)
+        self._open_paths = frozenset(open_paths)
         self._token = token.encode()
         self._metrics = metrics
 
@@ -101,7 +103,7 @@ class Guard:
 
     def _find_refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if self._token and scope["path"] not in OPEN_PATHS and not self._is_presented(scope):
+        if self._token and scope["path"] not in self._open_paths and not self._is_presented(scope):
             return JSONResponse(
                 {"detail": "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'"},
                 status_code=HTTPStatus.UNAUTHORIZED,

@@ -33,7 +33,7 @@ from verl.types import (
     join_context,
 )
 
-_MAX_CHARS_PER_TOKEN = 16
+MAX_CHARS_PER_TOKEN = 16
 """Text beyond this many characters per token of room is cut before it is encoded. Text of any language has
 fewer, so this limits the work for long observations and nothing else."""
 _CACHED_PROMPTS = 1024
@@ -235,7 +235,7 @@ class ToolAgent:
             )
 
         # Before anything else, so that a result of any size costs the same work.
-        limited = shorten(found, max_length * _MAX_CHARS_PER_TOKEN)
+        limited = shorten(found, max_length * MAX_CHARS_PER_TOKEN)
         whole = tuple(neutralize(observation, self._format) for observation in limited)
         is_cut = limited != tuple(found)
         if not is_cut and len(ids := self._format.render_observations(calls, whole)) <= max_length:

@@ -23,8 +23,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from serving.web.settings import expand_home
+from serving.web.settings import add_settings, expand_home
 from verl.ask.output import Output, apart_from_libraries
+from verl.ask.settings import SERVER_SETTINGS
 from verl.utils.entry import error_line
 from verl.utils.logs import configure_logging
 
@@ -63,7 +64,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per question on stdout")
     parser.add_argument("--verbose", action="store_true", help="show the log of engine and tools, too")
+    parser.add_argument(
+        "--serve", action="store_true", help="serve a page and an OpenAI-compatible endpoint instead"
+    )
+    serving = parser.add_argument_group("with --serve")
+    add_settings(serving, SERVER_SETTINGS)
     options = parser.parse_args(expand_home(argv))
+    if options.serve and (options.question or options.json or options.gold):
+        parser.error("--serve takes its questions over HTTP: leave out the question, --json and --gold")
     if options.temperature < 0:
         parser.error(f"--temperature must be at least 0, got {options.temperature}")
     if options.max_turns is not None and options.max_turns < 1:
@@ -102,8 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             output = stack.enter_context(apart_from_libraries(Path(folder) / "ask.log"))
         with error_line():
             # Takes seconds, so only after the arguments are checked.
+            from verl.ask.serve import serve
             from verl.ask.session import run_session
 
+            if options.serve:
+                return serve(options, output)
             console = Console(file=output.stderr if options.json else output.stdout)
             runner = stack.enter_context(asyncio.Runner())
             questions = read_questions(options, console)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from serving.answers import complete_question
 from serving.machine import has_bfloat16
-from verl.agent.loop import ToolAgent
+from verl.agent.loop import MAX_CHARS_PER_TOKEN, ToolAgent
 from verl.algorithms.base import Need, TextCodec
 from verl.ask.gains import GainMeter
 from verl.ask.trace import Episode, Step, make_step
@@ -38,6 +38,7 @@ from verl.workers.model import check_model
 logger = logging.getLogger(__name__)
 
 DATA_SOURCE = "ask"
+_MAX_CHARS_PER_TOKEN = 16
 BY_LOG_PROB = "log_prob"
 RETRIEVER_MODULE = "search_r1.search.retrieval_server"
 OnStep = Callable[[Step], None]
@@ -74,6 +75,10 @@ class AskSettings:
 GREEDY = AskSettings()
 
 
+def ignore(number: int, note: str) -> None:
+    """Do nothing with what is waited for."""
+
+
 class Asker:
     """Answers questions with the agent of the training; a question knows nothing of those before it."""
 
@@ -92,7 +97,7 @@ class Asker:
         retriever: str | None,
         expected_retriever: object = None,
         gains: str | None = None,
-        update: Update = lambda number, note: None,  # noqa: ARG005
+        update: Update = ignore,
     ) -> Asker:
         """Start the engine, and the retriever of the embedded world where no URL is given.
 
@@ -127,18 +132,9 @@ class Asker:
 
         A failed tool or engine is in the trajectory. Cancel it to stop it.
         """
-        number, parts = next(self._numbers), self._parts
-        question = parts.prompt_format.write_prompt(complete_question(text))
-        asked = Question(
-            uid=f"{DATA_SOURCE}/{number}",
-            text=complete_question(text),
-            messages=question,
-            golds=settings.golds,
-            data_source=DATA_SOURCE,
-        )
-        decode = parts.codec.decode
+        number, decode = next(self._numbers), self._parts.codec.decode
         trajectory = await self._agent(settings).run(
-            asked,
+            self._make_question(text, number=number, golds=settings.golds),
             sample=0,
             seed=derive_seed(self._config.trainer.seed, DATA_SOURCE, number),
             greedy=settings.temperature == 0,
@@ -152,6 +148,19 @@ class Asker:
         ]
         return Episode(trajectory=trajectory, steps=tuple(steps), gain=gain)
 
+    def find_problem(self, text: str) -> str | None:
+        """Return why a question cannot be asked, or None: its prompt must fit `data.max_start_length`."""
+        limit = self._config.data.max_start_length
+        # So that a text of any length costs the same work.
+        if len(text) > limit * MAX_CHARS_PER_TOKEN:
+            size = f"{len(text)} characters"
+        else:
+            length = len(self._parts.prompt_format.render_prompt(self._make_question(text)))
+            if length <= limit:
+                return None
+            size = f"{length} tokens with its prompt"
+        return f"the question has {size}, data.max_start_length is {limit} tokens; ask a shorter one"
+
     @property
     def gain_unit(self) -> str | None:
         """What the numbers of a gain are; None where gains are not measured."""
@@ -160,6 +169,16 @@ class Asker:
     async def aclose(self) -> None:
         """End the engine, the tools and the retriever that was started."""
         await self._stack.aclose()
+
+    def _make_question(self, text: str, *, number: int = 0, golds: tuple[str, ...] = ()) -> Question:
+        question = complete_question(text)
+        return Question(
+            uid=f"{DATA_SOURCE}/{number}",
+            text=question,
+            messages=self._parts.prompt_format.write_prompt(question),
+            golds=golds,
+            data_source=DATA_SOURCE,
+        )
 
     def _agent(self, settings: AskSettings) -> ToolAgent:
         data, parts = self._config.data, self._parts

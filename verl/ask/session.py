@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text
 
-from verl.ask.asker import BY_LOG_PROB, Asker, AskSettings
-from verl.ask.checkpoint import find_checkpoint, make_config
+from verl.ask.asker import BY_LOG_PROB, Asker, AskSettings, Update, ignore
+from verl.ask.checkpoint import Checkpoint, find_checkpoint, make_config
 from verl.ask.output import Output
 from verl.ask.terminal import TerminalView
 from verl.ask.trace import Episode, episode_record
@@ -34,7 +34,7 @@ def run_session(
     The runner is left between questions, so that a question can be typed meanwhile.
     """
     try:
-        asker = runner.run(start(options, console))
+        asker = start_visibly(runner, options, console)
     except RolloutError as error:
         output.explain(error)
         raise
@@ -63,19 +63,27 @@ def run_session(
     return code
 
 
-async def start(options: argparse.Namespace, console: Console) -> Asker:
+async def start(options: argparse.Namespace, checkpoint: Checkpoint, *, update: Update = ignore) -> Asker:
+    """Start what the arguments name."""
+    measures = options.gains or options.gold
+    return await Asker.start(
+        make_config(checkpoint, max_turns=options.max_turns, overrides=options.overrides),
+        retriever=options.retriever,
+        expected_retriever=checkpoint.retriever,
+        gains=options.ig_service or (BY_LOG_PROB if measures else None),
+        update=update,
+    )
+
+
+def start_visibly(runner: asyncio.Runner, options: argparse.Namespace, console: Console) -> Asker:
     """Start what the arguments name, and show what is waited for."""
     checkpoint = find_checkpoint(options.model)
-    config = make_config(checkpoint, max_turns=options.max_turns, overrides=options.overrides)
-    measures = options.gains or options.gold
     with console.status(Text(f"starting {checkpoint.name}")) as line:
-        asker = await Asker.start(
-            config,
-            retriever=options.retriever,
-            expected_retriever=checkpoint.retriever,
-            gains=options.ig_service or (BY_LOG_PROB if measures else None),
-            update=lambda _, note: line.update(Text(f"starting {checkpoint.name}: {note}")),
-        )
+
+        def update(_: int, note: str) -> None:
+            line.update(Text(f"starting {checkpoint.name}: {note}"))
+
+        asker = runner.run(start(options, checkpoint, update=update))
     console.print(Text(f"{checkpoint.name} is ready ({checkpoint.model})", style="dim"), soft_wrap=True)
     return asker
 

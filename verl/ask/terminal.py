@@ -51,9 +51,10 @@ class TerminalView:
             self._console.print(styled(_ENDINGS[trajectory.stop], NOTE_STYLE))
         if gain_unit is not None:
             self._show_gains(episode, unit=gain_unit)
+        calls = len(trajectory.observations)
         counts = (
-            f"{sum(len(turn.observations) for turn in trajectory.turns)} calls, "
-            f"{trajectory.num_policy_tokens} tokens, {trajectory.seconds:.1f} s"
+            f"{calls} call{'s' * (calls != 1)}, {trajectory.num_policy_tokens} tokens written, "
+            f"{trajectory.seconds:.1f} s"
         )
         self._console.print(Text(counts, style="dim"))
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from tests.agents import make_format, make_tools
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch
 from verl.ask.asker import Asker, Parts
 from verl.ask.gains import GainMeter
+from verl.errors import RolloutError
+from verl.protocols import Generate
 from verl.trainer.config.schema import Config
-from verl.types import Passage
+from verl.types import Completion, Finish, IntArray, Passage, Sampling
 
 CHARS = CharTokenizer()
 HARWICK = Passage(id="637", title='"Gilbert Nash"', text="The birthplace is Harwick <b>&</b>.", score=0.7)
@@ -32,6 +39,12 @@ def make_asker(
 ) -> tuple[Asker, ScriptedGenerate]:
     script: list[Sequence[int] | Exception] = [CHARS.encode(o) if isinstance(o, str) else o for o in outputs]
     generate = ScriptedGenerate(script)
+    return make_asker_of(generate, meter=meter, search=search), generate
+
+
+def make_asker_of(
+    generate: Generate, *, meter: GainMeter | None = None, search: ScriptedSearch | None = None
+) -> Asker:
     parts = Parts(
         generate=generate,
         prompt_format=make_format(CHARS),
@@ -39,4 +52,37 @@ def make_asker(
         codec=CHARS,
         meter=meter,
     )
-    return Asker(make_config(), parts), generate
+    return Asker(make_config(), parts)
+
+
+@dataclass(slots=True)
+class ReadingGenerate:
+    """Searches, then answers; words of the question hold it, or let it fail before or after the search."""
+
+    is_held: threading.Event = field(default_factory=threading.Event)
+    is_free: threading.Event = field(default_factory=threading.Event)
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+        question, _, read = CHARS.decode(prompt_ids.tolist()).rpartition("Question:")[2].partition("?")
+        has_read = "Harwick" in read
+        if "broken" in question or ("unlucky" in question and has_read):
+            raise RolloutError("engine-0 is gone: https://user:secret@host/")
+        if "slow" in question and has_read:
+            await self._hold()
+        ids = CHARS.encode(SCRIPT[has_read] if "lost" not in question else "<search>nothing</search>")
+        return Completion(
+            ids=np.array(ids, np.int32),
+            log_probs=np.full(len(ids), -1.0, np.float32),
+            finish=Finish.STOP,
+            version=0,
+        )
+
+    async def _hold(self) -> None:
+        self.is_held.set()
+        try:
+            while not self.is_free.is_set():
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            self.is_cancelled.set()
+            raise

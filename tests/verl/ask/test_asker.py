@@ -88,7 +88,7 @@ async def test_gains_that_cannot_be_measured_are_no_numbers() -> None:
 @pytest.mark.parametrize(
     ("outputs", "search", "lines"),
     [
-        (SCRIPT, None, ["I need it.", "search: Gilbert Nash", '0.700  "Gilbert Nash"', "Harwick", "1 calls"]),
+        (SCRIPT, None, ["I need it.", "search: Gilbert Nash", '0.700  "Gilbert Nash"', "1 call, 84 tokens"]),
         (["hm", SCRIPT[1]], None, ["hm", "My previous action is invalid", "Harwick"]),
         (["<search>x</search>"] * 4, None, ["nothing was found", "no answer within the turns"]),
         (["<answer></answer>"], None, ["(an empty answer)"]),
