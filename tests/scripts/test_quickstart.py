@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hydra import compose, initialize_config_module
-from quickstart import choose_overrides, parse, summarize
+from quickstart import ROOT, choose_overrides, parse, summarize, write_ask_command
 
 from search_r1.search.online.options import MOCK_VARIABLE
 from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
@@ -207,6 +208,13 @@ def test_its_overrides_are_a_valid_configuration(arguments: list[str]) -> None:
     for num_gpus in (0, 1):
         validate(config, num_gpus=num_gpus, cpu_has_bfloat16=False)
     assert config.data.train_batch_size == (4 if arguments else 16)
+
+
+def test_it_says_how_to_ask_its_checkpoint() -> None:
+    assert write_ask_command(ROOT / "runs" / "quickstart-20260101-000000") == "make ask"
+    elsewhere = write_ask_command(Path("/tmp/a b"))
+    variable, _, value = elsewhere.removeprefix("make ask ").partition("=")
+    assert (variable, shlex.split(shlex.split(value)[0])) == ("ASK_ARGS", ["--model", "/tmp/a b"])
 
 
 def test_unmeasured_figures_are_null(tmp_path: Path) -> None:

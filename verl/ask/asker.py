@@ -16,7 +16,9 @@ from serving.answers import complete_question
 from serving.machine import has_bfloat16
 from verl.agent.loop import MAX_CHARS_PER_TOKEN, ToolAgent
 from verl.algorithms.base import Need, TextCodec
+from verl.ask.checkpoint import Checkpoint
 from verl.ask.gains import GainMeter
+from verl.ask.prompt import WritePrompt, find_prompt
 from verl.ask.trace import Episode, Step, make_step
 from verl.protocols import Generate, PromptFormat, Tool, ToolResources
 from verl.trainer.config.schema import Config
@@ -54,6 +56,7 @@ class Parts:
     prompt_format: PromptFormat
     tools: Sequence[Tool]
     codec: TextCodec
+    write_prompt: WritePrompt
     meter: GainMeter | None = None
     """None: gains are not measured."""
 
@@ -94,16 +97,15 @@ class Asker:
         cls,
         config: Config,
         *,
+        checkpoint: Checkpoint,
         retriever: str | None,
-        expected_retriever: object = None,
         gains: str | None = None,
         update: Update = ignore,
     ) -> Asker:
         """Start the engine, and the retriever of the embedded world where no URL is given.
 
-        `expected_retriever` is how the retriever of the run described itself; another one is named in a
-        warning. `gains`: `log_prob`, the URL of an IG service, or None. Raises ConfigError, ServiceError,
-        ChildFailedError, RolloutError.
+        A warning names what is not as in the run of the checkpoint. `gains`: `log_prob`, the URL of an IG
+        service, or None. Raises ConfigError, DataError, ServiceError, ChildFailedError, RolloutError.
         """
         async with AsyncExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ask-")))
@@ -115,10 +117,18 @@ class Asker:
                 retriever = await _start_retriever(stack, folder=scratch, update=update)
             if retriever is not None:
                 config = replace(config, retriever=replace(config.retriever, url=retriever))
-            parts, services = await _open_parts(
-                config, stack, device=device, scratch=scratch, gains=gains, update=update
+            if gains not in (None, BY_LOG_PROB):
+                semantic = replace(config.reward.semantic, url=gains)
+                config = replace(config, reward=replace(config.reward, semantic=semantic))
+            parts = await _open_parts(
+                config,
+                stack,
+                checkpoint=checkpoint,
+                device=device,
+                scratch=scratch,
+                gains=gains,
+                update=update,
             )
-            warn_of_other_retriever(expected_retriever, services, url=config.retriever.url)
             return cls(config, parts, stack=stack.pop_all())
 
     async def ask(
@@ -175,7 +185,7 @@ class Asker:
         return Question(
             uid=f"{DATA_SOURCE}/{number}",
             text=question,
-            messages=self._parts.prompt_format.write_prompt(question),
+            messages=self._parts.write_prompt(question),
             golds=golds,
             data_source=DATA_SOURCE,
         )
@@ -219,15 +229,26 @@ async def _start_retriever(stack: AsyncExitStack, *, folder: Path, update: Updat
 
 
 async def _open_parts(
-    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path, gains: str | None, update: Update
-) -> tuple[Parts, Mapping[str, object]]:
-    """Connect the tools and start the engine; return with them what the services say of themselves."""
+    config: Config,
+    stack: AsyncExitStack,
+    *,
+    checkpoint: Checkpoint,
+    device: str,
+    scratch: Path,
+    gains: str | None,
+    update: Update,
+) -> Parts:
+    """Connect the tools, compare them with those of the run, and start the engine."""
     by_service = gains not in (None, BY_LOG_PROB)
     needs = frozenset({Need.IG_SERVICE}) if by_service else frozenset()
     tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
     client, services = await connect_services(config, stack, tools=tools, needs=needs)
+    warn_of_other_retriever(checkpoint.retriever, services, url=config.retriever.url)
     tokenizer = make_tokenizer(config)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
+    write_prompt: WritePrompt = prompt_format.write_prompt
+    if checkpoint.has_data:
+        write_prompt = find_prompt(config.data, prompt_format=prompt_format)
     update(0, "loading the model")
     engines = await open_engines(config, stack, device=device, scratch=scratch)
     meter = None
@@ -235,8 +256,14 @@ async def _open_parts(
         meter = GainMeter.by_service(client)
     elif gains == BY_LOG_PROB:
         meter = GainMeter.by_log_prob(engines.receivers[0].score, codec=tokenizer)
-    parts = Parts(generate=engines, prompt_format=prompt_format, tools=tools, codec=tokenizer, meter=meter)
-    return parts, services
+    return Parts(
+        generate=engines,
+        prompt_format=prompt_format,
+        tools=tools,
+        codec=tokenizer,
+        write_prompt=write_prompt,
+        meter=meter,
+    )
 
 
 def warn_of_other_retriever(expected: object, services: Mapping[str, object], *, url: str) -> None:

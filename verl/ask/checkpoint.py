@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from verl.agent.prompts import PACKAGED_FILE
 from verl.algorithms.base import Algorithm
 from verl.errors import ConfigError
-from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest
+from verl.run.manifest import MANIFEST_FILE, Manifest, describe_file, read_manifest
 from verl.trainer.config.loading import restore_config
-from verl.trainer.config.schema import Config, TrainerConfig
+from verl.trainer.config.schema import Config, ModelConfig, TrainerConfig
 from verl.workers.checkpoint import CHECKPOINTS, find_policy
 
 logger = logging.getLogger(__name__)
 
-RUNS = Path(__file__).resolve().parents[2] / "runs"
+_ROOT = Path(__file__).resolve().parents[2]
+RUNS = _ROOT / "runs"
+_SHIPPED = _ROOT / ModelConfig().path
+"""The policy of the embedded world, to which the data of the default configuration belongs."""
 QUICKSTART_RUNS = "quickstart-*"
 _LEVELS = 4
 """A model lies at most so many folders below its run: run, checkpoints, global_step_N, huggingface."""
@@ -41,6 +45,11 @@ class Checkpoint:
         if self.run_dir is None:
             return Path(self.model).name
         return f"{self.run_dir.name}/{Path(self.model).parent.name}"
+
+    @property
+    def has_data(self) -> bool:
+        """Return whether the questions of the configuration are those that the model was trained on."""
+        return self.manifest is not None or Path(self.model).resolve() == _SHIPPED
 
     @property
     def retriever(self) -> object:
@@ -89,10 +98,27 @@ def make_config(
     config = restore_config(kept, overrides=overrides)
     model = replace(config.actor_rollout_ref.model, path=checkpoint.model)
     rollout = config.actor_rollout_ref.rollout
+    prompt_file = None if config.data.prompt_file is None else _find(config.data.prompt_file)
+    _warn_of_other_file(prompt_file, (checkpoint.manifest or {}).get("prompt_file"))
+    data = replace(config.data, val_files=[*map(_find, config.data.val_paths)], prompt_file=prompt_file)
     return replace(
         config,
+        data=data,
         max_turns=config.max_turns if max_turns is None else max_turns,
         actor_rollout_ref=replace(config.actor_rollout_ref, model=model),
         # In this process: starting Ray takes longer than answering.
         trainer=TrainerConfig(launcher="local", n_gpus_per_node=rollout.tensor_model_parallel_size),
     )
+
+
+def _find(path: str) -> str:
+    """Return a path of a configuration; if it is not in this folder, that of the repository."""
+    in_repository = _ROOT / path
+    return str(in_repository) if not Path(path).exists() and in_repository.exists() else path
+
+
+def _warn_of_other_file(prompt_file: str | None, recorded: Mapping[str, Any] | None) -> None:
+    """Warn if the fixed texts have changed since the run."""
+    path = Path(prompt_file or PACKAGED_FILE)
+    if recorded is not None and path.is_file() and describe_file(path)["sha256"] != recorded.get("sha256"):
+        logger.warning("%s has changed since the run: answers can differ", path)

@@ -68,8 +68,8 @@ async def start(options: argparse.Namespace, checkpoint: Checkpoint, *, update: 
     measures = options.gains or options.gold
     return await Asker.start(
         make_config(checkpoint, max_turns=options.max_turns, overrides=options.overrides),
+        checkpoint=checkpoint,
         retriever=options.retriever,
-        expected_retriever=checkpoint.retriever,
         gains=options.ig_service or (BY_LOG_PROB if measures else None),
         update=update,
     )

@@ -45,11 +45,13 @@ def make_asker(
 def make_asker_of(
     generate: Generate, *, meter: GainMeter | None = None, search: ScriptedSearch | None = None
 ) -> Asker:
+    prompt_format = make_format(CHARS)
     parts = Parts(
         generate=generate,
-        prompt_format=make_format(CHARS),
+        prompt_format=prompt_format,
         tools=make_tools(search or ScriptedSearch(dict(FOUND)), ["search"]),
         codec=CHARS,
+        write_prompt=prompt_format.write_prompt,
         meter=meter,
     )
     return Asker(make_config(), parts)
