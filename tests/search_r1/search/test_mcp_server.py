@@ -1,0 +1,113 @@
+"""The retriever as tools of the Model Context Protocol, called by the protocol's own client."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import httpx
+import pytest
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
+
+from tests.fakes import AnsweringServer, Reply
+from tests.processes import free_port, wait_for
+
+COMMAND = [sys.executable, "-m", "search_r1.search.mcp_server"]
+FOUND = {"document": {"id": "7", "contents": '"Bolton"\nBolton is a town.'}, "score": 0.5}
+
+
+def connect(*flags: str) -> AbstractAsyncContextManager[Client]:
+    return Client(StdioServerParameters(command=COMMAND[0], args=[*COMMAND[1:], *flags]))
+
+
+def answer(body: dict[str, Any]) -> Reply:
+    """Find Bolton, nothing for `nothing`, and fail on `broken`."""
+    (query,) = body["queries"]
+    if query == "broken":
+        error = {"kind": "quota", "reason": "key=abcdefghijklmnop is used up"}
+        return Reply(json.dumps({"result": [None], "errors": [error]}))
+    found = [] if query == "nothing" else [FOUND] * body["topk"]
+    return Reply(json.dumps({"result": [found], "errors": [None]}))
+
+
+async def call(client: Client, tool: str, **arguments: object) -> dict[str, Any]:
+    result = await client.call_tool(tool, arguments)
+    assert not result.is_error, result.content
+    assert isinstance(result.structured_content, dict)
+    return result.structured_content
+
+
+async def test_a_running_retriever_over_stdio() -> None:
+    async with AnsweringServer(answer).running() as server, connect("--retriever_url", server.url) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        assert set(tools) == {"search", "describe"}
+        assert tools["search"].output_schema is not None
+        found = await call(client, "search", query="bolton", topk=2)
+        passage = {"id": "7", "title": '"Bolton"', "text": "Bolton is a town.", "score": 0.5}
+        assert found == {"passages": [passage] * 2}
+        assert len((await call(client, "search", query="bolton"))["passages"]) == 3
+        assert await call(client, "search", query="nothing") == {"passages": []}
+        for arguments, message in (
+            ({"query": "broken"}, "quota: "),
+            ({"query": "bolton", "topk": 0}, "topk"),
+            ({"query": "x" * 20_001}, "query"),
+        ):
+            failed = await client.call_tool("search", arguments)
+            assert failed.is_error
+            assert message in failed.content[0].text
+            assert "abcdefghijklmnop" not in failed.content[0].text
+
+
+@pytest.mark.slow
+async def test_the_embedded_world_over_stdio() -> None:
+    async with connect() as client:
+        found = await call(client, "search", query="birthplace of Gilbert Nash", topk=1)
+        assert found["passages"][0]["text"].startswith("The birthplace of Gilbert Nash is Harwick")
+        facts = await call(client, "describe")
+        assert facts["passages"] == 2580
+        assert facts["retriever"]["corpus_sha256"]
+
+
+async def test_over_http_on_loopback() -> None:
+    port = free_port()
+    async with AnsweringServer(answer).running() as server:
+        flags = ["--transport", "http", "--port", str(port), "--retriever_url", server.url]
+        process = subprocess.Popen([*COMMAND, *flags])
+        try:
+            url = f"http://127.0.0.1:{port}"
+            with httpx.Client(base_url=url, trust_env=False) as probe:
+                wait_for(probe, "/", 404)  # it listens
+            async with Client(f"{url}/mcp") as client:
+                assert (await call(client, "search", query="bolton", topk=1))["passages"][0]["id"] == "7"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def test_the_description_is_a_tool_of_openais_api() -> None:
+    done = subprocess.run([*COMMAND, "--tool-description", "--topk", "5"], capture_output=True, text=True)
+    tool = json.loads(done.stdout)
+    assert (done.returncode, tool["type"], tool["function"]["name"]) == (0, "function", "search")
+    parameters = tool["function"]["parameters"]
+    assert (parameters["required"], parameters["properties"]["topk"]["default"]) == (["query"], 5)
+    assert parameters["properties"]["query"]["description"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--retriever_url", "ftp://x"], "URL"),
+        (["--corpus_path", "/nowhere"], "--corpus_path /nowhere is not a file"),
+        (["--topk", "0"], "--topk must be from 1"),
+    ],
+)
+def test_wrong_settings_end_it_with_one_line(flags: list[str], message: str) -> None:
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
