@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -46,8 +48,30 @@ def test_quickstart_trains_reports_and_needs_no_more_than_the_readme_says(tmp_pa
     start = load_file(ROOT / "world/models/policy/model.safetensors")
     trained = load_file(exported / "model.safetensors")
     assert any((start[name] != trained[name]).any() for name in start)
+    assert_its_checkpoint_answers_as_in_its_evaluation(run_dir)
     if obstacle:
         pytest.skip(f"passed with all that this machine has: {obstacle}")
+
+
+def assert_its_checkpoint_answers_as_in_its_evaluation(run_dir: Path) -> None:
+    """`python -m verl.ask` gives the tokens of the run's last evaluation, with the settings of the run."""
+    records = [
+        json.loads(line) for line in (run_dir / "evaluation/step_000002.jsonl").read_text().splitlines()
+    ]
+    asked = subprocess.run(
+        [sys.executable, "-m", "verl.ask", "--model", str(run_dir), "--json"],
+        input="\n".join(record["question"] for record in records),
+        capture_output=True,
+        text=True,
+        cwd=run_dir,
+    )
+    assert asked.returncode == 0, asked.stderr
+    answers = [json.loads(line) for line in asked.stdout.splitlines()]
+    for record, answer in zip(records, answers, strict=True):
+        parts = [record["prompt_ids"]]
+        parts += [ids for turn in record["turns"] for ids in (turn["output_ids"], turn["observation_ids"])]
+        assert answer["token_ids"] == [token for ids in parts for token in ids]
+        assert (answer["question"], answer["answer"]) == (record["question"], record["answer"])
 
 
 def assert_records_are_exact(path: Path) -> None:
