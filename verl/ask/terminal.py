@@ -83,7 +83,7 @@ class TerminalView:
             self._print_indented(styled(call["text"] or "nothing was found", NOTE_STYLE))
 
     def _print_indented(self, text: Text) -> None:
-        self._console.print(Padding(text, (0, 0, 0, 3)))
+        self._console.print(Padding(text, (0, 0, 0, 3), expand=False))
 
     def _show_gains(self, episode: Episode, *, unit: str) -> None:
         if episode.gain.failure is not None:
