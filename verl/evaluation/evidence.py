@@ -24,6 +24,7 @@ from verl.protocols import Search
 from verl.run.records import TrajectoryRecord, TurnRecord, count_calls, iterate_records
 from verl.types import Question
 from verl.utils.files import parse_json
+from verl.utils.logs import ProgressLog
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ async def write_evidence(
     """
     finder = _Finder({q.uid: q for q in questions}, search=search, topk=topk, depth=depth)
     trajectories = iterate_records(folder / TRAJECTORIES_FILE)
+    progress = ProgressLog(logger, "searches for the evidence of answers")
     num_failed = 0
     with replacing_file(folder / EVIDENCE_FILE) as partial, partial.open("w", encoding="utf-8") as file:
         for start in range(0, len(results), _CHUNK):
@@ -108,6 +110,7 @@ async def write_evidence(
             for record in await asyncio.gather(*(finder.find(*pair) for pair in pairs)):
                 num_failed += record["failure"] is not None
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            progress(start + len(chunk), len(results))
     if num_failed:
         logger.warning("the evidence for %d of %d answers could not be searched", num_failed, len(results))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import FakeAgent, make_question
+from tests.fakes import FakeAgent, Reply, ScriptedServer, make_question
 from tests.scripted_run import decode
 from verl.errors import TrainingHaltedError
 from verl.evaluation.records import (
@@ -20,7 +20,7 @@ from verl.evaluation.records import (
     read_results,
 )
 from verl.trainer.config.schema import Config, EvaluationConfig, RewardConfig
-from verl.trainer.evaluate import play, summarize
+from verl.trainer.evaluate import play, summarize, trace_evidence
 from verl.trainer.wiring import make_outcome
 
 QUESTIONS = [
@@ -105,3 +105,18 @@ async def test_too_many_failures_end_it_and_what_was_answered_is_kept(tmp_path: 
     again = FakeAgent()
     await evaluate(tmp_path, again, make_config())
     assert [uid for uid, *_ in again.asked] == UIDS[4:]
+
+
+@pytest.mark.parametrize(("passages", "num_requests"), [(2580, len(QUESTIONS)), (None, 0)])
+async def test_queries_of_wrong_answers_are_searched_again_but_not_by_an_online_engine(
+    tmp_path: Path, passages: int | None, num_requests: int
+) -> None:
+    config = make_config()
+    await evaluate(tmp_path, FakeAgent(), config)
+    hits = [{"document": {"id": "1", "contents": "T\na"}, "score": 1.0}]
+    server = ScriptedServer([Reply(json.dumps({"result": [hits]}))])
+    async with server.running():
+        config.retriever.url = server.url
+        services = {"retriever": {"version": {"passages": passages}}}
+        await trace_evidence(config, QUESTIONS, folder=tmp_path, services=services)
+    assert len(server.requests) == num_requests

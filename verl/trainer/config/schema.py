@@ -353,7 +353,8 @@ class EvaluationConfig:
     resume: bool = True
     seed: int = not_negative(0)
     reference: str = one_of("none", "no_search", "one_shot_rag")
-    search_depth: int | None = positive(100)
+    search_depth: int | None = setting(100, lambda value: 1 <= value <= 1000, "1 to 1000")
+    """At most as many passages as the retriever returns."""
     protocol: str = one_of("none", "search_r1", "inforeasoner", "igpo", "review", "browsecomp_plus")
     """See `verl.evaluation.protocols`."""
     protocol_overrides: bool = False
