@@ -144,6 +144,13 @@ def _mean_em(results: Sequence[ResultRecord]) -> Estimate | None:
     return estimate([[result["metrics"]["em"] for result in results]])
 
 
+def loss_metrics(analysis: LossAnalysis) -> dict[str, float]:
+    """Return the number of wrong answers by where they were lost, all sources together, by metric name."""
+    return {
+        f"lost/{loss.replace(' ', '_')}": float(count) for loss, count in analysis.groups[-1].losses.items()
+    }
+
+
 def loss_table(analysis: LossAnalysis) -> Table:
     """Return the number of wrong answers by where they were lost."""
     losses = [loss for loss in Loss if any(group.losses[loss] for group in analysis.groups)]

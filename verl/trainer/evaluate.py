@@ -19,7 +19,8 @@ from verl.agent.prompts import prompt_file
 from verl.agent.reference import NO_SEARCH
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
 from verl.evaluation.browsecomp import write_run_files
-from verl.evaluation.evidence import write_evidence
+from verl.evaluation.evidence import read_evidence, write_evidence
+from verl.evaluation.loss_analysis import analyze_losses, loss_metrics
 from verl.evaluation.page import write_report
 from verl.evaluation.protocol_check import check_protocol
 from verl.evaluation.records import EVIDENCE_FILE, METRICS_FILE, ResultWriter, read_results
@@ -219,7 +220,9 @@ def summarize(folder: Path, *, num_asked: int, seconds: float) -> dict[str, obje
     metrics = evaluation_metrics(results)
     judged = [result for result in results if result["failure"] is None]
     spent = {"perf/episode_seconds_mean": mean([result["seconds"] for result in judged])}
-    write_json_atomically(folder / METRICS_FILE, metrics | finite(spent))
+    evidence = read_evidence(folder, results)
+    lost = loss_metrics(analyze_losses(results, evidence)) if evidence else {}
+    write_json_atomically(folder / METRICS_FILE, metrics | finite(spent) | lost)
     logger.info(
         "%d answers to %d questions: %s", len(results), metrics["val/questions"], folder / METRICS_FILE
     )

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes import FakeAgent, Reply, ScriptedServer, make_question
 from tests.scripted_run import decode
 from verl.errors import TrainingHaltedError
+from verl.evaluation.loss_analysis import Loss
 from verl.evaluation.records import (
     METRICS_FILE,
     RESULTS_FILE,
@@ -120,3 +121,8 @@ async def test_queries_of_wrong_answers_are_searched_again_but_not_by_an_online_
         services = {"retriever": {"version": {"passages": passages}}}
         await trace_evidence(config, QUESTIONS, folder=tmp_path, services=services)
     assert len(server.requests) == num_requests
+    summarize(tmp_path, num_asked=0, seconds=0.0)
+    metrics = json.loads((tmp_path / METRICS_FILE).read_text())
+    lost = {name: count for name, count in metrics.items() if name.startswith("lost/")}
+    assert lost["lost/not_retrieved"] == 0
+    assert len(lost) == len(Loss)
