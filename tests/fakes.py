@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -241,6 +242,8 @@ def tiny_model(folder: Path, *, tied: bool = False, vocab_size: int = 97, seed: 
 class CharTokenizer:
     """One token per character: the id is the code point. Implements `verl.protocols.Tokenizer`."""
 
+    control: Mapping[int, str] = MappingProxyType({})
+
     def encode(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
@@ -250,8 +253,21 @@ class CharTokenizer:
     def render_prompt(self, question: Question) -> list[int]:
         return self.encode(question.messages[0].content)
 
-    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
+    def render_next_turn(
+        self, text: str, *, role: str = "user", after: Sequence[int] = ()
+    ) -> list[int] | None:
         return None
+
+
+class ChatTokenizer(CharTokenizer):
+    """Ends turns with `$`."""
+
+    control: Mapping[int, str] = MappingProxyType({ord("$"): "$"})
+
+    def render_next_turn(
+        self, text: str, *, role: str = "user", after: Sequence[int] = ()
+    ) -> list[int] | None:
+        return self.encode(f"{'' if after and chr(after[-1]) == '$' else '$'}{role[0]}:{text}$A:")
 
 
 class PieceTokenizer(CharTokenizer):

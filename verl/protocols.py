@@ -150,6 +150,11 @@ class PromptFormat(Protocol):
         ...
 
     @property
+    def ends_when_invalid(self) -> bool:
+        """Return whether an invalid action ends the episode; else the policy reads a reply to it."""
+        ...
+
+    @property
     def reply_length(self) -> int:
         """Number of tokens of the longest reply to an invalid action."""
         ...
@@ -164,6 +169,10 @@ class PromptFormat(Protocol):
 
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the first prompt. Raises ConfigError."""
+        ...
+
+    def write_call(self, call: ToolCall) -> str:
+        """Return how the policy writes a call: `parse` reads it."""
         ...
 
     def parse(self, ids: Sequence[int]) -> Action:
@@ -196,14 +205,22 @@ class Tokenizer(Protocol):
         """Return the text of ids, special tokens and spaces kept."""
         ...
 
+    @property
+    def control(self) -> Mapping[int, str]:
+        """Return the text of every control token by id: only the chat template may write them."""
+        ...
+
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the question's chat prompt with the generation prompt."""
         ...
 
-    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
+    def render_next_turn(
+        self, text: str, *, role: str = "user", after: Sequence[int] = ()
+    ) -> list[int] | None:
         """Return the ids that end a turn of the assistant, hold `text` as a message and begin the next turn.
 
-        The first one is the token that ends a turn. None where no message of this `role` can follow.
+        The first one is the token that ends a turn, left out where `after`, the ids of that turn, ends with
+        it. None where no message of this `role` can follow.
         """
         ...
 

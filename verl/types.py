@@ -215,7 +215,7 @@ class Turn:
 class Stop(StrEnum):
     ANSWERED = "answered"
     BUDGET = "budget"
-    """The turn budget was used up without an answer."""
+    """No further turn may follow, and there is no answer."""
     LENGTH = "length"
     """The token budget was used up."""
     FAILED = "failed"

@@ -165,7 +165,8 @@ class ToolAgent:
             on_turn(number, turn)
             if turn.action.kind is ActionKind.ANSWER:
                 return Stop.ANSWERED
-            if number == limits.max_turns:
+            is_over = turn.action.kind is ActionKind.INVALID and self._format.ends_when_invalid
+            if number == limits.max_turns or is_over:
                 break
             turns[-1] = turn = await self._reply(turn)
             excess = len(context) + len(turn.output_ids) + len(turn.observation_ids)

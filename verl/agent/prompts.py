@@ -17,7 +17,7 @@ from verl.protocols import FixedText
 PACKAGED_FILE = Path(__file__).with_name("prompts.yaml")
 CONTEXT_TEXTS = {"dropped": FixedText()}
 """The section `context`, which `agent.context=drop_observations` needs."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, which an escape in YAML can write and no tokenizer can read."""
 
 
@@ -58,7 +58,7 @@ def _check_text(value: object, *, entry: FixedText, path: Path, key: str) -> Non
     allowed = ", ".join(f"{{{name}}}" for name in (*entry.required, *entry.optional)) or "no placeholder"
     if not isinstance(value, str):
         _refuse(path, key, f"is {reprlib.repr(value)}, expected a text with {allowed}")
-    if half := _SURROGATE.search(value):
+    if half := SURROGATE.search(value):
         _refuse(path, key, f"has half a character, {half[0]!r}; write the whole character itself")
     try:
         fields = [field for _, *field in string.Formatter().parse(value) if field[0] is not None]

@@ -7,9 +7,12 @@ template may write them.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,28 +36,55 @@ _VERBATIM = 'a "b" <c> & é'
 """Escaping of any kind would change this."""
 
 
+@dataclass(frozen=True, slots=True)
+class _NextTurn:
+    """What follows an answer: markup of the chat template, with a mark for the message."""
+
+    markup: str
+    write: Callable[[str], str]
+    """How the template writes a text."""
+
+
 class HfTokenizer:
     """A tokenizer of transformers as a `verl.protocols.Tokenizer`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, tags: Sequence[str] = ()) -> None:
-        """`tags` of the prompt format stay single tokens also where they were added as special ones."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tags: Sequence[str] = (),
+        enable_thinking: bool | None = None,
+    ) -> None:
+        """`tags` of the prompt format stay single tokens also where they were added as special ones.
+
+        `enable_thinking` goes to the chat template; None leaves the choice to it. Raises ConfigError for a
+        template that does not know it.
+        """
         self._tokenizer = tokenizer
+        self._options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        if self._options and "enable_thinking" not in str(tokenizer.chat_template):
+            raise ConfigError(
+                f"agent.enable_thinking={str(enable_thinking).lower()}: the chat template of "
+                f"{tokenizer.name_or_path!r} has no such switch; leave it null"
+            )
         try:
             self._encoder = TextEncoder(tokenizer, tags=tags)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self._next_turns: dict[str, str | None] = {}
+        self._next_turns: dict[str, _NextTurn | None] = {}
         self._has_warned = False
 
     @classmethod
-    def from_pretrained(cls, path: str, *, tags: Sequence[str] = ()) -> HfTokenizer:
+    def from_pretrained(
+        cls, path: str, *, tags: Sequence[str] = (), enable_thinking: bool | None = None
+    ) -> HfTokenizer:
         """Load a model's tokenizer. Raises ConfigError when it is missing or loads as another one."""
         from transformers import AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             _require_same_ids(tokenizer, path=path)
-            return cls(tokenizer, tags=tags)
+            return cls(tokenizer, tags=tags, enable_thinking=enable_thinking)
         except ConfigError:
             raise
         except Exception as error:  # the errors of damaged files share no class
@@ -62,6 +92,11 @@ class HfTokenizer:
                 f"actor_rollout_ref.model.path={path!r} has no usable tokenizer ({type(error).__name__}: "
                 f"{error}); copy the model again"
             ) from error
+
+    @property
+    def control(self) -> Mapping[int, str]:
+        """Return the text of every control token by id."""
+        return self._encoder.control
 
     @property
     def pad_id(self) -> int:
@@ -88,33 +123,55 @@ class HfTokenizer:
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the prompt: by the chat template, else of the bare text of the messages.
 
-        Without a template the tokenizer adds what it puts before every text (BOS) and no end. Raises
-        ConfigError when the template refuses the messages.
+        Without a template the tokenizer adds what it puts before every text (BOS) and no end; with one, only
+        the template writes BOS. A system message that the template refuses or leaves out is put before the
+        first message of the user. Raises ConfigError when the template refuses the messages.
         """
-        contents = [message.content for message in question.messages]
+        messages = question.messages
+        contents = [message.content for message in messages]
         if not self._tokenizer.chat_template:
             return [*self._encoder.start_ids, *self.encode("\n".join(contents))]
+        if [message.role for message in messages[:2]] == ["system", "user"] and not self._has_system:
+            merged = Message(role="user", content="\n\n".join(contents[:2]))
+            messages, contents = (merged, *messages[2:]), [merged.content, *contents[2:]]
         if not self._encoder.has_control("\n".join(contents)):
-            return self._encoder.encode_trusted(self._render(question.messages))
+            return self._encoder.encode_trusted(self._render(messages))
         self._warn(question)
         marked = [
-            Message(role=message.role, content=_mark(number))
-            for number, message in enumerate(question.messages)
+            Message(role=message.role, content=_mark(number)) for number, message in enumerate(messages)
         ]
         return self._encode_chat(self._render(marked), contents)
 
-    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
+    def render_next_turn(
+        self, text: str, *, role: str = "user", after: Sequence[int] = ()
+    ) -> list[int] | None:
         """Return the ids that end a turn of the assistant, hold `text` as a message and begin the next turn.
 
-        They begin with the token that ends a turn; `text` is from outside. None without a chat template, and
-        with one that renders no message of this `role` after an answer.
+        They begin with the token that ends a turn, unless `after`, the ids of that turn, ends with it; `text`
+        is from outside. None without a chat template, and with one that renders no message of this `role`
+        after an answer.
         """
         if role not in self._next_turns:
             self._next_turns[role] = self._find_next_turn(role)
         next_turn = self._next_turns[role]
-        return None if next_turn is None else self._encode_chat(next_turn, [text])
+        if next_turn is None:
+            return None
+        ids = self._encode_chat(next_turn.markup, [next_turn.write(text)])
+        if not len(after) or (last := int(after[-1])) not in self.control or last not in ids:
+            return ids
+        # Some templates have a space before the token that ends a turn.
+        start = ids.index(last)
+        return ids if self.decode(ids[:start]).strip() else ids[start + 1 :]
 
-    def _find_next_turn(self, role: str) -> str | None:
+    @cached_property
+    def _has_system(self) -> bool:
+        """Return whether the chat template writes messages of the role system."""
+        chat = [Message(role="system", content=_mark(0)), Message(role="user", content=_mark(1))]
+        with contextlib.suppress(ConfigError):
+            return any(found[2] == "0" for found in _MARK.finditer(self._render(chat)))
+        return False
+
+    def _find_next_turn(self, role: str) -> _NextTurn | None:
         """Return what the chat template writes from the end of an answer on, with a mark for the message."""
         if not self._tokenizer.chat_template:
             return None
@@ -128,8 +185,10 @@ class HfTokenizer:
         try:
             opening = self._render([first]).removeprefix(self._render([first], is_open=False))
             next_turn = render(role, _mark(0))
-            # Some templates write results of tools in JSON.
-            is_verbatim = render(role, _VERBATIM) == _MARK.sub(_VERBATIM, next_turn)
+            # Some templates write results of tools as a string in JSON: Llama 3.1's.
+            write: Callable[[str], str] = _escape if _escape(_mark(0)) in next_turn else str
+            markup = next_turn.replace(_escape(_mark(0)), _mark(0))
+            is_verbatim = render(role, _VERBATIM) == _MARK.sub(lambda _: write(_VERBATIM), markup)
             problem = f"the chat template of {self._tokenizer.name_or_path!r} has none after an answer"
         except ConfigError as error:
             problem = str(error)
@@ -138,8 +197,8 @@ class HfTokenizer:
             for other in {"user", "assistant"} - {role}:
                 with contextlib.suppress(ConfigError):
                     is_verbatim &= render(other, _mark(0)) != next_turn
-            if _MARK.search(next_turn) and next_turn.endswith(opening) and is_verbatim:
-                return next_turn
+            if _MARK.search(markup) and markup.endswith(opening) and is_verbatim:
+                return _NextTurn(markup=markup, write=write)
         logger.warning("the policy gets no messages of the role %s: %s", role, problem)
         return None
 
@@ -170,6 +229,7 @@ class HfTokenizer:
                 [{"role": message.role, "content": message.content} for message in messages],
                 add_generation_prompt=is_open,
                 tokenize=False,
+                **self._options,
             )
         except Exception as error:  # a template is a program that came with the model
             roles = ", ".join(message.role for message in messages)
@@ -190,6 +250,11 @@ class HfTokenizer:
                 question.uid,
                 next(iter(self._encoder.control.values())),
             )
+
+
+def _escape(text: str) -> str:
+    """Return a text as it stands in a string in JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _mark(number: int) -> str:

@@ -13,6 +13,7 @@ from functools import partial
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
 from verl.agent.formats import FORMATS
+from verl.agent.formats.check import check_format
 from verl.agent.loop import EpisodeLimits, ToolAgent
 from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
 from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS, ReferenceAgent
@@ -60,19 +61,24 @@ def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
 
 def make_tokenizer(config: Config) -> HfTokenizer:
     """Load the tokenizer of the model; tags of the format stay single tokens where it has them as such."""
-    tags = FORMATS[config.agent.format].tags
-    return HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path, tags=tags)
+    path, agent = config.actor_rollout_ref.model.path, config.agent
+    tags = FORMATS[agent.format].tags
+    return HfTokenizer.from_pretrained(path, tags=tags, enable_thinking=agent.enable_thinking)
 
 
 def make_format(config: Config, *, tokenizer: Tokenizer, tools: Sequence[Tool]) -> PromptFormat:
-    """Make the prompt format with the texts of the prompt file. Raises ConfigError."""
+    """Make the prompt format with the texts of the prompt file and try it. Raises ConfigError."""
     name, path = config.agent.format, prompt_file(config.data.prompt_file)
     texts = load_texts(path, section=name, entries=FORMATS[name].texts)
-    prompt_format = FORMATS[name](tokenizer=tokenizer, texts=texts, tools=[tool.spec for tool in tools])
+    specs = [tool.spec for tool in tools]
+    prompt_format = FORMATS[name](tokenizer=tokenizer, texts=texts, tools=specs)
     if problem := prompt_format.check_prompt(prompt_format.write_prompt("")):
         raise ConfigError(
             f"data.prompt_file={str(path)!r}: the instruction of {name} {problem}; add it there"
         )
+    if problem := check_format(prompt_format, tokenizer=tokenizer, tools=specs):
+        model = config.actor_rollout_ref.model.path
+        raise ConfigError(f"actor_rollout_ref.model.path={model!r} with agent.format={name}: {problem}")
     return prompt_format
 
 

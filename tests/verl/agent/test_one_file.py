@@ -95,6 +95,7 @@ class LineFormat:
     stop_strings = ("\n",)
     reply_length = 1
     max_calls = 3
+    ends_when_invalid = False
 
     def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
         del texts
@@ -109,6 +110,10 @@ class LineFormat:
 
     def render_prompt(self, question: Question) -> list[int]:
         return self._tokenizer.render_prompt(question)
+
+    def write_call(self, call: ToolCall) -> str:
+        (argument,) = call.arguments.values()
+        return f"!{call.tool} {argument}\n"
 
     def parse(self, ids: Sequence[int]) -> Action:
         line = self._tokenizer.decode(ids).removesuffix("\n")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agents import make_format, make_observation, render
-from tests.fakes import CharTokenizer, PieceTokenizer, make_action, make_turn
+from tests.fakes import CharTokenizer, ChatTokenizer, PieceTokenizer, make_action, make_turn
 from verl.agent.formats.search_r1 import SearchR1Format
 from verl.errors import ConfigError
 from verl.types import (
@@ -163,18 +163,11 @@ def test_observations_have_the_bytes_of_search_r1() -> None:
     assert nothing == "\n\n<information>Nothing was found for this query.</information>\n\n"
 
 
-class ChatTokenizer(CharTokenizer):
-    """Ends turns with `$`, or with `%`, which the template does not write."""
-
-    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
-        return self.encode(f"$U:{text}$A:")
-
-
 @pytest.mark.parametrize(
     ("output", "finish", "read"),
     [
-        ("hm$", Finish.STOP, f"U:{RETRY.strip()}$A:"),
-        ("hm%", Finish.STOP, f"$U:{RETRY.strip()}$A:"),
+        ("hm$", Finish.STOP, f"u:{RETRY.strip()}$A:"),
+        ("hm%", Finish.STOP, f"$u:{RETRY.strip()}$A:"),
         ("</answer>.", Finish.STOP, RETRY),
         ("hm", Finish.LENGTH, RETRY),
     ],

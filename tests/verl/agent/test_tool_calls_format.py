@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.agents import make_agent, make_format, make_observation
 from tests.fakes import (
     CharTokenizer,
+    ChatTokenizer,
     PieceTokenizer,
     ScriptedGenerate,
     ScriptedSearch,
@@ -237,13 +238,6 @@ def test_several_results_are_numbered_and_tags_in_them_neutralized() -> None:
         '\n\n<tool_response>\nDoc 1(Title: "Bolton") Bolton is a town.\n</tool_response>\n\n'
     )
     assert FORMAT.neutralize("a</tool_response><TOOLS><b>") == "a< /tool_response>< TOOLS><b>"
-
-
-class ChatTokenizer(CharTokenizer):
-    """Ends turns with `$`."""
-
-    def render_next_turn(self, text: str, *, role: str = "user") -> list[int] | None:
-        return self.encode(f"${role[0]}:{text}$A:")
 
 
 @pytest.mark.parametrize(

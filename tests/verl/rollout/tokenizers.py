@@ -29,6 +29,31 @@ DEEPSEEK = (
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
 ).replace("|", BAR)
 
+QWEN3 = (  # thoughts are removed from all but the newest turn
+    CHATML_WITH_TOOLS.replace(
+        "+ '\\n' + m['content'] + '<|im_end|>",
+        "+ '\\n' + (m['content'] if loop.last else m['content'].split('</think>')[-1]) + '<|im_end|>",
+    ).replace(
+        "assistant\\n' }}",
+        "assistant\\n' }}{% if enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
+    )
+)
+THINKS_ALWAYS = CHATML_WITH_TOOLS.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+LLAMA31 = LLAMA3.replace("m['role'] +", "('ipython' if m['role'] == 'tool' else m['role']) +").replace(
+    "m['content'] | trim", "(m['content'] | tojson if m['role'] == 'tool' else m['content'] | trim)"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<start_of_turn>' + "
+    "('model' if m['role'] == 'assistant' else m['role']) + '\\n' + m['content'] | trim "
+    "+ '<end_of_turn>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+NO_BOS = (  # a space before the end of a turn, roles in ordinary text
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' ' + eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
 
 def byte_level() -> Tokenizer:
     backend = Tokenizer(models.BPE())
@@ -73,6 +98,20 @@ def qwen_with_tools() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def qwen3() -> PreTrainedTokenizerFast:
+    """Thinking can be switched off."""
+    tokenizer = qwen()
+    tokenizer.chat_template = QWEN3
+    return tokenizer
+
+
+def thinks_always() -> PreTrainedTokenizerFast:
+    """The generation prompt opens the thought."""
+    tokenizer = qwen()
+    tokenizer.chat_template = THINKS_ALWAYS
+    return tokenizer
+
+
 def llama3() -> PreTrainedTokenizerFast:
     """BOS before every text, written by the chat template as well, which strips contents."""
     backend = byte_level()
@@ -84,6 +123,45 @@ def llama3() -> PreTrainedTokenizerFast:
         {"additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"]}
     )
     tokenizer.chat_template = LLAMA3
+    return tokenizer
+
+
+def llama31() -> PreTrainedTokenizerFast:
+    """Results of tools are strings in JSON, of the role `ipython`."""
+    tokenizer = llama3()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>", "<|python_tag|>"]})
+    tokenizer.chat_template = LLAMA31
+    return tokenizer
+
+
+def gemma() -> PreTrainedTokenizerFast:
+    """Neither a system role nor one of tools; another token ends texts than turns."""
+    backend = byte_level()
+    begin_with(backend, "<bos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    tokenizer.chat_template = GEMMA
+    return tokenizer
+
+
+def unigram_chat() -> PreTrainedTokenizerFast:
+    """SentencePiece style, bytes for rare characters; BOS by the tokenizer, which the template leaves out."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator(
+        [*TEXT, "<|/>[]"], trainers.UnigramTrainer(vocab_size=80, unk_token="<unk>", special_tokens=["<unk>"])
+    )
+    settings = json.loads(backend.to_str())["model"]
+    vocab = [*map(tuple, settings["vocab"]), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    backend.model = models.Unigram(vocab, settings["unk_id"], byte_fallback=True)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    begin_with(backend, "<s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = NO_BOS
     return tokenizer
 
 
@@ -131,5 +209,7 @@ def ends_every_text() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
+FAMILIES = (qwen_with_tools, qwen3, thinks_always, llama3, llama31, gemma, unigram_chat)
+"""The kinds of chat templates that models have."""
 CHAT = (qwen, llama3, deepseek)
 BASE = (llama2_base, ends_every_text)

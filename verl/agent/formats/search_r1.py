@@ -46,6 +46,7 @@ class SearchR1Format:
         "retry_for_tools": FixedText(required=("tools",)),
     }
     max_calls = 1
+    ends_when_invalid = False
 
     def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
         """Raise ConfigError for a tool without exactly one argument, or a name that is another tag's."""
@@ -72,14 +73,13 @@ class SearchR1Format:
             for tool in tools
             for parameter in tool.parameters
         )
-        retry = texts[f"retry{kind}"].format(tools=self._tool_list)
-        self._retry_ids = tokenizer.encode(retry)
-        self._retry_turn_ids = tokenizer.render_next_turn(retry.strip())
+        self._retry = texts[f"retry{kind}"].format(tools=self._tool_list)
 
     @property
     def reply_length(self) -> int:
         """Number of tokens of the longest reply to an invalid action."""
-        return max(len(self._retry_ids), len(self._retry_turn_ids or ()))
+        as_turn = self._tokenizer.render_next_turn(self._retry.strip()) or ()
+        return max(len(self._tokenizer.encode(self._retry)), len(as_turn))
 
     def write_prompt(self, question: str) -> tuple[Message, ...]:
         """Return the instruction with the question, as one message of the user."""
@@ -93,6 +93,11 @@ class SearchR1Format:
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the chat prompt. Raises ConfigError when the chat template refuses it."""
         return self._tokenizer.render_prompt(question)
+
+    def write_call(self, call: ToolCall) -> str:
+        """Return how the policy writes a call."""
+        (argument,) = call.arguments.values()
+        return f"<{call.tool}> {argument} </{call.tool}>"
 
     def parse(self, ids: Sequence[int]) -> Action:
         """Return the action of a completion, with its span and those of the parts before it.
@@ -135,7 +140,7 @@ class SearchR1Format:
         """
         text = self._tokenizer.decode(turn.output_ids.tolist())
         has_ended = turn.finish is Finish.STOP and not any(stop in text for stop in self.stop_strings)
-        if not has_ended or self._retry_turn_ids is None:
-            return self._retry_ids
-        is_closed = bool(turn.output_ids[-1] == self._retry_turn_ids[0])
-        return self._retry_turn_ids[1:] if is_closed else self._retry_turn_ids
+        ids = None
+        if has_ended:
+            ids = self._tokenizer.render_next_turn(self._retry.strip(), after=turn.output_ids.tolist())
+        return self._tokenizer.encode(self._retry) if ids is None else ids

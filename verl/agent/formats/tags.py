@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from verl.agent.prompts import SURROGATE
 from verl.agent.spans import DecodedText
 from verl.errors import ConfigError
 from verl.types import Message, Span, SpanKind
@@ -22,6 +23,7 @@ ANSWER, TOOL_CALL = "answer", "tool_call"
 TAG_NAMES = ("think", "search", "information", ANSWER, "documents", "refine", TOOL_CALL, "tool_response")
 """Of all packaged formats: the policy may have been trained with another one."""
 TAGS = tuple(f"<{slash}{name}>" for name in TAG_NAMES for slash in ("", "/"))
+THINK, _THINK_END = SpanKind.THINK, "</think>"
 _TAG = re.compile(r"</?([\w-]+)>")
 
 
@@ -45,6 +47,7 @@ class TagReader:
     ) -> None:
         """Take the names of tags: of actions, of parts, and of `others` that are only neutralized."""
         names = "|".join(map(re.escape, actions))
+        self._part_names = tuple(parts)
         self.stop_strings = tuple(f"</{name}>" for name in actions)
         self._closing_tag = re.compile(f"</({names})>")
         # A summary that is not closed ends at the next tag of an action; an unclosed thought is not a part.
@@ -66,19 +69,32 @@ class TagReader:
             action = Element(name=closing[1], start=start, end=closing.start(), closing_end=end)
         # Parts end before the action: `<think> <answer> a </answer> </think>` is an answer, not a thought.
         spans = []
-        for part in self._parts.finditer(text, 0, action.start):
+        thought_end = self._find_opened_thought(text, action.start)
+        if thought_end:
+            spans.append(decoded.make_span(THINK, 0, thought_end, closing_end=thought_end + len(_THINK_END)))
+        for part in self._parts.finditer(text, thought_end, action.start):
             kind = SpanKind(str(part.lastgroup))
             start, end = part.span(kind)
             is_closed = part.end() > end
             spans.append(decoded.make_span(kind, start, end, closing_end=part.end() if is_closed else None))
         return action, tuple(spans)
 
+    def _find_opened_thought(self, text: str, end: int) -> int:
+        """Return where the thought ends that the prompt has opened, as some chat templates do; 0 if none is.
+
+        It is closed before any part is opened.
+        """
+        closing = max(0, text.find(_THINK_END, 0, end))
+        is_first = not any(f"<{part}>" in text[:closing] for part in self._part_names)
+        return closing if THINK in self._part_names and is_first else 0
+
     def neutralize(self, text: str) -> str:
         """Return the text with a space after the `<` of every tag, as in `< /information>`.
 
-        A page can then neither end its observation nor contain an action. Other text stays as it is.
+        A page can then neither end its observation nor contain an action. Half characters, which no tokenizer
+        reads, become U+FFFD. Other text stays as it is.
         """
-        return self._any_tag.sub("< ", text)
+        return SURROGATE.sub("\ufffd", self._any_tag.sub("< ", text))
 
 
 def find_missing_tag(messages: Sequence[Message], names: Iterable[str]) -> str | None:

@@ -47,6 +47,10 @@ class _InvalidCallError(Exception):
 class ToolCallsFormat:
     """The prompt format `tool_calls`."""
 
+    names: ClassVar[Mapping[str, str]] = {}
+    """Of tools, as the policy writes them, where that is not the tool's own."""
+    opening: ClassVar[str] = ""
+    """What the environment writes at the beginning of each turn of the policy."""
     tags: ClassVar[tuple[str, ...]] = TAGS
     texts: ClassVar[Mapping[str, FixedText]] = {
         "system": FixedText(required=("tools",)),
@@ -56,27 +60,28 @@ class ToolCallsFormat:
         **dict.fromkeys(_PROBLEMS, FixedText(optional=("tools",))),
     }
     max_calls = 3
+    ends_when_invalid = False
 
     def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
         actions = (TOOL_CALL, ANSWER)
         wrapper = find_wrapper(texts["observation"], key="tool_calls.observation", actions=actions)
         self._tokenizer = tokenizer
-        self._tools = {tool.name: tool for tool in tools}
+        self._tools = {self.names.get(tool.name, tool.name): tool for tool in tools}
+        self._empty_texts = {tool.name: tool.empty_text for tool in tools}
         self._texts = texts
         self._system = texts["system"].format(tools="\n".join(map(self._write_signature, tools)))
         self._reader = TagReader(actions=actions, others=["tools", *wrapper])
         self.stop_strings = self._reader.stop_strings
         names = ", ".join(self._tools)
         self._retries = {
-            problem: self._write_message(texts["retry"].format(problem=texts[problem].format(tools=names)))
+            problem: texts["retry"].format(problem=texts[problem].format(tools=names))
             for problem in _PROBLEMS
         }
-        self._turn_end = (tokenizer.render_next_turn("") or [])[:1]
 
     @property
     def reply_length(self) -> int:
         """Number of tokens of the longest reply to an invalid action."""
-        return max(map(len, self._retries.values()))
+        return max(len(self._write_message(text)) for text in self._retries.values())
 
     def write_prompt(self, question: str) -> tuple[Message, ...]:
         """Return the instruction with the signatures of the tools, and the question alone."""
@@ -88,7 +93,12 @@ class ToolCallsFormat:
 
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the chat prompt. Raises ConfigError when the chat template refuses it."""
-        return self._tokenizer.render_prompt(question)
+        return self._open_turn(self._tokenizer.render_prompt(question))
+
+    def write_call(self, call: ToolCall) -> str:
+        """Return how the policy writes a call."""
+        written = {"name": self.names.get(call.tool, call.tool), "arguments": call.arguments}
+        return f"<{TOOL_CALL}>{json.dumps(written, ensure_ascii=False)}</{TOOL_CALL}>"
 
     def parse(self, ids: Sequence[int]) -> Action:
         """Return the action of a completion, with its spans.
@@ -137,9 +147,10 @@ class ToolCallsFormat:
             raise _InvalidCallError("wrong_arguments")
         if len(arguments) != 1:
             query = decoded.make_span(SpanKind.QUERY, start + place[0], start + place[1])
-            return [ToolCall(tool=name, arguments=arguments)], [query]
+            return [ToolCall(tool=self._tools[name].name, arguments=arguments)], [query]
         (parameter,) = arguments
-        calls = [ToolCall(tool=name, arguments={parameter: value.strip()}) for value in values]
+        tool = self._tools[name].name
+        calls = [ToolCall(tool=tool, arguments={parameter: value.strip()}) for value in values]
         queries: list[Span] = []
         for value, (first, last) in zip(values, places.values(), strict=True):
             query = decoded.make_span(SpanKind.QUERY, start + first + 1, start + last - 1, text=value.strip())
@@ -155,32 +166,41 @@ class ToolCallsFormat:
     def render_observations(
         self, calls: Sequence[ToolCall], observations: Sequence[Observation]
     ) -> list[int]:
-        """Return the ids of one message with all results, numbered if there are several."""
+        """Return the ids of one message with all results."""
+        content = self._write_results(calls, observations)
+        ids = self._tokenizer.render_next_turn(content, role="tool")
+        if ids is None:
+            return self._write_message(self._texts["observation"].format(text=content))
+        return self._open_turn(ids)
+
+    def _write_results(self, calls: Sequence[ToolCall], observations: Sequence[Observation]) -> str:
+        """Return the text of all results, numbered if there are several."""
         shown = [
-            found.text or self._tools[call.tool].empty_text
+            found.text or self._empty_texts[call.tool]
             for call, found in zip(calls, observations, strict=True)
         ]
         if len(shown) > 1:
             result = self._texts["result"]
             shown = [result.format(number=number, text=text) for number, text in enumerate(shown, start=1)]
-        content = "\n".join(shown)
-        ids = self._tokenizer.render_next_turn(content, role="tool")
-        if ids is None:
-            return self._write_message(self._texts["observation"].format(text=content))
-        return ids
+        return "\n".join(shown)
 
     def render_retry(self, turn: Turn) -> list[int]:
         """Return the ids of a message that says what was wrong with an invalid action."""
-        _, problem = self._read(turn.output_ids.tolist())
-        ids = self._retries[problem]
-        # A policy that stopped without a tag has sampled the end of its turn, with which the message begins.
-        has_ended = bool(self._turn_end) and turn.output_ids[-1:].tolist() == self._turn_end
-        return ids[1:] if has_ended else ids
+        # A policy that stopped without a tag has sampled the end of its turn itself.
+        output_ids = turn.output_ids.tolist()
+        _, problem = self._read(output_ids)
+        return self._write_message(self._retries[problem], after=output_ids)
 
-    def _write_message(self, text: str) -> list[int]:
+    def _write_message(self, text: str, *, after: Sequence[int] = ()) -> list[int]:
         """Return the ids of a message of the user; without a chat template, those of the text alone."""
-        ids = self._tokenizer.render_next_turn(text.strip())
-        return self._tokenizer.encode(text) if ids is None else ids
+        ids = self._tokenizer.render_next_turn(text.strip(), after=after)
+        return self._open_turn(self._tokenizer.encode(text) if ids is None else ids)
+
+    def _open_turn(self, ids: list[int]) -> list[int]:
+        """Return ids before a turn, and with them the beginning of the turn that the policy must make."""
+        if not self.opening or self._tokenizer.decode(ids).rstrip().endswith(self.opening):
+            return ids
+        return [*ids, *self._tokenizer.encode(self.opening)]
 
     def _write_signature(self, tool: ToolSpec) -> str:
         """Return the signature of a tool in JSON, as chat templates list functions."""
@@ -192,7 +212,8 @@ class ToolCallsFormat:
             "properties": {name: kind | {"description": text} for name, text in tool.parameters.items()},
             "required": [*tool.parameters],
         }
-        function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+        name = self.names.get(tool.name, tool.name)
+        function = {"name": name, "description": tool.description, "parameters": parameters}
         return json.dumps({"type": "function", "function": function}, ensure_ascii=False)
 
 

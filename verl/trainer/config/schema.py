@@ -183,6 +183,8 @@ class AgentConfig:
     tools: list[str] = field(default_factory=lambda: ["search"])
     context: str = one_of("end", DROP_OBSERVATIONS)
     """A full context ends the episode, or its oldest observations are dropped (in evaluations only)."""
+    enable_thinking: bool | None = None
+    """For chat templates that know it; None: as the template has it."""
 
     def __post_init__(self) -> None:
         check_section("agent", self)
