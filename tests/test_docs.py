@@ -65,5 +65,6 @@ def test_make_knows_its_targets() -> None:
     head = itertools.takewhile(
         lambda line: line.startswith("# "), (ROOT / "Makefile").read_text().splitlines()
     )
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    command = ["make", "--no-print-directory", "help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert shown == [line.removeprefix("# ") for line in head]

@@ -217,11 +217,12 @@ async def test_many_calls_use_few_connections_and_leave_none() -> None:
     async with (fake := FakeEngine("serper")).running():
         retriever = open_online("serper", options=fake.options(num_parallel_calls=8))
         await retriever.search(["warm"], topk=3, timeout_s=5.0)
-        before = process.num_fds()
+        before = len(process.net_connections("tcp"))
         for _ in range(3):
             outcomes = await retriever.search([f"q{i}" for i in range(100)], topk=3, timeout_s=30.0)
             assert all(len(as_found(outcome)) == 3 for outcome in outcomes)
-        assert process.num_fds() <= before + 2 * 7  # both ends of seven more connections
+        # Both ends of seven more connections.
+        assert len(process.net_connections("tcp")) <= before + 2 * 7
         assert fake.most_open <= 8
         await retriever.aclose()
         for _ in range(100):

@@ -23,7 +23,16 @@ def grader() -> Iterator[MathGrader]:
     asyncio.run(grader.connect())
     yield grader
     asyncio.run(grader.aclose())
-    assert not psutil.Process().children(recursive=True)
+    assert not find_workers()
+
+
+def find_workers() -> list[psutil.Process]:
+    """Return the processes that grade for this one."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE and any("math_worker" in word for word in child.cmdline())
+    ]
 
 
 RIGHT = {
@@ -118,7 +127,7 @@ async def test_verdicts_are_found_where_episodes_end_and_a_grader_that_dies_is_r
 ) -> None:
     question = make_question(golds=("a",))
     trajectory = await GradingAgent(FakeAgent(), grader).run(question, sample=0, seed=0, greedy=True)
-    for child in psutil.Process().children():
+    for child in find_workers():
         os.kill(child.pid, signal.SIGKILL)
         while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
             await asyncio.sleep(0)
