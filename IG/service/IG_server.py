@@ -48,10 +48,10 @@ from serving.logs import configure_logging
 from serving.machine import has_bfloat16
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
-from serving.web.limits import Admission, Guard, bounded_route
+from serving.web.limits import Access, Admission, Guard, bounded_route, is_loopback
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
-from serving.web.server import GracefulServer, exit_now, is_loopback, listen, url_of
+from serving.web.server import GracefulServer, exit_now, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("IG.service")
@@ -106,9 +106,8 @@ def create_app(
         return describe_health(host, version=app.version)
 
     add_states(app, require_ready=require_ready)
-    guarded = make_guarded_router(
-        metrics.requests.registry, token=config.token, token_sources="--token-file or IG_TOKEN"
-    )
+    access = Access(host=config.host, token=config.token, token_sources="--token-file or IG_TOKEN")
+    guarded = make_guarded_router(metrics.requests.registry, access=access)
 
     @guarded.get("/version", tags=["state"])
     async def version() -> VersionResponse:
@@ -123,7 +122,7 @@ def create_app(
     app.add_middleware(
         Guard,
         work_paths={_GAIN_PATH, _ENTAILMENT_PATH},
-        token=config.token,
+        access=access,
         max_body_bytes=config.max_body_bytes,
         body_flag="--max-body-mb",
         noun="items",

@@ -50,10 +50,10 @@ from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve
 from serving.logs import configure_logging
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
-from serving.web.limits import Admission, Guard, bounded_route
+from serving.web.limits import Access, Admission, Guard, bounded_route, is_loopback
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
-from serving.web.server import GracefulServer, exit_now, is_loopback, listen, url_of
+from serving.web.server import GracefulServer, exit_now, listen, url_of
 from serving.web.version import package_version
 
 logger = logging.getLogger("search_r1.search.retrieval_server")
@@ -168,16 +168,15 @@ def create_app(
 
     add_states(app, require_ready=require_ready)
     _add_health(app, host=host, settings=settings)
-    guarded = make_guarded_router(
-        metrics.registry, token=settings.token, token_sources="--token_file or RETRIEVER_TOKEN"
-    )
+    access = Access(host=settings.host, token=settings.token, token_sources="--token_file or RETRIEVER_TOKEN")
+    guarded = make_guarded_router(metrics.registry, access=access)
     _add_version(guarded, host=host, settings=settings)
     guarded.include_router(_work(host=host, metrics=metrics, settings=settings))
     app.include_router(guarded)
     app.add_middleware(
         Guard,
         work_paths={_WORK_PATH, _PAGE_PATH},
-        token=settings.token,
+        access=access,
         max_body_bytes=settings.max_body_bytes,
         body_flag="--max_body_mb",
         noun="queries",

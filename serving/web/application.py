@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from serving.web.host import Backend, Host, UnavailableError
-from serving.web.limits import ClientDisconnectedError, QueueFullError
+from serving.web.limits import Access, ClientDisconnectedError, QueueFullError
 from serving.web.metrics import CLIENT_DISCONNECTED
 from serving.web.openapi import StateResponse, refusals
 from serving.web.version import package_version
@@ -67,10 +67,10 @@ def add_states(app: FastAPI, *, require_ready: Callable[[], object]) -> None:
         return StateResponse(status="ready")
 
 
-def make_guarded_router(registry: CollectorRegistry, *, token: str, token_sources: str) -> APIRouter:
+def make_guarded_router(registry: CollectorRegistry, *, access: Access) -> APIRouter:
     """Return the router of what needs the token, which `Guard` checks, with `GET /metrics` on it."""
-    scheme = HTTPBearer(auto_error=False, description=token_sources)
-    router = APIRouter(dependencies=[Security(scheme)] if token else [], responses=refusals(401))
+    scheme = HTTPBearer(auto_error=False, description=access.token_sources)
+    router = APIRouter(dependencies=[Security(scheme)] if access.token else [], responses=refusals(401))
 
     @router.get("/metrics", tags=["state"], response_class=PlainTextResponse)
     async def read_metrics() -> Response:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from fastapi import HTTPException
@@ -30,12 +33,35 @@ _MAX_VALUES = 1_000_000
 """Parsing so many takes about half a second, during which no other request is answered."""
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the host: `localhost`, or an address of loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may send requests."""
+
+    host: str
+    """The address that the server listens on."""
+    token: str
+    """Empty: none is needed."""
+    token_sources: str
+    """The flag and the variable that set the token, for messages."""
+    open_paths: Collection[str] = OPEN_PATHS
+    """Need no token."""
+
+
 class Guard:
     """Checks every request before its route; plain ASGI, so that nothing of its body is read before.
 
     It serves `/path/` as `/path`, counts the requests for work, and refuses those without the bearer token
-    (401), those whose body is compressed (415), too long (413) or too slow (408), and those that arrive while
-    the bodies of all callers together take too much memory (429).
+    (401), those of web pages whose name was rebound to loopback (403), those whose body is compressed (415),
+    too long (413) or too slow (408), and those that arrive while the bodies of all callers together take too
+    much memory (429).
     """
 
     def __init__(
@@ -43,12 +69,11 @@ class Guard:
         app: ASGIApp,
         *,
         work_paths: Collection[str],
-        token: str,
+        access: Access,
         max_body_bytes: int,
         body_flag: str,
         noun: str,
         metrics: RequestMetrics,
-        open_paths: Collection[str] = OPEN_PATHS,
     ) -> None:
         """Take `body_flag`, which sets the limit, and `noun`, what a request has many of, for messages."""
         self.num_held = 0
@@ -58,8 +83,9 @@ class Guard:
         self._noun = noun
         self._app = app
         self._work_paths = frozenset(work_paths)
-        self._open_paths = frozenset(open_paths)
-        self._token = token.encode()
+        self._access = access
+        self._token = access.token.encode()
+        self._needs_own_host = not access.token and is_loopback(access.host)
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,12 +129,14 @@ class Guard:
 
     def _find_refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
-        if self._token and scope["path"] not in self._open_paths and not self._is_presented(scope):
+        if self._token and scope["path"] not in self._access.open_paths and not self._is_presented(scope):
             return JSONResponse(
                 {"detail": "a bearer token is needed: send it as 'Authorization: Bearer TOKEN'"},
                 status_code=HTTPStatus.UNAUTHORIZED,
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if self._needs_own_host and not _names_loopback(named := headers.get("host", "")):
+            return JSONResponse({"detail": self._foreign_host(named)}, status_code=HTTPStatus.FORBIDDEN)
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self.max_body_bytes:
             return JSONResponse({"detail": self.too_long()}, status_code=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -119,12 +147,27 @@ class Guard:
             )
         return None
 
+    def _foreign_host(self, named: str) -> str:
+        """Return why a request to another name is refused.
+
+        A web page can rebind its own name to 127.0.0.1; the browser then lets it read the answers.
+        """
+        return (
+            f"the Host is {named[:100]!r}, expected 127.0.0.1, localhost or [::1]: this server listens on "
+            f"loopback without a token; set one with {self._access.token_sources}, or listen elsewhere with "
+            "--host"
+        )
+
     def _is_presented(self, scope: Scope) -> bool:
         presented = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(presented) != 1:
             return False
         scheme, _, token = presented[0].partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self._token)
+
+
+def _names_loopback(host_header: str) -> bool:
+    return is_loopback(re.sub(r":\d*$", "", host_header).strip("[]").lower())
 
 
 class _BoundedBody:

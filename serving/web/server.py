@@ -24,18 +24,12 @@ HEAD_TIMEOUT_S = 30.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_BYTES_S = 10
 """How long the sending of finished answers may take."""
-_LOOPBACK = ("127.", "localhost", "::1")
 _MAX_OPEN_FILES = 16384
 
 
 def url_of(host: str, port: int) -> str:
     """Return the URL of a service that listens there."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the address."""
-    return host.startswith(_LOOPBACK)
 
 
 def listen(host: str, port: int, *, env: str) -> socket.socket:

@@ -6,7 +6,8 @@ import argparse
 import logging
 import os
 
-from serving.web.server import GracefulServer, is_loopback, listen, url_of
+from serving.web.limits import is_loopback
+from serving.web.server import GracefulServer, listen, url_of
 from verl.ask.asker import AskSettings
 from verl.ask.checkpoint import find_checkpoint
 from verl.ask.output import Output

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from serving.redaction import redact_text
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host
-from serving.web.limits import OPEN_PATHS, Admission, Guard, bounded_route
+from serving.web.limits import OPEN_PATHS, Access, Admission, Guard, bounded_route
 from serving.web.metrics import RequestMetrics
 from serving.web.openapi import refusals
 from verl.ask.asker import Asker, AskSettings
@@ -80,19 +80,24 @@ def create_app(
     add_states(app, require_ready=host.require_open)
     _add_health(app, host=host, model=model)
     _add_page(app)
-    guarded = make_guarded_router(registry, token=settings.token, token_sources="--token-file or ASK_TOKEN")
+    access = Access(
+        host=settings.host,
+        token=settings.token,
+        token_sources="--token-file or ASK_TOKEN",
+        open_paths={*OPEN_PATHS, PAGE_PATH},  # the page asks for the token
+    )
+    guarded = make_guarded_router(registry, access=access)
     _add_models(guarded, model=model)
     guarded.include_router(_work(host=host, model=model, settings=settings, defaults=defaults))
     app.include_router(guarded)
     app.add_middleware(
         Guard,
         work_paths={CHAT_PATH},
-        token=settings.token,
+        access=access,
         max_body_bytes=int(settings.max_body_mb * 2**20),
         body_flag="--max-body-mb",
         noun="messages",
         metrics=metrics,
-        open_paths={*OPEN_PATHS, PAGE_PATH},  # the page asks for the token
     )
     app.add_middleware(OpenAIErrors)
     return app

@@ -158,7 +158,7 @@ async def calling(
     transport = httpx.ASGITransport(app)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://service", timeout=3000) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=3000) as client,
     ):
         while (await client.get("/readyz")).status_code != 200:
             await asyncio.sleep(0)

@@ -25,7 +25,7 @@ async def test_work_of_a_caller_that_disconnects_is_cancelled() -> None:
         assert port is not None
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         body = json.dumps({"items": [GOOD] * 3}).encode()
-        head = "POST /compute_info_gain HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        head = "POST /compute_info_gain HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await eventually(lambda: backend.running == 1)
         assert "ig_items_in_progress 3.0" in (await client.get("/metrics")).text

@@ -23,7 +23,7 @@ async def announcing(client: httpx.AsyncClient, num_bytes: int) -> AsyncIterator
     """A connection on which a body of so many bytes was announced, and nothing of it sent."""
     assert client.base_url.port is not None
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    head = "POST /compute_info_gain HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    head = "POST /compute_info_gain HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
     yield reader, writer
     writer.close()

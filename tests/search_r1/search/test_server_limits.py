@@ -44,7 +44,7 @@ async def read_metrics(client: httpx.AsyncClient) -> dict[str, float]:
 async def announcing(client: httpx.AsyncClient, num_bytes: int) -> AsyncIterator[Connection]:
     """A connection on which a body of so many bytes was announced, and nothing of it sent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    head = "POST /retrieve HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    head = "POST /retrieve HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
     yield reader, writer
     writer.close()

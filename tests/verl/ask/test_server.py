@@ -153,6 +153,22 @@ def test_other_requests_get_a_status_and_a_reason(endpoint: str) -> None:
     assert 'ask_requests_total{status="200"}' in httpx.get(f"{endpoint}/metrics").text
 
 
+def test_another_host_is_answered_only_where_a_token_keeps_web_pages_out(endpoint: str) -> None:
+    port = endpoint.rpartition(":")[2]
+    for host, status in (
+        (f"127.0.0.1:{port}", 200), ("localhost", 200), (f"[::1]:{port}", 200),
+        (f"rebound.example:{port}", 403), ("localhost.example", 403), ("127.0.0.1.example:80", 403),
+    ):  # fmt: skip
+        answer = httpx.get(f"{endpoint}/v1/models", headers={"Host": host})
+        assert answer.status_code == status, host
+    message = answer.json()["error"]["message"]
+    assert all(part in message for part in ("'127.0.0.1.example:80'", "--token-file or ASK_TOKEN", "--host"))
+    elsewhere = {"Host": "ask.example", "Authorization": "Bearer s3cret"}
+    for options in ({"token": "s3cret"}, {"host": "0.0.0.0"}):
+        with serving(ReadingGenerate(), **options) as url:
+            assert httpx.get(f"{url}/v1/models", headers=elsewhere).status_code == 200
+
+
 def test_questions_beyond_the_limit_and_without_the_token_are_refused() -> None:
     generate = ReadingGenerate()
     with serving(generate, token="s3cret", max_questions="1") as url:
