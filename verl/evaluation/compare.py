@@ -214,7 +214,7 @@ def difference_table(comparison: Comparison, runs: Runs) -> Table:
         header=("set", "run", "questions", "difference", "p", "p (Holm)", "test"),
         rows=tuple(rows),
         note="Paired over questions: exact McNemar test where an answer is right or wrong, otherwise a "
-        f"paired bootstrap. Holm's adjustment is over the {len(rows)} tests of this table.",
+        f"paired sign-flip test. Holm's adjustment is over the {len(rows)} tests of this table.",
         rules=frozenset({num_sets} if 0 < num_sets < len(rows) else ()),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from verl.errors import DataError
 from verl.evaluation.metrics import COSTS, score_questions
 from verl.evaluation.records import Key, ResultRecord
-from verl.evaluation.statistics import adjust_holm, bootstrap_p_value, mcnemar_p_value
+from verl.evaluation.statistics import adjust_holm, mcnemar_p_value, sign_flip_p_value
 from verl.evaluation.summary import CURVES, Estimate, Point, curve, estimate, estimate_json, make_bins
 
 MACRO = "macro average"
@@ -175,8 +175,8 @@ def _difference(
     if is_exact and len(strata) == 1 and all({*pair} <= {0.0, 1.0} for pair in pairs):
         p_value = mcnemar_p_value([a == 1.0 for a, _ in pairs], [b == 1.0 for _, b in pairs])
         return Difference(run=run, set_name=set_name, estimate=size, p_value=p_value, test="McNemar")
-    p_value = bootstrap_p_value(found)
-    return Difference(run=run, set_name=set_name, estimate=size, p_value=p_value, test="bootstrap")
+    p_value = sign_flip_p_value(found)
+    return Difference(run=run, set_name=set_name, estimate=size, p_value=p_value, test="sign flip")
 
 
 def shared_curves(runs: Runs) -> dict[str, dict[str, list[Point]]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -19,6 +18,8 @@ from scipy.stats import binomtest
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
+EXACT_QUESTIONS = 12
+"""Up to so many differences all sign patterns are counted, above some are drawn."""
 _CHUNK_CELLS = 1 << 20
 _DRAWS_PER_COUNT = 16
 """Questions that are drawn in the time of one multinomial count (measured)."""
@@ -50,9 +51,7 @@ def bootstrap_interval(
     estimate = mean_of_means(strata)
     if estimate is None or not _can_vary(strata):
         return None
-    means = _resample_means(
-        tuple(map(tuple, strata)), seed=seed, num_resamples=num_resamples
-    )  # [num_resamples]
+    means = _resample_means(strata, seed=seed, num_resamples=num_resamples)  # [num_resamples]
     # Sums of the same numbers in another order differ in the last digits: those are ties.
     is_tie = np.isclose(means, estimate, rtol=0.0, atol=1e-12)
     below = (np.count_nonzero((means < estimate) & ~is_tie) + 0.5 * np.count_nonzero(is_tie)) / len(means)
@@ -66,26 +65,38 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def bootstrap_p_value(
+def sign_flip_p_value(
     differences: Sequence[Sequence[float]], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> float | None:
-    """Return the two-sided p value of a mean difference of 0, by a paired bootstrap.
+    """Return the two-sided p value of no difference between paired runs, by flipping signs; None if empty.
 
-    `differences` has one number per question that both runs answered. The resampled means are shifted so that
-    their center is 0; p is the share of them that is at least as far from 0 as the observed mean, the
-    observed one counted with them (Efron and Tibshirani 1993, section 16.4). None without a question.
+    `differences` has one number per question that both runs answered. Without a difference each of them is as
+    likely to have the other sign. p is the share of sign patterns whose statistic is at least as far from 0 as
+    the observed one: of all patterns of up to EXACT_QUESTIONS numbers that are not 0, else of drawn ones, the
+    observed one counted with them. Sources: Fisher 1935, The Design of Experiments, section 21; Phipson and
+    Smyth 2010, "Permutation p-values should never be zero".
     """
-    observed = mean_of_means(differences)
-    if observed is None:
+    if mean_of_means(differences) is None:
         return None
-    if not _can_vary(differences):
-        # All differences are equal: none at all, or the same for each question, which chance gives the other
-        # sign for all questions at once.
-        num_questions = sum(map(len, differences))
-        return 1.0 if observed == 0.0 else min(1.0, 2.0 ** (1 - num_questions))
-    means = _resample_means(tuple(map(tuple, differences)), seed=seed, num_resamples=num_resamples)
-    extreme = np.count_nonzero(np.abs(means - observed) >= abs(observed) - 1e-12)
-    return float((1 + extreme) / (1 + num_resamples))
+    # The statistic is the sum of all differences, each divided by the size of its stratum.
+    weights = np.concatenate([np.asarray(values, dtype=np.float64) / len(values) for values in differences])
+    weights = weights[weights != 0.0]  # [m]
+    # Sums of the same numbers in another order differ in the last digits: those are ties.
+    limit = abs(math.fsum(weights)) - 1e-10 * float(np.abs(weights).sum())
+    if len(weights) <= EXACT_QUESTIONS:
+        patterns = np.arange(1 << len(weights))[:, None] >> np.arange(len(weights)) & 1  # [2^m, m]
+        return float(np.mean(np.abs((2.0 * patterns - 1.0) @ weights) >= limit))
+    largest = np.abs(weights).max()
+    # Numbers of the same size get their signs by one binomial draw; rounded, as 0.3 - 0.2 is not 0.1.
+    sizes, counts = np.unique(np.round(np.abs(weights) / largest, 12), return_counts=True)  # [d], [d]
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_CELLS // len(sizes))
+    num_extreme = 0
+    for start in range(0, num_resamples, chunk):
+        rows = min(chunk, num_resamples - start)
+        signs = 2.0 * generator.binomial(counts, 0.5, size=(rows, len(sizes))) - counts  # [rows, d]
+        num_extreme += int(np.count_nonzero(np.abs(signs @ sizes) * largest >= limit))
+    return (1 + num_extreme) / (1 + num_resamples)
 
 
 def mcnemar_p_value(first: Sequence[bool], second: Sequence[bool]) -> float | None:
@@ -128,9 +139,8 @@ def _acceleration(strata: Sequence[Sequence[float]]) -> float:
     return float((influence**3).sum() / (6.0 * (influence**2).sum() ** 1.5))
 
 
-@lru_cache(maxsize=4)
-def _resample_means(strata: tuple[tuple[float, ...], ...], *, seed: int, num_resamples: int) -> Array:
-    """Return the statistic of each resample [num_resamples]; interval and p value ask for the same ones."""
+def _resample_means(strata: Sequence[Sequence[float]], *, seed: int, num_resamples: int) -> Array:
+    """Return the statistic of each resample [num_resamples]."""
     generator = np.random.default_rng(seed)
     total = np.zeros(num_resamples)
     for values in strata:

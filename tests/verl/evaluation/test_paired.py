@@ -59,7 +59,7 @@ def test_exact_match_by_mcnemar_and_holm_over_all_sets_and_runs() -> None:
     assert found["nq", "better"].p_value == pytest.approx(2 / 1024)
     assert found["nq", "better"].test == "McNemar"
     assert found["popqa", "worse"].p_value == 1.0  # one discordant question
-    assert found[MACRO, "better"].test == "bootstrap"
+    assert found[MACRO, "better"].test == "sign flip"
     assert found[MACRO, "better"].estimate.value == pytest.approx((10 / 12 + 0) / 2)
     assert comparison.scores[MACRO]["first"].value == pytest.approx((0 + 0.5) / 2)
     # Six tests: the smallest p times six, the next times five.
@@ -70,7 +70,7 @@ def test_exact_match_by_mcnemar_and_holm_over_all_sets_and_runs() -> None:
     assert not found["popqa", "worse"].is_significant
 
 
-def test_means_over_samples_and_other_metrics_use_the_paired_bootstrap() -> None:
+def test_means_over_samples_and_other_metrics_use_the_sign_flip_test() -> None:
     def sampled(right: int) -> list[ResultRecord]:
         return [
             make_result(f"nq/test/{k}", sample=s, em=float(s < (right + k) % 3))
@@ -80,10 +80,10 @@ def test_means_over_samples_and_other_metrics_use_the_paired_bootstrap() -> None
 
     runs = {"a": sampled(0), "b": sampled(1)}
     (em,) = compare_runs(runs, metric="em").differences
-    assert (em.test, em.estimate.num_questions) == ("bootstrap", 12)
+    assert (em.test, em.estimate.num_questions) == ("sign flip", 12)
     assert math.isclose(em.estimate.value, 0.0, abs_tol=1e-9)  # 0 1 2 against 1 2 0 right
     (passed,) = compare_runs(runs, metric="pass@2").differences
-    assert passed.test == "bootstrap"
+    assert passed.test == "sign flip"
 
 
 def test_a_metric_that_answers_lack_is_refused() -> None:

@@ -7,9 +7,9 @@ from scipy.stats import bootstrap
 from verl.evaluation.statistics import (
     adjust_holm,
     bootstrap_interval,
-    bootstrap_p_value,
     mcnemar_p_value,
     mean_of_means,
+    sign_flip_p_value,
 )
 
 
@@ -65,16 +65,42 @@ def test_intervals_cover_the_true_mean_as_often_as_they_claim(sizes: tuple[int, 
     assert 0.85 <= hits / num_trials <= 0.95
 
 
-def test_paired_p_values_are_uniform_without_a_difference_and_small_with_one() -> None:
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([[0.5, 1.0]], 2 / 4),  # both signs alike
+        ([[0.1, 0.2, 0.3]], 2 / 8),
+        ([[0.5, 0.5, 0.5]], 2 / 8),
+        ([[0.3, -0.1, 0.2]], 4 / 8),  # 0.4 and 0.6, and both negated
+        ([[0.3, 0.0, 0.0]], 1.0),  # one question decides nothing
+        ([[1.0, 0.0], [0.5]], 2 / 4),  # a macro average: 0.5 and 0.5, which cancel or add up
+        ([[1.0, 1.0, 1.0, 1.0], [-0.5]], 24 / 32),  # four of 0.25 against one of 0.5: 0 is 8 of 32
+        ([[0.0, 0.0]], 1.0),
+        ([], None),
+        ([[1.0], []], None),
+    ],
+)
+def test_sign_flips_by_hand(differences: list[list[float]], expected: float | None) -> None:
+    assert sign_flip_p_value(differences) == expected
+
+
+@pytest.mark.parametrize("sizes", [(5,), (10,), (30,), (4, 12)])
+def test_sign_flips_reject_no_difference_as_rarely_as_they_claim(sizes: tuple[int, ...]) -> None:
     generator = np.random.default_rng(5)
-    nulls = [bootstrap_p_value([generator.normal(size=60)], num_resamples=500) for _ in range(400)]
+    nulls = [
+        sign_flip_p_value([generator.normal(size=size) for size in sizes], num_resamples=400)
+        for _ in range(600)
+    ]
     rejected = np.mean([p is not None and p <= 0.1 for p in nulls])
-    assert 0.05 <= rejected <= 0.16
-    shifted = bootstrap_p_value([generator.normal(0.8, 1.0, size=60)], num_resamples=999)
-    assert shifted == 1 / 1000  # no resample is as extreme
-    assert bootstrap_p_value([[0.0, 0.0]]) == 1.0
-    assert bootstrap_p_value([[0.5, 0.5, 0.5]]) == 0.25  # two of the eight sign patterns
-    assert bootstrap_p_value([]) is None
+    # Four standard errors of a share of 0.1 in 600 trials; of 5 questions p is a multiple of 1/16.
+    assert 0.03 <= rejected <= 0.15
+
+
+def test_drawn_sign_flips_approach_the_binomial_and_are_never_0() -> None:
+    exact = mcnemar_p_value([True] * 9 + [False] * 21, [False] * 9 + [True] * 21)
+    assert sign_flip_p_value([[1.0] * 9 + [-1.0] * 21]) == pytest.approx(exact, abs=0.01)
+    shifted = np.random.default_rng(5).normal(0.8, 1.0, size=60)
+    assert sign_flip_p_value([shifted], num_resamples=999) == 1 / 1000  # no pattern is as extreme
 
 
 @pytest.mark.parametrize(
