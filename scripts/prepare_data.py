@@ -90,7 +90,7 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
     try:
         for number, (where, row) in enumerate(read_rows(path)):
             try:
-                row = read_browsecomp(row, where=where)
+                row, index = read_browsecomp(row, where=where)
                 is_math = "problem" in row and "question" not in row
                 question, golds = (find_problem if is_math else find_answers)(row, where=where)
             except QuestionError as error:
@@ -108,7 +108,7 @@ def read_questions(path: Path, *, source: str, split: str, start: int) -> list[R
                     "reward_model": {"style": "rule", "ground_truth": {"target": golds}},
                     "extra_info": {
                         "split": split,
-                        "index": row.get("query_id", start + len(rows)),
+                        "index": start + len(rows) if index is None else index,
                         **find_support(row),
                     },
                 }
@@ -127,13 +127,13 @@ def find_answers(row: Row, *, where: str) -> tuple[str, list[str]]:
     return find_question(row, where=where), list(find_golds(row, where=where))
 
 
-def read_browsecomp(row: Row, *, where: str) -> Row:
-    """Return a row of BrowseComp-Plus with the names of other sets; any other row as it is.
+def read_browsecomp(row: Row, *, where: str) -> tuple[Row, int | None]:
+    """Return a row of BrowseComp-Plus with the names of other sets, and its index; any other row and None.
 
     Raises QuestionError.
     """
     if "query_id" not in row or "query" not in row:
-        return row
+        return row, None
     number = str(row["query_id"])
     if not number.isdecimal():
         refuse(row["query_id"], where=where, name="query_id", expected="a whole number")
@@ -143,7 +143,7 @@ def read_browsecomp(row: Row, *, where: str) -> Row:
         if isinstance(documents, list)
         else []
     )
-    return {**row, "id": number, "query_id": int(number), "question": row["query"], "supporting_ids": ids}
+    return {**row, "id": number, "question": row["query"], "supporting_ids": ids}, int(number)
 
 
 def find_problem(row: Row, *, where: str) -> tuple[str, list[str]]:

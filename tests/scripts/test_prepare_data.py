@@ -175,6 +175,14 @@ def test_browsecomp_plus_keeps_the_ids_of_its_queries_and_documents(tmp_path: Pa
     assert [passage.id for passage in open_corpus(tmp_path / "out/corpus.jsonl")] == ["41"]
 
 
+def test_an_id_of_a_query_in_another_set_is_no_index(tmp_path: Path) -> None:
+    row = {"query_id": "q-7", "question": "Which one?", "answer": "That"}
+    source = write_lines(tmp_path / "mine.jsonl", row, {"question": "Which other?", "answer": "This"})
+    main(["--test", f"mine={source}", "--out-dir", str(tmp_path / "out")])
+    found = load_questions([tmp_path / "out/test.parquet"], prompt_format=FORMAT)
+    assert [question.uid for question in found] == ["mine/test/0", "mine/test/1"]
+
+
 FACTS = {"title": ["Hull", "York"], "sent_id": [0, 1]}
 CONTEXT = {"title": ["Leeds", "York", "Hull"], "sentences": [["x"], ["In ", " York."], ["In Hull."]]}
 MUSIQUE = [

@@ -13,29 +13,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.files import write_json_atomically
+from verl.errors import DataError
+from verl.evaluation.protocols import find_set
 from verl.evaluation.records import ResultRecord
 
 logger = logging.getLogger(__name__)
 
 RUN_FOLDER = "browsecomp_plus"
+_SET = "browsecomp_plus"
 
 
 def write_run_files(folder: Path, results: Sequence[ResultRecord], *, model: str) -> Path:
     """Write the run files of an evaluation in place of earlier ones, and return their folder.
 
-    An answer that failed has no file: it is neither right nor wrong, and asked again by the next start.
+    Questions of other sets have none, nor has an answer that failed: it is neither right nor wrong, and asked
+    again by the next start. Raises DataError for two queries of one name.
     """
+    answers = [r for r in results if r["sample"] == 0 and find_set(r["data_source"]) == _SET]
+    failed = [result for result in answers if result["failure"] is not None]
+    runs: dict[str, dict[str, object]] = {}
+    for result in answers:
+        run = to_run(result, model=model)
+        name = "run_" + re.sub(r"[^\w.-]", "_", str(run["query_id"])) + ".json"
+        if name in runs:
+            raise DataError(
+                f"{result['uid']} is the second query with the run file {name}; expected each query_id once: "
+                "prepare the questions again (scripts/prepare_data.py) from one file of queries"
+            )
+        runs[name] = {} if result["failure"] is not None else run
     target = folder / RUN_FOLDER
     target.mkdir(exist_ok=True)
     for path in target.glob("run_*.json"):
         path.unlink()
-    answers = [result for result in results if result["sample"] == 0]
-    failed = [result for result in answers if result["failure"] is not None]
-    for result in answers:
-        if result["failure"] is None:
-            run = to_run(result, model=model)
-            name = re.sub(r"[^\w.-]", "_", str(run["query_id"]))
-            write_json_atomically(target / f"run_{name}.json", run)
+    for name, run in runs.items():
+        if run:
+            write_json_atomically(target / name, run)
     if failed:
         logger.warning("%d of %d queries failed and have no run file", len(failed), len(answers))
     return target
