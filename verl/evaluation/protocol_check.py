@@ -78,7 +78,8 @@ def check_protocol(
 def list_setting_deviations(config: Config, protocol: EvaluationProtocol) -> list[str]:
     """Return the settings that differ, as `key is ..., the protocol has ...`."""
     found = []
-    for key, expected in protocol.settings.items():
+    # A reference is not the agent that the protocol is about.
+    for key, expected in {"evaluation.reference": "none", **protocol.settings}.items():
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)

@@ -127,8 +127,10 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
             sample="the 3,197 questions of data/test.parquet in IGPO's repository, up to 512 of each set",
             metrics=("set_f1",),
             settings={
-                "agent.format": "tool_calls",
+                "agent.format": "igpo",
                 "agent.tools": ["search"],
+                "agent.context": "end",
+                "reward.answer_rule": "published",
                 "retriever.topk": 5,
                 "max_turns": 9,
                 "data.max_prompt_length": 30_767,

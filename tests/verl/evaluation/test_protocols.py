@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 
 from tests.scripted_evaluation import make_result
 from tests.scripted_run import make_question
-from verl.errors import ConfigError
+from verl.errors import ConfigError, DataError
 from verl.evaluation.browsecomp import write_run_files
 from verl.evaluation.protocol_check import (
     add_protocol_settings,
@@ -111,6 +111,19 @@ def test_what_differs_is_an_error_that_names_all_of_it_or_is_recorded() -> None:
     assert find_record({"protocol": record}) == record
 
 
+def test_a_reference_under_a_protocol_is_a_deviation() -> None:
+    config = composed("evaluation.protocol=search_r1", "evaluation.reference=no_search")
+    with pytest.raises(ConfigError, match=r"evaluation\.reference is no_search, the protocol has none"):
+        check_protocol(config, ask("nq", 3_610), version=WIKI)
+
+
+def test_igpo_is_evaluated_in_the_form_of_its_released_checkpoints() -> None:
+    config = composed("evaluation.protocol=igpo")
+    assert (config.agent.format, config.agent.context) == ("igpo", "end")
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (30_767, 2_000)
+    assert config.reward.answer_rule == "published"
+
+
 def test_an_online_engine_and_a_corpus_are_told_apart() -> None:
     igpo = composed("evaluation.protocol=igpo", "evaluation.protocol_overrides=true")
     assert check_protocol(igpo, ask("2wiki", 512), version={"passages": None})["deviations"] == []  # type: ignore[index]
@@ -148,6 +161,7 @@ def test_run_files_are_what_the_evaluator_of_browsecomp_plus_reads(tmp_path: Pat
         make_result("browsecomp_plus/test/770", em=0.0, prediction=None),
         make_result("browsecomp_plus/test/771", failure="search_failed: late"),
         make_result("browsecomp_plus/test/769", sample=1),
+        make_result("nq/test/769", prediction="of another set"),
     ]
     target = write_run_files(tmp_path, results, model="m")
     (target / "run_old.json").write_text("{}")
@@ -163,3 +177,6 @@ def test_run_files_are_what_the_evaluator_of_browsecomp_plus_reads(tmp_path: Pat
         "result": [{"type": "output_text", "tool_name": None, "arguments": None, "output": "Bolton"}],
     }
     assert runs["run_770.json"]["status"] == "incomplete"
+    with pytest.raises(DataError, match=r"BrowseComp-Plus/test/769 is the second query .* run_769\.json"):
+        write_run_files(tmp_path, [*results, make_result("BrowseComp-Plus/test/769")], model="m")
+    assert (target / "run_769.json").is_file()
