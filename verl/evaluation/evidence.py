@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 from serving.evidence import Evidence
 from serving.files import replacing_file
 from verl.errors import DataError, ServiceError
-from verl.evaluation.records import EVIDENCE_FILE, TRAJECTORIES_FILE, ResultRecord
+from verl.evaluation.metrics import is_right
+from verl.evaluation.records import EVIDENCE_FILE, TRAJECTORIES_FILE, Key, ResultRecord
 from verl.protocols import Search
 from verl.run.records import TrajectoryRecord, TurnRecord, count_calls, iterate_records
 from verl.types import Question
@@ -95,24 +96,44 @@ async def write_evidence(
 ) -> None:
     """Find the evidence of all answers, and write it to the folder.
 
-    `search` returns `depth` passages; None: nothing is searched again. A search that fails is recorded.
-    Raises DataError for trajectories that are damaged.
+    `search` returns `depth` passages; None: nothing is searched again. A search that fails is recorded; only
+    such records are made again if the file is there already. Raises DataError for damaged trajectories.
     """
     finder = _Finder({q.uid: q for q in questions}, search=search, topk=topk, depth=depth)
     trajectories = iterate_records(folder / TRAJECTORIES_FILE)
     progress = ProgressLog(logger, "searches for the evidence of answers")
     num_failed = 0
+    earlier = read_evidence(folder, results) or []
+    known = {(record["uid"], record["sample"]): record for record in earlier if record["failure"] is None}
     with replacing_file(folder / EVIDENCE_FILE) as partial, partial.open("w", encoding="utf-8") as file:
         for start in range(0, len(results), _CHUNK):
             chunk = results[start : start + _CHUNK]
             pairs = list(zip(chunk, islice(trajectories, len(chunk)), strict=False))
             _check_pairs(pairs, expected=len(chunk), folder=folder)
-            for record in await asyncio.gather(*(finder.find(*pair) for pair in pairs)):
+            new = [pair for pair in pairs if _key(pair[0]) not in known]
+            found = await asyncio.gather(*(finder.find(*pair) for pair in new))
+            known |= {(record["uid"], record["sample"]): record for record in found}
+            for record in (known.pop(_key(result)) for result in chunk):
                 num_failed += record["failure"] is not None
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             progress(start + len(chunk), len(results))
     if num_failed:
-        logger.warning("the evidence for %d of %d answers could not be searched", num_failed, len(results))
+        logger.warning(
+            "the evidence for %d of %d answers could not be searched: check the retriever, then start the "
+            "same command, which searches for it again",
+            num_failed,
+            len(results),
+        )
+
+
+def is_complete(folder: Path, results: Sequence[ResultRecord]) -> bool:
+    """Return whether the folder has the evidence of all these answers, without a search that failed."""
+    found = read_evidence(folder, results)
+    return found is not None and all(record["failure"] is None for record in found)
+
+
+def _key(result: ResultRecord) -> Key:
+    return result["uid"], result["sample"]
 
 
 def _check_pairs(
@@ -169,7 +190,7 @@ class _Finder:
             return record
         try:
             record["question_ranks"] = await self._rank_by_question(question, evidence)
-            if result["failure"] is None and result["metrics"]["em"] < 1.0 and not all(record["read"]):
+            if result["failure"] is None and not is_right(result) and not all(record["read"]):
                 queries = list_queries(turns)
                 ranks = await asyncio.gather(*(self._rank(evidence, query) for query in queries))
                 record["query_ranks"] = best_ranks([nothing, *ranks])

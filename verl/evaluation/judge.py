@@ -24,6 +24,7 @@ from serving.http import CallError, JsonService
 from serving.redaction import redact_text
 from verl.errors import ConfigError, ServiceError
 from verl.evaluation.judge_settings import PACKAGED_FILE, JudgeSettings, load_settings
+from verl.evaluation.metrics import is_right
 from verl.evaluation.page import write_report
 from verl.evaluation.records import JUDGE_FILE, VERDICTS_FILE, ResultRecord, read_results
 from verl.evaluation.verdicts import JudgeRecord, VerdictRecord
@@ -222,7 +223,7 @@ async def judge_folder(
 
 
 def _judge_without_call(result: ResultRecord) -> Reply | None:
-    if result["metrics"]["em"] >= 1.0:
+    if is_right(result):
         return Reply(verdict=1.0, source="exact_match")
     if not (result["prediction"] or "").strip():
         return Reply(verdict=0.0, source="no_answer")

@@ -1,6 +1,7 @@
 """Where wrong answers were lost, and how far the retriever gives the evidence: pure functions.
 
-Each answer that did not fail and is not an exact match was lost in one place, the first of these that holds:
+Each answer that did not fail and is not right (EM; math where it was graded so) was lost in one place, the
+first of these that holds:
 
     malformed          no answer: the last action was invalid
     refused            no answer, or an empty one, although the last action was well-formed
@@ -20,8 +21,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import mean
 
 from verl.evaluation.evidence import EvidenceRecord, Ranks
+from verl.evaluation.metrics import is_right, rightness
 from verl.evaluation.records import ResultRecord
 from verl.evaluation.summary import Estimate, estimate, estimate_json
 from verl.evaluation.tables import Table, format_estimate
@@ -56,8 +59,9 @@ class LossGroup:
     in_depth: Estimate | None
     """The same to the depth looked at: the ceiling of any agent that only asks the question."""
     read: Estimate | None
-    """Share of answers all of whose evidence was read."""
+    """Share of answers all of whose evidence was read: per question, then over questions."""
     em_if_read: Estimate | None
+    """Share of right answers among them, like `em_if_not` per question first."""
     em_if_not: Estimate | None
 
 
@@ -72,7 +76,7 @@ class LossAnalysis:
 
 def find_loss(result: ResultRecord, evidence: EvidenceRecord) -> Loss | None:
     """Return where an answer was lost; None for one that is right or failed."""
-    if result["failure"] is not None or result["metrics"]["em"] >= 1.0:
+    if result["failure"] is not None or is_right(result):
         return None
     if not (result["prediction"] or "").strip() and evidence["last_action"] == "invalid":
         return Loss.MALFORMED
@@ -121,14 +125,18 @@ def _analyze(name: str, pairs: Sequence[tuple[ResultRecord, EvidenceRecord]]) ->
     return LossGroup(
         name=name,
         num_answers=len(answered),
-        num_right=sum(result["metrics"]["em"] >= 1.0 for result, _ in answered),
+        num_right=sum(is_right(result) for result, _ in answered),
         losses={loss: losses[loss] for loss in Loss},
         kinds=dict(Counter(found["kind"] for _, found in pairs)),
         in_topk=_share([_are_within(found_at, found["topk"]) for found_at, found in ranks]),
         in_depth=_share([_are_within(found_at, found["depth"]) for found_at, found in ranks]),
-        read=_share([all(found["read"]) for _, found in traced]),
-        em_if_read=_mean_em([result for result, found in traced if all(found["read"])]),
-        em_if_not=_mean_em([result for result, found in traced if not all(found["read"])]),
+        read=_mean_by_question([(found["uid"], float(all(found["read"]))) for _, found in traced]),
+        em_if_read=_mean_by_question(
+            [(found["uid"], rightness(result)) for result, found in traced if all(found["read"])]
+        ),
+        em_if_not=_mean_by_question(
+            [(found["uid"], rightness(result)) for result, found in traced if not all(found["read"])]
+        ),
     )
 
 
@@ -140,8 +148,12 @@ def _share(flags: Sequence[bool]) -> Estimate | None:
     return estimate([list(map(float, flags))])
 
 
-def _mean_em(results: Sequence[ResultRecord]) -> Estimate | None:
-    return estimate([[result["metrics"]["em"] for result in results]])
+def _mean_by_question(values: Sequence[tuple[str, float]]) -> Estimate | None:
+    """Return the mean over questions of the means over their answers: answers of one are not independent."""
+    by_uid: dict[str, list[float]] = {}
+    for uid, value in values:
+        by_uid.setdefault(uid, []).append(value)
+    return estimate([[mean(of_one) for of_one in by_uid.values()]])
 
 
 def loss_metrics(analysis: LossAnalysis) -> dict[str, float]:

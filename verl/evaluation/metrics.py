@@ -46,13 +46,13 @@ def _score_question(samples: Sequence[ResultRecord], *, sizes: Sequence[int]) ->
     names = [name for name in samples[0]["metrics"] if all(name in record["metrics"] for record in samples)]
     values = {name: _mean([record["metrics"][name] for record in samples]) for name in names}
     if sizes:
-        rightness = [find_rightness(record["metrics"]) or 0.0 for record in samples]
-        num_right = sum(value >= 1.0 for value in rightness)
+        num_right = sum(map(is_right, samples))
         for k in sizes:
             if k <= len(samples):
                 values[f"pass@{k}"] = pass_at_k(len(samples), num_right, k=k)
-        voted = vote([record["prediction"] for record in samples])
-        values["majority"] = 0.0 if voted is None else rightness[voted]
+        is_math = any("math" in record["metrics"] for record in samples)
+        voted = vote([record["prediction"] for record in samples], is_math=is_math)
+        values["majority"] = 0.0 if voted is None else rightness(samples[voted])
     costs: dict[str, list[float]] = {
         "searches": [record["num_searches"] for record in samples],
         "turns": [record["num_turns"] for record in samples],
@@ -88,13 +88,25 @@ def pass_at_k(num_samples: int, num_right: int, *, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
-def vote(predictions: Sequence[str | None]) -> int | None:
+def rightness(record: ResultRecord) -> float:
+    """Return how right an answer is, by the measure of its question: math where graded so, else EM."""
+    return find_rightness(record["metrics"]) or 0.0
+
+
+def is_right(record: ResultRecord) -> bool:
+    """Return whether an answer is right; one that failed is not."""
+    return rightness(record) >= 1.0
+
+
+def vote(predictions: Sequence[str | None], *, is_math: bool = False) -> int | None:
     """Return the index of the first sample with the answer that most samples give; None without an answer.
 
-    Answers are compared after normalization. Among equally frequent answers the first sampled one wins. No
-    answer, or one that is blank, is not a vote (Wang et al. 2022, arXiv 2203.11171).
+    Answers are compared after normalization, which deletes signs and points: mathematical ones (`is_math`)
+    are compared as they are, without the spaces around them. Among equally frequent answers the first sampled
+    one wins. No answer, or one that is blank, is not a vote (Wang et al. 2022, arXiv 2203.11171).
     """
-    keys = [None if prediction is None else normalize_answer(prediction) for prediction in predictions]
+    normalize = str.strip if is_math else normalize_answer
+    keys = [None if prediction is None else normalize(prediction) for prediction in predictions]
     votes = Counter(key for key in keys if key)
     # The most frequent key; `most_common` keeps the order of first appearance among equals.
     return keys.index(votes.most_common(1)[0][0]) if votes else None

@@ -171,6 +171,7 @@ class ResultWriter:
         """Open or create the files. Raises DataError for a line that is damaged and not the last one."""
         folder.mkdir(parents=True, exist_ok=True)
         self._decode = decode
+        self._evidence = folder / EVIDENCE_FILE
         self._results = _IndexedFile(folder / RESULTS_FILE)
         self._trajectories = _IndexedFile(folder / TRAJECTORIES_FILE)
         kept = (self._results.lines.keys() & self._trajectories.lines.keys()) - self._results.failed
@@ -184,10 +185,15 @@ class ResultWriter:
         return frozenset(self._results.lines)
 
     def write(self, trajectory: Trajectory, *, score: Score) -> None:
-        """Append one answer to both files. Raises ValueError if it was recorded."""
+        """Append one answer to both files, and remove the evidence of earlier ones.
+
+        Raises ValueError if it was recorded.
+        """
         key = (trajectory.question.uid, trajectory.sample)
         if key in self._results.lines:
             raise ValueError(f"{_name(key)} is recorded already: every question is scored exactly once")
+        # It is of an earlier answer, and must not stay beside this one if this start is stopped.
+        self._evidence.unlink(missing_ok=True)
         record = to_record(trajectory, score=score, credit=None, step=0, kind="val", decode=self._decode)
         # The result last: it counts as done, so its trajectory must be there.
         self._trajectories.append(key, record)

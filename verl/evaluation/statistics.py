@@ -70,11 +70,11 @@ def sign_flip_p_value(
 ) -> float | None:
     """Return the two-sided p value of no difference between paired runs, by flipping signs; None if empty.
 
-    `differences` has one number per question that both runs answered. Without a difference each of them is as
-    likely to have the other sign. p is the share of sign patterns whose statistic is at least as far from 0 as
-    the observed one: of all patterns of up to EXACT_QUESTIONS numbers that are not 0, else of drawn ones, the
-    observed one counted with them. Sources: Fisher 1935, The Design of Experiments, section 21; Phipson and
-    Smyth 2010, "Permutation p-values should never be zero".
+    `differences` has one number per question that both runs answered. Without a difference each of them is
+    as likely to have the other sign. p is the share of sign patterns whose statistic is at least as far from
+    0 as the observed one: of all patterns of up to EXACT_QUESTIONS numbers that are not 0, else of drawn
+    ones, the observed one counted with them. Sources: Fisher 1935, The Design of Experiments, section 21;
+    Phipson and Smyth 2010, "Permutation p-values should never be zero".
     """
     if mean_of_means(differences) is None:
         return None

@@ -24,6 +24,7 @@ from verl.evaluation.statistics import (
     bootstrap_interval,
     mean_of_means,
 )
+from verl.types import find_rightness
 from verl.utils.failures import failure_name
 
 LABELS = {
@@ -169,11 +170,11 @@ def make_bins(records: Sequence[ResultRecord], key: str) -> list[tuple[int, int]
 
 
 def curve(records: Sequence[ResultRecord], key: str, bins: Sequence[tuple[int, int]]) -> list[Point]:
-    """Return exact match of the answers in each bin of counts that has any; questions are resampled."""
+    """Return how many answers are right in each bin of counts that has any; questions are resampled."""
     points = []
     for low, high in bins:
         inside = [r for r in records if r["failure"] is None and low <= _count(r, key) <= high]
-        if found := estimate([[score.values["em"] for score in score_questions(inside)]]):
+        if found := estimate([[find_rightness(score.values) or 0.0 for score in score_questions(inside)]]):
             points.append(Point(low=low, high=high, estimate=found))
     return points
 

@@ -19,11 +19,11 @@ from verl.agent.prompts import prompt_file
 from verl.agent.reference import NO_SEARCH
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
 from verl.evaluation.browsecomp import write_run_files
-from verl.evaluation.evidence import read_evidence, write_evidence
+from verl.evaluation.evidence import is_complete, read_evidence, write_evidence
 from verl.evaluation.loss_analysis import analyze_losses, loss_metrics
 from verl.evaluation.page import write_report
 from verl.evaluation.protocol_check import check_protocol
-from verl.evaluation.records import EVIDENCE_FILE, METRICS_FILE, ResultWriter, read_results
+from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
 from verl.evaluation.settings import open_folder
 from verl.protocols import Agent, ToolResources
 from verl.rollout.collector import Collector
@@ -133,7 +133,7 @@ async def answer_questions(
         await play(config, agent, questions, outcome=outcome, writer=writer)
         seconds = time.monotonic() - started
     writer.sort(keys)
-    if "search" in config.agent.tools and (num_left or not (folder / EVIDENCE_FILE).is_file()):
+    if "search" in config.agent.tools and not is_complete(folder, read_results(folder)):
         await trace_evidence(config, questions, folder=folder, services=services)
     return num_left, seconds
 

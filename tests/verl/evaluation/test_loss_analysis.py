@@ -9,7 +9,7 @@ import pytest
 from tests.scripted_evaluation import make_result, write_evaluation_folder
 from tests.scripted_run import answer_turn, decode, encode, make_question, make_turn, search_turn
 from verl.errors import ServiceError
-from verl.evaluation.evidence import EvidenceRecord, Ranks, read_evidence, write_evidence
+from verl.evaluation.evidence import EvidenceRecord, Ranks, is_complete, read_evidence, write_evidence
 from verl.evaluation.loss_analysis import Loss, analyze_losses, ceiling_table, find_loss, loss_table
 from verl.evaluation.page import write_report
 from verl.evaluation.records import EVIDENCE_FILE, ResultWriter, read_results
@@ -56,6 +56,7 @@ NONE = make_result(em=0.0, prediction=None)
     [
         (make_result(), make_evidence(), None),
         (make_result(failure="search_failed: x"), make_evidence(), None),
+        (make_result(em=0.0) | {"metrics": {"em": 0.0, "math": 1.0}}, make_evidence(), None),
         (NONE, make_evidence(last_action="invalid"), Loss.MALFORMED),
         (NONE, make_evidence(last_action="tool", read=(True, True)), Loss.REFUSED),
         (make_result(em=0.0, prediction=" "), make_evidence(), Loss.REFUSED),
@@ -113,6 +114,23 @@ def test_shares_are_of_what_was_measured() -> None:
     assert ceiling_table(analysis).rows[0][0] == "nq"
 
 
+def test_several_answers_to_a_question_are_averaged_before_the_questions() -> None:
+    """Four answers to one question, one to another: the questions weigh alike, and are what is resampled."""
+    answers = [make_result("nq/test/0", sample=k, em=float(k == 0)) for k in range(4)]
+    answers.append(make_result("nq/test/1"))
+    evidence = [
+        make_evidence(uid=result["uid"], read=(True, result["sample"] < 2)) | {"sample": result["sample"]}
+        for result in answers
+    ]
+    (group,) = analyze_losses(answers, evidence).groups
+    assert group.read is not None
+    assert group.em_if_read is not None
+    assert group.em_if_not is not None
+    assert (group.read.value, group.read.num_questions) == ((2 / 4 + 1) / 2, 2)
+    assert (group.em_if_read.value, group.em_if_read.num_questions) == ((1 / 2 + 1) / 2, 2)
+    assert (group.em_if_not.value, group.em_if_not.num_questions) == (0.0, 1)
+
+
 @dataclass
 class DeepSearch:
     """Finds what is scripted for a query, and knows some passages by id."""
@@ -120,10 +138,11 @@ class DeepSearch:
     found: dict[str, list[Passage]]
     ids: tuple[str, ...] = ()
     asked: list[str] = field(default_factory=list)
+    works: bool = False
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         self.asked.append(query)
-        if query == "broken":
+        if query == "broken" and not self.works:
             raise ServiceError("retriever", "late")
         return tuple(self.found.get(query, ()))
 
@@ -205,6 +224,24 @@ async def test_evidence_is_looked_for_in_what_was_read_and_in_deeper_searches(tm
         None, Loss.CUT, Loss.CUT, Loss.NOT_IN_CORPUS, Loss.NOT_RETRIEVED, Loss.UNKNOWN, Loss.MALFORMED
     ]  # fmt: skip
     assert search.asked.count("b") == 1
+
+
+async def test_a_search_that_failed_is_made_again_and_no_other(tmp_path: Path) -> None:
+    trajectories = [
+        play(ask(0, ids=("1",)), search_turn("a", []), answer_turn("x")),
+        play(ask(1, ids=("1",)), search_turn("broken", []), answer_turn("x")),
+    ]
+    (_, failed) = await trace(tmp_path, trajectories, DeepSearch({}))
+    results = read_results(tmp_path)
+    assert failed["failure"] is not None
+    assert not is_complete(tmp_path, results)
+    search = DeepSearch({"q1": [MARSH]}, works=True)
+    questions = [trajectory.question for trajectory in trajectories]
+    await write_evidence(tmp_path, results, questions=questions, search=search, topk=1, depth=10)
+    assert is_complete(tmp_path, results)
+    assert (read_evidence(tmp_path, results) or [])[1]["question_ranks"] == [1]
+    assert "a" not in search.asked
+    assert not is_complete(tmp_path, results[:1])
 
 
 async def test_without_a_deeper_search_only_what_was_read_is_known(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.scripted_evaluation import make_result
 from verl.evaluation.metrics import by_source, pass_at_k, pass_sizes, score_questions, vote
+from verl.evaluation.summary import curve
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,17 @@ def test_pass_at_k_beyond_the_samples_is_not_defined() -> None:
 )
 def test_the_vote_of_the_majority(predictions: list[str | None], expected: int | None) -> None:
     assert vote(predictions) == expected
+
+
+def test_mathematical_answers_are_voted_for_as_they_are_and_right_by_their_grade() -> None:
+    assert vote(["1.5", "15", " 15 "], is_math=True) == 1
+    assert vote(["-1", "1", "-1"], is_math=True) == 0
+    samples = [make_result(sample=k, em=0.0, prediction=text) for k, text in enumerate(["1", "-1", "-1"])]
+    for record, grade in zip(samples, (0.0, 1.0, 1.0), strict=True):
+        record["metrics"]["math"] = grade
+    assert score_questions(samples)[0].values["majority"] == 1.0
+    (point,) = curve(samples, "num_searches", [(1, 1)])
+    assert point.estimate.value == pytest.approx(2 / 3)
 
 
 def test_samples_of_a_question_are_averaged_without_those_that_failed() -> None:

@@ -10,6 +10,7 @@ from tests.fakes import make_question, make_trajectory
 from tests.scripted_run import decode
 from verl.errors import DataError
 from verl.evaluation.records import (
+    EVIDENCE_FILE,
     RESULTS_FILE,
     TRAJECTORIES_FILE,
     ResultWriter,
@@ -84,6 +85,15 @@ def test_what_failed_is_asked_again_by_the_next_start(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path, decode=decode)
     assert writer.done == {KEYS[0]}
     writer.close()
+
+
+def test_a_new_answer_removes_the_evidence_of_the_earlier_one(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    (tmp_path / EVIDENCE_FILE).write_text("{}\n")
+    write(tmp_path)  # a start that asks nothing
+    assert (tmp_path / EVIDENCE_FILE).is_file()
+    write(tmp_path, 1)
+    assert not (tmp_path / EVIDENCE_FILE).exists()
 
 
 def cut(folder: Path, name: str, num_bytes: int) -> None:
