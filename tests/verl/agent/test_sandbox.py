@@ -164,6 +164,8 @@ async def test_no_socket_of_this_machine_can_be_reached(sandbox: Sandbox, tmp_pa
         (socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
         (socket.AF_UNIX, socket.SOCK_STREAM, str(tmp_path / "socket")),
         (socket.AF_UNIX, socket.SOCK_STREAM, f"\0sandbox-test-{os.getpid()}"),
+        (socket.AF_UNIX, socket.SOCK_DGRAM, str(tmp_path / "datagrams")),
+        (socket.AF_UNIX, socket.SOCK_DGRAM, f"\0sandbox-test-datagrams-{os.getpid()}"),
     ]
     listeners = []
     for family, kind, address in addresses:
@@ -180,13 +182,24 @@ def send(family, kind, address):
     with socket.socket(family, kind) as client:
         client.connect(address)
         client.send(b"escaped")
+def send_from_pair(kind, address):
+    for end in socket.socketpair(socket.AF_UNIX, kind):
+        end.sendto(b"escaped", address)
+def send_message_from_pair(kind, address):
+    for end in socket.socketpair(socket.AF_UNIX, kind):
+        end.sendmsg([b"escaped"], [], 0, address)
+for address in {[address for family, _, address in targets if family == socket.AF_UNIX]!r}:
+    for kind in socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET:
+        attempt(send_from_pair, kind, address)
+        attempt(send_message_from_pair, kind, address)
+attempt(socket.socketpair, socket.AF_UNIX, socket.SOCK_DGRAM)
 for target in {[(int(family), int(kind), address) for family, kind, address in targets]!r}:
     attempt(send, *target)
 attempt(socket.create_connection, ("example.com", 80))
 attempt(socket.socket, 40, socket.SOCK_STREAM)  # to the host of a virtual machine
 """
     run = attack(sandbox, ATTEMPT + code)
-    assert run.output.split() == ["PermissionError"] * 4 + ["gaierror", "PermissionError"]
+    assert run.output.split() == ["PermissionError"] * (4 * 6 + 1 + 6) + ["gaierror", "PermissionError"]
     for listener in listeners:
         with pytest.raises(BlockingIOError), listener:
             listener.recv(1) if listener.type == socket.SOCK_DGRAM else listener.accept()

@@ -1,4 +1,4 @@
-"""Run Python code of the policy in a process of its own, without network, files of others, or time.
+"""Run Python code of the policy in a process of its own, without network or other files, in limited time.
 
 Two layers isolate it, each where the machine has it. Around the process, bubblewrap makes namespaces: an
 empty network, no other processes, and a file tree of a few read-only folders and an empty one in memory to

@@ -1,9 +1,9 @@
 """Give up all rights, then run the Python code on stdin: the process that `sandbox.py` starts for each code.
 
-It runs where nothing else of the project can be read: standard library only. Rights are given up in the order
-limits, capabilities, files (Landlock), system calls (seccomp), each as far as this machine has it. Then one
-JSON line on stderr reports which, and stderr is closed. All that follows is the doing of the code, whose
-output is stdout; there is no other channel.
+It imports the standard library only, because it cannot read other files of the project. It gives up rights
+in the order limits, capabilities, files (Landlock), system calls (seccomp), each as far as this machine has
+it. Then it reports them as one line of JSON on stderr, closes stderr and runs the code, whose only output is
+stdout.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _CAPABILITY_VERSION = 0x20080522
 _SYS_CREATE_RULESET, _SYS_ADD_RULE, _SYS_RESTRICT_SELF = 444, 445, 446
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 14))
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
-# struct sock_filter: load a word of the call's description, jump if equal, return.
-_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _SECOND_ARGUMENT_OFFSET = 0, 4, 24
+# struct sock_filter: load a word of the call's description, mask it, jump if equal, return.
+_LOAD, _AND, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
+# struct seccomp_data: the arguments have 8 bytes each, the lower half first.
+_NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _ARGUMENT_OFFSETS = 0, 4, range(16, 64, 8)
 _ALLOW, _FAIL_WITH_EPERM, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CALLS = """
@@ -59,10 +60,19 @@ timerfd_create 283 85, timerfd_settime 286 86
 """
 """What may be called, as `name number-on-x86_64 number-on-aarch64`: memory, files, clocks, own timers, pairs
 of connected sockets. All else fails with EPERM: processes, threads, other sockets, programs, signals,
-tracing, mounts, owners and modes of files, shared memory, other limits."""
+tracing, mounts, owners and modes of files, shared memory, other limits. Never add `sendmsg` or `sendmmsg`: a
+filter cannot read the address in their argument."""
 
 _REFUSED_COMMANDS = {"fcntl": (8, 10, 15), "ioctl": (0x8901, 0x8902)}
-"""They set the process that the kernel signals when a descriptor is ready, and the signal."""
+"""Second arguments that set the process that gets a signal when a descriptor is ready, and the signal."""
+
+_REQUIRED_WORDS = {
+    # AF_UNIX and, without its flags, SOCK_STREAM: from other pairs a datagram could go to any address.
+    "socketpair": ((_ARGUMENT_OFFSETS[0], 0xFFFFFFFF, 1), (_ARGUMENT_OFFSETS[1], 0xF, 1)),
+    # No address, in both halves of the pointer.
+    "sendto": ((_ARGUMENT_OFFSETS[4], 0xFFFFFFFF, 0), (_ARGUMENT_OFFSETS[4] + 4, 0xFFFFFFFF, 0)),
+}
+"""Words of the arguments that must have a value: offset, mask, value."""
 
 
 def main() -> None:
@@ -151,16 +161,23 @@ def restrict_calls() -> bool:
         (_LOAD, 0, 0, _NUMBER_OFFSET),
     ]
     for name, number in [(call[0], int(call[column])) for call in calls if call[column] != "-"]:
-        rule = [(_RETURN, 0, 0, _ALLOW)]
-        for command in _REFUSED_COMMANDS.get(name, ()):
-            rule[:0] = [(_JUMP_IF_EQUAL, 0, 1, command), (_RETURN, 0, 0, _FAIL_WITH_EPERM)]
-        if len(rule) > 1:
-            rule.insert(0, (_LOAD, 0, 0, _SECOND_ARGUMENT_OFFSET))
+        rule = write_rule(name)
         program += [(_JUMP_IF_EQUAL, 0, len(rule), number), *rule]
     program.append((_RETURN, 0, 0, _FAIL_WITH_EPERM))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     header = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
     return bool(_LIBC.prctl(_PR_SET_SECCOMP, 2, header, 0, 0) == 0)
+
+
+def write_rule(name: str) -> list[tuple[int, int, int, int]]:
+    """Return the instructions that allow a system call, except with arguments that it must not have."""
+    refuse = (_RETURN, 0, 0, _FAIL_WITH_EPERM)
+    rule = []
+    for command in _REFUSED_COMMANDS.get(name, ()):
+        rule += [(_LOAD, 0, 0, _ARGUMENT_OFFSETS[1]), (_JUMP_IF_EQUAL, 0, 1, command), refuse]
+    for offset, mask, value in _REQUIRED_WORDS.get(name, ()):
+        rule += [(_LOAD, 0, 0, offset), (_AND, 0, 0, mask), (_JUMP_IF_EQUAL, 1, 0, value), refuse]
+    return [*rule, (_RETURN, 0, 0, _ALLOW)]
 
 
 def run(code: str, output: io.TextIOWrapper) -> None:
