@@ -40,10 +40,10 @@ from verl.workers.model import check_model
 logger = logging.getLogger(__name__)
 
 DATA_SOURCE = "ask"
-_MAX_CHARS_PER_TOKEN = 16
 BY_LOG_PROB = "log_prob"
 RETRIEVER_MODULE = "search_r1.search.retrieval_server"
 OnStep = Callable[[Step], None]
+OnEnd = Callable[[Trajectory], None]
 Update = Callable[[int, str], None]
 """Called with a number and what is waited for."""
 
@@ -71,6 +71,8 @@ class AskSettings:
     """None: that of the configuration."""
     max_tokens: int | None = None
     """Of each completion; None, or more than the configuration has: that of the configuration."""
+    seed: int | None = None
+    """The same seed samples the same answer; None: each question has its own."""
     golds: tuple[str, ...] = ()
     """Right answers, if the user knows them: for gains only, the policy does not see them."""
 
@@ -137,19 +139,23 @@ class Asker:
         *,
         settings: AskSettings = GREEDY,
         on_step: OnStep = lambda step: None,  # noqa: ARG005
+        on_end: OnEnd = lambda trajectory: None,  # noqa: ARG005
     ) -> Episode:
         """Play one episode; each turn is reported when it is sampled, and again with the reply to it.
 
-        A failed tool or engine is in the trajectory. Cancel it to stop it.
+        Its end is reported before the gains are measured. A failed tool or engine is in the trajectory.
+        Cancel it to stop it.
         """
         number, decode = next(self._numbers), self._parts.codec.decode
+        path = (DATA_SOURCE, number) if settings.seed is None else (DATA_SOURCE, "seed", settings.seed)
         trajectory = await self._agent(settings).run(
             self._make_question(text, number=number, golds=settings.golds),
             sample=0,
-            seed=derive_seed(self._config.trainer.seed, DATA_SOURCE, number),
+            seed=derive_seed(self._config.trainer.seed, *path),
             greedy=settings.temperature == 0,
             on_turn=lambda number, turn: on_step(make_step(number, turn, decode=decode)),
         )
+        on_end(trajectory)
         gain = await self._measure(trajectory)
         gains = gain.turns or [None] * len(trajectory.turns)
         steps = [

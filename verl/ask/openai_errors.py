@@ -11,6 +11,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.redaction import redact_text
+
 logger = logging.getLogger(__name__)
 
 API = "/v1/"
@@ -18,6 +20,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _CODES = {401: "invalid_api_key", 404: "not_found", 413: "request_too_large", 429: "rate_limit_exceeded"}
 MODEL_NOT_FOUND = "model_not_found"
 TOO_LONG = "context_length_exceeded"
+DEFECT = "a defect of the server"
 
 
 class OpenAIErrors:
@@ -37,7 +40,7 @@ class OpenAIErrors:
             logger.exception("a request failed")
             if rewriter.has_begun:
                 raise
-            await JSONResponse(describe(500, "a defect of the server"), status_code=500)(scope, receive, send)
+            await JSONResponse(describe(500, DEFECT), status_code=500)(scope, receive, send)
 
 
 class _Rewriter:
@@ -85,6 +88,13 @@ def describe_body(status: int, body: bytes) -> dict[str, Any]:
 def describe(
     status: int, message: str, *, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """Return an error in OpenAI's shape."""
+    """Return an error in OpenAI's shape, without secrets."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+    return {
+        "error": {
+            "message": redact_text(message),
+            "type": kind,
+            "param": param,
+            "code": code or _CODES.get(status),
+        }
+    }

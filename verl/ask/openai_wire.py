@@ -28,9 +28,24 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("auto", "none"),
     "functions": ([],),
+    "function_call": ("auto", "none"),
+    "modalities": (["text"],),
     "response_format": ({"type": "text"},),
 }
 """Parameters without effect here, and the values at which they have none."""
+_IGNORED = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Parameters that concern the operator of an endpoint, and not the answer."""
 
 
 class TextPart(BaseModel):
@@ -80,6 +95,9 @@ class ChatRequest(BaseModel):
     )
     max_tokens: int | None = Field(default=None, ge=1, description="Of each completion of the policy.")
     max_completion_tokens: int | None = Field(default=None, ge=1, description="The same.")
+    seed: int | None = Field(
+        default=None, ge=-(2**63), lt=2**63, description="The same seed samples the same answer."
+    )
     max_turns: int | None = Field(
         default=None, ge=1, le=1000, description="Not OpenAI's: turns that may call tools."
     )
@@ -92,6 +110,9 @@ class ChatRequest(BaseModel):
             value = given.get(name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name} is not supported here; leave it out")
+        known = cls.model_fields.keys() | _NEUTRAL.keys() | _IGNORED
+        if unknown := sorted(repr(name) for name in given.keys() - known if given[name] is not None):
+            raise ValueError(f"{', '.join(unknown)[:200]}: not supported here; leave it out")
         return values
 
     @field_validator("messages")
@@ -146,11 +167,15 @@ class Writer:
         """Return the chunk of a turn; a later one of the same turn replaces it."""
         return self._chunk({"search_trace": [step]})
 
+    def answer(self, text: str) -> dict[str, Any]:
+        """Return the chunk of the answer."""
+        return self._chunk({"content": text})
+
     def end(self, episode: Episode) -> list[dict[str, Any]]:
-        """Return the chunks of the answer, of gains that were measured, and of the end."""
+        """Return the chunks of turns that changed since they were sent, and of the end."""
         trajectory = episode.trajectory
-        chunks = [] if trajectory.answer is None else [self._chunk({"content": trajectory.answer})]
-        chunks += [self.step(step) for step in episode.steps if step["gain"] is not None]
+        changed = [s for s in episode.steps if s["gain"] is not None or s["replacement_ids"]]
+        chunks = [self.step(step) for step in changed]
         end = {"search_stop": str(trajectory.stop)}
         return [*chunks, self._chunk(end, finish_reason=finish_reason(trajectory))]
 

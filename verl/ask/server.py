@@ -14,19 +14,18 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 
-from serving.redaction import redact_text
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
-from serving.web.host import Host
-from serving.web.limits import OPEN_PATHS, Access, Admission, Guard, bounded_route
+from serving.web.host import Host, UnavailableError
+from serving.web.limits import OPEN_PATHS, Access, Admission, ClientDisconnectedError, Guard, bounded_route
 from serving.web.metrics import RequestMetrics
 from serving.web.openapi import refusals
 from verl.ask.asker import Asker, AskSettings
-from verl.ask.openai_errors import MODEL_NOT_FOUND, TOO_LONG, OpenAIErrors, describe
+from verl.ask.openai_errors import DEFECT, MODEL_NOT_FOUND, TOO_LONG, OpenAIErrors, describe
 from verl.ask.openai_wire import ChatRequest, Writer
 from verl.ask.page import make_page
 from verl.ask.settings import ServerSettings
 from verl.ask.trace import Episode, Step
-from verl.types import Stop
+from verl.types import Stop, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +169,7 @@ def _settings_of(body: ChatRequest, defaults: AskSettings) -> AskSettings:
         temperature=defaults.temperature if body.temperature is None else body.temperature,
         max_turns=body.max_turns or defaults.max_turns,
         max_tokens=body.max_completion_tokens or body.max_tokens,
+        seed=body.seed,
     )
 
 
@@ -178,24 +178,31 @@ def _refusal(status: int, message: str, *, code: str) -> HTTPException:
 
 
 def explain_failure(episode: Episode) -> str:
-    """Return why an episode failed, without secrets."""
-    return redact_text(episode.trajectory.failure or "")
+    """Return why an episode failed."""
+    return episode.trajectory.failure or ""
 
 
 class _Running:
     """An episode that runs while its turns are sent."""
 
     def __init__(self, host: Host[Asker], question: str, settings: AskSettings, request: Request) -> None:
-        self._steps: asyncio.Queue[Step | None] = asyncio.Queue()
-        self._first: Step | None = None
+        self._steps: asyncio.Queue[Step | str | None] = asyncio.Queue()
+        """Turns, then the answer if there is one; None ends them."""
+        self._first: Step | str | None = None
         self._work = asyncio.create_task(
             host.run(
-                lambda asker: asker.ask(question, settings=settings, on_step=self._steps.put_nowait),
+                lambda asker: asker.ask(
+                    question, settings=settings, on_step=self._steps.put_nowait, on_end=self._put_answer
+                ),
                 size=1,
                 disconnected=lambda: wait_for_disconnect(request),
             )
         )
         self._work.add_done_callback(lambda _: self._steps.put_nowait(None))
+
+    def _put_answer(self, trajectory: Trajectory) -> None:
+        if trajectory.answer is not None:
+            self._steps.put_nowait(trajectory.answer)
 
     async def wait_for_first(self) -> None:
         """Wait for the first turn. Raises why there is none: then it can still be answered with a status."""
@@ -218,13 +225,17 @@ class _Running:
             yield _event(writer.start())
             step = self._first
             while step is not None:
-                yield _event(writer.step(step))
+                yield _event(writer.answer(step) if isinstance(step, str) else writer.step(step))
                 step = await self._steps.get()
             try:
                 episode = await self._work
-            except Exception as error:  # the status is sent already
+            except (UnavailableError, ClientDisconnectedError) as error:  # the status is sent already
                 logger.warning("a stream broke: %s", error)
                 yield _event(describe(503, str(error)))
+                return
+            except Exception:
+                logger.exception("a stream failed")
+                yield _event(describe(500, DEFECT))
                 return
             if episode.trajectory.stop is Stop.FAILED:
                 yield _event(describe(502, explain_failure(episode), code="episode_failed"))

@@ -92,6 +92,6 @@ async def ask(asker: Asker, question: str, options: argparse.Namespace, view: Te
     """Ask a question and show the episode."""
     view.begin(question)
     settings = AskSettings(temperature=options.temperature, golds=tuple(options.gold))
-    episode = await asker.ask(question, settings=settings, on_step=view.show)
-    view.end(episode, gain_unit=asker.gain_unit)
+    episode = await asker.ask(question, settings=settings, on_step=view.show, on_end=view.end)
+    view.sum_up(episode, gain_unit=asker.gain_unit)
     return episode

@@ -8,7 +8,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from verl.ask.trace import CallStep, Episode, Step
-from verl.types import Stop
+from verl.types import Stop, Trajectory
 from verl.utils.styles import CALL_STYLE, NOTE_STYLE, PASSAGE_STYLE, STYLES, styled
 
 _SHOWN_CHARS = 160
@@ -40,15 +40,18 @@ class TerminalView:
         else:
             self._show_reply(step)
 
-    def end(self, episode: Episode, *, gain_unit: str | None) -> None:
-        """Print the answer, the gains and what the episode took."""
-        trajectory = episode.trajectory
+    def end(self, trajectory: Trajectory) -> None:
+        """Print the answer, or why there is none."""
         if trajectory.answer is not None:
             self._console.print(styled(trajectory.answer or "(an empty answer)", STYLES["answer"]))
         elif trajectory.failure is not None:
             self._console.print(styled(f"failed: {trajectory.failure}", "bold red"))
         else:
             self._console.print(styled(_ENDINGS[trajectory.stop], NOTE_STYLE))
+
+    def sum_up(self, episode: Episode, *, gain_unit: str | None) -> None:
+        """Print the gains and what the episode took."""
+        trajectory = episode.trajectory
         if gain_unit is not None:
             self._show_gains(episode, unit=gain_unit)
         calls = len(trajectory.observations)
@@ -74,7 +77,9 @@ class TerminalView:
             self._print_indented(styled(step["note"], NOTE_STYLE))
 
     def _show_result(self, call: CallStep) -> None:
-        for passage in call["passages"] or ():
+        if call["passages"] is None:
+            return
+        for passage in call["passages"]:
             score = "" if passage["score"] is None else f"{passage['score']:.3f}  "
             text = " ".join(passage["text"].split())
             start = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."

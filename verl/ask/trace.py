@@ -34,9 +34,9 @@ class CallStep(TypedDict):
     tool: str
     arguments: dict[str, object]
     passages: list[PassageStep] | None
-    """None as long as there is no result; empty where nothing was found, or the result is a text."""
+    """None as long as no result was read; empty where nothing was found, or the result is a text."""
     text: str | None
-    """The result as the policy read it."""
+    """The result as the policy read it; None as long as none was, as where the context had no room for it."""
 
 
 class PartStep(TypedDict):
@@ -60,6 +60,10 @@ class Step(TypedDict):
     calls: list[CallStep]
     note: str | None
     """What else the environment did: its reply to an invalid action, a result that was cut or not read."""
+    num_dropped: int
+    """When this turn was sampled, later texts stood for the results of so many first turns."""
+    replacement_ids: list[int]
+    """What later turns read in place of the results, once these were dropped; empty if they were not."""
     gain: float | None
     """None where none was measured."""
 
@@ -67,6 +71,7 @@ class Step(TypedDict):
 def make_step(number: int, turn: Turn, *, decode: Decode, gain: float | None = None) -> Step:
     """Describe a turn that was sampled, and what it was answered."""
     action = turn.action
+    read = () if turn.observation_overflowed else turn.observations
     return {
         "turn": number,
         "kind": str(action.kind),
@@ -74,9 +79,11 @@ def make_step(number: int, turn: Turn, *, decode: Decode, gain: float | None = N
         "parts": [{"kind": str(s.kind), "text": s.text} for s in action.spans if s.kind in _PARTS],
         "calls": [
             _call_step(cast(ToolCall, call), observation)
-            for call, observation in zip_longest(action.calls, turn.observations)
+            for call, observation in zip_longest(action.calls, read)
         ],
         "note": _note(turn, decode=decode),
+        "num_dropped": turn.num_dropped,
+        "replacement_ids": turn.replacement_ids.tolist(),
         "gain": gain,
     }
 

@@ -36,14 +36,19 @@ def make_asker(
     *,
     meter: GainMeter | None = None,
     search: ScriptedSearch | None = None,
+    config: Config | None = None,
 ) -> tuple[Asker, ScriptedGenerate]:
     script: list[Sequence[int] | Exception] = [CHARS.encode(o) if isinstance(o, str) else o for o in outputs]
     generate = ScriptedGenerate(script)
-    return make_asker_of(generate, meter=meter, search=search), generate
+    return make_asker_of(generate, meter=meter, search=search, config=config), generate
 
 
 def make_asker_of(
-    generate: Generate, *, meter: GainMeter | None = None, search: ScriptedSearch | None = None
+    generate: Generate,
+    *,
+    meter: GainMeter | None = None,
+    search: ScriptedSearch | None = None,
+    config: Config | None = None,
 ) -> Asker:
     prompt_format = make_format(CHARS)
     parts = Parts(
@@ -54,7 +59,7 @@ def make_asker_of(
         write_prompt=prompt_format.write_prompt,
         meter=meter,
     )
-    return Asker(make_config(), parts)
+    return Asker(config or make_config(), parts)
 
 
 @dataclass(slots=True)
@@ -64,15 +69,21 @@ class ReadingGenerate:
     is_held: threading.Event = field(default_factory=threading.Event)
     is_free: threading.Event = field(default_factory=threading.Event)
     is_cancelled: threading.Event = field(default_factory=threading.Event)
+    seeds: list[int | None] = field(default_factory=list)
 
     async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
         question, _, read = CHARS.decode(prompt_ids.tolist()).rpartition("Question:")[2].partition("?")
         has_read = "Harwick" in read
+        self.seeds.append(sampling.seed)
+        if "defective" in question and has_read:
+            raise ZeroDivisionError("a detail of the inside")
         if "broken" in question or ("unlucky" in question and has_read):
             raise RolloutError("engine-0 is gone: https://user:secret@host/")
         if "slow" in question and has_read:
             await self._hold()
-        ids = CHARS.encode(SCRIPT[has_read] if "lost" not in question else "<search>nothing</search>")
+        other = {"lost": "<search>nothing</search>", "empty": "<answer></answer>"}
+        scripted = next((text for word, text in other.items() if word in question), SCRIPT[has_read])
+        ids = CHARS.encode(scripted)
         return Completion(
             ids=np.array(ids, np.int32),
             log_probs=np.full(len(ids), -1.0, np.float32),

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from tests.agents import make_format
 from tests.fakes import ScriptedSearch
-from tests.verl.ask.asking import CHARS, SCRIPT, make_asker
+from tests.verl.ask.asking import CHARS, SCRIPT, make_asker, make_config
 from verl.ask.asker import Asker, AskSettings, warn_of_other_retriever
 from verl.ask.gains import GainMeter
 from verl.ask.terminal import TerminalView
 from verl.ask.trace import Step, episode_record
 from verl.errors import RolloutError, ServiceError
-from verl.types import FloatArray, IntArray, Stop
+from verl.types import FloatArray, IntArray, Passage, Stop
 
 
 async def show(asker: Asker, question: str = "Where was he born", **settings: object) -> str:
@@ -24,8 +24,8 @@ async def show(asker: Asker, question: str = "Where was he born", **settings: ob
     screen = io.StringIO()
     view = TerminalView(Console(file=screen, width=200))
     view.begin(question)
-    episode = await asker.ask(question, settings=AskSettings(**settings), on_step=view.show)
-    view.end(episode, gain_unit=asker.gain_unit)
+    episode = await asker.ask(question, settings=AskSettings(**settings), on_step=view.show, on_end=view.end)
+    view.sum_up(episode, gain_unit=asker.gain_unit)
     return screen.getvalue()
 
 
@@ -48,6 +48,48 @@ async def test_a_question_gets_the_instruction_of_the_format_and_each_turn_is_re
     assert (record["answer"], record["stop"], record["gain_unit"]) == ("Harwick", "answered", None)
     assert record["usage"]["completion_tokens"] == sum(map(len, SCRIPT))
     assert record["usage"]["total_tokens"] == len(record["token_ids"])
+
+
+LONG = {name: (Passage(id=name, title="T", text=name * 500, score=0.8),) for name in "ab"}
+SEARCHES = ("<search>a</search>", "<search>b</search>", SCRIPT[1])
+
+
+def make_small_asker(context: str, *, room: int) -> Asker:
+    """An asker with so much room besides the prompt of `q`."""
+    config = make_config()
+    config.agent.context = context
+    length = len(make_format(CHARS).write_prompt("q?")[0].content)
+    config.data.max_start_length, config.data.max_prompt_length = length, length + room
+    return make_asker(SEARCHES, search=ScriptedSearch(dict(LONG)), config=config)[0]
+
+
+async def test_a_result_that_was_not_read_is_not_shown() -> None:
+    asker = make_small_asker("end", room=900)
+    read, unread = (await asker.ask("q")).steps
+    assert [passage["id"] for passage in read["calls"][0]["passages"] or ()] == ["a"]
+    assert (unread["calls"][0]["passages"], unread["calls"][0]["text"]) == (None, None)
+    assert unread["note"] is not None
+    shown = await show(make_small_asker("end", room=900), "q")
+    assert ("bbb" in shown, "nothing was found" in shown, "had no room" in shown) == (False, False, True)
+
+
+async def test_a_step_names_what_later_turns_read_instead_of_its_result() -> None:
+    first, second, last = (await make_small_asker("drop_observations", room=900).ask("q")).steps
+    assert [step["num_dropped"] for step in (first, second, last)] == [0, 0, 1]
+    assert "<information>" in CHARS.decode(first["replacement_ids"])
+    assert second["replacement_ids"] == []
+
+
+async def test_the_answer_does_not_wait_for_its_gains() -> None:
+    events: list[str] = []
+
+    async def score_late(ids: IntArray) -> FloatArray:
+        events.append("measured")
+        return await score(ids)
+
+    asker, _ = make_asker(meter=GainMeter.by_log_prob(score_late, codec=CHARS))
+    await asker.ask("q", on_end=lambda trajectory: events.append(str(trajectory.answer)))
+    assert events[:2] == ["Harwick", "measured"]
 
 
 async def test_settings_of_a_question_hold_for_it_alone() -> None:

@@ -67,6 +67,10 @@ def test_an_episode_is_shown_as_it_happens(page: Page) -> None:
         end = page.locator("article").first.locator(".failure")
         expect(end).to_contain_text("No answer within its turns")
         expect(page.locator("article h2").first).to_have_text("Is this lost?")
+        ask(page, "Is this empty?")
+        latest = page.locator("article").first
+        expect(latest.locator("p.answer")).to_have_text("(an empty answer)")
+        expect(latest.locator(".failure")).to_have_count(0)
 
 
 def test_stop_ends_the_episode_and_failures_are_named(page: Page) -> None:

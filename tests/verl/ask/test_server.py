@@ -101,6 +101,11 @@ def test_a_lost_client_ends_its_episode(stream: bool) -> None:
     ("request_", "kind", "code", "message"),
     [
         ({"model": "gpt"}, openai.NotFoundError, "model_not_found", "'gpt' is not here, expected 'policy'"),
+        (
+            {"extra_body": {"top_k": 5, "min_p": 0}},
+            openai.UnprocessableEntityError, None, "'min_p', 'top_k': not supported",
+        ),
+        ({"question": "defective"}, openai.InternalServerError, None, "a defect of the server"),
         ({"n": 2}, openai.UnprocessableEntityError, None, "n is not supported here"),
         ({"temperature": 3}, openai.UnprocessableEntityError, None, "temperature: Input should be less than"),
         ({"messages": []}, openai.UnprocessableEntityError, None, "messages: List should have at least 1"),
@@ -136,6 +141,18 @@ def test_a_failure_in_a_stream_is_an_error_of_the_client(endpoint: str) -> None:
     chunks = ask(endpoint, "unlucky", stream=True)
     with pytest.raises(openai.APIError, match="engine-0 is gone"):
         list(chunks)
+    with pytest.raises(openai.APIError, match=r"^a defect of the server$"):
+        list(ask(endpoint, "defective", stream=True))
+
+
+def test_a_seed_samples_the_same_again_and_what_concerns_no_answer_is_accepted() -> None:
+    generate = ReadingGenerate()
+    with serving(generate) as url:
+        for seed in (3, 3, 4, None):
+            ask(url, seed=seed, user="me", store=False, extra_body={"top_k": None})
+    first, again, other, without = (generate.seeds[k : k + 2] for k in (0, 2, 4, 6))
+    assert first == again
+    assert len({*first, *other, *without}) == 6
 
 
 def test_other_requests_get_a_status_and_a_reason(endpoint: str) -> None:
