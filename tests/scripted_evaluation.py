@@ -55,7 +55,11 @@ def write_evaluation_folder(
     writer.close()
     model = {"model": {"path": f"models/{folder.name}"}}
     settings = {
-        "config": {"actor_rollout_ref": model, "data": {"val_files": ["test.parquet"]}, "max_turns": 2}
+        "config": {"actor_rollout_ref": model, "data": {"val_files": ["test.parquet"]}, "max_turns": 2},
+        "model": {"path": f"models/{folder.name}", "files": {"config.json": folder.name}},
+        "data": [{"path": "test.parquet", "sha256": "abc"}],
+        "prompt_file": None,
+        "services": {},
     }
     write_json_atomically(folder / SETTINGS_FILE, settings)
     return folder

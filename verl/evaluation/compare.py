@@ -29,7 +29,9 @@ from verl.evaluation.paired import (
     pair_runs,
     shared_curves,
 )
-from verl.evaluation.records import ResultRecord
+from verl.evaluation.protocol_check import find_record
+from verl.evaluation.records import SETTINGS_FILE, ResultRecord
+from verl.evaluation.settings import list_differences, read_manifest
 from verl.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
 from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, summarize
 from verl.evaluation.tables import (
@@ -43,7 +45,7 @@ from verl.evaluation.tables import (
     format_estimate,
     format_interval,
 )
-from verl.evaluation.verdicts import read_judged_results
+from verl.evaluation.verdicts import read_judge, read_judged_results
 from verl.utils.entry import error_line
 
 _COSTS = ("searches", "output_tokens", "seconds")
@@ -92,16 +94,19 @@ def compare_folders(
     Raises DataError for folders that are damaged or do not have the same questions.
     """
     paths = {name: str(folder) for name, folder in name_runs(folders).items()}
-    runs, left_out = pair_runs(
-        {name: read_judged_results(Path(path)) for name, path in paths.items()}, intersect=intersect
-    )
-    comparisons = [compare_runs(runs, metric=metric) for metric in metrics]
+    if "judge" in metrics:
+        check_judges(paths)
+    every = {name: read_judged_results(Path(path)) for name, path in paths.items()}
+    runs, left_out = pair_runs(every, intersect=intersect)
+    asked = set.intersection(*({r["data_source"] for r in results} for results in every.values()))
+    comparisons = [compare_runs(runs, metric=metric, asked=asked) for metric in metrics]
+    settings = list_settings_notes(paths)
     curves = shared_curves(runs)
     tables = [
         *(
             table
             for c in comparisons
-            for table in (score_table(c, runs, left_out), difference_table(c, runs))
+            for table in (score_table(c, runs, left_out, settings), difference_table(c, runs))
         ),
         *(curve_table(curves[key], key) for key in CURVES),
     ]
@@ -117,12 +122,49 @@ def compare_folders(
         "answers": len(first),
         "questions": len({record["uid"] for record in first}),
         "left_out": left_out,
+        "settings": settings,
         "interval": {"confidence": CONFIDENCE, "method": "BCa bootstrap", "resamples": NUM_RESAMPLES},
         "metrics": {c.metric: comparison_json(c) for c in comparisons},
     }
     if output is not None:
         write_comparison(output, found=found, tables=tables, curves=curves)
     return found
+
+
+def check_judges(paths: Mapping[str, str]) -> None:
+    """Raise DataError if the runs were judged by other models or prompts: the verdicts do not compare."""
+    judges = {name: judge for name, path in paths.items() if (judge := read_judge(Path(path))) is not None}
+    if len({(judge["model"], judge["settings"].get("prompt")) for judge in judges.values()}) > 1:
+        shown = (f"{name} by {j['model']} (settings {j['sha256'][:12]})" for name, j in judges.items())
+        raise DataError(
+            f"--metric judge: the runs were judged by other models or prompts: {', '.join(shown)}. Fix: "
+            "judge them again with the same --settings (python -m verl.evaluation.judge)"
+        )
+
+
+def list_settings_notes(paths: Mapping[str, str]) -> list[str]:
+    """Return a sentence on each run whose settings differ from the first one's or deviate from a protocol.
+
+    Raises DataError for damaged settings.
+    """
+    found = {
+        name: read_manifest(path, fix="restore the file")
+        for name, folder in paths.items()
+        if (path := Path(folder) / SETTINGS_FILE).is_file()
+    }
+    notes = [f"{name} has no {SETTINGS_FILE}: its settings are unknown." for name in paths.keys() - found]
+    first, *others = paths
+    for name in others:
+        if first in found and name in found:
+            words = (f"of {first} is", f"of {name}")
+            differences = list_differences(found[first], found[name], words=words)
+            notes += [f"Settings differ: {'; '.join(differences)}."] if differences else []
+    for name, manifest in found.items():
+        if (record := find_record(manifest)) is not None and record["deviations"]:
+            notes.append(
+                f"{name} DEVIATES from protocol {record['name']}: {'; '.join(record['deviations'])}."
+            )
+    return notes
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, Path]:
@@ -158,8 +200,13 @@ def write_comparison(
     write_atomically(folder / "comparison.html", page)
 
 
-def score_table(comparison: Comparison, runs: Runs, left_out: Mapping[str, int]) -> Table:
-    """Return one row per run with its scores on every set and its costs; a star marks what differs."""
+def score_table(
+    comparison: Comparison, runs: Runs, left_out: Mapping[str, int], settings: Sequence[str] = ()
+) -> Table:
+    """Return one row per run with its scores on every set and its costs; a star marks what differs.
+
+    `settings` are sentences for the note on what else differs.
+    """
     marked = {(d.run, d.set_name) for d in comparison.differences if d.is_significant}
     label = LABELS.get(comparison.metric, comparison.metric)
     rows = []
@@ -178,6 +225,10 @@ def score_table(comparison: Comparison, runs: Runs, left_out: Mapping[str, int])
     )
     if left_out:
         note += f" Answers left out: {', '.join(f'{count} {why}' for why, count in left_out.items())}."
+    if comparison.empty_sources:
+        empty = ", ".join(comparison.empty_sources)
+        note += f" There is no macro average: all questions of {empty} were left out."
+    note = " ".join([note, *settings])
     return Table(
         title=label,
         header=("run", *comparison.scores, *(LABELS[name] for name in _COSTS)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from verl.errors import DataError
@@ -44,6 +44,8 @@ class Comparison:
     scores: Mapping[str, Mapping[str, Estimate]]
     """By set (the macro average last, if there are several) and run."""
     differences: tuple[Difference, ...]
+    empty_sources: tuple[str, ...] = ()
+    """Sources of which no question is left to compare: without them there is no macro average."""
 
 
 def pair_runs(runs: Runs, *, intersect: bool) -> tuple[dict[str, list[ResultRecord]], dict[str, int]]:
@@ -106,8 +108,11 @@ def _check_same_questions(
             )
 
 
-def compare_runs(runs: Runs, *, metric: str) -> Comparison:
-    """Compare paired results by a metric. Raises DataError if answers of a run lack it."""
+def compare_runs(runs: Runs, *, metric: str, asked: Collection[str] = ()) -> Comparison:
+    """Compare paired results by a metric. Raises DataError if answers of a run lack it.
+
+    `asked` are the sources that all runs were asked, also those whose answers were all left out.
+    """
     values = {name: _values(name, results, metric) for name, results in runs.items()}
     first, *others = values
     uids = {uid for uid in values[first] if all(uid in values[name] for name in others)}
@@ -115,7 +120,8 @@ def compare_runs(runs: Runs, *, metric: str) -> Comparison:
     sets: dict[str, list[list[tuple[str, str]]]] = {
         source: [sorted(key for key in uids if key[0] == source)] for source in sources
     }
-    if len(sources) > 1:
+    empty = {*asked, *(record["data_source"] for record in runs[first])} - {*sources}
+    if len(sources) > 1 and not empty:
         sets[MACRO] = [stratum for strata in sets.values() for stratum in strata]
     scores: dict[str, dict[str, Estimate]] = {}
     differences = []
@@ -130,6 +136,7 @@ def compare_runs(runs: Runs, *, metric: str) -> Comparison:
         metric=metric,
         scores=scores,
         differences=tuple(replace(d, adjusted=p) for d, p in zip(differences, adjusted, strict=True)),
+        empty_sources=tuple(sorted(empty)),
     )
 
 
@@ -195,6 +202,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
             set_name: {name: estimate_json(found) for name, found in of_runs.items()}
             for set_name, of_runs in comparison.scores.items()
         },
+        "empty_sources": list(comparison.empty_sources),
         "differences": [
             {
                 "run": d.run,

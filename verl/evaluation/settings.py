@@ -87,7 +87,7 @@ def open_folder(folder: Path, settings: Manifest, *, resume: bool) -> None:
         write_json_atomically(path, settings)
         return
     fix = "restore it, or set evaluation.resume=false, which moves the earlier evaluation aside"
-    earlier = parse_json(path.read_bytes(), shape=_SHAPE, where=str(path), fix=fix)
+    earlier = read_manifest(path, fix=fix)
     differences = list_differences(earlier, settings)
     if differences:
         raise ConfigError(
@@ -99,7 +99,14 @@ def open_folder(folder: Path, settings: Manifest, *, resume: bool) -> None:
         logger.warning("the code has changed since this evaluation was started: %s", settings["git"])
 
 
-def list_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def read_manifest(path: Path, *, fix: str) -> Mapping[str, Any]:
+    """Return the settings in a file. Raises DataError if it is damaged."""
+    return parse_json(path.read_bytes(), shape=_SHAPE, where=str(path), fix=fix)
+
+
+def list_differences(
+    earlier: Mapping[str, Any], now: Mapping[str, Any], *, words: tuple[str, str] = ("was", "is")
+) -> list[str]:
     """Return the settings that change answers or metrics and differ, as `key was ..., is ...`.
 
     Model and files are compared by content, the retriever by its index where it describes it.
@@ -107,7 +114,8 @@ def list_differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list
     old, new = _settings(earlier), _settings(now)
     shown_old, shown_new = _names(earlier), _names(now)
     return [
-        f"{key} was {shown_old.get(key, old.get(key))!r}, is {shown_new.get(key, new.get(key))!r}"
+        f"{key} {words[0]} {shown_old.get(key, old.get(key))!r}, "
+        f"{words[1]} {shown_new.get(key, new.get(key))!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from serving.files import write_json_atomically
 from tests.scripted_evaluation import write_evaluation_folder
 from verl.errors import DataError
 from verl.evaluation.compare import main, name_runs
-from verl.evaluation.records import RESULTS_FILE
+from verl.evaluation.records import JUDGE_FILE, RESULTS_FILE, SETTINGS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,43 @@ def test_other_questions_are_counted(folders: list[Path], tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match="shorter lacks 30 of the 80 answers of base"):
         main([str(folders[1]), str(shorter)])
     main([str(folders[1]), str(shorter), "--intersect"])
+
+
+def test_settings_that_differ_and_deviations_stand_under_the_scores(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[0], other)
+    settings = json.loads((other / SETTINGS_FILE).read_text())
+    settings["config"]["max_turns"] = 5
+    protocol = {"name": "search_r1", "deviations": ["max_turns is 5, the protocol has 4"], "unchecked": []}
+    write_json_atomically(other / SETTINGS_FILE, settings | {"protocol": protocol})
+    main([str(folders[0]), str(other), "--output", str(tmp_path / "out")])
+    notes = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+    assert notes == [
+        "Settings differ: max_turns of no_search is 2, of other 5.",
+        "other DEVIATES from protocol search_r1: max_turns is 5, the protocol has 4.",
+    ]
+    assert all(note in (tmp_path / "out/comparison.md").read_text() for note in notes)
+
+
+def test_verdicts_of_other_judges_are_not_compared(folders: list[Path], tmp_path: Path) -> None:
+    paths = []
+    for name, prompt in (("a", "Is it?"), ("b", "Is it not?")):
+        shutil.copytree(folders[0], tmp_path / name)
+        judge = dict.fromkeys(("answers", "not_judged", "calls", "tokens"), 0) | {"format": 1, "model": "m"}
+        judge |= {
+            "replied_as": [],
+            "sources": {},
+            "failures": {},
+            "sha256": name,
+            "settings": {"prompt": prompt},
+        }
+        write_json_atomically(tmp_path / name / JUDGE_FILE, judge)
+        paths.append(str(tmp_path / name))
+    with pytest.raises(SystemExit, match=r"judged by other models or prompts: a by m \(settings a\), b by m"):
+        main([*paths, "--metric", "judge"])
+    main(paths)
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.scripted_evaluation import make_result
 from verl.errors import DataError
+from verl.evaluation.compare import score_table
 from verl.evaluation.paired import MACRO, compare_runs, pair_runs, shared_curves
 from verl.evaluation.records import ResultRecord
 
@@ -84,6 +85,21 @@ def test_means_over_samples_and_other_metrics_use_the_sign_flip_test() -> None:
     assert math.isclose(em.estimate.value, 0.0, abs_tol=1e-9)  # 0 1 2 against 1 2 0 right
     (passed,) = compare_runs(runs, metric="pass@2").differences
     assert passed.test == "sign flip"
+
+
+def test_a_source_without_a_question_left_leaves_the_macro_average_undefined() -> None:
+    runs = {
+        "a": make_run("1100") + make_run("10", source="popqa") + make_run("xx", source="musique"),
+        "b": make_run("1110") + make_run("11", source="popqa") + make_run("11", source="musique"),
+    }
+    kept, _ = pair_runs(runs, intersect=False)
+    comparison = compare_runs(kept, metric="em", asked={"nq", "popqa", "musique"})
+    assert [*comparison.scores] == ["nq", "popqa"]
+    assert comparison.empty_sources == ("musique",)
+    assert (
+        "no macro average: all questions of musique were left out" in score_table(comparison, kept, {}).note
+    )
+    assert MACRO in compare_runs(kept, metric="em").scores
 
 
 def test_a_metric_that_answers_lack_is_refused() -> None:
