@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired, Protocol
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -30,7 +30,8 @@ from typing_extensions import TypedDict
 from serving.files import naming_file, replacing_file
 from serving.redaction import redact_text
 from verl.errors import DataError
-from verl.run.records import Decode, to_record
+from verl.run.records import FORMAT as TRAJECTORY_FORMAT
+from verl.run.records import Decode, parse_record, to_record
 from verl.types import Score, Trajectory
 from verl.utils.files import parse_json
 
@@ -86,9 +87,15 @@ class ResultRecord(TypedDict):
     """Ids of the passages that the policy read, per turn."""
 
 
+class _Parse(Protocol):
+    def __call__(self, line: bytes, *, where: str) -> object:
+        """Raise DataError unless the line is a whole record of a known format."""
+
+
 class _KeyShape(TypedDict):
     """What the lines of both files have in common; other entries are not read."""
 
+    format: NotRequired[int]
     uid: str
     sample: int
     failure: str | None
@@ -150,7 +157,7 @@ def read_results(folder: Path) -> list[ResultRecord]:
 
 
 def _parse_result(line: bytes, *, where: str) -> ResultRecord:
-    fix = "was the file cut or edited? The same evaluation again replaces a damaged last line"
+    fix = "was the file cut or edited? The same evaluation again asks again for damaged answers"
     record = parse_json(line, shape=_RESULT_SHAPE, where=where, fix=fix)
     if record["format"] != FORMAT:
         raise DataError(
@@ -163,18 +170,20 @@ def _parse_result(line: bytes, *, where: str) -> ResultRecord:
 class ResultWriter:
     """Appends results and trajectories to an evaluation folder, and continues what an earlier start left.
 
-    A line that is damaged at the end of a file, has no partner in the other file, or records a failure is
-    moved to `previous-<time>/`, so that its question is asked again.
+    A line that has no partner in the other file, records a failure, or is damaged is moved to
+    `previous-<time>/`, so that its question is asked again. The key may be damaged only in the last line.
     """
 
     def __init__(self, folder: Path, *, decode: Decode) -> None:
-        """Open or create the files. Raises DataError for a line that is damaged and not the last one."""
+        """Open or create the files. Raises DataError for a line without key that is not the last one."""
         folder.mkdir(parents=True, exist_ok=True)
         self._decode = decode
         self._evidence = folder / EVIDENCE_FILE
-        self._results = _IndexedFile(folder / RESULTS_FILE)
-        self._trajectories = _IndexedFile(folder / TRAJECTORIES_FILE)
-        kept = (self._results.lines.keys() & self._trajectories.lines.keys()) - self._results.failed
+        self._results = _IndexedFile(folder / RESULTS_FILE, parse=_parse_result, newest=FORMAT)
+        self._trajectories = _IndexedFile(
+            folder / TRAJECTORIES_FILE, parse=parse_record, newest=TRAJECTORY_FORMAT
+        )
+        kept = self._results.whole & self._trajectories.whole
         aside = folder / f"previous-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
         for file in (self._results, self._trajectories):
             file.keep(kept, aside=aside)
@@ -223,11 +232,13 @@ class _Line(NamedTuple):
 class _IndexedFile:
     """A JSONL file that is appended to, and the place of each line by its key."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, parse: _Parse, newest: int) -> None:
         self.path = path
         self.lines: dict[Key, _Line] = {}
-        self.failed: set[Key] = set()
-        """Lines that were found when the file was opened and record a failure."""
+        self.whole: set[Key] = set()
+        """Lines that were found when the file was opened, are not damaged and record no failure."""
+        self._parse = parse
+        self._newest = newest
         self._damaged: _Line | None = None
         self._file = self._open()
         self._index()
@@ -286,7 +297,10 @@ class _IndexedFile:
         return self._file.read(line.length)
 
     def _index(self) -> None:
-        """Find every line. Raises DataError for a damaged line before the last one, or a repeated key."""
+        """Find every line.
+
+        Raises DataError for a line without key before the last one, a repeated key, or a newer format.
+        """
         problem = ""
         start = 0
         with self.path.open("rb") as file:
@@ -304,9 +318,21 @@ class _IndexedFile:
                 key = (record["uid"], record["sample"])
                 if key in self.lines:
                     raise DataError(f"{where}: {_name(key)} occurs twice; remove one of the two lines")
+                if record.get("format", 1) > self._newest:
+                    self._parse(
+                        content, where=where
+                    )  # raises DataError: it is whole, but not ours to replace
                 self.lines[key] = line
-                if record["failure"] is not None:
-                    self.failed.add(key)
+                if record["failure"] is None and self._is_whole(content, where=where):
+                    self.whole.add(key)
+
+    def _is_whole(self, content: bytes, *, where: str) -> bool:
+        try:
+            self._parse(content, where=where)
+        except DataError as error:
+            logger.warning("%s", error)
+            return False
+        return True
 
 
 def _parse_key(line: bytes, *, where: str) -> _KeyShape:

@@ -130,6 +130,35 @@ def test_a_damaged_last_line_is_set_aside_and_asked_again(
         assert content.endswith((aside / name).read_bytes())
 
 
+@pytest.mark.parametrize(("name", "entry"), [(RESULTS_FILE, "metrics"), (TRAJECTORIES_FILE, "turns")])
+def test_a_line_that_lacks_an_entry_is_set_aside_and_asked_again(
+    tmp_path: Path, name: str, entry: str
+) -> None:
+    write(tmp_path, 0, 1)
+    whole = (tmp_path / name).read_bytes()
+    first, second = whole.decode().splitlines()
+    damaged = json.loads(first)
+    del damaged[entry]
+    (tmp_path / name).write_text(f"{json.dumps(damaged)}\n{second}\n")
+    writer = ResultWriter(tmp_path, decode=decode)
+    assert writer.done == {KEYS[1]}
+    writer.write(play(0), score=RIGHT)
+    writer.sort(KEYS[:2])
+    writer.close()
+    assert (tmp_path / name).read_bytes() == whole
+    (aside,) = tmp_path.glob("previous-*")
+    assert json.loads((aside / name).read_text()) == damaged
+
+
+@pytest.mark.parametrize("name", [RESULTS_FILE, TRAJECTORIES_FILE])
+def test_a_newer_format_is_refused_and_not_replaced(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 0)
+    newer = json.loads((tmp_path / name).read_text()) | {"format": 99}
+    (tmp_path / name).write_text(json.dumps(newer) + "\n")
+    with pytest.raises(DataError, match=rf"{name}:1: format 99 was found"):
+        ResultWriter(tmp_path, decode=decode)
+
+
 def test_a_trajectory_without_its_result_is_asked_again(tmp_path: Path) -> None:
     """The process was killed between the two lines."""
     write(tmp_path, 0)
