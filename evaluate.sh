@@ -41,25 +41,6 @@ for argument in "$@"; do
     fi
 done
 
-# --protocol NAME is evaluation.protocol=NAME.
-arguments=()
-while (($#)); do
-    case "$1" in
-        --protocol=*) arguments+=("evaluation.protocol=${1#*=}") ;;
-        --protocol)
-            if (($# < 2)); then
-                echo "error: --protocol needs a name: search_r1, inforeasoner, igpo, review or browsecomp_plus" >&2
-                exit 1
-            fi
-            arguments+=("evaluation.protocol=$2")
-            shift
-            ;;
-        *) arguments+=("$1") ;;
-    esac
-    shift
-done
-set -- ${arguments[@]+"${arguments[@]}"}
-
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"
 

@@ -162,14 +162,6 @@ def test_too_few_turns_are_refused_by_name(tree: Path, turns: str) -> None:
     assert done.stderr.startswith("error: MAX_TURNS must be a whole number of at least 2")
 
 
-@pytest.mark.parametrize("given", [["--protocol", "search_r1"], ["--protocol=search_r1"]])
-def test_a_protocol_is_a_setting_of_the_evaluation(tree: Path, given: list[str]) -> None:
-    printed = launch(tree, "max_turns=4", *given, script="evaluate.sh")
-    assert printed[-2:] == ["max_turns=4", "evaluation.protocol=search_r1"]
-    done = start(tree / "evaluate.sh", "--protocol")
-    assert (done.returncode, done.stderr.split(":")[0]) == (1, "error")
-
-
 def test_help_of_the_evaluation_names_every_variable() -> None:
     done = start(ROOT / "evaluate.sh", "--help")
     variables = set(re.findall(r"\$\{([A-Z_]+):-", (ROOT / "evaluate.sh").read_text()))

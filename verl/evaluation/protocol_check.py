@@ -29,11 +29,28 @@ class ProtocolRecord(TypedDict):
     """What could not be compared with the protocol."""
 
 
+def read_protocol_option(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `--protocol NAME` as `evaluation.protocol=NAME`. Raises ConfigError."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        option, separator, name = argument.partition("=")
+        if option != "--protocol":
+            found.append(argument)
+            continue
+        name = name if separator else next(rest, "")
+        if name not in (NO_PROTOCOL, *PROTOCOLS):
+            raise ConfigError(f"--protocol {name}: expected one of {', '.join([NO_PROTOCOL, *PROTOCOLS])}")
+        found.append(f"{_KEY}={name}")
+    return found
+
+
 def add_protocol_settings(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of a command line with the settings of the protocol that they name before them.
 
-    What is given later wins, so that a contrary setting stays and is found as a deviation.
+    `--protocol NAME` is read, too. What is given later wins, so that a contrary setting stays and is found as
+    a deviation. Raises ConfigError for an option without a known name.
     """
+    arguments = read_protocol_option(arguments)
     given = [text.lstrip("+").partition("=") for text in arguments]
     names = [value.strip("\"'") for key, _, value in given if key == _KEY]
     protocol = PROTOCOLS.get(names[-1]) if names else None

@@ -1,8 +1,8 @@
-"""Evaluate a model: `python -m verl.trainer.main_eval [key=value ...]` (config/ppo_trainer.yaml).
+"""Evaluate a model: `python -m verl.trainer.main_eval [--protocol NAME] [key=value ...]`.
 
 It answers the questions of data.val_files with the model at actor_rollout_ref.model.path, by the agent,
-formats, tools and metrics of the training; its own settings are the section `evaluation`. The last line of
-stdout is JSON.
+formats, tools and metrics of the training; its own settings are the section `evaluation` of
+config/ppo_trainer.yaml. `--protocol NAME` is `evaluation.protocol=NAME`. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

@@ -111,6 +111,17 @@ def test_what_differs_is_an_error_that_names_all_of_it_or_is_recorded() -> None:
     assert find_record({"protocol": record}) == record
 
 
+@pytest.mark.parametrize("given", [("--protocol", "search_r1"), ("--protocol=search_r1",)])
+def test_the_option_protocol_is_the_setting(given: tuple[str, ...]) -> None:
+    assert composed("recipe=world", *given).evaluation.protocol == "search_r1"
+    assert composed("recipe=world", *given).max_turns == 4
+    for wrong in (("--protocol",), ("--protocol", "max_turns=4"), ("--protocol=autorefine",)):
+        with pytest.raises(
+            ConfigError, match=r"--protocol .*: expected one of none, search_r1, inforeasoner"
+        ):
+            add_protocol_settings(wrong)
+
+
 def test_a_reference_under_a_protocol_is_a_deviation() -> None:
     config = composed("evaluation.protocol=search_r1", "evaluation.reference=no_search")
     with pytest.raises(ConfigError, match=r"evaluation\.reference is no_search, the protocol has none"):
