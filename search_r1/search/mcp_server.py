@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -35,6 +36,7 @@ from search_r1.search.settings import add_retriever_arguments, resolve_retriever
 from serving.http import CallError
 from serving.logs import configure_logging
 from serving.redaction import redact_text
+from serving.web.server import exit_now, listen, serve_on, url_of
 from serving.web.settings import expand_home
 from serving.web.version import package_version
 
@@ -122,22 +124,52 @@ async def describe_tool(*, topk: int) -> dict[str, Any]:
     }
 
 
-async def serve(options: argparse.Namespace) -> None:
-    """Serve until the client closes stdin, or until an interrupt. Raises RetrieverError, ValueError."""
+async def serve(options: argparse.Namespace) -> int:
+    """Serve until the client closes stdin, or until a signal; return the exit status.
+
+    Raises RetrieverError, ValueError, and OSError for a port that cannot be taken.
+    """
     retriever: Retriever | RemoteRetriever
+    listener = listen(HOST, options.port) if options.transport == "http" else None
     if options.retriever_url:
         retriever = RemoteRetriever(options.retriever_url, token=os.environ.get(_TOKEN_VARIABLE) or None)
     else:
         retriever = await open_retriever(resolve_retriever(options))
     try:
         server = make_server(retriever, topk=options.topk, timeout_s=options.timeout_s)
-        if options.transport == "http":
-            logger.info("ready: http://%s:%d/mcp", HOST, options.port)
-            await server.run_streamable_http_async(host=HOST, port=options.port)
-        else:
-            await server.run_stdio_async()
+        if listener is None:
+            return await _serve_stdio(server)
+        logger.info("ready: %s/mcp", url_of(HOST, listener.getsockname()[1]))
+        await serve_on(listener, server.streamable_http_app(host=HOST))
+        return 0
     finally:
         await retriever.aclose()
+
+
+async def _serve_stdio(server: MCPServer[Any]) -> int:
+    """Serve until the client closes stdin, or until SIGINT or SIGTERM; return the exit status.
+
+    After a signal a thread still waits for a line of stdin, which cannot be interrupted.
+    """
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.put_nowait, 128 + number)
+    serving, stopping = asyncio.create_task(server.run_stdio_async()), asyncio.create_task(stopped.get())
+    await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        return stopping.result()
+    stopping.cancel()
+    await serving
+    return 0
+
+
+async def _run(options: argparse.Namespace) -> int:
+    """Serve; end the process at once after a signal over stdio."""
+    status = await serve(options)
+    if status:
+        exit_now(status)
+    return status
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -150,7 +182,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--retriever_url", metavar="URL", help="of a running retrieval server")
     parser.add_argument("--transport", choices=("stdio", "http"), default="stdio")
-    parser.add_argument("--port", type=int, default=8410, help="with --transport http (default 8410)")
+    parser.add_argument(
+        "--port", type=int, default=8410, help="with --transport http (default 8410); 0 takes a free one"
+    )
     parser.add_argument(
         "--topk", type=int, default=3, help="passages where a call names no number (default 3)"
     )
@@ -160,6 +194,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(expand_home(arguments))
     if not 1 <= options.topk <= MAX_TOPK:
         parser.error(f"--topk must be from 1 to {MAX_TOPK}, got {options.topk}")
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port must be from 0 to 65535, got {options.port}")
     if not options.timeout_s > 0:
         parser.error(f"--timeout_s must be greater than 0, got {options.timeout_s}")
     return options
@@ -185,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.tool_description:
             sys.stdout.write(json.dumps(asyncio.run(describe_tool(topk=options.topk)), indent=2) + "\n")
         else:
-            asyncio.run(serve(options))
+            return asyncio.run(_run(options))
     except (RetrieverError, ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import h11
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.web.host import Host
@@ -32,9 +33,10 @@ def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def listen(host: str, port: int, *, env: str) -> socket.socket:
-    """Take the port before anything slow happens. Raises OSError, which names `env` as a way to change it."""
+def listen(host: str, port: int, *, env: str | None = None) -> socket.socket:
+    """Take the port before anything slow happens. Raises OSError, which names --port and `env`."""
     where = f"{host}:{port}"
+    ways = "--port" if env is None else f"--port or {env}"
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # With its protocol: asyncio sends small answers at once only on sockets that are known to be TCP.
@@ -47,9 +49,14 @@ def listen(host: str, port: int, *, env: str) -> socket.socket:
     except OSError as error:
         raise OSError(
             f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or choose another "
-            f"with --port or {env}"
+            f"with {ways}"
         ) from None
     return listener
+
+
+async def serve_on(listener: socket.socket, app: ASGIApp) -> None:
+    """Serve an application of another library until SIGINT or SIGTERM."""
+    await uvicorn.Server(uvicorn.Config(app, log_config=None)).serve(sockets=[listener])
 
 
 class GracefulServer(uvicorn.Server):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 from contextlib import AbstractAsyncContextManager
@@ -88,6 +90,28 @@ async def test_over_http_on_loopback() -> None:
             process.wait()
 
 
+def test_a_taken_port_is_named_before_anything_is_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = ["--transport", "http", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, "cannot listen" in line, line.endswith("another with --port")) == (1, True, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_over_stdio(number: signal.Signals) -> None:
+    flags = ["--retriever_url", "http://127.0.0.1:9"]
+    with subprocess.Popen([*COMMAND, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # The answer shows that it serves.
+        process.stdin.write(b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}\n')
+        process.stdin.flush()
+        assert process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+
+
 def test_the_description_is_a_tool_of_openais_api() -> None:
     done = subprocess.run([*COMMAND, "--tool-description", "--topk", "5"], capture_output=True, text=True)
     tool = json.loads(done.stdout)
@@ -103,6 +127,7 @@ def test_the_description_is_a_tool_of_openais_api() -> None:
         (["--retriever_url", "ftp://x"], "URL"),
         (["--corpus_path", "/nowhere"], "--corpus_path /nowhere is not a file"),
         (["--topk", "0"], "--topk must be from 1"),
+        (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
     ],
 )
 def test_wrong_settings_end_it_with_one_line(flags: list[str], message: str) -> None:
