@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import signal
 import sys
 import tempfile
@@ -72,8 +73,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(expand_home(argv))
     if options.serve and (options.question or options.json or options.gold):
         parser.error("--serve takes its questions over HTTP: leave out the question, --json and --gold")
-    if options.temperature < 0:
-        parser.error(f"--temperature must be at least 0, got {options.temperature}")
+    if not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature must be a finite number of at least 0, got {options.temperature}")
     if options.max_turns is not None and options.max_turns < 1:
         parser.error(f"--max-turns must be at least 1, got {options.max_turns}")
     return options

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from serving.answers import complete_question
 from serving.machine import has_bfloat16
 from verl.agent.loop import MAX_CHARS_PER_TOKEN, ToolAgent
@@ -20,7 +22,7 @@ from verl.ask.checkpoint import Checkpoint
 from verl.ask.gains import GainMeter
 from verl.ask.prompt import WritePrompt, find_prompt
 from verl.ask.trace import Episode, Step, make_step
-from verl.protocols import Generate, PromptFormat, Tool, ToolResources
+from verl.protocols import Generate, OnTurn, PromptFormat, Tool, ToolResources
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate_episodes
 from verl.trainer.launch import count_gpus, open_engines
@@ -32,7 +34,7 @@ from verl.trainer.wiring import (
     make_tools,
     open_search,
 )
-from verl.types import Gain, Question, Trajectory
+from verl.types import Gain, Question, Stop, Trajectory
 from verl.utils.seeding import derive_seed
 from verl.utils.supervise import Supervisor, start_service
 from verl.workers.model import check_model
@@ -146,14 +148,9 @@ class Asker:
         Its end is reported before the gains are measured. A failed tool or engine is in the trajectory.
         Cancel it to stop it.
         """
-        number, decode = next(self._numbers), self._parts.codec.decode
-        path = (DATA_SOURCE, number) if settings.seed is None else (DATA_SOURCE, "seed", settings.seed)
-        trajectory = await self._agent(settings).run(
-            self._make_question(text, number=number, golds=settings.golds),
-            sample=0,
-            seed=derive_seed(self._config.trainer.seed, *path),
-            greedy=settings.temperature == 0,
-            on_turn=lambda number, turn: on_step(make_step(number, turn, decode=decode)),
+        decode = self._parts.codec.decode
+        trajectory = await self._play(
+            text, settings, lambda number, turn: on_step(make_step(number, turn, decode=decode))
         )
         on_end(trajectory)
         gain = await self._measure(trajectory)
@@ -163,6 +160,27 @@ class Asker:
             for k, (turn, value) in enumerate(zip(trajectory.turns, gains, strict=True))
         ]
         return Episode(trajectory=trajectory, steps=tuple(steps), gain=gain)
+
+    async def _play(self, text: str, settings: AskSettings, on_turn: OnTurn) -> Trajectory:
+        number = next(self._numbers)
+        path = (DATA_SOURCE, number) if settings.seed is None else (DATA_SOURCE, "seed", settings.seed)
+        question = self._make_question(text, number=number, golds=settings.golds)
+        if (problem := self.find_problem(text)) is not None:
+            return Trajectory(
+                question=question,
+                sample=0,
+                prompt_ids=np.zeros(0, dtype=np.int32),
+                turns=(),
+                stop=Stop.FAILED,
+                failure=problem,
+            )
+        return await self._agent(settings).run(
+            question,
+            sample=0,
+            seed=derive_seed(self._config.trainer.seed, *path),
+            greedy=settings.temperature == 0,
+            on_turn=on_turn,
+        )
 
     def find_problem(self, text: str) -> str | None:
         """Return why a question cannot be asked, or None: its prompt must fit `data.max_start_length`."""

@@ -12,7 +12,7 @@ from verl.agent.prompts import PACKAGED_FILE
 from verl.algorithms.base import Algorithm
 from verl.errors import ConfigError
 from verl.run.manifest import MANIFEST_FILE, Manifest, describe_file, read_manifest
-from verl.trainer.config.loading import restore_config
+from verl.trainer.config.loading import restore_config, schema_keys
 from verl.trainer.config.schema import Config, ModelConfig, TrainerConfig
 from verl.workers.checkpoint import CHECKPOINTS, find_policy
 
@@ -94,6 +94,7 @@ def make_config(
     """
     default = {"agent": {"format": Algorithm.format}}
     recorded: dict[str, Any] = (checkpoint.manifest or {}).get("config") or default
+    _require_known(overrides)
     kept = {key: value for key, value in recorded.items() if key not in _OF_TRAINING}
     config = restore_config(kept, overrides=overrides)
     model = replace(config.actor_rollout_ref.model, path=checkpoint.model)
@@ -109,6 +110,19 @@ def make_config(
         # In this process: starting Ray takes longer than answering.
         trainer=TrainerConfig(launcher="local", n_gpus_per_node=rollout.tensor_model_parallel_size),
     )
+
+
+def _require_known(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override that names no setting."""
+    keys = set(schema_keys())
+    sections = {key.rpartition(".")[0] for key in keys}
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or key.partition("[")[0] not in keys - sections:
+            raise ConfigError(
+                f"--set {override}: expected KEY=VALUE with a setting of "
+                "verl/trainer/config/ppo_trainer.yaml, such as agent.format=tool_calls; correct the key"
+            )
 
 
 def _find(path: str) -> str:

@@ -80,6 +80,14 @@ async def test_a_step_names_what_later_turns_read_instead_of_its_result() -> Non
     assert second["replacement_ids"] == []
 
 
+async def test_a_question_without_room_fails_with_what_to_do() -> None:
+    asker, generate = make_asker()
+    shown = await show(asker, "x" * 3000)
+    assert "data.max_start_length is 3000 tokens; ask a shorter one" in shown
+    record = episode_record(await asker.ask("x" * 60000), gain_unit=None)
+    assert (record["stop"], record["token_ids"], generate.contexts) == ("failed", [], [])
+
+
 async def test_the_answer_does_not_wait_for_its_gains() -> None:
     events: list[str] = []
 
