@@ -120,8 +120,8 @@ def _require_known(overrides: Sequence[str]) -> None:
         key, sign, _ = override.partition("=")
         if not sign or key.partition("[")[0] not in keys - sections:
             raise ConfigError(
-                f"--set {override}: expected KEY=VALUE with a setting of "
-                "verl/trainer/config/ppo_trainer.yaml, such as agent.format=tool_calls; correct the key"
+                f"--set {override}: expected NAME=VALUE with a setting of "
+                "verl/trainer/config/ppo_trainer.yaml, such as agent.format=tool_calls; correct the name"
             )
 
 

@@ -83,7 +83,7 @@ def test_a_model_without_a_run_has_the_defaults_and_wrong_settings_are_named(tmp
     assert (found.model, found.run_dir, found.name, found.retriever) == ("some/model", None, "model", None)
     config = make_config(found)
     assert (config.agent.format, config.actor_rollout_ref.model.path) == ("search_r1", "some/model")
-    unknown = "expected KEY=VALUE with a setting of .*, such as agent.format=tool_calls"
+    unknown = "expected NAME=VALUE with a setting of .*, such as agent.format=tool_calls"
     wrong = (
         ("retriever.topk=0", "retriever.topk must be"),
         ("data.x=1", f"--set data.x=1: {unknown}"),
