@@ -124,6 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="what the trails are drawn from (default 0)")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
     chosen = parser.parse_args(arguments)
+    if chosen.questions < 1:
+        parser.error(f"--questions is {chosen.questions}, expected at least 1")
     try:
         trails = draw_trails(
             [length for length in chosen.hops for _ in range(chosen.questions)], seed=chosen.seed

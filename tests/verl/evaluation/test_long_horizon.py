@@ -74,7 +74,13 @@ def test_the_path_is_in_the_corpus_and_not_in_the_question(folder: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"), [(["--hops", "0"], "at least 1 hop"), (["--hops", "3000"], "names are wanted")]
+    ("options", "complaint"),
+    [
+        (["--hops", "0"], "at least 1 hop"),
+        (["--hops", "3000"], "names are wanted"),
+        (["--questions", "0"], "--questions is 0, expected at least 1"),
+        (["--questions", "-1"], "--questions is -1, expected at least 1"),
+    ],
 )
 def test_a_set_that_cannot_be_made_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
