@@ -22,7 +22,7 @@ class Outcome:
     value: float | None
     """None where it could not be measured."""
     metrics: dict[str, float]
-    """em, sub_em, f1 and set_f1, whatever the reward is; math where that is the reward."""
+    """em, sub_em, f1 and set_f1, whatever the reward is; math and math_unfinished if that is math."""
     failure: str | None = None
     """Why it could not be measured."""
 
@@ -43,7 +43,7 @@ def measure_outcome(
     of their own for answers that are wrong or missing. For `igpo_f1`, which needs `decode` (the text of
     sampled tokens), an answer counts as missing when the sampled text has unbalanced tags or when a turn was
     INVALID: in the authors' code such a turn ends the episode without an answer, here the episode goes on.
-    `math` needs `grade`; an answer on which it has no verdict has no outcome, but a failure.
+    `math` needs `grade`; where that fails for a reason other than the answer, there is a failure, no outcome.
     """
     answer, golds = trajectory.answer, trajectory.question.golds
     metrics = {"em": 0.0, "sub_em": 0.0, "f1": 0.0, "set_f1": 0.0}
@@ -69,6 +69,7 @@ def measure_outcome(
         if verdict.score is None:
             return Outcome(value=None, metrics={}, failure=verdict.failure)
         metrics["math"] = verdict.score
+        metrics["math_unfinished"] = float(verdict.is_unfinished)
     value = metrics[metric]
     if answer is not None and normalize_answer(answer, rule=AnswerRule.published):
         value = max(value, format_score)

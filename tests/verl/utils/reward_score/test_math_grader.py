@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -87,11 +88,9 @@ def test_answers_are_compared_as_expressions(
     assert {pair: grade for pair, grade in grades.items() if grade != Grade(score=score)} == {}
 
 
-def test_an_answer_that_takes_too_long_has_no_verdict_and_the_next_one_has(grader: MathGrader) -> None:
+def test_an_answer_that_takes_too_long_is_wrong_and_the_next_one_is_graded(grader: MathGrader) -> None:
     for answer in ("9^{9^{9^9}}", "(x+y+z+w)^{300}"):
-        assert grader.grade(answer, ["42"]) == Grade(
-            failure="math_failed: no verdict within 2 s of computing"
-        )
+        assert grader.grade(answer, ["42"]) == Grade(score=0.0, is_unfinished=True)
         assert grader.grade(f"42+0*{len(answer)}", ["42"]) == Grade(score=1.0)
 
 
@@ -102,7 +101,7 @@ def test_what_is_no_expression_is_wrong(grader: MathGrader, answer: str) -> None
     assert grader.grade(answer, ["42"]) == Grade(score=0.0)
 
 
-def test_an_answer_without_a_verdict_has_no_outcome(grader: MathGrader) -> None:
+def test_only_a_failure_of_the_grader_leaves_an_answer_without_outcome(grader: MathGrader) -> None:
     question = make_question(golds=("0.5",))
 
     def score(answer: str | None) -> Score:
@@ -116,9 +115,14 @@ def test_an_answer_without_a_verdict_has_no_outcome(grader: MathGrader) -> None:
     assert [each.outcome for each in (right, wrong, missing)] == [1.0, 0.1, 0.0]
     assert [find_rightness(each.metrics) for each in (right, wrong, missing)] == [1.0, 0.0, 0.0]
     assert right.metrics["em"] == 0.0
-    failure = "math_failed: no verdict within 2 s of computing"
-    assert score("9^{9^{9^9}}") == Score(outcome=None, failure=failure)
-    unmeasured = Outcome(value=None, metrics={}, failure=failure)
+    unfinished = score("9^{9^{9^9}}")
+    assert unfinished.outcome == 0.1
+    assert [each.metrics["math_unfinished"] for each in (right, missing, unfinished)] == [0.0, 0.0, 1.0]
+    failure = "math_failed: the grader ended with status -9"
+    unmeasured = measure_outcome(
+        make_trajectory(question, answer="1"), metric="math", grade=lambda *_: Grade(failure=failure)
+    )
+    assert unmeasured == Outcome(value=None, metrics={}, failure=failure)
     assert score_answer(make_trajectory(question), outcome=lambda _: unmeasured).valid_outcome is None
 
 
@@ -133,6 +137,34 @@ async def test_verdicts_are_found_where_episodes_end_and_a_grader_that_dies_is_r
             await asyncio.sleep(0)
     assert trajectory.answer is not None
     assert grader.grade(trajectory.answer, question.golds) == Grade(score=1.0)  # known
-    grades = [grader.grade(f"42+{n}-{n}", ["42"]) for n in range(10)]
-    assert grades[0] == Grade(failure="math_failed: the grader ended with status -9")
-    assert grades[-1] == Grade(score=1.0)
+    assert find_workers() == []
+    assert grader.grade("42+1-1", ["42"]) == Grade(score=1.0)
+
+
+def test_a_grader_that_is_stopped_is_replaced() -> None:
+    grader = MathGrader(cpu_time_s=0.5)
+    before = find_workers()
+    asyncio.run(grader.connect())
+    (worker,) = [child for child in find_workers() if child not in before]
+    worker.suspend()
+    assert grader.grade("42+1-1", ["42"]) == Grade(score=1.0)
+    assert not worker.is_running()
+    asyncio.run(grader.aclose())
+
+
+def test_a_failure_is_not_kept_and_lines_of_a_library_are_not_replies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "fail"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif os.path.exists({str(flag)!r}):\n    os.kill(os.getpid(), 9)\n"
+        "os.write(1, b'a line\\n')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    grader = MathGrader(cpu_time_s=2.0)
+    failure = "math_failed: at its start: the grader ended with status -9"
+    assert grader.grade("1/2", ["0.5"]) == Grade(failure=failure)
+    flag.unlink()
+    assert grader.grade("1/2", ["0.5"]) == Grade(score=1.0)
+    asyncio.run(grader.aclose())
