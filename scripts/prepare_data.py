@@ -48,9 +48,9 @@ from serving.questions import (
 from serving.web.settings import expand_home
 from verl.errors import ConfigError, DataError
 from verl.evaluation.protocols import SETS, find_set
+from verl.evaluation.published import FLASHRAG_SETS
 from verl.utils.entry import error_line
 
-FLASHRAG_NAMES = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 SETS_KEY = "question_sets"
 """Of the metadata of the files: per set the number of questions, that of papers, and the source files."""
 SPLIT_FILES = {"train": ("train.jsonl",), "test": ("test.jsonl", "dev.jsonl", "train.jsonl")}
@@ -76,7 +76,7 @@ def find_source(argument: str, *, split: str, flashrag_dir: Path | None) -> tupl
             return name, path
     raise ConfigError(
         f"--{split} {argument}: none of {', '.join(map(str, candidates))} exists; "
-        f"FlashRAG's names: {', '.join(FLASHRAG_NAMES)}"
+        f"FlashRAG's names: {', '.join(FLASHRAG_SETS)}"
     )
 
 

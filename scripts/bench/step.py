@@ -91,11 +91,7 @@ class Batch:
         parts = trainer.parts
         async with aclosing(parts.algorithm.prefetch([group.question for group in self.groups])) as prefetch:
             scored = await parts.reward.score(self.groups, prefetch=prefetch)
-        rows = trainer.build_batch(scored)
-        if not parts.policy.is_on_policy(rows):
-            rows = rows.with_old(await parts.policy.log_probs(rows))
-        if parts.reference is not None:
-            rows = rows.with_reference(await parts.reference.log_probs(rows))
+        rows = await trainer.add_log_probs(trainer.build_batch(scored))
         self.num_trained = int(rows.policy_mask.sum())
         began = time.perf_counter()
         await parts.policy.update(rows)

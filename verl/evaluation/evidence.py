@@ -211,7 +211,7 @@ class _Finder:
         assert self._search is not None
         async with self._slots:
             passages = await self._search.search(query)
-        found = evidence.find([(p.id, f"{p.title}\n{p.text}" if p.title else p.text) for p in passages])
+        found = evidence.find([(p.id, join_contents(p.title, p.text)) for p in passages])
         return [None if index is None else index + 1 for index in found]
 
     async def _look_up(
@@ -245,13 +245,14 @@ def find_read(evidence: Evidence, turns: Iterable[TurnRecord]) -> list[bool]:
     A passage with a known text counts only if it was not cut.
     """
     whole = dict(zip(evidence.items, evidence.texts, strict=False)) if evidence.names_ids else {}
-    contents = [
-        (p["id"], f"{p['title']}\n{p['text']}" if p["title"] else p["text"])
-        for turn in turns
-        for p in turn["passages"]
-    ]
+    contents = [(p["id"], join_contents(p["title"], p["text"])) for turn in turns for p in turn["passages"]]
     read = [(name, text) for name, text in contents if len(text.strip()) >= len(whole.get(name, "").strip())]
     return [index is not None for index in evidence.find(read)]
+
+
+def join_contents(title: str, text: str) -> str:
+    """Return a passage as it stands in the corpus: the title, if it has one, is the first line."""
+    return f"{title}\n{text}" if title else text
 
 
 def list_queries(turns: Iterable[TurnRecord]) -> list[str]:

@@ -11,9 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from verl.evaluation.published import PUBLISHED, PublishedResult
+from verl.evaluation.published import FLASHRAG_SETS, PUBLISHED, PublishedResult
 
-_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 _ALIASES = {"tq": "triviaqa", "2wiki": "2wikimultihopqa", "browsecompplus": "browsecomp_plus"}
 """Names of other projects, in lower case and without `-`, `_` and the prefix `searchR1_`."""
 NO_PROTOCOL = "none"
@@ -68,7 +67,7 @@ class EvaluationProtocol:
     published: Sequence[PublishedResult] = field(default=())
 
 
-_ALL_QUESTIONS = {name: SETS[name].num_questions for name in _SETS}
+_ALL_QUESTIONS = {name: SETS[name].num_questions for name in FLASHRAG_SETS}
 _ALL = "all questions: test, else dev (scripts/prepare_data.py)"
 _WIKI = "wiki-18, the 21,015,324 passages that Search-R1 publishes"
 _NUM_WIKI = 21_015_324

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+FLASHRAG_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+"""The seven question sets, by their names in FlashRAG's files."""
 _Row: TypeAlias = tuple[str | float | None, ...]
 """Model, the value of each of the seven sets, and their average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedResult:
-    """One row of a paper's table."""
+    """One row of a paper's table, by the metric of the protocol that it stands with."""
 
     model: str
-    metric: str
     source: str
     values: Mapping[str, float]
     """By set; what is not published is left out."""
@@ -24,16 +24,20 @@ class PublishedResult:
     """As published; None where there is only one set."""
 
 
-def _list_rows(source: str, *rows: _Row, metric: str = "em") -> tuple[PublishedResult, ...]:
+def _list_rows(source: str, *rows: _Row) -> tuple[PublishedResult, ...]:
     results = []
     for model, *values, average in map(list, rows):
-        known = {name: value for name, value in zip(_SETS, values, strict=True) if isinstance(value, float)}
+        known = {
+            name: value for name, value in zip(FLASHRAG_SETS, values, strict=True) if isinstance(value, float)
+        }
         assert isinstance(average, float)
-        results.append(
-            PublishedResult(model=str(model), metric=metric, source=source, values=known, average=average)
-        )
+        results.append(PublishedResult(model=str(model), source=source, values=known, average=average))
     return tuple(results)
 
+
+_SEARCH_R1_3B_GRPO: _Row = (
+    "Search-R1 3B base, GRPO", 42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8, 31.2,
+)  # fmt: skip
 
 PUBLISHED: Mapping[str, Sequence[PublishedResult]] = {
     "search_r1": (
@@ -46,7 +50,7 @@ PUBLISHED: Mapping[str, Sequence[PublishedResult]] = {
         ),
         *_list_rows(
             "AutoRefine, 2505.11277",
-            ("Search-R1 3B base, GRPO", 42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8, 31.2),
+            _SEARCH_R1_3B_GRPO,
             ("Search-R1 3B instruct, GRPO", 39.7, 56.5, 39.1, 33.1, 31.0, 12.4, 23.2, 33.6),
         ),
     ),
@@ -67,12 +71,11 @@ PUBLISHED: Mapping[str, Sequence[PublishedResult]] = {
         ("DeepResearcher", 39.6, 78.4, 48.5, 52.8, 59.7, 27.1, 71.0, 53.9),
         ("GiGPO", 46.4, 64.7, 46.1, 41.6, 43.6, 18.9, 68.9, 47.2),
         ("IGPO 7B", 46.4, 80.6, 53.8, 59.0, 72.1, 32.7, 77.0, 60.2),
-        metric="set_f1",
     ),
     "review": (
         *_list_rows(
             "AutoRefine, 2505.11277",
-            ("Search-R1 3B base, GRPO", 42.1, 58.3, 41.3, 29.7, 27.4, 6.6, 12.8, 31.2),
+            _SEARCH_R1_3B_GRPO,
             ("AutoRefine 3B base", 46.7, 62.0, 45.0, 40.5, 39.3, 15.7, 34.4, 40.5),
             ("AutoRefine 3B instruct", 43.6, 59.7, 44.7, 40.4, 38.0, 16.9, 33.6, 39.6),
         ),
@@ -87,7 +90,7 @@ PUBLISHED: Mapping[str, Sequence[PublishedResult]] = {
         ),
     ),
     "browsecomp_plus": tuple(
-        PublishedResult(model=model, metric="judge", source="2508.06600", values={"browsecomp_plus": value})
+        PublishedResult(model=model, source="2508.06600", values={"browsecomp_plus": value})
         for model, value in (
             ("Search-R1, BM25", 3.86),
             ("GPT-5, BM25", 55.9),

@@ -131,11 +131,7 @@ class PPOTrainer:
                         )
 
                 with timer("log_probs"):
-                    batch = self.build_batch(scored)
-                    if batch.old_log_probs is None and not parts.policy.is_on_policy(batch):
-                        batch = batch.with_old(await parts.policy.log_probs(batch))
-                    if parts.reference is not None:
-                        batch = batch.with_reference(await parts.reference.log_probs(batch))
+                    batch = await self.add_log_probs(self.build_batch(scored))
 
                 with timer("update"):
                     update_step = self.update(step, batch, scored, left_out=self.judge(collected))
@@ -213,6 +209,15 @@ class PPOTrainer:
             pad_id=self.pad_id,
             old_log_probs=None if old is None else [old[i] for i in kept],
         )
+
+    async def add_log_probs(self, batch: TrainBatch) -> TrainBatch:
+        """Return the batch with the log-probs that the update needs: the old ones, those of the reference."""
+        policy, reference = self.parts.policy, self.parts.reference
+        if batch.old_log_probs is None and not policy.is_on_policy(batch):
+            batch = batch.with_old(await policy.log_probs(batch))
+        if reference is not None:
+            batch = batch.with_reference(await reference.log_probs(batch))
+        return batch
 
     def record(self, scored: ScoredGroups, update: dict[str, float], *, left_out: Sequence[Played]) -> None:
         """Write trajectories and metrics of the step, and the batch of a skipped update."""
