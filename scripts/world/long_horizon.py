@@ -32,7 +32,7 @@ END = Relation("trail end", Kind.person, Kind.town, ("Where does the trail of {x
 FACTS_PER_PAGE = tuple(
     relation for relation in relations_of(Kind.person) if relation.value is not Kind.person
 )
-"""What else a page tells: birthplace, residence, university, award, instrument."""
+"""Further facts on a page: birthplace, residence, university, award, instrument."""
 
 
 @dataclass(frozen=True, slots=True)

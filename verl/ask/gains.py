@@ -1,4 +1,4 @@
-"""Measure what each search told the policy, when the gold answer is not known.
+"""Measure how much each search informed the policy when the gold answer is not known.
 
 A gain of the training is the rise of the belief in the gold answer. Without one, it is measured for the
 answer that the policy gave in the end, after the episode: it says which search led to this answer, not that

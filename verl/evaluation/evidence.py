@@ -1,7 +1,7 @@
 """`evidence.jsonl`: of each answer, where the evidence for the right one was to be found.
 
 One line per line of `results.jsonl`, in the same order. Queries of wrong answers are searched again, deeper
-than the policy read, so that what was cut is told from what was not retrieved.
+than the policy read, which separates what was cut from what was not retrieved.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ class _IndexedFile:
                 try:
                     record = _parse_key(content, where=where)
                 except DataError as error:
-                    # Of the last line it is no error: the process was killed while it wrote it.
+                    # A damaged last line is expected: the process was killed while it wrote it.
                     problem, self._damaged = str(error), line
                     continue
                 key = (record["uid"], record["sample"])

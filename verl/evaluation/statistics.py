@@ -45,7 +45,7 @@ def bootstrap_interval(
 ) -> Interval | None:
     """Return the bias-corrected and accelerated bootstrap interval (BCa) of the mean over the strata.
 
-    None where no stratum has two different numbers: resampling them would claim certainty. Source: Efron
+    None where no stratum has two different numbers: every resample would be the same. Source: Efron
     1987, "Better bootstrap confidence intervals"; for several strata Davison and Hinkley 1997, section 5.3.
     """
     estimate = mean_of_means(strata)

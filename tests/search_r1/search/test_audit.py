@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 async def test_each_question_has_one_of_five_ends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], has_corpus: bool
 ) -> None:
-    """With the corpus at hand all of them are told apart; without it a title or gold answer stays unknown."""
+    """With the corpus all of them are distinguished; without it a title or gold answer stays unknown."""
     questions, output = tmp_path / "q.jsonl", tmp_path / "new" / "audit.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row, _ in ROWS.values()))
     corpus = write_corpus(tmp_path / "corpus.jsonl", PASSAGES)

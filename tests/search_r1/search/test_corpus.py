@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_has_its_offsets_in_the_cache(
 ) -> None:
     path = write(tmp_path / "corpus.jsonl", f"{GOOD}\n" * 5)
     kept = path.with_name("corpus.jsonl.offsets.npy")
-    kept.mkdir()  # no file can take its place, whoever runs the test
+    kept.mkdir()  # no file can take its place, not even as root
     assert len(open_corpus(path)) == 5
     assert caplog.messages == []  # nothing to worry about: there is another place
     (cached,) = (tmp_path / "cache" / "offsets").iterdir()

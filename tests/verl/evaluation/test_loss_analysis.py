@@ -94,7 +94,7 @@ def test_shares_are_of_what_was_measured() -> None:
     ]
     nq, tq, every = analyze_losses(results, evidence).groups
     assert (nq.num_answers, nq.num_right, nq.losses[Loss.CUT], nq.losses[Loss.UNKNOWN]) == (3, 1, 1, 1)
-    # The search that failed is no miss; the question whose answer failed has a ceiling.
+    # The search that failed does not count as a miss; the question whose answer failed has a ceiling.
     assert [found and found.value for found in (nq.in_topk, nq.in_depth, tq.in_topk)] == [0.5, 1.0, 1.0]
     assert every.in_topk is not None
     assert every.in_topk.num_questions == 3

@@ -193,7 +193,7 @@ def run(code: str, output: io.TextIOWrapper) -> None:
             if value is not None:
                 print(repr(value), file=output)
     except BaseException as error:
-        # An exit without a message is no error.
+        # An exit without a message is not an error.
         if not isinstance(error, SystemExit) or error.code not in (None, 0):
             print(describe(error), file=output)
     output.flush()
