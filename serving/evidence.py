@@ -6,7 +6,7 @@ in which a gold answer occurs, which an answer like `no` does by chance: it has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self, TypeAlias
@@ -89,3 +89,14 @@ def title_of(contents: str) -> str:
     """Return the title of a passage without quotes; empty for contents of one line."""
     title, newline, _ = contents.partition("\n")
     return title.strip(' "') if newline else ""
+
+
+def find_corpus_hash(facts: Mapping[str, object]) -> str | None:
+    """Return the SHA-256 of the corpus that a retriever states for all of its parts; None where it has none.
+
+    The names of the parts of a hybrid retriever have a prefix; a server has the facts below `retriever`.
+    """
+    nested = facts.get("retriever")
+    found = {**facts, **(nested if isinstance(nested, Mapping) else {})}
+    hashes = {str(value) for key, value in found.items() if value and key.split(".")[-1] == "corpus_sha256"}
+    return hashes.pop() if len(hashes) == 1 else None

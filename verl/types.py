@@ -62,6 +62,8 @@ class Passage:
     text: str
     """The rest of `contents`; only its start where an observation had no room for more."""
     score: float
+    is_cut: bool = False
+    """Whether the observation had no room for all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,8 +47,8 @@ from search_r1.search.presence import look_up_ids, scan_corpus
 from search_r1.search.remote import RemoteRetriever
 from search_r1.search.retriever import Outcome, Retriever, SearchFailure
 from search_r1.search.settings import resolve_retriever
-from serving.evidence import Evidence, EvidenceKind
-from serving.files import replacing_file
+from serving.evidence import Evidence, EvidenceKind, find_corpus_hash
+from serving.files import replacing_file, sha256_of_file
 
 
 class Status(StrEnum):
@@ -114,11 +114,11 @@ def run(settings: argparse.Namespace) -> int:
     if settings.depth < settings.topk:
         raise RetrieverError(f"--depth must be at least --topk ({settings.topk}), got {settings.depth}")
     questions = read_questions(settings.questions, limit=settings.num_questions)
-    audited, facts = asyncio.run(_audit(questions, settings))
+    audited, facts, corpus_sha256 = asyncio.run(_audit(questions, settings))
     k = settings.topk
     Console(file=sys.stdout).print(_make_table(audited, k))
     if settings.output is not None:
-        write_lines(audited, settings.output, k=k)
+        write_lines(audited, settings.output, k=k, corpus_sha256=corpus_sha256)
     summary = {
         "topk": k,
         "depth": settings.depth,
@@ -132,9 +132,15 @@ def run(settings: argparse.Namespace) -> int:
 
 async def _audit(
     questions: Sequence[AskedQuestion], settings: argparse.Namespace
-) -> tuple[list[AuditedQuestion], dict[str, object]]:
-    """Return what is known of each question, and what that depends on. Raises RetrieverError."""
+) -> tuple[list[AuditedQuestion], dict[str, object], str | None]:
+    """Return what is known of each question, what that depends on, and the hash of the corpus.
+
+    Raises RetrieverError.
+    """
     async with open_asked(settings) as (retriever, facts):
+        corpus_sha256 = find_corpus_hash(facts)
+        if settings.url is not None and "corpus_path" in settings:
+            corpus_sha256 = await asyncio.to_thread(hash_corpus, Path(settings.corpus_path), corpus_sha256)
         audited = await _search_questions(questions, retriever, settings)
         audited = await _search_own_texts(audited, retriever, settings)
         unresolved = {
@@ -147,7 +153,22 @@ async def _audit(
             held = await asyncio.to_thread(scan_corpus, corpus_path, unresolved)
         elif isinstance(retriever, RemoteRetriever):
             held = await look_up_ids(retriever, unresolved, timeout_s=settings.timeout_s)
-    return [_resolve(one, held[row]) if row in held else one for row, one in enumerate(audited)], facts
+    resolved = [_resolve(one, held[row]) if row in held else one for row, one in enumerate(audited)]
+    return resolved, facts, corpus_sha256
+
+
+def hash_corpus(path: Path, searched: str | None) -> str:
+    """Return the SHA-256 of the file. Raises RetrieverError if the server searches another corpus."""
+    try:
+        found = sha256_of_file(path)
+    except OSError as error:
+        raise RetrieverError(f"--corpus_path {path}: {error.strerror or error}") from error
+    if searched not in (None, found):
+        raise RetrieverError(
+            f"--corpus_path {path} has the SHA-256 {found[:12]}, the server at --url searches a corpus with "
+            f"{searched[:12]}: give the corpus of its index"
+        )
+    return found
 
 
 async def _search_questions(
@@ -228,7 +249,7 @@ def _is_within(rank: int | None, k: int) -> bool:
     return rank is not None and rank <= k
 
 
-def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int) -> None:
+def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int, corpus_sha256: str | None) -> None:
     """Write one JSON line per question. Raises RetrieverError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,6 +263,7 @@ def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int) -> No
                     "status": str(one.status(k)),
                     "items": [asdict(item) for item in one.items],
                     "failure": one.failure,
+                    "corpus_sha256": corpus_sha256,
                 }
                 file.write(json.dumps(line) + "\n")
     except OSError as error:

@@ -12,13 +12,15 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NotRequired
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from serving.evidence import Evidence
+from serving.evidence import Evidence, EvidenceKind
 from serving.files import replacing_file
 from verl.errors import DataError, ServiceError
+from verl.evaluation.audit import Audit
 from verl.evaluation.metrics import is_right
 from verl.evaluation.records import EVIDENCE_FILE, TRAJECTORIES_FILE, Key, ResultRecord
 from verl.protocols import Search
@@ -53,7 +55,7 @@ class EvidenceRecord(TypedDict):
     last_action: str | None
     """answer, tool or invalid: that of the last turn; None without a turn."""
     read: list[bool]
-    """Whether the policy read it, whole where its length is known."""
+    """Whether the policy read it, whole."""
     question_ranks: Ranks
     """Among the results for the question itself."""
     query_ranks: Ranks
@@ -66,6 +68,8 @@ class EvidenceRecord(TypedDict):
     """Passages looked at of each search; None if nothing was searched."""
     failure: str | None
     """Why ranks are unknown."""
+    audit: NotRequired[str]
+    """SHA-256 of the output of `index audit` that says what the corpus has, if one was given."""
 
 
 _SHAPE = TypeAdapter(EvidenceRecord)
@@ -93,18 +97,20 @@ async def write_evidence(
     search: Search | None,
     topk: int,
     depth: int | None,
+    audit: Audit | None = None,
 ) -> None:
     """Find the evidence of all answers, and write it to the folder.
 
     `search` returns `depth` passages; None: nothing is searched again. A search that fails is recorded; only
-    such records are made again if the file is there already. Raises DataError for damaged trajectories.
+    such records are made again if the file is there already and of the same `audit`. Raises DataError for
+    damaged trajectories.
     """
-    finder = _Finder({q.uid: q for q in questions}, search=search, topk=topk, depth=depth)
+    finder = _Finder({q.uid: q for q in questions}, search=search, topk=topk, depth=depth, audit=audit)
     trajectories = iterate_records(folder / TRAJECTORIES_FILE)
     progress = ProgressLog(logger, "searches for the evidence of answers")
     num_failed = 0
     earlier = read_evidence(folder, results) or []
-    known = {(record["uid"], record["sample"]): record for record in earlier if record["failure"] is None}
+    known = {(record["uid"], record["sample"]): record for record in earlier if _is_final(record, audit)}
     with replacing_file(folder / EVIDENCE_FILE) as partial, partial.open("w", encoding="utf-8") as file:
         for start in range(0, len(results), _CHUNK):
             chunk = results[start : start + _CHUNK]
@@ -126,10 +132,14 @@ async def write_evidence(
         )
 
 
-def is_complete(folder: Path, results: Sequence[ResultRecord]) -> bool:
-    """Return whether the folder has the evidence of all these answers, without a search that failed."""
+def is_complete(folder: Path, results: Sequence[ResultRecord], *, audit: Audit | None = None) -> bool:
+    """Return whether the folder has the evidence of all these answers, by this audit and none that failed."""
     found = read_evidence(folder, results)
-    return found is not None and all(record["failure"] is None for record in found)
+    return found is not None and all(_is_final(record, audit) for record in found)
+
+
+def _is_final(record: EvidenceRecord, audit: Audit | None) -> bool:
+    return record["failure"] is None and record.get("audit") == (None if audit is None else audit.sha256)
 
 
 def _key(result: ResultRecord) -> Key:
@@ -152,12 +162,19 @@ class _Finder:
     """Looks for the evidence of answers; the searches of all of them share one limit."""
 
     def __init__(
-        self, questions: Mapping[str, Question], *, search: Search | None, topk: int, depth: int | None
+        self,
+        questions: Mapping[str, Question],
+        *,
+        search: Search | None,
+        topk: int,
+        depth: int | None,
+        audit: Audit | None,
     ) -> None:
         self._questions = questions
         self._search = search
         self._topk = topk
         self._depth = None if search is None else depth
+        self._audit = audit
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
         self._by_question: dict[str, asyncio.Task[Ranks]] = {}
 
@@ -186,6 +203,9 @@ class _Finder:
             "depth": self._depth,
             "failure": None,
         }
+        if self._audit is not None:
+            record["audit"] = self._audit.sha256
+            record["in_corpus"] = list(self._audit.in_corpus[question.uid])
         if self._search is None or not evidence.items:
             return record
         try:
@@ -196,7 +216,8 @@ class _Finder:
                 record["query_ranks"] = best_ranks([nothing, *ranks])
             seen = best_ranks([record["question_ranks"], record["query_ranks"]])
             is_seen = [read or rank is not None for read, rank in zip(record["read"], seen, strict=True)]
-            record["in_corpus"] = await self._look_up(question, evidence, is_seen)
+            known = [True if seen else held for seen, held in zip(is_seen, record["in_corpus"], strict=True)]
+            record["in_corpus"] = await self._look_up(question, evidence, known)
         except ServiceError as error:
             record["failure"] = str(error)
         return record
@@ -215,10 +236,10 @@ class _Finder:
         return [None if index is None else index + 1 for index in found]
 
     async def _look_up(
-        self, question: Question, evidence: Evidence, is_seen: Sequence[bool]
+        self, question: Question, evidence: Evidence, known: Sequence[bool | None]
     ) -> list[bool | None]:
-        """Return whether the corpus has each item: seen, found by its own text, or unknown to the server."""
-        held: list[bool | None] = [True if seen else None for seen in is_seen]
+        """Return whether the corpus has each item: known, found by its own text, or unknown to the server."""
+        held = list(known)
         queries = evidence.best_queries(question.text)
         for number, item in enumerate(evidence.items):
             if held[number] is None and (await self._rank(evidence, queries[number]))[number] is not None:
@@ -242,10 +263,14 @@ class _Finder:
 def find_read(evidence: Evidence, turns: Iterable[TurnRecord]) -> list[bool]:
     """Return for each item whether the policy read it.
 
-    A passage with a known text counts only if it was not cut.
+    A supporting passage that was cut does not count, nor does a part of one whose text is known.
     """
+    if evidence.kind is EvidenceKind.SUPPORTING_IDS:
+        passages = [p for turn in turns for p in turn["passages"] if not p.get("is_cut")]
+    else:
+        passages = [p for turn in turns for p in turn["passages"]]
     whole = dict(zip(evidence.items, evidence.texts, strict=False)) if evidence.names_ids else {}
-    contents = [(p["id"], join_contents(p["title"], p["text"])) for turn in turns for p in turn["passages"]]
+    contents = [(p["id"], join_contents(p["title"], p["text"])) for p in passages]
     read = [(name, text) for name, text in contents if len(text.strip()) >= len(whole.get(name, "").strip())]
     return [index is not None for index in evidence.find(read)]
 

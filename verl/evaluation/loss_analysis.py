@@ -72,6 +72,8 @@ class LossAnalysis:
     groups: tuple[LossGroup, ...]
     topk: int
     depth: int | None
+    audit: str | None = None
+    """SHA-256 of the output of `index audit` that says what the corpus has."""
 
 
 def find_loss(result: ResultRecord, evidence: EvidenceRecord) -> Loss | None:
@@ -108,7 +110,9 @@ def analyze_losses(results: Sequence[ResultRecord], evidence: Sequence[EvidenceR
     if len(groups) > 1:
         groups.append(_analyze("all", pairs))
     first = evidence[0]
-    return LossAnalysis(groups=tuple(groups), topk=first["topk"], depth=first["depth"])
+    return LossAnalysis(
+        groups=tuple(groups), topk=first["topk"], depth=first["depth"], audit=first.get("audit")
+    )
 
 
 def _analyze(name: str, pairs: Sequence[tuple[ResultRecord, EvidenceRecord]]) -> LossGroup:
@@ -166,11 +170,14 @@ def loss_metrics(analysis: LossAnalysis) -> dict[str, float]:
 def loss_table(analysis: LossAnalysis) -> Table:
     """Return the number of wrong answers by where they were lost."""
     losses = [loss for loss in Loss if any(group.losses[loss] for group in analysis.groups)]
+    note = f"Numbers of answers, right by exact match. Evidence for the answer: {_name_kinds(analysis)}."
+    if analysis.audit is not None:
+        note += f" What the corpus has is known by index audit (SHA-256 {analysis.audit[:12]})."
     return Table(
         title="Where wrong answers were lost",
         header=("source", "answers", "right", "wrong", *losses),
         rows=tuple(_loss_row(group, losses) for group in analysis.groups),
-        note=f"Numbers of answers, right by exact match. Evidence for the answer: {_name_kinds(analysis)}.",
+        note=note,
         rules=_rule(analysis),
     )
 
@@ -220,6 +227,7 @@ def analysis_json(analysis: LossAnalysis) -> dict[str, object]:
     return {
         "topk": analysis.topk,
         "depth": analysis.depth,
+        "audit": analysis.audit,
         "groups": {group.name: _group_json(group) for group in analysis.groups},
     }
 

@@ -33,6 +33,7 @@ from verl.types import (
     ActionKind,
     Credit,
     FloatArray,
+    Passage,
     Score,
     Trajectory,
     Turn,
@@ -57,6 +58,8 @@ class PassageRecord(TypedDict):
     title: str
     text: str
     score: float | None
+    is_cut: NotRequired[bool]
+    """Whether the observation had no room for all of it."""
 
 
 class CallRecord(TypedDict):
@@ -244,6 +247,18 @@ def _text_cuts(turn: Turn, advantages: FloatArray | None, *, text: DecodedText) 
     return [(token, text.count_characters(token)) for token in tokens]
 
 
+def _passage_record(passage: Passage) -> PassageRecord:
+    record: PassageRecord = {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "score": _number(passage.score, SCORE_DIGITS),
+    }
+    if passage.is_cut:
+        record["is_cut"] = True
+    return record
+
+
 def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -> TurnRecord:
     text = DecodedText(turn.output_ids.tolist(), decode=decode)
     record: TurnRecord = {
@@ -255,10 +270,7 @@ def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -
             {"text": found.text, "num_passages": len(found.passages) if len(turn.observation_ids) else 0}
             for found in turn.observations
         ],
-        "passages": [
-            cast(PassageRecord, asdict(passage) | {"score": _number(passage.score, SCORE_DIGITS)})
-            for passage in turn.passages
-        ],
+        "passages": [_passage_record(passage) for passage in turn.passages],
         "observation_text": decode(turn.observation_ids.tolist()),
         "observation_truncated": turn.observation_truncated,
         "version": turn.version,

@@ -13,11 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from serving.evidence import find_corpus_hash
 from serving.files import write_json_atomically
 from serving.machine import has_bfloat16
 from verl.agent.prompts import prompt_file
 from verl.agent.reference import NO_SEARCH
 from verl.algorithms.scoring.reward import OutcomeRule, score_answer
+from verl.evaluation.audit import Audit, read_audit
 from verl.evaluation.browsecomp import write_run_files
 from verl.evaluation.evidence import is_complete, read_evidence, write_evidence
 from verl.evaluation.loss_analysis import analyze_losses, loss_metrics
@@ -101,6 +103,7 @@ async def answer_questions(
     )
     warn_if_unused(config, questions, prompt_format=prompt_format)
     protocol = check_protocol(config, questions, version=find_version(services))
+    audit = open_audit(config, questions, version=find_version(services))
     settings = make_manifest(
         config,
         services=services,
@@ -133,13 +136,28 @@ async def answer_questions(
         await play(config, agent, questions, outcome=outcome, writer=writer)
         seconds = time.monotonic() - started
     writer.sort(keys)
-    if "search" in config.agent.tools and not is_complete(folder, read_results(folder)):
-        await trace_evidence(config, questions, folder=folder, services=services)
+    if "search" in config.agent.tools and not is_complete(folder, read_results(folder), audit=audit):
+        await trace_evidence(config, questions, folder=folder, services=services, audit=audit)
     return num_left, seconds
 
 
+def open_audit(
+    config: Config, questions: Sequence[Question], *, version: Mapping[str, object]
+) -> Audit | None:
+    """Return what the audit of evaluation.audit says of the questions; None without one. Raises DataError."""
+    path = config.evaluation.audit
+    if path is None:
+        return None
+    return read_audit(Path(path), questions, corpus_sha256=find_corpus_hash(version))
+
+
 async def trace_evidence(
-    config: Config, questions: Sequence[Question], *, folder: Path, services: Mapping[str, object]
+    config: Config,
+    questions: Sequence[Question],
+    *,
+    folder: Path,
+    services: Mapping[str, object],
+    audit: Audit | None = None,
 ) -> None:
     """Write where the evidence for each answer was; queries are searched again, but not by online engines."""
     depth, retriever = config.evaluation.search_depth, config.retriever
@@ -158,6 +176,7 @@ async def trace_evidence(
             search=search,
             topk=retriever.topk,
             depth=depth,
+            audit=audit,
         )
     finally:
         if search is not None:

@@ -160,6 +160,7 @@ async def test_a_cut_observation_keeps_its_end_and_the_passages_are_those_that_a
     trajectory = await search_once(*found, max_obs_length=max_obs_length)
     *whole, last = trajectory.passages
     assert whole == found[: len(whole)]
+    assert last.is_cut
     assert (last.id, last.score) == (found[len(whole)].id, found[len(whole)].score)
     assert last.title.startswith(title)
     assert last.text.startswith(text)
@@ -232,7 +233,7 @@ async def test_a_result_beyond_the_character_limit_is_cut_even_if_its_tokens_wou
     outputs = ("<search>q</search>", "<answer>a</answer>")
     agent, _, _ = build(*outputs, found={"q": (page,)}, tokenizer=CoarseTokenizer())
     first = (await play(agent)).turns[0]
-    assert first.passages == (replace(page, text="w" * shown),)
+    assert first.passages == (replace(page, text="w" * shown, is_cut=shown < length),)
     assert first.observation_truncated == (shown < length)
 
 

@@ -98,6 +98,11 @@ def test_fewer_characters_of_a_page_are_never_more_and_the_pieces_are_its_text(
         assert whole.text.startswith(cut.text)
         body = cut.text.partition("\n")[2]
         assert " ".join(piece.text for piece in cut.passages).rstrip() == body
+        assert [piece.id for piece in cut.passages if piece.is_cut] == [
+            piece.id
+            for piece, all_of_it in zip(cut.passages, pieces, strict=False)
+            if piece.text.rstrip() != all_of_it.text.rstrip()
+        ]
 
 
 @pytest.mark.parametrize(

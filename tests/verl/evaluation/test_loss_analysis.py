@@ -204,24 +204,28 @@ async def test_evidence_is_looked_for_in_what_was_read_and_in_deeper_searches(tm
         play(ask(1, **both), search_turn("a", [MARSH]), search_turn("b", []), answer_turn("x")),
         play(ask(2, ids=("1",), texts=(MARSH_TEXT,)), search_turn("a", [cut]), answer_turn("x")),
         play(ask(3, ids=("8",), texts=("T\nt",)), answer_turn("x")),
-        play(ask(4, ids=("Calder",)), search_turn("c", [MARSH]), answer_turn("x")),
+        play(ask(4, ids=("Calder",)), search_turn("d", [MARSH]), answer_turn("x")),
         play(ask(5, gold="yes"), answer_turn("x")),
+        play(ask(7, ids=("Calder",)), search_turn("c", [replace(CALDER, is_cut=True)]), answer_turn("x")),
         play(ask(6, ids=("1",)), search_turn("broken", []), make_turn("?", Action(kind=ActionKind.INVALID))),
     ]
-    search = DeepSearch({"q0": [MARSH], "a": [MARSH], "b": [MARSH, CALDER], "Calder": [CALDER]})
+    search = DeepSearch(
+        {"c": [MARSH, CALDER], "q0": [MARSH], "a": [MARSH], "b": [MARSH, CALDER], "Calder": [CALDER]}
+    )
     found = await trace(tmp_path, trajectories, search)
     assert [record["read"] for record in found] == [
-        [True], [True, False], [False], [False], [False], [], [False]
+        [True], [True, False], [False], [False], [False], [], [False], [False]
     ]  # fmt: skip
-    assert [record["kind"] for record in found[::5]] == ["gold_strings", "none"]
+    assert [record["kind"] for record in (found[0], found[5])] == ["gold_strings", "none"]
     assert [record["query_ranks"] for record in found[:5]] == [[None], [1, 2], [1], [None], [None]]
     assert (found[0]["question_ranks"], found[3]["in_corpus"]) == ([1], [False])
     assert found[4]["in_corpus"] == [True]  # found by its title alone
-    assert (found[6]["last_action"], found[6]["failure"]) == ("invalid", "retriever: late")
+    assert (found[-1]["last_action"], found[-1]["failure"]) == ("invalid", "retriever: late")
     results = read_results(tmp_path)
     losses = [find_loss(*pair) for pair in zip(results, found, strict=True)]
     assert losses == [
-        None, Loss.CUT, Loss.CUT, Loss.NOT_IN_CORPUS, Loss.NOT_RETRIEVED, Loss.UNKNOWN, Loss.MALFORMED
+        None, Loss.CUT, Loss.CUT, Loss.NOT_IN_CORPUS, Loss.NOT_RETRIEVED, Loss.UNKNOWN, Loss.CUT,
+        Loss.MALFORMED,
     ]  # fmt: skip
     assert search.asked.count("b") == 1
 

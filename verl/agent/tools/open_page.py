@@ -95,7 +95,8 @@ class OpenPageTool(Tool):
         for piece in observation.passages:
             if left <= 0:
                 break
-            pieces.append(replace(piece, text=piece.text[:left]))
+            is_cut = piece.is_cut or len(piece.text.rstrip()) > left
+            pieces.append(replace(piece, text=piece.text[:left], is_cut=is_cut))
             left -= len(piece.text) + 1
         return Observation(text=text, passages=tuple(pieces))
 

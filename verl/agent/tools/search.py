@@ -94,11 +94,14 @@ class SearchTool(Tool):
             end = min(max_chars, len(self._render(passages[:count])))
             if len(documents[:max_chars].rstrip()) > len(heading):
                 text = documents[:end].rstrip()[len(heading) + 1 :]
-                shown = (*whole, replace(last, text=text))
+                shown = (
+                    *whole,
+                    replace(last, text=text, is_cut=last.is_cut or len(text) < len(last.text.rstrip())),
+                )
                 break
         else:
             if passages:
                 start = len(self._render([replace(passages[0], title="", text="")])) - 1
                 title = documents[start : min(start + len(passages[0].title), max_chars)]
-                shown = (replace(passages[0], title=title, text=""),)
+                shown = (replace(passages[0], title=title, text="", is_cut=True),)
         return Observation(text=self._render(shown), passages=shown)

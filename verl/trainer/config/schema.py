@@ -357,6 +357,8 @@ class EvaluationConfig:
     reference: str = one_of("none", "no_search", "one_shot_rag")
     search_depth: int | None = setting(100, lambda value: 1 <= value <= 1000, "1 to 1000")
     """At most as many passages as the retriever returns."""
+    audit: str | None = None
+    """Output of `index audit` for the same questions and corpus."""
     protocol: str = one_of("none", "search_r1", "inforeasoner", "igpo", "review", "browsecomp_plus")
     """See `verl.evaluation.protocols`."""
     protocol_overrides: bool = False
@@ -368,6 +370,9 @@ class EvaluationConfig:
         if self.log_file is not None:
             require(bool(self.log_file), "evaluation.log_file", self.log_file, "a file or null")
             self.log_file = os.path.expanduser(self.log_file)
+        if self.audit is not None:
+            require(bool(self.audit), "evaluation.audit", self.audit, "the output of index audit or null")
+            self.audit = os.path.expanduser(self.audit)
         require(
             self.n == 1 or self.temperature > 0,
             "evaluation.temperature",
