@@ -1,4 +1,4 @@
-"""Exact match against a number of searches or tokens, as inline SVG."""
+"""The share of right answers against a number of searches or tokens, as inline SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPREAD = 0.5
 """Of the distance between two bins, how far the points of the runs are apart."""
 
 
-def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: str) -> str:
+def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: str, measure: str) -> str:
     """Return the points of each run with their intervals; the bins are evenly spaced."""
     bins = sorted(
         {(point.low, point.high): format_bin(point) for of in series.values() for point in of}.items()
@@ -34,7 +34,7 @@ def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: s
                     axes.annotate(text, (x, 1), xycoords=("data", "axes fraction"), ha="center", fontsize=7)
         axes.set_xticks(range(len(bins)), [label for _, label in bins])
         axes.set_ylim(-3, 106)
-        axes.set_ylabel("EM in percent")
+        axes.set_ylabel(f"{measure} in percent")
         if len(series) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1)
         values = (

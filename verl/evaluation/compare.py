@@ -1,8 +1,8 @@
 """Compare evaluations: `python -m verl.evaluation.compare RUN RUN ... [--metric em] [--output FOLDER]`.
 
 The runs are folders of `verl.trainer.main_eval` that answered the same questions; the others are compared
-with the first. Tables go to the terminal, and with --output as Markdown, LaTeX, JSON and a page to a folder.
-The last line of stdout is JSON.
+with the first, with `--base`, or each with each. Tables go to the terminal, and with --output as Markdown,
+LaTeX, JSON and a page to a folder. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from string import ascii_lowercase
 
 from markupsafe import Markup
 from rich.console import Console
@@ -26,6 +28,7 @@ from verl.evaluation.paired import (
     Runs,
     compare_runs,
     comparison_json,
+    list_pairs,
     pair_runs,
     shared_curves,
 )
@@ -33,7 +36,7 @@ from verl.evaluation.protocol_check import find_record
 from verl.evaluation.records import SETTINGS_FILE, ResultRecord
 from verl.evaluation.settings import list_differences, read_manifest
 from verl.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
-from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, summarize
+from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, name_measure, summarize
 from verl.evaluation.tables import (
     ABSENT,
     Table,
@@ -44,6 +47,7 @@ from verl.evaluation.tables import (
     format_cost,
     format_estimate,
     format_interval,
+    title_curve,
 )
 from verl.evaluation.verdicts import read_judge, read_judged_results
 from verl.utils.entry import error_line
@@ -72,43 +76,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="compare the questions that all runs have, and count the others",
     )
+    parser.add_argument("--base", metavar="NAME", help="the run that others are compared with (the first)")
+    parser.add_argument("--pairs", choices=["all"], help="compare every run with every other")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write tables and a page there")
     options = parser.parse_args(arguments)
     if len(options.runs) < 2:
         parser.error("give at least two runs: the others are compared with the first")
+    if options.pairs == "all" and options.base is not None:
+        parser.error("--pairs all compares every run with every other: leave out --base")
     with error_line():
         found = compare_folders(
             options.runs,
             metrics=list(dict.fromkeys(options.metric or ["em"])),
             intersect=options.intersect,
+            base=options.base,
+            every_pair=options.pairs == "all",
             output=options.output,
         )
         print(json.dumps(found, allow_nan=False), flush=True)  # noqa: T201 (for the program that started this one)
 
 
 def compare_folders(
-    folders: Sequence[Path], *, metrics: Sequence[str], intersect: bool, output: Path | None
+    folders: Sequence[Path],
+    *,
+    metrics: Sequence[str],
+    intersect: bool,
+    output: Path | None,
+    base: str | None = None,
+    every_pair: bool = False,
 ) -> dict[str, object]:
     """Print the comparison of evaluation folders, write it to `output`, and return it as JSON.
 
-    Raises DataError for folders that are damaged or do not have the same questions.
+    Runs are compared with `base`, by default the first, or each with each. Raises DataError for folders that
+    are damaged or do not have the same questions.
     """
     paths = {name: str(folder) for name, folder in name_runs(folders).items()}
+    pairs = list_pairs([*paths], base=base, every=every_pair)
     if "judge" in metrics:
         check_judges(paths)
     every = {name: read_judged_results(Path(path)) for name, path in paths.items()}
     runs, left_out = pair_runs(every, intersect=intersect)
     asked = set.intersection(*({r["data_source"] for r in results} for results in every.values()))
-    comparisons = [compare_runs(runs, metric=metric, asked=asked) for metric in metrics]
-    settings = list_settings_notes(paths)
+    comparisons = [compare_runs(runs, metric=metric, pairs=pairs, asked=asked) for metric in metrics]
+    settings = list_settings_notes(paths, base=pairs[0][1])
     curves = shared_curves(runs)
+    measure = name_measure(chain(*runs.values()))
     tables = [
         *(
             table
             for c in comparisons
-            for table in (score_table(c, runs, left_out, settings), difference_table(c, runs))
+            for table in (score_table(c, runs, left_out, settings), difference_table(c))
         ),
-        *(curve_table(curves[key], key) for key in CURVES),
+        *(curve_table(curves[key], key, measure=measure) for key in CURVES),
     ]
     console = Console()
     if not console.is_terminal:
@@ -123,6 +142,7 @@ def compare_folders(
         "questions": len({record["uid"] for record in first}),
         "left_out": left_out,
         "settings": settings,
+        "measure": measure,
         "interval": {"confidence": CONFIDENCE, "method": "BCa bootstrap", "resamples": NUM_RESAMPLES},
         "metrics": {c.metric: comparison_json(c) for c in comparisons},
     }
@@ -142,8 +162,8 @@ def check_judges(paths: Mapping[str, str]) -> None:
         )
 
 
-def list_settings_notes(paths: Mapping[str, str]) -> list[str]:
-    """Return a sentence on each run whose settings differ from the first one's or deviate from a protocol.
+def list_settings_notes(paths: Mapping[str, str], *, base: str) -> list[str]:
+    """Return a sentence on each run whose settings differ from those of `base` or deviate from a protocol.
 
     Raises DataError for damaged settings.
     """
@@ -153,11 +173,10 @@ def list_settings_notes(paths: Mapping[str, str]) -> list[str]:
         if (path := Path(folder) / SETTINGS_FILE).is_file()
     }
     notes = [f"{name} has no {SETTINGS_FILE}: its settings are unknown." for name in paths.keys() - found]
-    first, *others = paths
-    for name in others:
-        if first in found and name in found:
-            words = (f"of {first} is", f"of {name}")
-            differences = list_differences(found[first], found[name], words=words)
+    for name in paths:
+        if name != base and base in found and name in found:
+            words = (f"of {base} is", f"of {name}")
+            differences = list_differences(found[base], found[name], words=words)
             notes += [f"Settings differ: {'; '.join(differences)}."] if differences else []
     for name, manifest in found.items():
         if (record := find_record(manifest)) is not None and record["deviations"]:
@@ -186,10 +205,13 @@ def write_comparison(
     folder: Path, *, found: Mapping[str, object], tables: Sequence[Table], curves: Curves
 ) -> None:
     """Write the comparison as JSON, Markdown, LaTeX and a self-contained page."""
+    measure = str(found["measure"])
     charts = [
         (
-            f"Exact match by {label.lower()}",
-            Markup(draw_points(curves[key], title=label, x_label=f"{label.lower()} per answer")),
+            title_curve(measure, key),
+            Markup(
+                draw_points(curves[key], title=label, x_label=f"{label.lower()} per answer", measure=measure)
+            ),
         )
         for key, label in CURVES.items()
     ]
@@ -203,25 +225,25 @@ def write_comparison(
 def score_table(
     comparison: Comparison, runs: Runs, left_out: Mapping[str, int], settings: Sequence[str] = ()
 ) -> Table:
-    """Return one row per run with its scores on every set and its costs; a star marks what differs.
+    """Return one row per run with its scores on every set and its costs; what differs is marked.
 
+    With one base a star marks a difference, otherwise letters name the runs that a score is higher than.
     `settings` are sentences for the note on what else differs.
     """
-    marked = {(d.run, d.set_name) for d in comparison.differences if d.is_significant}
+    marks, meaning = mark_scores(comparison, [*runs])
     label = LABELS.get(comparison.metric, comparison.metric)
     rows = []
     for name, results in runs.items():
         costs = summarize_costs(results)
         scores = [
-            format_estimate(of_runs[name]) + ("*" if (name, set_name) in marked else "")
+            format_estimate(of_runs[name]) + marks.get((name, set_name), "")
             for set_name, of_runs in comparison.scores.items()
         ]
         rows.append((name, *scores, *costs))
-    first = next(iter(runs))
-    num_questions = len({record["uid"] for record in runs[first]})
+    num_questions = len({record["uid"] for record in next(iter(runs.values()))})
     note = (
         f"{num_questions} questions, scores in percent with 95 % intervals (bootstrap over questions). "
-        f"* differs from {first}, p < 0.05 after Holm's adjustment."
+        f"{meaning}, p < 0.05 after Holm's adjustment."
     )
     if left_out:
         note += f" Answers left out: {', '.join(f'{count} {why}' for why, count in left_out.items())}."
@@ -237,19 +259,47 @@ def score_table(
     )
 
 
+def mark_scores(comparison: Comparison, names: Sequence[str]) -> tuple[dict[tuple[str, str], str], str]:
+    """Return the marks behind scores, by run and set, and what they mean."""
+    found = [d for d in comparison.differences if d.is_significant]
+    base = find_base(comparison)
+    if base is not None:
+        return {(d.run, d.set_name): "*" for d in found}, f"* differs from {base}"
+    letters = {name: _number_letters(number) for number, name in enumerate(names)}
+    lower: dict[tuple[str, str], set[str]] = {}
+    for d in found:
+        higher, other = (d.run, d.base) if d.estimate.value > 0 else (d.base, d.run)
+        lower.setdefault((higher, d.set_name), set()).add(letters[other])
+    marks = {key: f" >{','.join(sorted(of_one))}" for key, of_one in lower.items()}
+    runs = ", ".join(f"{letter} is {name}" for name, letter in letters.items())
+    return marks, f">a: higher than run a ({runs})"
+
+
+def find_base(comparison: Comparison) -> str | None:
+    """Return the run that all others are compared with; None if each is compared with each."""
+    bases = {difference.base for difference in comparison.differences}
+    runs = {difference.run for difference in comparison.differences}
+    return bases.pop() if len(bases) == 1 and not bases & runs else None
+
+
+def _number_letters(number: int) -> str:
+    return ascii_lowercase[number] if number < len(ascii_lowercase) else str(number + 1)
+
+
 def summarize_costs(results: Sequence[ResultRecord]) -> list[str]:
     """Return mean searches, sampled tokens and seconds per answer."""
     estimates = summarize(results).micro.estimates
     return [format_cost(estimates.get(name), name) for name in _COSTS]
 
 
-def difference_table(comparison: Comparison, runs: Runs) -> Table:
-    """Return one row per set and run: the difference to the first run with its interval and p values."""
-    first = next(iter(runs))
+def difference_table(comparison: Comparison) -> Table:
+    """Return one row per set and pair: the difference with its interval and p values."""
+    base = find_base(comparison)
     rows = [
         (
             d.set_name,
             d.run,
+            *(() if base is not None else (d.base,)),
             str(d.estimate.num_questions),
             f"{100 * d.estimate.value:+.1f}{format_interval(d.estimate.interval, sign='+')}",
             _format_p(d.p_value),
@@ -261,8 +311,17 @@ def difference_table(comparison: Comparison, runs: Runs) -> Table:
     num_sets = sum(d.set_name != MACRO for d in comparison.differences)
     label = LABELS.get(comparison.metric, comparison.metric)
     return Table(
-        title=f"{label}: differences to {first}",
-        header=("set", "run", "questions", "difference", "p", "p (Holm)", "test"),
+        title=f"{label}: differences {'of all pairs' if base is None else f'to {base}'}",
+        header=(
+            "set",
+            "run",
+            *(() if base is not None else ("minus",)),
+            "questions",
+            "difference",
+            "p",
+            "p (Holm)",
+            "test",
+        ),
         rows=tuple(rows),
         note="Paired over questions: exact McNemar test where an answer is right or wrong, otherwise a "
         f"paired sign-flip test. Holm's adjustment is over the {len(rows)} tests of this table.",
@@ -276,8 +335,8 @@ def _format_p(p_value: float | None) -> str:
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def curve_table(series: Mapping[str, Sequence[Point]], key: str) -> Table:
-    """Return exact match of every run by the number of searches or tokens of its answers."""
+def curve_table(series: Mapping[str, Sequence[Point]], key: str, *, measure: str) -> Table:
+    """Return the right answers of every run by the number of searches or tokens of its answers."""
     bins = {(p.low, p.high): format_bin(p) for points in series.values() for p in points}
     found = {name: {(p.low, p.high): p.estimate for p in points} for name, points in series.items()}
     rows = [
@@ -285,7 +344,7 @@ def curve_table(series: Mapping[str, Sequence[Point]], key: str) -> Table:
         for ends, label in sorted(bins.items())
     ]
     return Table(
-        title=f"EM by {CURVES[key].lower()}",
+        title=title_curve(measure, key),
         header=(CURVES[key].lower(), *series),
         rows=tuple(rows),
         note="Behind each score the number of questions.",

@@ -26,7 +26,7 @@ from statistics import mean
 from verl.evaluation.evidence import EvidenceRecord, Ranks
 from verl.evaluation.metrics import is_right, rightness
 from verl.evaluation.records import ResultRecord
-from verl.evaluation.summary import Estimate, estimate, estimate_json
+from verl.evaluation.summary import LABELS, Estimate, estimate, estimate_json, name_measure
 from verl.evaluation.tables import Table, format_estimate
 
 
@@ -74,6 +74,8 @@ class LossAnalysis:
     depth: int | None
     audit: str | None = None
     """SHA-256 of the output of `index audit` that says what the corpus has."""
+    measure: str = LABELS["em"]
+    """What says whether an answer is right."""
 
 
 def find_loss(result: ResultRecord, evidence: EvidenceRecord) -> Loss | None:
@@ -111,7 +113,11 @@ def analyze_losses(results: Sequence[ResultRecord], evidence: Sequence[EvidenceR
         groups.append(_analyze("all", pairs))
     first = evidence[0]
     return LossAnalysis(
-        groups=tuple(groups), topk=first["topk"], depth=first["depth"], audit=first.get("audit")
+        groups=tuple(groups),
+        topk=first["topk"],
+        depth=first["depth"],
+        audit=first.get("audit"),
+        measure=name_measure(results),
     )
 
 
@@ -170,7 +176,7 @@ def loss_metrics(analysis: LossAnalysis) -> dict[str, float]:
 def loss_table(analysis: LossAnalysis) -> Table:
     """Return the number of wrong answers by where they were lost."""
     losses = [loss for loss in Loss if any(group.losses[loss] for group in analysis.groups)]
-    note = f"Numbers of answers, right by exact match. Evidence for the answer: {_name_kinds(analysis)}."
+    note = f"Numbers of answers, right by {analysis.measure}. Evidence: {_name_kinds(analysis)}."
     if analysis.audit is not None:
         note += f" What the corpus has is known by index audit (SHA-256 {analysis.audit[:12]})."
     return Table(
@@ -206,12 +212,13 @@ def ceiling_table(analysis: LossAnalysis) -> Table:
         ceilings = (group.in_topk, group.in_depth) if depth is not None else ()
         cells = (*ceilings, group.read, group.em_if_read, group.em_if_not)
         rows.append((group.name, *map(format_estimate, cells)))
-    note = "Percent with 95 % intervals: all evidence read by the agent, and EM with and without it."
+    measure = analysis.measure
+    note = f"Percent with 95 % intervals: all evidence read by the agent, and {measure} with and without it."
     if depth is not None:
         note = f"Ceiling: all evidence is in the first passages that the question itself finds. {note}"
     return Table(
         title="What the retriever gives, and what is made of it",
-        header=("source", *searched, "read", "EM if read", "EM if not"),
+        header=("source", *searched, "read", f"{measure} if read", f"{measure} if not"),
         rows=tuple(rows),
         note=note,
         rules=_rule(analysis),
@@ -228,6 +235,7 @@ def analysis_json(analysis: LossAnalysis) -> dict[str, object]:
         "topk": analysis.topk,
         "depth": analysis.depth,
         "audit": analysis.audit,
+        "measure": analysis.measure,
         "groups": {group.name: _group_json(group) for group in analysis.groups},
     }
 

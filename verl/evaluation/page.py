@@ -34,6 +34,7 @@ from verl.evaluation.tables import (
     format_cost,
     format_interval,
     results_table,
+    title_curve,
 )
 from verl.evaluation.verdicts import JudgeRecord, read_judge, read_judged_results
 from verl.run.records import TrajectoryRecord, parse_record
@@ -129,8 +130,13 @@ def render_page(
     """Return the page as HTML; text from outside is escaped."""
     charts = [
         (
-            f"Exact match by {label.lower()}",
-            draw_points({"EM": summary.curves[key]}, title=label, x_label=f"{label.lower()} per answer"),
+            title_curve(summary.measure, key),
+            draw_points(
+                {summary.measure: summary.curves[key]},
+                title=label,
+                x_label=f"{label.lower()} per answer",
+                measure=summary.measure,
+            ),
         )
         for key, label in CURVES.items()
         if summary.curves[key]

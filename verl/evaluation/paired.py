@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from verl.errors import DataError
 from verl.evaluation.metrics import COSTS, score_questions
@@ -15,21 +16,25 @@ from verl.evaluation.summary import CURVES, Estimate, Point, curve, estimate, es
 MACRO = "macro average"
 SIGNIFICANCE = 0.05
 Runs = Mapping[str, Sequence[ResultRecord]]
-"""The results of each run by its name; the first run is the one that the others are compared with."""
+"""The results of each run by its name."""
+Pair = tuple[str, str]
+"""A run, and the one that it is compared with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """A run against the first one on the questions of one set, or by the macro average."""
+    """A run against another one on the questions of one set, or by the macro average."""
 
     run: str
+    base: str
+    """The other one."""
     set_name: str
     estimate: Estimate
-    """Of the run's score minus that of the first run."""
+    """Of the run's score minus that of the base."""
     p_value: float | None
     test: str
     adjusted: float | None = None
-    """By Holm over all sets and runs of the metric."""
+    """By Holm over all sets and pairs of the metric."""
 
     @property
     def is_significant(self) -> bool:
@@ -108,10 +113,26 @@ def _check_same_questions(
             )
 
 
-def compare_runs(runs: Runs, *, metric: str, asked: Collection[str] = ()) -> Comparison:
-    """Compare paired results by a metric. Raises DataError if answers of a run lack it.
+def list_pairs(names: Sequence[str], *, base: str | None = None, every: bool = False) -> list[Pair]:
+    """Return every run with the base, by default the first one, or every pair of runs, the later one first.
 
-    `asked` are the sources that all runs were asked, also those whose answers were all left out.
+    Raises DataError for a base that is none of the runs.
+    """
+    if every:
+        return [(later, earlier) for earlier, later in combinations(names, 2)]
+    base = names[0] if base is None else base
+    if base not in names:
+        raise DataError(f"--base {base} is none of the runs, which are {', '.join(names)}")
+    return [(name, base) for name in names if name != base]
+
+
+def compare_runs(
+    runs: Runs, *, metric: str, pairs: Sequence[Pair] = (), asked: Collection[str] = ()
+) -> Comparison:
+    """Compare paired results by a metric; without `pairs` all runs with the first one.
+
+    `asked` are the sources that all runs were asked, also those whose answers were all left out. Raises
+    DataError if answers of a run lack the metric.
     """
     values = {name: _values(name, results, metric) for name, results in runs.items()}
     first, *others = values
@@ -125,11 +146,11 @@ def compare_runs(runs: Runs, *, metric: str, asked: Collection[str] = ()) -> Com
         sets[MACRO] = [stratum for strata in sets.values() for stratum in strata]
     scores: dict[str, dict[str, Estimate]] = {}
     differences = []
+    pairs = pairs or list_pairs([*values])
     for set_name, strata in sets.items():
         scores[set_name] = {name: _estimate(strata, values[name]) for name in values}
         differences += [
-            _difference(name, set_name, strata, values[first], values[name], is_exact=metric == "em")
-            for name in others
+            _difference(pair, set_name, strata, values, is_exact=metric == "em") for pair in pairs
         ]
     adjusted = adjust_holm([difference.p_value for difference in differences])
     return Comparison(
@@ -166,28 +187,29 @@ def _estimate(strata: Sequence[Sequence[tuple[str, str]]], values: _Values) -> E
 
 
 def _difference(
-    run: str,
+    pair: Pair,
     set_name: str,
     strata: Sequence[Sequence[tuple[str, str]]],
-    first: _Values,
-    other: _Values,
+    values: Mapping[str, _Values],
     *,
     is_exact: bool,
 ) -> Difference:
-    found = [[other[key] - first[key] for key in stratum] for stratum in strata]
+    run, base = pair
+    ours, theirs = values[run], values[base]
+    found = [[ours[key] - theirs[key] for key in stratum] for stratum in strata]
     size = estimate(found)
     assert size is not None
-    pairs = [(first[key], other[key]) for key in strata[0]]
+    both = [(theirs[key], ours[key]) for key in strata[0]]
     # McNemar's test needs answers that are right or wrong, not means over samples or sets.
-    if is_exact and len(strata) == 1 and all({*pair} <= {0.0, 1.0} for pair in pairs):
-        p_value = mcnemar_p_value([a == 1.0 for a, _ in pairs], [b == 1.0 for _, b in pairs])
-        return Difference(run=run, set_name=set_name, estimate=size, p_value=p_value, test="McNemar")
-    p_value = sign_flip_p_value(found)
-    return Difference(run=run, set_name=set_name, estimate=size, p_value=p_value, test="sign flip")
+    if is_exact and len(strata) == 1 and all({*scores} <= {0.0, 1.0} for scores in both):
+        p_value, test = mcnemar_p_value([a == 1.0 for a, _ in both], [b == 1.0 for _, b in both]), "McNemar"
+    else:
+        p_value, test = sign_flip_p_value(found), "sign flip"
+    return Difference(run=run, base=base, set_name=set_name, estimate=size, p_value=p_value, test=test)
 
 
 def shared_curves(runs: Runs) -> dict[str, dict[str, list[Point]]]:
-    """Return exact match by searches and by tokens: of each run, in the bins of all runs together."""
+    """Return right answers by searches and by tokens: of each run, in the bins of all runs together."""
     every = [record for results in runs.values() for record in results]
     return {
         key: {name: curve(results, key, make_bins(every, key)) for name, results in runs.items()}
@@ -206,6 +228,7 @@ def comparison_json(comparison: Comparison) -> dict[str, object]:
         "differences": [
             {
                 "run": d.run,
+                "base": d.base,
                 "set": d.set_name,
                 **estimate_json(d.estimate),
                 "p": d.p_value,

@@ -10,7 +10,7 @@ figure: where a verdict is missing it is most often that of a wrong answer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ LABELS = {
     "sub_em": "cover-EM",
     "set_f1": "set F1",
     "judge": "judge",
-    "majority": "majority EM",
+    "majority": "majority",
     "searches": "searches",
     "turns": "turns",
     "output_tokens": "sampled tokens",
@@ -43,7 +43,7 @@ LABELS = {
 }
 """In the order of a table; other names follow the scores."""
 CURVES = {"num_searches": "Executed searches", "output_tokens": "Sampled tokens"}
-"""What exact match is shown against, by the key of a record."""
+"""What the share of right answers is shown against, by the key of a record."""
 _MAX_BINS = 8
 _QUANTILES = 5
 
@@ -74,7 +74,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """Exact match of the answers that took between `low` and `high` searches or tokens."""
+    """The share of right answers of those that took between `low` and `high` searches or tokens."""
 
     low: int
     high: int
@@ -93,6 +93,8 @@ class Summary:
     """Failed samples by name."""
     stops: Mapping[str, int]
     curves: Mapping[str, tuple[Point, ...]]
+    measure: str
+    """What says whether an answer is right, see `name_measure`."""
 
     @property
     def names(self) -> list[str]:
@@ -125,7 +127,14 @@ def summarize(records: Sequence[ResultRecord]) -> Summary:
         failures=dict(failures.most_common()),
         stops=dict(Counter(record["stop"] for record in records).most_common()),
         curves={key: tuple(curve(records, key, make_bins(records, key))) for key in CURVES},
+        measure=name_measure(records),
     )
+
+
+def name_measure(records: Iterable[ResultRecord]) -> str:
+    """Return the label of what says whether answers are right: EM, the grade of mathematics, or both."""
+    names = {"math" if "math" in record["metrics"] else "em" for record in records if record["metrics"]}
+    return " or ".join(LABELS[name] for name in sorted(names)) or LABELS["em"]
 
 
 def _summarize_group(name: str, strata: Sequence[Sequence[QuestionScore]], *, num_asked: int) -> Group:
@@ -189,6 +198,7 @@ def summary_json(summary: Summary) -> dict[str, object]:
         "format": 1,
         "interval": {"confidence": CONFIDENCE, "method": "BCa bootstrap", "resamples": NUM_RESAMPLES},
         "results": summary.num_results,
+        "measure": summary.measure,
         "failures": dict(summary.failures),
         "stops": dict(summary.stops),
         "micro": _group_json(summary.micro),

@@ -74,15 +74,20 @@ def _note(summary: Summary) -> str:
 
 
 def curve_table(summary: Summary, key: str) -> Table:
-    """Return exact match by the number of searches or tokens."""
+    """Return the share of right answers by the number of searches or tokens."""
     points = summary.curves[key]
     return Table(
-        title=f"EM by {CURVES[key].lower()}",
-        header=(CURVES[key].lower(), "questions", "EM"),
+        title=title_curve(summary.measure, key),
+        header=(CURVES[key].lower(), "questions", summary.measure),
         rows=tuple(
             (format_bin(p), str(p.estimate.num_questions), format_estimate(p.estimate)) for p in points
         ),
     )
+
+
+def title_curve(measure: str, key: str) -> str:
+    """Return the title of a curve: its measure, and the key of a record that it is shown against."""
+    return f"{measure[0].upper()}{measure[1:]} by {CURVES[key].lower()}"
 
 
 def format_estimate(estimate: Estimate | None) -> str:

@@ -42,6 +42,7 @@ _LINE_SHAPE = TypeAdapter(_LineShape)
 _SHOWN = {
     "train": (
         ("reward", "reward/mean", ".3f"),
+        ("math", "reward/math_mean", ".3f"),
         ("em", "reward/em_mean", ".3f"),
         ("gain", "ig/gain_mean", "+.3f"),
         ("kl", "policy/kl", ".4f"),
@@ -51,6 +52,7 @@ _SHOWN = {
         ("failed", "reward/failed_share", ".1%"),
     ),
     "val": (
+        ("math", "val/math", ".3f"),
         ("em", "val/em", ".3f"),
         ("sub_em", "val/sub_em", ".3f"),
         ("f1", "val/f1", ".3f"),

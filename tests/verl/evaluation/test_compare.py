@@ -45,6 +45,35 @@ def test_runs_side_by_side_on_the_terminal_in_files_and_as_json(
     assert (tmp_path / "comparison.html").read_text().count("<svg") == 2
 
 
+def test_every_pair_and_another_base(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*map(str, folders), "--pairs", "all", "--output", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["em"]["differences"]
+    assert [(d["run"], d["base"]) for d in found if d["set"] == "macro average"] == [
+        ("base", "no_search"),
+        ("trained", "no_search"),
+        ("trained", "base"),
+    ]
+    # Holm over all nine tests: three pairs, two sets and the macro average.
+    assert len(found) == 9
+    smallest = min(d["p"] for d in found)
+    assert min(d["p_holm"] for d in found) == pytest.approx(9 * smallest)
+    shown = (tmp_path / "comparison.md").read_text()
+    assert "## EM: differences of all pairs" in shown
+    assert "| run | minus |" in shown.replace("| set ", "")
+    assert ">a,b" in next(line for line in shown.splitlines() if line.startswith("| trained"))
+    assert "higher than run a (a is no_search, b is base, c is trained)" in shown
+    for name in ("comparison.tex", "comparison.html"):
+        assert "differences of all pairs" in (tmp_path / name).read_text(), name
+
+    main([*map(str, folders), "--base", "trained", "--output", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]["em"]["differences"]
+    assert {(d["run"], d["base"]) for d in found} == {("no_search", "trained"), ("base", "trained")}
+    assert all(d["value"] < 0 for d in found if d["run"] == "no_search")
+    assert "* differs from trained" in (tmp_path / "comparison.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -52,6 +81,8 @@ def test_runs_side_by_side_on_the_terminal_in_files_and_as_json(
         (["{0}", "{0}/nowhere"], "nowhere/results.jsonl is not there"),
         (["{0}", "{1}", "--metric", "searches"], "has no metric searches"),
         (["{0}"], "give at least two runs"),
+        (["{0}", "{1}", "--base", "x"], "--base x is none of the runs, which are no_search, base"),
+        (["{0}", "{1}", "--base", "base", "--pairs", "all"], "leave out --base"),
     ],
 )
 def test_one_line_says_what_is_wrong(

@@ -61,7 +61,7 @@ def test_samples_add_pass_at_k_and_majority() -> None:
     cells = dict(zip(table.header, table.rows[0], strict=True))
     assert cells["pass@2"].startswith("66.7")  # 0, 2/3, 1, 1 (of two)
     assert cells["pass@3"].startswith("66.7")  # 0, 1, 1; the fourth has two samples only
-    assert cells["majority EM"].startswith("50.0")
+    assert cells["majority"].startswith("50.0")
 
 
 def test_exact_match_by_searches_and_tokens() -> None:
@@ -106,3 +106,15 @@ def test_figures_are_json_with_counts_and_intervals() -> None:
     assert 0.0 < em["low"] < em["value"] < em["high"] < 1.0
     assert figures["sources"]["nq"]["metrics"]["em"]["low"] is None
     assert figures["em_by"]["num_searches"][0]["from"] == 0
+
+
+def test_tables_name_what_says_whether_answers_are_right() -> None:
+    graded, plain = make_result("math500/test/0", em=0.0), make_result("nq/test/0")
+    graded["metrics"]["math"] = 1.0
+    titles = [curve_table(summarize(of), "num_searches").title for of in ([graded], [plain], [graded, plain])]
+    assert titles == [
+        "Equal expressions by executed searches",
+        "EM by executed searches",
+        "EM or equal expressions by executed searches",
+    ]
+    assert curve_table(summarize([graded]), "num_searches").rows == (("1", "1", "100.0"),)

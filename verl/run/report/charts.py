@@ -58,6 +58,11 @@ def _pair(train_metric: str, val_metric: str) -> tuple[Curve, Curve]:
 
 CHARTS = (
     Chart(
+        title="Equal expressions",
+        curves=_pair("reward/math_mean", "val/math"),
+        meaning="Share of questions whose answer equals the gold answer as an expression.",
+    ),
+    Chart(
         title="Exact match",
         curves=_pair("reward/em_mean", "val/em"),
         meaning="Share of questions answered with one of the accepted answers.",

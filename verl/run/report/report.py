@@ -77,7 +77,7 @@ def render_report(run: RunData) -> str:
         facts=run_facts(run),
         tiles=headline(run),
         status=run.manifest.get("status"),
-        measures=MEASURES,
+        measures=[(name, label) for name, label in MEASURES if run.series(f"val/{name}", kind="val").steps],
         sources=compare_evaluations(run),
         evaluated_steps=[line["step"] for line in run.val],
         charts=[(title, meaning, Markup(svg)) for title, meaning, svg in draw_curves(run)],
@@ -145,14 +145,21 @@ def _shade_class(level: int) -> str:
 def headline(run: RunData) -> list[Tile]:
     """Return the most important numbers; those that were not measured are left out."""
     tiles = []
-    held_out = run.series("val/em", kind="val")
+    names = run.names() + run.names(kind="val")
+    # What says whether an answer is right: math where it was graded so.
+    name, measure = (
+        ("math", "equal expressions") if {"val/math", "reward/math_mean"} & {*names} else ("em", "EM")
+    )
+    held_out = run.series(f"val/{name}", kind="val")
     if held_out.values:
         before, *later = (f"{value:.1%}" for value in held_out.values)
         steps = " and ".join(map(str, dict.fromkeys((held_out.steps[0], held_out.steps[-1]))))
         note = f"greedy, step {steps}"
-        tiles.append(Tile(label="Held-out EM", before=before, after=later[-1] if later else None, note=note))
+        tiles.append(
+            Tile(label=f"Held-out {measure}", before=before, after=later[-1] if later else None, note=note)
+        )
     for label, metric, form in (
-        ("Sampled EM", "reward/em_mean", ".1%"),
+        (f"Sampled {measure}", f"reward/{name}_mean", ".1%"),
         ("Information gain", "ig/gain_mean", "+.3f"),
         ("Searches per question", "rollout/searches_mean", ".2f"),
     ):

@@ -27,7 +27,13 @@ from verl.run.tracking import MetricsLine, read_metrics
 
 WINDOW = 5
 """Steps over which a first and a last value are averaged, because single steps are noisy."""
-MEASURES = (("em", "EM"), ("sub_em", "sub-EM"), ("f1", "F1"), ("searches_mean", "searches per question"))
+MEASURES = (
+    ("math", "equal expressions"),
+    ("em", "EM"),
+    ("sub_em", "sub-EM"),
+    ("f1", "F1"),
+    ("searches_mean", "searches per question"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
