@@ -24,7 +24,8 @@ from verl.rollout.collector import Collector
 from verl.run.progress import Progress
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
-from verl.trainer.config.schema import AlarmsConfig, TrainerConfig
+from verl.trainer.config.alarms import AlarmsConfig
+from verl.trainer.config.schema import TrainerConfig
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer

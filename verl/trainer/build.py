@@ -32,6 +32,7 @@ from verl.trainer.config.advice import list_advice
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
+from verl.trainer.needs import find_frozen_models, find_needs
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
@@ -150,11 +151,6 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
 
 
-def find_needs(config: Config) -> frozenset[Need]:
-    """Return what the method measures with; an evaluation measures no gain."""
-    return frozenset() if config.trainer.evaluates_only else ALGORITHMS[config.algorithm.name].needs
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStart:
     """Where a run begins: at its first step, or at a checkpoint of the run folder."""
@@ -202,11 +198,7 @@ async def start_models(
     config: Config, stack: AsyncExitStack, start: RunStart, *, run_dir: Path, device: str
 ) -> Models:
     """Launch the models that the run needs; an evaluation needs the policy alone."""
-    options = ALGORITHMS[config.algorithm.name].scorer_options(config.algorithm)
-    trains = not config.trainer.evaluates_only
-    refresh_steps = options.refresh_steps if trains else 0
-    has_kl = trains and config.actor_rollout_ref.actor.use_kl_loss
-    scores_with_reference = Need.FROZEN_LOG_PROBS in find_needs(config) and not refresh_steps
+    frozen = find_frozen_models(config)
     return await launch_models(
         config,
         stack,
@@ -214,8 +206,8 @@ async def start_models(
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
-        needs_reference=has_kl or scores_with_reference,
-        refresh_steps=refresh_steps,
+        needs_reference=frozen.has_reference,
+        refresh_steps=frozen.refresh_steps,
     )
 
 

@@ -23,9 +23,10 @@ from verl.evaluation.protocols import NO_PROTOCOL, PROTOCOLS, SETS, find_set
 from verl.evaluation.published import PUBLISHED
 from verl.evaluation.summary import summarize
 from verl.evaluation.tables import as_markdown, results_table
+from verl.trainer.config.evaluation import EvaluationConfig
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
-from verl.trainer.config.schema import Config, EvaluationConfig
+from verl.trainer.config.schema import Config
 from verl.types import Question
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,7 +20,8 @@ from verl.evaluation.records import (
     ResultWriter,
     read_results,
 )
-from verl.trainer.config.schema import Config, EvaluationConfig, RewardConfig
+from verl.trainer.config.evaluation import EvaluationConfig
+from verl.trainer.config.schema import Config, RewardConfig
 from verl.trainer.evaluate import play, summarize, trace_evidence
 from verl.trainer.wiring import make_outcome
 

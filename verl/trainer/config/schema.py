@@ -12,6 +12,8 @@ from typing import Any
 
 from serving.answers import AnswerRule
 from verl.errors import ConfigError
+from verl.trainer.config.alarms import AlarmsConfig
+from verl.trainer.config.evaluation import EvaluationConfig
 from verl.trainer.config.fields import (
     check_section,
     fraction,
@@ -276,29 +278,6 @@ class OutcomeConfig(AlgorithmConfig):
 
 
 @dataclass
-class AlarmsConfig:
-    """Limits of metrics beyond which a step logs a warning; null: no such warning."""
-
-    steps: int = positive(5)
-    repeat_steps: int = positive(20)
-    trend_steps: int | None = setting(20, lambda value: value >= 4, "at least 4")
-    max_no_search_share: float | None = share(0.9)
-    max_turn_share: float | None = share(0.95)
-    min_distinct_query_share: float | None = share(0.7)
-    max_gold_in_query_share: float | None = share(0.3)
-    max_cut_share: float | None = share(0.3)
-    max_repetition_share: float | None = share(0.5)
-    max_length_ratio: float | None = positive(3.0)
-    min_entropy_ratio: float | None = share(0.1)
-    max_entropy_ratio: float | None = positive(3.0)
-    max_kl: float | None = positive(1.0)
-    max_ratio_distance: float | None = positive(0.1)
-    max_clip_fraction: float | None = share(0.3)
-    max_importance_distance: float | None = positive(0.1)
-    max_zero_advantage_share: float | None = share(0.9)
-
-
-@dataclass
 class TrainerConfig:
     """The run: length, devices, folder, seed."""
 
@@ -341,44 +320,6 @@ class TrainerConfig:
         """Return the steps of the run: `total_epochs` over the questions, at most `total_training_steps`."""
         epochs = self.total_epochs * batches_per_epoch
         return epochs if self.total_training_steps is None else min(epochs, self.total_training_steps)
-
-
-@dataclass
-class EvaluationConfig:
-    """The evaluation of a model without training."""
-
-    output_dir: str = "runs/evaluation"
-    log_file: str | None = None
-    n: int = positive(1)
-    temperature: float = not_negative(0.0)
-    max_questions: int | None = positive(None)
-    resume: bool = True
-    seed: int = not_negative(0)
-    reference: str = one_of("none", "no_search", "one_shot_rag")
-    search_depth: int | None = setting(100, lambda value: 1 <= value <= 1000, "1 to 1000")
-    """At most as many passages as the retriever returns."""
-    audit: str | None = None
-    """Output of `index audit` for the same questions and corpus."""
-    protocol: str = one_of("none", "search_r1", "inforeasoner", "igpo", "review", "browsecomp_plus")
-    """See `verl.evaluation.protocols`."""
-    protocol_overrides: bool = False
-
-    def __post_init__(self) -> None:
-        check_section("evaluation", self)
-        require(bool(self.output_dir), "evaluation.output_dir", self.output_dir, "a folder")
-        self.output_dir = os.path.expanduser(self.output_dir)
-        if self.log_file is not None:
-            require(bool(self.log_file), "evaluation.log_file", self.log_file, "a file or null")
-            self.log_file = os.path.expanduser(self.log_file)
-        if self.audit is not None:
-            require(bool(self.audit), "evaluation.audit", self.audit, "the output of index audit or null")
-            self.audit = os.path.expanduser(self.audit)
-        require(
-            self.n == 1 or self.temperature > 0,
-            "evaluation.temperature",
-            self.temperature,
-            f"greater than 0 with evaluation.n={self.n}: greedy answers are all equal",
-        )
 
 
 @dataclass

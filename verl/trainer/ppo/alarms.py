@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from verl.trainer.config.schema import AlarmsConfig
+from verl.trainer.config.alarms import AlarmsConfig
 
 History = Sequence[Mapping[str, float]]
 """Metrics of the steps so far, oldest first; the last step is the one that is judged."""

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import pytest
 
+from verl.trainer.config.alarms import AlarmsConfig
 from verl.trainer.config.loading import schema_keys
-from verl.trainer.config.schema import AlarmsConfig
 from verl.trainer.ppo.alarms import Alarms, find_alarms, find_change, make_limits
 
 SETTINGS = AlarmsConfig(steps=3, repeat_steps=4, trend_steps=8)

@@ -1,0 +1,38 @@
+"""Which models a run has beside the policy, by its method and the KL term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.base import Need
+from verl.trainer.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenModels:
+    """Models that score and are not trained, each as large as the policy."""
+
+    has_reference: bool
+    """The initial policy: for the KL term, or for a method that scores with it."""
+    refresh_steps: int
+    """Above 0, the method scores with a copy of the policy that is refreshed after so many steps."""
+
+    @property
+    def count(self) -> int:
+        return self.has_reference + bool(self.refresh_steps)
+
+
+def find_needs(config: Config) -> frozenset[Need]:
+    """Return what the method measures with; an evaluation measures no gain."""
+    return frozenset() if config.trainer.evaluates_only else ALGORITHMS[config.algorithm.name].needs
+
+
+def find_frozen_models(config: Config) -> FrozenModels:
+    """Return which frozen models the run needs; an evaluation needs the policy alone."""
+    options = ALGORITHMS[config.algorithm.name].scorer_options(config.algorithm)
+    trains = not config.trainer.evaluates_only
+    refresh_steps = options.refresh_steps if trains else 0
+    has_kl = trains and config.actor_rollout_ref.actor.use_kl_loss
+    scores_with_reference = Need.FROZEN_LOG_PROBS in find_needs(config) and not refresh_steps
+    return FrozenModels(has_reference=has_kl or scores_with_reference, refresh_steps=refresh_steps)
