@@ -154,6 +154,19 @@ async def test_the_gains_of_igpo_telescope_and_use_one_answer_in_all_states() ->
     assert math.fsum(gains[1][1].values) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(("opened", "expected"), [("", "<think>\nNow"), ("<think>\n", "\nNow")])
+async def test_igpo_opens_a_thought_once(opened: str, expected: str) -> None:
+    """The answer's wrapper begins with a thought; a prompt that has opened it must not have a second one."""
+    (trajectory,) = group_of("nq/6", ("a",)).trajectories
+    ids = [*trajectory.prompt_ids.tolist(), *map(ord, opened)]
+    trajectory = replace(trajectory, prompt_ids=np.array(ids, np.int32))
+    scorer = PathScorer()
+    await gains_of(make("igpo", scorer), [Group(question=trajectory.question, trajectories=(trajectory,))])
+    branches = ["".join(map(chr, branch.ids)) for branch in scorer.asked[0].branches]
+    assert len(branches) == 2
+    assert all(text.startswith(expected) for text in branches)
+
+
 async def test_old_log_probs_come_from_the_same_pass() -> None:
     scorer = PathScorer(scores_trajectories=True)
     measurement = await make("igpo", scorer).measure(GROUPS, prefetch=Prefetch())

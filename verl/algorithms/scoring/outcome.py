@@ -42,7 +42,7 @@ def measure_outcome(
     least `format_score`. `igpo_f1` and `autorefine_f1` are the outcomes of these methods, which have a rule
     of their own for answers that are wrong or missing. For `igpo_f1`, which needs `decode` (the text of
     sampled tokens), an answer counts as missing when the sampled text has unbalanced tags or when a turn was
-    INVALID: in the authors' code such a turn ends the episode without an answer, here the episode goes on.
+    INVALID: in the authors' code, and in the format `igpo`, such a turn ends the episode without an answer.
     `math` needs `grade`; where that fails for a reason other than the answer, there is a failure, no outcome.
     """
     answer, golds = trajectory.answer, trajectory.question.golds

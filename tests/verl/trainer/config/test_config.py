@@ -259,9 +259,9 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
     ("arguments", "expected"),
     [
         (["algorithm=ig_search"], "autorefine"),
-        (["algorithm=igpo"], "tool_calls"),
+        (["algorithm=igpo"], "igpo"),
         (["algorithm=tips"], "search_r1"),
-        (["algorithm=igpo", "recipe=gpu"], "tool_calls"),
+        (["algorithm=igpo", "recipe=gpu"], "igpo"),
         (["algorithm=igpo", "agent.format=autorefine"], "autorefine"),
         # The policy of the embedded world writes one format only.
         *[(["algorithm=igpo", f"recipe={name}"], "search_r1") for name in ("world", "quickstart", "smoke")],
@@ -271,13 +271,22 @@ def test_the_format_is_that_of_the_method_unless_it_is_given(arguments: list[str
     assert composed(arguments).agent.format == expected
 
 
+def test_each_released_checkpoint_finds_its_format_by_one_word() -> None:
+    """By the word of docs/tools_and_formats.md, and by the method with agent.format=auto."""
+    text = (Path(__file__).resolve().parents[4] / "docs" / "tools_and_formats.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| `(agent\.format=\w+)` \| `(algorithm=\w+)` \|", text, re.MULTILINE)
+    assert [name for name, _, _ in rows] == ["Search-R1", "InfoReasoner", "AutoRefine", "IGPO"]
+    for _, word, method in rows:
+        assert composed([word]).agent.format == composed([method]).agent.format == word.partition("=")[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
         (["algorithm=igpo"], []),
         (
             ["algorithm=igpo", "agent.format=search_r1"],
-            ["agent.format=search_r1: igpo was published with tool_calls"],
+            ["agent.format=search_r1: igpo was published with igpo"],
         ),
         (["algorithm=search_r1", "algorithm.filter_groups.enable=true"], []),
         (["algorithm=cw_grpo", "algorithm.filter_groups.enable=true"], []),
