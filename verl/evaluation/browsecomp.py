@@ -14,13 +14,12 @@ from pathlib import Path
 
 from serving.files import write_json_atomically
 from verl.errors import DataError
-from verl.evaluation.protocols import find_set
+from verl.evaluation.protocols import BROWSECOMP_PLUS, find_set
 from verl.evaluation.records import ResultRecord
 
 logger = logging.getLogger(__name__)
 
-RUN_FOLDER = "browsecomp_plus"
-_SET = "browsecomp_plus"
+RUN_FOLDER = BROWSECOMP_PLUS
 
 
 def write_run_files(folder: Path, results: Sequence[ResultRecord], *, model: str) -> Path:
@@ -29,7 +28,7 @@ def write_run_files(folder: Path, results: Sequence[ResultRecord], *, model: str
     Questions of other sets have none, nor has an answer that failed: it is neither right nor wrong, and asked
     again by the next start. Raises DataError for two queries of one name.
     """
-    answers = [r for r in results if r["sample"] == 0 and find_set(r["data_source"]) == _SET]
+    answers = [r for r in results if r["sample"] == 0 and find_set(r["data_source"]) == BROWSECOMP_PLUS]
     failed = [result for result in answers if result["failure"] is not None]
     runs: dict[str, dict[str, object]] = {}
     for result in answers:

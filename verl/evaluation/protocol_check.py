@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,8 @@ class ProtocolRecord(TypedDict):
     deviations: list[str]
     unchecked: list[str]
     """What could not be compared with the protocol."""
+    ids: dict[str, str]
+    """SHA-256 of the question ids of each set, see `hash_ids`."""
 
 
 def read_protocol_option(arguments: Sequence[str]) -> list[str]:
@@ -38,8 +40,7 @@ def read_protocol_option(arguments: Sequence[str]) -> list[str]:
             found.append(argument)
             continue
         name = name if separator else next(rest, "")
-        if name not in (NO_PROTOCOL, *PROTOCOLS):
-            raise ConfigError(f"--protocol {name}: expected one of {', '.join([NO_PROTOCOL, *PROTOCOLS])}")
+        _require_known(name, f"--protocol {name}")
         found.append(f"{_KEY}={name}")
     return found
 
@@ -53,12 +54,17 @@ def add_protocol_settings(arguments: Sequence[str]) -> list[str]:
     arguments = read_protocol_option(arguments)
     given = [text.lstrip("+").partition("=") for text in arguments]
     names = [value.strip("\"'") for key, _, value in given if key == _KEY]
-    protocol = PROTOCOLS.get(names[-1]) if names else None
-    return (
-        [*(_write(*setting) for setting in protocol.settings.items()), *arguments]
-        if protocol
-        else [*arguments]
-    )
+    if not names:
+        return arguments
+    _require_known(names[-1], f"{_KEY}={names[-1]}")
+    settings = PROTOCOLS[names[-1]].settings if names[-1] in PROTOCOLS else {}
+    return [*(_write(*setting) for setting in settings.items()), *arguments]
+
+
+def _require_known(name: str, where: str) -> None:
+    """Raise ConfigError for a name that no protocol has."""
+    if name not in (NO_PROTOCOL, *PROTOCOLS):
+        raise ConfigError(f"{where}: expected one of {', '.join([NO_PROTOCOL, *PROTOCOLS])}")
 
 
 def _write(key: str, value: object) -> str:
@@ -76,6 +82,7 @@ def check_protocol(
     """
     if config.evaluation.protocol == NO_PROTOCOL:
         return None
+    _require_known(config.evaluation.protocol, f"{_KEY}={config.evaluation.protocol}")
     protocol = PROTOCOLS[config.evaluation.protocol]
     deviations = [
         *list_setting_deviations(config, protocol),
@@ -89,7 +96,34 @@ def check_protocol(
             f"set {_ALLOW}, which records the deviations and prints them under every table"
         )
     unchecked = [] if version else ["the corpus, as the retriever does not describe itself"]
-    return {"name": protocol.name, "deviations": deviations, "unchecked": unchecked}
+    ids = {name: hash_ids(of_set) for name, of_set in _group_by_set(questions).items()}
+    return {"name": protocol.name, "deviations": deviations, "unchecked": unchecked, "ids": ids}
+
+
+def hash_ids(questions: Sequence[Question]) -> str:
+    """Return the SHA-256 of the sorted uids, one per line, each line with its end."""
+    lines = sorted(f"{question.uid}\n" for question in questions)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_ids(questions: Sequence[Question], expected: str | None) -> str:
+    """Return the hash of the ids of all questions. Raises ConfigError unless it begins as expected."""
+    found = hash_ids(questions)
+    if expected is not None and not found.startswith(expected):
+        raise ConfigError(
+            f"evaluation.expected_ids={expected}: the ids of the {len(questions)} questions of "
+            f"data.val_files have the SHA-256 {found}; evaluate the files that were pinned, and all of their "
+            "questions (evaluation.max_questions=null)"
+        )
+    return found
+
+
+def _group_by_set(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    """Return the questions by the name of their set, in alphabetical order."""
+    found: dict[str, list[Question]] = {}
+    for question in sorted(questions, key=lambda q: find_set(q.data_source) or q.data_source):
+        found.setdefault(find_set(question.data_source) or question.data_source, []).append(question)
+    return found
 
 
 def list_setting_deviations(config: Config, protocol: EvaluationProtocol) -> list[str]:
@@ -108,8 +142,8 @@ def list_setting_deviations(config: Config, protocol: EvaluationProtocol) -> lis
 def list_question_deviations(questions: Sequence[Question], protocol: EvaluationProtocol) -> list[str]:
     """Return the sets that the protocol does not have, or of which it has another number of questions."""
     found = []
-    counts = Counter(find_set(question.data_source) or question.data_source for question in questions)
-    for name, count in sorted(counts.items()):
+    for name, of_set in _group_by_set(questions).items():
+        count = len(of_set)
         expected = protocol.questions.get(name)
         if expected is None:
             found.append(
@@ -140,6 +174,7 @@ def find_record(settings: Mapping[str, object]) -> ProtocolRecord | None:
         "name": str(found["name"]),
         "deviations": [*map(str, found.get("deviations") or [])],
         "unchecked": [*map(str, found.get("unchecked") or [])],
+        "ids": {str(name): str(value) for name, value in (found.get("ids") or {}).items()},
     }
 
 
@@ -152,6 +187,9 @@ def with_protocol(table: Table, record: ProtocolRecord | None) -> Table:
         parts.append(f"DEVIATES FROM IT, NOT COMPARABLE: {'; '.join(record['deviations'])}.")
     if record["unchecked"]:
         parts.append(f"Not checked: {'; '.join(record['unchecked'])}.")
+    if record["ids"]:
+        shown = ", ".join(f"{name} {value[:12]}" for name, value in record["ids"].items())
+        parts.append(f"Question ids (SHA-256): {shown}.")
     return replace(table, note=" ".join(part for part in parts if part))
 
 

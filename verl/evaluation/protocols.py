@@ -11,11 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from verl.evaluation.published import FLASHRAG_SETS, PUBLISHED, PublishedResult
+from verl.evaluation import published
+from verl.evaluation.published import FLASHRAG_SETS, PublishedResult
 
-_ALIASES = {"tq": "triviaqa", "2wiki": "2wikimultihopqa", "browsecompplus": "browsecomp_plus"}
-"""Names of other projects, in lower case and without `-`, `_` and the prefix `searchR1_`."""
 NO_PROTOCOL = "none"
+BROWSECOMP_PLUS = "browsecomp_plus"
+
+_ALIASES = {"tq": "triviaqa", "2wiki": "2wikimultihopqa", "browsecompplus": BROWSECOMP_PLUS}
+"""Names of other projects, in lower case and without `-`, `_` and the prefix `searchR1_`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ SETS: Mapping[str, QuestionSet] = {
         QuestionSet(name="2wikimultihopqa", split="dev", num_questions=12_576),
         QuestionSet(name="musique", split="dev", num_questions=2_417),
         QuestionSet(name="bamboogle", split="test", num_questions=125),
-        QuestionSet(name="browsecomp_plus", split="test", num_questions=830),
+        QuestionSet(name=BROWSECOMP_PLUS, split="test", num_questions=830),
     )
 }
 """The seven sets in FlashRAG's files (51,713 questions), as Search-R1 evaluates them, and BrowseComp-Plus."""
@@ -102,7 +105,7 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
                 "instruction is ours unless the questions bring a prompt.",
                 "Search-R1's loop cuts the beginning of a context beyond 4096 tokens, here the episode ends.",
             ),
-            published=PUBLISHED["search_r1"],
+            published=published.SEARCH_R1,
         ),
         EvaluationProtocol(
             name="inforeasoner",
@@ -117,7 +120,7 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
                 "Its numbers for TriviaQA, PopQA, HotpotQA, 2WikiMultihopQA and MuSiQue are all multiples of "
                 "0.002, as those of 500 questions are. No sample is published, so all questions are asked.",
             ),
-            published=PUBLISHED["inforeasoner"],
+            published=published.INFOREASONER,
         ),
         EvaluationProtocol(
             name="igpo",
@@ -142,7 +145,7 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
                 "Ten completions, as IGPO's max_turns=10. The wording of the instruction is ours.",
                 "The web changes: record the searches (--online_cache) to repeat an evaluation.",
             ),
-            published=PUBLISHED["igpo"],
+            published=published.IGPO,
         ),
         EvaluationProtocol(
             name="review",
@@ -169,12 +172,12 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
                 "AutoRefine and IG-Search publish; the context has room for all of them.",
                 "The published numbers are those of the papers' own conditions.",
             ),
-            published=PUBLISHED["review"],
+            published=published.REVIEW,
         ),
         EvaluationProtocol(
-            name="browsecomp_plus",
+            name=BROWSECOMP_PLUS,
             title="BrowseComp-Plus (2508.06600)",
-            questions={"browsecomp_plus": 830},
+            questions={BROWSECOMP_PLUS: SETS[BROWSECOMP_PLUS].num_questions},
             sample="all questions",
             metrics=("judge",),
             settings={"retriever.topk": 5, "data.max_obs_length": 2560, "evaluation.n": 1},
@@ -186,7 +189,7 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
                 "Accuracy is the verdict of their evaluator on the files in browsecomp_plus/; our judge has "
                 "another prompt.",
             ),
-            published=PUBLISHED["browsecomp_plus"],
+            published=published.BROWSECOMP_PLUS,
         ),
     )
 }

@@ -24,7 +24,8 @@ from verl.evaluation.browsecomp import write_run_files
 from verl.evaluation.evidence import is_complete, read_evidence, write_evidence
 from verl.evaluation.loss_analysis import analyze_losses, loss_metrics
 from verl.evaluation.page import write_report
-from verl.evaluation.protocol_check import check_protocol
+from verl.evaluation.protocol_check import check_ids, check_protocol
+from verl.evaluation.protocols import BROWSECOMP_PLUS
 from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
 from verl.evaluation.settings import open_folder
 from verl.protocols import Agent, ToolResources
@@ -80,7 +81,7 @@ async def evaluate_model(config: Config) -> dict[str, object]:
             num_asked, seconds = await answer_questions(config, stack, folder=folder, device=device)
         summary = summarize(folder, num_asked=num_asked, seconds=seconds)
         logger.info("report: %s", write_report(folder))
-        if config.evaluation.protocol == "browsecomp_plus":
+        if config.evaluation.protocol == BROWSECOMP_PLUS:
             logger.info("run files: %s", write_run_files(folder, read_results(folder), model=model.path))
         return summary
 
@@ -112,6 +113,7 @@ async def answer_questions(
         prompt=tokenizer.decode(prompt_format.render_prompt(questions[0])),
         trains=False,
     )
+    settings["question_ids"] = check_ids(questions, config.evaluation.expected_ids)
     settings |= {} if protocol is None else {"protocol": protocol}
     open_folder(folder, settings, resume=config.evaluation.resume)
     writer = ResultWriter(folder, decode=tokenizer.decode)

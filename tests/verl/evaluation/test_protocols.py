@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from verl.errors import ConfigError, DataError
 from verl.evaluation.browsecomp import write_run_files
 from verl.evaluation.protocol_check import (
     add_protocol_settings,
+    check_ids,
     check_protocol,
     find_record,
+    hash_ids,
     protocol_table,
     published_table,
     with_protocol,
 )
 from verl.evaluation.protocols import NO_PROTOCOL, PROTOCOLS, SETS, find_set
-from verl.evaluation.published import PUBLISHED
 from verl.evaluation.summary import summarize
 from verl.evaluation.tables import as_markdown, results_table
 from verl.trainer.config.evaluation import EvaluationConfig
@@ -69,10 +71,11 @@ def test_every_protocol_is_a_choice_with_settings_that_exist() -> None:
         composed("evaluation.protocol=autorefine")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_published_averages_are_those_of_their_rows(name: str) -> None:
     """Up to rounding: each value can be off by half of its last digit."""
-    for result in PUBLISHED[name]:
+    assert PROTOCOLS[name].published
+    for result in PROTOCOLS[name].published:
         if result.average is not None and len(result.values) == 7:
             assert sum(result.values.values()) / 7 == pytest.approx(result.average, abs=0.11), result.model
         assert result.values.keys() <= PROTOCOLS[name].questions.keys()
@@ -82,11 +85,28 @@ def test_a_protocol_replaces_the_defaults_of_a_recipe() -> None:
     config = composed("recipe=world", "evaluation.protocol=search_r1")
     assert (config.max_turns, config.retriever.topk, config.agent.format) == (4, 3, "search_r1")
     assert (config.data.max_prompt_length, config.reward.answer_rule) == (4096, "published")
-    assert check_protocol(config, ask("nq", 3_610), version=WIKI) == {
+    asked = ask("nq", 3_610)
+    record = check_protocol(config, asked, version=WIKI)
+    assert record == {
         "name": "search_r1",
         "deviations": [],
         "unchecked": [],
+        "ids": {"nq": hash_ids(asked)},
     }
+    note = with_protocol(results_table(summarize([make_result("nq/test/0")])), record).note
+    assert f"Question ids (SHA-256): nq {hash_ids(asked)[:12]}." in note
+    assert find_record({"protocol": record}) == record
+
+
+def test_question_ids_can_be_pinned() -> None:
+    asked = ask("nq", 3)
+    expected = hashlib.sha256(b"nq/test/0\nnq/test/1\nnq/test/2\n").hexdigest()
+    for pinned in (expected, expected[:12], None):
+        assert check_ids(asked[::-1], pinned) == expected
+    with pytest.raises(ConfigError, match=rf"the 2 questions .* have the SHA-256 {hash_ids(asked[:2])}"):
+        check_ids(asked[:2], expected)
+    with pytest.raises(ConfigError, match=r"evaluation\.expected_ids must be 12 to 64 digits"):
+        composed("evaluation.expected_ids=abc")
 
 
 def test_what_differs_is_an_error_that_names_all_of_it_or_is_recorded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from verl.trainer.config.fields import check_section, not_negative, one_of, positive, require, setting
@@ -24,9 +25,13 @@ class EvaluationConfig:
     """At most as many passages as the retriever returns."""
     audit: str | None = None
     """Output of `index audit` for the same questions and corpus."""
-    protocol: str = one_of("none", "search_r1", "inforeasoner", "igpo", "review", "browsecomp_plus")
-    """See `verl.evaluation.protocols`."""
+    protocol: str = "none"
+    """A name of `verl.evaluation.protocols`, which has the table of them."""
     protocol_overrides: bool = False
+    expected_ids: str | None = setting(
+        None, lambda value: bool(re.fullmatch("[0-9a-f]{12,64}", value)), "12 to 64 digits of a SHA-256"
+    )
+    """Of the sorted question ids."""
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)
