@@ -4,7 +4,7 @@
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to fix it
-# make bench-step   what each method adds to a training step
+# make bench-step   what each method adds to a training step;  make bench-scale  how runs scale, and plans for GPUs
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart ask bench-step bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor check format test test-fast quickstart ask bench-step bench-scale bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -62,6 +62,9 @@ ask: venv
 
 bench-step: venv
 	@$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)
+
+bench-scale: venv
+	@$(BIN)/python scripts/bench_scale.py $(BENCH_ARGS)
 
 bench-ig: venv
 	@$(BIN)/python scripts/bench_ig.py $(BENCH_ARGS)

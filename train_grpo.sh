@@ -20,7 +20,7 @@ Start the services first, each in a terminal of its own: bash retrieval_launch.s
 
 Variables (what you export wins over the recipe; an override on the command line wins over both):
   BASE_MODEL       model folder or hub id           DATA_DIR         folder with train.parquet and test.parquet
-  N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (4)
+  N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (1)
   EXPERIMENT_NAME  name of the run, and of its folder
   RECIPE           name of the recipe, as recipe=NAME on the command line, instead of guessing
 Variables that the trainer reads, also when it is started without this script:

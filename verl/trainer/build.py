@@ -33,6 +33,7 @@ from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
 from verl.trainer.needs import find_frozen_models, find_needs
+from verl.trainer.plan.command import check_memory
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
@@ -95,6 +96,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     model_folder = check_model(
         config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
     )
+    if device == "cuda":
+        check_memory(config, model_path=str(model_folder))
     tokenizer = make_tokenizer(config)
     prompt_format = make_format(config, tokenizer=tokenizer, tools=tools)
     train, held_out = load_data(config, prompt_format)

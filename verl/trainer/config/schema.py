@@ -26,6 +26,7 @@ from verl.trainer.config.fields import (
     share,
     web_url,
 )
+from verl.trainer.config.placement import PlacementConfig
 
 DROP_OBSERVATIONS = "drop_observations"
 
@@ -335,6 +336,8 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    plan: bool = False
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         check_section("", self)

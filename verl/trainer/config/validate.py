@@ -17,6 +17,8 @@ from verl.trainer.config.schema import DROP_OBSERVATIONS, Config
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool = True) -> None:
     """Raise one ConfigError that lists every problem within the configuration and with this machine."""
     problems = [*_check_algorithm(config), *_check_reward(config), *_check_files(config, trains=trains)]
+    if config.plan and not trains:
+        problems.append("plan=true plans training (python -m verl.trainer.main_ppo); leave it out here")
     trains = trains and not config.trainer.evaluates_only
     problems += _check_episodes(config, num_gpus=num_gpus, cpu_has_bfloat16=cpu_has_bfloat16, trains=trains)
     _refuse(problems)
@@ -141,11 +143,8 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
             f"trainer.n_gpus_per_node={wanted}, but this machine has {num_gpus} GPUs; "
             "lower it or use trainer.device=cpu"
         )
-    if device == "cuda" and wanted % parallel:
-        problems.append(
-            f"trainer.n_gpus_per_node={wanted} is no multiple of "
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}"
-        )
+    if device == "cuda":
+        problems += check_engine_size(config)
     if device == "cuda" and config.trainer.launcher == "local" and wanted > 1:
         problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs")
     for key in ("num_cpu_workers", "num_cpu_engines"):
@@ -155,6 +154,20 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
                 f"trainer.{key}=1"
             )
     return problems
+
+
+def check_engine_size(config: Config) -> list[str]:
+    """Return what is wrong with the number of GPUs of an engine."""
+    parallel, wanted = (
+        config.actor_rollout_ref.rollout.tensor_model_parallel_size,
+        config.trainer.n_gpus_per_node,
+    )
+    if wanted % parallel == 0:
+        return []
+    return [
+        f"trainer.n_gpus_per_node={wanted} is no multiple of "
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}"
+    ]
 
 
 def _check_precision(config: Config, num_gpus: int, *, cpu_has_bfloat16: bool) -> list[str]:

@@ -138,7 +138,8 @@ def test_a_bad_key_of_a_recipe_is_named_with_its_file(
 
 
 def test_every_key_is_read_by_code() -> None:
-    sections = {REPOSITORY / f"verl/trainer/config/{name}.py" for name in ("schema", "alarms", "evaluation")}
+    names = ("schema", "alarms", "evaluation", "placement")
+    sections = {REPOSITORY / f"verl/trainer/config/{name}.py" for name in names}
     sources = [p.read_text() for p in (REPOSITORY / "verl").rglob("*.py") if p not in sections]
     schema = (REPOSITORY / "verl/trainer/config/schema.py").read_text()
     leaves = {key.rsplit(".", 1)[-1] for key in schema_keys()}

@@ -218,7 +218,7 @@ def through_shell_and_hydra(text: str) -> object:
         ("data.train_batch_size=many", "error: data.train_batch_size: Value 'many'"),
         ("trainer.logger=wandb", "error: trainer.logger: Invalid value assigned"),
         ("trainer.experiment_name=模型", "error: trainer.experiment_name=模型: put the value in quotes"),
-        ("recipe=tpu", "error: recipe must be one of gpu, quickstart, "),
+        ("recipe=tpu", "error: recipe must be one of gpu, gpu_1, "),
         ("--config-name=mine", "error: Cannot find primary config 'mine'"),
     ],
 )

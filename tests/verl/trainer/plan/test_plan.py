@@ -1,0 +1,198 @@
+"""Memory and seconds of the plan: an audit by hand, the recipes, services, offload, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scale.plan import (
+    AUDITED_IG_SERVICE,
+    AUDITED_MEMORY,
+    AUDITED_SECONDS,
+    Audit,
+    audited_plan,
+    compose_config,
+    planned_memory,
+    planned_seconds,
+    recipe_rows,
+)
+from verl.trainer.plan.assumptions import GB
+from verl.trainer.plan.check import Plan, change_settings, find_changes, make_plan, plan_run
+from verl.trainer.plan.gpus import MeasuredGpu, find_gpu
+from verl.trainer.plan.memory import Phase, total
+from verl.trainer.plan.setup import Offload
+from verl.trainer.plan.shape import KNOWN_SHAPES
+from verl.trainer.plan.show import describe_places
+
+ROOT = Path(__file__).resolve().parents[4]
+H100 = find_gpu("H100")
+
+
+def plan(*overrides: str, model: str = "3B") -> tuple[Plan, str | None]:
+    shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{model}"]
+    return plan_run(compose_config("recipe=gpu", *overrides), shape, H100)
+
+
+def gb(planned: Plan, phase: Phase, *, gpu: int = 0) -> float:
+    return total(planned.items, phase, gpu=gpu) / GB
+
+
+@pytest.mark.parametrize("audit", AUDITED_MEMORY, ids=lambda audit: f"{audit.model}x{audit.num_gpus}")
+def test_memory_is_that_of_the_audit(audit: Audit) -> None:
+    """Within 4 %: the audit is rounded to 0.1 and to 1 GB; the engine that sleeps is not in it."""
+    for name, planned in planned_memory(audited_plan(audit.model, num_gpus=audit.num_gpus)).items():
+        assert planned == pytest.approx(getattr(audit, name), rel=0.04), name
+
+
+def test_the_ig_service_takes_what_the_audit_says() -> None:
+    without, with_one = (audited_plan("7B", ig_service_gpus=count) for count in (0, 1))
+    added = [gb(with_one, Phase.ROLLOUT, gpu=gpu) - gb(without, Phase.ROLLOUT, gpu=gpu) for gpu in (0, 1)]
+    assert added == [pytest.approx(AUDITED_IG_SERVICE), 0]
+
+
+def test_seconds_are_within_those_of_the_audit() -> None:
+    for name, planned in planned_seconds(audited_plan("3B", ig_service_gpus=8)).items():
+        best, worst = AUDITED_SECONDS[name]
+        assert 0.9 * best <= planned <= 1.1 * worst, name
+
+
+def test_the_table_of_the_recipes_is_that_of_the_documentation() -> None:
+    """Every recipe with every size: its numbers, and whether it fits or what to change."""
+    rows = list(recipe_rows())
+    text = (ROOT / "docs/scale.md").read_text()
+    assert [row for row in rows if row not in text] == []
+    assert len(rows) == 3 * len(list((ROOT / "verl/trainer/config/recipe").glob("gpu*.yaml")))
+
+
+def test_a_plan_says_where_everything_is() -> None:
+    planned, problem = plan("placement.retriever_gpus=4", "algorithm=tips", "algorithm.refresh_steps=5")
+    assert problem is None
+    assert describe_places(planned)[1:] == [
+        "policy: GPU 0-7, one rank each, a copy of the model over 8",
+        "reference and the method's copy of the policy: as the policy",
+        "engines: GPU 0-7, 8 of 1 GPU each, 0.5 of the memory, asleep while the policy has the GPU",
+        "retriever: GPU 0-3, 32.3 GB of vectors over all",
+    ]
+    assert gb(planned, Phase.UPDATE) - gb(planned, Phase.UPDATE, gpu=4) == pytest.approx(32.3 / 4 + 1.7)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phases"),
+    [
+        (("actor_rollout_ref.rollout.free_cache_engine=false",), {Phase.UPDATE, Phase.LOG_PROBS}),
+        (("actor_rollout_ref.model.enable_gradient_checkpointing=false",), {Phase.UPDATE}),
+        (("actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768",), {Phase.UPDATE, Phase.LOG_PROBS}),
+        (("actor_rollout_ref.rollout.gpu_memory_utilization=0.6",), {Phase.ROLLOUT, Phase.PUBLISH}),
+        (("algorithm=igpo",), {Phase.REWARD}),
+    ],
+)
+def test_settings_raise_the_memory_of_their_phases_alone(
+    overrides: Sequence[str], phases: set[Phase]
+) -> None:
+    """Over a run without the IG service, which `algorithm=igpo` does not use."""
+    base, changed = plan("placement.ig_service_gpus=0")[0], plan("placement.ig_service_gpus=0", *overrides)[0]
+    step = (Phase.ROLLOUT, Phase.LOG_PROBS, Phase.UPDATE, Phase.PUBLISH)
+    raised = {phase for phase in (*step, Phase.REWARD) if gb(changed, phase) > gb(base, phase) + 0.1}
+    assert raised - {Phase.REWARD} == phases - {Phase.REWARD}
+    assert Phase.REWARD not in phases or Phase.REWARD in raised
+
+
+def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
+    setup = plan("trainer.n_gpus_per_node=1", "placement.ig_service_gpus=0")[0].setup
+    assert not make_plan(setup).fits
+    offload = Offload(policy=True, optimizer=True, reference=True)
+    present, planned = make_plan(setup), make_plan(replace(setup, offload=offload))
+    assert planned.fits
+    billions = setup.shape.parameters / 1e9
+    rollout = gb(present, Phase.ROLLOUT) - gb(planned, Phase.ROLLOUT)
+    assert rollout == pytest.approx((4 + 8 + 2) * billions)  # weights, optimizer, reference
+    update = gb(present, Phase.UPDATE) - gb(planned, Phase.UPDATE)
+    assert update == pytest.approx(2 * billions)  # the reference alone
+
+
+def test_lora_trains_what_does_not_fit_otherwise() -> None:
+    setup = plan("trainer.n_gpus_per_node=2", "placement.ig_service_gpus=0", model="7B")[0].setup
+    frozen = replace(setup.frozen, has_reference=False)
+    planned = make_plan(replace(setup, lora_rank=64, frozen=frozen))
+    assert (make_plan(setup).fits, planned.fits) == (False, True)
+    assert "reference_log_probs" not in [stage.name for stage in planned.stages]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "changes"),
+    [
+        # The IG service on every GPU, which grows with them.
+        (("trainer.n_gpus_per_node=2",), "3B", ["actor_rollout_ref.rollout.gpu_memory_utilization=0.45"]),
+        (("trainer.n_gpus_per_node=2",), "7B", []),
+        (("trainer.n_gpus_per_node=1", "placement.ig_service_gpus=0"), "7B", []),
+        (
+            ("actor_rollout_ref.model.enable_gradient_checkpointing=false",),
+            "7B",
+            ["actor_rollout_ref.model.enable_gradient_checkpointing=true"],
+        ),
+        (
+            ("actor_rollout_ref.rollout.gpu_memory_utilization=0.2",),
+            "7B",
+            ["actor_rollout_ref.rollout.gpu_memory_utilization=0.5"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_settings_that_do(
+    overrides: Sequence[str], model: str, changes: list[str]
+) -> None:
+    _, problem = plan(*overrides, model=model)
+    assert problem is not None
+    assert problem.startswith("the run does not fit: ")
+    config = compose_config("recipe=gpu", *overrides)
+    shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{model}"]
+    found = find_changes(config, shape, H100, used=())
+    assert all(plan_run(change_settings(config, change), shape, H100)[1] is None for change in found)
+    on_these_gpus = [change for change in found if "trainer.n_gpus_per_node" not in change]
+    written = [f"{key}={str(value).lower()}" for change in on_these_gpus for key, value in change.items()]
+    assert written == changes
+    assert all(change in problem for change in written)
+    assert found, "more GPUs always help here"
+
+
+def test_the_message_names_phase_gpu_and_largest_items() -> None:
+    _, problem = plan("trainer.n_gpus_per_node=2")
+    assert problem == (
+        "the run does not fit: phase publish needs 83.6 GB on GPU 0 (engine: cache, graphs 36.3, IG service "
+        "16.5, optimizer: Adam 12.3, ...) of 80.8 GB that are usable of 85.0; change: "
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.45, or trainer.n_gpus_per_node=4 "
+        "placement.ig_service_gpus=4"
+    )
+
+
+def test_an_engine_without_room_for_one_sequence_is_refused() -> None:
+    _, problem = plan("actor_rollout_ref.rollout.gpu_memory_utilization=0.2", model="7B")
+    assert problem is not None
+    assert "the engine's share of 17.0 GB (actor_rollout_ref.rollout.gpu_memory_utilization=0.2)" in problem
+
+
+def test_programs_that_run_already_count() -> None:
+    config = compose_config("recipe=gpu")
+    shape = KNOWN_SHAPES["Qwen/Qwen2.5-3B"]
+    machine = tuple(MeasuredGpu(gpu=H100, used=used * GB) for used in (10, 40, 10, 10, 10, 10, 10, 10))
+    planned, problem = plan_run(config, shape, H100, machine=machine)
+    # GPU 0 has less in use than the planned IG service takes; GPU 1 has a program beside it.
+    assert planned.excess is not None
+    assert planned.excess.gpu == 1
+    assert "other programs 23.5" in (problem or "")
+
+
+def test_gains_that_are_computed_elsewhere_are_not_planned() -> None:
+    planned, _ = plan("placement.ig_service_gpus=0")
+    (gains,) = [stage for stage in planned.stages if stage.name == "gains"]
+    assert gains.seconds is None
+    assert "placement.ig_service_gpus=0" in gains.detail
+
+
+def test_an_evaluation_plans_neither_update_nor_seconds() -> None:
+    planned, problem = plan("trainer.val_only=true", "trainer.n_gpus_per_node=1")
+    assert problem is None
+    assert planned.phases == (Phase.LOAD, Phase.ROLLOUT, Phase.PUBLISH)
+    assert planned.stages == ()

@@ -1,0 +1,78 @@
+"""What the plan assumes about hardware, libraries and episodes, each with its source.
+
+Bytes are in units of 1, GB are 10^9 bytes. A number without a measurement on a GPU says "computed": correct
+it here when it has been measured, and nowhere else.
+"""
+
+from __future__ import annotations
+
+GB = 1e9
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+USABLE_SHARE = 0.95
+"""Of a GPU's memory; the rest is lost to fragments of the allocators (computed)."""
+CONTEXT_BYTES = 0.9 * GB
+"""Of each process on a GPU: CUDA context, cuBLAS workspace, buffers of NCCL (0.5 + 0.1 + 0.3, computed)."""
+ASLEEP_BYTES = 1.5 * GB
+"""What an engine keeps while it sleeps: its context and CUDA graphs (vLLM logs 1 to 2 GiB "still in use")."""
+ENGINE_EXTRA_BYTES = 3.0 * GB
+"""Of an engine's share, what is neither weights nor cache: context, CUDA graphs, activations (computed)."""
+ENTAILMENT_BYTES = 3.75 * GB
+"""Of the IG service beside its engine: deberta-v2-xlarge in bfloat16 (1.8), its activations, a context."""
+RETRIEVER_BYTES = 1.7 * GB
+"""Of the retriever beside its index: the query encoder, the scores of a batch, a context (computed)."""
+
+SAVED_PER_TOKEN = 1.0
+"""Activations that checkpointing keeps per layer, in units of the hidden size: the layer's input."""
+LAYER_INTERMEDIATES = 6.0
+LAYER_HIDDENS = 13.0
+"""Activations of one layer in its backward pass, in units of the intermediate and the hidden size: gate, up,
+activation, product and two gradients; norms (partly float32), q, k, v, attention, residuals (counted in the
+code of transformers 5.19)."""
+FORWARD_INTERMEDIATES = 3.0
+FORWARD_HIDDENS = 6.0
+"""The same of a forward pass without gradients."""
+LOGITS_PER_CHUNK = 2**27
+"""Float32 logits of one chunk, as in `verl.workers.model`."""
+LOGITS_COPIES = 5.5
+"""Chunks in memory at once: bfloat16 logits, float32, divided by the temperature, log-softmax, probabilities,
+gradient."""
+
+# ---------------------------------------------------------------------------------------------------- seconds
+
+TRAIN_SHARE = 0.35
+"""Of peak FLOP/s in update and log-probs: what FSDP2 trainers of such sizes report (35 to 45 %)."""
+PREFILL_SHARE = 0.5
+BANDWIDTH_SHARE = 0.6
+"""Of peak FLOP/s when an engine reads prompts, of memory bandwidth when it decodes (computed)."""
+ENGINE_STEP_S = 0.001
+"""Of each decoding step beside the kernels: scheduler and sampler (computed)."""
+PADDED_UPDATE = 1.96
+"""Tokens that the slowest rank computes per real token of its share in a mini-batch of 64 (simulated)."""
+PADDED_LOG_PROBS = 1.02
+"""The same where the whole batch is one mini-batch (simulated)."""
+DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.007, 0.0014
+"""Of the trainer's one thread per episode and per completion (measured on a CPU)."""
+CPU_SEARCHES_PER_S = 1000.0
+"""ivf_pq over 21 million passages on the CPUs of a GPU node: 63 MB of codes per query (computed)."""
+GPU_SEARCHES_PER_S = 4000.0
+"""Exact search by torch per H100 over its part of 21 million passages, encoding included (computed)."""
+GAIN_FLOPS = 23e-3 * 989e12
+"""Of one gain, at the peak of the GPU: 23 ms of a whole H100 to read the passages and sample 10 answers by a
+generator of 3 billion parameters (computed)."""
+GAIN_LATENCY_S = 1.0
+"""From the end of the last episode to its gain."""
+FILE_BYTES_PER_S = 0.7 * GB
+"""Weights through a file in memory: gathered, copied to the host, written, read by the engines (computed)."""
+SLEEP_S_PER_BYTE = 1 / (6.0 * GB)
+"""Sleep and wake of an engine, per byte of its weights, which go to host memory and back (computed)."""
+
+# --------------------------------------------------------------------------------------------------- episodes
+
+PROMPT_TOKENS = 150
+COMPLETION_TOKENS = 110
+PASSAGE_TOKENS = 150
+"""Means of questions of NQ and HotpotQA with passages of 100 words; the limits of `data` cap them."""
+SEARCHED_SHARE = 0.65
+"""Searches of an episode as a share of `max_turns`."""

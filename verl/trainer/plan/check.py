@@ -1,0 +1,176 @@
+"""The plan of a run: its memory, its seconds, whether it fits, and which settings make it fit."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from verl.trainer.config.schema import Config
+from verl.trainer.plan.assumptions import GB, USABLE_SHARE
+from verl.trainer.plan.gpus import Gpu, MeasuredGpu
+from verl.trainer.plan.memory import Item, Phase, list_items, total
+from verl.trainer.plan.seconds import Stage, list_stages
+from verl.trainer.plan.setup import Setup, make_setup
+from verl.trainer.plan.shape import ModelShape
+
+Settings = Mapping[str, float]
+"""Settings to change, by their keys."""
+
+_ENGINE = "actor_rollout_ref.rollout.gpu_memory_utilization"
+_TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+_CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
+_IG_GPUS = "placement.ig_service_gpus"
+_NUM_GPUS = "trainer.n_gpus_per_node"
+_ENGINE_SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+_TOKEN_LIMITS = (16384, 8192, 4096, 2048)
+_GPU_COUNTS = (2, 4, 8)
+_MIN_SEQUENCES = 16
+"""Longest sequences for which a suggested share of the engine has room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excess:
+    """The phase and GPU that lack most memory."""
+
+    phase: Phase
+    gpu: int
+    needed: float
+    """Bytes, as `usable`."""
+    usable: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a step takes of the GPUs, in memory and in time."""
+
+    setup: Setup
+    items: tuple[Item, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that can be used."""
+        return self.setup.gpu.memory * USABLE_SHARE
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return tuple(Phase) if self.setup.trains else (Phase.LOAD, Phase.ROLLOUT, Phase.PUBLISH)
+
+    @property
+    def excess(self) -> Excess | None:
+        """None where everything fits."""
+        needs = [
+            Excess(phase=phase, gpu=gpu, needed=total(self.items, phase, gpu=gpu), usable=self.usable)
+            for phase in self.phases
+            for gpu in range(self.setup.num_gpus)
+        ]
+        worst = max(needs, key=lambda need: need.needed)
+        return worst if worst.needed > self.usable else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits, and the engine has room for the longest sequence."""
+        return self.excess is None and self.setup.cache_bytes >= self.setup.sequence_cache_bytes
+
+
+def make_plan(setup: Setup) -> Plan:
+    """Return the plan of these facts."""
+    return Plan(setup=setup, items=tuple(list_items(setup)), stages=tuple(list_stages(setup)))
+
+
+def plan_run(
+    config: Config, shape: ModelShape, gpu: Gpu, *, machine: tuple[MeasuredGpu, ...] = ()
+) -> tuple[Plan, str | None]:
+    """Return the plan of a configuration, and one line that says why it does not fit and what to change.
+
+    `machine` are the GPUs of this machine, where other programs may run already.
+    """
+    used = tuple(measured.used for measured in machine)
+    plan = make_plan(make_setup(config, shape, gpu, other_bytes=used))
+    if plan.fits:
+        return plan, None
+    changes = [
+        " ".join(_show(key, value) for key, value in change.items())
+        for change in find_changes(config, shape, gpu, used=used)
+    ]
+    advice = ", or ".join(changes) or "take a smaller model or GPUs with more memory"
+    return plan, f"the run does not fit: {_describe(plan)}; change: {advice}"
+
+
+def find_changes(config: Config, shape: ModelShape, gpu: Gpu, *, used: tuple[float, ...]) -> list[Settings]:
+    """Return the smallest change of settings with which the run fits, and the smallest with more GPUs.
+
+    All of them were planned; a kind of change without which the run cannot fit is left out.
+    """
+
+    def fits(changes: Settings) -> bool:
+        setup = make_setup(change_settings(config, changes), shape, gpu, other_bytes=used)
+        has_room = setup.cache_bytes >= _MIN_SEQUENCES * setup.sequence_cache_bytes
+        return has_room and make_plan(setup).fits
+
+    same_gpus = next(filter(fits, _list_changes(config)), None)
+    is_everywhere = config.placement.ig_service_gpus >= config.trainer.n_gpus_per_node
+    more_gpus = (
+        {_NUM_GPUS: count, **({_IG_GPUS: count} if is_everywhere else {}), **changes}
+        for count in _GPU_COUNTS
+        if count > config.trainer.n_gpus_per_node
+        for changes in _list_changes(config)
+        if _IG_GPUS not in changes
+    )
+    on_more_gpus = next(filter(fits, more_gpus), None)
+    return [change for change in (same_gpus, on_more_gpus) if change is not None]
+
+
+def _list_changes(config: Config) -> Iterator[Settings]:
+    """Yield changes of settings on the same GPUs, from none over single ones to several."""
+    settings = config.actor_rollout_ref
+    share, tokens = settings.rollout.gpu_memory_utilization, settings.actor.ppo_max_token_len_per_gpu
+    shares: list[Settings] = [{}, *({_ENGINE: value} for value in _ENGINE_SHARES if value != share)]
+    longest = config.data.max_model_len
+    limits: list[Settings] = [{}]
+    limits += [{_TOKENS: value} for value in _TOKEN_LIMITS if longest <= value < tokens]
+    checkpointing: list[Settings] = [{}]
+    if not settings.model.enable_gradient_checkpointing:
+        checkpointing.append({_CHECKPOINTING: True})
+    services: list[Settings] = [{}, *([{_IG_GPUS: 0}] if config.placement.ig_service_gpus else [])]
+    # The fewest settings first; among equally many, those of the engine before those of the update.
+    combinations = itertools.product(services, checkpointing, limits, shares)
+    changes = [{**a, **b, **c, **d} for a, b, c, d in combinations]
+    yield from sorted(changes, key=len)
+
+
+def change_settings(config: Config, changes: Settings) -> Config:
+    """Return a copy of a configuration with other values under these keys."""
+    changed = copy.deepcopy(config)
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        section: object = changed
+        for part in path:
+            section = getattr(section, part)
+        assert name in {field.name for field in fields(section)}  # type: ignore[arg-type]
+        setattr(section, name, value)
+    return changed
+
+
+def _describe(plan: Plan) -> str:
+    setup, excess = plan.setup, plan.excess
+    if excess is None:
+        return (
+            f"the engine's share of {setup.gpu.memory * setup.engine_share / GB:.1f} GB "
+            f"({_ENGINE}={setup.engine_share:g}) has no room beside {setup.engine_weight_bytes / GB:.1f} GB "
+            f"of weights for a sequence of {setup.max_model_len} tokens"
+        )
+    present = [item for item in plan.items if excess.gpu in item.gpus and excess.phase in item.amounts]
+    largest = sorted(present, key=lambda item: -item.amounts[excess.phase])[:3]
+    parts = ", ".join(f"{item.name} {item.amounts[excess.phase] / GB:.1f}" for item in largest)
+    return (
+        f"phase {excess.phase} needs {excess.needed / GB:.1f} GB on GPU {excess.gpu} ({parts}, ...) of "
+        f"{excess.usable / GB:.1f} GB that are usable of {setup.gpu.memory / GB:.1f}"
+    )
+
+
+def _show(key: str, value: float) -> str:
+    meaning = " (start the IG service on other GPUs)" if (key, value) == (_IG_GPUS, 0) else ""
+    return f"{key}={str(value).lower() if isinstance(value, bool) else f'{value:g}'}{meaning}"

@@ -1,0 +1,183 @@
+"""Expected seconds of every stage of a step, and the part of them that the hardware's limit explains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from verl.trainer.plan.assumptions import (
+    BANDWIDTH_SHARE,
+    CPU_SEARCHES_PER_S,
+    DRIVER_COMPLETION_S,
+    DRIVER_EPISODE_S,
+    ENGINE_STEP_S,
+    FILE_BYTES_PER_S,
+    GAIN_FLOPS,
+    GAIN_LATENCY_S,
+    GPU_SEARCHES_PER_S,
+    PADDED_LOG_PROBS,
+    PADDED_UPDATE,
+    PREFILL_SHARE,
+    SLEEP_S_PER_BYTE,
+    TRAIN_SHARE,
+)
+from verl.trainer.plan.gpus import Gpu
+from verl.trainer.plan.memory import Phase
+from verl.trainer.plan.setup import Setup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A part of a phase; the stages of a step follow each other."""
+
+    phase: Phase
+    name: str
+    seconds: float | None
+    """None: not planned, as `detail` explains."""
+    detail: str = ""
+    tokens: float | None = None
+    """Of all ranks or engines, where the stage computes tokens."""
+    limit_s: float = 0.0
+    """What the stage would take at the peak of the GPUs."""
+
+    @property
+    def limit_share(self) -> float | None:
+        return self.limit_s / self.seconds if self.seconds and self.limit_s else None
+
+
+def list_stages(setup: Setup) -> list[Stage]:
+    """Return the stages of a training step in order; none for a GPU of unknown speed, or without training.
+
+    All episodes of a step begin at the same time, so that most of them are at the same turn: engines, driver
+    and retriever take turns more than they overlap, and their seconds are added.
+    """
+    if setup.gpu.flops is None or setup.gpu.bandwidth is None or not setup.trains:
+        return []
+    rollout = [_engines(setup), _driver(setup), _retrieval(setup)]
+    rollout_s = sum(stage.seconds or 0.0 for stage in rollout)
+    reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
+    reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_with_policy else []
+    log_probs = [] if setup.is_on_policy else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
+    if setup.frozen.has_reference and not setup.lora_rank:
+        log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
+    return [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]
+
+
+def step_seconds(stages: Sequence[Stage]) -> float | None:
+    """Return the seconds of a step, without stages that are not planned; None if none is."""
+    return sum(stage.seconds or 0.0 for stage in stages) if stages else None
+
+
+def _speed(gpu: Gpu) -> tuple[float, float]:
+    """Return FLOP/s and bytes/s of a GPU whose speed is known."""
+    assert gpu.flops is not None
+    assert gpu.bandwidth is not None
+    return gpu.flops, gpu.bandwidth
+
+
+def _flops_per_token(setup: Setup) -> float:
+    """Return the FLOP of a forward pass per token: 2 per parameter, and the attention."""
+    return 2.0 * setup.shape.matrix_parameters + setup.shape.attention_flops(setup.episodes.tokens)
+
+
+def _pass(setup: Setup, phase: Phase, name: str) -> Stage:
+    """Return a forward pass over all episodes."""
+    tokens = setup.episodes.count * setup.episodes.tokens
+    peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
+    limit_s = _flops_per_token(setup) * tokens / peak
+    seconds = limit_s * PADDED_LOG_PROBS / TRAIN_SHARE
+    return Stage(phase=phase, name=name, seconds=seconds, tokens=tokens, limit_s=limit_s)
+
+
+def _update(setup: Setup) -> Stage:
+    """Return the update: forward, twice that backward (once with LoRA), once more with checkpointing."""
+    tokens = setup.episodes.count * setup.episodes.tokens * setup.num_epochs
+    useful = 2 if setup.lora_rank else 3
+    passes = useful + (1 if setup.has_checkpointing else 0)
+    peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
+    one_pass_s = _flops_per_token(setup) * tokens / peak
+    return Stage(
+        phase=Phase.UPDATE,
+        name="update",
+        detail=f"{setup.num_updates} optimizer steps",
+        seconds=one_pass_s * passes * PADDED_UPDATE / TRAIN_SHARE,
+        tokens=tokens,
+        limit_s=one_pass_s * useful,
+    )
+
+
+def _engines(setup: Setup) -> Stage:
+    """Return reading and sampling of the engines: all episodes together, then the longest one alone."""
+    flops, bandwidth = _speed(setup.gpu)
+    shape, episodes, tp = setup.shape, setup.episodes, setup.engine_gpus
+    gpus = setup.num_gpus * setup.num_nodes
+    # A prompt is read once for its group, what follows once: the cache keeps the rest.
+    read = episodes.questions * episodes.prompt_tokens + episodes.count * episodes.observation_tokens
+    read_limit_s = 2.0 * shape.parameters * read / (flops * gpus)
+    # KV heads below one per GPU are copied.
+    kv = shape.kv_bytes(setup.number_bytes) / min(tp, shape.kv_heads)
+    context = episodes.tokens * 0.7
+    room = max(1.0, setup.cache_bytes / (kv * context))
+    batch = min(setup.max_num_seqs, episodes.count / setup.replicas, room)
+    sampled = episodes.count * episodes.sampled_tokens
+    steps = sampled / setup.replicas / batch
+    moved = setup.engine_weight_bytes + batch * context * kv  # bytes per decoding step and GPU
+    decode_limit_s = steps * max(moved / bandwidth, 2.0 * shape.parameters * batch / (flops * tp))
+    tail_s = episodes.longest_sampled * setup.engine_weight_bytes / bandwidth
+    seconds = (
+        read_limit_s / PREFILL_SHARE
+        + (decode_limit_s + tail_s) / BANDWIDTH_SHARE
+        + (steps + episodes.longest_sampled) * ENGINE_STEP_S
+    )
+    return Stage(
+        phase=Phase.ROLLOUT,
+        name="engines",
+        detail=f"{setup.replicas} x {batch:.0f} sequences at a time",
+        seconds=seconds,
+        tokens=read + sampled,
+        limit_s=read_limit_s + decode_limit_s,
+    )
+
+
+def _driver(setup: Setup) -> Stage:
+    """Return the work of the trainer's own thread on episodes."""
+    episodes = setup.episodes
+    per_episode = DRIVER_EPISODE_S + DRIVER_COMPLETION_S * (episodes.searches + 1)
+    return Stage(phase=Phase.ROLLOUT, name="driver", seconds=episodes.count * per_episode)
+
+
+def _retrieval(setup: Setup) -> Stage:
+    """Return the searches, which the retriever answers in batches."""
+    searches = setup.episodes.count * setup.episodes.searches
+    if setup.retriever_gpus:
+        rate, where = GPU_SEARCHES_PER_S * setup.retriever_gpus, f"{setup.retriever_gpus} GPUs"
+    else:
+        rate, where = CPU_SEARCHES_PER_S, "CPUs (ivf_pq)"
+    detail = f"{searches:,.0f} searches on {where}"
+    return Stage(phase=Phase.ROLLOUT, name="retrieval", detail=detail, seconds=searches / rate)
+
+
+def _gains(setup: Setup, *, hidden_s: float) -> Stage:
+    """Return how long a step still waits for gains that were requested while its episodes ran.
+
+    The generator of the IG service is taken to have 3 billion parameters.
+    """
+    if not setup.ig_gpus:
+        detail = "the IG service runs elsewhere: placement.ig_service_gpus=0"
+        return Stage(phase=Phase.REWARD, name="gains", seconds=None, detail=detail)
+    work_s = GAIN_FLOPS * setup.episodes.count / (_speed(setup.gpu)[0] * setup.ig_gpus)
+    visible_s = max(0.0, work_s - hidden_s) + GAIN_LATENCY_S
+    detail = f"visible of {work_s:.0f} s on GPU {'0' if setup.ig_gpus == 1 else f'0-{setup.ig_gpus - 1}'}"
+    return Stage(phase=Phase.REWARD, name="gains", detail=detail, seconds=visible_s)
+
+
+def _publish(setup: Setup) -> Stage:
+    """Return sleep and wake of the engines, and the way of the weights through host memory."""
+    size = setup.shape.parameters * setup.number_bytes
+    asleep_s = setup.engine_weight_bytes * SLEEP_S_PER_BYTE if setup.frees_engine else 0.0
+    return Stage(
+        phase=Phase.PUBLISH,
+        name="publish",
+        detail="with sleep and wake of the engines",
+        seconds=asleep_s + size / FILE_BYTES_PER_S,
+    )

@@ -1,0 +1,185 @@
+"""What a configuration puts on which GPU: the facts that the memory and the time of a step follow from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from verl.algorithms import ALGORITHMS
+from verl.algorithms.base import Need
+from verl.trainer.config.schema import Config, DataConfig
+from verl.trainer.needs import FrozenModels, find_frozen_models
+from verl.trainer.plan.assumptions import (
+    COMPLETION_TOKENS,
+    ENGINE_EXTRA_BYTES,
+    GB,
+    PASSAGE_TOKENS,
+    PROMPT_TOKENS,
+    SEARCHED_SHARE,
+)
+from verl.trainer.plan.gpus import Gpu
+from verl.trainer.plan.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offload:
+    """What waits in host memory while its phase does not need it."""
+
+    policy: bool = False
+    """Weights and gradients."""
+    optimizer: bool = False
+    reference: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episodes:
+    """What the episodes of a step are expected to be; tokens are means per episode."""
+
+    questions: int
+    per_question: int
+    searches: float
+    prompt_tokens: float
+    observation_tokens: float
+    sampled_tokens: float
+    longest_sampled: int
+    """Tokens that the longest episode samples; the engines end with it alone."""
+
+    @property
+    def count(self) -> int:
+        return self.questions * self.per_question
+
+    @property
+    def tokens(self) -> float:
+        """Of one episode."""
+        return self.prompt_tokens + self.observation_tokens + self.sampled_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A run on GPUs, as the plan sees it."""
+
+    shape: ModelShape
+    gpu: Gpu
+    num_gpus: int
+    """Of one node; each has a rank of the policy."""
+    num_nodes: int = 1
+    num_shards: int
+    """Ranks that share one copy of the policy."""
+    frozen: FrozenModels
+    scores_with_policy: bool
+    """Whether the method measures log-probs under the policy."""
+    uses_ig_service: bool
+    trains: bool
+    number_bytes: int
+    """Of a number in forward passes and in the engine."""
+    has_checkpointing: bool
+    micro_tokens: int
+    """Tokens of one forward pass of a rank."""
+    num_updates: int
+    """Optimizer steps per training step."""
+    is_on_policy: bool
+    """Whether the update needs no old log-probs."""
+    num_epochs: int
+    engine_gpus: int
+    """GPUs of one engine."""
+    engine_share: float
+    max_num_seqs: int
+    max_model_len: int
+    frees_engine: bool
+    """Whether the engine sleeps while the policy has the GPU."""
+    ig_gpus: int
+    """Of the driver's node, as those of the retriever; the other nodes have fewer programs."""
+    ig_share: float
+    retriever_gpus: int
+    index_bytes: float
+    other_bytes: tuple[float, ...] = ()
+    """What other programs were found to use on each GPU, services included; empty: not measured."""
+    episodes: Episodes
+    offload: Offload = field(default_factory=Offload)
+    lora_rank: int = 0
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters with gradient and optimizer state."""
+        return self.shape.lora_parameters(self.lora_rank) if self.lora_rank else self.shape.parameters
+
+    @property
+    def replicas(self) -> int:
+        """Engines over all nodes."""
+        return self.num_nodes * self.num_gpus // self.engine_gpus
+
+    @property
+    def engine_weight_bytes(self) -> float:
+        """Of one engine, per GPU."""
+        return self.shape.parameters * self.number_bytes / self.engine_gpus
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of one engine's key-value cache, per GPU; negative where the weights alone are too large."""
+        return self.gpu.memory * self.engine_share - self.engine_weight_bytes - ENGINE_EXTRA_BYTES
+
+    @property
+    def sequence_cache_bytes(self) -> float:
+        """What the longest sequence takes of the cache, per GPU; a KV head is copied, never split."""
+        split = min(self.engine_gpus, self.shape.kv_heads)
+        return self.max_model_len * self.shape.kv_bytes(self.number_bytes) / split
+
+
+def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tuple[float, ...] = ()) -> Setup:
+    """Return the facts of a configuration on GPUs of this kind; `trainer.device` is not read."""
+    settings, placement = config.actor_rollout_ref, config.placement
+    actor, rollout = settings.actor, settings.rollout
+    needs = ALGORITHMS[config.algorithm.name].needs
+    num_gpus = config.trainer.n_gpus_per_node
+    num_nodes = 1
+    num_updates = max(1, round(config.trajectories_per_step / actor.ppo_mini_batch_size))
+    # A rank with few rows never fills a forward pass.
+    rows = -(-min(config.trajectories_per_step, actor.ppo_mini_batch_size) // (num_gpus * num_nodes))
+    longest = config.data.max_model_len
+    trains = not config.trainer.evaluates_only
+    return Setup(
+        shape=shape,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        num_nodes=num_nodes,
+        num_shards=num_gpus,
+        frozen=find_frozen_models(config),
+        scores_with_policy=trains and Need.POLICY_LOG_PROBS in needs,
+        uses_ig_service=trains and bool(needs & {Need.IG_SERVICE, Need.ENTAILMENT}),
+        trains=trains,
+        number_bytes=4 if settings.model.dtype == "float32" else 2,
+        has_checkpointing=settings.model.enable_gradient_checkpointing,
+        micro_tokens=min(max(actor.ppo_max_token_len_per_gpu, longest), rows * longest),
+        num_updates=num_updates * actor.ppo_epochs,
+        is_on_policy=num_updates * actor.ppo_epochs == 1,
+        num_epochs=actor.ppo_epochs,
+        engine_gpus=rollout.tensor_model_parallel_size,
+        engine_share=rollout.gpu_memory_utilization,
+        max_num_seqs=rollout.max_num_seqs,
+        max_model_len=longest,
+        frees_engine=rollout.free_cache_engine,
+        ig_gpus=min(placement.ig_service_gpus, num_gpus),
+        ig_share=placement.ig_service_memory,
+        retriever_gpus=min(placement.retriever_gpus, num_gpus),
+        index_bytes=placement.retriever_index_gb * GB,
+        other_bytes=other_bytes,
+        episodes=expect_episodes(config),
+    )
+
+
+def expect_episodes(config: Config) -> Episodes:
+    """Return what episodes are expected to be: means of NQ and HotpotQA, within the limits of `data`."""
+    data: DataConfig = config.data
+    searches = SEARCHED_SHARE * config.max_turns
+    prompt = min(PROMPT_TOKENS, data.max_start_length)
+    sampled = (searches + 1) * min(COMPLETION_TOKENS, data.max_response_length)
+    observed = searches * min(config.retriever.topk * PASSAGE_TOKENS, data.max_obs_length)
+    return Episodes(
+        questions=data.train_batch_size,
+        per_question=config.actor_rollout_ref.rollout.n_agent,
+        searches=searches,
+        prompt_tokens=prompt,
+        # An episode that would exceed the longest context ends before.
+        observation_tokens=max(0.0, min(observed, data.max_model_len - prompt - sampled)),
+        sampled_tokens=sampled,
+        longest_sampled=min((config.max_turns + 1) * data.max_response_length, data.max_model_len),
+    )
