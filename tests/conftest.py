@@ -35,6 +35,7 @@ def pytest_configure() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "offline",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # otherwise a pool of processes that import torch
         "VLLM_NO_USAGE_STATS": "1",
     }.items():
         os.environ.setdefault(name, value)

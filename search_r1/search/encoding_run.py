@@ -217,15 +217,16 @@ class _Worker:
     """The state of one encoding process."""
 
     def __init__(self, job: EncodingJob, vectors: VectorFile, device: str | None) -> None:
+        self.job = job
+        self.vectors = vectors
+        self.corpus = open_corpus(job.corpus_path)  # before the libraries, which take seconds
+
         import torch
 
         from search_r1.search.encoder import TextEncoder
 
         if job.num_threads is not None:
             torch.set_num_threads(job.num_threads)
-        self.job = job
-        self.vectors = vectors
-        self.corpus = open_corpus(job.corpus_path)
         self.encoder = TextEncoder(job.spec, device=device)
 
 

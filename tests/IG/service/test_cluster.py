@@ -54,15 +54,21 @@ async def cluster() -> AsyncIterator[RayCluster]:
 
 
 async def test_a_signal_to_stop_reaches_the_handler_and_not_ray(capfd: pytest.CaptureFixture[str]) -> None:
-    received = asyncio.Event()
+    received: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(received.set))
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [
+        signal.signal(number, lambda arrived, _: loop.call_soon_threadsafe(received.put_nowait, arrived))
+        for number in numbers
+    ]
     try:
         async with cluster():
-            os.kill(os.getpid(), signal.SIGTERM)
-            await received.wait()
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                assert await received.get() == number
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     assert "SIGTERM" not in capfd.readouterr().err
 
 

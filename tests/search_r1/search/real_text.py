@@ -11,6 +11,8 @@ from tests.search_r1.search.small_world import write_corpus
 
 _WORDS_PER_PASSAGE = 100
 _LONGEST_TOPIC = 30_000  # characters
+_OTHERS_KEPT = 8
+"""One in so many passages without an answer is kept."""
 
 QUESTIONS = {
     "Which statement lets me check a condition only while debugging?": "assert expression",
@@ -56,7 +58,11 @@ def cut_passages() -> list[str]:
 
 
 def write_real_corpus(path: Path) -> list[str]:
-    """As JSONL, ids from 0; returns the passages."""
-    passages = cut_passages()
+    """As JSONL, ids from 0; returns the passages: all with an answer and some of the others."""
+    passages = [
+        text
+        for row, text in enumerate(cut_passages())
+        if row % _OTHERS_KEPT == 0 or any(words in text.lower() for words in QUESTIONS.values())
+    ]
     write_corpus(path, {str(row): text for row, text in enumerate(passages)})
     return passages

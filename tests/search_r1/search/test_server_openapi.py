@@ -29,7 +29,7 @@ schema = schemathesis.openapi.from_dict(make_app(EchoRetriever(), *FLAGS).openap
 
 @schema.parametrize()
 @hypothesis.settings(
-    max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 def test_no_request_breaks_the_contract(case: Case, url: str) -> None:
     """Generated requests, half of them malformed: documented statuses and shapes, and never a 5xx.

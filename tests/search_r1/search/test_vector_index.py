@@ -129,7 +129,7 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(vectors: FloatArray,
 
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16,PQ16x4,RFlat", "IVF16_HNSW8,PQ32np", "HNSW16", "HNSW16,SQ8"],
+    ["Flat", "SQ8", "IVF16,PQ32x4", "IVF16,PQ16x4,RFlat", "IVF16_HNSW8,PQ16np", "HNSW16", "HNSW16,SQ8"],
 )
 def test_files_that_faiss_wrote_open_too(factory: str, vectors: FloatArray, tmp_path: Path) -> None:
     index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
@@ -198,7 +198,7 @@ def test_shards_as_on_several_gpus_find_the_same_rows(
     refined: bool, vectors: FloatArray, queries: FloatArray, tmp_path: Path
 ) -> None:
     """Shards of the CPU stand in for those of GPUs: they have no lists and no `nprobe` of their own."""
-    options = parse_options("IVF64,PQ32,Refine(SQ8)" if refined else "IVF64,PQ32")
+    options = parse_options("IVF64,PQ8,Refine(SQ8)" if refined else "IVF64,PQ8")
     write_index(vectors, tmp_path / "index", options=options, num_threads=1)
 
     def shard(lists: faiss.Index) -> faiss.Index:

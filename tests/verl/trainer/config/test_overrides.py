@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,27 +34,35 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 def refusals(arguments: list[str]) -> dict[str, str]:
     """Return the refusal of each argument by its key."""
+    return _find_refusals(tuple(arguments))
+
+
+@cache
+def _find_refusals(arguments: tuple[str, ...]) -> dict[str, str]:
     with pytest.raises(ConfigError) as error:
-        check_overrides(arguments)
+        check_overrides([*arguments])
     lines = str(error.value).splitlines()
     lines = [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
     return dict(line.split(": ", 1) for line in lines)
 
 
 @pytest.mark.parametrize("arguments", SCRIPTS.values(), ids=list(SCRIPTS))
-def test_every_argument_of_a_published_script_is_known(arguments: list[str]) -> None:
+def test_every_argument_of_a_published_script_is_known_and_what_is_advised_is_accepted(
+    arguments: list[str],
+) -> None:
     refused = refusals(arguments)
     keys = {argument.partition("=")[0].lstrip("+") for argument in arguments}
     assert keys - set(schema_keys()) <= set(refused)
     assert [advice for advice in refused.values() if "no such key" in advice or "<" in advice] == []
+    check_overrides(convert(arguments))
 
 
-@pytest.mark.parametrize("arguments", SCRIPTS.values(), ids=list(SCRIPTS))
-def test_what_is_advised_is_accepted(arguments: list[str]) -> None:
+def convert(arguments: list[str]) -> list[str]:
+    """Replace what is refused by what is advised."""
     refused = refusals(arguments)
     kept = [a for a in arguments if a.partition("=")[0].lstrip("+") not in refused]
     advised = [advice.partition(";")[0] for advice in refused.values() if advice.startswith("write ")]
-    check_overrides([*kept, *" ".join(text.removeprefix("write ") for text in advised).split()])
+    return [*kept, *" ".join(text.removeprefix("write ") for text in advised).split()]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +141,7 @@ def test_a_shared_key_is_read_as_ours_unless_other_keys_are_of_another_trainer()
     ("script", "left"), [("verl, search", "trainer.nnodes=1"), ("IGPO", "codeact_env_disabled=true")]
 )
 def test_a_script_that_is_converted_but_for_one_key_is_not_converted_again(script: str, left: str) -> None:
-    refused = refusals(SCRIPTS[script])
-    kept = [a for a in SCRIPTS[script] if a.partition("=")[0].lstrip("+") not in refused]
-    advised = [advice.partition(";")[0] for advice in refused.values() if advice.startswith("write ")]
-    converted = " ".join(text.removeprefix("write ") for text in advised).split()
-    assert list(refusals([*kept, *converted, left])) == [left.partition("=")[0]]
+    assert list(refusals([*convert(SCRIPTS[script]), left])) == [left.partition("=")[0]]
 
 
 @pytest.mark.parametrize(
@@ -175,14 +180,14 @@ def test_overrides_may_stand_before_and_after_flags(
     assert {"  seed: 7", "max_turns: 4"} <= set(capsys.readouterr().out.splitlines())
 
 
-@pytest.mark.parametrize("value", ["a=b", "模型", "it's=1", 'say "x"=1', "C:\\a=b\\", "'unclosed", "{a"])
-def test_a_value_that_needs_quotes_is_shown_in_them(value: str) -> None:
-    argument = f"trainer.experiment_name={value}"
+def test_values_that_need_quotes_are_shown_in_them() -> None:
+    values = ["a=b", "模型", "it's=1", 'say "x"=1', "C:\\a=b\\", "'unclosed", "{a"]
+    arguments = [f"trainer.experiment_name={value}" for value in values]
     with pytest.raises(ConfigError) as error:
-        check_overrides([argument])
-    refused, advice = str(error.value).split(": put the value in quotes: ")
-    assert refused == argument
-    assert through_shell_and_hydra(advice) == value
+        check_overrides(arguments)
+    lines = [line.split(": put the value in quotes: ") for line in str(error.value).splitlines()[1:]]
+    assert [refused for refused, _ in lines] == arguments
+    assert [through_shell_and_hydra(advice) for _, advice in lines] == values
 
 
 def test_commas_are_a_list_or_one_text() -> None:
