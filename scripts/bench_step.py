@@ -52,8 +52,7 @@ from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.build import make_reward, make_services, open_trainer
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.schema import Config
-from verl.trainer.config.validate import resolve_device
-from verl.trainer.launch import Models, count_gpus
+from verl.trainer.launch import Models
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.trainer.wiring import USE_IG_SERVICE
 from verl.utils.entry import error_line
@@ -208,9 +207,7 @@ async def measure_method(method: Method, trainer: PPOTrainer, batch: Batch) -> N
     questions = [group.question for group in batch.groups]
     collect = partial(trainer.parts.collector.collect, questions, step=batch.step)
     prefetches = type(algorithm).prefetch is not Algorithm.prefetch
-    rows = build_batch(
-        batch.trajectories, [spread(t, 0.0) for t in batch.trajectories], pad_id=trainer.pad_id
-    )
+    rows = build_batch(batch.trajectories, [spread(t, 0.0) for t in batch.trajectories])
     plain_cpu_s = plain_wall_s = 0.0
     before, began = cpu_seconds(), time.perf_counter()
     if prefetches:
@@ -247,7 +244,6 @@ def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> 
     services = make_services(
         config,
         Models(policy=parts.policy, reference=parts.reference, engines=parts.engines),
-        device=resolve_device(config, num_gpus=count_gpus()),
         codec=tokenizer,
         ig_client=client,
     )

@@ -177,7 +177,6 @@ class Run:
             parts,
             settings=TrainerConfig(**settings),  # type: ignore[arg-type]
             total_steps=3,
-            pad_id=0,
             progress=Progress(),
             identity=IDENTITY,
         )

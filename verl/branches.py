@@ -1,26 +1,20 @@
-"""Continuations of a token sequence whose log-probs are asked for, and the one row that computes them all.
+"""Continuations of a token sequence whose log-probs are asked for.
 
 A method asks how likely an answer is in several states of one trajectory: after each turn, with other
 documents, for several answers. Each is a `Branch` that continues the trajectory, or another branch, from some
-token on. `pack` lays the trajectory and all branches out in one row, in which a token attends to its own
-branch and to what that branch continues, so that the common prefix is computed once:
-
-    row        q q a o o | p g | p g g        trunk q q a o o; two branches, after a and after o
-    position   0 1 2 3 4 | 3 4 | 5 6 7
-    previous   - 0 1 2 3 | 2 5 | 4 7 8        row index of the token before it
-    enters     0 1 2 3 4 | 7 8 | 5 6 7        of a depth-first walk: token i attends to token j
-    leaves     9 9 9 7 7 | 9 9 | 7 7 8        where enters[j] <= enters[i] < leaves[j]
-
-NumPy only; `verl/workers/policy.py` runs the model.
+token on. A trajectory with its branches is a `Tree`; `pack` lays trees out in one sequence, in which a common
+prefix is computed once, see `verl.forest`.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from verl.forest import Forest, ForestBuilder
 from verl.types import BoolArray, FloatArray, IntArray
 
 
@@ -91,78 +85,27 @@ class TreeLogProbs:
     """Of the scored tokens of the trunk, 0 elsewhere [L]; None where none were asked for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TreeRow:
-    """A tree as one row of R tokens."""
+def pack(trees: Sequence[Tree]) -> Forest:
+    """Lay trees out in one sequence: of each the used trunk, then its branches in order.
 
-    ids: IntArray
-    positions: IntArray
-    """Distance from the first token of the trunk along the branch [R]."""
-    previous: IntArray
-    """Row index of the token before each one [R]; 0 for the first, which has none."""
-    enters: IntArray
-    """When a depth-first walk over the tree reaches each token [R]."""
-    leaves: IntArray
-    """When it has seen all that follows the token, in whichever branch [R].
-
-    Token i attends to token j, itself or one that it follows, where `enters[j] <= enters[i] < leaves[j]`.
+    Scored are first the tokens of the first tree: those of its trunk, then those of its branches.
     """
-    scored: IntArray
-    """Row indices of the scored tokens: those of the trunk, then those of each branch."""
-
-
-def pack(tree: Tree) -> TreeRow:
-    """Lay a tree out as one row: the used trunk, then the branches in order."""
-    trunk = tree.used_trunk
-    sizes = [len(trunk), *(len(branch.ids) for branch in tree.branches)]
-    offsets = np.cumsum([0, *sizes]).tolist()  # of the trunk, then of each branch
-    positions = np.arange(offsets[-1], dtype=np.int32)
-    previous = np.maximum(positions - 1, 0)
-    scored = [np.zeros(0, np.int32)]
-    if tree.trunk_scored is not None:
-        scored.append(np.flatnonzero(tree.trunk_scored).astype(np.int32))
-    segments = []
-    for branch, start, end in zip(tree.branches, offsets[1:], offsets[2:], strict=False):
-        # The last token of the parent that the branch continues.
-        before = offsets[0 if branch.parent is None else branch.parent + 1] + branch.start - 1
-        positions[start:end] = positions[before] + 1 + np.arange(end - start)
-        previous[start : min(start + 1, end)] = before  # an empty branch has no first token
-        scored.append(np.arange(branch.scored[0], branch.scored[1], dtype=np.int32) + start)
-        segments.append((before, slice(start, end)))
-    enters, leaves = _walk(len(trunk), segments, length=offsets[-1])
-    return TreeRow(
-        ids=np.concatenate([trunk, *(branch.ids for branch in tree.branches)]).astype(np.int32),
-        positions=positions,
-        previous=previous,
-        enters=enters,
-        leaves=leaves,
-        scored=np.concatenate(scored),
-    )
-
-
-def _walk(trunk: int, segments: list[tuple[int, slice]], *, length: int) -> tuple[IntArray, IntArray]:
-    """Return when a depth-first walk enters and leaves each token of a row [R].
-
-    `segments` are the branches: the token that each continues, and its own tokens. After a token comes the
-    next one of its segment with all that follows it, then the branches that start there, in order.
-    """
-    hanging = np.zeros(length, dtype=np.int32)  # tokens of the branches that start at each token
-    for before, own in reversed(segments):
-        hanging[before] += own.stop - own.start + hanging[own].sum()
-    enters = np.arange(length, dtype=np.int32)
-    leaves = np.zeros(length, dtype=np.int32)
-    leaves[:trunk] = enters[:trunk] + np.cumsum((1 + hanging[:trunk])[::-1])[::-1]
-    for before, own in segments:
-        total = own.stop - own.start + hanging[own].sum()
-        first = leaves[before] - hanging[before]
-        hanging[before] -= total  # the next branch here begins where this one ends
-        enters[own] = first + np.arange(own.stop - own.start)
-        leaves[own] = enters[own] + np.cumsum((1 + hanging[own])[::-1])[::-1]
-    return enters, leaves
+    builder = ForestBuilder()
+    scored: list[IntArray] = []
+    for tree in trees:
+        trunk, column = builder.add(tree.used_trunk)
+        if tree.trunk_scored is not None:
+            scored.append((column + np.flatnonzero(tree.trunk_scored)).astype(np.int32))
+        for branch in tree.branches:
+            # Blocks of the builder are numbered over all trees: the trunk, then its branches.
+            parent = trunk if branch.parent is None else trunk + 1 + branch.parent
+            _, column = builder.add(branch.ids, parent=parent, start=branch.start)
+            scored.append(np.arange(*branch.scored, dtype=np.int32) + column)
+    return builder.build(scored)
 
 
 def unpack(tree: Tree, log_probs: FloatArray) -> TreeLogProbs:
-    """Return the log-probs of `pack(tree).scored` [S] by branch."""
+    """Return the log-probs of the tokens that `pack` scores in a tree [N] by branch."""
     trunk, start = None, 0
     if tree.trunk_scored is not None:
         start = int(tree.trunk_scored.sum())
@@ -176,8 +119,8 @@ def unpack(tree: Tree, log_probs: FloatArray) -> TreeLogProbs:
     return TreeLogProbs(branches=tuple(parts), trunk=trunk)
 
 
-def row_length(tree: Tree) -> int:
-    """Return the number of tokens of `pack(tree)`."""
+def count_tokens(tree: Tree) -> int:
+    """Return the number of tokens that `pack` lays out for a tree."""
     return len(tree.used_trunk) + sum(len(branch.ids) for branch in tree.branches)
 
 

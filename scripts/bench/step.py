@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from verl.algorithms.base import Algorithm, LogProbScorer
 from verl.algorithms.scoring.reward import Reward
-from verl.branches import Tree, TreeLogProbs, row_length, split
+from verl.branches import Tree, TreeLogProbs, count_tokens, split
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.types import Group, Trajectory
 from verl.utils.reward_score.IG_client import GainClient
@@ -38,8 +38,8 @@ class CountingScorer:
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
-        self.shared += sum(row_length(tree) for tree in trees if tree.num_scored)
-        self.naive += sum(row_length(part) for tree in trees for part in split(tree))
+        self.shared += sum(count_tokens(tree) for tree in trees if tree.num_scored)
+        self.naive += sum(count_tokens(part) for tree in trees for part in split(tree))
         return await self._scorer.score(trees)
 
 
@@ -92,7 +92,7 @@ class Batch:
         async with aclosing(parts.algorithm.prefetch([group.question for group in self.groups])) as prefetch:
             scored = await parts.reward.score(self.groups, prefetch=prefetch)
         rows = await trainer.add_log_probs(trainer.build_batch(scored))
-        self.num_trained = int(rows.policy_mask.sum())
+        self.num_trained = rows.num_policy_tokens
         began = time.perf_counter()
         await parts.policy.update(rows)
         self.update_s = time.perf_counter() - began

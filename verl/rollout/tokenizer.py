@@ -98,16 +98,6 @@ class HfTokenizer:
         """Return the text of every control token by id."""
         return self._encoder.control
 
-    @property
-    def pad_id(self) -> int:
-        """Return the padding token, else the end-of-sequence token. Raises ConfigError without both."""
-        for token_id in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
-            if token_id is not None:
-                return int(token_id)
-        raise ConfigError(
-            f"the tokenizer of {self._tokenizer.name_or_path!r} has neither a pad nor an eos token"
-        )
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of a piece of text, nothing added and no control token among them."""
         return self._encoder.encode(text)

@@ -56,13 +56,12 @@ from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.reward_score.math_grader import GradingAgent, MathGrader
 from verl.utils.shutdown import close_quietly
 from verl.workers.checkpoint import CheckpointStore
-from verl.workers.model import check_model, trees_score_as_rows
+from verl.workers.model import check_model
 from verl.workers.scorer import LogProbScorer
 from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
 
 logger = logging.getLogger(__name__)
 
-USE_LOG_PROBS = frozenset({Need.POLICY_LOG_PROBS, Need.FROZEN_LOG_PROBS})
 """Needs that a forward pass over trees meets."""
 
 
@@ -93,9 +92,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     needs = find_needs(config)
     ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
     grader = await connect_grader(config, stack)
-    model_folder = check_model(
-        config.actor_rollout_ref.model, device=device, scores_trees=bool(needs & USE_LOG_PROBS)
-    )
+    model_folder = check_model(config.actor_rollout_ref.model, device=device)
     if device == "cuda":
         check_memory(config, model_path=str(model_folder))
     tokenizer = make_tokenizer(config)
@@ -115,7 +112,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     models = await start_models(config, stack, start, run_dir=run_dir, device=device)
     algorithm = ALGORITHMS[config.algorithm.name](
         config.algorithm,
-        make_services(config, models, device=device, codec=tokenizer, ig_client=ig_client),
+        make_services(config, models, codec=tokenizer, ig_client=ig_client),
     )
     tolerance = probe_tolerance(config.actor_rollout_ref, device=device)
     parts = Parts(
@@ -148,7 +145,6 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         parts,
         settings=config.trainer,
         total_steps=start.total_steps,
-        pad_id=tokenizer.pad_id,
         progress=start.progress,
         identity=start.identity,
     )
@@ -215,7 +211,7 @@ async def start_models(
 
 
 def make_services(
-    config: Config, models: Models, *, device: str, codec: TextCodec, ig_client: GainClient | None
+    config: Config, models: Models, *, codec: TextCodec, ig_client: GainClient | None
 ) -> Services:
     """Hand the method what it needs to measure with."""
     needs = find_needs(config)
@@ -225,9 +221,8 @@ def make_services(
         policy = LogProbScorer(
             models.policy,
             shares_prefixes=shares_prefixes,
-            # The same pass gives the old log-probs, where an update needs any and would compute the same.
-            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step)
-            and trees_score_as_rows(config.actor_rollout_ref.model, device=device),
+            # The same pass gives the old log-probs, where an update needs any.
+            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step),
         )
     frozen_model = models.reference if models.copy is None else models.copy.model
     if Need.FROZEN_LOG_PROBS in needs and frozen_model is not None:

@@ -1,32 +1,44 @@
-"""Pad trajectories and their advantages into arrays, and split these over updates, ranks and passes.
+"""Trajectories as arrays, without padding, and how they are dealt to updates, ranks and forward passes.
 
-The only file that pads. Padding is on the right and attention is causal, so real tokens never attend to it
-and no attention mask is needed; `policy_mask` alone decides what counts in the loss. A batch is split three
-times: into mini-batches (an optimizer step each), over ranks, and into micro-batches (a forward pass each).
+A batch is split three times: into mini-batches (an optimizer step each), over ranks, and into micro-batches
+(a forward pass each). `deal` does the last two, so that ranks wait little for each other.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from verl.branches import Tree, pack, row_length
+from verl.branches import Tree, count_tokens
+from verl.forest import Forest, ForestBuilder
 from verl.types import BoolArray, FloatArray, IntArray, Trajectory
+
+_ATTENTION_SCALE = 32_768
+"""Context at which attention costs about as much per token as the rest of a 3B model, in tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """Trajectories as the workers get them: one row each, arrays [B, L]."""
+    """B trajectories of T tokens, one after the other; N of the tokens were sampled by the policy."""
 
-    input_ids: IntArray
-    lengths: IntArray
-    """Tokens of each row, without padding [B]."""
+    token_ids: IntArray
+    """[T]"""
     policy_mask: BoolArray
+    """[T]"""
+    lengths: IntArray
+    """Tokens of each trajectory [B]."""
+    prompt_lengths: IntArray
+    """[B]"""
+    prompts: IntArray
+    """Number of the prompt: trajectories with the same number begin with the same tokens [B]."""
     advantages: FloatArray
+    """Of the policy tokens, as all below [N]."""
     sampling_log_probs: FloatArray
     """Log-probs that the engine reported."""
     old_log_probs: FloatArray | None = None
@@ -36,36 +48,51 @@ class TrainBatch:
 
     @property
     def num_trajectories(self) -> int:
+        """Return B."""
         return len(self.lengths)
 
     @property
     def num_policy_tokens(self) -> int:
-        return int(self.policy_mask.sum())
+        """Return N."""
+        return len(self.advantages)
+
+    @property
+    def policy_lengths(self) -> IntArray:
+        """Return the number of policy tokens of each trajectory [B]."""
+        counts = np.concatenate([[0], np.cumsum(self.policy_mask)])[_borders(self.lengths)]
+        return np.diff(counts).astype(np.int32)
 
     def with_old(self, log_probs: FloatArray) -> TrainBatch:
-        """Return a copy with old log-probs [B, L]."""
-        return replace(self, old_log_probs=self._check_shape(log_probs))
+        """Return a copy with old log-probs [N]."""
+        return replace(self, old_log_probs=self._check_length(log_probs))
 
     def with_reference(self, log_probs: FloatArray) -> TrainBatch:
-        """Return a copy with reference log-probs [B, L]."""
-        return replace(self, ref_log_probs=self._check_shape(log_probs))
+        """Return a copy with reference log-probs [N]."""
+        return replace(self, ref_log_probs=self._check_length(log_probs))
 
     def select(self, rows: IntArray) -> TrainBatch:
-        """Return a copy of some rows, cut to the longest of them."""
-        width = int(self.lengths[rows].max(initial=0))
+        """Return a copy of some trajectories, in this order."""
+        tokens = _elements(rows, self.lengths)
+        policy = _elements(rows, self.policy_lengths)
         return TrainBatch(
-            input_ids=self.input_ids[rows, :width],
+            token_ids=self.token_ids[tokens],
+            policy_mask=self.policy_mask[tokens],
             lengths=self.lengths[rows],
-            policy_mask=self.policy_mask[rows, :width],
-            advantages=self.advantages[rows, :width],
-            sampling_log_probs=self.sampling_log_probs[rows, :width],
-            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[rows, :width],
-            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs[rows, :width],
+            prompt_lengths=self.prompt_lengths[rows],
+            prompts=self.prompts[rows],
+            advantages=self.advantages[policy],
+            sampling_log_probs=self.sampling_log_probs[policy],
+            old_log_probs=None if self.old_log_probs is None else self.old_log_probs[policy],
+            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs[policy],
         )
 
-    def _check_shape(self, log_probs: FloatArray) -> FloatArray:
-        if log_probs.shape != self.input_ids.shape:
-            raise ValueError(f"log_probs must have shape {self.input_ids.shape}, got {log_probs.shape}")
+    def split(self, values: FloatArray) -> list[FloatArray]:
+        """Return values of the policy tokens [N] by trajectory."""
+        return np.split(values, np.cumsum(self.policy_lengths))[:-1]
+
+    def _check_length(self, log_probs: FloatArray) -> FloatArray:
+        if log_probs.shape != self.advantages.shape:
+            raise ValueError(f"log_probs must have shape {self.advantages.shape}, got {log_probs.shape}")
         return log_probs
 
 
@@ -73,129 +100,101 @@ class TrainBatch:
 class MiniBatch:
     """What one rank does in one optimizer step."""
 
-    micro_batches: tuple[IntArray, ...]
-    """Rows of the shard per forward pass. Every rank has the same number of passes, so some may be empty."""
+    micro_batches: tuple[TrainBatch, ...]
+    """One per forward pass. Every rank has the same number of passes, so some may be empty."""
     num_trajectories: int
     """Over all ranks, as `num_policy_tokens`: the loss divides by global counts."""
     num_policy_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Shard:
-    """The part of a batch that one rank gets."""
-
-    batch: TrainBatch
-    rows: IntArray
-    """Index of each row of `batch` in the whole batch."""
-    mini_batches: tuple[MiniBatch, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TreeShard:
-    """The trees that one rank computes log-probs of."""
-
-    trees: tuple[Tree, ...]
-    index: tuple[int, ...]
-    """Index of each tree in the whole list."""
-    micro_batches: tuple[IntArray, ...]
-    """Trees of the shard per forward pass; equally many on every rank, so some may be empty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TreeBatch:
-    """Trees as rows of one forward pass, padded on the right [B, L]; see `TreeRow` for the columns."""
-
-    input_ids: IntArray
-    positions: IntArray
-    previous: IntArray
-    enters: IntArray
-    leaves: IntArray
-    """Padding attends to padding, because a softmax over nothing is not a number."""
-    rows: IntArray
-    """Row of each scored token [N]; row by row."""
-    columns: IntArray
 
 
 def build_batch(
     trajectories: Sequence[Trajectory],
     credit: Sequence[FloatArray],
     *,
-    pad_id: int,
     old_log_probs: Sequence[FloatArray] | None = None,
 ) -> TrainBatch:
-    """Pad trajectories, their per-token advantages and, if known, their old log-probs on the right.
+    """Return trajectories with their advantages and, if known, their old log-probs, both per token [L].
 
-    Raises ValueError for an empty batch, a trajectory without sampled tokens, and advantages of another
-    length or that are not finite.
+    Each ends at its last sampled token: nothing depends on what follows. Raises ValueError for an empty
+    batch, a trajectory without sampled tokens, and advantages of another length or that are not finite.
     """
     if not trajectories:
         raise ValueError("cannot build a batch of no trajectories: all failed or none were collected")
     for trajectory, advantages in zip(trajectories, credit, strict=True):
         _check_row(trajectory, advantages)
-    ids = [t.token_ids for t in trajectories]
+    masks = [t.policy_mask for t in trajectories]
+    lengths = [int(np.flatnonzero(mask)[-1]) + 1 for mask in masks]
+    prompts: dict[bytes, int] = {}
+
+    def of_policy(per_token: Sequence[FloatArray]) -> FloatArray:
+        return np.concatenate([x[mask] for x, mask in zip(per_token, masks, strict=True)]).astype(np.float32)
+
     return TrainBatch(
-        input_ids=_pad(ids, fill=pad_id, dtype=np.int32),
-        lengths=np.array([len(row) for row in ids], dtype=np.int32),
-        policy_mask=_pad([t.policy_mask for t in trajectories], fill=False, dtype=np.bool_),
-        advantages=_pad(credit, fill=0.0, dtype=np.float32),
-        sampling_log_probs=_pad([t.sampling_log_probs for t in trajectories], fill=0.0, dtype=np.float32),
-        old_log_probs=None if old_log_probs is None else _pad(old_log_probs, fill=0.0, dtype=np.float32),
+        token_ids=np.concatenate([t.token_ids[:end] for t, end in zip(trajectories, lengths, strict=True)]),
+        policy_mask=np.concatenate([mask[:end] for mask, end in zip(masks, lengths, strict=True)]),
+        lengths=np.array(lengths, dtype=np.int32),
+        prompt_lengths=np.array([len(t.prompt_ids) for t in trajectories], dtype=np.int32),
+        prompts=np.array(
+            [prompts.setdefault(t.prompt_ids.tobytes(), len(prompts)) for t in trajectories], dtype=np.int32
+        ),
+        advantages=of_policy(credit),
+        sampling_log_probs=of_policy([t.sampling_log_probs for t in trajectories]),
+        old_log_probs=None if old_log_probs is None else of_policy(old_log_probs),
     )
 
 
-def shard_batch(
-    batch: TrainBatch, *, num_ranks: int, mini_batch_size: int | None, max_tokens: int
-) -> list[Shard]:
-    """Split a batch into equal mini-batches of about `mini_batch_size` rows (None: one), then over ranks.
+def pack_rows(batch: TrainBatch) -> Forest:
+    """Lay trajectories out so that their policy tokens are scored, in the order of the batch.
 
-    A micro-batch has at most `max_tokens` tokens, padding included, but at least one row. The split over
-    ranks and micro-batches does not change the gradient of a mini-batch.
+    A prompt of several trajectories is computed once.
+    """
+    builder = ForestBuilder()
+    is_shared = np.bincount(batch.prompts) > 1
+    blocks: dict[int, int] = {}  # of shared prompts
+    scored = []
+    for row, (begin, end) in enumerate(itertools.pairwise(_borders(batch.lengths).tolist())):
+        ids, mask = batch.token_ids[begin:end], batch.policy_mask[begin:end]
+        prompt, length = int(batch.prompts[row]), int(batch.prompt_lengths[row])
+        if not is_shared[prompt]:
+            _, first = builder.add(ids)
+        else:
+            if prompt not in blocks:
+                blocks[prompt], _ = builder.add(ids[:length])
+            _, column = builder.add(ids[length:], parent=blocks[prompt], start=length)
+            first = column - length  # where the trajectory would begin with a prompt of its own
+        scored.append((np.flatnonzero(mask) + first).astype(np.int32))
+    return builder.build(scored)
+
+
+def pack_whole(ids: IntArray) -> Forest:
+    """Lay one sequence out and score all its tokens but the first [L]."""
+    builder = ForestBuilder()
+    builder.add(ids)
+    return builder.build([np.arange(1, len(ids), dtype=np.int32)])
+
+
+def make_mini_batches(
+    batch: TrainBatch, *, num_ranks: int, mini_batch_size: int, max_tokens: int
+) -> list[list[MiniBatch]]:
+    """Split a batch into equal mini-batches of about `mini_batch_size` rows; return those of each rank.
+
+    The split over ranks and micro-batches does not change the gradient of a mini-batch.
     """
     # Mini-batches first, over all ranks: the optimizer steps must not depend on the number of ranks.
-    count = (
-        1
-        if mini_batch_size is None
-        else count_mini_batches(batch.num_trajectories, mini_batch_size=mini_batch_size)
-    )
-    minis = np.array_split(np.arange(batch.num_trajectories), count)  # rows of the whole batch
-    # plans[mini][rank] is a list of micro-batches, each an array of rows of the whole batch.
-    plans = [
-        _plan_micro_batches(rows, batch.lengths, num_ranks=num_ranks, max_tokens=max_tokens) for rows in minis
-    ]
-    # Turned from mini-batches of all ranks into all mini-batches of one rank, which gets its own rows only.
-    return [_make_shard(batch, minis, [plan[rank] for plan in plans]) for rank in range(num_ranks)]
-
-
-def shard_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> list[TreeShard]:
-    """Split trees over ranks and forward passes of at most `max_tokens` tokens, padding included."""
-    lengths = np.array([row_length(tree) for tree in trees], dtype=np.int32)
-    plan = _plan_micro_batches(np.arange(len(trees)), lengths, num_ranks=num_ranks, max_tokens=max_tokens)
-    shards = []
-    for micros in plan:
-        index = np.sort(np.concatenate([np.empty(0, np.int32), *micros])).astype(np.int32)
-        shards.append(
-            TreeShard(
-                trees=tuple(trees[i] for i in index),
-                index=tuple(index.tolist()),
-                micro_batches=tuple(np.searchsorted(index, micro).astype(np.int32) for micro in micros),
+    count = count_mini_batches(batch.num_trajectories, mini_batch_size=mini_batch_size)
+    shards: list[list[MiniBatch]] = [[] for _ in range(num_ranks)]
+    for rows in np.array_split(np.arange(batch.num_trajectories, dtype=np.int32), count):
+        mini = batch.select(rows)
+        plan = deal_rows(mini, num_ranks=num_ranks, max_tokens=max_tokens)
+        for shard, passes in zip(shards, plan, strict=True):
+            shard.append(
+                MiniBatch(
+                    micro_batches=tuple(mini.select(of_pass) for of_pass in passes),
+                    num_trajectories=mini.num_trajectories,
+                    num_policy_tokens=mini.num_policy_tokens,
+                )
             )
-        )
     return shards
-
-
-def build_tree_batch(trees: Sequence[Tree]) -> TreeBatch:
-    """Pack each tree in a row and pad the rows."""
-    packed = [pack(tree) for tree in trees]
-    end = max(len(row.ids) for row in packed)  # a walk of that many tokens has left all of them
-    return TreeBatch(
-        input_ids=_pad([row.ids for row in packed], fill=0, dtype=np.int32),
-        positions=_pad([row.positions for row in packed], fill=0, dtype=np.int32),
-        previous=_pad([row.previous for row in packed], fill=0, dtype=np.int32),
-        enters=_pad([row.enters for row in packed], fill=end, dtype=np.int32),
-        leaves=_pad([row.leaves for row in packed], fill=end + 1, dtype=np.int32),
-        rows=np.repeat(np.arange(len(packed), dtype=np.int32), [len(row.scored) for row in packed]),
-        columns=np.concatenate([row.scored for row in packed]),
-    )
 
 
 def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
@@ -203,42 +202,99 @@ def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
     return max(1, round(num_trajectories / mini_batch_size))
 
 
-def _make_shard(batch: TrainBatch, minis: list[npt.NDArray[np.intp]], plan: list[list[IntArray]]) -> Shard:
-    # `rows` is sorted, so that searchsorted turns rows of the whole batch into rows of this shard.
-    rows = np.sort(np.concatenate([micro for micros in plan for micro in micros])).astype(np.int32)
-    return Shard(
-        batch=batch.select(rows),
-        rows=rows,
-        mini_batches=tuple(
-            MiniBatch(
-                micro_batches=tuple(np.searchsorted(rows, micro).astype(np.int32) for micro in micros),
-                num_trajectories=len(mini),
-                num_policy_tokens=int(batch.policy_mask[mini].sum()),
-            )
-            for mini, micros in zip(minis, plan, strict=True)
-        ),
+def deal_rows(batch: TrainBatch, *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:
+    """Deal trajectories, of which those with the same prompt compute it once in a pass; see `deal`."""
+    return deal(
+        batch.lengths - batch.prompt_lengths,
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        prefixes=batch.prompt_lengths,
+        groups=batch.prompts,
     )
 
 
-def _plan_micro_batches(
-    rows: npt.NDArray[np.intp], lengths: IntArray, *, num_ranks: int, max_tokens: int
+def deal_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:
+    """Deal trees, see `deal`."""
+    lengths = np.array([count_tokens(tree) for tree in trees], dtype=np.int32)
+    return deal(
+        lengths,
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        prefixes=np.zeros_like(lengths),
+        groups=np.arange(len(trees), dtype=np.int32),
+    )
+
+
+def deal(
+    lengths: IntArray, *, num_ranks: int, max_tokens: int, prefixes: IntArray, groups: IntArray
 ) -> list[list[IntArray]]:
-    """Return the micro-batches of each rank, equally many, as collectives need; balanced by length."""
-    # Longest first, dealt round robin: ranks get about the same number of tokens.
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    packs = [_pack(by_length[rank::num_ranks], lengths, max_tokens=max_tokens) for rank in range(num_ranks)]
-    most = max(len(of_rank) for of_rank in packs)
-    return [of_rank + [np.empty(0, dtype=np.int32)] * (most - len(of_rank)) for of_rank in packs]
+    """Return the rows of each forward pass of each rank; every rank has as many passes, some may be empty.
+
+    A row computes `lengths` tokens after `prefixes` others, which all rows of a group share; a pass computes
+    these once. It has at most `max_tokens` tokens, but at least one row while there are any. Groups are kept
+    whole, halved, ..., or dealt row by row: what is cheapest with the time that ranks wait for each other.
+    """
+    starts, ends = (n * (1 + n / (2 * _ATTENTION_SCALE)) for n in (prefixes, prefixes + lengths))  # costs
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    size = max(len(rows) for rows in members)
+    plans = []
+    while True:
+        parts = [part for rows in members for part in np.array_split(rows, math.ceil(len(rows) / size))]
+        tokens = np.array([prefixes[part[0]] + lengths[part].sum() for part in parts])
+        if size == 1 or tokens.max() <= max_tokens:
+            costs = np.array([starts[part[0]] + (ends - starts)[part].sum() for part in parts])
+            passes = _deal_parts(tokens, costs, num_ranks=num_ranks, max_tokens=max_tokens)
+            plans.append((_waiting_cost(passes, costs), parts, passes))
+        if size == 1:
+            break
+        size = (size + 1) // 2
+    _, parts, passes = min(plans, key=lambda plan: plan[0])
+    none = np.zeros(0, dtype=np.int32)
+    return [
+        [np.concatenate([none, *(parts[i] for i in of_pass[rank])]).astype(np.int32) for of_pass in passes]
+        for rank in range(num_ranks)
+    ]
 
 
-def _pack(rows: npt.NDArray[np.intp], lengths: IntArray, *, max_tokens: int) -> list[IntArray]:
-    packs: list[list[int]] = []
-    for row in rows:  # longest first, so the first row of a pack sets its padded length
-        if packs and (len(packs[-1]) + 1) * int(lengths[packs[-1][0]]) <= max_tokens:
-            packs[-1].append(int(row))
-        else:
-            packs.append([int(row)])
-    return [np.array(pack, dtype=np.int32) for pack in packs]
+def _deal_parts(
+    tokens: npt.NDArray[np.int64], costs: FloatArray, *, num_ranks: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Return the parts of each rank in each pass: the most expensive part first, to where there is least."""
+    count = max(1, math.ceil(tokens.sum() / (num_ranks * max_tokens)))
+    most = math.ceil(len(tokens) / num_ranks)  # passes of at most one part
+    order = np.argsort(-costs, kind="stable").tolist()
+    while True:
+        count = min(count, most)
+        loads = [(0.0, number) for number in range(num_ranks * count)]
+        bins: list[list[int]] = [[] for _ in loads]
+        for part in order:
+            load, number = loads[0]
+            bins[number].append(part)
+            heapq.heapreplace(loads, (load + costs[part], number))
+        if count == most or all(tokens[of_bin].sum() <= max_tokens for of_bin in bins if len(of_bin) > 1):
+            break
+        count += max(1, count // 16)
+    # Ranks run their passes at the same time: those of about equal cost, every second time in reverse.
+    bins.sort(key=lambda of_bin: -costs[of_bin].sum())
+    passes = [bins[start : start + num_ranks] for start in range(0, len(bins), num_ranks)]
+    return [of_pass[:: (-1) ** number] for number, of_pass in enumerate(passes)]
+
+
+def _waiting_cost(passes: list[list[list[int]]], costs: FloatArray) -> float:
+    """Return the cost of all passes where the ranks wait in each for the slowest."""
+    return sum(max(float(costs[of_rank].sum()) for of_rank in of_pass) for of_pass in passes)
+
+
+def _borders(lengths: IntArray) -> IntArray:
+    """Return where each of consecutive runs begins and the last one ends [B + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _elements(rows: IntArray, lengths: IntArray) -> IntArray:
+    """Return the indices of the elements of some of consecutive runs."""
+    counts = lengths[rows]
+    shifts = _borders(lengths)[rows] - _borders(counts)[:-1]
+    return np.repeat(shifts, counts) + np.arange(counts.sum(), dtype=np.int32)
 
 
 def _check_row(trajectory: Trajectory, advantages: FloatArray) -> None:
@@ -254,10 +310,3 @@ def _check_row(trajectory: Trajectory, advantages: FloatArray) -> None:
         raise ValueError(f"{name}: {advantages.shape} advantages for {trajectory.token_ids.shape} tokens")
     if not np.isfinite(advantages).all():
         raise ValueError(f"{name}: advantages must be finite")
-
-
-def _pad(rows: Sequence[npt.NDArray[np.generic]], *, fill: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    padded = np.full((len(rows), max(len(row) for row in rows)), fill, dtype=dtype)
-    for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
-    return padded

@@ -7,7 +7,6 @@ tokens, and logits are computed for those only, one chunk at a time.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +28,10 @@ from serving.model_files import ModelNotFoundError, check_weights, find_model
 from serving.weights import copy_weights
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
+from verl.workers.attention import AttentionBlocks, attend_by_flash, attend_by_sdpa
 from verl.workers.losses import log_probs_and_entropy
 
 if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
-    from torch.nn.attention.flex_attention import BlockMask
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -49,6 +47,8 @@ _COMPANION_FILES = (
 )  # fmt: skip
 # Settings that change logits after the LM head, where `PolicyNetwork` computes them itself.
 _UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+# Names of our attention in transformers, which would look for a package if one contained "flash".
+_PACKED_ATTENTION = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_varlen"}
 _LOGITS_PER_CHUNK = 2**27
 """Float32 logits in memory at once: 512 MiB."""
 
@@ -70,22 +70,23 @@ def compute_dtype(config: ModelConfig, *, device: str) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def trees_score_as_rows(config: ModelConfig, *, device: str) -> bool:
-    """Return whether a pass over trees gives the log-probs of the update's own forward pass.
+def packs_rows(config: ModelConfig) -> bool:
+    """Return whether the model can compute several trajectories in one sequence, see `verl.forest`.
 
-    Up to rounding in float32 it does where both use SDPA on the CPU. On GPUs and in bfloat16 the two run
-    different kernels, so that the ratio of new to old probability would not begin at 1.
+    A model with sliding windows, or with layers that carry a state from token to token, computes each
+    trajectory in a forward pass of its own, with the attention that Transformers defines for it.
     """
-    is_precise = compute_dtype(config, device=device) is torch.float32
-    used = {_choose_attention(config, device=device), choose_tree_attention(config, device=device)}
-    return device == "cpu" and is_precise and used == {"sdpa"}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with _naming_model(config.path):
+        settings = _read_config(resolve_model_folder(config.path))
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+        takes_attention = model_class._supports_attention_backend and not model_class._is_stateful
+    return takes_attention and _attends_to_all(settings.to_dict())
 
 
-def check_model(config: ModelConfig, *, device: str, scores_trees: bool = False) -> Path:
-    """Return the model's folder. Raises ConfigError for what shows without loading the weights.
-
-    `scores_trees`: the method needs log-probs from rows that hold trees.
-    """
+def check_model(config: ModelConfig, *, device: str) -> Path:
+    """Return the model's folder. Raises ConfigError for what shows without loading the weights."""
     folder = resolve_model_folder(config.path)
     _choose_attention(config, device=device)
     with _naming_model(config.path):
@@ -95,41 +96,36 @@ def check_model(config: ModelConfig, *, device: str, scores_trees: bool = False)
             raise ConfigError(
                 f"{_KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
             )
-    if scores_trees and (partial := _find_partial_attention(settings)) is not None:
-        raise ConfigError(
-            f"{_KEY}.path={config.path}: its config.json has {partial}, but this method scores several "
-            "continuations in one pass, which needs attention to the whole context in every layer; take a "
-            "model without sliding windows, or a method without log-probs, such as algorithm=search_r1"
-        )
     return folder
 
 
-def _find_partial_attention(settings: Mapping[str, object]) -> str | None:
-    """Return the setting by which layers do not attend to the whole context; None where all do."""
+def _attends_to_all(settings: Mapping[str, object]) -> bool:
+    """Return whether all layers attend to the whole context."""
     window, layer_types = settings.get("sliding_window"), settings.get("layer_types")
     if isinstance(layer_types, list):
-        partial = [kind for kind in layer_types if kind != "full_attention"]
-        return f"{partial[0]} in layer_types (sliding_window={window})" if partial else None
+        return set(layer_types) <= {"full_attention"}
     if not isinstance(window, int) or settings.get("use_sliding_window") is False:
-        return None
+        return True
     length = settings.get("max_position_embeddings")
-    is_whole = isinstance(length, int) and window >= length
-    return None if is_whole else f"sliding_window={window}"
+    return isinstance(length, int) and window >= length
 
 
 def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
     """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     folder = check_model(config, device=device)
+    AttentionInterface.register(_PACKED_ATTENTION["sdpa"], attend_by_sdpa)
+    AttentionInterface.register(_PACKED_ATTENTION["flash_attention_2"], attend_by_flash)
+    attention = _choose_attention(config, device=device)
     dtype = torch.float32 if trainable else compute_dtype(config, device=device)
     disable_progress_bar()
     with _LOADING, _naming_model(config.path):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=_choose_attention(config, device=device),
+            attn_implementation=_PACKED_ATTENTION[attention] if packs_rows(config) else None,
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -155,34 +151,6 @@ def _naming_model(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TreeLayout:
-    """How the tokens of rows that hold trees stand to each other; see `verl.branches`."""
-
-    positions: Tensor
-    """[B, L]"""
-    previous: Tensor
-    """Column of the token before each one [B, L]."""
-    enters: Tensor
-    leaves: Tensor
-    """[B, L]"""
-
-    def mask(self, attention: str) -> Tensor | BlockMask:
-        """Return which tokens attend to which: for SDPA and eager attention [B, 1, L, L], True where so."""
-        enters, leaves = self.enters, self.leaves
-
-        def attends(row: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:  # noqa: ARG001
-            return (enters[row, j] <= enters[row, i]) & (enters[row, i] < leaves[row, j])
-
-        rows, length = enters.shape
-        if attention == "flex_attention":  # computes only blocks of tokens of which some attend to others
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            return create_block_mask(attends, rows, None, length, length, device=enters.device)
-        row, token = (torch.arange(count, device=enters.device) for count in (rows, length))
-        return attends(row[:, None, None, None], row[:1], token[:, None], token)
-
-
 class PolicyNetwork(nn.Module):
     """A causal language model that returns log-probs instead of logits."""
 
@@ -192,32 +160,23 @@ class PolicyNetwork(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        rows: Tensor,
-        columns: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        previous: Tensor,
+        targets: Tensor,
         *,
+        blocks: AttentionBlocks | None,
         temperature: float,
         entropy_has_gradient: bool = False,
-        layout: TreeLayout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return log-probs of `input_ids[rows, columns]` and the entropies there, both float32 [N].
+        """Return the log-probs of `targets` [N] after those in columns `previous` [N], and the entropies.
 
-        `input_ids` [B, L] is right-padded; columns start at 1. Attention is causal, so no attention mask is
-        needed, unless the rows are trees: then `layout` has what each token follows and attends to.
+        `ids` and `positions` [T] are those of a forest and `blocks` what its tokens attend to; None for one
+        trajectory of a model that computes them one by one. Both results are float32 [N].
         """
+        layout = {} if blocks is None else {"position_ids": positions[None], "blocks": blocks}
         decoder = self.model.get_decoder()
-        if layout is None:
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, H]
-            hidden = hidden[rows, columns - 1]  # [N, H]
-        else:
-            hidden = decoder(
-                input_ids=input_ids,
-                position_ids=layout.positions,
-                attention_mask=layout.mask(self.model.config._attn_implementation),
-                use_cache=False,
-            ).last_hidden_state
-            hidden = hidden[rows, layout.previous[rows, columns]]
-        targets = input_ids[rows, columns]
+        hidden = decoder(input_ids=ids[None], use_cache=False, **layout).last_hidden_state[0, previous]
         head = self.model.get_output_embeddings()
 
         def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,35 +281,14 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 
 def _choose_attention(config: ModelConfig, *, device: str) -> str:
-    has_flash = importlib.util.find_spec("flash_attn") is not None
+    is_short = compute_dtype(config, device=device) is torch.bfloat16
     if config.attention == "auto":
-        return "flash_attention_2" if device != "cpu" and has_flash and config.dtype != "float32" else "sdpa"
-    if config.attention == "flash_attention_2" and (device == "cpu" or not has_flash):
+        return "flash_attention_2" if device != "cpu" and is_short else "sdpa"
+    if config.attention == "flash_attention_2" and (device == "cpu" or not is_short):
         raise ConfigError(
-            f"{_KEY}.attention=flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa"
+            f"{_KEY}.attention=flash_attention_2 needs a GPU and {_KEY}.dtype=bfloat16; use auto or sdpa"
         )
     return config.attention
-
-
-def choose_tree_attention(config: ModelConfig, *, device: str) -> str:
-    """Return how rows that hold trees are computed; flash attention has no mask per row."""
-    if config.tree_attention != "auto":
-        return config.tree_attention
-    return "sdpa" if device == "cpu" else "flex_attention"
-
-
-@contextlib.contextmanager
-def using_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Compute attention by another implementation, and by the model's own one afterwards."""
-    before = model.config._attn_implementation
-    if before == implementation:
-        yield
-        return
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _disable_dropout(model: nn.Module) -> None:

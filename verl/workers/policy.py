@@ -8,28 +8,29 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from verl.branches import Tree
+from verl.branches import Tree, pack
+from verl.forest import Forest
 from verl.trainer.config.schema import ActorRolloutRefConfig
-from verl.types import BoolArray, FloatArray, IntArray
-from verl.workers.batch import MiniBatch, Shard, TrainBatch, TreeBatch, TreeShard, build_tree_batch
+from verl.types import FloatArray, IntArray
+from verl.workers.attention import AttentionBlocks
+from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole
 from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
 from verl.workers.model import (
     PolicyNetwork,
-    TreeLayout,
-    choose_tree_attention,
     compute_dtype,
     embedding_name,
     is_tied,
     load_model,
+    packs_rows,
     resolve_model_folder,
     untie,
-    using_attention,
     write_model,
     write_weights,
 )
@@ -82,7 +83,7 @@ class PolicyWorker:
         self._total_steps = total_steps
         self._source = resolve_model_folder(model.path)
         self._dtype = compute_dtype(model, device=device)
-        self._tree_attention = choose_tree_attention(model, device=device)
+        self._packs = packs_rows(model)
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         self._unties = device == "cpu" and is_tied(self._source)
         self._context = init_distributed(placement)
@@ -100,54 +101,35 @@ class PolicyWorker:
         """Return the number of parameters of the whole model."""
         return sum(p.numel() for p in self._network.parameters())
 
-    def log_probs(self, shard: Shard) -> FloatArray:
-        """Return the log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L]."""
-        batch = shard.batch
-        result = np.zeros(batch.input_ids.shape, dtype=np.float32)
-        for mini in shard.mini_batches:
-            for rows in mini.micro_batches:
-                micro = batch.select(rows)
-                log_probs = self._score(micro, temperature=self._temperature)
-                where_rows, columns = np.nonzero(micro.policy_mask)
-                result[rows[where_rows], columns] = log_probs
-        self._release_memory()
-        return result
+    def log_probs(self, passes: Sequence[TrainBatch]) -> list[FloatArray]:
+        """Return the log-probs of the policy tokens of each pass at the sampling temperature [N]."""
+        return self._score([pack_rows(batch) for batch in passes], temperature=self._temperature)
 
-    def tree_log_probs(self, shard: TreeShard) -> list[FloatArray]:
-        """Return the log-probs of the scored tokens of each tree at the sampling temperature [S]."""
-        results = [np.zeros(0, dtype=np.float32)] * len(shard.trees)
-        for micro in shard.micro_batches:
-            trees = [shard.trees[i] for i in micro] or [_EMPTY_TREE]
-            batch = build_tree_batch(trees)
-            log_probs = self._score_trees(batch)
-            for i, of_tree in enumerate(micro):  # an empty micro-batch has no trees to give it to
-                results[of_tree] = log_probs[batch.rows == i]
-        self._release_memory()
-        return results
+    def tree_log_probs(self, passes: Sequence[Sequence[Tree]]) -> list[FloatArray]:
+        """Return the log-probs of the scored tokens of each pass at the sampling temperature [N]."""
+        return self._score([pack(trees) for trees in passes], temperature=self._temperature)
 
     def probe(self, ids: IntArray) -> FloatArray:
         """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
-        mask = np.ones((1, len(ids)), dtype=np.bool_)
-        mask[0, 0] = False
-        log_probs = self._score(_make_rows(ids[None], mask), temperature=1.0)
+        (log_probs,) = self._score([pack_whole(ids)], temperature=1.0)
         return np.concatenate([np.zeros(1, dtype=np.float32), log_probs])
 
-    def update(self, shard: Shard) -> dict[str, float]:
-        """Train on the shard: epochs x mini-batches, one optimizer step each.
+    def update(self, minis: Sequence[MiniBatch]) -> dict[str, float]:
+        """Train on mini-batches, epoch after epoch, with one optimizer step each.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer do not change by a bit.
         It is counted in `num_updates` and `skipped_updates` and left out of the means that are returned.
         """
         if self._optimizer is None:
             raise RuntimeError("a frozen reference cannot be updated")
-        num_updates = self._actor.ppo_epochs * len(shard.mini_batches)
-        if shard.batch.old_log_probs is None and num_updates > 1:
+        num_updates = self._actor.ppo_epochs * len(minis)
+        if num_updates > 1 and any(b.old_log_probs is None for mini in minis for b in mini.micro_batches):
             raise ValueError(f"{num_updates} updates need old_log_probs; only a single one is on-policy")
         lr = learning_rate(self._step, config=self._actor.optim, total_steps=self._total_steps)
         applied = []
         for _ in range(self._actor.ppo_epochs):
-            for mini in shard.mini_batches:
-                metrics = self._train_on(shard.batch, mini, lr=lr)
+            for mini in minis:
+                metrics = self._train_on(mini, lr=lr)
                 if metrics is not None:
                     applied.append(metrics)
         self._step += 1
@@ -209,14 +191,12 @@ class PolicyWorker:
             context=self._context,
         )
 
-    def _train_on(self, batch: TrainBatch, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
+    def _train_on(self, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
         """Take one optimizer step and return its metrics, or None if it was skipped."""
         assert self._optimizer is not None
         sums = torch.zeros(len(_SUMS), device=self._context.device)
         maxima = torch.zeros(len(_MAXIMA), device=self._context.device)
-        for rows in mini.micro_batches:
-            # A rank without rows still runs forward and backward: FSDP's collectives need every rank.
-            micro = batch.select(rows) if len(rows) else _make_empty()
+        for micro in mini.micro_batches:  # also an empty one: FSDP's collectives need every rank
             loss, micro_sums, micro_maxima = self._loss(micro, mini)
             loss.backward()
             sums += micro_sums
@@ -238,25 +218,24 @@ class PolicyWorker:
             group["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        if batch.ref_log_probs is None:
+        if mini.micro_batches[0].ref_log_probs is None:
             del metrics["kl"]
         return metrics
 
     def _loss(self, micro: TrainBatch, mini: MiniBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a micro-batch adds to the mini-batch loss, its `_SUMS` and its `_MAXIMA`.
 
-        N policy tokens; every per-token tensor is [N], in the order of the mask's True entries.
+        N policy tokens; every per-token tensor is [N].
         """
         actor = self._actor
         log_probs, entropy = self._forward(
-            micro, temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
+            pack_rows(micro), temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
         )
-        mask = micro.policy_mask  # [B, L]
         # On-policy the ratio is 1, but its gradient is not 0: the old log-probs are these, detached.
-        old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs[mask])
-        advantages = self._tensor(micro.advantages[mask])
-        # Policy tokens of the row that each token belongs to.
-        row_counts = self._tensor(np.broadcast_to(mask.sum(1, keepdims=True), mask.shape)[mask])
+        old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs)
+        advantages = self._tensor(micro.advantages)
+        # Policy tokens of the trajectory that each token belongs to.
+        row_counts = self._tensor(np.repeat(micro.policy_lengths, micro.policy_lengths))
         # Weights divide by counts of the whole mini-batch, over all ranks: losses of micro-batches add up.
         weights = token_weights(
             row_counts,
@@ -272,9 +251,9 @@ class PolicyWorker:
             clip_low=actor.clip_ratio_low,
             clip_high=actor.clip_ratio_high,
             clip_c=actor.clip_ratio_c,
-            segments=self._segments(mask),
+            segments=self._segments(micro),
         )
-        sampling = self._tensor(micro.sampling_log_probs[mask])
+        sampling = self._tensor(micro.sampling_log_probs)
         importance = torch.ones_like(losses)
         if actor.tis_imp_ratio_cap is not None:
             importance = importance_weights(old, sampling, cap=actor.tis_imp_ratio_cap)
@@ -284,7 +263,7 @@ class PolicyWorker:
         loss = pg_loss - actor.entropy_coeff * (entropy * weights).sum()
         kl = torch.zeros_like(log_probs)
         if micro.ref_log_probs is not None:
-            kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs[mask]), kind=actor.kl_loss_type)
+            kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs), kind=actor.kl_loss_type)
             if actor.use_kl_loss:
                 loss = loss + actor.kl_loss_coef * (kl * weights).sum()
         # Metrics are means over the tokens of the mini-batch, also where the loss weighs tokens unequally.
@@ -298,54 +277,40 @@ class PolicyWorker:
             maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
         return loss, sums, maxima
 
-    def _segments(self, mask: BoolArray) -> Tensor | None:
+    def _segments(self, micro: TrainBatch) -> Tensor | None:
         """Return what shares a ratio: the trajectory or turn of each policy token [N]; None: nothing."""
         mode = self._actor.policy_loss.loss_mode
         if mode == "vanilla":
             return None
         if mode == "gspo":
-            return self._tensor(np.nonzero(mask)[0])
-        # A turn begins at a policy token after one that is not.
-        begins = mask & ~np.pad(mask, ((0, 0), (1, 0)))[:, :-1]
-        return self._tensor(np.cumsum(begins)[mask.ravel()] - 1)
+            lengths = micro.policy_lengths
+            return self._tensor(np.repeat(np.arange(len(lengths)), lengths))
+        # A turn begins at a policy token after one that is not; a trajectory begins with a prompt.
+        begins = np.diff(micro.policy_mask.astype(np.int8), prepend=np.int8(0)) == 1
+        return self._tensor(np.cumsum(begins)[micro.policy_mask] - 1)
 
-    def _score(self, micro: TrainBatch, *, temperature: float) -> FloatArray:
-        """Return the log-probs of the policy tokens of a micro-batch, which may be empty [N]."""
-        with torch.no_grad():
-            log_probs, _ = self._forward(
-                micro if micro.num_trajectories else _make_empty(), temperature=temperature
-            )
-        reshard_model(self._network)
-        result: FloatArray = log_probs.cpu().numpy()
-        return result
-
-    def _score_trees(self, batch: TreeBatch) -> FloatArray:
-        """Return the log-probs of the scored tokens of a forward pass over trees [N]."""
-        layout = TreeLayout(
-            positions=self._tensor(batch.positions).long(),
-            previous=self._tensor(batch.previous).long(),
-            enters=self._tensor(batch.enters),
-            leaves=self._tensor(batch.leaves),
-        )
-        with torch.no_grad(), using_attention(self._model, self._tree_attention):
-            log_probs, _ = self._network(
-                self._tensor(batch.input_ids).long(),
-                self._tensor(batch.rows).long(),
-                self._tensor(batch.columns).long(),
-                temperature=self._temperature,
-                layout=layout,
-            )
-        reshard_model(self._network)
-        result: FloatArray = log_probs.cpu().numpy()
-        return result
+    def _score(self, forests: Sequence[Forest], *, temperature: float) -> list[FloatArray]:
+        """Return the log-probs of the scored tokens of each forest [N], a forward pass for each."""
+        results = []
+        for forest in forests:
+            with torch.no_grad():
+                log_probs, _ = self._forward(forest, temperature=temperature)
+            reshard_model(self._network)
+            results.append(log_probs.cpu().numpy())
+        self._release_memory()
+        return results
 
     def _forward(
-        self, micro: TrainBatch, *, temperature: float, entropy_has_gradient: bool = False
+        self, forest: Forest, *, temperature: float, entropy_has_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        rows, columns = (self._tensor(index) for index in np.nonzero(micro.policy_mask))
-        ids = self._tensor(micro.input_ids).long()
         log_probs, entropy = self._network(
-            ids, rows, columns, temperature=temperature, entropy_has_gradient=entropy_has_gradient
+            self._tensor(forest.ids).long(),
+            self._tensor(forest.positions).long(),
+            self._tensor(forest.previous[forest.scored]).long(),
+            self._tensor(forest.ids[forest.scored]).long(),
+            blocks=AttentionBlocks(forest, device=self._context.device) if self._packs else None,
+            temperature=temperature,
+            entropy_has_gradient=entropy_has_gradient,
         )
         return log_probs, entropy
 
@@ -369,24 +334,3 @@ class PolicyWorker:
         """Free cached GPU memory, which the engine on the same GPU needs."""
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-_EMPTY_TREE = Tree(trunk=np.zeros(2, dtype=np.int32), branches=())
-
-
-def _make_empty() -> TrainBatch:
-    """Return one row without policy tokens."""
-    return _make_rows(np.zeros((1, 2), dtype=np.int32), np.zeros((1, 2), dtype=np.bool_))
-
-
-def _make_rows(ids: IntArray, mask: np.ndarray) -> TrainBatch:
-    zeros = np.zeros(ids.shape, dtype=np.float32)
-    return TrainBatch(
-        input_ids=ids,
-        lengths=np.full(len(ids), ids.shape[1], dtype=np.int32),
-        policy_mask=mask,
-        advantages=zeros,
-        sampling_log_probs=zeros,
-        old_log_probs=zeros,
-        ref_log_probs=zeros,
-    )

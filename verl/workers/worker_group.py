@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher
-from verl.workers.batch import TrainBatch, count_mini_batches, shard_batch, shard_trees
+from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_trees, make_mini_batches
+from verl.workers.model import packs_rows
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
+
+_Pass = TypeVar("_Pass")
 
 _GRACE_S = 5.0
 """When a rank dies the others fail in a collective; wait for its own error, which is more specific."""
@@ -31,9 +34,14 @@ _GPU_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 class WorkerGroup:
     """The policy, or its frozen reference, on as many actors as there are ranks."""
 
-    def __init__(self, actors: Sequence[Actor], *, config: ActorConfig, rendezvous: Path) -> None:
+    def __init__(
+        self, actors: Sequence[Actor], *, config: ActorConfig, packs: bool, rendezvous: Path
+    ) -> None:
+        """`packs`: a forward pass can take several trajectories, see `packs_rows`."""
         self._actors = tuple(actors)
         self._config = config
+        self._packs = packs
+        self._max_tokens = config.ppo_max_token_len_per_gpu if packs else 1
         self._rendezvous = rendezvous
 
     @classmethod
@@ -72,7 +80,7 @@ class WorkerGroup:
             )
             for rank in range(placement.world_size)
         ]
-        return cls(actors, config=config.actor, rendezvous=rendezvous)
+        return cls(actors, config=config.actor, packs=packs_rows(config.model), rendezvous=rendezvous)
 
     async def wait_until_ready(self) -> int:
         """Return the number of parameters once all ranks are built. Raises what a constructor raised."""
@@ -80,45 +88,34 @@ class WorkerGroup:
         return counts[0]
 
     async def log_probs(self, batch: TrainBatch) -> FloatArray:
-        """Return the log-prob of every policy token at the sampling temperature, 0 elsewhere [B, L].
-
-        Position t holds log p(token t | tokens before t).
-        """
-        shards = shard_batch(
-            batch,
-            num_ranks=len(self._actors),
-            mini_batch_size=None,
-            max_tokens=self._config.ppo_max_token_len_per_gpu,
-        )
-        parts: list[FloatArray] = await self._call_all("log_probs", [(shard,) for shard in shards])
-        result = np.zeros(batch.input_ids.shape, dtype=np.float32)
-        for shard, part in zip(shards, parts, strict=True):
-            result[shard.rows, : part.shape[1]] = part
-        return result
+        """Return the log-prob of every policy token at the sampling temperature [N]."""
+        plan = deal_rows(batch, num_ranks=len(self._actors), max_tokens=self._max_tokens)
+        passes = [[batch.select(rows) for rows in of_rank] for of_rank in plan]
+        answers = await self._call_all("log_probs", [(of_rank,) for of_rank in passes])
+        found: dict[int, FloatArray] = {}
+        for rows, of_pass, log_probs in _zip_passes(plan, passes, answers):
+            found.update(zip(rows.tolist(), of_pass.split(log_probs), strict=True))
+        return np.concatenate([found[row] for row in range(batch.num_trajectories)])
 
     async def tree_log_probs(self, trees: Sequence[Tree], *, shared: bool = True) -> list[TreeLogProbs]:
         """Return the log-probs of each tree at the sampling temperature, in order.
 
-        `shared` computes a common prefix once, in one row per tree; without it every branch has a row of its
-        own. The results are equal up to rounding, and do not depend on order or batch.
+        `shared` computes a common prefix once; without it every branch has a row of its own. The results are
+        equal up to rounding, and do not depend on order or batch.
         """
-        parts_of = [[tree] if shared else split(tree) for tree in trees]
-        # A tree in which nothing is scored needs no forward pass; it would be padded like the others.
+        parts_of = [[tree] if shared and self._packs else split(tree) for tree in trees]
+        # A tree in which nothing is scored needs no forward pass.
         scored_of = [[part for part in parts if part.num_scored] for parts in parts_of]
         scored = [part for parts in scored_of for part in parts]
         if not scored:
             return [unpack(tree, np.zeros(0, np.float32)) for tree in trees]
-        shards = shard_trees(
-            scored, num_ranks=len(self._actors), max_tokens=self._config.ppo_max_token_len_per_gpu
-        )
-        answers: list[list[FloatArray]] = await self._call_all(
-            "tree_log_probs", [(shard,) for shard in shards]
-        )
-        found = {
-            i: log_probs
-            for shard, answer in zip(shards, answers, strict=True)
-            for i, log_probs in zip(shard.index, answer, strict=True)
-        }
+        plan = deal_trees(scored, num_ranks=len(self._actors), max_tokens=self._max_tokens)
+        passes = [[[scored[i] for i in of_pass] for of_pass in of_rank] for of_rank in plan]
+        answers = await self._call_all("tree_log_probs", [(of_rank,) for of_rank in passes])
+        found: dict[int, FloatArray] = {}
+        for index, of_pass, log_probs in _zip_passes(plan, passes, answers):
+            ends = np.cumsum([tree.num_scored for tree in of_pass], dtype=np.int64)
+            found.update(zip(index.tolist(), np.split(log_probs, ends)[:-1], strict=True))
         in_order = iter([found[i] for i in range(len(scored))])
         return [
             unpack(tree, np.concatenate([np.zeros(0, np.float32), *(next(in_order) for _ in parts)]))
@@ -136,11 +133,11 @@ class WorkerGroup:
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:
         """Train on the batch; return metrics without a prefix, see `PolicyWorker.update`."""
-        shards = shard_batch(
+        shards = make_mini_batches(
             batch,
             num_ranks=len(self._actors),
             mini_batch_size=self._config.ppo_mini_batch_size,
-            max_tokens=self._config.ppo_max_token_len_per_gpu,
+            max_tokens=self._max_tokens,
         )
         metrics: list[dict[str, float]] = await self._call_all("update", [(shard,) for shard in shards])
         return metrics[0]
@@ -205,3 +202,11 @@ class WorkerGroup:
         if len(self._actors) > 1:
             self.shutdown()
         raise next((error for error in errors if isinstance(error, ActorError)), errors[0])
+
+
+def _zip_passes(
+    plan: list[list[IntArray]], passes: list[list[_Pass]], answers: list[list[FloatArray]]
+) -> Iterator[tuple[IntArray, _Pass, FloatArray]]:
+    """Yield the rows of each pass of each rank, the pass, and what the rank answered."""
+    for of_rank in zip(plan, passes, answers, strict=True):
+        yield from zip(*of_rank, strict=True)

@@ -199,11 +199,6 @@ def test_messages_that_the_chat_template_refuses_are_named(template: str) -> Non
         tokenizer.render_prompt(make_question())
 
 
-def test_the_pad_token_may_be_the_end_token() -> None:
-    raw = ends_every_text()
-    assert HfTokenizer(raw).pad_id == raw.eos_token_id
-
-
 def test_a_class_that_replaces_the_saved_pre_tokenizer_is_refused(tmp_path: Path) -> None:
     llama2_base().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -15,15 +15,21 @@ from verl.trainer.config.schema import (
     OptimConfig,
     RolloutConfig,
 )
-from verl.types import ActionKind, FloatArray, Stop, Trajectory, Turn
-from verl.workers.batch import Shard, TrainBatch, build_batch, shard_batch
+from verl.types import ActionKind, FloatArray, IntArray, Stop, Trajectory, Turn
+from verl.workers.batch import MiniBatch, TrainBatch, build_batch, make_mini_batches
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
 VOCAB_SIZE = 97
 
 
-def random_trajectory(rng: np.random.Generator, *, index: int = 0) -> Trajectory:
+def random_ids(rng: np.random.Generator, count: int) -> IntArray:
+    return rng.integers(2, VOCAB_SIZE, count).astype(np.int32)
+
+
+def random_trajectory(
+    rng: np.random.Generator, *, index: int = 0, prompt: IntArray | None = None
+) -> Trajectory:
     """One to three turns of random lengths; all but the last end in an observation."""
     turns = []
     num_turns = int(rng.integers(1, 4))
@@ -32,32 +38,33 @@ def random_trajectory(rng: np.random.Generator, *, index: int = 0) -> Trajectory
         last = number == num_turns - 1
         turns.append(
             Turn(
-                output_ids=rng.integers(2, VOCAB_SIZE, outputs).astype(np.int32),
+                output_ids=random_ids(rng, outputs),
                 output_log_probs=-rng.random(outputs).astype(np.float32) * 3,
                 action=make_action(ActionKind.ANSWER if last else ActionKind.TOOL, "x"),
-                observation_ids=rng.integers(2, VOCAB_SIZE, 0 if last else observed).astype(np.int32),
+                observation_ids=random_ids(rng, 0 if last else observed),
             )
         )
     return Trajectory(
         question=make_question(f"toy/train/{index}"),
         sample=0,
-        prompt_ids=rng.integers(2, VOCAB_SIZE, int(rng.integers(3, 8))).astype(np.int32),
+        prompt_ids=random_ids(rng, int(rng.integers(3, 8))) if prompt is None else prompt,
         turns=tuple(turns),
         stop=Stop.ANSWERED,
     )
 
 
 def random_batch(count: int, *, seed: int = 0, with_old: bool = True) -> TrainBatch:
-    """Episodes with random advantages; old and reference log-probs are random, near each other."""
+    """Episodes, three a prompt, with random advantages; old and reference log-probs lie near each other."""
     rng = np.random.default_rng(seed)
-    trajectories = [random_trajectory(rng, index=index) for index in range(count)]
+    prompts = [random_ids(rng, int(rng.integers(3, 8))) for _ in range(0, count, 3)]
+    trajectories = [random_trajectory(rng, index=i, prompt=prompts[i // 3]) for i in range(count)]
     credit: list[FloatArray] = [
         np.where(t.policy_mask, rng.normal(), 0.0).astype(np.float32) for t in trajectories
     ]
-    batch = build_batch(trajectories, credit, pad_id=0)
+    batch = build_batch(trajectories, credit)
     if not with_old:
         return batch
-    noise = rng.normal(scale=0.2, size=(2, *batch.input_ids.shape)).astype(np.float32)
+    noise = rng.normal(scale=0.2, size=(2, batch.num_policy_tokens)).astype(np.float32)
     return batch.with_old(-5 + noise[0]).with_reference(-5 + noise[1])
 
 
@@ -86,6 +93,15 @@ def make_worker(config: Path | ActorRolloutRefConfig, *, trainable: bool = True)
     return PolicyWorker(config, Placement(), total_steps=10, seed=0, trainable=trainable)
 
 
-def one_shard(batch: TrainBatch, *, mini_batch_size: int | None = None, max_tokens: int = 8192) -> Shard:
-    (shard,) = shard_batch(batch, num_ranks=1, mini_batch_size=mini_batch_size, max_tokens=max_tokens)
-    return shard
+def one_rank(
+    batch: TrainBatch, *, mini_batch_size: int | None = None, max_tokens: int = 8192
+) -> list[MiniBatch]:
+    """Return what a single rank does in an update; None: one mini-batch."""
+    size = batch.num_trajectories if mini_batch_size is None else mini_batch_size
+    (minis,) = make_mini_batches(batch, num_ranks=1, mini_batch_size=size, max_tokens=max_tokens)
+    return minis
+
+
+def row_ids(batch: TrainBatch, row: int) -> IntArray:
+    """Return the tokens of a trajectory."""
+    return batch.select(np.array([row], np.int32)).token_ids

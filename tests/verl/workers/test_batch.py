@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,75 +9,152 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes import make_question, make_trajectory
-from tests.verl.workers.episodes import random_batch, random_trajectory
-from verl.workers.batch import build_batch, shard_batch
+from tests.verl.test_forest import paths_of
+from tests.verl.workers.episodes import one_rank, random_batch, random_ids, random_trajectory, row_ids
+from tests.verl.workers.test_tree_log_probs import random_tree
+from verl.branches import pack
+from verl.types import IntArray
+from verl.workers.batch import build_batch, deal, deal_trees, make_mini_batches, pack_rows
 
 
-def test_rows_are_the_trajectories_padded_on_the_right() -> None:
+def test_a_batch_holds_the_trajectories_up_to_their_last_sampled_token() -> None:
     rng = np.random.default_rng(1)
-    trajectories = [random_trajectory(rng, index=i) for i in range(5)]
-    credit = [np.where(t.policy_mask, 1.5, 0).astype(np.float32) for t in trajectories]
-    batch = build_batch(trajectories, credit, pad_id=7)
-    for row, trajectory in enumerate(trajectories):
-        length = len(trajectory.token_ids)
-        assert batch.lengths[row] == length
-        np.testing.assert_array_equal(batch.input_ids[row, :length], trajectory.token_ids)
-        assert (batch.input_ids[row, length:] == 7).all()
-        np.testing.assert_array_equal(batch.policy_mask[row, :length], trajectory.policy_mask)
-        assert not batch.policy_mask[row, length:].any()
-        np.testing.assert_array_equal(batch.sampling_log_probs[row, :length], trajectory.sampling_log_probs)
-        np.testing.assert_array_equal(batch.advantages[row] != 0, batch.policy_mask[row])
+    prompts = [random_ids(rng, 4), random_ids(rng, 4)]
+    trajectories = [random_trajectory(rng, index=i, prompt=prompts[i % 2]) for i in range(5)]
+    last = trajectories[3].turns[-1]
+    trajectories[3] = replace(
+        trajectories[3],
+        turns=(*trajectories[3].turns[:-1], replace(last, observation_ids=random_ids(rng, 6))),
+    )
+    credit = [np.where(t.policy_mask, rng.normal(size=len(t.token_ids)), 9) for t in trajectories]
+    batch = build_batch(trajectories, [x.astype(np.float32) for x in credit])
     assert batch.num_policy_tokens == sum(t.num_policy_tokens for t in trajectories)
+    assert batch.prompts.tolist() == [0, 1, 0, 1, 0]
+    assert batch.prompt_lengths.tolist() == [4] * 5
+    for row, trajectory in enumerate(trajectories):
+        one = batch.select(np.array([row], np.int32))
+        length = len(trajectory.token_ids) - (6 if row == 3 else 0)
+        assert one.lengths.tolist() == [length]
+        mask = trajectory.policy_mask
+        np.testing.assert_array_equal(one.token_ids, trajectory.token_ids[:length])
+        np.testing.assert_array_equal(one.policy_mask, mask[:length])
+        np.testing.assert_array_equal(one.advantages, credit[row][mask].astype(np.float32))
+        np.testing.assert_array_equal(one.sampling_log_probs, trajectory.sampling_log_probs[mask])
+        np.testing.assert_array_equal(batch.split(batch.advantages)[row], one.advantages)
+
+
+def test_policy_tokens_are_scored_after_the_tokens_of_their_trajectory() -> None:
+    batch = random_batch(7)
+    batch = batch.select(np.array([6, 0, 3, 1, 5], np.int32))
+    forest = pack_rows(batch)
+    paths = paths_of(forest)
+    got = [forest.ids[paths[column]].tolist() for column in forest.scored]
+    rows = [row_ids(batch, row).tolist() for row in range(5)]
+    masks = np.split(batch.policy_mask, np.cumsum(batch.lengths))
+    assert got == [row[: i + 1] for row, mask in zip(rows, masks, strict=False) for i in np.flatnonzero(mask)]
+    # Rows 0 and 1 share a prompt, so do 3 and 5.
+    assert len(forest.ids) == batch.lengths.sum() - batch.prompt_lengths[1] - batch.prompt_lengths[2]
 
 
 def test_what_cannot_be_trained_on_is_refused_by_name() -> None:
     question = make_question("nq/test/3")
     good = make_trajectory(question, answer="a")
     with pytest.raises(ValueError, match="no trajectories"):
-        build_batch([], [], pad_id=0)
+        build_batch([], [])
     with pytest.raises(ValueError, match=r"nq/test/3#0.*at least one sampled token"):
-        build_batch([make_trajectory(question)], [np.zeros(3, np.float32)], pad_id=0)
+        build_batch([make_trajectory(question)], [np.zeros(3, np.float32)])
     with pytest.raises(ValueError, match=r"nq/test/3#0: \(2,\) advantages for \(7,\) tokens"):
-        build_batch([good], [np.zeros(2, np.float32)], pad_id=0)
+        build_batch([good], [np.zeros(2, np.float32)])
     with pytest.raises(ValueError, match="must be finite"):
-        build_batch([good], [np.full(7, np.nan, np.float32)], pad_id=0)
+        build_batch([good], [np.full(7, np.nan, np.float32)])
     turns = (good.turns[0], replace(good.turns[0], num_dropped=1))
     with pytest.raises(ValueError, match="nq/test/3#0: observations were dropped from its context"):
-        build_batch([replace(good, turns=turns)], [np.zeros(11, np.float32)], pad_id=0)
+        build_batch([replace(good, turns=turns)], [np.zeros(11, np.float32)])
     with pytest.raises(ValueError, match="must have shape"):
-        build_batch([good], [np.zeros(7, np.float32)], pad_id=0).with_old(np.zeros((1, 6), np.float32))
+        build_batch([good], [np.zeros(7, np.float32)]).with_old(np.zeros(2, np.float32))
 
 
 @given(
     count=st.integers(1, 30),
     num_ranks=st.integers(1, 4),
     mini_batch_size=st.integers(1, 40),
-    max_tokens=st.integers(10, 400),
+    max_tokens=st.integers(1, 400),
 )
-def test_shards_cover_every_row_once_and_keep_the_ranks_in_step(
+def test_ranks_share_every_row_once_in_as_many_passes(
     count: int, num_ranks: int, mini_batch_size: int, max_tokens: int
 ) -> None:
     batch = random_batch(count)
-    shards = shard_batch(batch, num_ranks=num_ranks, mini_batch_size=mini_batch_size, max_tokens=max_tokens)
-    assert sorted(row for shard in shards for row in shard.rows) == list(range(count))
-    for minis in zip(*(shard.mini_batches for shard in shards), strict=True):
+    batch = replace(batch, advantages=np.repeat(np.arange(count, dtype=np.float32), batch.policy_lengths))
+    shards = make_mini_batches(
+        batch, num_ranks=num_ranks, mini_batch_size=mini_batch_size, max_tokens=max_tokens
+    )
+    seen: list[float] = []
+    for minis in zip(*shards, strict=True):
         assert len({len(mini.micro_batches) for mini in minis}) == 1
-        assert len({mini.num_policy_tokens for mini in minis}) == 1
-    seen = []
-    for shard in shards:
-        for mini in shard.mini_batches:
-            for rows in mini.micro_batches:
-                seen += list(shard.rows[rows])
-                micro = shard.batch.select(rows)
-                np.testing.assert_array_equal(micro.lengths, batch.lengths[shard.rows[rows]])
-                assert len(rows) <= 1 or micro.input_ids.size <= max_tokens
+        micros = [micro for mini in minis for micro in mini.micro_batches]
+        assert {mini.num_policy_tokens for mini in minis} == {sum(m.num_policy_tokens for m in micros)}
+        assert {mini.num_trajectories for mini in minis} == {sum(m.num_trajectories for m in micros)}
+        for micro in micros:
+            assert micro.num_trajectories <= 1 or len(pack_rows(micro).ids) <= max_tokens
+            seen += [float(values[0]) for values in micro.split(micro.advantages)]
     assert sorted(seen) == list(range(count))
-    sizes = [mini.num_trajectories for mini in shards[0].mini_batches]
+    sizes = [mini.num_trajectories for mini in shards[0]]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
-    assert sum(mini.num_policy_tokens for mini in shards[0].mini_batches) == batch.num_policy_tokens
+
+
+def test_trees_are_dealt_once_in_as_many_passes() -> None:
+    rng = np.random.default_rng(3)
+    trees = [random_tree(rng, turns=turns) for turns in (1, 4, 2, 0, 3, 1, 1)]
+    plan = deal_trees(trees, num_ranks=3, max_tokens=120)
+    assert sorted(i for of_rank in plan for of_pass in of_rank for i in of_pass) == list(range(7))
+    assert len({len(of_rank) for of_rank in plan}) == 1
+    for of_pass in itertools.chain.from_iterable(plan):
+        assert len(of_pass) <= 1 or len(pack([trees[i] for i in of_pass]).ids) <= 120
+    assert [len(of_rank[0]) for of_rank in deal_trees(trees[:1], num_ranks=2, max_tokens=120)] == [1, 0]
+
+
+def waiting(plan: list[list[IntArray]], lengths: IntArray) -> int:
+    """Tokens computed, or waited for: in each pass every rank takes as long as the slowest."""
+    passes = zip(*plan, strict=True)
+    return len(plan) * sum(max(int(lengths[rows].sum()) for rows in of_pass) for of_pass in passes)
+
+
+@pytest.mark.parametrize("n_agent", [3, 5])
+@pytest.mark.parametrize("mini_batch_size", [64, 512])
+def test_ranks_wait_little_for_each_other(n_agent: int, mini_batch_size: int) -> None:
+    """512 questions over 8 ranks, trajectories of 600 to 4,096 tokens that share nothing."""
+    lengths = np.random.default_rng(n_agent).integers(600, 4097, 512 * n_agent).astype(np.int32)
+    computed = 0
+    for rows in np.array_split(lengths, len(lengths) // mini_batch_size):
+        plan = deal(
+            rows,
+            num_ranks=8,
+            max_tokens=16_384,
+            prefixes=np.zeros_like(rows),
+            groups=np.arange(len(rows), dtype=np.int32),
+        )
+        computed += waiting(plan, rows)
+    assert computed <= 1.05 * lengths.sum()
+
+
+def test_groups_stay_together_unless_ranks_would_wait() -> None:
+    """Prompts of 100 tokens and 50 for each of 4 trajectories."""
+
+    def plan(num_groups: int, *, num_ranks: int) -> list[list[IntArray]]:
+        rows = np.repeat(np.arange(num_groups, dtype=np.int32), 4)
+        return deal(
+            np.full(len(rows), 50, np.int32),
+            num_ranks=num_ranks,
+            max_tokens=1000,
+            prefixes=np.full(len(rows), 100, np.int32),
+            groups=rows,
+        )
+
+    for of_rank in plan(4, num_ranks=2):
+        assert [len(set(rows // 4)) for rows in of_rank] == [2]  # 8 rows of two groups
+    assert [[len(rows) for rows in of_rank] for of_rank in plan(1, num_ranks=4)] == [[1]] * 4
 
 
 def test_one_trajectory_too_many_is_no_optimizer_step_of_its_own() -> None:
-    (shard,) = shard_batch(random_batch(17), num_ranks=1, mini_batch_size=16, max_tokens=999)
-    assert [mini.num_trajectories for mini in shard.mini_batches] == [17]
+    assert [mini.num_trajectories for mini in one_rank(random_batch(17), mini_batch_size=16)] == [17]

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.verl.workers.episodes import make_worker, one_shard, random_batch
+from tests.verl.workers.episodes import make_worker, one_rank, random_batch
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.model import (
-    check_model,
     compute_dtype,
     is_tied,
     load_model,
+    packs_rows,
     prepare_engine_model,
     resolve_model_folder,
 )
@@ -106,31 +106,27 @@ def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "refused"),
+    ("settings", "expected"),
     [
-        ({"sliding_window": 64, "use_sliding_window": False}, None),
-        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window=64"),
-        ({"model_type": "mistral", "sliding_window": 256}, None),  # as long as the longest context
-        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"sliding_window": 64, "use_sliding_window": False}, True),
+        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, False),
+        ({"layer_types": ["full_attention", "linear_attention"]}, False),
+        ({"model_type": "mistral", "sliding_window": 64}, False),
+        ({"model_type": "mistral", "sliding_window": 256}, True),  # as long as the longest context
+        ({"model_type": "mistral", "sliding_window": None}, True),
+        ({"model_type": "mamba"}, False),
+        ({"model_type": "gptj"}, False),
     ],
 )
-def test_a_model_that_sees_a_part_of_the_context_only_is_refused_where_trees_are_scored(
-    tmp_path: Path, model_folder: Path, settings: dict[str, object], refused: str | None
+def test_only_models_that_attend_to_the_whole_context_compute_trajectories_together(
+    tmp_path: Path, model_folder: Path, settings: dict[str, object], expected: bool
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     content = json.loads((folder / "config.json").read_text())
     del content["layer_types"], content["use_sliding_window"]
     (folder / "config.json").write_text(json.dumps(content | settings))
-    config = ModelConfig(path=str(folder))
-    check_model(config, device="cpu")
-    if refused is None:
-        check_model(config, device="cpu", scores_trees=True)
-        return
-    with pytest.raises(ConfigError, match=rf"path={folder}: its config\.json has .*{refused}.*take a model"):
-        check_model(config, device="cpu", scores_trees=True)
+    assert packs_rows(ModelConfig(path=str(folder))) is expected
 
 
 @pytest.mark.parametrize("fixture", ["model_folder", "tied_folder"])
@@ -139,7 +135,7 @@ def test_exported_model_has_the_trained_logits(
 ) -> None:
     source: Path = request.getfixturevalue(fixture)
     worker = make_worker(source)
-    worker.update(one_shard(random_batch(4)))
+    worker.update(one_rank(random_batch(4)))
     worker.export_hf(str(tmp_path))
     ids = np.arange(2, 20, dtype=np.int32)
     expected = worker.probe(ids)[1:]
@@ -180,7 +176,7 @@ def test_weights_for_the_engine_hold_the_tied_head_twice(
     tied_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     worker = make_worker(tied_folder)
-    worker.update(one_shard(random_batch(4)))
+    worker.update(one_rank(random_batch(4)))
     worker.export_weights(str(tmp_path))
     state = load_file(tmp_path / "model.safetensors")
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import make_question, make_turn
-from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_shard
+from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank
 from verl.trainer.config.schema import PolicyLossConfig
 from verl.types import ActionKind, Stop, Trajectory
 from verl.workers.batch import TrainBatch, build_batch
@@ -44,11 +44,10 @@ def make_batch(worker: PolicyWorker) -> TrainBatch:
         np.where(t.policy_mask, np.float32(a), np.float32(0))
         for t, a in zip(trajectories, (1, -1), strict=True)
     ]
-    batch = build_batch(trajectories, credit, pad_id=0)
-    old = worker.log_probs(one_shard(batch))
-    old[batch.policy_mask] -= np.array(LOG_RATIOS, np.float32)
-    sampling = old.copy()
-    sampling[batch.policy_mask] -= np.log(np.array(IMPORTANCE, np.float32))
+    batch = build_batch(trajectories, credit)
+    (log_probs,) = worker.log_probs([batch])
+    old = log_probs - np.array(LOG_RATIOS, np.float32)
+    sampling = old - np.log(np.array(IMPORTANCE, np.float32))
     return replace(batch.with_old(old), sampling_log_probs=sampling)
 
 
@@ -87,7 +86,7 @@ def test_the_loss_of_two_trajectories(
     """Whether they share a forward pass or not."""
     settings = {"lr": 0.0, "entropy_coeff": 0.0, "tis_imp_ratio_cap": None, **changes}
     worker = make_worker(make_config(model_folder, actor=make_actor(**settings)))
-    metrics = worker.update(one_shard(make_batch(worker), max_tokens=max_tokens))
+    metrics = worker.update(one_rank(make_batch(worker), max_tokens=max_tokens))
     assert metrics["loss"] == pytest.approx(math.fsum(losses) / 6, abs=1e-5)
     assert metrics["clip_fraction"] == pytest.approx(num_clipped / 6)
 
@@ -99,5 +98,5 @@ def test_the_loss_of_two_trajectories(
 def test_what_shares_a_ratio(model_folder: Path, mode: str, segments: list[int] | None) -> None:
     actor = make_actor(policy_loss=PolicyLossConfig(loss_mode=mode))
     worker = make_worker(make_config(model_folder, actor=actor))
-    found = worker._segments(make_batch(worker).policy_mask)
+    found = worker._segments(make_batch(worker))
     assert (None if found is None else found.tolist()) == segments

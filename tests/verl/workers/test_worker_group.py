@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_shard, random_batch
+from tests.verl.workers.episodes import make_actor, make_config, make_worker, random_batch, row_ids
 from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.errors import ConfigError
 from verl.utils.actors import ActorError, Launcher, make_launcher
@@ -51,10 +51,10 @@ async def test_one_local_rank_does_what_the_worker_does(
     group, worker = launch(local, model_folder, scratch=tmp_path), make_worker(model_folder)
     batch = random_batch(7)
     assert await group.wait_until_ready() == worker.num_parameters()
-    np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs(one_shard(batch)), atol=2e-5)
+    np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs([batch])[0], atol=2e-5)
     assert (await group.update(batch))["num_updates"] == 2
     await group.save(tmp_path)
-    ids = batch.input_ids[0]
+    ids = row_ids(batch, 0)
     expected = await group.probe(ids)
     await group.update(batch)
     assert not np.allclose(await group.probe(ids), expected)
@@ -77,7 +77,7 @@ async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
         return policy, PolicyCopy(policy, frozen, every=2, scratch=tmp_path)
 
     batches = [random_batch(4, seed=seed) for seed in range(5)]
-    ids = batches[0].input_ids[0]
+    ids = row_ids(batches[0], 0)
     policy, copy = start("unbroken")
     initial, unbroken = await policy.probe(ids), []
     for step, batch in enumerate(batches, start=1):
@@ -105,9 +105,9 @@ async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
     assert not (tmp_path / "policy_copy").exists()
 
 
-async def test_a_model_that_is_not_there_shows_when_waiting(local: Launcher, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_shows_at_the_launch(local: Launcher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
-        await launch(local, Path("/no/such/model"), scratch=tmp_path).wait_until_ready()
+        launch(local, Path("/no/such/model"), scratch=tmp_path)
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     assert state.keys() == expected_state.keys()
     for name, weight in expected_state.items():
         np.testing.assert_allclose(state[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)
-    ids = batch.input_ids[0]
+    ids = row_ids(batch, 0)
     before = await two.probe(ids)
     for group in (two, one):
         await group.perturb()

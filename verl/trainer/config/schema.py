@@ -91,9 +91,7 @@ class ModelConfig:
 
     path: str = "world/models/policy"
     dtype: str = one_of("auto", "float32", "bfloat16")
-    attention: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
-    tree_attention: str = one_of("auto", "sdpa", "flex_attention")
-    """For rows that hold the branches of a trajectory."""
+    attention: str = one_of("auto", "sdpa", "flash_attention_2")
     enable_gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

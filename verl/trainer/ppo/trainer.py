@@ -73,14 +73,12 @@ class PPOTrainer:
         *,
         settings: TrainerConfig,
         total_steps: int,
-        pad_id: int,
         progress: Progress,
         identity: Identity,
     ) -> None:
         self.parts = parts
         self.settings = settings
         self.total_steps = total_steps
-        self.pad_id = pad_id
         self.progress = progress
         self.identity = identity
         self.timer = Timer()
@@ -185,7 +183,7 @@ class PPOTrainer:
         return difference
 
     def build_batch(self, scored: ScoredGroups) -> TrainBatch:
-        """Return tensors of all trajectories that did not fail; from here on only advantages count."""
+        """Return arrays of all trajectories that did not fail; from here on only advantages count."""
         samples = scored.samples()
         overlong_filtering = self.parts.algorithm.settings.overlong_filtering
         valid = [
@@ -206,7 +204,6 @@ class PPOTrainer:
         return build_batch(
             [samples[i].trajectory for i in kept],
             [samples[i].credit.advantages for i in kept],
-            pad_id=self.pad_id,
             old_log_probs=None if old is None else [old[i] for i in kept],
         )
 

@@ -109,5 +109,5 @@ async def test_log_probs_that_measuring_computed_are_not_computed_again(tmp_path
     run.tracker.finish()
     (batch,) = models.batches
     assert batch.old_log_probs is not None
-    expected = np.array([-0.25, -0.5, -0.25, -0.5], np.float32)[:, None] * batch.policy_mask
+    expected = np.repeat([-0.25, -0.5, -0.25, -0.5], batch.policy_lengths)
     np.testing.assert_array_equal(batch.old_log_probs, expected)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl.forest import Forest, ForestBuilder
+from verl.types import IntArray
+
+
+def ids(*tokens: int) -> IntArray:
+    return np.array(tokens, dtype=np.int32)
+
+
+def paths_of(forest: Forest) -> list[IntArray]:
+    """The columns that each token attends to, from the first of its tree to itself."""
+    keys = np.arange(len(forest.ids), dtype=np.int32) if forest.keys is None else forest.keys
+    paths = []
+    for path, own in zip(
+        np.split(keys, np.cumsum(forest.key_lengths))[:-1], forest.query_lengths, strict=True
+    ):
+        paths += [path[: len(path) - own + number + 1] for number in range(own)]
+    return paths
+
+
+def test_blocks_see_what_they_continue_and_nothing_else() -> None:
+    builder = ForestBuilder()
+    assert builder.add(ids(10, 11, 12, 13, 14)) == (0, 0)
+    assert builder.add(ids(20, 21), parent=0, start=3) == (1, 5)
+    assert builder.add(ids(30), parent=1, start=1) == (2, 7)
+    assert builder.add(ids(40, 41)) == (3, 8)
+    forest = builder.build([ids(4), ids(5, 7, 7)])
+    assert forest.ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 40, 41]
+    assert forest.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 4, 0, 1]
+    assert forest.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 5, 8, 8]
+    assert forest.scored.tolist() == [4, 5, 7, 7]
+    assert [path.tolist() for path in paths_of(forest)[5:]] == [
+        [0, 1, 2, 5], [0, 1, 2, 5, 6], [0, 1, 2, 5, 7], [8], [8, 9]
+    ]  # fmt: skip
+
+
+def test_without_branches_all_keys_are_those_of_the_block_itself() -> None:
+    builder = ForestBuilder()
+    builder.add(ids(1, 2, 3))
+    builder.add(ids(4))
+    forest = builder.build([])
+    assert forest.keys is None
+    assert forest.query_lengths.tolist() == forest.key_lengths.tolist() == [3, 1]
+
+
+def test_a_forest_of_nothing_can_still_be_computed() -> None:
+    forest = ForestBuilder().build([])
+    assert (len(forest.ids), len(forest.scored)) == (2, 0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 9)), max_size=8), st.data())
+def test_positions_and_previous_tokens_are_those_of_the_path(
+    blocks: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    """Blocks may be empty, except for those that begin a tree."""
+    builder = ForestBuilder()
+    lengths = [3]
+    builder.add(ids(7, 8, 9))
+    for length, kind, _ in blocks:
+        parents = [block for block, own in enumerate(lengths) if own]
+        if kind:
+            parent = data.draw(st.sampled_from(parents))
+            builder.add(ids(*range(length)), parent=parent, start=data.draw(st.integers(1, lengths[parent])))
+        else:
+            builder.add(ids(*range(length + 1)))
+        lengths.append(length if kind else length + 1)
+    forest = builder.build([])
+    paths = paths_of(forest)
+    assert len(paths) == len(forest.ids) == sum(lengths)
+    for column, path in enumerate(paths):
+        assert path[-1] == column
+        assert forest.positions[column] == len(path) - 1
+        assert forest.previous[column] == (path[-2] if len(path) > 1 else column)
+        assert paths[forest.previous[column]].tolist() == (path[:-1].tolist() or [column])

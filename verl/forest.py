@@ -1,0 +1,93 @@
+"""The layout of a forward pass: token sequences that may share prefixes, in one sequence without padding.
+
+A forest consists of blocks. A block of tokens begins a tree, or continues an earlier block after some of its
+tokens. A token attends to its own block up to itself and to all that the block continues, so that a common
+prefix is computed once and trees do not see each other:
+
+    block            0 (q q a o o)   1 continues 0 after a   2 continues 0 after o   3 begins a tree
+    ids              q q a o o     | p g                   | p g g                 | q a
+    positions        0 1 2 3 4     | 3 4                   | 5 6 7                 | 0 1
+    previous         0 0 1 2 3     | 2 5                   | 4 7 8                 | 10 10
+    query_lengths    5             | 2                     | 3                     | 2
+    key_lengths      5             | 5                     | 8                     | 2
+    keys             0 1 2 3 4     | 0 1 2 5 6             | 0 1 2 3 4 7 8 9       | 10 11
+
+NumPy only; `verl/workers/attention.py` computes the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from verl.types import IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forest:
+    """One sequence of T tokens that consists of S blocks."""
+
+    ids: IntArray
+    """[T]"""
+    positions: IntArray
+    """Number of tokens before each one, from the first of its tree along the blocks [T]."""
+    previous: IntArray
+    """Column of the token before each one [T]; its own for the first of a tree, which has none."""
+    scored: IntArray
+    """Columns of the tokens whose log-probs are asked for [N]; a column may occur in it more than once."""
+    query_lengths: IntArray
+    """Tokens of each block [S]."""
+    key_lengths: IntArray
+    """Tokens that the last token of each block attends to: those that the block continues and its own [S]."""
+    keys: IntArray | None
+    """Their columns, block after block [sum of `key_lengths`]; None where no block continues another."""
+
+
+class ForestBuilder:
+    """Lays blocks out, one after the other."""
+
+    def __init__(self) -> None:
+        self._ids: list[IntArray] = []
+        self._paths: list[IntArray] = []
+        """Columns of each block, after those of all tokens that it continues."""
+        self._length = 0
+
+    def add(self, ids: IntArray, *, parent: int | None = None, start: int = 0) -> tuple[int, int]:
+        """Append a block, which continues the first `start` tokens of block `parent` if one is given.
+
+        Returns the number of the block and the column of its first token.
+        """
+        column = self._length
+        path = np.arange(column, column + len(ids), dtype=np.int32)
+        if parent is not None:
+            before_parent = len(self._paths[parent]) - len(self._ids[parent])
+            path = np.concatenate([self._paths[parent][: before_parent + start], path])
+        self._ids.append(ids)
+        self._paths.append(path)
+        self._length += len(ids)
+        return len(self._ids) - 1, column
+
+    def build(self, scored: Sequence[IntArray]) -> Forest:
+        """Return the blocks as one sequence in which these columns are scored.
+
+        Without blocks it is two tokens of which none is scored: a forward pass needs some.
+        """
+        if not self._length:
+            self.add(np.zeros(2, dtype=np.int32))
+        # A block without tokens has no queries.
+        filled = [(len(ids), path) for ids, path in zip(self._ids, self._paths, strict=True) if len(ids)]
+        is_plain = all(own == len(path) for own, path in filled)
+        return Forest(
+            ids=np.concatenate(self._ids).astype(np.int32),
+            positions=np.concatenate(
+                [np.arange(len(path) - own, len(path), dtype=np.int32) for own, path in filled]
+            ),
+            # One to the left in the path; the first of a tree stays where it is.
+            previous=np.concatenate([np.append(path[:1], path[:-1])[-own:] for own, path in filled]),
+            scored=np.concatenate([np.zeros(0, np.int32), *scored]).astype(np.int32),
+            query_lengths=np.array([own for own, _ in filled], dtype=np.int32),
+            key_lengths=np.array([len(path) for _, path in filled], dtype=np.int32),
+            keys=None if is_plain else np.concatenate([path for _, path in filled]),
+        )

@@ -1,0 +1,133 @@
+"""Attention over a forest (see `verl.forest`): SDPA block by block, or FlashAttention for all blocks at once.
+
+Both functions have the signature of transformers' `AttentionInterface`, and `blocks` as a further argument of
+the decoder, which hands it down to its layers. They attend to the whole context: models whose layers do not
+run row by row, see `verl.workers.model.packs_rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from verl.forest import Forest
+
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments by which layers ask for another attention than the one computed here; so is a window."""
+
+
+class AttentionBlocks:
+    """The S blocks of a forest, on the device of the model."""
+
+    def __init__(self, forest: Forest, *, device: torch.device) -> None:
+        self.query_lengths: list[int] = forest.query_lengths.tolist()
+        self.key_lengths: list[int] = forest.key_lengths.tolist()
+        self.query_borders = _borders(self.query_lengths, device=device)
+        self.key_borders = _borders(self.key_lengths, device=device)
+        """Where each block begins and the last one ends [S + 1]."""
+        self._keys = None if forest.keys is None else torch.tensor(forest.keys, device=device)
+        self._device = device
+        self._masks: list[Tensor | None] = []
+
+    def gather(self, keys: Tensor) -> Tensor:
+        """Return keys or values block after block: [1, heads, T, D] as [1, heads, sum of lengths, D]."""
+        return keys if self._keys is None else keys.index_select(2, self._keys)
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """Return which keys the queries of each block attend to [queries, keys]; None: those up to itself.
+
+        The queries are the last of the keys. Made once, for all layers and passes.
+        """
+        if not self._masks:
+            for queries, keys in zip(self.query_lengths, self.key_lengths, strict=True):
+                whole = torch.ones(queries, keys, dtype=torch.bool, device=self._device)
+                self._masks.append(None if queries == keys else whole.tril(keys - queries))
+        return self._masks
+
+
+def attend_by_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    blocks: AttentionBlocks,
+    scaling: float | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention of queries [1, heads, T, D] as [1, T, heads, D]. Raises ValueError."""
+    _check(module, settings, blocks=blocks)
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = (blocks.gather(x).repeat_interleave(num_groups, 1) for x in (key, value))
+    parts = [
+        scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        for q, k, v, mask in zip(
+            query.split(blocks.query_lengths, 2),
+            key.split(blocks.key_lengths, 2),
+            value.split(blocks.key_lengths, 2),
+            blocks.masks,
+            strict=True,
+        )
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def attend_by_flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    blocks: AttentionBlocks,
+    scaling: float | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Return the same by torch's own FlashAttention-2, which needs a GPU and 16 bits. Raises ValueError."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    _check(module, settings, blocks=blocks)
+    result = varlen_attn(**varlen_arguments(query, key, value, blocks=blocks), scale=scaling)
+    return result.unsqueeze(0), None
+
+
+def varlen_arguments(query: Tensor, key: Tensor, value: Tensor, *, blocks: AttentionBlocks) -> dict[str, Any]:
+    """Return the arguments of `varlen_attn` for heads [1, heads, T, D], of which it makes [T, heads, D].
+
+    Causal attention there is aligned at the end: the last query of a block is that of its last key.
+    """
+    query, key, value = (x[0].transpose(0, 1) for x in (query, blocks.gather(key), blocks.gather(value)))
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cu_seq_q": blocks.query_borders,
+        "cu_seq_k": blocks.key_borders,
+        "max_q": max(blocks.query_lengths),
+        "max_k": max(blocks.key_lengths),
+        "window_size": (-1, 0),
+        "enable_gqa": True,
+    }
+
+
+def _borders(lengths: list[int], *, device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def _check(module: nn.Module, settings: Mapping[str, Any], *, blocks: AttentionBlocks) -> None:
+    """Raise ValueError where a layer asks for an attention that would silently not be computed."""
+    asked = {name: settings[name] for name in _UNSUPPORTED if settings.get(name) is not None}
+    window = settings.get("sliding_window")
+    if window is not None and window < max(blocks.key_lengths):
+        asked["sliding_window"] = window
+    if asked:
+        raise ValueError(
+            f"{type(module).__name__} asks for attention with {asked}, which is not supported: take a model "
+            "with plain attention to the whole context"
+        )
