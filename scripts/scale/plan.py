@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from hydra import compose, initialize_config_module
 from rich.table import Table
@@ -58,7 +59,7 @@ AUDITED_IG_SERVICE = 16.5
 """GB of the IG service with 0.15 of the memory."""
 
 AUDITED_SECONDS = {
-    "engines": (10, 12),
+    "engines": (10, 35),
     "driver": (3, 28),
     "retrieval": (1, 160),
     "gains": (0, 65),
@@ -81,8 +82,9 @@ def audited_plan(model: str, *, num_gpus: int = 8, ig_service_gpus: int = 0) -> 
     return plan_run(compose_config(*overrides), KNOWN_SHAPES[f"Qwen/Qwen2.5-{model}"], find_gpu("H100"))[0]
 
 
+@cache
 def compose_config(*overrides: str) -> Config:
-    """Return the configuration of these overrides."""
+    """Return the configuration of these overrides, which must not be changed."""
     register_schema()
     with initialize_config_module("verl.trainer.config", version_base=None):
         return load_config(compose("ppo_trainer", overrides=list(overrides)))

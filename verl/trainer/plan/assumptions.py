@@ -1,7 +1,8 @@
 """What the plan assumes about hardware, libraries and episodes, each with its source.
 
 Bytes are in units of 1, GB are 10^9 bytes. A number without a measurement on a GPU says "computed": correct
-it here when it has been measured, and nowhere else.
+it here when it has been measured, and nowhere else; `make bench-scale BENCH_ARGS=plan` prints the table of
+docs/scale.md, which a test compares.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ CONTEXT_BYTES = 0.9 * GB
 """Of each process on a GPU: CUDA context, cuBLAS workspace, buffers of NCCL (0.5 + 0.1 + 0.3, computed)."""
 ASLEEP_BYTES = 1.5 * GB
 """What an engine keeps while it sleeps: its context and CUDA graphs (vLLM logs 1 to 2 GiB "still in use")."""
-ENGINE_EXTRA_BYTES = 3.0 * GB
-"""Of an engine's share, what is neither weights nor cache: context, CUDA graphs, activations (computed)."""
+ENGINE_BYTES = 1.5 * GB
+"""Of an engine's share, beside weights, cache and activations: its context and CUDA graphs (computed)."""
+ENGINE_TOKENS = 8192
+ENGINE_INTERMEDIATES = 2.0
+ENGINE_HIDDENS = 4.0
+"""Tokens that an engine computes at once, and their activations in one layer, in units of its sizes."""
 ENTAILMENT_BYTES = 3.75 * GB
 """Of the IG service beside its engine: deberta-v2-xlarge in bfloat16 (1.8), its activations, a context."""
 RETRIEVER_BYTES = 1.7 * GB

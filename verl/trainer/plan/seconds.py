@@ -118,7 +118,8 @@ def _engines(setup: Setup) -> Stage:
     kv = shape.kv_bytes(setup.number_bytes) / min(tp, shape.kv_heads)
     context = episodes.tokens * 0.7
     room = max(1.0, setup.cache_bytes / (kv * context))
-    batch = min(setup.max_num_seqs, episodes.count / setup.replicas, room)
+    running = min(episodes.count, setup.max_concurrent or episodes.count)
+    batch = min(setup.max_num_seqs, running / setup.replicas, room)
     sampled = episodes.count * episodes.sampled_tokens
     steps = sampled / setup.replicas / batch
     moved = setup.engine_weight_bytes + batch * context * kv  # bytes per decoding step and GPU

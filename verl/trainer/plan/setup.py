@@ -10,7 +10,10 @@ from verl.trainer.config.schema import Config, DataConfig
 from verl.trainer.needs import FrozenModels, find_frozen_models
 from verl.trainer.plan.assumptions import (
     COMPLETION_TOKENS,
-    ENGINE_EXTRA_BYTES,
+    ENGINE_BYTES,
+    ENGINE_HIDDENS,
+    ENGINE_INTERMEDIATES,
+    ENGINE_TOKENS,
     GB,
     PASSAGE_TOKENS,
     PROMPT_TOKENS,
@@ -83,6 +86,8 @@ class Setup:
     """GPUs of one engine."""
     engine_share: float
     max_num_seqs: int
+    max_concurrent: int | None
+    """Episodes at a time over all engines; None: as many as the engines take."""
     max_model_len: int
     frees_engine: bool
     """Whether the engine sleeps while the policy has the GPU."""
@@ -115,7 +120,10 @@ class Setup:
     @property
     def cache_bytes(self) -> float:
         """Of one engine's key-value cache, per GPU; negative where the weights alone are too large."""
-        return self.gpu.memory * self.engine_share - self.engine_weight_bytes - ENGINE_EXTRA_BYTES
+        shape = self.shape
+        sizes = ENGINE_INTERMEDIATES * shape.intermediate / self.engine_gpus + ENGINE_HIDDENS * shape.hidden
+        others = ENGINE_BYTES + ENGINE_TOKENS * self.number_bytes * sizes
+        return self.gpu.memory * self.engine_share - self.engine_weight_bytes - others
 
     @property
     def sequence_cache_bytes(self) -> float:
@@ -155,6 +163,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         engine_gpus=rollout.tensor_model_parallel_size,
         engine_share=rollout.gpu_memory_utilization,
         max_num_seqs=rollout.max_num_seqs,
+        max_concurrent=config.trainer.max_concurrent_episodes,
         max_model_len=longest,
         frees_engine=rollout.free_cache_engine,
         ig_gpus=min(placement.ig_service_gpus, num_gpus),
