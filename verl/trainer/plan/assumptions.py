@@ -53,10 +53,10 @@ BANDWIDTH_SHARE = 0.6
 """Of peak FLOP/s when an engine reads prompts, of memory bandwidth when it decodes (computed)."""
 ENGINE_STEP_S = 0.001
 """Of each decoding step beside the kernels: scheduler and sampler (computed)."""
-PADDED_UPDATE = 1.96
-"""Tokens that the slowest rank computes per real token of its share in a mini-batch of 64 (simulated)."""
-PADDED_LOG_PROBS = 1.02
-"""The same where the whole batch is one mini-batch (simulated)."""
+COMPUTED_UPDATE = 0.97
+COMPUTED_LOG_PROBS = 0.9
+"""Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
+waiting for it adds, prompts that a group shares save (simulated by `verl.workers.batch.deal`, 8 ranks)."""
 DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.007, 0.0014
 """Of the trainer's one thread per episode and per completion (measured on a CPU)."""
 CPU_SEARCHES_PER_S = 1000.0

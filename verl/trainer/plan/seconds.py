@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from verl.trainer.plan.assumptions import (
     BANDWIDTH_SHARE,
+    COMPUTED_LOG_PROBS,
+    COMPUTED_UPDATE,
     CPU_SEARCHES_PER_S,
     DRIVER_COMPLETION_S,
     DRIVER_EPISODE_S,
@@ -15,8 +17,6 @@ from verl.trainer.plan.assumptions import (
     GAIN_FLOPS,
     GAIN_LATENCY_S,
     GPU_SEARCHES_PER_S,
-    PADDED_LOG_PROBS,
-    PADDED_UPDATE,
     PREFILL_SHARE,
     SLEEP_S_PER_BYTE,
     TRAIN_SHARE,
@@ -85,7 +85,7 @@ def _pass(setup: Setup, phase: Phase, name: str) -> Stage:
     tokens = setup.episodes.count * setup.episodes.tokens
     peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
     limit_s = _flops_per_token(setup) * tokens / peak
-    seconds = limit_s * PADDED_LOG_PROBS / TRAIN_SHARE
+    seconds = limit_s * COMPUTED_LOG_PROBS / TRAIN_SHARE
     return Stage(phase=phase, name=name, seconds=seconds, tokens=tokens, limit_s=limit_s)
 
 
@@ -100,7 +100,7 @@ def _update(setup: Setup) -> Stage:
         phase=Phase.UPDATE,
         name="update",
         detail=f"{setup.num_updates} optimizer steps",
-        seconds=one_pass_s * passes * PADDED_UPDATE / TRAIN_SHARE,
+        seconds=one_pass_s * passes * COMPUTED_UPDATE / TRAIN_SHARE,
         tokens=tokens,
         limit_s=one_pass_s * useful,
     )
