@@ -43,6 +43,7 @@ def make_application(
         description=description,
         version=package_version(),
         lifespan=lifespan,
+        responses=refusals(403),  # `Guard` refuses on every path
         redoc_url=None,
         redirect_slashes=False,  # a redirect would lead to where the Host header points
     )

@@ -13,6 +13,7 @@ _HEADERS = {401: _CHALLENGE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
 _MEANINGS = {
     400: "The body is not readable text.",
     401: "The bearer token is missing or wrong.",
+    403: "On loopback without a token: the header Host names another machine.",
     408: "The body did not arrive in time.",
     413: "Too much is asked for, or the body is too long: send less at once.",
     415: "The body is compressed.",

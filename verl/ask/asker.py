@@ -42,6 +42,8 @@ from verl.workers.model import check_model
 logger = logging.getLogger(__name__)
 
 DATA_SOURCE = "ask"
+_GAIN_TIMEOUT_S = 30.0
+"""For an IG service that has gone: a person waits for its gains, and has the answer."""
 BY_LOG_PROB = "log_prob"
 RETRIEVER_MODULE = "search_r1.search.retrieval_server"
 OnStep = Callable[[Step], None]
@@ -122,7 +124,9 @@ class Asker:
             if retriever is not None:
                 config = replace(config, retriever=replace(config.retriever, url=retriever))
             if gains not in (None, BY_LOG_PROB):
-                semantic = replace(config.reward.semantic, url=gains)
+                semantic = config.reward.semantic
+                timeout_s = min(semantic.timeout_s, _GAIN_TIMEOUT_S)
+                semantic = replace(semantic, url=gains, timeout_s=timeout_s)
                 config = replace(config, reward=replace(config.reward, semantic=semantic))
             parts = await _open_parts(
                 config,

@@ -149,6 +149,7 @@ class Writer:
             "refusal": None,
             "search_trace": list(episode.steps),
             "search_stop": str(trajectory.stop),
+            **_gain_failure(episode),
         }
         return {
             **self._head,
@@ -176,7 +177,7 @@ class Writer:
         trajectory = episode.trajectory
         changed = [s for s in episode.steps if s["gain"] is not None or s["replacement_ids"]]
         chunks = [self.step(step) for step in changed]
-        end = {"search_stop": str(trajectory.stop)}
+        end = {"search_stop": str(trajectory.stop), **_gain_failure(episode)}
         return [*chunks, self._chunk(end, finish_reason=finish_reason(trajectory))]
 
     def usage(self, episode: Episode) -> dict[str, Any]:
@@ -191,6 +192,12 @@ class Writer:
     def _chunk(self, delta: dict[str, Any], *, finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _gain_failure(episode: Episode) -> dict[str, str]:
+    """Return why the gains were not measured; nothing where they were, or were not asked for."""
+    failure = episode.gain.failure
+    return {} if failure is None else {"search_gain_failure": failure}
 
 
 def finish_reason(trajectory: Trajectory) -> str:

@@ -62,10 +62,10 @@ def test_everything_is_described_with_examples(document: dict[str, Any]) -> None
 def test_every_refusal_is_documented(document: dict[str, Any]) -> None:
     for path in ("/compute_info_gain", "/entailment"):
         work = document["paths"][path]["post"]["responses"]
-        assert set(work) == {"200", "400", "401", "408", "413", "415", "422", "429", "503"}
+        assert set(work) == {"200", "400", "401", "403", "408", "413", "415", "422", "429", "503"}
         assert "Retry-After" in work["429"]["headers"]
         assert "Retry-After" in work["503"]["headers"]
-    assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "503"}
+    assert set(document["paths"]["/readyz"]["get"]["responses"]) == {"200", "403", "503"}
 
 
 @pytest.mark.parametrize("token", ["", "some-token"])

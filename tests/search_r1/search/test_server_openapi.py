@@ -66,7 +66,23 @@ def test_everything_is_described_with_examples(document: dict[str, Any]) -> None
 def test_every_refusal_is_documented(document: dict[str, Any]) -> None:
     work = document["paths"]["/retrieve"]["post"]["responses"]
     assert set(work) == {
-        *("200", "400", "401", "402", "408", "413", "415", "422", "424", "429", "500", "502", "503", "504")
+        *(
+            "200",
+            "400",
+            "401",
+            "402",
+            "403",
+            "408",
+            "413",
+            "415",
+            "422",
+            "424",
+            "429",
+            "500",
+            "502",
+            "503",
+            "504",
+        )
     }
     assert "Retry-After" in work["429"]["headers"]
     assert "Retry-After" in work["503"]["headers"]

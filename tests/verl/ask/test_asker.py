@@ -13,6 +13,7 @@ from tests.fakes import ScriptedSearch
 from tests.verl.ask.asking import CHARS, SCRIPT, make_asker, make_config
 from verl.ask.asker import Asker, AskSettings, warn_of_other_retriever
 from verl.ask.gains import GainMeter
+from verl.ask.openai_wire import Writer
 from verl.ask.terminal import TerminalView
 from verl.ask.trace import Step, episode_record
 from verl.errors import RolloutError, ServiceError
@@ -131,6 +132,13 @@ async def test_gains_that_cannot_be_measured_are_no_numbers() -> None:
 
     shown = await show(make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS))[0])
     assert "gain: not measured: gain_failed: engine-0 is gone" in shown
+    failed = await make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS))[0].ask("q")
+    writer = Writer("policy")
+    for part in (
+        writer.completion(failed)["choices"][0]["message"],
+        writer.end(failed)[-1]["choices"][0]["delta"],
+    ):
+        assert part["search_gain_failure"] == "gain_failed: engine-0 is gone"
     without = make_asker(["<search>x</search>"] * 4, meter=GainMeter.by_log_prob(score, codec=CHARS))[0]
     assert "gain: nothing to measure" in await show(without)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -93,6 +94,9 @@ def test_texts_of_the_data_are_escaped_in_every_format() -> None:
     )
     assert expected in latex.splitlines()
     assert r"\caption{A \& B.}" in latex
+    plain = re.sub(r"\\[\\&%$#_{}]", "", latex)
+    assert plain.count("{") == plain.count("}")
+    assert {line.count("&") + 1 for line in plain.splitlines() if "&" in line} == {len(HOSTILE.header)}
     assert latex.splitlines()[-6:-3] == [r"\midrule", r"{}[red]x[/red] & $-$1.5 \\", r"\bottomrule"]
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(as_rich(HOSTILE))
