@@ -44,7 +44,7 @@ _WITHOUT_EFFECT = (
     "actor_rollout_ref.model.enable_gradient_checkpointing", "algorithm.", "trainer.", "data.train_",
     "data.val_max_questions", "retriever.timeout_s", "reward.semantic.", "reward.max_failure_share",
     "evaluation.output_dir", "evaluation.log_file", "evaluation.resume", "evaluation.audit",
-    "evaluation.expected_ids",
+    "evaluation.expected_ids", "placement.", "plan",
 )  # fmt: skip
 """Beginnings of the keys that change no answer and no metric, so that they may differ."""
 

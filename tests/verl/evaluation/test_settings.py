@@ -37,6 +37,7 @@ def test_settings_that_change_no_answer_may_differ(tmp_path: Path) -> None:
     config.trainer.num_cpu_engines = 2
     config.trainer.max_concurrent_episodes = 3
     config.reward.max_failure_share = 0.5
+    config.placement.gpu = "H100"
     config.retriever.url = "http://127.0.0.1:9000/retrieve"  # the same index
     config.data.train_files = "elsewhere.parquet"
     moved = (tmp_path / "model").rename(tmp_path / "moved")

@@ -86,7 +86,7 @@ def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     weights = whole * setup.number_bytes + trained * _FLOAT32 if setup.lora_rank else whole * _FLOAT32
     frozen = setup.frozen.count * whole * setup.number_bytes / shards
     phases = STEP if setup.trains else (Phase.ROLLOUT, Phase.PUBLISH)
-    scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_with_policy else [])]
+    scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
     uses = (*scoring, Phase.UPDATE, Phase.PUBLISH) if offload.policy else phases
     contexts = (1 + setup.frozen.count) * CONTEXT_BYTES
     states = {
@@ -118,7 +118,7 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
     publish = {Phase.PUBLISH: float(shape.embedding_parameters * _FLOAT32)}
     if not setup.trains:
         return {"gathered weights": publish}
-    scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_with_policy else [])]
+    scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
     gathered = size * (shape.root_parameters + 2 * shape.layer_parameters)
     return {
         "activations of all layers": {Phase.UPDATE: saved},

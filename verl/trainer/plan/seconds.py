@@ -56,8 +56,9 @@ def list_stages(setup: Setup) -> list[Stage]:
     rollout = [_engines(setup), _driver(setup), _retrieval(setup)]
     rollout_s = sum(stage.seconds or 0.0 for stage in rollout)
     reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
-    reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_with_policy else []
-    log_probs = [] if setup.is_on_policy else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
+    reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_log_probs else []
+    knows_old = setup.is_on_policy or setup.scores_with_policy
+    log_probs = [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
     if setup.frozen.has_reference and not setup.lora_rank:
         log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
     return [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]

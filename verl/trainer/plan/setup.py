@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Need
 from verl.trainer.config.schema import Config, DataConfig
-from verl.trainer.needs import FrozenModels, find_frozen_models
+from verl.trainer.needs import FrozenModels, find_frozen_models, find_needs
 from verl.trainer.plan.assumptions import (
     COMPLETION_TOKENS,
     ENGINE_BYTES,
@@ -69,7 +68,8 @@ class Setup:
     """Ranks that share one copy of the policy."""
     frozen: FrozenModels
     scores_with_policy: bool
-    """Whether the method measures log-probs under the policy."""
+    """Whether the method measures log-probs under the policy; then the same pass gives the old ones."""
+    scores_with_frozen: bool
     uses_ig_service: bool
     trains: bool
     number_bytes: int
@@ -101,6 +101,11 @@ class Setup:
     episodes: Episodes
     offload: Offload = field(default_factory=Offload)
     lora_rank: int = 0
+
+    @property
+    def scores_log_probs(self) -> bool:
+        """Whether the method measures log-probs while it rewards."""
+        return self.scores_with_policy or self.scores_with_frozen
 
     @property
     def trained_parameters(self) -> int:
@@ -136,7 +141,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
     """Return the facts of a configuration on GPUs of this kind; `trainer.device` is not read."""
     settings, placement = config.actor_rollout_ref, config.placement
     actor, rollout = settings.actor, settings.rollout
-    needs = ALGORITHMS[config.algorithm.name].needs
+    needs = find_needs(config)
     num_gpus = config.trainer.n_gpus_per_node
     num_nodes = 1
     num_updates = max(1, round(config.trajectories_per_step / actor.ppo_mini_batch_size))
@@ -151,8 +156,9 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         num_nodes=num_nodes,
         num_shards=num_gpus,
         frozen=find_frozen_models(config),
-        scores_with_policy=trains and Need.POLICY_LOG_PROBS in needs,
-        uses_ig_service=trains and bool(needs & {Need.IG_SERVICE, Need.ENTAILMENT}),
+        scores_with_policy=Need.POLICY_LOG_PROBS in needs,
+        scores_with_frozen=Need.FROZEN_LOG_PROBS in needs,
+        uses_ig_service=bool(needs & {Need.IG_SERVICE, Need.ENTAILMENT}),
         trains=trains,
         number_bytes=4 if settings.model.dtype == "float32" else 2,
         has_checkpointing=settings.model.enable_gradient_checkpointing,

@@ -31,7 +31,7 @@ def describe_places(plan: Plan) -> list[str]:
     lines = [
         f"{setup.gpu.name}: {nodes * gpus} GPUs of {setup.gpu.memory / GB:.1f} GB, "
         f"a model of {setup.shape.parameters / 1e9:.2f} billion parameters",
-        f"policy: {each}, one rank each, a copy of the model over {setup.num_shards}",
+        f"policy: {each}, a rank on each, sharded over {setup.num_shards}",
     ]
     if setup.frozen.count:
         names = [*(["reference"] if setup.frozen.has_reference else [])]

@@ -71,7 +71,7 @@ def test_a_plan_says_where_everything_is() -> None:
     planned, problem = plan("placement.retriever_gpus=4", "algorithm=tips", "algorithm.refresh_steps=5")
     assert problem is None
     assert describe_places(planned)[1:] == [
-        "policy: GPU 0-7, one rank each, a copy of the model over 8",
+        "policy: GPU 0-7, a rank on each, sharded over 8",
         "reference and the method's copy of the policy: as the policy",
         "engines: GPU 0-7, 8 of 1 GPU each, 0.5 of the memory, asleep while the policy has the GPU",
         "retriever: GPU 0-3, 32.3 GB of vectors over all",
