@@ -303,17 +303,17 @@ async def test_at_the_deadline_the_real_service_gives_what_is_done_and_names_the
 
 
 async def test_a_full_service_is_asked_again_until_there_is_room() -> None:
-    many = [replace(GOOD_REQUEST, context=f"a good passage {k}") for k in range(24)]
+    many = [replace(GOOD_REQUEST, context=f"a good passage {k}") for k in range(12)]
     async with (
         serving(FakeBackend(pause_s=0.1), "--max-queued-items", "5", "--max-items", "4") as service,
         IGClient(str(service.base_url), timeout_s=20, max_in_flight=3) as client,
     ):
         results = await client.compute(many)
         metrics = (await service.get("/metrics")).text
-    assert [(result.gain, result.error) for result in results] == [(0.5, None)] * 24
+    assert [(result.gain, result.error) for result in results] == [(0.5, None)] * 12
     assert 'ig_requests_total{status="429"}' in metrics
     assert 'ig_requests_total{status="413"}' in metrics
-    assert client.work["items"] == 24
+    assert client.work["items"] == 12
 
 
 async def test_describe_returns_the_version_if_there_is_one() -> None:

@@ -198,7 +198,7 @@ def test_shards_as_on_several_gpus_find_the_same_rows(
     refined: bool, vectors: FloatArray, queries: FloatArray, tmp_path: Path
 ) -> None:
     """Shards of the CPU stand in for those of GPUs: they have no lists and no `nprobe` of their own."""
-    options = parse_options("IVF64,PQ8,Refine(SQ8)" if refined else "IVF64,PQ8")
+    options = parse_options("IVF64,PQ8x4,Refine(SQ8)" if refined else "IVF64,PQ8x4")
     write_index(vectors, tmp_path / "index", options=options, num_threads=1)
 
     def shard(lists: faiss.Index) -> faiss.Index:
@@ -320,10 +320,10 @@ print(max(seen) - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flat", "IVF64,PQ32,Refine(SQfp16)"])
+@pytest.mark.parametrize("name", ["flat", "IVF64,PQ32x4,Refine(SQfp16)"])
 def test_a_build_never_holds_all_vectors(name: str, tmp_path: Path) -> None:
     """In anonymous memory: pages of mapped codes are the system's to drop."""
     child = [sys.executable, "-c", MEASURE_ANONYMOUS, str(tmp_path / "index"), name]
     done = subprocess.run(child, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
-    index_bytes, sample_bytes, block_bytes = 300_000 * 40, 100_000 * 256 * 4, 1 << 26
+    index_bytes, sample_bytes, block_bytes = 300_000 * 24, 100_000 * 256 * 4, 1 << 26
     assert int(done.stdout) < 3 * index_bytes + 2 * sample_bytes + 2 * block_bytes < 300_000 * 256 * 4 * 1.3

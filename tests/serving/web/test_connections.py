@@ -30,7 +30,7 @@ HEAD = (
 # Fewer files than clients, and little time for the head of a request.
 LIMITS = (
     "import resource, serving.web.server\n"
-    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128)); serving.web.server.HEAD_TIMEOUT_S = 2.0\n"
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128)); serving.web.server.HEAD_TIMEOUT_S = 1.0\n"
 )
 
 
@@ -78,7 +78,7 @@ def test_a_head_that_does_not_arrive_in_time_ends_the_connection(service: Servic
     content = json.dumps(service.body).encode()
     with service.connect() as in_time:
         in_time.sendall(HEAD % (service.path.encode(), len(content)))
-        time.sleep(3)  # longer than a head may take: the body has a deadline of its own
+        time.sleep(1.5)  # longer than a head may take: the body has a deadline of its own
         in_time.sendall(content)
         assert in_time.recv(1 << 16).startswith(b"HTTP/1.1 200")
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -28,10 +29,17 @@ _MODULE, _FILE = "verl.trainer.config", "ppo_trainer"
 
 def register_schema() -> None:
     """Register the schema, by which Hydra checks keys and types, and the resolver of `${env:...}`."""
+    _register(_tool_sections(), tuple((name, method.settings_class) for name, method in ALGORITHMS.items()))
+
+
+@cache
+def _register(
+    sections: tuple[tuple[str, type], ...], methods: tuple[tuple[str, type[AlgorithmConfig]], ...]
+) -> None:
     store = ConfigStore.instance()
-    store.store(name="ppo_schema", node=config_class())
-    for name, algorithm in ALGORITHMS.items():
-        store.store(group="algorithm", name=name, node=algorithm.settings_class)
+    store.store(name="ppo_schema", node=_with_sections(sections))
+    for name, settings_class in methods:
+        store.store(group="algorithm", name=name, node=settings_class)
     OmegaConf.register_new_resolver("env", _read_environment, replace=True)
 
 
@@ -86,13 +94,20 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def config_class() -> type[Config]:
     """Return the schema with a section for every tool that has settings."""
+    return _with_sections(_tool_sections())
+
+
+def _tool_sections() -> tuple[tuple[str, type], ...]:
+    """Return name and class of the sections that tools have in addition to those of the schema."""
     known = {field.name for field in dataclasses.fields(Config)}
-    sections = [
-        (tool.section, tool.settings_class, dataclasses.field(default_factory=tool.settings_class))
-        for tool in TOOLS.values()
-        if tool.section and tool.section not in known
-    ]
-    return dataclasses.make_dataclass("Config", sections, bases=(Config,)) if sections else Config
+    tools = [tool for tool in TOOLS.values() if tool.section and tool.section not in known]
+    return tuple((tool.section, tool.settings_class) for tool in tools)
+
+
+@cache
+def _with_sections(sections: tuple[tuple[str, type], ...]) -> type[Config]:
+    fields = [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in sections]
+    return dataclasses.make_dataclass("Config", fields, bases=(Config,)) if fields else Config
 
 
 def schema_keys(node: type | None = None, prefix: str = "") -> Iterator[str]:

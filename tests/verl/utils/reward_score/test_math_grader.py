@@ -142,7 +142,7 @@ async def test_verdicts_are_found_where_episodes_end_and_a_grader_that_dies_is_r
 
 
 def test_a_grader_that_is_stopped_is_replaced() -> None:
-    grader = MathGrader(cpu_time_s=0.5)
+    grader = MathGrader(cpu_time_s=0.25)
     before = find_workers()
     asyncio.run(grader.connect())
     (worker,) = [child for child in find_workers() if child not in before]
