@@ -15,6 +15,8 @@ ASK_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
+# Where this is set, as in many containers, each process would compile every module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv doctor check format test test-fast quickstart ask bench-step bench-scale bench-ig soak-ig bench-retriever soak-retriever clean
