@@ -22,7 +22,7 @@ from IG.prompts import STOP_STRINGS
 from serving import vllm_rules
 from serving.encoding import TextEncoder
 from serving.processes import ProcessGuard, list_multiprocessing_children
-from serving.vllm_rules import PLAIN_SAMPLING, cpu_arguments, prepare_environment
+from serving.vllm_rules import PLAIN_SAMPLING, collection_paused, cpu_arguments, prepare_environment
 from serving.web.loading import load_in_thread
 
 if TYPE_CHECKING:
@@ -257,9 +257,10 @@ def _load_engine(config: IGServiceConfig, *, cores: float) -> tuple[AsyncLLM, st
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     set_environment(config, cores=cores)
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with collection_paused():
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
 
     device = "cpu" if current_platform.is_cpu() else "cuda"
     if config.device_kind not in ("auto", device):

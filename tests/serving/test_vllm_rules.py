@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from serving import vllm_rules
 from serving.machine import socket_root
-from serving.vllm_rules import MachineError, cpu_arguments, prepare_environment
+from serving.vllm_rules import MachineError, collection_paused, cpu_arguments, prepare_environment
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +51,9 @@ def test_a_batch_holds_the_longest_prompt() -> None:
     for longest, expected in ((100, 4096), (10_000, 10_000)):
         arguments = cpu_arguments(kv_cache_bytes=1, longest_prompt=longest)
         assert arguments["max_num_batched_tokens"] == expected
+
+
+def test_garbage_is_not_collected_while_vllm_is_imported_but_later() -> None:
+    with collection_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()

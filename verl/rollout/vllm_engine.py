@@ -21,6 +21,7 @@ from serving.processes import ProcessGuard, list_multiprocessing_children
 from serving.vllm_rules import (
     PLAIN_SAMPLING,
     MachineError,
+    collection_paused,
     cpu_arguments,
     engine_arguments,
     prepare_environment,
@@ -60,9 +61,10 @@ class VllmEngine:
             prepare_environment(on_cpu=device == "cpu", num_threads=num_threads, log_level="WARNING")
         except MachineError as error:
             raise ConfigError(str(error)) from error
-        from vllm import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with collection_paused():
+            from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = current_platform.is_cpu()
         _require_device(device, on_cpu=on_cpu)
