@@ -40,6 +40,19 @@ def run_session(
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
+    return answer_all(runner, asker, options, questions=questions, console=console, output=output)
+
+
+def answer_all(
+    runner: asyncio.Runner,
+    asker: Asker,
+    options: argparse.Namespace,
+    *,
+    questions: Iterable[str],
+    console: Console,
+    output: Output,
+) -> int:
+    """Answer the questions, then close the asker; return the exit code."""
     view = TerminalView(console)
     code = 0
     try:
