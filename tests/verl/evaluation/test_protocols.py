@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from prepare_data import main as prepare_data
 
+from tests.fakes import FakeAgent, Reply, ScriptedServer
+from tests.flashrag_sample import SPLITS, write_sample
 from tests.scripted_evaluation import make_result
-from tests.scripted_run import make_question
+from tests.scripted_run import decode, make_question
 from verl.errors import ConfigError, DataError
 from verl.evaluation.browsecomp import write_run_files
+from verl.evaluation.page import write_report
 from verl.evaluation.protocol_check import (
     add_protocol_settings,
     check_ids,
@@ -23,12 +27,17 @@ from verl.evaluation.protocol_check import (
     with_protocol,
 )
 from verl.evaluation.protocols import NO_PROTOCOL, PROTOCOLS, SETS, find_set
+from verl.evaluation.records import ResultWriter, read_results
+from verl.evaluation.settings import open_folder
 from verl.evaluation.summary import summarize
 from verl.evaluation.tables import as_markdown, results_table
+from verl.run.manifest import make_manifest
 from verl.trainer.config.evaluation import EvaluationConfig
 from verl.trainer.config.loading import load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
+from verl.trainer.evaluate import find_version, play, trace_evidence
+from verl.trainer.wiring import load_prompts, make_format, make_outcome, make_tokenizer
 from verl.types import Question
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -212,3 +221,50 @@ def test_run_files_are_what_the_evaluator_of_browsecomp_plus_reads(tmp_path: Pat
     with pytest.raises(DataError, match=r"BrowseComp-Plus/test/769 is the second query .* run_769\.json"):
         write_run_files(tmp_path, [*results, make_result("BrowseComp-Plus/test/769")], model="m")
     assert (target / "run_769.json").is_file()
+
+
+async def test_a_sample_of_the_seven_sets_is_evaluated_under_a_protocol(tmp_path: Path) -> None:
+    """Questions of the embedded world in the schemas of the sets, from files to tables."""
+    flashrag = write_sample(tmp_path / "flashrag", per_set=2)
+    prepare_data(["--flashrag-dir", str(flashrag), "--test", *SPLITS, "--out-dir", str(tmp_path / "data")])
+    config = composed(
+        *("--protocol", "search_r1", "recipe=world", f"data.val_files=[{tmp_path / 'data/test.parquet'}]"),
+        f"actor_rollout_ref.model.path={ROOT / 'world/models/policy'}",
+        *("data.max_start_length=512", "data.max_prompt_length=1024", "data.max_response_length=96"),
+        *("data.max_obs_length=192", "evaluation.protocol_overrides=true"),
+    )
+    prompt_format = make_format(config, tokenizer=make_tokenizer(config), tools=[])
+    questions = load_prompts(config, config.data.val_paths, prompt_format=prompt_format)
+    services = {"retriever": {"version": {"passages": 2580}}}
+    protocol = check_protocol(config, questions, version=find_version(services))
+    assert protocol is not None
+    assert config.max_turns == 4
+    assert "data.val_files has 2 questions of nq, the protocol has 3610" in protocol["deviations"]
+    assert any(text.startswith("the retriever has a corpus of 2580 pass") for text in protocol["deviations"])
+
+    folder = tmp_path / "evaluation"
+    settings = make_manifest(
+        config, services=services, model_folder=None, prompt_file=None, prompt="", trains=False
+    )
+    open_folder(folder, settings | {"protocol": protocol}, resume=True)
+    writer = ResultWriter(folder, decode=decode)
+    outcome = make_outcome(config, decode=decode)
+    await play(config, FakeAgent(), questions, outcome=outcome, writer=writer)
+    writer.sort([(question.uid, 0) for question in questions])
+    writer.close()
+    golds = [{"id": question.uid, "contents": f"T\n{question.golds[0]}"} for question in questions]
+    reply = {"result": [[{"document": document, "score": 1.0} for document in golds]]}
+    server = ScriptedServer([Reply(json.dumps(reply))])
+    async with server.running():
+        config.retriever.url = server.url
+        await trace_evidence(config, questions, folder=folder, services=services)
+    write_report(folder)
+
+    assert [r["data_source"] for r in read_results(folder)] == [name for name in SPLITS for _ in range(2)]
+    tables = (folder / "table.md").read_text()
+    assert "| Search-R1 3B base, PPO | 40.6 |" in tables
+    assert tables.count("DEVIATES FROM IT, NOT COMPARABLE") == tables.count("## ")
+    losses = json.loads((folder / "summary.json").read_text())["losses"]["groups"]
+    assert losses["musique"]["evidence"] == {"supporting_ids": 2}
+    assert losses["nq"]["evidence"] == {"gold_strings": 2}
+    assert losses["nq"]["evidence_in_depth"]["value"] == 1.0
