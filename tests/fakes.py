@@ -239,6 +239,33 @@ def tiny_model(folder: Path, *, tied: bool = False, vocab_size: int = 97, seed: 
     return folder
 
 
+def make_tied_model(folder: Path) -> Path:
+    """A random tied model with heads as large as the CPU engine needs them, and the policy's tokenizer."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    policy = Path(__file__).resolve().parents[1] / "world" / "models" / "policy"
+    config = Qwen2Config(
+        vocab_size=json.loads((policy / "config.json").read_text())["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    for file in policy.glob("*"):
+        if file.name.startswith(("tokenizer", "chat_template")):
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 class CharTokenizer:
     """One token per character: the id is the code point. Implements `verl.protocols.Tokenizer`."""
 

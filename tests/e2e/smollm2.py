@@ -30,9 +30,11 @@ def make_smollm2(folder: Path, *, cache: Path) -> Path:
     try:
         gguf = next(packages.rglob("SmolLM2-135M-Instruct*.gguf"))
         config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device("meta"):  # no random weights, which the file's replace
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
-        model.load_state_dict(tensors, strict=False)  # the output matrix is the embedding
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()  # the output matrix is the embedding
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     finally:
         sys.path.remove(str(packages))

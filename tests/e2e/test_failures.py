@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.e2e.conftest import RETRIEVER
@@ -16,45 +16,34 @@ from tests.processes import free_port
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 
-def test_a_service_that_dies_stops_the_run_with_its_name_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_siop_trains_and_a_service_that_dies_stops_the_run_with_its_name(
+    tmp_path: Path, gain_service: str
+) -> None:
+    """A step of a method that needs the entailment of the IG service and the policy's log-probs at once."""
     run_dir = tmp_path / "run"
+    settings = (f"reward.semantic.url={gain_service}", "trainer.save_freq=1", "retriever.timeout_s=2")
     with (
         running_service(*RETRIEVER, folder=tmp_path) as (service, url),
-        training(run_dir, f"retriever.url={url}", "algorithm=search_r1", "retriever.timeout_s=2") as process,
+        training(run_dir, "siop", f"retriever.url={url}", *settings) as process,
     ):
-        wait_for(lambda: 2 in read_steps(run_dir), what="step 2", process=process)
+        wait_for(lambda: 1 in read_steps(run_dir), what="step 1", process=process)
         output = end_training(process, service.kill)
     assert process.returncode == 1, output
     assert "search_failed" in output
     assert url in output
     assert "Traceback" not in output
-    assert read_manifest(run_dir)["status"] == "failed"
-    assert (run_dir / "checkpoints" / "global_step_2" / "manifest.json").is_file()
-    assert (run_dir / "report.html").is_file()
-
-
-def fill_disk(trainer: psutil.Process) -> None:
-    """Let the actors write no file of more than 100 kB, as if the disk took no more."""
-    for child in trainer.children(recursive=True):
-        if child.name().startswith("ray::_Host"):
-            child.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
-
-
-def test_a_run_that_cannot_be_saved_names_the_steps_that_are_lost(tmp_path: Path, retriever: str) -> None:
-    run_dir = tmp_path / "run"
-    overrides = (f"retriever.url={retriever}", "algorithm=search_r1", "trainer.save_freq=100")
-    with training(run_dir, *overrides) as process:
-        wait_for(lambda: 2 in read_steps(run_dir), what="step 2", process=process)
-        output = end_training(process, lambda: fill_disk(psutil.Process(process.pid)))
-    last = output.splitlines()[-1]
-    assert last.startswith("error: "), output
-    assert ": File too large; raise the limit" in last
-    assert process.returncode == 1
-    assert "Traceback" not in output
     manifest = read_manifest(run_dir)
-    assert (manifest["status"], manifest["saved_step"]) == ("failed", None)
-    assert f"steps 1 to {max(read_steps(run_dir))} are lost" in output
+    assert manifest["status"] == "failed"
+    assert "ig_service" in manifest["services"]  # type: ignore[operator]
+    assert (run_dir / "checkpoints" / "global_step_1" / "manifest.json").is_file()
     assert (run_dir / "report.html").is_file()
+
+    step = read_steps(run_dir)[1]
+    assert step["reward/failed_share"] == 0
+    assert step["policy/grad_norm"] > 0
+    lines = (run_dir / "trajectories" / "step_000001.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        assert bool(record["turn_gains"]) == (record["stop"] == "answered")
 
 
 def test_what_cannot_start_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:

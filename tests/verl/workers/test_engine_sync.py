@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.fakes import make_tied_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch
 from verl.errors import WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
@@ -19,31 +17,10 @@ from verl.workers.parallel import Placement
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
-POLICY = Path(__file__).parents[3] / "world" / "models" / "policy"
-
 
 @pytest.fixture
 def tied_model(tmp_path: Path) -> Path:
-    """A tied model with heads as large as the CPU engine needs them, and a tokenizer."""
-    vocab_size = json.loads((POLICY / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    folder = tmp_path / "tied"
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    for file in POLICY.glob("*"):
-        if file.name.startswith(("tokenizer", "chat_template")):
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return make_tied_model(tmp_path / "tied")
 
 
 async def _ignore(folder: str, version: int) -> None:
