@@ -1,26 +1,21 @@
 """Trajectories as arrays, without padding, and how they are dealt to updates, ranks and forward passes.
 
 A batch is split three times: into mini-batches (an optimizer step each), over ranks, and into micro-batches
-(a forward pass each). `deal` does the last two, so that ranks wait little for each other.
+(a forward pass each); `verl.workers.dealing` does the last two.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from verl.branches import Tree, count_tokens
 from verl.forest import Forest, ForestBuilder
 from verl.types import BoolArray, FloatArray, IntArray, Trajectory
-
-_ATTENTION_SCALE = 32_768
-"""Context at which attention costs about as much per token as the rest of a 3B model, in tokens."""
+from verl.workers.dealing import deal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +28,8 @@ class TrainBatch:
     """[T]"""
     lengths: IntArray
     """Tokens of each trajectory [B]."""
+    policy_lengths: IntArray
+    """Policy tokens of each trajectory [B]."""
     prompt_lengths: IntArray
     """[B]"""
     prompts: IntArray
@@ -56,12 +53,6 @@ class TrainBatch:
         """Return N."""
         return len(self.advantages)
 
-    @property
-    def policy_lengths(self) -> IntArray:
-        """Return the number of policy tokens of each trajectory [B]."""
-        counts = np.concatenate([[0], np.cumsum(self.policy_mask)])[_borders(self.lengths)]
-        return np.diff(counts).astype(np.int32)
-
     def with_old(self, log_probs: FloatArray) -> TrainBatch:
         """Return a copy with old log-probs [N]."""
         return replace(self, old_log_probs=self._check_length(log_probs))
@@ -78,6 +69,7 @@ class TrainBatch:
             token_ids=self.token_ids[tokens],
             policy_mask=self.policy_mask[tokens],
             lengths=self.lengths[rows],
+            policy_lengths=self.policy_lengths[rows],
             prompt_lengths=self.prompt_lengths[rows],
             prompts=self.prompts[rows],
             advantages=self.advantages[policy],
@@ -133,6 +125,7 @@ def build_batch(
         token_ids=np.concatenate([t.token_ids[:end] for t, end in zip(trajectories, lengths, strict=True)]),
         policy_mask=np.concatenate([mask[:end] for mask, end in zip(masks, lengths, strict=True)]),
         lengths=np.array(lengths, dtype=np.int32),
+        policy_lengths=np.array([mask.sum() for mask in masks], dtype=np.int32),
         prompt_lengths=np.array([len(t.prompt_ids) for t in trajectories], dtype=np.int32),
         prompts=np.array(
             [prompts.setdefault(t.prompt_ids.tobytes(), len(prompts)) for t in trajectories], dtype=np.int32
@@ -223,66 +216,6 @@ def deal_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> lis
         prefixes=np.zeros_like(lengths),
         groups=np.arange(len(trees), dtype=np.int32),
     )
-
-
-def deal(
-    lengths: IntArray, *, num_ranks: int, max_tokens: int, prefixes: IntArray, groups: IntArray
-) -> list[list[IntArray]]:
-    """Return the rows of each forward pass of each rank; every rank has as many passes, some may be empty.
-
-    A row computes `lengths` tokens after `prefixes` others, which all rows of a group share; a pass computes
-    these once. It has at most `max_tokens` tokens, but at least one row while there are any. Groups are kept
-    whole, halved, ..., or dealt row by row: what is cheapest with the time that ranks wait for each other.
-    """
-    starts, ends = (n * (1 + n / (2 * _ATTENTION_SCALE)) for n in (prefixes, prefixes + lengths))  # costs
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    size = max(len(rows) for rows in members)
-    plans = []
-    while True:
-        parts = [part for rows in members for part in np.array_split(rows, math.ceil(len(rows) / size))]
-        tokens = np.array([prefixes[part[0]] + lengths[part].sum() for part in parts])
-        if size == 1 or tokens.max() <= max_tokens:
-            costs = np.array([starts[part[0]] + (ends - starts)[part].sum() for part in parts])
-            passes = _deal_parts(tokens, costs, num_ranks=num_ranks, max_tokens=max_tokens)
-            plans.append((_waiting_cost(passes, costs), parts, passes))
-        if size == 1:
-            break
-        size = (size + 1) // 2
-    _, parts, passes = min(plans, key=lambda plan: plan[0])
-    none = np.zeros(0, dtype=np.int32)
-    return [
-        [np.concatenate([none, *(parts[i] for i in of_pass[rank])]).astype(np.int32) for of_pass in passes]
-        for rank in range(num_ranks)
-    ]
-
-
-def _deal_parts(
-    tokens: npt.NDArray[np.int64], costs: FloatArray, *, num_ranks: int, max_tokens: int
-) -> list[list[list[int]]]:
-    """Return the parts of each rank in each pass: the most expensive part first, to where there is least."""
-    count = max(1, math.ceil(tokens.sum() / (num_ranks * max_tokens)))
-    most = math.ceil(len(tokens) / num_ranks)  # passes of at most one part
-    order = np.argsort(-costs, kind="stable").tolist()
-    while True:
-        count = min(count, most)
-        loads = [(0.0, number) for number in range(num_ranks * count)]
-        bins: list[list[int]] = [[] for _ in loads]
-        for part in order:
-            load, number = loads[0]
-            bins[number].append(part)
-            heapq.heapreplace(loads, (load + costs[part], number))
-        if count == most or all(tokens[of_bin].sum() <= max_tokens for of_bin in bins if len(of_bin) > 1):
-            break
-        count += max(1, count // 16)
-    # Ranks run their passes at the same time: those of about equal cost, every second time in reverse.
-    bins.sort(key=lambda of_bin: -costs[of_bin].sum())
-    passes = [bins[start : start + num_ranks] for start in range(0, len(bins), num_ranks)]
-    return [of_pass[:: (-1) ** number] for number, of_pass in enumerate(passes)]
-
-
-def _waiting_cost(passes: list[list[list[int]]], costs: FloatArray) -> float:
-    """Return the cost of all passes where the ranks wait in each for the slowest."""
-    return sum(max(float(costs[of_rank].sum()) for of_rank in of_pass) for of_pass in passes)
 
 
 def _borders(lengths: IntArray) -> IntArray:

@@ -13,8 +13,7 @@ from tests.verl.test_forest import paths_of
 from tests.verl.workers.episodes import one_rank, random_batch, random_ids, random_trajectory, row_ids
 from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.branches import pack
-from verl.types import IntArray
-from verl.workers.batch import build_batch, deal, deal_trees, make_mini_batches, pack_rows
+from verl.workers.batch import build_batch, deal_trees, make_mini_batches, pack_rows
 
 
 def test_a_batch_holds_the_trajectories_up_to_their_last_sampled_token() -> None:
@@ -112,48 +111,6 @@ def test_trees_are_dealt_once_in_as_many_passes() -> None:
     for of_pass in itertools.chain.from_iterable(plan):
         assert len(of_pass) <= 1 or len(pack([trees[i] for i in of_pass]).ids) <= 120
     assert [len(of_rank[0]) for of_rank in deal_trees(trees[:1], num_ranks=2, max_tokens=120)] == [1, 0]
-
-
-def waiting(plan: list[list[IntArray]], lengths: IntArray) -> int:
-    """Tokens computed, or waited for: in each pass every rank takes as long as the slowest."""
-    passes = zip(*plan, strict=True)
-    return len(plan) * sum(max(int(lengths[rows].sum()) for rows in of_pass) for of_pass in passes)
-
-
-@pytest.mark.parametrize("n_agent", [3, 5])
-@pytest.mark.parametrize("mini_batch_size", [64, 512])
-def test_ranks_wait_little_for_each_other(n_agent: int, mini_batch_size: int) -> None:
-    """512 questions over 8 ranks, trajectories of 600 to 4,096 tokens that share nothing."""
-    lengths = np.random.default_rng(n_agent).integers(600, 4097, 512 * n_agent).astype(np.int32)
-    computed = 0
-    for rows in np.array_split(lengths, len(lengths) // mini_batch_size):
-        plan = deal(
-            rows,
-            num_ranks=8,
-            max_tokens=16_384,
-            prefixes=np.zeros_like(rows),
-            groups=np.arange(len(rows), dtype=np.int32),
-        )
-        computed += waiting(plan, rows)
-    assert computed <= 1.05 * lengths.sum()
-
-
-def test_groups_stay_together_unless_ranks_would_wait() -> None:
-    """Prompts of 100 tokens and 50 for each of 4 trajectories."""
-
-    def plan(num_groups: int, *, num_ranks: int) -> list[list[IntArray]]:
-        rows = np.repeat(np.arange(num_groups, dtype=np.int32), 4)
-        return deal(
-            np.full(len(rows), 50, np.int32),
-            num_ranks=num_ranks,
-            max_tokens=1000,
-            prefixes=np.full(len(rows), 100, np.int32),
-            groups=rows,
-        )
-
-    for of_rank in plan(4, num_ranks=2):
-        assert [len(set(rows // 4)) for rows in of_rank] == [2]  # 8 rows of two groups
-    assert [[len(rows) for rows in of_rank] for of_rank in plan(1, num_ranks=4)] == [[1]] * 4
 
 
 def test_one_trajectory_too_many_is_no_optimizer_step_of_its_own() -> None:

@@ -64,6 +64,7 @@ def test_probe_scores_every_token_at_temperature_one(model_folder: Path) -> None
     whole = replace(
         batch,
         policy_mask=np.arange(batch.lengths[0]) > 0,
+        policy_lengths=batch.lengths - 1,
         advantages=np.zeros(batch.lengths[0] - 1, np.float32),
         sampling_log_probs=np.zeros(batch.lengths[0] - 1, np.float32),
         old_log_probs=None,
