@@ -12,7 +12,7 @@ from tests.verl.test_forest import paths_of
 from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.branches import pack
 from verl.forest import Forest
-from verl.workers.attention import AttentionBlocks, attend_by_sdpa, varlen_arguments
+from verl.workers.attention import AttentionBlocks, attend_by_flash, attend_by_sdpa, varlen_arguments
 from verl.workers.batch import pack_whole
 
 CPU = torch.device("cpu")
@@ -89,6 +89,20 @@ def test_both_kernels_attend_to_the_path_of_each_token(forest: Forest) -> None:
         torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
         got = torch.autograd.grad((result * weights).sum(), (query, key, value))
         torch.testing.assert_close(got, gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention needs a GPU")
+def test_flash_attention_equals_sdpa(forest: Forest) -> None:
+    device = torch.device("cuda")
+    heads_of = [x.detach().to(device, torch.bfloat16).requires_grad_() for x in heads(forest)]
+    blocks = AttentionBlocks(forest, device=device)
+    results, gradients = [], []
+    for attend in (attend_by_flash, attend_by_sdpa):
+        result, _ = attend(nn.Identity(), *heads_of, None, blocks=blocks)
+        results.append(result)
+        gradients.append(torch.autograd.grad(result.float().square().sum(), heads_of))
+    torch.testing.assert_close(results[0], results[1], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("settings", [{"softcap": 30.0}, {"s_aux": torch.ones(4)}, {"sliding_window": 8}])
