@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing_extensions import TypedDict
 
 from serving.files import write_json_atomically
 from serving.redaction import redact
+from verl.agent.reference import NO_SEARCH
 from verl.errors import ConfigError
 from verl.evaluation.records import (
     EVIDENCE_FILE,
@@ -47,6 +49,10 @@ _WITHOUT_EFFECT = (
     "evaluation.expected_ids", "placement.", "plan",
 )  # fmt: skip
 """Beginnings of the keys that change no answer and no metric, so that they may differ."""
+
+
+_REFERENCE = "evaluation.reference"
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -109,16 +115,25 @@ def list_differences(
 ) -> list[str]:
     """Return the settings that change answers or metrics and differ, as `key was ..., is ...`.
 
-    Model and files are compared by content, the retriever by its index where it describes it.
+    Model and files are compared by content, the retriever by its index where it describes it, and not with an
+    evaluation that does not search.
     """
     old, new = _settings(earlier), _settings(now)
-    shown_old, shown_new = _names(earlier), _names(now)
+    shown_old, shown_new = ({**_shorten(old), **_names(earlier)}, {**_shorten(new), **_names(now)})
+    has_search = NO_SEARCH not in (old.get(_REFERENCE), new.get(_REFERENCE))
     return [
-        f"{key} {words[0]} {shown_old.get(key, old.get(key))!r}, "
-        f"{words[1]} {shown_new.get(key, new.get(key))!r}"
+        f"{key} {words[0]} {shown_old.get(key)!r}, {words[1]} {shown_new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and (has_search or not key.startswith("retriever."))
     ]
+
+
+def _shorten(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings with the first digits of their hashes."""
+    return {
+        key: value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else value
+        for key, value in settings.items()
+    }
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, object]:

@@ -8,7 +8,7 @@ import pytest
 
 from verl.errors import ConfigError, DataError
 from verl.evaluation.records import RESULTS_FILE, SETTINGS_FILE
-from verl.evaluation.settings import open_folder
+from verl.evaluation.settings import list_differences, open_folder
 from verl.run.manifest import make_manifest
 from verl.trainer.config.schema import Config
 
@@ -93,6 +93,20 @@ def test_another_index_is_refused_and_without_a_description_another_url(tmp_path
     config.retriever.url = "http://127.0.0.1:9000/retrieve"
     with pytest.raises(ConfigError, match=r"retriever\.url was 'http://127\.0\.0\.1:8000/retrieve', is "):
         open_with(config, tmp_path / "b", index=None)
+
+
+def test_the_retriever_of_an_evaluation_without_a_search_is_no_difference(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    services = {"retriever": {"url": config.retriever.url, "version": {"retriever": {"sha256": "ab" * 32}}}}
+    searched = make_manifest(config, services=services, trains=False)
+    assert list_differences(make_manifest(config, services={}, trains=False), searched) == [
+        "retriever.index.sha256 was None, is 'abababababab'",
+        "retriever.url was 'http://127.0.0.1:8000/retrieve', is None",
+    ]
+    config.evaluation.reference = "no_search"
+    assert list_differences(make_manifest(config, services={}, trains=False), searched) == [
+        "evaluation.reference was 'no_search', is 'none'"
+    ]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

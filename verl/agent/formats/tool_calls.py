@@ -6,8 +6,8 @@ is a string or a list of one to three: each is a call of its own. Results come b
 `tool` where the chat template has one, else of the user, inside `<tool_response>`. Messages are appended to
 what was sampled; nothing that came before is rendered again.
 
-IGPO (arXiv 2510.14967) uses this form. Unlike there, an invalid call does not end the episode: the policy
-reads what was wrong with it.
+After an invalid call the policy reads what was wrong with it. IGPO (arXiv 2510.14967) uses a stricter form of
+this, the format `igpo`.
 """
 
 from __future__ import annotations
