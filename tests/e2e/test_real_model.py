@@ -58,7 +58,7 @@ def test_an_instruct_model_answers_in_its_chat_template_and_a_passage_informs_it
     if isinstance(smollm2, str):
         pytest.skip(smollm2)
     flags = ("--prompt-style", "chat", "--max-new-tokens", "24", "--max-model-len", "1024")
-    flags += ("--num-generations", "20")
+    flags += ("--num-generations", "10")
     models = ("--model-path", str(smollm2), "--entailment-model", str(ROOT / "world/models/entailment"))
     with running_service("IG.service.IG_server", *models, *flags, folder=tmp_path) as (_, url):
         asked = {"items": ITEMS, "include_details": True}
@@ -69,7 +69,7 @@ def test_an_instruct_model_answers_in_its_chat_template_and_a_passage_informs_it
     for detail in body["details"]:
         assert not any("<|im_" in response["text"] for response in detail["with_context"])
     for detail, place in zip(body["details"], ("Paris", "Bolton"), strict=True):
-        assert sum(place in response["text"] for response in detail["with_context"]) >= 5
+        assert sum(place in response["text"] for response in detail["with_context"]) >= 3
     assert body["scores"][1] > 0.2  # the model knows what the first passage says
 
 
