@@ -83,7 +83,7 @@ PIECES = [
 
 @pytest.mark.parametrize("name", FORMATS)
 @settings(
-    max_examples=6,
+    max_examples=4,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -20,7 +20,7 @@ from verl.utils.reward_score.math_grader import Grade, GradingAgent, MathGrader
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[MathGrader]:
-    grader = MathGrader(cpu_time_s=1.0)
+    grader = MathGrader(cpu_time_s=0.5)
     asyncio.run(grader.connect())
     yield grader
     asyncio.run(grader.aclose())
