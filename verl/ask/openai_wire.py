@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serving.redaction import redact_text
 from verl.ask.trace import Episode, Step, count_usage
 from verl.types import Stop, Trajectory
 
@@ -197,7 +198,7 @@ class Writer:
 def _gain_failure(episode: Episode) -> dict[str, str]:
     """Return why the gains were not measured; nothing where they were, or were not asked for."""
     failure = episode.gain.failure
-    return {} if failure is None else {"search_gain_failure": failure}
+    return {} if failure is None else {"search_gain_failure": redact_text(failure)}
 
 
 def finish_reason(trajectory: Trajectory) -> str:

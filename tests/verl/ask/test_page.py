@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.verl.ask.asking import ReadingGenerate
+from tests.verl.ask.asking import CHARS, ReadingGenerate
 from tests.verl.ask.conftest import serving
+from verl.ask.gains import GainMeter
+from verl.errors import RolloutError
+from verl.types import FloatArray, IntArray
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +92,24 @@ def test_stop_ends_the_episode_and_failures_are_named(page: Page) -> None:
         expect(first.locator(".failure")).to_contain_text("engine-0 is gone")
         expect(first.locator("h2")).to_contain_text("<img src=x")
         assert page.locator("img").count() == 0
+
+
+def test_the_answer_is_shown_before_its_gains_and_why_there_are_none(page: Page) -> None:
+    is_free = threading.Event()
+
+    async def fail(_: IntArray) -> FloatArray:
+        await asyncio.to_thread(is_free.wait, 60)
+        raise RolloutError("engine-0 is gone: https://user:secret@host/")
+
+    with serving(ReadingGenerate(), meter=GainMeter.by_log_prob(fail, codec=CHARS)) as url:
+        page.goto(url)
+        ask(page, "Where?")
+        expect(page.locator("p.answer")).to_have_text("Harwick")
+        expect(page.locator(".waiting")).to_contain_text("gains are measured after the answer")
+        is_free.set()
+        expect(page.locator("article")).to_contain_text("not measured: gain_failed: engine-0 is gone")
+        expect(page.locator(".gain")).to_have_count(0)
+        assert "secret" not in page.content()
 
 
 def test_the_page_asks_for_the_token(page: Page) -> None:
