@@ -9,9 +9,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypedDict
 
 _READ_BYTES = 1 << 22
+
+
+class FileRecord(TypedDict):
+    """What a file must be to count as unchanged."""
+
+    size: int
+    sha256: str
 
 
 def sha256_of_file(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.files import FileRecord
 from tests.agents import make_agent
 from tests.fakes import CharTokenizer, FakeAgent, ScriptedSearch, make_question, make_trajectory
 from tests.methods import make_method
@@ -71,12 +72,16 @@ class FakeModels:
         await asyncio.sleep(self._update_s)
         return {"num_updates": 1.0, "skipped_updates": 0.0, **self._metrics}
 
-    async def save(self, folder: Path) -> None:
+    async def stage(self, key: str) -> None:
         self.note("save")
-        (folder / "weights").touch()
 
-    async def export_hf(self, folder: Path) -> None:
+    async def write(self, key: str, folder: Path, *, export: Path) -> dict[Path, FileRecord]:
+        await asyncio.sleep(0)  # a step may be done meanwhile
+        self.note(f"write {key}")
         folder.mkdir()
+        (folder / "weights").touch()
+        export.mkdir()
+        return {}
 
     async def verify(self, *, version: int) -> None:
         self.note(f"verify {version}")
@@ -104,8 +109,12 @@ class FakeCopy:
     async def refresh(self, step: int) -> None:
         self._models.note(f"refresh {step}")
 
-    async def save(self, checkpoint: Path) -> None:
-        self._models.note(f"save copy in {checkpoint.name}")
+    async def stage(self, key: str) -> None:
+        self._models.note("save copy")
+
+    async def write(self, key: str, checkpoint: Path) -> dict[Path, FileRecord]:
+        self._models.note(f"write copy of {key}")
+        return {}
 
 
 class SearchingAgent(FakeAgent):

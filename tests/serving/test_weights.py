@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from IG.entailment import EntailmentModel
 from search_r1.search.encoder import TextEncoder
@@ -14,13 +15,15 @@ from search_r1.search.recipes import EncoderSpec
 from search_r1.search.rerank import CrossEncoderReranker
 from tests.search_r1.search.subjects import Files
 from verl.trainer.config.schema import ModelConfig
-from verl.workers.model import load_model
+from verl.workers.model_io import build_model, fill_model
 
 MODELS = Path(__file__).resolve().parents[2] / "world" / "models"
 
 
 def load_policy(folder: Path) -> object:
-    return load_model(ModelConfig(path=str(folder)), device="cpu", trainable=False)
+    model = build_model(ModelConfig(path=str(folder)), device="cpu", trainable=False)
+    fill_model(model, model, folder=folder, device=torch.device("cpu"))
+    return model
 
 
 @pytest.mark.parametrize(

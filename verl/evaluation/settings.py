@@ -43,7 +43,8 @@ PARTS = (
 """All that an evaluation leaves in its folder, except for the log, which is open."""
 _WITHOUT_EFFECT = (
     "actor_rollout_ref.actor.", "actor_rollout_ref.rollout.", "actor_rollout_ref.model.attention",
-    "actor_rollout_ref.model.enable_gradient_checkpointing", "algorithm.", "trainer.", "data.train_",
+    "actor_rollout_ref.model.enable_gradient_checkpointing",
+    "actor_rollout_ref.model.checkpoint_every_n_layers", "algorithm.", "trainer.", "data.train_",
     "data.val_max_questions", "retriever.timeout_s", "reward.semantic.", "reward.max_failure_share",
     "evaluation.output_dir", "evaluation.log_file", "evaluation.resume", "evaluation.audit",
     "evaluation.expected_ids", "placement.", "plan",

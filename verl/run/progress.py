@@ -73,12 +73,11 @@ class _Record:
 _SHAPE = TypeAdapter(_Record)
 
 
-def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Identity:
+def run_identity(config: Config, manifest: Manifest) -> Identity:
     """Return what a resumed run must have in common with the saved one; the rest may change.
 
     Training data and model are compared by content: with other questions the position in the data is
-    meaningless, and with another model the KL term has another reference, which no metric would show. The
-    number of workers counts because each saves its part of the weights to a file of its own.
+    meaningless, and with another model the KL term has another reference, which no metric would show.
     """
     model = config.actor_rollout_ref.model.path
     hashes = {facts["path"]: facts["sha256"] for facts in manifest["data"]}
@@ -89,7 +88,6 @@ def run_identity(config: Config, manifest: Manifest, *, num_workers: int) -> Ide
         "trainer.seed": config.trainer.seed,
         "algorithm.name": config.algorithm.name,
         "agent": f"{config.agent.format} with {', '.join(config.agent.tools)}",
-        "number of workers (trainer.num_cpu_workers or trainer.n_gpus_per_node)": num_workers,
     }
 
 

@@ -13,7 +13,7 @@ from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_man
 from verl.run.progress import Identity, Progress
 from verl.run.tracking import read_metrics
 from verl.trainer.config.schema import Config
-from verl.workers.checkpoint import CHECKPOINTS, CheckpointStore
+from verl.workers.checkpoint import CHECKPOINTS, EXPORT, POLICY, CheckpointStore
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,12 @@ def find_progress(
                 set_aside_run(run_dir),
             )
         return checkpoints, Progress(), None
+    if not (newest / POLICY).is_dir():
+        raise ConfigError(
+            f"{newest} was written by an earlier version of this program, whose format is not read any more; "
+            f"start another run from {newest / EXPORT} with actor_rollout_ref.model.path and another "
+            "trainer.experiment_name"
+        )
     progress = Progress.load(newest, identity=identity)
     if progress.step >= total_steps and not trainer.evaluates_only:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +32,7 @@ from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.advice import list_advice
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
-from verl.trainer.launch import Models, count_gpus, count_workers, launch_models
+from verl.trainer.launch import Models, count_gpus, launch_models
 from verl.trainer.needs import find_frozen_models, find_needs
 from verl.trainer.plan.command import check_memory
 from verl.trainer.ppo.alarms import Alarms
@@ -107,7 +108,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         prompt_file=prompt_file(config.data.prompt_file),
         prompt=tokenizer.decode(prompt_format.render_prompt(train[0])),
     )
-    start = start_run(config, stack, run_dir=run_dir, device=device, questions=train, manifest=manifest)
+    start = await start_run(config, stack, run_dir=run_dir, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
     models = await start_models(config, stack, start, run_dir=run_dir, device=device)
     algorithm = ALGORITHMS[config.algorithm.name](
@@ -163,21 +164,20 @@ class RunStart:
     """The one to resume from."""
 
 
-def start_run(
+async def start_run(
     config: Config,
     stack: AsyncExitStack,
     *,
     run_dir: Path,
-    device: str,
     questions: Sequence[Question],
     manifest: Manifest,
 ) -> RunStart:
     """Find the step to begin at and write the manifest, which the stack completes. Raises ConfigError."""
     sampler = QuestionSampler(questions, batch_size=config.data.train_batch_size, seed=config.trainer.seed)
     total_steps = config.trainer.count_steps(batches_per_epoch=sampler.batches_per_epoch)
-    identity = run_identity(config, manifest, num_workers=count_workers(config, device=device))
-    checkpoints, progress, checkpoint = find_progress(
-        config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
+    identity = run_identity(config, manifest)
+    checkpoints, progress, checkpoint = await asyncio.to_thread(  # hashes the files of a checkpoint
+        find_progress, config, run_dir, total_steps=total_steps, identity=identity, manifest=manifest
     )
     if checkpoint is not None:
         sampler.load_state_dict(progress.sampler)

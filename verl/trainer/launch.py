@@ -17,7 +17,8 @@ from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import Config
 from verl.utils.actors import Launcher, make_launcher
 from verl.utils.shutdown import close_quietly, ended_by
-from verl.workers.model import prepare_engine_model
+from verl.workers.checkpoint import POLICY
+from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement
 from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
@@ -94,7 +95,7 @@ async def launch_models(
     if checkpoint is not None:
         if copy is not None:
             await copy.load(checkpoint)
-        await policy.load(checkpoint)
+        await policy.load(checkpoint / POLICY)
     return Models(policy=policy, reference=reference, engines=engines, copy=copy)
 
 

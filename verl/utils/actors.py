@@ -1,7 +1,8 @@
 """Run a class in this process or as a Ray actor, with the same calls.
 
-Either way the object lives in a `_Host`, which builds and calls it on threads of its own, one call at a time
-by default: all sync calls of such an actor share one thread, and the event loop stays free.
+Either way the object lives in a `_Host`, which builds it and runs its sync methods on threads of its own, by
+default on one: one call at a time, and the event loop stays free. Coroutines run on the event loop beside
+them, by default also one at a time: what such an actor does in the background is a coroutine.
 
     launcher = make_launcher("ray")
     policy = launcher.launch(PolicyWorker, kwargs={"rank": 0}, name="policy-0")
@@ -92,11 +93,11 @@ class _Host:
 
     async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         target = getattr(await asyncio.wrap_future(self._built), method)
-        async with self._turns:
-            if inspect.iscoroutinefunction(target):
+        if inspect.iscoroutinefunction(target):
+            async with self._turns:
                 return await target(*args, **kwargs)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, lambda: target(*args, **kwargs))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: target(*args, **kwargs))
 
     async def pid(self) -> int:
         return os.getpid()

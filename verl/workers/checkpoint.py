@@ -1,20 +1,24 @@
 """Checkpoint folders that are written atomically, and the newest one that is undamaged.
 
-root/global_step_20/...            what the writer wrote, with the policy as a model in `huggingface`
+root/global_step_20/policy         the state of the policy's ranks
+root/global_step_20/huggingface    the policy as a model
+root/global_step_20/...            what else the writer wrote
 root/global_step_20/manifest.json  size and SHA-256 of every file, written last
 root/latest                        name of the folder that was written last
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serving.files import sha256_of_file, write_atomically, write_json_atomically
+from serving.files import FileRecord, sha256_of_file, write_atomically, write_json_atomically
 from verl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +28,12 @@ _POINTER = "latest"
 _PREFIX = "global_step_"
 CHECKPOINTS = "checkpoints"
 """The root in the folder of a run."""
+POLICY = "policy"
 EXPORT = "huggingface"
+_HASHING_THREADS = 8
+
+Writer = Callable[[Path], Awaitable[Mapping[Path, FileRecord]]]
+"""Fills a folder; returns what it knows of the files in it."""
 
 
 class CheckpointStore:
@@ -41,31 +50,39 @@ class CheckpointStore:
         for left in root.glob(f".{_PREFIX}*.partial"):
             shutil.rmtree(left, ignore_errors=True)
 
-    async def write(self, step: int, writer: Callable[[Path], Awaitable[None]]) -> Path:
+    async def write(self, step: int, writer: Writer) -> int:
         """Let `writer` fill a folder, make it the checkpoint of this step and remove the oldest ones.
 
-        A failure or a crash leaves all earlier checkpoints unchanged.
+        Returns the step. A failure or a crash leaves all earlier checkpoints unchanged. Hashing and removing
+        run on threads.
         """
-        folder = self._root / f"{_PREFIX}{step}"
+        folder = self.folder_of(step)
         partial = self._root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            await writer(partial)
-            _seal(partial)
+            records = await writer(partial)
+            await asyncio.to_thread(_seal, partial, known=records)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        await asyncio.to_thread(self._replace, folder, partial)
+        if self._on_write is not None:
+            self._on_write(step)
+        await asyncio.to_thread(self._prune, step)
+        return step
+
+    def folder_of(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
+        return self._root / f"{_PREFIX}{step}"
+
+    def _replace(self, folder: Path, partial: Path) -> None:
         if folder.exists():  # damaged, or of a run that continued from an earlier step
             shutil.rmtree(folder)
         partial.rename(folder)
         _fsync(self._root)
         write_atomically(self._root / _POINTER, folder.name + "\n")
         self._good.add(folder)
-        if self._on_write is not None:
-            self._on_write(step)
-        self._prune(step)
-        return folder
 
     def latest(self) -> Path | None:
         """Return the checkpoint written last, or the newest other one that is undamaged, or None."""
@@ -128,16 +145,18 @@ def find_damage(folder: Path, *, part: str = "") -> str | None:
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        for name, record in manifest["files"].items():
-            path = folder / name
-            if not path.is_relative_to(folder / part):
-                continue
+        records = {folder / name: record for name, record in manifest["files"].items()}
+        chosen = [path for path in records if path.is_relative_to(folder / part)]
+        for path in chosen:
             if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != record["size"]:
-                return f"{name} has {path.stat().st_size} bytes, not {record['size']}"
-            if sha256_of_file(path) != record["sha256"]:
-                return f"{name} has changed"
+                return f"{path.relative_to(folder)} is missing"
+            size, expected = path.stat().st_size, records[path]["size"]
+            if size != expected:
+                return f"{path.relative_to(folder)} has {size} bytes, not {expected}"
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            for path, digest in zip(chosen, pool.map(sha256_of_file, chosen), strict=True):
+                if digest != records[path]["sha256"]:
+                    return f"{path.relative_to(folder)} has changed"
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
     except OSError as error:
@@ -147,13 +166,15 @@ def find_damage(folder: Path, *, part: str = "") -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
-    """Write the manifest and flush every file and folder to the disk."""
+def _seal(folder: Path, *, known: Mapping[Path, FileRecord]) -> None:
+    """Write the manifest and flush every file and folder to the disk; files that are not known are hashed."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     records = {}
     for path in files:
         _fsync(path)
-        records[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        records[str(path.relative_to(folder))] = known.get(path) or FileRecord(
+            size=path.stat().st_size, sha256=sha256_of_file(path)
+        )
     write_json_atomically(folder / _MANIFEST, {"files": records})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _fsync(path)

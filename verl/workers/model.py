@@ -1,4 +1,4 @@
-"""Hugging Face models: find the folder, load it, compute log-probs of chosen tokens, write it.
+"""Hugging Face models: find and check the folder, compute log-probs of chosen tokens.
 
 `PolicyNetwork` is the module that is sharded: one forward pass gives log-probs and entropies of chosen
 tokens, and logits are computed for those only, one chunk at a time.
@@ -7,25 +7,15 @@ tokens, and logits are computed for those only, one chunk at a time.
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import os
-import re
-import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from serving.files import replacing_file
 from serving.model_files import ModelNotFoundError, check_weights, find_model
-from serving.weights import copy_weights
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.attention import AttentionBlocks, attend_by_flash, attend_by_sdpa
@@ -34,17 +24,7 @@ from verl.workers.losses import log_probs_and_entropy
 if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
     from transformers import PretrainedConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-# transformers patches the process while it builds a model, so threads (trainer.launcher=local) need a lock.
-_LOADING = threading.Lock()
-
-_KEY = "actor_rollout_ref.model"
-# Files that a tokenizer or a generation reads; copied, because saving a loaded tokenizer can change its ids.
-_COMPANION_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json",
-)  # fmt: skip
+KEY = "actor_rollout_ref.model"
 # Settings that change logits after the LM head, where `PolicyNetwork` computes them itself.
 _UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 # Names of our attention in transformers, which would look for a package if one contained "flash".
@@ -59,7 +39,7 @@ def resolve_model_folder(path: str) -> Path:
         folder = find_model(path)
         check_weights(folder)
     except ModelNotFoundError as error:
-        raise ConfigError(f"{_KEY}.path={error}") from error
+        raise ConfigError(f"{KEY}.path={error}") from error
     return folder
 
 
@@ -78,8 +58,8 @@ def packs_rows(config: ModelConfig) -> bool:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    with _naming_model(config.path):
-        settings = _read_config(resolve_model_folder(config.path))
+    with naming_model(config.path):
+        settings = read_config(resolve_model_folder(config.path))
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
         takes_attention = model_class._supports_attention_backend and not model_class._is_stateful
     return takes_attention and _attends_to_all(settings.to_dict())
@@ -89,12 +69,12 @@ def check_model(config: ModelConfig, *, device: str) -> Path:
     """Return the model's folder. Raises ConfigError for what shows without loading the weights."""
     folder = resolve_model_folder(config.path)
     _choose_attention(config, device=device)
-    with _naming_model(config.path):
-        settings = _read_config(folder).to_dict()
+    with naming_model(config.path):
+        settings = read_config(folder).to_dict()
     for name in _UNSUPPORTED_SETTINGS:
         if settings.get(name) not in (None, 1.0):
             raise ConfigError(
-                f"{_KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
+                f"{KEY}.path={config.path}: models with {name}={settings[name]} are not supported"
             )
     return folder
 
@@ -110,43 +90,23 @@ def _attends_to_all(settings: Mapping[str, object]) -> bool:
     return isinstance(length, int) and window >= length
 
 
-def load_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
-    """Load a causal language model into CPU memory: in float32 if trainable, else in compute precision."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+def choose_packed_attention(config: ModelConfig, *, device: str) -> str | None:
+    """Return the name of our attention, which Transformers then knows; None where a model defines its own."""
+    from transformers import AttentionInterface
 
-    folder = check_model(config, device=device)
     AttentionInterface.register(_PACKED_ATTENTION["sdpa"], attend_by_sdpa)
     AttentionInterface.register(_PACKED_ATTENTION["flash_attention_2"], attend_by_flash)
-    attention = _choose_attention(config, device=device)
-    dtype = torch.float32 if trainable else compute_dtype(config, device=device)
-    disable_progress_bar()
-    with _LOADING, _naming_model(config.path):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=_PACKED_ATTENTION[attention] if packs_rows(config) else None,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    copy_weights(model)
-    model.requires_grad_(trainable)
-    model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
-    if trainable and config.enable_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        _disable_dropout(model)
-    return model
+    return _PACKED_ATTENTION[_choose_attention(config, device=device)] if packs_rows(config) else None
 
 
 @contextlib.contextmanager
-def _naming_model(path: str | Path) -> Iterator[None]:
+def naming_model(path: str | Path) -> Iterator[None]:
     """Raise ConfigError for every exception of the libraries: the errors of damaged files share no class."""
     try:
         yield
     except Exception as error:
         raise ConfigError(
-            f"{_KEY}.path={path} cannot be loaded as a causal language model ({type(error).__name__}: "
+            f"{KEY}.path={path} cannot be loaded as a causal language model ({type(error).__name__}: "
             f"{error}); copy the model again or choose another one"
         ) from error
 
@@ -198,83 +158,12 @@ class PolicyNetwork(nn.Module):
 
 def is_tied(folder: Path) -> bool:
     """Return whether input and output embeddings of a model are one tensor."""
-    with _naming_model(folder):
-        return bool(_read_config(folder).tie_word_embeddings)
+    with naming_model(folder):
+        return bool(read_config(folder).tie_word_embeddings)
 
 
-def untie(state: Mapping[str, Tensor], *, embedding: str, head: str = "lm_head.weight") -> dict[str, Tensor]:
-    """Return the state of a tied model with an LM head of its own."""
-    return {**state, head: state[embedding].clone()}
-
-
-def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> Path:
-    """Return the folder to start the engine from: the model's own, on the CPU an untied copy of a tied one.
-
-    The CPU engine repacks the LM head and silently keeps the old one when tied weights are reloaded; a head
-    of its own is reloaded. Training stays tied; `export_weights` writes the embedding twice.
-    """
-    from transformers import AutoModelForCausalLM
-
-    source = resolve_model_folder(config.path)
-    if device != "cpu" or not is_tied(source):
-        return source
-    logger.info("%s has tied embeddings: the CPU engine gets an untied copy in %s", config.path, folder)
-    with _naming_model(config.path):
-        state = {
-            name: tensor
-            for file in sorted(source.glob("*.safetensors"))
-            for name, tensor in load_file(file).items()
-        }
-        with _LOADING, torch.device("meta"):  # only for the names of its parameters
-            model = AutoModelForCausalLM.from_config(_read_config(source))
-        untied = untie(state, embedding=embedding_name(model))
-    write_model(folder, untied, source=source, tied=False)
-    return folder
-
-
-def embedding_name(model: PreTrainedModel) -> str:
-    """Return the name of the input embedding in the model's state."""
-    weight = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is weight)
-
-
-def write_model(folder: Path, state: Mapping[str, Tensor], *, source: Path, tied: bool | None = None) -> None:
-    """Write a Hugging Face folder: weights, with the configuration and tokenizer files of `source`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in _COMPANION_FILES:
-        for file in source.glob(pattern):
-            with contextlib.suppress(shutil.SameFileError):
-                shutil.copyfile(file, folder / file.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    if tied is not None:
-        config["tie_word_embeddings"] = tied
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_weights(folder, state)
-
-
-def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors` atomically."""
-    path = folder / "model.safetensors"
-    with replacing_file(path) as partial, writing_tensors(path):
-        save_file(dict(state), partial, metadata={"format": "pt"})
-
-
-@contextlib.contextmanager
-def writing_tensors(path: Path) -> Iterator[None]:
-    """Raise the OSError, such as a full disk, that safetensors and torch wrap in errors of their own."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        cause, named = error.__context__, re.search(r"os error (\d+)", str(error))
-        number = cause.errno if isinstance(cause, OSError) else int(named[1]) if named else None
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of a model's folder."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -286,14 +175,6 @@ def _choose_attention(config: ModelConfig, *, device: str) -> str:
         return "flash_attention_2" if device != "cpu" and is_short else "sdpa"
     if config.attention == "flash_attention_2" and (device == "cpu" or not is_short):
         raise ConfigError(
-            f"{_KEY}.attention=flash_attention_2 needs a GPU and {_KEY}.dtype=bfloat16; use auto or sdpa"
+            f"{KEY}.attention=flash_attention_2 needs a GPU and {KEY}.dtype=bfloat16; use auto or sdpa"
         )
     return config.attention
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0

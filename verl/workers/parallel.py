@@ -65,16 +65,18 @@ def init_distributed(placement: Placement) -> ParallelContext:
 
 
 def shard_model(
-    network: nn.Module, *, context: ParallelContext, layers: Sequence[nn.Module], dtype: torch.dtype
+    network: nn.Module, *, context: ParallelContext, units: Sequence[nn.Module], dtype: torch.dtype
 ) -> None:
-    """Shard in place, one FSDP unit per layer; gradients are summed over ranks, not averaged."""
+    """Shard a model that has no memory yet; the weights of a unit are gathered together.
+
+    Gradients are summed over ranks, not averaged.
+    """
     if context.mesh is None:
-        network.to(context.device)
         return
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
     )
-    for module in (*layers, network):
+    for module in (*units, network):
         fully_shard(module, mesh=context.mesh, mp_policy=policy)
     for module in network.modules():
         if isinstance(module, FSDPModule):

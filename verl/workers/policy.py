@@ -6,6 +6,7 @@ call it, each with its own shard.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from serving.files import FileRecord
 from verl.branches import Tree, pack
 from verl.forest import Forest
 from verl.trainer.config.schema import ActorRolloutRefConfig
@@ -25,15 +27,11 @@ from verl.workers.losses import importance_weights, kl_estimates, policy_losses,
 from verl.workers.model import (
     PolicyNetwork,
     compute_dtype,
-    embedding_name,
     is_tied,
-    load_model,
     packs_rows,
     resolve_model_folder,
-    untie,
-    write_model,
-    write_weights,
 )
+from verl.workers.model_io import build_model, export_weights, fill_model, sharding_units
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
     Placement,
@@ -45,7 +43,7 @@ from verl.workers.parallel import (
     shard_model,
     wait_for_ranks,
 )
-from verl.workers.rank_state import read_rank, write_rank
+from verl.workers.rank_state import StagedState, export_state, read_state, stage_state, write_state
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +85,16 @@ class PolicyWorker:
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         self._unties = device == "cpu" and is_tied(self._source)
         self._context = init_distributed(placement)
-        self._model = load_model(model, device=device, trainable=trainable)
-        self._embedding = embedding_name(self._model)
+        self._model = build_model(model, device=device, trainable=trainable)
         self._network = PolicyNetwork(self._model)
-        layer_types = set(self._model._no_split_modules or ())
-        layers = [module for module in self._model.modules() if type(module).__name__ in layer_types]
-        shard_model(self._network, context=self._context, layers=layers, dtype=self._dtype)
+        units = sharding_units(self._model)
+        shard_model(self._network, context=self._context, units=units, dtype=self._dtype)
+        fill_model(self._network, self._model, folder=self._source, device=self._context.device)
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config=config.actor.optim) if trainable else None
         self._step = 0
+        self._seed = seed
+        self._staged: dict[str, StagedState] = {}
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model."""
@@ -140,9 +139,13 @@ class PolicyWorker:
 
     def export_weights(self, folder: str) -> None:
         """Write the weights for the engine, in compute precision, on rank 0."""
-        state = self._gather_state()
-        if self._context.rank == 0:
-            write_weights(Path(folder), untie(state, embedding=self._embedding) if self._unties else state)
+        export_weights(
+            Path(folder),
+            self._model,
+            dtype=self._dtype,
+            with_head=self._unties,
+            is_writer=self._context.rank == 0,
+        )
         wait_for_ranks(self._context)
         self._release_memory()
 
@@ -165,30 +168,38 @@ class PolicyWorker:
         local_part(norm.detach()).neg_()
         local_part(head.detach()).mul_(0.5 if undo else 2.0)
 
-    def export_hf(self, folder: str) -> None:
-        """Write a folder that `from_pretrained` and vLLM load: weights, configuration, tokenizer."""
-        state = self._gather_state()
-        if self._context.rank == 0:
-            write_model(Path(folder), state, source=self._source)
-        wait_for_ranks(self._context)
+    def stage(self, key: str, *, weights_only: bool = False) -> None:
+        """Copy this rank's state to host memory for `write`, or its weights alone."""
+        self._staged[key] = stage_state(
+            self._model,
+            optimizer=None if weights_only else self._optimizer,
+            step=self._step,
+            context=self._context,
+        )
 
-    def save(self, folder: str, *, weights_only: bool = False) -> None:
-        """Write this rank's weights, optimizer state (unless `weights_only`), step and random state."""
-        optimizer = None if weights_only else self._optimizer
-        write_rank(folder, self._network, optimizer=optimizer, step=self._step, context=self._context)
-        wait_for_ranks(self._context)
+    async def write(self, key: str, folder: str) -> dict[Path, FileRecord]:
+        """Write what was staged under `key` on a thread, and forget it; return what the file must be."""
+        staged = self._staged.pop(key)
+        return await asyncio.to_thread(write_state, Path(folder), staged, context=self._context)
+
+    async def export_hf(self, checkpoint: str, folder: str) -> dict[Path, FileRecord]:
+        """Write the weights of a checkpoint on a thread as a folder that `from_pretrained` and vLLM load."""
+        return await asyncio.to_thread(
+            export_state, Path(checkpoint), Path(folder), source=self._source, dtype=self._dtype
+        )
 
     def load(self, folder: str) -> None:
-        """Continue exactly where `save` was called; a frozen model takes the weights.
+        """Continue where `stage` was called, exactly on as many ranks; a frozen model takes the weights.
 
-        Raises ConfigError if the ranks or the model differ.
+        Raises ConfigError if the model differs.
         """
-        self._step = read_rank(
-            folder,
-            self._network,
+        self._step = read_state(
+            Path(folder),
+            self._model,
             optimizer=self._optimizer,
             source=self._source,
             context=self._context,
+            seed=self._seed,
         )
 
     def _train_on(self, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
@@ -317,18 +328,6 @@ class PolicyWorker:
     def _tensor(self, array: np.ndarray) -> Tensor:
         # A copy, because arrays from Ray's object store are read-only.
         return torch.tensor(array, device=self._context.device)
-
-    def _gather_state(self) -> dict[str, Tensor]:
-        """Return the state in compute precision, without a tied head; on ranks other than 0 it is empty."""
-        tied_head = self._model.config.tie_word_embeddings
-        state = {}
-        for name, tensor in self._model.state_dict().items():
-            if tied_head and name == "lm_head.weight":
-                continue
-            whole = gather_tensor(tensor.detach())
-            if self._context.rank == 0:
-                state[name] = whole.to(device="cpu", dtype=self._dtype if whole.is_floating_point() else None)
-        return {name: tensor.contiguous() for name, tensor in state.items()}
 
     def _release_memory(self) -> None:
         """Free cached GPU memory, which the engine on the same GPU needs."""

@@ -1,83 +1,151 @@
-"""The file of one rank in a checkpoint: its part of the weights, the optimizer's state, the random state."""
+"""The training state of a rank: copied to host memory, written to a file of its own, read on any ranks.
+
+The files are in the format of `torch.distributed.checkpoint`, so that other ranks, more or fewer, find their
+parts of every tensor. No rank waits for another, neither when it writes nor when it reads.
+"""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from serving.files import FileRecord
 from verl.errors import ConfigError
-from verl.workers.model import writing_tensors
+from verl.utils.seeding import derive_seed
+from verl.workers.model_io import weights_of, write_model
 from verl.workers.parallel import ParallelContext, local_part
+from verl.workers.tensor_files import TensorFiles, describe, write_tensors
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS, _OPTIMIZER, _RANDOM, _STEP = "weights.", "optimizer.", "random.", "step"
 
 
-def rank_file(folder: str, context: ParallelContext) -> Path:
-    """Return the path of a rank's file."""
-    return Path(folder) / f"policy_rank_{context.rank}_of_{context.world_size}.pt"
+@dataclass(frozen=True, slots=True)
+class StagedState:
+    """This rank's part of the state in host memory; training does not change it."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Where each part begins in the whole tensor."""
+
+    def add(self, name: str, tensor: Tensor, *, context: ParallelContext) -> None:
+        """Copy the local part, unless another rank has the same."""
+        offsets = (0,) * tensor.dim()
+        if isinstance(tensor, DTensor):
+            place = tensor.device_mesh.get_coordinate() or []
+            if any(p.is_replicate() and at > 0 for p, at in zip(tensor.placements, place, strict=True)):
+                return
+            (chunk,) = tensor.__create_chunk_list__()
+            offsets = tuple(chunk.offsets)
+        elif context.rank > 0:
+            return
+        self.parts[name] = local_part(tensor.detach()).to("cpu", copy=True)
+        self.offsets[name] = offsets
 
 
-def write_rank(
-    folder: str, network: nn.Module, *, optimizer: Optimizer | None, step: int, context: ParallelContext
-) -> None:
-    """Write this rank's weights, optimizer state (if any), step and random state."""
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    states = {} if optimizer is None else optimizer.state
-    record = {
-        "world_size": context.world_size,
-        "step": step,
-        "weights": {name: _copy_part(p.detach()) for p, name in names.items()},
-        "optimizer": {
-            names[p]: {key: _copy_part(value) for key, value in state.items()} for p, state in states.items()
-        },
-        "random": torch.get_rng_state(),
+def stage_state(
+    model: PreTrainedModel, *, optimizer: Optimizer | None, step: int, context: ParallelContext
+) -> StagedState:
+    """Copy the weights, and with an optimizer its state, the step and the random state."""
+    staged = StagedState()
+    for name, weight in weights_of(model).items():
+        staged.add(f"{_WEIGHTS}{name}", weight, context=context)
+    if optimizer is None:
+        return staged
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            staged.add(f"{_OPTIMIZER}{key}.{name}", value, context=context)
+    staged.add(_STEP, torch.tensor(step), context=context)
+    staged.parts[f"{_RANDOM}{context.rank}"] = torch.get_rng_state()
+    staged.offsets[f"{_RANDOM}{context.rank}"] = (0,)
+    return staged
+
+
+def write_state(folder: Path, staged: StagedState, *, context: ParallelContext) -> dict[Path, FileRecord]:
+    """Write this rank's file. Raises OSError with its path."""
+    path = folder / f"rank_{context.rank}_of_{context.world_size}.safetensors"
+    return {
+        path: write_tensors(path, describe(staged.parts), staged.parts.__getitem__, offsets=staged.offsets)
     }
-    path = rank_file(folder, context)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing_tensors(path), path.open("wb") as file:
-        torch.save(record, file)
 
 
-def read_rank(
-    folder: str, network: nn.Module, *, optimizer: Optimizer | None, source: Path, context: ParallelContext
+def read_state(
+    folder: Path,
+    model: PreTrainedModel,
+    *,
+    optimizer: Optimizer | None,
+    source: Path,
+    context: ParallelContext,
+    seed: int,
 ) -> int:
-    """Take over what `write_rank` wrote; return the step. Without an optimizer only the weights count.
+    """Take over what all ranks wrote; return the step. Without an optimizer only the weights count.
 
-    Raises ConfigError if the ranks differ, or the model does from `source`.
+    On another number of ranks the random state comes from the seed. Raises ConfigError if the model differs
+    from `source`.
     """
-    path = rank_file(folder, context)
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no {path.name}: it was saved by another number of workers. Resume with that "
-            "number, or start from its huggingface folder with actor_rollout_ref.model.path"
+    files = _open(folder)
+    layout = files.layout
+    weights = {f"{_WEIGHTS}{name}": weight for name, weight in weights_of(model).items()}
+    saved = {name: tensor.shape for name, tensor in layout.items() if name.startswith(_WEIGHTS)}
+    if saved != {name: weight.shape for name, weight in weights.items()}:
+        raise ConfigError(f"{folder} holds another model than actor_rollout_ref.model.path={source}")
+    if optimizer is None:
+        files.read_into(weights)
+        return 0
+    state = weights | {_STEP: torch.zeros((), dtype=torch.int64)}
+    parameters = dict(model.named_parameters())
+    for full in (name for name in layout if name.startswith(_OPTIMIZER)):
+        _, key, name = full.split(".", 2)
+        is_scalar = layout[full].dim() == 0  # the optimizer's count of steps, which stays on the CPU
+        state[full] = torch.zeros(()) if is_scalar else torch.zeros_like(parameters[name].detach())
+        optimizer.state[parameters[name]][key] = state[full]
+    random = f"{_RANDOM}{context.rank}"
+    ranks = sum(name.startswith(_RANDOM) for name in layout)
+    if ranks == context.world_size:
+        state[random] = torch.zeros(layout[random].shape, dtype=torch.uint8)
+    files.read_into(state)
+    step = int(state[_STEP])
+    if random in state:
+        torch.set_rng_state(state[random])
+        return step
+    torch.manual_seed(derive_seed(seed, "resume", step, context.rank))
+    if context.rank == 0:
+        logger.warning(
+            "%s was saved by %d ranks and goes on with %d: from the same weights, with other rounding errors",
+            folder,
+            ranks,
+            context.world_size,
         )
-    record = torch.load(path, map_location="cpu", weights_only=True)
-    parameters = dict(network.named_parameters())
-    shapes = {name: local_part(p).shape for name, p in parameters.items()}
-    if shapes != {name: saved.shape for name, saved in record["weights"].items()}:
-        raise ConfigError(f"{path} holds another model than actor_rollout_ref.model.path={source}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            local_part(parameter).copy_(record["weights"][name])
-            if optimizer is not None and name in record["optimizer"]:
-                optimizer.state[parameter] = _restore_state(parameter, record["optimizer"][name])
-    torch.set_rng_state(record["random"])
-    step: int = record["step"]
     return step
 
 
-def _copy_part(tensor: Tensor) -> Tensor:
-    # Cloned: a part may be a view of a larger buffer, which torch.save would write whole.
-    return local_part(tensor).cpu().clone()
+def export_state(folder: Path, target: Path, *, source: Path, dtype: torch.dtype) -> dict[Path, FileRecord]:
+    """Write the weights that all ranks wrote as a Hugging Face folder, one tensor in memory at a time."""
+    files = _open(folder)
+    saved = {name: tensor for name, tensor in files.layout.items() if name.startswith(_WEIGHTS)}
+    layout = describe({name.removeprefix(_WEIGHTS): t for name, t in saved.items()}, dtype=dtype)
+    return write_model(
+        target, layout, lambda name: files.read(f"{_WEIGHTS}{name}").to(layout[name].dtype), source=source
+    )
 
 
-def _restore_state(parameter: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
-    for key, value in saved.items():
-        if value.dim() == 0:  # the step count
-            state[key] = value
-            continue
-        state[key] = torch.zeros_like(parameter)
-        local_part(state[key]).copy_(value)
-    return state
+def _open(folder: Path) -> TensorFiles:
+    paths = sorted(folder.glob("rank_*_of_*.safetensors"))
+    counts = {path.stem.rpartition("_of_")[2] for path in paths}
+    if len(counts) != 1 or len(paths) != int(*counts):
+        raise ConfigError(
+            f"{folder} holds the files of {len(paths)} ranks, not those of one whole checkpoint; resume from "
+            "another one, or start from a huggingface folder with actor_rollout_ref.model.path"
+        )
+    return TensorFiles(paths)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs
 from verl.errors import ConfigError
 from verl.workers.worker_group import WorkerGroup
@@ -45,9 +46,13 @@ class PolicyCopy:
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def save(self, checkpoint: Path) -> None:
-        """Write the copy into the folder of a checkpoint."""
-        await self.model.save(checkpoint / _COPY, weights_only=True)
+    async def stage(self, key: str) -> None:
+        """Copy the weights to host memory for `write`."""
+        await self.model.stage(key, weights_only=True)
+
+    async def write(self, key: str, checkpoint: Path) -> dict[Path, FileRecord]:
+        """Write what was staged under `key` into a checkpoint; return what the files must be."""
+        return await self.model.write(key, checkpoint / _COPY)
 
     async def load(self, checkpoint: Path) -> None:
         """Restore the copy that was saved. Raises ConfigError where there is none."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
@@ -160,16 +161,34 @@ class WorkerGroup:
         """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
         await self._call_all("perturb", undo=undo)
 
-    async def export_hf(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` and vLLM load."""
-        await self._call_all("export_hf", [(str(folder),)] * len(self._actors))
+    async def stage(self, key: str, *, weights_only: bool = False) -> None:
+        """Copy the state to host memory, or the weights alone, for `write`."""
+        await self._call_all("stage", [(key,)] * len(self._actors), weights_only=weights_only)
+
+    async def write(self, key: str, folder: Path, *, export: Path | None = None) -> dict[Path, FileRecord]:
+        """Write what was staged under `key`, one file per rank, while the ranks may do other work.
+
+        `export` also gets the weights, as a folder that `from_pretrained` and vLLM load. Returns what the
+        large files must be. Raises the first error of a rank; the group stays.
+        """
+        calls = [actor.call("write", key, str(folder)) for actor in self._actors]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        records: dict[Path, FileRecord] = {}
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            records |= result
+        if export is not None:
+            records |= await self._actors[0].call("export_hf", str(folder), str(export))
+        return records
 
     async def save(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Write what `load` needs to continue exactly, or to have the same weights, one file per rank."""
-        await self._call_all("save", [(str(folder),)] * len(self._actors), weights_only=weights_only)
+        """Write what `load` needs to continue exactly, or to have the same weights."""
+        await self.stage(str(folder), weights_only=weights_only)
+        await self.write(str(folder), folder)
 
     async def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called. Raises ConfigError, see `PolicyWorker.load`."""
+        """Continue where the state was staged. Raises ConfigError, see `PolicyWorker.load`."""
         await self._call_all("load", [(str(folder),)] * len(self._actors))
 
     def shutdown(self) -> None:

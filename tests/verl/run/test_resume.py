@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.files import FileRecord
 from tests.scripted_run import write_run
 from verl.errors import ConfigError
 from verl.run.manifest import Manifest, make_manifest, update_manifest
@@ -44,9 +45,11 @@ async def make_run(run_dir: Path, *, saved: tuple[int, ...]) -> Path:
     )
     for step in saved:
 
-        async def write(folder: Path, step: int = step) -> None:
-            (folder / "weights").write_bytes(b"weights")
+        async def write(folder: Path, step: int = step) -> dict[Path, FileRecord]:
+            (folder / "policy").mkdir()
+            (folder / "policy" / "weights").write_bytes(b"weights")
             Progress(step=step).save(folder, identity=IDENTITY)
+            return {}
 
         await store.write(step, write)
     return run_dir
@@ -61,7 +64,7 @@ def set_aside(run_dir: Path) -> list[Path]:
 
 
 def damage(run_dir: Path) -> None:
-    for weights in (run_dir / "checkpoints").glob("*/weights"):
+    for weights in (run_dir / "checkpoints").glob("*/policy/weights"):
         weights.write_bytes(b"wEights")
 
 
@@ -79,7 +82,7 @@ def unmount(run_dir: Path) -> None:
     [
         (
             damage,
-            "every checkpoint is damaged: global_step_4: weights has changed; global_step_2: ",
+            "every checkpoint is damaged: global_step_4: policy/weights has changed; global_step_2: ",
         ),
         (lose, "step 4 was saved, but there is no checkpoint"),
         (unmount, "step 4 was saved, but there is no checkpoint"),
@@ -157,3 +160,14 @@ def test_changes_are_listed() -> None:
     assert list_changes({}, now) == []  # the manifest was removed
     # A published server does not describe itself: then there is nothing to compare.
     assert list_changes(earlier, earlier | {"services": {"retriever": {"version": None}}}) == []
+
+
+async def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path: Path) -> None:
+    run_dir = await make_run(tmp_path / "run", saved=(2,))
+    folder = run_dir / "checkpoints" / "global_step_2"
+    (folder / "policy" / "weights").rename(folder / "policy_rank_0_of_1.pt")
+    (folder / "policy").rmdir()
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("policy/weights", "policy_rank_0_of_1.pt"))
+    with pytest.raises(ConfigError, match=r"earlier version.*global_step_2/huggingface"):
+        resume(run_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +106,9 @@ def one_rank(
 def row_ids(batch: TrainBatch, row: int) -> IntArray:
     """Return the tokens of a trajectory."""
     return batch.select(np.array([row], np.int32)).token_ids
+
+
+def save(worker: PolicyWorker, folder: str) -> None:
+    """Write the state of a worker as the trainer does."""
+    worker.stage(folder)
+    asyncio.run(worker.write(folder, folder))

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
+from serving.files import FileRecord
 from verl.errors import ConfigError
 from verl.workers.checkpoint import CHECKPOINTS, CheckpointStore, find_damage, find_policy
 
 
 async def write_step(store: CheckpointStore, step: int) -> Path:
-    async def writer(folder: Path) -> None:
-        (folder / "weights.pt").write_bytes(b"w" * 100 + str(step).encode())
+    async def writer(folder: Path) -> dict[Path, FileRecord]:
+        content = b"w" * 100 + str(step).encode()
+        (folder / "weights.pt").write_bytes(content)
         (folder / "huggingface").mkdir()
         (folder / "huggingface" / "config.json").write_text("{}")
+        return {folder / "weights.pt": {"size": len(content), "sha256": sha256(content).hexdigest()}}
 
-    return await store.write(step, writer)
+    return store.folder_of(await store.write(step, writer))
 
 
 def names(root: Path) -> list[str]:
@@ -26,6 +30,7 @@ async def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
     assert store.latest() is None
     for step in (5, 10, 100):
         assert await write_step(store, step) == tmp_path / f"global_step_{step}"
+        assert find_damage(tmp_path / f"global_step_{step}") is None
     assert names(tmp_path) == ["global_step_10", "global_step_100", "latest"]
     assert store.latest() == CheckpointStore(tmp_path, keep=2).latest() == tmp_path / "global_step_100"
     assert (tmp_path / "latest").read_text() == "global_step_100\n"
@@ -35,7 +40,7 @@ async def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     good = await write_step(store, 1)
 
-    async def failing(folder: Path) -> None:
+    async def failing(folder: Path) -> dict[Path, FileRecord]:
         (folder / "weights.pt").write_bytes(b"half")
         raise OSError("no space left on device")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import resource
@@ -7,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +17,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.verl.workers.episodes import make_worker, one_rank, random_batch
+from serving.files import sha256_of_file
+from tests.verl.workers.episodes import make_worker, one_rank, random_batch, save
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.model import (
+    check_model,
     compute_dtype,
     is_tied,
-    load_model,
     packs_rows,
-    prepare_engine_model,
     resolve_model_folder,
 )
+from verl.workers.model_io import prepare_engine_model
+from verl.workers.policy import PolicyWorker
+from verl.workers.tensor_files import TensorFiles, write_weights
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -59,7 +64,7 @@ def test_damaged_and_unfit_models_are_config_errors(
     (folder / name).write_bytes(change((folder / name).read_bytes()))
     config = ModelConfig(path=str(folder))
     with pytest.raises(ConfigError, match=rf"path={folder} cannot be loaded as a causal language model"):
-        load_model(config, device="cpu", trainable=False)
+        make_worker(folder, trainable=False)
     with pytest.raises(ConfigError, match=rf"path={folder} cannot be loaded as a causal language model"):
         prepare_engine_model(config, device="cpu", folder=tmp_path / "engine")
 
@@ -77,11 +82,16 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 def test_a_disk_that_takes_no_more_is_an_error_of_the_file(tmp_path: Path, model_folder: Path) -> None:
     worker = make_worker(model_folder)
-    files = {"model.safetensors": worker.export_weights, "policy_rank_0_of_1.pt": worker.save}
+    files = {"model.safetensors": worker.export_weights, "rank_0_of_1.safetensors": partial(save, worker)}
     for name, write in files.items():
         with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
             write(str(tmp_path))
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
+
+
+def export(worker: PolicyWorker, folder: Path) -> None:
+    save(worker, str(folder / "state"))
+    asyncio.run(worker.export_hf(str(folder / "state"), str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_the_precision_is_that_of_the_device_unless_it_is_set(
 def test_settings_that_this_machine_cannot_do_are_refused(model_folder: Path) -> None:
     config = ModelConfig(path=str(model_folder))
     with pytest.raises(ConfigError, match="flash_attention_2 needs a GPU"):
-        load_model(replace(config, attention="flash_attention_2"), device="cpu", trainable=True)
+        check_model(replace(config, attention="flash_attention_2"), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,7 @@ def test_exported_model_has_the_trained_logits(
     source: Path = request.getfixturevalue(fixture)
     worker = make_worker(source)
     worker.update(one_rank(random_batch(4)))
-    worker.export_hf(str(tmp_path))
+    export(worker, tmp_path)
     ids = np.arange(2, 20, dtype=np.int32)
     expected = worker.probe(ids)[1:]
     got = logits(tmp_path).log_softmax(-1)[0, :-1].gather(-1, torch.arange(3, 20)[:, None])[:, 0]
@@ -152,7 +162,7 @@ def test_tokenizer_files_travel_unchanged(model_folder: Path, tmp_path: Path) ->
         (source / file.name).write_bytes(file.read_bytes())
     (source / "tokenizer.json").write_text('{"odd":   "spacing"}')
     (source / "chat_template.jinja").write_text("{{ messages }}")
-    make_worker(source).export_hf(str(tmp_path / "out"))
+    export(make_worker(source), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"odd":   "spacing"}'
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
@@ -183,3 +193,18 @@ def test_weights_for_the_engine_hold_the_tied_head_twice(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
     make_worker(model_folder).export_weights(str(tmp_path))
     assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+
+
+def test_a_large_model_is_written_to_several_files_with_an_index(model_folder: Path, tmp_path: Path) -> None:
+    files = TensorFiles.of_model(model_folder)
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    written = write_weights(folder, files.layout, files.read, max_bytes=20_000)
+    assert len(written) > 2
+    for path, record in written.items():
+        assert record == {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+        assert record["size"] < 30_000
+    torch.testing.assert_close(logits(folder), logits(model_folder), rtol=0, atol=0)
+    ids = np.arange(2, 20, dtype=np.int32)
+    np.testing.assert_array_equal(make_worker(folder).probe(ids), make_worker(model_folder).probe(ids))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank, random_batch, row_ids
+from tests.verl.workers.episodes import (
+    make_actor,
+    make_config,
+    make_worker,
+    one_rank,
+    random_batch,
+    row_ids,
+    save,
+)
 from verl.branches import Branch, Tree
 from verl.errors import ConfigError
 from verl.utils.actors import LocalLauncher
@@ -191,7 +200,7 @@ def test_a_loaded_worker_continues_exactly(model_folder: Path, tmp_path: Path) -
         expected = unbroken.update(minis)
     for minis in updates[:3]:
         first.update(minis)
-    first.save(str(tmp_path))
+    save(first, str(tmp_path))
     second = make_worker(make_config(model_folder, actor=actor))
     second.load(str(tmp_path))
     for minis in updates[3:]:
@@ -200,9 +209,23 @@ def test_a_loaded_worker_continues_exactly(model_folder: Path, tmp_path: Path) -
     assert_same_bits(weights_of(second), weights_of(unbroken))
 
 
-def test_load_refuses_another_number_of_workers(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"policy_rank_0_of_1\.pt"):
-        make_worker(model_folder).load(str(tmp_path))
+def test_a_checkpoint_without_the_files_of_all_ranks_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    worker = make_worker(model_folder)
+    with pytest.raises(ConfigError, match="files of 0 ranks"):
+        worker.load(str(tmp_path))
+    save(worker, str(tmp_path))
+    (tmp_path / "rank_0_of_1.safetensors").rename(tmp_path / "rank_0_of_2.safetensors")
+    with pytest.raises(ConfigError, match="files of 1 ranks"):
+        worker.load(str(tmp_path))
+
+
+def test_training_does_not_change_what_is_staged(model_folder: Path, tmp_path: Path) -> None:
+    worker, before = make_worker(model_folder), make_worker(model_folder)
+    worker.stage("first")
+    worker.update(one_rank(random_batch(4)))
+    asyncio.run(worker.write("first", str(tmp_path)))
+    worker.load(str(tmp_path))
+    assert_same_bits(weights_of(worker), weights_of(before))
 
 
 def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path) -> None:

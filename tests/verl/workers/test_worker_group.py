@@ -88,7 +88,8 @@ async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
             np.testing.assert_array_equal(await copy.model.probe(ids), await policy.probe(ids))
         if step == 3:
             await policy.save(tmp_path / "checkpoint")
-            await copy.save(tmp_path / "checkpoint")
+            await copy.stage("step 3")
+            await copy.write("step 3", tmp_path / "checkpoint")
     np.testing.assert_array_equal(unbroken[1], initial)
     assert not np.array_equal(unbroken[2], initial)
     assert not np.array_equal(unbroken[4], unbroken[3])

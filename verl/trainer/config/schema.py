@@ -93,6 +93,8 @@ class ModelConfig:
     dtype: str = one_of("auto", "float32", "bfloat16")
     attention: str = one_of("auto", "sdpa", "flash_attention_2")
     enable_gradient_checkpointing: bool = False
+    checkpoint_every_n_layers: int = positive(1)
+    """Of so many layers one is computed again in the backward pass, the others keep their activations."""
 
     def __post_init__(self) -> None:
         check_section("actor_rollout_ref.model", self)

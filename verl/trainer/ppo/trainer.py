@@ -10,10 +10,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from serving.files import FileRecord
 from verl.algorithms.base import Algorithm, Prefetch
 from verl.algorithms.scoring.reward import Reward
 from verl.data.sampler import QuestionSampler
@@ -33,7 +34,7 @@ from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
-from verl.workers.checkpoint import EXPORT, CheckpointStore
+from verl.workers.checkpoint import EXPORT, POLICY, CheckpointStore
 from verl.workers.scorer import PolicyCopy
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
@@ -83,6 +84,8 @@ class PPOTrainer:
         self.identity = identity
         self.timer = Timer()
         self.saved_step = progress.step
+        self.saving: asyncio.Task[int] | None = None
+        """Writes a checkpoint."""
         self.updating: asyncio.Task[dict[str, float]] | None = None
         """The newest update, whether it still runs or not."""
         self.unrecorded: Callable[[], None] = _nothing
@@ -100,10 +103,12 @@ class PPOTrainer:
         try:
             while self.progress.step < self.total_steps:
                 await self.train_step(self.progress.step + 1)
+                await self.saved(wait=False)
                 if self.is_due(self.settings.test_freq) and self.progress.step < self.total_steps:
                     await self.evaluate()
                 if self.is_due(self.settings.save_freq) or self.progress.step == self.total_steps:
                     await self.save()
+            await self.saved()
         except BaseException:  # an interrupt, too
             await self.rescue()
             raise
@@ -236,17 +241,38 @@ class PPOTrainer:
         parts.tracker.log(step, result.metrics, kind="val")
 
     async def save(self) -> None:
-        """Write a checkpoint to resume from exactly, with the policy as a Hugging Face folder inside."""
+        """Copy the state to host memory; a checkpoint to resume from exactly is written beside the steps.
 
-        async def write(folder: Path) -> None:
-            await self.parts.policy.save(folder)
-            if self.parts.copy is not None:
-                await self.parts.copy.save(folder)
-            await self.parts.policy.export_hf(folder / EXPORT)
-            self.progress.save(folder, identity=self.identity)
+        Waits for the one before, see `saved`.
+        """
+        await self.saved()
+        policy, copy, progress = self.parts.policy, self.parts.copy, replace(self.progress)
+        key = f"step {progress.step}"
+        await policy.stage(key)
+        if copy is not None:
+            await copy.stage(key)
 
-        await self.parts.checkpoints.write(self.progress.step, write)
-        self.saved_step = self.progress.step
+        async def write(folder: Path) -> dict[Path, FileRecord]:
+            records = await policy.write(key, folder / POLICY, export=folder / EXPORT)
+            if copy is not None:
+                records |= await copy.write(key, folder)
+            progress.save(folder, identity=self.identity)
+            return records
+
+        self.saving = asyncio.create_task(self.parts.checkpoints.write(progress.step, write))
+
+    async def saved(self, *, wait: bool = True) -> None:
+        """Wait until the checkpoint that is being written is complete; raise what prevented it.
+
+        Without `wait` one that is not yet complete is left alone.
+        """
+        if self.saving is None or not (wait or self.saving.done()):
+            return
+        try:
+            self.saved_step = await asyncio.shield(self.saving)  # an interrupt does not cut it off
+        finally:
+            if self.saving.done():
+                self.saving = None
 
     async def rescue(self) -> None:
         """Record and save the finished steps of a run that ends early, or report which are lost.
@@ -258,6 +284,10 @@ class PPOTrainer:
             if not self.updating.done():
                 logger.info("finishing the update of step %d before the end", self.progress.step + 1)
             await asyncio.wait([self.updating])
+        try:
+            await self.saved()
+        except Exception as error:
+            logger.error("the last checkpoint is not complete: %s: %s", type(error).__name__, error)
         first, last = self.saved_step + 1, self.progress.step
         try:
             self.unrecorded()
@@ -270,6 +300,7 @@ class PPOTrainer:
             logger.info("saving step %d before the end", last)
             try:
                 await self.save()
+                await self.saved()
                 return
             except Exception as error:
                 why = f"no checkpoint could be written: {type(error).__name__}: {error}"

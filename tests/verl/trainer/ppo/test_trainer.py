@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serving.files import FileRecord
 from tests.fakes import FakeGainService
 from tests.methods import make_method
 from tests.trainer_run import (
@@ -49,7 +51,7 @@ async def test_every_step_samples_updates_and_publishes_before_the_next(run: Run
     expected = ["verify 0", "expect 0"]
     for number in (1, 2, 3):
         expected += [*step, f"publish {number}", f"expect {number}"]
-    assert run.models.calls == [*expected, "save"]
+    assert run.models.calls == [*expected, "save", "write step 3"]
     assert run.questions(0, 18) == {q.uid for q in QUESTIONS}
     assert run.trainer.progress.step == 3
     assert not [name for line in read_metrics(run.tracker.path.parent) for name in line if "gain_" in name]
@@ -146,10 +148,10 @@ async def test_the_copy_that_scores_is_part_of_a_step_and_of_its_checkpoint(tmp_
     run = Run(tmp_path, has_copy=True, **(STEPS_ALONE | {"save_freq": 2}))
     await run.trainer.fit()
     run.tracker.finish()
-    noted = [call for call in run.models.calls if call.startswith(("update", "refresh", "save"))]
+    noted = [call for call in run.models.calls if call.startswith(("update", "refresh", "save", "write"))]
     step = ["update of 6", "refresh {}"]
-    saved = ["save", "save copy in .global_step_{}.partial"]
-    plan = [(step, 1), (step, 2), (saved, 2), (step, 3), (saved, 3)]
+    staged, written = ["save", "save copy"], ["write step {}", "write copy of step {}"]
+    plan = [(step, 1), (step, 2), (staged, 2), (written, 2), (step, 3), (staged, 3), (written, 3)]
     assert noted == [call.format(number) for calls, number in plan for call in calls]
 
 
@@ -218,6 +220,41 @@ async def test_what_cannot_be_saved_is_named_and_the_first_cause_raised(
         "steps 1 to 2 are lost: no checkpoint could be written: ActorError: actor 'policy-0' died"
         in caplog.text
     )
+
+
+async def test_a_checkpoint_is_written_while_the_next_step_runs(tmp_path: Path) -> None:
+    """Its step is what was staged; the next save waits for it, and so does the end of the run."""
+    run = Run(tmp_path, **(STEPS_ALONE | {"save_freq": 1}))
+    is_trained, models = asyncio.Event(), run.models
+    write = models.write
+
+    async def write_late(key: str, folder: Path, *, export: Path) -> dict[Path, FileRecord]:
+        if key == "step 1":
+            await is_trained.wait()
+        return await write(key, folder, export=export)
+
+    models.write = write_late  # type: ignore[method-assign]
+    models.hooks["publish 2"] = is_trained.set
+    await run.trainer.fit()
+    run.tracker.finish()
+    noted = [call for call in models.calls if call.startswith(("publish", "save", "write"))]
+    assert noted == [
+        "publish 1", "save", "publish 2", "write step 1", "save", "write step 2", "publish 3", "save",
+        "write step 3",
+    ]  # fmt: skip
+    for step in (2, 3):
+        folder = tmp_path / "checkpoints" / f"global_step_{step}"
+        assert Progress.load(folder, identity=IDENTITY).step == step
+
+
+async def test_a_checkpoint_that_fails_in_the_background_ends_the_run_which_saves_again(run: Run) -> None:
+    run.trainer.settings = replace(run.trainer.settings, save_freq=1)
+    run.models.hooks["write step 1"] = fail(OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        await run.trainer.fit()
+    newest = run.checkpoints.latest()
+    assert newest is not None
+    assert Progress.load(newest, identity=IDENTITY).step == run.trainer.progress.step >= 2
 
 
 @pytest.mark.parametrize("settings", [{"val_only": True}, {"total_training_steps": 0}])

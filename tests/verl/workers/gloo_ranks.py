@@ -1,0 +1,165 @@
+"""Load, save and resume on 1, 2 and 4 gloo ranks, forked from this process, which `test_ranks.py` starts."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tests.fakes import tiny_model
+from tests.verl.workers.episodes import make_config, random_batch
+from verl.workers.batch import make_mini_batches
+from verl.workers.model_io import weights_of
+from verl.workers.parallel import Placement, gather_tensor
+from verl.workers.policy import PolicyWorker
+
+State = Mapping[str, Tensor]
+
+
+def on_ranks(world_size: int, function: Callable[..., object], *arguments: object, scratch: Path) -> Any:
+    """Run `function(placement, *arguments)` on every rank; return the result of rank 0."""
+    context = multiprocessing.get_context("fork")
+    rendezvous = f"file://{scratch / f'rendezvous-{len(list(scratch.iterdir()))}'}"
+    processes, ends = [], []
+    for rank in range(world_size):
+        placement = Placement(rank=rank, world_size=world_size, rendezvous=rendezvous, num_threads=1)
+        receiver, sender = context.Pipe(duplex=False)
+        processes.append(context.Process(target=_run, args=(sender, function, placement, *arguments)))
+        processes[-1].start()
+        sender.close()
+        ends.append(receiver)
+    results = [end.recv() for end in ends]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return results[0]
+
+
+def _run(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
+    try:
+        sender.send(function(*arguments))
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def make_worker(folder: Path, placement: Placement, *, trainable: bool = True) -> PolicyWorker:
+    return PolicyWorker(make_config(folder), placement, total_steps=10, seed=0, trainable=trainable)
+
+
+def read_loaded(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], bool]:
+    """The whole weights and buffers of a model that was loaded by slices; is its head tied?"""
+    worker = make_worker(folder, placement)
+    model = worker._model
+    state = {name: gather_tensor(tensor).numpy() for name, tensor in weights_of(model).items()}
+    state |= {name: buffer.numpy() for name, buffer in model.named_buffers()}
+    return state, model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def compare_with_transformers(folder: Path, *, scratch: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tensors = dict(expected.named_parameters()) | dict(expected.named_buffers())
+    for world_size in (1, 2):
+        state, is_tied = on_ranks(world_size, read_loaded, folder, scratch=scratch)
+        assert state.keys() == tensors.keys(), state.keys() ^ tensors.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(state[name], tensor.detach().numpy(), err_msg=name)
+        assert is_tied == expected.config.tie_word_embeddings
+
+
+def read_state(worker: PolicyWorker) -> dict[str, np.ndarray]:
+    """Weights and optimizer state, whole, and the random state of this rank."""
+    assert worker._optimizer is not None
+    state = {f"weights.{name}": tensor for name, tensor in weights_of(worker._model).items()}
+    for name, parameter in worker._model.named_parameters():
+        for key, value in worker._optimizer.state[parameter].items():
+            state[f"{key}.{name}"] = value
+    return {name: gather_tensor(tensor.detach()).numpy().copy() for name, tensor in state.items()} | {
+        "step": np.array(worker._step),
+        "random": torch.get_rng_state().numpy(),
+    }
+
+
+def go_on(
+    placement: Placement, folder: Path, source: Path | None, target: Path | None
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Load or train, save, and train one step more; return the state that was saved and the last metrics."""
+    worker = make_worker(folder, placement)
+
+    def train(seed: int) -> dict[str, float]:
+        batch = random_batch(8, seed=seed)
+        minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=8, max_tokens=100)
+        return worker.update(minis[placement.rank])
+
+    if source is None:
+        train(0)
+        torch.rand(3 + placement.rank)
+    else:
+        worker.load(str(source))
+    if target is not None:
+        worker.stage("x")
+        asyncio.run(worker.write("x", str(target)))
+    return read_state(worker), train(1)
+
+
+def assert_equal_states(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name in one.keys() - {"random"}:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def resume_on_other_ranks(folder: Path, *, scratch: Path, out: Path) -> None:
+    """From 2 ranks to 1, 2 and 4, and from 4 back to 2 and 1."""
+    state, metrics = on_ranks(2, go_on, folder, None, out / "two", scratch=scratch)
+    again, metrics_again = on_ranks(2, go_on, folder, out / "two", None, scratch=scratch)
+    assert_equal_states(again, state)
+    np.testing.assert_array_equal(again["random"], state["random"])
+    assert metrics_again == metrics, "as many ranks go on exactly"
+    for source, world_size in (("two", 4), ("two", 1), ("4", 2), ("4", 1)):
+        found, others = on_ranks(
+            world_size, go_on, folder, out / source, out / str(world_size), scratch=scratch
+        )
+        assert_equal_states(found, state)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def make_llama(folder: Path) -> Path:
+    """A random Llama with the frequencies of Llama 3.1, and layers that do not divide evenly by the ranks."""
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=24, intermediate_size=50, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    scratch = out / "scratch"
+    scratch.mkdir(parents=True)
+    tied = tiny_model(out / "tied", tied=True)
+    llama = make_llama(out / "llama")
+    for folder in (tied, tiny_model(out / "qwen2"), llama):
+        compare_with_transformers(folder, scratch=scratch)
+    for folder in (tied, llama):
+        resume_on_other_ranks(folder, scratch=scratch, out=out / f"{folder.name}-states")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,234 @@
+"""Build a Hugging Face model, read each rank's part of its weights, write it as a folder.
+
+A model is built without memory (on the meta device), sharded, and only then filled: no rank holds more than
+its own part, on the host neither. It is written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from serving.files import FileRecord
+from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
+from verl.workers.model import (
+    check_model,
+    choose_packed_attention,
+    compute_dtype,
+    is_tied,
+    naming_model,
+    read_config,
+    resolve_model_folder,
+)
+from verl.workers.parallel import gather_tensor
+from verl.workers.tensor_files import Layout, TensorFiles, describe, write_weights
+
+if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+# transformers patches the process while it builds a model, so threads (trainer.launcher=local) need a lock.
+_BUILDING = threading.Lock()
+# Files that a tokenizer or a generation reads; copied, because saving a loaded tokenizer can change its ids.
+_COMPANION_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def build_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
+    """Return a causal language model without weights: of float32 if trainable, else of compute precision."""
+    folder = check_model(config, device=device)
+    model = _build(
+        folder,
+        dtype=torch.float32 if trainable else compute_dtype(config, device=device),
+        attention=choose_packed_attention(config, device=device),
+    )
+    model.requires_grad_(trainable)
+    model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
+    if trainable and config.enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=config.checkpoint_every_n_layers
+        )
+        model.train()
+        _disable_dropout(model)
+    return model
+
+
+def _build(folder: Path, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with _BUILDING, naming_model(folder), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            read_config(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+        return model
+
+
+def sharding_units(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules whose weights are gathered one at a time: the layers, and the input embedding.
+
+    The head stays with the whole model, which keeps it gathered over all chunks of logits; so does an
+    embedding that is tied to it.
+    """
+    layer_types = set(model._no_split_modules or ())
+    units = [module for module in model.modules() if type(module).__name__ in layer_types]
+    embedding = model.get_input_embeddings()
+    return units if model.config.tie_word_embeddings else [embedding, *units]
+
+
+def fill_model(network: nn.Module, model: PreTrainedModel, *, folder: Path, device: torch.device) -> None:
+    """Give memory to a model without any, which `network` holds, and read this rank's part of the weights.
+
+    Raises ConfigError for damaged files and for those of another model.
+    """
+    _allocate(network, device=device)
+    _compute_buffers(model)
+    weights = weights_of(model)
+    with naming_model(folder):
+        files = TensorFiles.of_model(folder)
+        _compare(weights, files.layout, tied=model.config.tie_word_embeddings)
+        files.read_into(weights)
+
+
+def _allocate(network: nn.Module, *, device: torch.device) -> None:
+    """Replace all tensors by uninitialized ones on the device; tied ones stay tied."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(parameter, []).append((module, name))
+    network.to_empty(device=device)
+    for (first, name), *others in places.values():
+        for module, other in others:
+            setattr(module, other, getattr(first, name))
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no file has, such as rotary frequencies, by the rule of the model's class."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # the rule leaves it alone
+    for module in model.modules():
+        buffers = [getattr(module, name) for name in module._non_persistent_buffers_set]
+        numbers = [buffer for buffer in buffers if isinstance(buffer, Tensor) and buffer.is_floating_point()]
+        for buffer in numbers:
+            buffer.fill_(torch.nan)
+        if buffers:
+            model._init_weights(module)
+        if any(bool(buffer.isnan().any()) for buffer in numbers):
+            raise ConfigError(
+                f"models of type {model.config.model_type} are not supported: {type(module).__name__} has "
+                "buffers that neither a file nor a rule gives"
+            )
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights by their name in files, sharing the memory; without the head of a tied model."""
+    state: dict[str, Tensor] = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop(HEAD, None)
+    return state
+
+
+def _compare(weights: Mapping[str, Tensor], saved: Layout, *, tied: bool) -> None:
+    """Raise ValueError unless the files hold all weights, in their shapes; warn of what they hold besides."""
+    if missing := sorted(weights.keys() - saved.keys()):
+        raise ValueError(f"{len(missing)} of {len(weights)} weights are missing, such as {missing[0]}")
+    for name, tensor in weights.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(f"{name} has shape {list(saved[name].shape)}, not {list(tensor.shape)}")
+    unused = saved.keys() - weights.keys() - ({HEAD} if tied else set())
+    # Old models carry their rotary frequencies, which are computed.
+    if names := sorted(name for name in unused if not name.endswith("rotary_emb.inv_freq")):
+        logger.warning("%d tensors of the model's files are not used, such as %s", len(names), names[0])
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """Return the name of the input embedding in the model's state."""
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
+
+
+def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> Path:
+    """Return the folder to start the engine from: the model's own, on the CPU an untied copy of a tied one.
+
+    The CPU engine repacks the LM head and silently keeps the old one when tied weights are reloaded; a head
+    of its own is reloaded. Training stays tied; `export_weights` writes the embedding twice.
+    """
+    source = resolve_model_folder(config.path)
+    if device != "cpu" or not is_tied(source):
+        return source
+    logger.info("%s has tied embeddings: the CPU engine gets an untied copy in %s", config.path, folder)
+    with naming_model(config.path):
+        files = TensorFiles.of_model(source)
+        embedding = embedding_name(_build(source, dtype=torch.float32))  # only for the names
+        layout = {**files.layout, HEAD: files.layout[embedding]}
+    write_model(
+        folder,
+        layout,
+        lambda name: files.read(embedding if name == HEAD else name),
+        source=source,
+        tied=False,
+    )
+    return folder
+
+
+def export_weights(
+    folder: Path, model: PreTrainedModel, *, dtype: torch.dtype, with_head: bool, is_writer: bool
+) -> None:
+    """Gather one weight after the other over the ranks, and write `model.safetensors` for the engines.
+
+    `with_head` writes a tied embedding twice, see `prepare_engine_model`. Collective; one rank writes.
+    """
+    weights = weights_of(model)
+    if with_head:
+        weights[HEAD] = weights[embedding_name(model)]
+
+    def read(name: str) -> Tensor:
+        weight = weights[name]
+        # Converted before it is gathered: half of the bytes in bfloat16.
+        return gather_tensor(weight.to(dtype) if weight.is_floating_point() else weight).cpu()
+
+    layout = describe(weights, dtype=dtype)
+    write_weights(folder, layout, read, is_writer=is_writer, max_bytes=sys.maxsize)
+
+
+def write_model(
+    folder: Path, layout: Layout, read: Callable[[str], Tensor], *, source: Path, tied: bool | None = None
+) -> dict[Path, FileRecord]:
+    """Write a Hugging Face folder, with configuration and tokenizer files of `source`.
+
+    `read` gives the weights, see `write_weights`. Returns what the files of the weights must be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in _COMPANION_FILES:
+        for file in source.glob(pattern):
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(next(iter(layout.values())).dtype).removeprefix("torch.")
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return write_weights(folder, layout, read)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
