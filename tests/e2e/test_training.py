@@ -90,7 +90,8 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     assert f"steps 5 to {done} are lost" in output
 
     with training(killed, *services) as process:
-        wait_for(lambda: 3 in read_steps(killed), what="step 3", process=process)
+        saved = killed / "checkpoints" / "global_step_2"
+        wait_for(lambda: 3 in read_steps(killed) and saved.is_dir(), what="step 3", process=process)
         end_training(process, lambda: os.killpg(process.pid, signal.SIGKILL))
 
     with training(killed, *services) as process:

@@ -12,7 +12,7 @@ from tests.verl.workers.episodes import make_actor, make_config, random_batch
 from verl.errors import WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
 from verl.utils.actors import make_launcher
-from verl.workers.model import prepare_engine_model
+from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
