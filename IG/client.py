@@ -110,7 +110,10 @@ class IGClient:
         except CallError as error:
             if not error.retryable:
                 raise
-            message = f"{self._service.shown_url} was not ready within {deadline_s:g} s ({error.message})"
+            message = (
+                f"{self._service.shown_url} was not ready within {deadline_s:g} s ({error.message}); if it "
+                "is loading its models, start this again when it says that it is ready"
+            )
             raise CallError(SERVICE, message, retryable=True) from error
 
     async def require_entailment(self) -> None:
