@@ -7,23 +7,26 @@ import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_config, random_batch
+from verl.trainer.config.schema import ModelConfig
 from verl.workers.batch import make_mini_batches
-from verl.workers.model_io import weights_of
-from verl.workers.parallel import Placement, gather_tensor
+from verl.workers.model import PolicyNetwork
+from verl.workers.model_io import build_model, fill_model, sharding_units, weights_of
+from verl.workers.parallel import Placement, gather_tensor, init_distributed, shard_model
 from verl.workers.policy import PolicyWorker
-
-State = Mapping[str, Tensor]
+from verl.workers.rank_state import stage_state, write_state
+from verl.workers.tensor_files import TensorFiles
 
 
 def on_ranks(world_size: int, function: Callable[..., object], *arguments: object, scratch: Path) -> Any:
@@ -134,6 +137,29 @@ def resume_on_other_ranks(folder: Path, *, scratch: Path, out: Path) -> None:
             np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
 
 
+def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
+    """Write the weights of a model of which two groups of two ranks hold a copy each."""
+    context = init_distributed(placement)
+    context = replace(context, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    model = build_model(ModelConfig(path=str(folder)), device="cpu", trainable=True)
+    network = PolicyNetwork(model)
+    shard_model(network, context=context, units=sharding_units(model), dtype=torch.float32)
+    fill_model(network, model, folder=folder, device=context.device)
+    write_state(target, stage_state(model, optimizer=None, step=0, context=context), context=context)
+
+
+def save_copies_once(folder: Path, *, scratch: Path, out: Path) -> None:
+    on_ranks(4, save_on_two_nodes, folder, out, scratch=scratch)
+    files = [out / f"rank_{rank}_of_4.safetensors" for rank in range(4)]
+    held = [TensorFiles([file]).layout for file in files]
+    assert held[0].keys() == held[1].keys()
+    assert not held[2]
+    assert not held[3]
+    saved, source = TensorFiles(files), TensorFiles.of_model(folder)
+    for name in source.layout:
+        assert torch.equal(saved.read(f"weights.{name}"), source.read(name)), name
+
+
 def make_llama(folder: Path) -> Path:
     """A random Llama with the frequencies of Llama 3.1, and layers that do not divide evenly by the ranks."""
     config = LlamaConfig(
@@ -159,6 +185,7 @@ def main(out: Path) -> None:
         compare_with_transformers(folder, scratch=scratch)
     for folder in (tied, llama):
         resume_on_other_ranks(folder, scratch=scratch, out=out / f"{folder.name}-states")
+    save_copies_once(llama, scratch=scratch, out=out / "copies")
 
 
 if __name__ == "__main__":

@@ -228,8 +228,11 @@ def test_training_does_not_change_what_is_staged(model_folder: Path, tmp_path: P
     assert_same_bits(weights_of(worker), weights_of(before))
 
 
-def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path) -> None:
-    worker = make_worker(make_config(model_folder, enable_gradient_checkpointing=True))
+@pytest.mark.parametrize("every", [1, 2])
+def test_gradient_checkpointing_changes_no_log_prob(model_folder: Path, every: int) -> None:
+    worker = make_worker(
+        make_config(model_folder, enable_gradient_checkpointing=True, checkpoint_every_n_layers=every)
+    )
     batch = random_batch(3)
     metrics = worker.update(one_rank(batch))
     assert metrics["grad_norm"] == pytest.approx(

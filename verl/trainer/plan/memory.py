@@ -135,9 +135,10 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
 def _fsdp_buffers(setup: Setup) -> float:
     """Return what FSDP2 gathers and reduces in an update (torch 2.13, `_fsdp_param_group.py`).
 
-    The root unit, which holds the embeddings, is gathered from the forward pass on; of the layers the present
-    one and the next. A gradient is in compute precision, then the input of a reduction in float32, then a
-    shard of it; one rank alone divides a copy.
+    The root unit, which holds the head, is gathered from the forward pass on; of the layers the present one
+    and the next. An input embedding that is not tied is a unit of its own and gathered before and after the
+    layers; it is counted as if it stayed. A gradient is in compute precision, then the input of a reduction
+    in float32, then a shard of it; one rank alone divides a copy.
     """
     shape, size, shards = setup.shape, setup.number_bytes, setup.num_shards
     units = (shape.root_parameters, size), (shape.layer_parameters, 2 * size)  # parameters, gathered bytes
