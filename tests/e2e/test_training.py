@@ -67,6 +67,11 @@ def fill_disk(trainer: psutil.Process) -> None:
             child.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
 
 
+def has_saved(run_dir: Path, step: int) -> bool:
+    """Return whether a checkpoint, which is written beside the steps, is complete."""
+    return (run_dir / "checkpoints" / f"global_step_{step}").is_dir()
+
+
 def kill_raylet(trainer: psutil.Process) -> None:
     next(child for child in trainer.children(recursive=True) if child.name() == "raylet").kill()
 
@@ -79,7 +84,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
 
     with training(unbroken, *services, "trainer.save_freq=4") as process:
-        wait_for(lambda: 5 in read_steps(unbroken), what="step 5", process=process)
+        wait_for(lambda: 5 in read_steps(unbroken) and has_saved(unbroken, 4), what="step 5", process=process)
         output = end_training(process, lambda: fill_disk(psutil.Process(process.pid)))
     assert process.returncode == 1, output
     last = output.splitlines()[-1]
@@ -90,8 +95,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     assert f"steps 5 to {done} are lost" in output
 
     with training(killed, *services) as process:
-        saved = killed / "checkpoints" / "global_step_2"
-        wait_for(lambda: 3 in read_steps(killed) and saved.is_dir(), what="step 3", process=process)
+        wait_for(lambda: 3 in read_steps(killed) and has_saved(killed, 2), what="step 3", process=process)
         end_training(process, lambda: os.killpg(process.pid, signal.SIGKILL))
 
     with training(killed, *services) as process:
