@@ -56,7 +56,7 @@ ENGINE_STEP_S = 0.001
 COMPUTED_UPDATE = 0.97
 COMPUTED_LOG_PROBS = 0.9
 """Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
-waiting for it adds, prompts that a group shares save (simulated by `verl.workers.batch.deal`, 8 ranks)."""
+waiting for it adds, prompts that a group shares save (scripts/scale/packing.py, 8 ranks)."""
 DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.007, 0.0014
 """Of the trainer's one thread per episode and per completion (measured on a CPU)."""
 CPU_SEARCHES_PER_S = 1000.0
