@@ -21,6 +21,7 @@ Settings = Mapping[str, float]
 _ENGINE = "actor_rollout_ref.rollout.gpu_memory_utilization"
 _TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 _CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
+_EVERY_N_LAYERS = "actor_rollout_ref.model.checkpoint_every_n_layers"
 _IG_GPUS = "placement.ig_service_gpus"
 _NUM_GPUS = "trainer.n_gpus_per_node"
 _ENGINE_SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -134,6 +135,8 @@ def _list_changes(config: Config) -> Iterator[Settings]:
     checkpointing: list[Settings] = [{}]
     if not settings.model.enable_gradient_checkpointing:
         checkpointing.append({_CHECKPOINTING: True})
+    if settings.model.checkpoint_every_n_layers > 1:
+        checkpointing.append({**checkpointing[-1], _EVERY_N_LAYERS: 1})
     services: list[Settings] = [{}, *([{_IG_GPUS: 0}] if config.placement.ig_service_gpus else [])]
     # The fewest settings first; among equally many, those of the engine before those of the update.
     combinations = itertools.product(services, checkpointing, limits, shares)

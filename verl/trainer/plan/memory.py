@@ -24,6 +24,7 @@ from verl.trainer.plan.assumptions import (
     SAVED_PER_TOKEN,
 )
 from verl.trainer.plan.setup import Setup
+from verl.trainer.plan.shape import ModelShape
 
 _FLOAT32 = 4
 _ADAM = 8
@@ -110,16 +111,16 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
 
     backward = layer(LAYER_INTERMEDIATES, LAYER_HIDDENS)
     forward = layer(FORWARD_INTERMEDIATES, FORWARD_HIDDENS)
-    saved = shape.layers * tokens * size * SAVED_PER_TOKEN * shape.hidden
-    if not setup.has_checkpointing:
-        saved = shape.layers * layer(LAYER_INTERMEDIATES - 2, LAYER_HIDDENS - 2)
+    whole = layer(LAYER_INTERMEDIATES - 2, LAYER_HIDDENS - 2)  # without the gradients in flight
+    share = setup.recomputed_share
+    saved = shape.layers * (share * layer(0, SAVED_PER_TOKEN) + (1 - share) * whole)
     chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab) * _FLOAT32 * LOGITS_COPIES
     # The largest tensor is gathered in float32 when weights are sent to the engine.
     publish = {Phase.PUBLISH: float(shape.embedding_parameters * _FLOAT32)}
     if not setup.trains:
         return {"gathered weights": publish}
     scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
-    gathered = size * (shape.root_parameters + 2 * shape.layer_parameters)
+    gathered = size * (shape.root_parameters + max(2 * shape.layer_parameters, _embedding_unit(shape)))
     return {
         "activations of all layers": {Phase.UPDATE: saved},
         "activations of a layer": {Phase.UPDATE: backward, **dict.fromkeys(scoring, forward)},
@@ -135,17 +136,22 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
 def _fsdp_buffers(setup: Setup) -> float:
     """Return what FSDP2 gathers and reduces in an update (torch 2.13, `_fsdp_param_group.py`).
 
-    The root unit, which holds the head, is gathered from the forward pass on; of the layers the present one
-    and the next. An input embedding that is not tied is a unit of its own and gathered before and after the
-    layers; it is counted as if it stayed. A gradient is in compute precision, then the input of a reduction
-    in float32, then a shard of it; one rank alone divides a copy.
+    The root unit is gathered from the forward pass on, and of the layers the present one and the next; after
+    the layers an embedding of its own. A gradient is in compute precision, then the input of a reduction in
+    float32, then a shard of it; one rank alone divides a copy.
     """
     shape, size, shards = setup.shape, setup.number_bytes, setup.num_shards
-    units = (shape.root_parameters, size), (shape.layer_parameters, 2 * size)  # parameters, gathered bytes
     reduced = size + _FLOAT32 + _FLOAT32 / shards + (_FLOAT32 if shards == 1 else 0)
     if setup.lora_rank:  # frozen weights have no gradient
         reduced = 0.0
-    return sum(parameters * (gathered + reduced) for parameters, gathered in units)
+    layers = shape.layer_parameters * (2 * size + reduced)
+    embedding = _embedding_unit(shape) * (size + reduced)
+    return shape.root_parameters * (size + reduced) + max(layers, embedding)
+
+
+def _embedding_unit(shape: ModelShape) -> int:
+    """Return the parameters of the FSDP unit of the input embedding; a tied one is in the root unit."""
+    return 0 if shape.is_tied else shape.embedding_parameters
 
 
 def _engine(setup: Setup) -> dict[str, dict[Phase, float]]:

@@ -94,7 +94,7 @@ def _update(setup: Setup) -> Stage:
     """Return the update: forward, twice that backward (once with LoRA), once more with checkpointing."""
     tokens = setup.episodes.count * setup.episodes.tokens * setup.num_epochs
     useful = 2 if setup.lora_rank else 3
-    passes = useful + (1 if setup.has_checkpointing else 0)
+    passes = useful + setup.recomputed_share
     peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
     one_pass_s = _flops_per_token(setup) * tokens / peak
     return Stage(

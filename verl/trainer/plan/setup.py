@@ -74,7 +74,8 @@ class Setup:
     trains: bool
     number_bytes: int
     """Of a number in forward passes and in the engine."""
-    has_checkpointing: bool
+    recomputed_share: float
+    """Layers that checkpointing computes again in the backward pass, as a share."""
     micro_tokens: int
     """Tokens of one forward pass of a rank."""
     num_updates: int
@@ -161,7 +162,8 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         uses_ig_service=bool(needs & {Need.IG_SERVICE, Need.ENTAILMENT}),
         trains=trains,
         number_bytes=4 if settings.model.dtype == "float32" else 2,
-        has_checkpointing=settings.model.enable_gradient_checkpointing,
+        recomputed_share=settings.model.enable_gradient_checkpointing
+        / settings.model.checkpoint_every_n_layers,
         micro_tokens=min(max(actor.ppo_max_token_len_per_gpu, longest), rows * longest),
         num_updates=num_updates * actor.ppo_epochs,
         is_on_policy=num_updates * actor.ppo_epochs == 1,

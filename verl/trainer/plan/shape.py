@@ -55,13 +55,14 @@ class ModelShape:
 
     @property
     def root_parameters(self) -> int:
-        """Of what is in no layer: embeddings and the last norm."""
-        return self.embedding_parameters * (1 if self.is_tied else 2) + self.hidden
+        """Of head, or tied embedding, and last norm: what FSDP gathers with the whole model."""
+        return self.embedding_parameters + self.hidden
 
     @property
     def parameters(self) -> int:
         """Of the whole model."""
-        return self.layers * self.layer_parameters + self.root_parameters
+        embedding = 0 if self.is_tied else self.embedding_parameters
+        return self.layers * self.layer_parameters + self.root_parameters + embedding
 
     @property
     def matrix_parameters(self) -> int:
