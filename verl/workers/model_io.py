@@ -145,7 +145,10 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
 def _compare(weights: Mapping[str, Tensor], saved: Layout, *, tied: bool) -> None:
     """Raise ValueError unless the files hold all weights, in their shapes; warn of what they hold besides."""
     if missing := sorted(weights.keys() - saved.keys()):
-        raise ValueError(f"{len(missing)} of {len(weights)} weights are missing, such as {missing[0]}")
+        raise ValueError(
+            f"{len(missing)} of {len(weights)} weights are missing, such as {missing[0]}; models whose files "
+            "name or cut weights otherwise than Transformers does, as mixtures of experts, are not supported"
+        )
     for name, tensor in weights.items():
         if tensor.shape != saved[name].shape:
             raise ValueError(f"{name} has shape {list(saved[name].shape)}, not {list(tensor.shape)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serving.files import sha256_of_file
@@ -67,6 +67,20 @@ def test_damaged_and_unfit_models_are_config_errors(
         make_worker(folder, trainable=False)
     with pytest.raises(ConfigError, match=rf"path={folder} cannot be loaded as a causal language model"):
         prepare_engine_model(config, device="cpu", folder=tmp_path / "engine")
+
+
+def test_a_model_that_lacks_weights_or_has_others_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    whole = load_file(model_folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, found in (
+        ({key: weight for key, weight in whole.items() if key != name}, f"1 of {len(whole)} weights.*{name}"),
+        (whole | {name: torch.zeros(3, 32)}, rf"{name} has shape \[3, 32\], not \[64, 32\]"),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=found):
+            make_worker(folder)
 
 
 @contextmanager
