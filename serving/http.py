@@ -36,6 +36,8 @@ Payload = Mapping[str, object] | Callable[[float], Mapping[str, object]]
 _RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 _RETRIED_AT_FIRST = _RETRIED_STATUSES | {500}
 _BACKOFF = wait_exponential(multiplier=0.1, max=2.0) + wait_random(0.0, 0.1)
+MAX_CONNECTIONS = 64
+"""Of one client to its service."""
 _MAX_QUOTED_CHARS = 300
 _MAX_ANSWER_BYTES = 64 * 2**20
 """Of a decompressed answer; parsing so much takes half a second."""
@@ -141,7 +143,7 @@ class JsonService:
         *,
         name: str,
         timeout_s: float,
-        max_connections: int = 64,
+        max_connections: int = MAX_CONNECTIONS,
         fix: str = "check that it runs at this URL",
         token: str | None = None,
         use_proxy: bool = False,

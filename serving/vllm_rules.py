@@ -105,14 +105,20 @@ def engine_arguments(
     }
 
 
-def cpu_arguments(*, kv_cache_bytes: int, longest_prompt: int, is_sharded: bool = False) -> dict[str, object]:
+def cpu_arguments(
+    *,
+    kv_cache_bytes: int,
+    longest_prompt: int,
+    batched_tokens: int | None = None,
+    is_sharded: bool = False,
+) -> dict[str, object]:
     """Return the engine arguments to add on a CPU. A batch has room for `longest_prompt` tokens."""
     return {
         "enforce_eager": True,
         "kv_cache_memory_bytes": kv_cache_bytes,
         "block_size": _CPU_BLOCK_TOKENS,
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, longest_prompt),
+        "max_num_batched_tokens": max(batched_tokens or _CPU_BATCHED_TOKENS, longest_prompt),
         "distributed_executor_backend": "mp" if is_sharded else "uni",
     }
 

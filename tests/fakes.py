@@ -309,20 +309,18 @@ class PieceTokenizer(CharTokenizer):
 
 @dataclass(slots=True)
 class ScriptedGenerate:
-    """Samples the scripted ids in turn, raises scripted errors; keeps contexts, samplings and sessions."""
+    """Samples the scripted ids in turn, raises scripted errors; keeps contexts and samplings."""
 
     script: list[Sequence[int] | Exception]
     version: int = 0
     finish: Finish = Finish.STOP
     contexts: list[list[int]] = field(default_factory=list)
     samplings: list[Sampling] = field(default_factory=list)
-    sessions: list[str] = field(default_factory=list)
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         reply = self.script[len(self.contexts)]
         self.contexts.append(list(map(int, prompt_ids)))
         self.samplings.append(sampling)
-        self.sessions.append(session)
         await asyncio.sleep(0)
         if isinstance(reply, Exception):
             raise reply

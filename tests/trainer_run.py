@@ -132,7 +132,7 @@ class CyclingGenerate:
         self._texts = texts
         self._next: Iterator[str] = cycle(texts)
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         context = CharTokenizer().decode(prompt_ids.tolist())
         text = next((text for text in self._texts if text in context), None) or next(self._next)
         ids = np.array(CharTokenizer().encode(text), np.int32)

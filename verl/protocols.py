@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from verl.types import (
@@ -26,8 +26,8 @@ from verl.types import (
 class Generate(Protocol):
     """Sample one completion."""
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
-        """Return one completion; `session` keeps a group on one replica. Raises RolloutError."""
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
+        """Return one completion. Raises RolloutError."""
         ...
 
 
@@ -71,10 +71,12 @@ class Search(Protocol):
 class ToolResources:
     """What tools may open."""
 
-    open_search: Callable[[], Search]
+    open_search: Callable[[], Search] = field(repr=False)
     """Make a client of the search engine that the section `retriever` describes; its owner closes it."""
     tools: tuple[str, ...] = ()
     """Names of all tools that the policy can call."""
+    num_replicas: int = 1
+    """Engines, each with tools of its own: a tool divides by it what it may use at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

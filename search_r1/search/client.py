@@ -7,6 +7,7 @@ import time
 
 from search_r1.search.remote import SERVICE, RemoteRetriever
 from search_r1.search.retriever import FailureKind, Hit, SearchFailure
+from serving.http import MAX_CONNECTIONS
 from verl.errors import ServiceError
 from verl.protocols import Page
 from verl.types import Passage
@@ -20,7 +21,15 @@ _RETRYABLE_KINDS = frozenset({FailureKind.DEADLINE, FailureKind.UNAVAILABLE})
 class HttpSearch:
     """Search over HTTP. One per event loop. The server searches concurrent queries together."""
 
-    def __init__(self, url: str, *, topk: int, timeout_s: float, token: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        topk: int,
+        timeout_s: float,
+        token: str | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
         """`url`: of the server or of its `/retrieve`. `timeout_s`: of a search, with all its attempts.
 
         Raises ConfigError for a bad URL, timeout or token.
@@ -28,7 +37,7 @@ class HttpSearch:
         with translated_settings():
             if not timeout_s > 0:
                 raise ValueError(f"timeout of the {SERVICE} must be more than 0 seconds, got {timeout_s}")
-            self._remote = RemoteRetriever(url, token=token)
+            self._remote = RemoteRetriever(url, token=token, max_connections=max_connections)
         self._topk = topk
         self._timeout_s = timeout_s
 

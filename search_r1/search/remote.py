@@ -23,7 +23,7 @@ from search_r1.search.schema import (
     PagePassage,
     ScoredDocument,
 )
-from serving.http import CallError, JsonService
+from serving.http import MAX_CONNECTIONS, CallError, JsonService
 
 SERVICE = "retriever"
 _PATH, _PAGE_PATH = "/retrieve", "/page"
@@ -41,7 +41,7 @@ class RemoteRetriever:
     num_parallel_calls = 8
     num_passages = None
 
-    def __init__(self, url: str, *, token: str | None = None) -> None:
+    def __init__(self, url: str, *, token: str | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
         """`url`: of the server or of its `/retrieve`. Raises ValueError for a bad URL or token."""
         self._service = JsonService(
             url.rstrip("/").removesuffix(_PATH),
@@ -49,6 +49,7 @@ class RemoteRetriever:
             timeout_s=1.0,  # every call has its own
             fix="start it with `bash retrieval_launch.sh` and check its URL",
             token=token,
+            max_connections=max_connections,
         )
 
     def describe(self) -> Mapping[str, str | int | float | None]:

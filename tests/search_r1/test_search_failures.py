@@ -33,7 +33,7 @@ class SearchThenAnswer:
     def __init__(self) -> None:
         self.num_started = 0
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         text = CHARS.decode(prompt_ids.tolist())
         if "<information>" in text:
             sampled = "<answer>Bolton</answer>"

@@ -110,9 +110,7 @@ class ToolAgent:
         turns: list[Turn] = []
         failure = None
         try:
-            stop = await self._play(
-                prompt_ids, turns=turns, session=question.uid, seed=seed, greedy=greedy, on_turn=on_turn
-            )
+            stop = await self._play(prompt_ids, turns=turns, seed=seed, greedy=greedy, on_turn=on_turn)
         except _ToolFailureError as error:
             stop, failure = Stop.FAILED, str(error)
         except RolloutError as error:
@@ -132,7 +130,6 @@ class ToolAgent:
         prompt_ids: IntArray,
         *,
         turns: list[Turn],
-        session: str,
         seed: int,
         greedy: bool,
         on_turn: OnTurn,
@@ -151,7 +148,7 @@ class ToolAgent:
                 stop=self._format.stop_strings,
                 seed=_turn_seed(seed, number),
             )
-            completion = await self._generate.generate(context, sampling=sampling, session=session)
+            completion = await self._generate.generate(context, sampling=sampling)
             turn = Turn(
                 output_ids=completion.ids,
                 output_log_probs=completion.log_probs,

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,17 @@ from verl.ask.checkpoint import Checkpoint
 from verl.ask.gains import GainMeter
 from verl.ask.prompt import WritePrompt, find_prompt
 from verl.ask.trace import Episode, Step, make_step
-from verl.protocols import Generate, OnTurn, PromptFormat, Tool, ToolResources
+from verl.protocols import Generate, OnTurn, PromptFormat, Tool
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate_episodes
-from verl.trainer.launch import count_gpus, open_engines
+from verl.trainer.launch import count_gpus, open_local_engine
 from verl.trainer.wiring import (
     connect_services,
     make_agent,
     make_format,
+    make_resources,
     make_tokenizer,
     make_tools,
-    open_search,
 )
 from verl.types import Gain, Question, Stop, Trajectory
 from verl.utils.seeding import derive_seed
@@ -228,7 +227,7 @@ class Asker:
         )
         return make_agent(
             config,
-            engines=parts.generate,
+            generate=parts.generate,
             prompt_format=parts.prompt_format,
             tools=parts.tools,
             temperature=settings.temperature,
@@ -269,7 +268,7 @@ async def _open_parts(
     """Connect the tools, compare them with those of the run, and start the engine."""
     by_service = gains not in (None, BY_LOG_PROB)
     needs = frozenset({Need.IG_SERVICE}) if by_service else frozenset()
-    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    tools = make_tools(config, make_resources(config))
     client, services = await connect_services(config, stack, tools=tools, needs=needs)
     warn_of_other_retriever(checkpoint.retriever, services, url=config.retriever.url)
     tokenizer = make_tokenizer(config)
@@ -278,14 +277,14 @@ async def _open_parts(
     if checkpoint.has_data:
         write_prompt = find_prompt(config.data, prompt_format=prompt_format)
     update(0, "loading the model")
-    engines = await open_engines(config, stack, device=device, scratch=scratch)
+    engine = await open_local_engine(config, stack, device=device, scratch=scratch)
     meter = None
     if client is not None:
         meter = GainMeter.by_service(client)
     elif gains == BY_LOG_PROB:
-        meter = GainMeter.by_log_prob(engines.receivers[0].score, codec=tokenizer)
+        meter = GainMeter.by_log_prob(engine.score, codec=tokenizer)
     return Parts(
-        generate=engines,
+        generate=engine,
         prompt_format=prompt_format,
         tools=tools,
         codec=tokenizer,

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verl.errors import RolloutError
 from verl.protocols import Agent, OnEpisodeEnd
 from verl.types import Group, Question, Stop, Trajectory
+from verl.utils.actors import ActorError
 from verl.utils.failures import check_failure_share
 from verl.utils.seeding import derive_seed
 
@@ -55,7 +57,8 @@ class Collector:
     ) -> list[Group]:
         """Return one group per question, in order, failed trajectories included and named.
 
-        Raises TrainingHaltedError as soon as more than the allowed share has failed.
+        Raises TrainingHaltedError as soon as more than the allowed share has failed, ActorError when an
+        engine has died.
         """
         episodes = [
             _Episode(
@@ -169,18 +172,22 @@ class Collector:
     async def _run(self, episode: _Episode) -> Trajectory:
         question = episode.question
         try:
-            trajectory = await self._agent.run(
+            return await self._agent.run(
                 question, sample=episode.sample, seed=episode.seed, greedy=episode.greedy
             )
+        except ActorError:
+            raise  # a replica does not come back: no step can be finished
+        except RolloutError as error:
+            failure = f"generation_failed: {error}"
         except Exception as error:
             # A defect that shows in one episode must not lose the others.
             logger.exception("episode %s, sample %d, broke", question.uid, episode.sample)
-            trajectory = Trajectory(
-                question=question,
-                sample=episode.sample,
-                prompt_ids=np.zeros(0, dtype=np.int32),
-                turns=(),
-                stop=Stop.FAILED,
-                failure=f"episode_broke: {type(error).__name__}: {error}",
-            )
-        return trajectory
+            failure = f"episode_broke: {type(error).__name__}: {error}"
+        return Trajectory(
+            question=question,
+            sample=episode.sample,
+            prompt_ids=np.zeros(0, dtype=np.int32),
+            turns=(),
+            stop=Stop.FAILED,
+            failure=failure,
+        )

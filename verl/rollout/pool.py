@@ -1,4 +1,4 @@
-"""The engine replicas behind one `Generate`: routing, deadlines and the check of the weights' version."""
+"""The engine replicas behind one `Agent`: routing, deadlines and the check of the weights' version."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import ConfigError, RolloutError
-from verl.types import Completion, FloatArray, IntArray, Sampling
-from verl.utils.actors import ActorError
+from verl.types import FloatArray, IntArray, Question, Trajectory
 
 if TYPE_CHECKING:
     from verl.utils.actors import Actor
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 10.0
-"""Time on top of the deadline in which an engine aborts the request and reports it itself."""
 _SHUTDOWN_TIMEOUT_S = 10.0
 
 
@@ -31,23 +28,34 @@ class EngineReceiver:
 
     async def load_weights(self, folder: str, version: int) -> None:
         """Load the weights of a folder. Raises WeightSyncError."""
-        await self._engine.call("load_weights", folder, version)
+        await self._engine.call("call_engine", "load_weights", folder, version)
 
     async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
         """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
-        scores: FloatArray = await self._engine.call("score", ids)
+        scores: FloatArray = await self._engine.call("call_engine", "score", ids)
         return scores
 
 
 class EnginePool:
-    """Implements `verl.protocols.Generate` over replicas."""
+    """Implements `verl.protocols.Agent` over replicas: actors of `verl.rollout.host.RolloutWorker`."""
 
     def __init__(
-        self, engines: Sequence[Actor], *, request_timeout_s: float, colocated: bool = False
+        self,
+        engines: Sequence[Actor],
+        *,
+        max_concurrent: int,
+        request_timeout_s: float,
+        colocated: bool = False,
     ) -> None:
-        """`colocated`: the replicas share their GPUs with the trainer and free them while it trains."""
+        """Take `max_concurrent` episodes at a time, over all replicas.
+
+        Replicas limit what an episode waits for. One that does not even answer a short call within
+        `request_timeout_s` hangs. `colocated`: they share their GPUs with the trainer and free them while it
+        trains.
+        """
         if not engines:
             raise ConfigError("the rollout needs at least one engine, got none")
+        self.max_concurrent = max_concurrent
         self._engines = tuple(engines)
         self._request_timeout_s = request_timeout_s
         self._colocated = colocated
@@ -66,42 +74,43 @@ class EnginePool:
         self._replica_of.clear()  # no prefix outlives its weights
 
     async def wait_until_ready(self) -> None:
-        """Wait until every replica is built. Raises what its constructor raised."""
-        await self._call_all("version")
+        """Wait until every replica is built and has connected its tools. Raises what it raised."""
+        await self._call_all("open")
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
-        """Sample on the session's replica. Raises RolloutError: deadline, dead engine, other weights."""
-        replica = self._route(session)
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        """Play an episode on the replica of its question.
+
+        Raises ActorError if that has died, RolloutError if it hangs or has other weights.
+        """
+        replica = self._route(question.uid)
+        engine = self._engines[replica]
+        episode = asyncio.ensure_future(
+            engine.call("play", question, sample=sample, seed=seed, greedy=greedy)
+        )
         self._num_running[replica] += 1
         try:
-            async with asyncio.timeout(self._request_timeout_s + _GRACE_S):
-                completion: Completion = await self._engines[replica].call(
-                    "generate", prompt_ids, sampling, timeout_s=self._request_timeout_s
-                )
-        except TimeoutError as error:
-            raise RolloutError(
-                f"engine-{replica} gave no completion within {self._request_timeout_s:g} s "
-                "(actor_rollout_ref.rollout.request_timeout_s)"
-            ) from error
-        except ActorError as error:
-            raise RolloutError(f"engine-{replica} is gone: {error}") from error
+            while not (await asyncio.wait([episode], timeout=self._request_timeout_s))[0]:
+                await self._require_answer(replica)
         finally:
+            episode.cancel()
             self._num_running[replica] -= 1
-        if completion.version != self._version:
-            raise RolloutError(
-                f"engine-{replica} sampled from weights of version {completion.version}, "
-                f"expected version {self._version}"
-            )
-        return completion
+        trajectory: Trajectory = episode.result()
+        for turn in trajectory.turns:
+            if len(turn.output_ids) and turn.version != self._version:
+                raise RolloutError(
+                    f"engine-{replica} sampled from weights of version {turn.version}, "
+                    f"expected version {self._version}"
+                )
+        return trajectory
 
     @asynccontextmanager
     async def asleep(self) -> AsyncIterator[None]:
         """Free the engines' GPU memory inside the block; do nothing where they do not share it."""
         if self._colocated:
-            await self._call_all("sleep")
+            await self._call_all("call_engine", "sleep")
         yield
         if self._colocated:
-            await self._call_all("wake")
+            await self._call_all("call_engine", "wake")
 
     async def shutdown(self) -> None:
         """End the child processes of every replica, then the replicas.
@@ -118,11 +127,22 @@ class EnginePool:
             for engine in self._engines:
                 engine.kill()
 
-    async def _call_all(self, method: str) -> list[Any]:
-        return await asyncio.gather(*(engine.call(method) for engine in self._engines))
+    async def _call_all(self, method: str, *args: object) -> list[Any]:
+        return await asyncio.gather(*(engine.call(method, *args) for engine in self._engines))
 
-    def _route(self, session: str) -> int:
-        """Return the replica that may have the session's prefix cached; for a new session the least busy."""
-        if session not in self._replica_of:
-            self._replica_of[session] = self._num_running.index(min(self._num_running))
-        return self._replica_of[session]
+    async def _require_answer(self, replica: int) -> None:
+        """Raise RolloutError unless the replica answers a call."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                await self._engines[replica].call("call_engine", "version")
+        except TimeoutError as error:
+            raise RolloutError(
+                f"engine-{replica} hangs: it answered no call within {self._request_timeout_s:g} s "
+                "(actor_rollout_ref.rollout.request_timeout_s)"
+            ) from error
+
+    def _route(self, uid: str) -> int:
+        """Return the replica that may have the question's prompt cached; for a new one the least busy."""
+        if uid not in self._replica_of:
+            self._replica_of[uid] = self._num_running.index(min(self._num_running))
+        return self._replica_of[uid]

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,12 @@ class HfTokenizer:
             self._encoder = TextEncoder(tokenizer, tags=tags)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        # The check of every id that transformers makes first takes longer than decoding.
+        self._decode: Callable[[list[int]], str] = (
+            partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+            if tokenizer.is_fast
+            else partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
         self._next_turns: dict[str, _NextTurn | None] = {}
         self._has_warned = False
 
@@ -104,11 +110,7 @@ class HfTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens and spaces kept."""
-        text = self._tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+        return self._decode(list(ids))
 
     def render_prompt(self, question: Question) -> list[int]:
         """Return the ids of the prompt: by the chat template, else of the bare text of the messages.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import RequestOutput
 
+_GPU_BATCHED_TOKENS = 8192
 _UNKNOWN_VERSION = -1
 """Version of an engine whose last weight update failed half-way."""
 
@@ -70,6 +71,7 @@ class VllmEngine:
         _require_device(device, on_cpu=on_cpu)
         self._on_cpu = on_cpu
         self._max_model_len = max_model_len
+        self._config = config
         self._version = 0
         self._num_running = 0
         self._request_numbers = itertools.count()
@@ -84,6 +86,7 @@ class VllmEngine:
             settings |= cpu_arguments(
                 kv_cache_bytes=int(config.cpu_kv_cache_gib * 2**30),
                 longest_prompt=max_model_len,
+                batched_tokens=config.max_num_batched_tokens,
                 is_sharded=config.tensor_model_parallel_size > 1,
             )
         else:
@@ -91,6 +94,9 @@ class VllmEngine:
                 "gpu_memory_utilization": config.gpu_memory_utilization,
                 "enforce_eager": config.enforce_eager,
                 "enable_sleep_mode": True,
+                # vLLM's own default, 2,048, leaves a large GPU idle while it reads prompts.
+                "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
+                "enable_chunked_prefill": True,
             }
         self._guard = ProcessGuard()
         try:
@@ -104,17 +110,17 @@ class VllmEngine:
         """Return the version of the weights: 0 at first, -1 after an update that failed half-way."""
         return self._version
 
-    async def generate(
-        self, prompt_ids: IntArray, sampling: Sampling, *, timeout_s: float | None = None
-    ) -> Completion:
-        """Sample one completion, greedily at temperature 0. Raises RolloutError; aborts after `timeout_s`."""
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
+        """Sample one completion, greedily at temperature 0. Raises RolloutError, also at its deadline."""
         version = self._version
         if len(prompt_ids) + sampling.max_tokens > self._max_model_len:
             raise RolloutError(
                 f"a prompt of {len(prompt_ids)} tokens and {sampling.max_tokens} new ones exceed "
                 f"the engine's max_model_len of {self._max_model_len}"
             )
-        output = await self._request(prompt_ids, _sampling_params(sampling), timeout_s=timeout_s)
+        output = await self._request(
+            prompt_ids, _sampling_params(sampling), timeout_s=self._config.request_timeout_s
+        )
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
             raise RolloutError(f"the engine ended a request with {sampled.finish_reason!r}")
@@ -202,7 +208,9 @@ class VllmEngine:
                     if output.finished:
                         return output
         except TimeoutError as error:
-            raise RolloutError(f"no completion within {timeout_s:g} s") from error
+            raise RolloutError(
+                f"no completion within {timeout_s:g} s (actor_rollout_ref.rollout.request_timeout_s)"
+            ) from error
         except (EngineDeadError, EngineGenerateError, ValueError) as error:
             raise RolloutError(f"vLLM failed: {type(error).__name__} {error.__cause__ or error}") from error
         finally:

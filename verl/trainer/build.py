@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from serving.machine import has_bfloat16
@@ -19,7 +18,7 @@ from verl.algorithms.base import Algorithm, Need, Services, TextCodec
 from verl.algorithms.scoring.reward import Reward
 from verl.data.dataset import require_supporting_ids
 from verl.data.sampler import QuestionSampler
-from verl.protocols import PromptFormat, Tool, ToolResources
+from verl.protocols import PromptFormat
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
 from verl.run.folder import lock_folder, recorded_end, scratch_folder
@@ -40,15 +39,15 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.wiring import (
     USE_IG_SERVICE,
+    bind_agent,
     connect_grader,
     connect_services,
     load_prompts,
-    make_agent,
     make_format,
     make_outcome,
+    make_resources,
     make_tokenizer,
     make_tools,
-    open_search,
     warn_if_unused,
 )
 from verl.types import Question
@@ -89,7 +88,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
     """Wire the parts; each registers on the stack how it is taken down."""
-    tools = make_tools(config, ToolResources(open_search=partial(open_search, config.retriever)))
+    tools = make_tools(config, make_resources(config))
     needs = find_needs(config)
     ig_client, services = await connect_services(config, stack, tools=tools, needs=needs)
     grader = await connect_grader(config, stack)
@@ -119,9 +118,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     parts = Parts(
         questions=start.sampler,
         held_out=held_out,
-        collector=make_collector(
-            config, engines=models.engines, prompt_format=prompt_format, tools=tools, grader=grader
-        ),
+        collector=make_collector(config, engines=models.engines, grader=grader),
         algorithm=algorithm,
         reward=make_reward(config, algorithm, decode=tokenizer.decode, grader=grader),
         policy=models.policy,
@@ -197,7 +194,6 @@ async def start_models(
     config: Config, stack: AsyncExitStack, start: RunStart, *, run_dir: Path, device: str
 ) -> Models:
     """Launch the models that the run needs; an evaluation needs the policy alone."""
-    frozen = find_frozen_models(config)
     return await launch_models(
         config,
         stack,
@@ -205,8 +201,10 @@ async def start_models(
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
-        needs_reference=frozen.has_reference,
-        refresh_steps=frozen.refresh_steps,
+        frozen=find_frozen_models(config),
+        open_agent=bind_agent(
+            config, device=device, temperature=config.actor_rollout_ref.rollout.temperature
+        ),
     )
 
 
@@ -263,27 +261,12 @@ def make_tracker(config: Config, stack: AsyncExitStack, *, run_dir: Path, total_
     return tracker
 
 
-def make_collector(
-    config: Config,
-    *,
-    engines: EnginePool,
-    prompt_format: PromptFormat,
-    tools: Sequence[Tool],
-    grader: MathGrader | None,
-) -> Collector:
+def make_collector(config: Config, *, engines: EnginePool, grader: MathGrader | None) -> Collector:
     """Make the collector, which runs the episodes of a step."""
-    rollout = config.actor_rollout_ref.rollout
-    agent = make_agent(
-        config,
-        engines=engines,
-        prompt_format=prompt_format,
-        tools=tools,
-        temperature=rollout.temperature,
-    )
     return Collector(
-        agent if grader is None else GradingAgent(agent, grader),
-        n=rollout.n_agent,
-        max_concurrent=config.trainer.max_concurrent_episodes,
+        engines if grader is None else GradingAgent(engines, grader),
+        n=config.actor_rollout_ref.rollout.n_agent,
+        max_concurrent=engines.max_concurrent,
         max_failure_share=config.reward.max_failure_share,
         seed=config.trainer.seed,
     )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from serving.evidence import find_corpus_hash
@@ -28,7 +27,7 @@ from verl.evaluation.protocol_check import check_ids, check_protocol
 from verl.evaluation.protocols import BROWSECOMP_PLUS
 from verl.evaluation.records import METRICS_FILE, ResultWriter, read_results
 from verl.evaluation.settings import open_folder
-from verl.protocols import Agent, ToolResources
+from verl.protocols import Agent
 from verl.rollout.collector import Collector
 from verl.run.folder import lock_folder, scratch_folder
 from verl.run.manifest import make_manifest
@@ -38,16 +37,15 @@ from verl.trainer.launch import count_gpus, open_engines
 from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.trainer.ppo.metrics import finite, mean
 from verl.trainer.wiring import (
+    bind_agent,
     connect_grader,
     connect_services,
     load_prompts,
-    make_agent,
     make_format,
     make_outcome,
-    make_reference,
+    make_resources,
     make_tokenizer,
     make_tools,
-    open_search,
     warn_if_unused,
 )
 from verl.types import Question, Trajectory
@@ -91,8 +89,8 @@ async def answer_questions(
 ) -> tuple[int, float]:
     """Complete the results of the folder; return the number of answers of this start and its seconds."""
     is_reference = config.evaluation.reference != "none"
-    resources = ToolResources(open_search=partial(open_search, config.retriever))
-    tools = [] if config.evaluation.reference == NO_SEARCH else make_tools(config, resources)
+    needs_tools = config.evaluation.reference != NO_SEARCH
+    tools = make_tools(config, make_resources(config)) if needs_tools else []
     _, services = await connect_services(config, stack, tools=tools, needs=frozenset())
     grader = await connect_grader(config, stack)
     model_folder = check_model(config.actor_rollout_ref.model, device=device)
@@ -122,20 +120,28 @@ async def answer_questions(
     num_left, seconds = len(keys) - len(writer.done), 0.0
     if num_left:
         engines = await open_engines(
-            config, stack, device=device, scratch=stack.enter_context(scratch_folder(folder))
-        )
-        agent: Agent = (make_reference if is_reference else make_agent)(
             config,
-            engines=engines,
-            prompt_format=prompt_format,
-            tools=tools,
-            temperature=config.evaluation.temperature,
+            stack,
+            device=device,
+            scratch=stack.enter_context(scratch_folder(folder)),
+            open_agent=bind_agent(
+                config,
+                device=device,
+                temperature=config.evaluation.temperature,
+                reference=config.evaluation.reference,
+            ),
         )
-        if grader is not None:
-            agent = GradingAgent(agent, grader)
+        agent = engines if grader is None else GradingAgent(engines, grader)
         started = time.monotonic()
         outcome = make_outcome(config, decode=tokenizer.decode, grader=grader)
-        await play(config, agent, questions, outcome=outcome, writer=writer)
+        await play(
+            config,
+            agent,
+            questions,
+            max_concurrent=engines.max_concurrent,
+            outcome=outcome,
+            writer=writer,
+        )
         seconds = time.monotonic() - started
     writer.sort(keys)
     if "search" in config.agent.tools and not is_complete(folder, read_results(folder), audit=audit):
@@ -162,21 +168,22 @@ async def trace_evidence(
     audit: Audit | None = None,
 ) -> None:
     """Write where the evidence for each answer was; queries are searched again, but not by online engines."""
-    depth, retriever = config.evaluation.search_depth, config.retriever
+    depth, topk = config.evaluation.search_depth, config.retriever.topk
     search = None
     version = find_version(services)
     if version.get("passages", 0) is None:
         logger.info("the queries of wrong answers are not searched again: the retriever is an online engine")
     elif depth is not None and config.evaluation.reference != NO_SEARCH:
-        depth = max(depth, retriever.topk)
-        search = open_search(replace(retriever, topk=depth))
+        depth = max(depth, topk)
+        deep = replace(config, retriever=replace(config.retriever, topk=depth))
+        search = make_resources(deep).open_search()
     try:
         await write_evidence(
             folder,
             read_results(folder),
             questions=questions,
             search=search,
-            topk=retriever.topk,
+            topk=topk,
             depth=depth,
             audit=audit,
         )
@@ -198,6 +205,7 @@ async def play(
     agent: Agent,
     questions: Sequence[Question],
     *,
+    max_concurrent: int,
     outcome: OutcomeRule,
     writer: ResultWriter,
 ) -> None:
@@ -209,7 +217,7 @@ async def play(
     collector = Collector(
         agent,
         n=evaluation.n,
-        max_concurrent=config.trainer.max_concurrent_episodes,
+        max_concurrent=max_concurrent,
         max_failure_share=config.reward.max_failure_share,
         seed=evaluation.seed,
     )

@@ -10,11 +10,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from verl.errors import ConfigError
+from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import Config
+from verl.trainer.needs import FrozenModels
 from verl.utils.actors import Launcher, make_launcher
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
@@ -24,6 +27,9 @@ from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
+
+_CONTROL_CALLS = 8
+"""Calls of an engine, such as its shutdown, that need not wait until an episode has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +52,10 @@ async def launch_models(
     total_steps: int,
     scratch: Path,
     checkpoint: Path | None,
-    needs_reference: bool,
-    refresh_steps: int = 0,
+    frozen: FrozenModels,
+    open_agent: OpenAgent,
 ) -> Models:
-    """Return policy (as in the checkpoint), reference if needed, and engines once all are ready.
-
-    Above 0, `refresh_steps` also starts a copy of the policy that is refreshed.
+    """Return policy (as in the checkpoint), frozen models and engines, which play with an agent each.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
@@ -73,18 +77,18 @@ async def launch_models(
     )
     async with limited_start(config):
         # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
-        engines = launch_engines(config, launcher, device=device, scratch=scratch)
+        engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
         close_quietly(stack, engines.shutdown)
         async with alone_on_gpus(engines, device=device):
             policy = launch_group(name="policy", trainable=True)
             close_quietly(stack, policy.shutdown)
             reference = copy = None
-            if refresh_steps:
+            if frozen.refresh_steps:
                 model = launch_group(name="copy", trainable=False)
                 close_quietly(stack, model.shutdown)
                 await model.wait_until_ready()
-                copy = PolicyCopy(policy, model, every=refresh_steps, scratch=scratch)
-            if needs_reference:
+                copy = PolicyCopy(policy, model, every=frozen.refresh_steps, scratch=scratch)
+            if frozen.has_reference:
                 reference = launch_group(name="reference", trainable=False)
                 close_quietly(stack, reference.shutdown)
                 await reference.wait_until_ready()
@@ -99,7 +103,9 @@ async def launch_models(
     return Models(policy=policy, reference=reference, engines=engines, copy=copy)
 
 
-async def open_engines(config: Config, stack: AsyncExitStack, *, device: str, scratch: Path) -> EnginePool:
+async def open_engines(
+    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path, open_agent: OpenAgent
+) -> EnginePool:
     """Return engines alone, with the weights of the model's folder, once they are ready.
 
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
@@ -107,10 +113,24 @@ async def open_engines(config: Config, stack: AsyncExitStack, *, device: str, sc
     logger.info("starting engines on %s (imports take most of it)", device)
     launcher = await open_launcher(config, stack)
     async with limited_start(config):
-        engines = launch_engines(config, launcher, device=device, scratch=scratch)
+        engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
         close_quietly(stack, engines.shutdown)
         await engines.wait_until_ready()
     return engines
+
+
+async def open_local_engine(
+    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path
+) -> VllmEngine:
+    """Return one engine in this process, without an agent.
+
+    Raises ConfigError after `trainer.startup_timeout_s`, and what its constructor raised.
+    """
+    settings = engine_settings(config, device=device, scratch=scratch, num_replicas=1)
+    async with limited_start(config):
+        engine = await asyncio.to_thread(partial(VllmEngine, **settings))
+    close_quietly(stack, engine.shutdown)
+    return engine
 
 
 async def open_launcher(config: Config, stack: AsyncExitStack) -> Launcher:
@@ -146,39 +166,55 @@ async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[No
         yield
 
 
-def launch_engines(config: Config, launcher: Launcher, *, device: str, scratch: Path) -> EnginePool:
+def launch_engines(
+    config: Config, launcher: Launcher, *, device: str, scratch: Path, open_agent: OpenAgent
+) -> EnginePool:
     """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
-    settings = config.actor_rollout_ref
+    rollout = config.actor_rollout_ref.rollout
+    parallel, replicas = rollout.tensor_model_parallel_size, count_replicas(config, device=device)
+    settings = engine_settings(config, device=device, scratch=scratch, num_replicas=replicas)
+    max_concurrent = config.trainer.max_concurrent_episodes or replicas * rollout.max_num_seqs
+    actors = [
+        launcher.launch(
+            RolloutWorker,
+            kwargs={"engine": partial(VllmEngine, **settings), "open_agent": open_agent},
+            name=f"engine-{replica}",
+            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
+            max_concurrency=max_concurrent + _CONTROL_CALLS,
+        )
+        for replica in range(replicas)
+    ]
+    return EnginePool(
+        actors,
+        max_concurrent=max_concurrent,
+        request_timeout_s=rollout.request_timeout_s,
+        colocated=device == "cuda" and rollout.free_cache_engine,
+    )
+
+
+def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas: int) -> dict[str, Any]:
+    """Return the arguments of `VllmEngine` for one of so many replicas."""
+    settings, trainer = config.actor_rollout_ref, config.trainer
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
-    parallel = settings.rollout.tensor_model_parallel_size
-    trainer = config.trainer
-    replicas = trainer.n_gpus_per_node // parallel if device == "cuda" else trainer.num_cpu_engines
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
-    kwargs: dict[str, object] = {
+    return {
         "config": settings.rollout,
         "model_path": str(model_path),
         "dtype": precision if settings.model.dtype == "auto" else settings.model.dtype,
         "max_model_len": config.data.max_model_len,
         "seed": trainer.seed,
         "device": device,
-        # Half of the cores: the retriever and the agent loop work at the same time.
-        "num_threads": max(1, (os.cpu_count() or 1) // 2 // replicas) if device == "cpu" else None,
+        # Half of the cores: the retriever and the agent loops work at the same time.
+        "num_threads": max(1, (os.cpu_count() or 1) // 2 // num_replicas) if device == "cpu" else None,
     }
-    actors = [
-        launcher.launch(
-            VllmEngine,
-            kwargs=kwargs,
-            name=f"engine-{replica}",
-            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
-            max_concurrency=trainer.max_concurrent_episodes,
-        )
-        for replica in range(replicas)
-    ]
-    return EnginePool(
-        actors,
-        request_timeout_s=settings.rollout.request_timeout_s,
-        colocated=device == "cuda" and settings.rollout.free_cache_engine,
-    )
+
+
+def count_replicas(config: Config, *, device: str) -> int:
+    """Return the number of engines."""
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    if device == "cuda":
+        return trainer.n_gpus_per_node // rollout.tensor_model_parallel_size
+    return trainer.num_cpu_engines
 
 
 def count_workers(config: Config, *, device: str) -> int:

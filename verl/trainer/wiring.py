@@ -5,28 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
 from search_r1.search.client import HttpSearch
 from serving.answers import AnswerRule
+from serving.http import MAX_CONNECTIONS
 from verl.agent.formats import FORMATS
 from verl.agent.formats.check import check_format
 from verl.agent.loop import EpisodeLimits, ToolAgent
 from verl.agent.prompts import CONTEXT_TEXTS, load_texts, prompt_file
-from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS, ReferenceAgent
+from verl.agent.reference import NO_SEARCH, ONE_SHOT_RAG, REFERENCE_TEXTS, ReferenceAgent
 from verl.agent.tools import TOOLS
 from verl.algorithms.base import Need
 from verl.algorithms.scoring.outcome import measure_outcome
 from verl.algorithms.scoring.reward import OutcomeRule
 from verl.data.dataset import check_prompt_lengths, load_questions
 from verl.errors import ConfigError
-from verl.protocols import Generate, PromptFormat, Tokenizer, Tool, ToolResources
+from verl.protocols import Agent, Generate, PromptFormat, Tokenizer, Tool, ToolResources
+from verl.rollout.host import OpenAgent
 from verl.rollout.tokenizer import HfTokenizer
 from verl.run.records import Decode
 from verl.trainer.config.schema import DROP_OBSERVATIONS, Config, RetrieverConfig
+from verl.trainer.launch import count_replicas
 from verl.types import Question
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.reward_score.math_grader import MathGrader
@@ -38,11 +41,26 @@ USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
 """Needs that the IG service meets."""
 
 
-def open_search(config: RetrieverConfig) -> HttpSearch:
+def open_search(
+    config: RetrieverConfig, *, token: str | None = None, max_connections: int = MAX_CONNECTIONS
+) -> HttpSearch:
     """Make a client of the retriever."""
-    # Tokens are secrets, so they are not part of the configuration, the manifest or a command line.
-    token = os.environ.get("RETRIEVER_TOKEN") or None
-    return HttpSearch(config.url, topk=config.topk, timeout_s=config.timeout_s, token=token)
+    return HttpSearch(
+        config.url, topk=config.topk, timeout_s=config.timeout_s, token=token, max_connections=max_connections
+    )
+
+
+def make_resources(config: Config, *, num_replicas: int = 1) -> ToolResources:
+    """Return what the tools of each of so many engines may open: all together no more than those of one."""
+    search = partial(
+        open_search,
+        config.retriever,
+        # Tokens are secrets, so they are not part of the configuration, the manifest or a command line; the
+        # processes of engines do not inherit them either.
+        token=os.environ.get("RETRIEVER_TOKEN") or None,
+        max_connections=max(1, MAX_CONNECTIONS // num_replicas),
+    )
+    return ToolResources(open_search=search, num_replicas=num_replicas)
 
 
 def make_tools(config: Config, resources: ToolResources) -> list[Tool]:
@@ -82,10 +100,45 @@ def make_format(config: Config, *, tokenizer: Tokenizer, tools: Sequence[Tool]) 
     return prompt_format
 
 
+@asynccontextmanager
+async def open_agent(
+    generate: Generate, *, config: Config, resources: ToolResources, temperature: float, reference: str
+) -> AsyncIterator[Agent]:
+    """Connect tools and make the agent that plays with an engine, or that of a reference other than "none".
+
+    It is called in the process of the engine. Raises ServiceError, ConfigError.
+    """
+    async with AsyncExitStack() as stack:
+        tools = [] if reference == NO_SEARCH else make_tools(config, resources)
+        for tool in tools:
+            close_quietly(stack, tool.aclose)
+        await asyncio.gather(*(tool.connect(config.trainer.service_wait_s) for tool in tools))
+        is_reference = reference != "none"
+        # A reference cannot call tools: the search of one_shot_rag is not the model's.
+        prompt_format = make_format(
+            config, tokenizer=make_tokenizer(config), tools=[] if is_reference else tools
+        )
+        make: Callable[..., Agent] = make_reference if is_reference else make_agent
+        yield make(
+            config, generate=generate, prompt_format=prompt_format, tools=tools, temperature=temperature
+        )
+
+
+def bind_agent(config: Config, *, device: str, temperature: float, reference: str = "none") -> OpenAgent:
+    """Return what opens the agent of each engine of a run."""
+    return partial(
+        open_agent,
+        config=config,
+        resources=make_resources(config, num_replicas=count_replicas(config, device=device)),
+        temperature=temperature,
+        reference=reference,
+    )
+
+
 def make_agent(
     config: Config,
     *,
-    engines: Generate,
+    generate: Generate,
     prompt_format: PromptFormat,
     tools: Sequence[Tool],
     temperature: float,
@@ -97,7 +150,7 @@ def make_agent(
         texts = load_texts(path, section="context", entries=CONTEXT_TEXTS)
         dropped_text = texts["dropped"].format()
     return ToolAgent(
-        generate=engines,
+        generate=generate,
         prompt_format=prompt_format,
         tools=tools,
         limits=_make_limits(config, temperature=temperature),
@@ -108,7 +161,7 @@ def make_agent(
 def make_reference(
     config: Config,
     *,
-    engines: Generate,
+    generate: Generate,
     prompt_format: PromptFormat,
     tools: Sequence[Tool],
     temperature: float,
@@ -121,7 +174,7 @@ def make_reference(
         _make_limits(config, temperature=temperature), max_turns=0, max_start_length=data.max_prompt_length
     )
     return ReferenceAgent(
-        ToolAgent(generate=engines, prompt_format=prompt_format, tools=(), limits=limits),
+        ToolAgent(generate=generate, prompt_format=prompt_format, tools=(), limits=limits),
         prompt_format=prompt_format,
         text=texts[name],
         tool=next(t for t in tools if t.spec.name == "search") if name == ONE_SHOT_RAG else None,

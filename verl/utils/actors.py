@@ -26,6 +26,7 @@ from serving.ray_start import PrivateRay
 from verl.errors import RolloutError, UserError
 
 _WATCH_INTERVAL_S = 1.0
+_RAY_CALLS = 1000
 # How long actors live on without a process of Ray: long enough to save their state.
 _SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
 
@@ -227,6 +228,8 @@ class RayLauncher:
         import ray
 
         options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": 0}
+        # `_Host` limits calls. Ray's own limit, which is 1,000 by default, must hold back none of them.
+        options["max_concurrency"] = _RAY_CALLS + max_concurrency
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)

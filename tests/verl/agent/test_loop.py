@@ -85,7 +85,6 @@ async def test_search_then_answer() -> None:
     assert generate.contexts[1] == [*generate.contexts[0], *first.output_ids, *first.observation_ids]
     assert {s.stop for s in generate.samplings} == {("</search>", "</answer>")}
     assert {s.max_tokens for s in generate.samplings} == {60}
-    assert generate.sessions == ["nq/test/0"] * 2
     mask = trajectory.policy_mask
     assert np.array_equal(trajectory.token_ids[mask], np.concatenate([first.output_ids, last.output_ids]))
     assert np.all(trajectory.sampling_log_probs[~mask] == 0)

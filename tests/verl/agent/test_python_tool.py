@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -20,9 +21,10 @@ from verl.types import Observation, SpanKind, Stop
 CHARS = CharTokenizer()
 
 
-def make_tool(settings: PythonConfig) -> PythonTool:
+def make_tool(settings: PythonConfig, *, num_replicas: int = 1) -> PythonTool:
     texts = load_texts(PACKAGED_FILE, section="tools.python", entries=PythonTool.texts)
-    return PythonTool(settings, texts=texts, resources=ToolResources(open_search=ScriptedSearch))
+    resources = ToolResources(open_search=ScriptedSearch, num_replicas=num_replicas)
+    return PythonTool(settings, texts=texts, resources=resources)
 
 
 @pytest.fixture
@@ -45,6 +47,16 @@ async def test_the_policy_reads_output_value_error_and_why_its_code_was_stopped(
     }
     for code, text in texts.items():
         assert await tool.call({"code": code}, deadline=0) == Observation(text=text)
+
+
+async def test_the_tool_of_each_engine_runs_its_share_of_the_processes() -> None:
+    tool = make_tool(PythonConfig(timeout_s=60, max_concurrent=3), num_replicas=2)
+    await tool.connect(10)
+    code = "import time\nprint(time.monotonic())\ntime.sleep(0.05)\ntime.monotonic()"
+    ran = await asyncio.gather(*(tool.call({"code": code}, deadline=0) for _ in range(2)))
+    await tool.aclose()
+    first, second = sorted([float(line) for line in each.text.split()] for each in ran)
+    assert first[1] <= second[0]
 
 
 async def test_long_output_keeps_its_start_and_its_end(tool: PythonTool) -> None:

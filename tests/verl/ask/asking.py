@@ -71,7 +71,7 @@ class ReadingGenerate:
     is_cancelled: threading.Event = field(default_factory=threading.Event)
     seeds: list[int | None] = field(default_factory=list)
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         question, _, read = CHARS.decode(prompt_ids.tolist()).rpartition("Question:")[2].partition("?")
         has_read = "Harwick" in read
         self.seeds.append(sampling.seed)

@@ -108,7 +108,7 @@ async def test_settings_of_a_question_hold_for_it_alone() -> None:
     assert {(s.temperature, s.max_tokens) for s in generate.samplings} == {(0.5, 50)}
     assert (await asker.ask("q", settings=AskSettings(max_tokens=999))).trajectory.stop is Stop.ANSWERED
     assert {(s.temperature, s.max_tokens) for s in generate.samplings[2:]} == {(0.0, 200)}
-    assert generate.sessions[0] != generate.sessions[-1]
+    assert generate.samplings[0].seed != generate.samplings[-1].seed
 
 
 async def score(ids: IntArray) -> FloatArray:

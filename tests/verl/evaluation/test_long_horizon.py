@@ -99,7 +99,7 @@ class Follower:
     def __init__(self) -> None:
         self.contexts: list[list[int]] = []
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling, session: str) -> Completion:
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         self.contexts.append(prompt_ids.tolist())
         ids = CHARS.encode(self.write(CHARS.decode(self.contexts[-1])))
         return Completion(

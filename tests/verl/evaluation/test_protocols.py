@@ -249,7 +249,7 @@ async def test_a_sample_of_the_seven_sets_is_evaluated_under_a_protocol(tmp_path
     open_folder(folder, settings | {"protocol": protocol}, resume=True)
     writer = ResultWriter(folder, decode=decode)
     outcome = make_outcome(config, decode=decode)
-    await play(config, FakeAgent(), questions, outcome=outcome, writer=writer)
+    await play(config, FakeAgent(), questions, max_concurrent=9, outcome=outcome, writer=writer)
     writer.sort([(question.uid, 0) for question in questions])
     writer.close()
     golds = [{"id": question.uid, "contents": f"T\n{question.golds[0]}"} for question in questions]

@@ -1,9 +1,11 @@
-"""Routing, deadlines and the version handshake of the engine pool."""
+"""Routing of episodes, the version of their weights, and replicas that hang or die."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,107 +13,154 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.agents import make_agent
+from tests.fakes import CharTokenizer, ScriptedSearch, make_question
 from verl.errors import ConfigError, RolloutError
+from verl.protocols import Agent, Generate
 from verl.rollout import pool
+from verl.rollout.collector import Collector
+from verl.rollout.host import RolloutWorker
 from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import RolloutConfig
-from verl.types import Completion, Finish, IntArray, Sampling
-from verl.utils.actors import ActorError, make_launcher
+from verl.types import Completion, Finish, FloatArray, IntArray, Question, Sampling, Trajectory
+from verl.utils.actors import Actor, ActorError, LocalLauncher
 
-SAMPLING = Sampling(temperature=1.0, max_tokens=4, stop=(), seed=0)
-PROMPT = np.array([1, 2], np.int32)
+QUESTIONS = [make_question(f"nq/test/{k}") for k in range(4)]
 
 
 @dataclass(slots=True)
-class FakeEngineActor:
-    """An engine that says which weights it has; `delay_s` before every completion, `error` instead of one."""
+class FakeEngine:
+    """Writes an answer, `delay_s` later; remembers what it was asked, and how it ended."""
 
-    version: int = 0
     delay_s: float = 0.0
-    error: Exception | None = None
-    prompts: list[list[int]] = field(default_factory=list)
+    weights: int = 0
+    prompts: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
+        self.prompts.append(CharTokenizer().decode(prompt_ids.tolist()))
+        await asyncio.sleep(self.delay_s)
+        ids = np.array(CharTokenizer().encode("<answer>Bolton</answer>"), np.int32)
+        log_probs = np.zeros(len(ids), np.float32)
+        return Completion(ids=ids, log_probs=log_probs, finish=Finish.STOP, version=self.weights)
+
+    async def version(self) -> int:
+        return self.weights
+
+    async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
+        return np.zeros(len(ids), np.float32)
+
+    async def load_weights(self, folder: str, version: int) -> None:
+        self.weights = version
+
+    async def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    async def wake(self) -> None:
+        self.calls.append("wake")
+
+    async def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+@dataclass(slots=True)
+class SilentActor:
+    """Answers no call."""
+
     calls: list[str] = field(default_factory=list)
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
         self.calls.append(method)
-        return await getattr(self, method)(*args, **kwargs)
+        await asyncio.Event().wait()
 
     def kill(self) -> None:
         self.calls.append("kill")
 
-    async def generate(self, prompt_ids: IntArray, sampling: Sampling, *, timeout_s: float) -> Completion:
-        self.prompts.append(prompt_ids.tolist())
-        await asyncio.sleep(self.delay_s)
-        if self.error is not None:
-            raise self.error
-        return Completion(
-            ids=np.array([3], np.int32),
-            log_probs=np.zeros(1, np.float32),
-            finish=Finish.STOP,
-            version=self.version,
-        )
 
-    async def load_weights(self, folder: str, version: int) -> None:
-        self.version = version
+def launch(engine: FakeEngine, *, search: ScriptedSearch | None = None) -> Actor:
+    """Return a replica around this engine, whose tools are closed where they were opened."""
+    tools = search or ScriptedSearch()
 
-    async def score(self, ids: IntArray) -> np.ndarray:
-        return np.zeros(len(ids), np.float32)
+    @asynccontextmanager
+    async def open_agent(generate: Generate) -> AsyncIterator[Agent]:
+        yield make_agent(generate, tools, tokenizer=CharTokenizer())
+        await tools.aclose()
 
-    async def shutdown(self) -> None:
-        if self.error is not None:
-            raise self.error
+    kwargs: dict[str, object] = {"engine": lambda: engine, "open_agent": open_agent}
+    return LocalLauncher().launch(RolloutWorker, kwargs=kwargs, name="engine", max_concurrency=100)
 
 
-def make_pool(*engines: FakeEngineActor, timeout_s: float = 5.0) -> EnginePool:
-    return EnginePool(engines, request_timeout_s=timeout_s)
+def make_pool(*replicas: Actor, timeout_s: float = 60.0, colocated: bool = False) -> EnginePool:
+    return EnginePool(replicas, max_concurrent=100, request_timeout_s=timeout_s, colocated=colocated)
 
 
-async def test_a_session_stays_on_its_replica_and_sessions_spread() -> None:
-    engines = [FakeEngineActor(delay_s=0.001) for _ in range(2)]
-    engine_pool = make_pool(*engines)
-    for _ in range(2):
-        await asyncio.gather(
-            *(
-                engine_pool.generate(np.array([group], np.int32), sampling=SAMPLING, session=f"nq/{group}")
-                for group in range(4)
-                for _ in range(3)
-            )
-        )
-    groups = [{prompt[0] for prompt in engine.prompts} for engine in engines]
-    assert groups[0] | groups[1] == {0, 1, 2, 3}
-    assert not groups[0] & groups[1]
-    assert len(groups[0]) == 2
+async def play(engine_pool: EnginePool, question: Question = QUESTIONS[0]) -> Trajectory:
+    return await engine_pool.run(question, sample=0, seed=1, greedy=False)
 
 
-async def test_a_completion_from_other_weights_is_refused_by_both_versions() -> None:
-    engine = FakeEngineActor(version=4)
-    engine_pool = make_pool(engine)
+async def test_a_group_stays_on_its_replica_and_groups_spread() -> None:
+    engines = [FakeEngine(delay_s=0.001) for _ in range(2)]
+    engine_pool = make_pool(*map(launch, engines))
+    await engine_pool.wait_until_ready()
+    collector = Collector(engine_pool, n=3, max_concurrent=100, max_failure_share=0, seed=0)
+    for step in (1, 2):
+        groups = await collector.collect(QUESTIONS, step=step)
+        assert [t.answer for group in groups for t in group.trajectories] == ["Bolton"] * 12
+    first, second = ({*engine.prompts} for engine in engines)
+    assert len(first) == len(second) == 2
+    assert len(first | second) == 4
+
+
+async def test_an_episode_of_other_weights_is_refused_by_both_versions() -> None:
+    engines = [FakeEngine(weights=4), FakeEngine(weights=4)]
+    engine_pool = make_pool(*map(launch, engines))
+    await engine_pool.wait_until_ready()
     engine_pool.expect_version(4)
-    assert (await engine_pool.generate(PROMPT, sampling=SAMPLING, session="s")).version == 4
+    assert (await play(engine_pool)).turns[0].version == 4
     engine_pool.expect_version(5)
-    with pytest.raises(RolloutError, match="version 4, expected version 5"):
-        await engine_pool.generate(PROMPT, sampling=SAMPLING, session="s")
+    with pytest.raises(RolloutError, match="engine-0 sampled from weights of version 4, expected version 5"):
+        await play(engine_pool)
     for receiver in engine_pool.receivers:
         await receiver.load_weights("/folder", 5)
-    assert (await engine_pool.generate(PROMPT, sampling=SAMPLING, session="s")).version == 5
+        assert not (await receiver.score([1, 2])).any()
+    assert [engine.weights for engine in engines] == [5, 5]
+    assert (await play(engine_pool)).turns[0].version == 5
 
 
-async def test_a_late_completion_is_a_rollout_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_GRACE_S", 0.0)
-    with pytest.raises(RolloutError, match=r"engine-0 gave no completion within 0.01 s .*request_timeout_s"):
-        await make_pool(FakeEngineActor(delay_s=5.0), timeout_s=0.01).generate(
-            PROMPT, sampling=SAMPLING, session="s"
-        )
+async def test_a_long_episode_is_waited_for_but_not_a_replica_that_hangs() -> None:
+    slow = make_pool(launch(FakeEngine(delay_s=0.1)), timeout_s=0.02)
+    await slow.wait_until_ready()
+    assert (await play(slow)).answer == "Bolton"
+    hanging = make_pool(SilentActor(), timeout_s=0.02)
+    with pytest.raises(RolloutError, match=r"engine-0 hangs: .* within 0.02 s .*request_timeout_s"):
+        await play(hanging)
+    collector = Collector(hanging, n=1, max_concurrent=9, max_failure_share=1, seed=0)
+    (group,) = await collector.collect(QUESTIONS[:1], step=1)
+    assert str(group.trajectories[0].failure).startswith("generation_failed: engine-0 hangs")
 
 
-async def test_a_dead_engine_is_a_rollout_error_and_does_not_stop_the_shutdown() -> None:
-    dead, alive = FakeEngineActor(error=ActorError("it died")), FakeEngineActor()
+async def test_a_replica_that_died_ends_the_step_and_does_not_stop_the_shutdown() -> None:
+    engines, search = [FakeEngine(), FakeEngine()], ScriptedSearch()
+    dead, alive = launch(engines[0]), launch(engines[1], search=search)
     engine_pool = make_pool(dead, alive)
-    with pytest.raises(RolloutError, match="engine-0 is gone: it died"):
-        await engine_pool.generate(PROMPT, sampling=SAMPLING, session="s")
+    await engine_pool.wait_until_ready()
+    dead.kill()
+    collector = Collector(engine_pool, n=2, max_concurrent=9, max_failure_share=1, seed=0)
+    with pytest.raises(ActorError, match="'engine' was killed"):
+        await collector.collect(QUESTIONS, step=1)
     await engine_pool.shutdown()
-    assert dead.calls[-2:] == alive.calls[-2:] == ["shutdown", "kill"]
+    assert (search.num_closes, engines[1].calls) == (1, ["shutdown"])
+    with pytest.raises(ActorError, match="was killed"):
+        await alive.call("open")
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+async def test_only_colocated_replicas_sleep(*, colocated: bool) -> None:
+    engine = FakeEngine()
+    async with make_pool(launch(engine), colocated=colocated).asleep():
+        assert engine.calls == (["sleep"] if colocated else [])
+    assert engine.calls == (["sleep", "wake"] if colocated else [])
 
 
 class StuckEngine:
@@ -129,13 +178,13 @@ async def test_an_engine_that_hangs_in_its_constructor_does_not_hang_the_shutdow
 ) -> None:
     monkeypatch.setattr(pool, "_SHUTDOWN_TIMEOUT_S", 0.1)
     released = threading.Event()
-    launcher = make_launcher("local")
+    launcher = LocalLauncher()
     stuck = launcher.launch(StuckEngine, kwargs={"released": released}, name="engine-0")
-    healthy = FakeEngineActor()
+    healthy = FakeEngine()
     try:
         async with asyncio.timeout(200):
-            await EnginePool([stuck, healthy], request_timeout_s=5.0).shutdown()
-        assert healthy.calls == ["shutdown", "kill"]
+            await make_pool(stuck, launch(healthy)).shutdown()
+        assert healthy.calls == ["shutdown"]
         with pytest.raises(ActorError, match="was killed"):
             await stuck.call("shutdown")
     finally:

@@ -88,9 +88,13 @@ def loop() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="module")
-def engine(models: tuple[Path, Path], loop: asyncio.Runner) -> Iterator[VllmEngine]:
+def config() -> RolloutConfig:
+    return RolloutConfig(cpu_kv_cache_gib=0.05)
+
+
+@pytest.fixture(scope="module")
+def engine(config: RolloutConfig, models: tuple[Path, Path], loop: asyncio.Runner) -> Iterator[VllmEngine]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    config = RolloutConfig(cpu_kv_cache_gib=0.05)
     engine = VllmEngine(config, model_path=str(models[0]), max_model_len=256, dtype="float32", num_threads=1)
     children = psutil.Process().children(recursive=True)
     cores = [child for child in children if child.pid not in before and "EngineCore" in child.name()]
@@ -139,7 +143,7 @@ def test_log_probs_are_those_of_transformers_under_the_temperature(
     engine: VllmEngine, models: tuple[Path, Path], loop: asyncio.Runner
 ) -> None:
     for prompt in make_prompts(4):
-        completion = loop.run(engine.generate(prompt, SAMPLING))
+        completion = loop.run(engine.generate(prompt, sampling=SAMPLING))
         ids = np.concatenate([prompt, completion.ids])
         expected = transformers_log_probs(models[0], ids, temperature=0.7)[len(prompt) :]
         assert np.abs(completion.log_probs - expected).max() < 1e-4
@@ -152,15 +156,15 @@ def test_a_seed_gives_the_same_ids_alone_and_together(engine: VllmEngine, loop: 
 
     async def sample_all() -> list[Completion]:
         return await asyncio.gather(
-            *(engine.generate(prompt, replace(SAMPLING, seed=k)) for k, prompt in enumerate(prompts))
+            *(engine.generate(prompt, sampling=replace(SAMPLING, seed=k)) for k, prompt in enumerate(prompts))
         )
 
     together = loop.run(sample_all())
     for k in (0, 7, 39):
-        alone = loop.run(engine.generate(prompts[k], replace(SAMPLING, seed=k)))
+        alone = loop.run(engine.generate(prompts[k], sampling=replace(SAMPLING, seed=k)))
         assert np.array_equal(alone.ids, together[k].ids)
         assert np.abs(alone.log_probs - together[k].log_probs).max() < 1e-4
-    other = loop.run(engine.generate(prompts[0], replace(SAMPLING, seed=1000)))
+    other = loop.run(engine.generate(prompts[0], sampling=replace(SAMPLING, seed=1000)))
     assert not np.array_equal(other.ids, together[0].ids)
 
 
@@ -171,7 +175,9 @@ def test_the_checkpoints_generation_config_does_not_truncate_sampling(
 
     async def first_tokens() -> list[Completion]:
         hot = replace(SAMPLING, temperature=1.0, max_tokens=1)
-        return await asyncio.gather(*(engine.generate(prompt, replace(hot, seed=k)) for k in range(60)))
+        return await asyncio.gather(
+            *(engine.generate(prompt, sampling=replace(hot, seed=k)) for k in range(60))
+        )
 
     assert len({int(completion.ids[0]) for completion in loop.run(first_tokens())}) > 2
 
@@ -184,17 +190,19 @@ def test_a_completion_ends_with_its_stop_string_or_the_token_that_ends_a_turn(
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     prompt = make_prompts(1)[0]
     greedy = replace(SAMPLING, temperature=0.0, stop=())
-    whole = loop.run(engine.generate(prompt, greedy)).ids
+    whole = loop.run(engine.generate(prompt, sampling=greedy)).ids
     texts = (tokenizer.decode(whole[k : k + 2]) for k in range(2, 20))
     stop = next(text for text in texts if "\ufffd" not in text and text.strip())
-    stopped = loop.run(engine.generate(prompt, replace(greedy, stop=(stop,))))
+    stopped = loop.run(engine.generate(prompt, sampling=replace(greedy, stop=(stop,))))
     assert stopped.finish is Finish.STOP
     assert tokenizer.decode(stopped.ids).endswith(stop)
     assert np.array_equal(stopped.ids, whole[: len(stopped.ids)])
 
     async def sample() -> list[Completion]:
         wild = replace(SAMPLING, temperature=2.0, max_tokens=100, stop=())
-        return await asyncio.gather(*(engine.generate(prompt, replace(wild, seed=k)) for k in range(60)))
+        return await asyncio.gather(
+            *(engine.generate(prompt, sampling=replace(wild, seed=k)) for k in range(60))
+        )
 
     eos, completions = tokenizer.eos_token_id, loop.run(sample())
     ended = [completion for completion in completions if eos in completion.ids]
@@ -205,13 +213,14 @@ def test_a_completion_ends_with_its_stop_string_or_the_token_that_ends_a_turn(
 
 
 def test_requests_end_at_their_deadline_and_too_long_ones_at_once(
-    engine: VllmEngine, loop: asyncio.Runner
+    config: RolloutConfig, engine: VllmEngine, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = make_prompts(1)[0]
-    with pytest.raises(RolloutError, match=r"within 0\.001 s"):
-        loop.run(engine.generate(prompt, replace(SAMPLING, max_tokens=100), timeout_s=0.001))
     with pytest.raises(RolloutError, match="max_model_len of 256"):
-        loop.run(engine.generate(prompt, replace(SAMPLING, max_tokens=500)))
+        loop.run(engine.generate(prompt, sampling=replace(SAMPLING, max_tokens=500)))
+    monkeypatch.setattr(config, "request_timeout_s", 0.001)
+    with pytest.raises(RolloutError, match=r"within 0\.001 s .*request_timeout_s"):
+        loop.run(engine.generate(prompt, sampling=replace(SAMPLING, max_tokens=100)))
 
 
 def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
@@ -220,7 +229,7 @@ def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
     prompt = make_prompts(1)[0]
 
     async def load_while_running() -> None:
-        request = asyncio.create_task(engine.generate(prompt, SAMPLING))
+        request = asyncio.create_task(engine.generate(prompt, sampling=SAMPLING))
         await asyncio.sleep(0)
         with pytest.raises(WeightSyncError, match="1 requests still run"):
             await engine.load_weights(str(models[1]), 5)
@@ -229,11 +238,11 @@ def test_new_weights_are_taken_over_in_place_but_not_under_running_requests(
     loop.run(load_while_running())
     with pytest.raises(WeightSyncError, match=r"no \*\.safetensors"):
         loop.run(engine.load_weights(str(models[1] / "none"), 5))
-    before = loop.run(engine.generate(prompt, SAMPLING))
+    before = loop.run(engine.generate(prompt, sampling=SAMPLING))
     loop.run(engine.load_weights(str(models[1]), 5))
-    after = loop.run(engine.generate(prompt, SAMPLING))
+    after = loop.run(engine.generate(prompt, sampling=SAMPLING))
     assert (before.version, after.version, loop.run(engine.version())) == (0, 5, 5)
     for seen in (prompt, np.concatenate([prompt, before.ids])):
         assert np.abs(loop.run(engine.score(seen)) - transformers_log_probs(models[1], seen)).max() < 1e-4
     loop.run(engine.load_weights(str(models[0]), 6))
-    assert np.array_equal(loop.run(engine.generate(prompt, SAMPLING)).ids, before.ids)
+    assert np.array_equal(loop.run(engine.generate(prompt, sampling=SAMPLING)).ids, before.ids)

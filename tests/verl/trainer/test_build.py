@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from serving.http import MAX_CONNECTIONS
 from tests.fakes import (
     CharTokenizer,
     FakeGainService,
@@ -39,7 +41,7 @@ from verl.run.manifest import MANIFEST_FILE, make_manifest, write_manifest
 from verl.trainer.build import build, load_data, make_reward, make_services
 from verl.trainer.config.schema import AgentConfig, Config, RewardConfig
 from verl.trainer.launch import Models
-from verl.trainer.wiring import connect_services, make_format, make_tools, open_search
+from verl.trainer.wiring import connect_services, make_format, make_resources, make_tools
 from verl.types import Gain, Group, Message
 from verl.utils.reward_score.IG_client import GainRequest
 
@@ -62,10 +64,6 @@ def make_config(retriever: ScriptedServer, service: ScriptedServer | FakeGainSer
     return config
 
 
-def resources(config: Config) -> ToolResources:
-    return ToolResources(open_search=lambda: open_search(config.retriever))
-
-
 async def test_the_token_reaches_the_service_and_no_file_or_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,7 +76,7 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     )
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
-        tools = make_tools(config, resources(config))
+        tools = make_tools(config, make_resources(config))
         gains, services = await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
         assert gains is not None
         await gains.submit(REQUEST)
@@ -96,12 +94,23 @@ async def test_the_token_reaches_the_service_and_no_file_or_log(
     assert RETRIEVER_TOKEN not in written
 
 
+async def test_the_clients_of_all_engines_open_no_more_connections_than_one() -> None:
+    server = ScriptedServer([Reply(FOUND_NOTHING.body, delay_s=0.05)])
+    async with server.running():
+        config = Config()
+        config.retriever.url = server.url
+        search = make_resources(config, num_replicas=MAX_CONNECTIONS).open_search()
+        await asyncio.gather(*(search.search("q") for _ in range(2)))
+        await search.aclose()
+    assert server.arrivals[1] - server.arrivals[0] >= 0.05
+
+
 async def test_a_wrong_token_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IG_TOKEN", TOKEN)
     retriever, service = ScriptedServer([FOUND_NOTHING]), ScriptedServer([Reply("{}", 401)])
     async with retriever.running(), service.running(), AsyncExitStack() as stack:
         config = make_config(retriever, service)
-        tools = make_tools(config, resources(config))
+        tools = make_tools(config, make_resources(config))
         with pytest.raises(ServiceError, match=r"401.*not its token") as caught:
             await connect_services(config, stack, tools=tools, needs=InfoReasoner.needs)
     assert TOKEN not in str(caught.value)
@@ -113,7 +122,7 @@ async def test_entailment_is_required_of_the_ig_service_where_the_method_needs_i
     published = ScriptedServer([NO_ITEMS, HEALTHY, Reply("", 404)])
     async with retriever.running(), judging.running(), published.running(), AsyncExitStack() as stack:
         config = make_config(retriever, judging)
-        tools = make_tools(config, resources(config))
+        tools = make_tools(config, make_resources(config))
         client, services = await connect_services(config, stack, tools=tools, needs=SIOP.needs)
         assert client is not None
         assert "ig_service" in services

@@ -31,20 +31,20 @@ QUESTIONS = [
 UIDS = [question.uid for question in QUESTIONS]
 
 
-def make_config(*, n: int = 1, max_concurrent: int = 512) -> Config:
-    config = Config(
+def make_config(*, n: int = 1) -> Config:
+    return Config(
         reward=RewardConfig(outcome="em"),
         evaluation=EvaluationConfig(n=n, temperature=0.0 if n == 1 else 1.0, seed=5),
     )
-    config.trainer.max_concurrent_episodes = max_concurrent
-    return config
 
 
-async def evaluate(folder: Path, agent: FakeAgent, config: Config) -> dict[str, object]:
+async def evaluate(
+    folder: Path, agent: FakeAgent, config: Config, *, max_concurrent: int = 512
+) -> dict[str, object]:
     writer = ResultWriter(folder, decode=decode)
     try:
         outcome = make_outcome(config, decode=decode)
-        await play(config, agent, QUESTIONS, outcome=outcome, writer=writer)
+        await play(config, agent, QUESTIONS, max_concurrent=max_concurrent, outcome=outcome, writer=writer)
         writer.sort(keys(config.evaluation.n))
     finally:
         writer.close()
@@ -75,7 +75,7 @@ async def test_an_interrupted_evaluation_goes_on_to_the_result_of_an_unbroken_on
     unbroken, again = FakeAgent(), FakeAgent()
     await evaluate(tmp_path / "unbroken", unbroken, config)
     first = await interrupt(tmp_path / "broken", config)
-    await evaluate(tmp_path / "broken", again, make_config(n=n, max_concurrent=2))
+    await evaluate(tmp_path / "broken", again, config, max_concurrent=2)
     assert sorted([*first.finished, *again.finished]) == sorted(UIDS * n)
     # Each question and sample has its seed, whenever and beside whatever it is asked.
     assert {*again.asked} < {*unbroken.asked}
@@ -103,7 +103,7 @@ async def test_a_failure_is_named_and_counted_and_asked_again_by_the_next_start(
 async def test_too_many_failures_end_it_and_what_was_answered_is_kept(tmp_path: Path) -> None:
     agent = FakeAgent(failures=dict.fromkeys(UIDS[4:], "search_failed: no answer"))
     with pytest.raises(TrainingHaltedError, match=r"2 of 8 episodes failed .* 20%\): 2 x search_failed"):
-        await evaluate(tmp_path, agent, make_config(max_concurrent=1))
+        await evaluate(tmp_path, agent, make_config(), max_concurrent=1)
     again = FakeAgent()
     await evaluate(tmp_path, again, make_config())
     assert [uid for uid, *_ in again.asked] == UIDS[4:]

@@ -56,7 +56,6 @@ class PythonTool(Tool):
 
     def __init__(self, settings: PythonConfig, *, texts: Mapping[str, str], resources: ToolResources) -> None:
         """Start nothing: `connect` does."""
-        del resources
         self._settings = settings
         limits = SandboxLimits(
             timeout_s=settings.timeout_s,
@@ -66,7 +65,8 @@ class PythonTool(Tool):
             max_output_bytes=settings.max_output_bytes,
         )
         self._sandbox = Sandbox(limits)
-        num_threads = settings.max_concurrent or len(os.sched_getaffinity(0))
+        most = settings.max_concurrent or len(os.sched_getaffinity(0))
+        num_threads = max(1, most // resources.num_replicas)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="python-tool")
         self._notes = {
             Ending.OUT_OF_TIME: texts["out_of_time"].format(limit=f"{settings.timeout_s:g} s"),

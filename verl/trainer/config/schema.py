@@ -159,6 +159,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = setting(0.5, lambda value: 0 < value < 1, "in (0, 1)")
     cpu_kv_cache_gib: float = positive(0.25)
     max_num_seqs: int = positive(256)
+    max_num_batched_tokens: int | None = positive(None)
     enforce_eager: bool = False
     free_cache_engine: bool = True
     request_timeout_s: float = positive(120.0)
@@ -301,7 +302,8 @@ class TrainerConfig:
     experiment_name: str = path_name("grpo")
     default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
     resume_mode: str = one_of("auto", "disable")
-    max_concurrent_episodes: int = positive(512)
+    max_concurrent_episodes: int | None = positive(None)
+    """Over all engines; None: as many as they decode at once."""
     startup_timeout_s: float = positive(600.0)
     service_wait_s: float = positive(10.0)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)

@@ -34,6 +34,7 @@ def _check_episodes(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, tr
         *_check_agent(config, trains=trains),
         *_check_model(config),
         *_check_devices(config, num_gpus),
+        *_check_batch(config, device=resolve_device(config, num_gpus=num_gpus)),
         *_check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16),
     ]
 
@@ -118,15 +119,18 @@ def _check_model(config: Config) -> list[str]:
     try:
         if find_local_model(path) is None:
             return []  # a hub id: whether it can be downloaded shows when it is loaded
-        limit = read_model_config(path).get("max_position_embeddings")
+        model = read_model_config(path)
     except ModelNotFoundError as error:
         return [f"actor_rollout_ref.model.path={error}"]
+    num_heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
+    problems = check_heads(config, num_heads=num_heads) if isinstance(num_heads, int) else []
+    limit = model.get("max_position_embeddings")
     if isinstance(limit, int) and config.data.max_model_len > limit:
-        return [
+        problems.append(
             f"data.max_prompt_length + data.max_response_length = {config.data.max_model_len} exceeds "
             f"the model's {limit} positions ({path}/config.json); lower one of them"
-        ]
-    return []
+        )
+    return problems
 
 
 def _check_devices(config: Config, num_gpus: int) -> list[str]:
@@ -167,6 +171,32 @@ def check_engine_size(config: Config) -> list[str]:
     return [
         f"trainer.n_gpus_per_node={wanted} is no multiple of "
         f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}"
+    ]
+
+
+def check_heads(config: Config, *, num_heads: int) -> list[str]:
+    """Return what is wrong with dividing a model of so many key-value heads among the GPUs of an engine."""
+    parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    if num_heads % parallel == 0:
+        return []
+    return [
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel} does not divide the {num_heads} "
+        f"key-value heads of {config.actor_rollout_ref.model.path}, so that GPUs would hold copies of them; "
+        f"use a divisor of {num_heads}, the smallest with which the model fits: more engines are faster"
+    ]
+
+
+def _check_batch(config: Config, *, device: str) -> list[str]:
+    """Return what vLLM would refuse minutes later."""
+    rollout, data = config.actor_rollout_ref.rollout, config.data
+    # On the CPU prompts are not read in pieces: a batch has room for the longest one.
+    least = max(rollout.max_num_seqs, data.max_model_len if device == "cpu" else 0)
+    if rollout.max_num_batched_tokens is None or rollout.max_num_batched_tokens >= least:
+        return []
+    return [
+        f"actor_rollout_ref.rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: expected at "
+        f"least {least}, the largest of rollout.max_num_seqs and, on the CPU, data.max_prompt_length + "
+        "data.max_response_length; raise it, or leave it null"
     ]
 
 

@@ -57,8 +57,10 @@ COMPUTED_UPDATE = 0.97
 COMPUTED_LOG_PROBS = 0.9
 """Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
 waiting for it adds, prompts that a group shares save (scripts/scale/packing.py, 8 ranks)."""
-DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.007, 0.0014
-"""Of the trainer's one thread per episode and per completion (measured on a CPU)."""
+DRIVER_EPISODE_S = 0.0012
+"""Of the trainer's one thread (measured on a CPU: 0.9 ms, and what methods prefetch)."""
+AGENT_COMPLETION_S = 0.002
+"""Of the thread of an engine's agents, with its calls of the engine and of tools (measured on a CPU)."""
 CPU_SEARCHES_PER_S = 1000.0
 """ivf_pq over 21 million passages on the CPUs of a GPU node: 63 MB of codes per query (computed)."""
 GPU_SEARCHES_PER_S = 4000.0

@@ -8,7 +8,7 @@ import os
 
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
-from verl.trainer.config.validate import check_engine_size
+from verl.trainer.config.validate import check_engine_size, check_heads
 from verl.trainer.plan.assumptions import GB
 from verl.trainer.plan.check import plan_run
 from verl.trainer.plan.gpus import KNOWN, Gpu, MeasuredGpu, find_gpu, measure_gpus
@@ -29,7 +29,8 @@ def show_plan(config: Config) -> None:
             "plan=true plans GPUs, and trainer.device=cpu has none: on CPUs a run takes little beside the "
             "libraries of its processes (the quickstart: 6 to 7 GB in all); set trainer.device=cuda"
         )
-    if problems := check_engine_size(config):
+    shape = read_shape(config.actor_rollout_ref.model.path)
+    if problems := [*check_engine_size(config), *check_heads(config, num_heads=shape.kv_heads)]:
         raise ConfigError("; ".join(problems))
     machine = measure_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
     gpu = _choose_gpu(config, machine)
@@ -40,7 +41,7 @@ def show_plan(config: Config) -> None:
         )
     # On another machine nothing runs yet.
     used = machine if config.placement.gpu is None else ()
-    plan, problem = plan_run(config, read_shape(config.actor_rollout_ref.model.path), gpu, machine=used)
+    plan, problem = plan_run(config, shape, gpu, machine=used)
     print_plan(plan)
     print(json.dumps(plan_record(plan)), flush=True)  # noqa: T201 (for the program that started this one)
     if problem is not None:
@@ -63,6 +64,8 @@ def check_memory(config: Config, *, model_path: str) -> None:
     except UnknownShapeError as error:
         logger.warning("memory is not planned: %s", error)
         return
+    if problems := check_heads(config, num_heads=shape.kv_heads):
+        raise ConfigError("; ".join(problems))
     plan, problem = plan_run(config, shape, gpu, machine=machine)
     if problem is not None:
         raise ConfigError(f"{problem}; the whole plan: plan=true")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from verl.trainer.plan.assumptions import (
+    AGENT_COMPLETION_S,
     BANDWIDTH_SHARE,
     COMPUTED_LOG_PROBS,
     COMPUTED_UPDATE,
     CPU_SEARCHES_PER_S,
-    DRIVER_COMPLETION_S,
     DRIVER_EPISODE_S,
     ENGINE_STEP_S,
     FILE_BYTES_PER_S,
@@ -53,7 +53,7 @@ def list_stages(setup: Setup) -> list[Stage]:
     """
     if setup.gpu.flops is None or setup.gpu.bandwidth is None or not setup.trains:
         return []
-    rollout = [_engines(setup), _driver(setup), _retrieval(setup)]
+    rollout = [_engines(setup), _agents(setup), _driver(setup), _retrieval(setup)]
     rollout_s = sum(stage.seconds or 0.0 for stage in rollout)
     reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
     reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_log_probs else []
@@ -141,11 +141,16 @@ def _engines(setup: Setup) -> Stage:
     )
 
 
+def _agents(setup: Setup) -> Stage:
+    """Return the work of the agents, each in the process of its engine."""
+    completions = setup.episodes.count * (setup.episodes.searches + 1)
+    seconds = completions * AGENT_COMPLETION_S / setup.replicas
+    return Stage(phase=Phase.ROLLOUT, name="agents", seconds=seconds)
+
+
 def _driver(setup: Setup) -> Stage:
     """Return the work of the trainer's own thread on episodes."""
-    episodes = setup.episodes
-    per_episode = DRIVER_EPISODE_S + DRIVER_COMPLETION_S * (episodes.searches + 1)
-    return Stage(phase=Phase.ROLLOUT, name="driver", seconds=episodes.count * per_episode)
+    return Stage(phase=Phase.ROLLOUT, name="driver", seconds=setup.episodes.count * DRIVER_EPISODE_S)
 
 
 def _retrieval(setup: Setup) -> Stage:

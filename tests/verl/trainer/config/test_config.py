@@ -257,6 +257,19 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tensor_model_parallel_size", 3, r"does not divide the 4 key-value heads of world/models/policy"),
+        ("max_num_batched_tokens", 300, r"max_num_batched_tokens=300: expected at least 1120, the largest"),
+    ],
+)
+def test_engines_that_vllm_would_refuse_or_run_badly_are_refused(key: str, value: int, message: str) -> None:
+    config = composed([f"actor_rollout_ref.rollout.{key}={value}", "trainer.device=cpu"])
+    with pytest.raises(ConfigError, match=message):
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["algorithm=ig_search"], "autorefine"),
