@@ -63,8 +63,9 @@ def attend_by_sdpa(
 ) -> tuple[Tensor, None]:
     """Return the attention of queries [1, heads, T, D] as [1, T, heads, D]. Raises ValueError."""
     _check(module, settings, blocks=blocks)
-    num_groups = query.shape[1] // key.shape[1]
-    key, value = (blocks.gather(x).repeat_interleave(num_groups, 1) for x in (key, value))
+    key, value = blocks.gather(key), blocks.gather(value)
+    if (num_queries := query.shape[1] // key.shape[1]) > 1:  # query heads for each of keys
+        key, value = (x.repeat_interleave(num_queries, 1) for x in (key, value))
     parts = [
         scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         for q, k, v, mask in zip(

@@ -7,6 +7,7 @@ tokens, and logits are computed for those only, one chunk at a time.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
     from transformers import PretrainedConfig, PreTrainedModel
 
 KEY = "actor_rollout_ref.model"
+_TRANSFORMERS = threading.RLock()
 # Settings that change logits after the LM head, where `PolicyNetwork` computes them itself.
 _UNSUPPORTED_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 # Names of our attention in transformers, which would look for a package if one contained "flash".
@@ -56,9 +58,9 @@ def packs_rows(config: ModelConfig) -> bool:
     A model with sliding windows, or with layers that carry a state from token to token, computes each
     trajectory in a forward pass of its own, with the attention that Transformers defines for it.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     with naming_model(config.path):
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
         settings = read_config(resolve_model_folder(config.path))
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
         takes_attention = model_class._supports_attention_backend and not model_class._is_stateful
@@ -92,18 +94,24 @@ def _attends_to_all(settings: Mapping[str, object]) -> bool:
 
 def choose_packed_attention(config: ModelConfig, *, device: str) -> str | None:
     """Return the name of our attention, which Transformers then knows; None where a model defines its own."""
-    from transformers import AttentionInterface
+    with naming_model(config.path):
+        from transformers import AttentionInterface
 
-    AttentionInterface.register(_PACKED_ATTENTION["sdpa"], attend_by_sdpa)
-    AttentionInterface.register(_PACKED_ATTENTION["flash_attention_2"], attend_by_flash)
+        AttentionInterface.register(_PACKED_ATTENTION["sdpa"], attend_by_sdpa)
+        AttentionInterface.register(_PACKED_ATTENTION["flash_attention_2"], attend_by_flash)
     return _PACKED_ATTENTION[_choose_attention(config, device=device)] if packs_rows(config) else None
 
 
 @contextlib.contextmanager
 def naming_model(path: str | Path) -> Iterator[None]:
-    """Raise ConfigError for every exception of the libraries: the errors of damaged files share no class."""
+    """Raise ConfigError for every exception of the libraries: the errors of damaged files share no class.
+
+    One thread at a time (trainer.launcher=local has several): transformers imports its parts when they are
+    first used, and patches the process while it builds a model.
+    """
     try:
-        yield
+        with _TRANSFORMERS:
+            yield
     except Exception as error:
         raise ConfigError(
             f"{KEY}.path={path} cannot be loaded as a causal language model ({type(error).__name__}: "

@@ -11,7 +11,6 @@ import json
 import logging
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,8 +39,6 @@ if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
-# transformers patches the process while it builds a model, so threads (trainer.launcher=local) need a lock.
-_BUILDING = threading.Lock()
 # Files that a tokenizer or a generation reads; copied, because saving a loaded tokenizer can change its ids.
 _COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -69,9 +66,9 @@ def build_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrai
 
 
 def _build(folder: Path, *, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    with naming_model(folder), torch.device("meta"):
+        from transformers import AutoModelForCausalLM
 
-    with _BUILDING, naming_model(folder), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             read_config(folder), dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
