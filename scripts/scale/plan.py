@@ -107,7 +107,8 @@ def planned_memory(plan: Plan) -> dict[str, float]:
 def planned_seconds(plan: Plan) -> dict[str, float]:
     """Return the seconds of the stages that were audited."""
     seconds = {stage.name: stage.seconds or 0.0 for stage in plan.stages}
-    seconds["log_probs"] = seconds.pop("old_log_probs") + seconds.pop("reference_log_probs")
+    seconds["log_probs"] = seconds["old_log_probs"] + seconds["reference_log_probs"]
+    seconds["driver"] += seconds["agents"]  # which ran on the driver's thread when it was audited
     return {name: seconds[name] for name in AUDITED_SECONDS}
 
 

@@ -22,7 +22,8 @@ ENGINE_BYTES = 1.5 * GB
 ENGINE_TOKENS = 8192
 ENGINE_INTERMEDIATES = 2.0
 ENGINE_HIDDENS = 4.0
-"""Tokens that an engine computes at once, and their activations in one layer, in units of its sizes."""
+"""Tokens that an engine computes at once unless `rollout.max_num_batched_tokens` says how many, and their
+activations in one layer, in units of its sizes."""
 ENTAILMENT_BYTES = 3.75 * GB
 """Of the IG service beside its engine: deberta-v2-xlarge in bfloat16 (1.8), its activations, a context."""
 RETRIEVER_BYTES = 1.7 * GB

@@ -86,6 +86,8 @@ class Setup:
     engine_gpus: int
     """GPUs of one engine."""
     engine_share: float
+    engine_tokens: int
+    """Tokens that an engine computes at once."""
     max_num_seqs: int
     max_concurrent: int | None
     """Episodes at a time over all engines; None: as many as the engines take."""
@@ -128,7 +130,7 @@ class Setup:
         """Of one engine's key-value cache, per GPU; negative where the weights alone are too large."""
         shape = self.shape
         sizes = ENGINE_INTERMEDIATES * shape.intermediate / self.engine_gpus + ENGINE_HIDDENS * shape.hidden
-        others = ENGINE_BYTES + ENGINE_TOKENS * self.number_bytes * sizes
+        others = ENGINE_BYTES + self.engine_tokens * self.number_bytes * sizes
         return self.gpu.memory * self.engine_share - self.engine_weight_bytes - others
 
     @property
@@ -170,6 +172,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         num_epochs=actor.ppo_epochs,
         engine_gpus=rollout.tensor_model_parallel_size,
         engine_share=rollout.gpu_memory_utilization,
+        engine_tokens=rollout.max_num_batched_tokens or ENGINE_TOKENS,
         max_num_seqs=rollout.max_num_seqs,
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_model_len=longest,
