@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_t
 from verl.workers.model import packs_rows
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
+
+logger = logging.getLogger(__name__)
 
 _Pass = TypeVar("_Pass")
 
@@ -63,6 +66,12 @@ class WorkerGroup:
         On GPUs rank i takes the i-th that it sees. The file over which the ranks find each other stays in
         `scratch` until `shutdown`. Several ranks need processes of their own, see `validate`.
         """
+        packs = packs_rows(config.model)
+        if not packs:
+            logger.info(
+                "%s computes one trajectory per forward pass: layers do not attend to the whole context",
+                config.model.path,
+            )
         scratch.mkdir(parents=True, exist_ok=True)
         # A file, not a port: no other process can take it or join. A new one for each group, as torch
         # demands.
@@ -81,7 +90,7 @@ class WorkerGroup:
             )
             for rank in range(placement.world_size)
         ]
-        return cls(actors, config=config.actor, packs=packs_rows(config.model), rendezvous=rendezvous)
+        return cls(actors, config=config.actor, packs=packs, rendezvous=rendezvous)
 
     async def wait_until_ready(self) -> int:
         """Return the number of parameters once all ranks are built. Raises what a constructor raised."""

@@ -283,7 +283,9 @@ def test_a_frozen_worker_is_not_updated(model_folder: Path) -> None:
         make_worker(model_folder, trainable=False).update(one_rank(random_batch(2)))
 
 
-async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(tmp_path: Path) -> None:
+async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It attends as Transformers defines it, which is not what one sequence of all trajectories computes."""
     mistral = MistralConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -292,6 +294,7 @@ async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(
     MistralForCausalLM(mistral).save_pretrained(tmp_path / "model")
     config = make_config(tmp_path / "model")
     assert not packs_rows(config.model)
+    caplog.set_level("INFO", logger="verl.workers.worker_group")
     group = WorkerGroup.launch(
         LocalLauncher(),
         config,
@@ -302,6 +305,7 @@ async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(
         seed=0,
         trainable=True,
     )
+    assert "model computes one trajectory per forward pass" in caplog.text
     batch = random_batch(4)
     expected = padded(tmp_path / "model", batch)[0].detach().numpy()
     np.testing.assert_allclose(await group.log_probs(batch), expected, atol=1e-5)
