@@ -43,12 +43,12 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The fast tests run beside those that start engines and Ray, and are printed after them. Status 5: none was selected.
-# Two streams of about the same length keep two cores busy.
+# Two streams of about the same length keep two cores busy: the fast tests and those of the services, which are printed at
+# the end, and the other slow ones. Status 5: none was selected.
 test: venv
 	@set -m; output=$$(mktemp); statuses=$$(mktemp); \
 	run() { local status=0; $(BIN)/python -m pytest -m "$$1" $(PYTEST_ARGS) || status=$$?; echo $$status >>$$statuses; }; \
-	{ run "not slow and not vllm"; run "(slow or vllm) and services"; } >$$output 2>&1 & others=$$!; \
+	run "services or not (slow or vllm)" >$$output 2>&1 & others=$$!; \
 	trap "kill -- -$$others 2>/dev/null; rm -f $$output $$statuses" EXIT; \
 	run "(slow or vllm) and not services"; wait $$others; cat $$output; \
 	! grep -qv "^[05]$$" $$statuses && grep -q "^0$$" $$statuses  # 5: no test of this kind was chosen

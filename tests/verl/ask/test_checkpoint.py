@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serving.files import FileRecord
 from verl.ask.checkpoint import find_checkpoint, make_config
 from verl.errors import ConfigError
 from verl.trainer.config.schema import Config
@@ -25,9 +26,10 @@ async def make_run(folder: Path, *, config: Config | None = None, steps: tuple[i
     (folder / "run_manifest.json").write_text(json.dumps(manifest))
     store = CheckpointStore(folder / "checkpoints", keep=9)
 
-    async def write(checkpoint: Path) -> None:
+    async def write(checkpoint: Path) -> dict[Path, FileRecord]:
         (checkpoint / "huggingface").mkdir()
         (checkpoint / "huggingface" / "config.json").write_text("{}")
+        return {}
 
     for step in steps:
         await store.write(step, write)
