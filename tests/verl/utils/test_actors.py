@@ -49,8 +49,9 @@ class Counter:
         self.active -= 1
         return self.most
 
-    def pause(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def wait_for(self, value: int) -> None:
+        while self.value < value:
+            time.sleep(0.001)
 
     def read_env(self, key: str) -> str | None:
         return os.environ.get(key)
@@ -114,14 +115,12 @@ async def test_calls_overlap_only_up_to_the_limit(launcher: Launcher, limit: int
     assert max(overlaps) == limit
 
 
-async def test_the_event_loop_runs_while_a_sync_method_does(launcher: Launcher) -> None:
+async def test_a_coroutine_runs_beside_a_sync_method(launcher: Launcher) -> None:
+    """Neither the event loop nor the thread of sync methods waits for the other."""
     actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-d")
-    call = asyncio.ensure_future(actor.call("pause", 0.3))
-    ticks = 0
-    while not call.done():
-        await asyncio.sleep(0.02)
-        ticks += 1
-    assert ticks >= 2  # none, if the call blocked the loop
+    waiting = asyncio.ensure_future(actor.call("wait_for", 1))
+    assert await actor.call("add_later", 1) == 1
+    await waiting
 
 
 async def test_a_call_of_a_killed_actor_names_it(launcher: Launcher) -> None:
