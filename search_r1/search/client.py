@@ -1,12 +1,14 @@
-"""The trainer's client of the retriever: one request per query, so that each fails by itself."""
+"""The trainer's client of the retriever: simultaneous queries share a request, and each fails by itself."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
+from dataclasses import dataclass
 
 from search_r1.search.remote import SERVICE, RemoteRetriever
-from search_r1.search.retriever import FailureKind, Hit, SearchFailure
+from search_r1.search.retriever import FailureKind, Hit, Outcome, SearchFailure
 from serving.http import MAX_CONNECTIONS
 from verl.errors import ServiceError
 from verl.protocols import Page
@@ -18,8 +20,21 @@ _PROBE = "ready?"
 _RETRYABLE_KINDS = frozenset({FailureKind.DEADLINE, FailureKind.UNAVAILABLE})
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A query that is not sent yet."""
+
+    query: str
+    deadline: float
+    outcome: asyncio.Future[Outcome]
+
+
 class HttpSearch:
-    """Search over HTTP. One per event loop. The server searches concurrent queries together."""
+    """Search over HTTP. One per event loop.
+
+    Queries that come in the same round of the event loop, or while all connections are busy, go together:
+    the processor time of a request is the same for any number of queries.
+    """
 
     def __init__(
         self,
@@ -40,13 +55,42 @@ class HttpSearch:
             self._remote = RemoteRetriever(url, token=token, max_connections=max_connections)
         self._topk = topk
         self._timeout_s = timeout_s
+        self._max_requests = max_connections
+        self._waiting: deque[_Waiting] = deque()
+        self._num_requests = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         """Return passages, best first; none when nothing was found. Raises ServiceError when it failed."""
-        (outcome,) = await self._remote.search([query], topk=self._topk, timeout_s=self._timeout_s)
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(query, time.monotonic() + self._timeout_s, future))
+        if len(self._waiting) == 1 and self._num_requests < self._max_requests:
+            self._num_requests += 1
+            task = asyncio.create_task(self._send())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        outcome = await future
         if isinstance(outcome, SearchFailure):
             raise ServiceError(SERVICE, outcome.reason)
         return tuple(map(_make_passage, outcome))
+
+    async def _send(self) -> None:
+        """Search what waits until nothing does, as many queries in each request as it takes."""
+        try:
+            while self._waiting:
+                size = min(len(self._waiting), self._remote.max_batch)
+                batch = [self._waiting.popleft() for _ in range(size)]
+                outcomes = await self._remote.search(
+                    [each.query for each in batch],
+                    topk=self._topk,
+                    # The one that waited longest has the earliest deadline.
+                    timeout_s=max(0.001, batch[0].deadline - time.monotonic()),
+                )
+                for each, outcome in zip(batch, outcomes, strict=True):
+                    if not each.outcome.done():  # its episode may have ended meanwhile
+                        each.outcome.set_result(outcome)
+        finally:
+            self._num_requests -= 1
 
     async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
         """Return a part of the page that a passage is on; None for an unknown id. Raises ServiceError."""
@@ -83,6 +127,8 @@ class HttpSearch:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        for task in self._tasks:
+            task.cancel()
         await self._remote.aclose()
 
 

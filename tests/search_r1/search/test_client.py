@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from search_r1.search.client import HttpSearch
-from tests.fakes import Reply, ScriptedServer
+from tests.fakes import AnsweringServer, Reply, ScriptedServer
 from tests.processes import free_port
 from tests.search_r1.search.small_world import PASSAGES, RunningServer
 from verl.errors import ConfigError, ServiceError
@@ -90,6 +92,31 @@ async def test_found_nothing_is_not_a_failure() -> None:
         assert await search.search("  ") == ()
         await search.aclose()
     assert len(scripted.requests) == 1
+
+
+async def test_simultaneous_queries_share_a_request_but_not_their_failures() -> None:
+    def answer(body: dict[str, Any]) -> Reply:
+        known = [query for query in body["queries"] if query != "bad"]
+        found = json.loads(render(*[[(query, "t", 1.0)] for query in known]))["result"]
+        result = [None if query == "bad" else found[known.index(query)] for query in body["queries"]]
+        errors = [{"kind": "internal", "reason": "no"} if each is None else None for each in result]
+        return Reply(json.dumps({"result": result, "errors": errors}))
+
+    server = AnsweringServer(answer)
+    async with server.running():
+        search = HttpSearch(server.url, topk=1, timeout_s=5.0)
+        queries = ["a", "bad", "b", "left"]
+        tasks = [asyncio.create_task(search.search(query)) for query in queries]
+        await asyncio.sleep(0)
+        tasks.pop().cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await search.aclose()
+    assert [body["queries"] for body in server.bodies] == [queries]
+    assert [each[0].id if isinstance(each, tuple) else type(each) for each in found] == [
+        "a",
+        ServiceError,
+        "b",
+    ]
 
 
 async def test_waits_for_a_server_that_still_loads() -> None:
