@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     services = (f"retriever.url={retriever}", f"reward.semantic.url={gain_service}")
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
 
-    with training(unbroken, *services, "trainer.save_freq=4") as process:
+    with training(unbroken, *services, "trainer.save_freq=4", "trainer.profile_steps=[2]") as process:
         wait_for(lambda: 5 in read_steps(unbroken) and has_saved(unbroken, 4), what="step 5", process=process)
         output = end_training(process, lambda: fill_disk(psutil.Process(process.pid)))
     assert process.returncode == 1, output
@@ -93,6 +93,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     done = max(read_steps(unbroken))
     assert_failed_with_report(unbroken, output, saved_step=4)
     assert f"steps 5 to {done} are lost" in output
+    assert_speed_is_measured(unbroken, saved_step=4)
 
     with training(killed, *services) as process:
         wait_for(lambda: 3 in read_steps(killed) and has_saved(killed, 2), what="step 3", process=process)
@@ -114,6 +115,17 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     )
     assert first.keys() == second.keys()
     assert [name for name in first if (first[name] != second[name]).any()] == []
+
+
+def assert_speed_is_measured(run_dir: Path, *, saved_step: int) -> None:
+    """Every phase has its tokens, FLOP and bytes; on a CPU no share of a peak. One step has a trace."""
+    steps = read_steps(run_dir)
+    expected = {"update_tokens_per_s", "update_flops_per_s", "prefilled_tokens_per_s", "publish_bytes"}
+    for step in steps.values():
+        assert all(step[f"perf/{name}"] > 0 for name in expected)
+        assert not [name for name in step if name.endswith(("flops_share", "bandwidth_share"))]
+    assert steps[saved_step + 1]["perf/checkpoint_bytes"] > steps[saved_step]["perf/publish_bytes"]
+    assert [path.name for path in (run_dir / "profile").iterdir()] == ["step_2_rank_0.json.gz"]
 
 
 def assert_failed_with_report(run_dir: Path, output: str, *, saved_step: int) -> None:

@@ -23,8 +23,19 @@ logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped"
 """Folder of the batches whose update was skipped."""
+PROFILES = "profile"
+"""Folder of the traces of steps."""
 _STEP_FOLDERS = (TRAJECTORIES, EVALUATION, SKIPPED)
-_RUN_PARTS = (MANIFEST_FILE, METRICS_FILE, *_STEP_FOLDERS, CHECKPOINTS, "report.html", "wandb", "wandb_id")
+_RUN_PARTS = (
+    MANIFEST_FILE,
+    METRICS_FILE,
+    *_STEP_FOLDERS,
+    CHECKPOINTS,
+    PROFILES,
+    "report.html",
+    "wandb",
+    "wandb_id",
+)
 """What a run leaves in its folder, except for the log, which is open."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from verl.data.sampler import QuestionSampler
 from verl.protocols import PromptFormat
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
-from verl.run.folder import lock_folder, recorded_end, scratch_folder
+from verl.run.folder import PROFILES, lock_folder, recorded_end, scratch_folder
 from verl.run.manifest import Manifest, make_manifest, write_manifest
 from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
@@ -33,9 +34,14 @@ from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, launch_models
 from verl.trainer.needs import find_frozen_models, find_needs
-from verl.trainer.plan.command import check_memory
+from verl.trainer.plan.command import check_memory, choose_gpu
+from verl.trainer.plan.gpus import Gpu, measure_gpus
+from verl.trainer.plan.setup import make_setup
+from verl.trainer.plan.shape import UnknownShapeError, read_shape
 from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.guard import Guard
+from verl.trainer.ppo.profiler import Profiler
+from verl.trainer.ppo.speed import Machine
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.wiring import (
     USE_IG_SERVICE,
@@ -138,6 +144,8 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         ),
         tracker=make_tracker(config, stack, run_dir=run_dir, total_steps=start.total_steps),
         recorder=Recorder(run_dir, decode=tokenizer.decode),
+        machine=await describe_machine(config, models, model_folder=model_folder, device=device),
+        profiler=Profiler(folder=run_dir / PROFILES, steps=frozenset(config.trainer.profile_steps)),
     )
     return PPOTrainer(
         parts,
@@ -205,6 +213,24 @@ async def start_models(
         open_agent=bind_agent(
             config, device=device, temperature=config.actor_rollout_ref.rollout.temperature
         ),
+    )
+
+
+async def describe_machine(config: Config, models: Models, *, model_folder: Path, device: str) -> Machine:
+    """Return what the speed of a step is compared with: the shape of the model, the peaks of the GPUs."""
+    # Without a kind that the plan knows, as on CPUs, no share of a peak can be measured.
+    gpu: Gpu | None = None
+    if device == "cuda":
+        gpu = choose_gpu(config, measure_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES")))
+    try:
+        setup = make_setup(config, read_shape(str(model_folder)), gpu or Gpu(name=device, memory=0.0))
+    except UnknownShapeError as error:
+        logger.warning("the FLOP of a step are not counted: %s", error)
+        setup = None
+    return Machine(
+        setup=setup,
+        num_epochs=config.actor_rollout_ref.actor.ppo_epochs,
+        publish_bytes=await models.policy.export_bytes() * len(models.engines.receivers),
     )
 
 

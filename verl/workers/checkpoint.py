@@ -14,8 +14,10 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from serving.files import FileRecord, sha256_of_file, write_atomically, write_json_atomically
@@ -36,6 +38,14 @@ Writer = Callable[[Path], Awaitable[Mapping[Path, FileRecord]]]
 """Fills a folder; returns what it knows of the files in it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written, and how long it took."""
+
+    num_bytes: int
+    seconds: float
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -45,6 +55,7 @@ class CheckpointStore:
         self._keep = keep
         self._on_write = on_write
         self._good: set[Path] = set()
+        self._written: Written | None = None
         self.damages: dict[Path, str] = {}
         """What is wrong with each damaged checkpoint that `latest` found, by folder."""
         for left in root.glob(f".{_PREFIX}*.partial"):
@@ -56,21 +67,28 @@ class CheckpointStore:
         Returns the step. A failure or a crash leaves all earlier checkpoints unchanged. Hashing and removing
         run on threads.
         """
+        start = time.perf_counter()
         folder = self.folder_of(step)
         partial = self._root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             records = await writer(partial)
-            await asyncio.to_thread(_seal, partial, known=records)
+            num_bytes = await asyncio.to_thread(_seal, partial, known=records)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         await asyncio.to_thread(self._replace, folder, partial)
+        self._written = Written(num_bytes, time.perf_counter() - start)
         if self._on_write is not None:
             self._on_write(step)
         await asyncio.to_thread(self._prune, step)
         return step
+
+    def take_written(self) -> Written | None:
+        """Return what the newest checkpoint took, once; None if there is none since the last call."""
+        written, self._written = self._written, None
+        return written
 
     def folder_of(self, step: int) -> Path:
         """Return the folder of the checkpoint of a step."""
@@ -166,8 +184,11 @@ def find_damage(folder: Path, *, part: str = "") -> str | None:
     return None
 
 
-def _seal(folder: Path, *, known: Mapping[Path, FileRecord]) -> None:
-    """Write the manifest and flush every file and folder to the disk; files that are not known are hashed."""
+def _seal(folder: Path, *, known: Mapping[Path, FileRecord]) -> int:
+    """Write the manifest and flush every file and folder to the disk; return the bytes of all files.
+
+    Files that are not known are hashed.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     records = {}
     for path in files:
@@ -178,6 +199,7 @@ def _seal(folder: Path, *, known: Mapping[Path, FileRecord]) -> None:
     write_json_atomically(folder / _MANIFEST, {"files": records})
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _fsync(path)
+    return sum(record["size"] for record in records.values())
 
 
 def _step_of(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from verl.branches import Tree, pack
 from verl.forest import Forest
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
+from verl.utils.timing import Span
 from verl.workers.attention import AttentionBlocks
 from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole
 from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
@@ -43,6 +44,7 @@ from verl.workers.parallel import (
     shard_model,
     wait_for_ranks,
 )
+from verl.workers.profile import Profile, profiled
 from verl.workers.rank_state import StagedState, export_state, read_state, stage_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -95,15 +97,18 @@ class PolicyWorker:
         self._step = 0
         self._seed = seed
         self._staged: dict[str, StagedState] = {}
+        self.profile: Profile | None = None
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model."""
         return sum(p.numel() for p in self._network.parameters())
 
+    @profiled
     def log_probs(self, passes: Sequence[TrainBatch]) -> list[FloatArray]:
         """Return the log-probs of the policy tokens of each pass at the sampling temperature [N]."""
         return self._score([pack_rows(batch) for batch in passes], temperature=self._temperature)
 
+    @profiled
     def tree_log_probs(self, passes: Sequence[Sequence[Tree]]) -> list[FloatArray]:
         """Return the log-probs of the scored tokens of each pass at the sampling temperature [N]."""
         return self._score([pack(trees) for trees in passes], temperature=self._temperature)
@@ -113,6 +118,7 @@ class PolicyWorker:
         (log_probs,) = self._score([pack_whole(ids)], temperature=1.0)
         return np.concatenate([np.zeros(1, dtype=np.float32), log_probs])
 
+    @profiled
     def update(self, minis: Sequence[MiniBatch]) -> dict[str, float]:
         """Train on mini-batches, epoch after epoch, with one optimizer step each.
 
@@ -201,6 +207,16 @@ class PolicyWorker:
             context=self._context,
             seed=self._seed,
         )
+
+    def start_profile(self) -> None:
+        """Record the passes from here on."""
+        self.profile = Profile()
+
+    def write_profile(self, folder: str, *, step: int, spans: Sequence[Span]) -> None:
+        """Stop recording, and write a trace that also shows what the trainer did."""
+        assert self.profile is not None
+        rank, recorded, self.profile = self._context.rank, self.profile, None
+        recorded.write(Path(folder) / f"step_{step}_rank_{rank}.json.gz", rank=rank, spans=spans)
 
     def _train_on(self, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
         """Take one optimizer step and return its metrics, or None if it was skipped."""
@@ -314,6 +330,8 @@ class PolicyWorker:
     def _forward(
         self, forest: Forest, *, temperature: float, entropy_has_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
+        if self.profile is not None:
+            self.profile.begin_pass()
         log_probs, entropy = self._network(
             self._tensor(forest.ids).long(),
             self._tensor(forest.positions).long(),

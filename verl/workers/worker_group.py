@@ -17,6 +17,7 @@ from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher
+from verl.utils.timing import Span
 from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_trees, make_mini_batches
 from verl.workers.model import packs_rows
 from verl.workers.parallel import Placement
@@ -199,6 +200,15 @@ class WorkerGroup:
     async def load(self, folder: Path) -> None:
         """Continue where the state was staged. Raises ConfigError, see `PolicyWorker.load`."""
         await self._call_all("load", [(str(folder),)] * len(self._actors))
+
+    async def start_profile(self) -> None:
+        """Record what the ranks compute from here on."""
+        await self._call_all("start_profile")
+
+    async def write_profile(self, folder: Path, *, step: int, spans: Sequence[Span]) -> None:
+        """Stop recording, and write a trace per rank, `step_N_rank_R.json.gz`, with these spans in it."""
+        arguments = [(str(folder),)] * len(self._actors)
+        await self._call_all("write_profile", arguments, step=step, spans=spans)
 
     def shutdown(self) -> None:
         """Kill the ranks."""

@@ -28,9 +28,14 @@ def names(root: Path) -> list[str]:
 async def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     assert store.latest() is None
+    assert store.take_written() is None
     for step in (5, 10, 100):
         assert await write_step(store, step) == tmp_path / f"global_step_{step}"
         assert find_damage(tmp_path / f"global_step_{step}") is None
+    written = store.take_written()
+    assert written is not None
+    assert written.num_bytes == len(b"w" * 100 + b"100") + len("{}")
+    assert store.take_written() is None
     assert names(tmp_path) == ["global_step_10", "global_step_100", "latest"]
     assert store.latest() == CheckpointStore(tmp_path, keep=2).latest() == tmp_path / "global_step_100"
     assert (tmp_path / "latest").read_text() == "global_step_100\n"

@@ -306,12 +306,15 @@ class TrainerConfig:
     """Over all engines; None: as many as they decode at once."""
     startup_timeout_s: float = positive(600.0)
     service_wait_s: float = positive(10.0)
+    profile_steps: list[int] = field(default_factory=list)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
         check_section("trainer", self)
         for logger in self.logger:
             require(logger in ("console", "wandb"), "trainer.logger", logger, "one of console, wandb")
+        for step in self.profile_steps:
+            require(step >= 1, "trainer.profile_steps", step, "a step, from 1")
         self.default_local_dir = os.path.expanduser(self.default_local_dir)
 
     @property

@@ -33,7 +33,7 @@ def show_plan(config: Config) -> None:
     if problems := [*check_engine_size(config), *check_heads(config, num_heads=shape.kv_heads)]:
         raise ConfigError("; ".join(problems))
     machine = measure_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    gpu = _choose_gpu(config, machine)
+    gpu = choose_gpu(config, machine)
     if gpu is None:
         raise ConfigError(
             "placement.gpu=null plans the GPUs of this machine, but nvidia-smi reports none; name the kind: "
@@ -55,7 +55,7 @@ def check_memory(config: Config, *, model_path: str) -> None:
     warning says that nothing was checked.
     """
     machine = measure_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    gpu = _choose_gpu(config, machine)
+    gpu = choose_gpu(config, machine)
     if gpu is None:
         logger.warning("memory is not planned: nvidia-smi reports no GPU; name its kind as placement.gpu")
         return
@@ -74,7 +74,7 @@ def check_memory(config: Config, *, model_path: str) -> None:
     logger.info("memory: at most %.1f of %.1f GB on GPU 0, in %s", need, gpu.memory / GB, fullest)
 
 
-def _choose_gpu(config: Config, machine: tuple[MeasuredGpu, ...]) -> Gpu | None:
+def choose_gpu(config: Config, machine: tuple[MeasuredGpu, ...]) -> Gpu | None:
     """Return the planned kind: `placement.gpu`, else the smallest of the GPUs that the run would take."""
     if config.placement.gpu is not None:
         return find_gpu(config.placement.gpu)

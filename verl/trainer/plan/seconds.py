@@ -76,34 +76,28 @@ def _speed(gpu: Gpu) -> tuple[float, float]:
     return gpu.flops, gpu.bandwidth
 
 
-def _flops_per_token(setup: Setup) -> float:
-    """Return the FLOP of a forward pass per token: 2 per parameter, and the attention."""
-    return 2.0 * setup.shape.matrix_parameters + setup.shape.attention_flops(setup.episodes.tokens)
-
-
 def _pass(setup: Setup, phase: Phase, name: str) -> Stage:
     """Return a forward pass over all episodes."""
     tokens = setup.episodes.count * setup.episodes.tokens
-    peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
-    limit_s = _flops_per_token(setup) * tokens / peak
+    peak = _speed(setup.gpu)[0] * setup.world_size
+    limit_s = setup.shape.pass_flops(setup.episodes.tokens) * tokens / peak
     seconds = limit_s * COMPUTED_LOG_PROBS / TRAIN_SHARE
     return Stage(phase=phase, name=name, seconds=seconds, tokens=tokens, limit_s=limit_s)
 
 
 def _update(setup: Setup) -> Stage:
-    """Return the update: forward, twice that backward (once with LoRA), once more with checkpointing."""
+    """Return the update; checkpointing computes the forward pass once more."""
     tokens = setup.episodes.count * setup.episodes.tokens * setup.num_epochs
-    useful = 2 if setup.lora_rank else 3
-    passes = useful + setup.recomputed_share
-    peak = _speed(setup.gpu)[0] * setup.num_gpus * setup.num_nodes
-    one_pass_s = _flops_per_token(setup) * tokens / peak
+    passes = setup.update_passes + setup.recomputed_share
+    peak = _speed(setup.gpu)[0] * setup.world_size
+    one_pass_s = setup.shape.pass_flops(setup.episodes.tokens) * tokens / peak
     return Stage(
         phase=Phase.UPDATE,
         name="update",
         detail=f"{setup.num_updates} optimizer steps",
         seconds=one_pass_s * passes * COMPUTED_UPDATE / TRAIN_SHARE,
         tokens=tokens,
-        limit_s=one_pass_s * useful,
+        limit_s=one_pass_s * setup.update_passes,
     )
 
 
@@ -111,7 +105,7 @@ def _engines(setup: Setup) -> Stage:
     """Return reading and sampling of the engines: all episodes together, then the longest one alone."""
     flops, bandwidth = _speed(setup.gpu)
     shape, episodes, tp = setup.shape, setup.episodes, setup.engine_gpus
-    gpus = setup.num_gpus * setup.num_nodes
+    gpus = setup.world_size
     # A prompt is read once for its group, what follows once: the cache keeps the rest.
     read = episodes.questions * episodes.prompt_tokens + episodes.count * episodes.observation_tokens
     read_limit_s = 2.0 * shape.parameters * read / (flops * gpus)

@@ -106,6 +106,16 @@ class Setup:
     lora_rank: int = 0
 
     @property
+    def world_size(self) -> int:
+        """GPUs over all nodes."""
+        return self.num_gpus * self.num_nodes
+
+    @property
+    def update_passes(self) -> int:
+        """FLOP of an update in forward passes: forward, and twice that backward, with LoRA once."""
+        return 2 if self.lora_rank else 3
+
+    @property
     def scores_log_probs(self) -> bool:
         """Whether the method measures log-probs while it rewards."""
         return self.scores_with_policy or self.scores_with_frozen
@@ -118,7 +128,7 @@ class Setup:
     @property
     def replicas(self) -> int:
         """Engines over all nodes."""
-        return self.num_nodes * self.num_gpus // self.engine_gpus
+        return self.world_size // self.engine_gpus
 
     @property
     def engine_weight_bytes(self) -> float:

@@ -77,6 +77,10 @@ class ModelShape:
         """Return the FLOP of causal attention per token in a forward pass over sequences of this length."""
         return 2.0 * self.layers * self.heads * self.head_dim * length
 
+    def pass_flops(self, length: float) -> float:
+        """Return the FLOP of a forward pass per token: 2 per parameter, and attention over such a length."""
+        return 2.0 * self.matrix_parameters + self.attention_flops(length)
+
     def lora_parameters(self, rank: int) -> int:
         """Return the parameters of LoRA adapters of this rank on every matrix of the layers."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim

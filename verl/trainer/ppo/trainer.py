@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,9 @@ from verl.trainer.ppo.alarms import Alarms
 from verl.trainer.ppo.evaluation import evaluate
 from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import Played, step_metrics
+from verl.trainer.ppo.profiler import Profiler
 from verl.trainer.ppo.sampling import Collected, collect_groups
+from verl.trainer.ppo.speed import Machine, speed_metrics
 from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
@@ -63,6 +65,8 @@ class Parts:
     alarms: Alarms
     tracker: Tracker
     recorder: Recorder
+    machine: Machine = field(default_factory=Machine)
+    profiler: Profiler = field(default_factory=Profiler)
 
 
 class PPOTrainer:
@@ -102,7 +106,9 @@ class PPOTrainer:
             await self.evaluate()
         try:
             while self.progress.step < self.total_steps:
-                await self.train_step(self.progress.step + 1)
+                step = self.progress.step + 1
+                async with self.parts.profiler.recorded(step, policy=self.parts.policy, timer=self.timer):
+                    await self.train_step(step)
                 await self.saved(wait=False)
                 if self.is_due(self.settings.test_freq) and self.progress.step < self.total_steps:
                     await self.evaluate()
@@ -178,7 +184,7 @@ class PPOTrainer:
             await self.parts.copy.refresh(step)
         self.progress.step = step
         self.progress.sampler = self.parts.questions.state_dict()
-        self.unrecorded = partial(self.record, scored, update, left_out=left_out)
+        self.unrecorded = partial(self.record, scored, batch, update, left_out=left_out)
         return update
 
     async def publish(self, version: int) -> float:
@@ -221,11 +227,26 @@ class PPOTrainer:
             batch = batch.with_reference(await reference.log_probs(batch))
         return batch
 
-    def record(self, scored: ScoredGroups, update: dict[str, float], *, left_out: Sequence[Played]) -> None:
+    def record(
+        self,
+        scored: ScoredGroups,
+        batch: TrainBatch,
+        update: dict[str, float],
+        *,
+        left_out: Sequence[Played],
+    ) -> None:
         """Write trajectories and metrics of the step, and the batch of a skipped update."""
         step = self.progress.step
         self.parts.recorder.write(step, scored)
         metrics = step_metrics(scored, update=update, seconds=self.timer.seconds, left_out=left_out)
+        metrics |= speed_metrics(
+            self.parts.machine,
+            scored=scored,
+            batch=batch,
+            seconds=self.timer.seconds,
+            left_out=left_out,
+            written=self.parts.checkpoints.take_written(),
+        )
         self.parts.tracker.log(step, metrics)
         self.unrecorded = _nothing
         for alarm in self.parts.alarms.observe(step, metrics):
