@@ -26,7 +26,8 @@ Variables (an override on the command line wins):
   OUTPUT_DIR       folder of the results: settings.json, results.jsonl, trajectories.jsonl, metrics.json
   EVAL_LOG_PATH    file of the log; evaluation.log in the folder of the results
   MAX_TURNS        completions of an episode, at least 2: all but the last may call tools
-  RECIPE           settings to begin with: world, or gpu, which is chosen where nvidia-smi is found
+  RECIPE           settings to begin with: world, or with MODEL_PATH or TEST_FILES, and GPUs here, the recipe for
+                   so many: gpu_1, gpu_2, gpu_4 or gpu (8)
 Variables that are read also without this script:
   RETRIEVER_URL    http://127.0.0.1:8000/retrieve   RETRIEVER_TOKEN  its token, where it wants one
 
@@ -43,6 +44,7 @@ done
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"
+source "$root/scripts/gpus.sh"
 
 # Print a path of the caller, who may stand in another folder, as an absolute one.
 absolute() {
@@ -84,7 +86,10 @@ fi
 
 if [[ -z "${RECIPE:-}" ]]; then
     RECIPE=world
-    command -v nvidia-smi >/dev/null && RECIPE=gpu
+    gpus="$(count_gpus)"
+    if [[ -n "${MODEL_PATH:-}${TEST_FILES:-}" ]] && ((gpus > 0)); then
+        RECIPE="$(gpu_recipe "$gpus")"
+    fi
 fi
 recipe=("recipe=$RECIPE")
 for argument in "$@"; do

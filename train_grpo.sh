@@ -7,9 +7,11 @@ usage() {
 Train a search agent with GRPO and information-gain reward.
 
   bash train_grpo.sh                            the embedded world, with the quickstart's settings
-  bash train_grpo.sh recipe=gpu                 another recipe: a file of verl/trainer/config/recipe
   BASE_MODEL=Qwen/Qwen2.5-3B DATA_DIR=data/nq_hotpotqa_train bash train_grpo.sh
-                                                the 8-GPU recipe (also chosen where nvidia-smi is found)
+                                                your model and data, on all GPUs of this machine: recipe gpu_1,
+                                                gpu_2, gpu_4 or gpu (8), whichever is for so many
+  bash train_grpo.sh recipe=gpu_4               another recipe: a file of verl/trainer/config/recipe; add plan=true
+                                                to see the memory and seconds that it takes
   bash train_grpo.sh search_r1                  another method, as algorithm=search_r1: see docs/methods.md
   bash train_grpo.sh max_turns=4 trainer.save_freq=10
                                                 all arguments are overrides of verl/trainer/config/ppo_trainer.yaml;
@@ -20,9 +22,10 @@ Start the services first, each in a terminal of its own: bash retrieval_launch.s
 
 Variables (what you export wins over the recipe; an override on the command line wins over both):
   BASE_MODEL       model folder or hub id           DATA_DIR         folder with train.parquet and test.parquet
-  N_GPUS           GPUs to train on (8)             TP_SIZE          GPUs per vLLM engine (1)
+  N_GPUS           GPUs to train on (all visible)   TP_SIZE          GPUs per vLLM engine (1)
   EXPERIMENT_NAME  name of the run, and of its folder
-  RECIPE           name of the recipe, as recipe=NAME on the command line, instead of guessing
+  RECIPE           name of the recipe, as recipe=NAME on the command line. Without it: world, or with BASE_MODEL or
+                   DATA_DIR the one for N_GPUS
 Variables that the trainer reads, also when it is started without this script:
   RETRIEVER_URL    http://127.0.0.1:8000/retrieve   IG_SERVICE_URL   http://127.0.0.1:8310
   IG_BATCH_SIZE    items per request                IG_TIMEOUT       seconds a step may wait for its gains
@@ -42,12 +45,16 @@ done
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"
+source "$root/scripts/gpus.sh"
 
+if [[ -z "${N_GPUS:-}" ]]; then
+    N_GPUS="$(count_gpus)"
+    ((N_GPUS == 0)) || export N_GPUS
+fi
+# A GPU alone is no request to train a large model on data that this machine may not have.
 if [[ -z "${RECIPE:-}" ]]; then
     RECIPE=world
-    if [[ -n "${BASE_MODEL:-}${DATA_DIR:-}" ]] || command -v nvidia-smi >/dev/null; then
-        RECIPE=gpu
-    fi
+    [[ -z "${BASE_MODEL:-}${DATA_DIR:-}" ]] || RECIPE="$(gpu_recipe "$N_GPUS")"
 fi
 
 # Paths are relative to the current folder of the caller; everything below runs in the repository's root.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+
+from doctor_gpu import Finding, check_gpus, list_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
@@ -38,20 +40,6 @@ OWN_PACKAGES = "verl, search_r1, IG, serving"
 MAX_LISTED = 8
 # The first import after installing compiles thousands of files, which takes minutes on a busy machine.
 IMPORT_TIMEOUT_S = 600.0
-
-Status = Literal["ok", "warning", "error"]
-
-
-class Finding(NamedTuple):
-    """One reading; `fix` is empty if nothing is wrong.
-
-    Not a dataclass with slots: a Python that is too old must be able to report that.
-    """
-
-    name: str
-    status: Status
-    found: str
-    fix: str = ""
 
 
 def check_python() -> Finding:
@@ -142,35 +130,31 @@ def check_own_packages() -> Finding:
     return Finding(OWN_PACKAGES, "error", failure, "pip install --no-deps -e .")
 
 
-def check_room() -> Iterator[Finding]:
-    """Check memory, shared memory and disk."""
+def check_room(*, has_gpus: bool) -> Iterator[Finding]:
+    """Check memory, shared memory and disk for the quickstart, or for models of some billion parameters."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     shared = Path("/dev/shm")
+    what = "a model of 3 billion parameters" if has_gpus else "the quickstart"
     for name, free, needed_gb, fix in (
-        ("memory", int(lines["MemAvailable"].split()[0]) * 1024, 8, "end other programs"),
-        ("/dev/shm", shutil.disk_usage(shared).free if shared.is_dir() else 0, 1, "docker: --shm-size=2g"),
-        ("disk", shutil.disk_usage(ROOT).free, 2, "free some space: runs are kept in runs/"),
+        ("memory", int(lines["MemAvailable"].split()[0]) * 1024, 64 if has_gpus else 8, "end other programs"),
+        (
+            "/dev/shm",
+            shutil.disk_usage(shared).free if shared.is_dir() else 0,
+            16 if has_gpus else 1,
+            f"docker: --shm-size={'32g' if has_gpus else '2g'}",
+        ),
+        (
+            "disk",
+            shutil.disk_usage(ROOT).free,
+            150 if has_gpus else 2,
+            "free some space: runs and their checkpoints are kept in runs/",
+        ),
     ):
         found = f"{free / 1e9:.1f} GB free"
         if free >= needed_gb * 1e9:
             yield Finding(name, "ok", found)
         else:
-            yield Finding(name, "warning", f"{found}, the quickstart may need {needed_gb} GB", fix)
-
-
-def check_gpu() -> Finding:
-    """Compare the GPUs of the machine with what is installed."""
-    if shutil.which("nvidia-smi") is None:
-        return Finding("GPUs", "ok", "none: everything runs on the CPU")
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    if done.returncode:
-        fix = "repair the driver, or run on the CPU: trainer.device=cpu"
-        return Finding("GPUs", "warning", "nvidia-smi fails", fix)
-    found = "; ".join(done.stdout.strip().splitlines())
-    if "+cpu" in (installed_version("torch") or ""):
-        return Finding("GPUs", "warning", f"{found}, but torch is a CPU build", "make venv PLATFORM=gpu")
-    return Finding("GPUs", "ok", found)
+            yield Finding(name, "warning", f"{found}, {what} may need {needed_gb} GB", fix)
 
 
 def default_lock() -> Path:
@@ -191,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not lock.is_file():
         parser.error(f"--lock {lock}: no such file; give one of requirements/*.lock")
     findings = [
-        check_python(), *check_packages(lock), *check_imports(lock), check_own_packages(), check_gpu(),
-        *check_room(),
+        check_python(), *check_packages(lock), *check_imports(lock), check_own_packages(),
+        *check_gpus(environ=os.environ), *check_room(has_gpus=bool(list_gpus())),
     ]  # fmt: skip
     errors = sum(finding.status == "error" for finding in findings)
     if arguments.json:

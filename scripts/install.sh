@@ -8,8 +8,6 @@ lock="requirements/$platform.lock"
 python="${PYTHON:-python3.11}"
 # Not in the lock files: an environment is complete without it.
 uv_version=0.13.9
-# The place of the CPU build of torch if the configured registry does not have it.
-torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 fail() {
     printf '\nmake venv failed: %s\n' "$1" >&2
@@ -47,6 +45,23 @@ if "${pip[@]}" --only-binary :all: "uv==$uv_version" 2>.venv/pip-uv.log; then
 elif command -v uv >/dev/null; then
     uv="$(command -v uv)"
 fi
+# What torch was built for, such as 13.0; empty for the CPU. Read from its file: torch loads only with all its libraries.
+torch_cuda() {
+    .venv/bin/python -c 'import importlib.util, runpy
+folder = importlib.util.find_spec("torch").submodule_search_locations[0]
+print(runpy.run_path(f"{folder}/version.py")["cuda"] or "")'
+}
+install_torch() {
+    "$@" --only-binary :all: "$torch" || return
+    local cuda
+    cuda="$(torch_cuda)"
+    if [[ "$platform" == gpu && -n "$cuda" || "$platform" == cpu && -z "$cuda" ]]; then
+        return
+    fi
+    echo "That torch is built for ${cuda:+CUDA }${cuda:-the CPU}, not for PLATFORM=$platform: removing it"
+    .venv/bin/python -m pip --disable-pip-version-check uninstall -qq -y torch
+    return 1
+}
 install() {
     if [[ -n "$uv" ]]; then
         .venv/bin/python scripts/uv_install.py "$uv" -q --no-deps "$@" 2>.venv/uv.log && return
@@ -59,11 +74,14 @@ install() {
 install --only-binary :all: "$(locked setuptools)" || fail "nothing can be installed (see above): is there network?"
 torch="$(locked torch)"
 echo "Installing $torch"
-if ! install --only-binary :all: "$torch" 2>.venv/pip-torch.log; then
-    echo "The configured registry has no $torch; trying PyTorch's own index"
-    "${pip[@]}" --only-binary :all: --retries 1 --timeout 30 --index-url "$torch_index" "$torch" || {
+# PyTorch's own index has a folder for each build, because all of them have the same version.
+build="$(sed -nE 's/^nvidia-cuda-runtime==([0-9]+)\.([0-9]+).*/cu\1\2/p' "$lock")"
+torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/${build:-cpu}}"
+if ! install_torch install 2>.venv/pip-torch.log; then
+    echo "The configured registry has no $torch for PLATFORM=$platform; trying $torch_index"
+    install_torch "${pip[@]}" --retries 1 --timeout 30 --index-url "$torch_index" || {
         tail -n 5 .venv/pip-torch.log >&2
-        fail "$torch could not be installed. Without network, or behind a mirror, point pip at a place that has this wheel: PIP_FIND_LINKS=/folder/with/wheels or PIP_EXTRA_INDEX_URL=..., then run make venv again"
+        fail "$torch for PLATFORM=$platform (${build:-cpu}) could not be installed. Without network, or behind a mirror, point pip at a place that has this wheel: TORCH_INDEX=https://mirror/whl/${build:-cpu}, PIP_FIND_LINKS=/folder/with/wheels or PIP_EXTRA_INDEX_URL=..., then run make venv again"
     }
 fi
 echo "Installing $(grep -c '==' "$lock") packages from $lock with ${uv:-pip}"

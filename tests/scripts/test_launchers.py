@@ -108,7 +108,7 @@ def test_what_the_caller_exports_reaches_the_recipe_and_arguments_come_last(
         "TP_SIZE": "2",
     }
     printed = launch(tree, "max_turns=4", "trainer.save_freq=10", **given)
-    assert printed[3:] == ["recipe=gpu", "max_turns=4", "trainer.save_freq=10"]
+    assert printed[3:] == ["recipe=gpu_4", "max_turns=4", "trainer.save_freq=10"]
     assert f"DATA_DIR={tree}/{DIFFICULT}\\" in environment(tree)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -120,6 +120,33 @@ def test_what_the_caller_exports_reaches_the_recipe_and_arguments_come_last(
     assert config.actor_rollout_ref.rollout.tensor_model_parallel_size == 2
     assert (config.max_turns, config.trainer.save_freq) == (4, 10)
     assert config.trajectories_per_step == 512 * 3  # as published
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variables", "recipe", "num_gpus"),
+    [
+        (8, {}, "world", 8),
+        (1, {"BASE_MODEL": "m"}, "gpu_1", 1),
+        (3, {"BASE_MODEL": "m"}, "gpu_2", 3),
+        (8, {"DATA_DIR": "d"}, "gpu", 8),
+        (8, {"DATA_DIR": "d", "CUDA_VISIBLE_DEVICES": "2,GPU-1,5,6"}, "gpu_4", 4),
+        (8, {"DATA_DIR": "d", "CUDA_VISIBLE_DEVICES": ""}, "gpu", None),
+        (8, {"DATA_DIR": "d", "N_GPUS": "2"}, "gpu_2", 2),
+        (4, {"RECIPE": "gpu"}, "gpu", 4),
+        (None, {"BASE_MODEL": "m"}, "gpu", None),
+    ],
+)
+def test_a_gpu_recipe_is_taken_on_request_alone(
+    tree: Path, gpus: int | None, variables: dict[str, str], recipe: str, num_gpus: int | None
+) -> None:
+    """By the variables and the visible GPUs, which are also those that are trained on."""
+    if gpus is not None:
+        listing = "\n".join(f"GPU {k}: NVIDIA H100 (UUID: GPU-{k})" for k in range(gpus))
+        write_program(tree / "bin/nvidia-smi", f"#!/bin/sh\necho '{listing}'\n")
+        variables = {"PATH": f"{tree}/bin:/usr/bin:/bin", **variables}
+    assert launch(tree, **variables)[3:] == [f"recipe={recipe}"]
+    found = [line for line in environment(tree) if line.startswith("N_GPUS=")]
+    assert found == ([] if num_gpus is None else [f"N_GPUS={num_gpus}"])
 
 
 def test_recipes_of_the_command_line_win_and_homes_in_variables_are_expanded(tree: Path) -> None:
@@ -236,3 +263,61 @@ def test_an_environment_of_another_platform_is_not_mixed(tree: Path) -> None:
     )
     assert done.returncode == 1
     assert ".venv holds the cpu packages: remove it (rm -rf .venv)" in done.stderr
+
+
+FAKE_PIP = """#!/usr/bin/env bash
+# What the script asks of Python: pip over a registry and an index that hold torch for $REGISTRY and $INDEX.
+folder="$(dirname "$0")"
+torch() {
+    [[ "$1" != none ]] || { echo "no matching distribution" >&2; exit 1; }
+    [[ "$1" == cpu ]] && cuda=None || cuda="'13.0'"
+    mkdir -p "$folder/torch"
+    echo "cuda = $cuda" >"$folder/torch/version.py"
+    touch "$folder/torch/__init__.py"
+}
+case "$*" in
+*"pip "*"uninstall"*torch) rm -rf "$folder/torch" ;;
+*"pip "*"uv=="*) exit 1 ;;
+*"pip "*--index-url*torch==*) echo "$*" >"$folder/index"; torch "$INDEX" ;;
+*"pip "*torch==*) torch "$REGISTRY" ;;
+*version.py*) PYTHONPATH="$folder" exec "$REAL" -S "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "registry", "index", "error"),
+    [
+        ("cpu", "cpu", "none", None),
+        ("cpu", "none", "cpu", None),
+        ("cpu", "cuda", "cpu", None),
+        ("gpu", "cuda", "none", None),
+        ("gpu", "none", "cuda", None),
+        ("gpu", "cpu", "cuda", None),
+        ("gpu", "cpu", "cpu", "torch==2.13.0 for PLATFORM=gpu (cu130) could not be installed"),
+        ("cpu", "none", "cuda", "torch==2.13.0+cpu for PLATFORM=cpu (cpu) could not be installed"),
+    ],
+)
+def test_only_the_torch_of_the_platform_is_installed(
+    tree: Path, platform: str, registry: str, index: str, error: str | None
+) -> None:
+    """From the registry, else from the folder of that build in PyTorch's index; another build is removed."""
+    shutil.copytree(ROOT / "requirements", tree / "requirements")
+    shutil.rmtree(tree / ".venv")
+    write_program(tree / ".venv/bin/python", FAKE_PIP)
+    (tree / ".venv/lib/libnuma").mkdir(parents=True)
+    (tree / ".venv/lib/libnuma/libnuma.so.1").touch()
+    variables = {"PYTHON": sys.executable, "REAL": sys.executable, "REGISTRY": registry, "INDEX": index}
+    done = start(tree / "scripts/install.sh", platform, **variables)
+    assert (done.returncode == 0) == (error is None), done.stderr
+    assert (error or "") in done.stderr
+    asked = tree / ".venv/bin/index"
+    assert asked.exists() == (registry != ("cuda" if platform == "gpu" else "cpu"))
+    folder = "cu130" if platform == "gpu" else "cpu"
+    assert (
+        not asked.exists() or f"--index-url https://download.pytorch.org/whl/{folder} " in asked.read_text()
+    )
+    installed = tree / ".venv/bin/torch/version.py"
+    expected = None if error else "cuda = '13.0'\n" if platform == "gpu" else "cuda = None\n"
+    assert (installed.read_text() if installed.exists() else None) == expected
+    assert (tree / f".venv/.installed-{platform}").exists() == (error is None)
