@@ -64,11 +64,16 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def is_version(installed: str | None, wanted: str) -> bool:
+    """Return whether a package has its version; torch of PyTorch's own index adds its CUDA, as in +cu130."""
+    return installed == wanted or (installed or "").partition("+cu")[0] == wanted
+
+
 def check_packages(lock: Path) -> Iterator[Finding]:
     """Check that the locked packages have their exact versions and that none interferes with them."""
     wanted = read_lock(lock)
     installed = {name: installed_version(name) for name in wanted}
-    wrong = [name for name in wanted if installed[name] != wanted[name]]
+    wrong = [name for name in wanted if not is_version(installed[name], wanted[name])]
     for name in wrong[:MAX_LISTED]:
         found = f"{installed[name]}, the lock has {wanted[name]}" if installed[name] else "missing"
         yield Finding(name, "error", found, f"pip install --no-deps {name}=={wanted[name]}")

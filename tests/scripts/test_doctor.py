@@ -36,6 +36,11 @@ def test_packages_that_shadow_or_break_others_are_errors(
     errors = [finding for finding in doctor.check_packages(lock) if finding.status == "error"]
     assert [finding.name for finding in errors] == ["torchvision"]
     assert "pip uninstall -y torchvision" in errors[0].fix
+    lock.write_text("torch==2.13.0\n")
+    for version, found in (("2.13.0+cu130", "1 of 1"), ("2.13.0+cpu", "2.13.0+cpu, the lock has 2.13.0")):
+        monkeypatch.setattr(doctor, "installed_version", {"torch": version}.get)
+        assert next(doctor.check_packages(lock)).found.startswith(found)
+    monkeypatch.setattr(doctor, "installed_version", {"verl": "0.8.0"}.get)
     another = doctor.check_own_packages()
     assert (another.status, another.found) == ("error", "another verl 0.8.0 shadows ours")
 
