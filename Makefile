@@ -3,7 +3,7 @@
 # make test         every test;  make test-fast  those that take seconds
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
-# make doctor       what is wrong and how to fix it
+# make doctor       what is wrong and how to fix it;  make bundle RUN=runs/NAME  pack a run for a bug report
 # make bench-step   what each method adds to a training step;  make bench-scale  how runs scale, and plans for GPUs
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
@@ -13,13 +13,14 @@ PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.i
 QUICKSTART_ARGS ?=
 ASK_ARGS ?=
 BENCH_ARGS ?=
+BUNDLE_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
 # Where this is set, as in many containers, each process would compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor check format test test-fast quickstart ask bench-step bench-scale bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor bundle check format test test-fast quickstart ask bench-step bench-scale bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -32,6 +33,9 @@ venv: .venv/.installed-$(PLATFORM)
 # Only reads: any Python will do where .venv is missing.
 doctor:
 	@$$([[ -x $(BIN)/python ]] && echo $(BIN)/python || command -v python3.11 python3 | head -n 1) scripts/doctor.py
+
+bundle: venv
+	@$(BIN)/python scripts/bundle.py "$(RUN)" $(BUNDLE_ARGS)
 
 check: venv
 	$(BIN)/ruff check .

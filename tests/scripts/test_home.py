@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import bundle
 import doctor
 import download
 import prepare_data
@@ -18,6 +19,7 @@ from search_r1.search import index_builder, index_cli, retrieval_server
 
 PROGRAMS = {
     "report": (report.main, "~/nowhere"),
+    "bundle": (bundle.main, "~/nowhere"),
     "view_rollouts": (view_rollouts.main, "~/nowhere"),
     "prepare_data": (prepare_data.main, "--train nq=~/nowhere --out-dir=~/out"),
     "download": (download.main, "--save_path=~/file/nowhere"),

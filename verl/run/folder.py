@@ -21,6 +21,7 @@ from verl.workers.checkpoint import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "train.log"
 SKIPPED = "skipped"
 """Folder of the batches whose update was skipped."""
 PROFILES = "profile"

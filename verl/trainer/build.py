@@ -22,7 +22,7 @@ from verl.data.sampler import QuestionSampler
 from verl.protocols import PromptFormat
 from verl.rollout.collector import Collector
 from verl.rollout.pool import EnginePool
-from verl.run.folder import PROFILES, lock_folder, recorded_end, scratch_folder
+from verl.run.folder import LOG_FILE, PROFILES, lock_folder, recorded_end, scratch_folder
 from verl.run.manifest import Manifest, make_manifest, write_manifest
 from verl.run.progress import Identity, Progress, run_identity
 from verl.run.recorder import Recorder
@@ -82,7 +82,7 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
     validate(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16())
     run_dir = Path(config.trainer.default_local_dir).resolve()
     with lock_folder(run_dir):
-        configure_logging(log_file=run_dir / "train.log")
+        configure_logging(log_file=run_dir / LOG_FILE)
         logger.info("run folder: %s", run_dir)
         for advice in list_advice(config):
             logger.warning(advice)
