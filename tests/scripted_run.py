@@ -178,6 +178,15 @@ def step_metrics(step: int, *, steps: int, scored: ScoredGroups) -> dict[str, fl
         "time/update_s": 1.3,
         "time/publish_s": 0.15,
         "time/step_s": 5.5,
+        "perf/sampled_tokens_per_s": 812.0,
+        "perf/prefilled_tokens_per_s": 2140.0,
+        "perf/gain_visible_s": 0.4,
+        "perf/gain_hidden_s": 1.9,
+        "perf/update_tokens_per_s": 9150.0,
+        "perf/update_flops_per_s": 1.69e14,
+        "perf/update_flops_share": 0.171,
+        "perf/publish_bytes": 6.2e9,
+        "perf/publish_bytes_per_s": 4.1e10,
     }
 
 

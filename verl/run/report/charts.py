@@ -117,6 +117,15 @@ CHARTS = (
         curves=_pair("rollout/searches_mean", "val/searches_mean"),
         meaning="Searches that were executed.",
     ),
+    Chart(
+        title="Share of the limit of the GPUs",
+        curves=(
+            Curve(label="FLOP, update", metric="perf/update_flops_share"),
+            Curve(label="FLOP, log-probs", metric="perf/log_probs_flops_share", color=ORANGE),
+            Curve(label="bandwidth, rollout", metric="perf/rollout_bandwidth_share", color=GREEN),
+        ),
+        meaning="Of the FLOP per second in bfloat16, and of the memory bandwidth, of all GPUs.",
+    ),
 )
 
 
@@ -161,18 +170,21 @@ def _family(title: str, metrics: Sequence[tuple[str, str]], *, meaning: str) -> 
 
 
 def draw_curves(run: RunData) -> list[tuple[str, str, str]]:
-    """Return (title, meaning, SVG) of every chart that has data, the seconds per phase last."""
+    """Return (title, meaning, SVG) of every chart that has data."""
     drawn = []
     for chart in (*CHARTS, *_list_families(run)):
         found = [(curve, run.series(curve.metric, kind=curve.kind)) for curve in chart.curves]
         if kept := [(curve, series) for curve, series in found if series.steps]:
             drawn.append((chart.title, chart.meaning, _draw_lines(chart, kept)))
-    names = [name for name in run.names() if name.startswith("time/") and name != "time/step_s"]
-    if names:
-        labels = (name.removeprefix("time/").removesuffix("_s").replace("_", " ") for name in names)
-        svg = _draw_phases(dict(zip(labels, map(run.series, names), strict=True)))
-        drawn.append(("Seconds per phase", "Where the time of a step goes.", svg))
     return drawn
+
+
+def draw_phases(run: RunData) -> str | None:
+    """Return the seconds of every phase over the steps as SVG; None where none was timed."""
+    names = [name for name in run.names() if name.startswith("time/") and name != "time/step_s"]
+    labels = (name.removeprefix("time/").removesuffix("_s").replace("_", "-") for name in names)
+    phases = dict(zip(labels, map(run.series, names), strict=True))
+    return _draw_phases(phases) if phases else None
 
 
 def _draw_lines(chart: Chart, curves: Sequence[tuple[Curve, Series]]) -> str:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from serving.files import write_atomically
-from verl.run.report.charts import draw_curves
+from verl.run.report.charts import draw_curves, draw_phases
 from verl.run.report.credit import (
     LEVELS,
     credit_pieces,
@@ -37,6 +37,7 @@ from verl.run.report.run_data import (
     read_run,
     run_facts,
 )
+from verl.run.report.speed import list_traces, phase_rows
 from verl.run.report.text import gain_of, mask_strip, names_gold, reward_of, split_output
 from verl.utils.failures import failure_name
 
@@ -64,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(run: RunData) -> str:
     """Return the report as HTML."""
+    phases_chart = draw_phases(run)
     pairs, steps, extremes = pick_pairs(run), pick_steps(run), pick_extremes(run)
     shown = [record for step in steps for group in step.groups for record in group]
     shown += [*extremes.best, *extremes.worst]
@@ -81,6 +83,9 @@ def render_report(run: RunData) -> str:
         sources=compare_evaluations(run),
         evaluated_steps=[line["step"] for line in run.val],
         charts=[(title, meaning, Markup(svg)) for title, meaning, svg in draw_curves(run)],
+        phases=phase_rows(run),
+        phases_chart=None if phases_chart is None else Markup(phases_chart),
+        traces=list_traces(run),
         pairs=pairs,
         steps=steps,
         extremes=extremes,

@@ -65,10 +65,36 @@ def test_a_finished_run(finished: Path) -> None:
         "trainer.seed 0",
     ):
         assert expected in text, expected
-    charts = 11
+    charts = 12
     assert sum(tag == "svg" for tag, _ in elements.found) == charts
     assert path.stat().st_size < 2_000_000
     assert html.count("<figure>") == charts
+
+
+def test_where_the_time_of_a_step_went(tmp_path: Path) -> None:
+    """What was measured and what was not, with the traces of steps in their order."""
+    run_dir = write_run(tmp_path / "run", steps=4)
+    (run_dir / "profile").mkdir()
+    for name in ("step_10_rank_0", "step_2_rank_1", "step_2_rank_0"):
+        (run_dir / "profile" / f"{name}.json.gz").touch()
+    html, elements = _read(write_report(run_dir))
+    table = html[html.index('<table class="phases">') :].partition("</table>")[0]
+    rows = [" ".join(re.sub(r"<[^>]*>", " ", row).split()) for row in table.split("<tr>")[2:]]
+    none = "\N{EN DASH}"
+    assert rows[1:] == [
+        f"reward gains: waited 0.4 s, 1.9 s more during the rollout 1.10 20 % {none} {none} {none}",
+        f"log-probs 0.50 9 % {none} {none} {none}",
+        "update 1.30 24 % 9,150 169 17.1 %",
+        f"publish 6.2 GB at 41.0 GB/s 0.15 3 % {none} {none} {none}",
+    ]
+    assert rows[0].startswith("rollout tokens sampled; 2,140/s read 2.")
+    assert rows[0].endswith(f"% 812 {none} {none}")
+    links = [attributes.get("href") for tag, attributes in elements.found if tag == "a"]
+    assert [link for link in links if link and link.startswith("profile/")] == [
+        "profile/step_2_rank_0.json.gz",
+        "profile/step_2_rank_1.json.gz",
+        "profile/step_10_rank_0.json.gz",
+    ]
 
 
 def test_sampled_text_has_the_color_of_its_credit(tmp_path: Path) -> None:
