@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_PASSES = 4
 """Forward passes that are recorded of each call, with the backward pass and optimizer step that follow."""
 MAX_EVENTS = 1_000_000
-"""Of one file, about 10 MB compressed."""
+"""Of one file: about 14 MB compressed, 200 MB of JSON."""
 _DRIVER = "driver"
 _CALLS = "calls"
 
