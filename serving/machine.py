@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -23,3 +24,11 @@ def has_bfloat16(*, cpu_info: Path = _CPU_INFO) -> bool:
         words = cpu_info.read_text(encoding="utf-8", errors="replace").split()
         return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
     return False
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the host: `localhost`, or an address of loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

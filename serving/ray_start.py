@@ -92,25 +92,33 @@ class PrivateRay:
 
     def describe_death(self, error: Exception, *, pid: int | None) -> str:
         """Return Ray's reason for the loss of an actor, and the end of what its process wrote to stderr."""
-        reason = str(error).strip().splitlines()[-1].split(" Some common causes")[0]
-        return reason + self.read_stderr_end(pid)
+        return death_reason(error) + self.read_stderr_end(pid)
 
     def read_stderr_end(self, pid: int | None) -> str:
-        """Return the last lines that an actor's process wrote to stderr under a heading; empty if none.
-
-        The inside of tracebacks is left out: the exception at their end says more.
-        """
-        logs = (self.folder / _RAY_FOLDER / "session_latest" / "logs").glob(f"worker-*-{pid}.err")
-        lines = [
-            f"  {line}"
-            for log in sorted(logs)
-            for line in log.read_text(errors="replace").splitlines()
-            if line and not line.startswith((":", "  "))  # ":x" is Ray's own
-        ]
-        return "\n".join(["\nIts stderr ends:", *lines[-_NUM_QUOTED_LINES:]]) if lines else ""
+        """Return the last lines that an actor's process wrote to stderr under a heading; empty if none."""
+        return read_stderr_end(self.folder / _RAY_FOLDER / "session_latest", pid)
 
     def _list_processes(self) -> list[psutil.Process]:
         return list_children_with(str(self.folder))
+
+
+def death_reason(error: Exception) -> str:
+    """Return Ray's reason for the loss of an actor."""
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0]
+
+
+def read_stderr_end(session: Path, pid: int | None) -> str:
+    """Return the last lines of stderr of a process in Ray's session folder under a heading; empty if none.
+
+    The inside of tracebacks is left out: the exception at their end says more.
+    """
+    lines = [
+        f"  {line}"
+        for log in sorted((session / "logs").glob(f"worker-*-{pid}.err"))
+        for line in log.read_text(errors="replace").splitlines()
+        if line and not line.startswith((":", "  "))  # ":x" is Ray's own
+    ]
+    return "\n".join(["\nIts stderr ends:", *lines[-_NUM_QUOTED_LINES:]]) if lines else ""
 
 
 def prepare_ray_import() -> None:

@@ -45,10 +45,10 @@ from IG.service.schema import (
 )
 from IG.sharing import Work
 from serving.logs import configure_logging
-from serving.machine import has_bfloat16
+from serving.machine import has_bfloat16, is_loopback
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
-from serving.web.limits import Access, Admission, Guard, bounded_route, is_loopback
+from serving.web.limits import Access, Admission, Guard, bounded_route
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
 from serving.web.server import GracefulServer, exit_now, listen, url_of

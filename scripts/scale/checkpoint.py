@@ -17,7 +17,7 @@ from verl.trainer.config.schema import ModelConfig, OptimConfig
 from verl.workers.model import PolicyNetwork
 from verl.workers.model_io import build_model, fill_model, sharding_units
 from verl.workers.optimizer import make_optimizer
-from verl.workers.parallel import Placement, init_distributed, shard_model
+from verl.workers.parallel import Placement, Rendezvous, init_distributed, shard_model
 from verl.workers.rank_state import export_state, read_state, stage_state, write_state
 
 _Result = TypeVar("_Result")
@@ -35,7 +35,7 @@ def measure() -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as scratch:
         folder = _make_model(Path(scratch))
         # First, and in processes of their own: what follows uses threads, after which none may be forked.
-        memory = _load_on_ranks(folder, rendezvous=Path(scratch) / "rendezvous")
+        memory = _load_on_ranks(folder)
         return memory | _save(folder, Path(scratch))
 
 
@@ -47,12 +47,13 @@ def _make_model(scratch: Path) -> Path:
     return scratch / "model"
 
 
-def _load_on_ranks(folder: Path, *, rendezvous: Path) -> dict[str, float]:
+def _load_on_ranks(folder: Path) -> dict[str, float]:
     """Return the peak of host memory over ranks while they load, and the size of the weights."""
     context = multiprocessing.get_context("fork")
-    receivers = []
+    server, receivers = Rendezvous(), []
+    rendezvous = server.new_group()
     for rank in range(_RANKS):
-        placement = Placement(rank=rank, world_size=_RANKS, rendezvous=f"file://{rendezvous}", num_threads=1)
+        placement = Placement(rank=rank, world_size=_RANKS, rendezvous=rendezvous, num_threads=1)
         receiver, sender = context.Pipe(duplex=False)
         context.Process(target=_load_on_rank, args=(sender, folder, placement)).start()
         sender.close()

@@ -48,9 +48,10 @@ from search_r1.search.schema import (
 from search_r1.search.server_metrics import RetrieverMetrics
 from search_r1.search.settings import RetrieverSettings, ServerSettings, resolve_server
 from serving.logs import configure_logging
+from serving.machine import is_loopback
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
 from serving.web.host import Host, UnavailableError
-from serving.web.limits import Access, Admission, Guard, bounded_route, is_loopback
+from serving.web.limits import Access, Admission, Guard, bounded_route
 from serving.web.loading import is_loading
 from serving.web.openapi import refusals
 from serving.web.server import GracefulServer, exit_now, listen, url_of

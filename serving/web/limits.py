@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import re
 import time
@@ -20,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.machine import is_loopback
 from serving.web.metrics import CLIENT_DISCONNECTED, RequestMetrics
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
@@ -31,14 +31,6 @@ _BODIES_HELD = 16
 """Memory for bodies, from their first byte to their answer, in bodies of the greatest length."""
 _MAX_VALUES = 1_000_000
 """Parsing so many takes about half a second, during which no other request is answered."""
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the host: `localhost`, or an address of loopback."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from tests.methods import make_method
 from tests.verl.workers.episodes import make_actor, make_config
 from verl.types import Gain, Group
 from verl.utils.actors import LocalLauncher
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import LogProbScorer
 from verl.workers.worker_group import WorkerGroup
 
@@ -37,14 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def measure(
-    name: str, groups: Sequence[Group], *, model: Path, scratch: Path, shared: bool, max_tokens: int
+    name: str, groups: Sequence[Group], *, model: Path, shared: bool, max_tokens: int
 ) -> list[list[Gain]]:
     group = WorkerGroup.launch(
         LocalLauncher(),
         make_config(model, actor=make_actor(ppo_max_token_len_per_gpu=max_tokens)),
         Placement(),
         name="policy",
-        scratch=scratch,
+        rendezvous=Rendezvous(),
         total_steps=1,
         seed=0,
         trainable=False,
@@ -60,15 +60,14 @@ async def measure(
 
 
 @pytest.mark.parametrize("name", LOG_PROB_METHODS)
-async def test_shared_prefixes_give_the_gains_of_whole_passes(name: str, model: Path, tmp_path: Path) -> None:
-    naive = await measure(name, GROUPS, model=model, scratch=tmp_path, shared=False, max_tokens=8192)
+async def test_shared_prefixes_give_the_gains_of_whole_passes(name: str, model: Path) -> None:
+    naive = await measure(name, GROUPS, model=model, shared=False, max_tokens=8192)
     order = (2, 0, 1)
     for max_tokens in (8192, 400, 1):
         moved = await measure(
             name,
             [GROUPS[i] for i in order],
             model=model,
-            scratch=tmp_path,
             shared=True,
             max_tokens=max_tokens,
         )

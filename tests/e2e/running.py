@@ -74,10 +74,12 @@ def running_service(*command: str, folder: Path) -> Iterator[tuple[subprocess.Po
 
 
 @contextmanager
-def training(run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+def training(
+    run_dir: Path, *overrides: str, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Train as users do, through the launcher, which becomes the trainer and gets its signals."""
     arguments = (*SMALL_RUN, f"trainer.default_local_dir={run_dir}", *overrides)
-    with launched("train_grpo.sh", *arguments, cwd=run_dir.parent) as process:
+    with launched("train_grpo.sh", *arguments, cwd=run_dir.parent, variables=variables) as process:
         yield process
 
 

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 
-from serving.web.limits import is_loopback
+from serving.machine import is_loopback
 from serving.web.server import GracefulServer, listen, url_of
 from verl.ask.asker import AskSettings
 from verl.ask.checkpoint import find_checkpoint

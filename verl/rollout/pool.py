@@ -25,6 +25,7 @@ class EngineReceiver:
     def __init__(self, engine: Actor, *, name: str) -> None:
         self._engine = engine
         self.name = name
+        self.node = engine.node
 
     async def load_weights(self, folder: str, version: int) -> None:
         """Load the weights of a folder. Raises WeightSyncError."""

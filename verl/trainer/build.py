@@ -131,9 +131,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         reference=models.reference if config.actor_rollout_ref.actor.use_kl_loss else None,
         copy=models.copy,
         engines=models.engines,
-        publisher=make_publisher(
-            stack, models, prompt_format=prompt_format, questions=train, tolerance=tolerance
-        ),
+        publisher=make_publisher(models, prompt_format=prompt_format, questions=train, tolerance=tolerance),
         checkpoints=start.checkpoints,
         guard=Guard(run_dir, max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates),
         alarms=Alarms(
@@ -262,7 +260,6 @@ def make_services(
 
 
 def make_publisher(
-    stack: AsyncExitStack,
     models: Models,
     *,
     prompt_format: PromptFormat,
@@ -270,14 +267,12 @@ def make_publisher(
     tolerance: float,
 ) -> WeightPublisher:
     """Make the publisher of weights, whose probe is the beginning of the run's own prompts."""
-    publisher = WeightPublisher(
+    return WeightPublisher(
         models.policy,
         models.engines.receivers,
         probe_ids=make_probe(prompt_format.render_prompt(question) for question in questions),
         tolerance=tolerance,
     )
-    close_quietly(stack, publisher.close)
-    return publisher
 
 
 def make_tracker(config: Config, stack: AsyncExitStack, *, run_dir: Path, total_steps: int) -> Tracker:

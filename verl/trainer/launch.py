@@ -1,28 +1,32 @@
-"""Start policy, reference and engines, on the cores of this machine or together on its GPUs."""
+"""Start policy, reference and engines, on the cores or together on the GPUs of one or more nodes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from serving.machine import is_loopback
+from serving.model_files import find_local_model
 from verl.errors import ConfigError
 from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import VllmEngine
 from verl.trainer.config.schema import Config
 from verl.trainer.needs import FrozenModels
-from verl.utils.actors import Launcher, make_launcher
+from verl.utils.actors import Launcher, Node, make_launcher
+from verl.utils.cluster import Share, join_cluster
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
 from verl.workers.model_io import prepare_engine_model
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
 
@@ -61,7 +65,7 @@ async def launch_models(
     """
     trainer = config.trainer
     logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(config, stack)
+    launcher = await open_launcher(config, stack, device=device, scratch=scratch)
     launch_group = partial(
         WorkerGroup.launch,
         launcher,
@@ -71,9 +75,9 @@ async def launch_models(
             world_size=count_workers(config, device=device),
             num_threads=os.cpu_count() if device == "cpu" else None,
         ),
+        rendezvous=Rendezvous(launcher.address),
         total_steps=total_steps,
         seed=trainer.seed,
-        scratch=scratch,
     )
     async with limited_start(config):
         # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
@@ -111,7 +115,7 @@ async def open_engines(
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
     logger.info("starting engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(config, stack)
+    launcher = await open_launcher(config, stack, device=device, scratch=scratch)
     async with limited_start(config):
         engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
         close_quietly(stack, engines.shutdown)
@@ -133,12 +137,52 @@ async def open_local_engine(
     return engine
 
 
-async def open_launcher(config: Config, stack: AsyncExitStack) -> Launcher:
-    """Start the launcher, which the stack shuts down; what runs on the stack ends when the launcher dies."""
-    launcher = make_launcher(config.trainer.launcher)
+async def open_launcher(config: Config, stack: AsyncExitStack, *, device: str, scratch: Path) -> Launcher:
+    """Start the launcher, which the stack shuts down; what runs on the stack ends when the launcher dies.
+
+    `scratch` must be on a disk that all nodes share. Raises ConfigError if the nodes cannot be had.
+    """
+    trainer = config.trainer
+    launcher: Launcher
+    if trainer.ray_address is None:
+        launcher = make_launcher(trainer.launcher)
+    else:
+        model = find_local_model(config.actor_rollout_ref.model.path)
+        launcher = await join_cluster(
+            share_of_nodes(config, device=device),
+            paths=[Path.cwd(), *([] if model is None else [model.resolve()])],
+            shared=scratch,
+            timeout_s=trainer.node_wait_s,
+        )
     close_quietly(stack, launcher.shutdown)
+    refuse_loopback(config, launcher.nodes)
     await stack.enter_async_context(ended_by(launcher.watch()))
     return launcher
+
+
+def share_of_nodes(config: Config, *, device: str) -> Share:
+    """Return what the run reserves of a cluster: GPUs, and a core for each process."""
+    trainer = config.trainer
+    on_gpus = device == "cuda"
+    replicas = count_replicas(config, device=device)
+    return Share(
+        address=str(trainer.ray_address),
+        num_nodes=trainer.nnodes,
+        gpus=trainer.n_gpus_per_node if on_gpus else 0,
+        cpus=max(count_workers(config, device=device), replicas) // trainer.nnodes,
+    )
+
+
+def refuse_loopback(config: Config, nodes: Sequence[Node]) -> None:
+    """Raise ConfigError if a node on another machine would look for the retriever on itself."""
+    url = config.retriever.url
+    far = [node.address for node in nodes if not node.is_here]
+    if far and is_loopback(urlsplit(url).hostname or ""):
+        raise ConfigError(
+            f"retriever.url={url} is an address of this machine alone, and engines on {', '.join(far)} "
+            "search, too; start the retriever with a token (RETRIEVER_TOKEN) and --host ADDRESS, an address "
+            "that all nodes reach, and set retriever.url to it"
+        )
 
 
 @asynccontextmanager
@@ -169,20 +213,23 @@ async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[No
 def launch_engines(
     config: Config, launcher: Launcher, *, device: str, scratch: Path, open_agent: OpenAgent
 ) -> EnginePool:
-    """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of them."""
+    """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of a node."""
     rollout = config.actor_rollout_ref.rollout
     parallel, replicas = rollout.tensor_model_parallel_size, count_replicas(config, device=device)
-    settings = engine_settings(config, device=device, scratch=scratch, num_replicas=replicas)
+    per_node = replicas // len(launcher.nodes)
+    settings = engine_settings(config, device=device, scratch=scratch, num_replicas=per_node)
     max_concurrent = config.trainer.max_concurrent_episodes or replicas * rollout.max_num_seqs
     actors = [
         launcher.launch(
             RolloutWorker,
             kwargs={"engine": partial(VllmEngine, **settings), "open_agent": open_agent},
-            name=f"engine-{replica}",
-            env=see_gpus(range(replica * parallel, (replica + 1) * parallel)) if device == "cuda" else None,
+            name=f"engine-{node * per_node + local}",
+            env=where.see_gpus(range(local * parallel, (local + 1) * parallel)) if device == "cuda" else None,
             max_concurrency=max_concurrent + _CONTROL_CALLS,
+            node=node,
         )
-        for replica in range(replicas)
+        for node, where in enumerate(launcher.nodes)
+        for local in range(per_node)
     ]
     return EnginePool(
         actors,
@@ -193,7 +240,7 @@ def launch_engines(
 
 
 def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas: int) -> dict[str, Any]:
-    """Return the arguments of `VllmEngine` for one of so many replicas."""
+    """Return the arguments of `VllmEngine` for one of so many replicas on a node."""
     settings, trainer = config.actor_rollout_ref, config.trainer
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
@@ -210,24 +257,17 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
 
 
 def count_replicas(config: Config, *, device: str) -> int:
-    """Return the number of engines."""
+    """Return the number of engines, on all nodes."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     if device == "cuda":
-        return trainer.n_gpus_per_node // rollout.tensor_model_parallel_size
+        return trainer.n_gpus_per_node // rollout.tensor_model_parallel_size * trainer.nnodes
     return trainer.num_cpu_engines
 
 
 def count_workers(config: Config, *, device: str) -> int:
-    """Return the number of ranks of the policy."""
-    return config.trainer.n_gpus_per_node if device == "cuda" else config.trainer.num_cpu_workers
-
-
-def see_gpus(indices: range) -> dict[str, str]:
-    """Return the environment of a process that sees these of the GPUs that this process sees."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    chosen = [visible[i] if visible else str(i) for i in indices]
-    # Policy ranks and engines share GPUs, so Ray, which assigns each GPU only once, must not do it.
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    """Return the number of ranks of the policy, on all nodes."""
+    trainer = config.trainer
+    return trainer.n_gpus_per_node * trainer.nnodes if device == "cuda" else trainer.num_cpu_workers
 
 
 def count_gpus() -> int:

@@ -17,9 +17,11 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from serving.ray_start import PrivateRay
@@ -35,8 +37,39 @@ class ActorError(UserError, RuntimeError):
     """An actor has ended: the message names it, its class and the end of its stderr."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A machine that runs actors."""
+
+    address: str = "127.0.0.1"
+    interface: str = "lo"
+    """Network interface that has the address."""
+    gpus: tuple[str, ...] = ()
+    """Identifiers of the GPUs that may be used, as in CUDA_VISIBLE_DEVICES; empty: all of the machine."""
+    is_here: bool = True
+    """Whether this process runs there, too."""
+
+    def see_gpus(self, indices: range) -> dict[str, str]:
+        """Return the environment of a process that sees these of the GPUs."""
+        chosen = [self.gpus[i] if self.gpus else str(i) for i in indices]
+        # Policy ranks and engines share GPUs, so Ray, which assigns each GPU only once, must not do it.
+        return {
+            "CUDA_VISIBLE_DEVICES": ",".join(chosen),
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+
+
+def this_node() -> Node:
+    """Return this machine with the GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return Node(gpus=tuple(name for name in visible if name))
+
+
 class Actor(Protocol):
     """An object that can live in another process."""
+
+    node: int
+    """Index of its node among `Launcher.nodes`."""
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
         """Return or raise what the method does. Raises ActorError when the actor has ended."""
@@ -50,6 +83,10 @@ class Actor(Protocol):
 class Launcher(Protocol):
     """Start actors."""
 
+    nodes: tuple[Node, ...]
+    address: str
+    """Address of this process that the nodes can reach."""
+
     def launch(
         self,
         cls: type,
@@ -59,8 +96,9 @@ class Launcher(Protocol):
         name: str,
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
+        node: int = 0,
     ) -> Actor:
-        """Build `cls(**kwargs)` without waiting for it, in an environment with `env` added."""
+        """Build `cls(**kwargs)` on a node without waiting for it, in an environment with `env` added."""
         ...
 
     async def watch(self) -> None:
@@ -79,7 +117,7 @@ def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
     """
     starts: dict[str, Callable[[], Launcher]] = {
         "local": LocalLauncher,
-        "ray": lambda: RayLauncher(object_store_mb=object_store_mb),
+        "ray": lambda: _start_private(object_store_mb=object_store_mb),
     }
     return starts[kind]()
 
@@ -87,7 +125,17 @@ def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
 class _Host:
     """Holds the object and decides on which thread it runs."""
 
-    def __init__(self, cls: type, kwargs: dict[str, object], name: str, max_concurrency: int) -> None:
+    def __init__(
+        self,
+        cls: type,
+        kwargs: dict[str, object],
+        name: str,
+        max_concurrency: int,
+        *,
+        folder: str | None = None,
+    ) -> None:
+        if folder is not None:
+            os.chdir(folder)  # relative paths then mean the same in every process
         self._executor = ThreadPoolExecutor(max_concurrency, thread_name_prefix=name)
         self._turns = asyncio.Semaphore(max_concurrency)
         self._built = self._executor.submit(cls, **kwargs)
@@ -108,6 +156,8 @@ class _Host:
 
 
 class _LocalActor:
+    node = 0
+
     def __init__(self, host: _Host, name: str) -> None:
         self._host: _Host | None = host
         self._name = name
@@ -127,6 +177,8 @@ class LocalLauncher:
     """Runs all actors in this process, for the debugger and for tests; `env` is set for all of it."""
 
     def __init__(self) -> None:
+        self.nodes: tuple[Node, ...] = (this_node(),)
+        self.address = self.nodes[0].address
         self._actors: list[_LocalActor] = []
 
     def launch(
@@ -138,7 +190,9 @@ class LocalLauncher:
         name: str,
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
+        node: int = 0,
     ) -> Actor:
+        assert node == 0, f"this process is node 0, got {node}"
         os.environ.update(env or {})
         actor = _LocalActor(_Host(cls, kwargs, name, max_concurrency), name)
         self._actors.append(actor)
@@ -153,12 +207,37 @@ class LocalLauncher:
         self._actors.clear()
 
 
+class RayCluster(Protocol):
+    """A running Ray cluster, private to this process or joined."""
+
+    def guard_processes(self) -> None:
+        """Let the processes that Ray has started on this machine end with this one."""
+        ...
+
+    def find_dead(self) -> str | None:
+        """Return the name of a process that actors cannot work without and that has ended, if any."""
+        ...
+
+    def describe_death(self, error: Exception, *, pid: int | None) -> str:
+        """Return Ray's reason for the loss of an actor, and the end of its stderr."""
+        ...
+
+    def read_stderr_end(self, pid: int | None) -> str:
+        """Return the last lines that an actor's process wrote to stderr under a heading; empty if none."""
+        ...
+
+    def close(self) -> None:
+        """End all actors, and the cluster if it is private."""
+        ...
+
+
 class _RayActor:
-    def __init__(self, actor: Any, *, ray: PrivateRay, name: str, role: str) -> None:
+    def __init__(self, actor: Any, *, ray: RayCluster, label: str, node: int, is_here: bool) -> None:
+        self.node = node
         self._actor = actor
         self._ray = ray
-        self._name = name
-        self._role = role
+        self._label = label
+        self._is_here = is_here
         self._pid: int | None = None
         self._has_answered = False
 
@@ -176,17 +255,17 @@ class _RayActor:
                 raise ActorError(f"{self._label}: {error}") from error
             if isinstance(cause, RolloutError) and not self._has_answered:
                 # The reason why an engine cannot start is only on its stderr.
-                cause.add_note(self._ray.read_stderr_end(self._pid))
+                cause.add_note(self._ray.read_stderr_end(self._local_pid))
             raise cause from error
         except RayActorError as error:
-            death = self._ray.describe_death(error, pid=self._pid)
+            death = self._ray.describe_death(error, pid=self._local_pid)
             raise ActorError(f"{self._label} died; {method!r} has no result. {death}") from error
         self._has_answered = True
         return result
 
     @property
-    def _label(self) -> str:
-        return f"actor {self._name!r} ({self._role})"
+    def _local_pid(self) -> int | None:
+        return self._pid if self._is_here else None
 
     def kill(self) -> None:
         import ray
@@ -196,24 +275,24 @@ class _RayActor:
 
 
 class RayLauncher:
-    """Runs one process per actor, in a Ray cluster of this process's own that ends with it, even by SIGKILL.
+    """Runs one process per actor in a Ray cluster."""
 
-    Create it on the main thread: Linux ends Ray's processes when the thread that started them ends.
-    """
-
-    def __init__(self, *, object_store_mb: int) -> None:
-        self._ray = PrivateRay()
+    def __init__(
+        self,
+        ray: RayCluster,
+        *,
+        nodes: Sequence[Node],
+        address: str = "127.0.0.1",
+        options: Sequence[Mapping[str, object]] = ({},),
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`options`: those of Ray that place an actor on each node; `env`: variables of all actors."""
+        self.nodes = tuple(nodes)
+        self.address = address
+        self._ray = ray
+        self._options = tuple(options)
+        self._env = dict(env)
         self._actors: list[_RayActor] = []
-        try:
-            with keep_sigterm_handler():
-                self._ray.start(object_store_bytes=object_store_mb * 2**20, system_config=_SURVIVAL)
-        except Exception as error:  # Ray raises the bare class
-            self._ray.close()
-            raise ActorError(
-                f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and disk in "
-                f"{self._ray.folder.parent}, or look for the cause with trainer.launcher=local, which starts "
-                "no Ray"
-            ) from error
 
     def launch(
         self,
@@ -224,16 +303,23 @@ class RayLauncher:
         name: str,
         env: Mapping[str, str] | None = None,
         max_concurrency: int = 1,
+        node: int = 0,
     ) -> Actor:
         import ray
 
-        options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": 0}
+        options: dict[str, Any] = {"name": name, "num_cpus": 0, "num_gpus": 0, **self._options[node]}
         # `_Host` limits calls. Ray's own limit, which is 1,000 by default, must hold back none of them.
         options["max_concurrency"] = _RAY_CALLS + max_concurrency
-        if env:
-            options["runtime_env"] = {"env_vars": dict(env)}
-        remote = ray.remote(_Host).options(**options).remote(cls, kwargs, name, max_concurrency)
-        actor = _RayActor(remote, ray=self._ray, name=name, role=cls.__name__)
+        if variables := {**(env or {}), **self._env}:  # the user's own win
+            options["runtime_env"] = {"env_vars": variables}
+        remote = (
+            ray.remote(_Host)
+            .options(**options)
+            .remote(cls, kwargs, name, max_concurrency, folder=os.getcwd())
+        )
+        where = self.nodes[node]
+        label = f"actor {name!r} ({cls.__name__})" + ("" if where.is_here else f" on node {where.address}")
+        actor = _RayActor(remote, ray=self._ray, label=label, node=node, is_here=where.is_here)
         self._actors.append(actor)
         return actor
 
@@ -254,6 +340,24 @@ class RayLauncher:
             actor.kill()
         self._actors.clear()
         self._ray.close()
+
+
+def _start_private(*, object_store_mb: int) -> RayLauncher:
+    """Start a Ray cluster of this process's own, which ends with it, even by SIGKILL.
+
+    Call it on the main thread: Linux ends Ray's processes when the thread that started them ends.
+    """
+    ray = PrivateRay()
+    try:
+        with keep_sigterm_handler():
+            ray.start(object_store_bytes=object_store_mb * 2**20, system_config=_SURVIVAL)
+    except Exception as error:  # Ray raises the bare class
+        ray.close()
+        raise ActorError(
+            f"Ray cannot start ({type(error).__name__}: {error}); free memory, shared memory and disk in "
+            f"{ray.folder.parent}, or look for the cause with trainer.launcher=local, which starts no Ray"
+        ) from error
+    return RayLauncher(ray, nodes=[this_node()])
 
 
 @contextmanager

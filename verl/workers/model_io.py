@@ -190,7 +190,7 @@ def export_weights(
 ) -> None:
     """Gather one weight after the other over the ranks, and write `model.safetensors` for the engines.
 
-    `with_head` writes a tied embedding twice, see `prepare_engine_model`. Collective; one rank writes.
+    `with_head` writes a tied embedding twice, see `prepare_engine_model`. Collective; some ranks write.
     """
     weights = weights_of(model)
     if with_head:

@@ -1,13 +1,18 @@
 """Data parallelism: process group, FSDP2 sharding, reductions over ranks. gloo on CPUs, NCCL on GPUs.
 
 A single CPU rank has no process group and no sharding; all functions but `init_distributed` then do nothing.
+On several nodes each node holds the whole model, sharded over its ranks, and gradients are summed over the
+nodes (HSDP): the many small collectives of FSDP stay inside a node.
 """
 
 from __future__ import annotations
 
+import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -27,10 +32,27 @@ class Placement:
     """`cpu` or `cuda`."""
     rank: int = 0
     world_size: int = 1
+    ranks_per_node: int | None = None
+    """Ranks are numbered node by node; None: all are on one node."""
     rendezvous: str | None = None
-    """An init_method URL; required when there are several ranks."""
+    """What `Rendezvous.new_group` returned; required when there are several ranks."""
     num_threads: int | None = None
     """Threads of torch; None leaves torch's default."""
+
+    @property
+    def node_size(self) -> int:
+        """Number of ranks on each node."""
+        return self.ranks_per_node or self.world_size
+
+    @property
+    def node(self) -> int:
+        """Index of the node that the rank is on."""
+        return self.rank // self.node_size
+
+    @property
+    def local_rank(self) -> int:
+        """Index of the rank among those of its node."""
+        return self.rank % self.node_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +63,37 @@ class ParallelContext:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """None for a single rank on a CPU."""
+    """(shard) or (replicate, shard); None for a single rank on a CPU."""
+    leads_node: bool = True
+    """Whether this is the first rank of its node."""
 
 
-def init_distributed(placement: Placement) -> ParallelContext:
-    """Join the process group at the rendezvous, which waits for all ranks."""
+class Rendezvous:
+    """The server over which the ranks of every group find each other; it ends with this object.
+
+    It listens on `host` alone: on loopback unless ranks are on other nodes. It asks for no password, as gloo
+    and NCCL do not: whoever reaches `host` can disturb the training, but run no code.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        # The socket is bound here, because by itself the server would listen on every interface.
+        with socket.create_server((host, 0)) as listener:
+            port = listener.getsockname()[1]
+            self._store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+        self._address = f"tcp://{host}:{port}"
+
+    def new_group(self) -> str:
+        """Return the address for one group of ranks, whose keys have a prefix of their own."""
+        return f"{self._address}/{secrets.token_hex(16)}"
+
+
+def init_distributed(placement: Placement, *, fsdp_size: int | None = None) -> ParallelContext:
+    """Join the process group at the rendezvous, which waits for all ranks.
+
+    `fsdp_size` ranks share one copy of the model; -1: all, None: those of a node.
+    """
     rank, world_size = placement.rank, placement.world_size
     on_cuda = placement.device != "cpu"
     if not on_cuda and world_size == 1:
@@ -53,15 +101,33 @@ def init_distributed(placement: Placement) -> ParallelContext:
     if world_size > 1 and placement.rendezvous is None:
         raise ValueError(f"{world_size} ranks need a rendezvous, got None")
     if on_cuda:
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    rendezvous = (
-        {"init_method": placement.rendezvous} if placement.rendezvous else {"store": dist.HashStore()}
-    )
-    backend = "nccl" if on_cuda else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=_TIMEOUT, **rendezvous)
+        torch.cuda.set_device(placement.local_rank)
+    if not dist.is_initialized():  # policy and reference of the launcher "local" share one process
+        store = _join(placement.rendezvous) if placement.rendezvous else dist.HashStore()
+        backend = "nccl" if on_cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    mesh = init_device_mesh(device.type, (world_size,))
-    return ParallelContext(rank=rank, world_size=world_size, device=device, mesh=mesh)
+    return ParallelContext(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        mesh=_make_mesh(device.type, placement, fsdp_size=fsdp_size),
+        leads_node=placement.local_rank == 0,
+    )
+
+
+def _join(rendezvous: str) -> dist.Store:
+    address = urlsplit(rendezvous)
+    server = dist.TCPStore(address.hostname, address.port, is_master=False, timeout=_TIMEOUT)
+    return dist.PrefixStore(address.path, server)
+
+
+def _make_mesh(device_type: str, placement: Placement, *, fsdp_size: int | None) -> DeviceMesh:
+    world_size = placement.world_size
+    shard = world_size if fsdp_size == -1 else fsdp_size or placement.node_size
+    if shard == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def shard_model(

@@ -46,6 +46,7 @@ from verl.workers.parallel import (
 )
 from verl.workers.profile import Profile, profiled
 from verl.workers.rank_state import StagedState, export_state, read_state, stage_state, write_state
+from verl.workers.weight_folder import WeightFolder
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class PolicyWorker:
         self._packs = packs_rows(model)
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         self._unties = device == "cpu" and is_tied(self._source)
-        self._context = init_distributed(placement)
+        self._context = init_distributed(placement, fsdp_size=config.actor.fsdp_config.fsdp_size)
         self._model = build_model(model, device=device, trainable=trainable)
         self._network = PolicyNetwork(self._model)
         units = sharding_units(self._model)
@@ -98,6 +99,7 @@ class PolicyWorker:
         self._seed = seed
         self._staged: dict[str, StagedState] = {}
         self.profile: Profile | None = None
+        self._exported: WeightFolder | None = None
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model."""
@@ -143,17 +145,33 @@ class PolicyWorker:
         skipped = num_updates - len(applied)
         return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
 
-    def export_weights(self, folder: str) -> None:
-        """Write the weights for the engine, in compute precision, on rank 0."""
-        export_weights(
-            Path(folder),
-            self._model,
-            dtype=self._dtype,
-            with_head=self._unties,
-            is_writer=self._context.rank == 0,
-        )
+    def export_weights(self) -> str | None:
+        """Write the weights for the engines of this node, in compute precision, on its first rank.
+
+        Returns the folder, which `drop_weights` removes; None on other ranks.
+        """
+        if self._context.leads_node:
+            self._exported = WeightFolder(self.export_bytes())
+        try:
+            export_weights(
+                Path() if self._exported is None else self._exported.path,
+                self._model,
+                dtype=self._dtype,
+                with_head=self._unties,
+                is_writer=self._exported is not None,
+            )
+        except BaseException:
+            self.drop_weights()
+            raise
         wait_for_ranks(self._context)
         self._release_memory()
+        return None if self._exported is None else str(self._exported.path)
+
+    def drop_weights(self) -> None:
+        """Remove what `export_weights` wrote."""
+        if self._exported is not None:
+            self._exported.remove()
+            self._exported = None
 
     def export_bytes(self) -> int:
         """Return the number of bytes that `export_weights` writes."""

@@ -1,26 +1,20 @@
 """Publish the policy's weights to every engine, and check that they arrived.
 
-Weights travel as a safetensors file in memory (`/dev/shm` where there is one). After each publish the trainer
-and every engine score a fixed probe sequence; if they disagree the run stops, because it would sample from
-another policy than it trains. An update at a small learning rate moves the probe by less than rounding does,
-so this check alone does not notice an engine that keeps stale weights: `verify` publishes visibly perturbed
-weights once, at start.
+Weights travel as a safetensors file in the memory of each node (`/dev/shm` where there is one). After each
+publish the trainer and every engine score a fixed probe sequence; if they disagree the run stops, because it
+would sample from another policy than it trains. An update at a small learning rate moves the probe by less
+than rounding does, so this check alone does not notice an engine that keeps stale weights: `verify` publishes
+visibly perturbed weights once, at start.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import itertools
 import logging
-import os
-import shutil
-import stat
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import IO, Protocol
+from contextlib import AsyncExitStack
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,16 +22,12 @@ import torch
 from verl.errors import WeightSyncError
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
+from verl.utils.shutdown import close_quietly
 from verl.workers.model import compute_dtype
+from verl.workers.weight_folder import is_in_memory
 
 logger = logging.getLogger(__name__)
 
-_SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "verl-weights-"
-_LOCK_FILE = "lock"
-_MIN_STALE_AGE_S = 60.0
-_MARGIN_BYTES = 2**24
-"""Room for the header of the file and for other writers."""
 _PROBE_TOKENS = 64
 _FLOAT32_TOLERANCE = 1e-3
 _BFLOAT16_TOLERANCE = 0.1
@@ -47,11 +37,11 @@ _BFLOAT16_TOLERANCE = 0.1
 class WeightSource(Protocol):
     """The part of the policy that a publisher uses."""
 
-    async def export_weights(self, folder: Path) -> None: ...
-
-    async def export_bytes(self) -> int:
-        """Return the size of what `export_weights` writes."""
+    async def export_weights(self) -> Sequence[str]:
+        """Write the weights once on each node; return the folder on each, which `drop_weights` removes."""
         ...
+
+    async def drop_weights(self) -> None: ...
 
     async def probe(self, ids: IntArray) -> FloatArray: ...
 
@@ -63,6 +53,9 @@ class WeightSource(Protocol):
 class WeightReceiver(Protocol):
     """The part of an engine that a publisher uses."""
 
+    node: int
+    """Index of the node that the engine is on."""
+
     async def load_weights(self, folder: str, version: int) -> None:
         """Load the `*.safetensors` of the folder; completions carry `version` from then on."""
         ...
@@ -73,7 +66,7 @@ class WeightReceiver(Protocol):
 
 
 class WeightPublisher:
-    """Sends the weights of one policy to its engines. Close it at the end: it owns a folder in memory."""
+    """Sends the weights of one policy to its engines."""
 
     def __init__(
         self,
@@ -82,21 +75,15 @@ class WeightPublisher:
         *,
         probe_ids: IntArray,
         tolerance: float,
-        memory: Path | None = None,
     ) -> None:
-        """`tolerance`: largest mean absolute log-prob difference, 1e-3 in float32.
-
-        `memory`: where the file is written; by default shared memory if it has room for the weights.
-        """
+        """`tolerance`: largest mean absolute log-prob difference, 1e-3 in float32."""
         if len(probe_ids) < 2:
             raise ValueError(f"the probe needs at least two tokens, got {len(probe_ids)}")
         self._policy = policy
         self._receivers = tuple(receivers)
         self._probe_ids = np.asarray(probe_ids, dtype=np.int32)
         self._tolerance = tolerance
-        self._memory = memory
-        self._folder: Path | None = None
-        self._lock: IO[bytes] | None = None
+        self._has_warned = False
 
     async def verify(self, *, version: int) -> None:
         """Publish perturbed weights, compare, then publish the policy's own.
@@ -128,13 +115,6 @@ class WeightPublisher:
         """
         return await self._publish(version, tolerance=self._tolerance)
 
-    def close(self) -> None:
-        """Free the memory. Calling it again does nothing."""
-        if self._lock is not None:
-            self._lock.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
     async def _publish(self, version: int, *, tolerance: float) -> float:
         await self._transfer(version)
         expected, *scores = await asyncio.gather(
@@ -147,23 +127,24 @@ class WeightPublisher:
         return max(differences, default=0.0)
 
     async def _transfer(self, version: int) -> None:
-        if self._folder is None:
-            self._folder = await self._make_folder()
-        folder = self._folder / f"version_{version}"
-        try:
-            await self._policy.export_weights(folder)
+        async with AsyncExitStack() as stack:
+            close_quietly(stack, self._policy.drop_weights)
+            folders = await self._policy.export_weights()
+            self._warn_of_disk(folders)
             await asyncio.gather(
-                *(receiver.load_weights(str(folder), version) for receiver in self._receivers)
+                *(receiver.load_weights(folders[receiver.node], version) for receiver in self._receivers)
             )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    async def _make_folder(self) -> Path:
-        memory = self._memory or find_memory(await self._policy.export_bytes())
-        _remove_stale_folders(memory)
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
-        self._lock = _lock_folder(folder)
-        return folder
+    def _warn_of_disk(self, folders: Sequence[str]) -> None:
+        """Warn once if weights travel over the disk: containers often have 64 MiB of shared memory."""
+        slow = [folder for folder in folders if not is_in_memory(folder)]
+        if slow and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "/dev/shm has no room for the weights: they travel over the disk (%s), which is slower; "
+                "give it more (docker run --shm-size)",
+                slow[0],
+            )
 
 
 def make_probe(prompts: Iterable[Sequence[int]]) -> IntArray:
@@ -203,45 +184,3 @@ def _compare(
 def _distance(one: FloatArray, other: FloatArray) -> float:
     """Return the mean absolute difference after position 0, which has no log-prob."""
     return float(np.abs(one[1:] - other[1:]).mean())
-
-
-def find_memory(num_bytes: int, *, shared: Path = _SHARED_MEMORY) -> Path:
-    """Return shared memory if it has room (containers often have 64 MiB of it), else the temporary folder."""
-    if shared.is_dir() and os.access(shared, os.W_OK):
-        _remove_stale_folders(shared)
-        free = shutil.disk_usage(shared).free
-        if free >= num_bytes + _MARGIN_BYTES:
-            return shared
-        logger.warning(
-            "%s has %.1f GiB free, the weights need %.1f: they travel over the disk, which is slower; "
-            "give it more (docker run --shm-size)",
-            shared,
-            free / 2**30,
-            num_bytes / 2**30,
-        )
-    return Path(tempfile.gettempdir())
-
-
-def _lock_folder(folder: Path) -> IO[bytes]:
-    lock = (folder / _LOCK_FILE).open("wb")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
-
-
-def _remove_stale_folders(memory: Path) -> None:
-    """Remove the folders of killed runs, which hold no lock any more, also of those in other containers.
-
-    Other users can write to `memory`: only folders of this user are opened, and only if they are folders.
-    """
-    for folder in memory.glob(f"{_PREFIX}*"):
-        try:
-            status = folder.lstat()
-            is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            if not is_ours or time.time() - status.st_mtime < _MIN_STALE_AGE_S:
-                continue  # its owner may not have locked it yet
-            lock = os.open(folder / _LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(lock, "rb"):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # locked by a running process, or removed meanwhile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
-from verl.utils.actors import Actor, ActorError, Launcher
+from verl.utils.actors import Actor, ActorError, Launcher, Node
 from verl.utils.timing import Span
 from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_trees, make_mini_batches
 from verl.workers.model import packs_rows
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
 
 logger = logging.getLogger(__name__)
@@ -30,24 +29,19 @@ _Pass = TypeVar("_Pass")
 _GRACE_S = 5.0
 """When a rank dies the others fail in a collective; wait for its own error, which is more specific."""
 
-# Threads that spin would take the cores from the other processes.
-_CPU_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_WAIT_POLICY": "passive"}
-_GPU_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Policy, reference and engines share the GPUs, so Ray, which assigns each only once, must not do it."""
-
 
 class WorkerGroup:
     """The policy, or its frozen reference, on as many actors as there are ranks."""
 
     def __init__(
-        self, actors: Sequence[Actor], *, config: ActorConfig, packs: bool, rendezvous: Path
+        self, actors: Sequence[Actor], *, config: ActorConfig, packs: bool, rendezvous: Rendezvous
     ) -> None:
         """`packs`: a forward pass can take several trajectories, see `packs_rows`."""
         self._actors = tuple(actors)
         self._config = config
         self._packs = packs
         self._max_tokens = config.ppo_max_token_len_per_gpu if packs else 1
-        self._rendezvous = rendezvous
+        self._rendezvous = rendezvous  # kept: it ends with its last owner
 
     @classmethod
     def launch(
@@ -57,15 +51,15 @@ class WorkerGroup:
         placement: Placement,
         *,
         name: str,
-        scratch: Path,
+        rendezvous: Rendezvous,
         total_steps: int,
         seed: int,
         trainable: bool,
     ) -> WorkerGroup:
         """Start `placement.world_size` ranks without waiting for them: see `wait_until_ready`.
 
-        On GPUs rank i takes the i-th that it sees. The file over which the ranks find each other stays in
-        `scratch` until `shutdown`. Several ranks need processes of their own, see `validate`.
+        Ranks are dealt to the launcher's nodes in order; on GPUs the i-th rank of a node takes the i-th GPU.
+        Several ranks need processes of their own, see `validate`.
         """
         packs = packs_rows(config.model)
         if not packs:
@@ -73,23 +67,23 @@ class WorkerGroup:
                 "%s computes one trajectory per forward pass: layers do not attend to the whole context",
                 config.model.path,
             )
-        scratch.mkdir(parents=True, exist_ok=True)
-        # A file, not a port: no other process can take it or join. A new one for each group, as torch
-        # demands.
-        rendezvous = scratch.resolve() / f"rendezvous-{name}-{secrets.token_hex(4)}"
+        placement = replace(
+            placement,
+            ranks_per_node=placement.world_size // len(launcher.nodes),
+            rendezvous=rendezvous.new_group(),
+        )
         shared = {"config": config, "total_steps": total_steps, "seed": seed, "trainable": trainable}
         # Not waited for: the ranks find each other in their constructors, so all must run at the same time.
+        ranks = [replace(placement, rank=rank) for rank in range(placement.world_size)]
         actors = [
             launcher.launch(
                 PolicyWorker,
-                kwargs={
-                    **shared,
-                    "placement": replace(placement, rank=rank, rendezvous=f"file://{rendezvous}"),
-                },
-                name=f"{name}-{rank}",
-                env=_CPU_ENVIRONMENT if placement.device == "cpu" else _GPU_ENVIRONMENT,
+                kwargs={**shared, "placement": rank},
+                name=f"{name}-{rank.rank}",
+                env=_make_environment(rank, launcher.nodes),
+                node=rank.node,
             )
-            for rank in range(placement.world_size)
+            for rank in ranks
         ]
         return cls(actors, config=config.actor, packs=packs, rendezvous=rendezvous)
 
@@ -158,14 +152,19 @@ class WorkerGroup:
         scores: list[FloatArray] = await self._call_all("probe", [(ids,)] * len(self._actors))
         return scores[0]
 
-    async def export_weights(self, folder: Path) -> None:
-        """Write `model.safetensors` for the engines."""
-        await self._call_all("export_weights", [(str(folder),)] * len(self._actors))
+    async def export_weights(self) -> list[str]:
+        """Write `model.safetensors` for the engines; return its folder on each node."""
+        folders: list[str | None] = await self._call_all("export_weights")
+        return [folder for folder in folders if folder is not None]
 
     async def export_bytes(self) -> int:
-        """Return the number of bytes that `export_weights` writes."""
+        """Return the number of bytes that `export_weights` writes on a node."""
         sizes: list[int] = await self._call_all("export_bytes")
         return sizes[0]
+
+    async def drop_weights(self) -> None:
+        """Remove what `export_weights` wrote."""
+        await self._call_all("drop_weights")
 
     async def perturb(self, *, undo: bool = False) -> None:
         """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
@@ -214,7 +213,6 @@ class WorkerGroup:
         """Kill the ranks."""
         for actor in self._actors:
             actor.kill()
-        self._rendezvous.unlink(missing_ok=True)
 
     async def _call_all(
         self, method: str, arguments: Sequence[tuple[object, ...]] | None = None, **shared: object
@@ -248,3 +246,13 @@ def _zip_passes(
     """Yield the rows of each pass of each rank, the pass, and what the rank answered."""
     for of_rank in zip(plan, passes, answers, strict=True):
         yield from zip(*of_rank, strict=True)
+
+
+def _make_environment(placement: Placement, nodes: Sequence[Node]) -> dict[str, str]:
+    """Return the environment of a rank: its GPUs, and the interface on which the ranks talk."""
+    node = nodes[placement.node]
+    interface = node.interface if len(nodes) > 1 else "lo"
+    if placement.device == "cpu":
+        # Threads that spin would take the cores from the other processes.
+        return {"GLOO_SOCKET_IFNAME": interface, "OMP_WAIT_POLICY": "passive"}
+    return node.see_gpus(range(placement.node_size)) | {"NCCL_SOCKET_IFNAME": interface}

@@ -68,6 +68,7 @@ class FakeEngine:
 class SilentActor:
     """Answers no call."""
 
+    node: int = 0
     calls: list[str] = field(default_factory=list)
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:

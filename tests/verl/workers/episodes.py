@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,3 +114,13 @@ def save(worker: PolicyWorker, folder: str) -> None:
     """Write the state of a worker as the trainer does."""
     worker.stage(folder)
     asyncio.run(worker.write(folder, folder))
+
+
+@contextmanager
+def exported(worker: PolicyWorker) -> Iterator[Path]:
+    """Give the file of weights that the worker wrote for the engines."""
+    folder = worker.export_weights()
+    assert folder is not None
+    yield Path(folder) / "model.safetensors"
+    worker.drop_weights()
+    assert not Path(folder).exists()

@@ -1,4 +1,4 @@
-"""Load, save and resume on 1, 2 and 4 gloo ranks, forked from this process, which `test_ranks.py` starts."""
+"""Load, train, save and resume on 1, 2 and 4 gloo ranks, forks of this process (see `test_ranks.py`)."""
 
 from __future__ import annotations
 
@@ -14,30 +14,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.fakes import tiny_model
-from tests.verl.workers.episodes import make_config, random_batch
-from verl.trainer.config.schema import ModelConfig
+from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
+from verl.trainer.config.schema import FsdpConfig, ModelConfig
 from verl.workers.batch import make_mini_batches
 from verl.workers.model import PolicyNetwork
 from verl.workers.model_io import build_model, fill_model, sharding_units, weights_of
-from verl.workers.parallel import Placement, gather_tensor, init_distributed, shard_model
+from verl.workers.parallel import (
+    Placement,
+    Rendezvous,
+    gather_tensor,
+    init_distributed,
+    local_part,
+    shard_model,
+)
 from verl.workers.policy import PolicyWorker
 from verl.workers.rank_state import stage_state, write_state
 from verl.workers.tensor_files import TensorFiles
 
+TWO_NODES = Placement(world_size=4, ranks_per_node=2)
+MESHES = {None: (2, 2), 1: (4, 1), -1: (4,)}
+"""Shape of the mesh on these, by `fsdp_size`."""
 
-def on_ranks(world_size: int, function: Callable[..., object], *arguments: object, scratch: Path) -> Any:
-    """Run `function(placement, *arguments)` on every rank; return the result of rank 0."""
+
+def on_ranks(world_size: int, function: Callable[..., object], *arguments: object) -> Any:
+    """Run `function(placement, *arguments)` on every rank of one node; return the result of rank 0."""
+    return on_all_ranks(Placement(world_size=world_size), function, *arguments)[0]
+
+
+def on_all_ranks(placement: Placement, function: Callable[..., object], *arguments: object) -> list[Any]:
+    """Run `function(placement, *arguments)` on every rank; return the results."""
     context = multiprocessing.get_context("fork")
-    rendezvous = f"file://{scratch / f'rendezvous-{len(list(scratch.iterdir()))}'}"
+    server = Rendezvous()
+    placement = replace(placement, rendezvous=server.new_group(), num_threads=1)
     processes, ends = [], []
-    for rank in range(world_size):
-        placement = Placement(rank=rank, world_size=world_size, rendezvous=rendezvous, num_threads=1)
+    for rank in range(placement.world_size):
         receiver, sender = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_run, args=(sender, function, placement, *arguments)))
+        arguments_of_rank = (sender, function, replace(placement, rank=rank), *arguments)
+        processes.append(context.Process(target=_run, args=arguments_of_rank))
         processes[-1].start()
         sender.close()
         ends.append(receiver)
@@ -45,7 +61,7 @@ def on_ranks(world_size: int, function: Callable[..., object], *arguments: objec
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    return results[0]
+    return results
 
 
 def _run(sender: Connection, function: Callable[..., object], *arguments: object) -> None:
@@ -69,11 +85,11 @@ def read_loaded(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarra
     return state, model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-def compare_with_transformers(folder: Path, *, scratch: Path) -> None:
+def compare_with_transformers(folder: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tensors = dict(expected.named_parameters()) | dict(expected.named_buffers())
     for world_size in (1, 2):
-        state, is_tied = on_ranks(world_size, read_loaded, folder, scratch=scratch)
+        state, is_tied = on_ranks(world_size, read_loaded, folder)
         assert state.keys() == tensors.keys(), state.keys() ^ tensors.keys()
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(state[name], tensor.detach().numpy(), err_msg=name)
@@ -121,17 +137,15 @@ def assert_equal_states(one: Mapping[str, np.ndarray], other: Mapping[str, np.nd
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def resume_on_other_ranks(folder: Path, *, scratch: Path, out: Path) -> None:
+def resume_on_other_ranks(folder: Path, *, out: Path) -> None:
     """From 2 ranks to 1, 2 and 4, and from 4 back to 2 and 1."""
-    state, metrics = on_ranks(2, go_on, folder, None, out / "two", scratch=scratch)
-    again, metrics_again = on_ranks(2, go_on, folder, out / "two", None, scratch=scratch)
+    state, metrics = on_ranks(2, go_on, folder, None, out / "two")
+    again, metrics_again = on_ranks(2, go_on, folder, out / "two", None)
     assert_equal_states(again, state)
     np.testing.assert_array_equal(again["random"], state["random"])
     assert metrics_again == metrics, "as many ranks go on exactly"
     for source, world_size in (("two", 4), ("two", 1), ("4", 2), ("4", 1)):
-        found, others = on_ranks(
-            world_size, go_on, folder, out / source, out / str(world_size), scratch=scratch
-        )
+        found, others = on_ranks(world_size, go_on, folder, out / source, out / str(world_size))
         assert_equal_states(found, state)
         for name, value in metrics.items():
             np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
@@ -140,7 +154,6 @@ def resume_on_other_ranks(folder: Path, *, scratch: Path, out: Path) -> None:
 def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
     """Write the weights of a model of which two groups of two ranks hold a copy each."""
     context = init_distributed(placement)
-    context = replace(context, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     model = build_model(ModelConfig(path=str(folder)), device="cpu", trainable=True)
     network = PolicyNetwork(model)
     shard_model(network, context=context, units=sharding_units(model), dtype=torch.float32)
@@ -148,8 +161,8 @@ def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
     write_state(target, stage_state(model, optimizer=None, step=0, context=context), context=context)
 
 
-def save_copies_once(folder: Path, *, scratch: Path, out: Path) -> None:
-    on_ranks(4, save_on_two_nodes, folder, out, scratch=scratch)
+def save_copies_once(folder: Path, *, out: Path) -> None:
+    on_all_ranks(TWO_NODES, save_on_two_nodes, folder, out)
     files = [out / f"rank_{rank}_of_4.safetensors" for rank in range(4)]
     held = [TensorFiles([file]).layout for file in files]
     assert held[0].keys() == held[1].keys()
@@ -158,6 +171,44 @@ def save_copies_once(folder: Path, *, scratch: Path, out: Path) -> None:
     saved, source = TensorFiles(files), TensorFiles.of_model(folder)
     for name in source.layout:
         assert torch.equal(saved.read(f"weights.{name}"), source.read(name)), name
+
+
+def train_with_all(placement: Placement, folder: Path) -> list[dict[str, Any]]:
+    """Train with every `fsdp_size`. The models of a process share its process group."""
+    return [train_with(placement, folder, size) for size in MESHES]
+
+
+def train_with(placement: Placement, folder: Path, fsdp_size: int | None) -> dict[str, Any]:
+    """Take two steps and export the weights."""
+    actor = make_actor(fsdp_config=FsdpConfig(fsdp_size=fsdp_size))
+    worker = PolicyWorker(make_config(folder, actor=actor), placement, total_steps=10, seed=0, trainable=True)
+    batch = random_batch(9)
+    minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=100)
+    metrics = [worker.update(minis[placement.rank]) for _ in range(2)]
+    exported = worker.export_weights()
+    worker.drop_weights()
+    mesh, parameter = worker._context.mesh, worker._parameters[0]
+    return {
+        "metrics": metrics,
+        "probe": worker.probe(row_ids(batch, 0)),
+        "mesh": None if mesh is None else tuple(mesh.shape),
+        "share": local_part(parameter).numel() / parameter.numel(),
+        "exported": exported is not None,
+    }
+
+
+def train_on_two_nodes(folder: Path) -> None:
+    """As on one rank: gradients are summed over shards and copies, their norm counts every weight once."""
+    (one,) = on_all_ranks(Placement(), train_with, folder, None)
+    for number, of_rank in enumerate(on_all_ranks(TWO_NODES, train_with_all, folder)):
+        for got, mesh in zip(of_rank, MESHES.values(), strict=True):
+            np.testing.assert_allclose(got["probe"], one["probe"], atol=2e-4)
+            for metrics, expected in zip(got["metrics"], one["metrics"], strict=True):
+                for name, value in expected.items():
+                    np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+            assert got["mesh"] == mesh
+            assert abs(got["share"] - 1 / mesh[-1]) < 0.05
+            assert got["exported"] == (number in (0, 2)), "the first rank of each node writes"
 
 
 def make_llama(folder: Path) -> Path:
@@ -177,15 +228,15 @@ def make_llama(folder: Path) -> Path:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    scratch = out / "scratch"
-    scratch.mkdir(parents=True)
+    out.mkdir()
     tied = tiny_model(out / "tied", tied=True)
     llama = make_llama(out / "llama")
     for folder in (tied, tiny_model(out / "qwen2"), llama):
-        compare_with_transformers(folder, scratch=scratch)
+        compare_with_transformers(folder)
     for folder in (tied, llama):
-        resume_on_other_ranks(folder, scratch=scratch, out=out / f"{folder.name}-states")
-    save_copies_once(llama, scratch=scratch, out=out / "copies")
+        resume_on_other_ranks(folder, out=out / f"{folder.name}-states")
+    save_copies_once(llama, out=out / "copies")
+    train_on_two_nodes(tied)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from verl.errors import WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
 from verl.utils.actors import make_launcher
 from verl.workers.model_io import prepare_engine_model
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
@@ -40,7 +40,7 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
         config,
         Placement(),
         name="policy",
-        scratch=tmp_path,
+        rendezvous=Rendezvous(),
         total_steps=10,
         seed=0,
         trainable=True,
@@ -52,7 +52,8 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
         max_model_len=256,
         num_threads=1,
     )
-    publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3, memory=tmp_path)
+    engine.node = 0  # type: ignore[attr-defined]  # its actor has one
+    publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3)
     try:
         await publisher.verify(version=0)
         before = await engine.score(np.arange(2, 60, dtype=np.int32))
@@ -68,6 +69,5 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
         engine.load_weights = load_weights  # type: ignore[method-assign]
         assert await publisher.publish(version=2) < 1e-4
     finally:
-        publisher.close()
         await engine.shutdown()
         launcher.shutdown()

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serving.files import sha256_of_file
-from tests.verl.workers.episodes import make_worker, one_rank, random_batch, save
+from tests.verl.workers.episodes import exported, make_worker, one_rank, random_batch, save
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
 from verl.workers.model import (
@@ -96,11 +95,14 @@ def file_size_limit(limit: int) -> Iterator[None]:
 
 def test_a_disk_that_takes_no_more_is_an_error_of_the_file(tmp_path: Path, model_folder: Path) -> None:
     worker = make_worker(model_folder)
-    files = {"model.safetensors": worker.export_weights, "rank_0_of_1.safetensors": partial(save, worker)}
-    for name, write in files.items():
-        with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
-            write(str(tmp_path))
-        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
+    with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
+        save(worker, str(tmp_path))
+    file = str(tmp_path / "rank_0_of_1.safetensors")
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, file)
+    with pytest.raises(OSError, match="File too large") as caught, file_size_limit(4096):
+        worker.export_weights()
+    assert caught.value.errno == errno.EFBIG
+    assert not Path(caught.value.filename).parent.exists()
 
 
 def export(worker: PolicyWorker, folder: Path) -> None:
@@ -196,17 +198,14 @@ def test_the_cpu_engine_gets_an_untied_copy_of_a_tied_model(
         assert prepare_engine_model(config, device=device, folder=tmp_path / "unused") == path
 
 
-def test_weights_for_the_engine_hold_the_tied_head_twice(
-    tied_folder: Path, model_folder: Path, tmp_path: Path
-) -> None:
+def test_weights_for_the_engine_hold_the_tied_head_twice(tied_folder: Path, model_folder: Path) -> None:
     worker = make_worker(tied_folder)
     worker.update(one_rank(random_batch(4)))
-    worker.export_weights(str(tmp_path))
-    state = load_file(tmp_path / "model.safetensors")
+    with exported(worker) as file:
+        state = load_file(file)
     assert torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
-    make_worker(model_folder).export_weights(str(tmp_path))
-    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+    with exported(make_worker(model_folder)) as file:
+        assert load_file(file).keys() == state.keys()
 
 
 def test_a_large_model_is_written_to_several_files_with_an_index(model_folder: Path, tmp_path: Path) -> None:

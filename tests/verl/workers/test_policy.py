@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.verl.workers.episodes import (
+    exported,
     make_actor,
     make_config,
     make_worker,
@@ -28,7 +29,7 @@ from verl.utils.actors import LocalLauncher
 from verl.workers.batch import TrainBatch, pack_rows
 from verl.workers.losses import kl_estimates, policy_losses
 from verl.workers.model import packs_rows
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
 from verl.workers.worker_group import WorkerGroup
 
@@ -256,15 +257,15 @@ def test_a_perturbed_model_scores_visibly_differently_until_that_is_undone(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_size_of_exported_weights_is_known_before(
-    model_folder: Path, tied_folder: Path, tmp_path: Path, tied: bool
+    model_folder: Path, tied_folder: Path, tied: bool
 ) -> None:
     worker = make_worker(tied_folder if tied else model_folder)
-    worker.export_weights(str(tmp_path))
     header = 8192
-    assert 0 <= (tmp_path / "model.safetensors").stat().st_size - worker.export_bytes() < header
+    with exported(worker) as file:
+        assert 0 <= file.stat().st_size - worker.export_bytes() < header
 
 
-def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path, tmp_path: Path) -> None:
+def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path) -> None:
     """It is correct on every CPU, and refused before on those where it is slow."""
     worker, precise = make_worker(make_config(model_folder, dtype="bfloat16")), make_worker(model_folder)
     batch = random_batch(4)
@@ -272,9 +273,8 @@ def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path, tmp_path
     np.testing.assert_allclose(before, precise.log_probs([batch])[0], atol=0.1)
     assert worker.update(one_rank(batch))["grad_norm"] > 0
     assert not np.array_equal(worker.log_probs([batch])[0], before)
-    worker.export_weights(str(tmp_path))
-    exported = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    with exported(worker) as file:
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in worker._parameters} == {torch.float32}
 
 
@@ -300,7 +300,7 @@ async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(
         config,
         Placement(),
         name="policy",
-        scratch=tmp_path,
+        rendezvous=Rendezvous(),
         total_steps=1,
         seed=0,
         trainable=True,

@@ -12,7 +12,7 @@ from verl.trainer.ppo.profiler import Profiler
 from verl.utils.actors import make_launcher
 from verl.utils.timing import Timer
 from verl.workers import profile
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.worker_group import WorkerGroup
 
 SETTINGS = make_actor(ppo_max_token_len_per_gpu=40, ppo_mini_batch_size=4)
@@ -30,7 +30,7 @@ async def test_a_step_is_one_trace_of_trainer_and_rank(
         make_config(model_folder, actor=SETTINGS),
         Placement(num_threads=1),
         name="policy",
-        scratch=tmp_path,
+        rendezvous=Rendezvous(),
         total_steps=10,
         seed=0,
         trainable=True,

@@ -1,4 +1,4 @@
-"""What several ranks load, save and resume; the ranks are processes of `gloo_ranks.py`."""
+"""What several ranks load, train, save and resume; the ranks are processes of `gloo_ranks.py`."""
 
 from __future__ import annotations
 

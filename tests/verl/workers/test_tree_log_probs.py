@@ -16,7 +16,7 @@ from tests.verl.workers.episodes import make_actor, make_config
 from verl.branches import Branch, Tree, count_tokens, pack, split
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import LocalLauncher
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.worker_group import WorkerGroup
 
 VOCABULARY = 90
@@ -49,7 +49,7 @@ def naive(folder: Path, path: IntArray, first: int, end: int, *, temperature: fl
     return np.array([float(log_softmax[i - 1, path[i]]) for i in range(first, end)], np.float32)
 
 
-def launch(folder: Path, *, max_tokens: int = 8192, temperature: float = 1.0, scratch: Path) -> WorkerGroup:
+def launch(folder: Path, *, max_tokens: int = 8192, temperature: float = 1.0) -> WorkerGroup:
     config = make_config(
         folder, actor=make_actor(ppo_max_token_len_per_gpu=max_tokens), temperature=temperature
     )
@@ -58,7 +58,7 @@ def launch(folder: Path, *, max_tokens: int = 8192, temperature: float = 1.0, sc
         config,
         Placement(),
         name="scorer",
-        scratch=scratch,
+        rendezvous=Rendezvous(),
         total_steps=1,
         seed=0,
         trainable=False,
@@ -114,7 +114,7 @@ async def test_equal_to_a_forward_pass_per_branch_for_any_batch_and_order(
         expected.append(branches)
     order = [3, 1, 4, 0, 2]
     for max_tokens in (8192, 150, 1):
-        group = launch(model_folder, max_tokens=max_tokens, temperature=temperature, scratch=tmp_path)
+        group = launch(model_folder, max_tokens=max_tokens, temperature=temperature)
         for shared in (True, False):
             got = await group.tree_log_probs([trees[i] for i in order], shared=shared)
             for i, of_tree in zip(order, got, strict=True):
@@ -132,10 +132,10 @@ async def test_equal_to_a_forward_pass_per_branch_for_any_batch_and_order(
 
 
 async def test_a_tree_without_a_scored_token_takes_no_forward_pass(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path,
 ) -> None:
     bare = Tree(trunk=tokens(np.random.default_rng(0), 9), branches=())
-    group = launch(model_folder, scratch=tmp_path)
+    group = launch(model_folder)
     group.shutdown()  # a call of a rank would fail now
     for shared in (True, False):
         (result,) = await group.tree_log_probs([bare], shared=shared)

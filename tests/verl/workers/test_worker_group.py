@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.verl.workers.episodes import make_actor, make_config, make_worker, random_batch, row_ids
 from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.errors import ConfigError
 from verl.utils.actors import ActorError, Launcher, make_launcher
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import PolicyCopy
 from verl.workers.worker_group import WorkerGroup
 
@@ -21,7 +22,6 @@ def launch(
     launcher: Launcher,
     folder: Path,
     *,
-    scratch: Path,
     name: str = "policy",
     world_size: int = 1,
     trainable: bool = True,
@@ -31,7 +31,7 @@ def launch(
         make_config(folder, actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4)),
         Placement(world_size=world_size, num_threads=1),
         name=name,
-        scratch=scratch,
+        rendezvous=Rendezvous(),
         total_steps=10,
         seed=0,
         trainable=trainable,
@@ -48,7 +48,7 @@ def local() -> Iterator[Launcher]:
 async def test_one_local_rank_does_what_the_worker_does(
     local: Launcher, model_folder: Path, tmp_path: Path
 ) -> None:
-    group, worker = launch(local, model_folder, scratch=tmp_path), make_worker(model_folder)
+    group, worker = launch(local, model_folder), make_worker(model_folder)
     batch = random_batch(7)
     assert await group.wait_until_ready() == worker.num_parameters()
     np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs([batch])[0], atol=2e-5)
@@ -72,8 +72,8 @@ async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
     """Refreshed after steps 2 and 4; a run that resumes from step 3 scores steps 4 and 5 alike."""
 
     def start(name: str) -> tuple[WorkerGroup, PolicyCopy]:
-        policy = launch(local, model_folder, scratch=tmp_path, name=name)
-        frozen = launch(local, model_folder, scratch=tmp_path, name=f"{name} copy", trainable=False)
+        policy = launch(local, model_folder, name=name)
+        frozen = launch(local, model_folder, name=f"{name} copy", trainable=False)
         return policy, PolicyCopy(policy, frozen, every=2, scratch=tmp_path)
 
     batches = [random_batch(4, seed=seed) for seed in range(5)]
@@ -108,7 +108,7 @@ async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
 
 def test_a_model_that_is_not_there_shows_at_the_launch(local: Launcher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
-        launch(local, Path("/no/such/model"), scratch=tmp_path)
+        launch(local, Path("/no/such/model"))
 
 
 @pytest.mark.slow
@@ -116,15 +116,22 @@ def test_a_model_that_is_not_there_shows_at_the_launch(local: Launcher, tmp_path
 async def test_two_gloo_ranks_do_what_one_does(local: Launcher, tied_folder: Path, tmp_path: Path) -> None:
     launcher = make_launcher("ray", object_store_mb=80)
     try:
-        two = launch(launcher, tied_folder, scratch=tmp_path / "scratch", name="two", world_size=2)
-        one = launch(local, tied_folder, scratch=tmp_path / "scratch")
+        two = launch(launcher, tied_folder, name="two", world_size=2)
+        one = launch(local, tied_folder)
         await _compare_with_one(two, one, out=tmp_path)
         two._actors[1].kill()
         with pytest.raises(ActorError, match="two-1"):
             await two.update(random_batch(4))
-        assert not list((tmp_path / "scratch").iterdir())
     finally:
         launcher.shutdown()
+
+
+async def read_exported(group: WorkerGroup) -> dict[str, Tensor]:
+    (folder,) = await group.export_weights()
+    state = load_file(Path(folder) / "model.safetensors")
+    await group.drop_weights()
+    assert not Path(folder).exists()
+    return state
 
 
 async def _compare_trees(two: WorkerGroup, one: WorkerGroup) -> None:
@@ -156,10 +163,7 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
         for name, value in expected.items():
             assert got[name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
     await two.save(out / "checkpoint")
-    for group, name in ((two, "two"), (one, "one")):
-        await group.export_weights(out / name)
-    expected_state = load_file(out / "one" / "model.safetensors")
-    state = load_file(out / "two" / "model.safetensors")
+    state, expected_state = await read_exported(two), await read_exported(one)
     assert state.keys() == expected_state.keys()
     for name, weight in expected_state.items():
         np.testing.assert_allclose(state[name].numpy(), weight.numpy(), atol=2e-3, err_msg=name)

@@ -122,10 +122,19 @@ class PolicyLossConfig:
 
 
 @dataclass
+class FsdpConfig:
+    """How the model is sharded."""
+
+    fsdp_size: int | None = setting(None, lambda value: value == -1 or value > 0, "-1 or greater than 0")
+    """Ranks that share one copy of the model; -1: all, None: those of a node."""
+
+
+@dataclass
 class ActorConfig:
     """The update of the policy."""
 
     optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     ppo_epochs: int = positive(1)
     ppo_mini_batch_size: int = positive(80)
     ppo_max_token_len_per_gpu: int = positive(8192)
@@ -293,6 +302,8 @@ class TrainerConfig:
     val_only: bool = False
     device: str = one_of("auto", "cpu", "cuda")
     launcher: str = one_of("ray", "local")
+    ray_address: str | None = None
+    nnodes: int = positive(1)
     n_gpus_per_node: int = positive(8)
     num_cpu_workers: int = positive(1)
     num_cpu_engines: int = positive(1)
@@ -305,6 +316,7 @@ class TrainerConfig:
     max_concurrent_episodes: int | None = positive(None)
     """Over all engines; None: as many as they decode at once."""
     startup_timeout_s: float = positive(600.0)
+    node_wait_s: float = not_negative(60.0)
     service_wait_s: float = positive(10.0)
     profile_steps: list[int] = field(default_factory=list)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)

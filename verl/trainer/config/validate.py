@@ -35,6 +35,7 @@ def _check_episodes(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, tr
         *_check_model(config),
         *_check_devices(config, num_gpus),
         *_check_batch(config, device=resolve_device(config, num_gpus=num_gpus)),
+        *_check_nodes(config, num_gpus),
         *_check_precision(config, num_gpus, cpu_has_bfloat16=cpu_has_bfloat16),
     ]
 
@@ -142,7 +143,7 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
         problems.append(
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel} needs GPUs; use 1 on the CPU"
         )
-    if device == "cuda" and num_gpus < wanted:
+    if device == "cuda" and num_gpus < wanted and config.trainer.ray_address is None:
         problems.append(
             f"trainer.n_gpus_per_node={wanted}, but this machine has {num_gpus} GPUs; "
             "lower it or use trainer.device=cpu"
@@ -198,6 +199,41 @@ def _check_batch(config: Config, *, device: str) -> list[str]:
         f"least {least}, the largest of rollout.max_num_seqs and, on the CPU, data.max_prompt_length + "
         "data.max_response_length; raise it, or leave it null"
     ]
+
+
+def _check_nodes(config: Config, num_gpus: int) -> list[str]:
+    trainer, problems = config.trainer, []
+    if trainer.ray_address is None:
+        if trainer.nnodes > 1:
+            problems.append(
+                f"trainer.nnodes={trainer.nnodes} needs trainer.ray_address, the HOST:PORT of a Ray cluster "
+                "of these nodes, see docs/scale.md; for this machine alone set trainer.nnodes=1"
+            )
+    elif trainer.launcher == "local":
+        problems.append(
+            f"trainer.launcher=local starts no Ray, so trainer.ray_address={trainer.ray_address} has no "
+            "effect; leave one of them out"
+        )
+    elif trainer.device == "auto":
+        problems.append(
+            "trainer.device=auto looks at this machine only; with trainer.ray_address write "
+            "trainer.device=cuda or trainer.device=cpu"
+        )
+    on_cpu = resolve_device(config, num_gpus=num_gpus) == "cpu"
+    for key in ("num_cpu_workers", "num_cpu_engines"):
+        if on_cpu and getattr(trainer, key) % trainer.nnodes:
+            problems.append(
+                f"trainer.{key}={getattr(trainer, key)} is no multiple of trainer.nnodes={trainer.nnodes}, "
+                "which all get the same share"
+            )
+    ranks = trainer.num_cpu_workers if on_cpu else trainer.n_gpus_per_node * trainer.nnodes
+    size = config.actor_rollout_ref.actor.fsdp_config.fsdp_size
+    if size not in (None, -1) and ranks % size:
+        problems.append(
+            f"actor_rollout_ref.actor.fsdp_config.fsdp_size={size} does not divide the {ranks} ranks of the "
+            "policy; use a divisor, -1 (all ranks) or null (those of a node)"
+        )
+    return problems
 
 
 def _check_precision(config: Config, num_gpus: int, *, cpu_has_bfloat16: bool) -> list[str]:

@@ -270,6 +270,38 @@ def test_engines_that_vllm_would_refuse_or_run_badly_are_refused(key: str, value
 
 
 @pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["trainer.nnodes=2"], "trainer.nnodes=2 needs trainer.ray_address, the HOST:PORT of a Ray cluster"),
+        (["trainer.ray_address=a:1"], "trainer.device=auto looks at this machine only"),
+        (
+            ["trainer.ray_address=a:1", "trainer.launcher=local"],
+            "trainer.launcher=local starts no Ray, so trainer.ray_address=a:1 has no effect",
+        ),
+        (
+            ["trainer.ray_address=a:1", "trainer.device=cpu", "trainer.nnodes=2"],
+            "trainer.num_cpu_workers=1 is no multiple of trainer.nnodes=2",
+        ),
+        (
+            ["trainer.num_cpu_workers=3", "actor_rollout_ref.actor.fsdp_config.fsdp_size=2"],
+            "fsdp_size=2 does not divide the 3 ranks",
+        ),
+        (["actor_rollout_ref.actor.fsdp_config.fsdp_size=-1"], None),
+        # This machine only drives: it needs no GPU.
+        (["trainer.ray_address=a:1", "trainer.device=cuda", "trainer.nnodes=2"], None),
+    ],
+)
+def test_several_nodes_are_checked_before_any_is_joined(arguments: list[str], problem: str | None) -> None:
+    config = composed(arguments)
+    if problem is None:
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
+        return
+    with pytest.raises(ConfigError) as error:
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["algorithm=ig_search"], "autorefine"),

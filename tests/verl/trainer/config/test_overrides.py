@@ -138,7 +138,8 @@ def test_a_shared_key_is_read_as_ours_unless_other_keys_are_of_another_trainer()
 
 
 @pytest.mark.parametrize(
-    ("script", "left"), [("verl, search", "trainer.nnodes=1"), ("IGPO", "codeact_env_disabled=true")]
+    ("script", "left"),
+    [("verl, search", "trainer.balance_batch=true"), ("IGPO", "codeact_env_disabled=true")],
 )
 def test_a_script_that_is_converted_but_for_one_key_is_not_converted_again(script: str, left: str) -> None:
     assert list(refusals([*convert(SCRIPTS[script]), left])) == [left.partition("=")[0]]

@@ -1,0 +1,159 @@
+"""Which actor is started on which node, in which environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import tiny_model
+from verl.errors import ConfigError
+from verl.protocols import Agent, Generate
+from verl.rollout.host import RolloutWorker
+from verl.trainer.config.schema import Config
+from verl.trainer.launch import launch_engines, refuse_loopback, share_of_nodes
+from verl.utils.actors import Node
+from verl.utils.cluster import Share
+from verl.workers.parallel import Placement, Rendezvous
+from verl.workers.worker_group import WorkerGroup
+
+
+@dataclass
+class Started:
+    """An actor that was never started."""
+
+    cls: type
+    kwargs: Mapping[str, Any]
+    name: str
+    env: Mapping[str, str]
+    node: int
+
+    async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
+        raise NotImplementedError
+
+    def kill(self) -> None: ...
+
+
+@dataclass
+class FakeLauncher:
+    nodes: tuple[Node, ...]
+    address: str = "10.0.0.1"
+    started: list[Started] = field(default_factory=list)
+
+    def launch(
+        self,
+        cls: type,
+        /,
+        *,
+        kwargs: dict[str, object],
+        name: str,
+        env: Mapping[str, str] | None = None,
+        max_concurrency: int = 1,
+        node: int = 0,
+    ) -> Started:
+        self.started.append(Started(cls, kwargs, name, env or {}, node))
+        return self.started[-1]
+
+    async def watch(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+def two_nodes() -> FakeLauncher:
+    """The second has other GPUs free than the first, and another name of its interface."""
+    return FakeLauncher(
+        (
+            Node(address="10.0.0.1", interface="eth0", gpus=("0", "1", "2", "3")),
+            Node(address="10.0.0.2", interface="ib0", gpus=("4", "5", "6", "7"), is_here=False),
+        )
+    )
+
+
+def no_agent(generate: Generate) -> AbstractAsyncContextManager[Agent]:
+    """Opens nothing: the actors never start."""
+    raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = Config()
+    config.actor_rollout_ref.model.path = str(tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+    config.trainer.ray_address, config.trainer.nnodes = "10.0.0.1:6379", 2
+    config.trainer.n_gpus_per_node = 4
+    config.trainer.num_cpu_workers, config.trainer.num_cpu_engines = 2, 4
+    return config
+
+
+def test_a_rank_and_an_engine_of_each_gpu_are_on_its_node(config: Config, tmp_path: Path) -> None:
+    config.actor_rollout_ref.rollout.tensor_model_parallel_size = 2
+    launcher = two_nodes()
+    launch_engines(config, launcher, device="cuda", scratch=tmp_path, open_agent=no_agent)
+    assert {actor.cls for actor in launcher.started} == {RolloutWorker}
+    assert [(a.name, a.node, a.env["CUDA_VISIBLE_DEVICES"]) for a in launcher.started] == [
+        ("engine-0", 0, "0,1"),
+        ("engine-1", 0, "2,3"),
+        ("engine-2", 1, "4,5"),
+        ("engine-3", 1, "6,7"),
+    ]
+    launcher.started.clear()
+    launch_ranks(config, launcher, Placement(device="cuda", world_size=8))
+    placements = [actor.kwargs["placement"] for actor in launcher.started]
+    assert [(p.rank, p.node, p.local_rank) for p in placements] == [
+        (rank, rank // 4, rank % 4) for rank in range(8)
+    ]
+    assert [actor.node for actor in launcher.started] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert len({p.rendezvous for p in placements}) == 1
+    last = launcher.started[-1].env
+    assert last["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert last["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert last["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "1"
+    assert share_of_nodes(config, device="cuda") == Share(
+        address="10.0.0.1:6379", num_nodes=2, gpus=4, cpus=4
+    )
+
+
+def test_on_cpus_workers_and_engines_are_shared_out_among_the_nodes(config: Config, tmp_path: Path) -> None:
+    launcher = two_nodes()
+    launch_engines(config, launcher, device="cpu", scratch=tmp_path, open_agent=no_agent)
+    launch_ranks(config, launcher, Placement(world_size=2))
+    assert [(actor.name, actor.node) for actor in launcher.started] == [
+        *[("engine-0", 0), ("engine-1", 0), ("engine-2", 1), ("engine-3", 1)],
+        *[("policy-0", 0), ("policy-1", 1)],
+    ]
+    assert [actor.env["GLOO_SOCKET_IFNAME"] for actor in launcher.started[-2:]] == ["eth0", "ib0"]
+    assert share_of_nodes(config, device="cpu") == Share(address="10.0.0.1:6379", num_nodes=2, cpus=2)
+
+
+def test_ranks_of_one_node_talk_over_loopback(config: Config) -> None:
+    launcher = FakeLauncher(two_nodes().nodes[1:])
+    launch_ranks(config, launcher, Placement(world_size=2))
+    assert {actor.env["GLOO_SOCKET_IFNAME"] for actor in launcher.started} == {"lo"}
+
+
+def launch_ranks(config: Config, launcher: FakeLauncher, placement: Placement) -> None:
+    WorkerGroup.launch(
+        launcher,
+        config.actor_rollout_ref,
+        placement,
+        name="policy",
+        rendezvous=Rendezvous(),
+        total_steps=1,
+        seed=0,
+        trainable=True,
+    )
+
+
+def test_a_retriever_that_other_nodes_cannot_reach_is_refused() -> None:
+    config = Config()
+    far = two_nodes().nodes
+    for url in ("http://127.0.0.1:8000/retrieve", "http://localhost:8000/retrieve", "http://[::1]:1/x"):
+        config.retriever.url = url
+        refuse_loopback(config, far[:1])
+        with pytest.raises(ConfigError, match=r"retriever\.url=.* engines on 10\.0\.0\.2 search.*--host"):
+            refuse_loopback(config, far)
+    config.retriever.url = "http://10.0.0.1:8000/retrieve"
+    refuse_loopback(config, far)

