@@ -25,8 +25,8 @@ MAX_PASSES = 4
 """Forward passes that are recorded of each call, with the backward pass and optimizer step that follow."""
 MAX_EVENTS = 1_000_000
 """Of one file: about 14 MB compressed, 200 MB of JSON."""
-_DRIVER = "driver"
-_CALLS = "calls"
+_DRIVER, _CALLS = 10_000_001, 10_000_002
+"""Processes of the trace that are none of the machine: above the largest number that Linux gives."""
 
 _Event = dict[str, Any]
 _Arguments = ParamSpec("_Arguments")
@@ -74,8 +74,8 @@ class Profile:
         """Write the trace, with the trainer's `spans` on the same clock."""
         pid = os.getpid()
         events = [
-            *_name_process(_DRIVER, f"trainer: {_DRIVER}", order=-2),
-            *_name_process(_CALLS, f"rank {rank}: {_CALLS}", order=-1),
+            *_name_process(_DRIVER, "trainer: phases", order=-2),
+            *_name_process(_CALLS, f"rank {rank}: calls", order=-1),
             *_name_process(pid, f"rank {rank}", order=0),
             *(_to_event(span, process=_DRIVER) for span in spans),
             *(_to_event(span, process=_CALLS) for span in self._calls),
@@ -136,7 +136,7 @@ def _is_kept(event: _Event) -> bool:
     return isinstance(event["pid"], int) and not is_name
 
 
-def _name_process(process: int | str, name: str, *, order: int) -> list[_Event]:
+def _name_process(process: int, name: str, *, order: int) -> list[_Event]:
     common = {"ph": "M", "pid": process, "tid": 0}
     return [
         {**common, "name": "process_name", "args": {"name": name}},
@@ -144,7 +144,7 @@ def _name_process(process: int | str, name: str, *, order: int) -> list[_Event]:
     ]
 
 
-def _to_event(span: Span, *, process: str) -> _Event:
+def _to_event(span: Span, *, process: int) -> _Event:
     return {
         "ph": "X",
         "cat": "phase",

@@ -49,11 +49,11 @@ async def test_a_step_is_one_trace_of_trainer_and_rank(
     assert "https://ui.perfetto.dev" in caplog.text
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert sorted(names.values()) == ["rank 0", "rank 0: calls", "trainer: driver"]
+    assert sorted(names.values()) == ["rank 0", "rank 0: calls", "trainer: phases"]
     spans = {(names[e["pid"]], e["name"]): (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("dur")}
     recorded: dict[str, list[str]] = {"log_probs": [], "update": []}
     for call, operations in recorded.items():
-        outer, inner = spans["trainer: driver", call], spans["rank 0: calls", call]
+        outer, inner = spans["trainer: phases", call], spans["rank 0: calls", call]
         assert outer[0] <= inner[0] <= inner[1] <= outer[1]
         within = [e for e in events if e.get("cat") == "cpu_op" and inner[0] <= e["ts"] <= inner[1]]
         operations += [e["name"] for e in within]
