@@ -147,7 +147,7 @@ def tables() -> Iterator[Table]:
 
 def recipe_rows() -> Iterator[str]:
     """Yield a row of docs/scale.md for each recipe for GPUs and each size, on GPUs of 80 GB."""
-    for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu"):
+    for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu", "gpu_16"):
         config = compose_config(f"recipe={recipe}")
         for size in ("1.5B", "3B", "7B"):
             shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{size}"]

@@ -156,7 +156,8 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
     actor, rollout = settings.actor, settings.rollout
     needs = find_needs(config)
     num_gpus = config.trainer.n_gpus_per_node
-    num_nodes = 1
+    num_nodes = config.trainer.nnodes
+    fsdp_size = actor.fsdp_config.fsdp_size
     num_updates = max(1, round(config.trajectories_per_step / actor.ppo_mini_batch_size))
     # A rank with few rows never fills a forward pass.
     rows = -(-min(config.trajectories_per_step, actor.ppo_mini_batch_size) // (num_gpus * num_nodes))
@@ -167,7 +168,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         gpu=gpu,
         num_gpus=num_gpus,
         num_nodes=num_nodes,
-        num_shards=num_gpus,
+        num_shards=num_gpus * num_nodes if fsdp_size == -1 else fsdp_size or num_gpus,
         frozen=find_frozen_models(config),
         scores_with_policy=Need.POLICY_LOG_PROBS in needs,
         scores_with_frozen=Need.FROZEN_LOG_PROBS in needs,

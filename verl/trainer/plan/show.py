@@ -42,10 +42,13 @@ def describe_places(plan: Plan) -> list[str]:
         f"engines: {each}, {setup.replicas} of {setup.engine_gpus} GPU{'s' * (setup.engine_gpus > 1)} each, "
         f"{setup.engine_share:g} of the memory, {sleeps}"
     )
+    here = " of the trainer's node" if nodes > 1 else ""
     if setup.uses_ig_service:
-        where = f"GPU {_span(range(setup.ig_gpus))}, {setup.ig_share:g} of the memory"
+        where = f"GPU {_span(range(setup.ig_gpus))}{here}, {setup.ig_share:g} of the memory"
         lines.append(f"IG service: {where if setup.ig_gpus else 'elsewhere'}")
-    where = f"GPU {_span(range(setup.retriever_gpus))}, {setup.index_bytes / GB:g} GB of vectors over all"
+    where = (
+        f"GPU {_span(range(setup.retriever_gpus))}{here}, {setup.index_bytes / GB:g} GB of vectors over all"
+    )
     lines.append(f"retriever: {where if setup.retriever_gpus else 'on CPUs, or elsewhere'}")
     return lines
 

@@ -104,6 +104,23 @@ def test_settings_raise_the_memory_of_their_phases_alone(
     assert Phase.REWARD not in phases or Phase.REWARD in raised
 
 
+def test_nodes_share_one_copy_of_the_policy_or_each_has_its_own() -> None:
+    one, two, shared = (
+        plan("algorithm=search_r1", *overrides)[0]
+        for overrides in (
+            (),
+            ("trainer.nnodes=2",),
+            ("trainer.nnodes=2", "actor_rollout_ref.actor.fsdp_config.fsdp_size=-1"),
+        )
+    )
+    assert (two.setup.replicas, two.setup.num_shards, shared.setup.num_shards) == (16, 8, 16)
+    assert gb(one, Phase.UPDATE) == pytest.approx(gb(two, Phase.UPDATE))
+    weights = [planned.items[0].amounts[Phase.UPDATE] for planned in (two, shared)]
+    assert weights[0] == 2 * weights[1]
+    update = [next(stage for stage in planned.stages if stage.name == "update") for planned in (one, two)]
+    assert update[0].seconds == pytest.approx(2 * (update[1].seconds or 0))
+
+
 def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
     setup = plan("trainer.n_gpus_per_node=1", "placement.ig_service_gpus=0")[0].setup
     assert not make_plan(setup).fits
