@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class FakeModels:
     ) -> None:
         """`metrics` come from every update, which takes `update_s`; `is_fresh`: it needs no old log-probs."""
         self.calls: list[str] = []
+        self.version = 0
+        """Of the weights that the engines have."""
         self.batches: list[TrainBatch] = []
         """Of the updates."""
         self.hooks: dict[str, Any] = {}
@@ -91,6 +94,7 @@ class FakeModels:
         return 0.0
 
     def expect_version(self, version: int) -> None:
+        self.version = version
         self.note(f"expect {version}")
 
     @asynccontextmanager
@@ -115,6 +119,19 @@ class FakeCopy:
     async def write(self, key: str, checkpoint: Path) -> dict[Path, FileRecord]:
         self._models.note(f"write copy of {key}")
         return {}
+
+
+class VersionedAgent:
+    """Samples every episode from the weights that the engines have when it begins."""
+
+    def __init__(self, agent: Agent, models: FakeModels) -> None:
+        self._agent = agent
+        self._models = models
+
+    async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
+        version = self._models.version
+        trajectory = await self._agent.run(question, sample=sample, seed=seed, greedy=greedy)
+        return replace(trajectory, turns=tuple(replace(turn, version=version) for turn in trajectory.turns))
 
 
 class SearchingAgent(FakeAgent):
@@ -156,7 +173,7 @@ class Run:
         agent: Agent | None = None,
         models: FakeModels | None = None,
         has_copy: bool = False,
-        **settings: int,
+        **settings: int | str,
     ) -> None:
         algorithm = algorithm or make_method()
         self.models, self.agent = models or FakeModels(), FakeAgent()
@@ -168,7 +185,13 @@ class Run:
         parts = Parts(
             questions=self.sampler,
             held_out=HELD_OUT,
-            collector=Collector(agent or self.agent, n=3, max_concurrent=9, max_failure_share=0.5, seed=0),
+            collector=Collector(
+                VersionedAgent(agent or self.agent, self.models),
+                n=3,
+                max_concurrent=9,
+                max_failure_share=0.5,
+                seed=0,
+            ),
             algorithm=algorithm,
             reward=Reward(measure_outcome, algorithm=algorithm, max_failure_share=0.5, fix=""),
             policy=fakes,

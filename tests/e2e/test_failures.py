@@ -19,14 +19,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 def test_siop_trains_and_a_service_that_dies_stops_the_run_with_its_name(
     tmp_path: Path, gain_service: str
 ) -> None:
-    """A step of a method that needs the entailment of the IG service and the policy's log-probs at once."""
+    """A method with the entailment of the IG service and the policy's log-probs, sampled one step ahead."""
     run_dir = tmp_path / "run"
-    settings = (f"reward.semantic.url={gain_service}", "trainer.save_freq=1", "retriever.timeout_s=2")
+    settings = (
+        f"reward.semantic.url={gain_service}",
+        "trainer.save_freq=1",
+        "retriever.timeout_s=2",
+        "trainer.schedule=one_step_off",
+    )
     with (
         running_service(*RETRIEVER, folder=tmp_path) as (service, url),
         training(run_dir, "siop", f"retriever.url={url}", *settings) as process,
     ):
-        wait_for(lambda: 1 in read_steps(run_dir), what="step 1", process=process)
+        wait_for(lambda: 2 in read_steps(run_dir), what="step 2", process=process)
         output = end_training(process, service.kill)
     assert process.returncode == 1, output
     assert "search_failed" in output
@@ -35,12 +40,18 @@ def test_siop_trains_and_a_service_that_dies_stops_the_run_with_its_name(
     manifest = read_manifest(run_dir)
     assert manifest["status"] == "failed"
     assert "ig_service" in manifest["services"]  # type: ignore[operator]
-    assert (run_dir / "checkpoints" / "global_step_1" / "manifest.json").is_file()
+    steps = read_steps(run_dir)
+    assert sorted(steps) == [*range(1, max(steps) + 1)]
+    assert manifest["saved_step"] == max(steps)  # what had trained when the next episodes failed is not lost
+    assert (run_dir / "checkpoints" / f"global_step_{max(steps)}" / "manifest.json").is_file()
     assert (run_dir / "report.html").is_file()
 
-    step = read_steps(run_dir)[1]
-    assert step["reward/failed_share"] == 0
-    assert step["policy/grad_norm"] > 0
+    for number, staleness in ((1, 0.0), (2, 1.0)):
+        step = steps[number]
+        assert step["policy/staleness_mean"] == step["policy/staleness_max"] == staleness
+        assert step["reward/failed_share"] == 0
+        assert step["policy/grad_norm"] > 0
+        assert step["policy/publish_difference"] < 1e-3
     lines = (run_dir / "trajectories" / "step_000001.jsonl").read_text().splitlines()
     for record in map(json.loads, lines):
         assert bool(record["turn_gains"]) == (record["stop"] == "answered")

@@ -44,9 +44,8 @@ class IGService(Protocol):
         """Return the longest time that a step may wait for its gains."""
         ...
 
-    @property
-    def work(self) -> Mapping[str, int]:
-        """Return the work that the service reports for this client so far."""
+    def take_work(self) -> Mapping[str, int]:
+        """Return the work that the service has reported for this client since the last call."""
         ...
 
     async def compute(

@@ -12,7 +12,7 @@ from verl.run.folder import has_records, set_aside_records, set_aside_run
 from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_manifest
 from verl.run.progress import Identity, Progress
 from verl.run.tracking import read_metrics
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import ONE_STEP_OFF, Config
 from verl.workers.checkpoint import CHECKPOINTS, EXPORT, POLICY, CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,13 @@ def find_progress(
             "or start another run with another trainer.experiment_name or with trainer.resume_mode=disable"
         )
     logger.info("going on from %s (trainer.resume_mode=auto)", newest)
+    if trainer.schedule == ONE_STEP_OFF and not trainer.evaluates_only:
+        logger.info(
+            "trainer.schedule=one_step_off: step %d is sampled again, with the weights of step %d instead of "
+            "older ones, so that the run is not the unbroken one bit for bit",
+            progress.step + 1,
+            progress.step,
+        )
     _warn_of_differences(run_dir, progress, earlier=earlier, manifest=manifest)
 
     # Each (kind, step) appears once in the records, so that those written again must go first.

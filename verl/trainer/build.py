@@ -30,7 +30,7 @@ from verl.run.records import Decode
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.advice import list_advice
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import SYNC, Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, launch_models
 from verl.trainer.needs import find_frozen_models, find_needs
@@ -137,7 +137,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         alarms=Alarms(
             config.trainer.alarms,
             max_turns=config.max_turns,
-            max_log_prob_difference=tolerance,
+            max_log_prob_difference=tolerance if config.trainer.schedule == SYNC else None,
             history=[line for line in read_metrics(run_dir) if line["kind"] == "train"],
         ),
         tracker=make_tracker(config, stack, run_dir=run_dir, total_steps=start.total_steps),

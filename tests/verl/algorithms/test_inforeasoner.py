@@ -28,9 +28,11 @@ class Believing:
     beliefs: Mapping[str, float]
     reports: bool = True
     """Whether it reports beliefs, which a published service does not."""
-    work: dict[str, int] = field(default_factory=dict)
     timeout_s: float = 5.0
     asked: list[str] = field(default_factory=list)
+
+    def take_work(self) -> dict[str, int]:
+        return {}
 
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None

@@ -91,6 +91,17 @@ def test_the_loss_of_two_trajectories(
     assert metrics["clip_fraction"] == pytest.approx(num_clipped / 6)
 
 
+def test_a_single_update_of_episodes_from_older_weights(model_folder: Path) -> None:
+    """No ratio is clipped; each token weighs p / p_sampled = e^log_ratio * importance, at most 2."""
+    worker = make_worker(make_config(model_folder, actor=make_actor(lr=0.0, entropy_coeff=0.0)))
+    batch = replace(make_batch(worker), old_log_probs=None)
+    metrics = worker.update(one_rank(batch))
+    weights = [2.0, 0.5 * EXP(-0.1), EXP(0.4), 1.0, EXP(-0.4), 0.25 * EXP(0.1)]  # the first is 3 e^0.3 = 4.05
+    assert metrics["importance_mean"] == pytest.approx(math.fsum(weights) / 6, abs=1e-5)
+    assert metrics["loss"] == pytest.approx((-math.fsum(weights[:4]) + math.fsum(weights[4:])) / 6, abs=1e-5)
+    assert metrics["clip_fraction"] == 0
+
+
 @pytest.mark.parametrize(
     ("mode", "segments"),
     [("vanilla", None), ("gspo", [0, 0, 0, 0, 1, 1]), ("gspo_turn", [0, 0, 1, 1, 2, 3])],

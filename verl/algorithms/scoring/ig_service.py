@@ -18,8 +18,8 @@ from verl.types import Trajectory
 logger = logging.getLogger(__name__)
 
 VISIBLE, HIDDEN = "perf/gain_visible_s", "perf/gain_hidden_s"
-"""Seconds that a step waited for gains once its episodes had ended; seconds in which at least one request for
-a gain was under way while episodes still ran."""
+"""Seconds that a step waited for gains; seconds in which at least one request for a gain of it was under way
+before, while episodes ran or the step before trained."""
 _WORK = ("prompts_sampled", "baselines_sampled", "answers_sampled", "answers_empty", "pairs_judged")
 """Counters of the service that become metrics of their own."""
 
@@ -37,7 +37,6 @@ class GainRequests(Prefetch):
         self._num_under_way = 0
         self._busy_s = 0.0
         self._busy_since = 0.0
-        self._work_before = dict(service.work)
         self.stats: dict[str, float] = {}
         """After `results`: seconds visible and hidden, and what the service did for the step."""
 
@@ -108,11 +107,9 @@ class GainRequests(Prefetch):
             )
 
     def _count_work(self) -> dict[str, float]:
-        """Return what the service did for this step, as far as it reports it."""
-        work = self._service.work
-        return {
-            f"ig/{name}": float(work[name] - self._work_before.get(name, 0)) for name in _WORK if name in work
-        }
+        """Return what the service did since the last step was measured, as far as it reports it."""
+        work = self._service.take_work()
+        return {f"ig/{name}": float(work[name]) for name in _WORK if name in work}
 
     def _total_busy_s(self) -> float:
         """Return the seconds so far in which at least one request was under way."""

@@ -29,6 +29,7 @@ from verl.trainer.config.fields import (
 from verl.trainer.config.placement import PlacementConfig
 
 DROP_OBSERVATIONS = "drop_observations"
+SYNC, ONE_STEP_OFF = "sync", "one_step_off"
 
 
 def _file_list(key: str, value: Any) -> tuple[str, ...]:
@@ -294,6 +295,8 @@ class TrainerConfig:
 
     total_epochs: int = positive(1)
     total_training_steps: int | None = not_negative(None)
+    schedule: str = one_of(SYNC, ONE_STEP_OFF)
+    """When a step is sampled, see `verl.trainer.ppo.schedule`."""
     test_freq: int = not_negative(0)
     save_freq: int = not_negative(20)
     max_checkpoints_to_keep: int = positive(2)

@@ -11,7 +11,7 @@ from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS
 from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
-from verl.trainer.config.schema import DROP_OBSERVATIONS, Config
+from verl.trainer.config.schema import DROP_OBSERVATIONS, ONE_STEP_OFF, Config
 
 
 def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: bool = True) -> None:
@@ -20,6 +20,8 @@ def validate(config: Config, *, num_gpus: int, cpu_has_bfloat16: bool, trains: b
     if config.plan and not trains:
         problems.append("plan=true plans training (python -m verl.trainer.main_ppo); leave it out here")
     trains = trains and not config.trainer.evaluates_only
+    if trains:
+        problems += check_schedule(config, device=resolve_device(config, num_gpus=num_gpus))
     problems += _check_episodes(config, num_gpus=num_gpus, cpu_has_bfloat16=cpu_has_bfloat16, trains=trains)
     _refuse(problems)
 
@@ -158,6 +160,28 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
                 f"trainer.launcher=local runs one worker and one engine; use trainer.launcher=ray or "
                 f"trainer.{key}=1"
             )
+    return problems
+
+
+def check_schedule(config: Config, *, device: str) -> list[str]:
+    """Return what contradicts sampling the next step while one trains."""
+    settings = config.actor_rollout_ref
+    if config.trainer.schedule != ONE_STEP_OFF:
+        return []
+    problems = []
+    if settings.actor.tis_imp_ratio_cap is None:
+        problems.append(
+            "actor_rollout_ref.actor.tis_imp_ratio_cap=null: trainer.schedule=one_step_off samples with "
+            "weights that are one update older than those it trains, and only importance weights correct "
+            "for that; set it to 2.0, or trainer.schedule=sync"
+        )
+    if device == "cuda" and settings.rollout.free_cache_engine:
+        problems.append(
+            "actor_rollout_ref.rollout.free_cache_engine=true: trainer.schedule=one_step_off samples while "
+            "the policy trains, so that the engines cannot give it their memory; set it to false, and "
+            "actor_rollout_ref.rollout.gpu_memory_utilization to what both have room for (plan=true), or "
+            "trainer.schedule=sync"
+        )
     return problems
 
 

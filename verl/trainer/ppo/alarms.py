@@ -54,10 +54,13 @@ class Alarms:
         settings: AlarmsConfig,
         *,
         max_turns: int,
-        max_log_prob_difference: float,
+        max_log_prob_difference: float | None,
         history: Sequence[Mapping[str, object]] = (),
     ) -> None:
-        """Continue after `history`, the logged metrics of earlier steps, where a run is resumed."""
+        """Continue after `history`, the logged metrics of earlier steps, where a run is resumed.
+
+        `max_log_prob_difference` between engine and trainer; None where an update lies between the two.
+        """
         self._settings = settings
         self._limits = make_limits(
             settings, max_turns=max_turns, max_log_prob_difference=max_log_prob_difference
@@ -151,7 +154,7 @@ def _halve(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def make_limits(
-    settings: AlarmsConfig, *, max_turns: int, max_log_prob_difference: float
+    settings: AlarmsConfig, *, max_turns: int, max_log_prob_difference: float | None
 ) -> tuple[Limit, ...]:
     """Return the limits of a run. An episode has at most `max_turns` turns with a call and one more."""
     limits = []
@@ -177,6 +180,8 @@ def make_limits(
             )
             for bound, is_upper in bounds
         ]
+    if max_log_prob_difference is None:
+        return tuple(limits)
     mismatch = Limit(
         metric="policy/log_prob_difference_mean",
         setting="actor_rollout_ref.rollout.max_log_prob_difference",
@@ -283,7 +288,7 @@ _RULES = (
         metric="policy/importance_mean",
         setting="trainer.alarms.max_importance_distance",
         is_distance=True,
-        advice=_MISMATCH,
+        advice=f"{_MISMATCH}; where steps are sampled ahead (trainer.schedule), {_LOWER_LR}",
     ),
     _Rule(
         metric="credit/zero_advantage_share",

@@ -46,10 +46,13 @@ def step_metrics(
     *,
     update: Mapping[str, float],
     seconds: Mapping[str, float],
+    rollout_s: float,
     left_out: Sequence[Played] = (),
 ) -> Metrics:
-    """Return everything logged of one training step. `seconds`: wall seconds per phase, `step` the whole.
+    """Return everything logged of one training step.
 
+    `seconds`: wall seconds per phase, `step` the whole. `rollout_s`: those of the episodes of this step,
+    which may have run beside the training of the step before.
     `left_out` was played and filtered away: it counts in what the policy did and how well it answered.
     """
     samples = scored.samples()
@@ -67,7 +70,12 @@ def step_metrics(
             **scored.stats,
             **credit_metrics(scored),
             **{f"policy/{name}": value for name, value in update.items()},
-            **time_metrics(trajectories, seconds, trained=[sample.trajectory for sample in samples]),
+            **time_metrics(
+                trajectories,
+                seconds,
+                rollout_s=rollout_s,
+                trained=[sample.trajectory for sample in samples],
+            ),
         }
     )
 
@@ -313,7 +321,11 @@ def split_by_kind(trajectory: Trajectory, values: FloatArray) -> Iterator[tuple[
 
 
 def time_metrics(
-    trajectories: Sequence[Trajectory], seconds: Mapping[str, float], *, trained: Sequence[Trajectory]
+    trajectories: Sequence[Trajectory],
+    seconds: Mapping[str, float],
+    *,
+    rollout_s: float,
+    trained: Sequence[Trajectory],
 ) -> Metrics:
     """Return seconds per phase, and the throughput of those phases that were timed."""
     num_sampled = count_policy_tokens(trajectories)
@@ -321,7 +333,7 @@ def time_metrics(
     return finite(
         {
             **{f"time/{name}_s": value for name, value in seconds.items()},
-            "perf/sampled_tokens_per_s": _ratio(num_sampled, seconds.get("rollout", 0.0)),
+            "perf/sampled_tokens_per_s": _ratio(num_sampled, rollout_s),
             "perf/tokens_per_s": _ratio(num_trained, seconds.get("step", 0.0)),
             "perf/trajectories_per_s": _ratio(len(trajectories), seconds.get("step", 0.0)),
         }

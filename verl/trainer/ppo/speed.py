@@ -38,18 +38,19 @@ def speed_metrics(
     scored: ScoredGroups,
     batch: TrainBatch,
     seconds: Mapping[str, float],
+    rollout_s: float,
     left_out: Sequence[Played] = (),
     written: Written | None = None,
 ) -> Metrics:
     """Return the speed of each phase of a step.
 
-    `batch` is what was trained on; `left_out` was sampled as well; `written`: a checkpoint that was completed
-    since the step before.
+    `batch` is what was trained on; `left_out` was sampled as well, in `rollout_s`; `written`: a checkpoint
+    that was completed since the step before.
     """
     trajectories = [sample.trajectory for sample in scored.samples()] + [t for t, _ in left_out]
     sent = machine.publish_bytes
     metrics: dict[str, float | None] = {
-        **_rollout_metrics(machine.setup, trajectories, seconds.get("rollout")),
+        **_rollout_metrics(machine.setup, trajectories, rollout_s),
         "perf/publish_bytes": sent,
         "perf/publish_bytes_per_s": _per_second(sent, seconds.get("publish")),
     }
@@ -85,7 +86,7 @@ def _pass_metrics(
 
 
 def _rollout_metrics(
-    setup: Setup | None, trajectories: Sequence[Trajectory], seconds: float | None
+    setup: Setup | None, trajectories: Sequence[Trajectory], seconds: float
 ) -> dict[str, float | None]:
     """Return what the engines read per second, and the share of the memory bandwidth that decoding takes.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from serving.files import FileRecord
-from verl.algorithms.base import Algorithm, Prefetch
+from verl.algorithms.base import Algorithm
 from verl.algorithms.scoring.reward import Reward
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
@@ -31,6 +32,7 @@ from verl.trainer.ppo.guard import Guard
 from verl.trainer.ppo.metrics import Played, step_metrics
 from verl.trainer.ppo.profiler import Profiler
 from verl.trainer.ppo.sampling import Collected, collect_groups
+from verl.trainer.ppo.schedule import SCHEDULES, Rollout, measure_staleness
 from verl.trainer.ppo.speed import Machine, speed_metrics
 from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
@@ -87,6 +89,9 @@ class PPOTrainer:
         self.progress = progress
         self.identity = identity
         self.timer = Timer()
+        self.schedule = SCHEDULES[settings.schedule](
+            self.sample, engines=parts.engines, timer=self.timer, last_step=total_steps
+        )
         self.saved_step = progress.step
         self.saving: asyncio.Task[int] | None = None
         """Writes a checkpoint."""
@@ -125,25 +130,20 @@ class PPOTrainer:
         """Collect episodes, make room on the device, score and credit them, update, publish."""
         parts, timer = self.parts, self.timer
         timer.reset()
-        questions = parts.questions.next_batch()
         with timer("step"):
             async with AsyncExitStack() as room:
-                # Closed before the update: no request of it then runs beside the training.
-                async with aclosing(parts.algorithm.prefetch(questions)) as prefetch:
-                    with timer("rollout"):  # all episodes at once, each at its own pace
-                        collected = await self.collect(step, questions, prefetch)
-                    await room.enter_async_context(parts.engines.asleep())
+                rollout = await self.schedule.rollout(step)
+                # Closed before the update: no request of this step then runs beside the training.
+                async with aclosing(rollout.prefetch):
+                    await room.enter_async_context(self.schedule.training(step))
                     with timer("reward"):  # may run the policy, which now has the device
-                        done = self.progress.step / self.total_steps
-                        scored = await parts.reward.score(
-                            collected.groups, prefetch=prefetch, progress=done, stats=collected.stats
-                        )
+                        scored = await self.score(step, rollout)
 
                 with timer("log_probs"):
                     batch = await self.add_log_probs(self.build_batch(scored))
 
                 with timer("update"):
-                    update_step = self.update(step, batch, scored, left_out=self.judge(collected))
+                    update_step = self.update(step, batch, scored, rollout)
                     self.updating = asyncio.create_task(update_step)
                     update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
@@ -153,21 +153,46 @@ class PPOTrainer:
         self.unrecorded()
         parts.guard.check(last_checkpoint=parts.checkpoints.latest())
 
-    async def collect(self, step: int, questions: Sequence[Question], prefetch: Prefetch) -> Collected:
+    async def sample(self, step: int) -> Rollout:
         """Run the episodes of a step, of further questions, too, if groups are filtered."""
-        parts = self.parts
-        collect = partial(
-            parts.collector.collect,
-            step=step,
-            progress=ProgressLog(logger, f"step {step}: episodes"),
-            on_episode_end=prefetch.on_episode_end,
+        parts, began = self.parts, time.perf_counter()
+        questions = parts.questions.next_batch()
+        prefetch = parts.algorithm.prefetch(questions)
+        try:
+            collected = await collect_groups(
+                questions,
+                collect=partial(
+                    parts.collector.collect,
+                    step=step,
+                    progress=ProgressLog(logger, f"step {step}: episodes"),
+                    on_episode_end=prefetch.on_episode_end,
+                ),
+                more_questions=parts.questions.next_batch,
+                judge=parts.reward.score_validation,
+                settings=parts.algorithm.settings.filter_groups,
+            )
+        except BaseException:
+            await prefetch.aclose()
+            raise
+        return Rollout(
+            collected=collected,
+            prefetch=prefetch,
+            sampler=parts.questions.state_dict(),
+            seconds=time.perf_counter() - began,
         )
-        return await collect_groups(
-            questions,
-            collect=collect,
-            more_questions=parts.questions.next_batch,
-            judge=parts.reward.score_validation,
-            settings=parts.algorithm.settings.filter_groups,
+
+    async def score(self, step: int, rollout: Rollout) -> ScoredGroups:
+        """Measure and credit the episodes of a step. Raises RolloutError if their weights are too old."""
+        groups, max_staleness = rollout.collected.groups, self.schedule.max_staleness
+        return await self.parts.reward.score(
+            groups,
+            prefetch=rollout.prefetch,
+            progress=self.progress.step / self.total_steps,
+            stats={
+                **rollout.collected.stats,
+                **measure_staleness(groups, step=step, max_staleness=max_staleness),
+                "perf/rollout_hidden_s": rollout.hidden_s,
+            },
         )
 
     def judge(self, collected: Collected) -> list[Played]:
@@ -176,15 +201,15 @@ class PPOTrainer:
         return list(zip(trajectories, self.parts.reward.score_validation(trajectories), strict=True))
 
     async def update(
-        self, step: int, batch: TrainBatch, scored: ScoredGroups, *, left_out: Sequence[Played]
+        self, step: int, batch: TrainBatch, scored: ScoredGroups, rollout: Rollout
     ) -> dict[str, float]:
         """Train on the batch; then the step is done, and remains to be recorded."""
         update = await self.parts.policy.update(batch)
         if self.parts.copy is not None:
             await self.parts.copy.refresh(step)
         self.progress.step = step
-        self.progress.sampler = self.parts.questions.state_dict()
-        self.unrecorded = partial(self.record, scored, batch, update, left_out=left_out)
+        self.progress.sampler = rollout.sampler
+        self.unrecorded = partial(self.record, scored, batch, update, rollout)
         return update
 
     async def publish(self, version: int) -> float:
@@ -228,22 +253,20 @@ class PPOTrainer:
         return batch
 
     def record(
-        self,
-        scored: ScoredGroups,
-        batch: TrainBatch,
-        update: dict[str, float],
-        *,
-        left_out: Sequence[Played],
+        self, scored: ScoredGroups, batch: TrainBatch, update: dict[str, float], rollout: Rollout
     ) -> None:
         """Write trajectories and metrics of the step, and the batch of a skipped update."""
-        step = self.progress.step
+        step, seconds, left_out = self.progress.step, self.timer.seconds, self.judge(rollout.collected)
         self.parts.recorder.write(step, scored)
-        metrics = step_metrics(scored, update=update, seconds=self.timer.seconds, left_out=left_out)
+        metrics = step_metrics(
+            scored, update=update, seconds=seconds, rollout_s=rollout.seconds, left_out=left_out
+        )
         metrics |= speed_metrics(
             self.parts.machine,
             scored=scored,
             batch=batch,
-            seconds=self.timer.seconds,
+            seconds=seconds,
+            rollout_s=rollout.seconds,
             left_out=left_out,
             written=self.parts.checkpoints.take_written(),
         )
@@ -298,9 +321,11 @@ class PPOTrainer:
     async def rescue(self) -> None:
         """Record and save the finished steps of a run that ends early, or report which are lost.
 
-        An update that runs is waited for. One that failed half-way leaves the weights of no step, so that the
-        steps since the last checkpoint are lost. Errors are logged: the user must see last why the run ended.
+        Episodes that run ahead are stopped, an update that runs is waited for. One that failed half-way
+        leaves the weights of no step, so that the steps since the last checkpoint are lost. Errors are
+        logged: the user must see last why the run ended.
         """
+        await self.schedule.aclose()
         if self.updating is not None:
             if not self.updating.done():
                 logger.info("finishing the update of step %d before the end", self.progress.step + 1)

@@ -42,6 +42,7 @@ class GainClient:
     ) -> None:
         """`timeout_s` covers a call from asking to the last result. Raises ConfigError for a bad setting."""
         self._timeout_s = timeout_s
+        self._taken: Mapping[str, int] = {}
         with translated_settings():
             self._client = _IGClient(url, timeout_s=timeout_s, batch_size=batch_size, token=token)
 
@@ -50,10 +51,10 @@ class GainClient:
         """Return the longest time that a step may wait for its gains."""
         return self._timeout_s
 
-    @property
-    def work(self) -> Mapping[str, int]:
-        """Return the counts of all work that the service has done for this client."""
-        return dict(self._client.work)
+    def take_work(self) -> Mapping[str, int]:
+        """Return the counts of the work that the service has reported for this client since the last call."""
+        before, self._taken = self._taken, dict(self._client.work)
+        return {name: count - before.get(name, 0) for name, count in self._taken.items()}
 
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None

@@ -36,8 +36,10 @@ class ScriptedClient:
 
     script: list[GainResult]
     asked: list[GainRequest] = field(default_factory=list)
-    work: dict[str, int] = field(default_factory=dict)
     timeout_s: float = 5.0
+
+    def take_work(self) -> dict[str, int]:
+        return {}
 
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None
@@ -174,8 +176,10 @@ class HeldClient:
     """Answers a request when the test releases its question."""
 
     released: dict[str, asyncio.Event]
-    work: dict[str, int] = field(default_factory=dict)
     timeout_s: float = 30.0
+
+    def take_work(self) -> dict[str, int]:
+        return {}
 
     async def compute(
         self, requests: Sequence[GainRequest], *, timeout_s: float | None = None

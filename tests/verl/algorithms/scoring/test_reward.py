@@ -95,7 +95,7 @@ async def test_thirty_percent_failed_gains_leave_the_others_as_in_a_clean_run_wi
             expected = clean.get(trajectory.sample, np.zeros(len(trajectory.token_ids), np.float32))
             np.testing.assert_array_equal(credit.advantages, expected)
 
-    metrics = step_metrics(scored, update={}, seconds={})
+    metrics = step_metrics(scored, update={}, seconds={}, rollout_s=1.0)
     assert metrics["ig/failed_share"] == pytest.approx(0.3)
     assert metrics["ig/failures_gain_failed"] == 6
     assert metrics["reward/failed_share"] == pytest.approx(0.3)

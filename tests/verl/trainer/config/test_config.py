@@ -22,7 +22,7 @@ from verl.trainer.config.advice import list_advice
 from verl.trainer.config.loading import config_class, config_groups, load_config, register_schema, schema_keys
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
-from verl.trainer.config.validate import validate
+from verl.trainer.config.validate import check_schedule, validate
 from verl.types import ActionKind, Gain, Score
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -266,6 +266,22 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
 def test_engines_that_vllm_would_refuse_or_run_badly_are_refused(key: str, value: int, message: str) -> None:
     config = composed([f"actor_rollout_ref.rollout.{key}={value}", "trainer.device=cpu"])
     with pytest.raises(ConfigError, match=message):
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
+
+
+@pytest.mark.parametrize(("device", "num_problems"), [("cpu", 1), ("cuda", 2)])
+def test_what_contradicts_sampling_ahead_is_refused(device: str, num_problems: int) -> None:
+    """No importance weights and, where the engines share GPUs with the policy, giving it their memory."""
+    overrides = ["trainer.schedule=one_step_off", "actor_rollout_ref.actor.tis_imp_ratio_cap=null"]
+    problems = check_schedule(composed(overrides), device=device)
+    assert len(problems) == num_problems
+    assert problems[0].startswith("actor_rollout_ref.actor.tis_imp_ratio_cap=null: ")
+    assert ["free_cache_engine=true: " in problem for problem in problems[1:]] == [True] * (num_problems - 1)
+    assert check_schedule(composed(overrides[1:]), device=device) == []
+    fits = [overrides[0], "actor_rollout_ref.rollout.free_cache_engine=false"]
+    assert check_schedule(composed(fits), device=device) == []
+    config = composed([*overrides, "trainer.device=cpu"])
+    with pytest.raises(ConfigError, match=r"tis_imp_ratio_cap=null"):
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
 
 

@@ -83,6 +83,8 @@ def test_engine_and_trainer_apart_is_an_alarm_after_two_steps() -> None:
     history = make_history(policy__log_prob_difference_mean=values)
     assert names_of(history[:4]) == set()
     assert names_of(history) == {"actor_rollout_ref.rollout.max_log_prob_difference above"}
+    unlimited = make_limits(SETTINGS, max_turns=3, max_log_prob_difference=None)
+    assert find_alarms(history, unlimited, trend_steps=None) == []
 
 
 RISING, FALLING = [0.1, 0.2, 0.1, 0.2, 0.4, 0.5, 0.4, 0.5], [0.6, 0.5, 0.6, 0.5, 0.3, 0.2, 0.3, 0.2]

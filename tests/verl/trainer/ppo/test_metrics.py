@@ -317,13 +317,14 @@ def test_a_step_is_named_by_area_and_finite() -> None:
     metrics = step_metrics(
         replace(score_group(trajectories, scores), stats=stats),
         update={"kl": 0.01, "loss": math.nan},
-        seconds={"rollout": 2.0, "step": 4.0},
+        seconds={"rollout": 0.5, "step": 4.0},
+        rollout_s=2.0,
     )
     assert {name.split("/")[0] for name in metrics} == AREAS
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["policy/kl"] == 0.01
     assert "policy/loss" not in metrics
-    assert metrics["time/rollout_s"] == 2.0
+    assert metrics["time/rollout_s"] == 0.5
     assert (metrics["perf/gain_visible_s"], metrics["perf/gain_hidden_s"]) == (0.25, 1.5)
     assert metrics["perf/sampled_tokens_per_s"] == 3 * 8 / 2.0
     assert metrics["perf/tokens_per_s"] == 3 * (3 + 8 + 5) / 4.0

@@ -33,6 +33,7 @@ from verl.errors import TrainingHaltedError
 from verl.run.progress import Progress
 from verl.run.records import step_files
 from verl.run.tracking import read_metrics
+from verl.trainer.ppo.schedule import SCHEDULES
 from verl.types import Question, Trajectory
 from verl.utils.actors import ActorError
 from verl.utils.reward_score.IG_client import GainClient
@@ -193,8 +194,11 @@ async def test_a_step_whose_engine_died_is_recorded_and_saved(run: Run, call: st
     assert list(step_files(run_dir)) == [1, 2]
 
 
-async def test_an_update_that_runs_when_the_run_is_interrupted_is_finished_and_saved(tmp_path: Path) -> None:
-    run = Run(tmp_path, models=FakeModels(update_s=0.05), **STEPS_ALONE)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+async def test_an_update_that_runs_when_the_run_is_interrupted_is_finished_and_saved(
+    tmp_path: Path, schedule: str
+) -> None:
+    run = Run(tmp_path, models=FakeModels(update_s=0.05), schedule=schedule, **STEPS_ALONE)
     has_begun = asyncio.Event()
     run.models.hooks["update of 6"] = has_begun.set
     training = asyncio.create_task(run.trainer.fit())
@@ -222,9 +226,10 @@ async def test_what_cannot_be_saved_is_named_and_the_first_cause_raised(
     )
 
 
-async def test_a_checkpoint_is_written_while_the_next_step_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+async def test_a_checkpoint_is_written_while_the_next_step_runs(tmp_path: Path, schedule: str) -> None:
     """Its step is what was staged; the next save waits for it, and so does the end of the run."""
-    run = Run(tmp_path, **(STEPS_ALONE | {"save_freq": 1}))
+    run = Run(tmp_path, schedule=schedule, **(STEPS_ALONE | {"save_freq": 1}))
     is_trained, models = asyncio.Event(), run.models
     write = models.write
 

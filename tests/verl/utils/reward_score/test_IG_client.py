@@ -27,7 +27,8 @@ async def test_it_is_the_client_of_the_service() -> None:
         gain = GainResult(gain=FakeGainService.gain("Where?", "There."))
         assert await client.compute([REQUEST] * 3) == [gain] * 3
         assert await client.submit(REQUEST) == gain
-        assert client.work == {"pairs_judged": 9}
+        assert client.take_work() == {"pairs_judged": 9}
+        assert client.take_work() == {"pairs_judged": 0}
         await client.aclose()
 
 
