@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -97,11 +96,8 @@ class FakeModels:
         self.version = version
         self.note(f"expect {version}")
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
+    async def sleep(self) -> None:
         self.note("rest")
-        yield
-        self.note("wake")
 
 
 class FakeCopy:

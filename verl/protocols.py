@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from verl.types import (
@@ -21,6 +22,13 @@ from verl.types import (
     Trajectory,
     Turn,
 )
+
+
+class EnginePart(StrEnum):
+    """What of an engine sleeps while the trainer has the GPU: the tags of vLLM."""
+
+    WEIGHTS = "weights"
+    CACHE = "kv_cache"
 
 
 class Generate(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import ConfigError, RolloutError
+from verl.protocols import EnginePart
 from verl.types import FloatArray, IntArray, Question, Trajectory
 
 if TYPE_CHECKING:
@@ -22,14 +22,41 @@ _SHUTDOWN_TIMEOUT_S = 10.0
 class EngineReceiver:
     """One replica as a receiver of weights."""
 
-    def __init__(self, engine: Actor, *, name: str) -> None:
+    def __init__(self, engine: Actor, *, name: str, colocated: bool) -> None:
         self._engine = engine
         self.name = name
         self.node = engine.node
+        self._colocated = colocated
+
+    async def sleep(self) -> None:
+        """Free the GPU memory, where the trainer shares it; the weights are lost, if so."""
+        if self._colocated:
+            await self._engine.call("call_engine", "sleep")
+
+    async def wake(self, part: EnginePart) -> None:
+        """Take back the memory of a part, without its content; do nothing if that is not asleep."""
+        if self._colocated:
+            await self._engine.call("call_engine", "wake", part)
 
     async def load_weights(self, folder: str, version: int) -> None:
         """Load the weights of a folder. Raises WeightSyncError."""
         await self._engine.call("call_engine", "load_weights", folder, version)
+
+    async def connect(self, info: Mapping[str, object]) -> None:
+        """Prepare once for weights that `update` brings. Raises WeightSyncError, as the following."""
+        await self._engine.call("call_engine", "connect", info)
+
+    async def start_update(self) -> None:
+        """Prepare for new weights; there are none until `finish_update`."""
+        await self._engine.call("call_engine", "start_update")
+
+    async def update(self, chunk: Mapping[str, object]) -> None:
+        """Load the tensors of a chunk; they are copied when this returns."""
+        await self._engine.call("call_engine", "update", chunk)
+
+    async def finish_update(self, version: int) -> None:
+        """Use the new weights; completions carry `version` from then on."""
+        await self._engine.call("call_engine", "finish_update", version)
 
     async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
         """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
@@ -67,7 +94,10 @@ class EnginePool:
     @property
     def receivers(self) -> tuple[EngineReceiver, ...]:
         """The replicas as receivers of weights."""
-        return tuple(EngineReceiver(engine, name=f"engine-{k}") for k, engine in enumerate(self._engines))
+        return tuple(
+            EngineReceiver(engine, name=f"engine-{k}", colocated=self._colocated)
+            for k, engine in enumerate(self._engines)
+        )
 
     def expect_version(self, version: int) -> None:
         """Refuse completions of other weights from now on."""
@@ -104,14 +134,9 @@ class EnginePool:
                 )
         return trajectory
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
-        """Free the engines' GPU memory inside the block; do nothing where they do not share it."""
-        if self._colocated:
-            await self._call_all("call_engine", "sleep")
-        yield
-        if self._colocated:
-            await self._call_all("call_engine", "wake")
+    async def sleep(self) -> None:
+        """Free the engines' GPU memory until the next publish; do nothing where they do not share it."""
+        await asyncio.gather(*(receiver.sleep() for receiver in self.receivers))
 
     async def shutdown(self) -> None:
         """End the child processes of every replica, then the replicas.

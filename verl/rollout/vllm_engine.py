@@ -8,9 +8,13 @@ this process ends, even by kill -9. `serving.vllm_rules` says why the settings d
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import multiprocessing
-from collections.abc import Sequence
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +31,7 @@ from serving.vllm_rules import (
     prepare_environment,
 )
 from verl.errors import ConfigError, RolloutError, WeightSyncError
+from verl.protocols import EnginePart
 from verl.trainer.config.schema import RolloutConfig
 from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
 
 _GPU_BATCHED_TOKENS = 8192
 _UNKNOWN_VERSION = -1
-"""Version of an engine whose last weight update failed half-way."""
+"""Version of an engine that has no weights, or whose last weight update failed half-way."""
 
 
 class VllmEngine:
@@ -52,8 +57,11 @@ class VllmEngine:
         seed: int = 0,
         device: str = "cpu",
         num_threads: int | None = None,
+        weight_backend: str | None = None,
     ) -> None:
         """`device` (cpu or cuda) must be the one that the installed vLLM was built for.
+
+        `weight_backend`: what brings weights to `update`, by vLLM's name; None: only `load_weights` is used.
 
         Raises ConfigError for a missing model or device, RolloutError if vLLM cannot start.
         """
@@ -62,6 +70,8 @@ class VllmEngine:
             prepare_environment(on_cpu=device == "cpu", num_threads=num_threads, log_level="WARNING")
         except MachineError as error:
             raise ConfigError(str(error)) from error
+        if weight_backend == "ipc":  # its handles are pickled; the sockets are private, see `socket_root`
+            os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         with collection_paused():
             from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -72,8 +82,10 @@ class VllmEngine:
         self._on_cpu = on_cpu
         self._max_model_len = max_model_len
         self._config = config
+        self._weight_backend = weight_backend
         self._version = 0
         self._num_running = 0
+        self._asleep: set[EnginePart] = set()
         self._request_numbers = itertools.count()
         settings: dict[str, Any] = engine_arguments(
             model=model_path, dtype=dtype, max_model_len=max_model_len, max_num_seqs=config.max_num_seqs
@@ -90,14 +102,9 @@ class VllmEngine:
                 is_sharded=config.tensor_model_parallel_size > 1,
             )
         else:
-            settings |= {
-                "gpu_memory_utilization": config.gpu_memory_utilization,
-                "enforce_eager": config.enforce_eager,
-                "enable_sleep_mode": True,
-                # vLLM's own default, 2,048, leaves a large GPU idle while it reads prompts.
-                "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
-                "enable_chunked_prefill": True,
-            }
+            settings |= _gpu_arguments(config)
+        if weight_backend is not None:
+            settings["weight_transfer_config"] = {"backend": weight_backend}
         self._guard = ProcessGuard()
         try:
             with self._guard.adding(list_multiprocessing_children):
@@ -156,33 +163,81 @@ class VllmEngine:
 
         Raises WeightSyncError while requests run, whose completions would mix two policies.
         """
+        if not any(Path(folder).glob("*.safetensors")):
+            raise WeightSyncError(f"{folder} holds no *.safetensors file to load weights from")
+        with self._updating():
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        await self._accept(version)
+
+    async def connect(self, info: Mapping[str, object]) -> None:
+        """Prepare once for weights that `update` brings; `info` is that of vLLM's transfer backend."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        with self._updating():
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(info)))
+
+    async def start_update(self) -> None:
+        """Prepare for new weights, in place. Raises WeightSyncError, also while requests run."""
+        with self._updating():
+            await self._llm.start_weight_update()
+
+    async def update(self, chunk: Mapping[str, object]) -> None:
+        """Load the tensors of a chunk, which vLLM's transfer backend describes. Raises WeightSyncError."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        info = dict(chunk)
+        if "ipc_handles" in info:  # classes of torch, which vLLM's own messages cannot carry
+            pickled = pickle.dumps(info.pop("ipc_handles"))
+            info["ipc_handles_pickled"] = base64.b64encode(pickled).decode()
+        with self._updating():
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
+
+    async def finish_update(self, version: int) -> None:
+        """Use the new weights and drop the prefix cache of the old ones. Raises WeightSyncError."""
+        with self._updating():
+            await self._llm.finish_weight_update()
+        await self._accept(version)
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        """Mark the weights as unknown; raise WeightSyncError for what vLLM raises, and while requests run."""
         if self._num_running:
             raise WeightSyncError(
                 f"{self._num_running} requests still run; new weights would change them half-way"
             )
-        if not any(Path(folder).glob("*.safetensors")):
-            raise WeightSyncError(f"{folder} holds no *.safetensors file to load weights from")
         self._version = _UNKNOWN_VERSION
         try:
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-            is_reset = await self._llm.reset_prefix_cache()
+            yield
         except Exception as error:  # vLLM's errors share no class
+            fix = "repeat the command to resume"
+            if self._weight_backend == "ipc":
+                fix += ", with actor_rollout_ref.rollout.weight_transfer=file if CUDA IPC is forbidden here"
             raise WeightSyncError(
-                f"vLLM failed to take over weights: {type(error).__name__}: {error}"
+                f"vLLM failed to take over weights, and has none to sample with: {type(error).__name__}: "
+                f"{error}; what was trained is kept: {fix}"
             ) from error
-        if not is_reset:
+
+    async def _accept(self, version: int) -> None:
+        if not await self._llm.reset_prefix_cache():
             raise WeightSyncError("the engine did not drop the prefix cache of the old weights")
         self._version = version
 
     async def sleep(self) -> None:
-        """Free the GPU memory for the trainer; do nothing on the CPU."""
-        if not self._on_cpu:
-            await self._llm.sleep(level=1)
+        """Free the GPU memory for the trainer, the weights with it; do nothing on the CPU.
 
-    async def wake(self) -> None:
-        """Take the GPU memory back after `sleep`."""
-        if not self._on_cpu:
-            await self._llm.wake_up()
+        From then on no completion is possible until weights are loaded again.
+        """
+        if self._on_cpu or self._asleep:
+            return
+        self._version = _UNKNOWN_VERSION
+        self._asleep = set(EnginePart)
+        await self._llm.sleep(level=2)
+
+    async def wake(self, part: EnginePart) -> None:
+        """Take back the memory of a part, without its content; do nothing if that is not asleep."""
+        if part in self._asleep:
+            await self._llm.wake_up(tags=[part.value])
+            self._asleep.remove(part)
 
     async def shutdown(self) -> None:
         """End the child processes. Calling it again does nothing."""
@@ -216,6 +271,18 @@ class VllmEngine:
         finally:
             self._num_running -= 1
         raise RolloutError("the engine ended a request without a completion")
+
+
+def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
+    """Return the engine arguments to add on GPUs."""
+    return {
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": True,
+        # vLLM's own default, 2,048, leaves a large GPU idle while it reads prompts.
+        "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
+        "enable_chunked_prefill": True,
+    }
 
 
 def _require_model(model_path: str) -> None:

@@ -30,7 +30,7 @@ from verl.run.records import Decode
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.advice import list_advice
-from verl.trainer.config.schema import SYNC, Config
+from verl.trainer.config.schema import SYNC, ActorRolloutRefConfig, Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, launch_models
 from verl.trainer.needs import find_frozen_models, find_needs
@@ -64,7 +64,15 @@ from verl.utils.shutdown import close_quietly
 from verl.workers.checkpoint import CheckpointStore
 from verl.workers.model import check_model
 from verl.workers.scorer import LogProbScorer
-from verl.workers.weight_sync import WeightPublisher, make_probe, probe_tolerance
+from verl.workers.weight_file import FileTransfer
+from verl.workers.weight_ipc import IpcTransfer
+from verl.workers.weight_sync import (
+    WeightPublisher,
+    WeightTransfer,
+    make_probe,
+    probe_tolerance,
+    transfer_kind,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +139,13 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
         reference=models.reference if config.actor_rollout_ref.actor.use_kl_loss else None,
         copy=models.copy,
         engines=models.engines,
-        publisher=make_publisher(models, prompt_format=prompt_format, questions=train, tolerance=tolerance),
+        publisher=make_publisher(
+            config.actor_rollout_ref,
+            models,
+            device=device,
+            prompt_format=prompt_format,
+            questions=train,
+        ),
         checkpoints=start.checkpoints,
         guard=Guard(run_dir, max_skipped_updates=config.actor_rollout_ref.actor.max_skipped_updates),
         alarms=Alarms(
@@ -260,18 +274,26 @@ def make_services(
 
 
 def make_publisher(
+    config: ActorRolloutRefConfig,
     models: Models,
     *,
+    device: str,
     prompt_format: PromptFormat,
     questions: Sequence[Question],
-    tolerance: float,
 ) -> WeightPublisher:
     """Make the publisher of weights, whose probe is the beginning of the run's own prompts."""
+    policy, receivers = models.policy, models.engines.receivers
+    transfer: WeightTransfer
+    if transfer_kind(config.rollout, device=device) == "ipc":
+        transfer = IpcTransfer(policy, receivers)
+    else:
+        transfer = FileTransfer(policy, receivers)
     return WeightPublisher(
-        models.policy,
-        models.engines.receivers,
+        policy,
+        receivers,
+        transfer,
         probe_ids=make_probe(prompt_format.render_prompt(question) for question in questions),
-        tolerance=tolerance,
+        tolerance=probe_tolerance(config, device=device),
     )
 
 

@@ -28,6 +28,7 @@ from verl.workers.checkpoint import POLICY
 from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import PolicyCopy
+from verl.workers.weight_sync import transfer_kind
 from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -83,21 +84,23 @@ async def launch_models(
         # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
         engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
         close_quietly(stack, engines.shutdown)
-        async with alone_on_gpus(engines, device=device):
-            policy = launch_group(name="policy", trainable=True)
-            close_quietly(stack, policy.shutdown)
-            reference = copy = None
-            if frozen.refresh_steps:
-                model = launch_group(name="copy", trainable=False)
-                close_quietly(stack, model.shutdown)
-                await model.wait_until_ready()
-                copy = PolicyCopy(policy, model, every=frozen.refresh_steps, scratch=scratch)
-            if frozen.has_reference:
-                reference = launch_group(name="reference", trainable=False)
-                close_quietly(stack, reference.shutdown)
-                await reference.wait_until_ready()
-            # Constructors run in the actors: what they raise shows only when they are waited for.
-            num_parameters = await policy.wait_until_ready()
+        if device == "cuda":
+            await engines.wait_until_ready()
+            await engines.sleep()  # until the first publish
+        policy = launch_group(name="policy", trainable=True)
+        close_quietly(stack, policy.shutdown)
+        reference = copy = None
+        if frozen.refresh_steps:
+            model = launch_group(name="copy", trainable=False)
+            close_quietly(stack, model.shutdown)
+            await model.wait_until_ready()
+            copy = PolicyCopy(policy, model, every=frozen.refresh_steps, scratch=scratch)
+        if frozen.has_reference:
+            reference = launch_group(name="reference", trainable=False)
+            close_quietly(stack, reference.shutdown)
+            await reference.wait_until_ready()
+        # Constructors run in the actors: what they raise shows only when they are waited for.
+        num_parameters = await policy.wait_until_ready()
         await engines.wait_until_ready()
     logger.info("ready: a policy of %s parameters", f"{num_parameters:,}")
     if checkpoint is not None:
@@ -199,17 +202,6 @@ async def limited_start(config: Config) -> AsyncIterator[None]:
         ) from error
 
 
-@asynccontextmanager
-async def alone_on_gpus(engines: EnginePool, *, device: str) -> AsyncIterator[None]:
-    """Start the engines first and let them sleep inside the block: they measure the free GPU memory."""
-    if device == "cpu":
-        yield
-        return
-    await engines.wait_until_ready()
-    async with engines.asleep():
-        yield
-
-
 def launch_engines(
     config: Config, launcher: Launcher, *, device: str, scratch: Path, open_agent: OpenAgent
 ) -> EnginePool:
@@ -244,6 +236,7 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
     settings, trainer = config.actor_rollout_ref, config.trainer
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
+    transfer = transfer_kind(settings.rollout, device=device)
     return {
         "config": settings.rollout,
         "model_path": str(model_path),
@@ -251,6 +244,7 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
         "max_model_len": config.data.max_model_len,
         "seed": trainer.seed,
         "device": device,
+        "weight_backend": None if transfer == "file" else transfer,
         # Half of the cores: the retriever and the agent loops work at the same time.
         "num_threads": max(1, (os.cpu_count() or 1) // 2 // num_replicas) if device == "cpu" else None,
     }

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,7 +164,7 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
     """Return the folder to start the engine from: the model's own, on the CPU an untied copy of a tied one.
 
     The CPU engine repacks the LM head and silently keeps the old one when tied weights are reloaded; a head
-    of its own is reloaded. Training stays tied; `export_weights` writes the embedding twice.
+    of its own is reloaded. Training stays tied; `engine_weights` has the embedding twice.
     """
     source = resolve_model_folder(config.path)
     if device != "cpu" or not is_tied(source):
@@ -185,12 +184,13 @@ def prepare_engine_model(config: ModelConfig, *, device: str, folder: Path) -> P
     return folder
 
 
-def export_weights(
-    folder: Path, model: PreTrainedModel, *, dtype: torch.dtype, with_head: bool, is_writer: bool
-) -> None:
-    """Gather one weight after the other over the ranks, and write `model.safetensors` for the engines.
+def engine_weights(
+    model: PreTrainedModel, *, dtype: torch.dtype, with_head: bool
+) -> tuple[Layout, Callable[[str], Tensor]]:
+    """Return the layout of the weights as engines take them, and what gathers one of them over the ranks.
 
-    `with_head` writes a tied embedding twice, see `prepare_engine_model`. Collective; some ranks write.
+    `with_head` has a tied embedding twice, see `prepare_engine_model`. What is returned is collective: all
+    ranks must ask for the same weights in the same order.
     """
     weights = weights_of(model)
     if with_head:
@@ -199,10 +199,9 @@ def export_weights(
     def read(name: str) -> Tensor:
         weight = weights[name]
         # Converted before it is gathered: half of the bytes in bfloat16.
-        return gather_tensor(weight.to(dtype) if weight.is_floating_point() else weight).cpu()
+        return gather_tensor(weight.to(dtype) if weight.is_floating_point() else weight)
 
-    layout = describe(weights, dtype=dtype)
-    write_weights(folder, layout, read, is_writer=is_writer, max_bytes=sys.maxsize)
+    return describe(weights, dtype=dtype), read
 
 
 def write_model(

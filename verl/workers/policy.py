@@ -10,7 +10,9 @@ import asyncio
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,13 @@ from verl.workers.model import (
     packs_rows,
     resolve_model_folder,
 )
-from verl.workers.model_io import build_model, export_weights, fill_model, sharding_units
+from verl.workers.model_io import (
+    build_model,
+    engine_weights,
+    fill_model,
+    sharding_units,
+)
+from verl.workers.offload import Residence
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
     Placement,
@@ -42,11 +50,11 @@ from verl.workers.parallel import (
     reduce_over_ranks,
     reshard_model,
     shard_model,
-    wait_for_ranks,
 )
 from verl.workers.profile import Profile, profiled
 from verl.workers.rank_state import StagedState, export_state, read_state, stage_state, write_state
-from verl.workers.weight_folder import WeightFolder
+from verl.workers.weight_file import FileSender
+from verl.workers.weight_ipc import ChunkSender
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +93,6 @@ class PolicyWorker:
         self._source = resolve_model_folder(model.path)
         self._dtype = compute_dtype(model, device=device)
         self._packs = packs_rows(model)
-        # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
-        self._unties = device == "cpu" and is_tied(self._source)
         self._context = init_distributed(placement, fsdp_size=config.actor.fsdp_config.fsdp_size)
         self._model = build_model(model, device=device, trainable=trainable)
         self._network = PolicyNetwork(self._model)
@@ -95,11 +101,23 @@ class PolicyWorker:
         fill_model(self._network, self._model, folder=self._source, device=self._context.device)
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config=config.actor.optim) if trainable else None
+        offload = config.actor.fsdp_config if trainable else config.ref.fsdp_config
+        self._residence = Residence(
+            self._network.parameters,
+            self._optimizer,
+            offloads_weights=offload.param_offload,
+            offloads_optimizer=config.actor.fsdp_config.optimizer_offload,
+        )
+        self._residence.leave_frozen()
         self._step = 0
         self._seed = seed
         self._staged: dict[str, StagedState] = {}
         self.profile: Profile | None = None
-        self._exported: WeightFolder | None = None
+        # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
+        unties = device == "cpu" and is_tied(self._source)
+        weights = partial(engine_weights, self._model, dtype=self._dtype, with_head=unties)
+        self._file = FileSender(weights, context=self._context)
+        self._chunks = ChunkSender(weights, device=self._context.device)
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model."""
@@ -132,6 +150,7 @@ class PolicyWorker:
         num_updates = self._actor.ppo_epochs * len(minis)
         if num_updates > 1 and any(b.old_log_probs is None for mini in minis for b in mini.micro_batches):
             raise ValueError(f"{num_updates} updates need old_log_probs; only a single one is on-policy")
+        self._residence.load_all()
         lr = learning_rate(self._step, config=self._actor.optim, total_steps=self._total_steps)
         applied = []
         for _ in range(self._actor.ppo_epochs):
@@ -140,45 +159,31 @@ class PolicyWorker:
                 if metrics is not None:
                     applied.append(metrics)
         self._step += 1
+        self._residence.release_optimizer()
         self._release_memory()
         means = {name: float(np.mean([m[name] for m in applied])) for name in (applied[0] if applied else ())}
         skipped = num_updates - len(applied)
         return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
 
     def export_weights(self) -> str | None:
-        """Write the weights for the engines of this node, in compute precision, on its first rank.
-
-        Returns the folder, which `drop_weights` removes; None on other ranks.
-        """
-        if self._context.leads_node:
-            self._exported = WeightFolder(self.export_bytes())
-        try:
-            export_weights(
-                Path() if self._exported is None else self._exported.path,
-                self._model,
-                dtype=self._dtype,
-                with_head=self._unties,
-                is_writer=self._exported is not None,
-            )
-        except BaseException:
-            self.drop_weights()
-            raise
-        wait_for_ranks(self._context)
+        """Write the weights for the engines of this node, see `FileSender`; `drop_weights` removes them."""
+        self._residence.load_weights()
+        folder = self._file.export()
         self._release_memory()
-        return None if self._exported is None else str(self._exported.path)
+        return folder
 
     def drop_weights(self) -> None:
         """Remove what `export_weights` wrote."""
-        if self._exported is not None:
-            self._exported.remove()
-            self._exported = None
+        self._file.drop()
 
     def export_bytes(self) -> int:
-        """Return the number of bytes that `export_weights` writes."""
-        count = self.num_parameters()
-        if self._unties:
-            count += int(self._model.get_input_embeddings().weight.numel())
-        return int(count * self._dtype.itemsize)
+        """Return the number of bytes of the weights that an engine gets."""
+        return self._file.num_bytes()
+
+    def send_chunks(self, method: str, /, *args: object) -> Any:
+        """Return what a method of `ChunkSender` does, with the weights on the device."""
+        self._residence.load_weights()
+        return getattr(self._chunks, method)(*args)
 
     def perturb(self, *, undo: bool = False) -> None:
         """Negate the final norm and double the LM head, which moves every log-prob; `undo` takes it back.
@@ -186,11 +191,18 @@ class PolicyWorker:
         Two weights, because an engine may load the norm and keep its head. Both changes are exact in floating
         point, so that undoing them restores every bit.
         """
+        self._residence.load_weights(changes=True)
         named = self._network.named_parameters()
         *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))  # the last vector
         head = self._model.get_output_embeddings().weight
         local_part(norm.detach()).neg_()
         local_part(head.detach()).mul_(0.5 if undo else 2.0)
+
+    def release(self) -> None:
+        """Make room for the engine on the same GPU: move weights that are offloaded to host memory."""
+        reshard_model(self._network)
+        self._residence.release_weights()
+        self._release_memory()
 
     def stage(self, key: str, *, weights_only: bool = False) -> None:
         """Copy this rank's state to host memory for `write`, or its weights alone."""
@@ -199,6 +211,7 @@ class PolicyWorker:
             optimizer=None if weights_only else self._optimizer,
             step=self._step,
             context=self._context,
+            copy=self._residence.copy,
         )
 
     async def write(self, key: str, folder: str) -> dict[Path, FileRecord]:
@@ -217,6 +230,7 @@ class PolicyWorker:
 
         Raises ConfigError if the model differs.
         """
+        self._residence.load_all()
         self._step = read_state(
             Path(folder),
             self._model,
@@ -225,6 +239,8 @@ class PolicyWorker:
             context=self._context,
             seed=self._seed,
         )
+        self._residence.release_optimizer()
+        self._residence.leave_frozen()
 
     def start_profile(self) -> None:
         """Record the passes from here on."""
@@ -336,12 +352,14 @@ class PolicyWorker:
 
     def _score(self, forests: Sequence[Forest], *, temperature: float) -> list[FloatArray]:
         """Return the log-probs of the scored tokens of each forest [N], a forward pass for each."""
+        self._residence.load_weights()
         results = []
         for forest in forests:
             with torch.no_grad():
                 log_probs, _ = self._forward(forest, temperature=temperature)
             reshard_model(self._network)
             results.append(log_probs.cpu().numpy())
+        self._residence.leave_frozen()
         self._release_memory()
         return results
 

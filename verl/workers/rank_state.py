@@ -7,7 +7,9 @@ parts of every tensor. No rank waits for another, neither when it writes nor whe
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +22,17 @@ from serving.files import FileRecord
 from verl.errors import ConfigError
 from verl.utils.seeding import derive_seed
 from verl.workers.model_io import weights_of, write_model
-from verl.workers.parallel import ParallelContext, local_part
+from verl.workers.offload import copy_to_host
+from verl.workers.parallel import ParallelContext
 from verl.workers.tensor_files import TensorFiles, describe, write_tensors
 
 if TYPE_CHECKING:  # importing it takes seconds
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+Copy = Callable[[Tensor], Tensor]
+"""Gives this rank's part of a tensor in host memory, not shared with it."""
 
 _WEIGHTS, _OPTIMIZER, _RANDOM, _STEP = "weights.", "optimizer.", "random.", "step"
 
@@ -39,7 +45,7 @@ class StagedState:
     offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Where each part begins in the whole tensor."""
 
-    def add(self, name: str, tensor: Tensor, *, context: ParallelContext) -> None:
+    def add(self, name: str, tensor: Tensor, *, context: ParallelContext, copy: Copy) -> None:
         """Copy the local part, unless another rank has the same."""
         offsets = (0,) * tensor.dim()
         if isinstance(tensor, DTensor):
@@ -50,23 +56,29 @@ class StagedState:
             offsets = tuple(chunk.offsets)
         elif context.rank > 0:
             return
-        self.parts[name] = local_part(tensor.detach()).to("cpu", copy=True)
+        self.parts[name] = copy(tensor)
         self.offsets[name] = offsets
 
 
 def stage_state(
-    model: PreTrainedModel, *, optimizer: Optimizer | None, step: int, context: ParallelContext
+    model: PreTrainedModel,
+    *,
+    optimizer: Optimizer | None,
+    step: int,
+    context: ParallelContext,
+    copy: Copy = copy_to_host,
 ) -> StagedState:
     """Copy the weights, and with an optimizer its state, the step and the random state."""
     staged = StagedState()
+    add = partial(staged.add, context=context, copy=copy)
     for name, weight in weights_of(model).items():
-        staged.add(f"{_WEIGHTS}{name}", weight, context=context)
+        add(f"{_WEIGHTS}{name}", weight)
     if optimizer is None:
         return staged
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            staged.add(f"{_OPTIMIZER}{key}.{name}", value, context=context)
-    staged.add(_STEP, torch.tensor(step), context=context)
+            add(f"{_OPTIMIZER}{key}.{name}", value)
+    add(_STEP, torch.tensor(step))
     staged.parts[f"{_RANDOM}{context.rank}"] = torch.get_rng_state()
     staged.offsets[f"{_RANDOM}{context.rank}"] = (0,)
     return staged

@@ -36,6 +36,8 @@ _DTYPES = {
 
 Layout = Mapping[str, Tensor]
 """Names, shapes and dtypes of tensors, which are on the meta device."""
+Readable = Callable[[], tuple[Layout, Callable[[str], Tensor]]]
+"""Gives the layout of tensors, and what reads one by its name."""
 
 
 def write_tensors(

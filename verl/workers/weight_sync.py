@@ -1,10 +1,9 @@
 """Publish the policy's weights to every engine, and check that they arrived.
 
-Weights travel as a safetensors file in the memory of each node (`/dev/shm` where there is one). After each
-publish the trainer and every engine score a fixed probe sequence; if they disagree the run stops, because it
-would sample from another policy than it trains. An update at a small learning rate moves the probe by less
-than rounding does, so this check alone does not notice an engine that keeps stale weights: `verify` publishes
-visibly perturbed weights once, at start.
+After each publish the trainer and every engine score a fixed probe sequence; if they disagree the run stops,
+because it would sample from another policy than it trains. An update at a small learning rate moves the probe
+by less than rounding does, so this check alone does not notice an engine that keeps stale weights: `verify`
+publishes visibly perturbed weights once, at start.
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from verl.errors import WeightSyncError
-from verl.trainer.config.schema import ActorRolloutRefConfig
+from verl.protocols import EnginePart
+from verl.trainer.config.schema import ActorRolloutRefConfig, RolloutConfig
 from verl.types import FloatArray, IntArray
-from verl.utils.shutdown import close_quietly
 from verl.workers.model import compute_dtype
-from verl.workers.weight_folder import is_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +34,26 @@ _BFLOAT16_TOLERANCE = 0.1
 class WeightSource(Protocol):
     """The part of the policy that a publisher uses."""
 
-    async def export_weights(self) -> Sequence[str]:
-        """Write the weights once on each node; return the folder on each, which `drop_weights` removes."""
-        ...
-
-    async def drop_weights(self) -> None: ...
-
     async def probe(self, ids: IntArray) -> FloatArray: ...
 
     async def perturb(self, *, undo: bool = False) -> None:
         """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
         ...
 
+    async def release(self) -> None:
+        """Make room for the engines on the same GPUs, until the policy is used again."""
+        ...
+
 
 class WeightReceiver(Protocol):
     """The part of an engine that a publisher uses."""
 
-    node: int
-    """Index of the node that the engine is on."""
+    async def sleep(self) -> None:
+        """Free the GPU memory for the policy, weights and cache; do nothing where they do not share one."""
+        ...
 
-    async def load_weights(self, folder: str, version: int) -> None:
-        """Load the `*.safetensors` of the folder; completions carry `version` from then on."""
+    async def wake(self, part: EnginePart) -> None:
+        """Take back the memory of a part, without its content; do nothing if that is not asleep."""
         ...
 
     async def score(self, ids: IntArray) -> FloatArray:
@@ -65,13 +61,25 @@ class WeightReceiver(Protocol):
         ...
 
 
+class WeightTransfer(Protocol):
+    """Carries weights: by a file, through GPU memory, or over a network."""
+
+    async def send(self, version: int) -> None:
+        """Have every engine use the policy's weights; completions carry `version` from then on.
+
+        Raises WeightSyncError; engines may then have no weights.
+        """
+        ...
+
+
 class WeightPublisher:
-    """Sends the weights of one policy to its engines."""
+    """Publishes the weights of one policy to its engines: room on the GPUs, transfer, comparison."""
 
     def __init__(
         self,
         policy: WeightSource,
         receivers: Sequence[WeightReceiver],
+        transfer: WeightTransfer,
         *,
         probe_ids: IntArray,
         tolerance: float,
@@ -83,7 +91,7 @@ class WeightPublisher:
         self._receivers = tuple(receivers)
         self._probe_ids = np.asarray(probe_ids, dtype=np.int32)
         self._tolerance = tolerance
-        self._has_warned = False
+        self._transfer = transfer
 
     async def verify(self, *, version: int) -> None:
         """Publish perturbed weights, compare, then publish the policy's own.
@@ -104,6 +112,7 @@ class WeightPublisher:
                     "actor_rollout_ref.model.path (an output layer of zeros makes all tokens equally likely)"
                 )
             await self._publish(version, tolerance=min(3 * self._tolerance, shift / 3))
+            await self._sleep()  # room for the policy, which may have left
         finally:
             await self._policy.perturb(undo=True)
         await self.publish(version=version)
@@ -116,35 +125,31 @@ class WeightPublisher:
         return await self._publish(version, tolerance=self._tolerance)
 
     async def _publish(self, version: int, *, tolerance: float) -> float:
-        await self._transfer(version)
-        expected, *scores = await asyncio.gather(
-            self._policy.probe(self._probe_ids),
-            *(receiver.score(self._probe_ids) for receiver in self._receivers),
-        )
+        # The policy leaves before the caches of the engines come back: both need most of a GPU.
+        await self._sleep()
+        await self._wake(EnginePart.WEIGHTS)
+        await self._transfer.send(version)
+        expected = await self._policy.probe(self._probe_ids)
+        await self._policy.release()
+        await self._wake(EnginePart.CACHE)
+        scores = await asyncio.gather(*(receiver.score(self._probe_ids) for receiver in self._receivers))
         differences = [
             _compare(i, expected, score, version, tolerance=tolerance) for i, score in enumerate(scores)
         ]
         return max(differences, default=0.0)
 
-    async def _transfer(self, version: int) -> None:
-        async with AsyncExitStack() as stack:
-            close_quietly(stack, self._policy.drop_weights)
-            folders = await self._policy.export_weights()
-            self._warn_of_disk(folders)
-            await asyncio.gather(
-                *(receiver.load_weights(folders[receiver.node], version) for receiver in self._receivers)
-            )
+    async def _sleep(self) -> None:
+        await asyncio.gather(*(receiver.sleep() for receiver in self._receivers))
 
-    def _warn_of_disk(self, folders: Sequence[str]) -> None:
-        """Warn once if weights travel over the disk: containers often have 64 MiB of shared memory."""
-        slow = [folder for folder in folders if not is_in_memory(folder)]
-        if slow and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "/dev/shm has no room for the weights: they travel over the disk (%s), which is slower; "
-                "give it more (docker run --shm-size)",
-                slow[0],
-            )
+    async def _wake(self, part: EnginePart) -> None:
+        await asyncio.gather(*(receiver.wake(part) for receiver in self._receivers))
+
+
+def transfer_kind(config: RolloutConfig, *, device: str) -> str:
+    """Return `file` or `ipc`: `rollout.weight_transfer`, where auto is ipc on GPUs."""
+    if config.weight_transfer == "auto":
+        return "file" if device == "cpu" else "ipc"
+    return config.weight_transfer
 
 
 def make_probe(prompts: Iterable[Sequence[int]]) -> IntArray:

@@ -21,6 +21,8 @@ from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_t
 from verl.workers.model import packs_rows
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
+from verl.workers.weight_chunks import Chunk
+from verl.workers.weight_ipc import Handles
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +159,24 @@ class WorkerGroup:
         folders: list[str | None] = await self._call_all("export_weights")
         return [folder for folder in folders if folder is not None]
 
+    async def share_weights(self) -> tuple[list[Chunk], Handles]:
+        """Allocate a buffer on every rank; return its chunks, and the handles of all."""
+        shared: list[tuple[list[Chunk], Handles]] = await self._call_all(
+            "send_chunks", [("share",)] * len(self._actors)
+        )
+        handles: Handles = {}
+        for _, of_rank in shared:
+            handles |= of_rank
+        return shared[0][0], handles
+
+    async def fill_chunk(self, index: int) -> None:
+        """Gather the tensors of a chunk into the buffers."""
+        await self._call_all("send_chunks", [("fill", index)] * len(self._actors))
+
+    async def unshare_weights(self) -> None:
+        """Free the buffers."""
+        await self._call_all("send_chunks", [("unshare",)] * len(self._actors))
+
     async def export_bytes(self) -> int:
         """Return the number of bytes that `export_weights` writes on a node."""
         sizes: list[int] = await self._call_all("export_bytes")
@@ -169,6 +189,10 @@ class WorkerGroup:
     async def perturb(self, *, undo: bool = False) -> None:
         """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
         await self._call_all("perturb", undo=undo)
+
+    async def release(self) -> None:
+        """Make room on the GPUs, see `PolicyWorker.release`."""
+        await self._call_all("release")
 
     async def stage(self, key: str, *, weights_only: bool = False) -> None:
         """Copy the state to host memory, or the weights alone, for `write`."""

@@ -16,7 +16,7 @@ import pytest
 from tests.agents import make_agent
 from tests.fakes import CharTokenizer, ScriptedSearch, make_question
 from verl.errors import ConfigError, RolloutError
-from verl.protocols import Agent, Generate
+from verl.protocols import Agent, EnginePart, Generate
 from verl.rollout import pool
 from verl.rollout.collector import Collector
 from verl.rollout.host import RolloutWorker
@@ -57,8 +57,8 @@ class FakeEngine:
     async def sleep(self) -> None:
         self.calls.append("sleep")
 
-    async def wake(self) -> None:
-        self.calls.append("wake")
+    async def wake(self, part: EnginePart) -> None:
+        self.calls.append(f"wake {part}")
 
     async def shutdown(self) -> None:
         self.calls.append("shutdown")
@@ -159,9 +159,10 @@ async def test_a_replica_that_died_ends_the_step_and_does_not_stop_the_shutdown(
 @pytest.mark.parametrize("colocated", [True, False])
 async def test_only_colocated_replicas_sleep(*, colocated: bool) -> None:
     engine = FakeEngine()
-    async with make_pool(launch(engine), colocated=colocated).asleep():
-        assert engine.calls == (["sleep"] if colocated else [])
-    assert engine.calls == (["sleep", "wake"] if colocated else [])
+    engine_pool = make_pool(launch(engine), colocated=colocated)
+    await engine_pool.sleep()
+    await engine_pool.receivers[0].wake(EnginePart.WEIGHTS)
+    assert engine.calls == (["sleep", "wake weights"] if colocated else [])
 
 
 class StuckEngine:

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
-from verl.trainer.config.schema import FsdpConfig, ModelConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, ModelConfig
 from verl.workers.batch import make_mini_batches
 from verl.workers.model import PolicyNetwork
-from verl.workers.model_io import build_model, fill_model, sharding_units, weights_of
+from verl.workers.model_io import build_model, engine_weights, fill_model, sharding_units, weights_of
 from verl.workers.parallel import (
     Placement,
     Rendezvous,
@@ -33,6 +33,8 @@ from verl.workers.parallel import (
 from verl.workers.policy import PolicyWorker
 from verl.workers.rank_state import stage_state, write_state
 from verl.workers.tensor_files import TensorFiles
+from verl.workers.weight_chunks import buffer_size
+from verl.workers.weight_ipc import SharedWeights
 
 TWO_NODES = Placement(world_size=4, ranks_per_node=2)
 MESHES = {None: (2, 2), 1: (4, 1), -1: (4,)}
@@ -211,6 +213,37 @@ def train_on_two_nodes(folder: Path) -> None:
             assert got["exported"] == (number in (0, 2)), "the first rank of each node writes"
 
 
+def train_offloaded(placement: Placement, config: ActorRolloutRefConfig) -> list[Any]:
+    """Metrics, chunks for an engine and the state of this rank, of two steps with a release between."""
+    worker = PolicyWorker(config, placement, total_steps=10, seed=0, trainable=True)
+    batch, ids = random_batch(8), np.arange(2, 30, dtype=np.int32)
+    minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=100)
+    results: list[Any] = []
+    for step in range(2):
+        results.append(worker.update(minis[placement.rank]))
+        layout, read = engine_weights(worker._model, dtype=torch.bfloat16, with_head=False)
+        buffer = torch.zeros(buffer_size(layout, preferred=2000), dtype=torch.uint8)
+        shared = SharedWeights(layout, read, buffer=buffer)
+        for index, chunk in enumerate(shared.chunks):
+            shared.fill(index)
+            results.append({name: view.tolist() for name, view in chunk.views(buffer)})
+        worker.release()
+        worker.stage(str(step))
+        results.append({name: part.tolist() for name, part in worker._staged[str(step)].parts.items()})
+        results.append(worker.probe(ids).tolist())
+    return results
+
+
+def compare_offloaded(folder: Path) -> None:
+    """A step on two ranks with offload and without."""
+    plain = make_config(folder)
+    offload = FsdpConfig(param_offload=True, optimizer_offload=True)
+    offloading = replace(plain, actor=replace(plain.actor, fsdp_config=offload))
+    of_plain, of_offloading = (on_ranks(2, train_offloaded, config) for config in (plain, offloading))
+    assert of_plain == of_offloading, "offload changes a step"
+    assert len(of_plain) > 2 * 5
+
+
 def make_llama(folder: Path) -> Path:
     """A random Llama with the frequencies of Llama 3.1, and layers that do not divide evenly by the ranks."""
     config = LlamaConfig(
@@ -235,6 +268,7 @@ def main(out: Path) -> None:
         compare_with_transformers(folder)
     for folder in (tied, llama):
         resume_on_other_ranks(folder, out=out / f"{folder.name}-states")
+        compare_offloaded(folder)
     save_copies_once(llama, out=out / "copies")
     train_on_two_nodes(tied)
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.fakes import make_tied_model
-from tests.verl.workers.episodes import make_actor, make_config, random_batch
+from tests.verl.workers import buffer_backend
+from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank, random_batch
 from verl.errors import WeightSyncError
 from verl.trainer.config.schema import RolloutConfig
 from verl.utils.actors import make_launcher
-from verl.workers.model_io import prepare_engine_model
+from verl.workers.model_io import engine_weights, prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
+from verl.workers.policy import PolicyWorker
+from verl.workers.weight_chunks import Chunk
+from verl.workers.weight_file import FileTransfer
+from verl.workers.weight_ipc import IpcTransfer, SharedWeights, describe_chunk
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
@@ -23,6 +30,23 @@ def tied_model(tmp_path: Path) -> Path:
     return make_tied_model(tmp_path / "tied")
 
 
+class BufferPolicy:
+    """A policy whose chunks lie in a file."""
+
+    def __init__(self, worker: PolicyWorker) -> None:
+        layout, read = engine_weights(worker._model, dtype=torch.float32, with_head=True)
+        self.shared = SharedWeights(layout, read, buffer=buffer_backend.map_buffer())
+
+    async def share_weights(self) -> tuple[list[Chunk], dict[str, tuple[Any, ...]]]:
+        return self.shared.chunks, {}
+
+    async def fill_chunk(self, index: int) -> None:
+        self.shared.fill(index)
+
+    async def unshare_weights(self) -> None:
+        """The buffer stays."""
+
+
 async def _ignore(folder: str, version: int) -> None:
     """Keep stale weights."""
 
@@ -30,9 +54,15 @@ async def _ignore(folder: str, version: int) -> None:
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(900)
-async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: Path) -> None:
+async def test_a_tied_model_reaches_the_cpu_engine(
+    tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a file, and in chunks."""
     from verl.rollout.vllm_engine import VllmEngine
 
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in buffer_backend.install(tmp_path).items():
+        monkeypatch.setenv(name, value)
     launcher = make_launcher("local")
     config = make_config(tied_model, actor=make_actor(lr=5e-2))
     policy = WorkerGroup.launch(
@@ -51,9 +81,11 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
         dtype="float32",
         max_model_len=256,
         num_threads=1,
+        weight_backend=buffer_backend.NAME,
     )
     engine.node = 0  # type: ignore[attr-defined]  # its actor has one
-    publisher = WeightPublisher(policy, [engine], probe_ids=np.arange(2, 60), tolerance=1e-3)
+    transfer = FileTransfer(policy, [engine])
+    publisher = WeightPublisher(policy, [engine], transfer, probe_ids=np.arange(2, 60), tolerance=1e-3)
     try:
         await publisher.verify(version=0)
         before = await engine.score(np.arange(2, 60, dtype=np.int32))
@@ -68,6 +100,17 @@ async def test_a_tied_model_reaches_the_cpu_engine(tied_model: Path, tmp_path: P
             await publisher.verify(version=1)
         engine.load_weights = load_weights  # type: ignore[method-assign]
         assert await publisher.publish(version=2) < 1e-4
+        trained = make_worker(make_config(tied_model, actor=make_actor(lr=5e-2)))
+        trained.update(one_rank(random_batch(6, seed=7)))
+        chunked = BufferPolicy(trained)
+        assert len(chunked.shared.chunks) > 2
+        await IpcTransfer(chunked, [engine]).send(3)
+        scores = await engine.score(np.arange(2, 60, dtype=np.int32))
+        np.testing.assert_allclose(scores, trained.probe(np.arange(2, 60, dtype=np.int32)), atol=1e-4)
+        assert await engine.version() == 3
+        with pytest.raises(WeightSyncError, match="none to sample with"):
+            await engine.update(describe_chunk(chunked.shared.chunks[0], {}))
+        assert await engine.version() == -1
     finally:
         await engine.shutdown()
         launcher.shutdown()

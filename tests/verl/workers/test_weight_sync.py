@@ -8,7 +8,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from verl.errors import WeightSyncError
+from verl.protocols import EnginePart
 from verl.types import FloatArray, IntArray
+from verl.workers.weight_file import FileTransfer
 from verl.workers.weight_sync import WeightPublisher
 
 
@@ -33,6 +35,9 @@ class Policy:
     async def probe(self, ids: IntArray) -> FloatArray:
         return np.full(len(ids), self.weight, np.float32)
 
+    async def release(self) -> None:
+        """Everything stays."""
+
     async def perturb(self, *, undo: bool = False) -> None:
         self.weight *= 1 / self.perturbation if undo else self.perturbation
 
@@ -49,6 +54,12 @@ class Engine:
         self.version = -1
         self.error, self.stale, self.broken = error, stale, broken
 
+    async def sleep(self) -> None:
+        """It shares no GPU."""
+
+    async def wake(self, part: EnginePart) -> None:
+        """It is awake."""
+
     async def load_weights(self, folder: str, version: int) -> None:
         if self.broken:
             raise WeightSyncError("requests still run")
@@ -62,7 +73,8 @@ class Engine:
 
 
 def make_publisher(policy: Policy, engines: list[Engine]) -> WeightPublisher:
-    return WeightPublisher(policy, engines, probe_ids=np.arange(5), tolerance=1e-3)
+    transfer = FileTransfer(policy, engines)
+    return WeightPublisher(policy, engines, transfer, probe_ids=np.arange(5), tolerance=1e-3)
 
 
 async def test_every_engine_gets_the_weights_and_the_version(tmp_path: Path) -> None:
@@ -132,3 +144,53 @@ async def test_weights_that_travel_over_the_disk_are_reported_once(
     for version in range(2):
         await publisher.publish(version=version)
     assert caplog.text.count("--shm-size") == 1
+
+
+class Notes:
+    """A policy, a transfer and an engine on one GPU, which note what is called."""
+
+    def __init__(self, *, fails: str | None = None) -> None:
+        self.calls: list[str] = []
+        self.fails = fails
+
+    def note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fails:
+            raise WeightSyncError(f"{call} failed")
+
+    async def send(self, version: int) -> None:
+        self.note(f"send {version}")
+
+    async def probe(self, ids: IntArray) -> FloatArray:
+        self.note("probe")
+        return np.full(len(ids), -1.0, np.float32)
+
+    async def release(self) -> None:
+        self.note("release")
+
+    async def perturb(self, *, undo: bool = False) -> None:
+        self.note("perturb")
+
+    async def sleep(self) -> None:
+        self.note("sleep")
+
+    async def wake(self, part: EnginePart) -> None:
+        self.note(f"wake {part}")
+
+    async def score(self, ids: IntArray) -> FloatArray:
+        self.note("score")
+        return np.full(len(ids), -1.0, np.float32)
+
+
+async def test_the_policy_leaves_the_gpu_before_the_cache_of_the_engine_comes_back() -> None:
+    notes = Notes()
+    await WeightPublisher(notes, [notes], notes, probe_ids=np.arange(5), tolerance=1e-3).publish(version=3)
+    assert notes.calls == ["sleep", "wake weights", "send 3", "probe", "release", "wake kv_cache", "score"]
+
+
+async def test_an_engine_without_weights_is_not_woken() -> None:
+    notes = Notes(fails="send 3")
+    publisher = WeightPublisher(notes, [notes], notes, probe_ids=np.arange(5), tolerance=1e-3)
+    with pytest.raises(WeightSyncError, match="send 3 failed"):
+        await publisher.publish(version=3)
+    assert notes.calls == ["sleep", "wake weights", "send 3"]

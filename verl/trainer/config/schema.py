@@ -124,10 +124,26 @@ class PolicyLossConfig:
 
 @dataclass
 class FsdpConfig:
-    """How the model is sharded."""
+    """How the model is sharded, and what of it waits in host memory while a phase does not need it."""
 
     fsdp_size: int | None = setting(None, lambda value: value == -1 or value > 0, "-1 or greater than 0")
     """Ranks that share one copy of the model; -1: all, None: those of a node."""
+    param_offload: bool = False
+    optimizer_offload: bool = False
+
+
+@dataclass
+class RefFsdpConfig:
+    """The same of the frozen models."""
+
+    param_offload: bool = False
+
+
+@dataclass
+class RefConfig:
+    """The frozen models: the reference of the KL term, and what a method scores with."""
+
+    fsdp_config: RefFsdpConfig = field(default_factory=RefFsdpConfig)
 
 
 @dataclass
@@ -172,6 +188,7 @@ class RolloutConfig:
     max_num_batched_tokens: int | None = positive(None)
     enforce_eager: bool = False
     free_cache_engine: bool = True
+    weight_transfer: str = one_of("auto", "file", "ipc")
     request_timeout_s: float = positive(120.0)
     max_log_prob_difference: float | None = positive(None)
 
@@ -185,6 +202,7 @@ class ActorRolloutRefConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 

@@ -154,6 +154,12 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
         problems += check_engine_size(config)
     if device == "cuda" and config.trainer.launcher == "local" and wanted > 1:
         problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs")
+    if device == "cpu" and config.actor_rollout_ref.rollout.weight_transfer == "ipc":
+        problems.append(
+            "actor_rollout_ref.rollout.weight_transfer=ipc needs GPUs; use auto or file on the CPU"
+        )
+    if device == "cpu":
+        problems += [f"{key}=true frees memory of GPUs; leave it out on the CPU" for key in _offloads(config)]
     for key in ("num_cpu_workers", "num_cpu_engines"):
         if config.trainer.launcher == "local" and getattr(config.trainer, key) > 1:
             problems.append(
@@ -183,6 +189,18 @@ def check_schedule(config: Config, *, device: str) -> list[str]:
             "trainer.schedule=sync"
         )
     return problems
+
+
+def _offloads(config: Config) -> list[str]:
+    """Return the keys under which something is moved to host memory."""
+    settings = config.actor_rollout_ref
+    sections = {"actor": settings.actor.fsdp_config, "ref": settings.ref.fsdp_config}
+    return [
+        f"actor_rollout_ref.{name}.fsdp_config.{key}"
+        for name, section in sections.items()
+        for key in ("param_offload", "optimizer_offload")
+        if getattr(section, key, False)
+    ]
 
 
 def check_engine_size(config: Config) -> list[str]:

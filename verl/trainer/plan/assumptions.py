@@ -39,6 +39,8 @@ code of transformers 5.19)."""
 FORWARD_INTERMEDIATES = 3.0
 FORWARD_HIDDENS = 6.0
 """The same of a forward pass without gradients."""
+CHUNK_BYTES = 1.25 * GB
+"""Buffer through which an engine gets weights, as in `verl.workers.weight_chunks`; the engine copies it."""
 LOGITS_PER_CHUNK = 2**27
 """Float32 logits of one chunk, as in `verl.workers.model`."""
 LOGITS_COPIES = 5.5
@@ -73,8 +75,12 @@ GAIN_LATENCY_S = 1.0
 """From the end of the last episode to its gain."""
 FILE_BYTES_PER_S = 0.7 * GB
 """Weights through a file in memory: gathered, copied to the host, written, read by the engines (computed)."""
-SLEEP_S_PER_BYTE = 1 / (6.0 * GB)
-"""Sleep and wake of an engine, per byte of its weights, which go to host memory and back (computed)."""
+IPC_BYTES_PER_S = 15.0 * GB
+"""Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (computed)."""
+SLEEP_S = 1.0
+"""Sleep and wake of an engine, which drops weights and cache and maps their memory again (computed)."""
+HOST_BYTES_PER_S = 25.0 * GB
+"""Between a GPU and page-locked host memory while all GPUs of a node copy (half of PCIe 5, computed)."""
 
 # --------------------------------------------------------------------------------------------------- episodes
 

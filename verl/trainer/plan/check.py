@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from verl.trainer.config.schema import Config
+from verl.trainer.needs import find_frozen_models
 from verl.trainer.plan.assumptions import GB, USABLE_SHARE
 from verl.trainer.plan.gpus import Gpu, MeasuredGpu
 from verl.trainer.plan.memory import Item, Phase, list_items, total
@@ -22,6 +23,12 @@ _ENGINE = "actor_rollout_ref.rollout.gpu_memory_utilization"
 _TOKENS = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
 _CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
 _EVERY_N_LAYERS = "actor_rollout_ref.model.checkpoint_every_n_layers"
+_OFFLOAD = (
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "actor_rollout_ref.ref.fsdp_config.param_offload",
+)
+"""In the order in which they are tried: the largest first, and the reference only where there is one."""
 _IG_GPUS = "placement.ig_service_gpus"
 _NUM_GPUS = "trainer.n_gpus_per_node"
 _ENGINE_SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
@@ -138,9 +145,16 @@ def _list_changes(config: Config) -> Iterator[Settings]:
     if settings.model.checkpoint_every_n_layers > 1:
         checkpointing.append({**checkpointing[-1], _EVERY_N_LAYERS: 1})
     services: list[Settings] = [{}, *([{_IG_GPUS: 0}] if config.placement.ig_service_gpus else [])]
+    offloaded = (
+        settings.actor.fsdp_config.optimizer_offload,
+        settings.actor.fsdp_config.param_offload,
+        settings.ref.fsdp_config.param_offload or not find_frozen_models(config).count,
+    )
+    new = [key for key, is_set in zip(_OFFLOAD, offloaded, strict=True) if not is_set]
+    offload: list[Settings] = [dict.fromkeys(new[:count], True) for count in range(len(new) + 1)]
     # The fewest settings first; among equally many, those of the engine before those of the update.
-    combinations = itertools.product(services, checkpointing, limits, shares)
-    changes = [{**a, **b, **c, **d} for a, b, c, d in combinations]
+    combinations = itertools.product(services, offload, checkpointing, limits, shares)
+    changes = [{**a, **b, **c, **d, **e} for a, b, c, d, e in combinations]
     yield from sorted(changes, key=len)
 
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from verl.trainer.plan.assumptions import (
     ASLEEP_BYTES,
+    CHUNK_BYTES,
     CONTEXT_BYTES,
     ENTAILMENT_BYTES,
     FORWARD_HIDDENS,
@@ -27,8 +28,8 @@ from verl.trainer.plan.setup import Setup
 from verl.trainer.plan.shape import ModelShape
 
 _FLOAT32 = 4
-_ADAM = 8
-"""Bytes per trained parameter: two moments in float32."""
+WEIGHT_BYTES, ADAM_BYTES = 4, 8
+"""Per trained parameter: itself or its gradient, and the two moments, all in float32."""
 
 
 class Phase(StrEnum):
@@ -44,7 +45,7 @@ class Phase(StrEnum):
 
 ALL = tuple(Phase)
 STEP = ALL[1:]
-_ENGINE_AWAKE = (Phase.LOAD, Phase.ROLLOUT, Phase.PUBLISH)
+_ENGINE_AWAKE = (Phase.LOAD, Phase.ROLLOUT)
 _TRAINING = (Phase.REWARD, Phase.LOG_PROBS, Phase.UPDATE)
 
 
@@ -97,7 +98,7 @@ def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     }
     if setup.trains:
         moments = (Phase.UPDATE,) if offload.optimizer else phases
-        states["optimizer: Adam"] = dict.fromkeys(moments, trained * _ADAM / shards)
+        states["optimizer: Adam"] = dict.fromkeys(moments, trained * ADAM_BYTES / shards)
         states["gradient"] = {Phase.UPDATE: trained * _FLOAT32 / shards}
     return states
 
@@ -115,8 +116,7 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
     share = setup.recomputed_share
     saved = shape.layers * (share * layer(0, SAVED_PER_TOKEN) + (1 - share) * whole)
     chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab) * _FLOAT32 * LOGITS_COPIES
-    # The largest tensor is gathered in float32 when weights are sent to the engine.
-    publish = {Phase.PUBLISH: float(shape.embedding_parameters * _FLOAT32)}
+    publish = {Phase.PUBLISH: _sent(setup)}
     if not setup.trains:
         return {"gathered weights": publish}
     scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
@@ -131,6 +131,14 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
             **publish,
         },
     }
+
+
+def _sent(setup: Setup) -> float:
+    """Return what sending the weights adds: the largest one, gathered, and a chunk in buffer and engine."""
+    largest = float(setup.shape.embedding_parameters * setup.number_bytes)
+    if setup.sends_by_file:
+        return largest
+    return largest + 2 * min(max(CHUNK_BYTES, largest), setup.shape.parameters * setup.number_bytes)
 
 
 def _fsdp_buffers(setup: Setup) -> float:
@@ -155,14 +163,18 @@ def _embedding_unit(shape: ModelShape) -> int:
 
 
 def _engine(setup: Setup) -> dict[str, dict[Phase, float]]:
-    """Return the share of an engine, which has the weights, and a cache of all that is left of the share."""
+    """Return the share of an engine, which has the weights, and a cache of all that is left of the share.
+
+    While it takes over weights its cache is still asleep.
+    """
     share = setup.gpu.memory * setup.engine_share
     awake = _ENGINE_AWAKE if setup.frees_engine else ALL
+    asleep = (*_TRAINING, Phase.PUBLISH) if setup.frees_engine else ()
     weights = setup.engine_weight_bytes
     return {
-        "engine: weights": dict.fromkeys(awake, weights),
+        "engine: weights": dict.fromkeys({*awake, Phase.PUBLISH}, weights),
         "engine: cache, graphs": dict.fromkeys(awake, max(0.0, share - weights)),
-        "engine, asleep": dict.fromkeys(_TRAINING if setup.frees_engine else (), ASLEEP_BYTES),
+        "engine, asleep": dict.fromkeys(asleep, ASLEEP_BYTES),
     }
 
 

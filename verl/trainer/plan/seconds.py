@@ -16,14 +16,17 @@ from verl.trainer.plan.assumptions import (
     FILE_BYTES_PER_S,
     GAIN_FLOPS,
     GAIN_LATENCY_S,
+    GB,
     GPU_SEARCHES_PER_S,
+    HOST_BYTES_PER_S,
+    IPC_BYTES_PER_S,
     PREFILL_SHARE,
-    SLEEP_S_PER_BYTE,
+    SLEEP_S,
     TRAIN_SHARE,
 )
 from verl.trainer.plan.gpus import Gpu
-from verl.trainer.plan.memory import Phase
-from verl.trainer.plan.setup import Setup
+from verl.trainer.plan.memory import ADAM_BYTES, WEIGHT_BYTES, Phase
+from verl.trainer.plan.setup import Offload, Setup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,8 @@ def list_stages(setup: Setup) -> list[Stage]:
     log_probs = [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
     if setup.frozen.has_reference and not setup.lora_rank:
         log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
-    return [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]
+    stages = [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]
+    return [*stages, _offload(setup)] if setup.offload != Offload() else stages
 
 
 def step_seconds(stages: Sequence[Stage]) -> float | None:
@@ -173,12 +177,28 @@ def _gains(setup: Setup, *, hidden_s: float) -> Stage:
 
 
 def _publish(setup: Setup) -> Stage:
-    """Return sleep and wake of the engines, and the way of the weights through host memory."""
+    """Return sleep and wake of the engines, and the way of the weights to them."""
     size = setup.shape.parameters * setup.number_bytes
-    asleep_s = setup.engine_weight_bytes * SLEEP_S_PER_BYTE if setup.frees_engine else 0.0
+    asleep_s = SLEEP_S if setup.frees_engine else 0.0
     return Stage(
         phase=Phase.PUBLISH,
         name="publish",
-        detail="with sleep and wake of the engines",
-        seconds=asleep_s + size / FILE_BYTES_PER_S,
+        detail=f"through {'host' if setup.sends_by_file else 'GPU'} memory, with sleep and wake",
+        seconds=asleep_s + size / (FILE_BYTES_PER_S if setup.sends_by_file else IPC_BYTES_PER_S),
+    )
+
+
+def _offload(setup: Setup) -> Stage:
+    """Return the copies to host memory and back; frozen weights only come back."""
+    trained, offload = setup.trained_parameters, setup.offload
+    moved = 2 * ADAM_BYTES * trained if offload.optimizer else 0
+    moved += 2 * WEIGHT_BYTES * trained if offload.policy else 0
+    frozen = setup.frozen.count * setup.shape.parameters * setup.number_bytes
+    moved += frozen if offload.reference else 0
+    per_gpu = moved / setup.num_shards
+    return Stage(
+        phase=Phase.PUBLISH,
+        name="offload",
+        detail=f"{per_gpu / GB:.1f} GB to and from host memory per GPU",
+        seconds=per_gpu / HOST_BYTES_PER_S,
     )

@@ -27,7 +27,7 @@ class Offload:
     """What waits in host memory while its phase does not need it."""
 
     policy: bool = False
-    """Weights and gradients."""
+    """Weights; gradients are dropped with each update."""
     optimizer: bool = False
     reference: bool = False
 
@@ -94,6 +94,8 @@ class Setup:
     max_model_len: int
     frees_engine: bool
     """Whether the engine sleeps while the policy has the GPU."""
+    sends_by_file: bool
+    """Whether weights reach the engines through host memory, not that of the GPU."""
     ig_gpus: int
     """Of the driver's node, as those of the retriever; the other nodes have fewer programs."""
     ig_share: float
@@ -188,11 +190,17 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_model_len=longest,
         frees_engine=rollout.free_cache_engine,
+        sends_by_file=rollout.weight_transfer == "file",
         ig_gpus=min(placement.ig_service_gpus, num_gpus),
         ig_share=placement.ig_service_memory,
         retriever_gpus=min(placement.retriever_gpus, num_gpus),
         index_bytes=placement.retriever_index_gb * GB,
         other_bytes=other_bytes,
+        offload=Offload(
+            policy=actor.fsdp_config.param_offload,
+            optimizer=actor.fsdp_config.optimizer_offload,
+            reference=settings.ref.fsdp_config.param_offload,
+        ),
         episodes=expect_episodes(config),
     )
 

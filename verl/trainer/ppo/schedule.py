@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -46,8 +46,8 @@ class Rollout:
 class Engines(Protocol):
     """The part of the engine pool that a schedule uses."""
 
-    def asleep(self) -> AbstractAsyncContextManager[None]:
-        """Free the engines' GPU memory inside the block; do nothing where they do not share it."""
+    async def sleep(self) -> None:
+        """Free the engines' GPU memory until the next publish; do nothing where they do not share it."""
         ...
 
 
@@ -71,9 +71,11 @@ class Sync:
         with self._timer("rollout"):  # all episodes at once, each at its own pace
             return await self._sample(step)
 
-    def training(self, step: int) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
+    @asynccontextmanager
+    async def training(self, step: int) -> AsyncIterator[None]:  # noqa: ARG002
         """Let the step train inside the block, after which engines take new weights."""
-        return self._engines.asleep()
+        await self._engines.sleep()
+        yield
 
     async def aclose(self) -> None:
         """Stop what runs ahead of the present step."""

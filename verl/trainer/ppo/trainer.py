@@ -147,7 +147,7 @@ class PPOTrainer:
                     self.updating = asyncio.create_task(update_step)
                     update = await asyncio.shield(self.updating)  # an interrupt does not cut it off
 
-            with timer("publish"):
+            with timer("publish"):  # the engines wake
                 update["publish_difference"] = await self.publish(step)
 
         self.unrecorded()

@@ -257,6 +257,23 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "actor.fsdp_config.param_offload=true",
+        "actor.fsdp_config.optimizer_offload=true",
+        "ref.fsdp_config.param_offload=true",
+        "rollout.weight_transfer=ipc",
+    ],
+)
+def test_what_only_gpus_have_is_refused_on_the_cpu(setting: str) -> None:
+    config = composed([f"actor_rollout_ref.{setting}", "data.train_files=gone.parquet"])
+    for num_gpus, is_refused in ((0, True), (8, False)):
+        with pytest.raises(ConfigError) as error:
+            validate(config, num_gpus=num_gpus, cpu_has_bfloat16=False)
+        assert (f"actor_rollout_ref.{setting}" in str(error.value)) is is_refused
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("tensor_model_parallel_size", 3, r"does not divide the 4 key-value heads of world/models/policy"),

@@ -48,7 +48,7 @@ def test_a_run_that_does_not_fit_ends_with_status_1_and_one_line() -> None:
     done = run("recipe=gpu", "placement.gpu=A100", "trainer.n_gpus_per_node=1")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the run does not fit: phase publish needs ")
+    assert line.startswith("error: the run does not fit: phase rollout needs ")
     assert json.loads(done.stdout.splitlines()[-1])["fits"] is False
 
 

@@ -86,10 +86,13 @@ def test_a_plan_says_where_everything_is() -> None:
 @pytest.mark.parametrize(
     ("overrides", "phases"),
     [
-        (("actor_rollout_ref.rollout.free_cache_engine=false",), {Phase.UPDATE, Phase.LOG_PROBS}),
+        (
+            ("actor_rollout_ref.rollout.free_cache_engine=false",),
+            {Phase.UPDATE, Phase.LOG_PROBS, Phase.PUBLISH},
+        ),
         (("actor_rollout_ref.model.checkpoint_every_n_layers=2",), {Phase.UPDATE}),
         (("actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768",), {Phase.UPDATE, Phase.LOG_PROBS}),
-        (("actor_rollout_ref.rollout.gpu_memory_utilization=0.6",), {Phase.ROLLOUT, Phase.PUBLISH}),
+        (("actor_rollout_ref.rollout.gpu_memory_utilization=0.6",), {Phase.ROLLOUT}),
         (("algorithm=igpo",), {Phase.REWARD}),
     ],
 )
@@ -132,6 +135,14 @@ def test_what_is_offloaded_is_there_only_where_it_is_used() -> None:
     assert rollout == pytest.approx((4 + 8 + 2) * billions)  # weights, optimizer, reference
     update = gb(present, Phase.UPDATE) - gb(planned, Phase.UPDATE)
     assert update == pytest.approx(2 * billions)  # the reference alone
+
+
+def test_offload_is_advised_where_it_is_needed() -> None:
+    config = compose_config("recipe=gpu_1", "placement.ig_service_gpus=0")
+    _, problem = plan_run(config, KNOWN_SHAPES["Qwen/Qwen2.5-1.5B"], find_gpu("40GB"))
+    assert problem is not None
+    for key in ("actor.fsdp_config.optimizer", "actor.fsdp_config.param", "ref.fsdp_config.param"):
+        assert f"actor_rollout_ref.{key}_offload=true" in problem
 
 
 def test_lora_trains_what_does_not_fit_otherwise() -> None:
@@ -186,7 +197,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(
 def test_the_message_names_phase_gpu_and_largest_items() -> None:
     _, problem = plan("trainer.n_gpus_per_node=2")
     assert problem == (
-        "the run does not fit: phase publish needs 83.6 GB on GPU 0 (engine: cache, graphs 36.3, IG service "
+        "the run does not fit: phase rollout needs 82.4 GB on GPU 0 (engine: cache, graphs 36.3, IG service "
         "16.5, optimizer: Adam 12.3, ...) of 80.8 GB that are usable of 85.0; change: "
         "actor_rollout_ref.rollout.gpu_memory_utilization=0.45, or trainer.n_gpus_per_node=4 "
         "placement.ig_service_gpus=4"
