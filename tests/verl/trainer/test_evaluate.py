@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import FakeAgent, Reply, ScriptedServer, make_question
+from tests.fakes import AnsweringServer, FakeAgent, Reply, make_question
 from tests.scripted_run import decode
 from verl.errors import TrainingHaltedError
 from verl.evaluation.loss_analysis import Loss
@@ -109,19 +109,20 @@ async def test_too_many_failures_end_it_and_what_was_answered_is_kept(tmp_path: 
     assert [uid for uid, *_ in again.asked] == UIDS[4:]
 
 
-@pytest.mark.parametrize(("passages", "num_requests"), [(2580, len(QUESTIONS)), (None, 0)])
+@pytest.mark.parametrize(("passages", "num_queries"), [(2580, len(QUESTIONS)), (None, 0)])
 async def test_queries_of_wrong_answers_are_searched_again_but_not_by_an_online_engine(
-    tmp_path: Path, passages: int | None, num_requests: int
+    tmp_path: Path, passages: int | None, num_queries: int
 ) -> None:
     config = make_config()
     await evaluate(tmp_path, FakeAgent(), config)
     hits = [{"document": {"id": "1", "contents": "T\na"}, "score": 1.0}]
-    server = ScriptedServer([Reply(json.dumps({"result": [hits]}))])
+    server = AnsweringServer(lambda body: Reply(json.dumps({"result": [hits for _ in body["queries"]]})))
     async with server.running():
         config.retriever.url = server.url
         services = {"retriever": {"version": {"passages": passages}}}
         await trace_evidence(config, QUESTIONS, folder=tmp_path, services=services)
-    assert len(server.requests) == num_requests
+    queries = [query for body in server.bodies for query in body["queries"]]
+    assert len(set(queries)) == len(queries) == num_queries
     summarize(tmp_path, num_asked=0, seconds=0.0)
     metrics = json.loads((tmp_path / METRICS_FILE).read_text())
     lost = {name: count for name, count in metrics.items() if name.startswith("lost/")}
