@@ -13,8 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,10 +88,8 @@ class ScriptedModels:
         """Sample from this version on."""
         self.version = version
 
-    @asynccontextmanager
-    async def asleep(self) -> AsyncIterator[None]:
+    async def sleep(self) -> None:
         """Do nothing."""
-        yield
 
     async def stage(self, key: str) -> None:
         """Do nothing."""
