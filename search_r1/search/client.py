@@ -16,6 +16,8 @@ from verl.types import Passage
 from verl.utils.http import translated_calls, translated_settings
 
 _POLL_S = 0.5
+_GRACE_S = 0.5
+"""A request that takes too long says why itself; this is for a query that shares one with later queries."""
 _PROBE = "ready?"
 _RETRYABLE_KINDS = frozenset({FailureKind.DEADLINE, FailureKind.UNAVAILABLE})
 
@@ -69,7 +71,12 @@ class HttpSearch:
             task = asyncio.create_task(self._send())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        outcome = await future
+        try:
+            async with asyncio.timeout(self._timeout_s + _GRACE_S):
+                outcome = await future
+        except TimeoutError as error:
+            url = self._remote.describe()["url"]
+            raise ServiceError(SERVICE, f"{url}: no answer within {self._timeout_s:g} s") from error
         if isinstance(outcome, SearchFailure):
             raise ServiceError(SERVICE, outcome.reason)
         return tuple(map(_make_passage, outcome))
@@ -80,11 +87,11 @@ class HttpSearch:
             while self._waiting:
                 size = min(len(self._waiting), self._remote.max_batch)
                 batch = [self._waiting.popleft() for _ in range(size)]
+                # The newest has the latest deadline: with an earlier one it would fail before its time.
                 outcomes = await self._remote.search(
                     [each.query for each in batch],
                     topk=self._topk,
-                    # The one that waited longest has the earliest deadline.
-                    timeout_s=max(0.001, batch[0].deadline - time.monotonic()),
+                    timeout_s=max(0.001, batch[-1].deadline - time.monotonic()),
                 )
                 for each, outcome in zip(batch, outcomes, strict=True):
                     if not each.outcome.done():  # its episode may have ended meanwhile

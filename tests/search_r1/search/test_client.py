@@ -119,6 +119,22 @@ async def test_simultaneous_queries_share_a_request_but_not_their_failures() -> 
     ]
 
 
+async def test_a_query_has_its_own_time_also_in_a_request_with_one_that_waited_longer() -> None:
+    scripted = ScriptedServer([Reply(delay_s=60.0), Reply(render([("2", "t", 1.0)], [("3", "t", 1.0)]))])
+    async with scripted.running():
+        search = HttpSearch(scripted.url, topk=1, timeout_s=1.0, max_connections=1)
+        hanging = asyncio.create_task(search.search("hangs"))
+        await asyncio.sleep(0.01)  # it has the only connection
+        waiting = asyncio.create_task(search.search("waits"))
+        await asyncio.sleep(0.6)
+        assert [passage.id for passage in await search.search("late")] == ["3"]
+        with pytest.raises(ServiceError, match=r"within 1 s"):
+            await hanging
+        await asyncio.wait([waiting])
+        await search.aclose()
+    assert len(scripted.requests) == 2
+
+
 async def test_waits_for_a_server_that_still_loads() -> None:
     scripted = ScriptedServer([Reply("loading", 503), Reply("loading", 503), Reply(ONE)])
     async with scripted.running():
