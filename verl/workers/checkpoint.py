@@ -97,16 +97,20 @@ class CheckpointStore:
     def _replace(self, folder: Path, partial: Path) -> None:
         if folder.exists():  # damaged, or of a run that continued from an earlier step
             shutil.rmtree(folder)
+        # Before others can see it: it has just been hashed, and `latest` must not do it again.
+        self._good.add(folder)
+        self.damages.pop(folder, None)
         partial.rename(folder)
         _fsync(self._root)
         write_atomically(self._root / _POINTER, folder.name + "\n")
-        self._good.add(folder)
 
     def latest(self) -> Path | None:
         """Return the checkpoint written last, or the newest other one that is undamaged, or None."""
         for folder in _candidates(self._root):
             if folder in self._good:
                 return folder
+            if folder in self.damages:  # found by an earlier call; hashing it again takes minutes
+                continue
             damage = find_damage(folder)
             if damage is None:
                 self._good.add(folder)

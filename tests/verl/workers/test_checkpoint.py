@@ -96,6 +96,19 @@ async def test_an_older_checkpoint_is_used_where_the_newest_is_damaged(
     assert CheckpointStore(tmp_path, keep=3).latest() == tmp_path / "global_step_2"
 
 
+async def test_a_damaged_checkpoint_is_read_once_until_it_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2):
+        await write_step(store, step)
+    flip(tmp_path / "global_step_2")
+    resumed = CheckpointStore(tmp_path, keep=3)
+    assert [resumed.latest() for _ in range(2)] == [tmp_path / "global_step_1"] * 2
+    assert caplog.text.count("is damaged") == 1
+    assert resumed.latest() != await write_step(resumed, 2) == resumed.latest()
+
+
 async def test_a_run_that_went_back_replaces_its_later_steps_and_follows_its_own(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     await write_step(store, 4)
