@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from serving.files import FileRecord
 from verl.branches import Tree, pack
@@ -204,15 +205,15 @@ class PolicyWorker:
         self._residence.release_weights()
         self._release_memory()
 
-    def stage(self, key: str, *, weights_only: bool = False) -> None:
-        """Copy this rank's state to host memory for `write`, or its weights alone."""
-        self._staged[key] = stage_state(
-            self._model,
-            optimizer=None if weights_only else self._optimizer,
-            step=self._step,
-            context=self._context,
-            copy=self._residence.copy,
-        )
+    def stage(self, key: str) -> None:
+        """Copy this rank's state to host memory for `write`; what was staged before is forgotten."""
+        self._staged.clear()  # a copy that could not be written: two may not fit into memory
+        self._staged[key] = self._stage(self._optimizer)
+
+    def save(self, folder: str, *, weights_only: bool = False) -> None:
+        """Write this rank's state, or its weights alone, before the next call."""
+        staged = self._stage(None if weights_only else self._optimizer)
+        write_state(Path(folder), staged, context=self._context)
 
     async def write(self, key: str, folder: str) -> dict[Path, FileRecord]:
         """Write what was staged under `key` on a thread, and forget it; return what the file must be."""
@@ -241,6 +242,15 @@ class PolicyWorker:
         )
         self._residence.release_optimizer()
         self._residence.leave_frozen()
+
+    def _stage(self, optimizer: Optimizer | None) -> StagedState:
+        return stage_state(
+            self._model,
+            optimizer=optimizer,
+            step=self._step,
+            context=self._context,
+            copy=self._residence.copy,
+        )
 
     def start_profile(self) -> None:
         """Record the passes from here on."""

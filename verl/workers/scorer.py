@@ -48,7 +48,7 @@ class PolicyCopy:
 
     async def stage(self, key: str) -> None:
         """Copy the weights to host memory for `write`."""
-        await self.model.stage(key, weights_only=True)
+        await self.model.stage(key)
 
     async def write(self, key: str, checkpoint: Path) -> dict[Path, FileRecord]:
         """Write what was staged under `key` into a checkpoint; return what the files must be."""

@@ -194,9 +194,9 @@ class WorkerGroup:
         """Make room on the GPUs, see `PolicyWorker.release`."""
         await self._call_all("release")
 
-    async def stage(self, key: str, *, weights_only: bool = False) -> None:
-        """Copy the state to host memory, or the weights alone, for `write`."""
-        await self._call_all("stage", [(key,)] * len(self._actors), weights_only=weights_only)
+    async def stage(self, key: str) -> None:
+        """Copy the state to host memory for `write`; what was staged before is forgotten."""
+        await self._call_all("stage", [(key,)] * len(self._actors))
 
     async def write(self, key: str, folder: Path, *, export: Path | None = None) -> dict[Path, FileRecord]:
         """Write what was staged under `key`, one file per rank, while the ranks may do other work.
@@ -216,9 +216,11 @@ class WorkerGroup:
         return records
 
     async def save(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Write what `load` needs to continue exactly, or to have the same weights."""
-        await self.stage(str(folder), weights_only=weights_only)
-        await self.write(str(folder), folder)
+        """Write what `load` needs to continue exactly, or to have the same weights.
+
+        Does not wait for a `write` that is going on.
+        """
+        await self._call_all("save", [(str(folder),)] * len(self._actors), weights_only=weights_only)
 
     async def load(self, folder: Path) -> None:
         """Continue where the state was staged. Raises ConfigError, see `PolicyWorker.load`."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +66,33 @@ async def test_one_local_rank_does_what_the_worker_does(
     group.shutdown()
     with pytest.raises(ActorError, match="policy-0"):
         await group.probe(ids)
+
+
+async def test_weights_are_saved_while_a_checkpoint_is_being_written(
+    local: Launcher, model_folder: Path, tmp_path: Path
+) -> None:
+    group, checkpoint = launch(local, model_folder), tmp_path / "checkpoint"
+    await group.stage("checkpoint")
+    checkpoint.mkdir()
+    pipe = checkpoint / f".rank_0_of_1.safetensors.{os.getpid()}.partial"
+    os.mkfifo(pipe)  # who opens it to write waits for a reader
+    writing = asyncio.create_task(group.write("checkpoint", checkpoint))
+    try:
+        async with asyncio.timeout(60):
+            await group.save(tmp_path / "weights", weights_only=True)
+        assert not writing.done()
+    finally:
+        await asyncio.to_thread(read_once, pipe)
+        await writing
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["rank_0_of_1.safetensors"]
+
+
+def read_once(pipe: Path) -> None:
+    """Let what is written to a pipe through, and put an empty file into its place."""
+    with pipe.open("rb") as content:
+        pipe.unlink()
+        pipe.touch()
+        content.read()
 
 
 async def test_a_refreshed_copy_goes_on_after_a_resume_as_without_one(
