@@ -4,7 +4,6 @@
     scores, rows = index.search(queries, topk=3)
 
 Similarity is the inner product. Results are ordered by score, equal scores by row.
-Exact search: blocks of vectors times all queries, and a running list of the best.
 
 On a CPU the vectors stay where they are (memory-mapped) and are decoded one block at a time, once for all
 queries of a batch; on GPUs they are held as float16, in one shard per GPU. The candidates are scored again by
@@ -26,9 +25,9 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.faiss_index import StoredVectors
 from search_r1.search.kinds import SCANNED_KINDS, Device, IndexKind, SearchOptions
 from search_r1.search.ranking import FloatArray, RowArray, VectorSource, order_hits, read_blocks, rescore
+from search_r1.search.scan import Best, scan
 
 _BLOCK_ROWS = 8192
-_GPU_BLOCK_ROWS = 1 << 18
 _SPARE_CANDIDATES = 16
 """Found beyond `topk`: matrix products order vectors that are nearly equal by chance."""
 _GPU_SPARE_CANDIDATES = 64
@@ -84,27 +83,6 @@ def open_index(
     )
 
 
-class _Best:
-    """The best candidates so far, for each query."""
-
-    def __init__(self, num_queries: int, *, count: int, device: torch.device | str = "cpu") -> None:
-        self._count = count
-        self._scores = torch.full((num_queries, 0), -torch.inf, device=device)
-        self._rows = torch.empty((num_queries, 0), dtype=torch.int64, device=device)
-
-    def offer(self, scores: torch.Tensor, *, first_row: int) -> None:
-        """Merge scores [queries, rows] of consecutive rows."""
-        best, rows = scores.topk(min(self._count, scores.shape[1]), dim=1)
-        merged = torch.cat([self._scores, best.float()], dim=1)
-        merged_rows = torch.cat([self._rows, rows + first_row], dim=1)
-        self._scores, kept = merged.topk(min(self._count, merged.shape[1]), dim=1)
-        self._rows = merged_rows.gather(1, kept)
-
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores and rows, on the CPU."""
-        return self._scores.cpu(), self._rows.cpu()
-
-
 class _GpuShards:
     """All vectors as float16, split over the GPUs."""
 
@@ -131,11 +109,9 @@ class _GpuShards:
         """Return the best of every shard, side by side. All GPUs are given work before one is waited for."""
         bests = []
         for first_row, shard in self._shards:
-            best = _Best(len(vectors), count=count, device=shard.device)
+            best = Best(len(vectors), count=count, device=shard.device)
             queries = vectors.to(shard.device).to(shard.dtype)
-            for start in range(0, len(shard), _GPU_BLOCK_ROWS):
-                block = shard[start : start + _GPU_BLOCK_ROWS]
-                best.offer(_multiply_half(queries, block), first_row=first_row + start)
+            scan(shard, queries, best=best, first_row=first_row)
             bests.append(best)
         found = [best.take() for best in bests]
         return torch.cat([scores for scores, _ in found], 1), torch.cat([rows for _, rows in found], 1)
@@ -150,7 +126,7 @@ class _CpuBlocks:
         self._stored = stored
 
     def find(self, vectors: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        best = _Best(len(vectors), count=count)
+        best = Best(len(vectors), count=count)
         for first, block in _decode(self._stored, start=0, stop=len(self._stored)):
             best.offer(vectors @ block.T, first_row=first)
         return best.take()
@@ -220,7 +196,7 @@ def search_source(
 ) -> tuple[FloatArray, RowArray]:
     """Search exactly in one pass over vectors that have no index; `report(rows done, rows)`."""
     num_rows = source.shape[0]
-    best = _Best(len(queries), count=min(num_rows, topk + _SPARE_CANDIDATES))
+    best = Best(len(queries), count=min(num_rows, topk + _SPARE_CANDIDATES))
     vectors = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
     for first, block in read_blocks(source, num_rows=_BLOCK_ROWS):
         best.offer(vectors @ torch.from_numpy(block).T, first_row=first)
@@ -244,10 +220,3 @@ def _accept_read_only_memory() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.from_numpy(read_only)
-
-
-def _multiply_half(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Return float32 scores of float16 inputs: in float16 the scores of near neighbors are equal."""
-    if block.is_cuda:
-        return torch.mm(queries, block.T, out_dtype=torch.float32)
-    return queries.float() @ block.float().T
