@@ -5,6 +5,7 @@
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to fix it;  make bundle RUN=runs/NAME  pack a run for a bug report
 # make bench-step   what each method adds to a training step;  make bench-scale  how runs scale, and plans for GPUs
+# make gpu-check    the first hour on a GPU: what the plans assume, measured in 8 minutes on one
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor bundle check format test test-fast quickstart ask bench-step bench-scale bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor bundle check format test test-fast quickstart ask bench-step bench-scale gpu-check bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -71,6 +72,9 @@ bench-step: venv
 
 bench-scale: venv
 	@$(BIN)/python scripts/bench_scale.py $(BENCH_ARGS)
+
+gpu-check: venv
+	@$(BIN)/python scripts/gpu_check.py $(BENCH_ARGS)
 
 bench-ig: venv
 	@$(BIN)/python scripts/bench_ig.py $(BENCH_ARGS)

@@ -1,8 +1,8 @@
 """What the plan assumes about hardware, libraries and episodes, each with its source.
 
 Bytes are in units of 1, GB are 10^9 bytes. A number without a measurement on a GPU says "computed": correct
-it here when it has been measured, and nowhere else; `make bench-scale BENCH_ARGS=plan` prints the table of
-docs/scale.md, which a test compares.
+it here when `make gpu-check` or a run has measured it, and nowhere else; `make bench-scale BENCH_ARGS=plan`
+prints the table of docs/scale.md, which a test compares.
 """
 
 from __future__ import annotations
