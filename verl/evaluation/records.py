@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from serving.files import naming_file, replacing_file
@@ -53,6 +53,7 @@ Key = tuple[str, int]
 """uid and sample: what makes a line of an evaluation unique."""
 
 
+@with_config(ConfigDict(allow_inf_nan=False))
 class ResultRecord(TypedDict):
     """One answer to a question."""
 

@@ -197,3 +197,7 @@ def test_readers_refuse_what_they_cannot_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(newer) + "\n")
     with pytest.raises(DataError, match=r"results\.jsonl:1: format 2 was found, format 1 is read"):
         read_results(tmp_path)
+    damaged = json.loads(path.read_text()) | {"metrics": {"em": float("nan")}}
+    path.write_text(json.dumps(damaged) + "\n")
+    with pytest.raises(DataError, match=r"results\.jsonl:1: metrics\.em: .*finite number"):
+        read_results(tmp_path)
