@@ -172,7 +172,8 @@ def list_settings_notes(paths: Mapping[str, str], *, base: str) -> list[str]:
         for name, folder in paths.items()
         if (path := Path(folder) / SETTINGS_FILE).is_file()
     }
-    notes = [f"{name} has no {SETTINGS_FILE}: its settings are unknown." for name in paths.keys() - found]
+    unknown = [name for name in paths if name not in found]
+    notes = [f"{name} has no {SETTINGS_FILE}: its settings are unknown." for name in unknown]
     for name in paths:
         if name != base and base in found and name in found:
             words = (f"of {base} is", f"of {name}")

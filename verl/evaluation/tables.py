@@ -162,7 +162,10 @@ def _latex(text: str) -> str:
 def as_rich(table: Table) -> RichTable:
     """Return the table for the terminal."""
     shown = RichTable(
-        title=table.title, caption=table.note or None, title_justify="left", caption_justify="left"
+        title=escape(table.title),
+        caption=escape(table.note) or None,
+        title_justify="left",
+        caption_justify="left",
     )
     for number, name in enumerate(table.header):
         shown.add_column(escape(name), justify="left" if number == 0 else "right", overflow="fold")

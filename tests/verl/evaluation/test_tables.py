@@ -77,9 +77,10 @@ def test_exact_match_by_searches_and_tokens() -> None:
 
 
 HOSTILE = Table(
-    title="A & B",
+    title="A & B [/u]",
     header=("source", "EM"),
     rows=(("2wiki_100% #1 \\x{} ~^$ <b> a|b\nc", "1.0 [0.5, 1.5]"), ("[red]x[/red]", "-1.5")),
+    note="[b]n[/x]",
     rules=frozenset({1}),
 )
 
@@ -93,14 +94,15 @@ def test_texts_of_the_data_are_escaped_in_every_format() -> None:
         r"\textless{}b\textgreater{} a\textbar{}b c & 1.0 [0.5, 1.5] \\"
     )
     assert expected in latex.splitlines()
-    assert r"\caption{A \& B.}" in latex
+    assert r"\caption{A \& B [/u]. [b]n[/x]}" in latex
     plain = re.sub(r"\\[\\&%$#_{}]", "", latex)
     assert plain.count("{") == plain.count("}")
     assert {line.count("&") + 1 for line in plain.splitlines() if "&" in line} == {len(HOSTILE.header)}
     assert latex.splitlines()[-6:-3] == [r"\midrule", r"{}[red]x[/red] & $-$1.5 \\", r"\bottomrule"]
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(as_rich(HOSTILE))
-    assert "[red]x[/red]" in console.export_text()
+    shown = console.export_text()
+    assert all(text in shown for text in ("A & B [/u]", "[red]x[/red]", "[b]n[/x]"))
 
 
 def test_figures_are_json_with_counts_and_intervals() -> None:
