@@ -67,7 +67,8 @@ class HopScore:
 def score_hops(record: TrajectoryRecord, path: Sequence[str]) -> HopScore:
     """Return how far an episode came; `path` are the ids of the passages of its hops, in order."""
     turns = record["turns"]
-    read = [{passage["id"] for passage in turn["passages"]} for turn in turns]
+    # As in the loss analysis, a passage that was cut with its observation was not read.
+    read = [{p["id"] for p in turn["passages"] if not p.get("is_cut")} for turn in turns]
     # A turn without replacement stays in the context, also among the first `num_dropped`.
     num_dropped = turns[-1].get("num_dropped", 0) if turns else 0
     kept = [

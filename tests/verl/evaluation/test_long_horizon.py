@@ -271,7 +271,11 @@ def test_a_file_of_other_questions_is_named(folder: Path, run: Path, tmp_path: P
 
 def make_record(reads: list[list[str]], answer: str | None, *, em: float = 0.0) -> TrajectoryRecord:
     turns = [
-        {"passages": [{"id": name} for name in ids], "observations": [{}] * bool(ids), "replacement_ids": [1]}
+        {
+            "passages": [{"id": name.rstrip("-"), "is_cut": name.endswith("-")} for name in ids],
+            "observations": [{}] * bool(ids),
+            "replacement_ids": [1],
+        }
         for ids in reads
     ]
     turns[-1]["num_dropped"] = 1  # the first turn is out of the context
@@ -282,7 +286,8 @@ def make_record(reads: list[list[str]], answer: str | None, *, em: float = 0.0) 
 @pytest.mark.parametrize(
     ("reads", "answer", "em", "expected"),
     [
-        # found, in order, furthest, kept, calls, ending
+        # found, in order, furthest, kept, calls, ending; a- is a passage that was cut
+        ([["x"], ["a", "b-"], []], "y", 0.0, (1, 1, 1, 1, 2, "wrong")),
         ([["a", "x"], ["b"], ["c"], []], "y", 1.0, (3, 3, 3, 2, 3, "right")),
         ([["a"], ["c"], []], "y", 0.0, (2, 1, 3, 1, 2, "wrong")),
         ([["x"], []], " ", 0.0, (0, 0, 0, 0, 1, "refused")),
