@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import math
 import signal
 import sys
@@ -77,14 +78,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--temperature must be a finite number of at least 0, got {options.temperature}")
     if options.max_turns is not None and options.max_turns < 1:
         parser.error(f"--max-turns must be at least 1, got {options.max_turns}")
+    # Bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer reads.
+    if any(not is_unicode(text) for text in (*options.question, *options.gold)):
+        parser.error("the question and --gold must be UTF-8")
     return options
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether the text has no lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_questions(options: argparse.Namespace, console: Console) -> Iterator[str]:
-    """Yield the question of the command line, else the lines of stdin that are not blank."""
+    """Yield the question of the command line, else the lines of stdin that are not blank.
+
+    Bytes of stdin that are not UTF-8 become U+FFFD, which the terminal shows with the question.
+    """
     if options.question:
         yield " ".join(options.question)
         return
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             if sys.stdin.isatty():
