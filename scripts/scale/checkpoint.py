@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
@@ -119,12 +120,16 @@ def _save(folder: Path, scratch: Path) -> dict[str, float]:
         action()
         seconds[name] = time.perf_counter() - start
 
-    staged = stage_state(model, optimizer=optimizer, step=1, context=context)  # the first one finds no memory
-    timed("stage", lambda: stage_state(model, optimizer=optimizer, step=1, context=context))
+    stage = partial(stage_state, model, optimizer=optimizer, step=1, source=folder, context=context)
+    staged = stage()  # the first one finds no memory
+    timed("stage", stage)
     timed("write", lambda: write_state(state, staged, context=context))
     peak, _ = _watch_memory(
         lambda: timed(
-            "export", lambda: export_state(state, scratch / "export", source=folder, dtype=torch.bfloat16)
+            "export",
+            lambda: export_state(
+                state, scratch / "export", source=folder, dtype=torch.bfloat16, config=ModelConfig()
+            ),
         )
     )
     timed(

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 
 from verl.errors import ConfigError, DataError
 from verl.run.manifest import Manifest
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import Config, ModelConfig
 from verl.utils.files import parse_json
 
 PROGRESS_FILE = "progress.json"
@@ -87,8 +87,16 @@ def run_identity(config: Config, manifest: Manifest) -> Identity:
         "data.train_batch_size": config.data.train_batch_size,
         "trainer.seed": config.trainer.seed,
         "algorithm.name": config.algorithm.name,
+        "actor_rollout_ref.model.lora_rank": describe_adapters(config.actor_rollout_ref.model),
         "agent": f"{config.agent.format} with {', '.join(config.agent.tools)}",
     }
+
+
+def describe_adapters(model: ModelConfig) -> str:
+    """Return what the meaning of saved adapters depends on."""
+    if not model.lora_rank:
+        return "0"
+    return f"{model.lora_rank}, lora_alpha={model.lora_alpha:g}, target_modules={model.target_modules}"
 
 
 def model_digest(model: Manifest) -> str:

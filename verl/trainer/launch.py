@@ -27,7 +27,7 @@ from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
 from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
-from verl.workers.scorer import PolicyCopy
+from verl.workers.scorer import InitialPolicy, PolicyCopy, ScoringModel
 from verl.workers.weight_sync import transfer_kind
 from verl.workers.worker_group import WorkerGroup
 
@@ -42,7 +42,7 @@ class Models:
     """The models of a run."""
 
     policy: WorkerGroup
-    reference: WorkerGroup | None
+    reference: ScoringModel | None
     """Frozen initial policy; None where neither the KL term nor the method needs it."""
     engines: EnginePool
     copy: PolicyCopy | None = None
@@ -89,16 +89,18 @@ async def launch_models(
             await engines.sleep()  # until the first publish
         policy = launch_group(name="policy", trainable=True)
         close_quietly(stack, policy.shutdown)
-        reference = copy = None
+        reference: ScoringModel | None = InitialPolicy(policy) if frozen.has_reference else None
+        copy = None
         if frozen.refresh_steps:
             model = launch_group(name="copy", trainable=False)
             close_quietly(stack, model.shutdown)
             await model.wait_until_ready()
             copy = PolicyCopy(policy, model, every=frozen.refresh_steps, scratch=scratch)
-        if frozen.has_reference:
-            reference = launch_group(name="reference", trainable=False)
-            close_quietly(stack, reference.shutdown)
-            await reference.wait_until_ready()
+        if frozen.loads_reference:
+            model = launch_group(name="reference", trainable=False)
+            close_quietly(stack, model.shutdown)
+            await model.wait_until_ready()
+            reference = model
         # Constructors run in the actors: what they raise shows only when they are waited for.
         num_parameters = await policy.wait_until_ready()
         await engines.wait_until_ready()

@@ -11,16 +11,23 @@ from verl.trainer.config.schema import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenModels:
-    """Models that score and are not trained, each as large as the policy."""
+    """Models that score and are not trained."""
 
     has_reference: bool
     """The initial policy: for the KL term, or for a method that scores with it."""
     refresh_steps: int
     """Above 0, the method scores with a copy of the policy that is refreshed after so many steps."""
+    reference_is_policy: bool = False
+    """With LoRA the policy without its adapters is the reference, so that none is loaded."""
+
+    @property
+    def loads_reference(self) -> bool:
+        return self.has_reference and not self.reference_is_policy
 
     @property
     def count(self) -> int:
-        return self.has_reference + bool(self.refresh_steps)
+        """Models that are loaded, each as large as the policy."""
+        return self.loads_reference + bool(self.refresh_steps)
 
 
 def find_needs(config: Config) -> frozenset[Need]:
@@ -35,4 +42,8 @@ def find_frozen_models(config: Config) -> FrozenModels:
     refresh_steps = options.refresh_steps if trains else 0
     has_kl = trains and config.actor_rollout_ref.actor.use_kl_loss
     scores_with_reference = Need.FROZEN_LOG_PROBS in find_needs(config) and not refresh_steps
-    return FrozenModels(has_reference=has_kl or scores_with_reference, refresh_steps=refresh_steps)
+    return FrozenModels(
+        has_reference=has_kl or scores_with_reference,
+        refresh_steps=refresh_steps,
+        reference_is_policy=config.actor_rollout_ref.model.lora_rank > 0,
+    )

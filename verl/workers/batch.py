@@ -243,3 +243,15 @@ def _check_row(trajectory: Trajectory, advantages: FloatArray) -> None:
         raise ValueError(f"{name}: {advantages.shape} advantages for {trajectory.token_ids.shape} tokens")
     if not np.isfinite(advantages).all():
         raise ValueError(f"{name}: advantages must be finite")
+
+
+def ratio_segments(batch: TrainBatch, *, mode: str) -> IntArray | None:
+    """Return what shares a ratio: the trajectory or turn of each policy token [N]; None: nothing."""
+    if mode == "vanilla":
+        return None
+    if mode == "gspo":
+        lengths = batch.policy_lengths
+        return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    # A turn begins at a policy token after one that is not; a trajectory begins with a prompt.
+    begins = np.diff(batch.policy_mask.astype(np.int8), prepend=np.int8(0)) == 1
+    return np.cumsum(begins, dtype=np.int32)[batch.policy_mask] - 1

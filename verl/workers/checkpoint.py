@@ -2,6 +2,7 @@
 
 root/global_step_20/policy         the state of the policy's ranks
 root/global_step_20/huggingface    the policy as a model
+root/global_step_20/adapter        the adapters alone, with LoRA
 root/global_step_20/...            what else the writer wrote
 root/global_step_20/manifest.json  size and SHA-256 of every file, written last
 root/latest                        name of the folder that was written last
@@ -32,6 +33,7 @@ CHECKPOINTS = "checkpoints"
 """The root in the folder of a run."""
 POLICY = "policy"
 EXPORT = "huggingface"
+ADAPTER = "adapter"
 _HASHING_THREADS = 8
 
 Writer = Callable[[Path], Awaitable[Mapping[Path, FileRecord]]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from serving.files import FileRecord
 from verl.errors import ConfigError
 from verl.trainer.config.schema import ModelConfig
+from verl.workers.lora import adapted_layers, add_adapters, is_adapter
 from verl.workers.model import (
     check_model,
     choose_packed_attention,
@@ -46,14 +47,20 @@ _COMPANION_FILES = (
 
 
 def build_model(config: ModelConfig, *, device: str, trainable: bool) -> PreTrainedModel:
-    """Return a causal language model without weights: of float32 if trainable, else of compute precision."""
+    """Return a causal language model without weights.
+
+    Trained weights are float32, frozen ones of compute precision. With LoRA only the adapters are trained.
+    """
     folder = check_model(config, device=device)
+    trains_weights = trainable and not config.lora_rank
     model = _build(
         folder,
-        dtype=torch.float32 if trainable else compute_dtype(config, device=device),
+        dtype=torch.float32 if trains_weights else compute_dtype(config, device=device),
         attention=choose_packed_attention(config, device=device),
     )
-    model.requires_grad_(trainable)
+    model.requires_grad_(trains_weights)
+    if config.lora_rank:
+        add_adapters(model, config, trainable=trainable)
     model.eval()  # no dropout: the ratio to the old policy must be exactly 1 before the first step
     if trainable and config.enable_gradient_checkpointing:
         model.gradient_checkpointing_enable(
@@ -135,7 +142,13 @@ def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     state: dict[str, Tensor] = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop(HEAD, None)
-    return state
+    return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what training changes, as `weights_of` does: adapters where there are any, else all weights."""
+    adapters = {name: tensor for name, tensor in model.state_dict().items() if is_adapter(name)}
+    return adapters or weights_of(model)
 
 
 def _compare(weights: Mapping[str, Tensor], saved: Layout, *, tied: bool) -> None:
@@ -192,12 +205,14 @@ def engine_weights(
     `with_head` has a tied embedding twice, see `prepare_engine_model`. What is returned is collective: all
     ranks must ask for the same weights in the same order.
     """
-    weights = weights_of(model)
+    weights, adapted = weights_of(model), adapted_layers(model)
     if with_head:
         weights[HEAD] = weights[embedding_name(model)]
 
     def read(name: str) -> Tensor:
         weight = weights[name]
+        if name in adapted:
+            return adapted[name].merged(weight.to(dtype))
         # Converted before it is gathered: half of the bytes in bfloat16.
         return gather_tensor(weight.to(dtype) if weight.is_floating_point() else weight)
 

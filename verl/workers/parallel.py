@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -173,6 +173,15 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that may be sharded; it shares the memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_part(whole: Tensor, tensor: Tensor) -> None:
+    """Copy this rank's part of `whole`, which every rank has, into a tensor that may be sharded."""
+    part = whole.to(tensor.device)
+    if isinstance(tensor, DTensor):
+        sharded = distribute_tensor(part, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        part = sharded.to_local()
+    local_part(tensor.detach()).copy_(part)
 
 
 def wait_for_ranks(context: ParallelContext) -> None:

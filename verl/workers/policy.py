@@ -26,7 +26,8 @@ from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.timing import Span
 from verl.workers.attention import AttentionBlocks
-from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole
+from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole, ratio_segments
+from verl.workers.lora import adapters_switched, init_adapters, is_adapter
 from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
 from verl.workers.model import (
     PolicyNetwork,
@@ -89,6 +90,7 @@ class PolicyWorker:
         torch.manual_seed(seed)
         model, device = config.model, placement.device
         self._actor = config.actor
+        self._config = model
         self._temperature = config.rollout.temperature
         self._total_steps = total_steps
         self._source = resolve_model_folder(model.path)
@@ -100,6 +102,7 @@ class PolicyWorker:
         units = sharding_units(self._model)
         shard_model(self._network, context=self._context, units=units, dtype=self._dtype)
         fill_model(self._network, self._model, folder=self._source, device=self._context.device)
+        init_adapters(self._model, seed=seed)
         self._parameters = [p for p in self._network.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config=config.actor.optim) if trainable else None
         offload = config.actor.fsdp_config if trainable else config.ref.fsdp_config
@@ -121,18 +124,23 @@ class PolicyWorker:
         self._chunks = ChunkSender(weights, device=self._context.device)
 
     def num_parameters(self) -> int:
-        """Return the number of parameters of the whole model."""
-        return sum(p.numel() for p in self._network.parameters())
+        """Return the number of parameters of the whole model, without adapters."""
+        return sum(p.numel() for name, p in self._network.named_parameters() if not is_adapter(name))
 
     @profiled
-    def log_probs(self, passes: Sequence[TrainBatch]) -> list[FloatArray]:
-        """Return the log-probs of the policy tokens of each pass at the sampling temperature [N]."""
-        return self._score([pack_rows(batch) for batch in passes], temperature=self._temperature)
+    def log_probs(self, passes: Sequence[TrainBatch], *, adapters: bool = True) -> list[FloatArray]:
+        """Return the log-probs of the policy tokens of each pass at the sampling temperature [N].
+
+        Without its adapters a policy is the initial model.
+        """
+        with adapters_switched(self._model, on=adapters):
+            return self._score([pack_rows(batch) for batch in passes], temperature=self._temperature)
 
     @profiled
-    def tree_log_probs(self, passes: Sequence[Sequence[Tree]]) -> list[FloatArray]:
+    def tree_log_probs(self, passes: Sequence[Sequence[Tree]], *, adapters: bool = True) -> list[FloatArray]:
         """Return the log-probs of the scored tokens of each pass at the sampling temperature [N]."""
-        return self._score([pack(trees) for trees in passes], temperature=self._temperature)
+        with adapters_switched(self._model, on=adapters):
+            return self._score([pack(trees) for trees in passes], temperature=self._temperature)
 
     def probe(self, ids: IntArray) -> FloatArray:
         """Return the log-prob of every token at temperature 1 [L]; position 0 holds 0."""
@@ -221,10 +229,12 @@ class PolicyWorker:
         return await asyncio.to_thread(write_state, Path(folder), staged, context=self._context)
 
     async def export_hf(self, checkpoint: str, folder: str) -> dict[Path, FileRecord]:
-        """Write the weights of a checkpoint on a thread as a folder that `from_pretrained` and vLLM load."""
-        return await asyncio.to_thread(
-            export_state, Path(checkpoint), Path(folder), source=self._source, dtype=self._dtype
-        )
+        """Write the weights of a checkpoint on a thread as a folder that `from_pretrained` and vLLM load.
+
+        With LoRA a folder `adapter` beside it gets the adapters alone.
+        """
+        export = partial(export_state, source=self._source, dtype=self._dtype, config=self._config)
+        return await asyncio.to_thread(export, Path(checkpoint), Path(folder))
 
     def load(self, folder: str) -> None:
         """Continue where `stage` was called, exactly on as many ranks; a frozen model takes the weights.
@@ -248,6 +258,7 @@ class PolicyWorker:
             self._model,
             optimizer=optimizer,
             step=self._step,
+            source=self._source,
             context=self._context,
             copy=self._residence.copy,
         )
@@ -315,6 +326,7 @@ class PolicyWorker:
             num_policy_tokens=mini.num_policy_tokens,
             scale_tokens=actor.loss_scale_factor,
         )
+        segments = ratio_segments(micro, mode=actor.policy_loss.loss_mode)
         losses, clipped = policy_losses(
             log_probs,
             old,
@@ -322,7 +334,7 @@ class PolicyWorker:
             clip_low=actor.clip_ratio_low,
             clip_high=actor.clip_ratio_high,
             clip_c=actor.clip_ratio_c,
-            segments=self._segments(micro),
+            segments=None if segments is None else self._tensor(segments),
         )
         sampling = self._tensor(micro.sampling_log_probs)
         importance = torch.ones_like(losses)
@@ -347,18 +359,6 @@ class PolicyWorker:
             zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum
             maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
         return loss, sums, maxima
-
-    def _segments(self, micro: TrainBatch) -> Tensor | None:
-        """Return what shares a ratio: the trajectory or turn of each policy token [N]; None: nothing."""
-        mode = self._actor.policy_loss.loss_mode
-        if mode == "vanilla":
-            return None
-        if mode == "gspo":
-            lengths = micro.policy_lengths
-            return self._tensor(np.repeat(np.arange(len(lengths)), lengths))
-        # A turn begins at a policy token after one that is not; a trajectory begins with a prompt.
-        begins = np.diff(micro.policy_mask.astype(np.int8), prepend=np.int8(0)) == 1
-        return self._tensor(np.cumsum(begins)[micro.policy_mask] - 1)
 
     def _score(self, forests: Sequence[Forest], *, temperature: float) -> list[FloatArray]:
         """Return the log-probs of the scored tokens of each forest [N], a forward pass for each."""

@@ -6,10 +6,12 @@ parts of every tensor. No rank waits for another, neither when it writes nor whe
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +20,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from serving.files import FileRecord
+from serving.files import FileRecord, sha256_of_file
 from verl.errors import ConfigError
+from verl.trainer.config.schema import ModelConfig
 from verl.utils.seeding import derive_seed
-from verl.workers.model_io import weights_of, write_model
+from verl.workers.checkpoint import ADAPTER
+from verl.workers.lora import adapter_scale, is_adapter, read_merged, write_adapters
+from verl.workers.model_io import state_of, write_model
 from verl.workers.offload import copy_to_host
 from verl.workers.parallel import ParallelContext
 from verl.workers.tensor_files import TensorFiles, describe, write_tensors
@@ -34,7 +39,8 @@ logger = logging.getLogger(__name__)
 Copy = Callable[[Tensor], Tensor]
 """Gives this rank's part of a tensor in host memory, not shared with it."""
 
-_WEIGHTS, _OPTIMIZER, _RANDOM, _STEP = "weights.", "optimizer.", "random.", "step"
+_WEIGHTS, _OPTIMIZER, _RANDOM, _STEP, _BASE = "weights.", "optimizer.", "random.", "step", "base"
+_HASHING_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class StagedState:
     parts: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Where each part begins in the whole tensor."""
+    source: Path | None = None
+    """The folder of the model, of whose weights the parts are adapters."""
 
     def add(self, name: str, tensor: Tensor, *, context: ParallelContext, copy: Copy) -> None:
         """Copy the local part, unless another rank has the same."""
@@ -65,13 +73,15 @@ def stage_state(
     *,
     optimizer: Optimizer | None,
     step: int,
+    source: Path,
     context: ParallelContext,
     copy: Copy = copy_to_host,
 ) -> StagedState:
-    """Copy the weights, and with an optimizer its state, the step and the random state."""
-    staged = StagedState()
+    """Copy the weights that change, and with an optimizer its state, the step and the random state."""
+    weights = state_of(model)
+    staged = StagedState(source=source if any(map(is_adapter, weights)) else None)
     add = partial(staged.add, context=context, copy=copy)
-    for name, weight in weights_of(model).items():
+    for name, weight in weights.items():
         add(f"{_WEIGHTS}{name}", weight)
     if optimizer is None:
         return staged
@@ -85,7 +95,12 @@ def stage_state(
 
 
 def write_state(folder: Path, staged: StagedState, *, context: ParallelContext) -> dict[Path, FileRecord]:
-    """Write this rank's file. Raises OSError with its path."""
+    """Write this rank's file. Raises OSError with its path.
+
+    Adapters are worthless with another model: the hash of its weights goes with them.
+    """
+    if context.rank == 0 and staged.source is not None:
+        staged.parts[_BASE], staged.offsets[_BASE] = hash_weights(staged.source), (0,)
     path = folder / f"rank_{context.rank}_of_{context.world_size}.safetensors"
     return {
         path: write_tensors(path, describe(staged.parts), staged.parts.__getitem__, offsets=staged.offsets)
@@ -108,10 +123,18 @@ def read_state(
     """
     files = _open(folder)
     layout = files.layout
-    weights = {f"{_WEIGHTS}{name}": weight for name, weight in weights_of(model).items()}
+    weights = {f"{_WEIGHTS}{name}": weight for name, weight in state_of(model).items()}
     saved = {name: tensor.shape for name, tensor in layout.items() if name.startswith(_WEIGHTS)}
     if saved != {name: weight.shape for name, weight in weights.items()}:
-        raise ConfigError(f"{folder} holds another model than actor_rollout_ref.model.path={source}")
+        raise ConfigError(
+            f"{folder} holds another model than actor_rollout_ref.model.path={source}, or was trained with "
+            "another lora_rank or other target_modules"
+        )
+    if _BASE in layout and not torch.equal(files.read(_BASE), hash_weights(source)):
+        raise ConfigError(
+            f"{folder} holds adapters for other weights than those of actor_rollout_ref.model.path={source}; "
+            "restore the model with which the run began"
+        )
     if optimizer is None:
         files.read_into(weights)
         return 0
@@ -142,14 +165,47 @@ def read_state(
     return step
 
 
-def export_state(folder: Path, target: Path, *, source: Path, dtype: torch.dtype) -> dict[Path, FileRecord]:
-    """Write the weights that all ranks wrote as a Hugging Face folder, one tensor in memory at a time."""
+def export_state(
+    folder: Path, target: Path, *, source: Path, dtype: torch.dtype, config: ModelConfig
+) -> dict[Path, FileRecord]:
+    """Write the weights that all ranks wrote as a Hugging Face folder, one tensor in memory at a time.
+
+    With LoRA the adapters are merged into the weights of `source`, and a folder beside it has them alone.
+    """
     files = _open(folder)
-    saved = {name: tensor for name, tensor in files.layout.items() if name.startswith(_WEIGHTS)}
-    layout = describe({name.removeprefix(_WEIGHTS): t for name, t in saved.items()}, dtype=dtype)
-    return write_model(
-        target, layout, lambda name: files.read(f"{_WEIGHTS}{name}").to(layout[name].dtype), source=source
+    saved = {
+        name.removeprefix(_WEIGHTS): tensor
+        for name, tensor in files.layout.items()
+        if name.startswith(_WEIGHTS)
+    }
+
+    def read(name: str) -> Tensor:
+        return files.read(f"{_WEIGHTS}{name}")
+
+    if not config.lora_rank:
+        layout = describe(saved, dtype=dtype)
+        return write_model(target, layout, lambda name: read(name).to(layout[name].dtype), source=source)
+    base = TensorFiles.of_model(source)
+    layout = describe(base.layout, dtype=dtype)
+    merged = partial(
+        read_merged,
+        # In the precision in which the policy holds it, as the engine gets it.
+        base=lambda name: base.read(name).to(layout[name].dtype),
+        adapters=saved,
+        read=read,
+        scale=adapter_scale(config),
     )
+    records = write_model(target, layout, merged, source=source)
+    return records | write_adapters(target.with_name(ADAPTER), config, saved, read)
+
+
+@cache
+def hash_weights(folder: Path) -> Tensor:
+    """Return the SHA-256 of the safetensors files of a folder as bytes [32]; they are read once a process."""
+    paths = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        digests = "".join(pool.map(sha256_of_file, paths))
+    return torch.tensor([*hashlib.sha256(digests.encode()).digest()], dtype=torch.uint8)
 
 
 def _open(folder: Path) -> TensorFiles:

@@ -1,21 +1,47 @@
-"""Log-probs for methods: of the policy before the update, or of an older copy of it."""
+"""Log-probs for methods and the KL term: of the policy before the update, or of a frozen model."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs
 from verl.errors import ConfigError
+from verl.types import FloatArray
+from verl.workers.batch import TrainBatch
 from verl.workers.worker_group import WorkerGroup
+
+
+class ScoringModel(Protocol):
+    """The part of a `WorkerGroup` that scores."""
+
+    async def log_probs(self, batch: TrainBatch) -> FloatArray: ...
+
+    async def tree_log_probs(self, trees: Sequence[Tree], *, shared: bool = True) -> list[TreeLogProbs]: ...
+
+
+class InitialPolicy:
+    """The policy with its adapters off, which is the initial model: the frozen reference with LoRA."""
+
+    def __init__(self, policy: WorkerGroup) -> None:
+        self._policy = policy
+
+    async def log_probs(self, batch: TrainBatch) -> FloatArray:
+        """Return the log-prob of every policy token at the sampling temperature [N]."""
+        return await self._policy.log_probs(batch, adapters=False)
+
+    async def tree_log_probs(self, trees: Sequence[Tree], *, shared: bool = True) -> list[TreeLogProbs]:
+        """Return the log-probs of each tree, see `WorkerGroup.tree_log_probs`."""
+        return await self._policy.tree_log_probs(trees, shared=shared, adapters=False)
 
 
 class LogProbScorer:
     """A model as a `verl.algorithms.base.LogProbScorer`."""
 
-    def __init__(self, model: WorkerGroup, *, shares_prefixes: bool, scores_trajectories: bool) -> None:
+    def __init__(self, model: ScoringModel, *, shares_prefixes: bool, scores_trajectories: bool) -> None:
         """`scores_trajectories` also computes the log-probs of sampled tokens, if the update needs them."""
         self._model = model
         self._shares_prefixes = shares_prefixes

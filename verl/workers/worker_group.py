@@ -94,17 +94,19 @@ class WorkerGroup:
         counts: list[int] = await self._call_all("num_parameters")
         return counts[0]
 
-    async def log_probs(self, batch: TrainBatch) -> FloatArray:
+    async def log_probs(self, batch: TrainBatch, *, adapters: bool = True) -> FloatArray:
         """Return the log-prob of every policy token at the sampling temperature [N]."""
         plan = deal_rows(batch, num_ranks=len(self._actors), max_tokens=self._max_tokens)
         passes = [[batch.select(rows) for rows in of_rank] for of_rank in plan]
-        answers = await self._call_all("log_probs", [(of_rank,) for of_rank in passes])
+        answers = await self._call_all("log_probs", [(of_rank,) for of_rank in passes], adapters=adapters)
         found: dict[int, FloatArray] = {}
         for rows, of_pass, log_probs in _zip_passes(plan, passes, answers):
             found.update(zip(rows.tolist(), of_pass.split(log_probs), strict=True))
         return np.concatenate([found[row] for row in range(batch.num_trajectories)])
 
-    async def tree_log_probs(self, trees: Sequence[Tree], *, shared: bool = True) -> list[TreeLogProbs]:
+    async def tree_log_probs(
+        self, trees: Sequence[Tree], *, shared: bool = True, adapters: bool = True
+    ) -> list[TreeLogProbs]:
         """Return the log-probs of each tree at the sampling temperature, in order.
 
         `shared` computes a common prefix once; without it every branch has a row of its own. The results are
@@ -118,7 +120,8 @@ class WorkerGroup:
             return [unpack(tree, np.zeros(0, np.float32)) for tree in trees]
         plan = deal_trees(scored, num_ranks=len(self._actors), max_tokens=self._max_tokens)
         passes = [[[scored[i] for i in of_pass] for of_pass in of_rank] for of_rank in plan]
-        answers = await self._call_all("tree_log_probs", [(of_rank,) for of_rank in passes])
+        arguments = [(of_rank,) for of_rank in passes]
+        answers = await self._call_all("tree_log_probs", arguments, adapters=adapters)
         found: dict[int, FloatArray] = {}
         for index, of_pass, log_probs in _zip_passes(plan, passes, answers):
             ends = np.cumsum([tree.num_scored for tree in of_pass], dtype=np.int64)

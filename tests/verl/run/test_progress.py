@@ -8,12 +8,13 @@ import pytest
 from verl.errors import ConfigError
 from verl.run.manifest import Manifest
 from verl.run.progress import PROGRESS_FILE, Identity, Progress, run_identity
-from verl.trainer.config.schema import Config, DataConfig, TrainerConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig, Config, DataConfig, ModelConfig, TrainerConfig
 
 QUESTIONS = {"path": "world/train.parquet", "sha256": "ab" * 32}
 WEIGHTS = {"bytes": 8, "sha256": "cd" * 32}
 MANIFEST = {"data": [QUESTIONS], "model": {"path": "m", "files": {"model.safetensors": WEIGHTS}}}
 IDENTITY = run_identity(Config(), MANIFEST)
+LORA = ActorRolloutRefConfig(model=ModelConfig(lora_rank=8))
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -32,6 +33,8 @@ def with_file(name: str, digest: str) -> Manifest:
     [
         (run_identity(Config(data=DataConfig(train_batch_size=8)), MANIFEST),
          ["data.train_batch_size was 16, is 8"]),
+        (run_identity(Config(actor_rollout_ref=LORA), MANIFEST),
+         ["actor_rollout_ref.model.lora_rank was '0', is '8, lora_alpha=16, target_modules=all-linear'"]),
         (run_identity(Config(trainer=TrainerConfig(seed=7)), MANIFEST),
          ["trainer.seed was 0, is 7"]),
         (run_identity(Config(), {**MANIFEST, "data": [QUESTIONS | {"sha256": "ef" * 32}]}),

@@ -14,17 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, ModelConfig
 from verl.workers.batch import make_mini_batches
+from verl.workers.lora import adapted_layers, is_adapter
 from verl.workers.model import PolicyNetwork
-from verl.workers.model_io import build_model, engine_weights, fill_model, sharding_units, weights_of
+from verl.workers.model_io import (
+    build_model,
+    engine_weights,
+    fill_model,
+    sharding_units,
+    state_of,
+    weights_of,
+)
 from verl.workers.parallel import (
     Placement,
     Rendezvous,
+    copy_part,
     gather_tensor,
     init_distributed,
     local_part,
@@ -74,8 +84,9 @@ def _run(sender: Connection, function: Callable[..., object], *arguments: object
         raise SystemExit(1) from None
 
 
-def make_worker(folder: Path, placement: Placement, *, trainable: bool = True) -> PolicyWorker:
-    return PolicyWorker(make_config(folder), placement, total_steps=10, seed=0, trainable=trainable)
+def make_worker(folder: Path, placement: Placement, *, lora_rank: int = 0) -> PolicyWorker:
+    config = make_config(folder, lora_rank=lora_rank)
+    return PolicyWorker(config, placement, total_steps=10, seed=0, trainable=True)
 
 
 def read_loaded(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], bool]:
@@ -101,7 +112,7 @@ def compare_with_transformers(folder: Path) -> None:
 def read_state(worker: PolicyWorker) -> dict[str, np.ndarray]:
     """Weights and optimizer state, whole, and the random state of this rank."""
     assert worker._optimizer is not None
-    state = {f"weights.{name}": tensor for name, tensor in weights_of(worker._model).items()}
+    state = {f"weights.{name}": tensor for name, tensor in state_of(worker._model).items()}
     for name, parameter in worker._model.named_parameters():
         for key, value in worker._optimizer.state[parameter].items():
             state[f"{key}.{name}"] = value
@@ -112,10 +123,10 @@ def read_state(worker: PolicyWorker) -> dict[str, np.ndarray]:
 
 
 def go_on(
-    placement: Placement, folder: Path, source: Path | None, target: Path | None
+    placement: Placement, folder: Path, lora_rank: int, source: Path | None, target: Path | None
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Load or train, save, and train one step more; return the state that was saved and the last metrics."""
-    worker = make_worker(folder, placement)
+    worker = make_worker(folder, placement, lora_rank=lora_rank)
 
     def train(seed: int) -> dict[str, float]:
         batch = random_batch(8, seed=seed)
@@ -139,18 +150,48 @@ def assert_equal_states(one: Mapping[str, np.ndarray], other: Mapping[str, np.nd
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def resume_on_other_ranks(folder: Path, *, out: Path) -> None:
+def resume_on_other_ranks(folder: Path, *, out: Path, lora_rank: int = 0) -> None:
     """From 2 ranks to 1, 2 and 4, and from 4 back to 2 and 1."""
-    state, metrics = on_ranks(2, go_on, folder, None, out / "two")
-    again, metrics_again = on_ranks(2, go_on, folder, out / "two", None)
+    state, metrics = on_ranks(2, go_on, folder, lora_rank, None, out / "two")
+    again, metrics_again = on_ranks(2, go_on, folder, lora_rank, out / "two", None)
     assert_equal_states(again, state)
     np.testing.assert_array_equal(again["random"], state["random"])
     assert metrics_again == metrics, "as many ranks go on exactly"
     for source, world_size in (("two", 4), ("two", 1), ("4", 2), ("4", 1)):
-        found, others = on_ranks(world_size, go_on, folder, out / source, out / str(world_size))
+        target = out / str(world_size)
+        found, others = on_ranks(world_size, go_on, folder, lora_rank, out / source, target)
         assert_equal_states(found, state)
         for name, value in metrics.items():
             np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
+def adapt(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The whole gradients of adapters, and the weights that an engine gets."""
+    worker = make_worker(folder, placement, lora_rank=2)
+    for layer in adapted_layers(worker._model).values():
+        copy_part(torch.linspace(-0.2, 0.3, layer.lora_B.numel()).view(layer.lora_B.shape), layer.lora_B)
+    batch = random_batch(8)
+    minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=8, max_tokens=100)
+    for mini in minis[placement.rank]:
+        for micro in mini.micro_batches:
+            worker._loss(micro, mini)[0].backward()
+    named = worker._model.named_parameters()
+    gradients = {name: gather_tensor(p.grad).numpy() for name, p in named if p.grad is not None}
+    exported = worker.export_weights()
+    merged = {} if exported is None else load_file(Path(exported) / "model.safetensors")
+    worker.drop_weights()
+    return gradients, {name: tensor.numpy().copy() for name, tensor in merged.items()}
+
+
+def adapt_on_ranks(folder: Path) -> None:
+    """Four ranks share the two rows of A, so that some have none."""
+    (expected, merged), *others = (on_ranks(world_size, adapt, folder) for world_size in (1, 2, 4))
+    assert all(is_adapter(name) for name in expected)
+    for gradients, same in others:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            np.testing.assert_allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
+        assert_equal_states(same, merged)
 
 
 def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
@@ -160,7 +201,8 @@ def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
     network = PolicyNetwork(model)
     shard_model(network, context=context, units=sharding_units(model), dtype=torch.float32)
     fill_model(network, model, folder=folder, device=context.device)
-    write_state(target, stage_state(model, optimizer=None, step=0, context=context), context=context)
+    staged = stage_state(model, optimizer=None, step=0, source=folder, context=context)
+    write_state(target, staged, context=context)
 
 
 def save_copies_once(folder: Path, *, out: Path) -> None:
@@ -269,6 +311,8 @@ def main(out: Path) -> None:
     for folder in (tied, llama):
         resume_on_other_ranks(folder, out=out / f"{folder.name}-states")
         compare_offloaded(folder)
+    adapt_on_ranks(llama)
+    resume_on_other_ranks(llama, out=out / "adapters", lora_rank=2)
     save_copies_once(llama, out=out / "copies")
     train_on_two_nodes(tied)
 

@@ -13,7 +13,7 @@ from tests.fakes import make_question, make_turn
 from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank
 from verl.trainer.config.schema import PolicyLossConfig
 from verl.types import ActionKind, Stop, Trajectory
-from verl.workers.batch import TrainBatch, build_batch
+from verl.workers.batch import TrainBatch, build_batch, ratio_segments
 from verl.workers.policy import PolicyWorker
 
 EXP = math.exp
@@ -107,7 +107,5 @@ def test_a_single_update_of_episodes_from_older_weights(model_folder: Path) -> N
     [("vanilla", None), ("gspo", [0, 0, 0, 0, 1, 1]), ("gspo_turn", [0, 0, 1, 1, 2, 3])],
 )
 def test_what_shares_a_ratio(model_folder: Path, mode: str, segments: list[int] | None) -> None:
-    actor = make_actor(policy_loss=PolicyLossConfig(loss_mode=mode))
-    worker = make_worker(make_config(model_folder, actor=actor))
-    found = worker._segments(make_batch(worker))
+    found = ratio_segments(make_batch(make_worker(model_folder)), mode=mode)
     assert (None if found is None else found.tolist()) == segments

@@ -30,6 +30,7 @@ from verl.trainer.config.placement import PlacementConfig
 
 DROP_OBSERVATIONS = "drop_observations"
 SYNC, ONE_STEP_OFF = "sync", "one_step_off"
+ALL_LINEAR = "all-linear"
 
 
 def _file_list(key: str, value: Any) -> tuple[str, ...]:
@@ -96,9 +97,21 @@ class ModelConfig:
     enable_gradient_checkpointing: bool = False
     checkpoint_every_n_layers: int = positive(1)
     """Of so many layers one is computed again in the backward pass, the others keep their activations."""
+    lora_rank: int = not_negative(0)
+    """Above 0, adapters of this rank are trained instead of the weights (LoRA)."""
+    lora_alpha: float = positive(16.0)
+    target_modules: Any = ALL_LINEAR
+    """The layers with adapters: all linear ones of the decoder, or those with these last parts of names."""
 
     def __post_init__(self) -> None:
         check_section("actor_rollout_ref.model", self)
+        targets = self.target_modules
+        require(
+            targets == ALL_LINEAR or (isinstance(targets, list) and {*map(type, targets)} == {str}),
+            "actor_rollout_ref.model.target_modules",
+            targets,
+            f"{ALL_LINEAR} or a list of names of linear layers such as [q_proj,v_proj]",
+        )
         require(bool(self.path), "actor_rollout_ref.model.path", self.path, "a model folder or hub id")
         self.path = os.path.expanduser(self.path)
 

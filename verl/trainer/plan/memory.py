@@ -91,8 +91,9 @@ def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
     uses = (*scoring, Phase.UPDATE, Phase.PUBLISH) if offload.policy else phases
     contexts = (1 + setup.frozen.count) * CONTEXT_BYTES
+    kind = "weights, adapters" if setup.lora_rank else "float32 weights"
     states = {
-        "policy: float32 weights": dict.fromkeys(uses, weights / shards),
+        f"policy: {kind}": dict.fromkeys(uses, weights / shards),
         "reference": dict.fromkeys((Phase.REWARD, Phase.LOG_PROBS) if offload.reference else phases, frozen),
         "CUDA contexts": dict.fromkeys(phases, contexts),
     }

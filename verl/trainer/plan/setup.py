@@ -202,6 +202,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
             reference=settings.ref.fsdp_config.param_offload,
         ),
         episodes=expect_episodes(config),
+        lora_rank=settings.model.lora_rank,
     )
 
 

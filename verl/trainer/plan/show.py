@@ -33,8 +33,10 @@ def describe_places(plan: Plan) -> list[str]:
         f"a model of {setup.shape.parameters / 1e9:.2f} billion parameters",
         f"policy: {each}, a rank on each, sharded over {setup.num_shards}",
     ]
+    if setup.lora_rank:
+        lines.append(f"trained: adapters of rank {setup.lora_rank}; without them the policy is the reference")
     if setup.frozen.count:
-        names = [*(["reference"] if setup.frozen.has_reference else [])]
+        names = [*(["reference"] if setup.frozen.loads_reference else [])]
         names += ["the method's copy of the policy"] if setup.frozen.refresh_steps else []
         lines.append(f"{' and '.join(names)}: as the policy")
     sleeps = "asleep while the policy has the GPU" if setup.frees_engine else "always awake"

@@ -39,7 +39,7 @@ from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
 from verl.workers.checkpoint import EXPORT, POLICY, CheckpointStore
-from verl.workers.scorer import PolicyCopy
+from verl.workers.scorer import PolicyCopy, ScoringModel
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
 
@@ -56,7 +56,7 @@ class Parts:
     algorithm: Algorithm
     reward: Reward
     policy: WorkerGroup
-    reference: WorkerGroup | None
+    reference: ScoringModel | None
     """Frozen initial policy of the KL term; None without it."""
     copy: PolicyCopy | None = None
     """Copy of the policy that the method scores with, where that is refreshed."""

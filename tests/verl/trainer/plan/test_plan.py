@@ -146,11 +146,13 @@ def test_offload_is_advised_where_it_is_needed() -> None:
 
 
 def test_lora_trains_what_does_not_fit_otherwise() -> None:
-    setup = plan("trainer.n_gpus_per_node=2", "placement.ig_service_gpus=0", model="7B")[0].setup
-    frozen = replace(setup.frozen, has_reference=False)
-    planned = make_plan(replace(setup, lora_rank=64, frozen=frozen))
-    assert (make_plan(setup).fits, planned.fits) == (False, True)
-    assert "reference_log_probs" not in [stage.name for stage in planned.stages]
+    settings = ("trainer.n_gpus_per_node=2", "placement.ig_service_gpus=0")
+    present, planned = (
+        plan(*settings, f"actor_rollout_ref.model.lora_rank={rank}", model="7B")[0] for rank in (0, 32)
+    )
+    assert (present.fits, planned.fits) == (False, True)
+    assert "reference" not in [item.name for item in planned.items], "the policy without its adapters"
+    assert "reference_log_probs" in [stage.name for stage in planned.stages]
 
 
 @pytest.mark.parametrize(
