@@ -40,7 +40,8 @@ class Retriever(FakeServer):
     """Finds the same passage for every query."""
 
     def reply(self, body: bytes) -> Reply:
-        return Reply(json.dumps({"result": [[HIT]]} if body else {"passages": 1}))
+        found = {"result": [[HIT] for _ in json.loads(body)["queries"]]} if body else {"passages": 1}
+        return Reply(json.dumps(found))
 
 
 class CountingActor:
@@ -48,6 +49,7 @@ class CountingActor:
 
     def __init__(self, actor: Actor) -> None:
         self._actor = actor
+        self.node = actor.node
         self.calls: Counter[str] = Counter()
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
