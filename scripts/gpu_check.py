@@ -55,11 +55,12 @@ CHECKS = (
     Check(name="device", run=check_device, limit_s=30),
     Check(name="attention", run=check_attention, limit_s=45),
     Check(name="policy_3b", run=partial(check_policy, size="3B"), limit_s=120),
-    Check(name="publish", run=check_publish, limit_s=60),
-    Check(name="entailment", run=check_entailment, limit_s=50),
+    Check(name="publish", run=check_publish, limit_s=55),
+    Check(name="entailment", run=check_entailment, limit_s=45),
     Check(name="search", run=check_search, limit_s=25),
-    Check(name="offload", run=check_offload, limit_s=50),
-    Check(name="policy_1.5b", run=partial(check_policy, size="1.5B"), limit_s=90),
+    Check(name="offload", run=check_offload, limit_s=45),
+    Check(name="lora_1.5b", run=partial(check_policy, size="1.5B", lora_rank=32), limit_s=55),
+    Check(name="policy_1.5b", run=partial(check_policy, size="1.5B"), limit_s=60),
 )
 """The most important first."""
 DRY_RUN = Gpu(name="dry run", memory=85e9)

@@ -18,8 +18,6 @@ from verl.trainer.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
-from verl.trainer.plan.gpus import Gpu
-from verl.trainer.plan.setup import Setup, make_setup
 from verl.trainer.plan.shape import KNOWN_SHAPES, ModelShape
 from verl.workers.model_io import weights_of
 from verl.workers.tensor_files import Layout, describe, write_weights
@@ -88,7 +86,7 @@ def random_tensor(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=device).normal_(std=0.02)
 
 
-def recipe_config(folder: Path) -> Config:
+def recipe_config(folder: Path, *, lora_rank: int = 0) -> Config:
     """Return what the recipe for 8 GPUs says of a policy, for one GPU and without what runs beside it."""
     recipe = yaml.safe_load(_RECIPE.read_text(encoding="utf-8"))
     settings, data = recipe["actor_rollout_ref"], recipe["data"]
@@ -98,15 +96,12 @@ def recipe_config(folder: Path) -> Config:
     return Config(
         data=DataConfig(train_batch_size=data["train_batch_size"], **lengths),
         actor_rollout_ref=ActorRolloutRefConfig(
-            model=ModelConfig(path=str(folder), enable_gradient_checkpointing=checkpointing),
+            model=ModelConfig(
+                path=str(folder), enable_gradient_checkpointing=checkpointing, lora_rank=lora_rank
+            ),
             actor=ActorConfig(**actor),
             rollout=RolloutConfig(n_agent=settings["rollout"]["n_agent"]),
         ),
         algorithm=AlgorithmConfig(name="search_r1"),
         trainer=TrainerConfig(device="cuda", n_gpus_per_node=1),
     )
-
-
-def planned_setup(folder: Path, shape: ModelShape, gpu: Gpu) -> Setup:
-    """Return what the plan knows of that configuration."""
-    return make_setup(recipe_config(folder), shape, gpu)

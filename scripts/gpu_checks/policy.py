@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_checks.models import planned_setup, recipe_config, shape_of_size, write_random_model
+from gpu_checks.models import recipe_config, shape_of_size, write_random_model
 from gpu_checks.recorder import Bench
 from scale.packing import random_batch
 from verl.forest import Forest
 from verl.trainer.config.schema import ModelConfig
 from verl.trainer.plan.assumptions import GB
-from verl.trainer.plan.memory import Item, Phase, list_items
+from verl.trainer.plan.memory import Phase, list_items, total
+from verl.trainer.plan.setup import Setup, make_setup
 from verl.trainer.plan.shape import ModelShape
 from verl.workers.attention import AttentionBlocks, attend_by_flash, attend_by_sdpa
 from verl.workers.batch import TrainBatch, deal_rows, make_mini_batches, pack_rows
@@ -24,26 +25,24 @@ from verl.workers.model_io import build_model, fill_model
 from verl.workers.parallel import Placement
 from verl.workers.policy import PolicyWorker
 
-_WEIGHTS, _ADAM = "policy: float32 weights", "optimizer: Adam"
-_NOT_IN_TORCH = ("CUDA contexts", "reference")
+_WEIGHTS, _ADAM = "policy: ", "optimizer: Adam"
+_NOT_IN_TORCH = ("CUDA contexts", "reference", "engine")
 """Planned items of a rank that are not among the tensors of the policy's own process."""
-_UPDATE_PASSES = 4
-"""FLOP of an update in forward passes: forward, checkpointing's second one, and twice that backward."""
 _SPEED_LAYERS = 4
 _TOLERANCE = 0.02
 """Between kernels in bfloat16, which has 8 significant bits."""
 
 
-def check_policy(bench: Bench, size: str) -> None:
+def check_policy(bench: Bench, size: str, *, lora_rank: int = 0) -> None:
     """Measure a policy of a size: memory beside the plan, tokens per second, share of peak FLOP/s."""
     shape = shape_of_size(size, is_tiny=bench.is_tiny)
     folder = bench.scratch / "model"
     bench.record("write_s", bench.seconds(lambda: write_random_model(folder, shape, device=bench.device)))
-    items = {item.name: item for item in list_items(planned_setup(folder, shape, bench.gpu))}
-    worker = _load(bench, items=items)
+    setup = make_setup(recipe_config(folder, lora_rank=lora_rank), shape, bench.gpu)
+    worker = _load(bench, setup, lora_rank=lora_rank)
     batch = _batch(bench, num_groups=2 if bench.is_tiny else 16)
-    batch = _measure_log_probs(bench, worker, batch, shape=shape, items=items)
-    _measure_update(bench, worker, batch, shape=shape, items=items)
+    batch = _measure_log_probs(bench, worker, batch, setup=setup)
+    _measure_update(bench, worker, batch, setup=setup)
 
 
 def check_attention(bench: Bench) -> None:
@@ -134,12 +133,12 @@ def _batch(bench: Bench, *, num_groups: int) -> TrainBatch:
     return random_batch(num_groups=num_groups, group_size=4, **sizes)  # type: ignore[arg-type]
 
 
-def _load(bench: Bench, *, items: dict[str, Item]) -> PolicyWorker:
+def _load(bench: Bench, setup: Setup, *, lora_rank: int) -> PolicyWorker:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     workers: list[PolicyWorker] = []
 
     def load() -> None:
-        config = recipe_config(bench.scratch / "model").actor_rollout_ref
+        config = recipe_config(bench.scratch / "model", lora_rank=lora_rank).actor_rollout_ref
         placement = Placement(device=bench.device.type)
         workers.append(PolicyWorker(config, placement, total_steps=10, seed=0, trainable=True))
 
@@ -147,7 +146,7 @@ def _load(bench: Bench, *, items: dict[str, Item]) -> PolicyWorker:
     bench.record("load_s", bench.seconds(load), unit="s, from files in bfloat16 to float32 on the device")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     bench.record("load_host_gb", grown * 1024 / GB, unit="GB more of host memory, at the peak")
-    planned = items[_WEIGHTS].amounts[Phase.UPDATE] / GB
+    planned = _planned_gb(setup, Phase.UPDATE, only=(_WEIGHTS,))
     bench.record("weights_gb", bench.peak_gb(), unit="GB", planned=planned)
     return workers[0]
 
@@ -160,9 +159,7 @@ def _max_tokens(bench: Bench) -> int:
     )
 
 
-def _measure_log_probs(
-    bench: Bench, worker: PolicyWorker, batch: TrainBatch, *, shape: ModelShape, items: dict[str, Item]
-) -> TrainBatch:
+def _measure_log_probs(bench: Bench, worker: PolicyWorker, batch: TrainBatch, *, setup: Setup) -> TrainBatch:
     """Return the batch with its log-probs as those of the old policy and of the reference."""
     (plan,) = deal_rows(batch, num_ranks=1, max_tokens=_max_tokens(bench))
     passes = [batch.select(rows) for rows in plan]
@@ -170,9 +167,9 @@ def _measure_log_probs(
     bench.forget_peak()
     results: list[list[np.ndarray]] = []
     seconds = bench.seconds(lambda: results.append(worker.log_probs(passes)))
-    gigabytes = _planned_gb(items, Phase.LOG_PROBS, without=(*_NOT_IN_TORCH, _ADAM))
+    gigabytes = _planned_gb(setup, Phase.LOG_PROBS, without=(*_NOT_IN_TORCH, _ADAM))
     bench.record("log_probs_peak_gb", bench.peak_gb(), unit="GB", planned=gigabytes)
-    _record_speed(bench, "log_probs", batch, seconds=seconds, shape=shape, passes=1)
+    _record_speed(bench, "log_probs", batch, seconds=seconds, setup=setup, passes=1)
     ordered = np.empty(batch.num_trajectories, dtype=object)
     for rows, of_pass, log_probs in zip(plan, passes, results[0], strict=True):
         ordered[rows] = of_pass.split(log_probs)
@@ -180,9 +177,7 @@ def _measure_log_probs(
     return replace(batch, old_log_probs=log_probs, ref_log_probs=log_probs)
 
 
-def _measure_update(
-    bench: Bench, worker: PolicyWorker, batch: TrainBatch, *, shape: ModelShape, items: dict[str, Item]
-) -> None:
+def _measure_update(bench: Bench, worker: PolicyWorker, batch: TrainBatch, *, setup: Setup) -> None:
     def update(part: TrainBatch) -> None:
         (minis,) = make_mini_batches(
             part, num_ranks=1, mini_batch_size=part.num_trajectories, max_tokens=_max_tokens(bench)
@@ -193,30 +188,35 @@ def _measure_update(
     update(batch.select(np.arange(4, dtype=np.int32)))  # makes Adam's state
     bench.forget_peak()
     seconds = bench.seconds(lambda: update(batch))
-    gigabytes = _planned_gb(items, Phase.UPDATE, without=_NOT_IN_TORCH)
+    gigabytes = _planned_gb(setup, Phase.UPDATE, without=_NOT_IN_TORCH)
     bench.record("update_peak_gb", bench.peak_gb(), unit="GB", planned=gigabytes)
     if bench.device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved() / GB
         bench.record("update_reserved_gb", reserved, unit="GB, with blocks that torch's allocator keeps")
         resident = torch.cuda.memory_allocated() / GB
-        planned = sum(items[name].amounts[Phase.UPDATE] for name in (_WEIGHTS, _ADAM)) / GB
+        planned = _planned_gb(setup, Phase.UPDATE, only=(_WEIGHTS, _ADAM))
         bench.record("weights_and_adam_gb", resident, unit="GB", planned=planned)
-    _record_speed(bench, "update", batch, seconds=seconds, shape=shape, passes=_UPDATE_PASSES)
+    passes = setup.update_passes + setup.recomputed_share
+    _record_speed(bench, "update", batch, seconds=seconds, setup=setup, passes=passes)
 
 
-def _planned_gb(items: dict[str, Item], phase: Phase, *, without: tuple[str, ...]) -> float:
-    """Return what the policy's tensors take in a phase."""
-    mine = (item for name, item in items.items() if name not in without and not name.startswith("engine"))
-    return sum(item.amounts.get(phase, 0.0) for item in mine) / GB
+def _planned_gb(
+    setup: Setup, phase: Phase, *, only: tuple[str, ...] = ("",), without: tuple[str, ...] = ()
+) -> float:
+    """Return what planned items take of a GPU in a phase, chosen by the beginnings of their names."""
+    items = list_items(setup)
+    chosen = [item for item in items if item.name.startswith(only) and not item.name.startswith(without)]
+    return total(chosen, phase, gpu=0) / GB
 
 
 def _record_speed(
-    bench: Bench, name: str, batch: TrainBatch, *, seconds: float, shape: ModelShape, passes: int
+    bench: Bench, name: str, batch: TrainBatch, *, seconds: float, setup: Setup, passes: float
 ) -> None:
     """Record tokens per second, and the FLOP of `passes` forward passes as a share of the peak."""
     real = int(batch.lengths.sum())
     (plan,) = deal_rows(batch, num_ranks=1, max_tokens=_max_tokens(bench))
     computed = sum(len(pack_rows(batch.select(rows)).ids) for rows in plan)
     bench.record(f"{name}_tokens_per_s", real / seconds, unit="real tokens/s")
-    share = bench.share_of_peak(shape.pass_flops(float(batch.lengths.mean())) * computed * passes / seconds)
+    flops = setup.shape.pass_flops(float(batch.lengths.mean())) * computed * passes
+    share = bench.share_of_peak(flops / seconds)
     bench.record(f"{name}_share", share, unit="of peak FLOP/s, computed tokens", assumption="TRAIN_SHARE")
