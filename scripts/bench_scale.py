@@ -44,7 +44,7 @@ def main() -> int:
         console.print(show(part, measured))
         if part == "plan":
             console.print(*scale.plan.tables())
-            console.print("\n".join(scale.plan.recipe_rows()), soft_wrap=True)
+            console.print("\n".join([*scale.plan.recipe_rows(), *scale.plan.lora_rows()]), soft_wrap=True)
     print(json.dumps({**figures, "failed": failed}))
     return 1 if failed else 0
 

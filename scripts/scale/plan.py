@@ -148,13 +148,30 @@ def tables() -> Iterator[Table]:
 def recipe_rows() -> Iterator[str]:
     """Yield a row of docs/scale.md for each recipe for GPUs and each size, on GPUs of 80 GB."""
     for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu", "gpu_16"):
-        config = compose_config(f"recipe={recipe}")
         for size in ("1.5B", "3B", "7B"):
-            shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{size}"]
-            plan, problem = plan_run(config, shape, find_gpu("H100"))
-            phases = (Phase.ROLLOUT, Phase.UPDATE, Phase.PUBLISH)
-            numbers = " | ".join(f"{total(plan.items, phase, gpu=0) / GB:.1f}" for phase in phases)
+            plan, problem = _recipe_plan(recipe, size)
             result = f"{step_seconds(plan.stages):.0f} | fits"
             if problem is not None:
                 result = f"| {problem.partition('; change: ')[2]}"
-            yield f"| `{recipe}` | {size} | {numbers} | {result} |"
+            yield f"| `{recipe}` | {size} | {_gigabytes(plan)} | {result} |"
+
+
+def lora_rows() -> Iterator[str]:
+    """Yield a row of docs/scale.md for each of what fits with adapters of rank 32 alone."""
+    for recipe, size in (("gpu_1", "3B"), ("gpu_1", "7B"), ("gpu_2", "7B")):
+        plan, problem = _recipe_plan(recipe, size, "actor_rollout_ref.model.lora_rank=32")
+        assert problem is None, problem
+        whole, _ = _recipe_plan(recipe, size)
+        largest = max(total(whole.items, phase, gpu=0) for phase in Phase) / GB
+        seconds = f"{step_seconds(plan.stages):.0f}"
+        yield f"| `{recipe}` | {size} | {_gigabytes(plan)} | {seconds} | {largest:.1f}, does not fit |"
+
+
+def _recipe_plan(recipe: str, size: str, *overrides: str) -> tuple[Plan, str | None]:
+    shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{size}"]
+    return plan_run(compose_config(f"recipe={recipe}", *overrides), shape, find_gpu("H100"))
+
+
+def _gigabytes(plan: Plan) -> str:
+    phases = (Phase.ROLLOUT, Phase.UPDATE, Phase.PUBLISH)
+    return " | ".join(f"{total(plan.items, phase, gpu=0) / GB:.1f}" for phase in phases)
