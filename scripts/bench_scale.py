@@ -44,7 +44,8 @@ def main() -> int:
         console.print(show(part, measured))
         if part == "plan":
             console.print(*scale.plan.tables())
-            console.print("\n".join([*scale.plan.recipe_rows(), *scale.plan.lora_rows()]), soft_wrap=True)
+            rows = [*scale.plan.recipe_rows(), *scale.plan.lora_rows(), *scale.plan.stage_rows()]
+            console.print("\n".join(rows), soft_wrap=True)
     print(json.dumps({**figures, "failed": failed}))
     return 1 if failed else 0
 

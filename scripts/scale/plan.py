@@ -167,6 +167,14 @@ def lora_rows() -> Iterator[str]:
         yield f"| `{recipe}` | {size} | {_gigabytes(plan)} | {seconds} | {largest:.1f}, does not fit |"
 
 
+def stage_rows() -> Iterator[str]:
+    """Yield a row of docs/scale.md for each stage of a step of 512 x 5 episodes, and their sum."""
+    plans = [audited_plan(model, ig_service_gpus=8) for model in ("3B", "7B")]
+    for stages in zip(*(plan.stages for plan in plans), strict=True):
+        yield f"| {stages[0].name} | {' | '.join(f'{stage.seconds:.1f}' for stage in stages)} |"
+    yield f"| step | {' | '.join(f'{step_seconds(plan.stages):.1f}' for plan in plans)} |"
+
+
 def _recipe_plan(recipe: str, size: str, *overrides: str) -> tuple[Plan, str | None]:
     shape = KNOWN_SHAPES[f"Qwen/Qwen2.5-{size}"]
     return plan_run(compose_config(f"recipe={recipe}", *overrides), shape, find_gpu("H100"))

@@ -19,6 +19,7 @@ from scale.plan import (
     planned_memory,
     planned_seconds,
     recipe_rows,
+    stage_rows,
 )
 from verl.trainer.plan.assumptions import GB
 from verl.trainer.plan.check import Plan, change_settings, find_changes, make_plan, plan_run
@@ -68,7 +69,7 @@ def test_the_table_of_the_recipes_is_that_of_the_documentation() -> None:
     """Every recipe with every size: its numbers, and whether it fits or what to change."""
     rows = list(recipe_rows())
     text = (ROOT / "docs/scale.md").read_text()
-    assert [row for row in (*rows, *lora_rows()) if row not in text] == []
+    assert [row for row in (*rows, *lora_rows(), *stage_rows()) if row not in text] == []
     assert len(rows) == 3 * len(list((ROOT / "verl/trainer/config/recipe").glob("gpu*.yaml")))
 
 
