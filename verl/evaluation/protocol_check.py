@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,7 +29,7 @@ class ProtocolRecord(TypedDict):
     unchecked: list[str]
     """What could not be compared with the protocol."""
     ids: dict[str, str]
-    """SHA-256 of the question ids of each set, see `hash_ids`."""
+    """SHA-256 of the questions of each set, see `hash_questions`."""
 
 
 def read_protocol_option(arguments: Sequence[str]) -> list[str]:
@@ -96,22 +97,25 @@ def check_protocol(
             f"set {_ALLOW}, which records the deviations and prints them under every table"
         )
     unchecked = [] if version else ["the corpus, as the retriever does not describe itself"]
-    ids = {name: hash_ids(of_set) for name, of_set in _group_by_set(questions).items()}
+    ids = {name: hash_questions(of_set) for name, of_set in _group_by_set(questions).items()}
     return {"name": protocol.name, "deviations": deviations, "unchecked": unchecked, "ids": ids}
 
 
-def hash_ids(questions: Sequence[Question]) -> str:
-    """Return the SHA-256 of the sorted uids, one per line, each line with its end."""
-    lines = sorted(f"{question.uid}\n" for question in questions)
+def hash_questions(questions: Sequence[Question]) -> str:
+    """Return the SHA-256 of the sorted lines `[uid, question, gold answers]`, each in JSON with its end.
+
+    A uid alone does not tell questions apart: its index can be the row in the file.
+    """
+    lines = sorted(json.dumps([one.uid, one.text, one.golds]) + "\n" for one in questions)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def check_ids(questions: Sequence[Question], expected: str | None) -> str:
-    """Return the hash of the ids of all questions. Raises ConfigError unless it begins as expected."""
-    found = hash_ids(questions)
+    """Return the hash of all questions. Raises ConfigError unless it begins as expected."""
+    found = hash_questions(questions)
     if expected is not None and not found.startswith(expected):
         raise ConfigError(
-            f"evaluation.expected_ids={expected}: the ids of the {len(questions)} questions of "
+            f"evaluation.expected_ids={expected}: the {len(questions)} questions of "
             f"data.val_files have the SHA-256 {found}; evaluate the files that were pinned, and all of their "
             "questions (evaluation.max_questions=null)"
         )
@@ -189,7 +193,7 @@ def with_protocol(table: Table, record: ProtocolRecord | None) -> Table:
         parts.append(f"Not checked: {'; '.join(record['unchecked'])}.")
     if record["ids"]:
         shown = ", ".join(f"{name} {value[:12]}" for name, value in record["ids"].items())
-        parts.append(f"Question ids (SHA-256): {shown}.")
+        parts.append(f"Questions (SHA-256): {shown}.")
     return replace(table, note=" ".join(part for part in parts if part))
 
 

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from prepare_data import main as prepare_data
 
-from tests.fakes import FakeAgent, Reply, ScriptedServer
+from tests.fakes import AnsweringServer, FakeAgent, Reply
 from tests.flashrag_sample import SPLITS, write_sample
 from tests.scripted_evaluation import make_result
 from tests.scripted_run import decode, make_question
@@ -21,7 +21,7 @@ from verl.evaluation.protocol_check import (
     check_ids,
     check_protocol,
     find_record,
-    hash_ids,
+    hash_questions,
     protocol_table,
     published_table,
     with_protocol,
@@ -100,20 +100,27 @@ def test_a_protocol_replaces_the_defaults_of_a_recipe() -> None:
         "name": "search_r1",
         "deviations": [],
         "unchecked": [],
-        "ids": {"nq": hash_ids(asked)},
+        "ids": {"nq": hash_questions(asked)},
     }
     note = with_protocol(results_table(summarize([make_result("nq/test/0")])), record).note
-    assert f"Question ids (SHA-256): nq {hash_ids(asked)[:12]}." in note
+    assert f"Questions (SHA-256): nq {hash_questions(asked)[:12]}." in note
     assert find_record({"protocol": record}) == record
 
 
-def test_question_ids_can_be_pinned() -> None:
+def test_questions_can_be_pinned() -> None:
     asked = ask("nq", 3)
-    expected = hashlib.sha256(b"nq/test/0\nnq/test/1\nnq/test/2\n").hexdigest()
+    lines = sorted(json.dumps([one.uid, one.text, list(one.golds)]) + "\n" for one in asked)
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
     for pinned in (expected, expected[:12], None):
         assert check_ids(asked[::-1], pinned) == expected
-    with pytest.raises(ConfigError, match=rf"the 2 questions .* have the SHA-256 {hash_ids(asked[:2])}"):
+    with pytest.raises(
+        ConfigError, match=rf"the 2 questions .* have the SHA-256 {hash_questions(asked[:2])}"
+    ):
         check_ids(asked[:2], expected)
+    # Other questions in the same rows of a file.
+    for other in ({"text": "Who?"}, {"golds": ("Paris",)}):
+        with pytest.raises(ConfigError, match=r"the 3 questions of data\.val_files have"):
+            check_ids([dataclasses.replace(asked[0], **other), *asked[1:]], expected)
     with pytest.raises(ConfigError, match=r"evaluation\.expected_ids must be 12 to 64 digits"):
         composed("evaluation.expected_ids=abc")
 
@@ -253,8 +260,8 @@ async def test_a_sample_of_the_seven_sets_is_evaluated_under_a_protocol(tmp_path
     writer.sort([(question.uid, 0) for question in questions])
     writer.close()
     golds = [{"id": question.uid, "contents": f"T\n{question.golds[0]}"} for question in questions]
-    reply = {"result": [[{"document": document, "score": 1.0} for document in golds]]}
-    server = ScriptedServer([Reply(json.dumps(reply))])
+    hits = [{"document": document, "score": 1.0} for document in golds]
+    server = AnsweringServer(lambda body: Reply(json.dumps({"result": [hits] * len(body["queries"])})))
     async with server.running():
         config.retriever.url = server.url
         await trace_evidence(config, questions, folder=folder, services=services)

@@ -31,7 +31,7 @@ class EvaluationConfig:
     expected_ids: str | None = setting(
         None, lambda value: bool(re.fullmatch("[0-9a-f]{12,64}", value)), "12 to 64 digits of a SHA-256"
     )
-    """Of the sorted question ids."""
+    """Of the questions, see `verl.evaluation.protocol_check.hash_questions`."""
 
     def __post_init__(self) -> None:
         check_section("evaluation", self)
