@@ -76,7 +76,7 @@ def _deal_parts(
     while True:
         count = min(count, most)
         loads, tokens = np.zeros(num_ranks * count), np.zeros(num_ranks * count, np.int64)
-        lacks = np.ones((costs.num_groups, len(loads)), np.int64)  # 0: the pass has the group's prefix
+        lacks = np.ones((costs.num_groups, len(loads)), np.int8)  # 0: the pass has the group's prefix
         bins: list[list[int]] = [[] for _ in loads]
         for part in order:
             lacks_it = lacks[costs.group[part]]
