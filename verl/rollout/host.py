@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol
 
 from verl.protocols import Agent, Generate
-from verl.types import FloatArray, IntArray, Question, Trajectory
+from verl.types import FloatArray, IntArray, Question
 
 OpenAgent = Callable[[Generate], AbstractAsyncContextManager[Agent]]
 """Connect the tools and return the agent that plays with an engine; closing it closes the tools."""
@@ -48,10 +49,13 @@ class RolloutWorker:
         if self._agent is None:
             self._agent = await self._stack.enter_async_context(self._open_agent(self._engine))
 
-    async def play(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
-        """Play one episode, see `verl.protocols.Agent`."""
+    async def play(self, question: Question, *, sample: int, seed: int, greedy: bool) -> bytes:
+        """Play one episode, see `verl.protocols.Agent`; return the trajectory pickled.
+
+        Arrays themselves would stay in Ray's object store as long as the trajectory is used, and fill it.
+        """
         assert self._agent is not None
-        return await self._agent.run(question, sample=sample, seed=seed, greedy=greedy)
+        return pickle.dumps(await self._agent.run(question, sample=sample, seed=seed, greedy=greedy))
 
     async def call_engine(self, method: str, /, *args: object) -> object:
         """Return or raise what a method of the engine does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ class EnginePool:
         finally:
             episode.cancel()
             self._num_running[replica] -= 1
-        trajectory: Trajectory = episode.result()
+        trajectory: Trajectory = pickle.loads(episode.result())
         for turn in trajectory.turns:
             if len(turn.output_ids) and turn.version != self._version:
                 raise RolloutError(

@@ -113,6 +113,8 @@ async def test_two_replicas_play_what_one_plays_with_the_same_weights_until_one_
             together = await collect(both, questions)
             assert [actor.calls["play"] for actor in replicas] == [12, 12]
             assert facts(together) == facts(alone)
+            # Arrays that cannot be written to are memory of Ray.
+            assert all(t.prompt_ids.flags.writeable for group in together for t in group.trajectories)
             assert any(t.passages for group in alone for t in group.trajectories)
             assert {headers["authorization"] for _, headers, _ in server.requests} == {"Bearer geheim"}
 
