@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import resource
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from gpu_checks.models import recipe_config, shape_of_size, write_random_model
 from gpu_checks.recorder import Bench
@@ -35,6 +40,7 @@ _TOLERANCE = 0.02
 
 def check_policy(bench: Bench, size: str, *, lora_rank: int = 0) -> None:
     """Measure a policy of a size: memory beside the plan, tokens per second, share of peak FLOP/s."""
+    accept_older_torch()
     shape = shape_of_size(size, is_tiny=bench.is_tiny)
     folder = bench.scratch / "model"
     bench.record("write_s", bench.seconds(lambda: write_random_model(folder, shape, device=bench.device)))
@@ -47,6 +53,7 @@ def check_policy(bench: Bench, size: str, *, lora_rank: int = 0) -> None:
 
 def check_attention(bench: Bench) -> None:
     """Compare attention over packed rows with SDPA, and its speed with that of padded rows."""
+    accept_older_torch()
     shape = shape_of_size("3B", is_tiny=bench.is_tiny)
     batch = _batch(bench, num_groups=1 if bench.is_tiny else 2)
     if bench.device.type == "cuda":
@@ -82,6 +89,27 @@ def check_attention(bench: Bench) -> None:
     bench.record("packed_tokens_per_s", real / packed_s, unit="the same")
     bench.record("padded_per_real", rows.numel() / real, unit="tokens")
     bench.record("packed_per_real", ids.numel() / real, unit="tokens")
+
+
+def accept_older_torch() -> None:
+    """Let `varlen_attn` of torch before 2.13, which a borrowed machine may have, take fewer heads of keys."""
+    found = varlen.varlen_attn
+    if "enable_gqa" not in inspect.signature(found).parameters:
+        varlen.varlen_attn = partial(_attend_with_copied_heads, found)
+
+
+def _attend_with_copied_heads(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    enable_gqa: bool,
+    **others: Any,
+) -> Tensor:
+    """Call `attend` with as many heads of keys and values as of queries; all are [T, heads, D]."""
+    copies = query.shape[1] // key.shape[1] if enable_gqa else 1
+    return attend(query, key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1), **others)
 
 
 def _compare_kernels(bench: Bench, forest: Forest, *, shape: ModelShape) -> None:

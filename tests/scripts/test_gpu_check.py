@@ -14,9 +14,11 @@ import gpu_check
 import pytest
 import torch
 from gpu_check import DRY_RUN, Check, run_checks
+from gpu_checks.policy import accept_older_torch
 from gpu_checks.recorder import Bench, read_lines
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch.nn.attention import varlen
 
 SCRIPT = Path(gpu_check.__file__)
 
@@ -96,6 +98,17 @@ def test_what_a_check_measured_before_its_end_is_kept(tmp_path: Path) -> None:
     assert hung.startswith("ended after its limit")
     assert failed == "failed: ValueError: no room"
     assert died == "failed: its process ended with exit code 9"
+
+
+def test_attention_of_older_torch_gets_as_many_heads_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_q: int) -> torch.Tensor:
+        return query + key + value
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    accept_older_torch()
+    query, key = torch.zeros(3, 4, 1), torch.tensor([[[1.0], [2.0]]]).expand(3, 2, 1)
+    result = varlen.varlen_attn(query=query, key=key, value=key, max_q=3, enable_gqa=True)
+    assert result[0, :, 0].tolist() == [2, 2, 4, 4]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
