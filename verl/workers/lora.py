@@ -155,7 +155,7 @@ def write_adapters(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.path,
         "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
+        "lora_alpha": round(config.lora_alpha) if config.lora_alpha % 1 == 0 else config.lora_alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({name.split(".")[-2] for name in layout}),

@@ -130,7 +130,8 @@ def read_state(
             f"{folder} holds another model than actor_rollout_ref.model.path={source}, or was trained with "
             "another lora_rank or other target_modules"
         )
-    if _BASE in layout and not torch.equal(files.read(_BASE), hash_weights(source)):
+    is_checked = context.rank == 0 and _BASE in layout  # its error ends the other ranks, too
+    if is_checked and not torch.equal(files.read(_BASE), hash_weights(source)):
         raise ConfigError(
             f"{folder} holds adapters for other weights than those of actor_rollout_ref.model.path={source}; "
             "restore the model with which the run began"

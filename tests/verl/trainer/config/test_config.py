@@ -209,6 +209,9 @@ def test_wrong_type_is_refused_with_its_key() -> None:
     [
         ("data.train_batch_size=0", "data.train_batch_size must be greater than 0, got 0"),
         ("actor_rollout_ref.actor.kl_loss_type=k9", "one of low_var_kl"),
+        ("actor_rollout_ref.model.lora_rank=-1", "lora_rank must be at least 0, got -1"),
+        ("actor_rollout_ref.model.target_modules=q_proj", r"all-linear or a list of names .*got 'q_proj'"),
+        ("actor_rollout_ref.model.target_modules=[]", "all-linear or a list of names"),
         ("reward.max_failure_share=1.5", r"reward.max_failure_share must be in \[0, 1\]"),
         ("retriever.url=localhost:8000", "an http"),
         ("data.prompt=rows", "data.prompt must be one of auto, parquet, file, got 'rows'"),
