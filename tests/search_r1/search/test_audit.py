@@ -139,6 +139,8 @@ async def test_an_id_that_the_corpus_lacks_is_missing_for_a_server_of_ours(
         (["--topk", "0"], "--topk must be in 1"),
         (["--topk", "5", "--depth", "4"], "--depth must be at least --topk (5), got 4"),
         (["--url", "http://x", "--index_path", "y"], "has its own --index_path"),
+        (["--url", "nothing", "--output", "/dev/null/x"], "--output /dev/null/x: "),
+        (["--url", "nothing", "--output", "/"], "--output / cannot be written"),
     ],
 )
 def test_wrong_settings_are_named(flags: list[str], complaint: str, caplog: pytest.LogCaptureFixture) -> None:
