@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.lines import Line2D
+
 from serving.plotting import COLORS
 from verl.evaluation.summary import Point
 from verl.evaluation.tables import format_bin, format_estimate
@@ -20,12 +22,13 @@ def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: s
     )
     places = {ends: place for place, (ends, _) in enumerate(bins)}
     with new_figure(title, x_label=x_label, right=0.985 if len(series) == 1 else 0.72) as (figure, axes):
-        for number, (name, points) in enumerate(series.items()):
+        lines: list[Line2D] = []
+        for number, points in enumerate(series.values()):
             shift = _SPREAD * ((number + 0.5) / len(series) - 0.5)
             xs = [places[point.low, point.high] + shift for point in points]
             ys = [100 * point.estimate.value for point in points]
             color = COLORS[number % len(COLORS)]
-            axes.plot(xs, ys, "o-", color=color, label=name, markersize=4, linewidth=1.2)
+            lines += axes.plot(xs, ys, "o-", color=color, markersize=4, linewidth=1.2)
             for x, point in zip(xs, points, strict=True):
                 if point.estimate.interval is not None:
                     axes.vlines(x, *(100 * end for end in point.estimate.interval), color=color, alpha=0.5)
@@ -36,7 +39,9 @@ def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: s
         axes.set_ylim(-3, 106)
         axes.set_ylabel(f"{measure} in percent")
         if len(series) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1)
+            # Matplotlib reads `$` as a formula, and ignores labels of lines that begin with `_`.
+            names = [name.replace("$", r"\$") for name in series]
+            axes.legend(lines, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1)
         values = (
             f"{name}: " + ", ".join(f"{format_bin(p)}: {format_estimate(p.estimate)}" for p in points)
             for name, points in series.items()

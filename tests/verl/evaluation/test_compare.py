@@ -74,6 +74,19 @@ def test_every_pair_and_another_base(
     assert "* differs from trained" in (tmp_path / "comparison.md").read_text()
 
 
+def test_names_of_folders_are_shown_as_they_are(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [r"a$\frac$", "_<b>", "[red]"]
+    for name, folder in zip(names, folders, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+    main([*(str(tmp_path / name) for name in names), "--output", str(tmp_path / "out")])
+    assert "differences to a$" in capsys.readouterr().out
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert page.count(r">a$\frac$</text>") == page.count(">_&lt;b&gt;</text>") == 2  # in both charts
+    assert "_<b>" not in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
