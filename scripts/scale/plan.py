@@ -15,7 +15,6 @@ from verl.trainer.plan.assumptions import ASLEEP_BYTES, GB
 from verl.trainer.plan.check import Plan, plan_run
 from verl.trainer.plan.gpus import find_gpu
 from verl.trainer.plan.memory import Phase, total
-from verl.trainer.plan.seconds import step_seconds
 from verl.trainer.plan.shape import KNOWN_SHAPES
 
 
@@ -150,7 +149,7 @@ def recipe_rows() -> Iterator[str]:
     for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu", "gpu_16"):
         for size in ("1.5B", "3B", "7B"):
             plan, problem = _recipe_plan(recipe, size)
-            result = f"{step_seconds(plan.stages):.0f} | fits"
+            result = f"{plan.step_s:.0f} | fits"
             if problem is not None:
                 result = f"| {problem.partition('; change: ')[2]}"
             yield f"| `{recipe}` | {size} | {_gigabytes(plan)} | {result} |"
@@ -163,7 +162,7 @@ def lora_rows() -> Iterator[str]:
         assert problem is None, problem
         whole, _ = _recipe_plan(recipe, size)
         largest = max(total(whole.items, phase, gpu=0) for phase in Phase) / GB
-        seconds = f"{step_seconds(plan.stages):.0f}"
+        seconds = f"{plan.step_s:.0f}"
         yield f"| `{recipe}` | {size} | {_gigabytes(plan)} | {seconds} | {largest:.1f}, does not fit |"
 
 
@@ -172,7 +171,7 @@ def stage_rows() -> Iterator[str]:
     plans = [audited_plan(model, ig_service_gpus=8) for model in ("3B", "7B")]
     for stages in zip(*(plan.stages for plan in plans), strict=True):
         yield f"| {stages[0].name} | {' | '.join(f'{stage.seconds:.1f}' for stage in stages)} |"
-    yield f"| step | {' | '.join(f'{step_seconds(plan.stages):.1f}' for plan in plans)} |"
+    yield f"| step | {' | '.join(f'{plan.step_s:.1f}' for plan in plans)} |"
 
 
 def _recipe_plan(recipe: str, size: str, *overrides: str) -> tuple[Plan, str | None]:

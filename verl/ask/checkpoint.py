@@ -106,7 +106,9 @@ def make_config(
         config,
         data=data,
         max_turns=config.max_turns if max_turns is None else max_turns,
-        actor_rollout_ref=replace(config.actor_rollout_ref, model=model),
+        actor_rollout_ref=replace(
+            config.actor_rollout_ref, model=model, rollout=replace(rollout, n_gpus_per_node=0)
+        ),
         # In this process: starting Ray takes longer than answering.
         trainer=TrainerConfig(launcher="local", n_gpus_per_node=rollout.tensor_model_parallel_size),
     )

@@ -43,6 +43,9 @@ _GPU_BATCHED_TOKENS = 8192
 _UNKNOWN_VERSION = -1
 """Version of an engine that has no weights, or whose last weight update failed half-way."""
 
+_CAUSES = {"ipc": "CUDA IPC is forbidden here", "nccl": "NCCL does not connect these GPUs"}
+"""Why a transfer backend may not work at all."""
+
 
 class VllmEngine:
     """One replica. Build it on any thread, call it on one event loop."""
@@ -210,8 +213,8 @@ class VllmEngine:
             yield
         except Exception as error:  # vLLM's errors share no class
             fix = "repeat the command to resume"
-            if self._weight_backend == "ipc":
-                fix += ", with actor_rollout_ref.rollout.weight_transfer=file if CUDA IPC is forbidden here"
+            if cause := _CAUSES.get(self._weight_backend or ""):
+                fix += f", with actor_rollout_ref.rollout.weight_transfer=file if {cause}"
             raise WeightSyncError(
                 f"vLLM failed to take over weights, and has none to sample with: {type(error).__name__}: "
                 f"{error}; what was trained is kept: {fix}"
@@ -278,7 +281,7 @@ def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
     return {
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enforce_eager": config.enforce_eager,
-        "enable_sleep_mode": True,
+        "enable_sleep_mode": config.n_gpus_per_node == 0,  # with GPUs of its own it never sleeps
         # vLLM's own default, 2,048, leaves a large GPU idle while it reads prompts.
         "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
         "enable_chunked_prefill": True,

@@ -30,6 +30,7 @@ from verl.run.records import Decode
 from verl.run.resume import find_progress
 from verl.run.tracking import Tracker, read_metrics
 from verl.trainer.config.advice import list_advice
+from verl.trainer.config.pools import transfer_kind
 from verl.trainer.config.schema import SYNC, ActorRolloutRefConfig, Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Models, count_gpus, launch_models
@@ -66,13 +67,8 @@ from verl.workers.model import check_model
 from verl.workers.scorer import LogProbScorer
 from verl.workers.weight_file import FileTransfer
 from verl.workers.weight_ipc import IpcTransfer
-from verl.workers.weight_sync import (
-    WeightPublisher,
-    WeightTransfer,
-    make_probe,
-    probe_tolerance,
-    transfer_kind,
-)
+from verl.workers.weight_nccl import NcclTransfer
+from verl.workers.weight_sync import WeightPublisher, WeightTransfer, make_probe, probe_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +280,11 @@ def make_publisher(
     """Make the publisher of weights, whose probe is the beginning of the run's own prompts."""
     policy, receivers = models.policy, models.engines.receivers
     transfer: WeightTransfer
-    if transfer_kind(config.rollout, device=device) == "ipc":
+    kind = transfer_kind(config.rollout, device=device)
+    if kind == "nccl":
+        size = config.rollout.tensor_model_parallel_size
+        transfer = NcclTransfer(policy, receivers, engine_size=size)
+    elif kind == "ipc":
         transfer = IpcTransfer(policy, receivers)
     else:
         transfer = FileTransfer(policy, receivers)

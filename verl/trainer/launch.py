@@ -1,4 +1,4 @@
-"""Start policy, reference and engines, on the cores or together on the GPUs of one or more nodes."""
+"""Start policy, reference and engines, on the cores or the GPUs of one or more nodes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from verl.errors import ConfigError
 from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import VllmEngine
+from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, transfer_kind
 from verl.trainer.config.schema import Config
 from verl.trainer.needs import FrozenModels
-from verl.utils.actors import Launcher, Node, make_launcher
+from verl.utils.actors import Launcher, Node, interface_of, make_launcher
 from verl.utils.cluster import Share, join_cluster
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
 from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import InitialPolicy, PolicyCopy, ScoringModel
-from verl.workers.weight_sync import transfer_kind
 from verl.workers.worker_group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -169,12 +169,14 @@ def share_of_nodes(config: Config, *, device: str) -> Share:
     """Return what the run reserves of a cluster: GPUs, and a core for each process."""
     trainer = config.trainer
     on_gpus = device == "cuda"
-    replicas = count_replicas(config, device=device)
+    workers, replicas = count_workers(config, device=device), count_replicas(config, device=device)
+    # Ranks and engines that share GPUs take turns.
+    at_once = workers + replicas if has_own_gpus(config.actor_rollout_ref.rollout) else max(workers, replicas)
     return Share(
         address=str(trainer.ray_address),
         num_nodes=trainer.nnodes,
         gpus=trainer.n_gpus_per_node if on_gpus else 0,
-        cpus=max(count_workers(config, device=device), replicas) // trainer.nnodes,
+        cpus=at_once // trainer.nnodes,
     )
 
 
@@ -213,23 +215,32 @@ def launch_engines(
     per_node = replicas // len(launcher.nodes)
     settings = engine_settings(config, device=device, scratch=scratch, num_replicas=per_node)
     max_concurrent = config.trainer.max_concurrent_episodes or replicas * rollout.max_num_seqs
+    separate = has_own_gpus(rollout)
+    first = engine_gpus(config).start
+
+    def see(node: int, local: int) -> dict[str, str]:
+        begin = first + local * parallel
+        gpus = launcher.nodes[node].see_gpus(range(begin, begin + parallel))
+        # The ranks of the policy talk over it, too, see `WorkerGroup.launch`.
+        return gpus | ({"NCCL_SOCKET_IFNAME": interface_of(launcher.nodes, node)} if separate else {})
+
     actors = [
         launcher.launch(
             RolloutWorker,
             kwargs={"engine": partial(VllmEngine, **settings), "open_agent": open_agent},
             name=f"engine-{node * per_node + local}",
-            env=where.see_gpus(range(local * parallel, (local + 1) * parallel)) if device == "cuda" else None,
+            env=see(node, local) if device == "cuda" else None,
             max_concurrency=max_concurrent + _CONTROL_CALLS,
             node=node,
         )
-        for node, where in enumerate(launcher.nodes)
+        for node in range(len(launcher.nodes))
         for local in range(per_node)
     ]
     return EnginePool(
         actors,
         max_concurrent=max_concurrent,
         request_timeout_s=rollout.request_timeout_s,
-        colocated=device == "cuda" and rollout.free_cache_engine,
+        colocated=device == "cuda" and rollout.free_cache_engine and not separate,
     )
 
 
@@ -256,14 +267,14 @@ def count_replicas(config: Config, *, device: str) -> int:
     """Return the number of engines, on all nodes."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     if device == "cuda":
-        return trainer.n_gpus_per_node // rollout.tensor_model_parallel_size * trainer.nnodes
+        return len(engine_gpus(config)) // rollout.tensor_model_parallel_size * trainer.nnodes
     return trainer.num_cpu_engines
 
 
 def count_workers(config: Config, *, device: str) -> int:
     """Return the number of ranks of the policy, on all nodes."""
     trainer = config.trainer
-    return trainer.n_gpus_per_node * trainer.nnodes if device == "cuda" else trainer.num_cpu_workers
+    return len(policy_gpus(config)) * trainer.nnodes if device == "cuda" else trainer.num_cpu_workers
 
 
 def count_gpus() -> int:

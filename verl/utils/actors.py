@@ -59,6 +59,11 @@ class Node:
         }
 
 
+def interface_of(nodes: Sequence[Node], index: int) -> str:
+    """Return the network interface on which a node talks to the others; loopback if it is alone."""
+    return nodes[index].interface if len(nodes) > 1 else "lo"
+
+
 def this_node() -> Node:
     """Return this machine with the GPUs that this process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -36,12 +36,7 @@ from verl.workers.model import (
     packs_rows,
     resolve_model_folder,
 )
-from verl.workers.model_io import (
-    build_model,
-    engine_weights,
-    fill_model,
-    sharding_units,
-)
+from verl.workers.model_io import build_model, engine_weights, fill_model, sharding_units
 from verl.workers.offload import Residence
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
@@ -57,6 +52,7 @@ from verl.workers.profile import Profile, profiled
 from verl.workers.rank_state import StagedState, export_state, read_state, stage_state, write_state
 from verl.workers.weight_file import FileSender
 from verl.workers.weight_ipc import ChunkSender
+from verl.workers.weight_nccl import BroadcastSender
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +117,10 @@ class PolicyWorker:
         unties = device == "cpu" and is_tied(self._source)
         weights = partial(engine_weights, self._model, dtype=self._dtype, with_head=unties)
         self._file = FileSender(weights, context=self._context)
-        self._chunks = ChunkSender(weights, device=self._context.device)
+        self._senders = {
+            "ipc": ChunkSender(weights, device=self._context.device),
+            "nccl": BroadcastSender(weights, context=self._context),
+        }
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the whole model, without adapters."""
@@ -189,10 +188,10 @@ class PolicyWorker:
         """Return the number of bytes of the weights that an engine gets."""
         return self._file.num_bytes()
 
-    def send_chunks(self, method: str, /, *args: object) -> Any:
-        """Return what a method of `ChunkSender` does, with the weights on the device."""
+    def send(self, kind: str, method: str, /, *args: object) -> Any:
+        """Return what a method of a sender (`ipc`, `nccl`) does, with the weights on the device."""
         self._residence.load_weights()
-        return getattr(self._chunks, method)(*args)
+        return getattr(self._senders[kind], method)(*args)
 
     def perturb(self, *, undo: bool = False) -> None:
         """Negate the final norm and double the LM head, which moves every log-prob; `undo` takes it back.

@@ -19,7 +19,7 @@ import torch
 
 from verl.errors import WeightSyncError
 from verl.protocols import EnginePart
-from verl.trainer.config.schema import ActorRolloutRefConfig, RolloutConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.workers.model import compute_dtype
 
@@ -143,13 +143,6 @@ class WeightPublisher:
 
     async def _wake(self, part: EnginePart) -> None:
         await asyncio.gather(*(receiver.wake(part) for receiver in self._receivers))
-
-
-def transfer_kind(config: RolloutConfig, *, device: str) -> str:
-    """Return `file` or `ipc`: `rollout.weight_transfer`, where auto is ipc on GPUs."""
-    if config.weight_transfer == "auto":
-        return "file" if device == "cpu" else "ipc"
-    return config.weight_transfer
 
 
 def make_probe(prompts: Iterable[Sequence[int]]) -> IntArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs, split, unpack
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
-from verl.utils.actors import Actor, ActorError, Launcher, Node
+from verl.utils.actors import Actor, ActorError, Launcher, Node, interface_of
 from verl.utils.timing import Span
 from verl.workers.batch import TrainBatch, count_mini_batches, deal_rows, deal_trees, make_mini_batches
 from verl.workers.model import packs_rows
@@ -36,10 +36,17 @@ class WorkerGroup:
     """The policy, or its frozen reference, on as many actors as there are ranks."""
 
     def __init__(
-        self, actors: Sequence[Actor], *, config: ActorConfig, packs: bool, rendezvous: Rendezvous
+        self,
+        actors: Sequence[Actor],
+        *,
+        config: ActorConfig,
+        packs: bool,
+        rendezvous: Rendezvous,
+        address: str,
     ) -> None:
-        """`packs`: a forward pass can take several trajectories, see `packs_rows`."""
+        """`packs`: a forward pass can take several trajectories, see `packs_rows`; `address`: of rank 0."""
         self._actors = tuple(actors)
+        self._address = address
         self._config = config
         self._packs = packs
         self._max_tokens = config.ppo_max_token_len_per_gpu if packs else 1
@@ -87,7 +94,8 @@ class WorkerGroup:
             )
             for rank in ranks
         ]
-        return cls(actors, config=config.actor, packs=packs, rendezvous=rendezvous)
+        address = launcher.nodes[0].address
+        return cls(actors, config=config.actor, packs=packs, rendezvous=rendezvous, address=address)
 
     async def wait_until_ready(self) -> int:
         """Return the number of parameters once all ranks are built. Raises what a constructor raised."""
@@ -165,7 +173,7 @@ class WorkerGroup:
     async def share_weights(self) -> tuple[list[Chunk], Handles]:
         """Allocate a buffer on every rank; return its chunks, and the handles of all."""
         shared: list[tuple[list[Chunk], Handles]] = await self._call_all(
-            "send_chunks", [("share",)] * len(self._actors)
+            "send", [("ipc", "share")] * len(self._actors)
         )
         handles: Handles = {}
         for _, of_rank in shared:
@@ -174,11 +182,31 @@ class WorkerGroup:
 
     async def fill_chunk(self, index: int) -> None:
         """Gather the tensors of a chunk into the buffers."""
-        await self._call_all("send_chunks", [("fill", index)] * len(self._actors))
+        await self._call_all("send", [("ipc", "fill", index)] * len(self._actors))
 
     async def unshare_weights(self) -> None:
         """Free the buffers."""
-        await self._call_all("send_chunks", [("unshare",)] * len(self._actors))
+        await self._call_all("send", [("ipc", "unshare")] * len(self._actors))
+
+    async def find_endpoint(self) -> tuple[str, int]:
+        """Return the address of the first node, and a port that is free there."""
+        port: int = await self._actors[0].call("send", "nccl", "find_port", self._address)
+        return self._address, port
+
+    async def connect_engines(self, info: Mapping[str, object]) -> None:
+        """Join the group of the engines as its rank 0."""
+        await self._call_all("send", [("nccl", "connect", info)] * len(self._actors))
+
+    async def describe_weights(self) -> dict[str, object]:
+        """Return what `broadcast_weights` sends, in its order."""
+        found: list[dict[str, object]] = await self._call_all(
+            "send", [("nccl", "describe")] * len(self._actors)
+        )
+        return found[0]
+
+    async def broadcast_weights(self) -> None:
+        """Gather the weights and broadcast them to the engines."""
+        await self._call_all("send", [("nccl", "send")] * len(self._actors))
 
     async def export_bytes(self) -> int:
         """Return the number of bytes that `export_weights` writes on a node."""
@@ -279,8 +307,7 @@ def _zip_passes(
 
 def _make_environment(placement: Placement, nodes: Sequence[Node]) -> dict[str, str]:
     """Return the environment of a rank: its GPUs, and the interface on which the ranks talk."""
-    node = nodes[placement.node]
-    interface = node.interface if len(nodes) > 1 else "lo"
+    node, interface = nodes[placement.node], interface_of(nodes, placement.node)
     if placement.device == "cpu":
         # Threads that spin would take the cores from the other processes.
         return {"GLOO_SOCKET_IFNAME": interface, "OMP_WAIT_POLICY": "passive"}

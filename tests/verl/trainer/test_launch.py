@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from verl.errors import ConfigError
 from verl.protocols import Agent, Generate
 from verl.rollout.host import RolloutWorker
 from verl.trainer.config.schema import Config
-from verl.trainer.launch import launch_engines, refuse_loopback, share_of_nodes
+from verl.trainer.launch import count_workers, launch_engines, refuse_loopback, share_of_nodes
 from verl.utils.actors import Node
 from verl.utils.cluster import Share
 from verl.workers.parallel import Placement, Rendezvous
@@ -114,6 +116,30 @@ def test_a_rank_and_an_engine_of_each_gpu_are_on_its_node(config: Config, tmp_pa
     assert share_of_nodes(config, device="cuda") == Share(
         address="10.0.0.1:6379", num_nodes=2, gpus=4, cpus=4
     )
+
+
+def test_engines_with_gpus_of_their_own_have_the_last_of_each_node(config: Config, tmp_path: Path) -> None:
+    own = copy.deepcopy(config)
+    rollout = own.actor_rollout_ref.rollout
+    rollout.tensor_model_parallel_size, rollout.n_gpus_per_node = 1, 2
+    launcher = two_nodes()
+    pool = launch_engines(own, launcher, device="cuda", scratch=tmp_path, open_agent=no_agent)
+    assert [(a.name, a.node, a.env["CUDA_VISIBLE_DEVICES"]) for a in launcher.started] == [
+        ("engine-0", 0, "2"),
+        ("engine-1", 0, "3"),
+        ("engine-2", 1, "6"),
+        ("engine-3", 1, "7"),
+    ]
+    assert [actor.env["NCCL_SOCKET_IFNAME"] for actor in launcher.started[1:3]] == ["eth0", "ib0"]
+    assert launcher.started[0].kwargs["engine"].keywords["weight_backend"] == "nccl"
+    assert count_workers(own, device="cuda") == 4
+    launch_ranks(own, launcher, Placement(device="cuda", world_size=4))
+    assert [(a.node, a.env["CUDA_VISIBLE_DEVICES"]) for a in launcher.started[4:]] == [
+        *[(0, "0,1")] * 2,
+        *[(1, "4,5")] * 2,
+    ]
+    assert share_of_nodes(own, device="cuda").bundle == {"CPU": 4.0, "GPU": 4.0}
+    asyncio.run(pool.sleep())  # calls no engine: these raise NotImplementedError
 
 
 def test_on_cpus_workers_and_engines_are_shared_out_among_the_nodes(config: Config, tmp_path: Path) -> None:

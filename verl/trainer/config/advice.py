@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from verl.algorithms import ALGORITHMS
+from verl.trainer.config.pools import has_own_gpus
 from verl.trainer.config.schema import Config
 
 _TOKEN_CLIP = 0.1
 """Clip ranges from here on are made for the ratio of a single token."""
+_OWN_GPU_SHARE = 0.9
+"""Of a GPU for an engine that has it alone: what is left takes CUDA and the weights of a publish."""
 
 
 def list_advice(config: Config) -> list[str]:
     """Return one warning with key, value and fix for each such setting. Expects a valid configuration."""
-    return [*_advise_format(config), *_advise_filter(config), *_advise_clip(config)]
+    return [
+        *_advise_format(config),
+        *_advise_filter(config),
+        *_advise_clip(config),
+        *_advise_engine_share(config),
+    ]
 
 
 def _advise_format(config: Config) -> list[str]:
@@ -45,4 +53,17 @@ def _advise_clip(config: Config) -> list[str]:
         f"clip_ratio_high={high:g} clips hardly anything: means over many tokens stay near 1. GSPO "
         "was published with actor_rollout_ref.actor.clip_ratio_low=3e-4 "
         "actor_rollout_ref.actor.clip_ratio_high=4e-4"
+    ]
+
+
+def _advise_engine_share(config: Config) -> list[str]:
+    rollout = config.actor_rollout_ref.rollout
+    share = rollout.gpu_memory_utilization
+    # The IG service may share these GPUs, too.
+    if not has_own_gpus(rollout) or config.placement.ig_service_gpus or share >= _OWN_GPU_SHARE:
+        return []
+    return [
+        f"actor_rollout_ref.rollout.gpu_memory_utilization={share:g} leaves a part of GPUs unused that "
+        f"engines have alone (actor_rollout_ref.rollout.n_gpus_per_node={rollout.n_gpus_per_node}); "
+        f"set it to {_OWN_GPU_SHARE:g}"
     ]

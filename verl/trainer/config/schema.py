@@ -201,7 +201,8 @@ class RolloutConfig:
     max_num_batched_tokens: int | None = positive(None)
     enforce_eager: bool = False
     free_cache_engine: bool = True
-    weight_transfer: str = one_of("auto", "file", "ipc")
+    n_gpus_per_node: int = not_negative(0)
+    weight_transfer: str = one_of("auto", "file", "ipc", "nccl")
     request_timeout_s: float = positive(120.0)
     max_log_prob_difference: float | None = positive(None)
 

@@ -11,6 +11,7 @@ from verl.agent.reference import ONE_SHOT_RAG, REFERENCE_TEXTS
 from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
+from verl.trainer.config.pools import check_pools, has_own_gpus, policy_gpus
 from verl.trainer.config.schema import DROP_OBSERVATIONS, ONE_STEP_OFF, Config
 
 
@@ -150,14 +151,9 @@ def _check_devices(config: Config, num_gpus: int) -> list[str]:
             f"trainer.n_gpus_per_node={wanted}, but this machine has {num_gpus} GPUs; "
             "lower it or use trainer.device=cpu"
         )
-    if device == "cuda":
-        problems += check_engine_size(config)
+    problems += check_pools(config, device=device)
     if device == "cuda" and config.trainer.launcher == "local" and wanted > 1:
         problems.append("trainer.launcher=local runs one worker; use trainer.launcher=ray for several GPUs")
-    if device == "cpu" and config.actor_rollout_ref.rollout.weight_transfer == "ipc":
-        problems.append(
-            "actor_rollout_ref.rollout.weight_transfer=ipc needs GPUs; use auto or file on the CPU"
-        )
     if device == "cpu":
         problems += [f"{key}=true frees memory of GPUs; leave it out on the CPU" for key in _offloads(config)]
     for key in ("num_cpu_workers", "num_cpu_engines"):
@@ -181,11 +177,13 @@ def check_schedule(config: Config, *, device: str) -> list[str]:
             "weights that are one update older than those it trains, and only importance weights correct "
             "for that; set it to 2.0, or trainer.schedule=sync"
         )
-    if device == "cuda" and settings.rollout.free_cache_engine:
+    is_colocated = device == "cuda" and not has_own_gpus(settings.rollout)
+    if is_colocated and settings.rollout.free_cache_engine:
         problems.append(
             "actor_rollout_ref.rollout.free_cache_engine=true: trainer.schedule=one_step_off samples while "
             "the policy trains, so that the engines cannot give it their memory; set it to false, and "
             "actor_rollout_ref.rollout.gpu_memory_utilization to what both have room for (plan=true), or "
+            "give engines GPUs of their own (actor_rollout_ref.rollout.n_gpus_per_node), or "
             "trainer.schedule=sync"
         )
     return problems
@@ -200,20 +198,6 @@ def _offloads(config: Config) -> list[str]:
         for name, section in sections.items()
         for key in ("param_offload", "optimizer_offload")
         if getattr(section, key, False)
-    ]
-
-
-def check_engine_size(config: Config) -> list[str]:
-    """Return what is wrong with the number of GPUs of an engine."""
-    parallel, wanted = (
-        config.actor_rollout_ref.rollout.tensor_model_parallel_size,
-        config.trainer.n_gpus_per_node,
-    )
-    if wanted % parallel == 0:
-        return []
-    return [
-        f"trainer.n_gpus_per_node={wanted} is no multiple of "
-        f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}"
     ]
 
 
@@ -268,7 +252,7 @@ def _check_nodes(config: Config, num_gpus: int) -> list[str]:
                 f"trainer.{key}={getattr(trainer, key)} is no multiple of trainer.nnodes={trainer.nnodes}, "
                 "which all get the same share"
             )
-    ranks = trainer.num_cpu_workers if on_cpu else trainer.n_gpus_per_node * trainer.nnodes
+    ranks = trainer.num_cpu_workers if on_cpu else len(policy_gpus(config)) * trainer.nnodes
     size = config.actor_rollout_ref.actor.fsdp_config.fsdp_size
     if size not in (None, -1) and ranks % size:
         problems.append(

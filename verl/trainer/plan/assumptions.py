@@ -41,6 +41,8 @@ FORWARD_HIDDENS = 6.0
 """The same of a forward pass without gradients."""
 CHUNK_BYTES = 1.25 * GB
 """Buffer through which an engine gets weights, as in `verl.workers.weight_chunks`; the engine copies it."""
+BROADCAST_BYTES = 0.5 * GB
+"""After which a broadcast of weights ends, as in `verl.workers.weight_nccl`."""
 LOGITS_PER_CHUNK = 2**27
 """Float32 logits of one chunk, as in `verl.workers.model`."""
 LOGITS_COPIES = 5.5
@@ -77,6 +79,8 @@ FILE_BYTES_PER_S = 0.7 * GB
 """Weights through a file in memory: gathered, copied to the host, written, read by the engines (computed)."""
 IPC_BYTES_PER_S = 15.0 * GB
 """Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (computed)."""
+NCCL_BYTES_PER_S = 10.0 * GB
+"""Weights to engines on other GPUs: gathered over NVLink, packed, broadcast, loaded (computed)."""
 SLEEP_S = 1.0
 """Sleep and wake of an engine, which drops weights and cache and maps their memory again (computed)."""
 HOST_BYTES_PER_S = 25.0 * GB

@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
+from verl.trainer.config.pools import has_own_gpus
 from verl.trainer.config.schema import Config
 from verl.trainer.needs import find_frozen_models
 from verl.trainer.plan.assumptions import GB, USABLE_SHARE
 from verl.trainer.plan.gpus import Gpu, MeasuredGpu
 from verl.trainer.plan.memory import Item, Phase, list_items, total
-from verl.trainer.plan.seconds import Stage, list_stages
+from verl.trainer.plan.seconds import Stage, list_stages, step_seconds
 from verl.trainer.plan.setup import Setup, make_setup
 from verl.trainer.plan.shape import ModelShape
 
@@ -31,6 +32,7 @@ _OFFLOAD = (
 """In the order in which they are tried: the largest first, and the reference only where there is one."""
 _IG_GPUS = "placement.ig_service_gpus"
 _NUM_GPUS = "trainer.n_gpus_per_node"
+_OWN_GPU_SHARES = (0.9, 0.85, 0.8, 0.7, 0.6)
 _ENGINE_SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 _TOKEN_LIMITS = (16384, 8192, 4096, 2048)
 _GPU_COUNTS = (2, 4, 8)
@@ -61,6 +63,11 @@ class Plan:
     def usable(self) -> float:
         """Bytes of a GPU that can be used."""
         return self.setup.gpu.memory * USABLE_SHARE
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step; None where they are not planned."""
+        return step_seconds(self.stages, overlaps=self.setup.overlaps)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -135,7 +142,8 @@ def _list_changes(config: Config) -> Iterator[Settings]:
     """Yield changes of settings on the same GPUs, from none over single ones to several."""
     settings = config.actor_rollout_ref
     share, tokens = settings.rollout.gpu_memory_utilization, settings.actor.ppo_max_token_len_per_gpu
-    shares: list[Settings] = [{}, *({_ENGINE: value} for value in _ENGINE_SHARES if value != share)]
+    values = (*(_OWN_GPU_SHARES if has_own_gpus(settings.rollout) else ()), *_ENGINE_SHARES)
+    shares: list[Settings] = [{}, *({_ENGINE: value} for value in values if value != share)]
     longest = config.data.max_model_len
     limits: list[Settings] = [{}]
     limits += [{_TOKENS: value} for value in _TOKEN_LIMITS if longest <= value < tokens]

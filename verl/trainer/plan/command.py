@@ -7,8 +7,9 @@ import logging
 import os
 
 from verl.errors import ConfigError
+from verl.trainer.config.pools import check_pools
 from verl.trainer.config.schema import Config
-from verl.trainer.config.validate import check_engine_size, check_heads, check_schedule
+from verl.trainer.config.validate import check_heads, check_schedule
 from verl.trainer.plan.assumptions import GB
 from verl.trainer.plan.check import plan_run
 from verl.trainer.plan.gpus import KNOWN, Gpu, MeasuredGpu, find_gpu, measure_gpus
@@ -30,7 +31,7 @@ def show_plan(config: Config) -> None:
             "libraries of its processes (the quickstart: 6 to 7 GB in all); set trainer.device=cuda"
         )
     shape = read_shape(config.actor_rollout_ref.model.path)
-    problems = [*check_engine_size(config), *check_heads(config, num_heads=shape.kv_heads)]
+    problems = [*check_pools(config, device="cuda"), *check_heads(config, num_heads=shape.kv_heads)]
     if problems := [*problems, *check_schedule(config, device="cuda")]:
         raise ConfigError("; ".join(problems))
     machine = measure_gpus(visible=os.environ.get("CUDA_VISIBLE_DEVICES"))

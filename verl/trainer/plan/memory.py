@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from verl.trainer.plan.assumptions import (
     ASLEEP_BYTES,
+    BROADCAST_BYTES,
     CHUNK_BYTES,
     CONTEXT_BYTES,
     ENTAILMENT_BYTES,
@@ -62,9 +63,15 @@ class Item:
 
 def list_items(setup: Setup) -> list[Item]:
     """Return everything that is on the GPUs of the driver's node, without what takes nothing."""
-    everywhere = range(setup.num_gpus)
-    on_every_gpu = {**_states(setup), **_activations(setup), **_engine(setup)}
-    items = [Item(name=name, amounts=amounts, gpus=everywhere) for name, amounts in on_every_gpu.items()]
+    pools = (
+        ({**_states(setup), **_activations(setup)}, setup.policy_gpus),
+        (_engine(setup), setup.pool_gpus),
+    )
+    items = [
+        Item(name=name, amounts=amounts, gpus=gpus)
+        for of_pool, gpus in pools
+        for name, amounts in of_pool.items()
+    ]
     services = list(_services(setup))
     items += services
     for index, used in enumerate(setup.other_bytes):
@@ -135,11 +142,24 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
 
 
 def _sent(setup: Setup) -> float:
-    """Return what sending the weights adds: the largest one, gathered, and a chunk in buffer and engine."""
+    """Return what sending the weights adds to a rank: the largest one, gathered, and chunks.
+
+    By IPC one in the buffer and one in the engine; by NCCL, of the first rank, one that is packed and two
+    under way.
+    """
     largest = float(setup.shape.embedding_parameters * setup.number_bytes)
-    if setup.sends_by_file:
+    if setup.transfer == "file":
         return largest
+    if setup.transfer == "nccl":
+        return largest + 3 * _broadcast_chunk(setup)
     return largest + 2 * min(max(CHUNK_BYTES, largest), setup.shape.parameters * setup.number_bytes)
+
+
+def _broadcast_chunk(setup: Setup) -> float:
+    """Return the most bytes of a broadcast, which ends with the weight that exceeds its size."""
+    shape = setup.shape
+    largest = BROADCAST_BYTES + shape.embedding_parameters * setup.number_bytes
+    return min(largest, float(shape.parameters * setup.number_bytes))
 
 
 def _fsdp_buffers(setup: Setup) -> float:
@@ -176,6 +196,9 @@ def _engine(setup: Setup) -> dict[str, dict[Phase, float]]:
         "engine: weights": dict.fromkeys({*awake, Phase.PUBLISH}, weights),
         "engine: cache, graphs": dict.fromkeys(awake, max(0.0, share - weights)),
         "engine, asleep": dict.fromkeys(asleep, ASLEEP_BYTES),
+        "engine: received weights": {
+            Phase.PUBLISH: 2 * _broadcast_chunk(setup) if setup.transfer == "nccl" else 0.0
+        },
     }
 
 

@@ -20,6 +20,7 @@ from verl.trainer.plan.assumptions import (
     GPU_SEARCHES_PER_S,
     HOST_BYTES_PER_S,
     IPC_BYTES_PER_S,
+    NCCL_BYTES_PER_S,
     PREFILL_SHARE,
     SLEEP_S,
     TRAIN_SHARE,
@@ -68,9 +69,21 @@ def list_stages(setup: Setup) -> list[Stage]:
     return [*stages, _offload(setup)] if setup.offload != Offload() else stages
 
 
-def step_seconds(stages: Sequence[Stage]) -> float | None:
-    """Return the seconds of a step, without stages that are not planned; None if none is."""
-    return sum(stage.seconds or 0.0 for stage in stages) if stages else None
+def step_seconds(stages: Sequence[Stage], *, overlaps: bool) -> float | None:
+    """Return the seconds of a step, without stages that are not planned; None if none is.
+
+    `overlaps`: the next step is sampled while this one trains; a publish waits for both.
+    """
+    if not stages:
+        return None
+    rollout, publish = phase_seconds(stages, Phase.ROLLOUT), phase_seconds(stages, Phase.PUBLISH)
+    training = sum(stage.seconds or 0.0 for stage in stages) - rollout - publish
+    return (max(rollout, training) if overlaps else rollout + training) + publish
+
+
+def phase_seconds(stages: Sequence[Stage], phase: Phase) -> float:
+    """Return the seconds of the stages of a phase."""
+    return sum(stage.seconds or 0.0 for stage in stages if stage.phase == phase)
 
 
 def _speed(gpu: Gpu) -> tuple[float, float]:
@@ -109,7 +122,7 @@ def _engines(setup: Setup) -> Stage:
     """Return reading and sampling of the engines: all episodes together, then the longest one alone."""
     flops, bandwidth = _speed(setup.gpu)
     shape, episodes, tp = setup.shape, setup.episodes, setup.engine_gpus
-    gpus = setup.world_size
+    gpus = setup.engine_world_size
     # A prompt is read once for its group, what follows once: the cache keeps the rest.
     read = episodes.questions * episodes.prompt_tokens + episodes.count * episodes.observation_tokens
     read_limit_s = 2.0 * shape.parameters * read / (flops * gpus)
@@ -179,12 +192,17 @@ def _gains(setup: Setup, *, hidden_s: float) -> Stage:
 def _publish(setup: Setup) -> Stage:
     """Return sleep and wake of the engines, and the way of the weights to them."""
     size = setup.shape.parameters * setup.number_bytes
+    way, speed = {
+        "file": ("through host memory", FILE_BYTES_PER_S),
+        "ipc": ("through GPU memory", IPC_BYTES_PER_S),
+        "nccl": ("over NCCL", NCCL_BYTES_PER_S),
+    }[setup.transfer]
     asleep_s = SLEEP_S if setup.frees_engine else 0.0
     return Stage(
         phase=Phase.PUBLISH,
         name="publish",
-        detail=f"through {'host' if setup.sends_by_file else 'GPU'} memory, with sleep and wake",
-        seconds=asleep_s + size / (FILE_BYTES_PER_S if setup.sends_by_file else IPC_BYTES_PER_S),
+        detail=f"{way}, with sleep and wake" if setup.frees_engine else way,
+        seconds=asleep_s + size / speed,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from verl.algorithms.base import Need
-from verl.trainer.config.schema import Config, DataConfig
+from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, transfer_kind
+from verl.trainer.config.schema import ONE_STEP_OFF, Config, DataConfig
 from verl.trainer.needs import FrozenModels, find_frozen_models, find_needs
 from verl.trainer.plan.assumptions import (
     COMPLETION_TOKENS,
@@ -62,7 +63,11 @@ class Setup:
     shape: ModelShape
     gpu: Gpu
     num_gpus: int
+    """Of one node."""
+    policy_gpus: range
     """Of one node; each has a rank of the policy."""
+    pool_gpus: range
+    """Of one node, for the engines; they are the same or others."""
     num_nodes: int = 1
     num_shards: int
     """Ranks that share one copy of the policy."""
@@ -94,8 +99,10 @@ class Setup:
     max_model_len: int
     frees_engine: bool
     """Whether the engine sleeps while the policy has the GPU."""
-    sends_by_file: bool
-    """Whether weights reach the engines through host memory, not that of the GPU."""
+    transfer: str
+    """How weights reach the engines, see `transfer_kind`."""
+    overlaps: bool
+    """Whether a step is sampled on GPUs of the engines while the one before trains."""
     ig_gpus: int
     """Of the driver's node, as those of the retriever; the other nodes have fewer programs."""
     ig_share: float
@@ -109,8 +116,18 @@ class Setup:
 
     @property
     def world_size(self) -> int:
-        """GPUs over all nodes."""
-        return self.num_gpus * self.num_nodes
+        """Ranks of the policy over all nodes."""
+        return len(self.policy_gpus) * self.num_nodes
+
+    @property
+    def engine_world_size(self) -> int:
+        """GPUs of engines over all nodes."""
+        return len(self.pool_gpus) * self.num_nodes
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether engines share the GPUs of the policy."""
+        return self.policy_gpus == self.pool_gpus
 
     @property
     def update_passes(self) -> int:
@@ -130,7 +147,7 @@ class Setup:
     @property
     def replicas(self) -> int:
         """Engines over all nodes."""
-        return self.world_size // self.engine_gpus
+        return self.engine_world_size // self.engine_gpus
 
     @property
     def engine_weight_bytes(self) -> float:
@@ -157,12 +174,13 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
     settings, placement = config.actor_rollout_ref, config.placement
     actor, rollout = settings.actor, settings.rollout
     needs = find_needs(config)
-    num_gpus = config.trainer.n_gpus_per_node
-    num_nodes = config.trainer.nnodes
+    num_gpus, num_nodes = config.trainer.n_gpus_per_node, config.trainer.nnodes
+    node_ranks = len(policy_gpus(config))
+    separate = has_own_gpus(rollout)
     fsdp_size = actor.fsdp_config.fsdp_size
     num_updates = max(1, round(config.trajectories_per_step / actor.ppo_mini_batch_size))
     # A rank with few rows never fills a forward pass.
-    rows = -(-min(config.trajectories_per_step, actor.ppo_mini_batch_size) // (num_gpus * num_nodes))
+    rows = -(-min(config.trajectories_per_step, actor.ppo_mini_batch_size) // (node_ranks * num_nodes))
     longest = config.data.max_model_len
     trains = not config.trainer.evaluates_only
     return Setup(
@@ -170,7 +188,9 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         gpu=gpu,
         num_gpus=num_gpus,
         num_nodes=num_nodes,
-        num_shards=num_gpus * num_nodes if fsdp_size == -1 else fsdp_size or num_gpus,
+        policy_gpus=policy_gpus(config),
+        pool_gpus=engine_gpus(config),
+        num_shards=node_ranks * num_nodes if fsdp_size == -1 else fsdp_size or node_ranks,
         frozen=find_frozen_models(config),
         scores_with_policy=Need.POLICY_LOG_PROBS in needs,
         scores_with_frozen=Need.FROZEN_LOG_PROBS in needs,
@@ -189,8 +209,9 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         max_num_seqs=rollout.max_num_seqs,
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_model_len=longest,
-        frees_engine=rollout.free_cache_engine,
-        sends_by_file=rollout.weight_transfer == "file",
+        frees_engine=rollout.free_cache_engine and not separate,
+        transfer=transfer_kind(rollout, device="cuda"),
+        overlaps=separate and config.trainer.schedule == ONE_STEP_OFF,
         ig_gpus=min(placement.ig_service_gpus, num_gpus),
         ig_share=placement.ig_service_memory,
         retriever_gpus=min(placement.retriever_gpus, num_gpus),

@@ -11,7 +11,7 @@ from rich.table import Table
 from verl.trainer.plan.assumptions import GB
 from verl.trainer.plan.check import Plan
 from verl.trainer.plan.memory import total
-from verl.trainer.plan.seconds import step_seconds
+from verl.trainer.plan.setup import Setup
 
 _WIDTH = 110
 """Where stdout is no terminal."""
@@ -27,11 +27,11 @@ def describe_places(plan: Plan) -> list[str]:
     """Return one line per part of the run: what is where."""
     setup = plan.setup
     gpus, nodes = setup.num_gpus, setup.num_nodes
-    each = f"GPU {_span(range(gpus))}" + (f" of each of {nodes} nodes" if nodes > 1 else "")
+    policy, engines = (_place(setup, pool) for pool in (setup.policy_gpus, setup.pool_gpus))
     lines = [
         f"{setup.gpu.name}: {nodes * gpus} GPUs of {setup.gpu.memory / GB:.1f} GB, "
         f"a model of {setup.shape.parameters / 1e9:.2f} billion parameters",
-        f"policy: {each}, a rank on each, sharded over {setup.num_shards}",
+        f"policy: {policy}, a rank on each, sharded over {setup.num_shards}",
     ]
     if setup.lora_rank:
         lines.append(f"trained: adapters of rank {setup.lora_rank}; without them the policy is the reference")
@@ -41,8 +41,8 @@ def describe_places(plan: Plan) -> list[str]:
         lines.append(f"{' and '.join(names)}: as the policy")
     sleeps = "asleep while the policy has the GPU" if setup.frees_engine else "always awake"
     lines.append(
-        f"engines: {each}, {setup.replicas} of {setup.engine_gpus} GPU{'s' * (setup.engine_gpus > 1)} each, "
-        f"{setup.engine_share:g} of the memory, {sleeps}"
+        f"engines: {engines}, {setup.replicas} of {setup.engine_gpus} GPU{'s' * (setup.engine_gpus > 1)} "
+        f"each, {setup.engine_share:g} of the memory, {sleeps}"
     )
     here = " of the trainer's node" if nodes > 1 else ""
     if setup.uses_ig_service:
@@ -53,6 +53,11 @@ def describe_places(plan: Plan) -> list[str]:
     )
     lines.append(f"retriever: {where if setup.retriever_gpus else 'on CPUs, or elsewhere'}")
     return lines
+
+
+def _place(setup: Setup, gpus: range) -> str:
+    nodes = setup.num_nodes
+    return f"GPU {_span(gpus)}" + (f" of each of {nodes} nodes" if nodes > 1 else "")
 
 
 def memory_tables(plan: Plan) -> Iterator[Table]:
@@ -81,7 +86,8 @@ def seconds_table(plan: Plan) -> Table | str:
             "" if stage.limit_share is None else f"{stage.limit_share:.0%}",
         )
     table.add_section()
-    table.add_row("step", "", "", f"{step_seconds(plan.stages):.1f}", "", "")
+    detail = "the longer of rollout and training, then publish" if plan.setup.overlaps else ""
+    table.add_row("step", "", detail, f"{plan.step_s:.1f}", "", "")
     return table
 
 
@@ -89,7 +95,6 @@ def plan_record(plan: Plan) -> dict[str, object]:
     """Return the plan for programs; memory is that of the fullest GPU in each phase, in GB."""
     setup = plan.setup
     seconds = {stage.name: stage.seconds for stage in plan.stages}
-    step_s = step_seconds(plan.stages)
     return {
         "fits": plan.fits,
         "gpu": setup.gpu.name,
@@ -101,7 +106,7 @@ def plan_record(plan: Plan) -> dict[str, object]:
             for phase in plan.phases
         },
         "seconds": {name: None if s is None else round(s, 1) for name, s in seconds.items()},
-        "step_s": None if step_s is None else round(step_s, 1),
+        "step_s": None if plan.step_s is None else round(plan.step_s, 1),
     }
 
 

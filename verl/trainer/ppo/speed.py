@@ -97,7 +97,7 @@ def _rollout_metrics(
     share = None
     if setup is not None and setup.gpu.bandwidth is not None:
         moved = _per_second(_decoded_bytes(setup, trajectories), seconds)
-        share = None if moved is None else moved / (setup.gpu.bandwidth * setup.world_size)
+        share = None if moved is None else moved / (setup.gpu.bandwidth * setup.engine_world_size)
     return {
         "perf/prefilled_tokens_per_s": _per_second(read, seconds),
         "perf/rollout_bandwidth_share": share,
@@ -114,7 +114,7 @@ def _decoded_bytes(setup: Setup, trajectories: Sequence[Trajectory]) -> float:
     sampled = count_policy_tokens(trajectories)
     longest = max((trajectory.num_policy_tokens for trajectory in trajectories), default=0)
     steps = max(longest, sampled / (setup.replicas * setup.max_num_seqs))
-    weights = setup.engine_weight_bytes * setup.world_size
+    weights = setup.engine_weight_bytes * setup.engine_world_size
     return steps * weights + contexts * setup.shape.kv_bytes(setup.number_bytes)
 
 

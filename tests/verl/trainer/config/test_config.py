@@ -21,6 +21,7 @@ from verl.errors import ConfigError
 from verl.trainer.config.advice import list_advice
 from verl.trainer.config.loading import config_class, config_groups, load_config, register_schema, schema_keys
 from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.pools import check_pools
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import check_schedule, validate
 from verl.types import ActionKind, Gain, Score
@@ -266,6 +267,7 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
         "actor.fsdp_config.optimizer_offload=true",
         "ref.fsdp_config.param_offload=true",
         "rollout.weight_transfer=ipc",
+        "rollout.n_gpus_per_node=2",
     ],
 )
 def test_what_only_gpus_have_is_refused_on_the_cpu(setting: str) -> None:
@@ -289,6 +291,28 @@ def test_engines_that_vllm_would_refuse_or_run_badly_are_refused(key: str, value
         validate(config, num_gpus=0, cpu_has_bfloat16=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"n_gpus_per_node": 8}, "n_gpus_per_node=8 leaves no GPU for the policy: expected less than "),
+        ({"n_gpus_per_node": 3, "tensor_model_parallel_size": 2}, "n_gpus_per_node=3 is no multiple of "),
+        ({"n_gpus_per_node": 2, "weight_transfer": "ipc"}, "weight_transfer=ipc shares the memory of a GPU"),
+        ({"weight_transfer": "nccl"}, "weight_transfer=nccl cannot connect two processes on one GPU"),
+        ({"n_gpus_per_node": 3, "weight_transfer": "file"}, None),
+        ({"n_gpus_per_node": 2, "tensor_model_parallel_size": 2}, None),
+    ],
+)
+def test_gpus_of_the_engines_that_cannot_be_set_aside_are_refused(
+    settings: dict[str, object], problem: str | None
+) -> None:
+    config = composed(
+        ["recipe=gpu", *(f"actor_rollout_ref.rollout.{key}={value}" for key, value in settings.items())]
+    )
+    problems = check_pools(config, device="cuda")
+    assert len(problems) == (problem is not None)
+    assert all(found.startswith(f"actor_rollout_ref.rollout.{problem}") for found in problems)
+
+
 @pytest.mark.parametrize(("device", "num_problems"), [("cpu", 1), ("cuda", 2)])
 def test_what_contradicts_sampling_ahead_is_refused(device: str, num_problems: int) -> None:
     """No importance weights and, where the engines share GPUs with the policy, giving it their memory."""
@@ -298,8 +322,10 @@ def test_what_contradicts_sampling_ahead_is_refused(device: str, num_problems: i
     assert problems[0].startswith("actor_rollout_ref.actor.tis_imp_ratio_cap=null: ")
     assert ["free_cache_engine=true: " in problem for problem in problems[1:]] == [True] * (num_problems - 1)
     assert check_schedule(composed(overrides[1:]), device=device) == []
-    fits = [overrides[0], "actor_rollout_ref.rollout.free_cache_engine=false"]
-    assert check_schedule(composed(fits), device=device) == []
+    for fix in ("free_cache_engine=false", "n_gpus_per_node=2"):
+        assert (
+            check_schedule(composed([overrides[0], f"actor_rollout_ref.rollout.{fix}"]), device=device) == []
+        )
     config = composed([*overrides, "trainer.device=cpu"])
     with pytest.raises(ConfigError, match=r"tis_imp_ratio_cap=null"):
         validate(config, num_gpus=0, cpu_has_bfloat16=False)

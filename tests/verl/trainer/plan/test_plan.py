@@ -25,9 +25,10 @@ from verl.trainer.plan.assumptions import GB
 from verl.trainer.plan.check import Plan, change_settings, find_changes, make_plan, plan_run
 from verl.trainer.plan.gpus import MeasuredGpu, find_gpu
 from verl.trainer.plan.memory import Phase, total
+from verl.trainer.plan.seconds import phase_seconds
 from verl.trainer.plan.setup import Offload
 from verl.trainer.plan.shape import KNOWN_SHAPES
-from verl.trainer.plan.show import describe_places
+from verl.trainer.plan.show import describe_places, plan_record
 
 ROOT = Path(__file__).resolve().parents[4]
 H100 = find_gpu("H100")
@@ -223,6 +224,41 @@ def test_programs_that_run_already_count() -> None:
     assert planned.excess is not None
     assert planned.excess.gpu == 1
     assert "other programs 23.5" in (problem or "")
+
+
+_POOLS = (
+    "placement.ig_service_gpus=0",
+    "actor_rollout_ref.rollout.n_gpus_per_node=2",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.9",
+)
+
+
+def test_engines_with_gpus_of_their_own_share_none_with_the_policy() -> None:
+    planned, problem = plan(*_POOLS, model="7B")
+    assert problem is None
+    assert planned.setup.replicas == 2
+    assert describe_places(planned)[1:4:2] == [
+        "policy: GPU 0-5, a rank on each, sharded over 6",
+        "engines: GPU 6-7, 2 of 1 GPU each, 0.9 of the memory, always awake",
+    ]
+    on_policy, on_engines = ({item.name for item in planned.items if gpu in item.gpus} for gpu in (0, 7))
+    assert not on_policy & on_engines
+    assert gb(planned, Phase.ROLLOUT, gpu=7) == pytest.approx(0.9 * 85, rel=0.01)
+    assert gb(planned, Phase.PUBLISH, gpu=7) > gb(planned, Phase.ROLLOUT, gpu=7)
+    (publish,) = [stage for stage in planned.stages if stage.name == "publish"]
+    assert publish.detail == "over NCCL"
+    _, problem = plan(*_POOLS[:2], "actor_rollout_ref.rollout.gpu_memory_utilization=0.15", model="7B")
+    assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.9" in (problem or "")
+
+
+@pytest.mark.parametrize("schedule", ["sync", "one_step_off"])
+def test_a_step_takes_the_longer_half_where_engines_sample_the_next_one(schedule: str) -> None:
+    planned, _ = plan(*_POOLS, f"trainer.schedule={schedule}")
+    rollout, publish = (phase_seconds(planned.stages, p) for p in (Phase.ROLLOUT, Phase.PUBLISH))
+    training = sum(s.seconds or 0 for s in planned.stages) - rollout - publish
+    assert min(rollout, training, publish) > 0
+    expected = rollout + training if schedule == "sync" else max(rollout, training)
+    assert plan_record(planned)["step_s"] == pytest.approx(expected + publish, abs=0.1)
 
 
 def test_gains_that_are_computed_elsewhere_are_not_planned() -> None:
