@@ -21,8 +21,10 @@ from tests.verl.workers.episodes import (
     make_worker,
     one_rank,
     random_batch,
+    row_ids,
     save,
 )
+from verl.branches import Tree
 from verl.errors import ConfigError
 from verl.utils.actors import LocalLauncher
 from verl.workers.lora import adapted_layers, is_adapter
@@ -194,7 +196,13 @@ async def test_reference_and_refreshed_copy_of_a_group(
 
     policy, model = launch("policy", trainable=True), launch("copy", trainable=False)
     copy = PolicyCopy(policy, model, every=1, scratch=tmp_path)
+    ids = row_ids(BATCH, 0)
+    tree = Tree(trunk=ids, branches=(), trunk_scored=np.arange(len(ids)) > 0)
+    (before,) = await policy.tree_log_probs([tree])
     await policy.update(BATCH)
+    (initial,), (later,) = [await m.tree_log_probs([tree]) for m in (InitialPolicy(policy), policy)]
+    np.testing.assert_array_equal(initial.trunk, before.trunk)
+    assert not np.array_equal(later.trunk, before.trunk)
     np.testing.assert_array_equal(await InitialPolicy(policy).log_probs(BATCH), scores_of(tied_folder))
     trained = await policy.log_probs(BATCH)
     assert np.abs(await model.log_probs(BATCH) - trained).mean() > 0.001
