@@ -297,7 +297,10 @@ def make_llama(folder: Path) -> Path:
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # with other weights rounding errors may exceed what the tests allow
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
     return folder
 
 
