@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,9 @@ async def test_one_local_rank_does_what_the_worker_does(
     group, worker = launch(local, model_folder), make_worker(model_folder)
     batch = random_batch(7)
     assert await group.wait_until_ready() == worker.num_parameters()
+    address, port = await group.find_endpoint()
+    socket.create_server((address, port)).close()
+    assert await group.describe_weights() == worker.send("nccl", "describe")
     np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs([batch])[0], atol=2e-5)
     assert (await group.update(batch))["num_updates"] == 2
     await group.save(tmp_path)

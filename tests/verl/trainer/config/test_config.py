@@ -414,6 +414,11 @@ def test_each_released_checkpoint_finds_its_format_by_one_word() -> None:
             ],
             [],
         ),
+        (
+            ["actor_rollout_ref.rollout.n_gpus_per_node=2"],
+            ["actor_rollout_ref.rollout.gpu_memory_utilization=0.5 leaves"],
+        ),
+        (["actor_rollout_ref.rollout.n_gpus_per_node=2", "placement.ig_service_gpus=8"], []),
     ],
 )
 def test_settings_that_hardly_do_what_is_wanted_are_named(arguments: list[str], advice: list[str]) -> None:
