@@ -72,7 +72,7 @@ class Rendezvous:
     """The server over which the ranks of every group find each other; it ends with this object.
 
     It listens on `host` alone: on loopback unless ranks are on other nodes. It asks for no password, as gloo
-    and NCCL do not: whoever reaches `host` can disturb the training, but run no code.
+    and NCCL do not: a program that reaches `host` can disturb the training, but run no code.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
