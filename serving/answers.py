@@ -115,14 +115,17 @@ def truncate_words(text: str, *, max_words: int) -> str:
 def same_text_key(answer: str) -> str:
     """Return the key under which the IG service counts sampled answers as the same text.
 
-    It leaves out case, spacing, final punctuation and one pair of quotes around all of it, after folding.
+    It leaves out case, spacing, final punctuation and quotes around all of it, after folding.
     Nothing else is left out: "-5" and "5", "3.5" and "35", "C" and "C++", "50" and "50%" stay different.
     """
     words = " ".join(fold(answer).lower().split())
-    bare = words.rstrip(_FINAL)
-    if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
-        bare = bare[1:-1].strip().rstrip(_FINAL)
-    return bare or words
+    bare = words.rstrip(_FINAL) or words
+    while len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'":
+        inner = bare[1:-1].strip().rstrip(_FINAL)
+        if not inner:
+            break
+        bare = inner
+    return bare
 
 
 def complete_question(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,8 +101,7 @@ def test_a_frozen_model_is_there_while_it_scores_and_follows_what_it_loads(
         np.testing.assert_array_equal(frozen.log_probs([batch])[0], other.log_probs([batch])[0])
         assert resident(frozen)["weights"] == 0
     policy.update(one_rank(batch))
-    policy.stage("x", weights_only=True)
-    asyncio.run(policy.write("x", str(tmp_path / "state")))
+    policy.save(str(tmp_path / "state"), weights_only=True)
     before = other.log_probs([batch])[0]
     for model in (frozen, other):
         model.load(str(tmp_path / "state"))
