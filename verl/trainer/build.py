@@ -72,8 +72,6 @@ from verl.workers.weight_sync import WeightPublisher, WeightTransfer, make_probe
 
 logger = logging.getLogger(__name__)
 
-"""Needs that a forward pass over trees meets."""
-
 
 @asynccontextmanager
 async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:

@@ -3,14 +3,13 @@
 After each publish the trainer and every engine score a fixed probe sequence; if they disagree the run stops,
 because it would sample from another policy than it trains. An update at a small learning rate moves the probe
 by less than rounding does, so this check alone does not notice an engine that keeps stale weights: `verify`
-publishes visibly perturbed weights once, at start.
+publishes weights whose final norm and head are visibly perturbed once, at start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -22,8 +21,6 @@ from verl.protocols import EnginePart
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.workers.model import compute_dtype
-
-logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 64
 _FLOAT32_TOLERANCE = 1e-3
