@@ -237,10 +237,21 @@ class VllmEngine:
         await self._llm.sleep(level=2)
 
     async def wake(self, part: EnginePart) -> None:
-        """Take back the memory of a part, without its content; do nothing if that is not asleep."""
-        if part in self._asleep:
+        """Take back the memory of a part, without its content; do nothing if that is not asleep.
+
+        Raises WeightSyncError, as where another program has taken the memory meanwhile.
+        """
+        if part not in self._asleep:
+            return
+        try:
             await self._llm.wake_up(tags=[part.value])
-            self._asleep.remove(part)
+        except Exception as error:  # vLLM's errors share no class
+            raise WeightSyncError(
+                f"vLLM cannot take back GPU memory for its {part}: {type(error).__name__}: {error}; end "
+                "other programs on the GPU (nvidia-smi shows them), or lower "
+                "actor_rollout_ref.rollout.gpu_memory_utilization, and repeat the command to resume"
+            ) from error
+        self._asleep.remove(part)
 
     async def shutdown(self) -> None:
         """End the child processes. Calling it again does nothing."""

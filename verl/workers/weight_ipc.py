@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from verl.errors import WeightSyncError
 from verl.utils.shutdown import close_quietly
 from verl.workers.tensor_files import Layout, Readable
 from verl.workers.weight_chunks import Chunk, buffer_size, plan_chunks
@@ -144,10 +145,16 @@ class ChunkSender:
 
 
 def export_handle(buffer: Tensor) -> Handles:
-    """Return the CUDA handle of a buffer by the UUID of its GPU."""
+    """Return the CUDA handle of a buffer by the UUID of its GPU. Raises WeightSyncError."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    _, arguments = reduce_tensor(buffer)
+    try:
+        _, arguments = reduce_tensor(buffer)
+    except RuntimeError as error:  # of CUDA
+        raise WeightSyncError(
+            f"the policy cannot share memory of its GPU with an engine: {error}; repeat the command to "
+            "resume, with actor_rollout_ref.rollout.weight_transfer=file if CUDA IPC is forbidden here"
+        ) from error
     return {str(torch.cuda.get_device_properties(buffer.device).uuid): arguments}
 
 

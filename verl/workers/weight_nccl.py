@@ -32,7 +32,7 @@ _SEND_TIMEOUT_S = 600.0
 """16 GB at 0.03 GB/s: what is slower is taken to hang."""
 _GRACE_S = 10.0
 """For the policy, after an engine has failed."""
-_MEETINGS = ("connect", "broadcast")
+_COLLECTIVE = ("connect", "broadcast")
 """In which the policy waits for the engines."""
 
 
@@ -91,7 +91,7 @@ class NcclTransfer:
         """
         update = self._update or await self._connect()
         await self._together([receiver.start_update() for receiver in self._receivers], "prepare")
-        # Both sides meet in the same broadcasts.
+        # Both sides take part in the same broadcasts.
         await self._together(
             [
                 self._policy.broadcast_weights(),
@@ -134,7 +134,7 @@ class NcclTransfer:
         try:
             done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
             # The first one is that of the policy, whose last broadcast may be about to end.
-            if what in _MEETINGS and tasks[0] in pending:
+            if what in _COLLECTIVE and tasks[0] in pending:
                 await asyncio.wait(tasks[:1], timeout=self._grace_s)
                 if not tasks[0].done():
                     self._policy.shutdown()
@@ -182,9 +182,16 @@ class BroadcastSender:
             return int(listener.getsockname()[1])
 
     def connect(self, info: Mapping[str, object]) -> None:
-        """Join the group, on rank 0."""
-        if self._context.rank == 0:
+        """Join the group, on rank 0. Raises WeightSyncError."""
+        if self._context.rank != 0:
+            return
+        try:
             self._group = self._join(info, device=self._context.device)
+        except RuntimeError as error:  # of NCCL, and of torch's rendezvous
+            raise WeightSyncError(
+                f"the policy cannot connect to the engines over NCCL: {error}; repeat the command to resume, "
+                "with actor_rollout_ref.rollout.weight_transfer=file if NCCL does not connect these GPUs"
+            ) from error
 
     def describe(self) -> dict[str, object]:
         """Return names, types and shapes in the order of the broadcast."""

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from serving.files import FileRecord
 from verl.branches import Tree, TreeLogProbs, split, unpack
+from verl.errors import TrainingHaltedError
 from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import Actor, ActorError, Launcher, Node, interface_of
@@ -294,7 +296,15 @@ class WorkerGroup:
             call.cancel()
         if len(self._actors) > 1:
             self.shutdown()
-        raise next((error for error in errors if isinstance(error, ActorError)), errors[0])
+        first = next((error for error in errors if isinstance(error, ActorError)), errors[0])
+        if isinstance(first, torch.OutOfMemoryError):
+            raise TrainingHaltedError(
+                f"a GPU has too little memory for {method!r}: {first}; plan=true prints what every phase "
+                "takes; lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu or "
+                "actor_rollout_ref.rollout.gpu_memory_utilization, or set param_offload and "
+                "optimizer_offload below actor_rollout_ref.actor.fsdp_config, and repeat the command"
+            ) from first
+        raise first
 
 
 def _zip_passes(

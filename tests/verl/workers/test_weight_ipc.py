@@ -18,7 +18,7 @@ from verl.errors import WeightSyncError
 from verl.workers.model_io import engine_weights
 from verl.workers.policy import PolicyWorker
 from verl.workers.weight_chunks import Chunk, buffer_size, plan_chunks
-from verl.workers.weight_ipc import Handles, IpcTransfer, SharedWeights, describe_chunk
+from verl.workers.weight_ipc import Handles, IpcTransfer, SharedWeights, describe_chunk, export_handle
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -247,3 +247,10 @@ async def test_the_buffer_is_freed_when_no_engine_reads_it_any_more() -> None:
     with pytest.raises(WeightSyncError, match="update b c"):
         await transfer.send(1)
     assert calls[-4:] == ["fill 1", *["update b c by GPU-a GPU-b"] * 2, "unshare"]
+
+
+def test_where_memory_cannot_be_shared_the_error_names_the_file() -> None:
+    """Torch refuses to share what has a gradient, as CUDA refuses where IPC is forbidden."""
+    buffer = torch.zeros(2, requires_grad=True) * 1
+    with pytest.raises(WeightSyncError, match=r"requires_grad.*weight_transfer=file"):
+        export_handle(buffer)

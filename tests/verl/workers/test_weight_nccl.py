@@ -120,6 +120,16 @@ async def test_what_never_ends_is_given_up() -> None:
     assert group.calls[-1] == "killed"
 
 
+def test_where_the_policy_cannot_join_the_error_names_the_file() -> None:
+    def refuse(info: Mapping[str, object], *, device: torch.device) -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    context = ParallelContext(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+    sender = BroadcastSender(lambda: (LAYOUT, LAYOUT.__getitem__), context=context, join=refuse)
+    with pytest.raises(WeightSyncError, match=r"unhandled system error.*weight_transfer=file"):
+        sender.connect({})
+
+
 def test_all_ranks_gather_in_one_order_and_vllm_unpacks_what_the_first_sends(vllm_packing: Any) -> None:
     weights = {name: torch.randn(meta.shape).mul(50).to(meta.dtype) for name, meta in LAYOUT.items()}
     gathered: dict[int, list[str]] = {0: [], 1: []}

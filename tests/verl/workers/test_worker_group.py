@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.verl.workers.episodes import make_actor, make_config, make_worker, random_batch, row_ids
 from tests.verl.workers.test_tree_log_probs import random_tree
-from verl.errors import ConfigError
+from verl.errors import ConfigError, TrainingHaltedError
 from verl.utils.actors import ActorError, Launcher, make_launcher
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import PolicyCopy
@@ -215,3 +216,23 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     np.testing.assert_array_equal(await two.probe(ids), before)
     await two.update(single)
     np.testing.assert_array_equal(await two.probe(ids), after)
+
+
+class FullRank:
+    """A rank whose GPU has no memory left."""
+
+    node = 0
+
+    async def call(self, method: str, /, *args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def kill(self) -> None:
+        """There is nothing to end."""
+
+
+async def test_a_gpu_without_memory_is_an_error_with_settings_to_change() -> None:
+    group = WorkerGroup(
+        [FullRank()], config=make_actor(), packs=True, rendezvous=Rendezvous(), address="127.0.0.1"
+    )
+    with pytest.raises(TrainingHaltedError, match=r"'probe': CUDA out of memory.*ppo_max_token_len_per_gpu"):
+        await group.probe(np.arange(4))
