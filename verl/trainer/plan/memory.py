@@ -29,8 +29,8 @@ from verl.trainer.plan.setup import Setup
 from verl.trainer.plan.shape import ModelShape
 
 _FLOAT32 = 4
-WEIGHT_BYTES, ADAM_BYTES = 4, 8
-"""Per trained parameter: itself or its gradient, and the two moments, all in float32."""
+ADAM_BYTES = 8
+"""Per trained parameter: the two moments in float32."""
 
 
 class Phase(StrEnum):
@@ -87,12 +87,17 @@ def total(items: Iterable[Item], phase: Phase, *, gpu: int) -> float:
     return sum(item.amounts.get(phase, 0.0) for item in items if gpu in item.gpus)
 
 
+def policy_bytes(setup: Setup) -> float:
+    """Return the bytes of the policy's weights over all ranks, with those of adapters."""
+    whole, trained = setup.shape.parameters, setup.trained_parameters
+    # Adapters are trained in float32; the weights below them are then frozen, in compute precision.
+    return whole * setup.number_bytes + trained * _FLOAT32 if setup.lora_rank else whole * _FLOAT32
+
+
 def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     """Return weights, optimizer state and gradient of one rank, and the frozen models beside it."""
     whole, trained = setup.shape.parameters, setup.trained_parameters
     shards, offload = setup.num_shards, setup.offload
-    # Adapters are trained in float32; the weights below them are then frozen, in compute precision.
-    weights = whole * setup.number_bytes + trained * _FLOAT32 if setup.lora_rank else whole * _FLOAT32
     frozen = setup.frozen.count * whole * setup.number_bytes / shards
     phases = STEP if setup.trains else (Phase.ROLLOUT, Phase.PUBLISH)
     scoring = [Phase.LOG_PROBS, *([Phase.REWARD] if setup.scores_log_probs else [])]
@@ -100,7 +105,7 @@ def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     contexts = (1 + setup.frozen.count) * CONTEXT_BYTES
     kind = "weights, adapters" if setup.lora_rank else "float32 weights"
     states = {
-        f"policy: {kind}": dict.fromkeys(uses, weights / shards),
+        f"policy: {kind}": dict.fromkeys(uses, policy_bytes(setup) / shards),
         "reference": dict.fromkeys((Phase.REWARD, Phase.LOG_PROBS) if offload.reference else phases, frozen),
         "CUDA contexts": dict.fromkeys(phases, contexts),
     }

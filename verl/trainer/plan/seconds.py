@@ -26,7 +26,7 @@ from verl.trainer.plan.assumptions import (
     TRAIN_SHARE,
 )
 from verl.trainer.plan.gpus import Gpu
-from verl.trainer.plan.memory import ADAM_BYTES, WEIGHT_BYTES, Phase
+from verl.trainer.plan.memory import ADAM_BYTES, Phase, policy_bytes
 from verl.trainer.plan.setup import Offload, Setup
 
 
@@ -207,12 +207,12 @@ def _publish(setup: Setup) -> Stage:
 
 
 def _offload(setup: Setup) -> Stage:
-    """Return the copies to host memory and back; frozen weights only come back."""
+    """Return the copies to host memory and back; a frozen model only comes back."""
     trained, offload = setup.trained_parameters, setup.offload
-    moved = 2 * ADAM_BYTES * trained if offload.optimizer else 0
-    moved += 2 * WEIGHT_BYTES * trained if offload.policy else 0
+    moved = 2.0 * ADAM_BYTES * trained if offload.optimizer else 0.0
+    moved += 2 * policy_bytes(setup) if offload.policy else 0.0
     frozen = setup.frozen.count * setup.shape.parameters * setup.number_bytes
-    moved += frozen if offload.reference else 0
+    moved += frozen if offload.reference else 0.0
     per_gpu = moved / setup.num_shards
     return Stage(
         phase=Phase.PUBLISH,

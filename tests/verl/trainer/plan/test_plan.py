@@ -21,7 +21,7 @@ from scale.plan import (
     recipe_rows,
     stage_rows,
 )
-from verl.trainer.plan.assumptions import GB
+from verl.trainer.plan.assumptions import GB, HOST_BYTES_PER_S
 from verl.trainer.plan.check import Plan, change_settings, find_changes, make_plan, plan_run
 from verl.trainer.plan.gpus import MeasuredGpu, find_gpu
 from verl.trainer.plan.memory import Phase, total
@@ -156,6 +156,10 @@ def test_lora_trains_what_does_not_fit_otherwise() -> None:
     assert (present.fits, planned.fits) == (False, True)
     assert "reference" not in [item.name for item in planned.items], "the policy without its adapters"
     assert "reference_log_probs" in [stage.name for stage in planned.stages]
+    offloaded = make_plan(replace(planned.setup, offload=Offload(policy=True)))
+    copied = next(stage.seconds for stage in offloaded.stages if stage.name == "offload")
+    both_ways = 2 * 2 * planned.setup.shape.parameters / 2  # in bfloat16, on two GPUs
+    assert copied == pytest.approx(both_ways / HOST_BYTES_PER_S, rel=0.05), "the frozen weights, too"
 
 
 @pytest.mark.parametrize(
