@@ -22,7 +22,8 @@ Start the services first, each in a terminal of its own: bash retrieval_launch.s
 
 Variables (what you export wins over the recipe; an override on the command line wins over both):
   BASE_MODEL       model folder or hub id           DATA_DIR         folder with train.parquet and test.parquet
-  N_GPUS           GPUs to train on (all visible)   TP_SIZE          GPUs per vLLM engine (1)
+  N_GPUS           GPUs to train on                 TP_SIZE          GPUs per vLLM engine (1)
+                   (all visible; 1, 2 or 4 with recipe=gpu_1, gpu_2, gpu_4)
   EXPERIMENT_NAME  name of the run, and of its folder
   RECIPE           name of the recipe, as recipe=NAME on the command line. Without it: world, or with BASE_MODEL or
                    DATA_DIR the one for N_GPUS
@@ -47,9 +48,14 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/python.sh"
 source "$root/scripts/gpus.sh"
 
+named="${RECIPE:-}"
+for argument in "$@"; do
+    [[ "$argument" == recipe=* ]] && named="${argument#recipe=}"
+done
 if [[ -z "${N_GPUS:-}" ]]; then
     N_GPUS="$(count_gpus)"
-    ((N_GPUS == 0)) || export N_GPUS
+    # The recipes for 1, 2 and 4 GPUs take so many, also where there are more.
+    [[ "$named" == gpu_[124] ]] || ((N_GPUS == 0)) || export N_GPUS
 fi
 # A GPU alone is no request to train a large model on data that this machine may not have.
 if [[ -z "${RECIPE:-}" ]]; then

@@ -1,6 +1,6 @@
 # Sourced by the launchers: how many GPUs a run gets, and which recipe fits them.
 
-# The GPUs that a program here sees; 0 without a driver.
+# The GPUs that a program here sees; 0 without a driver. CUDA_VISIBLE_DEVICES=-1 or NoDevFiles (Slurm) hides all.
 count_gpus() {
     local visible="${CUDA_VISIBLE_DEVICES-all}"
     if ! command -v nvidia-smi >/dev/null; then
@@ -8,7 +8,7 @@ count_gpus() {
     elif [[ "$visible" == all ]]; then
         nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true
     else
-        tr , '\n' <<<"$visible" | grep -c "[^[:space:]]" || true
+        tr , '\n' <<<"$visible" | grep -cE "^ *([0-9]|GPU-|MIG-)" || true
     fi
 }
 

@@ -131,8 +131,10 @@ def test_what_the_caller_exports_reaches_the_recipe_and_arguments_come_last(
         (8, {"DATA_DIR": "d"}, "gpu", 8),
         (8, {"DATA_DIR": "d", "CUDA_VISIBLE_DEVICES": "2,GPU-1,5,6"}, "gpu_4", 4),
         (8, {"DATA_DIR": "d", "CUDA_VISIBLE_DEVICES": ""}, "gpu", None),
+        (8, {"DATA_DIR": "d", "CUDA_VISIBLE_DEVICES": "-1"}, "gpu", None),
         (8, {"DATA_DIR": "d", "N_GPUS": "2"}, "gpu_2", 2),
         (4, {"RECIPE": "gpu"}, "gpu", 4),
+        (8, {"RECIPE": "gpu_2"}, "gpu_2", None),
         (None, {"BASE_MODEL": "m"}, "gpu", None),
     ],
 )
