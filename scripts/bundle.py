@@ -156,8 +156,8 @@ def read_parts(run_dir: Path, names: Iterable[Path], *, scrubber: Scrubber, max_
             max_bytes -= kept
             note = "" if kept == size else f"the last {kept / MB:.1f} of {size / MB:.1f} MB"
             text = _read_end(path, num_bytes=kept)
-            # A line of records is a document of its own; a log is plain text.
-            documents = text.splitlines() if name.suffix == ".jsonl" else [text]
+            # A line of records is a document, whose texts may hold other line breaks; a log is plain text.
+            documents = text.split("\n") if name.suffix == ".jsonl" else [text]
             clean = scrubber.text if name.suffix == ".log" else scrubber.json
             yield Part(
                 f"run/{name}", "\n".join(map(clean, documents)).encode(errors="backslashreplace"), note

@@ -50,7 +50,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     key = f"-----BEGIN PRIVATE KEY-----\n{SECRETS['KEY']}\n-----END PRIVATE KEY-----\n"
     (run / "train.log").write_text(log + key + "the end\n")
     for step in (1, 2, 3):
-        line = json.dumps({"question": f"who wrote {step}?", "text": everything})
+        record = {"question": f"who wrote {step}?", "text": everything, "passage": "one\u2028two"}
+        line = json.dumps(record, ensure_ascii=False)
         (run / "trajectories" / f"step_{step:06d}.jsonl").write_text(line + "\n")
     return run
 
@@ -88,7 +89,9 @@ def test_no_secret_is_in_it_wherever_it_was(run_dir: Path, capsys: pytest.Captur
     assert "NCCL_TRAP=~/x ***" in texts["bundle/environment.txt"]
     # What a report needs is still there.
     assert '"reward/mean": 0.25' in texts["bundle/run/metrics.jsonl"]
-    assert "who wrote 3?" in texts["bundle/run/trajectories/step_000003.jsonl"]
+    (line,) = texts["bundle/run/trajectories/step_000003.jsonl"].split("\n")[:-1]
+    record = json.loads(line)
+    assert (record["question"], record["passage"]) == ("who wrote 3?", "one\u2028two")
     assert texts["bundle/run/train.log"].endswith("the end\n")
 
 
