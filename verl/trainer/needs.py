@@ -13,6 +13,8 @@ from verl.trainer.config.schema import Config
 class FrozenModels:
     """Models that score and are not trained."""
 
+    has_kl: bool
+    """Whether the update has a KL term, for which the initial policy computes log-probs."""
     has_reference: bool
     """The initial policy: for the KL term, or for a method that scores with it."""
     refresh_steps: int
@@ -43,6 +45,7 @@ def find_frozen_models(config: Config) -> FrozenModels:
     has_kl = trains and config.actor_rollout_ref.actor.use_kl_loss
     scores_with_reference = Need.FROZEN_LOG_PROBS in find_needs(config) and not refresh_steps
     return FrozenModels(
+        has_kl=has_kl,
         has_reference=has_kl or scores_with_reference,
         refresh_steps=refresh_steps,
         reference_is_policy=config.actor_rollout_ref.model.lora_rank > 0,

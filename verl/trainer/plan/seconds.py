@@ -63,7 +63,7 @@ def list_stages(setup: Setup) -> list[Stage]:
     reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_log_probs else []
     knows_old = setup.is_on_policy or setup.scores_with_policy
     log_probs = [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
-    if setup.frozen.has_reference:
+    if setup.frozen.has_kl:
         log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
     stages = [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]
     return [*stages, _offload(setup)] if setup.offload != Offload() else stages

@@ -148,6 +148,18 @@ def test_offload_is_advised_where_it_is_needed() -> None:
         assert f"actor_rollout_ref.{key}_offload=true" in problem
 
 
+@pytest.mark.parametrize("has_kl", [True, False])
+def test_the_reference_takes_a_pass_of_its_own_for_the_kl_term_alone(has_kl: bool) -> None:
+    """A method that scores with it does so while it rewards."""
+    planned, _ = plan(
+        "algorithm=tips", "algorithm.refresh_steps=0", f"actor_rollout_ref.actor.use_kl_loss={has_kl}"
+    )
+    assert planned.setup.frozen.loads_reference
+    names = [stage.name for stage in planned.stages]
+    assert names.count("method_log_probs") == 1
+    assert ("reference_log_probs" in names) == has_kl
+
+
 def test_lora_trains_what_does_not_fit_otherwise() -> None:
     settings = ("trainer.n_gpus_per_node=2", "placement.ig_service_gpus=0")
     present, planned = (
