@@ -69,7 +69,8 @@ AGENT_COMPLETION_S = 0.002
 CPU_SEARCHES_PER_S = 1000.0
 """ivf_pq over 21 million passages on the CPUs of a GPU node: 63 MB of codes per query (computed)."""
 GPU_SEARCHES_PER_S = 4000.0
-"""Exact search by torch per H100 over its part of 21 million passages, encoding included (computed)."""
+"""Exact search by torch over 21 million passages, per H100 among which they are divided, encoding included
+(computed)."""
 GAIN_FLOPS = 23e-3 * 989e12
 """Of one gain, at the peak of the GPU: 23 ms of a whole H100 to read the passages and sample 10 answers by a
 generator of 3 billion parameters (computed)."""
