@@ -78,8 +78,9 @@ echo "Installing $torch"
 build="$(sed -nE 's/^nvidia-cuda-runtime==([0-9]+)\.([0-9]+).*/cu\1\2/p' "$lock")"
 torch_index="${TORCH_INDEX:-https://download.pytorch.org/whl/${build:-cpu}}"
 if ! install_torch install 2>.venv/pip-torch.log; then
-    echo "The configured registry has no $torch for PLATFORM=$platform; trying $torch_index"
-    install_torch "${pip[@]}" --retries 1 --timeout 30 --index-url "$torch_index" || {
+    # An address may contain a password: it is shown without one, and passed on in the environment.
+    echo "The configured registry has no $torch for PLATFORM=$platform; trying $(sed 's#//[^/]*@#//#' <<<"$torch_index")"
+    PIP_INDEX_URL="$torch_index" install_torch "${pip[@]}" --retries 1 --timeout 30 || {
         tail -n 5 .venv/pip-torch.log >&2
         fail "$torch for PLATFORM=$platform (${build:-cpu}) could not be installed. Without network, or behind a mirror, point pip at a place that has this wheel: TORCH_INDEX=https://mirror/whl/${build:-cpu}, PIP_FIND_LINKS=/folder/with/wheels or PIP_EXTRA_INDEX_URL=..., then run make venv again"
     }

@@ -280,11 +280,26 @@ torch() {
 case "$*" in
 *"pip "*"uninstall"*torch) rm -rf "$folder/torch" ;;
 *"pip "*"uv=="*) exit 1 ;;
-*"pip "*--index-url*torch==*) echo "$*" >"$folder/index"; torch "$INDEX" ;;
-*"pip "*torch==*) torch "$REGISTRY" ;;
+*"pip "*torch==*)
+    echo "$*" >>"$folder/arguments"
+    [[ -n "${PIP_INDEX_URL:-}" ]] || { torch "$REGISTRY"; exit; }
+    echo "$PIP_INDEX_URL" >"$folder/index"
+    torch "$INDEX"
+    ;;
 *version.py*) PYTHONPATH="$folder" exec "$REAL" -S "$@" ;;
 esac
 """
+
+
+def install(tree: Path, platform: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Make an environment with the fake pip."""
+    shutil.copytree(ROOT / "requirements", tree / "requirements")
+    shutil.rmtree(tree / ".venv")
+    write_program(tree / ".venv/bin/python", FAKE_PIP)
+    (tree / ".venv/lib/libnuma").mkdir(parents=True)
+    (tree / ".venv/lib/libnuma/libnuma.so.1").touch()
+    variables = {"PYTHON": sys.executable, "REAL": sys.executable, **variables}
+    return start(tree / "scripts/install.sh", platform, **variables)
 
 
 @pytest.mark.parametrize(
@@ -304,22 +319,23 @@ def test_only_the_torch_of_the_platform_is_installed(
     tree: Path, platform: str, registry: str, index: str, error: str | None
 ) -> None:
     """From the registry, else from the folder of that build in PyTorch's index; another build is removed."""
-    shutil.copytree(ROOT / "requirements", tree / "requirements")
-    shutil.rmtree(tree / ".venv")
-    write_program(tree / ".venv/bin/python", FAKE_PIP)
-    (tree / ".venv/lib/libnuma").mkdir(parents=True)
-    (tree / ".venv/lib/libnuma/libnuma.so.1").touch()
-    variables = {"PYTHON": sys.executable, "REAL": sys.executable, "REGISTRY": registry, "INDEX": index}
-    done = start(tree / "scripts/install.sh", platform, **variables)
+    done = install(tree, platform, REGISTRY=registry, INDEX=index)
     assert (done.returncode == 0) == (error is None), done.stderr
     assert (error or "") in done.stderr
     asked = tree / ".venv/bin/index"
     assert asked.exists() == (registry != ("cuda" if platform == "gpu" else "cpu"))
     folder = "cu130" if platform == "gpu" else "cpu"
-    assert (
-        not asked.exists() or f"--index-url https://download.pytorch.org/whl/{folder} " in asked.read_text()
-    )
+    assert not asked.exists() or asked.read_text() == f"https://download.pytorch.org/whl/{folder}\n"
     installed = tree / ".venv/bin/torch/version.py"
     expected = None if error else "cuda = '13.0'\n" if platform == "gpu" else "cuda = None\n"
     assert (installed.read_text() if installed.exists() else None) == expected
     assert (tree / f".venv/.installed-{platform}").exists() == (error is None)
+
+
+def test_the_password_of_an_index_is_neither_shown_nor_an_argument(tree: Path) -> None:
+    index = "https://me:password@mirror/whl/cu130"
+    done = install(tree, "gpu", REGISTRY="none", INDEX="cuda", TORCH_INDEX=index)
+    assert done.returncode == 0, done.stderr
+    assert (tree / ".venv/bin/index").read_text() == f"{index}\n"
+    assert "trying https://mirror/whl/cu130\n" in done.stdout
+    assert "password" not in done.stdout + done.stderr + (tree / ".venv/bin/arguments").read_text()
