@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +21,8 @@ from rich.table import Table
 import scale
 import scale.plan
 from verl.utils.entry import error_line
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
@@ -56,7 +60,13 @@ def measure(part: str) -> dict[str, float] | None:
     A process of its own, because parts start engines, process groups and Ray.
     """
     code = f"import json; from scale.{part} import measure; print(json.dumps(measure()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=sys.path[0], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,  # actors have the working folder of their driver, and the world is here
+        env={**os.environ, "PYTHONPATH": str(ROOT / "scripts")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     if done.returncode != 0:
         return None
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
