@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from serving.machine import is_loopback
-from serving.model_files import find_local_model
+from serving.redaction import redact_text
 from verl.errors import ConfigError
 from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
@@ -26,6 +26,7 @@ from verl.utils.actors import Launcher, Node, interface_of, make_launcher
 from verl.utils.cluster import Share, join_cluster
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
+from verl.workers.model import resolve_model_folder
 from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import InitialPolicy, PolicyCopy, ScoringModel
@@ -152,10 +153,11 @@ async def open_launcher(config: Config, stack: AsyncExitStack, *, device: str, s
     if trainer.ray_address is None:
         launcher = make_launcher(trainer.launcher)
     else:
-        model = find_local_model(config.actor_rollout_ref.model.path)
+        # Engines get this path, also that of a model of the hub in the cache of this machine.
+        model = resolve_model_folder(config.actor_rollout_ref.model.path)
         launcher = await join_cluster(
             share_of_nodes(config, device=device),
-            paths=[Path.cwd(), *([] if model is None else [model.resolve()])],
+            paths=[Path.cwd(), model.absolute()],
             shared=scratch,
             timeout_s=trainer.node_wait_s,
         )
@@ -182,9 +184,10 @@ def share_of_nodes(config: Config, *, device: str) -> Share:
 
 def refuse_loopback(config: Config, nodes: Sequence[Node]) -> None:
     """Raise ConfigError if a node on another machine would look for the retriever on itself."""
-    url = config.retriever.url
+    url = redact_text(config.retriever.url)
+    host = urlsplit(url).hostname or ""
     far = [node.address for node in nodes if not node.is_here]
-    if far and is_loopback(urlsplit(url).hostname or ""):
+    if far and (is_loopback(host) or host in ("0.0.0.0", "::")):
         raise ConfigError(
             f"retriever.url={url} is an address of this machine alone, and engines on {', '.join(far)} "
             "search, too; start the retriever with a token (RETRIEVER_TOKEN) and --host ADDRESS, an address "
@@ -202,7 +205,8 @@ async def limited_start(config: Config) -> AsyncIterator[None]:
     except TimeoutError as error:
         raise ConfigError(
             "workers and engines did not start within "
-            f"trainer.startup_timeout_s={timeout_s:g}; allow more time"
+            f"trainer.startup_timeout_s={timeout_s:g}; allow more time, and let "
+            "several nodes reach each other on all ports"
         ) from error
 
 

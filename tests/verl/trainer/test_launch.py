@@ -176,10 +176,12 @@ def launch_ranks(config: Config, launcher: FakeLauncher, placement: Placement) -
 def test_a_retriever_that_other_nodes_cannot_reach_is_refused() -> None:
     config = Config()
     far = two_nodes().nodes
-    for url in ("http://127.0.0.1:8000/retrieve", "http://localhost:8000/retrieve", "http://[::1]:1/x"):
-        config.retriever.url = url
+    for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:1", "0.0.0.0:8000", "me:word@127.0.0.1"):
+        config.retriever.url = f"http://{host}/retrieve"
         refuse_loopback(config, far[:1])
-        with pytest.raises(ConfigError, match=r"retriever\.url=.* engines on 10\.0\.0\.2 search.*--host"):
+        named = r"retriever\.url=.* engines on 10\.0\.0\.2 search.*--host"
+        with pytest.raises(ConfigError, match=named) as caught:
             refuse_loopback(config, far)
+        assert "word" not in str(caught.value)
     config.retriever.url = "http://10.0.0.1:8000/retrieve"
     refuse_loopback(config, far)

@@ -87,6 +87,7 @@ def test_actors_get_settings_of_libraries_but_no_secret(caplog: pytest.LogCaptur
     passed = {"HF_HOME": "/shared/hf", "NCCL_IB_HCA": "mlx5", "TORCH_NCCL_TIMEOUT": "9", "VLLM_USE_V1": "1"}
     secret = {"HF_TOKEN": "hf_1", "VLLM_API_KEY": "k", "HF_ENDPOINT": "https://me:word@mirror"}
     other = {"WANDB_API_KEY": "w", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": ""}
+    other |= {"VLLM_HOST_IP": "10.0.0.1", "NCCL_HOSTID": "a"}  # wrong on other machines
     assert select_environment({**passed, **secret, **other}) == passed
     assert "HF_ENDPOINT, HF_TOKEN, VLLM_API_KEY" in caplog.text
     assert "word" not in caplog.text
