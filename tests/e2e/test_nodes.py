@@ -37,6 +37,7 @@ async def main(address, folder):
     secrets = await asyncio.gather(*(actor.call("read_env", "HF_TOKEN") for actor in actors))
     gpus = [node.gpus for node in launcher.nodes]
     launcher.shutdown()
+    (await join_cluster(share, paths=[], shared=folder, timeout_s=30)).shutdown()  # it is free again
     try:
         await join_cluster(Share(address=address, num_nodes=3, cpus=1), paths=[], shared=folder, timeout_s=0)
     except ConfigError as error:
