@@ -96,6 +96,23 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return statistics.median(seconds)
 
 
+def quickstart_step() -> tuple[PolicyWorker, TrainBatch]:
+    """Return the embedded policy on one thread and a batch like a step of the quickstart's."""
+    torch.set_num_threads(1)
+    worker = PolicyWorker(
+        ActorRolloutRefConfig(
+            model=ModelConfig(path=str(POLICY)), actor=ActorConfig(optim=OptimConfig(lr=0.0))
+        ),
+        Placement(),
+        total_steps=1,
+        seed=0,
+        trainable=True,
+    )
+    # 37 % of the tokens are prompts.
+    batch = random_batch(num_groups=16, group_size=5, prompt=63, outputs=18, observed=(30, 110), turns=3)
+    return worker, batch
+
+
 def measure() -> dict[str, float]:
     """Return tokens computed per real one, the milliseconds of dealing, and seconds on one processor."""
     # 512 questions with 5 episodes of 600 to 4,100 tokens.
@@ -108,18 +125,7 @@ def measure() -> dict[str, float]:
             recipe, num_ranks=NUM_RANKS, mini_batch_size=MINI_BATCH_SIZE, max_tokens=MAX_TOKENS
         )
     )
-    # A step of the quickstart: 37 % of the tokens are prompts.
-    small = random_batch(num_groups=16, group_size=5, prompt=63, outputs=18, observed=(30, 110), turns=3)
-    torch.set_num_threads(1)
-    worker = PolicyWorker(
-        ActorRolloutRefConfig(
-            model=ModelConfig(path=str(POLICY)), actor=ActorConfig(optim=OptimConfig(lr=0.0))
-        ),
-        Placement(),
-        total_steps=1,
-        seed=0,
-        trainable=True,
-    )
+    worker, small = quickstart_step()
 
     def update(batch: TrainBatch) -> float:
         (minis,) = make_mini_batches(

@@ -7,13 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from scale.packing import POLICY, random_batch
-from verl.trainer.config.schema import ActorConfig, ActorRolloutRefConfig, ModelConfig, OptimConfig
+from scale.packing import quickstart_step
 from verl.workers.batch import make_mini_batches
-from verl.workers.parallel import Placement
-from verl.workers.policy import PolicyWorker
 
 STEP = 1
 
@@ -27,17 +22,7 @@ def wall_seconds(work: Callable[[], object]) -> float:
 
 def measure() -> dict[str, float]:
     """Return seconds of an update of a step of the quickstart, recorded and not, and MB of its trace."""
-    torch.set_num_threads(1)
-    worker = PolicyWorker(
-        ActorRolloutRefConfig(
-            model=ModelConfig(path=str(POLICY)), actor=ActorConfig(optim=OptimConfig(lr=0.0))
-        ),
-        Placement(),
-        total_steps=1,
-        seed=0,
-        trainable=True,
-    )
-    batch = random_batch(num_groups=16, group_size=5, prompt=63, outputs=18, observed=(30, 110), turns=3)
+    worker, batch = quickstart_step()
     (minis,) = make_mini_batches(batch, num_ranks=1, mini_batch_size=80, max_tokens=4096)
     wall_seconds(lambda: worker.update(minis))  # the first fills caches
     plain_s = wall_seconds(lambda: worker.update(minis))

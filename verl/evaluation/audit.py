@@ -60,7 +60,7 @@ def read_audit(path: Path, questions: Sequence[Question], *, corpus_sha256: str 
     """Return what an audit says of these questions; it may have more.
 
     `corpus_sha256` is that of the corpus that is searched; None where the retriever does not state it. Raises
-    DataError for a file that is no audit, or one of another corpus or of other questions.
+    DataError for a file that is not an audit, or is one of another corpus or of other questions.
     """
     lines = _read_lines(path)
     hashes = {line["corpus_sha256"] for line in lines.values()}

@@ -44,7 +44,7 @@ class EngineReceiver:
         await self._engine.call("call_engine", "load_weights", folder, version)
 
     async def connect(self, info: Mapping[str, object]) -> None:
-        """Prepare once for weights that `update` brings. Raises WeightSyncError, as the following."""
+        """Prepare once for the weights of `update`. Raises WeightSyncError, as the methods below do."""
         await self._engine.call("call_engine", "connect", info)
 
     async def start_update(self) -> None:

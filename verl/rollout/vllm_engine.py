@@ -64,7 +64,7 @@ class VllmEngine:
     ) -> None:
         """`device` (cpu or cuda) must be the one that the installed vLLM was built for.
 
-        `weight_backend`: what brings weights to `update`, by vLLM's name; None: only `load_weights` is used.
+        `weight_backend`: how `update` receives weights, by vLLM's name; None: only `load_weights` is used.
 
         Raises ConfigError for a missing model or device, RolloutError if vLLM cannot start.
         """
@@ -173,7 +173,7 @@ class VllmEngine:
         await self._accept(version)
 
     async def connect(self, info: Mapping[str, object]) -> None:
-        """Prepare once for weights that `update` brings; `info` is that of vLLM's transfer backend."""
+        """Prepare once for the weights of `update`; `info` is that of vLLM's transfer backend."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         with self._updating():

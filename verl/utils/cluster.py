@@ -187,7 +187,7 @@ class _JoinedRay:
             try:
                 async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                     facts.append(await keeper.describe.remote(address, list(paths)))
-            except TimeoutError as error:  # Ray itself waits for ever
+            except TimeoutError as error:  # Ray itself sets no limit
                 raise ConfigError(
                     f"node {address} of the Ray cluster at {self._share.address} started no process within "
                     f"{_DESCRIBE_TIMEOUT_S:g} s; ray status shows whether it still runs, and its logs are in "

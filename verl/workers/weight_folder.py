@@ -26,9 +26,7 @@ class WeightFolder:
     """
 
     def __init__(self, num_bytes: int, *, shared: Path = _SHARED_MEMORY) -> None:
-        memory = find_memory(num_bytes, shared=shared)
-        _remove_stale_folders(memory)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=memory))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=find_memory(num_bytes, shared=shared)))
         self._lock = _lock_folder(self.path)
 
     def remove(self) -> None:
@@ -43,12 +41,17 @@ def is_in_memory(folder: str) -> bool:
 
 
 def find_memory(num_bytes: int, *, shared: Path = _SHARED_MEMORY) -> Path:
-    """Return shared memory if it has room (containers often have 64 MiB of it), else the temporary folder."""
+    """Return shared memory if it has room (containers often have 64 MiB of it), else the temporary folder.
+
+    What killed runs left there is removed.
+    """
     if shared.is_dir() and os.access(shared, os.W_OK):
         _remove_stale_folders(shared)
         if shutil.disk_usage(shared).free >= num_bytes + _MARGIN_BYTES:
             return shared
-    return Path(tempfile.gettempdir())
+    disk = Path(tempfile.gettempdir())
+    _remove_stale_folders(disk)
+    return disk
 
 
 def _lock_folder(folder: Path) -> IO[bytes]:

@@ -43,7 +43,7 @@ class ChunkReceiver(Protocol):
     """The part of an engine that takes chunks. Each method raises WeightSyncError."""
 
     async def connect(self, info: Mapping[str, object]) -> None:
-        """Prepare once for weights that `update` brings."""
+        """Prepare once for the weights of `update`."""
         ...
 
     async def start_update(self) -> None:

@@ -24,7 +24,7 @@ from verl.utils.actors import ActorError
 
 OFF = {**STEPS_ALONE, "schedule": ONE_STEP_OFF}
 TIMEOUT_S = 20.0
-"""Of what would wait for ever if nothing overlapped."""
+"""Of what would never end if nothing overlapped."""
 
 
 @pytest.fixture
