@@ -36,48 +36,57 @@ _THOUGHT = "<think> " + "I need to know more about this person. " * 6 + "</think
 _TEXT = "It is known for its old market, which is still held there. " * 5
 _ASKED = re.compile(r"after (\d+) searches")
 _READ = "Doc 1(Title"
+_NUM_QUERIES = 16
+"""Different queries, of which the seed of a completion chooses one."""
 
 
 class ScriptedEngine:
-    """Searches as often as the question says, then answers, at once."""
+    """Searches as often as the question says, then answers, at once; half of the answers are right."""
 
     def __init__(self, model: str) -> None:
         self._tokenizer = HfTokenizer.from_pretrained(model)
-        self._outputs = [
-            np.array(self._tokenizer.encode(_THOUGHT + action), np.int32)
-            for action in ("<search> market towns </search>", "<answer> Harwick </answer>")
-        ]
+        self._version = 0
+        searches = [f"<search> market towns {k} </search>" for k in range(_NUM_QUERIES)]
+        answers = [f"<answer> {name} </answer>" for name in ("Harwick", "Dovercourt")]
+        self._searches, self._answers = (
+            [np.array(self._tokenizer.encode(_THOUGHT + action), np.int32) for action in actions]
+            for actions in (searches, answers)
+        )
 
-    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:  # noqa: ARG002
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
         """Return the next output of the episode that the prompt shows."""
         text = self._tokenizer.decode(prompt_ids.tolist())
         asked = _ASKED.search(text)
         assert asked is not None
-        ids = self._outputs[text.count(_READ) >= int(asked[1])]
-        log_probs = np.full(len(ids), -1.0, np.float32)
-        return Completion(ids=ids, log_probs=log_probs, finish=Finish.STOP, version=0)
+        choices = self._answers if text.count(_READ) >= int(asked[1]) else self._searches
+        ids = choices[sampling.seed % len(choices)]
+        log_probs = np.random.default_rng(sampling.seed).uniform(-2, 0, len(ids)).astype(np.float32)
+        return Completion(ids=ids, log_probs=log_probs, finish=Finish.STOP, version=self._version)
 
     async def version(self) -> int:
-        """Return 0: there are no weights."""
-        return 0
+        """Return the version that was published last."""
+        return self._version
 
     async def score(self, ids: Sequence[int] | IntArray) -> FloatArray:
         """Return zeros."""
         return np.zeros(len(ids), np.float32)
 
-    async def load_weights(self, folder: str, version: int) -> None:
-        """Do nothing."""
+    async def load_weights(self, folder: str, version: int) -> None:  # noqa: ARG002
+        """Take the version alone: there are no weights."""
+        self._version = version
 
     async def shutdown(self) -> None:
         """Do nothing."""
 
 
 class ScriptedSearch:
-    """Finds the same three passages for every query."""
+    """Finds three passages of the same length for every query."""
 
-    async def search(self, query: str) -> tuple[Passage, ...]:  # noqa: ARG002
-        """Return the passages."""
-        return tuple(Passage(id=str(k), title=f"Town {k}", text=_TEXT, score=0.5) for k in range(3))
+    async def search(self, query: str) -> tuple[Passage, ...]:
+        """Return the passages, whose titles name the query."""
+        return tuple(
+            Passage(id=f"{query}/{k}", title=f"Town {k} of {query}", text=_TEXT, score=0.5) for k in range(3)
+        )
 
     async def open_page(self, *_: object, **__: object) -> Page | None:
         """Return None: there are no pages."""
@@ -165,14 +174,24 @@ def launch(config: Config, launcher: Launcher) -> EnginePool:
     return EnginePool(actors, max_concurrent=max_concurrent, request_timeout_s=120.0)
 
 
+def make_questions(count: int, *, turns: int) -> list[Question]:
+    """Return different questions that the scripted engine answers in so many turns."""
+    texts = [f"Which town of county {k} is known after {turns - 1} searches?" for k in range(count)]
+    return [
+        Question(
+            uid=f"scale/{turns}/{k}",
+            text=text,
+            messages=(Message(role="user", content=f"Answer in <answer> </answer>. Question: {text}"),),
+            golds=("Harwick",),
+            data_source="s",
+        )
+        for k, text in enumerate(texts)
+    ]
+
+
 async def play(collector: Collector, *, episodes: int, turns: int) -> Cost:
     """Play the episodes of one step."""
-    text = f"Which town has a market, as known after {turns - 1} searches?"
-    messages = (Message(role="user", content=f"Answer in <answer> </answer>. Question: {text}"),)
-    questions = [
-        Question(uid=f"scale/{turns}/{k}", text=text, messages=messages, golds=("Harwick",), data_source="s")
-        for k in range(episodes // GROUP)
-    ]
+    questions = make_questions(episodes // GROUP, turns=turns)
     began, before = time.perf_counter(), time.process_time()
     groups = await collector.collect(questions, step=1)
     cpu_s, wall_s = time.process_time() - before, time.perf_counter() - began
