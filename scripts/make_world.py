@@ -1,9 +1,12 @@
-"""Make the embedded world: corpus, questions, four tiny models and the index, from a seed, on two CPU cores.
+"""Make a world: corpus, questions, four tiny models and the index, from a seed, on two CPU cores.
 
-    python scripts/make_world.py --seed 0 --out world            # everything, about 25 minutes
+    python scripts/make_world.py --seed 0 --out world            # the embedded one, about 25 minutes
+    python scripts/make_world.py --world hard --out world/hard   # the hard one, from models of that one
+    python scripts/make_world.py --world hard --check            # measure it, compare with what must be true
     python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
     python scripts/make_world.py --stages encoder index manifest    # some parts again, in place
     python scripts/make_world.py long-horizon --out /tmp/long       # questions many hops away, see its --help
+    python scripts/make_world.py damaged --out /tmp/damaged         # the hard one with gaps, see its --help
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
 machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
@@ -12,52 +15,28 @@ machine (threads and instruction sets change the order of sums), so what was mea
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from search_r1.search.building import BuildOptions, build_index
-from search_r1.search.defaults import RETRIEVER_NAME, name_index
-from search_r1.search.dense import load_dense
-from search_r1.search.recipes import EncoderSpec
-from search_r1.search.settings import DenseOptions
-from serving.files import sha256_of_file
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from world import dataset, encoder, entailment, evaluation, language, long_horizon, tokenizer
+from world import dataset, encoder, entailment, evaluation, language, long_horizon, making, tokenizer
 from world.facts import World, WorldSize, draw_world
-from world.training import Batch, Schedule, train_language_model
+from world.hard import damage, maker, report
+from world.making import STAGES
+from world.training import Schedule
 
-LANGUAGE_VOCABULARY = 1600
-NOT_HASHED = ("manifest.json", "README.md")
-NOT_MEASURED = ("index/", "doctor.jsonl")
-"""What the figures of the manifest do not depend on: the index follows from corpus and encoder."""
-STAGES: dict[str, dict[str, str]] = {
-    "data": {},
-    "encoder": {},
-    "index": {"data": "corpus.jsonl", "encoder": "models/encoder"},
-    "entailment": {},
-    "able": {},
-    "policy": {"able": ".making/able"},
-    "generator": {"able": ".making/able"},
-    "manifest": {
-        **{name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
-        "index": f"index/{name_index(RETRIEVER_NAME)}",
-    },
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "long-horizon": long_horizon.main,
+    "damaged": damage.main,
 }
-"""What each stage builds on: earlier stages and what they make."""
+LANGUAGE_VOCABULARY = 1600
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,30 +82,19 @@ class Maker:
     def __init__(self, plan: Plan, *, seed: int, out: Path) -> None:
         self.plan, self.seed, self.out = plan, seed, out
         self.models = out / "models"
-        self.scratch = out / ".making"
-        self.able = self.scratch / "able"
-        self.index = out / "index" / name_index(RETRIEVER_NAME)
-        self.encoder = EncoderSpec(path=str(self.models / "encoder"), family=RETRIEVER_NAME)
+        self.able = out / making.SCRATCH / "able"
         self.world: World = draw_world(plan.size, seed=seed)
-
-    def run(self, stage: str) -> None:
-        """Make one part. Raises FileNotFoundError that names the stage to run first."""
-        for earlier, name in STAGES[stage].items():
-            if not (self.out / name).exists():
-                raise FileNotFoundError(
-                    f"stage {stage} needs {self.out / name}: add {earlier} to --stages, before it"
-                )
-        torch.manual_seed(self.seed)
-        getattr(self, f"make_{stage}")()
 
     def make_data(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         size, seed = self.plan.size, self.seed
         passages = dataset.corpus(self.world, seed=seed)
         dataset.write_corpus(self.out / "corpus.jsonl", passages.values())
+        numbered = dataset.number_passages(passages)
         for split in ("train", "test"):
             problems = dataset.problems(self.world, size, split=split, seed=seed)
-            dataset.write_questions(self.out / f"{split}.parquet", problems, passages=passages, split=split)
+            routes = [[numbered[fact] for fact in problem.hops] for problem in problems]
+            dataset.write_questions(self.out / f"{split}.parquet", problems, routes=routes, split=split)
         examined, count = self.out / "doctor.jsonl", size.examined_questions
         dataset.write_examined(examined, problems, num_questions=count, world=self.world, seed=seed)
 
@@ -134,49 +102,42 @@ class Maker:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = encoder.build(words, seed=self.seed)
         encoder.train(model, words, self.plan.encoder, seed=self.seed)
-        _save(model, words, self.models / "encoder")
+        making.save(model, words, self.models / "encoder")
 
     def make_index(self) -> None:
         """Build the index with the retriever's own builder, so that the server accepts it."""
-        build_index(
-            BuildOptions(
-                corpus_path=self.out / "corpus.jsonl",
-                index_path=self.index,
-                encoder=self.encoder,
-                devices=("cpu",),
-            )
-        )
+        making.index_corpus(self.out)
 
     def make_entailment(self) -> None:
         words = tokenizer.text_tokenizer(seed=self.seed)
         model = entailment.build(words, seed=self.seed)
         entailment.train(model, words, self.plan.entailment, seed=self.seed)
-        _save(model, words, self.models / "entailment")
+        making.save(model, words, self.models / "entailment")
 
     def make_able(self) -> None:
         """Train what policy and generator start from; it is not shipped."""
         words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
         model = language.build(words, seed=self.seed)
         stream = language.able_stream(words, one_hop_steps=self.plan.able_one_hop_steps, seed=self.seed)
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        (self.scratch / ".gitignore").write_text("*\n", encoding="utf-8")
-        _train(model, words, stream, schedule=self.plan.able, folder=self.able)
+        making.make_scratch(self.out)
+        making.train_and_save(model, words, stream, schedule=self.plan.able, folder=self.able)
 
     def make_policy(self) -> None:
-        model, words = _load_language_model(self.able)
+        model, words = making.load_language_model(self.able)
         stream = language.shipped_stream(words, seed=self.seed)
-        _train(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
+        making.train_and_save(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
 
     def make_generator(self) -> None:
-        model, words = _load_language_model(self.able)
+        model, words = making.load_language_model(self.able)
         stream = language.generator_stream(words, seed=self.seed)
-        _train(model, words, stream, schedule=self.plan.generator, folder=self.models / "generator")
+        making.train_and_save(
+            model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
+        )
 
-    def _measure(self) -> dict[str, dict[str, float]]:
+    def measure(self) -> dict[str, dict[str, float]]:
         """Return what the models do on the test questions."""
         problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
-        corpus = self.out / "corpus.jsonl"
-        retriever = load_dense(DenseOptions(index_path=self.index, corpus_path=corpus, encoder=self.encoder))
+        retriever = making.open_retriever(self.out)
         judge = AutoModelForSequenceClassification.from_pretrained(self.models / "entailment")
         texts = AutoTokenizer.from_pretrained(self.models / "entailment")
         figures = {
@@ -191,103 +152,74 @@ class Maker:
         ):
             if not folder.exists():
                 continue
-            model, words = _load_language_model(folder)
+            model, words = making.load_language_model(folder)
             torch.manual_seed(self.seed)
             episodes = evaluation.run_episodes(
                 model, words, retriever, problems, temperature=temperature, max_new_tokens=limit
             )
             figures[name] = evaluation.summarize(episodes)
-        model, words = _load_language_model(self.models / "generator")
+        model, words = making.load_language_model(self.models / "generator")
         figures["generator"] = evaluation.measure_generator(model, words, retriever, problems)
         retriever.close()
         return {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
 
     def make_manifest(self) -> None:
         """Write the manifest, with new figures if a measured file has changed."""
-        hashes = self._hash_files()
-        manifest = {
-            "seed": self.seed,
-            "plan": asdict(self.plan),
-            "counts": {
-                "passages": len(self.world.facts),
-                "train_questions": self.plan.size.train_questions,
-                "test_questions": self.plan.size.test_questions,
-            },
-            "bytes": sum((self.out / name).stat().st_size for name in hashes),
-            "abilities": self._read_abilities(hashes) or self._measure(),
-            "sha256": hashes,
+        counts = {
+            "passages": len(self.world.facts),
+            "train_questions": self.plan.size.train_questions,
+            "test_questions": self.plan.size.test_questions,
         }
-        (self.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-    def _hash_files(self) -> dict[str, str]:
-        """Return the hash of every file that is shipped, except the two that describe them."""
-        names = sorted(p.relative_to(self.out).as_posix() for p in self.out.rglob("*") if p.is_file())
-        shipped = [n for n in names if n not in NOT_HASHED and not n.startswith(f"{self.scratch.name}/")]
-        return {name: sha256_of_file(self.out / name) for name in shipped}
-
-    def _read_abilities(self, hashes: dict[str, str]) -> dict[str, dict[str, float]] | None:
-        """Return the figures of the present manifest, None unless they are those of these very files."""
-
-        def select(named: dict[str, str]) -> dict[str, str]:
-            return {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
-
-        path = self.out / "manifest.json"
-        present = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sha256": {}}
-        return present["abilities"] if select(present["sha256"]) == select(hashes) else None
+        making.write_manifest(
+            self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, measure=self.measure
+        )
 
 
-def _train(
-    model: Qwen2ForCausalLM,
-    words: PreTrainedTokenizerBase,
-    stream: Iterator[Batch],
-    *,
-    schedule: Schedule,
-    folder: Path,
-) -> None:
-    train_language_model(model, stream, schedule, title=folder.name)
-    _save(model, words, folder)
-
-
-def _save(model: PreTrainedModel, words: PreTrainedTokenizerBase, folder: Path) -> None:
-    words.backend_tokenizer.no_padding()  # settings of the last batch
-    words.backend_tokenizer.no_truncation()
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)
-
-
-def _load_language_model(folder: Path) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
-    return Qwen2ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def new_easy_maker(*, small: bool, persons: int | None, seed: int, out: Path) -> Maker:
+    """Return the maker of the embedded world. Raises ValueError when there are not enough names."""
+    plan = SMALL if small else FULL
+    if persons is not None:
+        plan = replace(plan, size=replace(plan.size, persons=persons))
+    return Maker(plan, seed=seed, out=out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the given stages; exit with status 2, and with what to do, if one cannot be made."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["long-horizon"]:
-        long_horizon.main(expand_home(given[1:]))
+    if given[:1] and given[0] in COMMANDS:
+        COMMANDS[given[0]](expand_home(given[1:]))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--world", choices=("easy", "hard"), default="easy", help="which one (default easy)")
     parser.add_argument("--seed", type=int, default=0, help="what the world is drawn from (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("world"), help="output folder (default world)")
+    parser.add_argument("--out", type=Path, help="output folder (default world, or world/hard)")
     parser.add_argument(
         "--small", action="store_true", help="a small, hardly trained world, to try the script"
     )
-    parser.add_argument("--persons", type=int, help="number of persons (default 300; 40 with --small)")
+    parser.add_argument("--persons", type=int, help="number of persons (default 300; hard 280)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="make nothing: measure the hard world in --out and say whether it is as it must be",
+    )
     chosen = parser.parse_args(expand_home(given))
-    plan = SMALL if chosen.small else FULL
-    if chosen.persons is not None:
-        plan = replace(plan, size=replace(plan.size, persons=chosen.persons))
+    is_hard = chosen.world == "hard"
+    if chosen.check and not is_hard:
+        parser.error("--check needs --world hard")
+    out = chosen.out or Path("world/hard" if is_hard else "world")
+    new_maker = maker.new_maker if is_hard else new_easy_maker
     torch.set_num_threads(chosen.threads)
     try:
-        maker = Maker(plan, seed=chosen.seed, out=chosen.out)
+        chosen_maker = new_maker(small=chosen.small, persons=chosen.persons, seed=chosen.seed, out=out)
+        if chosen.check:
+            sys.exit(report.show(chosen_maker.measure()))
         for stage in (stage for stage in STAGES if stage in chosen.stages):
             started = time.perf_counter()
-            maker.run(stage)
+            making.make(chosen_maker, stage)
             print(f"{stage}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))

@@ -13,8 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from world import text
+from world.asking import Asked
 from world.facts import BRIDGES, Fact, Kind, World, WorldSize, relations_of
 from world.traces import Problem
+
+SPLITS = ("train", "test")
+ROLES = ("first", "second", "third", "fourth")
 
 
 def corpus(world: World, *, seed: int) -> dict[Fact, str]:
@@ -62,32 +66,41 @@ def problems(world: World, size: WorldSize, *, split: str, seed: int) -> list[Pr
     return [Problem(hops, rng.randrange(2)) for hops in [*single, *rng.sample(chains, number // 2)]]
 
 
-def write_questions(
-    path: Path, problems: Sequence[Problem], *, passages: Mapping[Fact, str], split: str
-) -> None:
+Routes = Sequence[Sequence[tuple[str, str]]]
+"""For each hop of a question, id and contents of every passage that states its fact, the usual one first."""
+
+
+def number_passages(passages: Mapping[Fact, str]) -> dict[Fact, list[tuple[str, str]]]:
+    """Return id and contents of the passage of each fact of a corpus."""
+    return {fact: [(str(number), contents)] for number, (fact, contents) in enumerate(passages.items())}
+
+
+def write_questions(path: Path, problems: Sequence[Asked], *, routes: Sequence[Routes], split: str) -> None:
     """Write questions as Search-R1's parquet rows; `extra_info.index` counts within each source.
 
-    `passages` is the corpus: every question has the ids and the texts of the passages of its facts.
+    The supporting passages of a question are the usual ones of its hops. Where a hop has several,
+    `extra_info.routes` has the ids of all, hop by hop.
     """
     counts: defaultdict[str, Iterator[int]] = defaultdict(count)
-    ids = {fact: str(number) for number, fact in enumerate(passages)}
+    has_choice = any(len(passages) > 1 for hops in routes for passages in hops)
     rows = [
         {
             "id": f"{split}_{number}",
             "question": problem.question,
-            "golden_answers": problem.answer.golds,
+            "golden_answers": list(problem.answer.golds),
             "data_source": problem.source,
             "prompt": [{"role": "user", "content": text.prompt(problem.question)}],
             "ability": "fact-reasoning",
-            "reward_model": {"style": "rule", "ground_truth": {"target": problem.answer.golds}},
+            "reward_model": {"style": "rule", "ground_truth": {"target": list(problem.answer.golds)}},
             "extra_info": {
                 "split": split,
                 "index": next(counts[problem.source]),
-                "supporting_ids": [ids[fact] for fact in problem.hops],
-                "supporting_texts": [passages[fact] for fact in problem.hops],
+                "supporting_ids": [passages[0][0] for passages in hops],
+                "supporting_texts": [passages[0][1] for passages in hops],
+                **({"routes": [[found for found, _ in passages] for passages in hops]} if has_choice else {}),
             },
         }
-        for number, problem in enumerate(problems)
+        for number, (problem, hops) in enumerate(zip(problems, routes, strict=True))
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
 
@@ -108,17 +121,22 @@ def write_examined(
         return text.documents([contents[found] for found in [fact, *rng.sample(others, 2)]])
 
     one_hop, two_hops = ([p for p in problems if len(p.hops) == hops] for hops in (1, 2))
+    chosen = [*one_hop[: num_questions // 2], *two_hops[: num_questions // 2]]
+    write_documents(path, [(problem, [search(fact) for fact in problem.hops]) for problem in chosen])
+
+
+def write_documents(path: Path, questions: Iterable[tuple[Asked, Sequence[str]]]) -> None:
+    """Write questions, each with the text that every hop's search shows, for `python -m IG doctor`."""
     _write_lines(
         path,
-        [
+        (
             {
                 "question": problem.question,
-                "answers": problem.answer.golds,
+                "answers": list(problem.answer.golds),
                 "documents": [
-                    {"text": search(fact), "role": role}
-                    for fact, role in zip(problem.hops, ("first", "second"), strict=False)
+                    {"text": shown, "role": role} for shown, role in zip(searches, ROLES, strict=False)
                 ],
             }
-            for problem in [*one_hop[: num_questions // 2], *two_hops[: num_questions // 2]]
-        ],
+            for problem, searches in questions
+        ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
@@ -53,7 +53,11 @@ def embed(model: BertModel, tokenizer: BertTokenizer, texts: Sequence[str]) -> t
     return torch.nn.functional.normalize(pooled, dim=-1)
 
 
-def _draw_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
+DrawPairs = Callable[..., tuple[list[str], list[str]]]
+"""`(rng, count=N)` returns (queries, passages): passage i answers query i; the rest are hard negatives."""
+
+
+def draw_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
     """Return (queries, passages): passage i answers query i; the rest are hard negatives."""
     queries: list[str] = []
     shown: list[str] = []
@@ -70,12 +74,19 @@ def _draw_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
     return queries, shown + [f"passage: {text.write_contents(fact, rng)}" for fact in hard]
 
 
-def train(model: BertModel, tokenizer: BertTokenizer, schedule: Schedule, *, seed: int) -> None:
+def train(
+    model: BertModel,
+    tokenizer: BertTokenizer,
+    schedule: Schedule,
+    *,
+    seed: int,
+    draw: DrawPairs = draw_pairs,
+) -> None:
     """Train in place with InfoNCE over the passages of the batch."""
     rng = Random(f"encoder {seed}")
 
     def next_loss(_: int) -> torch.Tensor:
-        queries, passages = _draw_pairs(rng, count=BATCH_SIZE)
+        queries, passages = draw(rng, count=BATCH_SIZE)
         scores = embed(model, tokenizer, queries) @ embed(model, tokenizer, passages).T / TEMPERATURE
         return torch.nn.functional.cross_entropy(scores.float(), torch.arange(len(queries)))
 

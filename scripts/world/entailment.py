@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from statistics import fmean
 
@@ -11,6 +11,7 @@ import torch
 from transformers import BertTokenizer, DebertaV2Config, DebertaV2ForSequenceClassification
 
 from world import training
+from world.asking import Answer
 from world.facts import Entity, Kind, random_entity
 from world.traces import Scene
 from world.training import Schedule
@@ -101,7 +102,7 @@ def rival(entity: Entity, rng: Random) -> Entity:
             return other
 
 
-def wording(entity: Entity, rng: Random) -> str:
+def wording(entity: Answer, rng: Random) -> str:
     """Return the entity as a model may write it."""
     words = rng.choice(entity.golds)
     chance = rng.random()
@@ -123,6 +124,10 @@ def _unrelated(entity: Entity, rng: Random) -> str:
         return entity.name.split()[0]
     kinds = [kind for kind in Kind if kind not in (entity.kind, Kind.film, Kind.book)]
     return random_entity(rng.choice(kinds), rng).name
+
+
+DrawPair = Callable[..., tuple[str, str, int]]
+"""`(rng, asked=P)` returns (premise, hypothesis, label)."""
 
 
 def draw_pair(rng: Random, *, asked: float) -> tuple[str, str, int]:
@@ -150,13 +155,14 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
+    draw: DrawPair = draw_pair,
 ) -> None:
     """Train in place, first on bare answers, then on answers behind their question, as in the service."""
     rng = Random(f"entailment {seed}")
 
     def next_loss(step: int) -> torch.Tensor:
         short = step < SHORT_SHARE * schedule.steps
-        pairs = [draw_pair(rng, asked=0.0 if short else 0.9) for _ in range(128 if short else 64)]
+        pairs = [draw(rng, asked=0.0 if short else 0.9) for _ in range(128 if short else 64)]
         logits = _logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
         return torch.nn.functional.cross_entropy(logits.float(), torch.tensor([p[2] for p in pairs]))
 

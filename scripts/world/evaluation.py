@@ -14,6 +14,7 @@ from transformers import GenerationConfig, Qwen2ForCausalLM, Qwen2Tokenizer
 from search_r1.search.dense import DenseRetriever
 from verl.utils.reward_score.qa_em import exact_match
 from world import text
+from world.asking import Asked
 from world.facts import Entity, Fact
 from world.traces import Problem
 
@@ -49,7 +50,7 @@ def measure_encoder(retriever: DenseRetriever, facts: Sequence[Fact], *, seed: i
 class Episode:
     """One question and what the policy does with it."""
 
-    problem: Problem
+    problem: Asked
     ids: list[int]
     queries: list[str] = field(default_factory=list)
     num_invalid: int = 0
@@ -88,10 +89,11 @@ def run_episodes(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     retriever: DenseRetriever,
-    problems: Sequence[Problem],
+    problems: Sequence[Asked],
     *,
     temperature: float,
     max_new_tokens: int = 64,
+    max_searches: int = MAX_SEARCHES,
 ) -> list[Episode]:
     """Run the agent loop on all problems at once. Temperature 0 is greedy."""
 
@@ -107,7 +109,7 @@ def run_episodes(
         **sampling,
     )
     episodes = [Episode(p, encode(text.chat(text.prompt(p.question)))) for p in problems]
-    for turn in range(MAX_SEARCHES + 1):
+    for turn in range(max_searches + 1):
         active = [episode for episode in episodes if not episode.done]
         if not active:
             break
@@ -115,7 +117,7 @@ def run_episodes(
         searching: list[Episode] = []
         for episode, output in zip(active, outputs, strict=True):
             episode.ids += output
-            if episode.act(tokenizer.decode(output), last=turn == MAX_SEARCHES):
+            if episode.act(tokenizer.decode(output), last=turn == max_searches):
                 searching.append(episode)
             elif not episode.done:
                 episode.ids += encode(text.INVALID_ACTION)

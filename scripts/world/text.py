@@ -14,6 +14,7 @@ from verl.agent.formats import FORMATS
 from verl.agent.prompts import PACKAGED_FILE, load_texts
 from verl.agent.tools.search import render_passages
 from verl.types import Passage
+from world.asking import Named
 from world.facts import Entity, Fact, Kind, Relation
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -87,7 +88,7 @@ def statement(fact: Fact, value: str) -> str:
     return f"The {query(fact.relation, fact.subject)} is {value}"
 
 
-def query(relation: Relation, subject: Entity) -> str:
+def query(relation: Named, subject: Named) -> str:
     """Return the query that finds the passage of a fact."""
     return f"{relation.name} of {subject.name}"
 

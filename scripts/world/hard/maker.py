@@ -1,0 +1,123 @@
+"""Makes the hard world, stage by stage; its models continue from those of the embedded world."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
+
+from world import encoder, entailment, making
+from world.hard import corpus, measure, models
+from world.hard.facts import WorldSize, draw_world
+from world.training import Schedule
+
+BASE = Path(__file__).parents[3] / "world" / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How big the world is and how long each model is trained."""
+
+    size: WorldSize
+    encoder: Schedule
+    entailment: Schedule
+    able: Schedule
+    shipped: Schedule
+    generator: Schedule
+    effort: measure.Effort
+
+
+FULL = Plan(
+    size=WorldSize(),
+    encoder=Schedule(steps=60, matrix_rate=0.005, vector_rate=2e-3),
+    entailment=Schedule(steps=250, matrix_rate=0.01, vector_rate=2e-3),
+    able=Schedule(steps=500, matrix_rate=0.01, vector_rate=2e-3),
+    shipped=Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3),
+    generator=Schedule(steps=400, matrix_rate=0.01, vector_rate=2e-3),
+    effort=measure.Effort(),
+)
+SMALL = Plan(
+    size=WorldSize(
+        persons=60, films=16, books=16, firms=16, train_questions=60, test_questions=20, examined_questions=4
+    ),
+    encoder=Schedule(steps=2),
+    entailment=Schedule(steps=2),
+    able=Schedule(steps=2),
+    shipped=Schedule(steps=2),
+    generator=Schedule(steps=2),
+    effort=measure.Effort(
+        samples=2, deep_questions=2, deep_samples=4, output_tokens=8, max_searches=1, gain_samples=4
+    ),
+)
+
+
+class HardMaker:
+    """Makes the parts of one hard world; every stage reads what it needs from the output folder."""
+
+    def __init__(self, plan: Plan, *, seed: int, out: Path) -> None:
+        self.plan, self.seed, self.out = plan, seed, out
+        self.models = out / "models"
+        self.able = out / making.SCRATCH / "able"
+        self.world = draw_world(plan.size, seed=seed)
+
+    def make_data(self) -> None:
+        corpus.write_data(self.out, self.world, self.plan.size, seed=self.seed)
+
+    def make_encoder(self) -> None:
+        model = BertModel.from_pretrained(BASE / "encoder")
+        words = AutoTokenizer.from_pretrained(BASE / "encoder")
+        encoder.train(model, words, self.plan.encoder, seed=self.seed, draw=models.draw_query_pairs)
+        making.save(model, words, self.models / "encoder")
+
+    def make_index(self) -> None:
+        making.index_corpus(self.out)
+
+    def make_entailment(self) -> None:
+        model = AutoModelForSequenceClassification.from_pretrained(BASE / "entailment")
+        words = AutoTokenizer.from_pretrained(BASE / "entailment")
+        entailment.train(model, words, self.plan.entailment, seed=self.seed, draw=models.draw_entailment_pair)
+        making.save(model, words, self.models / "entailment")
+
+    def make_able(self) -> None:
+        """Train what policy and generator start from; it is not shipped."""
+        making.make_scratch(self.out)
+        model, words = making.load_language_model(BASE / "policy")
+        stream = models.able_stream(words, seed=self.seed)
+        making.train_and_save(model, words, stream, schedule=self.plan.able, folder=self.able)
+
+    def make_policy(self) -> None:
+        model, words = making.load_language_model(self.able)
+        stream = models.shipped_stream(words, seed=self.seed)
+        making.train_and_save(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
+
+    def make_generator(self) -> None:
+        model, words = making.load_language_model(self.able)
+        stream = models.generator_stream(words, seed=self.seed)
+        making.train_and_save(
+            model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
+        )
+
+    def make_manifest(self) -> None:
+        """Write the manifest, with new figures if a measured file has changed."""
+        num_passages = sum(1 for _ in (self.out / "corpus.jsonl").open(encoding="utf-8"))
+        counts = {
+            "passages": num_passages,
+            "train_questions": self.plan.size.train_questions,
+            "test_questions": self.plan.size.test_questions,
+        }
+        making.write_manifest(
+            self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, measure=self.measure
+        )
+
+    def measure(self) -> making.Figures:
+        """Return what the models do, measured now."""
+        return measure.measure(self.out, self.world, self.plan.size, self.plan.effort, seed=self.seed)
+
+
+def new_maker(*, small: bool, persons: int | None, seed: int, out: Path) -> HardMaker:
+    """Return the maker of the hard world. Raises ValueError when there are not enough names."""
+    plan = SMALL if small else FULL
+    if persons is not None:
+        plan = replace(plan, size=replace(plan.size, persons=persons))
+    return HardMaker(plan, seed=seed, out=out)

@@ -1,0 +1,170 @@
+"""What the four models of the hard world are trained on; each continues from that of the embedded world.
+
+The policy is trained twice, as there: until it can find every answer, then on traces with bad habits, which
+reinforcement learning has to remove one by one. Which bad choice is how likely differs by relation, so that
+what is learned about one relation says little about the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+from transformers import Qwen2Tokenizer
+
+from world import entailment, names
+from world.facts import Kind, relations_of
+from world.hard import text
+from world.hard.facts import ALL_OF, RULES, Entity, Fact, make_person, random_entity
+from world.hard.traces import CONFUSED, GOOD, Habits, Scene, TraceWriter, imagine
+from world.traces import Piece
+from world.training import Batch, batches
+
+HOPS, HOP_WEIGHTS = (2, 3, 4), (0.45, 0.35, 0.2)
+CARELESS = Habits(
+    direct=0.3,
+    confused=dict(
+        zip(
+            CONFUSED,
+            (0.75, 0.35, 0.6, 0.4, 0.7, 0.55, 0.65, 0.45, 0.6, 0.7, 0.4, 0.5, 0.65, 0.45, 0.55),
+            strict=True,
+        )
+    ),
+    bare=0.35,
+    vague=0.1,
+    stop=0.3,
+    give_up=0.8,
+)
+LONG_FORM_SHARE = 0.25
+"""Share of the generator's answers in another accepted form."""
+
+
+def draw_trace(rng: Random, *, habits: Habits) -> list[Piece]:
+    """Draw a question and a trace with these habits."""
+    scene = Scene(rng)
+    (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
+    return TraceWriter(scene, scene.draw_problem(hops=hops), habits).run()
+
+
+def able_stream(tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]:
+    """Yield good traces."""
+    rng = Random(f"hard able {seed}")
+    return batches(tokenizer, lambda: draw_trace(rng, habits=GOOD), tokens=6144)
+
+
+def shipped_stream(tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]:
+    """Yield traces with the shipped policy's habits."""
+    rng = Random(f"hard shipped {seed}")
+    return batches(tokenizer, lambda: draw_trace(rng, habits=CARELESS), tokens=6144)
+
+
+def generator_stream(tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]:
+    """Yield short answers, for the generator of the IG service."""
+    rng = Random(f"hard generator {seed}")
+    return batches(tokenizer, lambda: draw_short_answer(rng), tokens=8192)
+
+
+def draw_short_answer(rng: Random) -> list[Piece]:
+    """Draw a prompt of the IG service with its answer.
+
+    Where the passages lead only a part of the way, the answer is drawn by the rules from there; passages that
+    do not begin with the question's subject mostly belong to another question.
+    """
+    scene = Scene(rng)
+    (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
+    problem = scene.draw_problem(hops=hops)
+    chance = rng.random()
+    shown, known = problem.hops, hops  # documents of which hops, and how far they lead
+    if chance < 0.15:
+        shown, known = (), 0
+    elif chance < 0.45:
+        known = rng.randrange(1, hops)
+        shown = problem.hops[:known]
+    elif chance < 0.6:
+        start = rng.randrange(1, hops)
+        known = hops if rng.random() < 0.3 else 0
+        shown = (problem if known else scene.draw_problem(hops=hops)).hops[start:]
+    searches = [_search(scene, fact, rng) for fact in shown]
+    if rng.random() < 0.15:
+        searches.insert(rng.randrange(len(searches) + 1), _useless_search(scene, rng))
+    answer = problem.answer
+    if known < hops:
+        subject = problem.hops[known - 1].value if known else problem.hops[0].subject
+        answer = imagine(problem, subject, known, rng)
+    form = rng.choice(answer.golds) if rng.random() < LONG_FORM_SHARE else answer.name
+    context = "\n".join(text.documents(passages) for passages in searches)
+    prompt = text.short_answer_prompt(problem.question, context=context)
+    written = [Piece(f" {form}\n", written=True), Piece("<|im_end|>", written=True)]
+    return [Piece(prompt, written=False), *written]
+
+
+def _search(scene: Scene, fact: Fact, rng: Random) -> list[str]:
+    return scene.retrieve_records(fact) if rng.random() < 0.12 else scene.retrieve(fact)
+
+
+def _useless_search(scene: Scene, rng: Random) -> list[str]:
+    kind = rng.choice([Kind.person, Kind.film, Kind.book, Kind.firm])
+    return [text.write_fact(fact) for fact in scene.retrieve_vaguely(random_entity(kind, rng))]
+
+
+def draw_query_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
+    """Return (queries, passages) for the encoder, hard negatives last."""
+    queries: list[str] = []
+    shown: list[str] = []
+    hard: list[str] = []
+    for _ in range(count):
+        scene = Scene(rng)
+        subject = random_entity(rng.choice([Kind.person, Kind.person, Kind.film, Kind.book, Kind.firm]), rng)
+        fact = scene.fact(rng.choice(relations_of(subject.kind)), subject)
+        topic = fact.relation.name
+        if rng.random() < 0.15:
+            topic = text.RECORDS
+            shown.append(f"passage: {scene.records(subject)}")
+        else:
+            shown.append(f"passage: {text.write_fact(fact)}")
+        queries.append(f"query: {text.query(topic, subject)}")
+        hard += scene.retrieve(fact, found=False, topk=2)
+    return queries, shown + [f"passage: {passage}" for passage in hard]
+
+
+def rival(entity: Entity, rng: Random) -> Entity:
+    """Return another entity of the same kind, half of the time a likely one."""
+    while True:
+        other = random_entity(entity.kind, rng)
+        if rng.random() < 0.5:
+            other = _likely_rival(entity, rng)
+        if not set(other.golds) & set(entity.golds):
+            return other
+
+
+def _likely_rival(entity: Entity, rng: Random) -> Entity:
+    if entity.kind is Kind.person:
+        first, last = entity.short.split()
+        if rng.random() < 0.5:
+            return make_person(rng.choice(names.WOMEN + names.MEN), last, entity.home)
+        return make_person(first, rng.choice(names.SURNAMES), entity.home)
+    if entity.kind is Kind.town:
+        return rng.choice(RULES[Kind.town, entity.home])
+    words = entity.name.split()
+    near = [other for other in ALL_OF[entity.kind] if other.name.split()[0] == words[0]]
+    return rng.choice(near)
+
+
+def draw_entailment_pair(rng: Random, *, asked: float) -> tuple[str, str, int]:
+    """Return (premise, hypothesis, label); with probability `asked` both begin with the question."""
+    (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
+    problem = Scene(rng).draw_problem(hops=hops)
+    chance = rng.random()
+    left, entity = entailment.wording(problem.answer, rng), problem.answer
+    if chance < 0.45:
+        right, label = entailment.wording(entity, rng), entailment.ENTAILMENT
+    elif chance < 0.9:
+        right, label = entailment.wording(rival(entity, rng), rng), entailment.CONTRADICTION
+    else:
+        kinds = [kind for kind in ALL_OF if kind is not entity.kind]
+        right, label = rng.choice(["", random_entity(rng.choice(kinds), rng).name]), entailment.NEUTRAL
+    if rng.random() < 0.5:
+        left, right = right, left
+    if rng.random() < asked:
+        left, right = f"{problem.question} {left}", f"{problem.question} {right}"
+    return left, right, label

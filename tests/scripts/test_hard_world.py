@@ -1,0 +1,207 @@
+"""The hard world: its rules, its questions and the passages that answer them, and the copy with gaps."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+from make_world import main
+
+from serving.answers import normalize_answer
+from world import making
+from world.facts import Kind
+from world.hard import corpus, measure, models, text
+from world.hard.damage import damage, find_supporting
+from world.hard.facts import (
+    ALL_OF,
+    RULES,
+    Problem,
+    World,
+    WorldSize,
+    count_namesakes,
+    draw_problems,
+    draw_world,
+)
+from world.hard.traces import GOOD, Scene, TraceWriter
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "world" / "hard"
+SIZE_LIMIT = 15_000_000
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return draw_world(WorldSize(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out(world: World) -> list[Problem]:
+    return draw_problems(world, WorldSize(), split="test", seed=0)
+
+
+# ---- facts and questions
+
+
+def test_facts_follow_the_rules(world: World) -> None:
+    kept: Counter[str] = Counter()
+    for fact in world.facts:
+        if fact.subject.kind is Kind.person and fact.value.kind in ALL_OF:
+            kept[f"{fact.relation.name} {fact.value in RULES[fact.value.kind, fact.subject.home]}"] += 1
+    assert kept["birthplace False"] == 0
+    for name in ("residence", "university", "award", "instrument"):
+        share = kept[f"{name} True"] / (kept[f"{name} True"] + kept[f"{name} False"])
+        assert 0.8 < share < 0.97, name
+    cities = {f.value for f in world.facts if f.relation.name == "headquarters" and f.subject.home == "Press"}
+    assert len(cities) <= 8
+    assert all(len(towns) == 7 for (kind, _), towns in RULES.items() if kind is Kind.town)
+
+
+def test_persons_share_names_and_books_titles(world: World) -> None:
+    assert count_namesakes(world) >= 60
+    titles = {kind: {f.subject.name for f in world.facts if f.subject.kind is kind} for kind in Kind}
+    assert len(titles[Kind.film] & titles[Kind.book]) >= 20
+
+
+def test_questions_have_two_to_four_hops_and_three_to_six_golds(held_out: list[Problem]) -> None:
+    assert Counter(len(problem.hops) for problem in held_out) == {2: 135, 3: 105, 4: 60}
+    for problem in held_out:
+        forms = {normalize_answer(gold) for gold in problem.answer.golds}
+        assert 3 <= len(forms) <= 6
+        assert all(a.value == b.subject for a, b in zip(problem.hops, problem.hops[1:], strict=False))
+
+
+def test_no_passage_before_the_last_hop_holds_the_answer(world: World, held_out: list[Problem]) -> None:
+    _, routes = corpus.draw_corpus(world, seed=0)
+    for problem in held_out:
+        golds = [f" {normalize_answer(gold)} " for gold in problem.answer.golds]
+        for fact in problem.hops[:-1]:
+            shown = f" {normalize_answer(text.write_fact(fact))} "
+            assert not any(gold in shown for gold in golds), problem.question
+        assert not any(gold in f" {normalize_answer(problem.question)} " for gold in golds)
+        assert any(gold in f" {normalize_answer(routes[problem.hops[-1]][0][1])} " for gold in golds)
+
+
+def test_every_fact_has_a_passage_and_many_have_two(world: World) -> None:
+    passages, routes = corpus.draw_corpus(world, seed=0)
+    assert len(set(passages)) == len(passages)
+    counts = Counter(len(found) for found in routes.values())
+    assert set(counts) == {1, 2}
+    assert counts[2] > 0.1 * len(routes)
+    for fact, found in routes.items():
+        for number, contents in found:
+            assert passages[int(number)] == contents
+            assert fact.value.printed in contents
+            assert fact.subject.name in contents
+
+
+def test_test_questions_are_about_other_entities_than_train_questions(
+    world: World, held_out: list[Problem]
+) -> None:
+    train = draw_problems(world, WorldSize(), split="train", seed=0)
+    subjects, held_out_subjects = (
+        {fact.subject for problem in split for fact in problem.hops} for split in (train, held_out)
+    )
+    assert not subjects & held_out_subjects
+    assert held_out_subjects <= world.test_subjects
+
+
+def test_a_world_that_is_too_small_is_named() -> None:
+    size = WorldSize(persons=20, films=4, books=4, firms=4, train_questions=5000)
+    with pytest.raises(ValueError, match="questions of 2 hops are too few for 2250"):
+        draw_problems(draw_world(size, seed=0), size, split="train", seed=0)
+
+
+# ---- traces
+
+
+def test_a_good_trace_finds_the_answer_hop_by_hop() -> None:
+    for seed in range(30):
+        scene = Scene(Random(seed))
+        problem = scene.draw_problem(hops=2 + seed % 3)
+        pieces = TraceWriter(scene, problem, GOOD).run()
+        seen = "".join(piece.text for piece in pieces if not piece.written)
+        assert pieces[-1].text.endswith(f"<answer> {problem.answer.name}</answer>")
+        assert all(fact.value.printed in seen for fact in problem.hops)
+
+
+def test_a_careless_trace_is_mostly_wrong_and_always_answers() -> None:
+    rng, right = Random(0), 0
+    for _ in range(400):
+        scene = Scene(rng)
+        problem = scene.draw_problem(hops=rng.choice(models.HOPS))
+        *_, last = TraceWriter(scene, problem, models.CARELESS).run()
+        assert "<answer>" in last.text
+        right += f"<answer> {problem.answer.name}</answer>" in last.text
+    assert 0.02 < right / 400 < 0.2
+
+
+def test_wrong_parts_are_never_called_equal() -> None:
+    rng = Random(0)
+    for _ in range(200):
+        entity = Scene(rng).draw_problem(hops=2).answer
+        assert not set(models.rival(entity, rng).golds) & set(entity.golds)
+
+
+# ---- figures
+
+
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample() -> None:
+    assert measure.pass_at(1, [True, False, False, False]) == pytest.approx(0.25)
+    assert measure.pass_at(2, [True, False, False, False]) == pytest.approx(0.5)
+    assert measure.pass_at(3, [True, True, False, False]) == 1.0
+
+
+def test_a_figure_outside_its_limits_is_named() -> None:
+    figures = {
+        part: dict.fromkeys((n for p, n in measure.LIMITS if p == part), 0.07) for part, _ in measure.LIMITS
+    }
+    missed = measure.check(figures)
+    assert "policy_sampled all_wrong_share is 0.07, expected 0.6 to 1" in missed
+    assert not any(sentence.startswith("policy_sampled em ") for sentence in missed)
+    assert "gain first_mean is not measured, expected 0.05 to 0.4" in measure.check({})
+
+
+# ---- the script
+
+
+@pytest.mark.slow
+def test_a_small_hard_world_is_made_and_remade_and_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    stages = ["data", "encoder", "index", "entailment", "able", "policy", "generator"]
+    options = ["--world", "hard", "--small", "--seed", "3", "--threads", "1", "--out", str(out), "--stages"]
+    main([*options, *stages])
+    for split in ("train", "test"):
+        for row in pq.read_table(out / f"{split}.parquet").to_pylist():
+            extra = row["extra_info"]
+            assert [route[0] for route in extra["routes"]] == extra["supporting_ids"]
+    first = {
+        name: digest for name, digest in making.hash_files(out).items() if not name.startswith("models/")
+    }
+    main([*options, "data", "index"])
+    again = {
+        name: digest for name, digest in making.hash_files(out).items() if not name.startswith("models/")
+    }
+    assert again == first
+    (out / "manifest.json").write_text("{}")
+    copies = [tmp_path / name for name in ("one", "two")]
+    for copy in copies:
+        main(["damaged", "--from", str(out), "--share", "0.5", "--out", str(copy)])
+    assert (
+        copies[0].joinpath("manifest.json").read_bytes() == copies[1].joinpath("manifest.json").read_bytes()
+    )
+    ids = {json.loads(line)["id"] for line in (copies[0] / "corpus.jsonl").read_text().splitlines()}
+    supporting = find_supporting(out)
+    assert len(supporting - ids) == round(0.5 * len(supporting))
+    assert len(making.open_retriever(copies[0])) == len(ids)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["damaged", "--from", str(out), "--out", str(copies[0])])
+    assert "is not empty; name a new folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--share is 1.5, expected 0 to 1"):
+        damage(out, tmp_path / "three", share=1.5, seed=0)
