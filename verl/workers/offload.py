@@ -88,21 +88,30 @@ class Residence:
     ) -> None:
         """Nothing moves of what is not offloaded. A frozen model has no `optimizer`."""
         self._is_frozen = optimizer is None
-        self._weights = HostCopy(parameters) if offloads_weights else None
+        self._frozen = self._trained = None
+        if offloads_weights:
+            # Apart: frozen weights, those below adapters too, are then copied to host memory only once.
+            self._frozen = HostCopy(lambda: (p for p in parameters() if not p.requires_grad))
+            self._trained = HostCopy(lambda: (p for p in parameters() if p.requires_grad))
         self._moments = None
         if optimizer is not None and offloads_optimizer:
             self._moments = HostCopy(lambda: _moments(optimizer))
 
     def load_weights(self, *, changes: bool = False) -> None:
-        """Have the weights on the device; `changes`: the caller writes to them."""
-        if self._weights is not None:
-            self._weights.load(changes=changes)
+        """Have the weights on the device; `changes`: the caller writes to them, to frozen ones, too."""
+        _load(self._frozen, changes=changes)
+        _load(self._trained, changes=changes)
+
+    def load_for_update(self) -> None:
+        """Have weights and optimizer state on the device, to write to what is trained."""
+        _load(self._frozen, changes=False)
+        _load(self._trained, changes=True)
+        _load(self._moments, changes=True)
 
     def load_all(self) -> None:
-        """Have weights and optimizer state on the device, to write to them."""
+        """Have weights and optimizer state on the device, to write to all of them."""
         self.load_weights(changes=True)
-        if self._moments is not None:
-            self._moments.load(changes=True)
+        _load(self._moments, changes=True)
 
     def release_optimizer(self) -> None:
         """Free the memory of the optimizer state."""
@@ -111,8 +120,9 @@ class Residence:
 
     def release_weights(self) -> None:
         """Free the memory of the weights."""
-        if self._weights is not None:
-            self._weights.release()
+        for part in (self._frozen, self._trained):
+            if part is not None:
+                part.release()
 
     def leave_frozen(self) -> None:
         """Free the memory of the weights of a frozen model, which only log-probs need."""
@@ -121,10 +131,15 @@ class Residence:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a copy of this rank's part of a tensor in host memory, wherever the tensor is."""
-        for part in (self._weights, self._moments):
+        for part in (self._frozen, self._trained, self._moments):
             if part is not None and (host := part.find(local_part(tensor.detach()))) is not None:
                 return host.clone()
         return copy_to_host(tensor)
+
+
+def _load(part: HostCopy | None, *, changes: bool) -> None:
+    if part is not None:
+        part.load(changes=changes)
 
 
 def copy_to_host(tensor: Tensor) -> Tensor:

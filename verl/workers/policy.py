@@ -158,7 +158,7 @@ class PolicyWorker:
         num_updates = self._actor.ppo_epochs * len(minis)
         if num_updates > 1 and any(b.old_log_probs is None for mini in minis for b in mini.micro_batches):
             raise ValueError(f"{num_updates} updates need old_log_probs; only a single one is on-policy")
-        self._residence.load_all()
+        self._residence.load_for_update()
         lr = learning_rate(self._step, config=self._actor.optim, total_steps=self._total_steps)
         applied = []
         for _ in range(self._actor.ppo_epochs):

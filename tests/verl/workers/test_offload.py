@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.verl.workers.episodes import exported, make_config, make_worker, one_rank, random_batch, save
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, RefConfig, RefFsdpConfig
@@ -109,3 +112,49 @@ def test_a_frozen_model_is_there_while_it_scores_and_follows_what_it_loads(
     after = frozen.log_probs([batch])[0]
     np.testing.assert_array_equal(after, other.log_probs([batch])[0])
     assert np.abs(after - before).max() > 0.01
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        target = args[0] if args else None
+        if func is torch.ops.aten.copy_.default and isinstance(target, torch.Tensor):
+            self.count += target.nbytes * (target.dtype == torch.uint8)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_below_adapters_are_copied_to_host_memory_once(model_folder: Path) -> None:
+    """After that adapters alone, unless frozen weights were written to."""
+    config = offloading(model_folder)
+    worker = make_worker(replace(config, model=replace(config.model, lora_rank=2)))
+    sizes = {True: 0, False: 0}
+    for parameter in worker._network.parameters():
+        sizes[parameter.requires_grad] += parameter.nbytes
+    minis, copied = one_rank(random_batch(3)), []
+
+    def release() -> None:
+        with CopiedBytes() as mode:
+            worker.release()
+        copied.append(mode.count)
+
+    release()
+    for _ in range(2):
+        worker.update(minis)
+        release()
+    worker.perturb()
+    worker.perturb(undo=True)
+    release()
+    whole = sizes[True] + sizes[False]
+    assert copied == [whole, sizes[True], sizes[True], whole]
+    assert 0 < sizes[True] < sizes[False]
