@@ -146,7 +146,7 @@ def tables() -> Iterator[Table]:
 
 def recipe_rows() -> Iterator[str]:
     """Yield a row of docs/scale.md for each recipe for GPUs and each size, on GPUs of 80 GB."""
-    for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu", "gpu_16"):
+    for recipe in ("gpu_1", "gpu_2", "gpu_4", "gpu", "gpu_16", "gpu_16_off"):
         for size in ("1.5B", "3B", "7B"):
             plan, problem = _recipe_plan(recipe, size)
             result = f"{plan.step_s:.0f} | fits"

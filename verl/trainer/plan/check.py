@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from verl.trainer.config.pools import has_own_gpus
-from verl.trainer.config.schema import Config
+from verl.trainer.config.schema import ONE_STEP_OFF, Config
 from verl.trainer.needs import find_frozen_models
 from verl.trainer.plan.assumptions import GB, USABLE_SHARE
 from verl.trainer.plan.gpus import Gpu, MeasuredGpu
@@ -30,6 +30,9 @@ _OFFLOAD = (
     "actor_rollout_ref.ref.fsdp_config.param_offload",
 )
 """In the order in which they are tried: the largest first, and the reference only where there is one."""
+_LORA = "actor_rollout_ref.model.lora_rank"
+_LORA_RANK = 32
+_OWN_GPUS = "actor_rollout_ref.rollout.n_gpus_per_node"
 _IG_GPUS = "placement.ig_service_gpus"
 _NUM_GPUS = "trainer.n_gpus_per_node"
 _OWN_GPU_SHARES = (0.9, 0.85, 0.8, 0.7, 0.6)
@@ -67,7 +70,7 @@ class Plan:
     @property
     def step_s(self) -> float | None:
         """Seconds of a step; None where they are not planned."""
-        return step_seconds(self.stages, overlaps=self.setup.overlaps)
+        return step_seconds(self.stages, self.setup)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -115,9 +118,10 @@ def plan_run(
 
 
 def find_changes(config: Config, shape: ModelShape, gpu: Gpu, *, used: tuple[float, ...]) -> list[Settings]:
-    """Return the smallest change of settings with which the run fits, and the smallest with more GPUs.
+    """Return changes of settings with which the run fits: the smallest of each kind that has one.
 
-    All of them were planned; a kind of change without which the run cannot fit is left out.
+    On the same GPUs, with engines on some of them alone where they sample ahead, with more GPUs, and with
+    adapters where the same GPUs are too few for all that is on them. All of them were planned.
     """
 
     def fits(changes: Settings) -> bool:
@@ -135,7 +139,30 @@ def find_changes(config: Config, shape: ModelShape, gpu: Gpu, *, used: tuple[flo
         if _IG_GPUS not in changes
     )
     on_more_gpus = next(filter(fits, more_gpus), None)
-    return [change for change in (same_gpus, on_more_gpus) if change is not None]
+    adapters = None
+    if not config.actor_rollout_ref.model.lora_rank and (same_gpus is None or _IG_GPUS in same_gpus):
+        with_adapters = ({_LORA: _LORA_RANK, **changes} for changes in _list_changes(config))
+        adapters = next(filter(fits, with_adapters), None)
+
+    def step_s(changes: Settings) -> float:
+        setup = make_setup(change_settings(config, changes), shape, gpu, other_bytes=used)
+        return make_plan(setup).step_s or 0.0
+
+    pools = min(filter(fits, _list_pools(config)), key=step_s, default=None)
+    return [change for change in (same_gpus, pools, on_more_gpus, adapters) if change is not None]
+
+
+def _list_pools(config: Config) -> Iterator[Settings]:
+    """Yield numbers of GPUs for engines alone, where those sample ahead and share the GPUs of the policy."""
+    rollout, num_gpus = config.actor_rollout_ref.rollout, config.trainer.n_gpus_per_node
+    if has_own_gpus(rollout) or config.trainer.schedule != ONE_STEP_OFF:
+        return
+    parallel = rollout.tensor_model_parallel_size
+    for own in range(parallel, num_gpus, parallel):
+        others = num_gpus - own
+        service = {_IG_GPUS: others} if config.placement.ig_service_gpus > others else {}
+        for share in _OWN_GPU_SHARES:
+            yield {_OWN_GPUS: own, _ENGINE: share, **service}
 
 
 def _list_changes(config: Config) -> Iterator[Settings]:
@@ -198,4 +225,5 @@ def _describe(plan: Plan) -> str:
 
 def _show(key: str, value: float) -> str:
     meaning = " (start the IG service on other GPUs)" if (key, value) == (_IG_GPUS, 0) else ""
+    meaning = " (train adapters alone)" if key == _LORA else meaning
     return f"{key}={str(value).lower() if isinstance(value, bool) else f'{value:g}'}{meaning}"

@@ -28,7 +28,7 @@ from verl.trainer.plan.assumptions import (
 from verl.trainer.plan.setup import Setup
 from verl.trainer.plan.shape import ModelShape
 
-_FLOAT32 = 4
+FLOAT32 = 4
 ADAM_BYTES = 8
 """Per trained parameter: the two moments in float32."""
 
@@ -91,7 +91,7 @@ def policy_bytes(setup: Setup) -> float:
     """Return the bytes of the policy's weights over all ranks, with those of adapters."""
     whole, trained = setup.shape.parameters, setup.trained_parameters
     # Adapters are trained in float32; the weights below them are then frozen, in compute precision.
-    return whole * setup.number_bytes + trained * _FLOAT32 if setup.lora_rank else whole * _FLOAT32
+    return whole * setup.number_bytes + trained * FLOAT32 if setup.lora_rank else whole * FLOAT32
 
 
 def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
@@ -112,7 +112,7 @@ def _states(setup: Setup) -> dict[str, dict[Phase, float]]:
     if setup.trains:
         moments = (Phase.UPDATE,) if offload.optimizer else phases
         states["optimizer: Adam"] = dict.fromkeys(moments, trained * ADAM_BYTES / shards)
-        states["gradient"] = {Phase.UPDATE: trained * _FLOAT32 / shards}
+        states["gradient"] = {Phase.UPDATE: trained * FLOAT32 / shards}
     return states
 
 
@@ -128,7 +128,7 @@ def _activations(setup: Setup) -> dict[str, dict[Phase, float]]:
     whole = layer(LAYER_INTERMEDIATES - 2, LAYER_HIDDENS - 2)  # without the gradients in flight
     share = setup.recomputed_share
     saved = shape.layers * (share * layer(0, SAVED_PER_TOKEN) + (1 - share) * whole)
-    chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab) * _FLOAT32 * LOGITS_COPIES
+    chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab) * FLOAT32 * LOGITS_COPIES
     publish = {Phase.PUBLISH: _sent(setup)}
     if not setup.trains:
         return {"gathered weights": publish}
@@ -175,7 +175,7 @@ def _fsdp_buffers(setup: Setup) -> float:
     float32, then a shard of it; one rank alone divides a copy.
     """
     shape, size, shards = setup.shape, setup.number_bytes, setup.num_shards
-    reduced = size + _FLOAT32 + _FLOAT32 / shards + (_FLOAT32 if shards == 1 else 0)
+    reduced = size + FLOAT32 + FLOAT32 / shards + (FLOAT32 if shards == 1 else 0)
     if setup.lora_rank:  # frozen weights have no gradient
         reduced = 0.0
     layers = shape.layer_parameters * (2 * size + reduced)

@@ -26,8 +26,11 @@ from verl.trainer.plan.assumptions import (
     TRAIN_SHARE,
 )
 from verl.trainer.plan.gpus import Gpu
-from verl.trainer.plan.memory import ADAM_BYTES, Phase, policy_bytes
+from verl.trainer.plan.memory import ADAM_BYTES, FLOAT32, Phase, policy_bytes
 from verl.trainer.plan.setup import Offload, Setup
+
+ENGINES = "engines"
+"""The stage of the rollout that GPUs compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +72,21 @@ def list_stages(setup: Setup) -> list[Stage]:
     return [*stages, _offload(setup)] if setup.offload != Offload() else stages
 
 
-def step_seconds(stages: Sequence[Stage], *, overlaps: bool) -> float | None:
+def step_seconds(stages: Sequence[Stage], setup: Setup) -> float | None:
     """Return the seconds of a step, without stages that are not planned; None if none is.
 
-    `overlaps`: the next step is sampled while this one trains; a publish waits for both.
+    Where the next step is sampled while one trains, a publish waits for both. On the same GPUs engines and
+    training then take turns, and what the rollout does on CPUs runs beside them.
     """
     if not stages:
         return None
     rollout, publish = phase_seconds(stages, Phase.ROLLOUT), phase_seconds(stages, Phase.PUBLISH)
     training = sum(stage.seconds or 0.0 for stage in stages) - rollout - publish
-    return (max(rollout, training) if overlaps else rollout + training) + publish
+    if not setup.runs_ahead:
+        return rollout + training + publish
+    if setup.is_colocated:
+        training += sum(stage.seconds or 0.0 for stage in stages if stage.name == ENGINES)
+    return max(rollout, training) + publish
 
 
 def phase_seconds(stages: Sequence[Stage], phase: Phase) -> float:
@@ -144,7 +152,7 @@ def _engines(setup: Setup) -> Stage:
     )
     return Stage(
         phase=Phase.ROLLOUT,
-        name="engines",
+        name=ENGINES,
         detail=f"{setup.replicas} x {batch:.0f} sequences at a time",
         seconds=seconds,
         tokens=read + sampled,
@@ -178,14 +186,19 @@ def _retrieval(setup: Setup) -> Stage:
 def _gains(setup: Setup, *, hidden_s: float) -> Stage:
     """Return how long a step still waits for gains that were requested while its episodes ran.
 
-    The generator of the IG service is taken to have 3 billion parameters.
+    Where the step before trains meanwhile, on the same GPUs, the gains take their whole time from it. The
+    generator of the IG service is taken to have 3 billion parameters.
     """
     if not setup.ig_gpus:
         detail = "the IG service runs elsewhere: placement.ig_service_gpus=0"
         return Stage(phase=Phase.REWARD, name="gains", seconds=None, detail=detail)
     work_s = GAIN_FLOPS * setup.episodes.count / (_speed(setup.gpu)[0] * setup.ig_gpus)
+    where = f"on GPU {'0' if setup.ig_gpus == 1 else f'0-{setup.ig_gpus - 1}'}"
+    if setup.runs_ahead:
+        detail = f"{where}, which train meanwhile"
+        return Stage(phase=Phase.REWARD, name="gains", detail=detail, seconds=work_s)
     visible_s = max(0.0, work_s - hidden_s) + GAIN_LATENCY_S
-    detail = f"visible of {work_s:.0f} s on GPU {'0' if setup.ig_gpus == 1 else f'0-{setup.ig_gpus - 1}'}"
+    detail = f"visible of {work_s:.0f} s {where}"
     return Stage(phase=Phase.REWARD, name="gains", detail=detail, seconds=visible_s)
 
 
@@ -207,10 +220,10 @@ def _publish(setup: Setup) -> Stage:
 
 
 def _offload(setup: Setup) -> Stage:
-    """Return the copies to host memory and back; a frozen model only comes back."""
+    """Return the copies to host memory and back; frozen weights, those below adapters too, only come back."""
     trained, offload = setup.trained_parameters, setup.offload
     moved = 2.0 * ADAM_BYTES * trained if offload.optimizer else 0.0
-    moved += 2 * policy_bytes(setup) if offload.policy else 0.0
+    moved += policy_bytes(setup) + FLOAT32 * trained if offload.policy else 0.0
     frozen = setup.frozen.count * setup.shape.parameters * setup.number_bytes
     moved += frozen if offload.reference else 0.0
     per_gpu = moved / setup.num_shards

@@ -101,8 +101,8 @@ class Setup:
     """Whether the engine sleeps while the policy has the GPU."""
     transfer: str
     """How weights reach the engines, see `transfer_kind`."""
-    overlaps: bool
-    """Whether a step is sampled on GPUs of the engines while the one before trains."""
+    runs_ahead: bool
+    """Whether a step is sampled while the one before trains."""
     ig_gpus: int
     """Of the driver's node, as those of the retriever; the other nodes have fewer programs."""
     ig_share: float
@@ -211,7 +211,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         max_model_len=longest,
         frees_engine=rollout.free_cache_engine and not separate,
         transfer=transfer_kind(rollout, device="cuda"),
-        overlaps=separate and config.trainer.schedule == ONE_STEP_OFF,
+        runs_ahead=config.trainer.schedule == ONE_STEP_OFF,
         ig_gpus=min(placement.ig_service_gpus, num_gpus),
         ig_share=placement.ig_service_memory,
         retriever_gpus=min(placement.retriever_gpus, num_gpus),

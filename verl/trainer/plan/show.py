@@ -86,7 +86,10 @@ def seconds_table(plan: Plan) -> Table | str:
             "" if stage.limit_share is None else f"{stage.limit_share:.0%}",
         )
     table.add_section()
-    detail = "the longer of rollout and training, then publish" if plan.setup.overlaps else ""
+    detail = ""
+    if plan.setup.runs_ahead:
+        others = "engines with training" if plan.setup.is_colocated else "training"
+        detail = f"the longer of rollout and {others}, then publish"
     table.add_row("step", "", detail, f"{plan.step_s:.1f}", "", "")
     return table
 
