@@ -47,6 +47,7 @@ from verl.trainer.ppo.speed import Machine
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.types import FloatArray, ScoredGroups
 from verl.utils.actors import Launcher, make_launcher
+from verl.utils.garbage import frozen_heap
 from verl.utils.reward_score.IG_client import GainClient
 from verl.workers.batch import MiniBatch, TrainBatch
 from verl.workers.checkpoint import CheckpointStore
@@ -106,6 +107,10 @@ class VersionPublisher:
     def __init__(self, engines: EnginePool) -> None:
         self._engines = engines
 
+    async def verify(self, *, version: int) -> None:
+        """Give every engine the version."""
+        await self.publish(version=version)
+
     async def publish(self, *, version: int) -> float:
         """Give every engine the version."""
         await asyncio.gather(*(engine.load_weights("", version) for engine in self._engines.receivers))
@@ -131,9 +136,14 @@ class Cost:
 
 
 class MeasuredTrainer(PPOTrainer):
-    """The training loop, which notes the processor seconds of its parts."""
+    """The training loop, which notes the processor seconds of its parts and saves no checkpoint."""
 
     sample_s = record_s = 0.0
+
+    def __init__(self, parts: Parts, *, settings: TrainerConfig, total_steps: int) -> None:
+        super().__init__(parts, settings=settings, total_steps=total_steps, progress=Progress(), identity={})
+        self.costs: list[Cost] = []
+        """Of each step."""
 
     async def sample(self, step: int) -> Rollout:
         """Run the episodes of a step; nothing else runs meanwhile."""
@@ -150,13 +160,16 @@ class MeasuredTrainer(PPOTrainer):
         super().record(scored, batch, update, rollout)
         self.record_s = time.process_time() - before
 
-    async def measure_step(self, step: int) -> Cost:
-        """Run a step; return what it cost."""
+    async def train_step(self, step: int) -> None:
+        """Run a step and note its cost."""
         before, began = time.process_time(), time.perf_counter()
-        await self.train_step(step)
+        await super().train_step(step)
         cpu_s, wall_s = time.process_time() - before, time.perf_counter() - began
         rest = cpu_s - self.sample_s - self.record_s
-        return Cost(episodes=self.sample_s, batch=rest, records=self.record_s, wall=wall_s)
+        self.costs.append(Cost(episodes=self.sample_s, batch=rest, records=self.record_s, wall=wall_s))
+
+    async def save(self) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,14 +200,16 @@ async def open_models(launcher: Launcher) -> AsyncIterator[Models]:
     )
     gains = GainClient(f"http://127.0.0.1:{port}", timeout_s=120.0)
     await engines.wait_until_ready()
+    models = Models(
+        engines=engines,
+        policy=policy,
+        gains=gains,
+        tokenizer=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
+        config=config,
+    )
     try:
-        yield Models(
-            engines=engines,
-            policy=policy,
-            gains=gains,
-            tokenizer=HfTokenizer.from_pretrained(config.actor_rollout_ref.model.path),
-            config=config,
-        )
+        with frozen_heap():
+            yield models
     finally:
         await gains.aclose()
 
@@ -228,21 +243,21 @@ def make_trainer(models: Models, run_dir: Path, *, episodes: int, turns: int) ->
         # Of the recipe's plan, so that all speeds are computed.
         machine=Machine(setup=make_setup(config, KNOWN_SHAPES["Qwen/Qwen2.5-3B"], find_gpu("H100"))),
     )
-    total_steps = STEPS + 1
-    return MeasuredTrainer(
-        parts, settings=TrainerConfig(), total_steps=total_steps, progress=Progress(), identity={}
-    )
+    settings = TrainerConfig(test_freq=0, save_freq=0, val_before_train=False, val_after_train=False)
+    return MeasuredTrainer(parts, settings=settings, total_steps=STEPS + 1)
 
 
 async def measure_size(models: Models, *, episodes: int, turns: int) -> Cost:
     """Return what a step of this size costs, each part in the median of all steps but the first."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(models, Path(folder), episodes=episodes, turns=turns)
-        await trainer.publish(0)
-        costs = [await trainer.measure_step(step) for step in range(1, STEPS + 2)][1:]
+        await trainer.fit()
         trainer.parts.tracker.finish()
     return Cost(
-        **{field.name: statistics.median(getattr(c, field.name) for c in costs) for field in fields(Cost)}
+        **{
+            field.name: statistics.median(getattr(cost, field.name) for cost in trainer.costs[1:])
+            for field in fields(Cost)
+        }
     )
 
 

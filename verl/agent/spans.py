@@ -57,6 +57,8 @@ class DecodedText:
 
     def count_characters(self, count: int) -> int:
         """Return the number of characters of the text that the first `count` tokens hold."""
+        if not 0 < count < len(self._ids):
+            return len(self.text) if count else 0
         if count not in self._covered:
             # A prefix may end in half a character, which decodes to something else than it becomes.
             prefix = self._decode(self._ids[:count])

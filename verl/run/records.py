@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -30,6 +29,7 @@ from serving.redaction import redact_text
 from verl.agent.spans import DecodedText
 from verl.errors import DataError
 from verl.types import (
+    Action,
     ActionKind,
     Credit,
     FloatArray,
@@ -241,7 +241,7 @@ def _split_turns(trajectory: Trajectory, credit: Credit | None) -> list[FloatArr
 def _text_cuts(turn: Turn, advantages: FloatArray | None, *, text: DecodedText) -> list[tuple[int, int]]:
     if advantages is None:
         return []
-    changes = np.flatnonzero(np.diff(advantages) != 0) + 1
+    changes = np.flatnonzero(advantages[1:] != advantages[:-1]) + 1
     spans = (edge for span in turn.action.spans for edge in (span.start, span.end))
     tokens = sorted({0, len(turn.output_ids), *changes.tolist(), *spans})
     return [(token, text.count_characters(token)) for token in tokens]
@@ -259,11 +259,30 @@ def _passage_record(passage: Passage) -> PassageRecord:
     return record
 
 
+def _action_record(action: Action) -> ActionRecord:
+    return {
+        "kind": str(action.kind),
+        "calls": [{"tool": call.tool, "arguments": dict(call.arguments)} for call in action.calls],
+        "spans": [
+            {
+                "kind": str(span.kind),
+                "start": span.start,
+                "end": span.end,
+                "text": span.text,
+                "num_closing": span.num_closing,
+            }
+            for span in action.spans
+        ],
+        "text": action.text,
+    }
+
+
 def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -> TurnRecord:
-    text = DecodedText(turn.output_ids.tolist(), decode=decode)
+    output_ids, observation_ids = turn.output_ids.tolist(), turn.observation_ids.tolist()
+    text = DecodedText(output_ids, decode=decode)
     record: TurnRecord = {
         "output_text": text.text,
-        "action": cast(ActionRecord, asdict(turn.action) | {"text": turn.action.text}),
+        "action": _action_record(turn.action),
         "finish": str(turn.finish),
         "is_executed": bool(turn.observations),
         "observations": [
@@ -271,13 +290,13 @@ def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -
             for found in turn.observations
         ],
         "passages": [_passage_record(passage) for passage in turn.passages],
-        "observation_text": decode(turn.observation_ids.tolist()),
+        "observation_text": decode(observation_ids),
         "observation_truncated": turn.observation_truncated,
         "version": turn.version,
         "text_cuts": _text_cuts(turn, advantages, text=text),
-        "output_ids": turn.output_ids.tolist(),
-        "output_log_probs": [_number(x, LOG_PROB_DIGITS) for x in turn.output_log_probs],
-        "observation_ids": turn.observation_ids.tolist(),
+        "output_ids": output_ids,
+        "output_log_probs": _numbers(turn.output_log_probs, LOG_PROB_DIGITS),
+        "observation_ids": observation_ids,
     }
     if turn.num_dropped:
         record["num_dropped"] = turn.num_dropped
@@ -291,6 +310,17 @@ def _number(value: float | np.floating, digits: int) -> float | None:
     return round(number, digits) if math.isfinite(number) else None
 
 
+def _numbers(values: FloatArray, digits: int) -> list[float | None]:
+    """Return what `_number` returns of each value.
+
+    They are equal because float32 times such a power of ten is exact in float64.
+    """
+    numbers: list[float] = values.astype(np.float64).round(digits).tolist()
+    if np.isfinite(values).all():
+        return [*numbers]
+    return [number if math.isfinite(number) else None for number in numbers]
+
+
 def _mask_runs(trajectory: Trajectory) -> list[int]:
     runs = [len(trajectory.prompt_ids)]
     for turn in trajectory.turns:
@@ -301,9 +331,14 @@ def _mask_runs(trajectory: Trajectory) -> list[int]:
 def _runs(values: FloatArray) -> list[tuple[float | None, int]]:
     if not len(values):
         return []
-    starts = np.flatnonzero(np.diff(values, prepend=np.float32(np.nan)) != 0)
-    lengths = np.diff(np.append(starts, len(values)))
-    return [(_number(values[s], ADVANTAGE_DIGITS), int(n)) for s, n in zip(starts, lengths, strict=True)]
+    starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
+    ends = [*starts[1:].tolist(), len(values)]
+    return [
+        (value, end - start)
+        for value, start, end in zip(
+            _numbers(values[starts], ADVANTAGE_DIGITS), starts.tolist(), ends, strict=True
+        )
+    ]
 
 
 def _redacted(text: str | None) -> str | None:

@@ -58,6 +58,7 @@ from verl.trainer.wiring import (
     warn_if_unused,
 )
 from verl.types import Question
+from verl.utils.garbage import frozen_heap
 from verl.utils.logs import configure_logging
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.reward_score.math_grader import GradingAgent, MathGrader
@@ -89,9 +90,11 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
         for advice in list_advice(config):
             logger.warning(advice)
         async with AsyncExitStack() as stack:
-            yield await build(
+            trainer = await build(
                 config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus)
             )
+            stack.enter_context(frozen_heap())
+            yield trainer
 
 
 async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:

@@ -26,6 +26,7 @@ from verl.types import (
     SpanKind,
     Stop,
     Trajectory,
+    Turn,
     join_context,
 )
 
@@ -260,3 +261,24 @@ def test_a_bad_line_is_named(tmp_path: Path, change: Callable[[bytes], bytes], n
         read_records(path)
     with pytest.raises(DataError, match="is not there"):
         read_records(tmp_path / "absent.jsonl")
+
+
+def test_log_probs_are_rounded_as_decimals(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    exact_halves = np.arange(-9, 9, dtype=np.float32) / 128  # 7 decimals that end in 5
+    log_probs = np.concatenate([rng.normal(-1, 4, 500).astype(np.float32), exact_halves])
+    turn = Turn(
+        output_ids=np.arange(len(log_probs), dtype=np.int32),
+        output_log_probs=log_probs,
+        action=Action(kind=ActionKind.INVALID),
+    )
+    trajectory = Trajectory(
+        question=make_question(0),
+        sample=0,
+        prompt_ids=np.arange(3, dtype=np.int32),
+        turns=(turn,),
+        stop=Stop.ANSWERED,
+    )
+    path = Recorder(tmp_path, decode=decode).write_evaluation(0, [trajectory], [Score(outcome=1.0)])
+    (record,) = read_records(path)
+    assert record["turns"][0]["output_log_probs"] == [round(float(x), 6) for x in log_probs]
