@@ -102,6 +102,8 @@ class Tool(ABC):
     """The section of the configuration with its settings; empty for a tool without settings."""
     settings_class: ClassVar[type[object]] = object
     """The dataclass of this section."""
+    searches: ClassVar[bool] = False
+    """Whether it calls the search engine of the section `retriever`."""
     texts: ClassVar[Mapping[str, FixedText]] = {}
     """The entries that the tool needs in its section `tools.NAME` of the prompt file."""
     spec: ToolSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _JOIN = """
 import asyncio, json, sys
 from pathlib import Path
+import ray
 from tests.verl.utils.test_actors import Counter
 from verl.errors import ConfigError
 from verl.utils.cluster import Share, join_cluster
@@ -37,14 +39,43 @@ async def main(address, folder):
     secrets = await asyncio.gather(*(actor.call("read_env", "HF_TOKEN") for actor in actors))
     gpus = [node.gpus for node in launcher.nodes]
     launcher.shutdown()
-    (await join_cluster(share, paths=[], shared=folder, timeout_s=30)).shutdown()  # it is free again
+    again = await join_cluster(share, paths=[], shared=folder, timeout_s=30)  # it is free again
+    again._ray._group = "gone"
+    try:
+        again.shutdown()
+    except AttributeError:  # Ray cannot remove it
+        is_left = not ray.is_initialized()
     try:
         await join_cluster(Share(address=address, num_nodes=3, cpus=1), paths=[], shared=folder, timeout_s=0)
     except ConfigError as error:
         refused = str(error)
-    return {"sums": sums, "homes": homes, "secrets": secrets, "gpus": gpus, "refused": refused}
+    found = {"sums": sums, "homes": homes, "secrets": secrets, "gpus": gpus}
+    return found | {"refused": refused, "is_left": is_left}
 
 print(json.dumps(asyncio.run(main(sys.argv[1], Path(sys.argv[2])))))
+"""
+
+_LOSE_HEAD = """
+import asyncio, sys
+from pathlib import Path
+from tests.verl.utils.test_actors import Counter
+from verl.utils.cluster import Share, join_cluster
+from verl.utils.entry import error_line
+
+async def main(address, folder, num_nodes):
+    print("waiting", flush=True)
+    share = Share(address=address, num_nodes=num_nodes, cpus=1)
+    launcher = await join_cluster(share, paths=[], shared=folder, timeout_s=3600)
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter")
+    print("the actor holds", await actor.call("add", 1), flush=True)
+    try:
+        await launcher.watch()
+    finally:
+        actor.kill()
+        launcher.shutdown()
+
+with error_line():
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
 """
 
 
@@ -68,6 +99,7 @@ def test_a_share_of_two_nodes_is_reserved_and_given_back(cluster: RayNodes, tmp_
     assert found["sums"] == [10, 11]
     assert found["homes"] == ["/shared/hf", "/shared/hf"]
     assert found["secrets"] == [None, None]
+    assert found["is_left"]
     assert found["gpus"] == [["0", "1"], ["0", "1"]]
     assert "needs 3 nodes with 1 CPUs each" in found["refused"]
     assert not list(tmp_path.iterdir())
@@ -110,6 +142,63 @@ def test_a_run_over_two_nodes_loses_one_and_goes_on_with_the_other(
     assert len(started) >= 4
     psutil.wait_procs(started)
     assert cluster.nodes[0].poll() is None
+
+
+@pytest.mark.vllm
+def test_a_run_whose_head_ends_saves_its_steps_and_says_so(
+    cluster: RayNodes, tmp_path: Path, retriever: str
+) -> None:
+    """The actors live on for a minute, unless they were on the head's machine."""
+    run_dir = tmp_path / "run"
+    settings = (
+        "algorithm=search_r1",
+        f"retriever.url={retriever}",
+        f"trainer.ray_address={cluster.address}",
+        "trainer.save_freq=0",
+    )
+    with training(run_dir, *settings, variables=cluster.variables) as process:
+        wait_for(lambda: 1 in read_steps(run_dir), what="step 1", process=process)
+        output = end_training(process, lambda: kill_head(cluster))
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    last = output.splitlines()[-1]
+    assert last.startswith("error: Ray's head at "), output
+    assert last.endswith("start the cluster again (ray start), and repeat the command to resume")
+    assert (run_dir / "checkpoints" / f"global_step_{max(read_steps(run_dir))}").is_dir(), output
+
+
+def test_without_its_head_a_program_ends_with_one_line(tmp_path: Path) -> None:
+    """Also where that takes the trainer's own raylet and actors with it, or the run still waits for nodes."""
+    with ray_nodes(1, "--num-cpus=1") as nodes:
+        programs = [
+            subprocess.Popen(
+                [sys.executable, "-c", _LOSE_HEAD, nodes.address, str(tmp_path), str(num_nodes)],
+                env={**os.environ, **nodes.variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            for num_nodes in (1, 2)
+        ]
+        joined, waiting = programs
+        for program, line in ((joined, "the actor holds 1"), (waiting, "waiting")):
+            assert program.stdout is not None
+            assert any(found.strip() == line for found in program.stdout)
+        end_node(nodes.nodes[0])
+        ended = [program.communicate()[1].splitlines()[-1] for program in programs]
+    assert [program.returncode for program in programs] == [1, 1], ended
+    port = nodes.address.partition(":")[2]
+    assert re.match(rf"error: Ray's head at [\d.]+:{port} ended", ended[0]), ended
+    assert ended[1].startswith("error: trainer.ray_address="), ended
+
+
+def kill_head(cluster: RayNodes) -> None:
+    """Kill the process that all nodes need; the raylet of its machine lives on, as without `--block`."""
+    cluster.nodes[0].send_signal(signal.SIGSTOP)
+    for process in psutil.Process(cluster.nodes[0].pid).children(recursive=True):
+        if process.name() == "gcs_server":
+            process.kill()
 
 
 def family_of(node: subprocess.Popen[bytes]) -> set[psutil.Process]:

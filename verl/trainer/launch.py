@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from serving.machine import is_loopback
 from serving.redaction import redact_text
+from verl.agent.reference import NO_SEARCH
+from verl.agent.tools import TOOLS
 from verl.errors import ConfigError
 from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
@@ -67,7 +69,9 @@ async def launch_models(
     """
     trainer = config.trainer
     logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(config, stack, device=device, scratch=scratch)
+    launcher = await open_launcher(
+        config, stack, device=device, scratch=scratch, tools=find_tools(config, trains=True)
+    )
     launch_group = partial(
         WorkerGroup.launch,
         launcher,
@@ -121,7 +125,9 @@ async def open_engines(
     Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
     """
     logger.info("starting engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(config, stack, device=device, scratch=scratch)
+    launcher = await open_launcher(
+        config, stack, device=device, scratch=scratch, tools=find_tools(config, trains=False)
+    )
     async with limited_start(config):
         engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
         close_quietly(stack, engines.shutdown)
@@ -143,10 +149,13 @@ async def open_local_engine(
     return engine
 
 
-async def open_launcher(config: Config, stack: AsyncExitStack, *, device: str, scratch: Path) -> Launcher:
+async def open_launcher(
+    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path, tools: Sequence[str]
+) -> Launcher:
     """Start the launcher, which the stack shuts down; what runs on the stack ends when the launcher dies.
 
-    `scratch` must be on a disk that all nodes share. Raises ConfigError if the nodes cannot be had.
+    `scratch` must be on a disk that all nodes share; `tools` are those that engines call. Raises ConfigError
+    if the nodes cannot be had.
     """
     trainer = config.trainer
     launcher: Launcher
@@ -162,8 +171,8 @@ async def open_launcher(config: Config, stack: AsyncExitStack, *, device: str, s
             timeout_s=trainer.node_wait_s,
         )
     close_quietly(stack, launcher.shutdown)
-    refuse_loopback(config, launcher.nodes)
-    await stack.enter_async_context(ended_by(launcher.watch()))
+    refuse_loopback(config, launcher.nodes, tools=tools)
+    await stack.enter_async_context(ended_by(launcher.watch(), cleanup_s=launcher.survival_s))
     return launcher
 
 
@@ -182,12 +191,18 @@ def share_of_nodes(config: Config, *, device: str) -> Share:
     )
 
 
-def refuse_loopback(config: Config, nodes: Sequence[Node]) -> None:
-    """Raise ConfigError if a node on another machine would look for the retriever on itself."""
+def find_tools(config: Config, *, trains: bool) -> Sequence[str]:
+    """Return the names of the tools that engines call, none in an evaluation of the model without them."""
+    return [] if not trains and config.evaluation.reference == NO_SEARCH else config.agent.tools
+
+
+def refuse_loopback(config: Config, nodes: Sequence[Node], *, tools: Sequence[str]) -> None:
+    """Raise ConfigError if a tool on another machine would look for the retriever on itself."""
     url = redact_text(config.retriever.url)
     host = urlsplit(url).hostname or ""
     far = [node.address for node in nodes if not node.is_here]
-    if far and (is_loopback(host) or host in ("0.0.0.0", "::")):
+    searches = any(TOOLS[name].searches for name in tools)
+    if searches and far and (is_loopback(host) or host in ("0.0.0.0", "::")):
         raise ConfigError(
             f"retriever.url={url} is an address of this machine alone, and engines on {', '.join(far)} "
             "search, too; start the retriever with a token (RETRIEVER_TOKEN) and --host ADDRESS, an address "

@@ -28,9 +28,12 @@ from serving.ray_start import PrivateRay
 from verl.errors import RolloutError, UserError
 
 _WATCH_INTERVAL_S = 1.0
+_NOTICE_S = 2.0
+"""How long an actor's death waits for `watch`, which names the cause if a process of Ray has ended."""
 _RAY_CALLS = 1000
-# How long actors live on without a process of Ray: long enough to save their state.
-_SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": 600}
+_SURVIVAL_S = 600.0
+"""How long actors of a private Ray live on without one of its processes: long enough to save their state."""
+_SURVIVAL = {"health_check_failure_threshold": 200, "gcs_rpc_server_reconnect_timeout_s": int(_SURVIVAL_S)}
 
 
 class ActorError(UserError, RuntimeError):
@@ -91,6 +94,8 @@ class Launcher(Protocol):
     nodes: tuple[Node, ...]
     address: str
     """Address of this process that the nodes can reach."""
+    survival_s: float
+    """How long actors live on when `watch` has raised; their calls may then wait without end."""
 
     def launch(
         self,
@@ -181,6 +186,8 @@ class _LocalActor:
 class LocalLauncher:
     """Runs all actors in this process, for the debugger and for tests; `env` is set for all of it."""
 
+    survival_s = 0.0  # not used: this process is the only one
+
     def __init__(self) -> None:
         self.nodes: tuple[Node, ...] = (this_node(),)
         self.address = self.nodes[0].address
@@ -263,6 +270,8 @@ class _RayActor:
                 cause.add_note(self._ray.read_stderr_end(self._local_pid))
             raise cause from error
         except RayActorError as error:
+            if self._ray.find_dead() is None:
+                await asyncio.sleep(_NOTICE_S)
             death = self._ray.describe_death(error, pid=self._local_pid)
             raise ActorError(f"{self._label} died; {method!r} has no result. {death}") from error
         self._has_answered = True
@@ -290,13 +299,20 @@ class RayLauncher:
         address: str = "127.0.0.1",
         options: Sequence[Mapping[str, object]] = ({},),
         env: Mapping[str, str] = MappingProxyType({}),
+        survival_s: float = _SURVIVAL_S,
+        fix: str = "repeat the command to resume",
     ) -> None:
-        """`options`: those of Ray that place an actor on each node; `env`: variables of all actors."""
+        """`options`: those of Ray that place an actor on each node; `env`: variables of all actors.
+
+        `fix`: what to do when a process of Ray has ended.
+        """
         self.nodes = tuple(nodes)
         self.address = address
         self._ray = ray
         self._options = tuple(options)
         self._env = dict(env)
+        self.survival_s = survival_s
+        self._fix = fix
         self._actors: list[_RayActor] = []
 
     def launch(
@@ -336,8 +352,8 @@ class RayLauncher:
         while (dead := self._ray.find_dead()) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
         raise ActorError(
-            f"Ray's {dead} ended (killed because memory ran out?), and no actor can work without it; repeat "
-            "the command to resume"
+            f"Ray's {dead} ended (killed because memory ran out?), and no actor can work without it; "
+            f"checkpoints are complete: {self._fix}"
         )
 
     def shutdown(self) -> None:

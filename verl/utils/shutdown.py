@@ -27,19 +27,33 @@ async def _close(close: Callable[[], Awaitable[None] | None]) -> None:
 
 
 @asynccontextmanager
-async def ended_by(watch: Coroutine[None, None, None]) -> AsyncIterator[None]:
-    """Cancel what runs inside as soon as `watch` fails, and raise that error in place of the cancellation."""
+async def ended_by(watch: Coroutine[None, None, None], *, cleanup_s: float) -> AsyncIterator[None]:
+    """Cancel what runs inside as soon as `watch` fails, and raise that error in place of the cancellation.
+
+    What still runs after `cleanup_s` is cancelled again, because it may wait for what has ended.
+    """
     task = asyncio.current_task()
     assert task is not None
     watching = asyncio.create_task(watch)
-    watching.add_done_callback(lambda done: done.cancelled() or task.cancel())
+    cancelled_after: list[float] = []
+
+    async def cancel() -> None:
+        await asyncio.wait([watching])
+        for delay_s in (0.0, cleanup_s):
+            await asyncio.sleep(delay_s)
+            cancelled_after.append(delay_s)
+            task.cancel()
+
+    cancelling = asyncio.create_task(cancel())
     try:
         yield
     except asyncio.CancelledError:
         error = watching.exception() if watching.done() else None
         if error is None:
             raise
-        task.uncancel()
+        for _ in cancelled_after:
+            task.uncancel()
         raise error from None
     finally:
+        cancelling.cancel()
         watching.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
@@ -17,7 +18,13 @@ from verl.errors import ConfigError
 from verl.protocols import Agent, Generate
 from verl.rollout.host import RolloutWorker
 from verl.trainer.config.schema import Config
-from verl.trainer.launch import count_workers, launch_engines, refuse_loopback, share_of_nodes
+from verl.trainer.launch import (
+    count_workers,
+    find_tools,
+    launch_engines,
+    refuse_loopback,
+    share_of_nodes,
+)
 from verl.utils.actors import Node
 from verl.utils.cluster import Share
 from verl.workers.parallel import Placement, Rendezvous
@@ -44,6 +51,7 @@ class Started:
 class FakeLauncher:
     nodes: tuple[Node, ...]
     address: str = "10.0.0.1"
+    survival_s: float = 60.0
     started: list[Started] = field(default_factory=list)
 
     def launch(
@@ -178,10 +186,31 @@ def test_a_retriever_that_other_nodes_cannot_reach_is_refused() -> None:
     far = two_nodes().nodes
     for host in ("127.0.0.1:8000", "localhost:8000", "[::1]:1", "0.0.0.0:8000", "me:word@127.0.0.1"):
         config.retriever.url = f"http://{host}/retrieve"
-        refuse_loopback(config, far[:1])
+        refuse_loopback(config, far[:1], tools=["search"])
         named = r"retriever\.url=.* engines on 10\.0\.0\.2 search.*--host"
         with pytest.raises(ConfigError, match=named) as caught:
-            refuse_loopback(config, far)
+            refuse_loopback(config, far, tools=["search"])
         assert "word" not in str(caught.value)
     config.retriever.url = "http://10.0.0.1:8000/retrieve"
-    refuse_loopback(config, far)
+    refuse_loopback(config, far, tools=["search"])
+
+
+@pytest.mark.parametrize(
+    ("tools", "reference", "trains", "searches"),
+    [
+        (["python"], "none", True, False),
+        (["python", "open_page"], "none", True, True),
+        (["search"], "no_search", True, True),
+        (["search"], "no_search", False, False),
+        (["search"], "one_shot_rag", False, True),
+    ],
+)
+def test_only_what_searches_needs_a_retriever_that_all_nodes_reach(
+    tools: list[str], reference: str, trains: bool, searches: bool
+) -> None:
+    """A training asks no reference."""
+    config = Config()
+    config.agent.tools, config.evaluation.reference = tools, reference
+    used = find_tools(config, trains=trains)
+    with pytest.raises(ConfigError) if searches else contextlib.nullcontext():
+        refuse_loopback(config, two_nodes().nodes, tools=used)

@@ -30,15 +30,30 @@ async def test_a_watch_that_fails_ends_what_runs_and_lets_it_clean_up() -> None:
             raise
 
     with pytest.raises(ActorError, match="raylet"):
-        async with ended_by(fail_soon()):
+        async with ended_by(fail_soon(), cleanup_s=60):
             await train()
     assert saved == ["step 3"]
     await asyncio.sleep(0)  # the task itself is not cancelled any more
 
 
+async def test_a_cleanup_that_waits_for_what_has_ended_is_cut_off() -> None:
+    async def train() -> None:
+        try:
+            await run_forever()
+        finally:
+            await run_forever()  # a call of an actor on a machine without power
+
+    with pytest.raises(ActorError, match="raylet"):
+        async with ended_by(fail_soon(), cleanup_s=0.01):
+            await train()
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
 async def test_interrupts_and_other_errors_are_raised_unchanged() -> None:
     async def watched() -> None:
-        async with ended_by(run_forever()):
+        async with ended_by(run_forever(), cleanup_s=60):
             await run_forever()
 
     task = asyncio.create_task(watched())
@@ -47,7 +62,7 @@ async def test_interrupts_and_other_errors_are_raised_unchanged() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     with pytest.raises(OSError, match="full"):
-        async with ended_by(run_forever()):
+        async with ended_by(run_forever(), cleanup_s=60):
             raise OSError("full")
 
 

@@ -39,6 +39,7 @@ class OpenPageTool(Tool):
 
     section = "open_page"
     settings_class = OpenPageConfig
+    searches = True
     texts: ClassVar[Mapping[str, FixedText]] = {
         "heading": FixedText(required=("part", "parts"), optional=("title",)),
         "unknown_id": FixedText(),

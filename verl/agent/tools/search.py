@@ -40,6 +40,7 @@ class SearchTool(Tool):
 
     section = "retriever"
     settings_class = RetrieverConfig
+    searches = True
     texts: ClassVar[Mapping[str, FixedText]] = {"nothing_found": FixedText()}
 
     def __init__(
