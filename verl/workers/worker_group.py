@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _Pass = TypeVar("_Pass")
 
-_GRACE_S = 5.0
+_GRACE_S = 10.0
 """When a rank dies the others fail in a collective; wait for its own error, which is more specific."""
 
 
