@@ -87,7 +87,14 @@ async def launch_models(
     )
     async with limited_start(config):
         # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
-        engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
+        engines = launch_engines(
+            config,
+            launcher,
+            device=device,
+            scratch=scratch,
+            open_agent=open_agent,
+            takes_weights=True,
+        )
         close_quietly(stack, engines.shutdown)
         if device == "cuda":
             await engines.wait_until_ready()
@@ -226,13 +233,24 @@ async def limited_start(config: Config) -> AsyncIterator[None]:
 
 
 def launch_engines(
-    config: Config, launcher: Launcher, *, device: str, scratch: Path, open_agent: OpenAgent
+    config: Config,
+    launcher: Launcher,
+    *,
+    device: str,
+    scratch: Path,
+    open_agent: OpenAgent,
+    takes_weights: bool = False,
 ) -> EnginePool:
-    """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of a node."""
+    """Start `num_cpu_engines`, or on GPUs as many as fit, each on `tensor_model_parallel_size` of a node.
+
+    `takes_weights`: a policy publishes to them.
+    """
     rollout = config.actor_rollout_ref.rollout
     parallel, replicas = rollout.tensor_model_parallel_size, count_replicas(config, device=device)
     per_node = replicas // len(launcher.nodes)
     settings = engine_settings(config, device=device, scratch=scratch, num_replicas=per_node)
+    if takes_weights and (kind := transfer_kind(rollout, device=device)) != "file":
+        settings["weight_backend"] = kind
     max_concurrent = config.trainer.max_concurrent_episodes or replicas * rollout.max_num_seqs
     separate = has_own_gpus(rollout)
     first = engine_gpus(config).start
@@ -268,7 +286,6 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
     settings, trainer = config.actor_rollout_ref, config.trainer
     model_path = prepare_engine_model(settings.model, device=device, folder=scratch / "engine_model")
     precision = {"cpu": "float32", "cuda": "bfloat16"}[device]
-    transfer = transfer_kind(settings.rollout, device=device)
     return {
         "config": settings.rollout,
         "model_path": str(model_path),
@@ -276,7 +293,6 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
         "max_model_len": config.data.max_model_len,
         "seed": trainer.seed,
         "device": device,
-        "weight_backend": None if transfer == "file" else transfer,
         # Half of the cores: the retriever and the agent loops work at the same time.
         "num_threads": max(1, (os.cpu_count() or 1) // 2 // num_replicas) if device == "cpu" else None,
     }

@@ -103,6 +103,7 @@ def test_a_rank_and_an_engine_of_each_gpu_are_on_its_node(config: Config, tmp_pa
     launcher = two_nodes()
     launch_engines(config, launcher, device="cuda", scratch=tmp_path, open_agent=no_agent)
     assert {actor.cls for actor in launcher.started} == {RolloutWorker}
+    assert not any("weight_backend" in a.kwargs["engine"].keywords for a in launcher.started), "no policy"
     assert [(a.name, a.node, a.env["CUDA_VISIBLE_DEVICES"]) for a in launcher.started] == [
         ("engine-0", 0, "0,1"),
         ("engine-1", 0, "2,3"),
@@ -131,7 +132,9 @@ def test_engines_with_gpus_of_their_own_have_the_last_of_each_node(config: Confi
     rollout = own.actor_rollout_ref.rollout
     rollout.tensor_model_parallel_size, rollout.n_gpus_per_node = 1, 2
     launcher = two_nodes()
-    pool = launch_engines(own, launcher, device="cuda", scratch=tmp_path, open_agent=no_agent)
+    pool = launch_engines(
+        own, launcher, device="cuda", scratch=tmp_path, open_agent=no_agent, takes_weights=True
+    )
     assert [(a.name, a.node, a.env["CUDA_VISIBLE_DEVICES"]) for a in launcher.started] == [
         ("engine-0", 0, "2"),
         ("engine-1", 0, "3"),
