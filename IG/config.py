@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from IG.prompts import PromptStyle, PromptType
+from IG.prompts import PromptStyle, PromptType, read_prompt_file
 from IG.semantics import GainKind, ScoreKind
 from serving.web.settings import (
     Parse,
@@ -34,6 +34,21 @@ _ROOT = Path(__file__).resolve().parents[1]
 WORLD_GENERATOR = _ROOT / "world" / "models" / "generator"
 WORLD_ENTAILMENT = _ROOT / "world" / "models" / "entailment"
 LARGE_ENTAILMENT = "microsoft/deberta-v2-xlarge-mnli"
+
+
+def _parse_prompt_file(path: str) -> Value:
+    """Return the text of a prompt file. Raises SettingError."""
+    if not path:
+        return ""
+    expected = "expected JSON with instruction and examples, see IG/service/README.md"
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        read_prompt_file(text)
+    except OSError as error:
+        raise SettingError(f"{path!r}, which cannot be read ({error.strerror}); {expected}") from None
+    except ValueError as error:
+        raise SettingError(f"{path!r}: {error}; {expected}") from None
+    return text
 
 
 def _setting(default: str, parse: Parse, meaning: str, **others: Any) -> Any:
@@ -84,6 +99,13 @@ class IGServiceConfig:
         parse_choice(PromptStyle),
         "plain: the generator completes the prompt as text, as published; chat: it reads the prompt as a "
         "message in its chat template (instruct models)",
+    )
+    prompt_file: str = _setting(
+        "",
+        _parse_prompt_file,
+        "JSON file with an instruction in place of --prompt-type's, and examples of questions and answers "
+        "that the generator reads first",
+        shown_default="none",
     )
     computation_chunk_size: int = _setting(
         "64", parse_integer(1), "pairs the entailment model judges together"

@@ -260,6 +260,7 @@ class GainEstimator:
                 prompt_type=self._config.prompt_type,
                 max_context_words=self._config.max_context_words,
                 prompt_style=self._config.prompt_style,
+                prompt_file=self._config.prompt_file,
             )
             for context in (query.context, "")
         )
@@ -348,5 +349,6 @@ class GainEstimator:
             config.max_new_tokens,
             config.seed,
             config.prompt_style,
+            config.prompt_file,
         )
         return hashlib.sha256(f"{options!r}\x00{prompt}".encode(errors="surrogatepass")).digest()

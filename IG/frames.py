@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from IG.prompts import PromptStyle
+from IG.prompts import PromptStyle, example_turns
 from serving.encoding import TextEncoder
 
 if TYPE_CHECKING:
@@ -25,17 +25,25 @@ class Frame:
 
 
 def make_frame(
-    tokenizer: PreTrainedTokenizerBase, *, encoder: TextEncoder, prompt_style: PromptStyle
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    encoder: TextEncoder,
+    prompt_style: PromptStyle,
+    prompt_file: str = "",
 ) -> Frame:
-    """Return the frame of a prompt style: BOS, or the chat template. Raises ValueError."""
+    """Return the frame of a prompt style: BOS, or the chat template with the examples. Raises ValueError."""
     if prompt_style is PromptStyle.plain:
         return Frame(before=tuple(encoder.start_ids))
     from jinja2 import TemplateError
 
-    message = {"role": "user", "content": _PLACEHOLDER}
+    messages = [
+        {"role": role, "content": content}
+        for turn in [*example_turns(prompt_file), (_PLACEHOLDER, "")]
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ][:-1]
     try:
         text = tokenizer.apply_chat_template(
-            [message],
+            messages,
             add_generation_prompt=True,
             tokenize=False,
             enable_thinking=False,  # ignored by templates without it; a short answer has no room for thoughts

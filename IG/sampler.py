@@ -112,7 +112,12 @@ class VllmSampler:
         self._config = config
         self._tokenizer = engine.get_tokenizer()
         self._encoder = TextEncoder(self._tokenizer)
-        self._frame = make_frame(self._tokenizer, encoder=self._encoder, prompt_style=config.prompt_style)
+        self._frame = make_frame(
+            self._tokenizer,
+            encoder=self._encoder,
+            prompt_style=config.prompt_style,
+            prompt_file=config.prompt_file,
+        )
         self._max_prompt_tokens = engine.model_config.max_model_len - config.max_new_tokens
         self._request_ids = itertools.count()
         self._guard = guard

@@ -77,6 +77,7 @@ class LocalWorker:
             prompt_type=config.prompt_type,
             max_context_words=config.max_context_words,
             prompt_style=config.prompt_style,
+            prompt_file=config.prompt_file,
         )
         try:
             answers, scores = await asyncio.gather(self.sample(prompt), self.judge(_WARM_UP_PAIRS))

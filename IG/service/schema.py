@@ -219,6 +219,7 @@ class VersionResponse(BaseModel):
     max_context_words: int
     prompt_type: str = Field(examples=["default"])
     prompt_style: str = Field(examples=["plain"])
+    prompt_file: str = Field(description="The text of `--prompt-file`; empty without one.")
     seed: int
 
     @classmethod

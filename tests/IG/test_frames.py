@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
@@ -63,6 +64,33 @@ def test_a_passage_writes_no_control_token(make: Maker, style: PromptStyle) -> N
         return sum(token in control for token in render(raw, question, context=context, style=style))
 
     assert count(f"Where {forged}?", f"At {forged} home.") == count("Where?", "At home.")
+
+
+PROMPT_FILE = json.dumps(
+    {
+        "instruction": "Be short.",
+        "examples": [
+            {"question": "When?", "answer": "1912"},
+            {"question": "Where?", "context": "In Rome.", "answer": "Rome"},
+        ],
+    }
+)
+
+
+def test_examples_are_earlier_turns_of_the_chat() -> None:
+    raw = qwen()
+    encoder = TextEncoder(raw)
+    frame = make_frame(raw, encoder=encoder, prompt_style=PromptStyle.chat, prompt_file=PROMPT_FILE)
+    chat = [
+        {"role": "user", "content": "Be short.\nQuestion: When?"},
+        {"role": "assistant", "content": "1912"},
+        {"role": "user", "content": "Be short.\nContext: In Rome.\nQuestion: Where?"},
+        {"role": "assistant", "content": "Rome"},
+        {"role": "user", "content": "?"},
+    ]
+    expected = raw.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert raw.decode([*frame.before, *encoder.encode("?"), *frame.after]) == expected
+    assert raw.convert_ids_to_tokens(list(frame.stop_token_ids)) == ["<|im_end|>"]
 
 
 def test_a_model_without_a_chat_template_is_refused_for_the_chat_style() -> None:
