@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from screen import Screen
+from worlds import World, open_world
 
 from serving.web.settings import expand_home
 from verl.run.tracking import METRICS_FILE, read_metrics
@@ -50,6 +51,8 @@ IG_SERVICE = (
 EDGE_STEPS = 5
 
 USAGE = """\
+Other worlds have the files of world/, and may add arguments in a file quickstart.json: see docs/real.md.
+
 Everything after -- goes to verl.trainer.main_ppo as overrides:
   make quickstart QUICKSTART_ARGS="--steps 20 -- actor_rollout_ref.actor.optim.lr=1e-4"
 
@@ -115,7 +118,7 @@ def choose_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def start_services(
-    supervisor: Supervisor, screen: Screen, *, run_dir: Path, timeout_s: float | None
+    supervisor: Supervisor, screen: Screen, *, world: World, run_dir: Path, timeout_s: float | None
 ) -> list[str]:
     """Start retriever and IG service side by side and wait for both. Return their addresses."""
     addresses = [f"http://{HOST}:{port}" for port in free_ports(2)]
@@ -124,7 +127,7 @@ def start_services(
         for address, name, command, log in zip(
             addresses,
             ("the retriever", "the IG service"),
-            (RETRIEVER, IG_SERVICE),
+            ((*RETRIEVER, *world.retriever_flags), (*IG_SERVICE, *world.ig_service_flags)),
             ("retriever.log", "ig_service.log"),
             strict=True,
         ):
@@ -181,16 +184,21 @@ def train(
             trainer.check_alive()
 
 
-def run(screen: Screen, *, run_dir: Path, overrides: Sequence[str], timeout_s: float | None) -> Summary:
+def run(
+    screen: Screen, *, world: World, run_dir: Path, overrides: Sequence[str], timeout_s: float | None
+) -> Summary:
     """Start the services, train, and stop everything again. Raises ChildFailedError."""
     began = time.monotonic()
     with Supervisor() as supervisor, MemoryWatch(supervisor) as memory:
         try:
-            retriever, ig_service = start_services(supervisor, screen, run_dir=run_dir, timeout_s=timeout_s)
+            retriever, ig_service = start_services(
+                supervisor, screen, world=world, run_dir=run_dir, timeout_s=timeout_s
+            )
             chosen = [
                 f"retriever.url={retriever}/retrieve",
                 f"reward.semantic.url={ig_service}",
                 f"trainer.default_local_dir={in_quotes(str(run_dir))}",
+                *world.overrides,
                 *overrides,
             ]
             train(supervisor, screen, memory=memory, overrides=chosen, run_dir=run_dir)
@@ -256,6 +264,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"training steps (default {DEFAULT_STEPS})")
     parser.add_argument("--gain-weight", type=float, help="weight of the gain (default 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
+    parser.add_argument("--world", type=Path, default=ROOT / "world", help="its folder (default world)")
+    parser.add_argument("--policy", type=Path, help="model to train (default WORLD/models/policy)")
+    parser.add_argument("--generator", type=Path, help="of the IG service (default WORLD/models/generator)")
     parser.add_argument("--run-dir", type=Path, help="new folder (default runs/quickstart-<timestamp>)")
     parser.add_argument(
         "--smoke", action="store_true", help=f"{SMOKE_STEPS} small steps, 16 held-out questions"
@@ -286,6 +297,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
+    world = open_world(arguments.world, policy=arguments.policy, generator=arguments.generator)
     run_dir = new_run_dir(arguments.run_dir)
     screen = Screen(console)
     screen.print(f"run folder: {run_dir}")
@@ -293,7 +305,9 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
         screen.print("ignored, the services are configured here: " + ", ".join(dropped), style="yellow")
     try:
         chosen = [*choose_overrides(arguments), *arguments.overrides]
-        summary = run(screen, run_dir=run_dir, overrides=chosen, timeout_s=arguments.service_timeout)
+        summary = run(
+            screen, world=world, run_dir=run_dir, overrides=chosen, timeout_s=arguments.service_timeout
+        )
     except KeyboardInterrupt:
         screen.print("interrupted; everything was stopped", style="yellow")
         return 130

@@ -16,11 +16,12 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from quickstart import ROOT, choose_overrides, parse, summarize, write_ask_command
+from worlds import WorldError, open_world
 
 from search_r1.search.online.options import MOCK_VARIABLE
 from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
 from verl.trainer.config.loading import load_config, register_schema
-from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.overrides import check_overrides, in_quotes
 from verl.trainer.config.validate import validate
 from verl.utils.supervise import is_service_variable
 
@@ -44,6 +45,8 @@ import json, pathlib, subprocess, sys, time, urllib.request
 from hydra.core.override_parser.overrides_parser import OverridesParser
 parsed = OverridesParser.create().parse_overrides(sys.argv[1:])
 given = {item.key_or_group: item.value() for item in parsed}
+for key in ("data.train_files", "data.val_files", "actor_rollout_ref.model.path"):
+    assert pathlib.Path(given[key]).exists(), given[key]
 directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 directly.open(given["reward.semantic.url"]).read()
 run_dir = pathlib.Path(given["trainer.default_local_dir"])
@@ -62,13 +65,23 @@ sys.exit(int(given.get("code", 0)))
 DYING_SERVICE = "import sys; sys.exit('no such model: world/models/generator')"
 
 
+def make_world(folder: Path) -> Path:
+    """Make the files that a world must have, all empty."""
+    models = [f"models/{name}/config.json" for name in ("policy", "generator", "encoder", "entailment")]
+    for name in ("corpus.jsonl", "train.parquet", "test.parquet", "index/e5_Flat.index", *models):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A repository with the real runner and stand-ins for what it starts; its path needs quotes."""
     root = tmp_path / "é (1),[x]=~'&张"
     (root / "scripts").mkdir(parents=True)
-    for name in ("quickstart.py", "screen.py"):
+    for name in ("quickstart.py", "screen.py", "worlds.py"):
         shutil.copy(SCRIPTS / name, root / "scripts")
+    make_world(root / "world")
     for module, code in {
         "search_r1/search/retrieval_server": SERVICE,
         "IG/service/IG_server": SERVICE,
@@ -184,6 +197,8 @@ def test_children_die_with_a_killed_quickstart(start: Start) -> None:
             ["the trainer ended with exit code 7", "console.log ends:\n  the trainer says hello"],
         ),
         (SERVICE, ["--run-dir", "."], ["is not empty; name a new folder"]),
+        (SERVICE, ["--world", "scripts"], ["--world scripts: ", "corpus.jsonl is missing", "or make real"]),
+        (SERVICE, ["--policy", "world"], ["--policy ", "world is no model folder"]),
     ],
 )
 def test_what_fails_is_named_with_the_end_of_its_log(
@@ -197,6 +212,27 @@ def test_what_fails_is_named_with_the_end_of_its_log(
     assert "error: " in output
     assert "Traceback" not in output
     assert "em_before" not in output
+
+
+def test_a_world_may_bring_arguments_and_other_models(tmp_path: Path) -> None:
+    folder = make_world(tmp_path / "w")
+    given = {"ig_service": ["--prompt-file", "{world}/p.json"], "trainer": ["max_turns=1"]}
+    (folder / "quickstart.json").write_text(json.dumps(given))
+    world = open_world(folder, policy=folder / "models/generator", generator=None)
+    assert world.overrides[-2:] == (
+        f"actor_rollout_ref.model.path={in_quotes(str(folder / 'models/generator'))}", "max_turns=1",
+    )  # fmt: skip
+    assert world.ig_service_flags[-2:] == ("--prompt-file", f"{folder}/p.json")
+    assert world.ig_service_flags[:2] == ("--model-path", str(folder / "models/generator"))
+    assert world.retriever_flags[2:4] == ("--index_path", str(folder / "index/e5_Flat.index"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"other": []}', '{"trainer": "x=1"}', '{"trainer": [1]}'])
+def test_malformed_arguments_of_a_world_are_named(tmp_path: Path, text: str) -> None:
+    folder = make_world(tmp_path)
+    (folder / "quickstart.json").write_text(text)
+    with pytest.raises(WorldError, match=r"quickstart.json.*expected an object with lists of arguments"):
+        open_world(folder, policy=None, generator=None)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--smoke", "--gain-weight", "0"]])
