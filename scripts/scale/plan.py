@@ -107,7 +107,8 @@ def planned_seconds(plan: Plan) -> dict[str, float]:
     """Return the seconds of the stages that were audited."""
     seconds = {stage.name: stage.seconds or 0.0 for stage in plan.stages}
     seconds["log_probs"] = seconds["old_log_probs"] + seconds["reference_log_probs"]
-    seconds["driver"] += seconds["agents"]  # which ran on the driver's thread when it was audited
+    # All of this ran on the driver's thread when it was audited.
+    seconds["driver"] += seconds["agents"] + seconds["batch"] + seconds["records"]
     return {name: seconds[name] for name in AUDITED_SECONDS}
 
 

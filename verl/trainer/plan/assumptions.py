@@ -62,8 +62,13 @@ COMPUTED_UPDATE = 0.97
 COMPUTED_LOG_PROBS = 0.9
 """Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
 waiting for it adds, prompts that a group shares save (scripts/scale/packing.py, 8 ranks)."""
-DRIVER_EPISODE_S = 0.0012
-"""Of the trainer's one thread (measured on a CPU: 0.9 ms, and what methods prefetch)."""
+DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.0003, 0.0001
+"""Of the trainer's one thread while episodes run, per episode and per completion: calls of engines, gains
+(measured on a busy CPU by scripts/scale/step.py, as the three below)."""
+BATCH_EPISODE_S, BATCH_COMPLETION_S = 0.00012, 0.00004
+"""The same for scores, credit, and dealing the batch to the ranks."""
+RECORD_COMPLETION_S = 0.00018
+"""The same for metrics and records, which take nothing else per episode."""
 AGENT_COMPLETION_S = 0.002
 """Of the thread of an engine's agents, with its calls of the engine and of tools (measured on a CPU)."""
 CPU_SEARCHES_PER_S = 1000.0

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from verl.trainer.plan.assumptions import (
     AGENT_COMPLETION_S,
     BANDWIDTH_SHARE,
+    BATCH_COMPLETION_S,
+    BATCH_EPISODE_S,
     COMPUTED_LOG_PROBS,
     COMPUTED_UPDATE,
     CPU_SEARCHES_PER_S,
+    DRIVER_COMPLETION_S,
     DRIVER_EPISODE_S,
     ENGINE_STEP_S,
     FILE_BYTES_PER_S,
@@ -22,6 +25,7 @@ from verl.trainer.plan.assumptions import (
     IPC_BYTES_PER_S,
     NCCL_BYTES_PER_S,
     PREFILL_SHARE,
+    RECORD_COMPLETION_S,
     SLEEP_S,
     TRAIN_SHARE,
 )
@@ -65,11 +69,12 @@ def list_stages(setup: Setup) -> list[Stage]:
     reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
     reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_log_probs else []
     knows_old = setup.is_on_policy or setup.scores_with_policy
-    log_probs = [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
+    log_probs = [_batch(setup)]
+    log_probs += [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
     if setup.frozen.has_kl:
         log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
-    stages = [*rollout, *reward, *log_probs, _update(setup), _publish(setup)]
-    return [*stages, _offload(setup)] if setup.offload != Offload() else stages
+    offload = [_offload(setup)] if setup.offload != Offload() else []
+    return [*rollout, *reward, *log_probs, _update(setup), _publish(setup), *offload, _records(setup)]
 
 
 def step_seconds(stages: Sequence[Stage], setup: Setup) -> float | None:
@@ -168,8 +173,26 @@ def _agents(setup: Setup) -> Stage:
 
 
 def _driver(setup: Setup) -> Stage:
-    """Return the work of the trainer's own thread on episodes."""
-    return Stage(phase=Phase.ROLLOUT, name="driver", seconds=setup.episodes.count * DRIVER_EPISODE_S)
+    """Return the work of the trainer's own thread while episodes run."""
+    seconds = _per_episode(setup, DRIVER_EPISODE_S, DRIVER_COMPLETION_S)
+    return Stage(phase=Phase.ROLLOUT, name="driver", seconds=seconds)
+
+
+def _batch(setup: Setup) -> Stage:
+    """Return the work of the trainer's own thread between the episodes and the passes over them."""
+    seconds = _per_episode(setup, BATCH_EPISODE_S, BATCH_COMPLETION_S)
+    return Stage(phase=Phase.LOG_PROBS, name="batch", detail="scores, credit, dealing", seconds=seconds)
+
+
+def _records(setup: Setup) -> Stage:
+    """Return the work of the trainer's own thread after the publish."""
+    seconds = _per_episode(setup, 0.0, RECORD_COMPLETION_S)
+    return Stage(phase=Phase.PUBLISH, name="records", detail="with metrics", seconds=seconds)
+
+
+def _per_episode(setup: Setup, episode_s: float, completion_s: float) -> float:
+    """Return the seconds of all episodes; each has one completion more than searches."""
+    return setup.episodes.count * (episode_s + completion_s * (setup.episodes.searches + 1))
 
 
 def _retrieval(setup: Setup) -> Stage:
