@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Protocol
 
 from verl.protocols import Agent, Generate
-from verl.rollout.packing import pack
 from verl.types import FloatArray, IntArray, Question
 
 OpenAgent = Callable[[Generate], AbstractAsyncContextManager[Agent]]
@@ -50,12 +50,12 @@ class RolloutWorker:
             self._agent = await self._stack.enter_async_context(self._open_agent(self._engine))
 
     async def play(self, question: Question, *, sample: int, seed: int, greedy: bool) -> bytes:
-        """Play one episode, see `verl.protocols.Agent`; return the trajectory packed.
+        """Play one episode, see `verl.protocols.Agent`; return the trajectory pickled.
 
         Arrays themselves would stay in Ray's object store as long as the trajectory is used, and fill it.
         """
         assert self._agent is not None
-        return pack(await self._agent.run(question, sample=sample, seed=seed, greedy=greedy))
+        return pickle.dumps(await self._agent.run(question, sample=sample, seed=seed, greedy=greedy))
 
     async def call_engine(self, method: str, /, *args: object) -> object:
         """Return or raise what a method of the engine does."""

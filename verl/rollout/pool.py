@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import ConfigError, RolloutError
 from verl.protocols import EnginePart
-from verl.rollout.packing import unpack
 from verl.types import FloatArray, IntArray, Question, Trajectory
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class EnginePool:
         finally:
             episode.cancel()
             self._num_running[replica] -= 1
-        trajectory = unpack(episode.result())
+        trajectory: Trajectory = pickle.loads(episode.result())
         for turn in trajectory.turns:
             if len(turn.output_ids) and turn.version != self._version:
                 raise RolloutError(
