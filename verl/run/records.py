@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NotRequired, cast
 
@@ -265,13 +266,13 @@ def _action_record(action: Action) -> ActionRecord:
         "calls": [{"tool": call.tool, "arguments": dict(call.arguments)} for call in action.calls],
         "spans": [
             {
-                "kind": str(span.kind),
-                "start": span.start,
-                "end": span.end,
-                "text": span.text,
-                "num_closing": span.num_closing,
+                "kind": str(s.kind),
+                "start": s.start,
+                "end": s.end,
+                "text": s.text,
+                "num_closing": s.num_closing,
             }
-            for span in action.spans
+            for s in action.spans
         ],
         "text": action.text,
     }
@@ -331,13 +332,10 @@ def _mask_runs(trajectory: Trajectory) -> list[int]:
 def _runs(values: FloatArray) -> list[tuple[float | None, int]]:
     if not len(values):
         return []
-    starts = np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
-    ends = [*starts[1:].tolist(), len(values)]
+    starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()]
+    numbers = _numbers(values[starts], ADVANTAGE_DIGITS)
     return [
-        (value, end - start)
-        for value, start, end in zip(
-            _numbers(values[starts], ADVANTAGE_DIGITS), starts.tolist(), ends, strict=True
-        )
+        (x, end - start) for x, (start, end) in zip(numbers, pairwise([*starts, len(values)]), strict=True)
     ]
 
 
