@@ -261,21 +261,12 @@ def _passage_record(passage: Passage) -> PassageRecord:
 
 
 def _action_record(action: Action) -> ActionRecord:
-    return {
-        "kind": str(action.kind),
-        "calls": [{"tool": call.tool, "arguments": dict(call.arguments)} for call in action.calls],
-        "spans": [
-            {
-                "kind": str(s.kind),
-                "start": s.start,
-                "end": s.end,
-                "text": s.text,
-                "num_closing": s.num_closing,
-            }
-            for s in action.spans
-        ],
-        "text": action.text,
-    }
+    spans: list[SpanRecord] = [
+        {"kind": str(s.kind), "start": s.start, "end": s.end, "text": s.text, "num_closing": s.num_closing}
+        for s in action.spans
+    ]
+    calls: list[CallRecord] = [{"tool": c.tool, "arguments": dict(c.arguments)} for c in action.calls]
+    return {"kind": str(action.kind), "calls": calls, "spans": spans, "text": action.text}
 
 
 def _turn_record(turn: Turn, *, advantages: FloatArray | None, decode: Decode) -> TurnRecord:
