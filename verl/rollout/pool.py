@@ -30,7 +30,7 @@ class EngineReceiver:
         self._colocated = colocated
 
     async def sleep(self) -> None:
-        """Free the GPU memory, where the trainer shares it; the weights are lost, if so."""
+        """Free the GPU memory, where the trainer shares it; see `VllmEngine.sleep`."""
         if self._colocated:
             await self._engine.call("call_engine", "sleep")
 

@@ -15,6 +15,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from verl.types import Completion, Finish, FloatArray, IntArray, Sampling
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
     from vllm.outputs import RequestOutput
 
 _GPU_BATCHED_TOKENS = 8192
@@ -45,6 +47,16 @@ _UNKNOWN_VERSION = -1
 
 _CAUSES = {"ipc": "CUDA IPC is forbidden here", "nccl": "NCCL does not connect these GPUs"}
 """Why a transfer backend may not work at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSlot:
+    """Room for one adapter (LoRA) beside weights that stay as they are."""
+
+    rank: int
+    """One of those for which vLLM can have room."""
+    layers: tuple[str, ...] | None = None
+    """Last parts of the names of the layers that an adapter can have; None: all."""
 
 
 class VllmEngine:
@@ -60,11 +72,12 @@ class VllmEngine:
         seed: int = 0,
         device: str = "cpu",
         num_threads: int | None = None,
-        weight_backend: str | None = None,
+        weight_backend: str | AdapterSlot | None = None,
     ) -> None:
         """`device` (cpu or cuda) must be the one that the installed vLLM was built for.
 
-        `weight_backend`: how `update` receives weights, by vLLM's name; None: only `load_weights` is used.
+        `weight_backend`: how `update` receives weights, by vLLM's name; None: only `load_weights` is used; a
+        slot: so it is, for adapters.
 
         Raises ConfigError for a missing model or device, RolloutError if vLLM cannot start.
         """
@@ -87,6 +100,8 @@ class VllmEngine:
         self._config = config
         self._weight_backend = weight_backend
         self._version = 0
+        self._adapter: LoRARequest | None = None
+        self._adapter_ids = itertools.count(1)
         self._num_running = 0
         self._asleep: set[EnginePart] = set()
         self._request_numbers = itertools.count()
@@ -106,7 +121,9 @@ class VllmEngine:
             )
         else:
             settings |= _gpu_arguments(config)
-        if weight_backend is not None:
+        if isinstance(weight_backend, AdapterSlot):
+            settings |= _adapter_arguments(weight_backend)
+        elif weight_backend is not None:
             settings["weight_transfer_config"] = {"backend": weight_backend}
         self._guard = ProcessGuard()
         try:
@@ -162,15 +179,30 @@ class VllmEngine:
         return scores
 
     async def load_weights(self, folder: str, version: int) -> None:
-        """Load the safetensors of `folder` in place and drop the prefix cache of the old weights.
+        """Load the safetensors of `folder`, weights or an adapter, in place, and drop the prefix cache.
 
         Raises WeightSyncError while requests run, whose completions would mix two policies.
         """
         if not any(Path(folder).glob("*.safetensors")):
             raise WeightSyncError(f"{folder} holds no *.safetensors file to load weights from")
         with self._updating():
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            if isinstance(self._weight_backend, AdapterSlot):
+                await self._load_adapter(folder)
+            else:
+                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         await self._accept(version)
+
+    async def _load_adapter(self, folder: str) -> None:
+        """Take the adapter of a folder in the place of the one before; the folder may then be removed."""
+        from vllm.lora.request import LoRARequest
+
+        # A new id and name each time: vLLM loads no adapter whose id it has, and the hash of a block of the
+        # prefix cache has the name and the path.
+        number = next(self._adapter_ids)
+        adapter = LoRARequest(lora_name=f"adapter-{number}", lora_int_id=number, lora_path=folder)
+        if not await self._llm.add_lora(adapter):
+            raise WeightSyncError(f"vLLM did not take the adapter of {folder}")
+        self._adapter = adapter
 
     async def connect(self, info: Mapping[str, object]) -> None:
         """Prepare once for the weights of `update`; `info` is that of vLLM's transfer backend."""
@@ -213,7 +245,11 @@ class VllmEngine:
             yield
         except Exception as error:  # vLLM's errors share no class
             fix = "repeat the command to resume"
-            if cause := _CAUSES.get(self._weight_backend or ""):
+            if isinstance(self._weight_backend, AdapterSlot):
+                fix += (
+                    ", with actor_rollout_ref.model.lora_transfer=merged if vLLM cannot load these adapters"
+                )
+            elif cause := _CAUSES.get(self._weight_backend or ""):
                 fix += f", with actor_rollout_ref.rollout.weight_transfer=file if {cause}"
             raise WeightSyncError(
                 f"vLLM failed to take over weights, and has none to sample with: {type(error).__name__}: "
@@ -228,16 +264,17 @@ class VllmEngine:
     async def sleep(self) -> None:
         """Free the GPU memory for the trainer, the weights with it; do nothing on the CPU.
 
-        From then on no completion is possible until weights are loaded again.
+        Weights below adapters are kept in host memory, others dropped. No completion is possible until
+        weights or an adapter are loaded again.
         """
         if self._on_cpu or self._asleep:
             return
         self._version = _UNKNOWN_VERSION
         self._asleep = set(EnginePart)
-        await self._llm.sleep(level=2)
+        await self._llm.sleep(level=1 if isinstance(self._weight_backend, AdapterSlot) else 2)
 
     async def wake(self, part: EnginePart) -> None:
-        """Take back the memory of a part, without its content; do nothing if that is not asleep.
+        """Take back the memory of a part, without what was dropped; do nothing if that is not asleep.
 
         Raises WeightSyncError, as where another program has taken the memory meanwhile.
         """
@@ -273,7 +310,9 @@ class VllmEngine:
         self._num_running += 1
         try:
             async with asyncio.timeout(timeout_s):
-                async for output in self._llm.generate(prompt, params, request_id):
+                async for output in self._llm.generate(
+                    prompt, params, request_id, lora_request=self._adapter
+                ):
                     if output.finished:
                         return output
         except TimeoutError as error:
@@ -296,6 +335,16 @@ def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
         # vLLM's own default, 2,048, leaves a large GPU idle while it reads prompts.
         "max_num_batched_tokens": config.max_num_batched_tokens or _GPU_BATCHED_TOKENS,
         "enable_chunked_prefill": True,
+    }
+
+
+def _adapter_arguments(slot: AdapterSlot) -> dict[str, Any]:
+    """Return the engine arguments to add for room for an adapter, in the precision of the weights."""
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": slot.rank,
+        "lora_target_modules": None if slot.layers is None else list(slot.layers),
     }
 
 

@@ -281,7 +281,7 @@ def make_publisher(
     """Make the publisher of weights, whose probe is the beginning of the run's own prompts."""
     policy, receivers = models.policy, models.engines.receivers
     transfer: WeightTransfer
-    kind = transfer_kind(config.rollout, device=device)
+    kind = transfer_kind(config, device=device)
     if kind == "nccl":
         size = config.rollout.tensor_model_parallel_size
         transfer = NcclTransfer(policy, receivers, engine_size=size)

@@ -20,9 +20,9 @@ from verl.agent.tools import TOOLS
 from verl.errors import ConfigError
 from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
-from verl.rollout.vllm_engine import VllmEngine
-from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, transfer_kind
-from verl.trainer.config.schema import Config
+from verl.rollout.vllm_engine import AdapterSlot, VllmEngine
+from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
+from verl.trainer.config.schema import ALL_LINEAR, ActorRolloutRefConfig, Config
 from verl.trainer.needs import FrozenModels
 from verl.utils.actors import Launcher, Node, interface_of, make_launcher
 from verl.utils.cluster import Share, join_cluster
@@ -249,8 +249,8 @@ def launch_engines(
     parallel, replicas = rollout.tensor_model_parallel_size, count_replicas(config, device=device)
     per_node = replicas // len(launcher.nodes)
     settings = engine_settings(config, device=device, scratch=scratch, num_replicas=per_node)
-    if takes_weights and (kind := transfer_kind(rollout, device=device)) != "file":
-        settings["weight_backend"] = kind
+    if takes_weights:
+        settings["weight_backend"] = find_backend(config.actor_rollout_ref, device=device)
     max_concurrent = config.trainer.max_concurrent_episodes or replicas * rollout.max_num_seqs
     separate = has_own_gpus(rollout)
     first = engine_gpus(config).start
@@ -279,6 +279,15 @@ def launch_engines(
         request_timeout_s=rollout.request_timeout_s,
         colocated=device == "cuda" and rollout.free_cache_engine and not separate,
     )
+
+
+def find_backend(settings: ActorRolloutRefConfig, *, device: str) -> str | AdapterSlot | None:
+    """Return how engines receive what a policy publishes, see `VllmEngine`."""
+    rank, layers = slot_rank(settings.model), settings.model.target_modules
+    if rank is not None:
+        return AdapterSlot(rank=rank, layers=None if layers == ALL_LINEAR else tuple(layers))
+    kind = transfer_kind(settings, device=device)
+    return None if kind == "file" else kind
 
 
 def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas: int) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device))
         self.scale = scale
         self.is_on = True
+        self.saved_B: Tensor | None = None
+        """This rank's part of B while `perturb_adapters` replaces it."""
 
     def forward(self, input: Tensor) -> Tensor:  # as torch names it
         """Return [..., out] in the dtype of the input."""
@@ -121,6 +123,25 @@ def is_adapter(name: str) -> bool:
     return name.endswith((f".{_A}", f".{_B}"))
 
 
+def perturb_adapters(model: PreTrainedModel, *, undo: bool) -> None:
+    """Replace every B by random numbers, so that each adapted layer computes something else.
+
+    An adapter then adds about a third of the root mean square of its input. `undo` restores every bit.
+    """
+    for name, layer in adapted_layers(model).items():
+        part = local_part(layer.lora_B.detach())
+        if undo:
+            assert layer.saved_B is not None
+            part.copy_(layer.saved_B)
+            layer.saved_B = None
+            continue
+        layer.saved_B = part.clone()
+        generator = torch.Generator().manual_seed(derive_seed(0, "perturb", name))
+        bound = layer.lora_A.shape[0] ** -0.5 / layer.scale
+        whole = torch.empty(layer.lora_B.shape).uniform_(-bound, bound, generator=generator)
+        copy_part(whole, layer.lora_B)
+
+
 @contextlib.contextmanager
 def adapters_switched(model: nn.Module, *, on: bool) -> Iterator[None]:
     """Compute with or without the adapters inside the block."""
@@ -145,9 +166,21 @@ def read_merged(
 
 
 def write_adapters(
-    folder: Path, config: ModelConfig, layout: Layout, read: Callable[[str], Tensor]
+    folder: Path,
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    *,
+    config: ModelConfig,
+    is_writer: bool = True,
 ) -> dict[Path, FileRecord]:
-    """Write adapters as a folder that PEFT and vLLM load; return what its file of weights must be."""
+    """Write adapters as a folder that PEFT and vLLM load; return what its file of weights must be.
+
+    Where `read` is collective all ranks call this, and the others than `is_writer` only read.
+    """
+    if not is_writer:
+        for name in layout:
+            read(name)
+        return {}
     names = {f"base_model.model.{name}.weight": name for name in layout}
     folder.mkdir(parents=True, exist_ok=True)
     settings = {

@@ -219,6 +219,12 @@ def engine_weights(
     return describe(weights, dtype=dtype), read
 
 
+def engine_adapters(model: PreTrainedModel) -> tuple[Layout, Callable[[str], Tensor]]:
+    """Return the layout of the adapters, and what gathers one over the ranks, as `engine_weights` does."""
+    adapters = state_of(model)
+    return describe(adapters), lambda name: gather_tensor(adapters[name])
+
+
 def write_model(
     folder: Path, layout: Layout, read: Callable[[str], Tensor], *, source: Path, tied: bool | None = None
 ) -> dict[Path, FileRecord]:

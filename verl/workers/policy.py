@@ -22,20 +22,14 @@ from torch.optim import Optimizer
 from serving.files import FileRecord
 from verl.branches import Tree, pack
 from verl.forest import Forest
-from verl.trainer.config.schema import ActorRolloutRefConfig
+from verl.trainer.config.schema import ADAPTER, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.timing import Span
 from verl.workers.attention import AttentionBlocks
 from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole, ratio_segments
-from verl.workers.lora import adapters_switched, init_adapters, is_adapter
+from verl.workers.lora import adapters_switched, init_adapters, is_adapter, perturb_adapters
 from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
-from verl.workers.model import (
-    PolicyNetwork,
-    compute_dtype,
-    is_tied,
-    packs_rows,
-    resolve_model_folder,
-)
+from verl.workers.model import PolicyNetwork, compute_dtype, is_tied, packs_rows, resolve_model_folder
 from verl.workers.model_io import build_model, engine_weights, fill_model, sharding_units
 from verl.workers.offload import Residence
 from verl.workers.optimizer import learning_rate, make_optimizer
@@ -116,7 +110,11 @@ class PolicyWorker:
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         unties = device == "cpu" and is_tied(self._source)
         weights = partial(engine_weights, self._model, dtype=self._dtype, with_head=unties)
-        self._file = FileSender(weights, context=self._context)
+        self._file = (
+            FileSender.of_adapters(self._model, config=model, context=self._context)
+            if model.lora_transfer == ADAPTER
+            else FileSender(weights, context=self._context)
+        )
         self._senders = {
             "ipc": ChunkSender(weights, device=self._context.device),
             "nccl": BroadcastSender(weights, context=self._context),
@@ -185,7 +183,7 @@ class PolicyWorker:
         self._file.drop()
 
     def export_bytes(self) -> int:
-        """Return the number of bytes of the weights that an engine gets."""
+        """Return the number of bytes that an engine gets."""
         return self._file.num_bytes()
 
     def send(self, kind: str, method: str, /, *args: object) -> Any:
@@ -197,9 +195,12 @@ class PolicyWorker:
         """Negate the final norm and double the LM head, which moves every log-prob; `undo` takes it back.
 
         Two weights, because an engine may load the norm and keep its head. Both changes are exact in floating
-        point, so that undoing them restores every bit.
+        point, so that undoing them restores every bit. Where adapters are all that is sent, they change.
         """
         self._residence.load_weights(changes=True)
+        if self._config.lora_transfer == ADAPTER:
+            perturb_adapters(self._model, undo=undo)
+            return
         named = self._network.named_parameters()
         *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))  # the last vector
         head = self._model.get_output_embeddings().weight

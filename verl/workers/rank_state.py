@@ -197,7 +197,7 @@ def export_state(
         scale=adapter_scale(config),
     )
     records = write_model(target, layout, merged, source=source)
-    return records | write_adapters(target.with_name(ADAPTER), config, saved, read)
+    return records | write_adapters(target.with_name(ADAPTER), saved, read, config=config)
 
 
 @cache

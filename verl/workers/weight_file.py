@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from verl.trainer.config.schema import ModelConfig
 from verl.utils.shutdown import close_quietly
+from verl.workers.lora import write_adapters
+from verl.workers.model_io import engine_adapters
 from verl.workers.parallel import ParallelContext, wait_for_ranks
 from verl.workers.tensor_files import Readable, write_weights
 from verl.workers.weight_folder import WeightFolder, is_in_memory
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +42,10 @@ class FileReceiver(Protocol):
     """Index of the node that the engine is on."""
 
     async def load_weights(self, folder: str, version: int) -> None:
-        """Load the `*.safetensors` of the folder; completions carry `version` from then on."""
+        """Load the `*.safetensors` of the folder: weights, or an adapter where the engine has room for one.
+
+        Completions carry `version` from then on.
+        """
         ...
 
 
@@ -72,29 +82,39 @@ class FileTransfer:
 class FileSender:
     """One rank's side of a publish; the first rank of each node writes."""
 
-    def __init__(self, weights: Readable, *, context: ParallelContext) -> None:
-        """`weights` are read by gathering them over the ranks."""
+    def __init__(
+        self, weights: Readable, *, context: ParallelContext, write: Callable[..., object] | None = None
+    ) -> None:
+        """`weights` are read by gathering them over the ranks; `write`: None for `write_weights`."""
         self._weights = weights
         self._context = context
+        self._write = write or partial(write_weights, max_bytes=sys.maxsize)
         self._folder: WeightFolder | None = None
 
+    @classmethod
+    def of_adapters(
+        cls, model: PreTrainedModel, *, config: ModelConfig, context: ParallelContext
+    ) -> FileSender:
+        """Send the adapters of a model alone."""
+        adapters = partial(engine_adapters, model)
+        return cls(adapters, context=context, write=partial(write_adapters, config=config))
+
     def num_bytes(self) -> int:
-        """Return the size of the weights."""
+        """Return the size of what is sent."""
         layout, _ = self._weights()
         return sum(tensor.numel() * tensor.itemsize for tensor in layout.values())
 
     def export(self) -> str | None:
-        """Write `model.safetensors`; return its folder, None on other ranks. Collective."""
+        """Write the files; return their folder, None on ranks that do not lead a node. Collective."""
         layout, read = self._weights()
         if self._context.leads_node:
             self._folder = WeightFolder(self.num_bytes())
         try:
-            write_weights(
+            self._write(
                 Path() if self._folder is None else self._folder.path,
                 layout,
                 lambda name: read(name).cpu(),
                 is_writer=self._folder is not None,
-                max_bytes=sys.maxsize,
             )
         except BaseException:
             self.drop()

@@ -17,6 +17,7 @@ from tests.fakes import tiny_model
 from verl.errors import ConfigError
 from verl.protocols import Agent, Generate
 from verl.rollout.host import RolloutWorker
+from verl.rollout.vllm_engine import AdapterSlot
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import (
     count_workers,
@@ -151,6 +152,24 @@ def test_engines_with_gpus_of_their_own_have_the_last_of_each_node(config: Confi
     ]
     assert share_of_nodes(own, device="cuda").bundle == {"CPU": 4.0, "GPU": 4.0}
     asyncio.run(pool.sleep())  # calls no engine: these raise NotImplementedError
+
+
+def test_engines_have_room_for_adapters_where_these_are_all_they_get(config: Config, tmp_path: Path) -> None:
+    config = copy.deepcopy(config)
+    model = config.actor_rollout_ref.model
+    model.lora_rank, model.target_modules, model.lora_transfer = 5, ["q_proj"], "adapter"
+    slot = AdapterSlot(rank=8, layers=("q_proj",))
+    launcher = two_nodes()
+    for takes_weights, expected in ((True, slot), (False, None)):
+        launch_engines(
+            config,
+            launcher,
+            device="cuda",
+            scratch=tmp_path,
+            open_agent=no_agent,
+            takes_weights=takes_weights,
+        )
+        assert launcher.started[-1].kwargs["engine"].keywords.get("weight_backend") == expected
 
 
 def test_on_cpus_workers_and_engines_are_shared_out_among_the_nodes(config: Config, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, ModelConfig
 from verl.workers.batch import make_mini_batches
-from verl.workers.lora import adapted_layers, is_adapter
+from verl.workers.lora import adapted_layers, is_adapter, perturb_adapters
 from verl.workers.model import PolicyNetwork
 from verl.workers.model_io import (
     build_model,
@@ -44,6 +44,7 @@ from verl.workers.policy import PolicyWorker
 from verl.workers.rank_state import stage_state, write_state
 from verl.workers.tensor_files import TensorFiles
 from verl.workers.weight_chunks import buffer_size
+from verl.workers.weight_file import FileSender
 from verl.workers.weight_ipc import SharedWeights
 
 TWO_NODES = Placement(world_size=4, ranks_per_node=2)
@@ -166,7 +167,7 @@ def resume_on_other_ranks(folder: Path, *, out: Path, lora_rank: int = 0) -> Non
 
 
 def adapt(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The whole gradients of adapters, and the weights that an engine gets."""
+    """The whole gradients of adapters, and what an engine gets: merged weights, or perturbed adapters."""
     worker = make_worker(folder, placement, lora_rank=2)
     for layer in adapted_layers(worker._model).values():
         copy_part(torch.linspace(-0.2, 0.3, layer.lora_B.numel()).view(layer.lora_B.shape), layer.lora_B)
@@ -177,21 +178,26 @@ def adapt(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], di
             worker._loss(micro, mini)[0].backward()
     named = worker._model.named_parameters()
     gradients = {name: gather_tensor(p.grad).numpy() for name, p in named if p.grad is not None}
-    exported = worker.export_weights()
-    merged = {} if exported is None else load_file(Path(exported) / "model.safetensors")
-    worker.drop_weights()
-    return gradients, {name: tensor.numpy().copy() for name, tensor in merged.items()}
+    sent: dict[str, np.ndarray] = {}
+    alone = FileSender.of_adapters(worker._model, config=worker._config, context=worker._context)
+    for sender in (worker._file, alone):
+        if (folder := sender.export()) is not None:
+            (file,) = Path(folder).glob("*.safetensors")
+            sent |= {name: tensor.numpy().copy() for name, tensor in load_file(file).items()}
+        sender.drop()
+        perturb_adapters(worker._model, undo=sender is alone)
+    return gradients, sent
 
 
 def adapt_on_ranks(folder: Path) -> None:
     """Four ranks share the two rows of A, so that some have none."""
-    (expected, merged), *others = (on_ranks(world_size, adapt, folder) for world_size in (1, 2, 4))
+    (expected, sent), *others = (on_ranks(world_size, adapt, folder) for world_size in (1, 2, 4))
     assert all(is_adapter(name) for name in expected)
     for gradients, same in others:
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             np.testing.assert_allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
-        assert_equal_states(same, merged)
+        assert_equal_states(same, sent)
 
 
 def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ from tests.fakes import make_tied_model
 from tests.verl.workers import buffer_backend
 from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank, random_batch
 from verl.errors import WeightSyncError
+from verl.trainer.config.pools import SLOT_RANKS, slot_rank
 from verl.trainer.config.schema import RolloutConfig
+from verl.types import Sampling
 from verl.utils.actors import make_launcher
 from verl.workers.model_io import engine_weights, prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
@@ -111,6 +113,76 @@ async def test_a_tied_model_reaches_the_cpu_engine(
         with pytest.raises(WeightSyncError, match="none to sample with"):
             await engine.update(describe_chunk(chunked.shared.chunks[0], {}))
         assert await engine.version() == -1
+    finally:
+        await engine.shutdown()
+        launcher.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(900)
+async def test_adapters_alone_reach_the_engine(tied_model: Path, tmp_path: Path) -> None:
+    """Version after version, beside weights that the engine keeps."""
+    from vllm.config.lora import MaxLoRARanks
+
+    from verl.rollout.vllm_engine import AdapterSlot, VllmEngine
+
+    assert get_args(MaxLoRARanks) == SLOT_RANKS
+    config = make_config(
+        tied_model, actor=make_actor(lr=5e-2), lora_rank=4, lora_alpha=8.0, lora_transfer="adapter"
+    )
+    launcher = make_launcher("local")
+    policy = WorkerGroup.launch(
+        launcher,
+        config,
+        Placement(),
+        name="policy",
+        rendezvous=Rendezvous(),
+        total_steps=10,
+        seed=0,
+        trainable=True,
+    )
+    rank = slot_rank(config.model)
+    assert rank is not None
+    engine = VllmEngine(
+        RolloutConfig(cpu_kv_cache_gib=0.05),
+        model_path=str(tied_model),
+        dtype="float32",
+        max_model_len=256,
+        num_threads=1,
+        weight_backend=AdapterSlot(rank=rank),
+    )
+    engine.node = 0  # type: ignore[attr-defined]  # its actor has one
+    publisher = WeightPublisher(
+        policy, [engine], FileTransfer(policy, [engine]), probe_ids=np.arange(2, 60), tolerance=1e-3
+    )
+    # Longer than a block of the prefix cache, which a version must not take over from the one before.
+    prompt = np.arange(2, 90, dtype=np.int32)
+    greedy = Sampling(temperature=0.0, max_tokens=4, stop=(), seed=0)
+    try:
+        await publisher.verify(version=0)
+        before = await engine.score(prompt)
+        np.testing.assert_allclose(before, await policy.probe(prompt), atol=1e-4)
+        for version in (1, 2):
+            await engine.generate(prompt, sampling=greedy)
+            await policy.update(random_batch(6, seed=version))
+            assert await publisher.publish(version=version) < 1e-4
+            sampled = await engine.generate(prompt, sampling=greedy)
+            expected = await policy.probe(np.concatenate([prompt, sampled.ids]))
+            np.testing.assert_allclose(sampled.log_probs, expected[len(prompt) :], atol=1e-4)
+            assert sampled.version == version
+            after = await engine.score(prompt)
+            assert np.abs(after - before).mean() > 0.01
+            before = after
+        with pytest.raises(WeightSyncError, match=r"lora_transfer=merged if vLLM cannot load"):
+            await engine.load_weights(str(tied_model), 3)
+        assert await engine.version() == -1
+        engine.load_weights = _ignore  # type: ignore[method-assign]
+        await policy.update(random_batch(6, seed=3))
+        with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
+            await publisher.publish(version=3)
+        with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
+            await publisher.verify(version=3)
     finally:
         await engine.shutdown()
         launcher.shutdown()

@@ -33,6 +33,7 @@ from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
 from verl.workers.scorer import InitialPolicy, PolicyCopy
 from verl.workers.tensor_files import TensorFiles
+from verl.workers.weight_file import FileSender
 from verl.workers.worker_group import WorkerGroup
 
 BATCH = random_batch(6)
@@ -123,6 +124,22 @@ def test_the_adapter_folder_has_what_peft_and_vllm_read(trained: PolicyWorker, t
         assert torch.equal(tensors.pop(f"{prefix}.lora_A.weight"), layer.lora_A)
         assert torch.equal(tensors.pop(f"{prefix}.lora_B.weight"), layer.lora_B)
     assert not tensors
+    sender = FileSender.of_adapters(trained._model, config=trained._config, context=trained._context)
+    published = Path(str(sender.export()))
+    assert json.loads((published / "adapter_config.json").read_text()) == settings
+    sent, saved = (
+        load_file(folder / "adapter_model.safetensors") for folder in (published, tmp_path / "adapter")
+    )
+    assert sent.keys() == saved.keys()
+    assert all(torch.equal(sent[name], saved[name]) for name in saved)
+    assert sender.num_bytes() == sum(tensor.nbytes for tensor in layers_of(trained))
+    sender.drop()
+
+
+def layers_of(worker: PolicyWorker) -> list[torch.Tensor]:
+    return [
+        matrix for layer in adapted_layers(worker._model).values() for matrix in (layer.lora_A, layer.lora_B)
+    ]
 
 
 def test_a_resumed_policy_goes_on_exactly(trained: PolicyWorker, tied_folder: Path, tmp_path: Path) -> None:
@@ -167,13 +184,18 @@ def test_only_named_layers_are_adapted_and_unknown_names_refused(tied_folder: Pa
         adapted(tmp_path)
 
 
-def test_perturbing_is_undone_exactly(trained: PolicyWorker) -> None:
+@pytest.mark.parametrize("transfer", ["merged", "adapter"])
+def test_perturbing_changes_what_is_sent_and_is_undone_exactly(transfer: str, tied_folder: Path) -> None:
+    worker = adapted(tied_folder, lora_transfer=transfer)
+    train(worker)
     ids = BATCH.token_ids[:20]
-    before = trained.probe(ids)
-    trained.perturb()
-    assert np.abs(trained.probe(ids) - before).mean() > 0.1
-    trained.perturb(undo=True)
-    np.testing.assert_array_equal(trained.probe(ids), before)
+    before, matrices = worker.probe(ids), [matrix.clone() for matrix in layers_of(worker)]
+    worker.perturb()
+    assert np.abs(worker.probe(ids) - before).mean() > 0.1
+    changed = [not torch.equal(*pair) for pair in zip(layers_of(worker), matrices, strict=True)]
+    assert changed == [False, transfer == "adapter"] * (len(changed) // 2)
+    worker.perturb(undo=True)
+    np.testing.assert_array_equal(worker.probe(ids), before)
 
 
 @pytest.fixture

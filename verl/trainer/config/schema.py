@@ -31,16 +31,13 @@ from verl.trainer.config.placement import PlacementConfig
 DROP_OBSERVATIONS = "drop_observations"
 SYNC, ONE_STEP_OFF = "sync", "one_step_off"
 ALL_LINEAR = "all-linear"
+MERGED, ADAPTER = "merged", "adapter"
 
 
 def _file_list(key: str, value: Any) -> tuple[str, ...]:
     files = [value] if isinstance(value, str) else list(value or [])
-    require(
-        bool(files) and all(isinstance(f, str) and f for f in files),
-        key,
-        value,
-        "a parquet file or a list of them",
-    )
+    is_valid = bool(files) and all(isinstance(f, str) and f for f in files)
+    require(is_valid, key, value, "a parquet file or a list of them")
     return tuple(os.path.expanduser(file) for file in files)
 
 
@@ -102,6 +99,8 @@ class ModelConfig:
     lora_alpha: float = positive(16.0)
     target_modules: Any = ALL_LINEAR
     """The layers with adapters: all linear ones of the decoder, or those with these last parts of names."""
+    lora_transfer: str = one_of(MERGED, ADAPTER)
+    """What engines get after an update: all weights, with the adapters in them, or the adapters alone."""
 
     def __post_init__(self) -> None:
         check_section("actor_rollout_ref.model", self)

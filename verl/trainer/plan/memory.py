@@ -153,6 +153,8 @@ def _sent(setup: Setup) -> float:
     under way.
     """
     largest = float(setup.shape.embedding_parameters * setup.number_bytes)
+    if setup.slot_rank is not None:
+        return setup.lora_rank * setup.shape.intermediate * float(FLOAT32)
     if setup.transfer == "file":
         return largest
     if setup.transfer == "nccl":

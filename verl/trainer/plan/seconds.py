@@ -158,7 +158,8 @@ def _engines(setup: Setup) -> Stage:
     return Stage(
         phase=Phase.ROLLOUT,
         name=ENGINES,
-        detail=f"{setup.replicas} x {batch:.0f} sequences at a time",
+        detail=f"{setup.replicas} x {batch:.0f} sequences at a time"
+        + ("" if setup.slot_rank is None else ", without the kernels of adapters"),
         seconds=seconds,
         tokens=read + sampled,
         limit_s=read_limit_s + decode_limit_s,
@@ -226,19 +227,22 @@ def _gains(setup: Setup, *, hidden_s: float) -> Stage:
 
 
 def _publish(setup: Setup) -> Stage:
-    """Return sleep and wake of the engines, and the way of the weights to them."""
-    size = setup.shape.parameters * setup.number_bytes
+    """Return sleep and wake of the engines, and the way of the weights, or adapters, to them."""
     way, speed = {
         "file": ("through host memory", FILE_BYTES_PER_S),
         "ipc": ("through GPU memory", IPC_BYTES_PER_S),
         "nccl": ("over NCCL", NCCL_BYTES_PER_S),
     }[setup.transfer]
     asleep_s = SLEEP_S if setup.frees_engine else 0.0
+    if setup.slot_rank is not None:
+        way = f"adapters {way}"
+        # What an engine keeps while it sleeps goes to host memory and back.
+        asleep_s += 2 * setup.engine_weight_bytes / HOST_BYTES_PER_S if setup.frees_engine else 0.0
     return Stage(
         phase=Phase.PUBLISH,
         name="publish",
         detail=f"{way}, with sleep and wake" if setup.frees_engine else way,
-        seconds=asleep_s + size / speed,
+        seconds=asleep_s + setup.sent_bytes / speed,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from verl.algorithms.base import Need
-from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, transfer_kind
+from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
 from verl.trainer.config.schema import ONE_STEP_OFF, Config, DataConfig
 from verl.trainer.needs import FrozenModels, find_frozen_models, find_needs
 from verl.trainer.plan.assumptions import (
@@ -113,6 +113,8 @@ class Setup:
     episodes: Episodes
     offload: Offload = field(default_factory=Offload)
     lora_rank: int = 0
+    slot_rank: int | None = None
+    """Rank for which engines have room, where adapters are all that they get; None: they get all weights."""
 
     @property
     def world_size(self) -> int:
@@ -151,8 +153,16 @@ class Setup:
 
     @property
     def engine_weight_bytes(self) -> float:
-        """Of one engine, per GPU."""
-        return self.shape.parameters * self.number_bytes / self.engine_gpus
+        """Of one engine, per GPU, with the room for an adapter, most of which each GPU has whole."""
+        slot = self.shape.lora_parameters(self.slot_rank or 0)
+        return (self.shape.parameters / self.engine_gpus + slot) * self.number_bytes
+
+    @property
+    def sent_bytes(self) -> float:
+        """What an engine gets after an update: all weights, or adapters in float32."""
+        if self.slot_rank is None:
+            return float(self.shape.parameters * self.number_bytes)
+        return 4.0 * self.trained_parameters
 
     @property
     def cache_bytes(self) -> float:
@@ -210,7 +220,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         max_concurrent=config.trainer.max_concurrent_episodes,
         max_model_len=longest,
         frees_engine=rollout.free_cache_engine and not separate,
-        transfer=transfer_kind(rollout, device="cuda"),
+        transfer=transfer_kind(settings, device="cuda"),
         runs_ahead=config.trainer.schedule == ONE_STEP_OFF,
         ig_gpus=min(placement.ig_service_gpus, num_gpus),
         ig_share=placement.ig_service_memory,
@@ -224,6 +234,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         ),
         episodes=expect_episodes(config),
         lora_rank=settings.model.lora_rank,
+        slot_rank=slot_rank(settings.model),
     )
 
 

@@ -44,6 +44,10 @@ def describe_places(plan: Plan) -> list[str]:
         f"engines: {engines}, {setup.replicas} of {setup.engine_gpus} GPU{'s' * (setup.engine_gpus > 1)} "
         f"each, {setup.engine_share:g} of the memory, {sleeps}"
     )
+    if setup.slot_rank is not None:
+        size = setup.engine_weight_bytes * len(setup.pool_gpus) / GB
+        kept = f", {size:.1f} GB of weights of a node wait in host memory" if setup.frees_engine else ""
+        lines.append(f"engines get adapters alone, and keep the weights below them{kept}")
     here = " of the trainer's node" if nodes > 1 else ""
     if setup.uses_ig_service:
         where = f"GPU {_span(range(setup.ig_gpus))}{here}, {setup.ig_share:g} of the memory"

@@ -313,6 +313,32 @@ def test_gpus_of_the_engines_that_cannot_be_set_aside_are_refused(
     assert all(found.startswith(f"actor_rollout_ref.rollout.{problem}") for found in problems)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        (
+            "model.lora_rank=0",
+            "lora_transfer=adapter needs actor_rollout_ref.model.lora_rank from 1 to 512, ",
+        ),
+        (
+            "model.lora_rank=513",
+            "lora_transfer=adapter needs actor_rollout_ref.model.lora_rank from 1 to 512, ",
+        ),
+        ("rollout.weight_transfer=nccl", "lora_transfer=adapter sends files, so "),
+        ("rollout.weight_transfer=file", None),
+    ],
+)
+def test_adapters_that_engines_cannot_take_are_refused(
+    setting: str, problem: str | None, device: str
+) -> None:
+    settings = ("model.lora_rank=32", "model.lora_transfer=adapter", setting)
+    config = composed([f"actor_rollout_ref.{each}" for each in settings])
+    found = check_pools(config, device=device)
+    assert [line for line in found if "lora" in line] == found[: problem is not None]
+    assert all(line.startswith(f"actor_rollout_ref.model.{problem}") for line in found[:1])
+
+
 @pytest.mark.parametrize(("device", "num_problems"), [("cpu", 1), ("cuda", 2)])
 def test_what_contradicts_sampling_ahead_is_refused(device: str, num_problems: int) -> None:
     """No importance weights and, where the engines share GPUs with the policy, giving it their memory."""

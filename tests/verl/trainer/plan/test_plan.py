@@ -21,7 +21,7 @@ from scale.plan import (
     recipe_rows,
     stage_rows,
 )
-from verl.trainer.plan.assumptions import GAIN_LATENCY_S, GB, HOST_BYTES_PER_S
+from verl.trainer.plan.assumptions import FILE_BYTES_PER_S, GAIN_LATENCY_S, GB, HOST_BYTES_PER_S, SLEEP_S
 from verl.trainer.plan.check import Plan, change_settings, find_changes, make_plan, plan_run
 from verl.trainer.plan.gpus import MeasuredGpu, find_gpu
 from verl.trainer.plan.memory import Phase, total
@@ -172,6 +172,26 @@ def test_lora_trains_what_does_not_fit_otherwise() -> None:
     copied = next(stage.seconds for stage in offloaded.stages if stage.name == "offload")
     back = 2 * planned.setup.shape.parameters / 2  # in bfloat16, on two GPUs
     assert copied == pytest.approx(back / HOST_BYTES_PER_S, rel=0.1), "frozen weights only come back"
+
+
+@pytest.mark.parametrize("has_own_gpus", [True, False])
+def test_adapters_alone_take_room_in_the_engine_and_none_to_send(has_own_gpus: bool) -> None:
+    settings = [
+        "actor_rollout_ref.model.lora_rank=32",
+        *["actor_rollout_ref.rollout.n_gpus_per_node=4"] * has_own_gpus,
+    ]
+    merged, alone = (
+        plan(*settings, f"actor_rollout_ref.model.lora_transfer={way}")[0] for way in ("merged", "adapter")
+    )
+    slot = 2.0 * merged.setup.trained_parameters  # in bfloat16
+    assert merged.setup.cache_bytes - alone.setup.cache_bytes == pytest.approx(slot)
+    assert gb(alone, Phase.PUBLISH, gpu=0) < gb(merged, Phase.PUBLISH, gpu=0) - 1
+    file_s = 4.0 * merged.setup.trained_parameters / FILE_BYTES_PER_S
+    kept_s = 0 if has_own_gpus else SLEEP_S + 2 * alone.setup.engine_weight_bytes / HOST_BYTES_PER_S
+    planned_s = next(stage.seconds for stage in alone.stages if stage.name == "publish")
+    assert planned_s == pytest.approx(file_s + kept_s)
+    (line,) = [line for line in describe_places(alone) if "adapters alone" in line]
+    assert ("host memory" in line) is not has_own_gpus
 
 
 @pytest.mark.parametrize(
