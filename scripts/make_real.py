@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,12 @@ class StageError(UserError):
     """A stage cannot be made; the message says what to do."""
 
 
+def largest_process_gb() -> float:
+    """Return the largest memory that this process or an ended child had, in 10^9 bytes."""
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(usage) * 1024 / 1e9
+
+
 @contextmanager
 def running(name: str, *, module: str, arguments: Sequence[str], log: Path) -> Iterator[str]:
     """Run a service and yield its address. Raises ChildFailedError when it does not start."""
@@ -67,7 +74,8 @@ class Maker:
         """Make one part unless it is finished. Raises StageError."""
         finished = self.scratch / f"{stage}.done"
         if again:
-            finished.unlink(missing_ok=True)
+            for path in self.scratch.glob(f"{stage}.*"):  # with what a training continues from
+                path.unlink()
         if finished.is_file():
             print(f"{stage}: finished before", flush=True)
             return
@@ -83,7 +91,9 @@ class Maker:
             ) from error
         seconds = round(time.perf_counter() - started)
         write_json_atomically(finished, {"seconds": seconds})
-        print(f"{stage}: {seconds} s", flush=True)
+        print(
+            f"{stage}: {seconds} s, the largest process so far took {largest_process_gb():.1f} GB", flush=True
+        )
 
     def make_packages(self) -> None:
         """Download and unpack the packages, and keep their licenses."""

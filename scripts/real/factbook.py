@@ -207,7 +207,8 @@ def _currency(text: str) -> tuple[str, ...]:
 
 def _peak(text: str) -> tuple[str, ...]:
     found = re.match(r"([A-Z][^\d(;,]+?)(?: \(([A-Z][^\d(;,)]+)\))? -?[\d,.]+ m\b", text)
-    return names.golds(*names.of_peak(found[1]), found[2] or "") if found else ()
+    other = found[2] if found and found[2] and '"' not in found[2] else ""
+    return names.golds(*names.of_peak(found[1]), other) if found else ()
 
 
 def _height(text: str) -> tuple[str, ...]:
