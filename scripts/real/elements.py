@@ -22,7 +22,6 @@ NUMBER = Relation(
     name="number",
     phrase="atomic number of {x}",
     question="What is the atomic number of {x}?",
-    bridge="the element with the atomic number {x}",
 )
 DISCOVERER = Relation(name="discoverer", phrase="discoverer of {x}", question="Who discovered {x}?")
 YEAR = Relation(name="year", phrase="discovery year of {x}", question="In which year was {x} discovered?")

@@ -16,8 +16,8 @@ _WITH_ARTICLE = re.compile(
     r"^[A-Z].*(Islands|Republic|States|Kingdom|Emirates|Territory|Netherlands|Philippines|Maldives)$"
     r"|^(Republic|Federated|Democratic|Independent|Territory|Comoros|Holy|Isle)\b"
 )
-_MAX_HISTORY = 3
-"""Most passages about the history of a country."""
+_MOST_PASSAGES = {"history": 3, "communications": 1}
+"""Of a topic, where its texts are long."""
 
 CAPITAL = Relation(
     name="capital",
@@ -109,12 +109,13 @@ _PATHS: dict[str, tuple[tuple[str, ...], ...]] = {
 """Where the text of a relation stands."""
 
 _SECTIONS: dict[str, tuple[Relation | tuple[str, str], ...]] = {
-    "names and capital": (
+    "names": (
         ("Long form of the name of {x}", "Government|Country name|conventional long form"),
-        LOCAL, FORMER, CAPITAL,
-        ("Coordinates of the capital of {x}", "Government|Capital|geographic coordinates"),
+        LOCAL, FORMER, ("Origin of the name of {x}", "Government|Country name|etymology"),
+    ),
+    "capital": (
+        CAPITAL, ("Coordinates of the capital of {x}", "Government|Capital|geographic coordinates"),
         ("Origin of the capital's name", "Government|Capital|etymology"),
-        ("Origin of the name of {x}", "Government|Country name|etymology"),
     ),
     "history": (("Background of {x}", "Introduction|Background"),),
     "state": (
@@ -139,7 +140,11 @@ _SECTIONS: dict[str, tuple[Relation | tuple[str, str], ...]] = {
     "economy": (
         CURRENCY, ("Economy of {x}", "Economy|Economic overview"),
         ("Industries of {x}", "Economy|Industries"),
-        ("Agricultural products of {x}", "Economy|Agricultural products"), DOMAIN,
+        ("Agricultural products of {x}", "Economy|Agricultural products"),
+    ),
+    "communications": (
+        DOMAIN, ("Internet users in {x}", "Communications|Internet users|percent of population"),
+        ("Broadcast media of {x}", "Communications|Broadcast media"),
     ),
 }  # fmt: skip
 
@@ -171,7 +176,7 @@ def make_country(page: Page) -> Record:
             (phrase[0].upper() + phrase[1:], text) for phrase, text in parts if text not in ("", "none", "NA")
         ]
         stated = [state(phrase.format(x=record.subject), text) for phrase, text in lines]
-        record.add_passages(topic, stated, most=_MAX_HISTORY if topic == "history" else None)
+        record.add_passages(topic, stated, most=_MOST_PASSAGES.get(topic))
     for relation, find in _GOLDS:
         golds = find(texts[_SOURCE.get(relation.name, relation.name)])
         if golds[:1] != (record.subject,):  # a local name that is no other

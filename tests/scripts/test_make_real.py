@@ -64,9 +64,8 @@ def test_a_page_of_the_factbook_becomes_facts_that_its_passages_state() -> None:
     for fact in record.facts.values():
         assert fact.contents in record.passages
         assert fact.value in fact.contents
-    assert record.passages[0] == (
-        '"Kenya: names and capital"\nLocal name of Kenya: Kenya. Capital of Kenya: Nairobi. Origin of the '
-        "capital's name: a word for water."
+    assert record.passages[1] == (
+        '"Kenya: capital"\nCapital of Kenya: Nairobi. Origin of the capital\'s name: a word for water.'
     )
 
 
