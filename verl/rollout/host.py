@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -42,6 +43,7 @@ class RolloutWorker:
         self._open_agent = open_agent
         self._stack = AsyncExitStack()
         self._agent: Agent | None = None
+        self._episodes: set[asyncio.Task[object]] = set()
         self._engine = engine()
 
     async def open(self) -> None:
@@ -55,10 +57,19 @@ class RolloutWorker:
         Arrays themselves would stay in Ray's object store as long as the trajectory is used, and fill it.
         """
         assert self._agent is not None
-        return pickle.dumps(await self._agent.run(question, sample=sample, seed=seed, greedy=greedy))
+        task = asyncio.current_task()
+        assert task is not None
+        self._episodes.add(task)
+        try:
+            return pickle.dumps(await self._agent.run(question, sample=sample, seed=seed, greedy=greedy))
+        finally:
+            self._episodes.remove(task)
 
     async def call_engine(self, method: str, /, *args: object) -> object:
-        """Return or raise what a method of the engine does."""
+        """Return or raise what a method of the engine does, once all cancelled episodes have ended."""
+        # After a hang their requests may still run, and an engine refuses weights as long as one does.
+        if cancelled := [task for task in self._episodes if task.cancelling()]:
+            await asyncio.wait(cancelled)
         return await getattr(self._engine, method)(*args)
 
     async def shutdown(self) -> None:

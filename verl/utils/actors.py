@@ -80,7 +80,10 @@ class Actor(Protocol):
     """Index of its node among `Launcher.nodes`."""
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
-        """Return or raise what the method does. Raises ActorError when the actor has ended."""
+        """Return or raise what the method does. Raises ActorError when the actor has ended.
+
+        Cancelling the call cancels a coroutine in the actor, too, as soon as that answers.
+        """
         ...
 
     def kill(self) -> None:
@@ -260,7 +263,7 @@ class _RayActor:
             if self._pid is None:
                 self._pid = await self._actor.pid.remote()
                 self._ray.guard_processes()
-            result = await self._actor.call.remote(method, args, kwargs)
+            result = await self._await_or_cancel(self._actor.call.remote(method, args, kwargs))
         except RayTaskError as error:
             cause = error.cause
             if not isinstance(cause, Exception):
@@ -276,6 +279,16 @@ class _RayActor:
             raise ActorError(f"{self._label} died; {method!r} has no result. {death}") from error
         self._has_answered = True
         return result
+
+    async def _await_or_cancel(self, running: Any) -> Any:
+        try:
+            return await running
+        except asyncio.CancelledError:
+            import ray
+
+            if ray.is_initialized():
+                ray.cancel(running)
+            raise
 
     @property
     def _local_pid(self) -> int | None:

@@ -141,6 +141,46 @@ async def test_a_long_episode_is_waited_for_but_not_a_replica_that_hangs() -> No
     assert str(group.trajectories[0].failure).startswith("generation_failed: engine-0 hangs")
 
 
+@dataclass(slots=True)
+class HungEngine(FakeEngine):
+    """Answers nothing until it is released; an aborted request takes a while to end."""
+
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+    num_running: int = 0
+
+    async def generate(self, prompt_ids: IntArray, *, sampling: Sampling) -> Completion:
+        self.num_running += 1
+        try:
+            await asyncio.Event().wait()
+            raise AssertionError("the request goes on")
+        finally:
+            await self.released.wait()
+            await asyncio.sleep(0.01)
+            self.num_running -= 1
+
+    async def version(self) -> int:
+        await self.released.wait()
+        return self.weights
+
+    async def load_weights(self, folder: str, version: int) -> None:
+        assert self.num_running == 0, "requests still run"
+        self.weights = version
+
+
+async def test_a_replica_that_hung_takes_weights_once_its_episodes_have_ended() -> None:
+    engine = HungEngine()
+    engine_pool = make_pool(launch(engine), timeout_s=0.02)
+    await engine_pool.wait_until_ready()
+    with pytest.raises(RolloutError, match="engine-0 hangs"):
+        await play(engine_pool)
+    publish = asyncio.ensure_future(engine_pool.receivers[0].load_weights("/folder", 5))
+    await asyncio.sleep(0)
+    assert engine.num_running == 1
+    engine.released.set()
+    await publish
+    assert engine.weights == 5
+
+
 async def test_a_replica_that_died_ends_the_step_and_does_not_stop_the_shutdown() -> None:
     engines, search = [FakeEngine(), FakeEngine()], ScriptedSearch()
     dead, alive = launch(engines[0]), launch(engines[1], search=search)

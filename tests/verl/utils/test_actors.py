@@ -38,6 +38,13 @@ class Counter:
         await asyncio.sleep(0.01)
         return self.add(amount)
 
+    async def wait_for_cancel(self) -> None:
+        self.value = 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.value = 2
+
     def overlap(self, expected: int) -> int:
         """Wait until so many calls run at once. Return the largest number so far."""
         self.active += 1
@@ -121,6 +128,16 @@ async def test_a_coroutine_runs_beside_a_sync_method(launcher: Launcher) -> None
     waiting = asyncio.ensure_future(actor.call("wait_for", 1))
     assert await actor.call("add_later", 1) == 1
     await waiting
+
+
+async def test_cancelling_a_call_cancels_its_coroutine(launcher: Launcher) -> None:
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-e", max_concurrency=2)
+    waiting = asyncio.ensure_future(actor.call("wait_for_cancel"))
+    await actor.call("wait_for", 1)
+    waiting.cancel()
+    await actor.call("wait_for", 2)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
 
 
 async def test_a_call_of_a_killed_actor_names_it(launcher: Launcher) -> None:
