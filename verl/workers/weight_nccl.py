@@ -40,7 +40,7 @@ class BroadcastSource(Protocol):
     """The part of the policy that broadcasts. Each call returns when all ranks are done."""
 
     async def find_endpoint(self) -> tuple[str, int]:
-        """Return address and a free port of the machine of rank 0."""
+        """Return address and port on which rank 0 listens."""
         ...
 
     async def connect_engines(self, info: Mapping[str, object]) -> None:
@@ -172,21 +172,22 @@ class BroadcastSender:
         """`weights` are read by gathering them over the ranks; `join` and `broadcast`: those of NCCL."""
         self._weights = weights
         self._context = context
-        self._join = join or join_group
+        self._join: Callable[..., Any] = join or join_group
         self._broadcast = broadcast or broadcast_packed
+        self._listener: socket.socket | None = None
         self._group: Any = None
 
-    def find_port(self, address: str) -> int:
-        """Return a port of this machine's address on which nothing listens now."""
-        with socket.create_server((address, 0)) as listener:
-            return int(listener.getsockname()[1])
+    def listen(self, address: str) -> int:
+        """Listen on this machine's address for those that will join; return the port."""
+        self._listener = socket.create_server((address, 0))
+        return int(self._listener.getsockname()[1])
 
     def connect(self, info: Mapping[str, object]) -> None:
         """Join the group, on rank 0. Raises WeightSyncError."""
         if self._context.rank != 0:
             return
         try:
-            self._group = self._join(info, device=self._context.device)
+            self._group = self._join(info, listener=self._listener, device=self._context.device)
         except RuntimeError as error:  # of NCCL, and of torch's rendezvous
             raise WeightSyncError(
                 f"the policy cannot connect to the engines over NCCL: {error}; repeat the command to resume, "
@@ -223,12 +224,27 @@ def order_weights(layout: Layout) -> list[str]:
     return sorted((name for name in layout if layout[name].numel()), key=lambda name: -layout[name].itemsize)
 
 
-def join_group(info: Mapping[str, object], *, device: torch.device) -> Any:
+def join_group(info: Mapping[str, Any], *, listener: socket.socket, device: torch.device) -> Any:
     """Open the group as its rank 0, with vLLM's code; returns when all have joined, at most after 300 s."""
-    from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.utils.nccl import unpinned_nccl_env
 
-    with torch.cuda.device(device):
-        return trainer_init(dict(info), rank=0)
+    store = open_store(info, listener=listener)
+    with torch.cuda.device(device), unpinned_nccl_env():
+        return PyNcclCommunicator(store, device=device)
+
+
+def open_store(info: Mapping[str, Any], *, listener: socket.socket) -> Any:
+    """Serve on `listener` what the members of the group find each other by; return when all have come."""
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    return StatelessProcessGroup.create(
+        info["master_address"],
+        info["master_port"],
+        rank=0,
+        world_size=info["world_size"],
+        listen_socket=listener,
+    )
 
 
 def broadcast_packed(weights: Iterator[tuple[str, Tensor]], *, group: Any, device: torch.device) -> None:

@@ -191,8 +191,8 @@ class WorkerGroup:
         await self._call_all("send", [("ipc", "unshare")] * len(self._actors))
 
     async def find_endpoint(self) -> tuple[str, int]:
-        """Return the address of the first node, and a port that is free there."""
-        port: int = await self._actors[0].call("send", "nccl", "find_port", self._address)
+        """Return the address of the first node, and the port on which its first rank then listens."""
+        port: int = await self._actors[0].call("send", "nccl", "listen", self._address)
         return self._address, port
 
     async def connect_engines(self, info: Mapping[str, object]) -> None:

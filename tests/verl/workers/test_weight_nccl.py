@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.verl.workers.test_weight_ipc import LAYOUT, vllm_packing
 from verl.errors import WeightSyncError
 from verl.utils.actors import ActorError
 from verl.workers.parallel import ParallelContext
-from verl.workers.weight_nccl import BroadcastSender, NcclTransfer, rank_offsets
+from verl.workers.weight_nccl import BroadcastSender, NcclTransfer, open_store, rank_offsets
 
 __all__ = ["vllm_packing"]  # a fixture
 
@@ -121,7 +122,7 @@ async def test_what_never_ends_is_given_up() -> None:
 
 
 def test_where_the_policy_cannot_join_the_error_names_the_file() -> None:
-    def refuse(info: Mapping[str, object], *, device: torch.device) -> None:
+    def refuse(info: Mapping[str, object], **_: object) -> None:
         raise RuntimeError("NCCL error: unhandled system error")
 
     context = ParallelContext(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
@@ -165,6 +166,30 @@ def test_all_ranks_gather_in_one_order_and_vllm_unpacks_what_the_first_sends(vll
         )
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+async def test_the_members_of_a_group_meet_at_the_port_on_which_its_first_rank_listens() -> None:
+    """The store of vLLM; NCCL itself needs GPUs."""
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    groups: list[Any] = []
+
+    def join(info: Mapping[str, Any], *, listener: socket.socket, device: torch.device) -> Any:
+        groups.append(open_store(info, listener=listener))
+        return groups[0]
+
+    context = ParallelContext(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
+    sender = BroadcastSender(lambda: (LAYOUT, LAYOUT.__getitem__), context=context, join=join)
+    port = sender.listen("127.0.0.1")
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", port))
+    member = asyncio.to_thread(StatelessProcessGroup.create, "127.0.0.1", port, rank=1, world_size=2)
+    info = {"master_address": "127.0.0.1", "master_port": port, "world_size": 2}
+    _, other = await asyncio.gather(asyncio.to_thread(sender.connect, info), member)
+    groups[0].broadcast_obj("unique id", src=0)
+    assert other.broadcast_obj(None, src=0) == "unique id"
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ async def test_one_local_rank_does_what_the_worker_does(
     batch = random_batch(7)
     assert await group.wait_until_ready() == worker.num_parameters()
     address, port = await group.find_endpoint()
-    socket.create_server((address, port)).close()
+    socket.create_connection((address, port)).close()
     assert await group.describe_weights() == worker.send("nccl", "describe")
     np.testing.assert_allclose(await group.log_probs(batch), worker.log_probs([batch])[0], atol=2e-5)
     assert (await group.update(batch))["num_updates"] == 2
