@@ -7,8 +7,10 @@ its own part, on the host neither. It is written tensor by tensor.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +32,7 @@ from verl.workers.model import (
     read_config,
     resolve_model_folder,
 )
-from verl.workers.parallel import gather_tensor
+from verl.workers.parallel import gather_tensor, local_part
 from verl.workers.tensor_files import Layout, TensorFiles, describe, write_weights
 
 if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
@@ -39,6 +41,8 @@ if TYPE_CHECKING:  # loaded where it is used: importing it takes seconds
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
+_PERTURBED_LAYERS = 4
+_SILENCE = 2.0**-12
 # Files that a tokenizer or a generation reads; copied, because saving a loaded tokenizer can change its ids.
 _COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
@@ -87,10 +91,13 @@ def sharding_units(model: PreTrainedModel) -> list[nn.Module]:
     The head stays with the whole model, which keeps it gathered over all chunks of logits; so does an
     embedding that is tied to it.
     """
+    embedding, layers = model.get_input_embeddings(), _layers(model)
+    return layers if model.config.tie_word_embeddings else [embedding, *layers]
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
     layer_types = set(model._no_split_modules or ())
-    units = [module for module in model.modules() if type(module).__name__ in layer_types]
-    embedding = model.get_input_embeddings()
-    return units if model.config.tie_word_embeddings else [embedding, *units]
+    return [module for module in model.modules() if type(module).__name__ in layer_types]
 
 
 def fill_model(network: nn.Module, model: PreTrainedModel, *, folder: Path, device: torch.device) -> None:
@@ -223,6 +230,44 @@ def engine_adapters(model: PreTrainedModel) -> tuple[Layout, Callable[[str], Ten
     """Return the layout of the adapters, and what gathers one over the ranks, as `engine_weights` does."""
     adapters = state_of(model)
     return describe(adapters), lambda name: gather_tensor(adapters[name])
+
+
+def count_perturbations(model: PreTrainedModel, *, dtype: torch.dtype) -> int:
+    """Return how many perturbations together make every stale weight visible: one in float32.
+
+    In bfloat16 a model whose layers are all perturbed multiplies rounding, in which a stale matrix of one
+    layer would disappear. So few layers are perturbed at a time.
+    """
+    at_once = len(_layers(model)) if dtype == torch.float32 else _PERTURBED_LAYERS
+    return max(1, math.ceil(len(_layers(model)) / max(1, at_once)))
+
+
+def perturb_weights(model: PreTrainedModel, index: int, *, count: int, undo: bool) -> None:
+    """Perturb every `count`-th layer, from layer `index` on, and all that is in no layer; silence the others.
+
+    Exact, except that silencing can round numbers below 1e-34: `undo` restores every bit. Adapters stay as
+    they are.
+    """
+    silenced = {
+        id(parameter)
+        for number, layer in enumerate(_layers(model))
+        if number % count != index
+        for parameter in layer.parameters()
+    }
+    vectors = itertools.count()
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
+        part = local_part(parameter.detach())
+        if id(parameter) in silenced:  # its layer adds about nothing to the residual stream
+            part.mul_(1 / _SILENCE if undo else _SILENCE)
+        elif part.dim() > 1:  # half of what it reads: its results are unlike those before
+            part[..., : part.shape[-1] // 2].neg_()
+        # In turn, because negating both of two normalized vectors would not change their product.
+        elif next(vectors) % 2:
+            part.neg_()
+        else:
+            part[::2].neg_()
 
 
 def write_model(

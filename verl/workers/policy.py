@@ -30,14 +30,20 @@ from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole, rat
 from verl.workers.lora import adapters_switched, init_adapters, is_adapter, perturb_adapters
 from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
 from verl.workers.model import PolicyNetwork, compute_dtype, is_tied, packs_rows, resolve_model_folder
-from verl.workers.model_io import build_model, engine_weights, fill_model, sharding_units
+from verl.workers.model_io import (
+    build_model,
+    count_perturbations,
+    engine_weights,
+    fill_model,
+    perturb_weights,
+    sharding_units,
+)
 from verl.workers.offload import Residence
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
     Placement,
     gather_tensor,
     init_distributed,
-    local_part,
     reduce_over_ranks,
     reshard_model,
     shard_model,
@@ -191,21 +197,20 @@ class PolicyWorker:
         self._residence.load_weights()
         return getattr(self._senders[kind], method)(*args)
 
-    def perturb(self, *, undo: bool = False) -> None:
-        """Negate the final norm and double the LM head, which moves every log-prob; `undo` takes it back.
+    def num_perturbations(self) -> int:
+        """Return how many perturbations together make every stale weight of an engine visible."""
+        return (
+            1
+            if self._config.lora_transfer == ADAPTER
+            else count_perturbations(self._model, dtype=self._dtype)
+        )
 
-        Two weights, because an engine may load the norm and keep its head. Both changes are exact in floating
-        point, so that undoing them restores every bit. Where adapters are all that is sent, they change.
-        """
+    def perturb(self, index: int, *, undo: bool = False) -> None:
+        """Change what is sent visibly, as `perturb_weights` does; `undo` restores every bit."""
         self._residence.load_weights(changes=True)
         if self._config.lora_transfer == ADAPTER:
-            perturb_adapters(self._model, undo=undo)
-            return
-        named = self._network.named_parameters()
-        *_, norm = (p for name, p in named if p.dim() == 1 and name.endswith("weight"))  # the last vector
-        head = self._model.get_output_embeddings().weight
-        local_part(norm.detach()).neg_()
-        local_part(head.detach()).mul_(0.5 if undo else 2.0)
+            return perturb_adapters(self._model, undo=undo)
+        perturb_weights(self._model, index, count=self.num_perturbations(), undo=undo)
 
     def release(self) -> None:
         """Make room for the engine on the same GPU: move weights that are offloaded to host memory."""

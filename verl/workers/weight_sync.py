@@ -3,7 +3,7 @@
 After each publish the trainer and every engine score a fixed probe sequence; if they disagree the run stops,
 because it would sample from another policy than it trains. An update at a small learning rate moves the probe
 by less than rounding does, so this check alone does not notice an engine that keeps stale weights: `verify`
-publishes weights whose final norm and head are visibly perturbed once, at start.
+publishes weights at start that are perturbed so visibly that a single stale matrix shows.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ _PROBE_TOKENS = 64
 _FLOAT32_TOLERANCE = 1e-3
 _BFLOAT16_TOLERANCE = 0.1
 """Mean absolute log-prob difference that rounding explains."""
+_PERTURBED = 5
+"""So many times more of it with perturbed weights."""
+_STALE_SHARE = 1 / 20
+"""Of the effect of all perturbed weights: a single stale matrix has more, rounding less."""
 
 
 class WeightSource(Protocol):
@@ -33,8 +37,12 @@ class WeightSource(Protocol):
 
     async def probe(self, ids: IntArray) -> FloatArray: ...
 
-    async def perturb(self, *, undo: bool = False) -> None:
-        """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
+    async def num_perturbations(self) -> int:
+        """Return how many perturbations together make every stale weight of an engine visible."""
+        ...
+
+    async def perturb(self, index: int, *, undo: bool = False) -> None:
+        """Change weights so that log-probs move; `undo` restores every bit."""
         ...
 
     async def release(self) -> None:
@@ -97,22 +105,24 @@ class WeightPublisher:
         where perturbing moves nothing. The policy ends as it was, bit for bit.
         """
         before = await self._policy.probe(self._probe_ids)
-        await self._policy.perturb()
-        try:
-            # An engine with stale weights differs by the whole shift, a good one by rounding alone, which the
-            # doubled logits double.
-            shift = _distance(before, await self._policy.probe(self._probe_ids))
-            if shift == 0:
-                raise WeightSyncError(
-                    "perturbing the policy's weights moves no log-prob of the probe sequence, so the check "
-                    "cannot tell new weights from stale ones; look at the weights of "
-                    "actor_rollout_ref.model.path (an output layer of zeros makes all tokens equally likely)"
-                )
-            await self._publish(version, tolerance=min(3 * self._tolerance, shift / 3))
-            await self._sleep()  # room for the policy, which may have left
-        finally:
-            await self._policy.perturb(undo=True)
+        for index in range(await self._policy.num_perturbations()):
+            await self._policy.perturb(index)
+            try:
+                await self._publish_perturbed(before, version=version)
+                await self._sleep()  # room for the policy, which may have left
+            finally:
+                await self._policy.perturb(index, undo=True)
         await self.publish(version=version)
+
+    async def _publish_perturbed(self, before: FloatArray, *, version: int) -> None:
+        shift = distance(before, await self._policy.probe(self._probe_ids))
+        if shift == 0:
+            raise WeightSyncError(
+                "perturbing the policy's weights moves no log-prob of the probe sequence, so the check "
+                "cannot tell new weights from stale ones; look at the weights of "
+                "actor_rollout_ref.model.path (an output layer of zeros makes all tokens equally likely)"
+            )
+        await self._publish(version, tolerance=perturbed_tolerance(shift, tolerance=self._tolerance))
 
     async def publish(self, *, version: int) -> float:
         """Send the policy's weights to every engine; return the largest difference over the engines.
@@ -157,25 +167,36 @@ def probe_tolerance(config: ActorRolloutRefConfig, *, device: str) -> float:
     return _FLOAT32_TOLERANCE if is_float32 else _BFLOAT16_TOLERANCE
 
 
+def perturbed_tolerance(shift: float, *, tolerance: float) -> float:
+    """Return what `verify` accepts where perturbing moves the probe by `shift`.
+
+    `tolerance`: what is accepted without. Perturbed weights multiply rounding, but that stays far below the
+    effect of a stale matrix.
+    """
+    return min(_PERTURBED * tolerance, shift * _STALE_SHARE)
+
+
 def _compare(
     engine: int, expected: FloatArray, score: FloatArray, version: int, *, tolerance: float
 ) -> float:
     """Return the difference between two scores of the probe. Raises WeightSyncError if it is too large."""
     if len(score) != len(expected):
         raise WeightSyncError(f"engine {engine} scored {len(score)} of {len(expected)} probe tokens")
-    difference = _distance(expected, score)
+    difference = distance(expected, score)
     if difference < tolerance:  # False for NaN
         return difference
     raise WeightSyncError(
         f"engine {engine} does not sample from the policy that is trained: after publishing version "
         f"{version} its log-probs of the probe sequence differ by {difference:.3g} on average, at most "
-        f"{tolerance:.3g} is normal. Likely causes: a version of vLLM that does not reload this model in "
-        "place and keeps stale weights, tied embeddings reloaded on the CPU (start the engine from the "
-        "folder of prepare_engine_model), another precision in the engine than in the trainer, or an engine "
-        "that was started from another model"
+        f"{tolerance:.3g} is normal. Likely causes: a version of vLLM that keeps stale weights of this "
+        "model when it reloads them in place (install that of requirements/*.lock), tied embeddings reloaded "
+        "on the CPU (start the engine from the folder of prepare_engine_model), another precision in the "
+        "engine than in the trainer (actor_rollout_ref.model.dtype), an engine that was started from another "
+        "model, or a model in which rounding does more (raise "
+        "actor_rollout_ref.rollout.max_log_prob_difference)"
     )
 
 
-def _distance(one: FloatArray, other: FloatArray) -> float:
-    """Return the mean absolute difference after position 0, which has no log-prob."""
+def distance(one: FloatArray, other: FloatArray) -> float:
+    """Return the mean absolute difference of two scores after position 0, which has no log-prob."""
     return float(np.abs(one[1:] - other[1:]).mean())

@@ -219,9 +219,14 @@ class WorkerGroup:
         """Remove what `export_weights` wrote."""
         await self._call_all("drop_weights")
 
-    async def perturb(self, *, undo: bool = False) -> None:
-        """Change the weights so that every log-prob moves; `undo` takes that back, bit for bit."""
-        await self._call_all("perturb", undo=undo)
+    async def num_perturbations(self) -> int:
+        """Return how many perturbations together make every stale weight of an engine visible."""
+        counts: list[int] = await self._call_all("num_perturbations")
+        return counts[0]
+
+    async def perturb(self, index: int, *, undo: bool = False) -> None:
+        """Change weights visibly; `undo` restores every bit, see `PolicyWorker.perturb`."""
+        await self._call_all("perturb", [(index,)] * len(self._actors), undo=undo)
 
     async def release(self) -> None:
         """Make room on the GPUs, see `PolicyWorker.release`."""

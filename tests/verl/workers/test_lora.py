@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.verl.workers.episodes import (
@@ -190,12 +191,32 @@ def test_perturbing_changes_what_is_sent_and_is_undone_exactly(transfer: str, ti
     train(worker)
     ids = BATCH.token_ids[:20]
     before, matrices = worker.probe(ids), [matrix.clone() for matrix in layers_of(worker)]
-    worker.perturb()
+    worker.perturb(0)
     assert np.abs(worker.probe(ids) - before).mean() > 0.1
     changed = [not torch.equal(*pair) for pair in zip(layers_of(worker), matrices, strict=True)]
     assert changed == [False, transfer == "adapter"] * (len(changed) // 2)
-    worker.perturb(undo=True)
+    worker.perturb(0, undo=True)
     np.testing.assert_array_equal(worker.probe(ids), before)
+
+
+def test_perturbing_changes_every_merged_weight_and_is_undone_exactly(trained: PolicyWorker) -> None:
+    ids = BATCH.token_ids[:20]
+
+    def publish() -> dict[str, Tensor]:
+        with exported(trained) as file:
+            return load_file(file)
+
+    scores, weights = trained.probe(ids), publish()
+    trained.perturb(0)
+    assert np.abs(trained.probe(ids) - scores).mean() > 0.1
+    changed = publish()
+    assert [
+        name for name in weights if torch.equal(changed[name], weights[name]) and weights[name].any()
+    ] == []
+    trained.perturb(0, undo=True)
+    np.testing.assert_array_equal(trained.probe(ids), scores)
+    for name, weight in publish().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 @pytest.fixture

@@ -152,8 +152,8 @@ def test_weights_below_adapters_are_copied_to_host_memory_once(model_folder: Pat
     for _ in range(2):
         worker.update(minis)
         release()
-    worker.perturb()
-    worker.perturb(undo=True)
+    worker.perturb(0)
+    worker.perturb(0, undo=True)
     release()
     whole = sizes[True] + sizes[False]
     assert copied == [whole, sizes[True], sizes[True], whole]

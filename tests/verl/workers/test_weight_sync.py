@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from verl.workers.weight_sync import WeightPublisher
 class Policy:
     """Its log-prob of every token is its one weight, which it writes once on each of `num_nodes`."""
 
-    def __init__(self, folder: Path, *, num_nodes: int = 1, perturbation: float = 1.5) -> None:
+    def __init__(
+        self, folder: Path, *, num_nodes: int = 1, perturbations: Sequence[float] = (1.5, 3)
+    ) -> None:
         self.weight = -1.0
-        self.perturbation = perturbation
+        self.perturbations = perturbations
         self.folders = [folder / f"node-{node}" for node in range(num_nodes)]
 
     async def export_weights(self) -> list[str]:
@@ -38,21 +41,34 @@ class Policy:
     async def release(self) -> None:
         """Everything stays."""
 
-    async def perturb(self, *, undo: bool = False) -> None:
-        self.weight *= 1 / self.perturbation if undo else self.perturbation
+    async def num_perturbations(self) -> int:
+        return len(self.perturbations)
+
+    async def perturb(self, index: int, *, undo: bool = False) -> None:
+        factor = self.perturbations[index]
+        self.weight *= 1 / factor if undo else factor
 
 
 class Engine:
-    """An engine that scores with the weight it loaded last; a stale one keeps its weight."""
+    """An engine that scores with the weight it loaded last; a stale one keeps its weight.
+
+    `ignored`: a weight that it does not take.
+    """
 
     def __init__(
-        self, *, node: int = 0, error: float = 0.0, stale: bool = False, broken: bool = False
+        self,
+        *,
+        node: int = 0,
+        error: float = 0.0,
+        stale: bool = False,
+        broken: bool = False,
+        ignored: float | None = None,
     ) -> None:
         self.node = node
         self.folder = ""
         self.weight = 0.0
         self.version = -1
-        self.error, self.stale, self.broken = error, stale, broken
+        self.error, self.stale, self.broken, self.ignored = error, stale, broken, ignored
 
     async def sleep(self) -> None:
         """It shares no GPU."""
@@ -64,8 +80,9 @@ class Engine:
         if self.broken:
             raise WeightSyncError("requests still run")
         self.folder = folder
-        if not self.stale:
-            self.weight = float(load_file(Path(folder) / "model.safetensors")["weight"][0])
+        weight = float(load_file(Path(folder) / "model.safetensors")["weight"][0])
+        if not self.stale and weight != self.ignored:
+            self.weight = weight
         self.version = version
 
     async def score(self, ids: IntArray) -> FloatArray:
@@ -112,12 +129,17 @@ async def test_verification_ends_with_the_policys_own_weights(tmp_path: Path) ->
     assert [(engine.weight, engine.version) for engine in engines] == [(-1.0, 4)] * 2
 
 
-async def test_verification_catches_an_engine_that_keeps_stale_weights(tmp_path: Path) -> None:
-    policy, stale = Policy(tmp_path), Engine(stale=True)
-    stale.weight = policy.weight  # as at the start of a run
-    publisher = make_publisher(policy, [stale])
+@pytest.mark.parametrize(
+    ("engine", "difference"), [(Engine(stale=True), r"0\.5"), (Engine(ignored=-3.0), r"1\.5")]
+)
+async def test_verification_catches_an_engine_that_keeps_what_a_perturbation_changes(
+    engine: Engine, difference: str, tmp_path: Path
+) -> None:
+    policy = Policy(tmp_path)
+    engine.weight = policy.weight  # as at the start of a run
+    publisher = make_publisher(policy, [engine])
     assert await publisher.publish(version=0) == 0.0  # as after every small update
-    with pytest.raises(WeightSyncError, match=r"engine 0 .* by 0\.5 on average.*keeps stale weights"):
+    with pytest.raises(WeightSyncError, match=rf"engine 0 .* by {difference} on average.*install that of"):
         await publisher.verify(version=0)
     assert policy.weight == -1.0
 
@@ -125,7 +147,7 @@ async def test_verification_catches_an_engine_that_keeps_stale_weights(tmp_path:
 async def test_stale_weights_are_noticed_also_where_the_perturbation_hardly_moves_the_probe(
     tmp_path: Path,
 ) -> None:
-    policy, stale = Policy(tmp_path, perturbation=1.0005), Engine(stale=True)
+    policy, stale = Policy(tmp_path, perturbations=(1.0005,)), Engine(stale=True)
     stale.weight = policy.weight
     with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
         await make_publisher(policy, [stale]).verify(version=0)
@@ -134,7 +156,7 @@ async def test_stale_weights_are_noticed_also_where_the_perturbation_hardly_move
 
 async def test_a_perturbation_that_moves_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightSyncError, match="moves no log-prob of the probe sequence"):
-        await make_publisher(Policy(tmp_path, perturbation=1.0), [Engine()]).verify(version=0)
+        await make_publisher(Policy(tmp_path, perturbations=(2.0, 1.0)), [Engine()]).verify(version=0)
 
 
 async def test_weights_that_travel_over_the_disk_are_reported_once(
@@ -168,7 +190,10 @@ class Notes:
     async def release(self) -> None:
         self.note("release")
 
-    async def perturb(self, *, undo: bool = False) -> None:
+    async def num_perturbations(self) -> int:
+        return 1
+
+    async def perturb(self, index: int, *, undo: bool = False) -> None:
         self.note("perturb")
 
     async def sleep(self) -> None:

@@ -204,10 +204,10 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     ids = row_ids(batch, 0)
     before = await two.probe(ids)
     for group in (two, one):
-        await group.perturb()
+        await group.perturb(0)
     np.testing.assert_allclose(await two.probe(ids), await one.probe(ids), atol=0.1)
     assert np.abs(await two.probe(ids) - before)[1:].mean() > 0.3
-    await two.perturb(undo=True)
+    await two.perturb(0, undo=True)
     np.testing.assert_array_equal(await two.probe(ids), before)
     assert await two.export_bytes() == await one.export_bytes()
     await two.update(single)
