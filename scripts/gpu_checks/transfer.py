@@ -9,16 +9,15 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from gpu_checks.models import layout_of, random_weights, shape_of_size
 from gpu_checks.recorder import Bench
 from verl.trainer.plan.assumptions import GB
 from verl.workers.offload import HostCopy
 from verl.workers.tensor_files import write_weights
-from verl.workers.weight_chunks import buffer_size
 from verl.workers.weight_folder import WeightFolder
-from verl.workers.weight_ipc import SharedWeights
+from verl.workers.weight_ipc import ChunkSender
 
 _ROUNDS = 3
 """The first one also allocates the memory of the receiver."""
@@ -45,13 +44,14 @@ def check_publish(bench: Bench) -> None:
             raise RuntimeError(f"the receiving process failed: {answer}")
         return answer
 
-    buffer = torch.empty(buffer_size(layout), dtype=torch.uint8, device=bench.device)
-    shared = SharedWeights(layout, weights.__getitem__, buffer=buffer)
-    ask("open", *reduce_tensor(buffer))
+    sender = ChunkSender(lambda: (layout, weights.__getitem__), device=bench.device)
+    chunks, handles = sender.share()
+    (handle,) = handles.values()
+    ask("open", handle)
 
     def send() -> None:
-        for index, chunk in enumerate(shared.chunks):
-            shared.fill(index)
+        for index, chunk in enumerate(chunks):
+            sender.fill(index)
             ask("take", chunk)
 
     for _ in range(_ROUNDS):
@@ -74,6 +74,7 @@ def check_publish(bench: Bench) -> None:
     bench.record("file_bytes_per_s", speed, unit="bytes/s", assumption="FILE_BYTES_PER_S")
     orders.put(("end",))
     receiver.join(_WAIT_S)
+    sender.unshare()
 
 
 def _receive(orders: Any, answers: Any, device: torch.device) -> None:
@@ -81,9 +82,10 @@ def _receive(orders: Any, answers: Any, device: torch.device) -> None:
     kept: dict[str, Tensor] = {}
     buffer = torch.empty(0)
 
-    def open_buffer(rebuild: Callable[..., Tensor], arguments: tuple[Any, ...]) -> bool:
+    def open_buffer(handle: tuple[Any, ...]) -> bool:
         nonlocal buffer
-        buffer = rebuild(*arguments)
+        is_mapped = device.type == "cpu"
+        buffer = torch.from_file(*handle, dtype=torch.uint8) if is_mapped else rebuild_cuda_tensor(*handle)
         return True
 
     def take(chunk: Any) -> bool:

@@ -109,16 +109,16 @@ class PolicyWorker:
             offloads_optimizer=config.actor.fsdp_config.optimizer_offload,
         )
         self._residence.leave_frozen()
-        self._step = 0
-        self._seed = seed
+        self._step, self._seed = 0, seed
         self._staged: dict[str, StagedState] = {}
         self.profile: Profile | None = None
         # See prepare_engine_model: a tied head on the CPU goes to the engine as a tensor of its own.
         unties = device == "cpu" and is_tied(self._source)
         weights = partial(engine_weights, self._model, dtype=self._dtype, with_head=unties)
+        self._sends_adapters = model.lora_transfer == ADAPTER
         self._file = (
             FileSender.of_adapters(self._model, config=model, context=self._context)
-            if model.lora_transfer == ADAPTER
+            if self._sends_adapters
             else FileSender(weights, context=self._context)
         )
         self._senders = {
@@ -199,16 +199,12 @@ class PolicyWorker:
 
     def num_perturbations(self) -> int:
         """Return how many perturbations together make every stale weight of an engine visible."""
-        return (
-            1
-            if self._config.lora_transfer == ADAPTER
-            else count_perturbations(self._model, dtype=self._dtype)
-        )
+        return 1 if self._sends_adapters else count_perturbations(self._model, dtype=self._dtype)
 
     def perturb(self, index: int, *, undo: bool = False) -> None:
         """Change what is sent visibly, as `perturb_weights` does; `undo` restores every bit."""
         self._residence.load_weights(changes=True)
-        if self._config.lora_transfer == ADAPTER:
+        if self._sends_adapters:
             return perturb_adapters(self._model, undo=undo)
         perturb_weights(self._model, index, count=self.num_perturbations(), undo=undo)
 

@@ -32,7 +32,7 @@ class Chunk:
             begin += size
 
 
-def buffer_size(layout: Layout, *, preferred: int = BUFFER_BYTES) -> int:
+def buffer_size(layout: Layout, *, preferred: int) -> int:
     """Return the bytes of a buffer: `preferred`, more for a larger tensor, less for a smaller model."""
     sizes = [_size(tensor) for tensor in layout.values()]
     return min(sum(sizes), max(preferred, *sizes))

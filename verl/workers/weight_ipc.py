@@ -17,10 +17,11 @@ from torch import Tensor
 from verl.errors import WeightSyncError
 from verl.utils.shutdown import close_quietly
 from verl.workers.tensor_files import Layout, Readable
-from verl.workers.weight_chunks import Chunk, buffer_size, plan_chunks
+from verl.workers.weight_chunks import BUFFER_BYTES, Chunk, buffer_size, plan_chunks
+from verl.workers.weight_folder import WeightFolder
 
 Handles = dict[str, tuple[Any, ...]]
-"""What opens the buffer on a GPU in another process, by the UUID of the GPU."""
+"""What opens each buffer in another process, by the UUID of its GPU; for one in host memory, by its file."""
 
 
 class ChunkSource(Protocol):
@@ -125,13 +126,22 @@ class ChunkSender:
         self._weights = weights
         self._device = device
         self._shared: SharedWeights | None = None
+        self._folder: WeightFolder | None = None
 
     def share(self) -> tuple[list[Chunk], Handles]:
         """Allocate the buffer; return its chunks, and how the engine opens it, once."""
         layout, read = self._weights()
-        buffer = torch.empty(buffer_size(layout), dtype=torch.uint8, device=self._device)
+        size = buffer_size(layout, preferred=BUFFER_BYTES)
+        if self._device.type == "cpu":
+            self._folder = WeightFolder(size)
+            mapping = (str(self._folder.path / "buffer"), True, size)
+            buffer = torch.from_file(*mapping, dtype=torch.uint8)
+            handles: Handles = {mapping[0]: mapping}
+        else:
+            buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            handles = export_handle(buffer)
         self._shared = SharedWeights(layout, read, buffer=buffer)
-        return self._shared.chunks, export_handle(buffer)
+        return self._shared.chunks, handles
 
     def fill(self, index: int) -> None:
         """Gather the tensors of a chunk into the buffer. Collective: every rank must call it."""
@@ -142,6 +152,9 @@ class ChunkSender:
         """Free the buffer, once the engine has closed it."""
         self._shared = None
         free_shared(self._device)
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
 
 
 def export_handle(buffer: Tensor) -> Handles:

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, ModelConfig
+from verl.workers import weight_ipc
 from verl.workers.batch import make_mini_batches
 from verl.workers.lora import adapted_layers, is_adapter, perturb_adapters
 from verl.workers.model import PolicyNetwork
 from verl.workers.model_io import (
     build_model,
-    engine_weights,
     fill_model,
     sharding_units,
     state_of,
@@ -43,9 +43,7 @@ from verl.workers.parallel import (
 from verl.workers.policy import PolicyWorker
 from verl.workers.rank_state import stage_state, write_state
 from verl.workers.tensor_files import TensorFiles
-from verl.workers.weight_chunks import buffer_size
 from verl.workers.weight_file import FileSender
-from verl.workers.weight_ipc import SharedWeights
 
 TWO_NODES = Placement(world_size=4, ranks_per_node=2)
 MESHES = {None: (2, 2), 1: (4, 1), -1: (4,)}
@@ -263,18 +261,21 @@ def train_on_two_nodes(folder: Path) -> None:
 
 def train_offloaded(placement: Placement, config: ActorRolloutRefConfig) -> list[Any]:
     """Metrics, chunks for an engine and the state of this rank, of two steps with a release between."""
+    weight_ipc.BUFFER_BYTES = 5000
     worker = PolicyWorker(config, placement, total_steps=10, seed=0, trainable=True)
     batch, ids = random_batch(8), np.arange(2, 30, dtype=np.int32)
     minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=100)
     results: list[Any] = []
     for step in range(2):
         results.append(worker.update(minis[placement.rank]))
-        layout, read = engine_weights(worker._model, dtype=torch.bfloat16, with_head=False)
-        buffer = torch.zeros(buffer_size(layout, preferred=2000), dtype=torch.uint8)
-        shared = SharedWeights(layout, read, buffer=buffer)
-        for index, chunk in enumerate(shared.chunks):
-            shared.fill(index)
+        chunks, handles = worker.send("ipc", "share")
+        (mapping,) = handles.values()
+        for index, chunk in enumerate(chunks):
+            worker.send("ipc", "fill", index)
+            buffer = torch.from_file(*mapping, dtype=torch.uint8)
             results.append({name: view.tolist() for name, view in chunk.views(buffer)})
+        worker.send("ipc", "unshare")
+        assert not Path(mapping[0]).exists()
         worker.release()
         worker.stage(str(step))
         results.append({name: part.tolist() for name, part in worker._staged[str(step)].parts.items()})

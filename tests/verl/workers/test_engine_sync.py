@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from tests.fakes import make_tied_model
 from tests.verl.workers import buffer_backend
-from tests.verl.workers.episodes import make_actor, make_config, make_worker, one_rank, random_batch
+from tests.verl.workers.episodes import make_actor, make_config, random_batch
 from verl.errors import WeightSyncError
 from verl.trainer.config.pools import SLOT_RANKS, slot_rank
 from verl.trainer.config.schema import RolloutConfig
 from verl.types import Sampling
 from verl.utils.actors import make_launcher
-from verl.workers.model_io import engine_weights, prepare_engine_model
+from verl.workers import weight_ipc
+from verl.workers.model_io import prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
-from verl.workers.policy import PolicyWorker
-from verl.workers.weight_chunks import Chunk
 from verl.workers.weight_file import FileTransfer
-from verl.workers.weight_ipc import IpcTransfer, SharedWeights, describe_chunk
+from verl.workers.weight_ipc import IpcTransfer, describe_chunk
 from verl.workers.weight_sync import WeightPublisher
 from verl.workers.worker_group import WorkerGroup
+
+PROBE = np.arange(2, 60, dtype=np.int32)
 
 
 @pytest.fixture
 def tied_model(tmp_path: Path) -> Path:
     return make_tied_model(tmp_path / "tied")
-
-
-class BufferPolicy:
-    """A policy whose chunks lie in a file."""
-
-    def __init__(self, worker: PolicyWorker) -> None:
-        layout, read = engine_weights(worker._model, dtype=torch.float32, with_head=True)
-        self.shared = SharedWeights(layout, read, buffer=buffer_backend.map_buffer())
-
-    async def share_weights(self) -> tuple[list[Chunk], dict[str, tuple[Any, ...]]]:
-        return self.shared.chunks, {}
-
-    async def fill_chunk(self, index: int) -> None:
-        self.shared.fill(index)
-
-    async def unshare_weights(self) -> None:
-        """The buffer stays."""
-
-
-async def _ignore(folder: str, version: int) -> None:
-    """Keep stale weights."""
 
 
 @pytest.mark.slow
@@ -59,12 +41,13 @@ async def _ignore(folder: str, version: int) -> None:
 async def test_a_tied_model_reaches_the_cpu_engine(
     tied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through a file, and in chunks."""
+    """Through a file, and in chunks of a shared buffer."""
     from verl.rollout.vllm_engine import VllmEngine
 
     monkeypatch.syspath_prepend(tmp_path)
-    for name, value in buffer_backend.install(tmp_path).items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "0")  # the engine sets it
+    monkeypatch.setattr(weight_ipc, "BUFFER_BYTES", 450_000)
+    buffer_backend.install(tmp_path)
     launcher = make_launcher("local")
     config = make_config(tied_model, actor=make_actor(lr=5e-2))
     policy = WorkerGroup.launch(
@@ -83,39 +66,59 @@ async def test_a_tied_model_reaches_the_cpu_engine(
         dtype="float32",
         max_model_len=256,
         num_threads=1,
-        weight_backend=buffer_backend.NAME,
+        weight_backend="ipc",
     )
     engine.node = 0  # type: ignore[attr-defined]  # its actor has one
-    transfer = FileTransfer(policy, [engine])
-    publisher = WeightPublisher(policy, [engine], transfer, probe_ids=np.arange(2, 60), tolerance=1e-3)
+    file, ipc = (
+        WeightPublisher(policy, [engine], transfer, probe_ids=PROBE, tolerance=1e-3)
+        for transfer in (FileTransfer(policy, [engine]), IpcTransfer(policy, [engine]))
+    )
     try:
-        await publisher.verify(version=0)
-        before = await engine.score(np.arange(2, 60, dtype=np.int32))
-        for _ in range(3):
-            await policy.update(random_batch(6))
-        assert await publisher.publish(version=1) < 1e-4
-        after = await engine.score(np.arange(2, 60, dtype=np.int32))
-        assert np.abs(after - before).mean() > 0.1
-        assert await engine.version() == 1
-        load_weights, engine.load_weights = engine.load_weights, _ignore  # type: ignore[method-assign]
-        with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
-            await publisher.verify(version=1)
-        engine.load_weights = load_weights  # type: ignore[method-assign]
-        assert await publisher.publish(version=2) < 1e-4
-        trained = make_worker(make_config(tied_model, actor=make_actor(lr=5e-2)))
-        trained.update(one_rank(random_batch(6, seed=7)))
-        chunked = BufferPolicy(trained)
-        assert len(chunked.shared.chunks) > 2
-        await IpcTransfer(chunked, [engine]).send(3)
-        scores = await engine.score(np.arange(2, 60, dtype=np.int32))
-        np.testing.assert_allclose(scores, trained.probe(np.arange(2, 60, dtype=np.int32)), atol=1e-4)
-        assert await engine.version() == 3
-        with pytest.raises(WeightSyncError, match="none to sample with"):
-            await engine.update(describe_chunk(chunked.shared.chunks[0], {}))
+        for version, publisher in enumerate((file, ipc)):
+            await publisher.verify(version=2 * version)
+            before = await engine.score(PROBE)
+            for _ in range(3):
+                await policy.update(random_batch(6, seed=version))
+            assert await publisher.publish(version=2 * version + 1) < 1e-4
+            assert np.abs(await engine.score(PROBE) - before).mean() > 0.1
+            assert await engine.version() == 2 * version + 1
+        chunks, handles = await policy.share_weights()
+        assert len(chunks) > 2
+        with pytest.raises(WeightSyncError, match="none to sample with"):  # nothing was started
+            await engine.update(describe_chunk(chunks[0], handles))
+        await policy.unshare_weights()
         assert await engine.version() == -1
+        load_weights = engine.load_weights
+        for left_out in (
+            "model.embed_tokens.weight",
+            "model.layers.1.self_attn.o_proj.weight",
+            "model.layers.0.mlp.down_proj.weight",
+            "model.layers.1.post_attention_layernorm.weight",
+        ):
+            await file.publish(version=4)
+            engine.load_weights = partial(load_without, load_weights, left_out)  # type: ignore[method-assign]
+            with pytest.raises(WeightSyncError, match=r"engine 0 does not sample from the policy.*lock"):
+                await file.verify(version=4)
+            engine.load_weights = load_weights  # type: ignore[method-assign]
+        assert await file.publish(version=5) < 1e-4
     finally:
         await engine.shutdown()
         launcher.shutdown()
+
+
+async def load_without(
+    load_weights: Callable[[str, int], Awaitable[None]], name: str, folder: str, version: int
+) -> None:
+    """Load weights as an engine that keeps one of them as it was."""
+    path = Path(folder) / "model.safetensors"
+    weights = load_file(path)
+    del weights[name]
+    save_file(weights, path)
+    await load_weights(folder, version)
+
+
+async def _ignore(folder: str, version: int) -> None:
+    """Keep stale weights."""
 
 
 @pytest.mark.slow

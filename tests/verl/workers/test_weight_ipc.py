@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.verl.workers.episodes import make_config, make_worker
+from tests.verl.workers.episodes import make_config
 from verl.errors import WeightSyncError
-from verl.workers.model_io import engine_weights
-from verl.workers.policy import PolicyWorker
-from verl.workers.weight_chunks import Chunk, buffer_size, plan_chunks
+from verl.utils.actors import LocalLauncher
+from verl.workers import weight_ipc
+from verl.workers.parallel import Placement, Rendezvous
+from verl.workers.weight_chunks import BUFFER_BYTES, Chunk, buffer_size, plan_chunks
 from verl.workers.weight_ipc import Handles, IpcTransfer, SharedWeights, describe_chunk, export_handle
+from verl.workers.worker_group import WorkerGroup
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -56,7 +59,7 @@ def test_chunks_fill_the_buffer_in_order_and_split_nothing(buffer_bytes: int, na
 def test_a_buffer_has_room_for_the_largest_tensor_and_is_no_larger_than_the_model() -> None:
     assert buffer_size(LAYOUT, preferred=4) == 16
     assert buffer_size(LAYOUT, preferred=20) == 20
-    assert buffer_size(LAYOUT) == 63
+    assert buffer_size(LAYOUT, preferred=BUFFER_BYTES) == 63
     with pytest.raises(ValueError, match="wide has 16 bytes, more than the buffer of 15"):
         plan_chunks(LAYOUT, buffer_bytes=15)
 
@@ -98,19 +101,21 @@ def test_vllm_finds_every_tensor_of_a_chunk(vllm_packing: ModuleType) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
-def read_chunks(requests: Any, answers: Any, buffer: Tensor) -> None:
-    """Be an engine in another process: copy the chunks that lie in the buffer."""
-    while (chunk := requests.get()) is not None:
-        answers.put({name: view.clone().view(torch.uint8).tolist() for name, view in chunk.views(buffer)})
+def read_chunks(requests: Any, answers: Any) -> None:
+    """Be an engine in another process: open the buffer of a rank, and copy the chunks that lie in it."""
+    while (request := requests.get()) is not None:
+        chunk, mapping = request
+        views = chunk.views(torch.from_file(*mapping, dtype=torch.uint8))
+        answers.put({name: view.view(torch.uint8).tolist() for name, view in views})
 
 
 class OtherProcess:
-    """An engine of two: it reads the buffer of its rank, in another process."""
+    """An engine in another process."""
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self) -> None:
         context = torch.multiprocessing.get_context("spawn")
         self.requests, self.answers = context.Queue(), context.Queue()
-        arguments = (self.requests, self.answers, buffer)
+        arguments = (self.requests, self.answers)
         self.process = context.Process(target=read_chunks, args=arguments, daemon=True)
         self.process.start()
         self.weights: dict[str, list[int]] = {}
@@ -123,14 +128,14 @@ class OtherProcess:
         self.weights.clear()
 
     async def update(self, chunk: Mapping[str, Any]) -> None:
-        self.requests.put(
-            Chunk(
-                names=chunk["names"],
-                dtypes=tuple(getattr(torch, name) for name in chunk["dtype_names"]),
-                shapes=chunk["shapes"],
-                sizes=chunk["tensor_sizes"],
-            )
+        described = Chunk(
+            names=chunk["names"],
+            dtypes=tuple(getattr(torch, name) for name in chunk["dtype_names"]),
+            shapes=chunk["shapes"],
+            sizes=chunk["tensor_sizes"],
         )
+        (mapping,) = chunk["ipc_handles"].values()
+        self.requests.put((described, mapping))
         self.weights |= self.answers.get(timeout=120)
 
     async def finish_update(self, version: int) -> None:
@@ -141,50 +146,39 @@ class OtherProcess:
         self.process.join()
 
 
-class Ranks:
-    """A policy of one rank per engine, each with a small buffer that other processes can map."""
-
-    def __init__(self, workers: list[PolicyWorker]) -> None:
-        self.shared = []
-        for worker in workers:
-            layout, read = engine_weights(worker._model, dtype=torch.bfloat16, with_head=False)
-            buffer = torch.zeros(buffer_size(layout, preferred=2000), dtype=torch.uint8).share_memory_()
-            self.shared.append(SharedWeights(layout, read, buffer=buffer))
-        self.is_shared = False
-
-    async def share_weights(self) -> tuple[list[Chunk], Handles]:
-        self.is_shared = True
-        return self.shared[0].chunks, {f"GPU-{rank}": () for rank in range(len(self.shared))}
-
-    async def fill_chunk(self, index: int) -> None:
-        for shared in self.shared:
-            shared.fill(index)
-
-    async def unshare_weights(self) -> None:
-        self.is_shared = False
-
-
 @pytest.mark.slow
-async def test_engines_in_other_processes_get_every_weight_through_one_small_buffer(
-    model_folder: Path,
+async def test_an_engine_in_another_process_gets_every_weight_through_one_small_buffer(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = make_worker(make_config(model_folder))
-    ranks = Ranks([worker, worker])
-    engines = [OtherProcess(shared._buffer) for shared in ranks.shared]
-    transfer = IpcTransfer(ranks, engines)
+    monkeypatch.setattr(weight_ipc, "BUFFER_BYTES", 5000)
+    launcher = LocalLauncher()
+    policy = WorkerGroup.launch(
+        launcher,
+        make_config(model_folder, dtype="bfloat16"),
+        Placement(),
+        name="policy",
+        rendezvous=Rendezvous(),
+        total_steps=1,
+        seed=0,
+        trainable=True,
+    )
+    engine = OtherProcess()
+    transfer = IpcTransfer(policy, [engine])
     try:
         for version in (4, 5):
             await transfer.send(version)
-            layout, read = engine_weights(worker._model, dtype=torch.bfloat16, with_head=False)
-            expected = {name: read(name).detach().view(torch.uint8).tolist() for name in layout}
-            for engine in engines:
-                assert engine.weights == expected
-                assert engine.version == version
-            worker.perturb()
-        assert len(ranks.shared[0].chunks) > 3
+            (folder,) = await policy.export_weights()
+            exported = load_file(Path(folder) / "model.safetensors")
+            assert engine.weights == {name: t.view(torch.uint8).tolist() for name, t in exported.items()}
+            assert engine.version == version
+            await policy.drop_weights()
+            await policy.perturb(0)
+        chunks, _ = await policy.share_weights()
+        assert len(chunks) > 3
+        await policy.unshare_weights()
     finally:
-        for engine in engines:
-            engine.close()
+        engine.close()
+        launcher.shutdown()
 
 
 class NotingEngine:
