@@ -55,8 +55,8 @@ class AdapterSlot:
 
     rank: int
     """One of those for which vLLM can have room."""
-    layers: tuple[str, ...] | None = None
-    """Last parts of the names of the layers that an adapter can have; None: all."""
+    layers: tuple[str, ...]
+    """Last parts of the names of the layers for which an adapter has matrices; others cost nothing."""
 
 
 class VllmEngine:
@@ -344,7 +344,7 @@ def _adapter_arguments(slot: AdapterSlot) -> dict[str, Any]:
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": slot.rank,
-        "lora_target_modules": None if slot.layers is None else list(slot.layers),
+        "lora_target_modules": list(slot.layers),
     }
 
 

@@ -22,14 +22,14 @@ from verl.rollout.host import OpenAgent, RolloutWorker
 from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import AdapterSlot, VllmEngine
 from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
-from verl.trainer.config.schema import ALL_LINEAR, ActorRolloutRefConfig, Config
+from verl.trainer.config.schema import ActorRolloutRefConfig, Config
 from verl.trainer.needs import FrozenModels
 from verl.utils.actors import Launcher, Node, interface_of, make_launcher
 from verl.utils.cluster import Share, join_cluster
 from verl.utils.shutdown import close_quietly, ended_by
 from verl.workers.checkpoint import POLICY
 from verl.workers.model import resolve_model_folder
-from verl.workers.model_io import prepare_engine_model
+from verl.workers.model_io import list_targets, prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import InitialPolicy, PolicyCopy, ScoringModel
 from verl.workers.worker_group import WorkerGroup
@@ -283,9 +283,9 @@ def launch_engines(
 
 def find_backend(settings: ActorRolloutRefConfig, *, device: str) -> str | AdapterSlot | None:
     """Return how engines receive what a policy publishes, see `VllmEngine`."""
-    rank, layers = slot_rank(settings.model), settings.model.target_modules
+    rank = slot_rank(settings.model)
     if rank is not None:
-        return AdapterSlot(rank=rank, layers=None if layers == ALL_LINEAR else tuple(layers))
+        return AdapterSlot(rank=rank, layers=list_targets(settings.model))
     kind = transfer_kind(settings, device=device)
     return None if kind == "file" else kind
 

@@ -78,7 +78,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, *, trainable: bool
     """
     model.requires_grad_(False)
     decoder = model.get_decoder()
-    names = [name for name, module in decoder.named_modules() if type(module) is nn.Linear]
+    names = linear_layers(model)
     wanted = None if config.target_modules == ALL_LINEAR else config.target_modules
     ends = {name.rpartition(".")[2] for name in names}
     for name in wanted or ():
@@ -100,6 +100,11 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, *, trainable: bool
             adapted.lora_A.requires_grad_(trainable)
             adapted.lora_B.requires_grad_(trainable)
             setattr(decoder.get_submodule(parent), end, adapted)
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names, within the decoder, of the layers that can have adapters."""
+    return [name for name, module in model.get_decoder().named_modules() if type(module) is nn.Linear]
 
 
 def init_adapters(model: PreTrainedModel, *, seed: int) -> None:

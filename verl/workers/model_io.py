@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from serving.files import FileRecord
 from verl.errors import ConfigError
-from verl.trainer.config.schema import ModelConfig
-from verl.workers.lora import adapted_layers, add_adapters, is_adapter
+from verl.trainer.config.schema import ALL_LINEAR, ModelConfig
+from verl.workers.lora import adapted_layers, add_adapters, is_adapter, linear_layers
 from verl.workers.model import (
     check_model,
     choose_packed_attention,
@@ -224,6 +224,14 @@ def engine_weights(
         return gather_tensor(weight.to(dtype) if weight.is_floating_point() else weight)
 
     return describe(weights, dtype=dtype), read
+
+
+def list_targets(config: ModelConfig) -> tuple[str, ...]:
+    """Return the last parts of the names of the layers that have adapters."""
+    if config.target_modules != ALL_LINEAR:
+        return tuple(config.target_modules)
+    model = _build(resolve_model_folder(config.path), dtype=torch.float32)  # only for the names
+    return tuple(sorted({name.rpartition(".")[2] for name in linear_layers(model)}))
 
 
 def engine_adapters(model: PreTrainedModel) -> tuple[Layout, Callable[[str], Tensor]]:

@@ -157,10 +157,15 @@ def test_engines_with_gpus_of_their_own_have_the_last_of_each_node(config: Confi
 def test_engines_have_room_for_adapters_where_these_are_all_they_get(config: Config, tmp_path: Path) -> None:
     config = copy.deepcopy(config)
     model = config.actor_rollout_ref.model
-    model.lora_rank, model.target_modules, model.lora_transfer = 5, ["q_proj"], "adapter"
-    slot = AdapterSlot(rank=8, layers=("q_proj",))
+    model.lora_rank, model.lora_transfer = 5, "adapter"
+    layers = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     launcher = two_nodes()
-    for takes_weights, expected in ((True, slot), (False, None)):
+    for targets, takes_weights, expected in (
+        ("all-linear", True, AdapterSlot(rank=8, layers=layers)),
+        (["q_proj"], True, AdapterSlot(rank=8, layers=("q_proj",))),
+        (["q_proj"], False, None),
+    ):
+        model.target_modules = targets
         launch_engines(
             config,
             launcher,

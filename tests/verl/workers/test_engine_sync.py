@@ -20,7 +20,7 @@ from verl.trainer.config.schema import RolloutConfig
 from verl.types import Sampling
 from verl.utils.actors import make_launcher
 from verl.workers import weight_ipc
-from verl.workers.model_io import prepare_engine_model
+from verl.workers.model_io import list_targets, prepare_engine_model
 from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.weight_file import FileTransfer
 from verl.workers.weight_ipc import IpcTransfer, describe_chunk
@@ -153,7 +153,7 @@ async def test_adapters_alone_reach_the_engine(tied_model: Path, tmp_path: Path)
         dtype="float32",
         max_model_len=256,
         num_threads=1,
-        weight_backend=AdapterSlot(rank=rank),
+        weight_backend=AdapterSlot(rank=rank, layers=list_targets(config.model)),
     )
     engine.node = 0  # type: ignore[attr-defined]  # its actor has one
     publisher = WeightPublisher(
