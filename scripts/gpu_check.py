@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the project need not be installed
 
 import torch  # noqa: E402
+from gpu_checks.engine import check_engine  # noqa: E402
 from gpu_checks.policy import check_attention, check_policy  # noqa: E402
 from gpu_checks.recorder import Bench, append, read_lines  # noqa: E402
 from gpu_checks.services import check_device, check_entailment, check_search  # noqa: E402
@@ -52,15 +53,16 @@ class Check:
 
 
 CHECKS = (
-    Check(name="device", run=check_device, limit_s=30),
-    Check(name="attention", run=check_attention, limit_s=45),
-    Check(name="policy_3b", run=partial(check_policy, size="3B"), limit_s=120),
-    Check(name="publish", run=check_publish, limit_s=55),
-    Check(name="entailment", run=check_entailment, limit_s=45),
-    Check(name="search", run=check_search, limit_s=25),
-    Check(name="offload", run=check_offload, limit_s=45),
-    Check(name="lora_1.5b", run=partial(check_policy, size="1.5B", lora_rank=32), limit_s=55),
-    Check(name="policy_1.5b", run=partial(check_policy, size="1.5B"), limit_s=60),
+    Check(name="device", run=check_device, limit_s=20),
+    Check(name="attention", run=check_attention, limit_s=30),
+    Check(name="policy_3b", run=partial(check_policy, size="3B"), limit_s=80),
+    Check(name="engine", run=check_engine, limit_s=150),
+    Check(name="publish", run=check_publish, limit_s=35),
+    Check(name="entailment", run=check_entailment, limit_s=20),
+    Check(name="search", run=check_search, limit_s=15),
+    Check(name="offload", run=check_offload, limit_s=40),
+    Check(name="lora_1.5b", run=partial(check_policy, size="1.5B", lora_rank=32), limit_s=45),
+    Check(name="policy_1.5b", run=partial(check_policy, size="1.5B"), limit_s=45),
 )
 """The most important first."""
 DRY_RUN = Gpu(name="dry run", memory=85e9)

@@ -24,7 +24,7 @@ from verl.workers.tensor_files import Layout, describe, write_weights
 
 _RECIPE = Path(__file__).resolve().parents[2] / "verl" / "trainer" / "config" / "recipe" / "gpu.yaml"
 _TINY = ModelShape(
-    vocab=1600, hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, is_tied=True,
+    vocab=1600, hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, head_dim=32, is_tied=True,
     has_qkv_bias=True,
 )  # fmt: skip
 _FILE_BYTES = 2 * 10**9
