@@ -140,7 +140,8 @@ def _compare_kernels(bench: Bench, forest: Forest, *, shape: ModelShape) -> None
 
 def _difference(value: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference, as a share of that of the expected value."""
-    return float((value.float() - expected.float()).norm() / expected.float().norm())
+    value, expected = value.detach().float(), expected.detach().float()
+    return float((value - expected).norm() / expected.norm())
 
 
 def _padded(batch: TrainBatch, *, device: str) -> tuple[Tensor, Tensor]:

@@ -60,10 +60,28 @@ def test_a_bare_machine_measures_every_figure_once(bare_packages: Path, tmp_path
     for name in ("update_share", "log_probs_tokens_per_s", "load_s"):
         assert f"policy_3b.{name}" in figures
     assert figures["publish.ipc_bytes_per_s"] > 0
+    assert figures["engine.vllm"] == "not installed"
     assert "TRAIN_SHARE" in done.stdout
     before = results.read_text()
     again = run("publish", "search")
     assert (again.returncode, results.read_text()) == (0, before)
+
+
+@pytest.mark.vllm
+def test_an_engine_is_measured_where_vllm_is_installed(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--dry-run",
+        "--results",
+        str(tmp_path / "results.jsonl"),
+        "engine",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["engine.decode_64_ms"] > 0
+    assert figures["engine.read_tokens_per_s"] > 0
 
 
 def test_all_checks_together_end_in_8_minutes() -> None:

@@ -1,6 +1,7 @@
 """What the plan assumes about hardware, libraries and episodes, each with its source.
 
-Bytes are in units of 1, GB are 10^9 bytes. A number without a measurement on a GPU says "computed": correct
+Bytes are in units of 1, GB are 10^9 bytes. "H200": measured on one by `make gpu-check` or a quickstart, with
+torch 2.11 (docs/scale.md). A number without a measurement on a GPU says "computed": correct
 it here when `make gpu-check` or a run has measured it, and nowhere else; `make bench-scale BENCH_ARGS=plan`
 prints the table of docs/scale.md, which a test compares.
 """
@@ -24,8 +25,9 @@ ENGINE_INTERMEDIATES = 2.0
 ENGINE_HIDDENS = 4.0
 """Tokens that an engine computes at once unless `rollout.max_num_batched_tokens` says how many, and their
 activations in one layer, in units of its sizes."""
-ENTAILMENT_BYTES = 3.75 * GB
-"""Of the IG service beside its engine: deberta-v2-xlarge in bfloat16 (1.8), its activations, a context."""
+ENTAILMENT_BYTES = 4.75 * GB
+"""Of the IG service beside its engine: deberta-v2-xlarge in bfloat16 and its activations (4.13 on an H200), a
+context (0.62)."""
 RETRIEVER_BYTES = 1.7 * GB
 """Of the retriever beside its index: the query encoder, the scores of a batch, a context (computed)."""
 
@@ -51,8 +53,8 @@ gradient."""
 
 # ---------------------------------------------------------------------------------------------------- seconds
 
-TRAIN_SHARE = 0.35
-"""Of peak FLOP/s in update and log-probs: what FSDP2 trainers of such sizes report (35 to 45 %)."""
+TRAIN_SHARE = 0.38
+"""Of peak FLOP/s in update and log-probs (H200, 3 billion parameters: 0.380 and 0.392)."""
 PREFILL_SHARE = 0.5
 BANDWIDTH_SHARE = 0.6
 """Of peak FLOP/s when an engine reads prompts, of memory bandwidth when it decodes (computed)."""
@@ -73,24 +75,28 @@ AGENT_COMPLETION_S = 0.002
 """Of the thread of an engine's agents, with its calls of the engine and of tools (measured on a CPU)."""
 CPU_SEARCHES_PER_S = 1000.0
 """ivf_pq over 21 million passages on the CPUs of a GPU node: 63 MB of codes per query (computed)."""
-GPU_SEARCHES_PER_S = 4000.0
-"""Exact search by torch over 21 million passages, per H100 among which they are divided, encoding included
-(computed)."""
+GPU_SEARCHES_PER_S = 2800.0
+"""Exact search by torch over 21 million passages, per GPU among which they are divided (H200: 2,868 of
+encoded queries)."""
 GAIN_FLOPS = 23e-3 * 989e12
 """Of one gain, at the peak of the GPU: 23 ms of a whole H100 to read the passages and sample 10 answers by a
 generator of 3 billion parameters (computed)."""
 GAIN_LATENCY_S = 1.0
 """From the end of the last episode to its gain."""
-FILE_BYTES_PER_S = 0.7 * GB
-"""Weights through a file in memory: gathered, copied to the host, written, read by the engines (computed)."""
+FILE_BYTES_PER_S = 0.5 * GB
+"""Weights through a file in memory: gathered, copied to the host, written, read by the engines
+(H200: 0.525)."""
 IPC_BYTES_PER_S = 15.0 * GB
-"""Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (computed)."""
+"""Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (computed;
+H200: the copies alone 519)."""
 NCCL_BYTES_PER_S = 10.0 * GB
 """Weights to engines on other GPUs: gathered over NVLink, packed, broadcast, loaded (computed)."""
-SLEEP_S = 1.0
-"""Sleep and wake of an engine, which drops weights and cache and maps their memory again (computed)."""
+SLEEP_S = 0.3
+"""Sleep and wake of an engine, which drops weights and cache and maps their memory again (H200, 45 GB: at
+most 0.23, a publish of a small model included)."""
 HOST_BYTES_PER_S = 25.0 * GB
-"""Between a GPU and page-locked host memory while all GPUs of a node copy (half of PCIe 5, computed)."""
+"""Between a GPU and page-locked host memory while all GPUs of a node copy (half of PCIe 5, computed;
+an H200 alone: 55)."""
 
 # --------------------------------------------------------------------------------------------------- episodes
 

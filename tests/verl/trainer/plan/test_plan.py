@@ -258,8 +258,8 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(
 def test_the_message_names_phase_gpu_and_largest_items() -> None:
     _, problem = plan("trainer.n_gpus_per_node=2")
     assert problem == (
-        "the run does not fit: phase rollout needs 82.4 GB on GPU 0 (engine: cache, graphs 36.3, IG service "
-        "16.5, optimizer: Adam 12.3, ...) of 80.8 GB that are usable of 85.0; change: "
+        "the run does not fit: phase rollout needs 83.4 GB on GPU 0 (engine: cache, graphs 36.3, IG service "
+        "17.5, optimizer: Adam 12.3, ...) of 80.8 GB that are usable of 85.0; change: "
         "actor_rollout_ref.rollout.gpu_memory_utilization=0.45, or trainer.n_gpus_per_node=4 "
         "placement.ig_service_gpus=4"
     )
@@ -279,7 +279,7 @@ def test_programs_that_run_already_count() -> None:
     # GPU 0 has less in use than the planned IG service takes; GPU 1 has a program beside it.
     assert planned.excess is not None
     assert planned.excess.gpu == 1
-    assert "other programs 23.5" in (problem or "")
+    assert "other programs 22.5" in (problem or "")
 
 
 _POOLS = (
@@ -343,7 +343,7 @@ def test_sixteen_gpus_are_fastest_where_two_of_each_node_are_for_engines(model: 
         return planned.step_s
 
     chosen = step_s("recipe=gpu_16_off")
-    assert chosen < 0.85 * step_s("recipe=gpu_16")
+    assert chosen < 0.88 * step_s("recipe=gpu_16")
     for own in (1, 3, 4):
         pools = (f"actor_rollout_ref.rollout.n_gpus_per_node={own}", f"placement.ig_service_gpus={8 - own}")
         assert chosen < step_s("recipe=gpu_16_off", *pools)
