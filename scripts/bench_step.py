@@ -35,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from hydra import compose, initialize_config_module
 from rich.table import Table
 from screen import Screen
 
@@ -50,7 +49,7 @@ from verl.branches import Branch, Tree
 from verl.errors import ConfigError
 from verl.rollout.tokenizer import HfTokenizer
 from verl.trainer.build import make_reward, make_services, open_trainer
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import Models
 from verl.trainer.ppo.trainer import PPOTrainer
@@ -127,13 +126,6 @@ def run(
     figures = asyncio.run(measure(screen, config, arguments, overrides=overrides))
     screen.console.print(show(figures))
     return figures
-
-
-def compose_config(overrides: Sequence[str]) -> Config:
-    """Return the configuration of these overrides."""
-    register_schema()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=list(overrides)))
 
 
 async def measure(

@@ -65,6 +65,38 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def crossed_bootstrap(
+    differences: Sequence[Sequence[float]],
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> tuple[Interval, float] | None:
+    """Return interval and two-sided p value of the mean of paired differences, over seeds and questions.
+
+    `differences` has a row per seed and a number per question [S, Q]. Seeds and questions are resampled
+    independently of each other, so that neither the questions nor the seeds of a comparison decide it alone;
+    with one seed, over questions alone. The interval has the quantiles of the resampled means, p is twice the
+    share of them on the other side of 0, the observed one counted. None without a number. Sources: Owen 2007,
+    "The pigeonhole bootstrap"; Davison and Hinkley 1997, section 4.4.
+    """
+    table = np.asarray(differences, dtype=np.float64)  # [S, Q]
+    if table.size == 0:
+        return None
+    generator = np.random.default_rng(seed)
+    num_seeds, num_questions = table.shape
+    counts_s = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples)
+    counts_q = generator.multinomial(
+        num_questions, np.full(num_questions, 1 / num_questions), size=num_resamples
+    )
+    means = ((counts_s @ table) * counts_q).sum(axis=1) / table.size  # [num_resamples]
+    # Sums of the same numbers in another order differ in the last digits: those are ties.
+    below, above = np.count_nonzero(means <= 1e-12), np.count_nonzero(means >= -1e-12)
+    p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + num_resamples))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return (float(low), float(high)), p_value
+
+
 def sign_flip_p_value(
     differences: Sequence[Sequence[float]], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> float | None:

@@ -33,8 +33,8 @@ from verl.trainer.config.advice import list_advice
 from verl.trainer.config.pools import transfer_kind
 from verl.trainer.config.schema import SYNC, ActorRolloutRefConfig, Config
 from verl.trainer.config.validate import resolve_device, validate
-from verl.trainer.launch import Models, count_gpus, launch_models
-from verl.trainer.needs import find_frozen_models, find_needs
+from verl.trainer.launch import Host, Models, count_gpus, launch_models
+from verl.trainer.needs import find_needs
 from verl.trainer.plan.command import check_memory, choose_gpu
 from verl.trainer.plan.gpus import Gpu, measure_gpus
 from verl.trainer.plan.setup import make_setup
@@ -75,11 +75,12 @@ logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
+async def open_trainer(config: Config, *, host: Host | None = None) -> AsyncIterator[PPOTrainer]:
     """Build what a run needs, and take it down at the end, also after a failure.
 
     Cheap checks come first (configuration, services, data), models load last. At the end the manifest records
-    how the run ended and the report is written. Raises ConfigError, DataError, ServiceError before training.
+    how the run ended and the report is written. The engines of a `host` stay; they must be those that this
+    configuration would start. Raises ConfigError, DataError, ServiceError before training.
     """
     num_gpus = count_gpus()
     validate(config, num_gpus=num_gpus, cpu_has_bfloat16=has_bfloat16())
@@ -91,13 +92,15 @@ async def open_trainer(config: Config) -> AsyncIterator[PPOTrainer]:
             logger.warning(advice)
         async with AsyncExitStack() as stack:
             trainer = await build(
-                config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus)
+                config, stack, run_dir=run_dir, device=resolve_device(config, num_gpus=num_gpus), host=host
             )
             stack.enter_context(frozen_heap())
             yield trainer
 
 
-async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str) -> PPOTrainer:
+async def build(
+    config: Config, stack: AsyncExitStack, *, run_dir: Path, device: str, host: Host | None = None
+) -> PPOTrainer:
     """Wire the parts; each registers on the stack how it is taken down."""
     tools = make_tools(config, make_resources(config))
     needs = find_needs(config)
@@ -120,7 +123,7 @@ async def build(config: Config, stack: AsyncExitStack, *, run_dir: Path, device:
     )
     start = await start_run(config, stack, run_dir=run_dir, questions=train, manifest=manifest)
     # Last, because it takes long: settings, services, data and the checkpoint have been checked.
-    models = await start_models(config, stack, start, run_dir=run_dir, device=device)
+    models = await start_models(config, stack, start, run_dir=run_dir, device=device, host=host)
     algorithm = ALGORITHMS[config.algorithm.name](
         config.algorithm,
         make_services(config, models, codec=tokenizer, ig_client=ig_client),
@@ -208,7 +211,13 @@ async def start_run(
 
 
 async def start_models(
-    config: Config, stack: AsyncExitStack, start: RunStart, *, run_dir: Path, device: str
+    config: Config,
+    stack: AsyncExitStack,
+    start: RunStart,
+    *,
+    run_dir: Path,
+    device: str,
+    host: Host | None,
 ) -> Models:
     """Launch the models that the run needs; an evaluation needs the policy alone."""
     return await launch_models(
@@ -218,10 +227,10 @@ async def start_models(
         total_steps=start.total_steps,
         scratch=stack.enter_context(scratch_folder(run_dir)),
         checkpoint=start.checkpoint,
-        frozen=find_frozen_models(config),
         open_agent=bind_agent(
             config, device=device, temperature=config.actor_rollout_ref.rollout.temperature
         ),
+        host=host,
     )
 
 

@@ -33,7 +33,7 @@ from verl.run.folder import lock_folder, scratch_folder
 from verl.run.manifest import make_manifest
 from verl.trainer.config.schema import Config
 from verl.trainer.config.validate import resolve_device, validate
-from verl.trainer.launch import count_gpus, open_engines
+from verl.trainer.launch import count_gpus, open_host
 from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.trainer.ppo.metrics import finite, mean
 from verl.trainer.wiring import (
@@ -119,7 +119,7 @@ async def answer_questions(
     keys = [(question.uid, sample) for question in questions for sample in range(config.evaluation.n)]
     num_left, seconds = len(keys) - len(writer.done), 0.0
     if num_left:
-        engines = await open_engines(
+        host = await open_host(
             config,
             stack,
             device=device,
@@ -130,7 +130,9 @@ async def answer_questions(
                 temperature=config.evaluation.temperature,
                 reference=config.evaluation.reference,
             ),
+            trains=False,
         )
+        engines = host.engines
         agent = engines if grader is None else GradingAgent(engines, grader)
         started = time.monotonic()
         outcome = make_outcome(config, decode=tokenizer.decode, grader=grader)

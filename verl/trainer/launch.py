@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from verl.rollout.pool import EnginePool
 from verl.rollout.vllm_engine import AdapterSlot, VllmEngine
 from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
 from verl.trainer.config.schema import ActorRolloutRefConfig, Config
-from verl.trainer.needs import FrozenModels
+from verl.trainer.needs import find_frozen_models
 from verl.utils.actors import Launcher, Node, interface_of, make_launcher
 from verl.utils.cluster import Share, join_cluster
 from verl.utils.shutdown import close_quietly, ended_by
@@ -52,6 +52,14 @@ class Models:
     """The model that the method scores with, if that is refreshed; else the reference is."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What runs that follow one another share: a launcher, and engines, which get the weights of each."""
+
+    launcher: Launcher
+    engines: EnginePool
+
+
 async def launch_models(
     config: Config,
     stack: AsyncExitStack,
@@ -60,42 +68,23 @@ async def launch_models(
     total_steps: int,
     scratch: Path,
     checkpoint: Path | None,
-    frozen: FrozenModels,
     open_agent: OpenAgent,
+    host: Host | None = None,
 ) -> Models:
     """Return policy (as in the checkpoint), frozen models and engines, which play with an agent each.
 
-    Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
+    Engines of a `host` stay when the stack closes. Raises ConfigError after `trainer.startup_timeout_s`, and
+    what a constructor raised.
     """
-    trainer = config.trainer
+    frozen = find_frozen_models(config)
     logger.info("starting policy, reference and engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(
-        config, stack, device=device, scratch=scratch, tools=find_tools(config, trains=True)
+    # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
+    host = host or await start_host(
+        config, stack, device=device, scratch=scratch, open_agent=open_agent, trains=True
     )
-    launch_group = partial(
-        WorkerGroup.launch,
-        launcher,
-        config.actor_rollout_ref,
-        Placement(
-            device=device,
-            world_size=count_workers(config, device=device),
-            num_threads=os.cpu_count() if device == "cpu" else None,
-        ),
-        rendezvous=Rendezvous(launcher.address),
-        total_steps=total_steps,
-        seed=trainer.seed,
-    )
+    engines = host.engines
+    launch_group = bind_launch(config, host.launcher, device=device, total_steps=total_steps)
     async with limited_start(config):
-        # The engines first: on GPUs they measure the free memory, on CPUs all start at the same time.
-        engines = launch_engines(
-            config,
-            launcher,
-            device=device,
-            scratch=scratch,
-            open_agent=open_agent,
-            takes_weights=True,
-        )
-        close_quietly(stack, engines.shutdown)
         if device == "cuda":
             await engines.wait_until_ready()
             await engines.sleep()  # until the first publish
@@ -124,22 +113,66 @@ async def launch_models(
     return Models(policy=policy, reference=reference, engines=engines, copy=copy)
 
 
-async def open_engines(
-    config: Config, stack: AsyncExitStack, *, device: str, scratch: Path, open_agent: OpenAgent
-) -> EnginePool:
+def bind_launch(
+    config: Config, launcher: Launcher, *, device: str, total_steps: int
+) -> Callable[..., WorkerGroup]:
+    """Return what starts the ranks of a model, by its `name` and whether it is `trainable`."""
+    return partial(
+        WorkerGroup.launch,
+        launcher,
+        config.actor_rollout_ref,
+        Placement(
+            device=device,
+            world_size=count_workers(config, device=device),
+            num_threads=os.cpu_count() if device == "cpu" else None,
+        ),
+        rendezvous=Rendezvous(launcher.address),
+        total_steps=total_steps,
+        seed=config.trainer.seed,
+    )
+
+
+async def start_host(
+    config: Config,
+    stack: AsyncExitStack,
+    *,
+    device: str,
+    scratch: Path,
+    open_agent: OpenAgent,
+    trains: bool,
+) -> Host:
+    """Start a launcher and engines without waiting for these; the stack shuts both down."""
+    launcher = await open_launcher(
+        config, stack, device=device, scratch=scratch, tools=find_tools(config, trains=trains)
+    )
+    engines = launch_engines(
+        config, launcher, device=device, scratch=scratch, open_agent=open_agent, takes_weights=trains
+    )
+    close_quietly(stack, engines.shutdown)
+    return Host(launcher=launcher, engines=engines)
+
+
+async def open_host(
+    config: Config,
+    stack: AsyncExitStack,
+    *,
+    device: str,
+    scratch: Path,
+    open_agent: OpenAgent,
+    trains: bool,
+) -> Host:
     """Return engines alone, with the weights of the model's folder, once they are ready.
 
-    Raises ConfigError after `trainer.startup_timeout_s`, and what a constructor raised.
+    `trains`: runs that train will give them their weights. Raises ConfigError after
+    `trainer.startup_timeout_s`, and what a constructor raised.
     """
     logger.info("starting engines on %s (imports take most of it)", device)
-    launcher = await open_launcher(
-        config, stack, device=device, scratch=scratch, tools=find_tools(config, trains=False)
+    host = await start_host(
+        config, stack, device=device, scratch=scratch, open_agent=open_agent, trains=trains
     )
     async with limited_start(config):
-        engines = launch_engines(config, launcher, device=device, scratch=scratch, open_agent=open_agent)
-        close_quietly(stack, engines.shutdown)
-        await engines.wait_until_ready()
-    return engines
+        await host.engines.wait_until_ready()
+    return host
 
 
 async def open_local_engine(

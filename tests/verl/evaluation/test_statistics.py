@@ -7,6 +7,7 @@ from scipy.stats import bootstrap
 from verl.evaluation.statistics import (
     adjust_holm,
     bootstrap_interval,
+    crossed_bootstrap,
     mcnemar_p_value,
     mean_of_means,
     sign_flip_p_value,
@@ -63,6 +64,38 @@ def test_intervals_cover_the_true_mean_as_often_as_they_claim(sizes: tuple[int, 
         hits += interval[0] <= truth <= interval[1]
     # Four standard errors of a share of 0.9 in 600 trials, and the coarse steps of a rate of 80 questions.
     assert 0.85 <= hits / num_trials <= 0.95
+
+
+def test_seeds_and_questions_are_resampled_independently() -> None:
+    # Two seeds of which one is always better: both are the lucky one in a quarter of the resamples.
+    found = crossed_bootstrap([[1.0] * 30, [0.0] * 30])
+    assert found is not None
+    assert found[0] == (0.0, 1.0)
+    assert found[1] == pytest.approx(0.5, abs=0.03)
+    # The same differences with one seed: over questions alone.
+    found = crossed_bootstrap([[1.0] * 30 + [0.0] * 30])
+    assert found is not None
+    assert found[0] == pytest.approx((0.37, 0.63), abs=0.02)
+    assert found[1] == pytest.approx(2 / 10_001)
+
+
+def test_no_difference_has_p_1_and_no_number_has_no_interval() -> None:
+    assert crossed_bootstrap([[0.0] * 5] * 3) == ((0.0, 0.0), 1.0)
+    assert crossed_bootstrap([]) is None
+    assert crossed_bootstrap([[], []]) is None
+
+
+def test_the_crossed_interval_covers_the_true_difference_at_least_as_often_as_it_claims() -> None:
+    rng, covered, rejected = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        seeds, questions = rng.normal(size=(6, 1)), rng.normal(size=(1, 40))
+        table = 0.1 * seeds + 0.3 * questions + 0.5 * rng.normal(size=(6, 40))  # the true difference is 0
+        found = crossed_bootstrap(table.tolist(), num_resamples=500)
+        assert found is not None
+        covered += found[0][0] <= 0 <= found[0][1]
+        rejected += found[1] < 0.05
+    assert covered >= 0.93 * 200
+    assert rejected <= 0.07 * 200
 
 
 @pytest.mark.parametrize(

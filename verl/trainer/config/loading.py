@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,6 +41,17 @@ def _register(
     for name, settings_class in methods:
         store.store(group="algorithm", name=name, node=settings_class)
     OmegaConf.register_new_resolver("env", _read_environment, replace=True)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Return the configuration of the command line `overrides`. Raises ConfigError."""
+    register_schema()
+    try:
+        with initialize_config_module(_MODULE, version_base=None):
+            raw = compose(_FILE, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(first_line(error)) from error
+    return load_config(raw)
 
 
 def load_config(raw: DictConfig) -> Config:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from serving.files import FileRecord
-from verl.algorithms.base import Algorithm
-from verl.algorithms.scoring.reward import Reward
+from verl.algorithms.base import Algorithm, Prefetch
 from verl.data.sampler import QuestionSampler
 from verl.errors import TrainingHaltedError
 from verl.rollout.collector import Collector
@@ -34,7 +34,7 @@ from verl.trainer.ppo.profiler import Profiler
 from verl.trainer.ppo.sampling import Collected, collect_groups
 from verl.trainer.ppo.schedule import SCHEDULES, Rollout, measure_staleness
 from verl.trainer.ppo.speed import Machine, speed_metrics
-from verl.types import Finish, Question, ScoredGroups, Stop, Trajectory
+from verl.types import Finish, Group, Question, Score, ScoredGroups, Stop, Trajectory
 from verl.utils.logs import ProgressLog
 from verl.utils.timing import Timer
 from verl.workers.batch import TrainBatch, build_batch
@@ -46,6 +46,25 @@ from verl.workers.worker_group import WorkerGroup
 logger = logging.getLogger(__name__)
 
 
+class StepReward(Protocol):
+    """The part of `verl.algorithms.scoring.reward.Reward` that the loop uses."""
+
+    async def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        prefetch: Prefetch,
+        progress: float = 0.0,
+        stats: Mapping[str, float] | None = None,
+    ) -> ScoredGroups:
+        """Measure and credit every trajectory of a step."""
+        ...
+
+    def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
+        """Return outcomes only."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """The parts that the trainer works with, built by `verl/trainer/build.py`."""
@@ -54,7 +73,7 @@ class Parts:
     held_out: Sequence[Question]
     collector: Collector
     algorithm: Algorithm
-    reward: Reward
+    reward: StepReward
     policy: WorkerGroup
     reference: ScoringModel | None
     """Frozen initial policy of the KL term; None without it."""
