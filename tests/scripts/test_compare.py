@@ -1,0 +1,98 @@
+"""The command around the runs: its order, its budget, failures, and what it prints; the runs are made up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import choose_stages, do_runs, main
+from rich.console import Console
+from screen import Screen
+
+from comparison.plan import Plan
+from comparison.results import Result, read_results
+from comparison.runs import RunSpec
+from tests.scripts.comparison.made_up import make_plan, make_result
+from verl.errors import ConfigError, RolloutError
+
+
+@dataclass
+class FakeRunner:
+    """Notes the runs that it was asked for; those of `broken` methods fail."""
+
+    broken: tuple[str, ...] = ()
+    wall_s: float = 10.0
+    titles: list[str] = field(default_factory=list)
+
+    async def run(self, run: RunSpec, *, title: str) -> Result:
+        self.titles.append(title)
+        if run.method_name in self.broken:
+            raise RolloutError("the engine broke")
+        return make_result(run, em=(0.0,) * run.steps, wall_s=self.wall_s)
+
+
+async def work(
+    runner: FakeRunner, folder: Path, *, plan: Plan | None = None, hours: float | None = None
+) -> dict[str, str]:
+    asked: Any = runner
+    screen = Screen(Console(file=(folder / "screen").open("a"), width=200))
+    return await do_runs(asked, screen, plan or make_plan(), stages=["easy"], results=folder, hours=hours)
+
+
+async def test_every_run_is_done_once_and_its_result_is_kept_at_once(tmp_path: Path) -> None:
+    first = FakeRunner()
+    assert await work(first, tmp_path) == {}
+    assert [title.partition(":")[0].split(",")[0] for title in first.titles] == [
+        f"run {k} of 4" for k in (1, 2, 3, 4)
+    ]
+    assert "0:00:30 left: inforeasoner on easy" in first.titles[1]  # three runs of 10 s
+    assert len(read_results(tmp_path)) == 4
+    again = FakeRunner()
+    await work(again, tmp_path)
+    assert again.titles == []
+    await work(again, tmp_path, plan=make_plan(evaluate_every=2))
+    assert len(again.titles) == 4
+
+
+async def test_no_run_begins_that_would_end_after_the_budget(tmp_path: Path) -> None:
+    runner = FakeRunner(wall_s=3600.0)
+    await work(runner, tmp_path, hours=0.5)
+    assert len(runner.titles) == 1  # how long one takes was not known before
+    await work(runner, tmp_path, hours=1.5)
+    assert len(runner.titles) == 4
+
+
+async def test_a_run_that_fails_is_named_and_not_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    failed = await work(FakeRunner(broken=("inforeasoner",)), tmp_path)
+    assert {name.partition(",")[0] for name in failed} == {"inforeasoner on easy"}
+    assert set(failed.values()) == {"the engine broke"}
+    assert {r.settings["config"]["algorithm.name"] for r in read_results(tmp_path).values()} == {"search_r1"}
+    assert await work(FakeRunner(), tmp_path) == {}  # they are tried again
+    assert len(read_results(tmp_path)) == 4
+
+
+async def test_three_failures_in_a_row_end_it(tmp_path: Path) -> None:
+    runner = FakeRunner(broken=("search_r1", "inforeasoner"))
+    assert len(await work(runner, tmp_path)) == len(runner.titles) == 3
+
+
+def test_a_report_alone_and_a_list_do_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--plan", "separates", "--stage", "easy", "--docs", str(tmp_path)]
+    assert main([*arguments, "--list"]) == 0
+    *listed, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"done": 0, "runs": 4, "left_s": None, "failed": [], "not_separated": None}
+    assert [line.split("  ")[1].partition(",")[0] for line in listed] == [
+        "search_r1 on easy",
+        "shuffled on easy",
+    ] * 2
+    assert not any(tmp_path.iterdir())
+    assert main([*arguments, "--report"]) == 0
+    assert "0 of 4 runs are done." in (tmp_path / "comparison/separates/comparison.md").read_text()
+
+
+def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="--stage hrad: expected one of easy"):
+        choose_stages(make_plan(), ["hrad"])
