@@ -171,9 +171,10 @@ def perturbed_tolerance(shift: float, *, tolerance: float) -> float:
     """Return what `verify` accepts where perturbing moves the probe by `shift`.
 
     `tolerance`: what is accepted without. Perturbed weights multiply rounding, but that stays far below the
-    effect of a stale matrix.
+    effect of a stale matrix. Never less than without, so that a model in which rounding does more can be
+    given a larger tolerance, and never near the effect of weights that are all stale.
     """
-    return min(_PERTURBED * tolerance, shift * _STALE_SHARE)
+    return min(_PERTURBED * tolerance, max(shift * _STALE_SHARE, tolerance), shift / 3)
 
 
 def _compare(

@@ -12,7 +12,7 @@ from verl.errors import WeightSyncError
 from verl.protocols import EnginePart
 from verl.types import FloatArray, IntArray
 from verl.workers.weight_file import FileTransfer
-from verl.workers.weight_sync import WeightPublisher
+from verl.workers.weight_sync import WeightPublisher, perturbed_tolerance
 
 
 class Policy:
@@ -219,3 +219,13 @@ async def test_an_engine_without_weights_is_not_woken() -> None:
     with pytest.raises(WeightSyncError, match="send 3 failed"):
         await publisher.publish(version=3)
     assert notes.calls == ["sleep", "wake weights", "send 3"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "tolerance", "accepted"),
+    [(100.0, 0.1, 0.5), (5.0, 0.1, 0.25), (1.0, 0.1, 0.1), (5.0, 0.4, 0.4), (0.03, 0.1, 0.01)],
+)
+def test_a_larger_tolerance_accepts_more_rounding_but_never_stale_weights(
+    shift: float, tolerance: float, accepted: float
+) -> None:
+    assert perturbed_tolerance(shift, tolerance=tolerance) == pytest.approx(accepted)
