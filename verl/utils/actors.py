@@ -82,7 +82,8 @@ class Actor(Protocol):
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
         """Return or raise what the method does. Raises ActorError when the actor has ended.
 
-        Cancelling the call cancels a coroutine in the actor, too, as soon as that answers.
+        Cancelling the call cancels a coroutine in the actor, too, as soon as that answers; a sync method runs
+        to its end.
         """
         ...
 
@@ -159,7 +160,9 @@ class _Host:
             async with self._turns:
                 return await target(*args, **kwargs)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: target(*args, **kwargs))
+        running = loop.run_in_executor(self._executor, lambda: target(*args, **kwargs))
+        # Not cancelled while it waits for its turn: other ranks may run theirs, and wait in a collective.
+        return await asyncio.shield(running)
 
     async def pid(self) -> int:
         return os.getpid()

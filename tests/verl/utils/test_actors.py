@@ -140,6 +140,19 @@ async def test_cancelling_a_call_cancels_its_coroutine(launcher: Launcher) -> No
         await waiting
 
 
+async def test_a_sync_call_that_is_cancelled_before_its_turn_runs_all_the_same(launcher: Launcher) -> None:
+    """Else some ranks would take part in a collective without the others."""
+    actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-h")
+    first = asyncio.ensure_future(actor.call("wait_for", 1))
+    cancelled = asyncio.ensure_future(actor.call("add", 10))
+    await actor.call("add_later", 0)  # the others have arrived before
+    cancelled.cancel()
+    await actor.call("add_later", 0)
+    await actor.call("add_later", 1)
+    await first
+    assert await actor.call("add", 0) == 11
+
+
 async def test_a_call_of_a_killed_actor_names_it(launcher: Launcher) -> None:
     actor = launcher.launch(Counter, kwargs={"start": 0}, name="counter-f")
     await actor.call("add", 1)
