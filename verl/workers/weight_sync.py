@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from verl.errors import WeightSyncError
 from verl.protocols import EnginePart
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
+from verl.utils.shutdown import close_quietly
 from verl.workers.model import compute_dtype
 
 _PROBE_TOKENS = 64
@@ -102,7 +105,7 @@ class WeightPublisher:
         """Publish perturbed weights, compare, then publish the policy's own.
 
         Raises WeightSyncError for an engine that keeps stale weights or loads others than were sent, and
-        where perturbing moves nothing. The policy ends as it was, bit for bit.
+        where perturbing moves nothing. The policy ends as it was, bit for bit, unless it has ended itself.
         """
         before = await self._policy.probe(self._probe_ids)
         for index in range(await self._policy.num_perturbations()):
@@ -110,8 +113,11 @@ class WeightPublisher:
             try:
                 await self._publish_perturbed(before, version=version)
                 await self._sleep()  # room for the policy, which may have left
-            finally:
-                await self._policy.perturb(index, undo=True)
+            except BaseException:  # after which the policy may have ended, or have no room
+                async with AsyncExitStack() as stack:
+                    close_quietly(stack, partial(self._policy.perturb, index, undo=True))
+                raise
+            await self._policy.perturb(index, undo=True)
         await self.publish(version=version)
 
     async def _publish_perturbed(self, before: FloatArray, *, version: int) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from verl.errors import WeightSyncError
 from verl.protocols import EnginePart
 from verl.types import FloatArray, IntArray
+from verl.utils.actors import ActorError
 from verl.workers.weight_file import FileTransfer
 from verl.workers.weight_sync import WeightPublisher, perturbed_tolerance
 
@@ -152,6 +153,29 @@ async def test_stale_weights_are_noticed_also_where_the_perturbation_hardly_move
     with pytest.raises(WeightSyncError, match="engine 0 does not sample from the policy"):
         await make_publisher(policy, [stale]).verify(version=0)
     await make_publisher(policy, [Engine()]).verify(version=0)
+
+
+class EndedPolicy(Policy):
+    """A policy that ends in the first transfer."""
+
+    async def export_weights(self) -> list[str]:
+        raise WeightSyncError("the GPUs do not reach each other")
+
+    async def drop_weights(self) -> None:
+        """There are none."""
+
+    async def perturb(self, index: int, *, undo: bool = False) -> None:
+        if undo:
+            raise ActorError("actor 'policy-0' died")
+        await super().perturb(index)
+
+
+async def test_a_policy_that_cannot_undo_does_not_hide_why_the_transfer_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(WeightSyncError, match="do not reach each other"):
+        await make_publisher(EndedPolicy(tmp_path), [Engine()]).verify(version=0)
+    assert "policy-0" in caplog.text
 
 
 async def test_a_perturbation_that_moves_nothing_is_named(tmp_path: Path) -> None:
