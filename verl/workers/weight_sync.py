@@ -105,7 +105,7 @@ class WeightPublisher:
         """Publish perturbed weights, compare, then publish the policy's own.
 
         Raises WeightSyncError for an engine that keeps stale weights or loads others than were sent, and
-        where perturbing moves nothing. The policy ends as it was, bit for bit, unless it has ended itself.
+        where perturbing moves nothing. The policy ends as it was, bit for bit, unless it has ended.
         """
         before = await self._policy.probe(self._probe_ids)
         for index in range(await self._policy.num_perturbations()):
