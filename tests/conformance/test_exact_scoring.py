@@ -11,12 +11,10 @@ import pytest
 from tests.conformance.test_measuring import GROUPS, LOG_PROB_METHODS, Judge, gains_of
 from tests.fakes import tiny_model
 from tests.methods import make_method
-from tests.verl.workers.episodes import make_actor, make_config
+from tests.verl.workers.episodes import launch_group, make_actor, make_config
 from verl.types import Gain, Group
 from verl.utils.actors import LocalLauncher
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.scorer import LogProbScorer
-from verl.workers.worker_group import WorkerGroup
 
 VOCABULARY = 256
 
@@ -39,16 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def measure(
     name: str, groups: Sequence[Group], *, model: Path, shared: bool, max_tokens: int
 ) -> list[list[Gain]]:
-    group = WorkerGroup.launch(
-        LocalLauncher(),
-        make_config(model, actor=make_actor(ppo_max_token_len_per_gpu=max_tokens)),
-        Placement(),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=1,
-        seed=0,
-        trainable=False,
-    )
+    config = make_config(model, actor=make_actor(ppo_max_token_len_per_gpu=max_tokens))
+    group = launch_group(LocalLauncher(), config, trainable=False)
     scorer = LogProbScorer(group, shares_prefixes=shared, scores_trajectories=False)
     method = make_method(name, entailment=Judge())
     services = replace(method.services, policy=scorer, frozen=scorer, codec=ByteCodec())

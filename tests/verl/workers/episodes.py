@@ -19,9 +19,11 @@ from verl.trainer.config.schema import (
     RolloutConfig,
 )
 from verl.types import ActionKind, FloatArray, IntArray, Stop, Trajectory, Turn
+from verl.utils.actors import Launcher
 from verl.workers.batch import MiniBatch, TrainBatch, build_batch, make_mini_batches
-from verl.workers.parallel import Placement
+from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
+from verl.workers.worker_group import WorkerGroup
 
 VOCAB_SIZE = 97
 
@@ -94,6 +96,27 @@ def make_worker(config: Path | ActorRolloutRefConfig, *, trainable: bool = True)
     """A single rank on the CPU; of a model folder with the settings of `make_config`."""
     config = make_config(config) if isinstance(config, Path) else config
     return PolicyWorker(config, Placement(), total_steps=10, seed=0, trainable=trainable)
+
+
+def launch_group(
+    launcher: Launcher,
+    config: ActorRolloutRefConfig,
+    placement: Placement | None = None,
+    *,
+    name: str = "policy",
+    trainable: bool = True,
+) -> WorkerGroup:
+    """Launch the ranks of a model; None: a single one on the CPU."""
+    return WorkerGroup.launch(
+        launcher,
+        config,
+        placement or Placement(),
+        name=name,
+        rendezvous=Rendezvous(),
+        total_steps=10,
+        seed=0,
+        trainable=trainable,
+    )
 
 
 def one_rank(

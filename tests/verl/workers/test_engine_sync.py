@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.fakes import make_tied_model
 from tests.verl.workers import buffer_backend
-from tests.verl.workers.episodes import make_actor, make_config, random_batch
+from tests.verl.workers.episodes import launch_group, make_actor, make_config, random_batch
 from verl.errors import WeightSyncError
 from verl.trainer.config.pools import SLOT_RANKS, slot_rank
 from verl.trainer.config.schema import RolloutConfig
@@ -21,11 +21,9 @@ from verl.types import Sampling
 from verl.utils.actors import make_launcher
 from verl.workers import weight_ipc
 from verl.workers.model_io import list_targets, prepare_engine_model
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.weight_file import FileTransfer
 from verl.workers.weight_ipc import IpcTransfer, describe_chunk
 from verl.workers.weight_sync import WeightPublisher
-from verl.workers.worker_group import WorkerGroup
 
 PROBE = np.arange(2, 60, dtype=np.int32)
 
@@ -50,16 +48,7 @@ async def test_a_tied_model_reaches_the_cpu_engine(
     buffer_backend.install(tmp_path)
     launcher = make_launcher("local")
     config = make_config(tied_model, actor=make_actor(lr=5e-2))
-    policy = WorkerGroup.launch(
-        launcher,
-        config,
-        Placement(),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=10,
-        seed=0,
-        trainable=True,
-    )
+    policy = launch_group(launcher, config)
     engine = VllmEngine(
         RolloutConfig(cpu_kv_cache_gib=0.05),
         model_path=str(prepare_engine_model(config.model, device="cpu", folder=tmp_path / "engine")),
@@ -135,16 +124,7 @@ async def test_adapters_alone_reach_the_engine(tied_model: Path, tmp_path: Path)
         tied_model, actor=make_actor(lr=5e-2), lora_rank=4, lora_alpha=8.0, lora_transfer="adapter"
     )
     launcher = make_launcher("local")
-    policy = WorkerGroup.launch(
-        launcher,
-        config,
-        Placement(),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=10,
-        seed=0,
-        trainable=True,
-    )
+    policy = launch_group(launcher, config)
     rank = slot_rank(config.model)
     assert rank is not None
     engine = VllmEngine(

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.verl.workers.episodes import (
     exported,
+    launch_group,
     make_actor,
     make_config,
     make_worker,
@@ -30,12 +31,10 @@ from verl.errors import ConfigError
 from verl.utils.actors import LocalLauncher
 from verl.workers.lora import adapted_layers, is_adapter
 from verl.workers.model_io import state_of, weights_of
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
 from verl.workers.scorer import InitialPolicy, PolicyCopy
 from verl.workers.tensor_files import TensorFiles
 from verl.workers.weight_file import FileSender
-from verl.workers.worker_group import WorkerGroup
 
 BATCH = random_batch(6)
 ALPHA = 32.0
@@ -230,14 +229,8 @@ async def test_reference_and_refreshed_copy_of_a_group(
     launcher: LocalLauncher, tied_folder: Path, tmp_path: Path
 ) -> None:
     config = make_config(tied_folder, actor=make_actor(lr=5e-2), lora_rank=4)
-
-    def launch(name: str, *, trainable: bool) -> WorkerGroup:
-        return WorkerGroup.launch(
-            launcher, config, Placement(), name=name, rendezvous=Rendezvous(), total_steps=10, seed=0,
-            trainable=trainable,
-        )  # fmt: skip
-
-    policy, model = launch("policy", trainable=True), launch("copy", trainable=False)
+    policy = launch_group(launcher, config)
+    model = launch_group(launcher, config, name="copy", trainable=False)
     copy = PolicyCopy(policy, model, every=1, scratch=tmp_path)
     ids = row_ids(BATCH, 0)
     tree = Tree(trunk=ids, branches=(), trunk_scored=np.arange(len(ids)) > 0)

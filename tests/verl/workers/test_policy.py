@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from tests.verl.workers.episodes import (
     exported,
+    launch_group,
     make_actor,
     make_config,
     make_worker,
@@ -29,10 +30,8 @@ from verl.utils.actors import LocalLauncher
 from verl.workers.batch import TrainBatch, pack_rows
 from verl.workers.losses import kl_estimates, policy_losses
 from verl.workers.model import packs_rows
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.policy import PolicyWorker
 from verl.workers.weight_sync import distance, perturbed_tolerance
-from verl.workers.worker_group import WorkerGroup
 
 EMBEDDED = Path(__file__).resolve().parents[3] / "world/models/policy"
 
@@ -329,16 +328,7 @@ async def test_a_model_with_a_sliding_window_computes_each_trajectory_by_itself(
     config = make_config(tmp_path / "model")
     assert not packs_rows(config.model)
     caplog.set_level("INFO", logger="verl.workers.worker_group")
-    group = WorkerGroup.launch(
-        LocalLauncher(),
-        config,
-        Placement(),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=1,
-        seed=0,
-        trainable=True,
-    )
+    group = launch_group(LocalLauncher(), config)
     assert "model computes one trajectory per forward pass" in caplog.text
     batch = random_batch(4)
     expected = padded(tmp_path / "model", batch)[0].detach().numpy()

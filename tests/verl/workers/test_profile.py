@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.verl.workers.episodes import make_actor, make_config, random_batch
+from tests.verl.workers.episodes import launch_group, make_actor, make_config, random_batch
 from verl.trainer.ppo.profiler import Profiler
 from verl.utils.actors import make_launcher
 from verl.utils.timing import Timer
 from verl.workers import profile
-from verl.workers.parallel import Placement, Rendezvous
-from verl.workers.worker_group import WorkerGroup
+from verl.workers.parallel import Placement
 
 SETTINGS = make_actor(ppo_max_token_len_per_gpu=40, ppo_mini_batch_size=4)
 
@@ -25,16 +24,7 @@ async def test_a_step_is_one_trace_of_trainer_and_rank(
     monkeypatch.setattr(profile, "MAX_PASSES", 2)
     caplog.set_level(logging.INFO)
     launcher, timer, batch = make_launcher("local"), Timer(), random_batch(12)
-    policy = WorkerGroup.launch(
-        launcher,
-        make_config(model_folder, actor=SETTINGS),
-        Placement(num_threads=1),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=10,
-        seed=0,
-        trainable=True,
-    )
+    policy = launch_group(launcher, make_config(model_folder, actor=SETTINGS), Placement(num_threads=1))
     profiler = Profiler(folder=tmp_path / "profile", steps=frozenset([2]))
     for step in (1, 2):
         async with profiler.recorded(step, policy=policy, timer=timer):

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.verl.test_forest import paths_of
-from tests.verl.workers.episodes import make_actor, make_config
+from tests.verl.workers.episodes import launch_group, make_actor, make_config
 from verl.branches import Branch, Tree, count_tokens, pack, split
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import LocalLauncher
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.worker_group import WorkerGroup
 
 VOCABULARY = 90
@@ -53,16 +52,7 @@ def launch(folder: Path, *, max_tokens: int = 8192, temperature: float = 1.0) ->
     config = make_config(
         folder, actor=make_actor(ppo_max_token_len_per_gpu=max_tokens), temperature=temperature
     )
-    return WorkerGroup.launch(
-        LocalLauncher(),
-        config,
-        Placement(),
-        name="scorer",
-        rendezvous=Rendezvous(),
-        total_steps=1,
-        seed=0,
-        trainable=False,
-    )
+    return launch_group(LocalLauncher(), config, name="scorer", trainable=False)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.verl.workers.episodes import make_config
+from tests.verl.workers.episodes import launch_group, make_config
 from verl.errors import WeightSyncError
 from verl.utils.actors import LocalLauncher
 from verl.workers import weight_ipc
-from verl.workers.parallel import Placement, Rendezvous
 from verl.workers.weight_chunks import BUFFER_BYTES, Chunk, buffer_size, plan_chunks
 from verl.workers.weight_ipc import Handles, IpcTransfer, SharedWeights, describe_chunk, export_handle
-from verl.workers.worker_group import WorkerGroup
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -152,16 +150,7 @@ async def test_an_engine_in_another_process_gets_every_weight_through_one_small_
 ) -> None:
     monkeypatch.setattr(weight_ipc, "BUFFER_BYTES", 5000)
     launcher = LocalLauncher()
-    policy = WorkerGroup.launch(
-        launcher,
-        make_config(model_folder, dtype="bfloat16"),
-        Placement(),
-        name="policy",
-        rendezvous=Rendezvous(),
-        total_steps=1,
-        seed=0,
-        trainable=True,
-    )
+    policy = launch_group(launcher, make_config(model_folder, dtype="bfloat16"))
     engine = OtherProcess()
     transfer = IpcTransfer(policy, [engine])
     try:

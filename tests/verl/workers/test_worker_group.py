@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.verl.workers.episodes import make_actor, make_config, make_worker, random_batch, row_ids
+from tests.verl.workers.episodes import (
+    launch_group,
+    make_actor,
+    make_config,
+    make_worker,
+    random_batch,
+    row_ids,
+)
 from tests.verl.workers.test_tree_log_probs import random_tree
 from verl.errors import ConfigError, TrainingHaltedError
 from verl.utils.actors import ActorError, Launcher, make_launcher
@@ -30,16 +37,9 @@ def launch(
     world_size: int = 1,
     trainable: bool = True,
 ) -> WorkerGroup:
-    return WorkerGroup.launch(
-        launcher,
-        make_config(folder, actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4)),
-        Placement(world_size=world_size, num_threads=1),
-        name=name,
-        rendezvous=Rendezvous(),
-        total_steps=10,
-        seed=0,
-        trainable=trainable,
-    )
+    config = make_config(folder, actor=make_actor(ppo_max_token_len_per_gpu=100, ppo_mini_batch_size=4))
+    placement = Placement(world_size=world_size, num_threads=1)
+    return launch_group(launcher, config, placement, name=name, trainable=trainable)
 
 
 @pytest.fixture
