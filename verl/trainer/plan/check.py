@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
-from verl.trainer.config.pools import has_own_gpus
+from verl.trainer.config.pools import check_pools, has_own_gpus
 from verl.trainer.config.schema import ONE_STEP_OFF, Config
 from verl.trainer.needs import find_frozen_models
 from verl.trainer.plan.assumptions import GB, USABLE_SHARE
@@ -125,9 +125,10 @@ def find_changes(config: Config, shape: ModelShape, gpu: Gpu, *, used: tuple[flo
     """
 
     def fits(changes: Settings) -> bool:
-        setup = make_setup(change_settings(config, changes), shape, gpu, other_bytes=used)
+        changed = change_settings(config, changes)
+        setup = make_setup(changed, shape, gpu, other_bytes=used)
         has_room = setup.cache_bytes >= _MIN_SEQUENCES * setup.sequence_cache_bytes
-        return has_room and make_plan(setup).fits
+        return has_room and make_plan(setup).fits and not check_pools(changed, device="cuda")
 
     same_gpus = next(filter(fits, _list_changes(config)), None)
     is_everywhere = config.placement.ig_service_gpus >= config.trainer.n_gpus_per_node

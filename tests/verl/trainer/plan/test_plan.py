@@ -221,6 +221,18 @@ def test_adapters_alone_take_room_in_the_engine_and_none_to_send(has_own_gpus: b
                 "placement.ig_service_gpus=6",
             ],
         ),
+        (  # IPC needs both on each GPU
+            (
+                "trainer.schedule=one_step_off",
+                "actor_rollout_ref.rollout.free_cache_engine=false",
+                "actor_rollout_ref.rollout.weight_transfer=ipc",
+            ),
+            "7B",
+            [
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192",
+                "actor_rollout_ref.rollout.gpu_memory_utilization=0.3",
+            ],
+        ),
         (
             ("actor_rollout_ref.model.enable_gradient_checkpointing=false",),
             "7B",
