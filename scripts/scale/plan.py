@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from hydra import compose, initialize_config_module
 from rich.table import Table
 
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config import loading
 from verl.trainer.config.schema import Config
 from verl.trainer.plan.assumptions import ASLEEP_BYTES, GB
 from verl.trainer.plan.check import Plan, plan_run
@@ -85,9 +84,7 @@ def audited_plan(model: str, *, num_gpus: int = 8, ig_service_gpus: int = 0) -> 
 @cache
 def compose_config(*overrides: str) -> Config:
     """Return the configuration of these overrides, which must not be changed."""
-    register_schema()
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=list(overrides)))
+    return loading.compose_config(overrides)
 
 
 def planned_memory(plan: Plan) -> dict[str, float]:
