@@ -97,7 +97,11 @@ def sharding_units(model: PreTrainedModel) -> list[nn.Module]:
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
     layer_types = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in layer_types]
+
+    def is_layer(module: nn.Module) -> bool:  # `fully_shard` gives a module a class below its own
+        return any(cls.__name__ in layer_types for cls in type(module).__mro__)
+
+    return [module for module in model.modules() if is_layer(module)]
 
 
 def fill_model(network: nn.Module, model: PreTrainedModel, *, folder: Path, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.fakes import tiny_model
 from tests.verl.workers.episodes import make_actor, make_config, random_batch, row_ids
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, ModelConfig
-from verl.workers import weight_ipc
+from verl.workers import model_io, weight_ipc
 from verl.workers.batch import make_mini_batches
 from verl.workers.lora import adapted_layers, is_adapter, perturb_adapters
 from verl.workers.model import PolicyNetwork
@@ -198,6 +198,29 @@ def adapt_on_ranks(folder: Path) -> None:
         assert_equal_states(same, sent)
 
 
+def perturb(placement: Placement, folder: Path) -> list[dict[str, np.ndarray]]:
+    """What an engine gets of matrices after each perturbation in bfloat16, one layer at a time."""
+    model_io._PERTURBED_LAYERS = 1
+    config = make_config(folder, dtype="bfloat16")
+    worker = PolicyWorker(config, placement, total_steps=10, seed=0, trainable=True)
+    results = []
+    for index in range(worker.num_perturbations()):
+        worker.perturb(index)
+        weights = weights_of(worker._model).items()
+        whole = {name: gather_tensor(tensor).numpy().copy() for name, tensor in weights}
+        results.append({name: weight for name, weight in whole.items() if weight.ndim > 1})
+        worker.perturb(index, undo=True)
+    return results
+
+
+def perturb_on_ranks(folder: Path) -> None:
+    """Sharded layers are perturbed and silenced as whole ones are."""
+    expected, found = (on_ranks(world_size, perturb, folder) for world_size in (1, 2))
+    assert len(expected) == len(found) == 2
+    for one, other in zip(expected, found, strict=True):
+        assert_equal_states(one, other)
+
+
 def save_on_two_nodes(placement: Placement, folder: Path, target: Path) -> None:
     """Write the weights of a model of which two groups of two ranks hold a copy each."""
     context = init_distributed(placement)
@@ -322,6 +345,7 @@ def main(out: Path) -> None:
         resume_on_other_ranks(folder, out=out / f"{folder.name}-states")
         compare_offloaded(folder)
     adapt_on_ranks(llama)
+    perturb_on_ranks(llama)
     resume_on_other_ranks(llama, out=out / "adapters", lora_rank=2)
     save_copies_once(llama, out=out / "copies")
     train_on_two_nodes(tied)
