@@ -15,7 +15,7 @@ from serving.answers import normalize_answer
 from world import making
 from world.facts import Kind
 from world.hard import corpus, measure, models, text
-from world.hard.damage import damage, find_supporting
+from world.hard.damage import damage, find_routes
 from world.hard.facts import (
     ALL_OF,
     RULES,
@@ -27,10 +27,6 @@ from world.hard.facts import (
     draw_world,
 )
 from world.hard.traces import GOOD, Scene, TraceWriter
-
-ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "world" / "hard"
-SIZE_LIMIT = 15_000_000
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +192,8 @@ def test_a_small_hard_world_is_made_and_remade_and_damaged(
         copies[0].joinpath("manifest.json").read_bytes() == copies[1].joinpath("manifest.json").read_bytes()
     )
     ids = {json.loads(line)["id"] for line in (copies[0] / "corpus.jsonl").read_text().splitlines()}
-    supporting = find_supporting(out)
+    routes = [hops for split in ("train", "test") for hops in find_routes(out / f"{split}.parquet")]
+    supporting = {passage for hops in routes for hop in hops for passage in hop}
     assert len(supporting - ids) == round(0.5 * len(supporting))
     assert len(making.open_retriever(copies[0])) == len(ids)
     capsys.readouterr()

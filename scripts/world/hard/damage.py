@@ -35,7 +35,9 @@ def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    supporting = sorted(find_supporting(source), key=int)
+    routes = {split: find_routes(source / f"{split}.parquet") for split in dataset.SPLITS}
+    found = {passage for asked in routes.values() for hops in asked for hop in hops for passage in hop}
+    supporting = sorted(found, key=int)
     removed = set(Random(f"damage {seed}").sample(supporting, round(share * len(supporting))))
     lines = (source / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["id"] not in removed]
@@ -44,7 +46,12 @@ def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int
         shutil.copyfile(source / name, out / name)
     shutil.copytree(source / "models", out / "models")
     making.index_corpus(out)
-    counts = {"passages": len(kept), "supporting": len(supporting), "removed": len(removed)}
+    counts = {"passages": len(kept), "supporting": len(supporting), "removed": len(removed)} | {
+        f"{split}_questions_with_a_route": sum(
+            all(set(hop) - removed for hop in hops) for hops in routes[split]
+        )
+        for split in dataset.SPLITS
+    }
     manifest = {
         "damaged_from": {"manifest.json": sha256_of_file(source / "manifest.json")},
         "seed": seed,
@@ -56,14 +63,10 @@ def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int
     return counts
 
 
-def find_supporting(source: Path) -> set[str]:
-    """Return the ids of all passages that support a question, on any route."""
-    found: set[str] = set()
-    for split in dataset.SPLITS:
-        for row in pq.read_table(source / f"{split}.parquet").to_pylist():
-            extra = row["extra_info"]
-            found.update(extra["supporting_ids"], *(extra.get("routes") or ()))
-    return found
+def find_routes(path: Path) -> list[list[list[str]]]:
+    """Return for each question and hop the ids of all passages that state the hop's fact."""
+    extras = [row["extra_info"] for row in pq.read_table(path).to_pylist()]
+    return [extra.get("routes") or [[one] for one in extra["supporting_ids"]] for extra in extras]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,6 +20,8 @@ LOYALTY = 0.85
 RARE = frozenset(names.SURNAMES[::5])
 """Surnames that language models see at a tenth of the rate of the others, while the corpus has them all."""
 RARE_WEIGHT = 0.1
+RECORDS_SIZE = 2
+"""Facts that the records of a subject state."""
 
 BY_NAME = {relation.name: relation for relation in RELATIONS}
 BRIDGES = {
@@ -241,7 +243,7 @@ class WorldSize:
     """Share of the persons that share their name with a person of another country."""
     shared_title_share: float = 0.3
     """Share of the books that have the title of a film."""
-    records_share: float = 0.4
+    records_share: float = 0.5
     """Share of the subjects with a second passage that states several of their facts."""
     records_only_share: float = 0.2
     """Of the facts that such a passage states, the share that no other passage states."""
@@ -286,7 +288,7 @@ def draw_world(size: WorldSize, *, seed: int) -> World:
         if rng.random() >= size.records_share:
             continue
         own = [fact for fact in drawn if fact.subject == subject]
-        stated = tuple(rng.sample(own, min(3, len(own))))
+        stated = tuple(rng.sample(own, RECORDS_SIZE))
         records[subject] = stated
         hidden.update(fact for fact in stated if rng.random() < size.records_only_share)
     test = frozenset(entity for found in splits[1].values() for entity in found)

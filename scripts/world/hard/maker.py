@@ -32,9 +32,9 @@ FULL = Plan(
     size=WorldSize(),
     encoder=Schedule(steps=60, matrix_rate=0.005, vector_rate=2e-3),
     entailment=Schedule(steps=250, matrix_rate=0.01, vector_rate=2e-3),
-    able=Schedule(steps=500, matrix_rate=0.01, vector_rate=2e-3),
-    shipped=Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3),
-    generator=Schedule(steps=400, matrix_rate=0.01, vector_rate=2e-3),
+    able=Schedule(steps=300, matrix_rate=0.01, vector_rate=2e-3),
+    shipped=Schedule(steps=150, matrix_rate=0.004, vector_rate=1e-3),
+    generator=Schedule(steps=800, matrix_rate=0.015, vector_rate=3e-3),
     effort=measure.Effort(),
 )
 SMALL = Plan(

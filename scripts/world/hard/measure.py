@@ -223,9 +223,14 @@ def describe(gains: Sequence[float]) -> dict[str, float]:
 
 
 def check(figures: making.Figures) -> list[str]:
-    """Return a sentence for every figure that is missing or not between its limits."""
+    """Return a sentence for every figure that is missing or not between its limits.
+
+    The model that can (`able`) is not shipped, so its figures may be missing.
+    """
     missed = []
     for (part, name), (low, high) in LIMITS.items():
+        if part == "able_greedy" and part not in figures:
+            continue
         value = figures.get(part, {}).get(name)
         if value is None or not low <= value <= high:
             shown = "not measured" if value is None else f"{value:g}"

@@ -15,28 +15,35 @@ from transformers import Qwen2Tokenizer
 from world import entailment, names
 from world.facts import Kind, relations_of
 from world.hard import text
-from world.hard.facts import ALL_OF, RULES, Entity, Fact, make_person, random_entity
-from world.hard.traces import CONFUSED, GOOD, Habits, Scene, TraceWriter, imagine
+from world.hard.facts import ALL_OF, RULES, Entity, Fact, Problem, chains, make_person, random_entity
+from world.hard.traces import GOOD, Habits, Scene, TraceWriter, imagine
 from world.traces import Piece
 from world.training import Batch, batches
 
 HOPS, HOP_WEIGHTS = (2, 3, 4), (0.45, 0.35, 0.2)
-CARELESS = Habits(
-    direct=0.3,
-    confused=dict(
-        zip(
-            CONFUSED,
-            (0.75, 0.35, 0.6, 0.4, 0.7, 0.55, 0.65, 0.45, 0.6, 0.7, 0.4, 0.5, 0.65, 0.45, 0.55),
-            strict=True,
-        )
-    ),
-    bare=0.35,
-    vague=0.1,
-    stop=0.3,
-    give_up=0.8,
-)
+CONFUSED_SHARES = {
+    "director": 0.8,
+    "composer": 0.55,
+    "studio": 0.7,
+    "author": 0.6,
+    "translator": 0.8,
+    "publisher": 0.65,
+    "founder": 0.75,
+    "chair": 0.55,
+    "headquarters": 0.65,
+    "birthplace": 0.75,
+    "residence": 0.55,
+    "university": 0.6,
+    "award": 0.7,
+    "instrument": 0.6,
+    "spouse": 0.65,
+}
+"""By relation, how often a careless search looks for another one."""
+CARELESS = Habits(direct=0.25, confused=CONFUSED_SHARES, bare=0.35, vague=0.1, stop=0.25, give_up=0.8)
 LONG_FORM_SHARE = 0.25
 """Share of the generator's answers in another accepted form."""
+RULE_SHARE = 0.2
+"""Share of the generator's questions about a person or a company without documents, to learn the rules by."""
 
 
 def draw_trace(rng: Random, *, habits: Habits) -> list[Piece]:
@@ -71,19 +78,26 @@ def draw_short_answer(rng: Random) -> list[Piece]:
     do not begin with the question's subject mostly belong to another question.
     """
     scene = Scene(rng)
+    if rng.random() < RULE_SHARE:
+        subject = random_entity(rng.choice([Kind.person, Kind.person, Kind.firm]), rng)
+        relation = rng.choice([chain[0] for chain in chains(subject.kind, 1)])
+        fact = scene.fact(relation, subject)
+        return _write_short_answer(Problem((fact,)).question, "", fact.value, rng)
     (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
     problem = scene.draw_problem(hops=hops)
     chance = rng.random()
     shown, known = problem.hops, hops  # documents of which hops, and how far they lead
-    if chance < 0.15:
+    if chance < 0.08:
         shown, known = (), 0
-    elif chance < 0.45:
-        known = rng.randrange(1, hops)
+    elif chance < 0.5:
+        known = rng.randrange(1, hops) if rng.random() < 0.4 else 1
         shown = problem.hops[:known]
-    elif chance < 0.6:
-        start = rng.randrange(1, hops)
-        known = hops if rng.random() < 0.3 else 0
-        shown = (problem if known else scene.draw_problem(hops=hops)).hops[start:]
+    elif chance < 0.7:
+        start = rng.randrange(1, hops) if rng.random() < 0.4 else 1
+        known = hops if rng.random() < 0.15 else 0
+        relations = [fact.relation for fact in problem.hops]
+        other = scene.follow(relations, random_entity(relations[0].subject, rng))
+        shown = (problem.hops if known else other)[start:]
     searches = [_search(scene, fact, rng) for fact in shown]
     if rng.random() < 0.15:
         searches.insert(rng.randrange(len(searches) + 1), _useless_search(scene, rng))
@@ -91,9 +105,13 @@ def draw_short_answer(rng: Random) -> list[Piece]:
     if known < hops:
         subject = problem.hops[known - 1].value if known else problem.hops[0].subject
         answer = imagine(problem, subject, known, rng)
-    form = rng.choice(answer.golds) if rng.random() < LONG_FORM_SHARE else answer.name
     context = "\n".join(text.documents(passages) for passages in searches)
-    prompt = text.short_answer_prompt(problem.question, context=context)
+    return _write_short_answer(problem.question, context, answer, rng)
+
+
+def _write_short_answer(question: str, context: str, answer: Entity, rng: Random) -> list[Piece]:
+    form = rng.choice(answer.golds) if rng.random() < LONG_FORM_SHARE else answer.name
+    prompt = text.short_answer_prompt(question, context=context)
     written = [Piece(f" {form}\n", written=True), Piece("<|im_end|>", written=True)]
     return [Piece(prompt, written=False), *written]
 
@@ -116,12 +134,10 @@ def draw_query_pairs(rng: Random, *, count: int) -> tuple[list[str], list[str]]:
         scene = Scene(rng)
         subject = random_entity(rng.choice([Kind.person, Kind.person, Kind.film, Kind.book, Kind.firm]), rng)
         fact = scene.fact(rng.choice(relations_of(subject.kind)), subject)
-        topic = fact.relation.name
-        if rng.random() < 0.15:
-            topic = text.RECORDS
-            shown.append(f"passage: {scene.records(subject)}")
-        else:
-            shown.append(f"passage: {text.write_fact(fact)}")
+        chance = rng.random()
+        topic = text.RECORDS if chance < 0.12 else fact.relation.name
+        passage = scene.records(subject, of=fact) if chance < 0.24 else text.write_fact(fact)
+        shown.append(f"passage: {passage}")
         queries.append(f"query: {text.query(topic, subject)}")
         hard += scene.retrieve(fact, found=False, topk=2)
     return queries, shown + [f"passage: {passage}" for passage in hard]

@@ -28,8 +28,8 @@ def write_fact(fact: Fact) -> str:
 
 def write_records(subject: Entity, facts: Sequence[Fact]) -> str:
     """Return the corpus line that states several facts of a subject."""
-    stated = "; ".join(f"{fact.relation.name} {fact.value.printed}" for fact in facts)
-    return f'"{subject.name}"\nThe {query(RECORDS, subject)}: {stated}.'
+    stated = " ".join(f"{statement(fact, fact.value.printed)}." for fact in facts)
+    return f'"{subject.name}"\nThe {query(RECORDS, subject)}. {stated}'
 
 
 def need(topic: str, subject: Entity) -> str:

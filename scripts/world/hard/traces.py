@@ -17,6 +17,7 @@ from world.hard import text
 from world.hard.facts import (
     BY_NAME,
     CHAINS,
+    RECORDS_SIZE,
     Entity,
     Fact,
     Problem,
@@ -27,12 +28,10 @@ from world.hard.facts import (
 )
 from world.traces import Piece
 
-MISS_SHARE = 0.03
-"""Share of good queries that the retriever misses."""
-RECORDS_SHARE = 0.25
-"""Share of subjects whose records a search shows."""
-UNNAMED_SHARE = 0.12
+UNNAMED_SHARE = 0.2
 """Share of facts that only the records of their subject state."""
+UNSEEN_SHARE = 0.35
+"""Of these, the share whose records a search for the fact does not show."""
 
 CONFUSED = {
     "director": "composer",
@@ -122,7 +121,7 @@ class Scene:
     def records(self, subject: Entity, *, of: Fact | None = None) -> str:
         """Return the passage of several facts, with this fact among them."""
         own = relations_of(subject.kind)
-        chosen = self.rng.sample(own, min(3, len(own)))
+        chosen = self.rng.sample(own, RECORDS_SIZE)
         if of is not None and of.relation not in chosen:
             chosen[self.rng.randrange(len(chosen))] = of.relation
         return text.write_records(subject, [self.fact(relation, subject) for relation in chosen])
@@ -237,16 +236,21 @@ class TraceWriter:
         return self._search(fact, thought)
 
     def _search(self, fact: Fact, thought: str) -> Fact:
-        """Search with the good query; where no passage states the fact, for the records of its subject."""
-        topic, chance = fact.relation.name, self.rng.random()
+        """Search with the good query; where no passage states the fact alone, read the subject's records."""
+        topic = fact.relation.name
         self._write(f"{thought}{text.need(topic, fact.subject)}", search=text.query(topic, fact.subject))
-        self._show(self.scene.retrieve(fact, found=chance > UNNAMED_SHARE))
-        if chance < UNNAMED_SHARE:
-            self._write(
-                f"Not found. {text.need(text.RECORDS, fact.subject)}",
-                search=text.query(text.RECORDS, fact.subject),
-            )
+        if self.rng.random() > UNNAMED_SHARE:
+            self._show(self.scene.retrieve(fact))
+            return fact
+        if self.rng.random() > UNSEEN_SHARE:
             self._show(self.scene.retrieve_records(fact))
+            return fact
+        self._show(self.scene.retrieve(fact, found=False))
+        self._write(
+            f"Not found. {text.need(text.RECORDS, fact.subject)}",
+            search=text.query(text.RECORDS, fact.subject),
+        )
+        self._show(self.scene.retrieve_records(fact))
         return fact
 
     def _guess(self, thought: str, subject: Entity, position: int) -> None:
