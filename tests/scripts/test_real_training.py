@@ -18,7 +18,7 @@ from real.gains import build_requests, summarize
 from real.pairs import MAKERS, Make, PairSource, write_number
 from real.questions import Problem
 from real.training import Plan, fit
-from real.warmup import encode, micro_batches, write_completions
+from real.warmup import encode, micro_batches, read_config, write_completions
 from tests.fakes import make_question, make_trajectory
 
 CAPITAL = Relation(name="capital", phrase="capital of {x}", question="What is the capital of {x}?")
@@ -123,10 +123,12 @@ def test_failed_gains_are_counted_and_are_in_no_figure() -> None:
     assert summarize([(gain(None), gain(0.1))]).auc is None
 
 
-def test_the_settings_of_the_world_are_settings_of_the_service() -> None:
+def test_the_settings_of_the_world_are_settings_of_service_and_trainer() -> None:
     folder = HAND_MADE.parent
-    flags = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))["ig_service"]
-    config = resolve_config([flag.replace("{world}/", f"{folder}/") for flag in flags], environ={})
+    settings = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
+    assert read_config(["recipe=quickstart", *settings["trainer"]]).retriever.topk == 2
+    flags = [flag.replace("{world}/", f"{folder}/") for flag in settings["ig_service"]]
+    config = resolve_config(flags, environ={})
     assert (config.prompt_style, config.max_new_tokens) == ("chat", 24)
     assert "Don Quixote" in config.prompt_file
 
