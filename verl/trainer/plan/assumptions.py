@@ -66,7 +66,7 @@ COMPUTED_LOG_PROBS = 0.9
 waiting for it adds, prompts that a group shares save (scripts/scale/packing.py, 8 ranks)."""
 DRIVER_EPISODE_S, DRIVER_COMPLETION_S = 0.0003, 0.0001
 """Of the trainer's one thread while episodes run, per episode and per completion: calls of engines, gains
-(measured on a busy CPU by scripts/scale/step.py, as the three below)."""
+(rounded up from what scripts/scale/step.py measures on a CPU, as the three below)."""
 BATCH_EPISODE_S, BATCH_COMPLETION_S = 0.00012, 0.00004
 """The same for scores, credit, and dealing the batch to the ranks."""
 RECORD_COMPLETION_S = 0.00018
