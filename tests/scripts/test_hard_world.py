@@ -28,6 +28,10 @@ from world.hard.facts import (
 )
 from world.hard.traces import GOOD, Scene, TraceWriter
 
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "world" / "hard"
+SIZE_LIMIT = 15_000_000
+
 
 @pytest.fixture(scope="module")
 def world() -> World:
@@ -37,6 +41,37 @@ def world() -> World:
 @pytest.fixture(scope="module")
 def held_out(world: World) -> list[Problem]:
     return draw_problems(world, WorldSize(), split="test", seed=0)
+
+
+# ---- what is shipped
+
+
+def test_every_shipped_file_has_the_hash_of_the_manifest() -> None:
+    manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+    assert making.hash_files(SHIPPED) == manifest["sha256"]
+    assert sum((SHIPPED / name).stat().st_size for name in manifest["sha256"]) < SIZE_LIMIT
+    assert measure.check(manifest["abilities"]) == []
+
+
+def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Path) -> None:
+    main(["--world", "hard", "--out", str(tmp_path), "--stages", "data"])
+    for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet"):
+        assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
+
+
+def test_the_shipped_models_do_what_the_manifest_says(world: World, held_out: list[Problem]) -> None:
+    retriever = making.open_retriever(SHIPPED)
+    assert measure.measure_encoder(retriever, world, seed=3)["good_query_top3"] >= 0.97
+    judged = measure.measure_entailment(SHIPPED / "models" / "entailment", seed=3, count=60)
+    assert min(judged.values()) >= 0.9
+    effort = measure.Effort(samples=2, deep_questions=1, deep_samples=8)
+    figures = measure.measure_policy(
+        SHIPPED / "models" / "policy", retriever, held_out[:40], effort, temperature=1.0, seed=0
+    )
+    retriever.close()
+    assert figures["em"] <= 0.2
+    assert figures["answered_share"] >= 0.9
+    assert 0.5 <= figures["searches"] <= 2
 
 
 # ---- facts and questions

@@ -34,7 +34,7 @@ FULL = Plan(
     entailment=Schedule(steps=250, matrix_rate=0.01, vector_rate=2e-3),
     able=Schedule(steps=300, matrix_rate=0.01, vector_rate=2e-3),
     shipped=Schedule(steps=150, matrix_rate=0.004, vector_rate=1e-3),
-    generator=Schedule(steps=800, matrix_rate=0.015, vector_rate=3e-3),
+    generator=Schedule(steps=1500, matrix_rate=0.015, vector_rate=3e-3),
     effort=measure.Effort(),
 )
 SMALL = Plan(
