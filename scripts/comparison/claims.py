@@ -207,7 +207,7 @@ def _difference(
 ) -> tuple[float, tuple[float, float] | None, int] | None:
     """Return the mean difference over the seeds that both have, its interval over seeds, and their number.
 
-    With fewer than three seeds there is no interval.
+    An interval takes at least three seeds.
     """
     values = [
         a - b

@@ -6,6 +6,7 @@ the policy is trained with changes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -30,35 +31,8 @@ def apply_handicap(trainer: PPOTrainer, name: str | None, *, seed: int) -> None:
     trainer.parts = replace(parts, reward=reward)
 
 
-class ShuffledOutcomes:
-    """Credits every episode with the outcome of another one of the step, drawn at random: a broken reward."""
-
-    def __init__(self, reward: StepReward, *, algorithm: Algorithm, seed: int) -> None:
-        self._reward = reward
-        self._algorithm = algorithm
-        self._seed = seed
-
-    async def score(
-        self,
-        groups: Sequence[Group],
-        *,
-        prefetch: Prefetch,
-        progress: float = 0.0,
-        stats: Mapping[str, float] | None = None,
-    ) -> ScoredGroups:
-        """Return true scores, and the credit of shuffled outcomes."""
-        scored = await self._reward.score(groups, prefetch=prefetch, progress=progress, stats=stats)
-        seed = derive_seed(self._seed, "shuffled", *(group.question.uid for group in groups))
-        shuffled = shuffle_outcomes(scored.scores, seed=seed)
-        return replace(scored, credits=self._algorithm.credit(groups, shuffled, progress=progress))
-
-    def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
-        """Return the outcomes as they are."""
-        return self._reward.score_validation(trajectories)
-
-
-class FailedGroupsOnly:
-    """Credits only groups in which no episode has a full outcome: what does a method teach there?"""
+class ChangedCredit(ABC):
+    """A reward whose credit is changed; scores stay as they are."""
 
     def __init__(self, reward: StepReward) -> None:
         self._reward = reward
@@ -71,17 +45,50 @@ class FailedGroupsOnly:
         progress: float = 0.0,
         stats: Mapping[str, float] | None = None,
     ) -> ScoredGroups:
-        """Return all scores, and no advantage in groups with a right answer."""
+        """Return true scores, and the changed credit."""
         scored = await self._reward.score(groups, prefetch=prefetch, progress=progress, stats=stats)
-        credits = [
-            [_silence(credit) for credit in of_group] if any(_is_right(s) for s in scores) else of_group
-            for of_group, scores in zip(scored.credits, scored.scores, strict=True)
-        ]
-        return replace(scored, credits=credits)
+        return replace(scored, credits=self._credit(groups, scored, progress=progress))
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Return the outcomes as they are."""
         return self._reward.score_validation(trajectories)
+
+    @abstractmethod
+    def _credit(
+        self, groups: Sequence[Group], scored: ScoredGroups, *, progress: float
+    ) -> Sequence[Sequence[Credit]]: ...
+
+
+class ShuffledOutcomes(ChangedCredit):
+    """Credits every episode with the outcome of another one of the step, drawn at random: a broken reward."""
+
+    def __init__(self, reward: StepReward, *, algorithm: Algorithm, seed: int) -> None:
+        super().__init__(reward)
+        self._algorithm = algorithm
+        self._seed = seed
+
+    def _credit(
+        self, groups: Sequence[Group], scored: ScoredGroups, *, progress: float
+    ) -> Sequence[Sequence[Credit]]:
+        seed = derive_seed(self._seed, "shuffled", *(group.question.uid for group in groups))
+        shuffled = shuffle_outcomes(scored.scores, seed=seed)
+        return self._algorithm.credit(groups, shuffled, progress=progress)
+
+
+class FailedGroupsOnly(ChangedCredit):
+    """Credits only groups in which no episode has a full outcome: what does a method teach there?"""
+
+    def _credit(
+        self,
+        groups: Sequence[Group],  # noqa: ARG002
+        scored: ScoredGroups,
+        *,
+        progress: float,  # noqa: ARG002
+    ) -> Sequence[Sequence[Credit]]:
+        return [
+            [_silence(credit) for credit in of_group] if any(_is_right(s) for s in scores) else of_group
+            for of_group, scores in zip(scored.credits, scored.scores, strict=True)
+        ]
 
 
 def shuffle_outcomes(scores: Sequence[Sequence[Score]], *, seed: int) -> list[list[Score]]:

@@ -184,5 +184,5 @@ again; one that was interrupted begins again.
 - `--hours 8` begins no run that would end later; `--report` writes what there is, `--list`
   prints what is left.
 - `--stage NAME` does one part; `--verify KEY` does one run again and keeps nothing.
-- `--plan separates` shows that a world tells a broken reward from a right one, before the long runs.
+- `--plan separates` shows that a world separates a broken reward from a right one, before the long runs.
 """

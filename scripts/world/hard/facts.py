@@ -175,7 +175,7 @@ def draw_value(subject: Entity, relation: Relation, rng: Random) -> Entity:
 
 
 def country_of(subject: Entity) -> str | None:
-    """Return the country that the name of a person or a company tells."""
+    """Return the country that the name of a person or a company implies."""
     if subject.kind is Kind.firm:
         return COUNTRY_OF_FIRM[subject.name.split()[0]]
     return subject.home if subject.kind is Kind.person else None
