@@ -86,7 +86,7 @@ def run(
     with screen.phase("starting the service") as update:
         url = start_ig_service(supervisor, arguments=flags, log=log, update=update)
     spawn = multiprocessing.get_context("spawn")
-    arguments = (config, os.cpu_count() or 1)
+    arguments = (config, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(1, spawn, initializer=engine.load, initargs=arguments) as bare:
         with screen.phase("loading the bare engine"):
             decode(bare, prompts_of(steps[0]), config)

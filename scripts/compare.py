@@ -2,7 +2,8 @@
 
 `make compare` runs this. A plan (YAML, `scripts/comparison/plans/`) names worlds, methods, the search for
 their settings, seeds and ablations. The result of each run is a small file, `docs/comparison/runs/KEY.json`;
-a run whose file is there is not done again, one that was interrupted begins again. At the end, and with
+a run whose file is there is not done again, one that was interrupted begins again. Several commands with the
+same --docs and different --work share the runs that are left. At the end, and with
 --report at any time, the report is written: docs/comparison.md, docs/board.md,
 docs/comparison/comparison.html and figures; of another plan than the default one to docs/comparison/PLAN/.
 The last line of output is one JSON object:
@@ -22,8 +23,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from screen import Screen
 from comparison.campaign import TUNING, Campaign, estimate_seconds, make_campaign
 from comparison.plan import Plan, read_plan
 from comparison.report import Places, find_places, find_unseparated, show, write_report
-from comparison.results import Result, read_results, write_result
+from comparison.results import CLAIMS, Result, read_results, result_file, write_result
 from comparison.runner import Runner
 from comparison.runs import ROOT, RunSpec
 from comparison.tables import verify_table
@@ -105,23 +106,42 @@ async def do_runs(
     while in_a_row < MAX_FAILURES:
         campaign = make_campaign(plan, read_results(results))
         left = [run for run in campaign.left(stages) if run.label not in failed]
-        if not left:
-            break
-        expected = estimate_seconds(left[:1], campaign.results) or 0.0
-        if hours is not None and time.monotonic() - began + expected > 3600 * hours:
-            screen.print(f"the {hours:g} hours are over for another run", style="yellow")
-            break
-        try:
-            result = await runner.run(left[0], title=describe_next(campaign, left, stages))
-        except (UserError, OSError) as error:
-            failed[left[0].label] = describe_error(error)
-            in_a_row += 1
-            screen.print(f"failed: {left[0].label}: {failed[left[0].label]}", style="bold red")
-            continue
-        in_a_row = 0
-        write_result(results, result)
-        screen.print(describe_result(left[0], result), style="green")
+        with claim(left, results) as run:
+            if run is None:
+                break
+            expected = estimate_seconds([run], campaign.results) or 0.0
+            if hours is not None and time.monotonic() - began + expected > 3600 * hours:
+                screen.print(f"the {hours:g} hours are over for another run", style="yellow")
+                break
+            try:
+                result = await runner.run(run, title=describe_next(campaign, run, left=left, stages=stages))
+            except (UserError, OSError) as error:
+                failed[run.label] = describe_error(error)
+                in_a_row += 1
+                screen.print(f"failed: {run.label}: {failed[run.label]}", style="bold red")
+                continue
+            in_a_row = 0
+            write_result(results, result)
+            screen.print(describe_result(run, result), style="green")
     return failed
+
+
+@contextmanager
+def claim(left: Sequence[RunSpec], results: Path) -> Iterator[RunSpec | None]:
+    """Hold the first run that is neither done nor held by another comparison; None if there is none."""
+    for run in left:
+        path = results / CLAIMS / run.key
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock_file(path, taken=ConfigError(f"{run.label} is being done")))
+            except ConfigError:
+                continue
+            stack.callback(path.unlink)
+            if result_file(results, run.key).exists():  # since the results were read
+                continue
+            yield run
+            return
+    yield None
 
 
 async def verify(
@@ -136,12 +156,12 @@ async def verify(
     screen.console.print(as_rich(verify_table(recorded, again)))
 
 
-def describe_next(campaign: Campaign, left: Sequence[RunSpec], stages: Sequence[str]) -> str:
+def describe_next(campaign: Campaign, run: RunSpec, *, left: Sequence[RunSpec], stages: Sequence[str]) -> str:
     """Return the title of the next run: its number and settings, and the time that all the rest takes."""
     done, total = campaign.count(stages)
     seconds = estimate_seconds([*left, *campaign.waiting(stages)], campaign.results)
     rest = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
-    return f"run {done + 1} of {total}{rest}: {left[0].label}"
+    return f"run {done + 1} of {total}{rest}: {run.label}"
 
 
 def describe_result(run: RunSpec, result: Result) -> str:

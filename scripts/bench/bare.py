@@ -19,7 +19,7 @@ _ENGINE: LLM | None = None
 def load(config: ActorRolloutRefConfig, longest: int) -> None:
     """Load the engine with the settings of the trainer's, for `longest` tokens, and run it once."""
     global _ENGINE
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     prepare_environment(on_cpu=True, num_threads=max(1, cores // 2), log_level="WARNING")
     from vllm import LLM
 
@@ -63,7 +63,7 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

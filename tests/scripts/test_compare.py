@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import choose_stages, do_runs, main
+from compare import choose_stages, claim, do_runs, main
 from rich.console import Console
 from screen import Screen
 
+from comparison.campaign import make_campaign
 from comparison.plan import Plan
-from comparison.results import Result, read_results
+from comparison.results import CLAIMS, Result, read_results, write_result
 from comparison.runs import RunSpec
+from serving.files import lock_file
 from tests.scripts.comparison.made_up import make_plan, make_result
 from verl.errors import ConfigError, RolloutError
 
@@ -55,6 +57,21 @@ async def test_every_run_is_done_once_and_its_result_is_kept_at_once(tmp_path: P
     assert again.titles == []
     await work(again, tmp_path, plan=make_plan(evaluate_every=2))
     assert len(again.titles) == 4
+
+
+async def test_a_run_that_another_comparison_holds_or_has_done_is_left_to_it(tmp_path: Path) -> None:
+    held, done, *others = make_campaign(make_plan(), {}).left(["easy"])
+    runner = FakeRunner()
+    with lock_file(tmp_path / CLAIMS / held.key, taken=ConfigError("held twice")):
+        write_result(tmp_path, make_result(done, em=(0.0,)))
+        await work(runner, tmp_path)
+    assert [title.partition(": ")[2] for title in runner.titles] == [run.label for run in others]
+    assert held.key not in read_results(tmp_path)
+    with claim([done, held], tmp_path) as run:  # as if the results had been read before `done` was
+        assert run is held
+        with claim([held], tmp_path) as nothing:
+            assert nothing is None
+    assert not any((tmp_path / CLAIMS).iterdir())
 
 
 async def test_no_run_begins_that_would_end_after_the_budget(tmp_path: Path) -> None:

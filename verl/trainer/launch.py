@@ -124,7 +124,7 @@ def bind_launch(
         Placement(
             device=device,
             world_size=count_workers(config, device=device),
-            num_threads=os.cpu_count() if device == "cpu" else None,
+            num_threads=len(os.sched_getaffinity(0)) if device == "cpu" else None,
         ),
         rendezvous=Rendezvous(launcher.address),
         total_steps=total_steps,
@@ -336,7 +336,7 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
         "seed": trainer.seed,
         "device": device,
         # Half of the cores: the retriever and the agent loops work at the same time.
-        "num_threads": max(1, (os.cpu_count() or 1) // 2 // num_replicas) if device == "cpu" else None,
+        "num_threads": max(1, len(os.sched_getaffinity(0)) // 2 // num_replicas) if device == "cpu" else None,
     }
 
 
