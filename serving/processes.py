@@ -162,3 +162,16 @@ def list_children_with(argument: str) -> list[psutil.Process]:
             if any(argument in word for word in child.cmdline()):
                 found.append(child)
     return found
+
+
+def processor_seconds() -> float:
+    """Return the processor seconds of this process and all its descendants that are alive."""
+    total = 0.0
+    me = psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total

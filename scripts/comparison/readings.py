@@ -46,7 +46,8 @@ class Cost:
     """What it took until the mean EM of the last steps reached a level."""
 
     step: int
-    seconds: float
+    processor_s: float | None
+    """Of all processes of the run; evaluations left out in proportion to their time."""
     tokens: float
     searches: float
 
@@ -96,7 +97,9 @@ def cost_to(result: Result, level: float) -> Cost | None:
         if mean is not None and mean >= level:
             return Cost(
                 step=k,
-                seconds=result.before(k, result.seconds),
+                processor_s=None
+                if result.processor_s is None
+                else result.processor_s * result.before(k, result.seconds) / result.wall_s,
                 tokens=result.before(k, result.tokens),
                 searches=result.searches_until(k),
             )

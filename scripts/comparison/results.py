@@ -60,6 +60,8 @@ class Result:
     """Episodes per step."""
     wall_s: float
     """The whole run with its evaluations, once services and engines are there."""
+    processor_s: float | None
+    """Processor seconds of trainer, engines and services over the same time; None: not measured."""
     em: Curve
     """Of sampled episodes on training questions."""
     searches: Curve
@@ -95,7 +97,7 @@ class Result:
 _SHAPE = TypeAdapter(Result)
 
 
-def make_result(run: RunSpec, run_dir: Path, *, wall_s: float) -> Result:
+def make_result(run: RunSpec, run_dir: Path, *, wall_s: float, processor_s: float) -> Result:
     """Return the result of a run that has ended, from its folder. Raises DataError for a damaged one."""
     lines = read_metrics(run_dir)
     train = [line for line in lines if line["kind"] == "train"]
@@ -112,6 +114,7 @@ def make_result(run: RunSpec, run_dir: Path, *, wall_s: float) -> Result:
         settings=dict(run.settings),
         rollouts=run.rollouts,
         wall_s=round(wall_s, 1),
+        processor_s=round(processor_s, 1),
         em=curve("reward/em_mean"),
         searches=curve("rollout/searches_mean"),
         no_search=curve("rollout/no_search_share"),

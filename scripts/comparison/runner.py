@@ -24,6 +24,7 @@ from screen import Screen, Update
 from comparison.handicaps import apply_handicap
 from comparison.results import Result, make_result
 from comparison.runs import RunSpec, prepare_world, shared_settings
+from serving.processes import processor_seconds
 from verl.errors import DataError
 from verl.run.folder import scratch_folder
 from verl.run.records import EVALUATION, TRAJECTORIES
@@ -66,7 +67,7 @@ class Runner:
         config = self._configure(run, run_dir)
         try:
             host = await self._open_host(config)
-            began = time.monotonic()
+            began, before = time.monotonic(), processor_seconds()
             with self._screen.phase(title, total=run.steps) as update, _quiet_opening():
                 async with _watched(run_dir, update), open_trainer(config, host=host) as trainer:
                     _quiet_screen()
@@ -75,7 +76,9 @@ class Runner:
         except BaseException:
             await self.aclose()
             raise
-        result = make_result(run, run_dir, wall_s=time.monotonic() - began)
+        result = make_result(
+            run, run_dir, wall_s=time.monotonic() - began, processor_s=processor_seconds() - before
+        )
         if not self._keeps_episodes:
             for name in (TRAJECTORIES, EVALUATION, CHECKPOINTS):
                 shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -91,15 +91,15 @@ def cost_table(runs: Runs) -> Table:
         rows.append(tuple(cells))
     header = ["method"]
     for level in LEVELS:
-        header += [f"EM {level:g}", "steps", "tokens", "seconds"]
+        header += [f"EM {level:g}", "steps", "tokens", "processor s"]
     return Table(
         title="What it takes to reach a level",
         header=tuple(header),
         rows=tuple(rows),
         note="A level is reached at the first step at which the EM of sampled episodes on training "
         f"questions, as the mean of {WINDOW} steps, is at least that. Seeds that reached it, and the "
-        "medians of these. Tokens: prompts, observations and sampled ones of all episodes. Seconds: of the "
-        "steps, without evaluations and start.",
+        "medians of these. Tokens: prompts, observations and sampled ones of all episodes. Processor "
+        "seconds: of trainer, engines and services together, without evaluations and start.",
     )
 
 
@@ -171,13 +171,18 @@ def board_table(
     for name, specs in runs.items():
         done = [(spec, campaign.results[spec.key]) for spec in specs if spec.key in campaign.results]
         costs = [cost_to(result, BOARD_LEVEL) for _, result in done]
-        if not done or not any(costs):
+        known = [cost.processor_s for cost in costs if cost is not None and cost.processor_s is not None]
+        if not known:
             continue
-        median = statistics.median(cost.seconds for cost in costs if cost is not None)
+        median = statistics.median(known)
         # The seed nearest to the median stands for the entry.
         nearest = min(
-            ((spec, cost) for (spec, _), cost in zip(done, costs, strict=True) if cost is not None),
-            key=lambda pair: abs(pair[1].seconds - median),
+            (
+                (spec, cost.processor_s)
+                for (spec, _), cost in zip(done, costs, strict=True)
+                if cost is not None and cost.processor_s is not None
+            ),
+            key=lambda pair: abs(pair[1] - median),
         )[0]
         arguments = f"--plan {shlex.quote(plan)} --stage {stage_name} --verify {nearest.key}"
         recipe = ", ".join(
@@ -193,12 +198,13 @@ def board_table(
     entries.sort(key=lambda entry: entry[:2])
     return Table(
         title=f"Board: EM {BOARD_LEVEL:g} on two cores",
-        header=("method and recipe", "seeds", "steps", "tokens", "seconds", "verify"),
+        header=("method and recipe", "seeds", "steps", "tokens", "processor s", "verify"),
         rows=tuple(row for *_, row in entries),
         note=f"Cost until the EM of sampled episodes, as the mean of {WINDOW} steps, is {BOARD_LEVEL:g}; "
-        "medians of the seeds that reached it. Methods of which more seeds reached it come first. Seconds "
-        "are those of the steps on a machine with two cores and nothing else to do. To add a line: add a "
-        "method to a plan, do its runs (make compare), and send the plan with the files in runs/.",
+        "medians of the seeds that reached it. Methods of which more seeds reached it come first. Processor "
+        "seconds are those of all processes of a run, so that what else the cores do counts little. To add "
+        "a line: add a method to a plan, do its runs (make compare), and send the plan with the files in "
+        "runs/.",
     )
 
 
@@ -209,17 +215,18 @@ def verify_table(recorded: Result | None, again: Result) -> Table:
         costs = [None if result is None else cost_to(result, level) for level in LEVELS]
         em = None if result is None else final_em(result)
         cells = [_median([cost], measure) for cost in costs for measure in _COSTS]
-        rows.append((what, ABSENT if em is None else f"{100 * em:.1f}", *cells))
-    header = ["", "EM at the end"]
+        wall = ABSENT if result is None else f"{result.wall_s:.0f}"
+        rows.append((what, ABSENT if em is None else f"{100 * em:.1f}", wall, *cells))
+    header = ["", "EM at the end", "seconds of the run"]
     for level in LEVELS:
-        header += [f"steps to EM {level:g}", "tokens", "seconds"]
+        header += [f"steps to EM {level:g}", "tokens", "processor s"]
     return Table(title="The same run twice", header=tuple(header), rows=tuple(rows))
 
 
-_COSTS: tuple[Callable[[Cost], float], ...] = (
+_COSTS: tuple[Callable[[Cost], float | None], ...] = (
     lambda cost: cost.step,
     lambda cost: cost.tokens,
-    lambda cost: cost.seconds,
+    lambda cost: cost.processor_s,
 )
 
 
@@ -241,8 +248,8 @@ def _reached(costs: Sequence[Cost | None]) -> str:
     return f"{len(costs) - costs.count(None)}/{len(costs)}"
 
 
-def _median(costs: Sequence[Cost | None], measure: Callable[[Cost], float]) -> str:
-    known = [measure(cost) for cost in costs if cost is not None]
+def _median(costs: Sequence[Cost | None], measure: Callable[[Cost], float | None]) -> str:
+    known = [value for cost in costs if cost is not None and (value := measure(cost)) is not None]
     return f"{statistics.median(known):,.0f}" if known else ABSENT
 
 

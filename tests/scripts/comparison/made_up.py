@@ -54,6 +54,7 @@ def make_result(
         else {"world": "w", "config": {"trainer.seed": seed, "algorithm.name": "search_r1"}},
         rollouts=80,
         wall_s=wall_s,
+        processor_s=15.0,
         em=list(em),
         searches=list(made if searches is None else searches),
         no_search=[0.0] * n,

@@ -58,7 +58,7 @@ def test_a_report_has_verdicts_costs_figures_and_a_board_with_commands(tmp_path:
         line for line in text.splitlines() if line.startswith(r"| \<b> | 2/2 | 0.0")
     )
     cost = next(line for line in text.splitlines() if line.startswith("| gigpo | 2/2 | 9 |"))
-    assert cost == "| gigpo | 2/2 | 9 | 9,000 | 18 | 2/2 | 11 | 11,000 | 22 |"
+    assert cost == "| gigpo | 2/2 | 9 | 9,000 | 27 | 2/2 | 11 | 11,000 | 33 |"
     assert "<h1>Comparison of methods</h1>" in page
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
@@ -70,7 +70,7 @@ def test_a_report_has_verdicts_costs_figures_and_a_board_with_commands(tmp_path:
     board = (tmp_path / "board.md").read_text()
     (entry,) = [line for line in board.splitlines() if line.startswith("| gigpo")]
     key = next(run.key for run in campaign.runs_of(campaign.plan.stages["hard"])["gigpo"])
-    assert "| 2/2 | 11 | 11,000 | 22 |" in entry
+    assert "| 2/2 | 11 | 11,000 | 33 |" in entry
     assert f"--stage hard --verify {key}'" in entry
 
 
