@@ -234,8 +234,7 @@ def prepare_world(world: World) -> OpenedWorld:
             f"{world.folder} lacks a share of {found} of its supporting passages, the plan says "
             f"{world.share}; remove the folder, or name another one in the plan (worlds:)"
         )
-    opened = open_world(world.folder, policy=source.policy, generator=source.generator)
-    return dataclasses.replace(opened, arguments=source.arguments)
+    return open_world(world.folder, policy=source.policy, generator=source.generator)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from worlds import SETTINGS_FILE
 
 from search_r1.search.building import BuildOptions, build_index
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
@@ -22,7 +23,7 @@ SCRATCH = ".making"
 """Folder of a world, for what is made on the way and not shipped."""
 INDEX = f"index/{name_index(RETRIEVER_NAME)}"
 NOT_HASHED = ("manifest.json", "README.md")
-NOT_MEASURED = ("index/", "doctor.jsonl")
+NOT_MEASURED = ("index/", "doctor.jsonl", SETTINGS_FILE)
 """What the figures of the manifest do not depend on: the index follows from corpus and encoder."""
 
 

@@ -55,7 +55,7 @@ def test_every_shipped_file_has_the_hash_of_the_manifest() -> None:
 
 def test_the_shipped_corpus_and_questions_are_remade_byte_for_byte(tmp_path: Path) -> None:
     main(["--world", "hard", "--out", str(tmp_path), "--stages", "data"])
-    for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet"):
+    for name in ("corpus.jsonl", "doctor.jsonl", "train.parquet", "test.parquet", "quickstart.json"):
         assert (tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes(), name
 
 

@@ -6,13 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
+from worlds import SETTINGS_FILE
+
+from serving.files import write_json_atomically
 from world import dataset
 from world.hard import text
 from world.hard.facts import Fact, Problem, World, WorldSize, draw_problems
 
+MAX_SEARCHES = 6
+"""Of an episode: two more than the longest chain of hops."""
+
 
 def write_data(out: Path, world: World, size: WorldSize, *, seed: int) -> None:
-    """Write corpus.jsonl, train.parquet, test.parquet and doctor.jsonl."""
+    """Write corpus.jsonl, train.parquet, test.parquet, doctor.jsonl, and the settings of runs."""
     out.mkdir(parents=True, exist_ok=True)
     passages, routes = draw_corpus(world, seed=seed)
     dataset.write_corpus(out / "corpus.jsonl", passages)
@@ -23,6 +29,8 @@ def write_data(out: Path, world: World, size: WorldSize, *, seed: int) -> None:
     write_examined(
         out / "doctor.jsonl", problems[: size.examined_questions], world=world, routes=routes, seed=seed
     )
+    settings = {"trainer": [f"max_turns={MAX_SEARCHES}"]}
+    write_json_atomically(out / SETTINGS_FILE, settings)
 
 
 def draw_corpus(world: World, *, seed: int) -> tuple[list[str], dict[Fact, list[tuple[str, str]]]]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from random import Random
 
 import pyarrow.parquet as pq
+from worlds import SETTINGS_FILE
 
 from serving.files import sha256_of_file
 from world import dataset, making
 
 SHARE = 0.37
-COPIED = ("train.parquet", "test.parquet", "doctor.jsonl")
+COPIED = ("train.parquet", "test.parquet", "doctor.jsonl", SETTINGS_FILE)
 
 
 def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int]:
@@ -43,7 +44,8 @@ def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int
     kept = [line for line in lines if json.loads(line)["id"] not in removed]
     (out / "corpus.jsonl").write_text("".join(kept), encoding="utf-8")
     for name in COPIED:
-        shutil.copyfile(source / name, out / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
     shutil.copytree(source / "models", out / "models")
     making.index_corpus(out)
     counts = {"passages": len(kept), "supporting": len(supporting), "removed": len(removed)} | {

@@ -19,7 +19,7 @@ from IG.doctor.questions import Scenario
 from search_r1.search.dense import DenseRetriever
 from world import entailment, evaluation, making
 from world.evaluation import Episode
-from world.hard import models, text
+from world.hard import corpus, models, text
 from world.hard.facts import Problem, World, WorldSize, draw_problems
 from world.hard.traces import Scene
 
@@ -37,7 +37,7 @@ class Effort:
     deep_questions: int = 40
     deep_samples: int = 64
     output_tokens: int = 64
-    max_searches: int = 6
+    max_searches: int = corpus.MAX_SEARCHES
     gain_samples: int = 32
 
 
