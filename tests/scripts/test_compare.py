@@ -109,7 +109,8 @@ def test_a_report_alone_and_a_list_do_no_run(tmp_path: Path, capsys: pytest.Capt
     assert main([*arguments, "--report"]) == 0
     plan = read_plan("separates")
     _, of_all_stages = make_campaign(plan, {}).count(list(plan.stages))
-    assert f"0 of {of_all_stages} runs are done." in (tmp_path / "comparison/separates/comparison.md").read_text()
+    page = (tmp_path / "comparison/separates/comparison.md").read_text()
+    assert f"0 of {of_all_stages} runs are done." in page
 
 
 def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
