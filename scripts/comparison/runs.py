@@ -24,7 +24,7 @@ from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.wiring import USE_IG_SERVICE
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it with a change after which a run with the same settings gives other numbers: all runs are then
 done again. A change of a default value is such a change."""
 ROOT = Path(__file__).resolve().parents[2]

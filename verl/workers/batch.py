@@ -93,7 +93,10 @@ class MiniBatch:
     """What one rank does in one optimizer step."""
 
     micro_batches: tuple[TrainBatch, ...]
-    """One per forward pass. Every rank has the same number of passes, so some may be empty."""
+    """One per pass. Every rank has the same number of passes, so some may be empty."""
+    uncredited: tuple[TrainBatch, ...] = ()
+    """The same of trajectories without any advantage. They add nothing to the gradient, so that a forward
+    pass, for the metrics, is enough."""
     num_trajectories: int
     """Over all ranks, as `num_policy_tokens`: the loss divides by global counts."""
     num_policy_tokens: int
@@ -167,22 +170,33 @@ def pack_whole(ids: IntArray) -> Forest:
 
 
 def make_mini_batches(
-    batch: TrainBatch, *, num_ranks: int, mini_batch_size: int, max_tokens: int
+    batch: TrainBatch,
+    *,
+    num_ranks: int,
+    mini_batch_size: int,
+    max_tokens: int,
+    only_advantages: bool = False,
 ) -> list[list[MiniBatch]]:
     """Split a batch into equal mini-batches of about `mini_batch_size` rows; return those of each rank.
 
-    The split over ranks and micro-batches does not change the gradient of a mini-batch.
+    The split over ranks and micro-batches does not change the gradient of a mini-batch. With
+    `only_advantages` the loss has no other term, so that trajectories without any get no backward pass.
     """
     # Mini-batches first, over all ranks: the optimizer steps must not depend on the number of ranks.
     count = count_mini_batches(batch.num_trajectories, mini_batch_size=mini_batch_size)
     shards: list[list[MiniBatch]] = [[] for _ in range(num_ranks)]
     for rows in np.array_split(np.arange(batch.num_trajectories, dtype=np.int32), count):
         mini = batch.select(rows)
-        plan = deal_rows(mini, num_ranks=num_ranks, max_tokens=max_tokens)
-        for shard, passes in zip(shards, plan, strict=True):
+        credited, uncredited = mini, None
+        if only_advantages:
+            credited, uncredited = _split_by_credit(mini, min_tokens=num_ranks * max_tokens)
+        passes = _make_passes(credited, num_ranks=num_ranks, max_tokens=max_tokens)
+        others = _make_passes(uncredited, num_ranks=num_ranks, max_tokens=max_tokens)
+        for shard, of_rank, others_of_rank in zip(shards, passes, others, strict=True):
             shard.append(
                 MiniBatch(
-                    micro_batches=tuple(mini.select(of_pass) for of_pass in passes),
+                    micro_batches=of_rank,
+                    uncredited=others_of_rank,
                     num_trajectories=mini.num_trajectories,
                     num_policy_tokens=mini.num_policy_tokens,
                 )
@@ -193,6 +207,30 @@ def make_mini_batches(
 def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
     """Return the number of mini-batches, rounded: one extra trajectory gets no optimizer step of its own."""
     return max(1, round(num_trajectories / mini_batch_size))
+
+
+def _split_by_credit(batch: TrainBatch, *, min_tokens: int) -> tuple[TrainBatch, TrainBatch | None]:
+    """Return the trajectories with an advantage, and those without any.
+
+    All stay together where none has one, as the optimizer steps all the same, and where those without have
+    fewer tokens than `min_tokens`: a pass more would cost more than it saves.
+    """
+    first = _borders(batch.policy_lengths)[:-1]
+    is_credited = np.maximum.reduceat(np.abs(batch.advantages), first) > 0
+    if not is_credited.any() or batch.lengths[~is_credited].sum() < min_tokens:
+        return batch, None
+    credited, others = (np.flatnonzero(kind).astype(np.int32) for kind in (is_credited, ~is_credited))
+    return batch.select(credited), batch.select(others)
+
+
+def _make_passes(
+    batch: TrainBatch | None, *, num_ranks: int, max_tokens: int
+) -> list[tuple[TrainBatch, ...]]:
+    """Return the forward passes of each rank."""
+    if batch is None:
+        return [()] * num_ranks
+    plan = deal_rows(batch, num_ranks=num_ranks, max_tokens=max_tokens)
+    return [tuple(batch.select(of_pass) for of_pass in of_rank) for of_rank in plan]
 
 
 def deal_rows(batch: TrainBatch, *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:

@@ -65,6 +65,7 @@ _SUMS = (
     "ratio_mean",
     "log_prob_difference_mean",
     "importance_mean",
+    "backward_share",
 )
 _MAXIMA = ("ratio_max", "log_prob_difference_max")
 
@@ -284,6 +285,12 @@ class PolicyWorker:
             loss.backward()
             sums += micro_sums
             maxima = torch.maximum(maxima, micro_maxima)
+        for micro in mini.uncredited:
+            with torch.no_grad():
+                _, micro_sums, micro_maxima = self._loss(micro, mini)
+            reshard_model(self._network)
+            sums += micro_sums
+            maxima = torch.maximum(maxima, micro_maxima)
         norm = gather_tensor(
             torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         )
@@ -354,7 +361,8 @@ class PolicyWorker:
         with torch.no_grad():
             ratio = (log_probs - old).exp()
             difference = (old - sampling).abs()
-            per_token = (kl, entropy, clipped, ratio, difference, importance)
+            has_gradient = torch.full_like(losses, float(loss.requires_grad))
+            per_token = (kl, entropy, clipped, ratio, difference, importance, has_gradient)
             means = torch.stack([x.float().sum() for x in per_token])
             sums = torch.cat([torch.stack([loss.detach(), pg_loss.detach()]), means / mini.num_policy_tokens])
             zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum

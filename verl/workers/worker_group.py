@@ -153,11 +153,13 @@ class WorkerGroup:
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:
         """Train on the batch; return metrics without a prefix, see `PolicyWorker.update`."""
+        has_kl = self._config.use_kl_loss and self._config.kl_loss_coef > 0
         shards = make_mini_batches(
             batch,
             num_ranks=len(self._actors),
             mini_batch_size=self._config.ppo_mini_batch_size,
             max_tokens=self._max_tokens,
+            only_advantages=not (has_kl or self._config.entropy_coeff),
         )
         metrics: list[dict[str, float]] = await self._call_all("update", [(shard,) for shard in shards])
         return metrics[0]

@@ -120,11 +120,21 @@ def launch_group(
 
 
 def one_rank(
-    batch: TrainBatch, *, mini_batch_size: int | None = None, max_tokens: int = 8192
+    batch: TrainBatch,
+    *,
+    mini_batch_size: int | None = None,
+    max_tokens: int = 8192,
+    only_advantages: bool = False,
 ) -> list[MiniBatch]:
     """Return what a single rank does in an update; None: one mini-batch."""
     size = batch.num_trajectories if mini_batch_size is None else mini_batch_size
-    (minis,) = make_mini_batches(batch, num_ranks=1, mini_batch_size=size, max_tokens=max_tokens)
+    (minis,) = make_mini_batches(
+        batch,
+        num_ranks=1,
+        mini_batch_size=size,
+        max_tokens=max_tokens,
+        only_advantages=only_advantages,
+    )
     return minis
 
 

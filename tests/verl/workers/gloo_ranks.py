@@ -250,11 +250,16 @@ def train_with_all(placement: Placement, folder: Path) -> list[dict[str, Any]]:
 
 
 def train_with(placement: Placement, folder: Path, fsdp_size: int | None) -> dict[str, Any]:
-    """Take two steps and export the weights."""
-    actor = make_actor(fsdp_config=FsdpConfig(fsdp_size=fsdp_size))
+    """Take two steps, with trajectories that need no backward pass, and export the weights."""
+    actor = make_actor(fsdp_config=FsdpConfig(fsdp_size=fsdp_size), use_kl_loss=False, entropy_coeff=0.0)
     worker = PolicyWorker(make_config(folder, actor=actor), placement, total_steps=10, seed=0, trainable=True)
     batch = random_batch(9)
-    minis = make_mini_batches(batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=100)
+    is_credited = np.repeat(np.arange(9) % 3 == 0, batch.policy_lengths)
+    batch = replace(batch, advantages=batch.advantages * is_credited)
+    minis = make_mini_batches(
+        batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=10, only_advantages=True
+    )
+    assert all(mini.uncredited for mini in minis[placement.rank])
     metrics = [worker.update(minis[placement.rank]) for _ in range(2)]
     exported = worker.export_weights()
     worker.drop_weights()

@@ -78,24 +78,41 @@ def test_what_cannot_be_trained_on_is_refused_by_name() -> None:
     num_ranks=st.integers(1, 4),
     mini_batch_size=st.integers(1, 40),
     max_tokens=st.integers(1, 400),
+    only_advantages=st.booleans(),
 )
 def test_ranks_share_every_row_once_in_as_many_passes(
-    count: int, num_ranks: int, mini_batch_size: int, max_tokens: int
+    count: int, num_ranks: int, mini_batch_size: int, max_tokens: int, only_advantages: bool
 ) -> None:
+    numbers = np.arange(count, dtype=np.float32)
+    per_row = np.where(numbers % 3 > 0, numbers, 0.0).astype(np.float32)
     batch = random_batch(count)
-    batch = replace(batch, advantages=np.repeat(np.arange(count, dtype=np.float32), batch.policy_lengths))
+    batch = replace(
+        batch,
+        advantages=np.repeat(per_row, batch.policy_lengths),
+        sampling_log_probs=np.repeat(numbers, batch.policy_lengths),
+    )
     shards = make_mini_batches(
-        batch, num_ranks=num_ranks, mini_batch_size=mini_batch_size, max_tokens=max_tokens
+        batch,
+        num_ranks=num_ranks,
+        mini_batch_size=mini_batch_size,
+        max_tokens=max_tokens,
+        only_advantages=only_advantages,
     )
     seen: list[float] = []
     for minis in zip(*shards, strict=True):
-        assert len({len(mini.micro_batches) for mini in minis}) == 1
-        micros = [micro for mini in minis for micro in mini.micro_batches]
+        assert len({(len(mini.micro_batches), len(mini.uncredited)) for mini in minis}) == 1
+        uncredited = [micro for mini in minis for micro in mini.uncredited]
+        assert only_advantages or not uncredited
+        assert not any(micro.advantages.any() for micro in uncredited)
+        trained = [micro for mini in minis for micro in mini.micro_batches]
+        if uncredited:
+            assert all(values.any() for micro in trained for values in micro.split(micro.advantages))
+        micros = trained + uncredited
         assert {mini.num_policy_tokens for mini in minis} == {sum(m.num_policy_tokens for m in micros)}
         assert {mini.num_trajectories for mini in minis} == {sum(m.num_trajectories for m in micros)}
         for micro in micros:
             assert micro.num_trajectories <= 1 or len(pack_rows(micro).ids) <= max_tokens
-            seen += [float(values[0]) for values in micro.split(micro.advantages)]
+            seen += [float(values[0]) for values in micro.split(micro.sampling_log_probs)]
     assert sorted(seen) == list(range(count))
     sizes = [mini.num_trajectories for mini in shards[0]]
     assert sum(sizes) == count

@@ -115,6 +115,24 @@ def test_cutting_and_order_of_a_mini_batch_do_not_change_its_gradient(model_fold
             torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_trajectories_without_advantages_need_no_backward_pass(model_folder: Path) -> None:
+    batch = random_batch(9)
+    uncredited = np.repeat(np.arange(9) % 3 > 0, batch.policy_lengths)
+    batch = replace(batch, advantages=np.where(uncredited, np.float32(0), batch.advantages))
+    config = make_config(model_folder, actor=make_actor(use_kl_loss=False, entropy_coeff=0.0))
+    workers = make_worker(config), make_worker(config)
+    (whole,) = one_rank(batch, max_tokens=70)
+    (split,) = one_rank(batch, max_tokens=70, only_advantages=True)
+    assert sum(micro.num_trajectories for micro in split.micro_batches) == 3
+    expected, found = workers[0].update([whole]), workers[1].update([split])
+    assert expected.pop("backward_share") == 1.0
+    assert found.pop("backward_share") == pytest.approx(1 - uncredited.mean())
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, weight in weights_of(workers[0]).items():
+        # The first step of Adam is the sign of a gradient that may be next to nothing.
+        torch.testing.assert_close(weights_of(workers[1])[name], weight, atol=5e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("loss_agg_mode", ["token-mean", "seq-mean-token-mean"])
 def test_loss_gradient_and_metrics_equal_a_padded_reference_computation(
     model_folder: Path, loss_agg_mode: str

@@ -39,13 +39,14 @@ def speed_metrics(
     batch: TrainBatch,
     seconds: Mapping[str, float],
     rollout_s: float,
+    backward_share: float = 1.0,
     left_out: Sequence[Played] = (),
     written: Written | None = None,
 ) -> Metrics:
     """Return the speed of each phase of a step.
 
-    `batch` is what was trained on; `left_out` was sampled as well, in `rollout_s`; `written`: a checkpoint
-    that was completed since the step before.
+    `batch` is what was trained on, with a backward pass for `backward_share` of it; `left_out` was sampled as
+    well, in `rollout_s`; `written`: a checkpoint that was completed since the step before.
     """
     trajectories = [sample.trajectory for sample in scored.samples()] + [t for t, _ in left_out]
     sent = machine.publish_bytes
@@ -62,20 +63,36 @@ def speed_metrics(
     return finite(
         metrics
         | _pass_metrics(machine, batch, phase="log_probs", repeats=num_passes, seconds=seconds)
-        | _pass_metrics(machine, batch, phase="update", repeats=machine.num_epochs, seconds=seconds)
+        | _pass_metrics(
+            machine,
+            batch,
+            phase="update",
+            repeats=machine.num_epochs,
+            seconds=seconds,
+            backward_share=backward_share,
+        )
     )
 
 
 def _pass_metrics(
-    machine: Machine, batch: TrainBatch, *, phase: str, repeats: int, seconds: Mapping[str, float]
+    machine: Machine,
+    batch: TrainBatch,
+    *,
+    phase: str,
+    repeats: int,
+    seconds: Mapping[str, float],
+    backward_share: float = 0.0,
 ) -> dict[str, float | None]:
-    """Return the speed of a phase that computed every token of the batch `repeats` times."""
+    """Return the speed of a phase that computed every token of the batch `repeats` times.
+
+    `backward_share` of the tokens also had backward passes.
+    """
     if not repeats:
         return {}
     lengths, setup, elapsed = batch.lengths.tolist(), machine.setup, seconds.get(phase)
     rate = peak = None
     if setup is not None:
-        passes = repeats * (setup.update_passes if phase == "update" else 1)
+        passes = repeats * (1 + backward_share * (setup.update_passes - 1))
         rate = _per_second(passes * math.fsum(n * setup.shape.pass_flops(n) for n in lengths), elapsed)
         peak = None if setup.gpu.flops is None else setup.gpu.flops * setup.world_size
     return {

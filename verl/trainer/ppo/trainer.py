@@ -284,6 +284,7 @@ class PPOTrainer:
             self.parts.machine,
             scored=scored,
             batch=batch,
+            backward_share=update.get("backward_share", 1.0),
             seconds=seconds,
             rollout_s=rollout.seconds,
             left_out=left_out,
