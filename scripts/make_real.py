@@ -169,7 +169,8 @@ class Maker:
 
     def make_policy(self) -> None:
         """Let a teacher play episodes with the retriever, and train the instruct model on them."""
-        from real.warmup import NUM_TRACES, play_traces, read_config, train_policy
+        from real.warmup import NUM_TRACES, play_traces, train_policy
+        from verl.trainer.config.loading import compose_config
 
         flags = ["--corpus_path", str(self.out / "corpus.jsonl")]
         flags += ["--index_path", str(self.out / "index" / "minilm_Flat.index")]
@@ -178,7 +179,7 @@ class Maker:
         log = self.scratch / "retriever.log"
         module = "search_r1.search.retrieval_server"
         with running("the retriever", module=module, arguments=flags, log=log) as url:
-            config = read_config(
+            config = compose_config(
                 [
                     "recipe=quickstart",
                     f"retriever.url={url}/retrieve",

@@ -19,7 +19,7 @@ from real.training import Plan, fit
 
 HAND_MADE = Path(__file__).with_name("hand_made_pairs.jsonl")
 LABELS = {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}
-PLAN = Plan(steps=320, rate=1.5e-4)
+PLAN = Plan(steps=800, rate=1.5e-4)
 _BATCH_SIZE = 32
 _FROZEN_LAYERS = 2
 _THRESHOLD = 0.5

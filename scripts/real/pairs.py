@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import calendar
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Protocol
 
 from IG.prompts import entailment_text
-from real.names import MONTHS
+from real.names import MONTHS, of_place
 from real.questions import Problem
 
 Pair = tuple[str, str, bool]
@@ -27,6 +28,10 @@ class Make(Protocol):
 _SAME_SHARE = 0.45
 _MADE_SHARE = 0.35
 """Of the pairs: those whose answers are made up by rule, dates, numbers and persons."""
+_COUNTRY_SHARE = 0.1
+"""Of the pairs: those that compare subjects of facts, such as `the country whose capital is Nairobi`."""
+_PREFIX = 4
+"""So many first letters in common make two names look alike."""
 _WORDINGS = (
     "{x}.", "It is {x}.", "The answer is {x}.", "The answer is {x}", "That is {x}", "{x} is the answer",
     "in {x}", "called {x}", "the {x}",
@@ -62,12 +67,24 @@ class PairSource:
         self._by_kind: dict[str, list[Problem]] = defaultdict(list)
         for problem in problems:
             self._by_kind[problem.hops[-1].relation.name].append(problem)
+        self._alike = {
+            kind: names_alike({problem.golds for problem in found}) for kind, found in self._by_kind.items()
+        }
+        self._bridges = [
+            (f"Which is {fact.relation.bridge.format(x=fact.value)}?", _spell_subject(fact.subject))
+            for problem in problems
+            if (fact := problem.hops[0]).relation.bridge
+        ]
+        self._subjects_alike = names_alike({_spell_subject(p.hops[0].subject) for p in problems})
 
     def draw(self, rng: Random) -> Pair:
         """Return a pair behind its question, as the IG service compares answers; a tenth without one."""
         same = rng.random() < _SAME_SHARE
-        if rng.random() < _MADE_SHARE:
+        chance = rng.random()
+        if chance < _MADE_SHARE:
             question, left, right = rng.choice(MAKERS)(rng, same=same)
+        elif chance < _MADE_SHARE + _COUNTRY_SHARE and self._bridges:
+            question, left, right = self._choose_subject(rng, same=same)
         else:
             question, left, right = self._choose(rng, same=same)
         left, right = (_reword(text, rng) for text in rng.sample([left, right], 2))
@@ -85,11 +102,72 @@ class PairSource:
             return problem.text, left, rng.choice(_NO_ANSWERS)
         if chance < 0.2:
             return problem.text, left, problem.hops[0].subject
+        alike = self._alike[problem.hops[-1].relation.name].get(left, ())
+        if chance < 0.5 and (names := [name for name in alike if name not in problem.golds]):
+            return problem.text, left, rng.choice(names)
         others = self._by_kind[problem.hops[-1].relation.name] if chance < 0.9 else self._problems
         for other in rng.sample(others, min(20, len(others))):
             if not set(other.golds) & set(problem.golds):
                 return problem.text, left, _similar(left, other.golds, rng)
         return problem.text, left, rng.choice(_NO_ANSWERS)
+
+    def _choose_subject(self, rng: Random, *, same: bool) -> tuple[str, str, str]:
+        question, spellings = rng.choice(self._bridges)
+        left = rng.choice(spellings)
+        if same:
+            return question, left, rng.choice(spellings)
+        if (alike := self._subjects_alike[left]) and rng.random() < 0.8:
+            return question, left, rng.choice(alike)
+        others = [names for _, names in rng.sample(self._bridges, min(20, len(self._bridges)))]
+        other = next((names for names in others if not set(names) & set(spellings)), _NO_ANSWERS)
+        return question, left, rng.choice(other)
+
+
+def names_alike(groups: Iterable[tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Return for each name those that look like it and mean something else, sorted.
+
+    The names of a group mean the same. Two names look alike if they share a word or their first letters, as
+    North and South Korea do; a name that holds all words of the other may mean the same, and numbers never
+    look alike.
+    """
+    known = sorted(groups)
+    of_key: dict[str, set[str]] = defaultdict(set)
+    same: dict[str, set[str]] = defaultdict(set)
+    for group in known:
+        for name in group:
+            same[name].update(group)
+            for key in _look(name):
+                of_key[key].add(name)
+
+    def is_other(name: str, other: str) -> bool:
+        words, others = _words_of(name), _words_of(other)
+        return not (same[name] & same[other] or words <= others or others <= words)
+
+    return {
+        name: tuple(
+            sorted(
+                other for other in set().union(*(of_key[key] for key in _look(name))) if is_other(name, other)
+            )
+        )
+        for name in same
+    }
+
+
+def _look(name: str) -> set[str]:
+    """Return what names that look alike have in common; nothing for a number."""
+    if any(char.isdigit() for char in name):
+        return set()
+    words = {word for word in _words_of(name) if len(word) >= _PREFIX}
+    bare = name.lower().removeprefix("the ")
+    return words | ({f"{bare[:_PREFIX]}..."} if len(bare) > _PREFIX else set())
+
+
+def _words_of(name: str) -> set[str]:
+    return set(re.findall(r"\w+", name.lower()))
+
+
+def _spell_subject(subject: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*of_place(subject.removeprefix("the ")), subject)))
 
 
 def _similar(left: str, golds: Sequence[str], rng: Random) -> str:

@@ -11,7 +11,6 @@ from random import Random
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_module
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
@@ -19,8 +18,6 @@ from transformers import AutoModelForCausalLM
 from real.questions import Problem
 from real.training import Plan, fit
 from verl.data.dataset import load_questions
-from verl.trainer.config.loading import load_config, register_schema
-from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.wiring import make_format, make_resources, make_tokenizer, make_tools, open_agent
 from verl.types import Completion, Finish, IntArray, Question, Sampling, Trajectory
@@ -61,14 +58,6 @@ def write_completions(problem: Problem) -> list[str]:
         thought = f"The {asked} is {fact.value}. "
     written.append(f"<think> {thought.strip()}</think> <answer> {problem.golds[0]} </answer>")
     return written
-
-
-def read_config(overrides: Sequence[str]) -> Config:
-    """Return the trainer's configuration with these overrides."""
-    register_schema()
-    checked = check_overrides(list(overrides))
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=checked))
 
 
 async def play_traces(

@@ -15,11 +15,12 @@ from IG.messages import GainResult
 from real.entailment import HAND_MADE, area_under_curve
 from real.facts import Fact, Relation
 from real.gains import build_requests, summarize
-from real.pairs import MAKERS, Make, PairSource, write_number
+from real.pairs import MAKERS, Make, PairSource, names_alike, write_number
 from real.questions import Problem
 from real.training import Plan, fit
-from real.warmup import encode, micro_batches, read_config, write_completions
+from real.warmup import encode, micro_batches, write_completions
 from tests.fakes import make_question, make_trajectory
+from verl.trainer.config.loading import compose_config
 
 CAPITAL = Relation(name="capital", phrase="capital of {x}", question="What is the capital of {x}?")
 RULER = Relation(
@@ -64,6 +65,38 @@ def test_made_up_pairs_differ_where_they_do_not_mean_the_same(make: Make) -> Non
     same = [make(rng, same=True) for _ in range(200)]
     assert len({pair[1:] for pair in same}) > 50
     assert any(left != right for _, left, right in same)
+
+
+def test_names_look_alike_that_share_a_word_or_their_first_letters_and_mean_something_else() -> None:
+    groups = [
+        ("North Korea",),
+        ("South Korea", "Korea"),
+        ("Turkish",),
+        ("Turkmen",),
+        ("the Gambia", "Gambia"),
+        ("Kenya",),
+        ("1,022 km",),
+        ("1,046 km",),
+    ]
+    alike = names_alike(groups)
+    assert {name: others for name, others in alike.items() if others} == {
+        "North Korea": ("South Korea",),  # not Korea alone, which a writer may mean it by
+        "South Korea": ("North Korea",),
+        "Turkish": ("Turkmen",),
+        "Turkmen": ("Turkish",),
+    }
+
+
+def test_a_subject_is_compared_with_others_that_look_like_it() -> None:
+    peak = Relation(name="peak", phrase="", question="{x}?", bridge="the country whose highest point is {x}")
+    facts = [make_fact(peak, *names) for names in (("North Korea", "Paektu"), ("South Korea", "Halla"))]
+    source = PairSource([Problem(text=f"{fact.subject}?", hops=(fact,)) for fact in facts])
+    rng = Random(0)
+    pairs = {source._choose_subject(rng, same=False) for _ in range(50)}
+    assert pairs == {
+        ("Which is the country whose highest point is Paektu?", "North Korea", "South Korea"),
+        ("Which is the country whose highest point is Halla?", "South Korea", "North Korea"),
+    }
 
 
 def test_numbers_in_words() -> None:
@@ -126,7 +159,7 @@ def test_failed_gains_are_counted_and_are_in_no_figure() -> None:
 def test_the_settings_of_the_world_are_settings_of_service_and_trainer() -> None:
     folder = HAND_MADE.parent
     settings = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
-    assert read_config(["recipe=quickstart", *settings["trainer"]]).retriever.topk == 2
+    assert compose_config(["recipe=quickstart", *settings["trainer"]]).retriever.topk == 2
     flags = [flag.replace("{world}/", f"{folder}/") for flag in settings["ig_service"]]
     config = resolve_config(flags, environ={})
     assert (config.prompt_style, config.max_new_tokens) == ("chat", 24)
