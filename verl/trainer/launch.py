@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ def bind_launch(
         Placement(
             device=device,
             world_size=count_workers(config, device=device),
-            num_threads=len(os.sched_getaffinity(0)) if device == "cpu" else None,
+            num_threads=count_threads() if device == "cpu" else None,
         ),
         rendezvous=Rendezvous(launcher.address),
         total_steps=total_steps,
@@ -335,8 +334,8 @@ def engine_settings(config: Config, *, device: str, scratch: Path, num_replicas:
         "max_model_len": config.data.max_model_len,
         "seed": trainer.seed,
         "device": device,
-        # Half of the cores: the retriever and the agent loops work at the same time.
-        "num_threads": max(1, len(os.sched_getaffinity(0)) // 2 // num_replicas) if device == "cpu" else None,
+        # Half of them: the retriever and the agent loops work at the same time.
+        "num_threads": max(1, count_threads() // 2 // num_replicas) if device == "cpu" else None,
     }
 
 
@@ -352,6 +351,13 @@ def count_workers(config: Config, *, device: str) -> int:
     """Return the number of ranks of the policy, on all nodes."""
     trainer = config.trainer
     return len(policy_gpus(config)) * trainer.nnodes if device == "cuda" else trainer.num_cpu_workers
+
+
+def count_threads() -> int:
+    """Return what torch starts here: OMP_NUM_THREADS, or a thread for each core that this process may use."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def count_gpus() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.fakes import tiny_model
 from verl.errors import ConfigError
@@ -20,6 +21,7 @@ from verl.rollout.host import RolloutWorker
 from verl.rollout.vllm_engine import AdapterSlot
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import (
+    bind_launch,
     count_workers,
     find_tools,
     launch_engines,
@@ -187,6 +189,21 @@ def test_on_cpus_workers_and_engines_are_shared_out_among_the_nodes(config: Conf
     ]
     assert [actor.env["GLOO_SOCKET_IFNAME"] for actor in launcher.started[-2:]] == ["eth0", "ib0"]
     assert share_of_nodes(config, device="cpu") == Share(address="10.0.0.1:6379", num_nodes=2, cpus=2)
+
+
+def test_on_cpus_a_worker_has_the_threads_of_the_driver_and_engines_share_half_of_them(
+    config: Config, tmp_path: Path
+) -> None:
+    launcher = FakeLauncher(two_nodes().nodes, address="127.0.0.1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)  # as OMP_NUM_THREADS and taskset do
+    try:
+        launch_engines(config, launcher, device="cpu", scratch=tmp_path, open_agent=no_agent)
+        bind_launch(config, launcher, device="cpu", total_steps=1)(name="policy", trainable=True)
+    finally:
+        torch.set_num_threads(before)
+    assert {actor.kwargs["engine"].keywords["num_threads"] for actor in launcher.started[:4]} == {2}
+    assert launcher.started[-1].kwargs["placement"].num_threads == 8
 
 
 def test_ranks_of_one_node_talk_over_loopback(config: Config) -> None:
