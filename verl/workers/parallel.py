@@ -1,6 +1,7 @@
 """Data parallelism: process group, FSDP2 sharding, reductions over ranks. gloo on CPUs, NCCL on GPUs.
 
-A single CPU rank has no process group and no sharding; all functions but `init_distributed` then do nothing.
+A single CPU rank in float32 has no process group and no sharding; all functions but `init_distributed` then
+do nothing.
 On several nodes each node holds the whole model, sharded over its ranks, and gradients are summed over the
 nodes (HSDP): the many small collectives of FSDP stay inside a node.
 """
@@ -63,7 +64,7 @@ class ParallelContext:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """(shard) or (replicate, shard); None for a single rank on a CPU."""
+    """(shard) or (replicate, shard); None for a single rank on a CPU in float32."""
     leads_node: bool = True
     """Whether this is the first rank of its node."""
 
@@ -89,14 +90,17 @@ class Rendezvous:
         return f"{self._address}/{secrets.token_hex(16)}"
 
 
-def init_distributed(placement: Placement, *, fsdp_size: int | None = None) -> ParallelContext:
+def init_distributed(
+    placement: Placement, *, fsdp_size: int | None = None, dtype: torch.dtype = torch.float32
+) -> ParallelContext:
     """Join the process group at the rendezvous, which waits for all ranks.
 
-    `fsdp_size` ranks share one copy of the model; -1: all, None: those of a node.
+    `fsdp_size` ranks share one copy of the model; -1: all, None: those of a node. `dtype` is that of forward
+    passes: FSDP casts the float32 weights, so that a single rank needs it for another one, too.
     """
     rank, world_size = placement.rank, placement.world_size
     on_cuda = placement.device != "cpu"
-    if not on_cuda and world_size == 1:
+    if not on_cuda and world_size == 1 and dtype == torch.float32:
         return ParallelContext(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
     if world_size > 1 and placement.rendezvous is None:
         raise ValueError(f"{world_size} ranks need a rendezvous, got None")

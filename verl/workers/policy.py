@@ -86,14 +86,14 @@ class PolicyWorker:
             torch.set_num_threads(placement.num_threads)
         torch.manual_seed(seed)
         model, device = config.model, placement.device
-        self._actor = config.actor
-        self._config = model
+        self._actor, self._config = config.actor, model
         self._temperature = config.rollout.temperature
         self._total_steps = total_steps
         self._source = resolve_model_folder(model.path)
         self._dtype = compute_dtype(model, device=device)
         self._packs = packs_rows(model)
-        self._context = init_distributed(placement, fsdp_size=config.actor.fsdp_config.fsdp_size)
+        fsdp_size = config.actor.fsdp_config.fsdp_size
+        self._context = init_distributed(placement, fsdp_size=fsdp_size, dtype=self._dtype)
         self._model = build_model(model, device=device, trainable=trainable)
         self._network = PolicyNetwork(self._model)
         units = sharding_units(self._model)

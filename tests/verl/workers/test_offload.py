@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.verl.workers.episodes import exported, make_config, make_worker, one_rank, random_batch, save
 from verl.trainer.config.schema import ActorRolloutRefConfig, FsdpConfig, RefConfig, RefFsdpConfig
+from verl.workers.parallel import local_part
 from verl.workers.policy import PolicyWorker
 
 
@@ -38,7 +39,10 @@ def resident(worker: PolicyWorker) -> dict[str, int]:
         "weights": list(worker._network.parameters()),
         "optimizer": [value for of_one in state for value in of_one.values() if value.dim()],
     }
-    return {name: sum(t.untyped_storage().nbytes() for t in those) for name, those in tensors.items()}
+    return {
+        name: sum(local_part(t.detach()).untyped_storage().nbytes() for t in those)
+        for name, those in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("folder", ["model_folder", "tied_folder"])

@@ -320,8 +320,8 @@ def test_bfloat16_on_the_cpu_trains_float32_weights(model_folder: Path) -> None:
     """It is correct on every CPU, and refused before on those where it is slow."""
     worker, precise = make_worker(make_config(model_folder, dtype="bfloat16")), make_worker(model_folder)
     batch = random_batch(4)
-    (before,) = worker.log_probs([batch])
-    np.testing.assert_allclose(before, precise.log_probs([batch])[0], atol=0.1)
+    (before,), (expected,) = worker.log_probs([batch]), precise.log_probs([batch])
+    assert 1e-3 < distance(before, expected) < 0.1  # rounded: matrix products are in bfloat16
     assert worker.update(one_rank(batch))["grad_norm"] > 0
     assert not np.array_equal(worker.log_probs([batch])[0], before)
     with exported(worker) as file:
