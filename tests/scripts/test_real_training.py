@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from make_real import read_settings
 
 from IG.config import resolve_config
 from IG.messages import GainResult
@@ -156,13 +157,17 @@ def test_failed_gains_are_counted_and_are_in_no_figure() -> None:
     assert summarize([(gain(None), gain(0.1))]).auc is None
 
 
-def test_the_settings_of_the_world_are_settings_of_service_and_trainer() -> None:
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_the_settings_of_the_world_are_settings_of_service_and_trainer(in_bfloat16: bool) -> None:
     folder = HAND_MADE.parent
-    settings = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
-    assert compose_config(["recipe=quickstart", *settings["trainer"]]).retriever.topk == 2
+    settings = read_settings(in_bfloat16=in_bfloat16)
+    trainer = compose_config(["recipe=quickstart", *settings["trainer"]])
+    assert trainer.retriever.topk == 2
     flags = [flag.replace("{world}/", f"{folder}/") for flag in settings["ig_service"]]
     config = resolve_config(flags, environ={})
     assert (config.prompt_style, config.max_new_tokens) == ("chat", 24)
+    precision = "bfloat16" if in_bfloat16 else "auto"
+    assert (trainer.actor_rollout_ref.model.dtype, config.dtype) == (precision, precision)
     assert "Don Quixote" in config.prompt_file
 
 
