@@ -127,6 +127,8 @@ def prepare_ray_import() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray binds to loopback only where it thinks clusters unsupported.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # By itself Ray gives its workers the niceness 15: on busy cores they would wait for all other programs.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @contextmanager
