@@ -32,8 +32,9 @@ from rich.console import Console
 from screen import Screen
 
 from comparison.campaign import TUNING, Campaign, estimate_seconds, make_campaign
+from comparison.claims import find_unseparated
 from comparison.plan import Plan, read_plan
-from comparison.report import Places, find_places, find_unseparated, show, write_report
+from comparison.report import Places, find_places, show, write_report
 from comparison.results import CLAIMS, Result, read_results, result_file, write_result
 from comparison.runner import Runner
 from comparison.runs import ROOT, RunSpec

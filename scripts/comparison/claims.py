@@ -6,28 +6,38 @@ Each claim names the stages that it reads. Where these are not done, the sentenc
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from comparison.campaign import Campaign
+from scipy.stats import ttest_ind
+
+from comparison.campaign import TUNING, Campaign
+from comparison.plan import Plan, Stage, Variation
 from comparison.readings import (
     Difference,
     Reading,
     Runs,
+    Scores,
     Verdict,
     compare,
+    compare_pairs,
+    drop_failed,
     final_em,
     last_mean,
     mean_over_seeds,
-    pair_seeds,
     rank_correlation,
+    read_scores,
 )
 from comparison.results import Result
-from verl.evaluation.statistics import bootstrap_interval
+from comparison.tables import write_points
+from verl.evaluation.paired import SIGNIFICANCE
+from verl.evaluation.statistics import CONFIDENCE, adjust_holm, estimate_contrast
 
 OUTCOME = "search_r1"
 """The method that is rewarded for the outcome alone."""
-_CLEAR_TAU = 0.5
+PUBLISHED_WEIGHT = 0.6
+"""InfoReasoner's λ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +51,15 @@ class Claim:
 
 def list_claims(campaign: Campaign, stages: Sequence[str]) -> list[Claim]:
     """Return every claim that these stages can say something about, with what they say."""
-    chosen = {name: campaign.plan.stages[name] for name in stages if name in campaign.plan.stages}
+    plan = campaign.plan
+    chosen = {name: plan.stages[name] for name in stages if name in plan.stages}
     runs = {name: campaign.results_of(stage) for name, stage in chosen.items()}
     claims = {
         Claim(
             title="Plain outcome reward is competitive",
             source="arXiv 2605.27881",
-            found=_judge_outcome(runs),
-        ): any(len(campaign.plan.stage_methods(stage)) > 2 for stage in chosen.values()),
+            found=_judge_outcome(plan, runs),
+        ): any(len(plan.stage_methods(stage)) > 2 for stage in chosen.values()),
         Claim(
             title="Missing documents cost more than any method wins",
             source="arXiv 2605.27881",
@@ -62,50 +73,120 @@ def list_claims(campaign: Campaign, stages: Sequence[str]) -> list[Claim]:
         Claim(
             title="IGPO without leave-one-out searches less",
             source="exact gradients of docs/methods.md: biased against searching after the first turn",
-            found=_judge_igpo(runs.get("hard", {})),
+            found=_judge_igpo(campaign, runs.get("hard", {})),
         ): "hard" in chosen and {"igpo", "igpo_loo"} <= {*chosen["hard"].methods},
         Claim(
             title="IG-Search teaches where all of a group fail",
             source="arXiv 2604.15148",
-            found=_judge_failed_groups(runs.get("failed_groups", {})),
+            found=_judge_failed_groups(plan, runs.get("failed_groups", {})),
         ): "failed_groups" in chosen,
         Claim(
             title="The weight of the gain matters to InfoReasoner, and 0.6 is best",
             source="InfoReasoner's ablation of λ",
-            found=_judge_weight(runs.get("lambda", {})),
+            found=_judge_weight(
+                chosen["lambda"].vary if "lambda" in chosen else None, runs.get("lambda", {})
+            ),
         ): "lambda" in chosen,
     }
-    return [claim for claim, is_asked in claims.items() if is_asked]
+    found = [_check_world(name, campaign, stage) for name, stage in chosen.items() if stage.must_differ]
+    return found + [claim for claim, is_asked in claims.items() if is_asked]
 
 
-def _judge_outcome(runs: Mapping[str, Runs]) -> str:
+def find_unseparated(campaign: Campaign, stages: Sequence[str]) -> list[str] | None:
+    """Return the methods that stages with `must_differ` have not shown to be worse than the base.
+
+    None while such a stage is not done, or if there is none.
+    """
+    checked = [campaign.plan.stages[name] for name in stages if name != TUNING]
+    found = [_list_unseparated(campaign, stage) for stage in checked if stage.must_differ]
+    done = [names for names in found if names is not None]
+    return list(chain.from_iterable(done)) if found and len(done) == len(found) else None
+
+
+def _list_unseparated(campaign: Campaign, stage: Stage) -> list[str] | None:
+    runs = campaign.results_of(stage)
+    if sum(map(len, runs.values())) < stage.seeds * len(campaign.plan.stage_methods(stage)):
+        return None
+    assert stage.base is not None
+    differences = compare(runs, base=stage.base, readings=(Reading.ROLLOUTS,))
+    return [f"{d.method} on {stage.world}" for d in differences if d.verdict is not Verdict.WORSE]
+
+
+def _check_world(name: str, campaign: Campaign, stage: Stage) -> Claim:
+    missed = _list_unseparated(campaign, stage)
+    found = f"Shown: every other method is worse than {stage.base}."
+    if missed is None:
+        found = _missing(f"all runs of the stage {name}")
+    elif missed:
+        found = f"Not shown to be worse than {stage.base}: {', '.join(missed)}."
+    return Claim(
+        title=f"The world {stage.world} tells a right reward from a broken one",
+        source="must_differ of the plan",
+        found=found,
+    )
+
+
+def _judge_outcome(plan: Plan, runs: Mapping[str, Runs]) -> str:
     sentences = []
     for name, of_stage in runs.items():
         if OUTCOME not in of_stage or len(of_stage) < 3 or name in ("lambda", "failed_groups", "samples"):
             continue
         differences = compare(of_stage, base=OUTCOME, readings=(Reading.ROLLOUTS,))
-        parts = [
-            f"{len(names)} {verdict} ({', '.join(names)})"
-            for verdict in Verdict
-            if (names := [d.method for d in differences if d.verdict is verdict])
-        ]
-        sentences.append(f"{name}: against {OUTCOME}, of {len(differences)} methods {'; '.join(parts)}.")
+        if all(d.verdict is Verdict.ONE_SEED for d in differences):
+            sentences.append(f"{name}: one seed, no verdict.")
+            continue
+        sentences.append(f"{name}: against {OUTCOME}, {_count_verdicts(differences)}.")
+        if pairs := plan.controls(of_stage):
+            differences = compare_pairs(of_stage, pairs, readings=(Reading.ROLLOUTS,))
+            controls = ", ".join(dict.fromkeys(control for _, control in pairs))
+            sentences.append(f"Against {controls}, {_count_verdicts(differences)}.")
     return " ".join(sentences) or _missing("a stage with search_r1 and other methods")
 
 
+def _count_verdicts(differences: Sequence[Difference]) -> str:
+    parts = [
+        f"{len(names)} {verdict} ({', '.join(names)})"
+        for verdict in Verdict
+        if (names := [d.method for d in differences if d.verdict is verdict])
+    ]
+    return f"of {len(differences)} methods {'; '.join(parts)}"
+
+
 def _judge_corpus(whole: Runs, damaged: Runs) -> str:
-    """Compare what missing passages cost search_r1 with what the best method wins on the whole corpus."""
-    em = _means(whole)
-    lost = _paired_mean(damaged.get(OUTCOME, ()), whole.get(OUTCOME, ()), final_em)
-    if lost is None or len(em) < 2:
+    """Compare what missing passages cost search_r1 with what each method wins on the whole corpus.
+
+    More than any method wins: more than each of them, so that all tests must show it, without adjustment.
+    """
+    base, broken = (_read_ends(runs.get(OUTCOME, ())) for runs in (whole, damaged))
+    others = {name: scores for name in whole if name != OUTCOME and (scores := _read_ends(whole[name]))}
+    if base is None or broken is None or not others:
         return _missing("the stages hard and damaged with search_r1")
-    best = max((name for name in em if name != OUTCOME), key=lambda name: em[name])
-    won = em[best] - em[OUTCOME]
-    verdict = "more than" if -lost > won else "no more than"
+    before, after = drop_failed([base, broken])
+    loss = estimate_contrast([(1.0, after), (-1.0, before)])
+    shown = write_points(float(after.mean() - before.mean()), None if loss is None else loss.interval())
+    start = f"With the passages removed {OUTCOME} ends at {shown} points of EM."
+    known = {}
+    for name, scores in others.items():
+        # The loss minus the win: base - broken - (method - base), above 0 where the loss is larger.
+        sides = zip((2.0, -1.0, -1.0), drop_failed([base, broken, scores]), strict=True)
+        if (contrast := estimate_contrast([*sides])) is None:
+            return f"{start} With one seed there is no verdict."
+        known[name] = contrast
+    more = [n for n, test in known.items() if test.value > 0 and test.p_value < SIGNIFICANCE]
+    adjusted = adjust_holm([test.p_value for test in known.values()])
+    less = [
+        name
+        for (name, test), p in zip(known.items(), adjusted, strict=True)
+        if test.value < 0 and p is not None and p < SIGNIFICANCE
+    ]
+    if len(more) == len(known):
+        return f"{start} This is shown to be more than each of {len(known)} methods wins on the whole corpus."
+    left = [name for name in known if name not in (*more, *less)]
+    parts = [f"it is less than {', '.join(less)} win"] if less else []
+    parts += [f"open against {', '.join(left)}"] if left else []
     return (
-        f"With the passages removed {OUTCOME} ends at {100 * lost:+.1f} points of EM; the best method "
-        f"({best}) ends at {100 * won:+.1f} points on the whole corpus: the passages cost {verdict} what a "
-        "method wins."
+        f"{start} This is shown to be more than {len(more)} of {len(known)} methods win on the whole "
+        f"corpus; {'; '.join(parts)}."
     )
 
 
@@ -114,63 +195,86 @@ def _judge_rankings(runs: Mapping[str, Runs]) -> str:
     sentences = []
     for k, one in enumerate(worlds):
         for other in worlds[k + 1 :]:
-            tau = rank_correlation(_means(runs[one]), _means(runs[other]))
-            if tau is not None:
-                word = "neither agree nor invert"
-                if abs(tau) >= _CLEAR_TAU:
-                    word = "agree" if tau > 0 else "invert"
-                sentences.append(f"{one} and {other}: Kendall's tau {tau:+.2f}, the rankings {word}.")
+            found = rank_correlation(_means(runs[one]), _means(runs[other]))
+            if found is not None:
+                tau, p, count = found
+                word = "neither that the rankings agree nor that they invert is shown"
+                if p < SIGNIFICANCE:
+                    word = "the rankings agree" if tau > 0 else "the rankings invert"
+                sentences.append(
+                    f"{one} and {other}: Kendall's tau {tau:+.2f} (p {p:.3f}, {count} methods), {word}."
+                )
     return " ".join(sentences) or _missing("two worlds with three methods each")
 
 
-def _judge_igpo(runs: Runs) -> str:
-    """Compare searches per episode over the last steps: IGPO as published, and with leave-one-out."""
-    found = _difference(runs.get("igpo", ()), runs.get("igpo_loo", ()), lambda r: last_mean(r.searches))
-    if found is None:
+def _judge_igpo(campaign: Campaign, runs: Runs) -> str:
+    """Compare searches per episode over the last steps: IGPO as published, and with leave-one-out.
+
+    By Welch's t test over the seeds, which are independent.
+    """
+    names = ("igpo", "igpo_loo")
+    sides = [[last_mean(result.searches) for result in runs.get(name, ())] for name in names]
+    one, other = ([value for value in side if value is not None] for side in sides)
+    if not one or not other:
         return _missing("igpo and igpo_loo on the hard world")
-    value, interval, num_seeds = found
-    shown = "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
-    verdict = "no difference is shown"
-    if interval is not None and interval[1] < 0:
-        verdict = "the bias shows in the search rate"
-    elif interval is not None and interval[0] > 0:
-        verdict = "it searches more, against what its bias predicts"
+    value, shown, verdict = statistics.fmean(one) - statistics.fmean(other), "", "with one seed, no verdict"
+    if min(len(one), len(other)) > 1:
+        low, high = ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
+        shown, verdict = f" [{low:+.2f}, {high:+.2f}]", "no difference is shown"
+        if high < 0:
+            verdict = "the bias shows in the search rate"
+        elif low > 0:
+            verdict = "it searches more, against what its bias predicts"
+    tuned = [campaign.chosen.get(name) for name in names]
+    differ = "" if tuned[0] == tuned[1] else f" Their settings differ: {tuned[0]}; {tuned[1]}."
     return (
-        f"igpo ends with {value:+.2f}{shown} searches per episode against igpo_loo ({num_seeds} seeds): "
-        f"{verdict}."
+        f"igpo ends with {value:+.2f}{shown} searches per episode against igpo_loo "
+        f"({len(one)} and {len(other)} seeds): {verdict}.{differ}"
     )
 
 
-def _judge_failed_groups(runs: Runs) -> str:
-    """Compare each method, trained on groups that all fail, with search_r1, which gets no gradient there."""
+def _judge_failed_groups(plan: Plan, runs: Runs) -> str:
+    """Compare each method, trained on groups that all fail, with search_r1, which gets no gradient there.
+
+    F1 differs between wrong answers, so that a method rewarded by it is compared with F1 alone as well.
+    """
     base = next((name for name in runs if name.startswith(OUTCOME)), None)
     if base is None or len(runs) < 2:
         return _missing("the stage failed_groups")
+    controls = plan.controls(runs)
+    against = {d.method: d for d in compare_pairs(runs, controls, readings=(Reading.ROLLOUTS,))}
     sentences = []
     for d in compare(runs, base=base, readings=(Reading.ROLLOUTS,)):
-        shown = _write_difference(d)
-        sentences.append(f"{d.method}: {shown} points of EM against {base}, {_teaches(d.verdict)}.")
+        shown = write_points(d.value, d.interval)
+        text = f"{d.method}: {shown} points of EM against {base}, {_teaches(d.verdict)}"
+        if (c := against.get(d.method)) is not None:
+            text += f"; {write_points(c.value, c.interval)} against {c.base}, {_gain_teaches(c.verdict)}"
+        sentences.append(f"{text}.")
     return " ".join(sentences)
 
 
-def _judge_weight(runs: Runs) -> str:
-    if len(runs) < 3:
+def _judge_weight(vary: Variation | None, runs: Runs) -> str:
+    if len(runs) < 3 or vary is None:
         return _missing("the stage lambda")
+    values = {name: value for name, value in vary.names().items() if name in runs}
+    bases = [name for name, value in values.items() if value in (0.0, PUBLISHED_WEIGHT)]
+    pairs = [(name, base) for base in bases for name in values if name not in bases[: bases.index(base) + 1]]
     em = _means(runs)
-    best = max(em, key=lambda name: em[name])
-    values = ", ".join(f"{name.partition('=')[2] or name}: {100 * value:.1f}" for name, value in em.items())
-    base = next(iter(runs))
-    differing = [
-        d.method
-        for d in compare(runs, base=base, readings=(Reading.ROLLOUTS,))
-        if d.verdict in (Verdict.BETTER, Verdict.WORSE)
+    sentences = [
+        f"EM by λ: {', '.join(f'{values[name]}: {100 * mean:.1f}' for name, mean in em.items())}.",
     ]
-    shown = (
-        f"shown to differ from {base}: {', '.join(differing)}"
-        if differing
-        else f"none is shown to differ from {base}"
-    )
-    return f"EM by λ: {values}. The best is {best}; {shown}."
+    differences = compare_pairs(runs, pairs, readings=(Reading.ROLLOUTS,))
+    for base in bases:
+        against = [d for d in differences if base in (d.method, d.base)]
+        shown = [
+            f"λ {values[d.method if d.base == base else d.base]} ({write_points(sign * d.value, None)})"
+            for d in against
+            if d.verdict in (Verdict.BETTER, Verdict.WORSE) and d.value is not None
+            for sign in (1 if d.base == base else -1,)
+        ]
+        sentences.append(f"Shown to differ from λ {values[base]}: {', '.join(shown) or 'none'}.")
+    sentences.append(f"All λ use the settings tuned with {PUBLISHED_WEIGHT}, which favors it.")
+    return " ".join(sentences)
 
 
 def _teaches(verdict: Verdict) -> str:
@@ -178,16 +282,21 @@ def _teaches(verdict: Verdict) -> str:
         Verdict.BETTER: "it teaches there",
         Verdict.WORSE: "it teaches the wrong thing there",
         Verdict.NOT_SHOWN: "that it teaches there is not shown",
+        Verdict.ONE_SEED: "one seed, no verdict",
         Verdict.OPEN: "not measured",
     }
     return words[verdict]
 
 
-def _write_difference(difference: Difference) -> str:
-    if difference.value is None or difference.interval is None:
-        return "-"
-    low, high = difference.interval
-    return f"{100 * difference.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _gain_teaches(verdict: Verdict) -> str:
+    words = {
+        Verdict.BETTER: "the gain teaches more than F1",
+        Verdict.WORSE: "with the gain it learns less than with F1 alone",
+        Verdict.NOT_SHOWN: "that the gain teaches more than F1 is not shown",
+        Verdict.ONE_SEED: "one seed, no verdict",
+        Verdict.OPEN: "not measured",
+    }
+    return words[verdict]
 
 
 def _means(runs: Runs) -> dict[str, float]:
@@ -195,29 +304,11 @@ def _means(runs: Runs) -> dict[str, float]:
     return {name: mean[0] for name, mean in found.items() if mean is not None}
 
 
-def _paired_mean(
-    some: Sequence[Result], others: Sequence[Result], measure: Callable[[Result], float | None]
-) -> float | None:
-    found = _difference(some, others, measure)
-    return None if found is None else found[0]
-
-
-def _difference(
-    some: Sequence[Result], others: Sequence[Result], measure: Callable[[Result], float | None]
-) -> tuple[float, tuple[float, float] | None, int] | None:
-    """Return the mean difference over the seeds that both have, its interval over seeds, and their number.
-
-    An interval takes at least three seeds.
-    """
-    values = [
-        a - b
-        for one, other in pair_seeds(some, others)
-        if (a := measure(one)) is not None and (b := measure(other)) is not None
-    ]
-    if not values:
+def _read_ends(results: Sequence[Result]) -> list[Scores] | None:
+    """Return the scores of the last evaluation of each seed; None if one has none."""
+    if not results or not all(result.evaluations for result in results):
         return None
-    interval = bootstrap_interval([values]) if len(values) > 2 else None
-    return statistics.fmean(values), interval, len(values)
+    return [read_scores(result.evaluations[-1]) for result in results]
 
 
 def _missing(what: str) -> str:

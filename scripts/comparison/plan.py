@@ -19,7 +19,8 @@ from verl.errors import ConfigError
 PLANS = Path(__file__).with_name("plans")
 SERVICE = "ig_service."
 """Prefix of a varied setting that is one of the IG service, not of the trainer."""
-HANDICAPS = ("shuffled_outcomes", "failed_groups_only")
+SOME_GROUPS = "failed_groups_only"
+HANDICAPS = ("shuffled_outcomes", SOME_GROUPS)
 """What is broken or withheld on purpose, see `comparison.handicaps`."""
 
 Value = bool | int | float | str | None
@@ -70,6 +71,8 @@ class Method:
     handicap: str | None = None
     tuned_like: str | None = None
     """Name of the method whose tuned settings it takes; None: it is tuned itself."""
+    control: str | None = None
+    """Name of a method that is rewarded for the same outcome and without a gain, to compare with as well."""
 
 
 @with_config(_FORBID)
@@ -152,6 +155,11 @@ class Plan:
         names = [*stage.methods, *(stage.vary.names() if stage.vary else ())]
         return list(dict.fromkeys(([stage.base] if stage.base else []) + names))
 
+    def controls(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """Return the methods among these whose control is among them too, each with its control."""
+        found = [(name, self.method(name).control) for name in names]
+        return [(name, control) for name, control in found if control is not None and control in names]
+
 
 _SHAPE = TypeAdapter(Plan)
 
@@ -204,9 +212,8 @@ def _check(plan: Plan) -> Iterator[str]:
         where = f"methods.{name}"
         yield from _unknown(f"{where}.algorithm", [method.algorithm], ALGORITHMS)
         yield from _unknown(f"{where}.handicap", [method.handicap] if method.handicap else [], HANDICAPS)
-        yield from _unknown(
-            f"{where}.tuned_like", [method.tuned_like] if method.tuned_like else [], plan.methods
-        )
+        for key, other in (("tuned_like", method.tuned_like), ("control", method.control)):
+            yield from _unknown(f"{where}.{key}", [other] if other else [], plan.methods)
     if plan.tuning is not None:
         yield from _unknown("tuning.world", [plan.tuning.world], plan.worlds)
         yield from _unknown("tuning.methods", plan.tuning.methods, plan.methods)

@@ -16,7 +16,7 @@ import numpy as np
 
 from comparison.results import FAILED, RIGHT, Curve, Evaluation, Result
 from verl.evaluation.paired import SIGNIFICANCE
-from verl.evaluation.statistics import Interval, adjust_holm, crossed_bootstrap
+from verl.evaluation.statistics import Array, Contrast, Interval, adjust_holm, estimate_contrast
 
 LEVELS = (0.5, 0.7)
 WINDOW = 5
@@ -27,6 +27,8 @@ NO_SEARCHES = 0.1
 
 Runs = Mapping[str, Sequence[Result]]
 """The results of each method, one per seed, in the order of the seeds."""
+Scores = list[float | None]
+"""One number per question; None where it failed."""
 
 
 class Reading(StrEnum):
@@ -38,6 +40,8 @@ class Verdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     NOT_SHOWN = "no difference shown"
+    ONE_SEED = "one seed"
+    """No verdict: the noise between seeds is not known."""
     OPEN = "not measured"
 
 
@@ -62,15 +66,17 @@ class Difference:
     num_seeds: int
     num_questions: int
     value: float | None = None
+    contrast: Contrast | None = None
+    """None with one seed."""
     interval: Interval | None = None
-    p_value: float | None = None
+    """It is without 0 exactly where the verdict says so."""
     adjusted: float | None = None
-    """By Holm over the comparison."""
+    """p by Holm over the comparison."""
 
     @property
     def verdict(self) -> Verdict:
         if self.value is None or self.adjusted is None:
-            return Verdict.OPEN
+            return Verdict.ONE_SEED if self.value is not None and self.num_seeds == 1 else Verdict.OPEN
         if self.adjusted >= SIGNIFICANCE:
             return Verdict.NOT_SHOWN
         return Verdict.BETTER if self.value > 0 else Verdict.WORSE
@@ -136,30 +142,50 @@ def mean_over_seeds(
 
 def compare(runs: Runs, *, base: str, readings: Sequence[Reading] = tuple(Reading)) -> list[Difference]:
     """Compare every method with the base; p values are adjusted over all methods, per reading."""
+    return compare_pairs(runs, [(name, base) for name in runs if name != base], readings=readings)
+
+
+def compare_pairs(
+    runs: Runs, pairs: Sequence[tuple[str, str]], *, readings: Sequence[Reading] = tuple(Reading)
+) -> list[Difference]:
+    """Compare each method with the other one of its pair; p values are adjusted over the pairs, per reading.
+
+    Holm's method stops at the level SIGNIFICANCE / (number of pairs that it leaves open). Intervals have
+    that level, so that they agree with the verdicts.
+    """
     found: list[Difference] = []
     for reading in readings:
-        of_reading = [_difference(runs, name, base, reading) for name in runs if name != base]
-        adjusted = adjust_holm([difference.p_value for difference in of_reading])
-        found += [replace(d, adjusted=p) for d, p in zip(of_reading, adjusted, strict=True)]
+        of_reading = [_difference(runs, name, base, reading) for name, base in pairs]
+        adjusted = adjust_holm([None if d.contrast is None else d.contrast.p_value for d in of_reading])
+        num_open = sum(p is not None and p >= SIGNIFICANCE for p in adjusted)
+        confidence = 1 - SIGNIFICANCE / max(1, num_open)
+        found += [
+            replace(d, adjusted=p, interval=None if d.contrast is None else d.contrast.interval(confidence))
+            for d, p in zip(of_reading, adjusted, strict=True)
+        ]
     return found
 
 
 def _difference(runs: Runs, name: str, base: str, reading: Reading) -> Difference:
     """Compare the seeds that both have."""
     pairs = pair_seeds(runs[name], runs.get(base, ()))
-    rows = [row for one, other in pairs if (row := outcome_differences(one, other, reading)) is not None]
-    empty = Difference(method=name, base=base, reading=reading, num_seeds=len(rows), num_questions=0)
-    if not rows or len(rows) < len(pairs):
+    scores = [found for one, other in pairs if (found := read_both(one, other, reading)) is not None]
+    empty = Difference(method=name, base=base, reading=reading, num_seeds=len(scores), num_questions=0)
+    if not scores or len(scores) < len(pairs):
         return empty
-    # A question that failed in one of the runs is left out of all.
-    kept = [k for k in range(min(map(len, rows))) if all(row[k] is not None for row in rows)]
-    table = [[value for k in kept if (value := row[k]) is not None] for row in rows]
-    tested = crossed_bootstrap(table)
-    if tested is None:
+    first, second = drop_failed([[pair[0] for pair in scores], [pair[1] for pair in scores]])
+    if not first.size:
         return empty
-    interval, p_value = tested
-    value = math.fsum(map(math.fsum, table)) / (len(table) * len(kept))
-    return replace(empty, num_questions=len(kept), value=value, interval=interval, p_value=p_value)
+    value = float(first.mean() - second.mean())
+    contrast = estimate_contrast([(1.0, first), (-1.0, second)])
+    return replace(empty, num_questions=first.shape[1], value=value, contrast=contrast)
+
+
+def drop_failed(tables: Sequence[Sequence[Scores]]) -> list[Array]:
+    """Return scores [S, Q] of the same questions; one that failed in a run is left out of all."""
+    arrays = [np.array(table, dtype=np.float64) for table in tables]  # None is nan
+    is_kept = ~np.isnan(np.concatenate(arrays)).any(axis=0)  # [Q]
+    return [array[:, is_kept] for array in arrays]
 
 
 def pair_seeds(some: Sequence[Result], others: Sequence[Result]) -> list[tuple[Result, Result]]:
@@ -173,24 +199,22 @@ def find_seed(result: Result) -> int:
     return int(result.settings["config"]["trainer.seed"])
 
 
-def outcome_differences(one: Result, other: Result, reading: Reading) -> list[float | None] | None:
-    """Return the difference of each question, None where it failed; None without an evaluation to compare."""
+def read_both(one: Result, other: Result, reading: Reading) -> tuple[Scores, Scores] | None:
+    """Return the scores of two runs to compare; None without an evaluation of one."""
     if not one.evaluations or not other.evaluations:
         return None
     if reading is Reading.ROLLOUTS:
-        sides = [read_scores(result.evaluations[-1]) for result in (one, other)]
-    else:
-        limit = min(one.searches_until(one.steps), other.searches_until(other.steps))
-        sides = [scores_at(result, limit) for result in (one, other)]
-    return [None if a is None or b is None else a - b for a, b in zip(*sides, strict=True)]
+        return read_scores(one.evaluations[-1]), read_scores(other.evaluations[-1])
+    limit = min(one.searches_until(one.steps), other.searches_until(other.steps))
+    return scores_at(one, limit), scores_at(other, limit)
 
 
-def read_scores(evaluation: Evaluation) -> list[float | None]:
+def read_scores(evaluation: Evaluation) -> Scores:
     """Return 1 for each right answer, 0 for each wrong one, None for what failed."""
     return [None if mark == FAILED else float(mark == RIGHT) for mark in evaluation.outcomes]
 
 
-def scores_at(result: Result, searches: float) -> list[float | None]:
+def scores_at(result: Result, searches: float) -> Scores:
     """Return the scores when a run had made so many searches: between two evaluations, in proportion."""
     counts = [result.searches_until(evaluation.step) for evaluation in result.evaluations]
     after = next((k for k, count in enumerate(counts) if count >= searches), len(counts) - 1)
@@ -205,15 +229,20 @@ def scores_at(result: Result, searches: float) -> list[float | None]:
     ]
 
 
-def rank_correlation(some: Mapping[str, float], others: Mapping[str, float]) -> float | None:
-    """Return Kendall's tau-b of two rankings of the methods that both have; None for fewer than three."""
+def rank_correlation(
+    some: Mapping[str, float], others: Mapping[str, float]
+) -> tuple[float, float, int] | None:
+    """Return Kendall's tau-b of two rankings, its p value, and the number of methods that both have.
+
+    p is exact without ties, else by the normal approximation. None for fewer than three methods.
+    """
     from scipy.stats import kendalltau
 
     names = [name for name in some if name in others]
     if len(names) < 3:
         return None
-    tau = float(kendalltau([some[name] for name in names], [others[name] for name in names]).statistic)
-    return tau if math.isfinite(tau) else None
+    found = kendalltau([some[name] for name in names], [others[name] for name in names])
+    return (float(found.statistic), float(found.pvalue), len(names)) if math.isfinite(found.pvalue) else None
 
 
 def band(results: Sequence[Result], curve: Callable[[Result], Curve]) -> tuple[list[int], np.ndarray]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from comparison.campaign import Campaign, Trial
-from comparison.plan import Stage, write_value
+from comparison.plan import Stage, Tuning, write_value
 from comparison.readings import (
     COLLAPSE_WINDOW,
     LEVELS,
@@ -18,6 +19,7 @@ from comparison.readings import (
     Reading,
     Runs,
     compare,
+    compare_pairs,
     cost_to,
     final_em,
     has_collapsed,
@@ -27,9 +29,17 @@ from comparison.readings import (
 )
 from comparison.results import Result
 from comparison.runs import RunSpec
+from verl.evaluation.statistics import Interval
 from verl.evaluation.tables import ABSENT, Table
 
 BOARD_LEVEL = LEVELS[-1]
+_CERTAINTY = (
+    "Verdicts at p < 0.05 by Holm over the methods of a column, from a t test over seeds and questions: "
+    "questions are paired, the seeds of two methods are independent, degrees of freedom by Satterthwaite. "
+    "Intervals have at least 95 %: the level at which Holm's method stops, so that they are without 0 "
+    "exactly where the verdict is better or worse. A bootstrap over so few seeds is not honest: where they "
+    "differ much it finds a difference whenever all agree in sign (docs/evaluation.md has the simulation)."
+)
 
 
 def score_table(runs: Runs, *, base: str | None, stage: Stage) -> Table:
@@ -71,24 +81,40 @@ def score_table(runs: Runs, *, base: str | None, stage: Stage) -> Table:
         ),
         rows=tuple(rows),
         note="EM in percent, greedy, on the held-out questions after the last step, with the standard "
-        "deviation over seeds. Differences in points with 95 % intervals, and verdicts at p < 0.05: paired "
-        "bootstrap over questions and seeds, Holm's adjustment over the methods of a column. At equal "
-        "searches: when both had made as many as the one that searches less made in all, between two "
-        f"evaluations in proportion. Searches: per episode, last {COLLAPSE_WINDOW} steps. Collapsed: runs "
+        f"deviation over seeds. Differences in points. {_CERTAINTY} At equal searches: when both had made as "
+        "many as the one that searches less made in all, between two evaluations in proportion. "
+        f"Searches: per episode, last {COLLAPSE_WINDOW} steps. Collapsed: runs "
         f"whose sampled EM (mean of {COLLAPSE_WINDOW} steps) ended below half of its best; no searches: runs "
         f"that ended with fewer than {NO_SEARCHES:g} per episode.",
     )
 
 
+def control_table(runs: Runs, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Return one row per method that has a control: the differences to it by both readings."""
+    found = {(d.method, d.reading): d for d in compare_pairs(runs, pairs)}
+    rows = [
+        (
+            name,
+            control,
+            *(cell for reading in Reading for cell in _difference_cells(found[name, reading], is_base=False)),
+        )
+        for name, control in pairs
+    ]
+    return Table(
+        title="Differences to the same outcome reward without a gain",
+        header=("method", "control", "difference", "verdict", "at equal searches", "verdict"),
+        rows=tuple(rows),
+        note="As above. A control is rewarded for F1 alone, with the settings that the plan gives it: what a "
+        "method wins over it is due to the gain.",
+    )
+
+
 def cost_table(runs: Runs) -> Table:
-    """Return one row per method: steps, tokens and seconds until EM 0.5 and 0.7."""
-    rows = []
-    for name, results in runs.items():
-        cells = [name]
-        for level in LEVELS:
-            costs = [cost_to(result, level) for result in results]
-            cells += [_reached(costs), *(_median(costs, measure) for measure in _COSTS)]
-        rows.append(tuple(cells))
+    """Return one row per method: steps, tokens and processor seconds until EM 0.5 and 0.7."""
+    rows = [
+        (name, *(cell for level in LEVELS for cell in _cost_cells(results, level)))
+        for name, results in runs.items()
+    ]
     header = ["method"]
     for level in LEVELS:
         header += [f"EM {level:g}", "steps", "tokens", "processor s"]
@@ -97,15 +123,21 @@ def cost_table(runs: Runs) -> Table:
         header=tuple(header),
         rows=tuple(rows),
         note="A level is reached at the first step at which the EM of sampled episodes on training "
-        f"questions, as the mean of {WINDOW} steps, is at least that. Seeds that reached it, and the "
-        "medians of these. Tokens: prompts, observations and sampled ones of all episodes. Processor "
-        "seconds: of trainer, engines and services together, without evaluations and start.",
+        f"questions, as the mean of {WINDOW} steps, is at least that. Seeds that reached it, and medians "
+        "over all seeds, in which one that did not reach it counts as infinite. Tokens: prompts, "
+        "observations and sampled ones of all episodes. Processor seconds: of trainer, engines and services "
+        "together, without evaluations and start.",
     )
 
 
-def tuning_table(trials: Mapping[str, Sequence[Trial]], *, steps: int, window: int) -> Table:
-    """Return one row per trial and one column per method: EM of the last steps; the best is marked."""
+def tuning_table(trials: Mapping[str, Sequence[Trial]], tuning: Tuning, *, longest: int) -> Table:
+    """Return one row per trial and one column per method: EM of the last steps; the best is marked.
+
+    `longest` is the number of steps of the runs that use what was found.
+    """
     names = list(trials)
+    rates = [trial.run.tuned.lr for trial in trials[names[0]]]
+    edges = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
     rows = []
     for k, first in enumerate(trials[names[0]]):
         cells = [str(first.run.tuned)]
@@ -113,15 +145,17 @@ def tuning_table(trials: Mapping[str, Sequence[Trial]], *, steps: int, window: i
             em, every = trials[name][k].em, [trial.em for trial in trials[name]]
             known = [value for value in every if value is not None]
             is_best = em is not None and len(known) == len(every) and every.index(max(known)) == k
-            cells.append(ABSENT if em is None else f"{100 * em:.1f}{' *' if is_best else ''}")
+            mark = "" if not is_best else " * edge" if first.run.tuned.lr in edges else " *"
+            cells.append(ABSENT if em is None else f"{100 * em:.1f}{mark}")
         rows.append(tuple(cells))
     return Table(
         title="Search for learning rate, group size and KL",
         header=("setting", *names),
         rows=tuple(rows),
-        note=f"EM in percent of sampled episodes on training questions, mean of the last {window} of "
-        f"{steps} steps, one seed that no other run has. * the best, which all other runs of the method "
-        "use; every method has the same number of trials.",
+        note=f"EM in percent of sampled episodes on training questions, mean of the last {tuning.window} of "
+        f"{tuning.steps} steps, one seed that no other run has. * the best, which all other runs of the "
+        f"method use; they have up to {longest} steps, after which another one may be best. "
+        "Edge: the best learning rate is the least or the largest tried, so that another may be better.",
     )
 
 
@@ -169,39 +203,33 @@ def board_table(
     """Return one line per method and recipe, the fastest first, with the command that repeats a seed."""
     entries = []
     for name, specs in runs.items():
-        done = [(spec, campaign.results[spec.key]) for spec in specs if spec.key in campaign.results]
-        costs = [cost_to(result, BOARD_LEVEL) for _, result in done]
-        known = [cost.processor_s for cost in costs if cost is not None and cost.processor_s is not None]
-        if not known:
+        done = [spec for spec in specs if spec.key in campaign.results]
+        if not done:
             continue
-        median = statistics.median(known)
-        # The seed nearest to the median stands for the entry.
-        nearest = min(
-            (
-                (spec, cost.processor_s)
-                for (spec, _), cost in zip(done, costs, strict=True)
-                if cost is not None and cost.processor_s is not None
-            ),
-            key=lambda pair: abs(pair[1] - median),
-        )[0]
-        arguments = f"--plan {shlex.quote(plan)} --stage {stage_name} --verify {nearest.key}"
+        results = [campaign.results[spec.key] for spec in done]
+        seconds = [_or_infinite(cost_to(result, BOARD_LEVEL), _COSTS[-1]) for result in results]
+        known = [math.inf if value is None else value for value in seconds]
+        # The seed at the median stands for the entry, or the slowest one that reached the level.
+        order = sorted(zip(known, done, strict=True), key=lambda pair: pair[0])
+        num_reached = len(known) - known.count(math.inf)
+        shown = order[max(0, min((len(order) - 1) // 2, num_reached - 1))][1]
+        arguments = f"--plan {shlex.quote(plan)} --stage {stage_name} --verify {shown.key}"
         recipe = ", ".join(
-            [str(nearest.tuned), *(f"{k}={write_value(v)}" for k, v in nearest.method.settings.items())]
+            [str(shown.tuned), *(f"{k}={write_value(v)}" for k, v in shown.method.settings.items())]
         )
         row = (
             f"{name}: {recipe}",
-            _reached(costs),
-            *(_median(costs, measure) for measure in _COSTS),
+            *_cost_cells(results, BOARD_LEVEL),
             f"make compare COMPARE_ARGS='{arguments}'",
         )
-        entries.append((costs.count(None), median, row))
+        entries.append((statistics.median(known), len(known) - num_reached, row))
     entries.sort(key=lambda entry: entry[:2])
     return Table(
         title=f"Board: EM {BOARD_LEVEL:g} on two cores",
         header=("method and recipe", "seeds", "steps", "tokens", "processor s", "verify"),
         rows=tuple(row for *_, row in entries),
         note=f"Cost until the EM of sampled episodes, as the mean of {WINDOW} steps, is {BOARD_LEVEL:g}; "
-        "medians of the seeds that reached it. Methods of which more seeds reached it come first. Processor "
+        "medians over all seeds, in which one that did not reach it counts as infinite. Processor "
         "seconds are those of all processes of a run, so that what else the cores do counts little. To add "
         "a line: add a method to a plan, do its runs (make compare), and send the plan with the files in "
         "runs/.",
@@ -212,9 +240,9 @@ def verify_table(recorded: Result | None, again: Result) -> Table:
     """Return what a run took when it was recorded and what it took now."""
     rows = []
     for what, result in (("recorded", recorded), ("now", again)):
-        costs = [None if result is None else cost_to(result, level) for level in LEVELS]
         em = None if result is None else final_em(result)
-        cells = [_median([cost], measure) for cost in costs for measure in _COSTS]
+        results = [] if result is None else [result]
+        cells = [cell for level in LEVELS for cell in _cost_cells(results, level)[1:]]
         wall = ABSENT if result is None else f"{result.wall_s:.0f}"
         rows.append((what, ABSENT if em is None else f"{100 * em:.1f}", wall, *cells))
     header = ["", "EM at the end", "seconds of the run"]
@@ -233,24 +261,36 @@ _COSTS: tuple[Callable[[Cost], float | None], ...] = (
 def _difference_cells(difference: Difference | None, *, is_base: bool) -> tuple[str, str]:
     if is_base or difference is None:
         return ABSENT, "base" if is_base else ABSENT
-    if difference.value is None or difference.interval is None:
-        return ABSENT, difference.verdict
-    low, high = difference.interval
     p = difference.adjusted
     shown = "" if p is None else f" (p {'<0.001' if p < 0.001 else f'{p:.3f}'})"
-    return (
-        f"{100 * difference.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-        f"{difference.verdict}{shown}",
-    )
+    return write_points(difference.value, difference.interval), f"{difference.verdict}{shown}"
 
 
-def _reached(costs: Sequence[Cost | None]) -> str:
-    return f"{len(costs) - costs.count(None)}/{len(costs)}"
+def write_points(value: float | None, interval: Interval | None) -> str:
+    """Return a difference of EM in points, with its interval if there is one."""
+    if value is None:
+        return ABSENT
+    shown = "" if interval is None else f" [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
+    return f"{100 * value:+.1f}{shown}"
 
 
-def _median(costs: Sequence[Cost | None], measure: Callable[[Cost], float | None]) -> str:
-    known = [value for cost in costs if cost is not None and (value := measure(cost)) is not None]
-    return f"{statistics.median(known):,.0f}" if known else ABSENT
+def _cost_cells(results: Sequence[Result], level: float) -> tuple[str, ...]:
+    """Return how many runs reached the level, and the medians of steps, tokens and processor seconds."""
+    costs = [cost_to(result, level) for result in results]
+    cells = [f"{len(costs) - costs.count(None)}/{len(costs)}"]
+    for measure in _COSTS:
+        values = [_or_infinite(cost, measure) for cost in costs]
+        known = [value for value in values if value is not None]
+        median = statistics.median(known) if known and len(known) == len(values) else None
+        if median is None or (math.isinf(median) and measure is not _COSTS[0]):
+            cells.append(ABSENT)
+        else:
+            cells.append(f"> {max(r.steps for r in results)}" if math.isinf(median) else f"{median:,.0f}")
+    return tuple(cells)
+
+
+def _or_infinite(cost: Cost | None, measure: Callable[[Cost], float | None]) -> float | None:
+    return math.inf if cost is None else measure(cost)
 
 
 def _percent(found: tuple[float, float | None] | None) -> str:

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over questions, paired tests and their adjustment: pure functions of numbers.
+"""Intervals over questions, and over seeds and questions, paired tests, their adjustment: pure functions.
 
 A stratum has one number per question of one data source. The statistic is the mean over the strata of their
 means: one stratum gives the plain mean, one per source the macro average. Questions are resampled within
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
+from scipy.stats import t as student_t
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -24,9 +26,34 @@ _CHUNK_CELLS = 1 << 20
 _DRAWS_PER_COUNT = 16
 """Questions that are drawn in the time of one multinomial count (measured)."""
 _NORMAL = NormalDist()
+_TIE = 1e-12
+"""Sums of the same numbers in another order differ in the last digits."""
 
 Array = npt.NDArray[np.float64]
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """A weighted sum of means, and how certain it is."""
+
+    value: float
+    error: float
+    """Standard error."""
+    degrees: float
+    """Of freedom, of Student's t."""
+
+    @property
+    def p_value(self) -> float:
+        """Return the two-sided p value of a true value of 0."""
+        if self.error == 0.0:
+            return float(abs(self.value) < _TIE)
+        return float(2 * student_t.sf(abs(self.value) / self.error, self.degrees))
+
+    def interval(self, confidence: float = CONFIDENCE) -> Interval:
+        """Return the interval by Student's t."""
+        reach = float(student_t.isf((1 - confidence) / 2, self.degrees)) * self.error
+        return self.value - reach, self.value + reach
 
 
 def mean_of_means(strata: Sequence[Sequence[float]]) -> float | None:
@@ -52,8 +79,7 @@ def bootstrap_interval(
     if estimate is None or not _can_vary(strata):
         return None
     means = _resample_means(strata, seed=seed, num_resamples=num_resamples)  # [num_resamples]
-    # Sums of the same numbers in another order differ in the last digits: those are ties.
-    is_tie = np.isclose(means, estimate, rtol=0.0, atol=1e-12)
+    is_tie = np.isclose(means, estimate, rtol=0.0, atol=_TIE)
     below = (np.count_nonzero((means < estimate) & ~is_tie) + 0.5 * np.count_nonzero(is_tie)) / len(means)
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
     acceleration = _acceleration(strata)
@@ -65,36 +91,42 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def crossed_bootstrap(
-    differences: Sequence[Sequence[float]],
-    *,
-    seed: int = 0,
-    num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> tuple[Interval, float] | None:
-    """Return interval and two-sided p value of the mean of paired differences, over seeds and questions.
+def estimate_contrast(sides: Sequence[tuple[float, npt.ArrayLike]]) -> Contrast | None:
+    """Return a weighted sum of mean scores with its error over seeds and questions.
 
-    `differences` has a row per seed and a number per question [S, Q]. Seeds and questions are resampled
-    independently of each other, so that neither the questions nor the seeds of a comparison decide it alone;
-    with one seed, over questions alone. The interval has the quantiles of the resampled means, p is twice the
-    share of them on the other side of 0, the observed one counted. None without a number. Sources: Owen 2007,
-    "The pigeonhole bootstrap"; Davison and Hinkley 1997, section 4.4.
+    Each side is a weight and a table of scores [S, Q], a row per seed and a column per question. All sides
+    have the same questions; their seeds are independent of each other. Both seeds and questions count as
+    drawn at random. With the mean squares of the seeds M and of the residual R of each table, and the
+    variance C over the questions of their weighted sums of means:
+
+        error^2 = sum of w^2 max(M, R) / (S Q)  +  max(0, C - sum of w^2 R / S) / Q
+
+    From few seeds M can be below R by chance; its expectation cannot. None with fewer than two seeds of a
+    side, or two questions. Sources: Searle, Casella and McCulloch 1992, "Variance Components",
+    section 4.7; Satterthwaite 1946, "An approximate distribution of estimates of variance components".
     """
-    table = np.asarray(differences, dtype=np.float64)  # [S, Q]
-    if table.size == 0:
+    tables = [(weight, np.asarray(scores, dtype=np.float64)) for weight, scores in sides]
+    if not tables or any(table.ndim != 2 or min(table.shape) < 2 for _, table in tables):
         return None
-    generator = np.random.default_rng(seed)
-    num_seeds, num_questions = table.shape
-    counts_s = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples)
-    counts_q = generator.multinomial(
-        num_questions, np.full(num_questions, 1 / num_questions), size=num_resamples
-    )
-    means = ((counts_s @ table) * counts_q).sum(axis=1) / table.size  # [num_resamples]
-    # Sums of the same numbers in another order differ in the last digits: those are ties.
-    below, above = np.count_nonzero(means <= 1e-12), np.count_nonzero(means >= -1e-12)
-    p_value = min(1.0, 2 * (1 + min(below, above)) / (1 + num_resamples))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return (float(low), float(high)), p_value
+    num_questions = tables[0][1].shape[1]
+    variance, residual, spread = 0.0, 0.0, 0.0
+    sums = np.zeros(num_questions)  # [Q]
+    for weight, table in tables:
+        num_seeds, of_seed, of_question = len(table), table.mean(axis=1), table.mean(axis=0)
+        rest = table - of_seed[:, None] - of_question + table.mean()  # [S, Q]
+        rest_square = float((rest**2).sum()) / ((num_seeds - 1) * (num_questions - 1))
+        seed_square = max(num_questions * float(of_seed.var(ddof=1)), rest_square)
+        part = weight**2 * seed_square / (num_seeds * num_questions)
+        variance += part
+        spread += part**2 / (num_seeds - 1)
+        residual += weight**2 * rest_square / num_seeds
+        sums += weight * of_question
+    of_questions = float(sums.var(ddof=1))
+    if of_questions > residual:
+        variance += (of_questions - residual) / num_questions
+        spread += (of_questions / num_questions) ** 2 / (num_questions - 1)
+    degrees = variance**2 / spread if spread > 0 else math.inf
+    return Contrast(value=float(sums.mean()), error=math.sqrt(variance), degrees=degrees)
 
 
 def sign_flip_p_value(

@@ -9,6 +9,7 @@ from comparison.readings import (
     Verdict,
     band,
     compare,
+    compare_pairs,
     cost_to,
     has_collapsed,
     has_stopped_searching,
@@ -18,6 +19,7 @@ from comparison.readings import (
     rank_correlation,
     smooth,
 )
+from comparison.results import Result
 from tests.scripts.comparison.made_up import make_result
 
 
@@ -72,12 +74,8 @@ def test_seeds_are_paired_and_a_method_that_is_right_on_other_questions_is_bette
     assert good.interval is not None
     assert good.interval[0] < 0.8 < good.interval[1]
     assert good.verdict is Verdict.BETTER
-    assert (same.value, same.interval, same.p_value, same.verdict) == (
-        0.0,
-        (0.0, 0.0),
-        1.0,
-        Verdict.NOT_SHOWN,
-    )
+    assert (same.value, same.interval, same.adjusted) == (0.0, (0.0, 0.0), 1.0)
+    assert same.verdict is Verdict.NOT_SHOWN
     (worse,) = compare(
         {"good": runs["good"], "base": runs["base"]}, base="good", readings=(Reading.ROLLOUTS,)
     )
@@ -87,6 +85,36 @@ def test_seeds_are_paired_and_a_method_that_is_right_on_other_questions_is_bette
         0,
         1,
     ]
+
+
+def test_one_seed_gives_a_difference_without_a_verdict() -> None:
+    runs = {
+        "base": [make_result(outcomes=((2, "0" * 50),))],
+        "one": [make_result(outcomes=((2, "1" * 50),))],
+    }
+    (one,) = compare(runs, base="base", readings=(Reading.ROLLOUTS,))
+    assert (one.value, one.interval, one.verdict) == (1.0, None, Verdict.ONE_SEED)
+
+
+def test_intervals_are_without_0_exactly_where_the_verdict_says_so() -> None:
+    def seeds(*numbers: int) -> list[Result]:
+        texts = ("1" * number + "0" * (100 - number) for number in numbers)
+        return [make_result(outcomes=((2, text),), seed=seed) for seed, text in enumerate(texts)]
+
+    runs = {"base": seeds(20, 24, 28), "far": seeds(70, 74, 78), "near": seeds(35, 39, 43)}
+    runs |= {"same": seeds(21, 24, 27)}
+    found = {d.method: d for d in compare(runs, base="base", readings=(Reading.ROLLOUTS,))}
+    assert [found[name].verdict for name in ("far", "near", "same")] == [
+        Verdict.BETTER,
+        Verdict.BETTER,
+        Verdict.NOT_SHOWN,
+    ]
+    for d in found.values():
+        assert d.interval is not None
+        assert (d.verdict is Verdict.NOT_SHOWN) == (d.interval[0] <= 0 <= d.interval[1])
+    alone = compare_pairs(runs, [("near", "base")], readings=(Reading.ROLLOUTS,))[0]
+    assert alone.adjusted is not None
+    assert found["near"].adjusted == pytest.approx(2 * alone.adjusted)  # of three, "far" comes first
 
 
 def test_one_seed_of_two_does_not_make_a_method_better() -> None:
@@ -128,8 +156,9 @@ def test_without_the_runs_of_the_base_nothing_is_measured() -> None:
 
 def test_rankings_agree_or_invert() -> None:
     ranking = {"a": 0.1, "b": 0.2, "c": 0.3}
-    assert rank_correlation(ranking, {"a": 1, "b": 2, "c": 3, "d": 0}) == 1.0
-    assert rank_correlation(ranking, {"a": 3, "b": 2, "c": 1}) == -1.0
+    # Of the 6 orders of three, one agrees and one inverts.
+    assert rank_correlation(ranking, {"a": 1, "b": 2, "c": 3, "d": 0}) == (1.0, pytest.approx(2 / 6), 3)
+    assert rank_correlation(ranking, {"a": 3, "b": 2, "c": 1}) == (-1.0, pytest.approx(2 / 6), 3)
     assert rank_correlation(ranking, {"a": 1, "b": 2}) is None
 
 

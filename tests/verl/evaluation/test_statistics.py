@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
 from verl.evaluation.statistics import (
+    Array,
+    Contrast,
     adjust_holm,
     bootstrap_interval,
-    crossed_bootstrap,
+    estimate_contrast,
     mcnemar_p_value,
     mean_of_means,
     sign_flip_p_value,
@@ -66,36 +70,55 @@ def test_intervals_cover_the_true_mean_as_often_as_they_claim(sizes: tuple[int, 
     assert 0.85 <= hits / num_trials <= 0.95
 
 
-def test_seeds_and_questions_are_resampled_independently() -> None:
-    # Two seeds of which one is always better: both are the lucky one in a quarter of the resamples.
-    found = crossed_bootstrap([[1.0] * 30, [0.0] * 30])
+def test_a_contrast_by_hand() -> None:
+    first, second = [[1.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [1.0, 0.0]]
+    # First: both seeds have mean 1/2, so M = 0; the residuals are +-1/2, so R = 1, which M is raised to.
+    # Second: seeds of mean 0 and 1/2: M = 2 * 1/8 = 1/4; the residuals are +-1/4: R = 1/4.
+    # The differences of questions, 0 and 1/2, have C = 1/8, below (1 + 1/4) / 2: they add nothing.
+    found = estimate_contrast([(1.0, first), (-1.0, second)])
     assert found is not None
-    assert found[0] == (0.0, 1.0)
-    assert found[1] == pytest.approx(0.5, abs=0.03)
-    # The same differences with one seed: over questions alone.
-    found = crossed_bootstrap([[1.0] * 30 + [0.0] * 30])
+    assert found.value == 0.25
+    assert found.error == pytest.approx(math.sqrt(1 / 4 + 1 / 16))
+    assert found.degrees == pytest.approx((1 / 4 + 1 / 16) ** 2 / (1 / 4**2 + 1 / 16**2))
+    twice = estimate_contrast([(2.0, first), (-2.0, second)])
+    assert twice is not None
+    assert (twice.value, twice.error) == (0.5, pytest.approx(2 * found.error))
+    assert twice.p_value == pytest.approx(found.p_value)
+
+
+def test_an_interval_is_without_0_where_p_is_below_its_level() -> None:
+    found = Contrast(value=3.0, error=1.0, degrees=4.0)
+    assert found.p_value == pytest.approx(0.0399, abs=1e-4)  # t table: 2.776 at 0.05, 3.747 at 0.02
+    assert found.interval(0.95) == pytest.approx((3 - 2.776, 3 + 2.776), abs=1e-3)
+    assert found.interval(0.98)[0] < 0 < found.interval(1 - found.p_value - 1e-6)[0]
+
+
+def test_without_two_seeds_and_two_questions_there_is_no_contrast_and_equal_scores_have_p_1() -> None:
+    same = [[0.0, 1.0, 1.0]] * 3
+    found = estimate_contrast([(1.0, same), (-1.0, same)])
     assert found is not None
-    assert found[0] == pytest.approx((0.37, 0.63), abs=0.02)
-    assert found[1] == pytest.approx(2 / 10_001)
+    assert (found.interval(), found.p_value) == ((0.0, 0.0), 1.0)
+    assert estimate_contrast([(1.0, same), (-1.0, same[:1])]) is None
+    assert estimate_contrast([(1.0, [[1.0], [0.0]])]) is None
 
 
-def test_no_difference_has_p_1_and_no_number_has_no_interval() -> None:
-    assert crossed_bootstrap([[0.0] * 5] * 3) == ((0.0, 0.0), 1.0)
-    assert crossed_bootstrap([]) is None
-    assert crossed_bootstrap([[], []]) is None
+@pytest.mark.parametrize(("num_seeds", "noise"), [(2, 0.05), (3, 0.0), (3, 0.05), (5, 0.05)])
+def test_a_contrast_finds_no_difference_as_rarely_as_it_claims(num_seeds: int, noise: float) -> None:
+    rng, rejected, strictly = np.random.default_rng(0), 0, 0
+    for _ in range(600):
+        ease = rng.beta(0.5, 0.8, size=100)
 
+        def draw(ease: Array = ease) -> Array:
+            shares = ease + rng.normal(0, noise, (num_seeds, 1)) + rng.normal(0, 0.1, (num_seeds, 100))
+            return (rng.random((num_seeds, 100)) < shares).astype(np.float64)
 
-def test_the_crossed_interval_covers_the_true_difference_at_least_as_often_as_it_claims() -> None:
-    rng, covered, rejected = np.random.default_rng(0), 0, 0
-    for _ in range(200):
-        seeds, questions = rng.normal(size=(6, 1)), rng.normal(size=(1, 40))
-        table = 0.1 * seeds + 0.3 * questions + 0.5 * rng.normal(size=(6, 40))  # the true difference is 0
-        found = crossed_bootstrap(table.tolist(), num_resamples=500)
+        found = estimate_contrast([(1.0, draw()), (-1.0, draw())])
         assert found is not None
-        covered += found[0][0] <= 0 <= found[0][1]
-        rejected += found[1] < 0.05
-    assert covered >= 0.93 * 200
-    assert rejected <= 0.07 * 200
+        rejected += found.p_value < 0.05
+        strictly += found.p_value < 0.01
+    # Three standard errors of shares of 0.05 and 0.01 in 600 trials; by a bootstrap it is 0.1 with 2 seeds.
+    assert rejected <= 0.077 * 600
+    assert strictly <= 0.022 * 600
 
 
 @pytest.mark.parametrize(
