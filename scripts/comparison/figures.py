@@ -62,7 +62,7 @@ def draw_stage(runs: Runs, *, name: str, base: str | None, folder: Path) -> list
 def draw_curves(runs: Runs, *, name: str, folder: Path) -> Picture:
     """Write four panels over the steps, with a line and a band per method."""
     rows = ceil(len(runs) / 4)
-    with _figure(name, height=4.6 + 0.2 * rows) as figure:
+    with open_figure(name, height=4.6 + 0.2 * rows) as figure:
         grid = figure.subplots(2, 2, sharex=True)
         figure.subplots_adjust(
             left=0.07, right=0.985, top=0.95, bottom=0.1 + 0.045 * rows, hspace=0.26, wspace=0.16
@@ -81,7 +81,7 @@ def draw_curves(runs: Runs, *, name: str, folder: Path) -> Picture:
         ]
         figure.legend(handles=handles, loc="lower center", ncols=min(4, len(runs)), handlelength=2.2)
         caption = f"Exact match, searches, gain and entropy over the steps. {_SMOOTHED}"
-        return _write(figure, name=name, caption=caption, folder=folder)
+        return write_figure(figure, name=name, caption=caption, folder=folder)
 
 
 def draw_pairs(runs: Runs, *, name: str, base: str, folder: Path) -> Picture:
@@ -89,7 +89,7 @@ def draw_pairs(runs: Runs, *, name: str, base: str, folder: Path) -> Picture:
     methods = [method for method in runs if method != base]
     columns = min(4, len(methods))
     rows = ceil(len(methods) / columns)
-    with _figure(name, height=0.5 + 1.55 * rows) as figure:
+    with open_figure(name, height=0.5 + 1.55 * rows) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         bottom = 0.42 / (0.5 + 1.55 * rows)
         figure.subplots_adjust(
@@ -109,14 +109,14 @@ def draw_pairs(runs: Runs, *, name: str, base: str, folder: Path) -> Picture:
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
         caption = f"Exact match of each method (blue) and of {base} (grey). {_SMOOTHED}"
-        return _write(figure, name=name, caption=caption, folder=folder)
+        return write_figure(figure, name=name, caption=caption, folder=folder)
 
 
 def draw_variation(
     results: Mapping[Value, Sequence[Result]], *, setting: str, method: str, name: str, folder: Path
 ) -> Picture:
     """Write EM of the last evaluation, and searches, over the values of one setting."""
-    with _figure(name, height=2.6) as figure:
+    with open_figure(name, height=2.6) as figure:
         left, right = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.08, right=0.985, top=0.9, bottom=0.19, wspace=0.2)
         places: dict[Value, float] = {v: float(v) for v in results if isinstance(v, int | float)}
@@ -149,7 +149,7 @@ def draw_variation(
             axes.set_xlabel(f"{setting} of {method}")
             axes.set_xticks(list(places.values()), [str(value) for value in places])
         caption = f"{method} under different values of {setting}. {_BAND}; dots are seeds."
-        return _write(figure, name=name, caption=caption, folder=folder)
+        return write_figure(figure, name=name, caption=caption, folder=folder)
 
 
 def _final_searches(result: Result) -> float | None:
@@ -177,13 +177,15 @@ def _finish(axes: Axes, title: str, *, is_share: bool) -> None:
 
 
 @contextmanager
-def _figure(name: str, *, height: float) -> Iterator[Figure]:
+def open_figure(name: str, *, height: float) -> Iterator[Figure]:
+    """Give a figure as wide as a page, in the style of all plots; height in inches."""
     # Type 42: publishers refuse the default fonts of PDF files; fixed salts give the same files again.
     with mpl.rc_context({**STYLE, "svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}):
         yield Figure(figsize=(_WIDTH, height))
 
 
-def _write(figure: Figure, *, name: str, caption: str, folder: Path) -> Picture:
+def write_figure(figure: Figure, *, name: str, caption: str, folder: Path) -> Picture:
+    """Write PDF and PNG; return the picture for a page."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     figure.savefig(folder / f"{name}.png", dpi=_PNG_DPI, metadata={"Software": None})
