@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from comparison.plan import Value
 from comparison.readings import Runs, band, final_em, smooth
 from comparison.results import Curve, Result
-from serving.plotting import COLORS, GREY, STYLE
+from serving.plotting import COLORS, GREY, INK, STYLE
 from verl.run.report.charts import LINE_STYLES, as_svg
 
 _PNG_DPI = 160
@@ -47,37 +47,43 @@ _PANELS = (
     _Panel(title="gain, as the method measures it", curve=lambda result: smooth(result.gain)),
     _Panel(title="entropy, nats per sampled token", curve=lambda result: smooth(result.entropy)),
 )
+_LINE_COLORS = (INK, *COLORS)
 _BAND = "Lines are means over the seeds, bands go from the least to the largest seed"
 _SMOOTHED = f"{_BAND}; every point is the mean of 5 steps."
 
 
-def draw_stage(runs: Runs, *, name: str, base: str | None, folder: Path) -> list[Picture]:
-    """Write EM, searches, gain and entropy of all methods, and EM of each method beside the base."""
-    pictures = [draw_curves(runs, name=f"{name}_curves", folder=folder)]
+def draw_stage(
+    runs: Runs, *, numbers: Mapping[str, int], name: str, base: str | None, folder: Path
+) -> list[Picture]:
+    """Write EM, searches, gain and entropy of all methods, and EM of each method beside the base.
+
+    Methods with the same number look the same in the figures of all stages.
+    """
+    pictures = [draw_curves(runs, numbers=numbers, name=f"{name}_curves", folder=folder)]
     if base is not None and base in runs and len(runs) > 1:
         pictures.append(draw_pairs(runs, name=f"{name}_pairs", base=base, folder=folder))
     return pictures
 
 
-def draw_curves(runs: Runs, *, name: str, folder: Path) -> Picture:
+def draw_curves(runs: Runs, *, numbers: Mapping[str, int], name: str, folder: Path) -> Picture:
     """Write four panels over the steps, with a line and a band per method."""
-    rows = ceil(len(runs) / 4)
-    with open_figure(name, height=4.6 + 0.2 * rows) as figure:
+    legend = 0.5 + 0.19 * ceil(len(runs) / 4)
+    height = 4.2 + legend
+    with open_figure(name, height=height) as figure:
         grid = figure.subplots(2, 2, sharex=True)
         figure.subplots_adjust(
-            left=0.07, right=0.985, top=0.95, bottom=0.1 + 0.045 * rows, hspace=0.26, wspace=0.16
+            left=0.07, right=0.985, top=0.95, bottom=legend / height, hspace=0.26, wspace=0.16
         )
         for panel, axes in zip(_PANELS, grid.flat, strict=True):
-            for number, results in enumerate(runs.values()):
+            for method, results in runs.items():
                 steps, values = band(results, panel.curve)
                 if steps:
-                    _draw_band(axes, steps, values, number)
+                    _draw_band(axes, steps, values, numbers[method])
             _finish(axes, panel.title, is_share=panel.is_share)
         for axes in grid[1]:
             axes.set_xlabel("step")
         handles = [
-            mpl.lines.Line2D([], [], label=label, linewidth=1.8, **_looks(number))
-            for number, label in enumerate(runs)
+            mpl.lines.Line2D([], [], label=label, linewidth=1.8, **_looks(numbers[label])) for label in runs
         ]
         figure.legend(handles=handles, loc="lower center", ncols=min(4, len(runs)), handlelength=2.2)
         caption = f"Exact match, searches, gain and entropy over the steps. {_SMOOTHED}"
@@ -164,8 +170,8 @@ def _draw_band(axes: Axes, steps: Sequence[int], values: Any, number: int) -> No
 
 def _looks(number: int) -> dict[str, Any]:
     return {
-        "color": COLORS[number % len(COLORS)],
-        "linestyle": LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)],
+        "color": _LINE_COLORS[number % len(_LINE_COLORS)],
+        "linestyle": LINE_STYLES[number // len(_LINE_COLORS) % len(LINE_STYLES)],
     }
 
 

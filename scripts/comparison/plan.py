@@ -155,6 +155,18 @@ class Plan:
         names = [*stage.methods, *(stage.vary.names() if stage.vary else ())]
         return list(dict.fromkeys(([stage.base] if stage.base else []) + names))
 
+    def numbers(self, names: Iterable[str]) -> dict[str, int]:
+        """Return numbers to draw methods by; those that differ in handicap or tuning alone share one."""
+        kinds: list[object] = []
+        found = {}
+        for name in (*self.methods, *names):
+            method = self.method(name)
+            kind = (method.algorithm, method.settings, method.ig_service)
+            if kind not in kinds:
+                kinds.append(kind)
+            found[name] = kinds.index(kind)
+        return found
+
     def controls(self, names: Collection[str]) -> list[tuple[str, str]]:
         """Return the methods among these whose control is among them too, each with its control."""
         found = [(name, self.method(name).control) for name in names]

@@ -134,7 +134,8 @@ def _stage_section(
         setting = stage.vary.setting.rpartition(".")[2]
         picture = draw_variation(values, setting=setting, method=stage.vary.method, name=name, folder=figures)
         return Section(title=name, lines=tuple(lines), tables=tables, pictures=(picture,))
-    pictures = draw_stage(runs, name=name, base=stage.base, folder=figures)
+    numbers = campaign.plan.numbers(runs)
+    pictures = draw_stage(runs, numbers=numbers, name=name, base=stage.base, folder=figures)
     return Section(title=name, lines=tuple(lines), tables=tables, pictures=tuple(pictures))
 
 
