@@ -260,7 +260,7 @@ class _RayActor:
         self._has_answered = False
 
     async def call(self, method: str, /, *args: object, **kwargs: object) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         try:
             if self._pid is None:
@@ -280,6 +280,13 @@ class _RayActor:
                 await asyncio.sleep(_NOTICE_S)
             death = self._ray.describe_death(error, pid=self._local_pid)
             raise ActorError(f"{self._label} died; {method!r} has no result. {death}") from error
+        except OutOfMemoryError as error:
+            first_line = str(error).partition("\n")[0]
+            raise ActorError(
+                f"Ray ended {self._label} in {method!r}, because its machine has too little memory: "
+                f"{first_line}; end other programs, or lower "
+                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, and repeat the command to resume"
+            ) from error
         self._has_answered = True
         return result
 

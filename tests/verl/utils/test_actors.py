@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import OutOfMemoryError
 
-from verl.utils.actors import ActorError, Launcher, keep_sigterm_handler, make_launcher
+from verl.utils.actors import ActorError, Launcher, _RayActor, keep_sigterm_handler, make_launcher
 
 
 class Counter:
@@ -172,6 +174,30 @@ async def test_the_error_of_an_ended_ray_actor_names_it_and_quotes_its_stderr(ra
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
+class StarvedActor:
+    """Stands for an actor of Ray whose machine has run out of memory."""
+
+    def __init__(self) -> None:
+        self.pid = self.call = self
+
+    async def remote(self, *_: object) -> object:
+        raise OutOfMemoryError(
+            "1 worker(s) were killed: 22.49GB used / 23.54GB limit\n  OOM kill reason: ..."
+        )
+
+
+async def test_an_actor_that_ray_ends_for_want_of_memory_says_what_to_do() -> None:
+    nothing: Any = None
+    actor = _RayActor(StarvedActor(), ray=nothing, label="actor 'policy-0'", node=0, is_here=True)
+    with pytest.raises(ActorError) as caught:
+        await actor.call("update")
+    assert str(caught.value) == (
+        "Ray ended actor 'policy-0' in 'update', because its machine has too little memory: 1 worker(s) were "
+        "killed: 22.49GB used / 23.54GB limit; end other programs, or lower "
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, and repeat the command to resume"
+    )
+
+
 def test_ray_leaves_sigterm_alone_and_is_started_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is on_sigterm
     with pytest.raises(ActorError, match="already runs"):
