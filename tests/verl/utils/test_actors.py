@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.exceptions import OutOfMemoryError
 
 from verl.utils.actors import ActorError, Launcher, _RayActor, keep_sigterm_handler, make_launcher
 
@@ -172,8 +171,6 @@ async def test_the_error_of_an_ended_ray_actor_names_it_and_quotes_its_stderr(ra
         await actor.call("die")
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray")
 class StarvedActor:
     """Stands for an actor of Ray whose machine has run out of memory."""
 
@@ -181,6 +178,8 @@ class StarvedActor:
         self.pid = self.call = self
 
     async def remote(self, *_: object) -> object:
+        from ray.exceptions import OutOfMemoryError  # later: another test is about the first import of Ray
+
         raise OutOfMemoryError(
             "1 worker(s) were killed: 22.49GB used / 23.54GB limit\n  OOM kill reason: ..."
         )
@@ -198,6 +197,8 @@ async def test_an_actor_that_ray_ends_for_want_of_memory_says_what_to_do() -> No
     )
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
 def test_ray_leaves_sigterm_alone_and_is_started_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is on_sigterm
     with pytest.raises(ActorError, match="already runs"):
