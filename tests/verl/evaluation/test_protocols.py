@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from prepare_data import main as prepare_data
 
 from tests.fakes import AnsweringServer, FakeAgent, Reply
@@ -33,7 +32,7 @@ from verl.evaluation.summary import summarize
 from verl.evaluation.tables import as_markdown, results_table
 from verl.run.manifest import make_manifest
 from verl.trainer.config.evaluation import EvaluationConfig
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.trainer.evaluate import find_version, play, trace_evidence
@@ -45,10 +44,7 @@ WIKI = {"passages": 21_015_324}
 
 
 def composed(*arguments: str) -> Config:
-    register_schema()
-    overrides = check_overrides(add_protocol_settings(arguments))
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=overrides))
+    return compose_config(check_overrides(add_protocol_settings(arguments)))
 
 
 def ask(source: str, count: int) -> list[Question]:
