@@ -120,7 +120,7 @@ def _check_world(name: str, campaign: Campaign, stage: Stage) -> Claim:
     elif missed:
         found = f"Not shown to be worse than {stage.base}: {', '.join(missed)}."
     return Claim(
-        title=f"The world {stage.world} tells a right reward from a broken one",
+        title=f"The world {stage.world} separates a right reward from a broken one",
         source="must_differ of the plan",
         found=found,
     )

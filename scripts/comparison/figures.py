@@ -75,10 +75,12 @@ def draw_curves(runs: Runs, *, numbers: Mapping[str, int], name: str, folder: Pa
             left=0.07, right=0.985, top=0.95, bottom=legend / height, hspace=0.26, wspace=0.16
         )
         for panel, axes in zip(_PANELS, grid.flat, strict=True):
-            for method, results in runs.items():
-                steps, values = band(results, panel.curve)
+            bands = {method: band(results, panel.curve) for method, results in runs.items()}
+            for method, (steps, values) in bands.items():
                 if steps:
                     _draw_band(axes, steps, values, numbers[method])
+            if not any(steps for steps, _ in bands.values()):
+                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
             _finish(axes, panel.title, is_share=panel.is_share)
         for axes in grid[1]:
             axes.set_xlabel("step")
