@@ -38,7 +38,7 @@ _CERTAINTY = (
     "questions are paired, the seeds of two methods are independent, degrees of freedom by Satterthwaite. "
     "Intervals have at least 95 %: the level at which Holm's method stops, so that they are without 0 "
     "exactly where the verdict is better or worse. A bootstrap over so few seeds does not hold its level: "
-    "where they differ much it finds a difference whenever all agree in sign (simulation: docs/evaluation.md)."
+    "where they differ much it finds a difference whenever all agree in sign (see docs/evaluation.md)."
 )
 
 
