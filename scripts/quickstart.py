@@ -87,13 +87,12 @@ def count_steps(run_dir: Path) -> int:
 def summarize(
     rows: Sequence[Mapping[str, float | None]], *, seconds: float, peak_bytes: int, run_dir: Path
 ) -> Summary:
-    """Return the first and last evaluation and the gain at both ends of the run."""
-    em, gains = (
-        [value for row in rows if (value := row.get(name)) is not None] for name in ("val/em", "ig/gain_mean")
-    )
+    """Return the evaluation before the first step, the last one after it, and the gain at both ends."""
+    gains = [value for row in rows if (value := row.get("ig/gain_mean")) is not None]
+    em = {bool(row["step"]): round(value, 4) for row in rows if (value := row.get("val/em")) is not None}
     return Summary(
-        em_before=round(em[0], 4) if em else None,
-        em_after=round(em[-1], 4) if len(em) > 1 else None,
+        em_before=em.get(False),
+        em_after=em.get(True),
         gain_first=round(statistics.fmean(gains[:EDGE_STEPS]), 4) if gains else None,
         gain_last=round(statistics.fmean(gains[-EDGE_STEPS:]), 4) if gains else None,
         steps=max((int(row["step"] or 0) for row in rows), default=0),

@@ -256,5 +256,5 @@ def test_it_says_how_to_ask_its_checkpoint() -> None:
 def test_unmeasured_figures_are_null(tmp_path: Path) -> None:
     rows = [{"step": 1, "val/em": 0.5, "ig/gain_mean": None}]
     summary = summarize(rows, seconds=1.0, peak_bytes=os.getpid(), run_dir=tmp_path)
-    assert (summary.em_before, summary.em_after) == (0.5, None)
+    assert (summary.em_before, summary.em_after) == (None, 0.5)
     assert (summary.gain_first, summary.gain_last) == (None, None)
