@@ -49,6 +49,9 @@ from verl.utils.supervise import Supervisor, is_service_variable
 MAX_FAILURES = 3
 """Runs in a row that may fail: then the machine, not a method, is the cause."""
 
+WAIT_S = 1.0
+"""Between two looks at what other comparisons have done."""
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the arguments."""
@@ -103,17 +106,24 @@ async def do_runs(
     runner: Runner, screen: Screen, plan: Plan, *, stages: Sequence[str], results: Path, hours: float | None
 ) -> dict[str, str]:
     """Do what is left of the stages; return what failed, by the name of the run."""
-    began, failed, in_a_row = time.monotonic(), dict[str, str](), 0
+    began, failed, in_a_row, is_waiting = time.monotonic(), dict[str, str](), 0, False
     while in_a_row < MAX_FAILURES:
         campaign = make_campaign(plan, read_results(results))
         left = [run for run in campaign.left(stages) if run.label not in failed]
+        if not left:
+            break
         with claim(left, results) as run:
-            if run is None:
-                break
-            expected = estimate_seconds([run], campaign.results) or 0.0
+            expected = estimate_seconds([run or left[0]], campaign.results) or 0.0
             if hours is not None and time.monotonic() - began + expected > 3600 * hours:
                 screen.print(f"the {hours:g} hours are over for another run", style="yellow")
                 break
+            if run is None:
+                if not is_waiting:
+                    screen.print("other comparisons are doing all that can be done now; waiting for them")
+                is_waiting = True
+                await asyncio.sleep(WAIT_S)
+                continue
+            is_waiting = False
             try:
                 result = await runner.run(run, title=describe_next(campaign, run, left=left, stages=stages))
             except (UserError, OSError) as error:

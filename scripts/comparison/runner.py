@@ -73,12 +73,11 @@ class Runner:
                     _quiet_screen()
                     apply_handicap(trainer, run.method.handicap, seed=run.seed)
                     await trainer.fit()
+                    processor_s = processor_seconds() - before  # while all processes are there
         except BaseException:
             await self.aclose()
             raise
-        result = make_result(
-            run, run_dir, wall_s=time.monotonic() - began, processor_s=processor_seconds() - before
-        )
+        result = make_result(run, run_dir, wall_s=time.monotonic() - began, processor_s=processor_s)
         if not self._keeps_episodes:
             for name in (TRAJECTORIES, EVALUATION, CHECKPOINTS):
                 shutil.rmtree(run_dir / name, ignore_errors=True)

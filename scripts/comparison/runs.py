@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from worlds import World as OpenedWorld
 from worlds import WorldError, open_world
 
 from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_value
-from serving.files import lock_file, sha256_of_file
+from serving.files import sha256_of_file
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.run.resume import flatten
@@ -225,11 +225,16 @@ def prepare_world(world: World) -> OpenedWorld:
     if not manifest.is_file():
         from world.hard.damage import damage  # loads what encodes passages, which takes seconds
 
-        busy = ConfigError(f"{world.folder} is being made by another comparison; wait for it")
-        with lock_file(world.folder.with_name(f"{world.folder.name}.lock"), taken=busy):
-            shutil.rmtree(world.folder, ignore_errors=True)  # of a start that was interrupted
-            damage(world.damaged_from, world.folder, share=world.share, seed=0)
-    elif (found := json.loads(manifest.read_text(encoding="utf-8")).get("share")) != world.share:
+        world.folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=world.folder.parent) as scratch:
+            made = Path(scratch) / "world"
+            damage(world.damaged_from, made, share=world.share, seed=0)
+            try:
+                made.rename(world.folder)
+            except OSError:
+                if not manifest.is_file():  # otherwise another comparison was faster
+                    raise
+    if (found := json.loads(manifest.read_text(encoding="utf-8")).get("share")) != world.share:
         raise ConfigError(
             f"{world.folder} lacks a share of {found} of its supporting passages, the plan says "
             f"{world.share}; remove the folder, or name another one in the plan (worlds:)"

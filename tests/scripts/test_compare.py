@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,7 @@ async def work(
     runner: FakeRunner, folder: Path, *, plan: Plan | None = None, hours: float | None = None
 ) -> dict[str, str]:
     asked: Any = runner
-    screen = Screen(Console(file=(folder / "screen").open("a"), width=200))
+    screen = Screen(Console(file=(folder / "screen").open("a", buffering=1), width=200))
     return await do_runs(asked, screen, plan or make_plan(), stages=["easy"], results=folder, hours=hours)
 
 
@@ -64,14 +65,20 @@ async def test_a_run_that_another_comparison_holds_or_has_done_is_left_to_it(tmp
     runner = FakeRunner()
     with lock_file(tmp_path / CLAIMS / held.key, taken=ConfigError("held twice")):
         write_result(tmp_path, make_result(done, em=(0.0,)))
-        await work(runner, tmp_path)
-    assert [title.partition(": ")[2] for title in runner.titles] == [run.label for run in others]
-    assert held.key not in read_results(tmp_path)
-    with claim([done, held], tmp_path) as run:  # as if the results had been read before `done` was
-        assert run is held
-        with claim([held], tmp_path) as nothing:
-            assert nothing is None
+        working = asyncio.create_task(work(runner, tmp_path))
+        screen = tmp_path / "screen"
+        while not (screen.exists() and "waiting" in screen.read_text()):
+            await asyncio.sleep(0.01)
+        assert [title.partition(": ")[2] for title in runner.titles] == [run.label for run in others]
+        assert held.key not in read_results(tmp_path)
+    await working  # the other comparison has ended without a result
+    assert held.key in read_results(tmp_path)
     assert not any((tmp_path / CLAIMS).iterdir())
+    write_result(tmp_path / "other", make_result(done, em=(0.0,)))
+    with claim([done, held], tmp_path / "other") as run:  # the results were read before `done` was
+        assert run is held
+        with claim([held], tmp_path / "other") as nothing:
+            assert nothing is None
 
 
 async def test_no_run_begins_that_would_end_after_the_budget(tmp_path: Path) -> None:

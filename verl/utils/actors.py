@@ -284,8 +284,7 @@ class _RayActor:
             first_line = str(error).partition("\n")[0]
             raise ActorError(
                 f"Ray ended {self._label} in {method!r}, because its machine has too little memory: "
-                f"{first_line}; end other programs, or lower "
-                "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, and repeat the command to resume"
+                f"{first_line}; end other programs there, and repeat the command to resume"
             ) from error
         self._has_answered = True
         return result

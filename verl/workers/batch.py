@@ -210,14 +210,17 @@ def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
 
 
 def _split_by_credit(batch: TrainBatch, *, min_tokens: int) -> tuple[TrainBatch, TrainBatch | None]:
-    """Return the trajectories with an advantage, and those without any.
+    """Return the trajectories of prompts with an advantage, and those of prompts without any.
 
     All stay together where none has one, as the optimizer steps all the same, and where those without have
-    fewer tokens than `min_tokens`: a pass more would cost more than it saves.
+    fewer tokens after their prompts than `min_tokens`: a pass more would cost more than it saves.
     """
     first = _borders(batch.policy_lengths)[:-1]
-    is_credited = np.maximum.reduceat(np.abs(batch.advantages), first) > 0
-    if not is_credited.any() or batch.lengths[~is_credited].sum() < min_tokens:
+    has_advantage = np.maximum.reduceat(np.abs(batch.advantages), first) > 0
+    # With all others of its prompt, which is then computed in one kind of pass alone.
+    is_credited = np.isin(batch.prompts, batch.prompts[has_advantage])
+    own = (batch.lengths - batch.prompt_lengths)[~is_credited].sum()
+    if not is_credited.any() or own < min_tokens:
         return batch, None
     credited, others = (np.flatnonzero(kind).astype(np.int32) for kind in (is_credited, ~is_credited))
     return batch.select(credited), batch.select(others)

@@ -192,8 +192,7 @@ async def test_an_actor_that_ray_ends_for_want_of_memory_says_what_to_do() -> No
         await actor.call("update")
     assert str(caught.value) == (
         "Ray ended actor 'policy-0' in 'update', because its machine has too little memory: 1 worker(s) were "
-        "killed: 22.49GB used / 23.54GB limit; end other programs, or lower "
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu, and repeat the command to resume"
+        "killed: 22.49GB used / 23.54GB limit; end other programs there, and repeat the command to resume"
     )
 
 

@@ -254,7 +254,7 @@ def train_with(placement: Placement, folder: Path, fsdp_size: int | None) -> dic
     actor = make_actor(fsdp_config=FsdpConfig(fsdp_size=fsdp_size), use_kl_loss=False, entropy_coeff=0.0)
     worker = PolicyWorker(make_config(folder, actor=actor), placement, total_steps=10, seed=0, trainable=True)
     batch = random_batch(9)
-    is_credited = np.repeat(np.arange(9) % 3 == 0, batch.policy_lengths)
+    is_credited = np.repeat(batch.prompts == 1, batch.policy_lengths)
     batch = replace(batch, advantages=batch.advantages * is_credited)
     minis = make_mini_batches(
         batch, num_ranks=placement.world_size, mini_batch_size=4, max_tokens=10, only_advantages=True

@@ -106,7 +106,10 @@ def test_ranks_share_every_row_once_in_as_many_passes(
         assert not any(micro.advantages.any() for micro in uncredited)
         trained = [micro for mini in minis for micro in mini.micro_batches]
         if uncredited:
-            assert all(values.any() for micro in trained for values in micro.split(micro.advantages))
+            rows = [(set(micro.prompts.tolist()), micro.advantages.any()) for micro in trained]
+            assert any(has_advantage for _, has_advantage in rows)
+            of_others = {prompt for micro in uncredited for prompt in micro.prompts.tolist()}
+            assert not any(prompts & of_others for prompts, _ in rows), "a prompt is computed in one kind"
         micros = trained + uncredited
         assert {mini.num_policy_tokens for mini in minis} == {sum(m.num_policy_tokens for m in micros)}
         assert {mini.num_trajectories for mini in minis} == {sum(m.num_trajectories for m in micros)}

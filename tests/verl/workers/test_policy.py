@@ -117,7 +117,7 @@ def test_cutting_and_order_of_a_mini_batch_do_not_change_its_gradient(model_fold
 
 def test_trajectories_without_advantages_need_no_backward_pass(model_folder: Path) -> None:
     batch = random_batch(9)
-    uncredited = np.repeat(np.arange(9) % 3 > 0, batch.policy_lengths)
+    uncredited = np.repeat(batch.prompts > 0, batch.policy_lengths)
     batch = replace(batch, advantages=np.where(uncredited, np.float32(0), batch.advantages))
     config = make_config(model_folder, actor=make_actor(use_kl_loss=False, entropy_coeff=0.0))
     workers = make_worker(config), make_worker(config)

@@ -75,19 +75,18 @@ async def test_one_local_rank_does_what_the_worker_does(
 
 
 @pytest.mark.parametrize(
-    ("changes", "share"),
-    [({}, 0.5), ({"entropy_coeff": 0.01}, 1.0), ({"use_kl_loss": True}, 1.0)],
+    ("changes", "is_split"),
+    [({}, True), ({"entropy_coeff": 0.01}, False), ({"use_kl_loss": True}, False)],
 )
 async def test_trajectories_without_advantages_need_no_backward_pass_unless_the_loss_has_other_terms(
-    local: Launcher, model_folder: Path, changes: dict[str, object], share: float
+    local: Launcher, model_folder: Path, changes: dict[str, object], is_split: bool
 ) -> None:
     plain: dict[str, object] = {"entropy_coeff": 0.0, "use_kl_loss": False, "ppo_max_token_len_per_gpu": 20}
     group = launch_group(local, make_config(model_folder, actor=make_actor(**(plain | changes))))
-    row = random_batch(1)
-    batch = row.select(np.zeros(4, np.int32))
-    is_credited = np.repeat([True, False, True, False], batch.policy_lengths)
+    batch = random_batch(4)
+    is_credited = np.repeat(batch.prompts == 1, batch.policy_lengths)
     metrics = await group.update(replace(batch, advantages=batch.advantages * is_credited))
-    assert metrics["backward_share"] == pytest.approx(share)
+    assert metrics["backward_share"] == pytest.approx(is_credited.mean() if is_split else 1.0)
 
 
 async def test_weights_are_saved_while_a_checkpoint_is_being_written(
