@@ -263,7 +263,7 @@ def as_svg(figure: Figure, *, description: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)  # not referenced, and the same in all figures of a page
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # not referenced, and the same in all figures of a page
     svg = re.sub(r"(font: [\d.]+px )[^;\"]*", r"\1system-ui, sans-serif", svg)
     view_box = re.search(r'viewBox="[^"]+"', svg)
     assert view_box is not None
