@@ -41,7 +41,7 @@ from bench import bare
 from bench.command import run_bench
 from bench.service import start_ig_service
 from bench.step import Batch, Cost, CountingScorer, Method
-from serving.processes import processor_seconds
+from serving.processes import count_processor_seconds
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Need
 from verl.algorithms.statistics import spread
@@ -139,10 +139,10 @@ async def measure(
         steps = Cost()
         with screen.phase("measuring steps", total=arguments.steps) as update:
             for step in range(1, WARM_UP_STEPS + arguments.steps + 1):
-                before, began = processor_seconds(), time.perf_counter()
+                before, began = count_processor_seconds(), time.perf_counter()
                 await trainer.train_step(step)
                 if step > WARM_UP_STEPS:
-                    steps.add(processor_seconds() - before, time.perf_counter() - began)
+                    steps.add(count_processor_seconds() - before, time.perf_counter() - began)
                     update(step - WARM_UP_STEPS, f"{steps.cpu_s[-1]:.1f} processor s")
         methods = [make_method(name, trainer, overrides=overrides) for name in arguments.methods]
         batches = []
@@ -201,21 +201,21 @@ async def measure_method(method: Method, trainer: PPOTrainer, batch: Batch) -> N
     prefetches = type(algorithm).prefetch is not Algorithm.prefetch
     rows = build_batch(batch.trajectories, [spread(t, 0.0) for t in batch.trajectories])
     plain_cpu_s = plain_wall_s = 0.0
-    before, began = processor_seconds(), time.perf_counter()
+    before, began = count_processor_seconds(), time.perf_counter()
     if prefetches:
         await collect()
-        plain_cpu_s = processor_seconds() - before
+        plain_cpu_s = count_processor_seconds() - before
     elif scorer is not None and scorer.scores_trajectories:
         await trainer.parts.policy.log_probs(rows)
-        plain_cpu_s, plain_wall_s = processor_seconds() - before, time.perf_counter() - began
-    before = processor_seconds()
+        plain_cpu_s, plain_wall_s = count_processor_seconds() - before, time.perf_counter() - began
+    before = count_processor_seconds()
     async with aclosing(algorithm.prefetch(questions)) as prefetch:
         if prefetches:
             await collect(on_episode_end=prefetch.on_episode_end)
         began = time.perf_counter()
         await method.reward.score(batch.groups, prefetch=prefetch)
     wall_s = time.perf_counter() - began
-    method.cost.add(processor_seconds() - before - plain_cpu_s, wall_s - plain_wall_s)
+    method.cost.add(count_processor_seconds() - before - plain_cpu_s, wall_s - plain_wall_s)
 
 
 def make_method(name: str, trainer: PPOTrainer, *, overrides: Sequence[str]) -> Method:

@@ -35,7 +35,7 @@ from comparison.campaign import TUNING, Campaign, estimate_seconds, make_campaig
 from comparison.claims import find_unseparated
 from comparison.plan import Plan, read_plan
 from comparison.report import Places, find_places, show, write_report
-from comparison.results import CLAIMS, Result, read_results, result_file, write_result
+from comparison.results import LOCKS, Result, read_results, result_file, write_result
 from comparison.runner import Runner
 from comparison.runs import ROOT, RunSpec
 from comparison.tables import verify_table
@@ -112,7 +112,7 @@ async def do_runs(
         left = [run for run in campaign.left(stages) if run.label not in failed]
         if not left:
             break
-        with claim(left, results) as run:
+        with reserve(left, results) as run:
             expected = estimate_seconds([run or left[0]], campaign.results) or 0.0
             if hours is not None and time.monotonic() - began + expected > 3600 * hours:
                 screen.print(f"the {hours:g} hours are over for another run", style="yellow")
@@ -138,10 +138,10 @@ async def do_runs(
 
 
 @contextmanager
-def claim(left: Sequence[RunSpec], results: Path) -> Iterator[RunSpec | None]:
+def reserve(left: Sequence[RunSpec], results: Path) -> Iterator[RunSpec | None]:
     """Hold the first run that is neither done nor held by another comparison; None if there is none."""
     for run in left:
-        path = results / CLAIMS / run.key
+        path = results / LOCKS / run.key
         with ExitStack() as stack:
             try:
                 stack.enter_context(lock_file(path, taken=ConfigError(f"{run.label} is being done")))

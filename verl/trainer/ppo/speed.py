@@ -85,7 +85,7 @@ def _pass_metrics(
 ) -> dict[str, float | None]:
     """Return the speed of a phase that computed every token of the batch `repeats` times.
 
-    `backward_share` of the tokens also had backward passes.
+    `backward_share` of the sampled tokens also had backward passes, and about as large a share of all.
     """
     if not repeats:
         return {}
