@@ -216,7 +216,7 @@ def digest_world(world: World) -> str:
 def prepare_world(world: World) -> OpenedWorld:
     """Return a world that services can be started for; a damaged one that is not there is made.
 
-    Raises ConfigError for a damaged one with another share.
+    Raises ConfigError for a damaged one with another share or from another state of its source.
     """
     source = open_source(world)
     if world.damaged_from is None:
@@ -234,10 +234,17 @@ def prepare_world(world: World) -> OpenedWorld:
             except OSError:
                 if not manifest.is_file():  # otherwise another comparison was faster
                     raise
-    if (found := json.loads(manifest.read_text(encoding="utf-8")).get("share")) != world.share:
+    facts = json.loads(manifest.read_text(encoding="utf-8"))
+    if (found := facts.get("share")) != world.share:
         raise ConfigError(
             f"{world.folder} lacks a share of {found} of its supporting passages, the plan says "
             f"{world.share}; remove the folder, or name another one in the plan (worlds:)"
+        )
+    made_from = {"manifest.json": sha256_of_file(source.folder / "manifest.json")}
+    if facts.get("damaged_from") != made_from:
+        raise ConfigError(
+            f"{world.folder} was made from another state of {source.folder}; remove it, so that it is made "
+            "again, or name another folder in the plan (worlds:)"
         )
     return open_world(world.folder, policy=source.policy, generator=source.generator)
 

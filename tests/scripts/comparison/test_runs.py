@@ -91,7 +91,7 @@ def test_a_damaged_world_is_another_one_before_it_is_made(tmp_path: Path) -> Non
     assert len({make().key, key(0.37), key(0.5)}) == 3
 
 
-def test_a_damaged_world_is_made_once_and_not_taken_for_one_with_another_share(tmp_path: Path) -> None:
+def test_a_damaged_world_is_made_once_and_not_taken_for_another_one(tmp_path: Path) -> None:
     world = World(folder=tmp_path / "damaged", damaged_from=EASY.folder, share=0.5)
     prepare_world(world)
     corpus = world.folder / "corpus.jsonl"
@@ -101,6 +101,11 @@ def test_a_damaged_world_is_made_once_and_not_taken_for_one_with_another_share(t
     assert corpus.stat().st_mtime_ns == made
     with pytest.raises(ConfigError, match=r"damaged lacks a share of 0\.5 .*the plan says 0\.37; remove the"):
         prepare_world(replace(world, share=0.37))
+    manifest = world.folder / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"damaged_from": {"manifest.json": "0" * 64}}))
+    with pytest.raises(ConfigError, match=r"damaged was made from another state of .*remove it"):
+        prepare_world(world)
 
 
 def test_a_missing_world_and_an_unknown_setting_are_refused_by_name(tmp_path: Path) -> None:
