@@ -22,7 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verl.types import IntArray
+from verl.types import BoolArray, IntArray
+
+_KEY_COST = 64
+"""What it costs to bring a key to a call of attention, in queries that attend to it, as measured on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,3 +94,59 @@ class ForestBuilder:
             key_lengths=np.array([len(path) for _, path in filled], dtype=np.int32),
             keys=None if is_plain else np.concatenate([path for _, path in filled]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MergedBlocks:
+    """Successive blocks whose attention is computed at once."""
+
+    num_queries: int
+    """Q, the tokens of all blocks."""
+    keys: IntArray
+    """Columns that any of them attends to, in order [K]."""
+    mask: BoolArray | None
+    """Which keys each query attends to [Q, K]; None where Q = K and each attends to those up to itself."""
+
+
+def merge_blocks(forest: Forest) -> list[MergedBlocks]:
+    """Merge successive blocks where that makes attention cheaper.
+
+    Short blocks that continue one trunk attend to nearly the same keys: together they bring these once, at
+    the price of products that are masked out.
+    """
+    keys = np.arange(len(forest.ids), dtype=np.int32) if forest.keys is None else forest.keys
+    paths = np.split(keys, forest.key_lengths.cumsum()[:-1])
+    groups: list[list[int]] = []
+    is_key = np.zeros(len(forest.ids), dtype=np.bool_)  # of the last group
+    cost, num_queries, num_keys = 0.0, 0, 0
+    for block, (path, own) in enumerate(zip(paths, forest.query_lengths.tolist(), strict=True)):
+        # A block that begins a tree is computed without its masked half.
+        alone = (own / (2 if own == len(path) else 1) + _KEY_COST) * len(path)
+        num_new = len(path) - int(np.count_nonzero(is_key[path]))
+        together = (num_queries + own + _KEY_COST) * (num_keys + num_new)
+        if groups and together < cost + alone:
+            groups[-1].append(block)
+            cost, num_queries, num_keys = together, num_queries + own, num_keys + num_new
+        else:
+            if groups:
+                is_key[np.concatenate([paths[number] for number in groups[-1]])] = False
+            groups.append([block])
+            cost, num_queries, num_keys = alone, own, len(path)
+        is_key[path] = True
+    return [_merge([paths[number] for number in of_group], forest, of_group) for of_group in groups]
+
+
+def _merge(paths: Sequence[IntArray], forest: Forest, blocks: Sequence[int]) -> MergedBlocks:
+    sizes = forest.query_lengths[blocks].tolist()
+    is_key = np.zeros(len(forest.ids), dtype=np.bool_)
+    is_key[np.concatenate(paths)] = True
+    keys = np.flatnonzero(is_key).astype(np.int32)
+    mask = np.zeros((sum(sizes), len(keys)), dtype=np.bool_)
+    row = 0
+    for path, own in zip(paths, sizes, strict=True):
+        places = np.searchsorted(keys, path)
+        mask[row : row + own, places[:-own]] = True
+        mask[row : row + own, places[-own:]] = np.tri(own, dtype=np.bool_)
+        row += own
+    is_plain = len(blocks) == 1 and len(mask) == len(keys)
+    return MergedBlocks(num_queries=len(mask), keys=keys, mask=None if is_plain else mask)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.forest import Forest, ForestBuilder
+from verl.forest import Forest, ForestBuilder, merge_blocks
 from verl.types import IntArray
 
 
@@ -78,3 +78,43 @@ def test_positions_and_previous_tokens_are_those_of_the_path(
         assert forest.positions[column] == len(path) - 1
         assert forest.previous[column] == (path[-2] if len(path) > 1 else column)
         assert paths[forest.previous[column]].tolist() == (path[:-1].tolist() or [column])
+
+
+def grow(blocks: list[tuple[int, int, int]]) -> Forest:
+    """Blocks of (parent, start, length), made to fit: a parent that is not there begins a tree."""
+    builder, sizes = ForestBuilder(), list[int]()
+    for parent, start, length in blocks:
+        continued = parent < len(sizes)
+        builder.add(
+            np.arange(length, dtype=np.int32),
+            parent=parent if continued else None,
+            start=min(start, sizes[parent]) if continued else 0,
+        )
+        sizes.append(length)
+    return builder.build([])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 99), st.sampled_from([1, 3, 9, 90])), max_size=12)
+)
+def test_merged_blocks_attend_to_the_path_of_each_token(blocks: list[tuple[int, int, int]]) -> None:
+    forest = grow(blocks)
+    paths = []
+    for merged in merge_blocks(forest):
+        mask = np.tri(merged.num_queries, dtype=bool) if merged.mask is None else merged.mask
+        assert mask.shape == (merged.num_queries, len(merged.keys))
+        assert mask.any(axis=0).all()  # no key is brought for nothing
+        paths += [merged.keys[row].tolist() for row in mask]
+    assert paths == [path.tolist() for path in paths_of(forest)]
+
+
+def test_short_answers_after_one_trunk_are_merged_and_long_rows_after_a_prompt_are_not() -> None:
+    answers = merge_blocks(grow([(9, 0, 400), *((0, start, 8) for start in (200, 200, 300, 400))]))
+    assert [merged.num_queries for merged in answers] == [400, 32]
+    assert answers[0].mask is None
+    assert len(answers[1].keys) == 400 + 32
+    rows = merge_blocks(grow([(9, 0, 100), (0, 100, 400), (0, 100, 400)]))
+    assert [(merged.num_queries, len(merged.keys)) for merged in rows] == [(100, 100), (400, 500), (400, 500)]
+    trees = merge_blocks(grow([(9, 0, 8), (9, 0, 8)]))  # they have no key in common
+    assert len(trees) == 2

@@ -1,4 +1,4 @@
-"""Attention over a forest (see `verl.forest`): SDPA block by block, or FlashAttention for all blocks at once.
+"""Attention over a forest (see `verl.forest`): SDPA in some calls, or FlashAttention for all blocks at once.
 
 Both functions have the signature of transformers' `AttentionInterface`, and `blocks` as a further argument of
 the decoder, which hands it down to its layers. They attend to the whole context: models whose layers do not
@@ -8,13 +8,16 @@ run row by row, see `verl.workers.model.packs_rows`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from verl.forest import Forest
+from verl.forest import Forest, merge_blocks
+from verl.types import IntArray
 
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments by which layers ask for another attention than the one computed here; so is a window."""
@@ -24,30 +27,43 @@ class AttentionBlocks:
     """The S blocks of a forest, on the device of the model."""
 
     def __init__(self, forest: Forest, *, device: torch.device) -> None:
-        self.query_lengths: list[int] = forest.query_lengths.tolist()
-        self.key_lengths: list[int] = forest.key_lengths.tolist()
-        self.query_borders = _borders(self.query_lengths, device=device)
-        self.key_borders = _borders(self.key_lengths, device=device)
+        self.longest_query = int(forest.query_lengths.max())
+        self.longest_key = int(forest.key_lengths.max())
+        self.query_borders = _borders(forest.query_lengths, device=device)
+        self.key_borders = _borders(forest.key_lengths, device=device)
         """Where each block begins and the last one ends [S + 1]."""
         self._keys = None if forest.keys is None else torch.tensor(forest.keys, device=device)
+        self._forest = forest
         self._device = device
-        self._masks: list[Tensor | None] = []
 
     def gather(self, keys: Tensor) -> Tensor:
         """Return keys or values block after block: [1, heads, T, D] as [1, heads, sum of lengths, D]."""
         return keys if self._keys is None else keys.index_select(2, self._keys)
 
-    @property
-    def masks(self) -> list[Tensor | None]:
-        """Return which keys the queries of each block attend to [queries, keys]; None: those up to itself.
+    @cached_property
+    def calls(self) -> SdpaCalls:
+        """Return the calls of SDPA; made once, for all layers and passes."""
+        return SdpaCalls(self._forest, device=self._device)
 
-        The queries are the last of the keys. Made once, for all layers and passes.
-        """
-        if not self._masks:
-            for queries, keys in zip(self.query_lengths, self.key_lengths, strict=True):
-                whole = torch.ones(queries, keys, dtype=torch.bool, device=self._device)
-                self._masks.append(None if queries == keys else whole.tril(keys - queries))
-        return self._masks
+
+class SdpaCalls:
+    """How SDPA computes a forest: a call for each block, or for several that share most of their keys."""
+
+    def __init__(self, forest: Forest, *, device: torch.device) -> None:
+        merged = merge_blocks(forest)
+        self.query_lengths = [blocks.num_queries for blocks in merged]
+        self.key_lengths = [len(blocks.keys) for blocks in merged]
+        self.masks = [
+            None if blocks.mask is None else torch.tensor(blocks.mask, device=device) for blocks in merged
+        ]
+        """Which keys the queries of each call attend to [queries, keys]; None: those up to itself."""
+        self._keys: Tensor | None = None
+        if forest.keys is not None:
+            self._keys = torch.tensor(np.concatenate([blocks.keys for blocks in merged]), device=device)
+
+    def gather(self, keys: Tensor) -> Tensor:
+        """Return keys or values call after call: [1, heads, T, D] as [1, heads, sum of lengths, D]."""
+        return keys if self._keys is None else keys.index_select(2, self._keys)
 
 
 def attend_by_sdpa(
@@ -63,16 +79,17 @@ def attend_by_sdpa(
 ) -> tuple[Tensor, None]:
     """Return the attention of queries [1, heads, T, D] as [1, T, heads, D]. Raises ValueError."""
     _check(module, settings, blocks=blocks)
-    key, value = blocks.gather(key), blocks.gather(value)
+    calls = blocks.calls
+    key, value = calls.gather(key), calls.gather(value)
     if (num_queries := query.shape[1] // key.shape[1]) > 1:  # query heads for each of keys
         key, value = (x.repeat_interleave(num_queries, 1) for x in (key, value))
     parts = [
         scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         for q, k, v, mask in zip(
-            query.split(blocks.query_lengths, 2),
-            key.split(blocks.key_lengths, 2),
-            value.split(blocks.key_lengths, 2),
-            blocks.masks,
+            query.split(calls.query_lengths, 2),
+            key.split(calls.key_lengths, 2),
+            value.split(calls.key_lengths, 2),
+            calls.masks,
             strict=True,
         )
     ]
@@ -110,22 +127,22 @@ def varlen_arguments(query: Tensor, key: Tensor, value: Tensor, *, blocks: Atten
         "value": value,
         "cu_seq_q": blocks.query_borders,
         "cu_seq_k": blocks.key_borders,
-        "max_q": max(blocks.query_lengths),
-        "max_k": max(blocks.key_lengths),
+        "max_q": blocks.longest_query,
+        "max_k": blocks.longest_key,
         "window_size": (-1, 0),
         "enable_gqa": True,
     }
 
 
-def _borders(lengths: list[int], *, device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+def _borders(lengths: IntArray, *, device: torch.device) -> Tensor:
+    return torch.tensor(np.append(0, lengths.cumsum()), dtype=torch.int32, device=device)
 
 
 def _check(module: nn.Module, settings: Mapping[str, Any], *, blocks: AttentionBlocks) -> None:
     """Raise ValueError where a layer asks for an attention that would silently not be computed."""
     asked = {name: settings[name] for name in _UNSUPPORTED if settings.get(name) is not None}
     window = settings.get("sliding_window")
-    if window is not None and window < max(blocks.key_lengths):
+    if window is not None and window < blocks.longest_key:
         asked["sliding_window"] = window
     if asked:
         raise ValueError(
