@@ -42,6 +42,11 @@ class Fact:
         """Return the spelling of the passage."""
         return self.golds[0]
 
+    @property
+    def phrase(self) -> str:
+        """Return the words before the value in the passage, such as `capital of Kenya`."""
+        return self.relation.phrase.format(x=self.subject)
+
 
 @dataclass(slots=True)
 class Record:

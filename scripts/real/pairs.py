@@ -36,6 +36,10 @@ _WORDINGS = (
     "{x}.", "It is {x}.", "The answer is {x}.", "The answer is {x}", "That is {x}", "{x} is the answer",
     "in {x}", "called {x}", "the {x}",
 )  # fmt: skip
+_DETAILS = (
+    "from the United Kingdom", "2023 est.", "official", "singular and plural", "approx.", "in all",
+)  # fmt: skip
+"""What passages write in brackets behind an answer, and models copy."""
 _NO_ANSWERS = (
     "", "I do not know", "unknown", "none", "It is not known.", "The context does not say.", "yes", "no",
 )  # fmt: skip
@@ -81,35 +85,37 @@ class PairSource:
         """Return a pair behind its question, as the IG service compares answers; a tenth without one."""
         same = rng.random() < _SAME_SHARE
         chance = rng.random()
+        phrase = ""
         if chance < _MADE_SHARE:
             question, left, right = rng.choice(MAKERS)(rng, same=same)
         elif chance < _MADE_SHARE + _COUNTRY_SHARE and self._bridges:
             question, left, right = self._choose_subject(rng, same=same)
         else:
-            question, left, right = self._choose(rng, same=same)
-        left, right = (_reword(text, rng) for text in rng.sample([left, right], 2))
+            problem = rng.choice(self._problems)
+            question, phrase = problem.text, problem.hops[-1].phrase
+            left, right = self._choose(problem, rng, same=same)
+        left, right = (_reword(text, rng, phrase=phrase) for text in rng.sample([left, right], 2))
         if rng.random() < 0.1:
             return left, right, same
         return entailment_text(question, left), entailment_text(question, right), same
 
-    def _choose(self, rng: Random, *, same: bool) -> tuple[str, str, str]:
-        problem = rng.choice(self._problems)
+    def _choose(self, problem: Problem, rng: Random, *, same: bool) -> tuple[str, str]:
         left = rng.choice(problem.golds)
         if same:
-            return problem.text, left, rng.choice([g for g in problem.golds if g != left] or [left])
+            return left, rng.choice([g for g in problem.golds if g != left] or [left])
         chance = rng.random()
         if chance < 0.12:
-            return problem.text, left, rng.choice(_NO_ANSWERS)
+            return left, rng.choice(_NO_ANSWERS)
         if chance < 0.2:
-            return problem.text, left, problem.hops[0].subject
+            return left, problem.hops[0].subject
         alike = self._alike[problem.hops[-1].relation.name].get(left, ())
         if chance < 0.5 and (names := [name for name in alike if name not in problem.golds]):
-            return problem.text, left, rng.choice(names)
+            return left, rng.choice(names)
         others = self._by_kind[problem.hops[-1].relation.name] if chance < 0.9 else self._problems
         for other in rng.sample(others, min(20, len(others))):
             if not set(other.golds) & set(problem.golds):
-                return problem.text, left, _similar(left, other.golds, rng)
-        return problem.text, left, rng.choice(_NO_ANSWERS)
+                return left, _similar(left, other.golds, rng)
+        return left, rng.choice(_NO_ANSWERS)
 
     def _choose_subject(self, rng: Random, *, same: bool) -> tuple[str, str, str]:
         question, spellings = rng.choice(self._bridges)
@@ -177,13 +183,17 @@ def _similar(left: str, golds: Sequence[str], rng: Random) -> str:
     return alike if rng.random() < 0.7 else rng.choice(golds)
 
 
-def _reword(text: str, rng: Random) -> str:
-    """Return an answer as a model may write it."""
+def _reword(text: str, rng: Random, *, phrase: str) -> str:
+    """Return an answer as a model may write it; `phrase` says of what it is, as in `capital of Kenya`."""
     chance = rng.random()
-    if not text or chance < 0.55:
+    if not text or chance < 0.45:
         return text
-    if chance < 0.7:
+    if chance < 0.55:
         return text.lower()
+    if chance < 0.7:
+        return f"{text} ({rng.choice(_DETAILS)})"
+    if chance < 0.85 and phrase:
+        return rng.choice((f"The {phrase} is {text}.", f"{phrase[0].upper()}{phrase[1:]}: {text}"))
     return rng.choice(_WORDINGS).format(x=text)
 
 

@@ -16,7 +16,7 @@ from IG.messages import GainResult
 from real.entailment import HAND_MADE, area_under_curve
 from real.facts import Fact, Relation
 from real.gains import build_requests, summarize
-from real.pairs import MAKERS, Make, PairSource, names_alike, write_number
+from real.pairs import MAKERS, Make, PairSource, _reword, names_alike, write_number
 from real.questions import Problem
 from real.training import Plan, fit
 from real.warmup import encode, micro_batches, write_completions
@@ -51,11 +51,23 @@ TWO_HOPS = Problem(
 def test_pairs_of_one_question_mean_the_same_or_name_another_answer() -> None:
     rng = Random(0)
     source = PairSource(ONE_HOP)
-    drawn = [source._choose(rng, same=same) for same in (True, False) * 100]
-    golds = {problem.text: {gold.lower() for gold in problem.golds} for problem in ONE_HOP}
-    for (question, left, right), same in zip(drawn, (True, False) * 100, strict=True):
-        assert left.lower() in golds[question]
-        assert (right.lower() in golds[question]) is same, (question, left, right)
+    for problem in ONE_HOP * 50:
+        golds = {gold.lower() for gold in problem.golds}
+        for same in (True, False):
+            left, right = source._choose(problem, rng, same=same)
+            assert left.lower() in golds
+            assert (right.lower() in golds) is same, (problem.text, left, right)
+
+
+def test_answers_are_written_as_models_write_them() -> None:
+    rng = Random(3)
+    written = {_reword("Nairobi", rng, phrase="capital of Kenya") for _ in range(500)}
+    assert {
+        "Nairobi", "nairobi", "The capital of Kenya is Nairobi.", "Capital of Kenya: Nairobi",
+        "Nairobi (official)", "It is Nairobi.",
+    } <= written  # fmt: skip
+    assert not [text for text in written if "nairobi" not in text.lower()]
+    assert {_reword("", rng, phrase="capital of Kenya") for _ in range(50)} == {""}
 
 
 @pytest.mark.parametrize("make", MAKERS)
