@@ -20,6 +20,7 @@ def make_method(
     ig_service: IGService | None = None,
     policy: LogProbScorer | None = None,
     entailment: Entailment | None = None,
+    answer_wrapper: str | None = None,
     render_context: Callable[[Trajectory], str] = join_titles,
     **settings: object,
 ) -> Algorithm:
@@ -28,6 +29,7 @@ def make_method(
         render_context=render_context,
         ig_service=ig_service,
         codec=CharTokenizer(),
+        answer_wrapper=answer_wrapper or method.answer_wrapper,
         policy=policy,
         entailment=entailment,
     )

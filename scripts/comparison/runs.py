@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.run.resume import flatten
 from verl.trainer.config.loading import compose_config, config_class
-from verl.trainer.config.overrides import check_overrides
+from verl.trainer.config.overrides import check_overrides, in_quotes
 from verl.trainer.config.schema import Config
 from verl.trainer.wiring import USE_IG_SERVICE
 
@@ -262,12 +263,21 @@ def _deviations(overrides: tuple[str, ...], *, folder: str) -> dict[str, object]
     defaults = flatten(dataclasses.asdict(plain))
     values = flatten(dataclasses.asdict(config))
     kept = {k: v for k, v in values.items() if v != defaults[k] and not k.startswith(_WITHOUT_EFFECT)}
+    if not ALGORITHMS[config.algorithm.name].answer_wrapper:  # nothing is written in it
+        kept.pop("reward.answer_wrapper", None)
     moved = {k: v.replace(folder, "{world}") if isinstance(v, str) else v for k, v in kept.items()}
     return moved | {"algorithm.name": config.algorithm.name}
 
 
 def _write(settings: Mapping[str, Value]) -> list[str]:
-    return [f"{key}={write_value(value)}" for key, value in settings.items()]
+    def quote(value: str) -> str:
+        is_list = value.startswith(("[", "{"))
+        return value if is_list or re.fullmatch(r"[\w.,:/+-]*", value) else in_quotes(value)
+
+    return [
+        f"{key}={quote(value) if isinstance(value, str) else write_value(value)}"
+        for key, value in settings.items()
+    ]
 
 
 def shared_settings(config: Config) -> str:

@@ -14,7 +14,6 @@ from tests.fakes import make_question, make_trajectory
 from tests.methods import make_method
 from verl.algorithms.base import Algorithm, Prefetch
 from verl.branches import Tree, TreeLogProbs
-from verl.errors import ConfigError
 from verl.types import (
     Gain,
     Group,
@@ -67,6 +66,18 @@ class PathScorer:
             values = [self.log_prob(tree.trunk, k) for k in range(len(tree.trunk))]
             trunk = np.where(tree.trunk_scored, np.array(values, np.float32), np.float32(0))
         return TreeLogProbs(branches=tuple(branches), trunk=trunk)
+
+
+class KnowsOneText(PathScorer):
+    """Finds tokens likely that stand behind a text, given as character codes, or in it; no other ones."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def log_prob(self, path: IntArray, index: int) -> float:
+        recent = "".join(chr(c) for c in path[: index + 1].tolist())
+        return -1.0 if self._text in recent[-len(self._text) - 12 :] else -9.0
 
 
 def group_of(uid: str, *queries: Sequence[str], golds: tuple[str, ...] = ("Bolton",)) -> Group:
@@ -138,7 +149,7 @@ async def test_the_gains_of_igpo_telescope_and_use_one_answer_in_all_states() ->
     method = make("igpo", scorer)
     gains = await gains_of(method, GROUPS)
     trajectory = GROUPS[1].trajectories[1]
-    wrapper = method.settings.answer_wrapper  # type: ignore[attr-defined]
+    wrapper = method.answer_wrapper
     before = [ord(c) for c in wrapper.partition("{answer}")[0]]
 
     def belief(answer: str, length: int) -> float:
@@ -311,8 +322,14 @@ async def test_stepsearch_pays_new_support_and_takes_off_repeats() -> None:
 
 
 @pytest.mark.parametrize("name", LOG_PROB_METHODS)
-def test_a_wrapper_without_a_place_for_the_answer_is_refused_as_a_setting(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"algorithm\.answer_wrapper must be a text with {answer} in it once"
-    ):
-        make_method(name, answer_wrapper="<answer>")
+async def test_answers_are_scored_in_the_text_that_is_asked_for(name: str) -> None:
+    wrapper = "<think> I am not sure.</think><answer> {answer}"
+    scorer = KnowsOneText(wrapper.partition("{answer}")[0])
+    means = []
+    for asked in (wrapper, None):  # None: as published
+        method = make(name, scorer, answer_wrapper=asked)
+        measured = await method.measure(GROUPS, prefetch=Prefetch())
+        means.append(measured.stats["ig/answer_log_prob_mean"])
+    assert means[1] == -9.0
+    # `tips` scores all of the text, which the scorer finds unlikely up to its end.
+    assert means[0] > (-8.5 if name == "tips" else -1.5)

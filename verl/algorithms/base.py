@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from IG.messages import GainRequest, GainResult
 from verl.branches import Tree, TreeLogProbs
-from verl.trainer.config.schema import AlgorithmConfig
+from verl.trainer.config.schema import ANSWER_PLACE, AlgorithmConfig
 from verl.types import Credit, FloatArray, Gain, Group, Question, Score, Trajectory
 
 
@@ -111,6 +111,8 @@ class Services:
     ig_service: IGService | None = None
     codec: TextCodec | None = None
     """Set with `policy` or `frozen`."""
+    answer_wrapper: str = ANSWER_PLACE
+    """Text around an answer whose log-prob is asked for."""
     policy: LogProbScorer | None = None
     frozen: LogProbScorer | None = None
     entailment: Entailment | None = None
@@ -148,6 +150,8 @@ class Algorithm(ABC):
     """What `reward.outcome=auto` stands for."""
     format: ClassVar[str] = "search_r1"
     """What `agent.format=auto` stands for: what the method was published with."""
+    answer_wrapper: ClassVar[str] = ""
+    """What `reward.answer_wrapper=auto` stands for; empty where the method asks for no answer's log-prob."""
     compares_outcomes_only: ClassVar[bool] = False
     """Whether a group whose outcomes are all equal gets no advantage, whatever its gains are."""
 

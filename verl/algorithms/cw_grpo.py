@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states, wrapper_setting
+from verl.algorithms.scoring.log_prob import AnswerProbes, has_changed, measure_states
 from verl.algorithms.statistics import credit_turns, gains_of_turns, group_advantages
 from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import ActionKind, Credit, Group, Score, Trajectory
@@ -26,7 +26,6 @@ class CWGRPOConfig(AlgorithmConfig):
     """Settings of `algorithm=cw_grpo`."""
 
     name: str = "cw_grpo"
-    answer_wrapper: str = wrapper_setting("<answer> {answer} </answer>")
 
 
 class CWGRPO(Algorithm):
@@ -36,10 +35,11 @@ class CWGRPO(Algorithm):
     settings_class = CWGRPOConfig
     compares_outcomes_only = True
     needs = frozenset({Need.POLICY_LOG_PROBS})
+    answer_wrapper = "<answer> {answer} </answer>"
 
     def __init__(self, settings: CWGRPOConfig, services: Services) -> None:
         super().__init__(settings, services)
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure how much every turn but the last raised the mean log-prob of the gold answer."""

@@ -20,8 +20,8 @@ from verl.algorithms.scoring.log_prob import (
     AnswerProbes,
     Probe,
     answer_branches,
+    answer_stats,
     score_branches,
-    wrapper_setting,
 )
 from verl.algorithms.statistics import credit_outcomes, gains_of_turns, spread_spans
 from verl.branches import Branch, TreeLogProbs
@@ -53,7 +53,6 @@ class IGSearchConfig(OutcomeConfig):
     """A step whose documents are shorter gets no gain and is no counterfactual of others."""
     answers: str = one_of("first", "best")
     seed: int = not_negative(0)
-    answer_wrapper: str = wrapper_setting("\n<answer> {answer}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,10 +88,11 @@ class IGSearch(Algorithm):
     needs = frozenset({Need.POLICY_LOG_PROBS})
     outcome = "autorefine_f1"
     format = "autorefine"
+    answer_wrapper = "\n<answer> {answer}"
 
     def __init__(self, settings: IGSearchConfig, services: Services) -> None:
         super().__init__(settings, services)
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the gain of every search, real and counterfactual documents in one pass per trajectory."""
@@ -123,7 +123,9 @@ class IGSearch(Algorithm):
         ]
         gains = [[gain for gain, _ in of_group] for of_group in measured]
         pairs = [pair for of_group in measured for _, some in of_group for pair in some]
-        return Measurement(gains=gains, stats=_log_prob_stats(pairs), old_log_probs=old)
+        return Measurement(
+            gains=gains, stats={**answer_stats(results), **_log_prob_stats(pairs)}, old_log_probs=old
+        )
 
     def credit(
         self,

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, ScorerOptions, Services
-from verl.algorithms.scoring.log_prob import AnswerProbes, measure_states, wrapper_setting
+from verl.algorithms.scoring.log_prob import AnswerProbes, measure_states
 from verl.algorithms.statistics import (
     UNSCALED,
     credit_turns,
@@ -62,9 +62,6 @@ class IGPOConfig(AlgorithmConfig):
     """Compute all states of a trajectory in one pass that shares their prefix; false: a pass per state."""
     answers: str = one_of("best", "first")
     """Gold answer that is scored: the most likely one after the last turn, or the first (as published)."""
-    answer_wrapper: str = wrapper_setting(
-        "<think>\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer>"
-    )
     use_curriculum: bool = False
     curriculum_f1_init: float = not_negative(0.5)
     curriculum_f1_final: float = not_negative(1.0)
@@ -101,11 +98,14 @@ class IGPO(Algorithm):
     needs = frozenset({Need.POLICY_LOG_PROBS})
     outcome = "igpo_f1"
     format = "igpo"
+    answer_wrapper = (
+        "<think>\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer>"
+    )
 
     def __init__(self, settings: IGPOConfig, services: Services) -> None:
         super().__init__(settings, services)
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
-        self._opened_probes = AnswerProbes(services.codec, settings.answer_wrapper.removeprefix(_OPENING))
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper)
+        self._opened_probes = AnswerProbes(services.codec, services.answer_wrapper.removeprefix(_OPENING))
 
     @classmethod
     def scorer_options(cls, settings: IGPOConfig) -> ScorerOptions:

@@ -22,7 +22,6 @@ from verl.algorithms.scoring.log_prob import (
     Probe,
     has_changed,
     measure_states,
-    wrapper_setting,
 )
 from verl.algorithms.statistics import group_advantages, returns_to_go, spread_turns
 from verl.trainer.config.fields import not_negative, positive, share
@@ -46,7 +45,6 @@ class SIOPConfig(AlgorithmConfig):
     """lambda."""
     max_members: int = positive(3)
     """Most distinct answers of a cluster that are scored."""
-    answer_wrapper: str = wrapper_setting("<answer>{answer}</answer>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +64,11 @@ class SIOP(Algorithm):
     settings: SIOPConfig
     settings_class = SIOPConfig
     needs = frozenset({Need.POLICY_LOG_PROBS, Need.ENTAILMENT})
+    answer_wrapper = "<answer>{answer}</answer>"
 
     def __init__(self, settings: SIOPConfig, services: Services) -> None:
         super().__init__(settings, services)
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper)
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper)
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Measure the reward of every turn of every trajectory that answered."""

@@ -19,7 +19,6 @@ from verl.algorithms.scoring.log_prob import (
     AnswerProbes,
     has_changed,
     measure_states,
-    wrapper_setting,
 )
 from verl.algorithms.statistics import UNSCALED, credit_returns
 from verl.trainer.config.fields import not_negative, one_of, positive, share
@@ -43,7 +42,6 @@ class TIPSConfig(AlgorithmConfig):
     """Subtract the last potential from the last turn: the shaping then leaves the best policy as it is."""
     refresh_steps: int = not_negative(0)
     """The scorer gets the policy's weights after every so many steps; 0: it stays the initial policy."""
-    answer_wrapper: str = wrapper_setting("<answer>{answer}</answer>")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +54,12 @@ class TIPS(Algorithm):
     settings: TIPSConfig
     settings_class = TIPSConfig
     needs = frozenset({Need.FROZEN_LOG_PROBS})
+    answer_wrapper = "<answer>{answer}</answer>"
 
     def __init__(self, settings: TIPSConfig, services: Services) -> None:
         super().__init__(settings, services)
         # The whole wrapper counts: a state is good when the model would answer, and answer this.
-        self._probes = AnswerProbes(services.codec, settings.answer_wrapper, whole=True)
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper, whole=True)
 
     @classmethod
     def scorer_options(cls, settings: TIPSConfig) -> ScorerOptions:

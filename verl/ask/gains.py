@@ -64,11 +64,10 @@ class GainMeter:
     @classmethod
     def by_log_prob(cls, score: Score, *, codec: TextCodec) -> GainMeter:
         """Measure as `algorithm=igpo`: the rise of the answer's mean log-prob per token."""
-        services = Services(render_context=render_context, codec=codec, policy=EngineScorer(score))
-        return cls(
-            algorithm=IGPO(IGPOConfig(answer_wrapper=_WRAPPER), services),
-            unit="log-prob per token of the answer",
+        services = Services(
+            render_context=render_context, codec=codec, answer_wrapper=_WRAPPER, policy=EngineScorer(score)
         )
+        return cls(algorithm=IGPO(IGPOConfig(), services), unit="log-prob per token of the answer")
 
     @classmethod
     def by_service(cls, service: IGService) -> GainMeter:

@@ -273,6 +273,7 @@ def make_services(
         render_context=render_context,
         ig_service=ig_client if Need.IG_SERVICE in needs else None,
         codec=codec,
+        answer_wrapper=config.reward.answer_wrapper,
         policy=policy,
         frozen=frozen,
         entailment=ig_client if Need.ENTAILMENT in needs else None,

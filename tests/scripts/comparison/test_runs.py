@@ -46,6 +46,10 @@ def test_what_changes_a_result_changes_its_key(other: object) -> None:
 def test_where_a_run_is_done_and_defaults_that_are_written_out_do_not_change_its_key() -> None:
     assert make(settings={"trainer.launcher": "local", "trainer.startup_timeout_s": 9.0}).key == make().key
     assert make(Method(algorithm="inforeasoner", settings={"algorithm.gain_weight": 0.6})).key == make().key
+    wrapper = {"reward.answer_wrapper": "The answer is {answer}"}
+    assert make(settings=wrapper).key == make().key  # inforeasoner asks for no answer's log-prob
+    scored = Method(algorithm="igpo")
+    assert make(scored, settings=wrapper).key != make(scored).key
     plain = Method(algorithm="search_r1")
     assert make(plain, ig_service={"num_generations": 4}).key == make(plain).key  # it asks no IG service
 

@@ -211,7 +211,7 @@ async def _compare_with_one(two: WorkerGroup, one: WorkerGroup, *, out: Path) ->
     for _ in range(3):
         got, expected = await two.update(batch), await one.update(batch)
         for name, value in expected.items():
-            # Rounding moves a ratio next to the border of clipping across it: one token of 40 in a mini-batch.
+            # Rounding can move a ratio across the border of clipping: one token of 40 in a mini-batch.
             allowed = 0.02 if name == "clip_fraction" else 1e-4
             assert got[name] == pytest.approx(value, rel=2e-3, abs=allowed), name
     await two.save(out / "checkpoint")

@@ -9,24 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 import numpy as np
 
 from verl.agent.spans import DecodedText
 from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
 from verl.branches import Branch, Tree, TreeLogProbs
-from verl.trainer.config.fields import setting
+from verl.trainer.config.schema import ANSWER_PLACE
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
-
-_PLACEHOLDER = "{answer}"
-
-
-def wrapper_setting(default: str) -> Any:
-    """Declare the text around an answer that is scored."""
-    return setting(
-        default, lambda value: value.count(_PLACEHOLDER) == 1, f"a text with {_PLACEHOLDER} in it once"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,10 +33,10 @@ class AnswerProbes:
     """Encodes answers in a wrapper; every answer once."""
 
     def __init__(self, codec: TextCodec | None, wrapper: str, *, whole: bool = False) -> None:
-        """`wrapper` is `algorithm.answer_wrapper`; `whole` scores its tokens, too."""
+        """`wrapper` has the answer's place in it; `whole` scores its tokens, too."""
         assert codec is not None  # the trainer hands it to every method that needs log-probs
         self._codec = codec
-        self._before, self._after = wrapper.split(_PLACEHOLDER)
+        self._before, self._after = wrapper.split(ANSWER_PLACE)
         self._whole = whole
         self._known: dict[str, Probe | None] = {}
 
@@ -183,7 +174,21 @@ async def measure_states(
         ]
         for group, of_group, of_results in zip(groups, asked, results, strict=True)
     ]
-    return Measurement(gains=gains, old_log_probs=old)
+    return Measurement(gains=gains, stats=answer_stats(results), old_log_probs=old)
+
+
+def answer_stats(results: Sequence[Sequence[TreeLogProbs]]) -> dict[str, float]:
+    """Return the mean log-prob per token of the likeliest answer of each trajectory, over trajectories.
+
+    It shows whether the policy would ever write an answer in the text around it.
+    """
+    scored = [
+        [float(of_branch.mean()) for of_branch in result.branches if len(of_branch)]
+        for of_group in results
+        for result in of_group
+    ]
+    best = [max(values) for values in scored if values]
+    return {"ig/answer_log_prob_mean": fmean(best)} if best else {}
 
 
 async def score_branches(

@@ -28,3 +28,4 @@ class AlarmsConfig:
     max_clip_fraction: float | None = share(0.3)
     max_importance_distance: float | None = positive(0.1)
     max_zero_advantage_share: float | None = share(0.9)
+    min_answer_log_prob: float | None = setting(-7.0, lambda value: value < 0, "below 0")

@@ -69,6 +69,8 @@ def load_config(raw: DictConfig) -> Config:
             config.reward.outcome = method.outcome
         if config.agent.format == "auto":
             config.agent.format = method.format
+        if config.reward.answer_wrapper == "auto" and method.answer_wrapper:
+            config.reward.answer_wrapper = method.answer_wrapper
     return config
 
 

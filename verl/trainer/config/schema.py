@@ -28,6 +28,7 @@ from verl.trainer.config.fields import (
 )
 from verl.trainer.config.placement import PlacementConfig
 
+ANSWER_PLACE = "{answer}"
 DROP_OBSERVATIONS = "drop_observations"
 SYNC, ONE_STEP_OFF = "sync", "one_step_off"
 ALL_LINEAR = "all-linear"
@@ -266,6 +267,12 @@ class RewardConfig:
     outcome: str = one_of("auto", "em", "sub_em", "f1", "igpo_f1", "autorefine_f1", "math")
     """`auto`: that of the method, see docs/methods.md."""
     answer_rule: str = one_of("folded", *(rule for rule in AnswerRule if rule != "folded"))
+    answer_wrapper: str = setting(
+        "auto",
+        lambda value: value == "auto" or value.count(ANSWER_PLACE) == 1,
+        f"auto or a text with {ANSWER_PLACE} in it once",
+    )
+    """Text around an answer where a method asks for its log-prob; `auto`: as the method was published."""
     format_score: float = not_negative(0.0)
     math_cpu_time_s: float = positive(5.0)
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)

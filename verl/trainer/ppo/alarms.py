@@ -296,4 +296,11 @@ _RULES = (
         advice="at nearly every question all attempts have advantage 0, so that the update hardly changes "
         "the policy; take harder or easier questions, or raise actor_rollout_ref.rollout.n_agent",
     ),
+    _Rule(
+        metric="ig/answer_log_prob_mean",
+        setting="trainer.alarms.min_answer_log_prob",
+        is_upper=False,
+        advice="the policy does not write answers in the text in which they are scored, so that gains say "
+        "little; set reward.answer_wrapper to how it writes them",
+    ),
 )

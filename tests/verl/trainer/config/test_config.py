@@ -61,6 +61,7 @@ def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
     defaults.reward.outcome = method.outcome
     assert defaults.agent.format == "auto"
     defaults.agent.format = method.format
+    assert defaults.reward.answer_wrapper == "auto"
     assert dataclasses.asdict(config) == dataclasses.asdict(defaults)
 
 

@@ -43,6 +43,7 @@ SICK = {
     "max_clip_fraction": ("policy/clip_fraction", 0.01, 0.4),
     "max_importance_distance": ("policy/importance_mean", 0.99, 1.2),
     "max_zero_advantage_share": ("credit/zero_advantage_share", 0.5, 1.0),
+    "min_answer_log_prob": ("ig/answer_log_prob_mean", -3.7, -11.2),
 }
 """Of each limit its metric, a value within it and one beyond."""
 
