@@ -282,7 +282,7 @@ async def _open_parts(
     if client is not None:
         meter = GainMeter.by_service(client)
     elif gains == BY_LOG_PROB:
-        meter = GainMeter.by_log_prob(engine.score, codec=tokenizer)
+        meter = GainMeter.by_log_prob(engine.score, codec=tokenizer, wrapper=config.reward.answer_wrapper)
     return Parts(
         generate=engine,
         prompt_format=prompt_format,

@@ -96,6 +96,8 @@ def make_config(
     recorded: dict[str, Any] = (checkpoint.manifest or {}).get("config") or default
     _require_known(overrides)
     kept = {key: value for key, value in recorded.items() if key not in _OF_TRAINING}
+    if wrapper := recorded.get("reward", {}).get("answer_wrapper"):
+        kept["reward"] = {"answer_wrapper": wrapper}
     config = restore_config(kept, overrides=overrides)
     model = replace(config.actor_rollout_ref.model, path=checkpoint.model)
     rollout = config.actor_rollout_ref.rollout

@@ -62,10 +62,16 @@ class GainMeter:
     """What the numbers are, for people."""
 
     @classmethod
-    def by_log_prob(cls, score: Score, *, codec: TextCodec) -> GainMeter:
-        """Measure as `algorithm=igpo`: the rise of the answer's mean log-prob per token."""
+    def by_log_prob(cls, score: Score, *, codec: TextCodec, wrapper: str = "auto") -> GainMeter:
+        """Measure as `algorithm=igpo`: the rise of the answer's mean log-prob per token.
+
+        `wrapper` is `reward.answer_wrapper` of the run.
+        """
         services = Services(
-            render_context=render_context, codec=codec, answer_wrapper=_WRAPPER, policy=EngineScorer(score)
+            render_context=render_context,
+            codec=codec,
+            answer_wrapper=_WRAPPER if wrapper == "auto" else wrapper,
+            policy=EngineScorer(score),
         )
         return cls(algorithm=IGPO(IGPOConfig(), services), unit="log-prob per token of the answer")
 

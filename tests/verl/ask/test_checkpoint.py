@@ -54,6 +54,7 @@ async def test_the_settings_are_those_of_the_run(
     config = Config()
     config.agent.format, config.max_turns, config.retriever.topk = "autorefine", 7, 5
     config.data.max_obs_length, config.trainer.seed = 333, 9
+    config.reward.answer_wrapper = "So: {answer}"
     monkeypatch.chdir(tmp_path)  # recorded paths are those of the repository
     run_dir = await make_run(tmp_path / "run", config=config)
     found = find_checkpoint(str(run_dir / part))
@@ -61,6 +62,7 @@ async def test_the_settings_are_those_of_the_run(
     data = dataclasses.replace(config.data, val_files=[str(REPOSITORY / "world/test.parquet")])
     assert (made.agent, made.data, made.retriever) == (config.agent, data, config.retriever)
     assert made.max_turns == 7
+    assert made.reward.answer_wrapper == "So: {answer}"
     step = 10 if part else 20
     assert made.actor_rollout_ref.model.path.endswith(f"checkpoints/global_step_{step}/huggingface")
     assert (made.trainer.launcher, made.trainer.n_gpus_per_node) == ("local", 1)
