@@ -177,7 +177,7 @@ def test_the_settings_of_the_world_are_settings_of_service_and_trainer(in_bfloat
     assert trainer.retriever.topk == 2
     flags = [flag.replace("{world}/", f"{folder}/") for flag in settings["ig_service"]]
     config = resolve_config(flags, environ={})
-    assert (config.prompt_style, config.max_new_tokens) == ("chat", 24)
+    assert (config.prompt_style, config.max_new_tokens) == ("plain", 16)
     precision = "bfloat16" if in_bfloat16 else "auto"
     assert (trainer.actor_rollout_ref.model.dtype, config.dtype) == (precision, precision)
     assert "Don Quixote" in config.prompt_file
