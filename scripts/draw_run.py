@@ -9,6 +9,7 @@ Lines are sampled episodes of training questions; squares are evaluations (greed
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from verl.run.tracking import METRICS_FILE, MetricsLine, read_metrics
 from verl.utils.entry import error_line
 
 Points = list[tuple[int, float]]
+_LEGEND_COLUMNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +63,13 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[MetricsLine]]:
 def draw(runs: Mapping[str, Sequence[MetricsLine]], *, name: str, folder: Path) -> None:
     """Write four panels over the steps with a line and squares per run."""
     colors = dict(zip(runs, COLORS, strict=False))
-    height = 4.5
+    rows = math.ceil(len(runs) / _LEGEND_COLUMNS)
+    height = 4.3 + 0.2 * rows
     with open_figure(name, height=height) as figure:
         grid = figure.subplots(2, 2)
-        figure.subplots_adjust(left=0.07, right=0.985, top=0.95, bottom=0.155, hspace=0.3, wspace=0.16)
+        figure.subplots_adjust(
+            left=0.07, right=0.985, top=0.95, bottom=(0.5 + 0.2 * rows) / height, hspace=0.3, wspace=0.16
+        )
         for panel, axes in zip(_PANELS, grid.flat, strict=True):
             drawn = [_draw_run(axes, panel, lines, colors[run]) for run, lines in runs.items()]
             if not any(drawn):
@@ -82,7 +87,7 @@ def draw(runs: Mapping[str, Sequence[MetricsLine]], *, name: str, folder: Path) 
                 Line2D([], [], color=color, label="sampled, training questions"),
                 Line2D([], [], color=color, linestyle="", marker="s", label="greedy, held-out questions"),
             ]
-        figure.legend(handles=handles, loc="lower center", ncols=3)
+        figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS)
         write_figure(figure, name=name, caption="", folder=folder)
 
 

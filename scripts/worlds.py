@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from serving.files import sha256_of_file
 from verl.errors import UserError
 from verl.trainer.config.overrides import in_quotes
 
@@ -111,3 +112,9 @@ def _read_arguments(world: Path) -> dict[str, tuple[str, ...]]:
         program: tuple(one.replace("{world}", str(world)) for one in given.get(program, []))
         for program in _PROGRAMS
     }
+
+
+def describe_source(world: Path) -> dict[str, str]:
+    """Return what a damaged world records of the world that it is made from; nothing without a manifest."""
+    manifest = world / "manifest.json"
+    return {manifest.name: sha256_of_file(manifest)} if manifest.is_file() else {}

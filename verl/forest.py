@@ -138,6 +138,8 @@ def merge_blocks(forest: Forest) -> list[MergedBlocks]:
 
 def _merge(paths: Sequence[IntArray], forest: Forest, blocks: Sequence[int]) -> MergedBlocks:
     sizes = forest.query_lengths[blocks].tolist()
+    if len(paths) == 1 and sizes[0] == len(paths[0]):  # it begins a tree
+        return MergedBlocks(num_queries=sizes[0], keys=paths[0], mask=None)
     is_key = np.zeros(len(forest.ids), dtype=np.bool_)
     is_key[np.concatenate(paths)] = True
     keys = np.flatnonzero(is_key).astype(np.int32)
@@ -148,5 +150,4 @@ def _merge(paths: Sequence[IntArray], forest: Forest, blocks: Sequence[int]) -> 
         mask[row : row + own, places[:-own]] = True
         mask[row : row + own, places[-own:]] = np.tri(own, dtype=np.bool_)
         row += own
-    is_plain = len(blocks) == 1 and len(mask) == len(keys)
-    return MergedBlocks(num_queries=len(mask), keys=keys, mask=None if is_plain else mask)
+    return MergedBlocks(num_queries=len(mask), keys=keys, mask=mask)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from worlds import World as OpenedWorld
-from worlds import WorldError, open_world
+from worlds import WorldError, describe_source, open_world
 
 from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_value
 from serving.files import sha256_of_file
@@ -27,7 +27,7 @@ from verl.trainer.wiring import USE_IG_SERVICE
 
 CODE_VERSION = 2
 """Raise it with a change after which a run with the same settings gives other numbers: all runs are then
-done again. A change of a default value is such a change."""
+done again. A change of a default value is such a change; one of rounding alone is not."""
 ROOT = Path(__file__).resolve().parents[2]
 _KEY_DIGITS = 12
 _NOT_USED = ("README.md", "doctor.jsonl", "manifest.json")
@@ -241,8 +241,7 @@ def prepare_world(world: World) -> OpenedWorld:
             f"{world.folder} lacks a share of {found} of its supporting passages, the plan says "
             f"{world.share}; remove the folder, or name another one in the plan (worlds:)"
         )
-    made_from = {"manifest.json": sha256_of_file(source.folder / "manifest.json")}
-    if facts.get("damaged_from") != made_from:
+    if facts.get("damaged_from") != describe_source(source.folder):
         raise ConfigError(
             f"{world.folder} was made from another state of {source.folder}; remove it, so that it is made "
             "again, or name another folder in the plan (worlds:)"
@@ -271,7 +270,7 @@ def _deviations(overrides: tuple[str, ...], *, folder: str) -> dict[str, object]
 
 def _write(settings: Mapping[str, Value]) -> list[str]:
     def quote(value: str) -> str:
-        is_list = value.startswith(("[", "{"))
+        is_list = re.fullmatch(r"\[.*\]", value)
         return value if is_list or re.fullmatch(r"[\w.,:/+-]*", value) else in_quotes(value)
 
     return [

@@ -165,17 +165,34 @@ async def test_the_gains_of_igpo_telescope_and_use_one_answer_in_all_states() ->
     assert math.fsum(gains[1][1].values) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("opened", "expected"), [("", "<think>\nNow"), ("<think>\n", "\nNow")])
-async def test_igpo_opens_a_thought_once(opened: str, expected: str) -> None:
+@pytest.mark.parametrize("name", LOG_PROB_METHODS)
+@pytest.mark.parametrize(
+    ("opened", "expected"), [("", "<think> Yes.</think>"), ("<think>\n", " Yes.</think>")]
+)
+async def test_a_thought_is_opened_once(name: str, opened: str, expected: str) -> None:
     """The answer's wrapper begins with a thought; a prompt that has opened it must not have a second one."""
-    (trajectory,) = group_of("nq/6", ("a",)).trajectories
-    ids = [*trajectory.prompt_ids.tolist(), *map(ord, opened)]
-    trajectory = replace(trajectory, prompt_ids=np.array(ids, np.int32))
+    groups = []
+    for uid, query in (("nq/6", "a"), ("nq/7", "b")):  # other documents for ig_search
+        group = group_of(uid, (query,))
+        ids = [*group.trajectories[0].prompt_ids.tolist(), *map(ord, opened)]
+        trajectory = replace(group.trajectories[0], prompt_ids=np.array(ids, np.int32))
+        groups.append(replace(group, trajectories=(trajectory,)))
     scorer = PathScorer()
-    await gains_of(make("igpo", scorer), [Group(question=trajectory.question, trajectories=(trajectory,))])
-    branches = ["".join(map(chr, branch.ids)) for branch in scorer.asked[0].branches]
-    assert len(branches) == 2
-    assert all(text.startswith(expected) for text in branches)
+    method = make(name, scorer, answer_wrapper="<think> Yes.</think><answer>{answer}</answer>")
+    await gains_of(method, groups)
+    texts = ["".join(map(chr, branch.ids)) for tree in scorer.asked for branch in tree.branches]
+    answers = [text for text in texts if "<answer>" in text]
+    assert len(answers) >= 4
+    assert all(text.startswith(expected) for text in answers)
+    # `tips` scores the answer with its tags, all others the answer alone, and none the thought.
+    scored = {
+        "".join(chr(c) for c in branch.ids[slice(*branch.scored)].tolist())
+        for tree in scorer.asked
+        for branch in tree.branches
+        if branch.scored[0] < branch.scored[1]
+    }
+    is_tips = name == "tips"
+    assert all(text.startswith("<answer>") == is_tips and "Yes" not in text for text in scored)
 
 
 async def test_old_log_probs_come_from_the_same_pass() -> None:

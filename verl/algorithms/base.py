@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from IG.messages import GainRequest, GainResult
 from verl.branches import Tree, TreeLogProbs
-from verl.trainer.config.schema import ANSWER_PLACE, AlgorithmConfig
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, FloatArray, Gain, Group, Question, Score, Trajectory
 
 
@@ -111,8 +111,8 @@ class Services:
     ig_service: IGService | None = None
     codec: TextCodec | None = None
     """Set with `policy` or `frozen`."""
-    answer_wrapper: str = ANSWER_PLACE
-    """Text around an answer whose log-prob is asked for."""
+    answer_wrapper: str = ""
+    """Text around an answer whose log-prob is asked for; set with `codec`."""
     policy: LogProbScorer | None = None
     frozen: LogProbScorer | None = None
     entailment: Entailment | None = None

@@ -29,6 +29,7 @@ import numpy as np
 
 from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Algorithm, Services
+from verl.trainer.config.schema import ANSWER_PLACE
 from verl.types import (
     Action,
     ActionKind,
@@ -242,7 +243,7 @@ class _NoCodec:
         raise AssertionError(ids)
 
 
-_NO_SERVICES = Services(render_context=lambda _: "", codec=_NoCodec())
+_NO_SERVICES = Services(render_context=lambda _: "", codec=_NoCodec(), answer_wrapper=ANSWER_PLACE)
 _ROUNDING = 1e-6
 """Rounding of float32 advantages, relative."""
 _QUESTION = Question(uid="toy/0", text="Who?", messages=(), golds=("x",), data_source="toy")

@@ -46,7 +46,7 @@ class CWGRPO(Algorithm):
         assert self.services.policy is not None
         return await measure_states(
             groups,
-            lambda t: self._probes.encode_all(t.question.golds[:1]) if has_changed(t) else None,
+            lambda t: self._probes.encode_all(t.question.golds[:1], trajectory=t) if has_changed(t) else None,
             scorer=self.services.policy,
             reduce=np.mean,
             turns=lambda _, states: [*(b[0] - a[0] for a, b in itertools.pairwise(states)), None],

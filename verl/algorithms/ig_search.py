@@ -109,9 +109,9 @@ class IGSearch(Algorithm):
                 Asked(
                     steps=some,
                     draws=[self._draw(step, pool) for step in some],
-                    probes=self._probes.encode_all(group.question.golds[:count]),
+                    probes=self._probes.encode_all(group.question.golds[:count], trajectory=trajectory),
                 )
-                for some in of_group
+                for trajectory, some in zip(group.trajectories, of_group, strict=True)
             ]
             for group, of_group in zip(groups, steps, strict=True)
         ]

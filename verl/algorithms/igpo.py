@@ -39,8 +39,6 @@ _LEAST_SPREAD = math.sqrt(2 * STD_FLOOR) + EPSILON
 _MAX_SCALE, _MIN_OUTCOME = 10.0, 0.3
 """Bounds of `scaled_separate`, as in the authors' code."""
 
-_OPENING = "<think>"
-
 
 @dataclass
 class IGPOConfig(AlgorithmConfig):
@@ -105,7 +103,6 @@ class IGPO(Algorithm):
     def __init__(self, settings: IGPOConfig, services: Services) -> None:
         super().__init__(settings, services)
         self._probes = AnswerProbes(services.codec, services.answer_wrapper)
-        self._opened_probes = AnswerProbes(services.codec, services.answer_wrapper.removeprefix(_OPENING))
 
     @classmethod
     def scorer_options(cls, settings: IGPOConfig) -> ScorerOptions:
@@ -119,20 +116,15 @@ class IGPO(Algorithm):
         return await measure_states(
             groups,
             lambda t: (
-                self._choose_probes(t).encode_all(t.question.golds[:count]) if self._chosen_turns(t) else None
+                self._probes.encode_all(t.question.golds[:count], trajectory=t)
+                if self._chosen_turns(t)
+                else None
             ),
             states=self._states,
             scorer=self.services.policy,
             reduce=np.mean,
             turns=self._gains,
         )
-
-    def _choose_probes(self, trajectory: Trajectory) -> AnswerProbes:
-        """Return the wrapper without its `<think>` where the prompt has opened the thought already."""
-        assert self.services.codec is not None
-        # As many tokens as characters are enough.
-        end = self.services.codec.decode(trajectory.prompt_ids[-len(f"{_OPENING}\n") :].tolist())
-        return self._opened_probes if end.rstrip().endswith(_OPENING) else self._probes
 
     def _chosen_turns(self, trajectory: Trajectory) -> list[int]:
         """Return the turns that get a gain: all but the last, or those of them that called `gain_tools`."""

@@ -85,7 +85,7 @@ class SIOP(Algorithm):
             cluster = clusters.get(id(trajectory))
             if cluster is None or not has_changed(trajectory):
                 return None
-            return self._probes.encode_all(cluster.answers)
+            return self._probes.encode_all(cluster.answers, trajectory=trajectory)
 
         def turns(trajectory: Trajectory, states: list[list[float]]) -> list[float]:
             beliefs = [cluster_belief(of_state) for of_state in states]

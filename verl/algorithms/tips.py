@@ -58,8 +58,8 @@ class TIPS(Algorithm):
 
     def __init__(self, settings: TIPSConfig, services: Services) -> None:
         super().__init__(settings, services)
-        # The whole wrapper counts: a state is good when the model would answer, and answer this.
-        self._probes = AnswerProbes(services.codec, services.answer_wrapper, whole=True)
+        # The tags count: a state is good when the model would answer, and answer this.
+        self._probes = AnswerProbes(services.codec, services.answer_wrapper, with_tag=True)
 
     @classmethod
     def scorer_options(cls, settings: TIPSConfig) -> ScorerOptions:
@@ -72,7 +72,7 @@ class TIPS(Algorithm):
         return await measure_states(
             groups,
             lambda t: (
-                self._probes.encode_all(t.question.golds)
+                self._probes.encode_all(t.question.golds, trajectory=t)
                 if has_changed(t) or self.settings.terminal
                 else None
             ),

@@ -22,7 +22,7 @@ from verl.errors import RolloutError
 from verl.types import FloatArray, Gain, Group, IntArray, Trajectory
 
 _WRAPPER = "<answer> {answer} </answer>"
-"""As models write it; the wrapper that IGPO was published with has a thought that no model writes."""
+"""Where the run of a model is not known: as models write an answer."""
 
 Score = Callable[[IntArray], Awaitable[FloatArray]]
 """Return the log-prob of every token [L]; position 0 holds 0. Raises RolloutError."""
@@ -62,10 +62,10 @@ class GainMeter:
     """What the numbers are, for people."""
 
     @classmethod
-    def by_log_prob(cls, score: Score, *, codec: TextCodec, wrapper: str = "auto") -> GainMeter:
+    def by_log_prob(cls, score: Score, *, codec: TextCodec, wrapper: str) -> GainMeter:
         """Measure as `algorithm=igpo`: the rise of the answer's mean log-prob per token.
 
-        `wrapper` is `reward.answer_wrapper` of the run.
+        `wrapper` is `reward.answer_wrapper` of the run, `auto` where that is not known.
         """
         services = Services(
             render_context=render_context,

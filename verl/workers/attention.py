@@ -24,26 +24,22 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 class AttentionBlocks:
-    """The S blocks of a forest, on the device of the model."""
+    """The S blocks of a forest, on the device of the model, as each kernel needs them."""
 
     def __init__(self, forest: Forest, *, device: torch.device) -> None:
-        self.longest_query = int(forest.query_lengths.max())
         self.longest_key = int(forest.key_lengths.max())
-        self.query_borders = _borders(forest.query_lengths, device=device)
-        self.key_borders = _borders(forest.key_lengths, device=device)
-        """Where each block begins and the last one ends [S + 1]."""
-        self._keys = None if forest.keys is None else torch.tensor(forest.keys, device=device)
         self._forest = forest
         self._device = device
 
-    def gather(self, keys: Tensor) -> Tensor:
-        """Return keys or values block after block: [1, heads, T, D] as [1, heads, sum of lengths, D]."""
-        return keys if self._keys is None else keys.index_select(2, self._keys)
-
     @cached_property
-    def calls(self) -> SdpaCalls:
+    def sdpa(self) -> SdpaCalls:
         """Return the calls of SDPA; made once, for all layers and passes."""
         return SdpaCalls(self._forest, device=self._device)
+
+    @cached_property
+    def varlen(self) -> VarlenBlocks:
+        """Return the blocks as one call computes them."""
+        return VarlenBlocks(self._forest, device=self._device)
 
 
 class SdpaCalls:
@@ -57,13 +53,27 @@ class SdpaCalls:
             None if blocks.mask is None else torch.tensor(blocks.mask, device=device) for blocks in merged
         ]
         """Which keys the queries of each call attend to [queries, keys]; None: those up to itself."""
-        self._keys: Tensor | None = None
+        self.columns: Tensor | None = None
+        """Of the keys, call after call; None: they are in this order."""
         if forest.keys is not None:
-            self._keys = torch.tensor(np.concatenate([blocks.keys for blocks in merged]), device=device)
+            self.columns = torch.tensor(np.concatenate([blocks.keys for blocks in merged]), device=device)
 
-    def gather(self, keys: Tensor) -> Tensor:
-        """Return keys or values call after call: [1, heads, T, D] as [1, heads, sum of lengths, D]."""
-        return keys if self._keys is None else keys.index_select(2, self._keys)
+
+class VarlenBlocks:
+    """How FlashAttention computes a forest."""
+
+    def __init__(self, forest: Forest, *, device: torch.device) -> None:
+        self.longest_query = int(forest.query_lengths.max())
+        self.query_borders = _borders(forest.query_lengths, device=device)
+        self.key_borders = _borders(forest.key_lengths, device=device)
+        """Where each block begins and the last one ends [S + 1]."""
+        self.columns = None if forest.keys is None else torch.tensor(forest.keys, device=device)
+        """Of the keys, block after block; None: they are in this order."""
+
+
+def _gather(keys: Tensor, columns: Tensor | None) -> Tensor:
+    """Return these columns of keys or values: [1, heads, T, D] as [1, heads, len(columns), D]."""
+    return keys if columns is None else keys.index_select(2, columns)
 
 
 def attend_by_sdpa(
@@ -79,8 +89,8 @@ def attend_by_sdpa(
 ) -> tuple[Tensor, None]:
     """Return the attention of queries [1, heads, T, D] as [1, T, heads, D]. Raises ValueError."""
     _check(module, settings, blocks=blocks)
-    calls = blocks.calls
-    key, value = calls.gather(key), calls.gather(value)
+    calls = blocks.sdpa
+    key, value = _gather(key, calls.columns), _gather(value, calls.columns)
     if (num_queries := query.shape[1] // key.shape[1]) > 1:  # query heads for each of keys
         key, value = (x.repeat_interleave(num_queries, 1) for x in (key, value))
     parts = [
@@ -120,14 +130,16 @@ def varlen_arguments(query: Tensor, key: Tensor, value: Tensor, *, blocks: Atten
 
     Causal attention there is aligned at the end: the last query of a block is that of its last key.
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, blocks.gather(key), blocks.gather(value)))
+    layout = blocks.varlen
+    key, value = _gather(key, layout.columns), _gather(value, layout.columns)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return {
         "query": query,
         "key": key,
         "value": value,
-        "cu_seq_q": blocks.query_borders,
-        "cu_seq_k": blocks.key_borders,
-        "max_q": blocks.longest_query,
+        "cu_seq_q": layout.query_borders,
+        "cu_seq_k": layout.key_borders,
+        "max_q": layout.longest_query,
         "max_k": blocks.longest_key,
         "window_size": (-1, 0),
         "enable_gqa": True,

@@ -14,9 +14,8 @@ from pathlib import Path
 from random import Random
 
 import pyarrow.parquet as pq
-from worlds import SETTINGS_FILE
+from worlds import SETTINGS_FILE, describe_source
 
-from serving.files import sha256_of_file
 from world import dataset, making
 
 SHARE = 0.37
@@ -55,7 +54,7 @@ def damage(source: Path, out: Path, *, share: float, seed: int) -> dict[str, int
         for split in dataset.SPLITS
     }
     manifest = {
-        "damaged_from": {"manifest.json": sha256_of_file(source / "manifest.json")},
+        "damaged_from": describe_source(source),
         "seed": seed,
         "share": share,
         "counts": counts,

@@ -96,7 +96,7 @@ async def test_the_answer_does_not_wait_for_its_gains() -> None:
         events.append("measured")
         return await score(ids)
 
-    asker, _ = make_asker(meter=GainMeter.by_log_prob(score_late, codec=CHARS))
+    asker, _ = make_asker(meter=GainMeter.by_log_prob(score_late, codec=CHARS, wrapper="auto"))
     await asker.ask("q", on_end=lambda trajectory: events.append(str(trajectory.answer)))
     assert events[:2] == ["Harwick", "measured"]
 
@@ -117,7 +117,7 @@ async def score(ids: IntArray) -> FloatArray:
 
 
 async def test_gains_are_those_of_the_own_answer_or_of_one_that_the_user_knows() -> None:
-    meter = GainMeter.by_log_prob(score, codec=CHARS)
+    meter = GainMeter.by_log_prob(score, codec=CHARS, wrapper="auto")
     shown = await show(make_asker(meter=meter)[0])
     assert "gain +2.000  turn 1  Gilbert Nash" in shown
     assert "towards its own answer, in log-prob" in shown
@@ -130,16 +130,18 @@ async def test_gains_that_cannot_be_measured_are_no_numbers() -> None:
     async def fail(_: IntArray) -> FloatArray:
         raise RolloutError("engine-0 is gone")
 
-    shown = await show(make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS))[0])
+    shown = await show(make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS, wrapper="auto"))[0])
     assert "gain: not measured: gain_failed: engine-0 is gone" in shown
-    failed = await make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS))[0].ask("q")
+    failed = await make_asker(meter=GainMeter.by_log_prob(fail, codec=CHARS, wrapper="auto"))[0].ask("q")
     writer = Writer("policy")
     for part in (
         writer.completion(failed)["choices"][0]["message"],
         writer.end(failed)[-1]["choices"][0]["delta"],
     ):
         assert part["search_gain_failure"] == "gain_failed: engine-0 is gone"
-    without = make_asker(["<search>x</search>"] * 4, meter=GainMeter.by_log_prob(score, codec=CHARS))[0]
+    without = make_asker(
+        ["<search>x</search>"] * 4, meter=GainMeter.by_log_prob(score, codec=CHARS, wrapper="auto")
+    )[0]
     assert "gain: nothing to measure" in await show(without)
 
 

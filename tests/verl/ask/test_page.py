@@ -101,7 +101,7 @@ def test_the_answer_is_shown_before_its_gains_and_why_there_are_none(page: Page)
         await asyncio.to_thread(is_free.wait, 60)
         raise RolloutError("engine-0 is gone: https://user:secret@host/")
 
-    with serving(ReadingGenerate(), meter=GainMeter.by_log_prob(fail, codec=CHARS)) as url:
+    with serving(ReadingGenerate(), meter=GainMeter.by_log_prob(fail, codec=CHARS, wrapper="auto")) as url:
         page.goto(url)
         ask(page, "Where?")
         expect(page.locator("p.answer")).to_have_text("Harwick")

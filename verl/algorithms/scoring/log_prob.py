@@ -2,7 +2,7 @@
 
 A state is what the policy had read when it began a turn: the prompt, or all up to the observation of the turn
 before. An answer is appended to it inside a wrapper, such as `<answer>{answer}</answer>`, and the tokens that
-hold a character of the answer (or of the whole wrapper) are scored.
+hold a character of the answer (or of the tags around it, too) are scored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from verl.branches import Branch, Tree, TreeLogProbs
 from verl.trainer.config.schema import ANSWER_PLACE
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
 
+_OPENING = "<think>"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Probe:
@@ -30,35 +32,51 @@ class Probe:
 
 
 class AnswerProbes:
-    """Encodes answers in a wrapper; every answer once."""
+    """Encodes answers in a wrapper; every answer once.
 
-    def __init__(self, codec: TextCodec | None, wrapper: str, *, whole: bool = False) -> None:
-        """`wrapper` has the answer's place in it; `whole` scores its tokens, too."""
+    Where a prompt ends with `<think>`, as with some chat templates, the wrapper's own is left out.
+    """
+
+    def __init__(self, codec: TextCodec | None, wrapper: str, *, with_tag: bool = False) -> None:
+        """`wrapper` has the answer's place in it; `with_tag` scores the tags around that place, too.
+
+        Raises ValueError for a wrapper without a place.
+        """
         assert codec is not None  # the trainer hands it to every method that needs log-probs
+        if wrapper.count(ANSWER_PLACE) != 1:
+            raise ValueError(f"the wrapper {wrapper!r} must have {ANSWER_PLACE} in it once")
         self._codec = codec
-        self._before, self._after = wrapper.split(ANSWER_PLACE)
-        self._whole = whole
-        self._known: dict[str, Probe | None] = {}
+        self._wrapper = wrapper
+        self._with_tag = with_tag
+        self._known: dict[tuple[str, bool], Probe | None] = {}
 
-    def encode(self, answer: str) -> Probe | None:
-        """Return the tokens of an answer in its wrapper; None when the answer has none of its own."""
-        if answer not in self._known:
-            self._known[answer] = self._encode(answer)
-        return self._known[answer]
+    def encode_all(self, answers: Sequence[str], *, trajectory: Trajectory) -> list[Probe]:
+        """Return the tokens, in the wrapper, of those answers that have any."""
+        # As many tokens as characters are enough.
+        end = self._codec.decode(trajectory.prompt_ids[-len(f"{_OPENING}\n") :].tolist())
+        is_opened = end.rstrip().endswith(_OPENING)
+        return [probe for answer in answers if (probe := self._encode(answer, is_opened)) is not None]
 
-    def encode_all(self, answers: Sequence[str]) -> list[Probe]:
-        """Return the tokens of those answers that have any."""
-        return [probe for answer in answers if (probe := self.encode(answer)) is not None]
+    def _encode(self, answer: str, is_opened: bool) -> Probe | None:
+        key = (answer, is_opened)
+        if key not in self._known:
+            wrapper = self._wrapper.removeprefix(_OPENING) if is_opened else self._wrapper
+            self._known[key] = self._encode_in(wrapper, answer)
+        return self._known[key]
 
-    def _encode(self, answer: str) -> Probe | None:
+    def _encode_in(self, wrapper: str, answer: str) -> Probe | None:
+        before, after = wrapper.split(ANSWER_PLACE)
         # Encoded together with its wrapper, because a tokenizer may merge characters over the border.
-        ids = self._codec.encode(self._before + answer + self._after)
+        ids = self._codec.encode(before + answer + after)
         decoded = DecodedText(ids, decode=self._codec.decode)
         text = decoded.text
-        start = 0 if self._whole else text.find(answer, max(0, len(self._before) - 1))
-        end = len(text) if self._whole else start + len(answer)
+        start = text.find(answer, max(0, len(before) - 1))
         if not answer.strip() or start < 0:
             return None
+        end = start + len(answer)
+        if self._with_tag:
+            # From the last tag before the answer on; a thought before it says nothing about the answer.
+            start, end = max(0, text.rfind("<", 0, start)), len(text)
         span = decoded.find_tokens(start, end)
         return Probe(ids=np.array(ids[: span[1]], dtype=np.int32), scored=span)
 

@@ -91,6 +91,11 @@ CHARTS = (
         meaning="Mean per token under the policy; the distance is the gain.",
     ),
     Chart(
+        title="Log-prob of the likeliest answer",
+        curves=(Curve(label="per token", metric="ig/answer_log_prob_mean"),),
+        meaning="Of the answers that are scored; low where the policy never writes reward.answer_wrapper.",
+    ),
+    Chart(
         title="Reward",
         curves=(Curve(label="mean", metric="reward/mean"),),
         meaning="What attempts at a question are compared by: the outcome and what the method adds.",

@@ -16,6 +16,7 @@ def list_advice(config: Config) -> list[str]:
     """Return one warning with key, value and fix for each such setting. Expects a valid configuration."""
     return [
         *_advise_format(config),
+        *_advise_wrapper(config),
         *_advise_filter(config),
         *_advise_clip(config),
         *_advise_engine_share(config),
@@ -30,6 +31,17 @@ def _advise_format(config: Config) -> list[str]:
     return [
         f"agent.format={chosen}: {name} was published with {published}; set agent.format={published} for a "
         "policy that can write it (the embedded world's writes search_r1 only)"
+    ]
+
+
+def _advise_wrapper(config: Config) -> list[str]:
+    name, chosen = config.algorithm.name, config.reward.answer_wrapper
+    published = ALGORITHMS[name].answer_wrapper
+    if chosen == published or not published:
+        return []
+    return [
+        f"reward.answer_wrapper={chosen!r}: {name} was published with {published!r}; it should be how your "
+        "policy writes an answer (the recipes of the embedded world set what its policy writes)"
     ]
 
 

@@ -65,6 +65,21 @@ def test_yaml_states_exactly_the_defaults_of_the_schema() -> None:
     assert dataclasses.asdict(config) == dataclasses.asdict(defaults)
 
 
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_answers_are_scored_as_published_or_as_the_user_says(name: str) -> None:
+    published = ALGORITHMS[name].answer_wrapper
+    config = composed([f"algorithm={name}"])
+    assert config.reward.answer_wrapper == (published or "auto")
+    assert not [text for text in list_advice(config) if "answer_wrapper" in text]
+    chosen = composed([f"algorithm={name}", "reward.answer_wrapper='So: {answer}.'"])
+    assert chosen.reward.answer_wrapper == "So: {answer}."
+    advice = [text for text in list_advice(chosen) if "reward.answer_wrapper='So: {answer}.'" in text]
+    assert len(advice) == bool(published)
+    for wrong in ("'So'", "'{answer} {answer}'"):
+        with pytest.raises(ConfigError, match=r"reward\.answer_wrapper must be auto or a text with {answer}"):
+            composed([f"algorithm={name}", f"reward.answer_wrapper={wrong}"])
+
+
 def test_yaml_names_every_key_of_the_schema() -> None:
     text = (REPOSITORY / "verl/trainer/config/ppo_trainer.yaml").read_text()
     keys = [key for key in schema_keys() if not key.startswith("algorithm.")]
