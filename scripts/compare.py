@@ -44,6 +44,7 @@ from serving.web.settings import expand_home
 from verl.errors import ConfigError, UserError
 from verl.evaluation.tables import as_rich
 from verl.utils.entry import describe_error, error_line
+from verl.utils.shutdown import cancel_by_signals
 from verl.utils.supervise import Supervisor, is_service_variable
 
 MAX_FAILURES = 3
@@ -182,7 +183,7 @@ def describe_result(run: RunSpec, result: Result) -> str:
 
 
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
-    """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after Ctrl-C."""
+    """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after a signal."""
     options = parse(argv)
     os.chdir(ROOT)  # worlds are named from there
     plan = read_plan(options.plan)
@@ -190,13 +191,12 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     places = find_places(options.docs, plan=options.plan)
     # Explicitly: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     screen = Screen(Console(width=None if sys.stdout.isatty() else 140))
     failed: dict[str, str] = {}
     if not (options.report or options.list):
         try:
             failed = work(screen, plan, stages=stages, places=places, options=options)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, asyncio.CancelledError):
             screen.print("interrupted; the run that was not done begins again", style="yellow")
             return 130
         if options.verify:
@@ -228,6 +228,7 @@ def work(
     campaign = make_campaign(plan, read_results(places.results))
 
     async def do(supervisor: Supervisor) -> dict[str, str]:
+        cancel_by_signals()
         runner = Runner(supervisor, screen, folder=folder, keeps_episodes=options.keep)
         async with aclosing(runner):
             if options.verify:

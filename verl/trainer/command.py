@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,6 +17,7 @@ from verl.trainer.config.loading import first_line, load_config, register_schema
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 from verl.utils.entry import error_line
+from verl.utils.shutdown import cancel_by_signals
 
 
 def run_command(
@@ -35,7 +35,7 @@ def run_command(
     def run(raw: DictConfig) -> None:
         try:
             with error_line():
-                asyncio.run(_cancel_by_signals(work, load_config(raw)))
+                asyncio.run(_run(work, load_config(raw)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             sys.exit(130)
 
@@ -49,11 +49,6 @@ def run_command(
             raise ConfigError(first_line(error)) from error
 
 
-async def _cancel_by_signals(work: Callable[[Config], Awaitable[None]], config: Config) -> None:
-    """Run `work` in a task that the signals of a closing terminal cancel, too."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+async def _run(work: Callable[[Config], Awaitable[None]], config: Config) -> None:
+    cancel_by_signals()
     await work(config)

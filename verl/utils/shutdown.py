@@ -5,10 +5,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 
 logger = logging.getLogger(__name__)
+
+
+def cancel_by_signals() -> None:
+    """Let the signals of a closing terminal cancel the task that calls this, as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def close_quietly(stack: AsyncExitStack, close: Callable[[], Awaitable[None] | None]) -> None:
