@@ -25,7 +25,7 @@ import numpy as np
 from verl.types import BoolArray, IntArray
 
 _KEY_COST = 64
-"""What it costs to bring a key to a call of attention, in queries that attend to it, as measured on CPUs."""
+"""Cost of gathering one key for a call of attention, in query-key products; measured on CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,8 +111,8 @@ class MergedBlocks:
 def merge_blocks(forest: Forest) -> list[MergedBlocks]:
     """Merge successive blocks where that makes attention cheaper.
 
-    Short blocks that continue one trunk attend to nearly the same keys: together they bring these once, at
-    the price of products that are masked out.
+    Short blocks after one trunk attend to nearly the same keys. Merged, they gather these once, and compute
+    products that the mask then leaves out.
     """
     keys = np.arange(len(forest.ids), dtype=np.int32) if forest.keys is None else forest.keys
     paths = np.split(keys, forest.key_lengths.cumsum()[:-1])
