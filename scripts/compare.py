@@ -9,7 +9,7 @@ docs/comparison/comparison.html and figures; of another plan than the default on
 The last line of output is one JSON object:
 
   done, runs      runs that are done, of all that the plan names
-  left_s          seconds that the others will take, by those that are done; null: not known yet
+  left_s          seconds that the others will take here, by those that are done; null: not known yet
   failed          runs that ended with an error in this call, by name
   not_separated   methods that a stage with must_differ has not shown to be worse; null: not all is done
 """
@@ -33,6 +33,7 @@ from screen import Screen
 
 from comparison.campaign import TUNING, Campaign, estimate_seconds, make_campaign
 from comparison.claims import find_unseparated
+from comparison.pace import machine_pace
 from comparison.plan import Plan, read_plan
 from comparison.report import Places, find_places, show, write_report
 from comparison.results import LOCKS, Result, read_results, result_file, write_result
@@ -114,7 +115,8 @@ async def do_runs(
         if not left:
             break
         with reserve(left, results) as run:
-            expected = estimate_seconds([run or left[0]], campaign.results) or 0.0
+            next_run = run or left[0]
+            expected = estimate_seconds([next_run], campaign.results, pace_s=machine_pace()) or 0.0
             if hours is not None and time.monotonic() - began + expected > 3600 * hours:
                 screen.print(f"the {hours:g} hours are over for another run", style="yellow")
                 break
@@ -171,7 +173,7 @@ async def verify(
 def describe_next(campaign: Campaign, run: RunSpec, *, left: Sequence[RunSpec], stages: Sequence[str]) -> str:
     """Return the title of the next run: its number and settings, and the time that all the rest takes."""
     done, total = campaign.count(stages)
-    seconds = estimate_seconds([*left, *campaign.waiting(stages)], campaign.results)
+    seconds = estimate_seconds([*left, *campaign.waiting(stages)], campaign.results, pace_s=machine_pace())
     rest = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
     return f"run {done + 1} of {total}{rest}: {run.label}"
 
@@ -246,10 +248,11 @@ def finish(campaign: Campaign, *, stages: Sequence[str], failed: dict[str, str])
     """Print the JSON line; return the exit status."""
     done, total = campaign.count(stages)
     unseparated = find_unseparated(campaign, stages)
+    runs = [*campaign.left(stages), *campaign.waiting(stages)]
     line = {
         "done": done,
         "runs": total,
-        "left_s": estimate_seconds([*campaign.left(stages), *campaign.waiting(stages)], campaign.results),
+        "left_s": estimate_seconds(runs, campaign.results, pace_s=machine_pace()),
         "failed": sorted(failed),
         "not_separated": unseparated,
     }

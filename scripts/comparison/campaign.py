@@ -105,18 +105,21 @@ def make_campaign(plan: Plan, results: Mapping[str, Result]) -> Campaign:
     return Campaign(plan=plan, results=results, trials=trials)
 
 
-def estimate_seconds(runs: Sequence[RunSpec], results: Mapping[str, Result]) -> float | None:
-    """Return how long runs will take, by those that are done; None where none is.
+def estimate_seconds(
+    runs: Sequence[RunSpec], results: Mapping[str, Result], *, pace_s: float
+) -> float | None:
+    """Return how long runs will take on a machine of this pace, by those that are done; None where none is.
 
     By the median seconds per step, all included, of runs with the same method on the same world; of the same
-    world; of all.
+    world; of all. Runs of unknown pace count as if this machine had done them.
     """
     known: dict[tuple[object, ...], list[float]] = {}
     for result in results.values():
         if result.steps:
             world, method = result.settings["world"], result.settings["config"]["algorithm.name"]
+            ratio = 1.0 if result.pace_s is None else pace_s / result.pace_s
             for key in ((world, method), (world,), ()):
-                known.setdefault(key, []).append(result.wall_s / result.steps)
+                known.setdefault(key, []).append(ratio * result.wall_s / result.steps)
     if not known:
         return None
     total = 0.0

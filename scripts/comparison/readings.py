@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from comparison.pace import STANDARD_S
 from comparison.results import FAILED, RIGHT, Curve, Evaluation, Result
 from verl.evaluation.paired import SIGNIFICANCE
 from verl.evaluation.statistics import Array, Contrast, Interval, adjust_holm, estimate_contrast
@@ -50,8 +51,9 @@ class Cost:
     """What it took until the mean EM of the last steps reached a level."""
 
     step: int
-    processor_s: float
-    """Of all processes of the run; evaluations left out in proportion to their time."""
+    processor_s: float | None
+    """Of all processes of the run on a core of standard pace, so that machines can be compared; evaluations
+    are left out in proportion to their time. None: the pace of the run's machine was not measured."""
     tokens: float
     searches: float
 
@@ -101,9 +103,10 @@ def cost_to(result: Result, level: float) -> Cost | None:
     """Return the cost of the first step whose EM, as the mean of `WINDOW` steps, is at least `level`."""
     for k, mean in enumerate(smooth(result.em), start=1):
         if mean is not None and mean >= level:
+            seconds = result.processor_s * result.before(k, result.seconds) / result.wall_s
             return Cost(
                 step=k,
-                processor_s=result.processor_s * result.before(k, result.seconds) / result.wall_s,
+                processor_s=None if result.pace_s is None else seconds * STANDARD_S / result.pace_s,
                 tokens=result.before(k, result.tokens),
                 searches=result.searches_until(k),
             )

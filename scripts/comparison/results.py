@@ -61,7 +61,7 @@ class Result:
     wall_s: float
     """The whole run with its evaluations, once services and engines are there."""
     processor_s: float
-    """Processor seconds of trainer, engines and services over the same time."""
+    """Processor seconds of trainer, engines and services over the same time, as this machine counts them."""
     em: Curve
     """Of sampled episodes on training questions."""
     searches: Curve
@@ -80,6 +80,8 @@ class Result:
     seconds: Curve
     evaluations: list[Evaluation]
     manifest: dict[str, Any]
+    pace_s: float | None = None
+    """What `measure_pace` gave, mean of before and after the run; None: it was not measured."""
 
     @property
     def steps(self) -> int:
@@ -97,7 +99,9 @@ class Result:
 _SHAPE = TypeAdapter(Result)
 
 
-def make_result(run: RunSpec, run_dir: Path, *, wall_s: float, processor_s: float) -> Result:
+def make_result(
+    run: RunSpec, run_dir: Path, *, wall_s: float, processor_s: float, pace_s: float | None = None
+) -> Result:
     """Return the result of a run that has ended, from its folder. Raises DataError for a damaged one."""
     lines = read_metrics(run_dir)
     train = [line for line in lines if line["kind"] == "train"]
@@ -136,6 +140,7 @@ def make_result(run: RunSpec, run_dir: Path, *, wall_s: float, processor_s: floa
             if line["kind"] == "val"
         ],
         manifest=_shorten(read_manifest(run_dir) or {}, run),
+        pace_s=None if pace_s is None else round(pace_s, 4),
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from screen import Screen, Update
 
 from comparison.handicaps import apply_handicap
+from comparison.pace import measure_pace
 from comparison.results import Result, make_result
 from comparison.runs import RunSpec, prepare_world, shared_settings
 from serving.processes import count_processor_seconds
@@ -67,6 +68,7 @@ class Runner:
         config = self._configure(run, run_dir)
         try:
             host = await self._open_host(config)
+            pace_s = measure_pace()
             began, before = time.monotonic(), count_processor_seconds()
             with self._screen.phase(title, total=run.steps) as update, _quiet_opening():
                 async with _watched(run_dir, update), open_trainer(config, host=host) as trainer:
@@ -74,10 +76,12 @@ class Runner:
                     apply_handicap(trainer, run.method.handicap, seed=run.seed)
                     await trainer.fit()
                     processor_s = count_processor_seconds() - before  # while all processes are there
+            wall_s = time.monotonic() - began
+            pace_s = (pace_s + measure_pace()) / 2
         except BaseException:
             await self.aclose()
             raise
-        result = make_result(run, run_dir, wall_s=time.monotonic() - began, processor_s=processor_s)
+        result = make_result(run, run_dir, wall_s=wall_s, processor_s=processor_s, pace_s=pace_s)
         if not self._keeps_episodes:
             for name in (TRAJECTORIES, EVALUATION, CHECKPOINTS):
                 shutil.rmtree(run_dir / name, ignore_errors=True)

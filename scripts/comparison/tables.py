@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from comparison.campaign import Campaign, Trial
+from comparison.pace import STANDARD_S
 from comparison.plan import Stage, Tuning, write_value
 from comparison.readings import (
     COLLAPSE_WINDOW,
@@ -33,6 +34,11 @@ from verl.evaluation.statistics import Interval
 from verl.evaluation.tables import ABSENT, Table
 
 BOARD_LEVEL = LEVELS[-1]
+_SECONDS = (
+    "of trainer, engines and services together, without evaluations and start, on a core that takes "
+    f"{STANDARD_S:g} s for the pass in scripts/comparison/pace.py. The pass is timed before and after every "
+    "run, as runs may be of different machines."
+)
 _CERTAINTY = (
     "Verdicts at p < 0.05 by Holm over the methods of a column, from a t test over seeds and questions: "
     "questions are paired, the seeds of two methods are independent, degrees of freedom by Satterthwaite. "
@@ -125,8 +131,7 @@ def cost_table(runs: Runs) -> Table:
         note="A level is reached at the first step at which the EM of sampled episodes on training "
         f"questions, as the mean of {WINDOW} steps, is at least that. Seeds that reached it, and medians "
         "over all seeds, in which one that did not reach it counts as infinite. Tokens: prompts, "
-        "observations and sampled ones of all episodes. Processor seconds: of trainer, engines and services "
-        "together, without evaluations and start.",
+        f"observations and sampled ones of all episodes. Processor seconds: {_SECONDS}",
     )
 
 
@@ -207,10 +212,11 @@ def board_table(
         if not done:
             continue
         results = [campaign.results[spec.key] for spec in done]
-        seconds = [_or_infinite(cost_to(result, BOARD_LEVEL), _COSTS[-1]) for result in results]
+        costs = [cost_to(result, BOARD_LEVEL) for result in results]
+        seconds = [math.inf if cost is None else cost.processor_s or math.inf for cost in costs]
         # The seed at the median stands for the entry, or the slowest one that reached the level.
         order = sorted(zip(seconds, done, strict=True), key=lambda pair: pair[0])
-        num_reached = len(seconds) - seconds.count(math.inf)
+        num_reached = len(costs) - costs.count(None)
         shown = order[max(0, min((len(order) - 1) // 2, num_reached - 1))][1]
         arguments = f"--plan {shlex.quote(plan)} --stage {stage_name} --verify {shown.key}"
         recipe = ", ".join(
@@ -221,17 +227,16 @@ def board_table(
             *_cost_cells(results, BOARD_LEVEL),
             f"make compare COMPARE_ARGS='{arguments}'",
         )
-        entries.append((statistics.median(seconds), len(seconds) - num_reached, row))
+        entries.append((statistics.median(seconds), costs.count(None), row))
     entries.sort(key=lambda entry: entry[:2])
     return Table(
         title=f"Board: EM {BOARD_LEVEL:g} on two cores",
         header=("method and recipe", "seeds", "steps", "tokens", "processor s", "verify"),
         rows=tuple(row for *_, row in entries),
         note=f"Cost until the EM of sampled episodes, as the mean of {WINDOW} steps, is {BOARD_LEVEL:g}; "
-        "medians over all seeds, in which one that did not reach it counts as infinite. Processor "
-        "seconds are those of all processes of a run, so that what else the cores do counts little. To add "
-        "a line: add a method to a plan, do its runs (make compare), and send the plan with the files in "
-        "runs/.",
+        f"medians over all seeds, in which one that did not reach it counts as infinite. Seconds: {_SECONDS} "
+        "To add a line: add a method to a plan, do its runs (make compare), and send the plan with the files "
+        "in runs/.",
     )
 
 
@@ -250,7 +255,7 @@ def verify_table(recorded: Result | None, again: Result) -> Table:
     return Table(title="The same run twice", header=tuple(header), rows=tuple(rows))
 
 
-_COSTS: tuple[Callable[[Cost], float], ...] = (
+_COSTS: tuple[Callable[[Cost], float | None], ...] = (
     lambda cost: cost.step,
     lambda cost: cost.tokens,
     lambda cost: cost.processor_s,
@@ -278,16 +283,14 @@ def _cost_cells(results: Sequence[Result], level: float) -> tuple[str, ...]:
     costs = [cost_to(result, level) for result in results]
     cells = [f"{len(costs) - costs.count(None)}/{len(costs)}"]
     for measure in _COSTS:
-        median = statistics.median(_or_infinite(cost, measure) for cost in costs) if costs else None
+        values = [math.inf if cost is None else measure(cost) for cost in costs]
+        known = [value for value in values if value is not None]
+        median = statistics.median(known) if known and len(known) == len(values) else None
         if median is None or (math.isinf(median) and measure is not _COSTS[0]):
             cells.append(ABSENT)
         else:
             cells.append(f"> {max(r.steps for r in results)}" if math.isinf(median) else f"{median:,.0f}")
     return tuple(cells)
-
-
-def _or_infinite(cost: Cost | None, measure: Callable[[Cost], float]) -> float:
-    return math.inf if cost is None else measure(cost)
 
 
 def _percent(found: tuple[float, float | None] | None) -> str:

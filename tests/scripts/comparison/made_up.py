@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from comparison.pace import STANDARD_S
 from comparison.plan import Method, Plan, Stage, Tuned, World
 from comparison.results import Evaluation, Result
 from comparison.runs import ROOT, RunSpec
@@ -43,6 +44,7 @@ def make_result(
     outcomes: Sequence[tuple[int, str]] = ((0, "0000"), (2, "1100")),
     seed: int = 0,
     wall_s: float = 10.0,
+    pace_s: float | None = STANDARD_S,
 ) -> Result:
     """Return a result with these curves; `outcomes` are the evaluations, by step. A step takes 2 s."""
     n = len(em)
@@ -66,6 +68,7 @@ def make_result(
         seconds=[2.0] * n,
         evaluations=[Evaluation(step=step, searches=1.0, outcomes=text) for step, text in outcomes],
         manifest={"git": {"sha": "0123456789abcdef", "dirty": False}, "started": "2026-01-01T00:00:00+00:00"},
+        pace_s=pace_s,
     )
 
 

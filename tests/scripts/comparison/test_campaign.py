@@ -74,9 +74,14 @@ def test_the_time_that_is_left_is_estimated_from_the_most_similar_runs_that_are_
     plan = make_plan()
     first, second = make_campaign(plan, {}).left(["easy"])[:2]
     assert [first.method_name, second.method_name] == ["search_r1", "inforeasoner"]
-    assert estimate_seconds([first], {}) is None
-    results = {first.key: make_result(first, em=(0.0,) * 4, wall_s=12.0)}
-    assert estimate_seconds([first], results) == 30.0  # 10 steps of 3 s
-    assert estimate_seconds([first, second], results) == 60.0  # the other method: by what the world takes
-    results[second.key] = make_result(second, em=(0.0,) * 4, wall_s=20.0)
-    assert estimate_seconds([second], results) == 50.0
+    pace = 0.4
+    assert estimate_seconds([first], {}, pace_s=pace) is None
+    results = {first.key: make_result(first, em=(0.0,) * 4, wall_s=12.0, pace_s=pace)}
+    assert estimate_seconds([first], results, pace_s=pace) == 30.0  # 10 steps of 3 s
+    # The other method: by what the world takes.
+    assert estimate_seconds([first, second], results, pace_s=pace) == 60.0
+    results[second.key] = make_result(second, em=(0.0,) * 4, wall_s=20.0, pace_s=pace)
+    assert estimate_seconds([second], results, pace_s=pace) == 50.0
+    assert estimate_seconds([second], results, pace_s=2 * pace) == 100.0  # on a machine half as fast
+    results[second.key] = replace(results[second.key], pace_s=None)
+    assert estimate_seconds([second], results, pace_s=2 * pace) == 50.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from comparison.pace import STANDARD_S
 from comparison.readings import (
     Reading,
     Verdict,
@@ -32,6 +35,12 @@ def test_a_level_is_reached_by_the_mean_of_five_steps() -> None:
     assert (cost.step, cost.tokens, cost.searches) == (6, 6000.0, 6 * 80 * 0.5)
     assert cost.processor_s == 15.0 * 12.0 / 10.0  # of 10 s, the six steps took 12
     assert cost_to(result, 0.7) is None
+    half_as_fast = cost_to(replace(result, pace_s=2 * STANDARD_S), 0.5)
+    assert half_as_fast is not None
+    assert half_as_fast.processor_s == cost.processor_s / 2
+    unknown = cost_to(replace(result, pace_s=None), 0.5)
+    assert unknown is not None
+    assert (unknown.step, unknown.processor_s) == (6, None)
 
 
 def test_what_was_not_measured_is_left_out_of_means_and_is_not_0() -> None:

@@ -17,7 +17,8 @@ from verl.errors import DataError
 def test_a_result_has_curves_outcomes_per_question_and_manifest_of_its_run(tmp_path: Path) -> None:
     run = make_run(make_plan(), method_name="inforeasoner", world_name="easy", tuned=TUNED, steps=12, seed=3)
     run_dir = write_run(tmp_path / "run")
-    result = make_result(run, run_dir, wall_s=61.04, processor_s=20.0)
+    result = make_result(run, run_dir, wall_s=61.04, processor_s=20.0, pace_s=0.31236)
+    assert result.pace_s == 0.3124
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     assert result.steps == 12

@@ -50,6 +50,7 @@ def test_the_manifest_describes_the_run(run_dir: Path) -> None:
     assert manifest["seeds"] == {"trainer.seed": 0}
     assert {"numpy", "torch"} <= {name.lower() for name in manifest["packages"]}
     assert manifest["machine"]["cores"] >= 1
+    assert manifest["machine"]["processor"]
     assert manifest["git"] is None or len(manifest["git"]["sha"]) == 40
 
 
