@@ -64,7 +64,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--plan", default="default", help="default, separates, easy, or a YAML file (default: default)"
     )
     parser.add_argument("--stage", action="append", metavar="NAME", help="do only this stage; several times")
-    parser.add_argument("--hours", type=float, help="begin no run that would end later than so many hours")
+    parser.add_argument(
+        "--hours", type=float, help="begin no run that would end after so many hours; do those that still fit"
+    )
     parser.add_argument(
         "--report", action="store_true", help="write the report of what is done, and do nothing"
     )
@@ -114,12 +116,14 @@ async def do_runs(
         left = [run for run in campaign.left(stages) if run.label not in failed]
         if not left:
             break
-        with reserve(left, results) as run:
-            next_run = run or left[0]
-            expected = estimate_seconds([next_run], campaign.results, pace_s=machine_pace()) or 0.0
-            if hours is not None and time.monotonic() - began + expected > 3600 * hours:
-                screen.print(f"the {hours:g} hours are over for another run", style="yellow")
+        fitting = left
+        if hours is not None:
+            rest_s = 3600 * hours - (time.monotonic() - began)
+            fitting = [run for run in left if (estimate(campaign, [run]) or 0.0) <= rest_s]
+            if not fitting:
+                screen.print(f"no other run ends within the {hours:g} hours", style="yellow")
                 break
+        with reserve(fitting, results) as run:
             if run is None:
                 if not is_waiting:
                     screen.print("other comparisons are doing all that can be done now; waiting for them")
@@ -170,10 +174,15 @@ async def verify(
     screen.console.print(as_rich(verify_table(recorded, again)))
 
 
+def estimate(campaign: Campaign, runs: Sequence[RunSpec]) -> float | None:
+    """Return the seconds that runs take on this machine, by those that are done; None: not known yet."""
+    return estimate_seconds(runs, campaign.results, pace_s=machine_pace())
+
+
 def describe_next(campaign: Campaign, run: RunSpec, *, left: Sequence[RunSpec], stages: Sequence[str]) -> str:
     """Return the title of the next run: its number and settings, and the time that all the rest takes."""
     done, total = campaign.count(stages)
-    seconds = estimate_seconds([*left, *campaign.waiting(stages)], campaign.results, pace_s=machine_pace())
+    seconds = estimate(campaign, [*left, *campaign.waiting(stages)])
     rest = "" if seconds is None else f", {timedelta(seconds=round(seconds))} left"
     return f"run {done + 1} of {total}{rest}: {run.label}"
 
@@ -248,11 +257,10 @@ def finish(campaign: Campaign, *, stages: Sequence[str], failed: dict[str, str])
     """Print the JSON line; return the exit status."""
     done, total = campaign.count(stages)
     unseparated = find_unseparated(campaign, stages)
-    runs = [*campaign.left(stages), *campaign.waiting(stages)]
     line = {
         "done": done,
         "runs": total,
-        "left_s": estimate_seconds(runs, campaign.results, pace_s=machine_pace()),
+        "left_s": estimate(campaign, [*campaign.left(stages), *campaign.waiting(stages)]),
         "failed": sorted(failed),
         "not_separated": unseparated,
     }

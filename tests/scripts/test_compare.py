@@ -14,6 +14,7 @@ from rich.console import Console
 from screen import Screen
 
 from comparison.campaign import make_campaign
+from comparison.pace import machine_pace
 from comparison.plan import Plan, read_plan
 from comparison.results import LOCKS, Result, read_results, write_result
 from comparison.runs import RunSpec
@@ -34,7 +35,7 @@ class FakeRunner:
         self.titles.append(title)
         if run.method_name in self.broken:
             raise RolloutError("the engine broke")
-        return make_result(run, em=(0.0,) * run.steps, wall_s=self.wall_s)
+        return make_result(run, em=(0.0,) * run.steps, wall_s=self.wall_s, pace_s=machine_pace())
 
 
 async def work(
@@ -87,6 +88,18 @@ async def test_no_run_begins_that_would_end_after_the_budget(tmp_path: Path) -> 
     assert len(runner.titles) == 1  # how long one takes was not known before
     await work(runner, tmp_path, hours=1.5)
     assert len(runner.titles) == 4
+
+
+async def test_a_run_that_fits_into_the_rest_of_the_budget_is_done_before_a_longer_one(
+    tmp_path: Path,
+) -> None:
+    for run in make_campaign(make_plan(), {}).left(["easy"])[:2]:
+        hours = {"search_r1": 0.5, "inforeasoner": 2.0}[run.method_name]
+        result = make_result(run, em=(0.0,) * run.steps, wall_s=3600 * hours, pace_s=machine_pace())
+        write_result(tmp_path, result)
+    runner = FakeRunner()
+    await work(runner, tmp_path, hours=1.0)
+    assert [title.partition(": ")[2].partition(" ")[0] for title in runner.titles] == ["search_r1"]
 
 
 async def test_a_run_that_fails_is_named_and_not_recorded_and_the_others_go_on(tmp_path: Path) -> None:
