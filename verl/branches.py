@@ -1,9 +1,9 @@
 """Continuations of a token sequence whose log-probs are asked for.
 
 A method asks how likely an answer is in several states of one trajectory: after each turn, with other
-documents, for several answers. Each is a `Branch` that continues the trajectory, or another branch, from some
-token on. A trajectory with its branches is a `Tree`; `pack` lays trees out in one sequence, in which a common
-prefix is computed once, see `verl.forest`.
+documents, for several answers. Each is a `Branch` that continues the trajectory from some token on. A
+trajectory with its branches is a `Tree`; `pack` lays trees out in one sequence, in which a common prefix, of
+several trees as well, is computed once, see `verl.forest`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from verl.types import BoolArray, FloatArray, IntArray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Branch:
-    """Tokens that continue the trunk, or an earlier branch, after its first `start` tokens."""
+    """Tokens that continue the trunk after its first `start` tokens."""
 
     ids: IntArray
     start: int
-    """Number of tokens of the parent that come before `ids`, at least 1."""
-    scored: tuple[int, int] = (0, 0)
-    """Span `[first, end)` of `ids` whose log-probs are asked for; empty for a branch that others continue."""
-    parent: int | None = None
-    """Index of the branch that this one continues, which comes before it; None: the trunk."""
+    """Number of tokens of the trunk that come before `ids`, at least 1."""
+    scored: tuple[int, int]
+    """Span `[first, end)` of `ids` whose log-probs are asked for; at least one token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,15 +41,12 @@ class Tree:
     def __post_init__(self) -> None:
         """Raise ValueError for a branch that continues nothing, or scores tokens that it does not have."""
         for index, branch in enumerate(self.branches):
-            if branch.parent is not None and not 0 <= branch.parent < index:
-                raise ValueError(f"branch {index} continues branch {branch.parent}, which is not before it")
-            parent = self.trunk if branch.parent is None else self.branches[branch.parent].ids
-            if not 1 <= branch.start <= len(parent):
+            if not 1 <= branch.start <= len(self.trunk):
                 raise ValueError(
-                    f"branch {index} must start after 1 to {len(parent)} tokens, got {branch.start}"
+                    f"branch {index} must start after 1 to {len(self.trunk)} tokens, got {branch.start}"
                 )
             first, end = branch.scored
-            if not 0 <= first <= end <= len(branch.ids):
+            if not 0 <= first < end <= len(branch.ids):
                 raise ValueError(f"branch {index} has {len(branch.ids)} tokens, scored are {branch.scored}")
 
     @property
@@ -63,16 +58,27 @@ class Tree:
     @property
     def used_trunk(self) -> IntArray:
         """Return the part of the trunk that log-probs depend on, at least one token."""
-        starts = [branch.start for branch in self.branches if branch.parent is None]
-        scored = [] if self.trunk_scored is None else np.flatnonzero(self.trunk_scored).tolist()
-        return self.trunk[: max([1, *starts, *(int(index) + 1 for index in scored)])]
+        starts = [branch.start for branch in self.branches]
+        return self.trunk[: max([1, *starts, *(index + 1 for index in self._scored_of_trunk())])]
+
+    @property
+    def stem(self) -> IntArray:
+        """Return what comes before all that is asked for: of a trajectory mostly its prompt."""
+        starts = [branch.start for branch in self.branches]
+        return self.trunk[: min([len(self.trunk), *starts, *self._scored_of_trunk()])]
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the number of tokens of trunk and branches: those that branches share count for each."""
+        return len(self.used_trunk) + sum(len(branch.ids) for branch in self.branches)
 
     def path(self, index: int) -> IntArray:
         """Return all tokens from the first of the trunk to the last of a branch."""
         branch = self.branches[index]
-        before = self.trunk if branch.parent is None else self.path(branch.parent)
-        skipped = 0 if branch.parent is None else len(before) - len(self.branches[branch.parent].ids)
-        return np.concatenate([before[: skipped + branch.start], branch.ids])
+        return np.concatenate([self.trunk[: branch.start], branch.ids])
+
+    def _scored_of_trunk(self) -> list[int]:
+        return [] if self.trunk_scored is None else np.flatnonzero(self.trunk_scored).tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -93,15 +99,18 @@ def pack(trees: Sequence[Tree]) -> Forest:
     builder = ForestBuilder()
     scored: list[IntArray] = []
     for tree in trees:
-        trunk, column = builder.add(tree.used_trunk)
-        if tree.trunk_scored is not None:
-            scored.append((column + np.flatnonzero(tree.trunk_scored)).astype(np.int32))
-        for branch in tree.branches:
-            # Blocks of the builder are numbered over all trees: the trunk, then its branches.
-            parent = trunk if branch.parent is None else trunk + 1 + branch.parent
-            _, column = builder.add(branch.ids, parent=parent, start=branch.start)
-            scored.append(np.arange(*branch.scored, dtype=np.int32) + column)
+        scored += lay_out(tree, builder)
     return builder.build(scored)
+
+
+def lay_out(tree: Tree, builder: ForestBuilder) -> list[IntArray]:
+    """Add a tree; return the columns that are scored, of its trunk, if any are, and of each branch."""
+    trunk = builder.add(tree.used_trunk)
+    scored = [] if tree.trunk_scored is None else [trunk[tree.trunk_scored[: len(trunk)]]]
+    for branch in tree.branches:
+        columns = builder.add(branch.ids, after=int(trunk[branch.start - 1]))
+        scored.append(columns[slice(*branch.scored)])
+    return scored
 
 
 def unpack(tree: Tree, log_probs: FloatArray) -> TreeLogProbs:
@@ -119,23 +128,16 @@ def unpack(tree: Tree, log_probs: FloatArray) -> TreeLogProbs:
     return TreeLogProbs(branches=tuple(parts), trunk=trunk)
 
 
-def count_tokens(tree: Tree) -> int:
-    """Return the number of tokens that `pack` lays out for a tree."""
-    return len(tree.used_trunk) + sum(len(branch.ids) for branch in tree.branches)
-
-
 def split(tree: Tree) -> list[Tree]:
     """Return one tree without branches per scored sequence: what `pack` computes at once, one by one.
 
-    First that of the trunk, if it is scored, then those of the branches that have scored tokens.
+    First that of the trunk, if it is scored, then those of the branches.
     """
     parts = []
     if tree.trunk_scored is not None:
         parts.append(Tree(trunk=tree.trunk, branches=(), trunk_scored=tree.trunk_scored))
     for index, branch in enumerate(tree.branches):
         first, end = branch.scored
-        if first == end:
-            continue
         path = tree.path(index)
         scored = np.zeros(len(path), dtype=np.bool_)
         start = len(path) - len(branch.ids)

@@ -1,22 +1,24 @@
-"""The layout of a forward pass: token sequences that may share prefixes, in one sequence without padding.
+"""The layout of a forward pass: token sequences in one, without padding, and common prefixes computed once.
 
-A forest consists of blocks. A block of tokens begins a tree, or continues an earlier block after some of its
-tokens. A token attends to its own block up to itself and to all that the block continues, so that a common
-prefix is computed once and trees do not see each other:
+A forest consists of blocks. A block of tokens begins a tree, or continues a path of earlier tokens. A token
+attends to that path and to its own block up to itself, so that sequences which begin alike share what they
+have in common, and do not see each other:
 
-    block            0 (q q a o o)   1 continues 0 after a   2 continues 0 after o   3 begins a tree
-    ids              q q a o o     | p g                   | p g g                 | q a
-    positions        0 1 2 3 4     | 3 4                   | 5 6 7                 | 0 1
-    previous         0 0 1 2 3     | 2 5                   | 4 7 8                 | 10 10
-    query_lengths    5             | 2                     | 3                     | 2
-    key_lengths      5             | 5                     | 8                     | 2
-    keys             0 1 2 3 4     | 0 1 2 5 6             | 0 1 2 3 4 7 8 9       | 10 11
+    sequences        q q a o o        q q a p g               q q a o o p             z a
+    block            0 (q q a o o)  | 1 continues 0 after a | 2 continues 0 after o | 3 begins a tree
+    ids              q q a o o      | p g                   | p                     | z a
+    positions        0 1 2 3 4      | 3 4                   | 5                     | 0 1
+    previous         0 0 1 2 3      | 2 5                   | 4                     | 8 8
+    query_lengths    5              | 2                     | 1                     | 2
+    key_lengths      5              | 5                     | 6                     | 2
+    keys             0 1 2 3 4      | 0 1 2 5 6             | 0 1 2 3 4 7           | 8 9
 
 NumPy only; `verl/workers/attention.py` computes the attention.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,51 +50,84 @@ class Forest:
     """Their columns, block after block [sum of `key_lengths`]; None where no block continues another."""
 
 
+def common_length(one: IntArray, other: IntArray) -> int:
+    """Return the number of tokens with which both begin."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length
+
+
 class ForestBuilder:
-    """Lays blocks out, one after the other."""
+    """Lays sequences out, one after the other; what one begins with may be there already, and is shared."""
 
     def __init__(self) -> None:
         self._ids: list[IntArray] = []
         self._paths: list[IntArray] = []
         """Columns of each block, after those of all tokens that it continues."""
-        self._length = 0
+        self._first: list[int] = []
+        """Column of the first token of each block."""
+        self._next: dict[tuple[int | None, int], int] = {}
+        """The block that continues the path to a column with a token; None: it begins a tree."""
+        self.num_tokens = 0
 
-    def add(self, ids: IntArray, *, parent: int | None = None, start: int = 0) -> tuple[int, int]:
-        """Append a block, which continues the first `start` tokens of block `parent` if one is given.
+    def add(self, ids: IntArray, *, after: int | None = None) -> IntArray:
+        """Lay out a sequence, which may continue the path to the column `after`; return its columns [L]."""
+        columns, last = [np.zeros(0, dtype=np.int32)], after
+        if after is not None:
+            columns.append(self._follow(self._block_of(after), ids, first=after + 1))
+        while num_left := len(ids) - sum(map(len, columns)):
+            last = int(columns[-1][-1]) if len(columns[-1]) else last
+            rest = ids[-num_left:]
+            block = self._next.get((last, int(rest[0])))
+            if block is None:
+                columns.append(self._add_block(rest, after=last))
+            else:
+                columns.append(self._follow(block, rest, first=self._first[block]))
+        return np.concatenate(columns)
 
-        Returns the number of the block and the column of its first token.
-        """
-        column = self._length
-        path = np.arange(column, column + len(ids), dtype=np.int32)
-        if parent is not None:
-            before_parent = len(self._paths[parent]) - len(self._ids[parent])
-            path = np.concatenate([self._paths[parent][: before_parent + start], path])
+    def _follow(self, block: int, ids: IntArray, *, first: int) -> IntArray:
+        """Return the columns of a block, from `first` on, that have the same tokens."""
+        common = common_length(self._ids[block][first - self._first[block] :], ids)
+        return np.arange(first, first + common, dtype=np.int32)
+
+    def _block_of(self, column: int) -> int:
+        return bisect_right(self._first, column) - 1
+
+    def _add_block(self, ids: IntArray, *, after: int | None) -> IntArray:
+        columns = np.arange(self.num_tokens, self.num_tokens + len(ids), dtype=np.int32)
+        path = columns
+        if after is not None:
+            parent = self._block_of(after)
+            num_after = self._first[parent] + len(self._ids[parent]) - 1 - after  # of the parent
+            path = np.concatenate([self._paths[parent][: len(self._paths[parent]) - num_after], columns])
+        self._next[after, int(ids[0])] = len(self._ids)
         self._ids.append(ids)
         self._paths.append(path)
-        self._length += len(ids)
-        return len(self._ids) - 1, column
+        self._first.append(self.num_tokens)
+        self.num_tokens += len(ids)
+        return columns
 
     def build(self, scored: Sequence[IntArray]) -> Forest:
-        """Return the blocks as one sequence in which these columns are scored.
+        """Return all as one sequence in which these columns are scored.
 
-        Without blocks it is two tokens of which none is scored: a forward pass needs some.
+        Without a token it is two of which none is scored: a forward pass needs some.
         """
-        if not self._length:
+        if not self.num_tokens:
             self.add(np.zeros(2, dtype=np.int32))
-        # A block without tokens has no queries.
-        filled = [(len(ids), path) for ids, path in zip(self._ids, self._paths, strict=True) if len(ids)]
-        is_plain = all(own == len(path) for own, path in filled)
+        blocks = [(len(ids), path) for ids, path in zip(self._ids, self._paths, strict=True)]
+        is_plain = all(own == len(path) for own, path in blocks)
         return Forest(
             ids=np.concatenate(self._ids).astype(np.int32),
             positions=np.concatenate(
-                [np.arange(len(path) - own, len(path), dtype=np.int32) for own, path in filled]
+                [np.arange(len(path) - own, len(path), dtype=np.int32) for own, path in blocks]
             ),
             # One to the left in the path; the first of a tree stays where it is.
-            previous=np.concatenate([np.append(path[:1], path[:-1])[-own:] for own, path in filled]),
+            previous=np.concatenate([np.append(path[:1], path[:-1])[-own:] for own, path in blocks]),
             scored=np.concatenate([np.zeros(0, np.int32), *scored]).astype(np.int32),
-            query_lengths=np.array([own for own, _ in filled], dtype=np.int32),
-            key_lengths=np.array([len(path) for _, path in filled], dtype=np.int32),
-            keys=None if is_plain else np.concatenate([path for _, path in filled]),
+            query_lengths=np.array([own for own, _ in blocks], dtype=np.int32),
+            key_lengths=np.array([len(path) for _, path in blocks], dtype=np.int32),
+            keys=None if is_plain else np.concatenate([path for _, path in blocks]),
         )
 
 

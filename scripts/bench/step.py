@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from verl.algorithms.base import Algorithm, LogProbScorer
 from verl.algorithms.scoring.reward import Reward
-from verl.branches import Tree, TreeLogProbs, count_tokens, split
+from verl.branches import Tree, TreeLogProbs, pack, split
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.types import Group, Trajectory
 from verl.utils.reward_score.IG_client import GainClient
@@ -38,8 +38,8 @@ class CountingScorer:
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
-        self.shared += sum(count_tokens(tree) for tree in trees if tree.num_scored)
-        self.naive += sum(count_tokens(part) for tree in trees for part in split(tree))
+        self.shared += len(pack([tree for tree in trees if tree.num_scored]).ids)
+        self.naive += sum(len(part.used_trunk) for tree in trees for part in split(tree))
         return await self._scorer.score(trees)
 
 

@@ -68,8 +68,11 @@ def random_batch(
 
 
 def without_sharing(batch: TrainBatch) -> TrainBatch:
-    """Return the batch as if all prompts were different."""
-    return replace(batch, prompts=np.arange(batch.num_trajectories, dtype=np.int32))
+    """Return the batch with prompts that all begin with another token."""
+    numbers = np.arange(batch.num_trajectories, dtype=np.int32)
+    ids = batch.token_ids.copy()
+    ids[np.cumsum(batch.lengths) - batch.lengths] = numbers
+    return replace(batch, token_ids=ids, prompts=numbers)
 
 
 def computed_tokens(batch: TrainBatch) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,19 +25,24 @@ def paths_of(forest: Forest) -> list[IntArray]:
     return paths
 
 
-def test_blocks_see_what_they_continue_and_nothing_else() -> None:
+def test_sequences_share_what_they_begin_with_and_see_nothing_else() -> None:
     builder = ForestBuilder()
-    assert builder.add(ids(10, 11, 12, 13, 14)) == (0, 0)
-    assert builder.add(ids(20, 21), parent=0, start=3) == (1, 5)
-    assert builder.add(ids(30), parent=1, start=1) == (2, 7)
-    assert builder.add(ids(40, 41)) == (3, 8)
+    assert builder.add(ids(10, 11, 12, 13, 14)).tolist() == [0, 1, 2, 3, 4]
+    assert builder.add(ids(10, 11, 12, 20, 21)).tolist() == [0, 1, 2, 5, 6]
+    assert builder.add(ids(30), after=5).tolist() == [7]
+    assert builder.add(ids(40, 41)).tolist() == [8, 9]
+    assert builder.add(ids(20, 30, 50), after=2).tolist() == [5, 7, 10]
+    assert builder.add(ids(10, 11)).tolist() == [0, 1]
+    assert builder.add(ids(13), after=2).tolist() == [3]
+    assert builder.add(ids()).tolist() == builder.add(ids(), after=4).tolist() == []
+    assert builder.num_tokens == 11
     forest = builder.build([ids(4), ids(5, 7, 7)])
-    assert forest.ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 40, 41]
-    assert forest.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 4, 0, 1]
-    assert forest.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 5, 8, 8]
+    assert forest.ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 40, 41, 50]
+    assert forest.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 4, 0, 1, 5]
+    assert forest.previous.tolist() == [0, 0, 1, 2, 3, 2, 5, 5, 8, 8, 7]
     assert forest.scored.tolist() == [4, 5, 7, 7]
     assert [path.tolist() for path in paths_of(forest)[5:]] == [
-        [0, 1, 2, 5], [0, 1, 2, 5, 6], [0, 1, 2, 5, 7], [8], [8, 9]
+        [0, 1, 2, 5], [0, 1, 2, 5, 6], [0, 1, 2, 5, 7], [8], [8, 9], [0, 1, 2, 5, 7, 10]
     ]  # fmt: skip
 
 
@@ -53,44 +60,43 @@ def test_a_forest_of_nothing_can_still_be_computed() -> None:
     assert (len(forest.ids), len(forest.scored)) == (2, 0)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 9)), max_size=8), st.data())
-def test_positions_and_previous_tokens_are_those_of_the_path(
-    blocks: list[tuple[int, int, int]], data: st.DataObject
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=6), st.integers(-3, 9)), max_size=9))
+def test_a_sequence_is_found_on_the_path_of_its_columns_and_every_prefix_is_there_once(
+    sequences: list[tuple[list[int], int]],
 ) -> None:
-    """Blocks may be empty, except for those that begin a tree."""
+    """Of few different tokens; some continue a column that is there already."""
     builder = ForestBuilder()
-    lengths = [3]
-    builder.add(ids(7, 8, 9))
-    for length, kind, _ in blocks:
-        parents = [block for block, own in enumerate(lengths) if own]
-        if kind:
-            parent = data.draw(st.sampled_from(parents))
-            builder.add(ids(*range(length)), parent=parent, start=data.draw(st.integers(1, lengths[parent])))
-        else:
-            builder.add(ids(*range(length + 1)))
-        lengths.append(length if kind else length + 1)
+    added = []
+    whole: dict[int, list[int]] = {}
+    for tokens, after in sequences:
+        start = after if 0 <= after < builder.num_tokens else None
+        columns = builder.add(ids(*tokens), after=start).tolist()
+        expected = whole[start] + tokens if start is not None else tokens
+        for number, column in enumerate(columns):
+            whole[column] = expected[: len(expected) - len(tokens) + number + 1]
+        added.append((columns, expected, len(tokens)))
     forest = builder.build([])
     paths = paths_of(forest)
-    assert len(paths) == len(forest.ids) == sum(lengths)
-    for column, path in enumerate(paths):
+    for columns, expected, length in added:
+        for number, column in enumerate(columns):
+            end = len(expected) - length + number + 1
+            assert forest.ids[paths[column]].tolist() == expected[:end]
+    if whole:
+        assert len(forest.ids) == builder.num_tokens == len({tuple(path) for path in whole.values()})
+    for column, path in enumerate(paths if whole else []):
         assert path[-1] == column
         assert forest.positions[column] == len(path) - 1
         assert forest.previous[column] == (path[-2] if len(path) > 1 else column)
-        assert paths[forest.previous[column]].tolist() == (path[:-1].tolist() or [column])
 
 
 def grow(blocks: list[tuple[int, int, int]]) -> Forest:
     """Blocks of (parent, start, length), made to fit: a parent that is not there begins a tree."""
-    builder, sizes = ForestBuilder(), list[int]()
+    builder, added, fresh = ForestBuilder(), list[IntArray](), itertools.count()
     for parent, start, length in blocks:
-        continued = parent < len(sizes)
-        builder.add(
-            np.arange(length, dtype=np.int32),
-            parent=parent if continued else None,
-            start=min(start, sizes[parent]) if continued else 0,
-        )
-        sizes.append(length)
+        tokens = np.fromiter(fresh, dtype=np.int32, count=length)  # no two blocks begin alike
+        after = int(added[parent][min(start, len(added[parent])) - 1]) if parent < len(added) else None
+        added.append(builder.add(tokens, after=after))
     return builder.build([])
 
 

@@ -19,7 +19,6 @@ from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch, Service
 from verl.algorithms.scoring.log_prob import (
     AnswerProbes,
     Probe,
-    answer_branches,
     answer_stats,
     score_branches,
 )
@@ -178,7 +177,7 @@ class IGSearch(Algorithm):
         num_probes = len(asked.probes)
         if asked.steps and not num_probes:
             return Gain(failure="gain_failed: no gold answer has a token of its own"), []
-        values = iter([mean_log_prob(part, self.settings) for part in result.branches if len(part)])
+        values = iter([mean_log_prob(part, self.settings) for part in result.branches])
         turns: list[float | None] = [None] * len(trajectory.turns)
         pairs = []
         for step, drawn in zip(asked.steps, asked.draws, strict=True):
@@ -228,16 +227,19 @@ def _branches(asked: Asked) -> list[Branch]:
     """Return per step the answers after its own results, then after those of each counterfactual."""
     branches: list[Branch] = []
     for step, drawn in zip(asked.steps, asked.draws, strict=True):
-        if not drawn or not asked.probes:
+        if not drawn:
             continue
-        branches += answer_branches(asked.probes, start=step.end, parent=None, index=len(branches))
+        branches += [Branch(ids=p.ids, start=step.end, scored=p.scored) for p in asked.probes]
         for other in drawn:
-            documents = len(branches)
-            branches.append(Branch(ids=other.ids, start=step.query_end))
-            branches += answer_branches(
-                asked.probes, start=len(other.ids), parent=documents, index=documents + 1
-            )
+            branches += [_after_documents(probe, step, other) for probe in asked.probes]
     return branches
+
+
+def _after_documents(probe: Probe, step: Step, other: Step) -> Branch:
+    """Return an answer after the search of `step` and the results of another."""
+    first, end = (len(other.ids) + place for place in probe.scored)
+    ids = np.concatenate([other.ids, probe.ids])
+    return Branch(ids=ids, start=step.query_end, scored=(first, end))
 
 
 def _log_prob_stats(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:

@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from verl.agent.tools.search import render_context
 from verl.algorithms.base import Algorithm, IGService, Services, TextCodec
 from verl.algorithms.igpo import IGPO, IGPOConfig
@@ -46,8 +44,6 @@ class EngineScorer:
     async def _branch(self, tree: Tree, index: int) -> FloatArray:
         branch = tree.branches[index]
         first, end = branch.scored
-        if first == end:
-            return np.zeros(0, dtype=np.float32)
         path = tree.path(index)
         start = len(path) - len(branch.ids)
         return (await self._score(path))[start + first : start + end]

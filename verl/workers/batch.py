@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from verl.branches import Tree, count_tokens
-from verl.forest import Forest, ForestBuilder
+from verl.branches import Tree, lay_out
+from verl.forest import Forest, ForestBuilder, common_length
 from verl.types import BoolArray, FloatArray, IntArray, Trajectory
 from verl.workers.dealing import deal
 
@@ -98,8 +98,9 @@ class MiniBatch:
     """The same of trajectories without any advantage. They add nothing to the gradient, so that a forward
     pass, for the metrics, is enough."""
     num_trajectories: int
-    """Over all ranks, as `num_policy_tokens`: the loss divides by global counts."""
+    """Over all ranks, as the two below: the loss and metrics divide by global counts."""
     num_policy_tokens: int
+    num_tokens: int
 
 
 def build_batch(
@@ -142,31 +143,20 @@ def build_batch(
 def pack_rows(batch: TrainBatch) -> Forest:
     """Lay trajectories out so that their policy tokens are scored, in the order of the batch.
 
-    A prompt of several trajectories is computed once.
+    What several trajectories begin with, their prompt and often more, is computed once.
     """
     builder = ForestBuilder()
-    is_shared = np.bincount(batch.prompts) > 1
-    blocks: dict[int, int] = {}  # of shared prompts
     scored = []
-    for row, (begin, end) in enumerate(itertools.pairwise(_borders(batch.lengths).tolist())):
-        ids, mask = batch.token_ids[begin:end], batch.policy_mask[begin:end]
-        prompt, length = int(batch.prompts[row]), int(batch.prompt_lengths[row])
-        if not is_shared[prompt]:
-            _, first = builder.add(ids)
-        else:
-            if prompt not in blocks:
-                blocks[prompt], _ = builder.add(ids[:length])
-            _, column = builder.add(ids[length:], parent=blocks[prompt], start=length)
-            first = column - length  # where the trajectory would begin with a prompt of its own
-        scored.append((np.flatnonzero(mask) + first).astype(np.int32))
+    for begin, end in itertools.pairwise(_borders(batch.lengths).tolist()):
+        columns = builder.add(batch.token_ids[begin:end])
+        scored.append(columns[batch.policy_mask[begin:end]])
     return builder.build(scored)
 
 
 def pack_whole(ids: IntArray) -> Forest:
     """Lay one sequence out and score all its tokens but the first [L]."""
     builder = ForestBuilder()
-    builder.add(ids)
-    return builder.build([np.arange(1, len(ids), dtype=np.int32)])
+    return builder.build([builder.add(ids)[1:]])
 
 
 def make_mini_batches(
@@ -199,6 +189,7 @@ def make_mini_batches(
                     uncredited=others_of_rank,
                     num_trajectories=mini.num_trajectories,
                     num_policy_tokens=mini.num_policy_tokens,
+                    num_tokens=int(mini.lengths.sum()),
                 )
             )
     return shards
@@ -237,26 +228,59 @@ def _make_passes(
 
 
 def deal_rows(batch: TrainBatch, *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:
-    """Deal trajectories, of which those with the same prompt compute it once in a pass; see `deal`."""
-    return deal(
-        batch.lengths - batch.prompt_lengths,
+    """Deal trajectories, see `deal`; those with the same prompt are a group."""
+    tokens = [
+        batch.token_ids[begin:end] for begin, end in itertools.pairwise(_borders(batch.lengths).tolist())
+    ]
+    order = _content_order(tokens)
+    prefixes, groups = batch.prompt_lengths[order], batch.prompts[order]
+    common = [0, *(common_length(tokens[a], tokens[b]) for a, b in itertools.pairwise(order))]
+    plan = deal(
+        batch.lengths[order] - prefixes,
+        overlaps=np.maximum(0, np.array(common, dtype=np.int32) - prefixes),
+        prefixes=prefixes,
+        groups=groups,
         num_ranks=num_ranks,
         max_tokens=max_tokens,
-        prefixes=batch.prompt_lengths,
-        groups=batch.prompts,
     )
+    return [[order[rows] for rows in of_rank] for of_rank in plan]
 
 
 def deal_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:
-    """Deal trees, see `deal`."""
-    lengths = np.array([count_tokens(tree) for tree in trees], dtype=np.int32)
-    return deal(
+    """Deal trees, see `deal`; those with the same stem are a group."""
+    order = _content_order([tree.used_trunk for tree in trees])
+    stems: dict[bytes, int] = {}
+    builders: dict[int, ForestBuilder] = {}
+    lengths, overlaps, prefixes, numbers = (np.zeros(len(trees), dtype=np.int32) for _ in range(4))
+    for place, tree in enumerate(trees[i] for i in order):
+        stem = tree.stem
+        number = stems.setdefault(stem.tobytes(), len(stems))
+        builder = builders.setdefault(number, ForestBuilder())
+        num_before = builder.num_tokens
+        lay_out(tree, builder)
+        num_new = builder.num_tokens - num_before
+        prefixes[place], numbers[place] = len(stem), number
+        # Of the first of a group its number of tokens; of others, which rarely come first in a pass, a bound.
+        lengths[place] = (tree.max_tokens if num_before else num_new) - len(stem)
+        overlaps[place] = lengths[place] - num_new if num_before else 0
+    plan = deal(
         lengths,
+        overlaps=overlaps,
+        prefixes=prefixes,
+        groups=numbers,
         num_ranks=num_ranks,
         max_tokens=max_tokens,
-        prefixes=np.zeros_like(lengths),
-        groups=np.arange(len(trees), dtype=np.int32),
     )
+    return [[order[rows] for rows in of_rank] for of_rank in plan]
+
+
+def _content_order(sequences: Sequence[IntArray]) -> IntArray:
+    """Return the order in which each sequence has more in common with the one before it than with others.
+
+    That is the order of their tokens: as numbers with the most significant byte first, bytes have it.
+    """
+    keys = [sequence.astype(">i4").tobytes() for sequence in sequences]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int32)
 
 
 def _borders(lengths: IntArray) -> IntArray:

@@ -15,13 +15,20 @@ _ATTENTION_SCALE = 32_768
 
 
 def deal(
-    lengths: IntArray, *, num_ranks: int, max_tokens: int, prefixes: IntArray, groups: IntArray
+    lengths: IntArray,
+    *,
+    overlaps: IntArray,
+    prefixes: IntArray,
+    groups: IntArray,
+    num_ranks: int,
+    max_tokens: int,
 ) -> list[list[IntArray]]:
     """Return the rows of each forward pass of each rank; every rank has as many passes, some may be empty.
 
-    A row computes `lengths` tokens after `prefixes` others, which all rows of a group share; a pass computes
-    these once. It has at most `max_tokens` tokens, but at least one row while there are any. Groups are kept
-    whole, halved, ..., or dealt row by row: what is cheapest with the time that ranks wait for each other.
+    A row computes `lengths` tokens after `prefixes` others, which all rows of a group share, and of these
+    tokens `overlaps` are also those of the row of its group before it; a pass computes both once. It has at
+    most `max_tokens` tokens, but at least one row while there are any. Groups are kept whole, halved, ..., or
+    dealt row by row: what is cheapest with the time that ranks wait for each other.
     """
     _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     size = int(sizes.max())
@@ -29,8 +36,14 @@ def deal(
     while True:
         members = (np.flatnonzero(numbers == number) for number in range(len(sizes)))
         parts = [part for rows in members for part in np.array_split(rows, math.ceil(len(rows) / size))]
-        if size == 1 or max(prefixes[part[0]] + lengths[part].sum() for part in parts) <= max_tokens:
-            costs = _Costs(parts, lengths=lengths, prefixes=prefixes, groups=numbers.astype(np.int32))
+        costs = _Costs(
+            parts,
+            lengths=lengths,
+            overlaps=overlaps,
+            prefixes=prefixes,
+            groups=numbers.astype(np.int32),
+        )
+        if size == 1 or (costs.shared_tokens + costs.own_tokens).max() <= max_tokens:
             plans.append(_deal_parts(parts, costs, num_ranks=num_ranks, max_tokens=max_tokens))
         if size == 1:
             break
@@ -50,17 +63,25 @@ class _Costs:
         parts: Sequence[npt.NDArray[np.intp]],
         *,
         lengths: IntArray,
+        overlaps: IntArray,
         prefixes: IntArray,
         groups: IntArray,
     ) -> None:
         first = np.array([part[0] for part in parts])
-        starts, ends = (n * (1 + n / (2 * _ATTENTION_SCALE)) for n in (prefixes, prefixes + lengths))
+        known = overlaps.copy()
+        known[first] = 0  # of the row before it, which is in another part
+        ends = prefixes + lengths
         self.group = groups[first]
         self.num_groups = int(groups.max()) + 1
-        self.own = np.array([(ends - starts)[part].sum() for part in parts])
-        self.shared = starts[first]
-        self.own_tokens = np.array([lengths[part].sum() for part in parts])
+        own = _cost(ends) - _cost(prefixes + known)
+        self.own = np.array([own[part].sum() for part in parts])
+        self.shared = _cost(prefixes[first])
+        self.own_tokens = np.array([(lengths - known)[part].sum() for part in parts])
         self.shared_tokens = prefixes[first]
+
+
+def _cost(num_tokens: IntArray) -> npt.NDArray[np.float64]:
+    return num_tokens * (1 + num_tokens / (2 * _ATTENTION_SCALE))
 
 
 def _deal_parts(

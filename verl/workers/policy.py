@@ -66,6 +66,7 @@ _SUMS = (
     "log_prob_difference_mean",
     "importance_mean",
     "backward_share",
+    "computed_share",
 )
 _MAXIMA = ("ratio_max", "log_prob_difference_max")
 
@@ -317,9 +318,9 @@ class PolicyWorker:
 
         N policy tokens; every per-token tensor is [N].
         """
-        actor = self._actor
+        actor, forest = self._actor, pack_rows(micro)
         log_probs, entropy = self._forward(
-            pack_rows(micro), temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
+            forest, temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
         )
         # On-policy the ratio is 1, but its gradient is not 0: the old log-probs are these, detached.
         old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs)
@@ -364,7 +365,14 @@ class PolicyWorker:
             has_gradient = torch.full_like(losses, float(loss.requires_grad))
             per_token = (kl, entropy, clipped, ratio, difference, importance, has_gradient)
             means = torch.stack([x.float().sum() for x in per_token])
-            sums = torch.cat([torch.stack([loss.detach(), pg_loss.detach()]), means / mini.num_policy_tokens])
+            computed = 0.0 if micro.num_trajectories == 0 else len(forest.ids) / mini.num_tokens
+            sums = torch.cat(
+                [
+                    torch.stack([loss.detach(), pg_loss.detach()]),
+                    means / mini.num_policy_tokens,
+                    means.new_tensor([computed]),
+                ]
+            )
             zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum
             maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
         return loss, sums, maxima
@@ -387,16 +395,19 @@ class PolicyWorker:
     ) -> tuple[Tensor, Tensor]:
         if self.profile is not None:
             self.profile.begin_pass()
+        # Trajectories that begin alike share tokens, and each asks for their log-probs.
+        scored, places = np.unique(forest.scored, return_inverse=True)
         log_probs, entropy = self._network(
             self._tensor(forest.ids).long(),
             self._tensor(forest.positions).long(),
-            self._tensor(forest.previous[forest.scored]).long(),
-            self._tensor(forest.ids[forest.scored]).long(),
+            self._tensor(forest.previous[scored]).long(),
+            self._tensor(forest.ids[scored]).long(),
             blocks=AttentionBlocks(forest, device=self._context.device) if self._packs else None,
             temperature=temperature,
             entropy_has_gradient=entropy_has_gradient,
         )
-        return log_probs, entropy
+        index = self._tensor(places)
+        return log_probs[index], entropy[index]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         # A copy, because arrays from Ray's object store are read-only.

@@ -57,12 +57,9 @@ def _text(branch: Branch) -> str:
 
 
 def _scores(tree: Tree) -> list[np.ndarray]:
-    def state(branch: Branch) -> int:
-        return branch.start if branch.parent is None else state(tree.branches[branch.parent])
-
-    states = sorted({state(branch) for branch in tree.branches})
+    states = sorted({branch.start for branch in tree.branches})
     return [
-        np.full(branch.scored[1] - branch.scored[0], -2.0 + states.index(state(branch)), np.float32)
+        np.full(branch.scored[1] - branch.scored[0], -2.0 + states.index(branch.start), np.float32)
         for branch in tree.branches
     ]
 

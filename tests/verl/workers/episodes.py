@@ -58,11 +58,22 @@ def random_trajectory(
     )
 
 
+def _begin_like(first: Trajectory, second: Trajectory) -> Trajectory:
+    last, end = first.turns[-1], second.turns[-1]
+    ids = np.concatenate([last.output_ids[:1], end.output_ids[1:]])
+    return replace(second, turns=(*first.turns[:-1], replace(end, output_ids=ids)))
+
+
 def random_batch(count: int, *, seed: int = 0, with_old: bool = True) -> TrainBatch:
-    """Episodes, three a prompt, with random advantages; old and reference log-probs lie near each other."""
+    """Episodes, three a prompt, with random advantages; old and reference log-probs lie near each other.
+
+    The second of a prompt begins with all turns of the first but the last, and that one's first token.
+    """
     rng = np.random.default_rng(seed)
     prompts = [random_ids(rng, int(rng.integers(3, 8))) for _ in range(0, count, 3)]
     trajectories = [random_trajectory(rng, index=i, prompt=prompts[i // 3]) for i in range(count)]
+    for first, second in zip(range(0, count, 3), range(1, count, 3), strict=False):
+        trajectories[second] = _begin_like(trajectories[first], trajectories[second])
     credit: list[FloatArray] = [
         np.where(t.policy_mask, rng.normal(), 0.0).astype(np.float32) for t in trajectories
     ]

@@ -61,14 +61,16 @@ def padded(folder: Path, batch: TrainBatch, *, temperature: float = 1.0) -> tupl
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_equal_a_padded_forward_pass(model_folder: Path, temperature: float) -> None:
-    """Whether the prompt of three trajectories is computed once or not."""
+    """Whether what trajectories begin with is computed once or in a pass for each."""
     batch = random_batch(7)
     worker = make_worker(make_config(model_folder, temperature=temperature), trainable=False)
     expected = padded(model_folder, batch, temperature=temperature)[0].detach().numpy()
-    apart = replace(batch, prompts=np.arange(7, dtype=np.int32))
-    assert len(pack_rows(batch).ids) < len(pack_rows(apart).ids) == batch.lengths.sum()
-    for log_probs in worker.log_probs([batch, apart]):
-        np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    prompts = sum(batch.prompt_lengths[[0, 3, 6]])
+    assert len(pack_rows(batch).ids) < prompts + (batch.lengths - batch.prompt_lengths).sum()
+    (together,) = worker.log_probs([batch])
+    np.testing.assert_allclose(together, expected, atol=1e-5)
+    apart = worker.log_probs([batch.select(np.array([row], np.int32)) for row in range(7)])
+    np.testing.assert_allclose(np.concatenate(apart), expected, atol=1e-5)
 
 
 def test_probe_scores_every_token_at_temperature_one(model_folder: Path) -> None:

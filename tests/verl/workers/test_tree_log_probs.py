@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.verl.test_forest import paths_of
 from tests.verl.workers.episodes import launch_group, make_actor, make_config
-from verl.branches import Branch, Tree, count_tokens, pack, split
+from verl.branches import Branch, Tree, pack, split
 from verl.types import FloatArray, IntArray
 from verl.utils.actors import LocalLauncher
 from verl.workers.worker_group import WorkerGroup
@@ -32,10 +33,11 @@ def random_tree(rng: np.random.Generator, *, turns: int) -> Tree:
     for turn in range(turns):
         state = 8 + 6 * turn
         answer = tokens(rng, int(rng.integers(2, 7)))
+        documents = tokens(rng, 5)
         branches.append(Branch(ids=answer, start=state, scored=(1, len(answer))))
-        branches.append(Branch(ids=tokens(rng, 5), start=state - 3))
-        branches.append(Branch(ids=answer, start=5, scored=(1, len(answer)), parent=len(branches) - 1))
-        branches.append(Branch(ids=answer, start=2, scored=(0, 1), parent=len(branches) - 2))
+        replaced = np.concatenate([documents, answer])
+        branches.append(Branch(ids=replaced, start=state - 3, scored=(6, len(replaced))))
+        branches.append(Branch(ids=replaced[[0, 1, 5]], start=state - 3, scored=(2, 3)))
     scored = rng.random(len(trunk)) < 0.4
     scored[0] = False
     return Tree(trunk=trunk, branches=tuple(branches), trunk_scored=scored if turns % 2 else None)
@@ -58,10 +60,10 @@ def launch(folder: Path, *, max_tokens: int = 8192, temperature: float = 1.0) ->
 @pytest.mark.parametrize(
     "branch",
     [
-        Branch(ids=np.ones(2, np.int32), start=0),
-        Branch(ids=np.ones(2, np.int32), start=6),
+        Branch(ids=np.ones(2, np.int32), start=0, scored=(0, 1)),
+        Branch(ids=np.ones(2, np.int32), start=6, scored=(0, 1)),
         Branch(ids=np.ones(2, np.int32), start=1, scored=(0, 3)),
-        Branch(ids=np.ones(2, np.int32), start=1, parent=0),
+        Branch(ids=np.ones(2, np.int32), start=1, scored=(1, 1)),
     ],
 )
 def test_a_branch_that_continues_nothing_is_refused(branch: Branch) -> None:
@@ -74,8 +76,9 @@ def test_a_branch_that_continues_nothing_is_refused(branch: Branch) -> None:
 def test_splitting_and_packing_score_the_same_tokens_after_the_same_paths(seed: int, turns: int) -> None:
     rng = np.random.default_rng(seed)
     trees = [random_tree(rng, turns=turns), random_tree(rng, turns=1)]
+    trees.append(replace(trees[0], branches=trees[0].branches[:2]))  # begins like the first
     forest = pack(trees)
-    assert len(forest.ids) == sum(count_tokens(tree) for tree in trees)
+    assert len(forest.ids) == len(pack(trees[:2]).ids) <= sum(tree.max_tokens for tree in trees[:2])
     paths = paths_of(forest)
     expected = [
         part.trunk[: i + 1].tolist()

@@ -102,47 +102,13 @@ def all_states(trajectory: Trajectory) -> Sequence[int]:
 def answers_in_states(
     trajectory: Trajectory, probes: Sequence[Probe], *, states: Sequence[int]
 ) -> list[Branch]:
-    """Return the branches of all probes in the first of `states`, then those in the next.
-
-    See `answer_branches`.
-    """
-    branches: list[Branch] = []
+    """Return the branches of all probes in the first of `states`, then those in the next."""
     lengths = state_lengths(trajectory)
-    for state in states:
-        branches += answer_branches(probes, start=lengths[state], parent=None, index=len(branches))
-    return branches
-
-
-def answer_branches(probes: Sequence[Probe], *, start: int, parent: int | None, index: int) -> list[Branch]:
-    """Return a branch per probe after `start` tokens of `parent`, and before them one of what they share.
-
-    Several answers have the same wrapper before them, which is then computed once, in a branch without scored
-    tokens. `index` is the number of branches that come before these in the tree.
-    """
-    shared = _common_length(probes)
-    if len(probes) < 2 or shared < 2:
-        return [Branch(ids=p.ids, start=start, scored=p.scored, parent=parent) for p in probes]
     return [
-        Branch(ids=probes[0].ids[:shared], start=start, parent=parent),
-        *(
-            Branch(
-                ids=p.ids[shared:],
-                start=shared,
-                scored=(p.scored[0] - shared, p.scored[1] - shared),
-                parent=index,
-            )
-            for p in probes
-        ),
+        Branch(ids=probe.ids, start=lengths[state], scored=probe.scored)
+        for state in states
+        for probe in probes
     ]
-
-
-def _common_length(probes: Sequence[Probe]) -> int:
-    """Return the number of tokens with which all probes begin and that none of them scores."""
-    limit = min((p.scored[0] for p in probes), default=0)
-    for i in range(limit):
-        if len({int(p.ids[i]) for p in probes}) > 1:
-            return i
-    return limit
 
 
 async def measure_states(
@@ -180,8 +146,7 @@ async def measure_states(
             return Gain()
         if not of_one:
             return Gain(failure="gain_failed: no answer has a token of its own")
-        scored = [of_branch for of_branch in result.branches if len(of_branch)]
-        values = [float(reduce(of_branch.astype(np.float64))) for of_branch in scored]
+        values = [float(reduce(of_branch.astype(np.float64))) for of_branch in result.branches]
         by_state = [values[i : i + len(of_one)] for i in range(0, len(values), len(of_one))]
         return Gain(turns=tuple(turns(trajectory, by_state)))
 
@@ -201,7 +166,7 @@ def answer_stats(results: Sequence[Sequence[TreeLogProbs]]) -> dict[str, float]:
     It shows whether the policy would ever write an answer in the text around it.
     """
     scored = [
-        [float(of_branch.mean()) for of_branch in result.branches if len(of_branch)]
+        [float(of_branch.mean()) for of_branch in result.branches]
         for of_group in results
         for result in of_group
     ]

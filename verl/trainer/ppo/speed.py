@@ -40,13 +40,15 @@ def speed_metrics(
     seconds: Mapping[str, float],
     rollout_s: float,
     backward_share: float = 1.0,
+    computed_share: float = 1.0,
     left_out: Sequence[Played] = (),
     written: Written | None = None,
 ) -> Metrics:
     """Return the speed of each phase of a step.
 
-    `batch` is what was trained on, with a backward pass for `backward_share` of it; `left_out` was sampled as
-    well, in `rollout_s`; `written`: a checkpoint that was completed since the step before.
+    `batch` is what was trained on, with a backward pass for `backward_share` of it, and `computed_share` of
+    its tokens, as those that trajectories share are computed once; `left_out` was sampled as well, in
+    `rollout_s`; `written`: a checkpoint that was completed since the step before.
     """
     trajectories = [sample.trajectory for sample in scored.samples()] + [t for t, _ in left_out]
     sent = machine.publish_bytes
@@ -62,7 +64,14 @@ def speed_metrics(
     num_passes = int(has_old) + int(batch.ref_log_probs is not None)
     return finite(
         metrics
-        | _pass_metrics(machine, batch, phase="log_probs", repeats=num_passes, seconds=seconds)
+        | _pass_metrics(
+            machine,
+            batch,
+            phase="log_probs",
+            repeats=num_passes,
+            seconds=seconds,
+            computed_share=computed_share,
+        )
         | _pass_metrics(
             machine,
             batch,
@@ -70,6 +79,7 @@ def speed_metrics(
             repeats=machine.num_epochs,
             seconds=seconds,
             backward_share=backward_share,
+            computed_share=computed_share,
         )
     )
 
@@ -82,8 +92,9 @@ def _pass_metrics(
     repeats: int,
     seconds: Mapping[str, float],
     backward_share: float = 0.0,
+    computed_share: float,
 ) -> dict[str, float | None]:
-    """Return the speed of a phase that computed every token of the batch `repeats` times.
+    """Return the speed of a phase that computed `computed_share` of the tokens of the batch `repeats` times.
 
     `backward_share` of the sampled tokens also had backward passes, and about as large a share of all.
     """
@@ -92,7 +103,7 @@ def _pass_metrics(
     lengths, setup, elapsed = batch.lengths.tolist(), machine.setup, seconds.get(phase)
     rate = peak = None
     if setup is not None:
-        passes = repeats * (1 + backward_share * (setup.update_passes - 1))
+        passes = repeats * computed_share * (1 + backward_share * (setup.update_passes - 1))
         rate = _per_second(passes * math.fsum(n * setup.shape.pass_flops(n) for n in lengths), elapsed)
         peak = None if setup.gpu.flops is None else setup.gpu.flops * setup.world_size
     return {

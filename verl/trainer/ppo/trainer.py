@@ -285,6 +285,7 @@ class PPOTrainer:
             scored=scored,
             batch=batch,
             backward_share=update.get("backward_share", 1.0),
+            computed_share=update.get("computed_share", 1.0),
             seconds=seconds,
             rollout_s=rollout.seconds,
             left_out=left_out,
