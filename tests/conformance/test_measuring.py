@@ -181,15 +181,15 @@ async def test_a_thought_is_opened_once(name: str, opened: str, expected: str) -
     method = make(name, scorer, answer_wrapper="<think> Yes.</think><answer>{answer}</answer>")
     await gains_of(method, groups)
     texts = ["".join(map(chr, branch.ids)) for tree in scorer.asked for branch in tree.branches]
-    answers = [text for text in texts if "<answer>" in text]
-    assert len(answers) >= 4
-    assert all(text.startswith(expected) for text in answers)
+    assert len(texts) >= 4
+    for text in texts:  # `ig_search` has documents before it
+        assert f"{expected}<answer>" in text
+        assert text.count("<think>") == expected.count("<think>")
     # `tips` scores the answer with its tags, all others the answer alone, and none the thought.
     scored = {
         "".join(chr(c) for c in branch.ids[slice(*branch.scored)].tolist())
         for tree in scorer.asked
         for branch in tree.branches
-        if branch.scored[0] < branch.scored[1]
     }
     is_tips = name == "tips"
     assert all(text.startswith("<answer>") == is_tips and "Yes" not in text for text in scored)
@@ -241,10 +241,16 @@ async def test_counterfactual_documents_come_from_other_questions_and_move_toget
     for group in GROUPS:
         for trajectory in group.trajectories:
             tree = next(trees)
-            documents = [b for b in tree.branches if b.scored[0] == b.scored[1]]
-            assert len(documents) == 3 * len(trajectory.observations)
-            for branch in documents:
-                uids = {uid for uid, seen in own.items() if tuple(branch.ids.tolist()) in seen}
+            ends = np.cumsum([len(turn.output_ids) + len(turn.observation_ids) for turn in trajectory.turns])
+            states = len(trajectory.prompt_ids) + ends
+            others = [branch for branch in tree.branches if branch.start not in states]
+            assert len(others) == 3 * len(trajectory.observations)
+            for branch in others:
+                uids = {
+                    uid
+                    for uid, seen in own.items()
+                    if any(ids and tuple(branch.ids[: len(ids)].tolist()) == ids for ids in seen)
+                }
                 assert uids
                 assert group.question.uid not in uids
 
