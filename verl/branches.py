@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Tree:
     branches: tuple[Branch, ...]
     trunk_scored: BoolArray | None = None
     """Tokens of the trunk whose log-probs are asked for, too [L]; None: none of them."""
+    prompt_length: int = 1
+    """Tokens of the trunk that are computed together with trees that begin with the same ones."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a branch that continues nothing, or scores tokens that it does not have."""
@@ -58,27 +60,15 @@ class Tree:
     @property
     def used_trunk(self) -> IntArray:
         """Return the part of the trunk that log-probs depend on, at least one token."""
-        starts = [branch.start for branch in self.branches]
-        return self.trunk[: max([1, *starts, *(index + 1 for index in self._scored_of_trunk())])]
-
-    @property
-    def stem(self) -> IntArray:
-        """Return what comes before all that is asked for: of a trajectory mostly its prompt."""
-        starts = [branch.start for branch in self.branches]
-        return self.trunk[: min([len(self.trunk), *starts, *self._scored_of_trunk()])]
-
-    @property
-    def max_tokens(self) -> int:
-        """Return the number of tokens of trunk and branches: those that branches share count for each."""
-        return len(self.used_trunk) + sum(len(branch.ids) for branch in self.branches)
+        end = max([1, *(branch.start for branch in self.branches)])
+        if self.trunk_scored is not None and self.trunk_scored.any():
+            end = max(end, len(self.trunk) - int(self.trunk_scored[::-1].argmax()))
+        return self.trunk[:end]
 
     def path(self, index: int) -> IntArray:
         """Return all tokens from the first of the trunk to the last of a branch."""
         branch = self.branches[index]
         return np.concatenate([self.trunk[: branch.start], branch.ids])
-
-    def _scored_of_trunk(self) -> list[int]:
-        return [] if self.trunk_scored is None else np.flatnonzero(self.trunk_scored).tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,12 +125,13 @@ def split(tree: Tree) -> list[Tree]:
     """
     parts = []
     if tree.trunk_scored is not None:
-        parts.append(Tree(trunk=tree.trunk, branches=(), trunk_scored=tree.trunk_scored))
+        parts.append(replace(tree, branches=()))
     for index, branch in enumerate(tree.branches):
         first, end = branch.scored
         path = tree.path(index)
         scored = np.zeros(len(path), dtype=np.bool_)
         start = len(path) - len(branch.ids)
         scored[start + first : start + end] = True
-        parts.append(Tree(trunk=path, branches=(), trunk_scored=scored))
+        length = min(tree.prompt_length, tree.branches[index].start)
+        parts.append(Tree(trunk=path, branches=(), trunk_scored=scored, prompt_length=length))
     return parts

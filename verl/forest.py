@@ -53,9 +53,8 @@ class Forest:
 def common_length(one: IntArray, other: IntArray) -> int:
     """Return the number of tokens with which both begin."""
     length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    first = int(differs.argmax()) if length else 0
-    return first if length and differs[first] else length
+    differs = np.flatnonzero(one[:length] != other[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 class ForestBuilder:
@@ -63,10 +62,13 @@ class ForestBuilder:
 
     def __init__(self) -> None:
         self._ids: list[IntArray] = []
-        self._paths: list[IntArray] = []
-        """Columns of each block, after those of all tokens that it continues."""
+        """Of each block, as the three below."""
         self._first: list[int] = []
-        """Column of the first token of each block."""
+        """Column of the first token."""
+        self._before: list[int] = []
+        """Number of tokens on the path to the first one."""
+        self._parents: list[int] = []
+        """The block that has the last of these tokens; its own number where there are none."""
         self._next: dict[tuple[int | None, int], int] = {}
         """The block that continues the path to a column with a token; None: it begins a tree."""
         self.num_tokens = 0
@@ -95,18 +97,18 @@ class ForestBuilder:
         return bisect_right(self._first, column) - 1
 
     def _add_block(self, ids: IntArray, *, after: int | None) -> IntArray:
-        columns = np.arange(self.num_tokens, self.num_tokens + len(ids), dtype=np.int32)
-        path = columns
+        number, first = len(self._ids), self.num_tokens
+        parent, num_before = number, 0
         if after is not None:
             parent = self._block_of(after)
-            num_after = self._first[parent] + len(self._ids[parent]) - 1 - after  # of the parent
-            path = np.concatenate([self._paths[parent][: len(self._paths[parent]) - num_after], columns])
-        self._next[after, int(ids[0])] = len(self._ids)
+            num_before = self._before[parent] + after - self._first[parent] + 1
+        self._next[after, int(ids[0])] = number
         self._ids.append(ids)
-        self._paths.append(path)
-        self._first.append(self.num_tokens)
+        self._first.append(first)
+        self._before.append(num_before)
+        self._parents.append(parent)
         self.num_tokens += len(ids)
-        return columns
+        return np.arange(first, self.num_tokens, dtype=np.int32)
 
     def build(self, scored: Sequence[IntArray]) -> Forest:
         """Return all as one sequence in which these columns are scored.
@@ -115,7 +117,12 @@ class ForestBuilder:
         """
         if not self.num_tokens:
             self.add(np.zeros(2, dtype=np.int32))
-        blocks = [(len(ids), path) for ids, path in zip(self._ids, self._paths, strict=True)]
+        paths: list[IntArray] = []  # columns of each block after those of all tokens that it continues
+        for number, (ids, first) in enumerate(zip(self._ids, self._first, strict=True)):
+            columns = np.arange(first, first + len(ids), dtype=np.int32)
+            parent, num_before = self._parents[number], self._before[number]
+            paths.append(np.concatenate([paths[parent][:num_before], columns]) if num_before else columns)
+        blocks = [(len(ids), path) for ids, path in zip(self._ids, paths, strict=True)]
         is_plain = all(own == len(path) for own, path in blocks)
         return Forest(
             ids=np.concatenate(self._ids).astype(np.int32),

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from verl.algorithms.base import Algorithm, LogProbScorer
 from verl.algorithms.scoring.reward import Reward
-from verl.branches import Tree, TreeLogProbs, pack, split
+from verl.branches import Tree, TreeLogProbs, lay_out, split
+from verl.forest import ForestBuilder
 from verl.trainer.ppo.trainer import PPOTrainer
 from verl.types import Group, Trajectory
 from verl.utils.reward_score.IG_client import GainClient
@@ -29,7 +30,7 @@ class Cost:
 
 
 class CountingScorer:
-    """A scorer that counts the tokens of its forward passes, and those of one pass per state."""
+    """A scorer that counts the tokens of one pass for all trees, and those of a pass per state."""
 
     def __init__(self, scorer: LogProbScorer) -> None:
         self._scorer = scorer
@@ -38,7 +39,11 @@ class CountingScorer:
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:
         """Return the log-probs of each tree, in order."""
-        self.shared += len(pack([tree for tree in trees if tree.num_scored]).ids)
+        builder = ForestBuilder()
+        for tree in trees:
+            if tree.num_scored:
+                lay_out(tree, builder)
+        self.shared += builder.num_tokens
         self.naive += sum(len(part.used_trunk) for tree in trees for part in split(tree))
         return await self._scorer.score(trees)
 

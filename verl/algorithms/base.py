@@ -77,7 +77,7 @@ class ScorerOptions:
     """How the log-probs of a method are computed."""
 
     shares_prefixes: bool = True
-    """In one pass per trajectory; False: one per continuation."""
+    """A pass computes what several sequences begin with once; False: a pass per continuation."""
     refresh_steps: int = 0
     """The copy of the policy gets its weights after every so many steps; 0: it is the initial policy."""
 

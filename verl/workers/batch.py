@@ -146,11 +146,16 @@ def pack_rows(batch: TrainBatch) -> Forest:
     What several trajectories begin with, their prompt and often more, is computed once.
     """
     builder = ForestBuilder()
+    return builder.build(_lay_out(batch, builder))
+
+
+def _lay_out(batch: TrainBatch, builder: ForestBuilder) -> list[IntArray]:
+    """Add the trajectories; return the columns of the policy tokens of each."""
     scored = []
     for begin, end in itertools.pairwise(_borders(batch.lengths).tolist()):
         columns = builder.add(batch.token_ids[begin:end])
         scored.append(columns[batch.policy_mask[begin:end]])
-    return builder.build(scored)
+    return scored
 
 
 def pack_whole(ids: IntArray) -> Forest:
@@ -203,18 +208,21 @@ def count_mini_batches(num_trajectories: int, *, mini_batch_size: int) -> int:
 def _split_by_credit(batch: TrainBatch, *, min_tokens: int) -> tuple[TrainBatch, TrainBatch | None]:
     """Return the trajectories of prompts with an advantage, and those of prompts without any.
 
-    All stay together where none has one, as the optimizer steps all the same, and where those without have
-    fewer tokens after their prompts than `min_tokens`: a pass more would cost more than it saves.
+    All stay together where none has one, as the optimizer steps all the same, and where those without
+    compute fewer tokens than `min_tokens`: a pass more would cost more than it saves.
     """
     first = _borders(batch.policy_lengths)[:-1]
     has_advantage = np.maximum.reduceat(np.abs(batch.advantages), first) > 0
     # With all others of its prompt, which is then computed in one kind of pass alone.
     is_credited = np.isin(batch.prompts, batch.prompts[has_advantage])
-    own = (batch.lengths - batch.prompt_lengths)[~is_credited].sum()
-    if not is_credited.any() or own < min_tokens:
+    if not is_credited.any():
         return batch, None
-    credited, others = (np.flatnonzero(kind).astype(np.int32) for kind in (is_credited, ~is_credited))
-    return batch.select(credited), batch.select(others)
+    credited, others = (
+        batch.select(np.flatnonzero(kind).astype(np.int32)) for kind in (is_credited, ~is_credited)
+    )
+    builder = ForestBuilder()
+    _lay_out(others, builder)
+    return (batch, None) if builder.num_tokens < min_tokens else (credited, others)
 
 
 def _make_passes(
@@ -247,27 +255,27 @@ def deal_rows(batch: TrainBatch, *, num_ranks: int, max_tokens: int) -> list[lis
 
 
 def deal_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> list[list[IntArray]]:
-    """Deal trees, see `deal`; those with the same stem are a group."""
+    """Deal trees, see `deal`; those with the same prompt are a group."""
     order = _content_order([tree.used_trunk for tree in trees])
-    stems: dict[bytes, int] = {}
-    builders: dict[int, ForestBuilder] = {}
-    lengths, overlaps, prefixes, numbers = (np.zeros(len(trees), dtype=np.int32) for _ in range(4))
+    prompts: dict[bytes, int] = {}
+    lengths, overlaps, prefixes, groups = (np.zeros(len(trees), dtype=np.int32) for _ in range(4))
+    before = ForestBuilder()  # has the tree before alone
     for place, tree in enumerate(trees[i] for i in order):
-        stem = tree.stem
-        number = stems.setdefault(stem.tobytes(), len(stems))
-        builder = builders.setdefault(number, ForestBuilder())
-        num_before = builder.num_tokens
-        lay_out(tree, builder)
-        num_new = builder.num_tokens - num_before
-        prefixes[place], numbers[place] = len(stem), number
-        # Of the first of a group its number of tokens; of others, which rarely come first in a pass, a bound.
-        lengths[place] = (tree.max_tokens if num_before else num_new) - len(stem)
-        overlaps[place] = lengths[place] - num_new if num_before else 0
+        prompt = tree.used_trunk[: tree.prompt_length]
+        prefixes[place], groups[place] = len(prompt), prompts.setdefault(prompt.tobytes(), len(prompts))
+        alone = ForestBuilder()
+        lay_out(tree, alone)
+        lengths[place] = alone.num_tokens - len(prompt)
+        if place and groups[place] == groups[place - 1]:
+            num_before = before.num_tokens
+            lay_out(tree, before)
+            overlaps[place] = alone.num_tokens - (before.num_tokens - num_before) - len(prompt)
+        before = alone
     plan = deal(
         lengths,
         overlaps=overlaps,
         prefixes=prefixes,
-        groups=numbers,
+        groups=groups,
         num_ranks=num_ranks,
         max_tokens=max_tokens,
     )
@@ -275,9 +283,9 @@ def deal_trees(trees: Sequence[Tree], *, num_ranks: int, max_tokens: int) -> lis
 
 
 def _content_order(sequences: Sequence[IntArray]) -> IntArray:
-    """Return the order in which each sequence has more in common with the one before it than with others.
+    """Return an order in which no sequence begins more like an earlier one than like that before it.
 
-    That is the order of their tokens: as numbers with the most significant byte first, bytes have it.
+    That is the order of their tokens; bytes have it where the most significant one comes first.
     """
     keys = [sequence.astype(">i4").tobytes() for sequence in sequences]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int32)

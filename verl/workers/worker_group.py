@@ -119,7 +119,7 @@ class WorkerGroup:
     ) -> list[TreeLogProbs]:
         """Return the log-probs of each tree at the sampling temperature, in order.
 
-        `shared` computes a common prefix once; without it every branch has a row of its own. The results are
+        `shared` computes a common prefix once; without it every branch has a pass of its own. The results are
         equal up to rounding, and do not depend on order or batch.
         """
         parts_of = [[tree] if shared and self._packs else split(tree) for tree in trees]
@@ -128,7 +128,8 @@ class WorkerGroup:
         scored = [part for parts in scored_of for part in parts]
         if not scored:
             return [unpack(tree, np.zeros(0, np.float32)) for tree in trees]
-        plan = deal_trees(scored, num_ranks=len(self._actors), max_tokens=self._max_tokens)
+        limit = self._max_tokens if shared else 1  # a pass has at least one tree
+        plan = deal_trees(scored, num_ranks=len(self._actors), max_tokens=limit)
         passes = [[[scored[i] for i in of_pass] for of_pass in of_rank] for of_rank in plan]
         arguments = [(of_rank,) for of_rank in passes]
         answers = await self._call_all("tree_log_probs", arguments, adapters=adapters)

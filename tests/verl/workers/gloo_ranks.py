@@ -149,6 +149,14 @@ def assert_equal_states(one: Mapping[str, np.ndarray], other: Mapping[str, np.nd
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def assert_close_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
+    """All but the share of tokens that is computed: other ranks have other passes."""
+    assert 0 < found["computed_share"] <= 1
+    for name, value in expected.items():
+        if name != "computed_share":
+            np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+
+
 def resume_on_other_ranks(folder: Path, *, out: Path, lora_rank: int = 0) -> None:
     """From 2 ranks to 1, 2 and 4, and from 4 back to 2 and 1."""
     state, metrics = on_ranks(2, go_on, folder, lora_rank, None, out / "two")
@@ -160,8 +168,7 @@ def resume_on_other_ranks(folder: Path, *, out: Path, lora_rank: int = 0) -> Non
         target = out / str(world_size)
         found, others = on_ranks(world_size, go_on, folder, lora_rank, out / source, target)
         assert_equal_states(found, state)
-        for name, value in metrics.items():
-            np.testing.assert_allclose(others[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+        assert_close_metrics(others, metrics)
 
 
 def adapt(placement: Placement, folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -280,10 +287,7 @@ def train_on_two_nodes(folder: Path) -> None:
         for got, mesh in zip(of_rank, MESHES.values(), strict=True):
             np.testing.assert_allclose(got["probe"], one["probe"], atol=2e-4)
             for metrics, expected in zip(got["metrics"], one["metrics"], strict=True):
-                for name, value in expected.items():
-                    if name == "computed_share":  # it depends on the passes
-                        continue
-                    np.testing.assert_allclose(metrics[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
+                assert_close_metrics(metrics, expected)
             assert got["mesh"] == mesh
             assert abs(got["share"] - 1 / mesh[-1]) < 0.05
             assert got["exported"] == (number in (0, 2)), "the first rank of each node writes"

@@ -12,7 +12,7 @@ from tests.fakes import make_question, make_trajectory
 from tests.verl.test_forest import paths_of
 from tests.verl.workers.episodes import one_rank, random_batch, random_ids, random_trajectory, row_ids
 from tests.verl.workers.test_tree_log_probs import random_tree
-from verl.branches import pack
+from verl.branches import Branch, Tree, pack
 from verl.workers.batch import build_batch, deal_trees, make_mini_batches, pack_rows
 
 
@@ -52,7 +52,6 @@ def test_policy_tokens_are_scored_after_the_tokens_of_their_trajectory() -> None
     masks = np.split(batch.policy_mask, np.cumsum(batch.lengths))
     assert got == [row[: i + 1] for row, mask in zip(rows, masks, strict=False) for i in np.flatnonzero(mask)]
     distinct = {tuple(row[: i + 1]) for row in rows for i in range(len(row))}
-    # Rows 0 and 1 share a prompt, so do 3 and 5.
     assert len(forest.ids) == len(distinct) < batch.lengths.sum()
 
 
@@ -132,6 +131,27 @@ def test_trees_are_dealt_once_in_as_many_passes() -> None:
     for of_pass in itertools.chain.from_iterable(plan):
         assert len(of_pass) <= 1 or len(pack([trees[i] for i in of_pass]).ids) <= 120
     assert [len(of_rank[0]) for of_rank in deal_trees(trees[:1], num_ranks=2, max_tokens=120)] == [1, 0]
+
+
+def test_a_pass_of_trees_counts_what_they_share_with_trees_of_other_passes() -> None:
+    """The first and the last ask for the same answer after the prompt, the two between for none there."""
+    rng = np.random.default_rng(5)
+    prompt = np.arange(40, dtype=np.int32)
+    answer = Branch(ids=random_ids(rng, 104), start=40, scored=(0, 1))
+    trunks = [np.concatenate([prompt, np.array([k]), random_ids(rng, 20)]).astype(np.int32) for k in range(4)]
+    trees = [
+        Tree(
+            trunk=trunk,
+            branches=(*((answer,) if k in (0, 3) else ()), replace(answer, ids=trunk[41:50], start=61)),
+            prompt_length=40,
+        )
+        for k, trunk in enumerate(trunks)
+    ]
+    assert len(pack(trees).ids) == 40 + 104 + 4 * 30
+    for max_tokens in (300, 263, 230, 200, 160):
+        (plan,) = deal_trees(trees, num_ranks=1, max_tokens=max_tokens)
+        sizes = [len(pack([trees[i] for i in of_pass]).ids) for of_pass in plan]
+        assert all(len(of_pass) == 1 or n <= max_tokens for of_pass, n in zip(plan, sizes, strict=True))
 
 
 def test_one_trajectory_too_many_is_no_optimizer_step_of_its_own() -> None:

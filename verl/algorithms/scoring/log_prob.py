@@ -201,4 +201,5 @@ def make_tree(trajectory: Trajectory, branches: Sequence[Branch], *, scorer: Log
         trunk=trajectory.token_ids,
         branches=tuple(branches),
         trunk_scored=trajectory.policy_mask if scorer.scores_trajectories else None,
+        prompt_length=len(trajectory.prompt_ids),
     )

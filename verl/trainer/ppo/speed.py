@@ -96,7 +96,8 @@ def _pass_metrics(
 ) -> dict[str, float | None]:
     """Return the speed of a phase that computed `computed_share` of the tokens of the batch `repeats` times.
 
-    `backward_share` of the sampled tokens also had backward passes, and about as large a share of all.
+    `backward_share` of the sampled tokens also had backward passes, and about as large a share of all. The
+    computed share is that of the update; other passes are dealt alike.
     """
     if not repeats:
         return {}
