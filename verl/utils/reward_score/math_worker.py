@@ -71,6 +71,7 @@ def main() -> None:
     highest = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = _MAX_MEMORY_BYTES if highest == resource.RLIM_INFINITY else min(_MAX_MEMORY_BYTES, highest)
     resource.setrlimit(resource.RLIMIT_AS, (limit, highest))
+    grade("1/2", ["0.5"])  # the library imports much at the first use, which no answer has to pay for
     _reply(channel, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)

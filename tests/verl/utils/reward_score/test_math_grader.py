@@ -20,7 +20,7 @@ from verl.utils.reward_score.math_grader import Grade, GradingAgent, MathGrader
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[MathGrader]:
-    grader = MathGrader(cpu_time_s=0.5)
+    grader = MathGrader(cpu_time_s=5.0)
     asyncio.run(grader.connect())
     yield grader
     asyncio.run(grader.aclose())
@@ -142,7 +142,7 @@ async def test_verdicts_are_found_where_episodes_end_and_a_grader_that_dies_is_r
 
 
 def test_a_grader_that_is_stopped_is_replaced() -> None:
-    grader = MathGrader(cpu_time_s=0.25)
+    grader = MathGrader(cpu_time_s=1.0)
     before = find_workers()
     asyncio.run(grader.connect())
     (worker,) = [child for child in find_workers() if child not in before]
