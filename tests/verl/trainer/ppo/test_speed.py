@@ -61,9 +61,8 @@ def test_every_phase_is_compared_with_the_peak_of_all_gpus(machine: Machine) -> 
         written=Written(7000, 1.5),
         computed_share=0.75,
     )
-    one_pass = (
-        0.75 * 32 * (2 * PARAMETERS + 2 * 2 * 2 * 4 * 16)
-    )  # attention: 2 x layers x heads x head_dim x length
+    # Attention: 2 x layers x heads x head_dim x length.
+    one_pass = 0.75 * 32 * (2 * PARAMETERS + 2 * 2 * 2 * 4 * 16)
     # The prompts of two questions once, and three observations.
     assert metrics.pop("perf/prefilled_tokens_per_s") == (2 * 3 + 3 * 5) / 4
     # 24 tokens over two engines with one sequence each are 12 steps, which read all weights on each engine;
