@@ -22,7 +22,13 @@ from IG.prompts import STOP_STRINGS
 from serving import vllm_rules
 from serving.encoding import TextEncoder
 from serving.processes import ProcessGuard, list_multiprocessing_children
-from serving.vllm_rules import PLAIN_SAMPLING, collection_paused, cpu_arguments, prepare_environment
+from serving.vllm_rules import (
+    PLAIN_SAMPLING,
+    collection_paused,
+    cpu_arguments,
+    prepare_environment,
+    sampled_log_probs,
+)
 from serving.web.loading import load_in_thread
 
 if TYPE_CHECKING:
@@ -222,9 +228,10 @@ class VllmSampler:
 
 def _log_probs(output: CompletionOutput) -> list[float]:
     """Return the log-prob of every sampled token. Raises SamplingError when there are none."""
-    if output.logprobs is None or not output.token_ids:
+    log_probs = sampled_log_probs(output)
+    if log_probs is None:
         raise SamplingError("the engine gave an answer without tokens or log-probs")
-    return [output.logprobs[position][token].logprob for position, token in enumerate(output.token_ids)]
+    return log_probs
 
 
 def _ended_in_break(output: CompletionOutput) -> bool:

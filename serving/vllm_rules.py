@@ -15,9 +15,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serving.machine import socket_root
 from serving.ray_start import prepare_ray_import
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 _LSCPU = ("lscpu", "--json", "--extended=CPU,CORE,NODE", "--online")
 _BIN = Path(__file__).with_name("bin")
@@ -36,8 +40,19 @@ PLAIN_SAMPLING: Mapping[str, object] = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "logprobs": 0,
+    "flat_logprobs": True,
 }
-"""Sampling parameters: no truncation and no penalty, and the log-prob of each sampled token."""
+"""Sampling parameters: no truncation and no penalty, and the log-prob of each sampled token, in one list for
+a completion: engines of small models are limited by what Python does for each token."""
+
+
+def sampled_log_probs(completion: CompletionOutput) -> list[float] | None:
+    """Return the log-prob of every token sampled with `PLAIN_SAMPLING`; None if it has no tokens, or not all
+    of their log-probs."""
+    found = completion.logprobs
+    if not completion.token_ids or found is None or found.token_ids != list(completion.token_ids):
+        return None
+    return list(found.logprobs)
 
 
 class MachineError(RuntimeError):

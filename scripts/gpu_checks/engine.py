@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpu_checks.models import layout_of, shape_of_size, write_random_model
+from gpu_checks.models import layout_of, shape_of_size, write_random_model, write_tokenizer
 from gpu_checks.recorder import Bench
 from verl.protocols import EnginePart
 from verl.trainer.config.schema import RolloutConfig
@@ -27,7 +26,6 @@ from verl.workers.weight_ipc import ChunkSender, Handles, IpcTransfer
 if TYPE_CHECKING:
     from verl.rollout.vllm_engine import VllmEngine
 
-_TOKENIZER = Path(__file__).resolve().parents[2] / "world" / "models" / "policy"
 _STOP = ("</search>", "</answer>")
 _FEW, _MANY = 64, 256
 """Sequences at a time; what a step takes beside the kernels shows where both take the same."""
@@ -43,8 +41,7 @@ def check_engine(bench: Bench) -> None:
     shape = shape_of_size("1.5B", is_tiny=bench.is_tiny)
     folder = bench.scratch / "model"
     write_random_model(folder, shape, device=bench.device)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(_TOKENIZER / name, folder)
+    write_tokenizer(folder, num_ids=shape.vocab)
     asyncio.run(_measure(bench, folder, shape))
 
 
@@ -81,14 +78,22 @@ def _start(bench: Bench, folder: Path, *, enforce_eager: bool, prefix: str = "")
 
 
 async def _decode(bench: Bench, engine: VllmEngine, shape: ModelShape, *, prefix: str = "") -> None:
-    """Record milliseconds of a decoding step beside what the plan expects."""
+    """Record milliseconds of a decoding step beside what the plan expects, and what processors had to do."""
+    from serving.processes import count_processor_seconds  # of vLLM's requirements
+
     await _generate(bench, engine, count=_FEW, prompt=64, length=8)  # compiles what is left
+    steps = _size(bench, _LENGTH)
     for count in (_FEW, _MANY):
+        own, every = time.process_time(), count_processor_seconds()
         seconds = await _generate(bench, engine, count=count, prompt=64, length=_LENGTH)
+        own, every = time.process_time() - own, count_processor_seconds() - every
         planned = _planned_step_s(bench, shape, count=count)
         unit = f"ms per token of {_size(bench, count)} sequences"
-        step_ms = seconds / _size(bench, _LENGTH) * 1000
-        bench.record(f"{prefix}decode_{count}_ms", step_ms, unit=unit, planned=planned and planned * 1000)
+        name = f"{prefix}decode_{count}"
+        bench.record(f"{name}_ms", seconds / steps * 1000, unit=unit, planned=planned and planned * 1000)
+        # The process that is busy for as long as a step takes is the one that limits it.
+        bench.record(f"{name}_requests_ms", own / steps * 1000, unit="processor ms of the requests' process")
+        bench.record(f"{name}_core_ms", (every - own) / steps * 1000, unit="processor ms of vLLM's processes")
 
 
 async def _generate(bench: Bench, engine: VllmEngine, *, count: int, prompt: int, length: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -22,7 +24,9 @@ from verl.trainer.plan.shape import KNOWN_SHAPES, ModelShape
 from verl.workers.model_io import weights_of
 from verl.workers.tensor_files import Layout, describe, write_weights
 
-_RECIPE = Path(__file__).resolve().parents[2] / "verl" / "trainer" / "config" / "recipe" / "gpu.yaml"
+_ROOT = Path(__file__).resolve().parents[2]
+_RECIPE = _ROOT / "verl" / "trainer" / "config" / "recipe" / "gpu.yaml"
+_TOKENIZER = _ROOT / "world" / "models" / "policy"
 _TINY = ModelShape(
     vocab=1600, hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, head_dim=32, is_tied=True,
     has_qkv_bias=True,
@@ -59,6 +63,19 @@ def write_random_model(
     layout = describe(weights_of(model), dtype=torch.bfloat16)
     max_bytes = _TINY_FILE_BYTES if shape is _TINY else _FILE_BYTES
     write_weights(folder, layout, lambda name: random_tensor(layout[name], device).cpu(), max_bytes=max_bytes)
+
+
+def write_tokenizer(folder: Path, *, num_ids: int) -> None:
+    """Write the embedded world's tokenizer, with a word for every further id below `num_ids`.
+
+    Ids without a text would be decoded again with each token that follows, which takes several times as long.
+    """
+    shutil.copy(_TOKENIZER / "tokenizer_config.json", folder)
+    content = json.loads((_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    known = {*vocab.values(), *(token["id"] for token in content["added_tokens"])}
+    vocab |= {f"Ġw{number}": number for number in range(num_ids) if number not in known}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def random_weights(shape: ModelShape, *, device: torch.device) -> dict[str, Tensor]:

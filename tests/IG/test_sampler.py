@@ -148,10 +148,12 @@ class Scripted(Engine):
 
     def _output(self, text: str) -> SimpleNamespace:
         found = next((stop for stop in STOP_STRINGS if stop in text), None)
+        token_ids = [ord(character) for character in text]
+        log_probs = [-float(len(text))] * len(text)
         return SimpleNamespace(
             text=text.partition(found)[0] if found else text,
-            token_ids=[ord(character) for character in text],
-            logprobs=[{ord(c): SimpleNamespace(logprob=-float(len(text)))} for c in text],
+            token_ids=token_ids,
+            logprobs=SimpleNamespace(token_ids=token_ids, logprobs=log_probs),
             finish_reason="stop",
             stop_reason=found,
         )

@@ -30,6 +30,7 @@ from serving.vllm_rules import (
     cpu_arguments,
     engine_arguments,
     prepare_environment,
+    sampled_log_probs,
 )
 from verl.errors import ConfigError, RolloutError, WeightSyncError
 from verl.protocols import EnginePart
@@ -151,13 +152,11 @@ class VllmEngine:
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
             raise RolloutError(f"the engine ended a request with {sampled.finish_reason!r}")
-        ids = [int(token) for token in sampled.token_ids]
-        positions = sampled.logprobs
-        if positions is None or len(positions) != len(ids):
-            raise RolloutError(f"the engine gave {len(ids)} tokens without a log-prob for each")
-        log_probs = [position[token].logprob for token, position in zip(ids, positions, strict=True)]
+        log_probs = sampled_log_probs(sampled)
+        if log_probs is None:
+            raise RolloutError(f"the engine gave {len(sampled.token_ids)} tokens without a log-prob for each")
         return Completion(
-            ids=np.array(ids, dtype=np.int32),
+            ids=np.array(sampled.token_ids, dtype=np.int32),
             log_probs=np.array(log_probs, dtype=np.float32),
             finish=Finish(sampled.finish_reason),
             version=version,
