@@ -54,13 +54,13 @@ class Check:
 
 CHECKS = (
     Check(name="device", run=check_device, limit_s=20),
-    Check(name="attention", run=check_attention, limit_s=30),
-    Check(name="policy_3b", run=partial(check_policy, size="3B"), limit_s=80),
-    Check(name="engine", run=check_engine, limit_s=150),
-    Check(name="publish", run=check_publish, limit_s=35),
+    Check(name="attention", run=check_attention, limit_s=25),
+    Check(name="policy_3b", run=partial(check_policy, size="3B"), limit_s=65),
+    Check(name="engine", run=check_engine, limit_s=190),
+    Check(name="publish", run=check_publish, limit_s=25),
     Check(name="entailment", run=check_entailment, limit_s=20),
     Check(name="search", run=check_search, limit_s=15),
-    Check(name="offload", run=check_offload, limit_s=40),
+    Check(name="offload", run=check_offload, limit_s=30),
     Check(name="lora_1.5b", run=partial(check_policy, size="1.5B", lora_rank=32), limit_s=45),
     Check(name="policy_1.5b", run=partial(check_policy, size="1.5B"), limit_s=45),
 )

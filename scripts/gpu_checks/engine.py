@@ -17,7 +17,8 @@ from gpu_checks.models import layout_of, shape_of_size, write_random_model, writ
 from gpu_checks.recorder import Bench
 from verl.protocols import EnginePart
 from verl.trainer.config.schema import RolloutConfig
-from verl.trainer.plan.assumptions import BANDWIDTH_SHARE, ENGINE_STEP_S, GB
+from verl.trainer.plan.assumptions import GB
+from verl.trainer.plan.seconds import decoding_step_s
 from verl.trainer.plan.shape import ModelShape
 from verl.types import Sampling
 from verl.workers.weight_chunks import Chunk
@@ -34,7 +35,7 @@ _BYTES = 2
 
 
 def check_engine(bench: Bench) -> None:
-    """Measure an engine with a model of 1.5 billion parameters, with CUDA graphs and without."""
+    """Measure an engine with a model of 1.5 billion parameters."""
     if find_spec("vllm") is None:
         bench.record("vllm", "not installed")
         return
@@ -46,7 +47,7 @@ def check_engine(bench: Bench) -> None:
 
 
 async def _measure(bench: Bench, folder: Path, shape: ModelShape) -> None:
-    engine = _start(bench, folder, enforce_eager=bench.is_tiny)
+    engine = _start(bench, folder)
     await _decode(bench, engine, shape)
     seconds = await _generate(bench, engine, count=_MANY, prompt=_READ_LENGTH, length=1)
     count = _size(bench, _MANY) * _size(bench, _READ_LENGTH)
@@ -55,25 +56,21 @@ async def _measure(bench: Bench, folder: Path, shape: ModelShape) -> None:
         await _sleep_and_publish(bench, engine, folder)
         await _decode(bench, engine, shape, prefix="published_")
     await engine.shutdown()
-    if not bench.is_tiny:
-        engine = _start(bench, folder, enforce_eager=True, prefix="eager_")
-        await _decode(bench, engine, shape, prefix="eager_")
-        await engine.shutdown()
 
 
-def _start(bench: Bench, folder: Path, *, enforce_eager: bool, prefix: str = "") -> VllmEngine:
+def _start(bench: Bench, folder: Path) -> VllmEngine:
     from verl.rollout.vllm_engine import VllmEngine
 
     began = time.perf_counter()
     is_cuda = bench.device.type == "cuda"
     engine = VllmEngine(
-        RolloutConfig(enforce_eager=enforce_eager),
+        RolloutConfig(enforce_eager=bench.is_tiny),
         model_path=str(folder),
         max_model_len=200 if bench.is_tiny else 2048,
         device=bench.device.type,
         weight_backend="ipc" if is_cuda else None,
     )
-    bench.record(f"{prefix}start_s", time.perf_counter() - began, unit="s, imports included")
+    bench.record("start_s", time.perf_counter() - began, unit="s, imports included")
     return engine
 
 
@@ -158,7 +155,7 @@ def _planned_step_s(bench: Bench, shape: ModelShape, *, count: int) -> float | N
     if bench.gpu.bandwidth is None:
         return None
     read = shape.parameters * _BYTES + count * (64 + _LENGTH / 2) * shape.kv_bytes(_BYTES)
-    return read / bench.gpu.bandwidth / BANDWIDTH_SHARE + ENGINE_STEP_S
+    return decoding_step_s(read / bench.gpu.bandwidth, sequences=count)
 
 
 def _size(bench: Bench, size: int) -> int:

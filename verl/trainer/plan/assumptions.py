@@ -57,9 +57,12 @@ TRAIN_SHARE = 0.38
 """Of peak FLOP/s in update and log-probs (H200, 3 billion parameters: 0.380 and 0.392)."""
 PREFILL_SHARE = 0.5
 BANDWIDTH_SHARE = 0.6
-"""Of peak FLOP/s when an engine reads prompts, of memory bandwidth when it decodes (computed)."""
-ENGINE_STEP_S = 0.001
-"""Of each decoding step beside the kernels: scheduler and sampler (computed)."""
+"""Of peak FLOP/s when an engine reads prompts (H200: 0.53), of memory bandwidth when it decodes
+(computed)."""
+ENGINE_STEP_S, ENGINE_TOKEN_S = 0.0019, 0.000045
+"""Of vLLM's processes in each decoding step, and for each sequence of it: scheduler, sampler, log-probs and
+text. They prepare a step while the GPU computes the one before (H200, 16 cores: 4.6 to 5.7 ms with 64
+sequences, 13.2 to 13.4 with 256, of which the kernels of 1.5 billion parameters take 1.5)."""
 COMPUTED_UPDATE = 0.97
 COMPUTED_LOG_PROBS = 0.9
 """Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
@@ -91,9 +94,9 @@ IPC_BYTES_PER_S = 15.0 * GB
 H200: the copies alone 519)."""
 NCCL_BYTES_PER_S = 10.0 * GB
 """Weights to engines on other GPUs: gathered over NVLink, packed, broadcast, loaded (computed)."""
-SLEEP_S = 0.3
-"""Sleep and wake of an engine, which drops weights and cache and maps their memory again (H200, 45 GB: at
-most 0.23, a publish of a small model included)."""
+SLEEP_S = 0.5
+"""Sleep and wake of an engine, which drops weights and cache and maps their memory again (H200: 0.49 with 1.5
+billion parameters and half of its memory)."""
 HOST_BYTES_PER_S = 25.0 * GB
 """Between a GPU and page-locked host memory while all GPUs of a node copy (half of PCIe 5, computed;
 an H200 alone: 55)."""

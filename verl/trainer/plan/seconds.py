@@ -16,6 +16,7 @@ from verl.trainer.plan.assumptions import (
     DRIVER_COMPLETION_S,
     DRIVER_EPISODE_S,
     ENGINE_STEP_S,
+    ENGINE_TOKEN_S,
     FILE_BYTES_PER_S,
     GAIN_FLOPS,
     GAIN_LATENCY_S,
@@ -148,12 +149,11 @@ def _engines(setup: Setup) -> Stage:
     sampled = episodes.count * episodes.sampled_tokens
     steps = sampled / setup.replicas / batch
     moved = setup.engine_weight_bytes + batch * context * kv  # bytes per decoding step and GPU
-    decode_limit_s = steps * max(moved / bandwidth, 2.0 * shape.parameters * batch / (flops * tp))
-    tail_s = episodes.longest_sampled * setup.engine_weight_bytes / bandwidth
+    step_limit_s = max(moved / bandwidth, 2.0 * shape.parameters * batch / (flops * tp))
     seconds = (
         read_limit_s / PREFILL_SHARE
-        + (decode_limit_s + tail_s) / BANDWIDTH_SHARE
-        + (steps + episodes.longest_sampled) * ENGINE_STEP_S
+        + steps * decoding_step_s(step_limit_s, sequences=batch)
+        + episodes.longest_sampled * decoding_step_s(setup.engine_weight_bytes / bandwidth, sequences=1)
     )
     return Stage(
         phase=Phase.ROLLOUT,
@@ -162,8 +162,14 @@ def _engines(setup: Setup) -> Stage:
         + ("" if setup.slot_rank is None else ", without the kernels of adapters"),
         seconds=seconds,
         tokens=read + sampled,
-        limit_s=read_limit_s + decode_limit_s,
+        limit_s=read_limit_s + steps * step_limit_s,
     )
+
+
+def decoding_step_s(limit_s: float, *, sequences: float) -> float:
+    """Return the seconds of a decoding step: of its kernels, which take `limit_s` at the speed of the GPU's
+    data sheet, or of the processes that prepare the next one meanwhile."""
+    return max(limit_s / BANDWIDTH_SHARE, ENGINE_STEP_S + sequences * ENGINE_TOKEN_S)
 
 
 def _agents(setup: Setup) -> Stage:
