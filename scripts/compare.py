@@ -44,6 +44,7 @@ from serving.files import lock_file
 from serving.web.settings import expand_home
 from verl.errors import ConfigError, UserError
 from verl.evaluation.tables import as_rich
+from verl.trainer.launch import count_gpus
 from verl.utils.entry import describe_error, error_line
 from verl.utils.shutdown import cancel_by_signals
 from verl.utils.supervise import Supervisor, is_service_variable
@@ -97,6 +98,17 @@ def choose_stages(plan: Plan, asked: Sequence[str] | None) -> list[str]:
     if unknown := sorted(set(asked or ()) - set(names)):
         raise ConfigError(f"--stage {unknown[0]}: expected one of {', '.join(names)}")
     return [name for name in names if asked is None or name in asked]
+
+
+def require_device(plan: Plan, *, num_gpus: int) -> None:
+    """Raise ConfigError where runs would use a GPU that the plan does not name: their results would count as
+    those of CPUs, with the seconds of processors alone."""
+    if num_gpus and "trainer.device" not in plan.settings:
+        raise ConfigError(
+            "this machine has a GPU, and results of CPUs and GPUs are kept apart: add `trainer.device: cuda` to "
+            "the settings of a copy of the plan (--plan FILE), or install the packages for CPUs "
+            "(make venv PLATFORM=cpu)"
+        )
 
 
 def is_there(plan: Plan, stage: str) -> bool:
@@ -205,6 +217,7 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     screen = Screen(Console(width=None if sys.stdout.isatty() else 140))
     failed: dict[str, str] = {}
     if not (options.report or options.list):
+        require_device(plan, num_gpus=count_gpus())
         try:
             failed = work(screen, plan, stages=stages, places=places, options=options)
         except (KeyboardInterrupt, asyncio.CancelledError):

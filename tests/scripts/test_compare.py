@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import choose_stages, do_runs, main, reserve
+from compare import choose_stages, do_runs, main, require_device, reserve
 from rich.console import Console
 from screen import Screen
 
@@ -136,3 +136,10 @@ def test_a_report_alone_and_a_list_do_no_run(tmp_path: Path, capsys: pytest.Capt
 def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="--stage hrad: expected one of easy"):
         choose_stages(make_plan(), ["hrad"])
+
+
+def test_a_plan_uses_a_gpu_only_if_it_says_so() -> None:
+    require_device(make_plan(), num_gpus=0)
+    require_device(make_plan(settings={"trainer.device": "cuda"}), num_gpus=1)
+    with pytest.raises(ConfigError, match="kept apart: add `trainer.device: cuda` to the settings"):
+        require_device(make_plan(), num_gpus=1)
