@@ -106,8 +106,8 @@ def require_device(plan: Plan, *, num_gpus: int) -> None:
     if num_gpus and "trainer.device" not in plan.settings:
         raise ConfigError(
             "this machine has a GPU, and results of CPUs and GPUs are kept apart: add `trainer.device: cuda` "
-            "to the settings of a copy of the plan (--plan FILE), or install the packages for CPUs (make venv "
-            "PLATFORM=cpu)"
+            "to the settings of a copy of the plan (--plan FILE), or install the packages for CPUs "
+            "(make venv PLATFORM=cpu)"
         )
 
 
