@@ -54,6 +54,18 @@ class Campaign:
         }
         return {name: results for name, results in found.items() if results}
 
+    def repeats(self) -> dict[str, list[Result]]:
+        """Return, for methods that are tuned, the other runs with the chosen settings in the same world, which
+        go on for longer. They differ from the best trial in their seeds."""
+        tuning = self.plan.tuning
+        found: dict[str, dict[str, Result]] = {name: {} for name in self.trials}
+        for stage in self.plan.stages.values():
+            if tuning is not None and stage.world == tuning.world and stage.steps >= tuning.steps:
+                for name, results in self.results_of(stage).items():
+                    if name in found:
+                        found[name] |= {result.key: result for result in results}
+        return {name: list(results.values()) for name, results in found.items()}
+
     def waiting(self, stages: Sequence[str]) -> list[RunSpec]:
         """Return the runs that cannot begin yet, because their method is not tuned, with untuned settings."""
         runs = []

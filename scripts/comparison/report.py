@@ -104,7 +104,9 @@ def make_sections(campaign: Campaign, *, stages: Sequence[str], figures: Path) -
     tuning = campaign.plan.tuning
     tried = [trial.em for trials in campaign.trials.values() for trial in trials]
     if tuning is not None and TUNING in stages and any(em is not None for em in tried):
-        table = tuning_table(campaign.trials, tuning, longest=_longest(campaign.plan))
+        table = tuning_table(
+            campaign.trials, tuning, repeats=campaign.repeats(), longest=_longest(campaign.plan)
+        )
         sections.append(Section(title="Tuning", tables=(table,)))
     every = {run.key: run for run in campaign.all_runs(stages)}
     sections.append(Section(title="Runs", tables=(run_table(campaign, list(every.values())),)))

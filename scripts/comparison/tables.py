@@ -135,10 +135,13 @@ def cost_table(runs: Runs) -> Table:
     )
 
 
-def tuning_table(trials: Mapping[str, Sequence[Trial]], tuning: Tuning, *, longest: int) -> Table:
+def tuning_table(
+    trials: Mapping[str, Sequence[Trial]], tuning: Tuning, *, repeats: Runs, longest: int
+) -> Table:
     """Return one row per trial and one column per method: EM of the last steps; the best is marked.
 
-    `longest` is the number of steps of the runs that use what was found.
+    A last row has the same of `repeats`, runs of other seeds. `longest` is the number of steps of the runs
+    that use what was found.
     """
     names = list(trials)
     rates = [trial.run.tuned.lr for trial in trials[names[0]]]
@@ -153,6 +156,13 @@ def tuning_table(trials: Mapping[str, Sequence[Trial]], tuning: Tuning, *, longe
             mark = "" if not is_best else " * edge" if first.run.tuned.lr in edges else " *"
             cells.append(ABSENT if em is None else f"{100 * em:.1f}{mark}")
         rows.append(tuple(cells))
+
+    def em_of_trial(result: Result) -> float | None:
+        return last_mean(result.em[: tuning.steps], tuning.window)
+
+    if any(repeats.values()):
+        means = (_percent(mean_over_seeds(repeats[name], em_of_trial)) for name in names)
+        rows.append(("the best, other seeds", *means))
     return Table(
         title="Search for learning rate, group size and KL",
         header=("setting", *names),
@@ -160,7 +170,8 @@ def tuning_table(trials: Mapping[str, Sequence[Trial]], tuning: Tuning, *, longe
         note=f"EM in percent of sampled episodes on training questions, mean of the last {tuning.window} of "
         f"{tuning.steps} steps, one seed that no other run has. * the best, which all other runs of the "
         f"method use; they have up to {longest} steps, after which another one may be best. "
-        "Edge: the best learning rate is the least or the largest tried, so that another may be better.",
+        "Edge: the best learning rate is the least or the largest tried, so that another may be better. Other "
+        "seeds: the same steps of these longer runs, mean and standard deviation; so much a trial varies.",
     )
 
 
