@@ -55,8 +55,10 @@ class Campaign:
         return {name: results for name, results in found.items() if results}
 
     def repeats(self) -> dict[str, list[Result]]:
-        """Return, for methods that are tuned, the other runs with the chosen settings in the same world, which
-        go on for longer. They differ from the best trial in their seeds."""
+        """Return, for methods that are tuned, the longer runs with the chosen settings in the same world.
+
+        Their first steps differ from the best trial in the seed alone.
+        """
         tuning = self.plan.tuning
         found: dict[str, dict[str, Result]] = {name: {} for name in self.trials}
         for stage in self.plan.stages.values():

@@ -170,8 +170,9 @@ def tuning_table(
         note=f"EM in percent of sampled episodes on training questions, mean of the last {tuning.window} of "
         f"{tuning.steps} steps, one seed that no other run has. * the best, which all other runs of the "
         f"method use; they have up to {longest} steps, after which another one may be best. "
-        "Edge: the best learning rate is the least or the largest tried, so that another may be better. Other "
-        "seeds: the same steps of these longer runs, mean and standard deviation; so much a trial varies.",
+        "Edge: the best learning rate is the least or the largest tried, so that another may be better. "
+        "Other seeds: the same steps of these longer runs, mean and standard deviation; so much a trial "
+        "varies.",
     )
 
 
