@@ -230,7 +230,7 @@ def _log_probs(output: CompletionOutput) -> list[float]:
     """Return the log-prob of every sampled token. Raises SamplingError when there are none."""
     log_probs = sampled_log_probs(output)
     if log_probs is None:
-        raise SamplingError("the engine gave an answer without tokens or log-probs")
+        raise SamplingError("the engine gave an answer without a log-prob for each token")
     return log_probs
 
 

@@ -103,7 +103,8 @@ def choose_stages(plan: Plan, asked: Sequence[str] | None) -> list[str]:
 def require_device(plan: Plan, *, num_gpus: int) -> None:
     """Raise ConfigError where runs would use a GPU that the plan does not name: their results would count as
     those of CPUs, with the seconds of processors alone."""
-    if num_gpus and "trainer.device" not in plan.settings:
+    devices = {(plan.settings | method.settings).get("trainer.device") for method in plan.methods.values()}
+    if num_gpus and devices != {"cuda"}:
         raise ConfigError(
             "this machine has a GPU, and results of CPUs and GPUs are kept apart: add `trainer.device: cuda` "
             "to the settings of a copy of the plan (--plan FILE), or install the packages for CPUs "

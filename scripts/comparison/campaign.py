@@ -11,6 +11,8 @@ from comparison.readings import last_mean
 from comparison.results import Result
 from comparison.runs import RunSpec, stage_runs, tuning_runs
 
+_DEPENDS_ON_LENGTH = {"actor_rollout_ref.actor.optim.lr_warmup_steps_ratio", "algorithm.use_curriculum"}
+"""Settings with which a step depends on the number of all steps; those of defaults are not in a result."""
 TUNING = "tuning"
 """Name of the first part of a plan, beside its stages."""
 
@@ -55,9 +57,10 @@ class Campaign:
         return {name: results for name, results in found.items() if results}
 
     def repeats(self) -> dict[str, list[Result]]:
-        """Return, for methods that are tuned, the longer runs with the chosen settings in the same world.
+        """Return, for methods that are tuned, the other runs with the chosen settings in the same world.
 
-        Their first steps differ from the best trial in the seed alone.
+        Their first steps differ from the best trial in the seed alone; runs whose first steps also depend on
+        how many follow are left out.
         """
         tuning = self.plan.tuning
         found: dict[str, dict[str, Result]] = {name: {} for name in self.trials}
@@ -65,7 +68,11 @@ class Campaign:
             if tuning is not None and stage.world == tuning.world and stage.steps >= tuning.steps:
                 for name, results in self.results_of(stage).items():
                     if name in found:
-                        found[name] |= {result.key: result for result in results}
+                        found[name] |= {
+                            result.key: result
+                            for result in results
+                            if not _DEPENDS_ON_LENGTH & result.settings["config"].keys()
+                        }
         return {name: list(results.values()) for name, results in found.items()}
 
     def waiting(self, stages: Sequence[str]) -> list[RunSpec]:

@@ -156,13 +156,13 @@ def tuning_table(
             mark = "" if not is_best else " * edge" if first.run.tuned.lr in edges else " *"
             cells.append(ABSENT if em is None else f"{100 * em:.1f}{mark}")
         rows.append(tuple(cells))
-
-    def em_of_trial(result: Result) -> float | None:
-        return last_mean(result.em[: tuning.steps], tuning.window)
-
+    note = ""
     if any(repeats.values()):
-        means = (_percent(mean_over_seeds(repeats[name], em_of_trial)) for name in names)
-        rows.append(("the best, other seeds", *means))
+        rows.append(("the best, other seeds", *(_repeats_cell(repeats[name], tuning) for name in names)))
+        note = (
+            " Other seeds: the same steps of the runs that use it, mean and standard deviation (number of "
+            "seeds). The best of several trials tends to be above the mean of its repeats."
+        )
     return Table(
         title="Search for learning rate, group size and KL",
         header=("setting", *names),
@@ -170,9 +170,8 @@ def tuning_table(
         note=f"EM in percent of sampled episodes on training questions, mean of the last {tuning.window} of "
         f"{tuning.steps} steps, one seed that no other run has. * the best, which all other runs of the "
         f"method use; they have up to {longest} steps, after which another one may be best. "
-        "Edge: the best learning rate is the least or the largest tried, so that another may be better. "
-        "Other seeds: the same steps of these longer runs, mean and standard deviation; so much a trial "
-        "varies.",
+        "Edge: the best learning rate is the least or the largest tried, so that another may be better."
+        + note,
     )
 
 
@@ -303,6 +302,14 @@ def _cost_cells(results: Sequence[Result], level: float) -> tuple[str, ...]:
         else:
             cells.append(f"> {max(r.steps for r in results)}" if math.isinf(median) else f"{median:,.0f}")
     return tuple(cells)
+
+
+def _repeats_cell(results: Sequence[Result], tuning: Tuning) -> str:
+    """Return what trials with the seeds of some runs would have given."""
+    if not results:
+        return ABSENT
+    found = mean_over_seeds(results, lambda result: last_mean(result.em[: tuning.steps], tuning.window))
+    return f"{_percent(found)} ({len(results)})"
 
 
 def _percent(found: tuple[float, float | None] | None) -> str:

@@ -17,7 +17,7 @@ from gpu_checks.models import layout_of, shape_of_size, write_random_model, writ
 from gpu_checks.recorder import Bench
 from verl.protocols import EnginePart
 from verl.trainer.config.schema import RolloutConfig
-from verl.trainer.plan.assumptions import GB
+from verl.trainer.plan.assumptions import ASLEEP_BYTES, GB
 from verl.trainer.plan.seconds import decoding_step_s
 from verl.trainer.plan.shape import ModelShape
 from verl.types import Sampling
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _STOP = ("</search>", "</answer>")
 _FEW, _MANY = 64, 256
-"""Sequences at a time; what a step takes beside the kernels shows where both take the same."""
+"""Sequences at a time: what a step takes of itself, and what for each sequence, is the line through both."""
 _LENGTH, _READ_LENGTH = 200, 1000
 _BYTES = 2
 
@@ -79,7 +79,7 @@ async def _decode(bench: Bench, engine: VllmEngine, shape: ModelShape, *, prefix
     from serving.processes import count_processor_seconds  # of vLLM's requirements
 
     await _generate(bench, engine, count=_FEW, prompt=64, length=8)  # compiles what is left
-    steps = _size(bench, _LENGTH)
+    steps, step_s = _size(bench, _LENGTH), dict[int, float]()
     for count in (_FEW, _MANY):
         own, every = time.process_time(), count_processor_seconds()
         seconds = await _generate(bench, engine, count=count, prompt=64, length=_LENGTH)
@@ -87,10 +87,18 @@ async def _decode(bench: Bench, engine: VllmEngine, shape: ModelShape, *, prefix
         planned = _planned_step_s(bench, shape, count=count)
         unit = f"ms per token of {_size(bench, count)} sequences"
         name = f"{prefix}decode_{count}"
-        bench.record(f"{name}_ms", seconds / steps * 1000, unit=unit, planned=planned and planned * 1000)
-        # The process that is busy for as long as a step takes is the one that limits it.
+        step_s[count] = seconds / steps
+        bench.record(f"{name}_ms", step_s[count] * 1000, unit=unit, planned=planned and planned * 1000)
+        # A process that is busy for nearly all of a step limits it, unless several of its threads are.
         bench.record(f"{name}_requests_ms", own / steps * 1000, unit="processor ms of the requests' process")
         bench.record(f"{name}_core_ms", (every - own) / steps * 1000, unit="processor ms of vLLM's processes")
+    if not bench.is_tiny:
+        token_s = (step_s[_MANY] - step_s[_FEW]) / (_MANY - _FEW)
+        alone_s = step_s[_FEW] - _FEW * token_s
+        bench.record(
+            f"{prefix}token_s", token_s, unit="s per sequence of a step", assumption="ENGINE_TOKEN_S"
+        )
+        bench.record(f"{prefix}step_s", alone_s, unit="s of a step beside that", assumption="ENGINE_STEP_S")
 
 
 async def _generate(bench: Bench, engine: VllmEngine, *, count: int, prompt: int, length: int) -> float:
@@ -115,7 +123,13 @@ async def _sleep_and_publish(bench: Bench, engine: VllmEngine, folder: Path) -> 
     free, whole = torch.cuda.mem_get_info()
     own = torch.cuda.memory_reserved()
     unit = "GB beside this process's tensors, with a context of its own"
-    bench.record("asleep_gb", (whole - free - own) / GB, unit=unit, assumption="ASLEEP_BYTES")
+    bench.record(
+        "asleep_gb",
+        (whole - free - own) / GB,
+        unit=unit,
+        planned=ASLEEP_BYTES / GB,
+        assumption="ASLEEP_BYTES",
+    )
     waking = time.perf_counter()
     await engine.wake(EnginePart.WEIGHTS)
     await engine.wake(EnginePart.CACHE)

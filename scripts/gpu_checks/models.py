@@ -68,7 +68,7 @@ def write_random_model(
 def write_tokenizer(folder: Path, *, num_ids: int) -> None:
     """Write the embedded world's tokenizer, with a word for every further id below `num_ids`.
 
-    Ids without a text would be decoded again with each token that follows, which takes several times as long.
+    Ids without a text would be decoded again with each token that follows, which takes longer.
     """
     shutil.copy(_TOKENIZER / "tokenizer_config.json", folder)
     content = json.loads((_TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))

@@ -248,4 +248,5 @@ def _record_speed(
     bench.record(f"{name}_tokens_per_s", real / seconds, unit="real tokens/s")
     flops = setup.shape.pass_flops(float(batch.lengths.mean())) * computed * passes
     share = bench.share_of_peak(flops / seconds)
-    bench.record(f"{name}_share", share, unit="of peak FLOP/s, computed tokens", assumption="TRAIN_SHARE")
+    assumption = "LORA_TRAIN_SHARE" if setup.lora_rank else "TRAIN_SHARE"
+    bench.record(f"{name}_share", share, unit="of peak FLOP/s, computed tokens", assumption=assumption)

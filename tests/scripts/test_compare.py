@@ -141,5 +141,6 @@ def test_an_unknown_stage_is_refused_with_those_that_there_are() -> None:
 def test_a_plan_uses_a_gpu_only_if_it_says_so() -> None:
     require_device(make_plan(), num_gpus=0)
     require_device(make_plan(settings={"trainer.device": "cuda"}), num_gpus=1)
-    with pytest.raises(ConfigError, match="results of CPUs and GPUs are kept apart"):
-        require_device(make_plan(), num_gpus=1)
+    for settings in ({}, {"trainer.device": "auto"}):  # both would have the keys of runs on CPUs
+        with pytest.raises(ConfigError, match="results of CPUs and GPUs are kept apart"):
+            require_device(make_plan(settings=settings), num_gpus=1)

@@ -6,12 +6,20 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from serving import vllm_rules
 from serving.machine import socket_root
-from serving.vllm_rules import MachineError, collection_paused, cpu_arguments, prepare_environment
+from serving.vllm_rules import (
+    MachineError,
+    collection_paused,
+    cpu_arguments,
+    prepare_environment,
+    sampled_log_probs,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +65,17 @@ def test_garbage_is_not_collected_while_vllm_is_imported_but_later() -> None:
     with collection_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("sampled", "logged", "expected"),
+    [((7, 8), [7, 8], [-0.5, -1.0]), ((), [], None), ((7, 8), [7], None), ((7, 9), [7, 8], None)],
+)
+def test_log_probs_are_those_of_the_sampled_tokens_or_missing(
+    sampled: tuple[int, ...], logged: list[int], expected: list[float] | None
+) -> None:
+    log_probs = SimpleNamespace(token_ids=logged, logprobs=[-0.5, -1.0][: len(logged)])
+    completion: Any = SimpleNamespace(token_ids=sampled, logprobs=log_probs)
+    assert sampled_log_probs(completion) == expected
+    completion.logprobs = None
+    assert sampled_log_probs(completion) is None

@@ -59,6 +59,26 @@ def test_trials_come_first_and_each_method_goes_on_with_its_best() -> None:
     assert campaign.count([TUNING, "easy"]) == (2, 4 + 6)
 
 
+def test_a_best_trial_is_repeated_by_other_seeds_unless_steps_depend_on_how_many_follow() -> None:
+    plan = tuned_plan()
+    plan.methods["gigpo"] = Method(
+        algorithm="gigpo", settings={"actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0.1}
+    )
+    campaign = make_campaign(plan, {})
+    campaign = make_campaign(
+        plan, done(*(trial.run for trials in campaign.trials.values() for trial in trials))
+    )
+    runs = campaign.runs_of(plan.stages["easy"])
+    assert {name: len(of_method) for name, of_method in runs.items()} == {
+        "search_r1": 2, "gigpo": 2, "dr_grpo": 2,
+    }  # fmt: skip
+    results = {**campaign.results, **done(*(run for of_method in runs.values() for run in of_method))}
+    repeats = make_campaign(plan, results).repeats()
+    assert [result.key for result in repeats["search_r1"]] == [run.key for run in runs["search_r1"]]
+    assert repeats["gigpo"] == []
+    assert set(repeats) == {"search_r1", "gigpo"}
+
+
 def test_a_run_that_is_done_is_not_left_and_one_that_two_stages_have_is_done_once() -> None:
     stage = Stage(world="easy", steps=10, seeds=1, methods=["search_r1"])
     plan = make_plan(stages={"one": stage, "two": replace(stage, methods=["search_r1", "inforeasoner"])})

@@ -225,7 +225,7 @@ def test_costs_count_seeds_that_did_not_reach_the_level_and_a_best_trial_at_the_
         r"30.0 \* edge",
     ]
     (other_seeds,) = [line for line in lines if line.startswith("| the best, other seeds |")]
-    assert other_seeds == "| the best, other seeds | 20.3 ± 8.9 |"  # 25.5, 25.5 and 10.0 in steps 1 to 5
+    assert other_seeds == "| the best, other seeds | 20.3 ± 8.9 (3) |"  # 25.5, 25.5 and 10.0 in steps 1 to 5
     assert any("1 methods have 3 trials each" in line for line in lines)
     assert any("Variants are not tuned: inforeasoner those of search_r1." in line for line in lines)
     assert places.board is not None

@@ -54,15 +54,18 @@ gradient."""
 # ---------------------------------------------------------------------------------------------------- seconds
 
 TRAIN_SHARE = 0.38
-"""Of peak FLOP/s in update and log-probs (H200, 3 billion parameters: 0.380 and 0.392)."""
+"""Of peak FLOP/s in update and log-probs (H200, 3 billion parameters: 0.380 and 0.392; 1.5 billion: 0.339 and
+0.328)."""
+LORA_TRAIN_SHARE = 0.24
+"""The same with adapters (H200, 1.5 billion parameters, rank 32: 0.231 and 0.248)."""
 PREFILL_SHARE = 0.5
 BANDWIDTH_SHARE = 0.6
 """Of peak FLOP/s when an engine reads prompts (H200: 0.53), of memory bandwidth when it decodes
 (computed)."""
 ENGINE_STEP_S, ENGINE_TOKEN_S = 0.0019, 0.000045
 """Of vLLM's processes in each decoding step, and for each sequence of it: scheduler, sampler, log-probs and
-text. They prepare a step while the GPU computes the one before (H200, 16 cores: 4.6 to 5.7 ms with 64
-sequences, 13.2 to 13.4 with 256, of which the kernels of 1.5 billion parameters take 1.5)."""
+text (a line through what an H200 with 16 cores and 1.5 billion parameters took: 4.6 to 5.7 ms with 64
+sequences, 13.2 to 13.4 with 256)."""
 COMPUTED_UPDATE = 0.97
 COMPUTED_LOG_PROBS = 0.9
 """Tokens that the slowest rank computes per token of its share, in mini-batches of 64 and in one batch:
@@ -90,8 +93,8 @@ FILE_BYTES_PER_S = 0.5 * GB
 """Weights through a file in memory: gathered, copied to the host, written, read by the engines
 (H200: 0.525)."""
 IPC_BYTES_PER_S = 15.0 * GB
-"""Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (computed;
-H200: the copies alone 519)."""
+"""Weights through a buffer on the GPU: gathered over NVLink, copied in and out, chunk by chunk (H200:
+16.2 into an engine, the copies alone 519)."""
 NCCL_BYTES_PER_S = 10.0 * GB
 """Weights to engines on other GPUs: gathered over NVLink, packed, broadcast, loaded (computed)."""
 SLEEP_S = 0.5

@@ -24,6 +24,7 @@ from verl.trainer.plan.assumptions import (
     GPU_SEARCHES_PER_S,
     HOST_BYTES_PER_S,
     IPC_BYTES_PER_S,
+    LORA_TRAIN_SHARE,
     NCCL_BYTES_PER_S,
     PREFILL_SHARE,
     RECORD_COMPLETION_S,
@@ -67,13 +68,15 @@ def list_stages(setup: Setup) -> list[Stage]:
         return []
     rollout = [_engines(setup), _agents(setup), _driver(setup), _retrieval(setup)]
     rollout_s = sum(stage.seconds or 0.0 for stage in rollout)
+    share = _train_share(setup)
     reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
-    reward += [_pass(setup, Phase.REWARD, "method_log_probs")] if setup.scores_log_probs else []
+    reward += [_pass(setup, Phase.REWARD, "method_log_probs", share=share)] if setup.scores_log_probs else []
     knows_old = setup.is_on_policy or setup.scores_with_policy
     log_probs = [_batch(setup)]
-    log_probs += [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs")]
+    log_probs += [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs", share=share)]
     if setup.frozen.has_kl:
-        log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs"))
+        # The reference has no adapters.
+        log_probs.append(_pass(setup, Phase.LOG_PROBS, "reference_log_probs", share=TRAIN_SHARE))
     offload = [_offload(setup)] if setup.offload != Offload() else []
     return [*rollout, *reward, *log_probs, _update(setup), _publish(setup), *offload, _records(setup)]
 
@@ -107,12 +110,17 @@ def _speed(gpu: Gpu) -> tuple[float, float]:
     return gpu.flops, gpu.bandwidth
 
 
-def _pass(setup: Setup, phase: Phase, name: str) -> Stage:
-    """Return a forward pass over all episodes."""
+def _train_share(setup: Setup) -> float:
+    """Return the share of peak FLOP/s that the policy reaches."""
+    return LORA_TRAIN_SHARE if setup.lora_rank else TRAIN_SHARE
+
+
+def _pass(setup: Setup, phase: Phase, name: str, *, share: float) -> Stage:
+    """Return a forward pass over all episodes, at a share of peak FLOP/s."""
     tokens = setup.episodes.count * setup.episodes.tokens
     peak = _speed(setup.gpu)[0] * setup.world_size
     limit_s = setup.shape.pass_flops(setup.episodes.tokens) * tokens / peak
-    seconds = limit_s * COMPUTED_LOG_PROBS / TRAIN_SHARE
+    seconds = limit_s * COMPUTED_LOG_PROBS / share
     return Stage(phase=phase, name=name, seconds=seconds, tokens=tokens, limit_s=limit_s)
 
 
@@ -126,7 +134,7 @@ def _update(setup: Setup) -> Stage:
         phase=Phase.UPDATE,
         name="update",
         detail=f"{setup.num_updates} optimizer steps",
-        seconds=one_pass_s * passes * COMPUTED_UPDATE / TRAIN_SHARE,
+        seconds=one_pass_s * passes * COMPUTED_UPDATE / _train_share(setup),
         tokens=tokens,
         limit_s=one_pass_s * setup.update_passes,
     )
@@ -168,7 +176,11 @@ def _engines(setup: Setup) -> Stage:
 
 def decoding_step_s(limit_s: float, *, sequences: float) -> float:
     """Return the seconds of a decoding step: of its kernels, which take `limit_s` at the speed of the GPU's
-    data sheet, or of the processes that prepare the next one meanwhile."""
+    data sheet, or of vLLM's processes if they take longer.
+
+    vLLM prepares a step while the GPU computes the one before. This was not measured where both take about
+    as long, nor for one sequence.
+    """
     return max(limit_s / BANDWIDTH_SHARE, ENGINE_STEP_S + sequences * ENGINE_TOKEN_S)
 
 
