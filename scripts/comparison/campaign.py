@@ -65,14 +65,12 @@ class Campaign:
         tuning = self.plan.tuning
         found: dict[str, dict[str, Result]] = {name: {} for name in self.trials}
         for stage in self.plan.stages.values():
-            if tuning is not None and stage.world == tuning.world and stage.steps >= tuning.steps:
-                for name, results in self.results_of(stage).items():
-                    if name in found:
-                        found[name] |= {
-                            result.key: result
-                            for result in results
-                            if not _DEPENDS_ON_LENGTH & result.settings["config"].keys()
-                        }
+            if tuning is None or stage.world != tuning.world or stage.steps < tuning.steps:
+                continue
+            for name, results in self.results_of(stage).items():
+                for result in results:
+                    if name in found and not _DEPENDS_ON_LENGTH & result.settings["config"].keys():
+                        found[name][result.key] = result
         return {name: list(results.values()) for name, results in found.items()}
 
     def waiting(self, stages: Sequence[str]) -> list[RunSpec]:
