@@ -250,7 +250,9 @@ def work(
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     taken = ConfigError(f"--work {folder} is in use by another comparison; wait for it or name another")
-    campaign = make_campaign(plan, read_results(places.results))
+    with screen.phase("checking the settings of all runs"):  # of each once, which takes a while
+        campaign = make_campaign(plan, read_results(places.results))
+        campaign.count(stages)
 
     async def do(supervisor: Supervisor) -> dict[str, str]:
         cancel_by_signals()

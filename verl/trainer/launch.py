@@ -116,15 +116,13 @@ def bind_launch(
     config: Config, launcher: Launcher, *, device: str, total_steps: int
 ) -> Callable[..., WorkerGroup]:
     """Return what starts the ranks of a model, by its `name` and whether it is `trainable`."""
+    num_ranks = count_workers(config, device=device)
+    threads = max(1, count_threads() * len(launcher.nodes) // num_ranks)  # of each rank on a node
     return partial(
         WorkerGroup.launch,
         launcher,
         config.actor_rollout_ref,
-        Placement(
-            device=device,
-            world_size=count_workers(config, device=device),
-            num_threads=count_threads() if device == "cpu" else None,
-        ),
+        Placement(device=device, world_size=num_ranks, num_threads=threads if device == "cpu" else None),
         rendezvous=Rendezvous(launcher.address),
         total_steps=total_steps,
         seed=config.trainer.seed,

@@ -191,10 +191,12 @@ def test_on_cpus_workers_and_engines_are_shared_out_among_the_nodes(config: Conf
     assert share_of_nodes(config, device="cpu") == Share(address="10.0.0.1:6379", num_nodes=2, cpus=2)
 
 
-def test_on_cpus_a_worker_has_the_threads_of_the_driver_and_engines_share_half_of_them(
-    config: Config, tmp_path: Path
+@pytest.mark.parametrize(("nodes", "workers", "threads"), [(1, 1, 8), (2, 2, 8), (1, 2, 4), (2, 4, 4)])
+def test_on_cpus_the_workers_of_a_node_share_the_threads_of_the_driver_and_engines_half_of_them(
+    config: Config, tmp_path: Path, nodes: int, workers: int, threads: int
 ) -> None:
-    launcher = FakeLauncher(two_nodes().nodes, address="127.0.0.1")
+    config.trainer.num_cpu_workers, config.trainer.num_cpu_engines = workers, 2 * nodes
+    launcher = FakeLauncher(two_nodes().nodes[:nodes], address="127.0.0.1")
     before = torch.get_num_threads()
     torch.set_num_threads(8)  # as OMP_NUM_THREADS and taskset do
     try:
@@ -202,8 +204,9 @@ def test_on_cpus_a_worker_has_the_threads_of_the_driver_and_engines_share_half_o
         bind_launch(config, launcher, device="cpu", total_steps=1)(name="policy", trainable=True)
     finally:
         torch.set_num_threads(before)
-    assert {actor.kwargs["engine"].keywords["num_threads"] for actor in launcher.started[:4]} == {2}
-    assert launcher.started[-1].kwargs["placement"].num_threads == 8
+    engines, ranks = launcher.started[: 2 * nodes], launcher.started[2 * nodes :]
+    assert {actor.kwargs["engine"].keywords["num_threads"] for actor in engines} == {2}
+    assert [actor.kwargs["placement"].num_threads for actor in ranks] == [threads] * workers
 
 
 def test_ranks_of_one_node_talk_over_loopback(config: Config) -> None:
