@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from serving.ray_start import death_reason, read_stderr_end
 from verl.errors import ConfigError
-from verl.utils.actors import ActorError, Node, RayLauncher, keep_sigterm_handler
+from verl.utils.actors import ActorError, Node
 from verl.utils.cluster_watch import ClusterWatch, check_connection
 from verl.utils.node_facts import (
     SAME,
@@ -33,6 +33,7 @@ from verl.utils.node_facts import (
     refuse_differences,
     select_environment,
 )
+from verl.utils.ray_actors import RayLauncher, keep_sigterm_handler
 
 logger = logging.getLogger(__name__)
 

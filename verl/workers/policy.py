@@ -26,9 +26,8 @@ from verl.trainer.config.schema import ADAPTER, ActorRolloutRefConfig
 from verl.types import FloatArray, IntArray
 from verl.utils.timing import Span
 from verl.workers.attention import AttentionBlocks
-from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole, ratio_segments
+from verl.workers.batch import MiniBatch, TrainBatch, pack_rows, pack_whole
 from verl.workers.lora import adapters_switched, init_adapters, is_adapter, perturb_adapters
-from verl.workers.losses import importance_weights, kl_estimates, policy_losses, token_weights
 from verl.workers.model import PolicyNetwork, compute_dtype, is_tied, packs_rows, resolve_model_folder
 from verl.workers.model_io import (
     build_model,
@@ -38,6 +37,7 @@ from verl.workers.model_io import (
     perturb_weights,
     sharding_units,
 )
+from verl.workers.objective import MAXIMA, SUMS, micro_batch_loss
 from verl.workers.offload import Residence
 from verl.workers.optimizer import learning_rate, make_optimizer
 from verl.workers.parallel import (
@@ -55,20 +55,6 @@ from verl.workers.weight_ipc import ChunkSender
 from verl.workers.weight_nccl import BroadcastSender
 
 logger = logging.getLogger(__name__)
-
-_SUMS = (
-    "loss",
-    "pg_loss",
-    "kl",
-    "entropy",
-    "clip_fraction",
-    "ratio_mean",
-    "log_prob_difference_mean",
-    "importance_mean",
-    "backward_share",
-    "computed_share",
-)
-_MAXIMA = ("ratio_max", "log_prob_difference_max")
 
 
 class PolicyWorker:
@@ -279,8 +265,8 @@ class PolicyWorker:
     def _train_on(self, mini: MiniBatch, *, lr: float) -> dict[str, float] | None:
         """Take one optimizer step and return its metrics, or None if it was skipped."""
         assert self._optimizer is not None
-        sums = torch.zeros(len(_SUMS), device=self._context.device)
-        maxima = torch.zeros(len(_MAXIMA), device=self._context.device)
+        sums = torch.zeros(len(SUMS), device=self._context.device)
+        maxima = torch.zeros(len(MAXIMA), device=self._context.device)
         for micro in mini.micro_batches:  # also an empty one: FSDP's collectives need every rank
             loss, micro_sums, micro_maxima = self._loss(micro, mini)
             loss.backward()
@@ -298,7 +284,7 @@ class PolicyWorker:
         reduce_over_ranks(sums, context=self._context)
         reduce_over_ranks(maxima, context=self._context, maximum=True)
         # From here on every rank has the same numbers, so all of them skip a step or none does.
-        metrics = dict(zip((*_SUMS, *_MAXIMA), [*sums.tolist(), *maxima.tolist()], strict=True))
+        metrics = dict(zip((*SUMS, *MAXIMA), [*sums.tolist(), *maxima.tolist()], strict=True))
         metrics["grad_norm"] = float(norm)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             logger.warning("update skipped: loss %s, gradient norm %s", metrics["loss"], metrics["grad_norm"])
@@ -314,68 +300,15 @@ class PolicyWorker:
         return metrics
 
     def _loss(self, micro: TrainBatch, mini: MiniBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a micro-batch adds to the mini-batch loss, its `_SUMS` and its `_MAXIMA`.
-
-        N policy tokens; every per-token tensor is [N].
-        """
-        actor, forest = self._actor, pack_rows(micro)
+        """Return what a micro-batch adds to the mini-batch loss, its `SUMS` and its `MAXIMA`."""
+        forest, needs_entropy = pack_rows(micro), self._actor.entropy_coeff > 0
         log_probs, entropy = self._forward(
-            forest, temperature=self._temperature, entropy_has_gradient=actor.entropy_coeff > 0
+            forest, temperature=self._temperature, entropy_has_gradient=needs_entropy
         )
-        # On-policy the ratio is 1, but its gradient is not 0: the old log-probs are these, detached.
-        old = log_probs.detach() if micro.old_log_probs is None else self._tensor(micro.old_log_probs)
-        advantages = self._tensor(micro.advantages)
-        # Policy tokens of the trajectory that each token belongs to.
-        row_counts = self._tensor(np.repeat(micro.policy_lengths, micro.policy_lengths))
-        # Weights divide by counts of the whole mini-batch, over all ranks: losses of micro-batches add up.
-        weights = token_weights(
-            row_counts,
-            kind=actor.loss_agg_mode,
-            num_trajectories=mini.num_trajectories,
-            num_policy_tokens=mini.num_policy_tokens,
-            scale_tokens=actor.loss_scale_factor,
+        num_computed = len(forest.ids) if micro.num_trajectories else 0
+        return micro_batch_loss(
+            log_probs, entropy, micro, mini, config=self._actor, num_computed=num_computed
         )
-        segments = ratio_segments(micro, mode=actor.policy_loss.loss_mode)
-        losses, clipped = policy_losses(
-            log_probs,
-            old,
-            advantages,
-            clip_low=actor.clip_ratio_low,
-            clip_high=actor.clip_ratio_high,
-            clip_c=actor.clip_ratio_c,
-            segments=None if segments is None else self._tensor(segments),
-        )
-        sampling = self._tensor(micro.sampling_log_probs)
-        importance = torch.ones_like(losses)
-        if actor.tis_imp_ratio_cap is not None:
-            importance = importance_weights(old, sampling, cap=actor.tis_imp_ratio_cap)
-            losses = losses * importance
-        # A weighted sum, no mean: a micro-batch adds its share of the loss of the mini-batch.
-        pg_loss = (losses * weights).sum()  # scalar
-        loss = pg_loss - actor.entropy_coeff * (entropy * weights).sum()
-        kl = torch.zeros_like(log_probs)
-        if micro.ref_log_probs is not None:
-            kl = kl_estimates(log_probs, self._tensor(micro.ref_log_probs), kind=actor.kl_loss_type)
-            if actor.use_kl_loss:
-                loss = loss + actor.kl_loss_coef * (kl * weights).sum()
-        # Metrics are means over the tokens of the mini-batch, also where the loss weighs tokens unequally.
-        with torch.no_grad():
-            ratio = (log_probs - old).exp()
-            difference = (old - sampling).abs()
-            has_gradient = torch.full_like(losses, float(loss.requires_grad))
-            per_token = (kl, entropy, clipped, ratio, difference, importance, has_gradient)
-            means = torch.stack([x.float().sum() for x in per_token])
-            computed = 0.0 if micro.num_trajectories == 0 else len(forest.ids) / mini.num_tokens
-            sums = torch.cat(
-                [
-                    torch.stack([loss.detach(), pg_loss.detach()]),
-                    means / mini.num_policy_tokens,
-                    means.new_tensor([computed]),
-                ]
-            )
-            zero = ratio.new_zeros(1)  # an empty micro-batch has no maximum
-            maxima = torch.stack([torch.cat([x, zero]).max() for x in (ratio, difference)])
-        return loss, sums, maxima
 
     def _score(self, forests: Sequence[Forest], *, temperature: float) -> list[FloatArray]:
         """Return the log-probs of the scored tokens of each forest [N], a forward pass for each."""

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from verl.utils.actors import ActorError, Launcher, _RayActor, keep_sigterm_handler, make_launcher
+from verl.utils.actors import ActorError, Launcher, make_launcher
+from verl.utils.ray_actors import RayActor, keep_sigterm_handler
 
 
 class Counter:
@@ -187,7 +188,7 @@ class StarvedActor:
 
 async def test_an_actor_that_ray_ends_for_want_of_memory_says_what_to_do() -> None:
     nothing: Any = None
-    actor = _RayActor(StarvedActor(), ray=nothing, label="actor 'policy-0'", node=0, is_here=True)
+    actor = RayActor(StarvedActor(), ray=nothing, label="actor 'policy-0'", node=0, is_here=True)
     with pytest.raises(ActorError) as caught:
         await actor.call("update")
     assert str(caught.value) == (
