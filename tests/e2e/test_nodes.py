@@ -214,7 +214,7 @@ def assert_engines_sampled_from_the_policy(run_dir: Path) -> None:
 def kill_policy(node: subprocess.Popen[bytes]) -> None:
     """Kill the rank of the policy on a node: the actor that has an interface for gloo."""
     for process in psutil.Process(node.pid).children(recursive=True):
-        if process.name().startswith("ray::_Host") and "GLOO_SOCKET_IFNAME" in process.environ():
+        if process.name().startswith("ray::ActorHost") and "GLOO_SOCKET_IFNAME" in process.environ():
             process.kill()
             return
     raise AssertionError("no rank of the policy runs on the node")

@@ -63,7 +63,7 @@ def assert_records_are_exact(path: Path) -> None:
 def fill_disk(trainer: psutil.Process) -> None:
     """Let the actors write no file of more than 100 kB, as if the disk took no more."""
     for child in trainer.children(recursive=True):
-        if child.name().startswith("ray::_Host"):
+        if child.name().startswith("ray::ActorHost"):
             child.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
 
 
