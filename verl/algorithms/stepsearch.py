@@ -29,7 +29,7 @@ class StepSearchConfig(AlgorithmConfig):
 
     name: str = "stepsearch"
     gamma: float = share(1.0)
-    gain_weight: float = not_negative(0.6)
+    gain_weight: float = not_negative(1.0)
     """Weight of gain minus redundancy against the outcome."""
 
     def __post_init__(self) -> None:
@@ -43,6 +43,7 @@ class StepSearch(Algorithm):
     settings: StepSearchConfig
     settings_class = StepSearchConfig
     needs = frozenset({Need.SUPPORTING_IDS})
+    outcome = "f1"
 
     async def measure(self, groups: Sequence[Group], *, prefetch: Prefetch) -> Measurement:
         """Return gain minus redundancy of every turn that searched."""
