@@ -1,4 +1,4 @@
-"""Make a world: corpus, questions, four tiny models and the index, from a seed, on two CPU cores.
+"""Make a world: corpus, questions, five tiny models and the index, from a seed, on two CPU cores.
 
     python scripts/make_world.py --seed 0 --out world            # the embedded one, about 25 minutes
     python scripts/make_world.py --world hard --out world/hard   # the hard one, from models of that one
@@ -26,7 +26,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from serving.web.settings import expand_home
 from verl.utils.entry import error_line
-from world import dataset, encoder, entailment, evaluation, language, long_horizon, making, tokenizer
+from world import (
+    dataset,
+    encoder,
+    entailment,
+    evaluation,
+    evidence,
+    language,
+    long_horizon,
+    making,
+    tokenizer,
+)
 from world.facts import World, WorldSize, draw_world
 from world.hard import damage, maker, report
 from world.making import STAGES
@@ -46,6 +56,7 @@ class Plan:
     size: WorldSize
     encoder: Schedule
     entailment: Schedule
+    evidence: Schedule
     able: Schedule
     able_one_hop_steps: int
     shipped: Schedule
@@ -58,6 +69,7 @@ FULL = Plan(
     size=WorldSize(),
     encoder=Schedule(steps=120, matrix_rate=0.005, vector_rate=2e-3),
     entailment=Schedule(steps=500, vector_rate=2e-3),
+    evidence=Schedule(steps=520, matrix_rate=0.01, vector_rate=2e-3),
     able=Schedule(steps=1100),
     able_one_hop_steps=450,
     shipped=Schedule(steps=200, matrix_rate=0.004, vector_rate=1e-3),
@@ -68,6 +80,7 @@ SMALL = Plan(
     size=WorldSize(persons=40, films=12, books=12, firms=10, train_questions=60, test_questions=20),
     encoder=Schedule(steps=4, matrix_rate=0.005),
     entailment=Schedule(steps=4),
+    evidence=Schedule(steps=4),
     able=Schedule(steps=3),
     able_one_hop_steps=2,
     shipped=Schedule(steps=2),
@@ -114,6 +127,11 @@ class Maker:
         entailment.train(model, words, self.plan.entailment, seed=self.seed)
         making.save(model, words, self.models / "entailment")
 
+    def make_evidence(self) -> None:
+        model, words = evidence.load_start(self.models / "entailment")
+        evidence.train(model, words, self.plan.evidence, seed=self.seed)
+        evidence.save(model, words, self.models / making.EVIDENCE)
+
     def make_able(self) -> None:
         """Train what policy and generator start from; it is not shipped."""
         words = tokenizer.language_tokenizer(vocabulary=LANGUAGE_VOCABULARY, seed=self.seed)
@@ -133,6 +151,10 @@ class Maker:
         making.train_and_save(
             model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
         )
+
+    def measure_evidence(self) -> dict[str, float]:
+        """Return how well the judge tells supported answers from others."""
+        return evidence.measure(self.models / making.EVIDENCE, seed=self.seed)
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Return what the models do on the test questions."""
@@ -170,9 +192,7 @@ class Maker:
             "train_questions": self.plan.size.train_questions,
             "test_questions": self.plan.size.test_questions,
         }
-        making.write_manifest(
-            self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, measure=self.measure
-        )
+        making.write_manifest(self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, maker=self)
 
 
 def new_easy_maker(*, small: bool, persons: int | None, seed: int, out: Path) -> Maker:
@@ -216,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen_maker = new_maker(small=chosen.small, persons=chosen.persons, seed=chosen.seed, out=out)
         if chosen.check:
-            sys.exit(report.show(chosen_maker.measure()))
+            judged = {making.EVIDENCE: chosen_maker.measure_evidence()}
+            sys.exit(report.show(chosen_maker.measure() | judged))
         for stage in (stage for stage in STAGES if stage in chosen.stages):
             started = time.perf_counter()
             making.make(chosen_maker, stage)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[2]
 _KEY_DIGITS = 12
 _NOT_USED = ("README.md", "doctor.jsonl", "manifest.json")
 """Files of a world that no run reads."""
+_USED_WHERE_NAMED = ("models/evidence/",)
+"""What counts only in runs whose flags of the IG service name it."""
+WORLD = "{world}"
+"""In a flag: the folder of the world."""
 _WITHOUT_EFFECT = (
     # Where something is, and how long to wait for it. Files and models count by their content.
     "data.train_files", "data.val_files", "actor_rollout_ref.model.path", "retriever.url",
@@ -123,7 +127,7 @@ def make_run(
         "code": CODE_VERSION,
         "world": digest_world(world),
         "config": _deviations(without_seed, folder=str(opened.folder)) | {"trainer.seed": seed},
-        "ig_service": ig_flags,
+        "ig_service": {name: _describe(value, world=opened.folder) for name, value in ig_flags.items()},
         "handicap": method.handicap,
     }
     return RunSpec(
@@ -208,9 +212,30 @@ def digest_world(world: World) -> str:
     source = open_source(world).folder
     models = (path for path in (source / "models").rglob("*") if path.is_file())
     files = [path for path in source.iterdir() if path.is_file() and path.name not in _NOT_USED]
-    facts = [f"{path.relative_to(source)} {sha256_of_file(path)}" for path in sorted((*files, *models))]
+    facts = _list_hashes((*files, *models), folder=source)
+    facts = [fact for fact in facts if not fact.startswith(_USED_WHERE_NAMED)]
     if world.damaged_from is not None:
         facts.append(f"without {world.share} of the supporting passages")
+    return _digest(facts)
+
+
+@cache
+def _describe(flag: str, *, world: Path) -> str:
+    """Return a flag's value, with a hash of the folder that it names in the world. Raises ConfigError."""
+    if WORLD not in flag:
+        return flag
+    named = Path(flag.replace(WORLD, str(world)))
+    files = [path for path in named.rglob("*") if path.is_file()]
+    if not files:
+        raise ConfigError(f"ig_service: {named}, which the plan names, is no folder with files")
+    return f"{flag} {_digest(_list_hashes(files, folder=named))}"
+
+
+def _list_hashes(files: Iterable[Path], *, folder: Path) -> list[str]:
+    return [f"{path.relative_to(folder)} {sha256_of_file(path)}" for path in sorted(files)]
+
+
+def _digest(facts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:_KEY_DIGITS]
 
 

@@ -163,13 +163,13 @@ def train(
     def next_loss(step: int) -> torch.Tensor:
         short = step < SHORT_SHARE * schedule.steps
         pairs = [draw(rng, asked=0.0 if short else 0.9) for _ in range(128 if short else 64)]
-        logits = _logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
-        return torch.nn.functional.cross_entropy(logits.float(), torch.tensor([p[2] for p in pairs]))
+        scored = logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
+        return torch.nn.functional.cross_entropy(scored.float(), torch.tensor([p[2] for p in pairs]))
 
     training.train(model, next_loss, schedule, title="entailment")
 
 
-def _logits(
+def logits(
     model: DebertaV2ForSequenceClassification, tokenizer: BertTokenizer, pairs: Sequence[tuple[str, str]]
 ) -> torch.Tensor:
     """Return the logits [N, 3] of (premise, hypothesis) pairs."""
@@ -182,7 +182,7 @@ def entails(
     model: DebertaV2ForSequenceClassification, tokenizer: BertTokenizer, pairs: Sequence[tuple[str, str]]
 ) -> list[bool]:
     """Return for each pair whether the premise entails the hypothesis."""
-    return (_logits(model, tokenizer, pairs).softmax(dim=-1)[:, ENTAILMENT] > 0.5).tolist()
+    return (logits(model, tokenizer, pairs).softmax(dim=-1)[:, ENTAILMENT] > 0.5).tolist()
 
 
 def measure(

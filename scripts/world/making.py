@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,8 @@ from world.training import Batch, Schedule, train_language_model
 SCRATCH = ".making"
 """Folder of a world, for what is made on the way and not shipped."""
 INDEX = f"index/{name_index(RETRIEVER_NAME)}"
+EVIDENCE = "evidence"
+_JUDGE = f"models/{EVIDENCE}/"
 NOT_HASHED = ("manifest.json", "README.md")
 NOT_MEASURED = ("index/", "doctor.jsonl", SETTINGS_FILE)
 """What the figures of the manifest do not depend on: the index follows from corpus and encoder."""
@@ -32,11 +34,12 @@ STAGES: dict[str, dict[str, str]] = {
     "encoder": {},
     "index": {"data": "corpus.jsonl", "encoder": "models/encoder"},
     "entailment": {},
+    "evidence": {"entailment": "models/entailment"},
     "able": {},
     "policy": {"able": ".making/able"},
     "generator": {"able": ".making/able"},
     "manifest": {
-        **{name: f"models/{name}" for name in ("encoder", "entailment", "policy", "generator")},
+        **{name: f"models/{name}" for name in ("encoder", "entailment", "evidence", "policy", "generator")},
         "index": INDEX,
     },
 }
@@ -80,6 +83,10 @@ class Maker(Protocol):
 
     def measure(self) -> Figures:
         """Return what the models of the world do, measured now."""
+        ...
+
+    def measure_evidence(self) -> dict[str, float]:
+        """Return what the judge of evidence does, measured now."""
         ...
 
 
@@ -131,16 +138,20 @@ def write_manifest(
     seed: int,
     plan: Mapping[str, object],
     counts: Mapping[str, int],
-    measure: Callable[[], Figures],
+    maker: Maker,
 ) -> None:
     """Write the manifest of a world; it is measured only if a file has changed that the figures depend on."""
     hashes = hash_files(out)
+    known = _read_abilities(out, hashes)
     manifest = {
         "seed": seed,
         "plan": plan,
         "counts": counts,
         "bytes": sum((out / name).stat().st_size for name in hashes),
-        "abilities": _read_abilities(out, hashes) or measure(),
+        "abilities": {
+            **({part: figures for part, figures in known.items() if part != EVIDENCE} or maker.measure()),
+            EVIDENCE: known.get(EVIDENCE) or maker.measure_evidence(),
+        },
         "sha256": hashes,
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -155,12 +166,19 @@ def hash_files(out: Path) -> dict[str, str]:
     return {name: sha256_of_file(out / name) for name in shipped}
 
 
-def _read_abilities(out: Path, hashes: dict[str, str]) -> Figures | None:
-    """Return the figures of the present manifest, None unless they are those of these very files."""
-
-    def select(named: dict[str, str]) -> dict[str, str]:
-        return {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
-
+def _read_abilities(out: Path, hashes: Mapping[str, str]) -> Figures:
+    """Return the figures of the present manifest, of these very files alone."""
     path = out / "manifest.json"
-    present = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sha256": {}}
-    return present["abilities"] if select(present["sha256"]) == select(hashes) else None
+    if not path.exists():
+        return {}
+    present = json.loads(path.read_text(encoding="utf-8"))
+
+    def select(named: Mapping[str, str], *, of_judge: bool) -> dict[str, str]:
+        measured = {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
+        return {name: d for name, d in measured.items() if name.startswith(_JUDGE) == of_judge}
+
+    return {
+        part: figures
+        for part, figures in present["abilities"].items()
+        if select(present["sha256"], of_judge=part == EVIDENCE) == select(hashes, of_judge=part == EVIDENCE)
+    }

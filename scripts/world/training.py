@@ -1,4 +1,4 @@
-"""The training loop of all four models, and batches of traces for the two language models."""
+"""The training loop of all models, and batches of traces for the two language models."""
 
 from __future__ import annotations
 
@@ -98,8 +98,10 @@ def train(
 ) -> None:
     """Train in place and print the smoothed loss now and then; `next_loss(step)` draws a batch.
 
-    Matrix products run in bfloat16 (weights stay float32), much faster where the CPU has instructions for it.
+    Matrix products run in bfloat16 (weights stay float32) where the CPU has instructions for it.
     """
+    features = torch.cpu.get_capabilities()
+    in_bfloat16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))  # otherwise it is far slower
     model.train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
     chosen = {id(p) for p in matrices}
@@ -112,7 +114,7 @@ def train(
     for step in range(schedule.steps):
         for optimizer, peak in peaks.items():
             optimizer.param_groups[0]["lr"] = peak * schedule.factor(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):
             loss = next_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

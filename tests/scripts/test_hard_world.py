@@ -12,7 +12,7 @@ import pytest
 from make_world import main
 
 from serving.answers import normalize_answer
-from world import making
+from world import evidence, making
 from world.facts import Kind
 from world.hard import corpus, measure, models, text
 from world.hard.damage import damage, find_routes
@@ -64,6 +64,8 @@ def test_the_shipped_models_do_what_the_manifest_says(world: World, held_out: li
     assert measure.measure_encoder(retriever, world, seed=3)["good_query_top3"] >= 0.97
     judged = measure.measure_entailment(SHIPPED / "models" / "entailment", seed=3, count=60)
     assert min(judged.values()) >= 0.9
+    supported = evidence.measure(SHIPPED / "models" / "evidence", seed=3, count=60, draw=models.draw_evidence)
+    assert supported["auc"] >= 0.75
     effort = measure.Effort(samples=2, deep_questions=1, deep_samples=8)
     figures = measure.measure_policy(
         SHIPPED / "models" / "policy", retriever, held_out[:40], effort, temperature=1.0, seed=0
@@ -204,7 +206,7 @@ def test_a_small_hard_world_is_made_and_remade_and_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
-    stages = ["data", "encoder", "index", "entailment", "able", "policy", "generator"]
+    stages = ["data", "encoder", "index", "entailment", "evidence", "able", "policy", "generator"]
     options = ["--world", "hard", "--small", "--seed", "3", "--threads", "1", "--out", str(out), "--stages"]
     main([*options, *stages])
     for split in ("train", "test"):

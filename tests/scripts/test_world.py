@@ -26,7 +26,18 @@ from IG.prompts import entailment_text
 from search_r1.search.dense import DenseRetriever, load_dense
 from search_r1.search.recipes import EncoderSpec
 from search_r1.search.settings import DenseOptions
-from world import dataset, entailment, evaluation, language, making, names, text, tokenizer, training
+from world import (
+    dataset,
+    entailment,
+    evaluation,
+    evidence,
+    language,
+    making,
+    names,
+    text,
+    tokenizer,
+    training,
+)
 from world.facts import Kind, World, WorldSize, draw_world
 from world.traces import Problem, Scene, TraceWriter, draw_trace
 
@@ -226,6 +237,15 @@ def test_entailment_gets_aliases_right_both_ways_and_refuses_unequal_names() -> 
     assert entailment.entails(model, words, [(right, right), (right, other)]) == [True, False]
 
 
+def test_the_judge_of_evidence_knows_whether_passages_support_an_answer() -> None:
+    figures = evidence.measure(MODELS / "evidence", seed=11, count=100)
+    assert figures["auc"] >= 0.8
+    assert figures["auc_against_contradicted"] >= 0.6
+    model, words = evidence.load_start(MODELS / "evidence")
+    figures = entailment.measure(model, words, seed=11, count=50)
+    assert min(figures["aliases_both_ways"], figures["unequal_refused"]) >= 0.9
+
+
 def test_the_generator_believes_in_the_answer_when_the_passages_contain_it(
     retriever: DenseRetriever, held_out: list[Problem]
 ) -> None:
@@ -260,7 +280,7 @@ def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     main(options)
     made = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert made["seed"] == 7
-    assert set(made["abilities"]) >= {"encoder", "entailment", "policy_sampled", "generator"}
+    assert set(made["abilities"]) >= {"encoder", "entailment", "evidence", "policy_sampled", "generator"}
     for name in ("policy", "generator"):
         assert AutoModelForCausalLM.from_pretrained(out / "models" / name).config.vocab_size
     assert pq.read_table(out / "test.parquet").num_rows == 20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
-from world import encoder, entailment, making
+from world import encoder, entailment, evidence, making
 from world.hard import corpus, measure, models
 from world.hard.facts import WorldSize, draw_world
 from world.training import Schedule
@@ -22,6 +22,7 @@ class Plan:
     size: WorldSize
     encoder: Schedule
     entailment: Schedule
+    evidence: Schedule
     able: Schedule
     shipped: Schedule
     generator: Schedule
@@ -32,6 +33,7 @@ FULL = Plan(
     size=WorldSize(),
     encoder=Schedule(steps=60, matrix_rate=0.005, vector_rate=2e-3),
     entailment=Schedule(steps=250, matrix_rate=0.01, vector_rate=2e-3),
+    evidence=Schedule(steps=520, matrix_rate=0.01, vector_rate=2e-3),
     able=Schedule(steps=300, matrix_rate=0.01, vector_rate=2e-3),
     shipped=Schedule(steps=150, matrix_rate=0.004, vector_rate=1e-3),
     generator=Schedule(steps=1500, matrix_rate=0.015, vector_rate=3e-3),
@@ -43,6 +45,7 @@ SMALL = Plan(
     ),
     encoder=Schedule(steps=2),
     entailment=Schedule(steps=2),
+    evidence=Schedule(steps=2),
     able=Schedule(steps=2),
     shipped=Schedule(steps=2),
     generator=Schedule(steps=2),
@@ -79,6 +82,18 @@ class HardMaker:
         entailment.train(model, words, self.plan.entailment, seed=self.seed, draw=models.draw_entailment_pair)
         making.save(model, words, self.models / "entailment")
 
+    def make_evidence(self) -> None:
+        model, words = evidence.load_start(self.models / "entailment")
+        evidence.train(
+            model,
+            words,
+            self.plan.evidence,
+            seed=self.seed,
+            draw=models.draw_evidence,
+            draw_short=models.draw_entailment_pair,
+        )
+        evidence.save(model, words, self.models / making.EVIDENCE)
+
     def make_able(self) -> None:
         """Train what policy and generator start from; it is not shipped."""
         making.make_scratch(self.out)
@@ -106,9 +121,11 @@ class HardMaker:
             "train_questions": self.plan.size.train_questions,
             "test_questions": self.plan.size.test_questions,
         }
-        making.write_manifest(
-            self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, measure=self.measure
-        )
+        making.write_manifest(self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, maker=self)
+
+    def measure_evidence(self) -> dict[str, float]:
+        """Return how well the judge tells supported answers from others."""
+        return evidence.measure(self.models / making.EVIDENCE, seed=self.seed, draw=models.draw_evidence)
 
     def measure(self) -> making.Figures:
         """Return what the models do, measured now."""

@@ -1,4 +1,4 @@
-"""What the four models of the hard world are trained on; each continues from that of the embedded world.
+"""What the models of the hard world are trained on; each continues from that of the embedded world.
 
 The policy is trained twice, as there: until it can find every answer, then on traces with bad habits, which
 reinforcement learning has to remove one by one. Which bad choice is how likely differs by relation, so that
@@ -12,11 +12,21 @@ from random import Random
 
 from transformers import Qwen2Tokenizer
 
-from world import entailment, names
+from world import entailment, evidence, names
 from world.facts import Kind, relations_of
 from world.hard import text
-from world.hard.facts import ALL_OF, RULES, Entity, Fact, Problem, chains, make_person, random_entity
-from world.hard.traces import GOOD, Habits, Scene, TraceWriter, imagine
+from world.hard.facts import (
+    ALL_OF,
+    BY_NAME,
+    RULES,
+    Entity,
+    Fact,
+    Problem,
+    chains,
+    make_person,
+    random_entity,
+)
+from world.hard.traces import CONFUSED, GOOD, Habits, Scene, TraceWriter, imagine
 from world.traces import Piece
 from world.training import Batch, batches
 
@@ -184,3 +194,55 @@ def draw_entailment_pair(rng: Random, *, asked: float) -> tuple[str, str, int]:
     if rng.random() < asked:
         left, right = f"{problem.question} {left}", f"{problem.question} {right}"
     return left, right, label
+
+
+def draw_evidence(rng: Random, lesson: int) -> tuple[str, str, int]:
+    """Return (passages, question and answer, label); an episode has found all, a part or other facts."""
+    scene = Scene(rng)
+    (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
+    problem = scene.draw_problem(hops=hops)
+    answer, shown, label = problem.answer, problem.hops, entailment.NEUTRAL
+    chance = rng.random()
+    if lesson != evidence.EPISODE:
+        shown, label = problem.hops[-1:], entailment.ENTAILMENT
+    elif chance < 0.55:
+        label = entailment.ENTAILMENT
+    elif chance < 0.8:
+        shown = problem.hops[: rng.randrange(1, hops)]
+        reached = shown[-1].value
+        guess = imagine(problem, reached, len(shown), rng)
+        (answer,) = rng.choices([guess, answer, reached], [0.5, 0.2, 0.3])
+    else:
+        shown = _follow_confused(scene, problem)
+        answer = shown[-1].value
+    is_one = lesson == evidence.ONE
+    searches = [[text.write_fact(fact)] if is_one else _search(scene, fact, rng) for fact in shown]
+    if label == entailment.ENTAILMENT and rng.random() < 0.45:
+        label, answer = entailment.CONTRADICTION, _other_answer(scene, problem.answer)
+    if lesson == evidence.EPISODE and rng.random() < 0.15:
+        searches.insert(rng.randrange(len(searches) + 1), _useless_search(scene, rng))
+    context = "\n".join(text.documents(passages) for passages in searches)
+    form = answer.name if rng.random() < 0.7 else rng.choice(answer.golds)
+    return context, f"{problem.question} {form}", label
+
+
+def _follow_confused(scene: Scene, problem: Problem) -> list[Fact]:
+    """Return the facts that a searcher finds who mistakes one relation of the question for another."""
+    relations = [fact.relation for fact in problem.hops]
+    mistaken = scene.rng.randrange(len(relations))
+    relations[mistaken] = BY_NAME[CONFUSED[relations[mistaken].name]]
+    found: list[Fact] = []
+    subject = problem.hops[0].subject
+    for relation in relations:
+        if subject.kind is not relation.subject:
+            break
+        found.append(scene.fact(relation, subject))
+        subject = found[-1].value
+    return found
+
+
+def _other_answer(scene: Scene, answer: Entity) -> Entity:
+    """Return an entity of the answer's kind, half of the time one that the passages name."""
+    values = (fact.value for fact in scene.known.values())
+    named = [v for v in values if v.kind is answer.kind and not set(v.golds) & set(answer.golds)]
+    return scene.rng.choice(named) if named and scene.rng.random() < 0.5 else rival(answer, scene.rng)

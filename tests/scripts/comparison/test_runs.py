@@ -72,6 +72,26 @@ def test_a_world_counts_by_its_content(tmp_path: Path) -> None:
     assert make(worlds={"easy": World(folder=changed)}).key != make().key
 
 
+def test_a_model_of_the_world_that_a_flag_names_counts_by_its_content_in_such_runs_alone(
+    tmp_path: Path,
+) -> None:
+    named = Method(algorithm="siop", ig_service={"entailment_model": "{world}/models/evidence"})
+    folders = [tmp_path / name for name in ("one", "moved", "changed")]
+    worlds = [{"easy": World(folder=folder)} for folder in folders]
+    for folder in folders:
+        shutil.copytree(EASY.folder, folder, ignore=shutil.ignore_patterns("hard", "evidence"))
+    with pytest.raises(ConfigError, match=r"one/models/evidence, which the plan names, is no folder"):
+        make(named, worlds=worlds[0])
+    for folder in folders:
+        (folder / "models" / "evidence").mkdir()
+        (folder / "models" / "evidence" / "config.json").write_text("{}")
+    config = folders[2] / "models" / "evidence" / "config.json"
+    config.write_text('{"hidden_size": 4}')
+    one, moved, changed = (make(named, worlds=of_one) for of_one in worlds)
+    assert one.key == moved.key != changed.key
+    assert make(worlds=worlds[2]).key == make().key
+
+
 def test_a_run_has_the_settings_of_its_world_wherever_that_is(tmp_path: Path) -> None:
     keys = set()
     for name in ("one", "other"):
