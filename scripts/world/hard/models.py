@@ -213,7 +213,7 @@ def draw_evidence(rng: Random, lesson: int) -> tuple[str, str, int]:
         guess = imagine(problem, reached, len(shown), rng)
         (answer,) = rng.choices([guess, answer, reached], [0.5, 0.2, 0.3])
     else:
-        shown = _follow_confused(scene, problem)
+        shown = tuple(_follow_confused(scene, problem))
         answer = shown[-1].value
     is_one = lesson == evidence.ONE
     searches = [[text.write_fact(fact)] if is_one else _search(scene, fact, rng) for fact in shown]
