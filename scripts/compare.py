@@ -250,11 +250,8 @@ def work(
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     taken = ConfigError(f"--work {folder} is in use by another comparison; wait for it or name another")
-    with screen.phase("checking the settings of all runs"):  # of each once, which takes a while
-        campaign = make_campaign(plan, read_results(places.results))
-        campaign.count(stages)
 
-    async def do(supervisor: Supervisor) -> dict[str, str]:
+    async def do(campaign: Campaign, supervisor: Supervisor) -> dict[str, str]:
         cancel_by_signals()
         runner = Runner(supervisor, screen, folder=folder, keeps_episodes=options.keep)
         async with aclosing(runner):
@@ -266,7 +263,11 @@ def work(
             )
 
     with lock_file(folder / ".lock", taken=taken), Supervisor() as supervisor:
-        return asyncio.run(do(supervisor))
+        # Each is composed once, and kept, which takes up to a minute for all.
+        with screen.phase("checking the settings of all runs"):
+            campaign = make_campaign(plan, read_results(places.results))
+            campaign.count(stages)
+        return asyncio.run(do(campaign, supervisor))
 
 
 def finish(campaign: Campaign, *, stages: Sequence[str], failed: dict[str, str]) -> int:

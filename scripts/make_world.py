@@ -236,7 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen_maker = new_maker(small=chosen.small, persons=chosen.persons, seed=chosen.seed, out=out)
         if chosen.check:
-            judged = {making.EVIDENCE: chosen_maker.measure_evidence()}
+            judge = making.EVIDENCE
+            if not (out / "models" / judge).is_dir():
+                parser.error(f"{out} has no models/{judge}: make it with --stages {judge}")
+            judged = {judge: chosen_maker.measure_evidence()}
             sys.exit(report.show(chosen_maker.measure() | judged))
         for stage in (stage for stage in STAGES if stage in chosen.stages):
             started = time.perf_counter()

@@ -12,6 +12,8 @@ from verl.errors import UserError
 from verl.trainer.config.overrides import in_quotes
 
 SETTINGS_FILE = "quickstart.json"
+WORLD = "{world}"
+"""Stands for the folder of a world in the arguments that its file, or a plan, adds."""
 _PROGRAMS = ("retriever", "ig_service", "trainer")
 
 
@@ -109,9 +111,14 @@ def _read_arguments(world: Path) -> dict[str, tuple[str, ...]]:
         if not isinstance(arguments, list) or not all(isinstance(one, str) for one in arguments):
             raise WorldError(f"{path}: {program} is {arguments!r}; {expected}")
     return {
-        program: tuple(one.replace("{world}", str(world)) for one in given.get(program, []))
+        program: tuple(place_in_world(one, folder=world) for one in given.get(program, []))
         for program in _PROGRAMS
     }
+
+
+def place_in_world(argument: str, *, folder: Path) -> str:
+    """Return an argument with the folder in place of `{world}`."""
+    return argument.replace(WORLD, str(folder))
 
 
 def describe_source(world: Path) -> dict[str, str]:

@@ -67,7 +67,7 @@ class Method:
     settings: dict[str, Value] = field(default_factory=dict)
     """Overrides of the trainer."""
     ig_service: dict[str, Value] = field(default_factory=dict)
-    """Flags of the IG service."""
+    """Flags of the IG service; `{world}` stands for the folder of the run's world."""
     handicap: str | None = None
     tuned_like: str | None = None
     """Name of the method whose tuned settings it takes; None: it is tuned itself."""

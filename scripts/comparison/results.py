@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, with_config
+from worlds import WORLD
 
 from comparison.runs import RunSpec
 from serving.files import write_atomically
@@ -197,6 +198,6 @@ def _shorten(manifest: Manifest, run: RunSpec) -> dict[str, Any]:
         "data": [
             {"name": Path(str(f["path"])).name, "sha256": f["sha256"]} for f in manifest.get("data") or []
         ],
-        "overrides": [item.replace(str(run.world.source.resolve()), "{world}") for item in run.overrides],
+        "overrides": [item.replace(str(run.world.source.resolve()), WORLD) for item in run.overrides],
         "ig_service": dict(run.ig_flags),
     }

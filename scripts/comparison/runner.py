@@ -24,7 +24,7 @@ from screen import Screen, Update
 from comparison.handicaps import apply_handicap
 from comparison.pace import measure_pace
 from comparison.results import Result, make_result
-from comparison.runs import WORLD, RunSpec, prepare_world, shared_settings
+from comparison.runs import RunSpec, prepare_world, shared_settings
 from serving.processes import count_processor_seconds
 from verl.errors import DataError
 from verl.run.folder import scratch_folder
@@ -104,9 +104,7 @@ class Runner:
             f"trainer.default_local_dir={in_quotes(str(run_dir))}",
         ]
         if run.ig_flags:
-            given = {name: value.replace(WORLD, str(world.folder)) for name, value in run.ig_flags.items()}
-            flags = (f"--{name.replace('_', '-')}={value}" for name, value in given.items())
-            gains = self._start("IG service", "IG.service.IG_server", (*world.ig_service_flags, *flags))
+            gains = self._start("IG service", "IG.service.IG_server", run.service_flags(world))
             overrides.append(f"reward.semantic.url={gains}")
         return compose_config(check_overrides(overrides))
 

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from worlds import WORLD, WorldError, describe_source, open_world, place_in_world
 from worlds import World as OpenedWorld
-from worlds import WorldError, describe_source, open_world
 
 from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_value
 from serving.files import sha256_of_file
@@ -27,15 +27,14 @@ from verl.trainer.wiring import USE_IG_SERVICE
 
 CODE_VERSION = 2
 """Raise it with a change after which a run with the same settings gives other numbers: all runs are then
-done again. A change of a default value is such a change; one of rounding alone is not."""
+done again. A change of a default value is such a change; one of rounding alone is not. Where few runs are
+concerned, remove their results instead."""
 ROOT = Path(__file__).resolve().parents[2]
 _KEY_DIGITS = 12
 _NOT_USED = ("README.md", "doctor.jsonl", "manifest.json")
 """Files of a world that no run reads."""
-_USED_WHERE_NAMED = ("models/evidence/",)
-"""What counts only in runs whose flags of the IG service name it."""
-WORLD = "{world}"
-"""In a flag: the folder of the world."""
+_USED_WHERE_NAMED = ("evidence",)
+"""Models that count only in runs whose flags of the IG service name them."""
 _WITHOUT_EFFECT = (
     # Where something is, and how long to wait for it. Files and models count by their content.
     "data.train_files", "data.val_files", "actor_rollout_ref.model.path", "retriever.url",
@@ -78,6 +77,12 @@ class RunSpec:
         """Return the name of the result."""
         text = json.dumps(self.settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
+
+    def service_flags(self, world: OpenedWorld) -> tuple[str, ...]:
+        """Return the flags of the IG service in a world; of equal ones the last counts."""
+        given = {name.replace("_", "-"): value for name, value in self.ig_flags.items()}
+        own = (f"--{name}={place_in_world(value, folder=world.folder)}" for name, value in given.items())
+        return (*world.ig_service_flags, *own)
 
     @property
     def label(self) -> str:
@@ -127,7 +132,9 @@ def make_run(
         "code": CODE_VERSION,
         "world": digest_world(world),
         "config": _deviations(without_seed, folder=str(opened.folder)) | {"trainer.seed": seed},
-        "ig_service": {name: _describe(value, world=opened.folder) for name, value in ig_flags.items()},
+        "ig_service": {
+            name: _describe(value, flag=name, world=opened.folder) for name, value in ig_flags.items()
+        },
         "handicap": method.handicap,
     }
     return RunSpec(
@@ -206,29 +213,38 @@ def open_source(world: World) -> OpenedWorld:
 def digest_world(world: World) -> str:
     """Return a hash over the content of passages, questions, models and settings. Raises ConfigError.
 
-    A damaged world counts by what it is made of, so that it need not be there. The index is made of passages
-    and encoder, and differs between machines in the last digits.
+    Models that only some methods use do not count, see `_describe`. A damaged world counts by what it is
+    made of, so that it need not be there. The index is made of passages and encoder, and differs between
+    machines in the last digits.
     """
     source = open_source(world).folder
-    models = (path for path in (source / "models").rglob("*") if path.is_file())
+    used = (path for path in (source / "models").iterdir() if path.name not in _USED_WHERE_NAMED)
+    models = (path for model in used for path in _list_files(model))
     files = [path for path in source.iterdir() if path.is_file() and path.name not in _NOT_USED]
     facts = _list_hashes((*files, *models), folder=source)
-    facts = [fact for fact in facts if not fact.startswith(_USED_WHERE_NAMED)]
     if world.damaged_from is not None:
         facts.append(f"without {world.share} of the supporting passages")
     return _digest(facts)
 
 
 @cache
-def _describe(flag: str, *, world: Path) -> str:
-    """Return a flag's value, with a hash of the folder that it names in the world. Raises ConfigError."""
-    if WORLD not in flag:
-        return flag
-    named = Path(flag.replace(WORLD, str(world)))
-    files = [path for path in named.rglob("*") if path.is_file()]
+def _describe(value: str, *, flag: str, world: Path) -> str:
+    """Return a flag's value, with a hash of what it names in the world. Raises ConfigError."""
+    if WORLD not in value:
+        return value
+    named = Path(place_in_world(value, folder=world))
+    files = _list_files(named)
     if not files:
-        raise ConfigError(f"ig_service: {named}, which the plan names, is no folder with files")
-    return f"{flag} {_digest(_list_hashes(files, folder=named))}"
+        raise ConfigError(
+            f"ig_service.{flag}={value}: {named} is missing or empty; make it (of a model: "
+            f"scripts/make_world.py --stages {named.name}), or name another one in the plan"
+        )
+    return f"{value} {_digest(_list_hashes(files, folder=named))}"
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Return a file, or all files below a folder."""
+    return [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
 
 
 def _list_hashes(files: Iterable[Path], *, folder: Path) -> list[str]:
@@ -289,7 +305,7 @@ def _deviations(overrides: tuple[str, ...], *, folder: str) -> dict[str, object]
     kept = {k: v for k, v in values.items() if v != defaults[k] and not k.startswith(_WITHOUT_EFFECT)}
     if not ALGORITHMS[config.algorithm.name].answer_wrapper:  # nothing is written in it
         kept.pop("reward.answer_wrapper", None)
-    moved = {k: v.replace(folder, "{world}") if isinstance(v, str) else v for k, v in kept.items()}
+    moved = {k: v.replace(folder, WORLD) if isinstance(v, str) else v for k, v in kept.items()}
     return moved | {"algorithm.name": config.algorithm.name}
 
 

@@ -16,6 +16,8 @@ from IG.prompts import entailment_text
 from real.pairs import PairSource
 from real.questions import Problem
 from real.training import Plan, fit
+from serving.machine import has_bfloat16
+from verl.evaluation.statistics import area_under_curve
 
 HAND_MADE = Path(__file__).with_name("hand_made_pairs.jsonl")
 LABELS = {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}
@@ -46,7 +48,7 @@ def train_entailment(
         rng = Random(f"pairs {step}")
         left, right, same = zip(*(source.draw(rng) for _ in range(_BATCH_SIZE)), strict=True)
         inputs = tokenizer(list(left), list(right), padding=True, truncation=True, return_tensors="pt")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             logits = model(**inputs).logits
         yield torch.nn.functional.cross_entropy(logits.float(), torch.tensor(same, dtype=torch.long))
 
@@ -92,9 +94,3 @@ def judge_hand_made(model: Path) -> Judged:
             if (score > _THRESHOLD) != row["same"]
         ),
     )
-
-
-def area_under_curve(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Return how often a value of `higher` is above one of `lower`; equal values count half."""
-    wins = sum((a > b) + 0.5 * (a == b) for a in higher for b in lower)
-    return wins / (len(higher) * len(lower))

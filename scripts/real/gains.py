@@ -12,7 +12,7 @@ from statistics import fmean
 
 from IG.client import IGClient
 from IG.messages import GainRequest, GainResult
-from real.entailment import area_under_curve
+from verl.evaluation.statistics import area_under_curve
 
 _TOGETHER = 10
 _TIMEOUT_S = 1800.0

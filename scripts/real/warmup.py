@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from real.questions import Problem
 from real.training import Plan, fit
+from serving.machine import has_bfloat16
 from verl.data.dataset import load_questions
 from verl.trainer.config.schema import Config
 from verl.trainer.wiring import make_format, make_resources, make_tokenizer, make_tools, open_agent
@@ -123,7 +124,7 @@ def train_policy(
         chosen = sorted(rows[start : start + TRACES_PER_STEP], key=lambda row: len(row[0]))
         total = sum(int((labels != _IGNORED).sum()) for _, labels in chosen)
         for ids, labels in micro_batches(chosen, tokens=_MICRO_TOKENS):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
                 counted = labels != _IGNORED
                 logits = model.lm_head(hidden[counted])  # only those that the loss needs

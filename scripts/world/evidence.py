@@ -7,6 +7,7 @@ short answers alone; this one continues from it, on pairs of both kinds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -19,7 +20,7 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from real.entailment import area_under_curve
+from verl.evaluation.statistics import area_under_curve
 from world import entailment, making, text, training
 from world.entailment import CONTRADICTION, ENTAILMENT, NEUTRAL, DrawPair
 from world.facts import random_entity, relations_of
@@ -28,27 +29,35 @@ from world.training import Schedule
 
 POSITIONS = 640
 """Longest pair in tokens: the passages of six searches."""
-ONE, SEARCH, EPISODE = range(3)
-"""What is read: the passage with the answer alone, the search that found it, all of an episode. Words are
-learned to match on short texts."""
-LESSONS = ((ONE, 0.3, 48), (SEARCH, 0.52, 32), (EPISODE, 1.0, 20))
+
+
+class Premise(Enum):
+    """What is read. Training begins with short texts, from which matching words is learned sooner."""
+
+    passage = "the passage with the answer"
+    search = "the search that found it"
+    episode = "all of an episode"
+
+
+LESSONS = ((Premise.passage, 0.3, 48), (Premise.search, 0.52, 32), (Premise.episode, 1.0, 20))
 """What is read, until which share of the training, and pairs in a batch."""
 SHORT_SHARE, SHORT_BATCH = 0.2, 64
 """Share of the batches with pairs of short answers, so that these are not unlearned, and pairs in one."""
 MEASURED_AT_ONCE = 25
 
-DrawEvidence = Callable[[Random, int], tuple[str, str, int]]
-"""`(rng, ONE or SEARCH or EPISODE)` returns (passages, question and answer, label)."""
+DrawEvidence = Callable[[Random, Premise], tuple[str, str, int]]
+"""Returns (passages, question and answer, label)."""
 
 
-def draw_pair(rng: Random, lesson: int) -> tuple[str, str, int]:
+def draw_pair(rng: Random, premise: Premise) -> tuple[str, str, int]:
     """Return (passages, question and answer, label); an episode has found all, a part or another fact."""
     scene = Scene(rng)
     problem = scene.draw_problem(hops=1 if rng.random() < 0.45 else 2)
     answer, chance = problem.answer, rng.random()
-    if lesson != EPISODE or chance < 0.6:
-        found = problem.hops if lesson == EPISODE else problem.hops[-1:]
-        searches = [[fact] if lesson == ONE else scene.retrieve(fact, found=True) for fact in found]
+    is_episode, is_passage = premise is Premise.episode, premise is Premise.passage
+    if not is_episode or chance < 0.6:
+        found = problem.hops if is_episode else problem.hops[-1:]
+        searches = [[fact] if is_passage else scene.retrieve(fact, found=True) for fact in found]
         label = ENTAILMENT
         if rng.random() < 0.45:
             label, named = CONTRADICTION, [fact.value for shown in searches for fact in shown]
@@ -62,10 +71,11 @@ def draw_pair(rng: Random, lesson: int) -> tuple[str, str, int]:
             own = [r for r in relations_of(first.subject.kind) if r != first.relation]
             other = scene.fact(rng.choice(own), first.subject) if own else first
             searches = [scene.retrieve(other, found=other is not first)]
-        searches = [[fact for fact in shown if fact != problem.hops[-1]] for shown in searches]
         answer = rng.choice([answer, random_entity(answer.kind, rng), searches[0][0].value])
-    if lesson == EPISODE and rng.random() < 0.15:
+    if is_episode and rng.random() < 0.15:
         searches.insert(rng.randrange(len(searches) + 1), scene.retrieve_lazily(problem.hops[0]))
+    if label == NEUTRAL:  # by chance a search shows the fact
+        searches = [[fact for fact in shown if fact != problem.hops[-1]] for shown in searches]
     context = "\n".join(text.documents([text.write_contents(f, rng) for f in shown]) for shown in searches)
     return context, f"{problem.question} {entailment.wording(answer, rng)}", label
 
@@ -99,8 +109,8 @@ def train(
         if rng.random() < SHORT_SHARE:
             pairs = [draw_short(rng, asked=0.9) for _ in range(SHORT_BATCH)]
         else:
-            lesson, size = next((what, size) for what, end, size in LESSONS if step < end * schedule.steps)
-            pairs = [draw(rng, lesson) for _ in range(size)]
+            premise, size = next((what, size) for what, end, size in LESSONS if step < end * schedule.steps)
+            pairs = [draw(rng, premise) for _ in range(size)]
         scored = entailment.logits(model, tokenizer, [(left, right) for left, right, _ in pairs])
         return torch.nn.functional.cross_entropy(scored.float(), torch.tensor([p[2] for p in pairs]))
 
@@ -113,7 +123,7 @@ def measure(folder: Path, *, seed: int, count: int = 300, draw: DrawEvidence = d
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(folder)
     rng = Random(f"measure evidence {seed}")
-    pairs = [draw(rng, EPISODE) for _ in range(count)]
+    pairs = [draw(rng, Premise.episode) for _ in range(count)]
     batches = [pairs[start : start + MEASURED_AT_ONCE] for start in range(0, count, MEASURED_AT_ONCE)]
     scored = [entailment.logits(model, words, [pair[:2] for pair in batch]) for batch in batches]
     entailed = torch.cat(scored).softmax(dim=-1)[:, ENTAILMENT].tolist()

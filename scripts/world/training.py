@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from serving.machine import has_bfloat16
 from world.traces import Piece
 
 IGNORED = -100
@@ -100,8 +101,6 @@ def train(
 
     Matrix products run in bfloat16 (weights stay float32) where the CPU has instructions for it.
     """
-    features = torch.cpu.get_capabilities()
-    in_bfloat16 = bool(features.get("avx512_bf16") or features.get("amx_bf16"))  # otherwise it is far slower
     model.train()
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and HIDDEN_LAYER.search(name)]
     chosen = {id(p) for p in matrices}
@@ -114,7 +113,7 @@ def train(
     for step in range(schedule.steps):
         for optimizer, peak in peaks.items():
             optimizer.param_groups[0]["lr"] = peak * schedule.factor(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
             loss = next_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -66,6 +66,8 @@ def test_the_shipped_models_do_what_the_manifest_says(world: World, held_out: li
     assert min(judged.values()) >= 0.9
     supported = evidence.measure(SHIPPED / "models" / "evidence", seed=3, count=60, draw=models.draw_evidence)
     assert supported["auc"] >= 0.75
+    clustered = measure.measure_entailment(SHIPPED / "models" / "evidence", seed=3, count=60)
+    assert min(clustered.values()) >= 0.9
     effort = measure.Effort(samples=2, deep_questions=1, deep_samples=8)
     figures = measure.measure_policy(
         SHIPPED / "models" / "policy", retriever, held_out[:40], effort, temperature=1.0, seed=0

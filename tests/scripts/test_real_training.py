@@ -13,7 +13,7 @@ from make_real import read_settings
 
 from IG.config import resolve_config
 from IG.messages import GainResult
-from real.entailment import HAND_MADE, area_under_curve
+from real.entailment import HAND_MADE
 from real.facts import Fact, Relation
 from real.gains import build_requests, summarize
 from real.pairs import MAKERS, Make, PairSource, _reword, names_alike, write_number
@@ -132,11 +132,6 @@ def test_the_hand_made_pairs_are_balanced_and_none_is_listed_twice() -> None:
     rows = [json.loads(line) for line in HAND_MADE.read_text(encoding="utf-8").splitlines()]
     assert len({tuple(row.values()) for row in rows}) == len(rows) >= 65
     assert 0.4 < sum(row["same"] for row in rows) / len(rows) < 0.6
-
-
-def test_area_under_the_curve() -> None:
-    assert area_under_curve([0.9, 0.5], [0.5, 0.1]) == 0.875
-    assert area_under_curve([1.0], [0.0]) == 1.0
 
 
 def test_gains_are_asked_with_own_and_with_foreign_passages_of_the_same_number(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from world import (
     training,
 )
 from world.facts import Kind, World, WorldSize, draw_world
+from world.hard import models
 from world.traces import Problem, Scene, TraceWriter, draw_trace
 
 ROOT = Path(__file__).parents[2]
@@ -246,6 +248,23 @@ def test_the_judge_of_evidence_knows_whether_passages_support_an_answer() -> Non
     assert min(figures["aliases_both_ways"], figures["unequal_refused"]) >= 0.9
 
 
+@pytest.mark.parametrize("premise", list(evidence.Premise))
+@pytest.mark.parametrize("draw", [evidence.draw_pair, models.draw_evidence])
+def test_passages_state_the_answers_that_they_are_said_to_entail(
+    draw: evidence.DrawEvidence, premise: evidence.Premise
+) -> None:
+    rng = Random(5)
+    counts = dict.fromkeys(entailment.LABELS, 0)
+    for _ in range(300):
+        passages, statement, label = draw(rng, premise)
+        counts[label] += 1
+        if label == entailment.ENTAILMENT:  # perhaps in another form
+            words = re.findall(r"\w{4,}", statement.partition("? ")[2].lower())
+            assert any(word in passages.lower() for word in words), statement
+    assert (counts[entailment.NEUTRAL] > 0) is (premise is evidence.Premise.episode)
+    assert min(counts[entailment.ENTAILMENT], counts[entailment.CONTRADICTION]) > 60
+
+
 def test_the_generator_believes_in_the_answer_when_the_passages_contain_it(
     retriever: DenseRetriever, held_out: list[Problem]
 ) -> None:
@@ -304,6 +323,17 @@ def test_figures_of_other_files_never_come_into_the_manifest(
     with pytest.raises(SystemExit):  # it is measured again, which fails
         main([*stages, "manifest"])
     assert (tmp_path / "manifest.json").read_bytes() == shipped
+    shutil.copytree(SHIPPED / "models" / "entailment", tmp_path / "models" / "entailment", dirs_exist_ok=True)
+    # The judge of evidence is measured alone.
+    (tmp_path / "models" / "evidence" / "note.txt").write_text("changed")
+    recorded = json.loads(shipped)
+    recorded["abilities"]["encoder"]["good_query_rank1"] = 0.5
+    recorded["abilities"]["evidence"]["auc"] = 0.5
+    (tmp_path / "manifest.json").write_text(json.dumps(recorded))
+    main([*stages, "manifest"])
+    measured = json.loads((tmp_path / "manifest.json").read_text())["abilities"]
+    assert measured["encoder"]["good_query_rank1"] == 0.5
+    assert measured["evidence"]["auc"] > 0.8
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main([*stages, "generator"])

@@ -192,6 +192,12 @@ def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
+def area_under_curve(higher: Sequence[float], lower: Sequence[float]) -> float:
+    """Return how often a value of `higher` is above one of `lower` (AUC of ROC); equal values count half."""
+    wins = sum((a > b) + 0.5 * (a == b) for a in higher for b in lower)
+    return wins / (len(higher) * len(lower))
+
+
 def _can_vary(strata: Sequence[Sequence[float]]) -> bool:
     return any(min(values) < max(values) for values in strata)
 

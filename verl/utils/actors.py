@@ -118,7 +118,7 @@ def make_launcher(kind: str, *, object_store_mb: int = 200) -> Launcher:
     """
 
     def start_ray() -> Launcher:
-        from verl.utils.ray_actors import start_private
+        from verl.utils.ray_actors import start_private  # which imports this module
 
         return start_private(object_store_mb=object_store_mb)
 

@@ -49,6 +49,8 @@ class RayCluster(Protocol):
 
 
 class RayActor:
+    """An actor in a process of its own."""
+
     def __init__(self, actor: Any, *, ray: RayCluster, label: str, node: int, is_here: bool) -> None:
         self.node = node
         self._actor = actor

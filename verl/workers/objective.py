@@ -15,7 +15,7 @@ from verl.workers.losses import importance_weights, kl_estimates, policy_losses,
 SUMS = (
     "loss",
     "pg_loss",
-    # Means over the tokens of the mini-batch, also where the loss weighs tokens unequally.
+    # These, up to the backward share, are means over tokens, also where the loss weighs tokens unequally.
     "kl",
     "entropy",
     "clip_fraction",

@@ -1,4 +1,4 @@
-"""What the models of the hard world are trained on; each continues from that of the embedded world.
+"""What the models of the hard world are trained on; most continue from those of the embedded world.
 
 The policy is trained twice, as there: until it can find every answer, then on traces with bad habits, which
 reinforcement learning has to remove one by one. Which bad choice is how likely differs by relation, so that
@@ -196,14 +196,15 @@ def draw_entailment_pair(rng: Random, *, asked: float) -> tuple[str, str, int]:
     return left, right, label
 
 
-def draw_evidence(rng: Random, lesson: int) -> tuple[str, str, int]:
+def draw_evidence(rng: Random, premise: evidence.Premise) -> tuple[str, str, int]:
     """Return (passages, question and answer, label); an episode has found all, a part or other facts."""
     scene = Scene(rng)
     (hops,) = rng.choices(HOPS, HOP_WEIGHTS)
     problem = scene.draw_problem(hops=hops)
     answer, shown, label = problem.answer, problem.hops, entailment.NEUTRAL
     chance = rng.random()
-    if lesson != evidence.EPISODE:
+    is_episode = premise is evidence.Premise.episode
+    if not is_episode:
         shown, label = problem.hops[-1:], entailment.ENTAILMENT
     elif chance < 0.55:
         label = entailment.ENTAILMENT
@@ -215,12 +216,15 @@ def draw_evidence(rng: Random, lesson: int) -> tuple[str, str, int]:
     else:
         shown = tuple(_follow_confused(scene, problem))
         answer = shown[-1].value
-    is_one = lesson == evidence.ONE
-    searches = [[text.write_fact(fact)] if is_one else _search(scene, fact, rng) for fact in shown]
+    is_passage = premise is evidence.Premise.passage
+    searches = [[text.write_fact(fact)] if is_passage else _search(scene, fact, rng) for fact in shown]
     if label == entailment.ENTAILMENT and rng.random() < 0.45:
         label, answer = entailment.CONTRADICTION, _other_answer(scene, problem.answer)
-    if lesson == evidence.EPISODE and rng.random() < 0.15:
+    if is_episode and rng.random() < 0.15:
         searches.insert(rng.randrange(len(searches) + 1), _useless_search(scene, rng))
+    if label == entailment.NEUTRAL:  # by chance a search shows the fact
+        asked = text.statement(problem.hops[-1], problem.answer.printed)
+        searches = [[passage for passage in found if asked not in passage] for found in searches]
     context = "\n".join(text.documents(passages) for passages in searches)
     form = answer.name if rng.random() < 0.7 else rng.choice(answer.golds)
     return context, f"{problem.question} {form}", label

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from comparison.plan import Method, Tuned, World
-from comparison.runs import ROOT, RunSpec, make_run, prepare_world
+from comparison.runs import ROOT, RunSpec, make_run, open_source, prepare_world
 from tests.scripts.comparison.made_up import EASY, TUNED, make_plan
 from verl.errors import ConfigError
 
@@ -80,7 +80,7 @@ def test_a_model_of_the_world_that_a_flag_names_counts_by_its_content_in_such_ru
     worlds = [{"easy": World(folder=folder)} for folder in folders]
     for folder in folders:
         shutil.copytree(EASY.folder, folder, ignore=shutil.ignore_patterns("hard", "evidence"))
-    with pytest.raises(ConfigError, match=r"one/models/evidence, which the plan names, is no folder"):
+    with pytest.raises(ConfigError, match=r"entailment_model=.*one/models/evidence is missing .*--stages ev"):
         make(named, worlds=worlds[0])
     for folder in folders:
         (folder / "models" / "evidence").mkdir()
@@ -90,6 +90,8 @@ def test_a_model_of_the_world_that_a_flag_names_counts_by_its_content_in_such_ru
     one, moved, changed = (make(named, worlds=of_one) for of_one in worlds)
     assert one.key == moved.key != changed.key
     assert make(worlds=worlds[2]).key == make().key
+    used = replace(open_source(World(folder=folders[0])), folder=tmp_path / "damaged")
+    assert one.service_flags(used)[-1] == f"--entailment-model={tmp_path}/damaged/models/evidence"
 
 
 def test_a_run_has_the_settings_of_its_world_wherever_that_is(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from verl.evaluation.statistics import (
     Array,
     Contrast,
     adjust_holm,
+    area_under_curve,
     bootstrap_interval,
     estimate_contrast,
     mcnemar_p_value,
@@ -179,3 +180,8 @@ def test_holm_by_hand() -> None:
     assert adjust_holm([0.03, None, 0.01, 0.04, 0.02]) == pytest.approx([0.06, None, 0.04, 0.06, 0.06])
     assert adjust_holm([0.9, 0.6]) == [1.0, 1.0]
     assert adjust_holm([]) == []
+
+
+def test_area_under_the_curve_counts_pairs_and_equal_values_half() -> None:
+    assert area_under_curve([0.9, 0.5], [0.5, 0.1]) == 0.875
+    assert area_under_curve([1.0], [0.0]) == 1.0
