@@ -484,6 +484,21 @@ def test_methods_of_which_it_is_said_learn_nothing_from_equal_outcomes(name: str
     assert learns is not (ALGORITHMS[name].compares_outcomes_only or name == "gigpo")
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [
+        ("search_r1", "em"),
+        ("ig_search", "autorefine_f1"),
+        ("igpo", "igpo_f1"),
+        ("stepsearch", "f1"),
+        ("siop", "em"),
+    ],
+)
+def test_a_method_is_rewarded_for_the_outcome_that_it_was_published_with(name: str, outcome: str) -> None:
+    assert composed([f"algorithm={name}"]).reward.outcome == outcome
+    assert composed([f"algorithm={name}", "reward.outcome=em"]).reward.outcome == "em"
+
+
 @pytest.mark.parametrize("outcome", ["igpo_f1", "autorefine_f1"])
 def test_a_format_score_is_refused_where_the_outcome_has_a_rule_of_its_own(outcome: str) -> None:
     settings = [f"reward.outcome={outcome}", "data.train_files=gone.parquet"]
