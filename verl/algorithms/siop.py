@@ -56,6 +56,8 @@ class Cluster:
     """Distinct answers of the members, as many as are scored."""
     weight: float
     """q_c."""
+    support: float
+    """r_c."""
 
 
 class SIOP(Algorithm):
@@ -107,7 +109,9 @@ class SIOP(Algorithm):
             [complete(*pair) for pair in zip(group.trajectories, of_group, strict=True)]
             for group, of_group in zip(groups, measurement.gains, strict=True)
         ]
-        return replace(measurement, gains=gains)
+        supports = [cluster.support for cluster in clusters.values()]
+        support = {"ig/support_mean": math.fsum(supports) / len(supports)} if supports else {}
+        return replace(measurement, gains=gains, stats=measurement.stats | support)
 
     def credit(
         self,
@@ -165,11 +169,9 @@ class SIOP(Algorithm):
             [k for k, i in enumerate(answered) if numbers[_statement(group.trajectories[i])] == number]
             for number in range(len(set(numbers.values())))
         ]
-        weights = cluster_weights(
-            [len(members) / len(answered) for members in of_cluster],
-            [math.fsum(support[k] for k in members) / len(members) for members in of_cluster],
-            eta=self.settings.eta,
-        )
+        supports = [math.fsum(support[k] for k in members) / len(members) for members in of_cluster]
+        masses = [len(members) / len(answered) for members in of_cluster]
+        weights = cluster_weights(masses, supports, eta=self.settings.eta)
         return [
             Cluster(
                 members=tuple(answered[k] for k in members),
@@ -177,8 +179,9 @@ class SIOP(Algorithm):
                     : self.settings.max_members
                 ],
                 weight=weight,
+                support=of_one,
             )
-            for members, weight in zip(of_cluster, weights, strict=True)
+            for members, weight, of_one in zip(of_cluster, weights, supports, strict=True)
         ]
 
 

@@ -77,9 +77,14 @@ def play(*attempts: tuple[tuple[str, ...], str | None], failed: bool = False) ->
 async def measure(
     *groups: Group, judge: Judge | None = None, scorer: Scorer | None = None
 ) -> list[list[Gain]]:
+    return (await measure_all(*groups, judge=judge, scorer=scorer)).gains
+
+
+async def measure_all(
+    *groups: Group, judge: Judge | None = None, scorer: Scorer | None = None
+) -> Measurement:
     method = make_method("siop", policy=scorer or Scorer(), entailment=judge or Judge())
-    measurement: Measurement = await method.measure(groups, prefetch=Prefetch())
-    return measurement.gains
+    return await method.measure(groups, prefetch=Prefetch())
 
 
 def rise(after: float, before: float) -> float:
@@ -104,6 +109,14 @@ async def test_turns_are_rewarded_by_the_rise_of_their_own_clusters_belief() -> 
     assert scorer.answers == [["A", "AB", "B"]] * 2 + [[], ["C"], []]
     assert len(judge.asked) == len({*judge.asked})
     assert ("q1", "Where? A") not in judge.asked  # every trajectory's own results only
+
+
+async def test_the_mean_support_of_answers_shows_whether_the_judge_reads_passages() -> None:
+    judge = Judge(support={"q1": 0.8, "q2": 0.1})
+    answered = play((("q1",), "A"), (("q2",), "B"), ((), "C"), (("q1",), None))
+    measured = await measure_all(answered, play((("q1",), "A")), judge=judge)
+    assert measured.stats["ig/support_mean"] == pytest.approx((0.8 + 0.1 + 0.0 + 0.8) / 4)
+    assert "ig/support_mean" not in (await measure_all(play((("q1",), None)))).stats
 
 
 @pytest.mark.parametrize("answers", [[None, None], [None], []])

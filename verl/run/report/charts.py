@@ -96,6 +96,11 @@ CHARTS = (
         meaning="Of the answers that are scored; low where the policy never writes reward.answer_wrapper.",
     ),
     Chart(
+        title="Support of the answers",
+        curves=(Curve(label="probability of entailment", metric="ig/support_mean"),),
+        meaning="How well what was read entails the answers; near 0 with a model that does not judge passages.",
+    ),
+    Chart(
         title="Reward",
         curves=(Curve(label="mean", metric="reward/mean"),),
         meaning="What attempts at a question are compared by: the outcome and what the method adds.",
