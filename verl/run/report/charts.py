@@ -98,7 +98,7 @@ CHARTS = (
     Chart(
         title="Support of the answers",
         curves=(Curve(label="probability of entailment", metric="ig/support_mean"),),
-        meaning="How well what was read entails the answers; near 0 with a model that does not judge passages.",
+        meaning="Of the answers by what was read; near 0 where the service's model does not judge passages.",
     ),
     Chart(
         title="Reward",
