@@ -153,7 +153,7 @@ class Maker:
         )
 
     def measure_evidence(self) -> dict[str, float]:
-        """Return how well the judge tells supported answers from others."""
+        """Return how well the judge separates supported answers from the rest."""
         return evidence.measure(self.models / making.EVIDENCE, seed=self.seed)
 
     def measure(self) -> dict[str, dict[str, float]]:

@@ -42,13 +42,13 @@ def train_entailment(
     frozen = [model.bert.embeddings, *model.bert.encoder.layer[:_FROZEN_LAYERS]]
     for module in frozen:
         module.requires_grad_(False)
-    source = PairSource(problems)
+    source, in_bfloat16 = PairSource(problems), has_bfloat16()
 
     def losses(step: int) -> Iterator[torch.Tensor]:
         rng = Random(f"pairs {step}")
         left, right, same = zip(*(source.draw(rng) for _ in range(_BATCH_SIZE)), strict=True)
         inputs = tokenizer(list(left), list(right), padding=True, truncation=True, return_tensors="pt")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):
             logits = model(**inputs).logits
         yield torch.nn.functional.cross_entropy(logits.float(), torch.tensor(same, dtype=torch.long))
 

@@ -119,12 +119,14 @@ def train_policy(
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     rows = [encode(trace) for trace in traces]
 
+    in_bfloat16 = has_bfloat16()
+
     def losses(step: int) -> Iterator[Tensor]:
         start = step * TRACES_PER_STEP % len(rows)
         chosen = sorted(rows[start : start + TRACES_PER_STEP], key=lambda row: len(row[0]))
         total = sum(int((labels != _IGNORED).sum()) for _, labels in chosen)
         for ids, labels in micro_batches(chosen, tokens=_MICRO_TOKENS):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
                 counted = labels != _IGNORED
                 logits = model.lm_head(hidden[counted])  # only those that the loss needs

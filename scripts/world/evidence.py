@@ -119,7 +119,7 @@ def train(
 
 @torch.inference_mode()
 def measure(folder: Path, *, seed: int, count: int = 300, draw: DrawEvidence = draw_pair) -> dict[str, float]:
-    """Return how well P(entailment) tells supported answers from others, as an AUC, and its means."""
+    """Return the AUC of P(entailment) for supported answers against the rest, and its means."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     words = AutoTokenizer.from_pretrained(folder)
     rng = Random(f"measure evidence {seed}")

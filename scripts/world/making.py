@@ -23,6 +23,7 @@ SCRATCH = ".making"
 """Folder of a world, for what is made on the way and not shipped."""
 INDEX = f"index/{name_index(RETRIEVER_NAME)}"
 EVIDENCE = "evidence"
+"""Stage, model and figures of the judge of evidence, which is measured by itself."""
 _JUDGE = f"models/{EVIDENCE}/"
 NOT_HASHED = ("manifest.json", "README.md")
 NOT_MEASURED = ("index/", "doctor.jsonl", SETTINGS_FILE)
@@ -173,12 +174,17 @@ def _read_abilities(out: Path, hashes: Mapping[str, str]) -> Figures:
         return {}
     present = json.loads(path.read_text(encoding="utf-8"))
 
-    def select(named: Mapping[str, str], *, of_judge: bool) -> dict[str, str]:
-        measured = {name: digest for name, digest in named.items() if not name.startswith(NOT_MEASURED)}
-        return {name: d for name, d in measured.items() if name.startswith(_JUDGE) == of_judge}
+    def is_same(*, of_judge: bool) -> bool:
+        old, new = (
+            {
+                name: digest
+                for name, digest in named.items()
+                if name.startswith(_JUDGE) == of_judge and not name.startswith(NOT_MEASURED)
+            }
+            for named in (present["sha256"], hashes)
+        )
+        return old == new
 
-    return {
-        part: figures
-        for part, figures in present["abilities"].items()
-        if select(present["sha256"], of_judge=part == EVIDENCE) == select(hashes, of_judge=part == EVIDENCE)
-    }
+    world, judge = is_same(of_judge=False), is_same(of_judge=True)
+    abilities: Figures = present["abilities"]
+    return {part: figures for part, figures in abilities.items() if (judge if part == EVIDENCE else world)}

@@ -109,11 +109,11 @@ def train(
         torch.optim.Muon(matrices, weight_decay=0.01): schedule.matrix_rate,
         torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, fused=True): schedule.vector_rate,
     }
-    smooth = 0.0
+    smooth, in_bfloat16 = 0.0, has_bfloat16()
     for step in range(schedule.steps):
         for optimizer, peak in peaks.items():
             optimizer.param_groups[0]["lr"] = peak * schedule.factor(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):
             loss = next_loss(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

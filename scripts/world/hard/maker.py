@@ -124,7 +124,7 @@ class HardMaker:
         making.write_manifest(self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, maker=self)
 
     def measure_evidence(self) -> dict[str, float]:
-        """Return how well the judge tells supported answers from others."""
+        """Return how well the judge separates supported answers from the rest."""
         return evidence.measure(self.models / making.EVIDENCE, seed=self.seed, draw=models.draw_evidence)
 
     def measure(self) -> making.Figures:
