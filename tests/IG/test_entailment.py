@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from IG.config import WORLD_ENTAILMENT
-from IG.entailment import DeviceLostError, EntailmentModel, count_positions, entailment_label
+from IG.entailment import (
+    DeviceLostError,
+    EntailmentModel,
+    count_positions,
+    entailment_label,
+    split_into_batches,
+)
 from IG.prompts import entailment_text
 
 
@@ -99,14 +105,19 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
     model = DebertaV2ForSequenceClassification(config).eval()
     pairs = [("a b c d e", "a"), ("a", "b"), ("c d", "e f g h"), ("a", "a"), ("", "b")]
 
-    def judge(batch_size: int, asked: list[tuple[str, str]], *, num_threads: int = 1) -> np.ndarray:
+    def judge(batch_size: int, asked: list[tuple[str, str]], **settings: int) -> np.ndarray:
         judged = EntailmentModel(
-            model, tokenizer=tokenizer, entailment_index=2, batch_size=batch_size, num_threads=num_threads
+            model,
+            tokenizer=tokenizer,
+            entailment_index=2,
+            batch_size=batch_size,
+            **{"num_threads": 1, **settings},
         )
         return judged.probabilities(asked)
 
     together = judge(8, pairs)
     assert judge(2, pairs) == pytest.approx(together, abs=1e-5)
+    assert judge(8, pairs, batch_tokens=10) == pytest.approx(together, abs=1e-5)
     assert judge(8, pairs[::-1]) == pytest.approx(together[::-1], abs=1e-5)
     assert np.unique(together.round(4)).size > 1
     for pair, probability in zip(pairs, together, strict=True):
@@ -118,6 +129,20 @@ def test_batches_of_any_size_judge_alike_and_in_order() -> None:
     assert forged == pytest.approx(unknown, abs=1e-6)
     many = pairs * 20
     assert judge(8, many, num_threads=3) == pytest.approx(np.tile(together, 20), abs=1e-5)
+
+
+def test_a_batch_holds_a_limited_number_of_padded_tokens() -> None:
+    rows, lengths = np.array([7, 2, 5, 0, 9, 1]), np.array([50, 20, 10, 9, 5, 5])
+
+    def split(most_pairs: int, most_tokens: int | None) -> list[list[int]]:
+        batches = split_into_batches(rows, lengths, most_pairs=most_pairs, most_tokens=most_tokens)
+        return [batch.tolist() for batch in batches]
+
+    assert split(8, 40) == [[7], [2, 5], [0, 9, 1]]  # the first row alone is over the limit
+    assert split(2, 40) == [[7], [2, 5], [0, 9], [1]]
+    assert split(4, None) == [[7, 2, 5, 0], [9, 1]]
+    empty = np.array([], dtype=np.int64)
+    assert split_into_batches(empty, empty, most_pairs=8, most_tokens=40) == []
 
 
 def test_answers_count_however_long_their_question_is() -> None:
