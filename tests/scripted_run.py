@@ -21,7 +21,8 @@ from verl.evaluation.records import to_result
 from verl.run.manifest import finish_manifest, make_manifest, write_manifest
 from verl.run.recorder import Recorder
 from verl.run.tracking import Tracker
-from verl.trainer.config.schema import Config, DataConfig, RewardConfig, TrainerConfig
+from verl.trainer.config.data import DataConfig
+from verl.trainer.config.schema import Config, RewardConfig, TrainerConfig
 from verl.trainer.ppo.evaluation import evaluation_metrics
 from verl.trainer.ppo.metrics import credit_metrics, gain_metrics, outcome_metrics, reward_metrics
 from verl.types import (

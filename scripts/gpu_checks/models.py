@@ -10,12 +10,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from verl.trainer.config.data import DataConfig
 from verl.trainer.config.schema import (
     ActorConfig,
     ActorRolloutRefConfig,
     AlgorithmConfig,
     Config,
-    DataConfig,
     ModelConfig,
     RolloutConfig,
     TrainerConfig,

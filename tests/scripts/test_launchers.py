@@ -11,9 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.overrides import check_overrides
 from verl.trainer.config.schema import Config
 
@@ -81,10 +80,7 @@ def environment(tree: Path) -> set[str]:
 
 def composed(*arguments: str) -> Config:
     """The configuration that the trainer gets from these arguments."""
-    register_schema()
-    overrides = check_overrides(arguments)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=overrides))
+    return compose_config(check_overrides(arguments))
 
 
 def test_without_arguments_it_trains_the_world_like_the_quickstart(tree: Path) -> None:

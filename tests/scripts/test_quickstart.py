@@ -14,13 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_module
 from quickstart import ROOT, choose_overrides, parse, summarize, write_ask_command
 from worlds import WorldError, open_world
 
 from search_r1.search.online.options import MOCK_VARIABLE
 from search_r1.search.settings import RETRIEVER_SETTINGS, SERVER_SETTINGS
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.overrides import check_overrides, in_quotes
 from verl.trainer.config.validate import validate
 from verl.utils.supervise import is_service_variable
@@ -237,10 +236,7 @@ def test_malformed_arguments_of_a_world_are_named(tmp_path: Path, text: str) -> 
 
 @pytest.mark.parametrize("arguments", [[], ["--smoke", "--gain-weight", "0"]])
 def test_its_overrides_are_a_valid_configuration(arguments: list[str]) -> None:
-    register_schema()
-    overrides = check_overrides(choose_overrides(parse(arguments)))
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = load_config(compose("ppo_trainer", overrides=overrides))
+    config = compose_config(check_overrides(choose_overrides(parse(arguments))))
     for num_gpus in (0, 1):
         validate(config, num_gpus=num_gpus, cpu_has_bfloat16=False)
     assert config.data.train_batch_size == (4 if arguments else 16)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from verl.data.dataset import load_questions
 from verl.protocols import PromptFormat
-from verl.trainer.config.schema import DataConfig
+from verl.trainer.config.data import DataConfig
 from verl.types import Message, Question
 
 logger = logging.getLogger(__name__)

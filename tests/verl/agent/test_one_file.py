@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
-from hydra import compose, initialize_config_module
 
 from tests.agents import LIMITS, make_agent
 from tests.fakes import CharTokenizer, ScriptedGenerate, ScriptedSearch, make_question, make_turn
@@ -21,9 +20,8 @@ from verl.agent.tools import TOOLS
 from verl.errors import ConfigError, ServiceError
 from verl.protocols import FixedText, Tokenizer, Tool, ToolResources
 from verl.trainer import build
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.overrides import check_overrides
-from verl.trainer.config.schema import Config
 from verl.types import (
     Action,
     ActionKind,
@@ -40,13 +38,6 @@ from verl.types import (
 )
 
 CHARS = CharTokenizer()
-
-
-def compose_config(*arguments: str) -> Config:
-    register_schema()
-    checked = check_overrides(arguments)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=checked))
 
 
 @dataclass
@@ -149,7 +140,7 @@ class LineFormat:
 
 async def test_a_tool_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOOLS, "add", AddTool)
-    config = compose_config("agent.tools=[add,search]", "add.base=8")
+    config = compose_config(check_overrides(["agent.tools=[add,search]", "add.base=8"]))
     search = ScriptedSearch()
     tools = build.make_tools(config, ToolResources(open_search=lambda: search))
     prompt_format = build.make_format(config, tokenizer=CHARS, tools=tools)
@@ -181,7 +172,7 @@ async def test_a_tool_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_only_listed_tools_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOOLS, "add", AddTool)
-    config = compose_config("agent.tools=[add]")
+    config = compose_config(check_overrides(["agent.tools=[add]"]))
 
     def open_search() -> ScriptedSearch:
         raise AssertionError("no listed tool searches")
@@ -189,7 +180,7 @@ async def test_only_listed_tools_are_made(monkeypatch: pytest.MonkeyPatch) -> No
     tools = build.make_tools(config, ToolResources(open_search=open_search))
     assert [tool.spec.name for tool in tools] == ["add"]
     with pytest.raises(ConfigError, match=r"add\.bas"):
-        compose_config("agent.tools=[add]", "add.bas=8")
+        compose_config(check_overrides(["agent.tools=[add]", "add.bas=8"]))
 
 
 async def test_a_format_is_one_class_with_several_calls_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 
 from tests.methods import make_method
 from tests.trainer_run import STEPS_ALONE, Run, SearchingAgent
@@ -17,9 +16,9 @@ from verl.algorithms.statistics import group_advantages, spread, spread_turns
 from verl.run.records import read_records, step_files
 from verl.run.report.report import write_report
 from verl.run.tracking import read_metrics
-from verl.trainer.config.loading import load_config, register_schema
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.overrides import check_overrides
-from verl.trainer.config.schema import AlgorithmConfig, Config
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.types import Credit, Gain, Group, Score, Trajectory
 
 
@@ -73,16 +72,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALGORITHMS, "toy", Toy)
 
 
-def compose_config(*arguments: str) -> Config:
-    register_schema()
-    overrides = check_overrides(arguments)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return load_config(compose("ppo_trainer", overrides=overrides))
-
-
 @pytest.mark.usefixtures("toy")
 async def test_one_class_is_chosen_measures_credits_and_is_recorded(tmp_path: Path) -> None:
-    config = compose_config("algorithm=toy", "algorithm.bonus=0.25")
+    config = compose_config(check_overrides(["algorithm=toy", "algorithm.bonus=0.25"]))
     algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, make_method().services)
     run = Run(tmp_path, algorithm=algorithm, agent=SearchingAgent(), **STEPS_ALONE)
     await run.trainer.fit()

@@ -11,7 +11,7 @@ import pytest
 from tests.agents import make_format
 from tests.fakes import CharTokenizer
 from verl.ask.prompt import find_prompt
-from verl.trainer.config.schema import DataConfig
+from verl.trainer.config.data import DataConfig
 from verl.types import Message
 
 OWN = "Answer in <answer> and </answer>. Q: {} !"

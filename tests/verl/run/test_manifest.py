@@ -15,7 +15,8 @@ from verl.run.manifest import (
     update_manifest,
     write_manifest,
 )
-from verl.trainer.config.schema import Config, DataConfig, RetrieverConfig
+from verl.trainer.config.data import DataConfig
+from verl.trainer.config.schema import Config, RetrieverConfig
 
 
 def make_config(folder: Path) -> Config:

@@ -8,7 +8,8 @@ import pytest
 from verl.errors import ConfigError
 from verl.run.manifest import Manifest
 from verl.run.progress import PROGRESS_FILE, Identity, Progress, run_identity
-from verl.trainer.config.schema import ActorRolloutRefConfig, Config, DataConfig, ModelConfig, TrainerConfig
+from verl.trainer.config.data import DataConfig
+from verl.trainer.config.schema import ActorRolloutRefConfig, Config, ModelConfig, TrainerConfig
 
 QUESTIONS = {"path": "world/train.parquet", "sha256": "ab" * 32}
 WEIGHTS = {"bytes": 8, "sha256": "cd" * 32}

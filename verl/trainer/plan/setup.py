@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from verl.algorithms.base import Need
+from verl.trainer.config.data import DataConfig
 from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
-from verl.trainer.config.schema import ONE_STEP_OFF, Config, DataConfig
+from verl.trainer.config.schema import ONE_STEP_OFF, Config
 from verl.trainer.needs import FrozenModels, find_frozen_models, find_needs
 from verl.trainer.plan.assumptions import (
     COMPLETION_TOKENS,
