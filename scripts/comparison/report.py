@@ -206,10 +206,10 @@ def _describe_tuning(plan: Plan) -> str:
 
 _HOW = f"""\
 All runs have the same number of episodes per step. {{tuning}}
-The plan (`scripts/comparison/plans/`) names all settings and can be changed. The results
-are `comparison/{RUNS}/KEY.json`; KEY is a hash of the settings, the content of the world and the version of
-the code that computes them (`CODE_VERSION` in `scripts/comparison/runs.py`). A run that is done is not done
-again; one that was interrupted begins again.
+The plan (`scripts/comparison/plans/`) names all settings and can be changed. The results are
+`docs/comparison/{RUNS}/KEY.json`; KEY is a hash of the settings, the content of the world and the version
+of the code that computes them (`CODE_VERSION` in `scripts/comparison/runs.py`). A run that is done is not
+done again; one that was interrupted begins again.
 
 - `--hours 8` begins no run that would end later; `--report` writes what there is, `--list`
   prints what is left.

@@ -209,7 +209,7 @@ def run_table(campaign: Campaign, runs: Sequence[RunSpec]) -> Table:
         title="Runs",
         header=("key", "run", "code", "started", "seconds"),
         rows=tuple(rows),
-        note="The manifest of each run is in runs/KEY.json: settings, versions, hashes of data, machine.",
+        note="docs/comparison/runs/KEY.json has the manifest of a run: settings, versions, hashes, machine.",
     )
 
 

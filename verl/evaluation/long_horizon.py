@@ -7,7 +7,7 @@ the terminal and `long_horizon.json` into RUN.
 The three factors are those of WebDetective (Song et al. 2025, arXiv 2510.05137): was the evidence found
 (knowledge sufficiency), was the right answer given where it was found (knowledge utilization), was none given
 where it was not (good refusal). The formulas are ours, plain shares of episodes, as are the numbers per hop
-and what was still in the context. Only what was read counts as found, also a passage that was cut.
+and what was still in the context. Only what was read counts as found; a passage that was cut does not.
 """
 
 from __future__ import annotations
