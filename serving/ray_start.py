@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -54,7 +55,7 @@ class PrivateRay:
 
         Raises RuntimeError when Ray already runs in this process, and what Ray raises.
         """
-        with self._guard.adding(self._list_processes), _without_secrets():
+        with self._guard.adding(self._list_processes), _without_secrets(), _without_hangup():
             _start_ray(
                 self.folder,
                 object_store_bytes=object_store_bytes,
@@ -139,6 +140,20 @@ def _without_secrets() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
+
+
+@contextmanager
+def _without_hangup() -> Iterator[None]:
+    """Let the processes that start inside ignore SIGHUP.
+
+    A terminal that closes sends it to the whole process group. Without Ray's processes, no actor could save
+    what is left to save; Ray blocks SIGINT for them for the same reason.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_ray(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 _OWNER = """
-import json, os, stat
+import json, os, signal, stat, time
+import psutil
 from serving.ray_start import PrivateRay
 from serving.vllm_rules import prepare_environment
 
@@ -24,6 +25,12 @@ for _ in range(2):  # Ray caches the token of the first one
     names = ("RAY_AUTH_TOKEN_PATH", "IG_TOKEN")
     echo = ray.remote(num_cpus=0)(lambda: ([os.environ.get(name) for name in names], os.nice(0)))
     assert ray.get(echo.remote()) == ([str(folder / "auth_token"), None], os.nice(0))
+    for process in psutil.Process().children(recursive=True):
+        process.send_signal(signal.SIGHUP)  # as a terminal that closes
+    time.sleep(0.5)
+    assert cluster.find_dead() is None
+    assert ray.get(echo.remote())
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     sockets = folder.glob("*/session_latest/sockets/*")
     found["longest"] = max(len(os.path.realpath(socket)) for socket in sockets)
     for path in (folder, folder / "auth_token"):
@@ -35,7 +42,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_no_other_user_can_enter_a_cluster(tmp_path: Path) -> None:
+def test_no_other_user_can_enter_a_cluster_and_a_closed_terminal_does_not_end_it(tmp_path: Path) -> None:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environ |= {"IG_TOKEN": "hush", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

@@ -13,12 +13,23 @@ logger = logging.getLogger(__name__)
 
 
 def cancel_by_signals() -> None:
-    """Let the signals of a closing terminal cancel the task that calls this, as Ctrl-C does."""
-    task = asyncio.current_task()
+    """Let the first signal of a closing terminal cancel the task that calls this, as Ctrl-C does.
+
+    Later ones do nothing: a terminal that closes sends SIGHUP twice, and a second cancellation would cut off
+    what the first one lets the task save.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    # As nohup sets it, a signal stays ignored.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+
+    def cancel_once() -> None:
+        for number in numbers:
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
+    for number in numbers:
+        loop.add_signal_handler(number, cancel_once)
 
 
 def close_quietly(stack: AsyncExitStack, close: Callable[[], Awaitable[None] | None]) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from contextlib import AsyncExitStack
 
 import pytest
 
 from verl.utils.actors import ActorError
-from verl.utils.shutdown import close_quietly, ended_by
+from verl.utils.shutdown import cancel_by_signals, close_quietly, ended_by
 
 
 async def fail_soon() -> None:
@@ -16,6 +18,29 @@ async def fail_soon() -> None:
 
 async def run_forever() -> None:
     await asyncio.Event().wait()
+
+
+async def test_the_second_signal_of_a_closing_terminal_does_not_cut_off_what_is_saved() -> None:
+    saved = []
+
+    async def train() -> None:
+        cancel_by_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        try:
+            await run_forever()
+        finally:
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                await asyncio.sleep(0.01)
+            saved.append("step 3")
+
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(train())
+    finally:
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(number)
+    assert saved == ["step 3"]
 
 
 async def test_a_watch_that_fails_ends_what_runs_and_lets_it_clean_up() -> None:

@@ -126,16 +126,14 @@ class PPOTrainer:
         if self.settings.evaluates_only:
             await self.evaluate()
             return
-        if self.settings.val_before_train and self.progress.step == 0:
-            await self.evaluate()
+        await self.evaluate_if_due()  # of a run that ended before the evaluation of its last step, too
         try:
             while self.progress.step < self.total_steps:
                 step = self.progress.step + 1
                 async with self.parts.profiler.recorded(step, policy=self.parts.policy, timer=self.timer):
                     await self.train_step(step)
                 await self.saved(wait=False)
-                if self.is_due(self.settings.test_freq) and self.progress.step < self.total_steps:
-                    await self.evaluate()
+                await self.evaluate_if_due()
                 if self.is_due(self.settings.save_freq) or self.progress.step == self.total_steps:
                     await self.save()
             await self.saved()
@@ -297,6 +295,13 @@ class PPOTrainer:
             logger.warning("step %d: %s", step, alarm)
         self.parts.guard.keep_skipped(update, step=step, scored=scored)
 
+    async def evaluate_if_due(self) -> None:
+        """Evaluate before the first or between two steps, once per step, as the settings say."""
+        step, settings = self.progress.step, self.settings
+        due = settings.val_before_train if step == 0 else self.is_due(settings.test_freq)
+        if due and step < self.total_steps and step != self.progress.evaluated:
+            await self.evaluate()
+
     async def evaluate(self) -> None:
         """Evaluate every held-out question once, greedy, without gains, and record the result."""
         parts, step = self.parts, self.progress.step
@@ -304,6 +309,7 @@ class PPOTrainer:
         result = await evaluate(parts.collector, parts.reward, parts.held_out, progress=progress)
         parts.recorder.write_evaluation(step, result.trajectories, result.scores)
         parts.tracker.log(step, result.metrics, kind="val")
+        self.progress.evaluated = step
 
     async def save(self) -> None:
         """Copy the state to host memory; a checkpoint to resume from exactly is written beside the steps.

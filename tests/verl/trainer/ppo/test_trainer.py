@@ -208,6 +208,31 @@ async def test_an_update_that_runs_when_the_run_is_interrupted_is_finished_and_s
     assert [line["step"] for line in read_metrics(run.tracker.path.parent)] == [1]
 
 
+@pytest.mark.parametrize("is_full", [True, False])
+async def test_an_evaluation_that_did_not_end_is_made_when_the_run_resumes(
+    tmp_path: Path, is_full: bool
+) -> None:
+    run = Run(tmp_path, **(STEPS_ALONE | {"test_freq": 2, "save_freq": 2}))
+    blocked = tmp_path / "evaluation"
+    if is_full:
+        blocked.touch()  # where the folder of the evaluations would be
+    else:
+        run.models.hooks["publish 3"] = fail(OSError("after the evaluation of step 2"))
+    with pytest.raises(OSError, match=None if is_full else "after the evaluation"):
+        await run.trainer.fit()
+    run.tracker.finish()
+    if is_full:
+        blocked.unlink()
+    resumed = Run(tmp_path, **(STEPS_ALONE | {"test_freq": 2}))
+    saved = Progress.load(tmp_path / "checkpoints" / "global_step_2", identity=IDENTITY)
+    resumed.trainer.progress = saved
+    resumed.sampler.load_state_dict(saved.sampler)
+    await resumed.trainer.fit()
+    resumed.tracker.finish()
+    evaluated = [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "val"]
+    assert evaluated == [2]
+
+
 async def test_what_cannot_be_saved_is_named_and_the_first_cause_raised(
     run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
