@@ -68,6 +68,7 @@ class EntailmentModel:
         if device == "cpu":
             torch.set_num_threads(1)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        # The published default has its weights in a pickle, which torch reads without running code from it.
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, trust_remote_code=False)
         copy_weights(model)
         # Long texts lose their beginning: the answer is at the end, behind the question.

@@ -20,7 +20,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Row = Mapping[str, object]
 
@@ -210,8 +213,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         table.validate(full=True)  # texts are UTF-8
     except (pyarrow.ArrowException, OSError) as error:
         raise QuestionError(f"{path}: not a readable parquet file ({error}); make it again") from error
-    for number, row in enumerate(table.to_pylist()):
-        yield f"{path}, row {number}", row
+    columns = {name: _read_column(table, name, path=path) for name in table.column_names}
+    for number in range(table.num_rows):
+        yield f"{path}, row {number}", {name: values[number] for name, values in columns.items()}
+
+
+def _read_column(table: pyarrow.Table, name: str, *, path: Path) -> list[object]:
+    """Return the values of a column. Raises QuestionError for what Python has no type for."""
+    try:
+        values: list[object] = table.column(name).to_pylist()
+    except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise QuestionError(
+            f"{path}: column {name!r} cannot be read ({error}); drop it, or store it as text"
+        ) from error
+    return values
 
 
 def _read_array(path: Path) -> Iterator[tuple[str, Row]]:

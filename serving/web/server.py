@@ -46,6 +46,8 @@ def listen(host: str, port: int, *, env: str | None = None) -> socket.socket:
         listener.listen(2048)
     except PermissionError:
         raise OSError(f"{where}: ports below 1024 are not allowed here; choose another with --port") from None
+    except UnicodeError:
+        raise OSError(f"cannot listen on {where}: {host!r} is no host name; correct --host") from None
     except OSError as error:
         raise OSError(
             f"cannot listen on {where} ({error.strerror or error}); stop what uses it, or choose another "

@@ -157,7 +157,10 @@ async def test_an_answer_that_is_no_json_object_is_a_failure(body: str, complain
 @pytest.mark.parametrize(
     ("url", "settings"),
     [
-        *((url, {}) for url in ("", "127.0.0.1:8000", "localhost", "ftp://host", "http://")),
+        *(
+            (url, {})
+            for url in ("", "127.0.0.1:8000", "localhost", "ftp://host", "http://", "http://a:80000")
+        ),
         *(("http://here:1", {"timeout_s": timeout_s}) for timeout_s in (0.0, -1.0, float("nan"))),
         *(("http://here:1", {"token": token}) for token in ("two words", "zeile\n", "schlüssel")),
     ],

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from serving.questions import parse_golds
+from serving.questions import QuestionError, parse_golds, read_rows
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,11 @@ from serving.questions import parse_golds
 )
 def test_golds_of_every_kind(value: object, golds: tuple[str, ...]) -> None:
     assert parse_golds(value) == golds
+
+
+def test_a_column_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    times = pyarrow.array([1], pyarrow.timestamp("ns"))  # Python's times have microseconds
+    parquet.write_table(pyarrow.table({"question": ["Where?"], "asked_at": times}), path)
+    with pytest.raises(QuestionError, match=r"train\.parquet: column 'asked_at' cannot be read .*drop it"):
+        list(read_rows(path))

@@ -192,7 +192,11 @@ class IGSearch(Algorithm):
 
 
 def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
-    """Return the searches of a trajectory whose results, as read, have at least `min_chars` characters."""
+    """Return the searches of a trajectory whose results, as read, have at least `min_chars` characters.
+
+    Turns without passages, such as those of the tool `python`, are no searches: what they printed is no
+    document, and the policy chose it.
+    """
     if trajectory.stop is Stop.FAILED:
         return []
     steps = []
@@ -202,7 +206,7 @@ def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
         query_end = start + len(turn.output_ids)
         start = query_end + len(turn.observation_ids)
         num_chars = sum(len(observation.text) for observation in turn.observations)
-        if turn.observation_overflowed or num_chars < max(1, min_chars):
+        if turn.observation_overflowed or not turn.passages or num_chars < max(1, min_chars):
             continue
         following = trajectory.turns[number + 1 : number + 2]
         refined = [

@@ -20,7 +20,7 @@ from verl.algorithms.base import Algorithm, Measurement, Need, Prefetch
 from verl.algorithms.statistics import UNSCALED, credit_returns
 from verl.trainer.config.fields import not_negative, share
 from verl.trainer.config.schema import AlgorithmConfig
-from verl.types import Credit, Gain, Group, Passage, Question, Score, Stop, Trajectory
+from verl.types import Credit, Gain, Group, Passage, Question, Score, Stop, Trajectory, Turn
 
 
 @dataclass
@@ -71,7 +71,7 @@ def measure_searches(trajectory: Trajectory) -> Gain:
     question = trajectory.question
     if trajectory.stop is Stop.FAILED or not question.supporting_ids:
         return Gain()
-    searches = [t for t, turn in enumerate(trajectory.turns) if turn.observations]
+    searches = [t for t, turn in enumerate(trajectory.turns) if _has_searched(turn)]
     values: list[float | None] = [None] * len(trajectory.turns)
     if searches:
         results = [trajectory.turns[t].passages for t in searches]
@@ -79,6 +79,11 @@ def measure_searches(trajectory: Trajectory) -> Gain:
         for t, gain in zip(searches, net_gains(similarities(question, results), ids), strict=True):
             values[t] = gain
     return Gain(turns=tuple(values))
+
+
+def _has_searched(turn: Turn) -> bool:
+    """Return whether a turn called a tool that finds passages; `search` is one that found none, too."""
+    return bool(turn.passages) or any(c.tool == "search" for c in turn.action.calls if turn.observations)
 
 
 def net_gains(similarities: Sequence[Sequence[float]], results: Sequence[Sequence[str]]) -> list[float]:

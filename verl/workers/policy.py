@@ -161,9 +161,12 @@ class PolicyWorker:
         self._step += 1
         self._residence.release_optimizer()
         self._release_memory()
-        means = {name: float(np.mean([m[name] for m in applied])) for name in (applied[0] if applied else ())}
+        overall = {
+            name: float((np.max if name in MAXIMA else np.mean)([m[name] for m in applied]))
+            for name in (applied[0] if applied else ())
+        }
         skipped = num_updates - len(applied)
-        return {**means, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
+        return {**overall, "lr": lr, "num_updates": float(num_updates), "skipped_updates": float(skipped)}
 
     def export_weights(self) -> str | None:
         """Write the weights for the engines of this node, see `FileSender`; `drop_weights` removes them."""

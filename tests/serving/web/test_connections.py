@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from serving.web.server import listen
 from tests.IG.service.backends import GOOD
 from tests.IG.service.test_serving import WITHOUT_MODELS
 from tests.processes import running_script, wait_for
@@ -91,3 +92,9 @@ def test_a_trailing_slash_is_served_and_never_redirected(service: Service) -> No
     assert client.post(f"{path}/", json=service.body, headers=elsewhere).status_code == 200
     for route in ("/nowhere/", f"{path}/more/"):
         assert client.get(route, headers=elsewhere).status_code == 404, route
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_host_that_cannot_be_one_is_named(host: str) -> None:
+    with pytest.raises(OSError, match="is no host name; correct --host"):
+        listen(host, 0)

@@ -12,9 +12,11 @@ import pytest
 from tests.fakes import make_question, make_trajectory
 from tests.methods import credit_group, make_method
 from verl.algorithms import ALGORITHMS
+from verl.algorithms.ig_search import find_steps
 from verl.algorithms.statistics import group_advantages
+from verl.algorithms.stepsearch import measure_searches
 from verl.errors import ConfigError
-from verl.types import Gain, Score, Trajectory
+from verl.types import Gain, Observation, Score, ToolCall, Trajectory
 
 
 def play(*outcomes: tuple[float | None, float | None, str | None]) -> tuple[list[Trajectory], list[Score]]:
@@ -112,3 +114,18 @@ def test_methods_need_numpy_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_code_printed_is_no_document() -> None:
+    """The policy chooses it: a gain for it could be had by printing the answer."""
+    question = replace(make_question(), supporting_ids=("second",))
+    searched = make_trajectory(question, queries=("first", "second"), answer="x")
+    code, found, last = searched.turns
+    call = replace(code.action, calls=(ToolCall(tool="python", arguments={"code": "print('x')"}),))
+    code = replace(code, action=call, observations=(Observation(text="x"),))
+    found = replace(found, observations=(Observation(text="x", passages=found.passages),))
+    trajectory = replace(searched, turns=(code, found, last))
+    assert [step.key[2] for step in find_steps(trajectory, min_chars=1)] == [1]
+    assert measure_searches(trajectory).turns == (None, 1.0, None)
+    empty = replace(searched.turns[0], observations=(Observation(text="nothing found"),))
+    assert measure_searches(replace(searched, turns=(empty, found, last))).turns == (0.0, 1.0, None)

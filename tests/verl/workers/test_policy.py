@@ -183,8 +183,12 @@ def test_on_policy_update_has_ratio_one(model_folder: Path) -> None:
 def test_zero_learning_rate_changes_no_bit(model_folder: Path) -> None:
     worker = make_worker(make_config(model_folder, actor=make_actor(lr=0.0)))
     before = weights_of(worker)
-    metrics = worker.update(one_rank(random_batch(4), mini_batch_size=2))
+    batch = random_batch(4)
+    metrics = worker.update(one_rank(batch, mini_batch_size=2))
     assert metrics["num_updates"] == 2
+    assert batch.old_log_probs is not None
+    largest = np.abs(batch.old_log_probs - batch.sampling_log_probs).max()
+    assert metrics["log_prob_difference_max"] == pytest.approx(largest, rel=1e-4)  # of both updates
     assert metrics["grad_norm"] > 0
     assert_same_bits(weights_of(worker), before)
 

@@ -7,8 +7,10 @@ hold a character of the answer (or of the tags around it, too) are scored.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean
 
 import numpy as np
@@ -20,6 +22,8 @@ from verl.trainer.config.schema import ANSWER_PLACE
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
 
 _OPENING = "<think>"
+_MAX_PROBES = 100_000
+"""Encoded answers that are kept: SIOP scores what the policy writes, new answers in every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,7 +52,7 @@ class AnswerProbes:
         self._codec = codec
         self._wrapper = wrapper
         self._with_tag = with_tag
-        self._known: dict[tuple[str, bool], Probe | None] = {}
+        self._encode = lru_cache(_MAX_PROBES)(self._encode_uncached)
 
     def encode_all(self, answers: Sequence[str], *, trajectory: Trajectory) -> list[Probe]:
         """Return the tokens, in the wrapper, of those answers that have any."""
@@ -57,23 +61,20 @@ class AnswerProbes:
         is_opened = end.rstrip().endswith(_OPENING)
         return [probe for answer in answers if (probe := self._encode(answer, is_opened)) is not None]
 
-    def _encode(self, answer: str, is_opened: bool) -> Probe | None:
-        key = (answer, is_opened)
-        if key not in self._known:
-            wrapper = self._wrapper.removeprefix(_OPENING) if is_opened else self._wrapper
-            self._known[key] = self._encode_in(wrapper, answer)
-        return self._known[key]
-
-    def _encode_in(self, wrapper: str, answer: str) -> Probe | None:
+    def _encode_uncached(self, answer: str, is_opened: bool) -> Probe | None:
+        wrapper = self._wrapper.removeprefix(_OPENING) if is_opened else self._wrapper
         before, after = wrapper.split(ANSWER_PLACE)
         # Encoded together with its wrapper, because a tokenizer may merge characters over the border.
         ids = self._codec.encode(before + answer + after)
         decoded = DecodedText(ids, decode=self._codec.decode)
         text = decoded.text
-        start = text.find(answer, max(0, len(before) - 1))
-        if not answer.strip() or start < 0:
+        # Tokenizers may normalize: Qwen's encode "e" and a combining accent as one character.
+        forms = (answer, *(unicodedata.normalize(form, answer) for form in ("NFC", "NFKC")))
+        places = ((text.find(form, max(0, len(before) - 1)), len(form)) for form in forms)
+        found = next(((first, first + length) for first, length in places if first >= 0), None)
+        if not answer.strip() or found is None:
             return None
-        end = start + len(answer)
+        start, end = found
         if self._with_tag:
             # From the last tag before the answer on; a thought before it says nothing about the answer.
             start, end = max(0, text.rfind("<", 0, start)), len(text)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from verl.errors import ConfigError
 
@@ -46,7 +47,16 @@ def one_of(default: str, *others: str) -> Any:
 
 def web_url(default: str) -> Any:
     """Declare an address of a web service."""
-    return setting(default, lambda value: value.startswith(("http://", "https://")), "an http(s) URL")
+    return setting(default, _is_web_url, "an http(s) URL such as http://127.0.0.1:8000")
+
+
+def _is_web_url(value: str) -> bool:
+    try:
+        url = urlsplit(value)
+        _ = url.port  # raises ValueError outside of 0 to 65535
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.hostname)
 
 
 def path_name(default: str) -> Any:

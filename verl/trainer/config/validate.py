@@ -60,10 +60,20 @@ def resolve_device(config: Config, *, num_gpus: int) -> str:
 def _check_algorithm(config: Config) -> list[str]:
     name = config.algorithm.name
     if name in ALGORITHMS and type(config.algorithm) is ALGORITHMS[name].settings_class:
-        return []
+        return _check_gain_tools(config)
     return [
         f"algorithm.name={name!r} is set by algorithm=NAME alone, which selects the settings of the method; "
         f"write algorithm= with one of {', '.join(ALGORITHMS)}"
+    ]
+
+
+def _check_gain_tools(config: Config) -> list[str]:
+    named, tools = getattr(config.algorithm, "gain_tools", None), config.agent.tools
+    if named is None or (named and {*named} <= {*tools}):
+        return []
+    return [
+        f"algorithm.gain_tools={named!r}: expected names of agent.tools ({', '.join(tools)}), also where a "
+        "format shows others to the policy, or null for every turn but the last"
     ]
 
 

@@ -76,6 +76,8 @@ class MathGrader:
         )
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._find = lru_cache(_MAX_GRADES)(self._ask)
+        self._failed: dict[tuple[str, tuple[str, ...]], Grade] = {}
+        """Of answers whose last attempt failed."""
 
     async def connect(self) -> None:
         """Grade a first answer. Raises ConfigError where that is not possible."""
@@ -87,14 +89,18 @@ class MathGrader:
             )
 
     def grade(self, answer: str, golds: Sequence[str]) -> Grade:
-        """Return the verdict on an answer: at once where `prepare` found one, else after computing."""
+        """Return the verdict on an answer: at once after `prepare`, else after computing."""
+        key = (answer, tuple(golds))
+        if (failed := self._failed.get(key)) is not None:
+            return failed
         try:
-            return self._find(answer, tuple(golds))
-        except GradingError as error:  # not kept: the next attempt may succeed
-            return Grade(failure=f"math_failed: {error}")
+            return self._find(*key)
+        except GradingError as error:
+            return self._failed.setdefault(key, Grade(failure=f"math_failed: {error}"))
 
     async def prepare(self, answer: str, golds: Sequence[str]) -> None:
-        """Find the verdict on an answer, which `grade` then returns at once."""
+        """Find the verdict on an answer, which `grade` then returns at once; try again what failed before."""
+        self._failed.pop((answer, tuple(golds)), None)
         await asyncio.get_running_loop().run_in_executor(self._threads, self.grade, answer, golds)
 
     async def aclose(self) -> None:

@@ -218,6 +218,7 @@ def test_wrong_type_is_refused_with_its_key() -> None:
         ("actor_rollout_ref.model.target_modules=[]", "all-linear or a list of names"),
         ("reward.max_failure_share=1.5", r"reward.max_failure_share must be in \[0, 1\]"),
         ("retriever.url=localhost:8000", "an http"),
+        ("retriever.url='http://127.0.0.1:80000/retrieve'", "an http"),
         ("data.prompt=rows", "data.prompt must be one of auto, parquet, file, got 'rows'"),
         ("trainer.logger=[tensorboard]", "trainer.logger must be one of"),
         ("trainer.experiment_name=../../x", r"trainer.experiment_name must be a name: .*got '../../x'"),

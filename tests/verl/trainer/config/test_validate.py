@@ -54,6 +54,18 @@ def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("tools", "is_refused"), [("null", False), ("[search]", False), ("[]", True), ("[web_search]", True)]
+)
+def test_gains_of_tools_that_the_agent_does_not_have_are_refused(tools: str, is_refused: bool) -> None:
+    config = compose_config(
+        ["algorithm=igpo", f"algorithm.gain_tools={tools}", "data.train_files=gone.parquet"]
+    )
+    with pytest.raises(ConfigError) as error:
+        validate(config, num_gpus=0, cpu_has_bfloat16=False)
+    assert ("expected names of agent.tools (search)" in str(error.value)) is is_refused
+
+
+@pytest.mark.parametrize(
     "setting",
     [
         "actor.fsdp_config.param_offload=true",

@@ -152,7 +152,7 @@ def test_a_grader_that_is_stopped_is_replaced() -> None:
     asyncio.run(grader.aclose())
 
 
-def test_a_failure_is_not_kept_and_lines_of_a_library_are_not_replies(
+def test_a_failure_is_kept_until_the_next_attempt_and_lines_of_a_library_are_not_replies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flag = tmp_path / "fail"
@@ -166,5 +166,11 @@ def test_a_failure_is_not_kept_and_lines_of_a_library_are_not_replies(
     failure = "math_failed: at its start: the grader ended with status -9"
     assert grader.grade("1/2", ["0.5"]) == Grade(failure=failure)
     flag.unlink()
-    assert grader.grade("1/2", ["0.5"]) == Grade(score=1.0)
-    asyncio.run(grader.aclose())
+    assert grader.grade("1/2", ["0.5"]) == Grade(failure=failure)  # at once, while rewards are computed
+
+    async def try_again() -> None:
+        await grader.prepare("1/2", ["0.5"])
+        assert grader.grade("1/2", ["0.5"]) == Grade(score=1.0)
+        await grader.aclose()
+
+    asyncio.run(try_again())
