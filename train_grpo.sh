@@ -76,10 +76,14 @@ for argument in "$@"; do
     [[ "$argument" == recipe=* ]] && recipe=()
 done
 
-# A bare word is a method: search_r1 means algorithm=search_r1.
+# A bare word is a method: search_r1 means algorithm=search_r1. Behind a flag of Hydra it is the flag's value.
 arguments=()
+previous=""
 for argument in "$@"; do
-    [[ "$argument" =~ ^[a-z][a-z0-9_]*$ ]] && argument="algorithm=$argument"
+    if [[ "$argument" =~ ^[a-z][a-z0-9_]*$ && ! "$previous" =~ ^(--(cfg|info|package|config-.*)|-(c|i|p|cn|cp|cd))$ ]]; then
+        argument="algorithm=$argument"
+    fi
+    previous="$argument"
     arguments+=("$argument")
 done
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from screen import Screen
@@ -38,7 +39,7 @@ from comparison.plan import Plan, read_plan
 from comparison.report import Places, find_places, show, write_report
 from comparison.results import LOCKS, Result, read_results, result_file, write_result
 from comparison.runner import Runner
-from comparison.runs import ROOT, RunSpec
+from comparison.runs import ROOT, RunSpec, has_changed
 from comparison.tables import verify_table
 from serving.files import lock_file
 from serving.web.settings import expand_home
@@ -151,6 +152,11 @@ async def do_runs(
                 in_a_row += 1
                 screen.print(f"failed: {run.label}: {failed[run.label]}", style="bold red")
                 continue
+            if has_changed(run.world):
+                raise ConfigError(
+                    f"files of the world {run.world.folder} have changed since this program began, so that "
+                    "the run is not recorded; start it again"
+                )
             in_a_row = 0
             write_result(results, result)
             screen.print(describe_result(run, result), style="green")
@@ -209,6 +215,9 @@ def describe_result(run: RunSpec, result: Result) -> str:
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after a signal."""
     options = parse(argv)
+    options.docs, options.work = options.docs.resolve(), options.work.resolve()
+    if Path(options.plan).is_file():
+        options.plan = os.path.relpath(options.plan, ROOT)
     os.chdir(ROOT)  # worlds are named from there
     plan = read_plan(options.plan)
     stages = choose_stages(plan, options.stage)
@@ -247,20 +256,24 @@ def work(
         del os.environ[name]  # the plan configures the services
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    folder = options.work.resolve()
+    folder = options.work
     folder.mkdir(parents=True, exist_ok=True)
     taken = ConfigError(f"--work {folder} is in use by another comparison; wait for it or name another")
 
     async def do(campaign: Campaign, supervisor: Supervisor) -> dict[str, str]:
         cancel_by_signals()
-        runner = Runner(supervisor, screen, folder=folder, keeps_episodes=options.keep)
-        async with aclosing(runner):
-            if options.verify:
-                await verify(runner, screen, campaign, stages=stages, key=options.verify)
-                return {}
-            return await do_runs(
-                runner, screen, plan, stages=stages, results=places.results, hours=options.hours
-            )
+        with ExitStack() as stack:
+            place = folder
+            if options.verify:  # what the recorded run left stays
+                place = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="again-")))
+            runner = Runner(supervisor, screen, folder=place, keeps_episodes=options.keep)
+            async with aclosing(runner):
+                if options.verify:
+                    await verify(runner, screen, campaign, stages=stages, key=options.verify)
+                    return {}
+                return await do_runs(
+                    runner, screen, plan, stages=stages, results=places.results, hours=options.hours
+                )
 
     with lock_file(folder / ".lock", taken=taken), Supervisor() as supervisor:
         # Each is composed once, and kept, which takes up to a minute for all.

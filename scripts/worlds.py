@@ -122,6 +122,7 @@ def place_in_world(argument: str, *, folder: Path) -> str:
 
 
 def describe_source(world: Path) -> dict[str, str]:
-    """Return what a damaged world records of the world that it is made from; nothing without a manifest."""
-    manifest = world / "manifest.json"
-    return {manifest.name: sha256_of_file(manifest)} if manifest.is_file() else {}
+    """Return the SHA-256 of the files that a damaged world is made from, by their place in the world."""
+    files = [path for pattern in ("*.jsonl", "*.parquet", SETTINGS_FILE) for path in world.glob(pattern)]
+    models = [path for path in (world / "models").rglob("*") if path.is_file()]
+    return {str(path.relative_to(world)): sha256_of_file(path) for path in sorted([*files, *models])}

@@ -184,6 +184,10 @@ def read_plan(name: str) -> Plan:
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in PLANS.glob("*.yaml")))
         raise ConfigError(f"--plan {name}: expected a YAML file, or one of {known}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--plan {name}: cannot be read ({error}); expected a YAML file in UTF-8"
+        ) from error
     try:
         plan = _SHAPE.validate_python(yaml.safe_load(text))
     except yaml.YAMLError as error:
@@ -224,13 +228,22 @@ def _check(plan: Plan) -> Iterator[str]:
         where = f"methods.{name}"
         yield from _unknown(f"{where}.algorithm", [method.algorithm], ALGORITHMS)
         yield from _unknown(f"{where}.handicap", [method.handicap] if method.handicap else [], HANDICAPS)
-        for key, other in (("tuned_like", method.tuned_like), ("control", method.control)):
-            yield from _unknown(f"{where}.{key}", [other] if other else [], plan.methods)
+        yield from _unknown(f"{where}.control", [method.control] if method.control else [], plan.methods)
+        # Of a method that is not tuned itself there is nothing to take.
+        tuned = plan.methods if plan.tuning is None else plan.tuning.methods
+        yield from _unknown(f"{where}.tuned_like", [method.tuned_like] if method.tuned_like else [], tuned)
     if plan.tuning is not None:
-        yield from _unknown("tuning.world", [plan.tuning.world], plan.worlds)
-        yield from _unknown("tuning.methods", plan.tuning.methods, plan.methods)
+        yield from _check_tuning(plan, plan.tuning)
     for name, stage in plan.stages.items():
         yield from _check_stage(plan, stage, where=f"stages.{name}")
+
+
+def _check_tuning(plan: Plan, tuning: Tuning) -> Iterator[str]:
+    yield from _unknown("tuning.world", [tuning.world], plan.worlds)
+    yield from _unknown("tuning.methods", tuning.methods, plan.methods)
+    for where, some in (("tuning.methods", tuning.methods), ("tuning.trials", tuning.trials)):
+        if not some:
+            yield f"{where}: is empty; expected one or more, or no tuning"
 
 
 def _check_stage(plan: Plan, stage: Stage, *, where: str) -> Iterator[str]:

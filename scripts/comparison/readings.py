@@ -216,13 +216,15 @@ def read_scores(evaluation: Evaluation) -> Scores:
 
 
 def scores_at(result: Result, searches: float) -> Scores:
-    """Return the scores when a run had made so many searches: between two evaluations, in proportion."""
+    """Return the scores when a run had made so many searches: between two evaluations, in proportion.
+
+    Of evaluations between which it did not search, the last one counts.
+    """
     counts = [result.searches_until(evaluation.step) for evaluation in result.evaluations]
-    after = next((k for k, count in enumerate(counts) if count >= searches), len(counts) - 1)
-    later = read_scores(result.evaluations[after])
-    if after == 0 or counts[after] <= searches:
-        return later
-    earlier = read_scores(result.evaluations[after - 1])
+    after = next((k for k, count in enumerate(counts) if count > searches), None)
+    if after is None or after == 0 or counts[after - 1] == searches:
+        return read_scores(result.evaluations[-1 if after is None else max(0, after - 1)])
+    earlier, later = (read_scores(result.evaluations[k]) for k in (after - 1, after))
     share = (searches - counts[after - 1]) / (counts[after] - counts[after - 1])
     return [
         None if a is None or b is None else (1 - share) * a + share * b

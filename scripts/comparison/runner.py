@@ -27,7 +27,7 @@ from comparison.results import Result, make_result
 from comparison.runs import RunSpec, prepare_world, shared_settings
 from serving.processes import count_processor_seconds
 from verl.errors import DataError
-from verl.run.folder import scratch_folder
+from verl.run.folder import scratch_folder, set_aside_run
 from verl.run.records import EVALUATION, TRAJECTORIES
 from verl.run.tracking import read_metrics
 from verl.trainer.build import open_trainer
@@ -64,7 +64,10 @@ class Runner:
     async def run(self, run: RunSpec, *, title: str) -> Result:
         """Do a run from its start, return its result. Raises what ended it; the engines are then closed."""
         run_dir = self._folder / run.key
-        shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed: it begins again
+        if self._keeps_episodes and run_dir.exists():
+            set_aside_run(run_dir)
+        else:
+            shutil.rmtree(run_dir, ignore_errors=True)  # of a run that was killed: it begins again
         config = self._configure(run, run_dir)
         try:
             host = await self._open_host(config)

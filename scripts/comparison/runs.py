@@ -227,6 +227,11 @@ def digest_world(world: World) -> str:
     return _digest(facts)
 
 
+def has_changed(world: World) -> bool:
+    """Return whether the files of a world are others than when their hash was first needed."""
+    return digest_world.__wrapped__(world) != digest_world(world)
+
+
 @cache
 def _describe(value: str, *, flag: str, world: Path) -> str:
     """Return a flag's value, with a hash of what it names in the world. Raises ConfigError."""

@@ -92,6 +92,11 @@ def test_without_arguments_it_trains_the_world_like_the_quickstart(tree: Path) -
     assert asdict(world) == asdict(quickstart)  # the schema is a class of its own for every call
 
 
+def test_a_bare_word_is_a_method_unless_it_is_the_value_of_a_flag(tree: Path) -> None:
+    printed = launch(tree, "igpo", "--cfg", "job", "-p", "trainer", "max_turns=4", RECIPE="world")
+    assert printed[4:] == ["algorithm=igpo", "--cfg", "job", "-p", "trainer", "max_turns=4"]
+
+
 def test_what_the_caller_exports_reaches_the_recipe_and_arguments_come_last(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

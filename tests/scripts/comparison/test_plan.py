@@ -54,6 +54,37 @@ def test_a_varied_setting_makes_a_method_per_value_with_the_tuning_of_its_own(tm
     assert plan.method("inforeasoner num_generations=4").ig_service == {"num_generations": 4}
 
 
+TUNING = """
+tuning:
+  world: easy
+  steps: 5
+  seed: 1
+  window: 5
+  methods: [search_r1]
+  trials: [{lr: 1e-4, group: 5, kl: 0.0}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("trials: [{lr: 1e-4, group: 5, kl: 0.0}]", "trials: []", r"tuning\.trials: is empty"),
+        ("methods: [search_r1]", "methods: []", r"tuning\.methods: is empty"),
+        (
+            "algorithm: search_r1}",
+            "algorithm: search_r1, tuned_like: inforeasoner}",
+            r"methods\.search_r1\.tuned_like: inforeasoner; expected one of search_r1",
+        ),
+    ],
+)
+def test_a_tuning_that_finds_nothing_for_a_method_is_refused(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert read_plan(write_plan(tmp_path, GOOD + TUNING)).tuning is not None
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write_plan(tmp_path, (GOOD + TUNING).replace(old, new, 1)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

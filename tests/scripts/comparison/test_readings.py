@@ -156,6 +156,11 @@ def test_at_equal_searches_the_one_that_searches_more_is_read_earlier() -> None:
     late = make_result(em=[0.5] * 4, searches=[0.5] * 4, outcomes=((0, "0000"), (4, "0011")))
     _, searches = compare({"late": [late], "greedy": [greedy]}, base="late")
     assert searches.value == (1 - 2) / 4  # after 1 step, at an evaluation
+    silent = make_result(
+        em=[0.5] * 4, searches=[2.0, 0.0, 0.0, 0.0], outcomes=((0, "0000"), (1, "1111"), (4, "1000"))
+    )
+    _, searches = compare({"silent": [silent], "greedy": [greedy]}, base="silent")
+    assert searches.value == (1 - 1) / 4  # as it ended, not when it stopped searching
 
 
 def test_without_the_runs_of_the_base_nothing_is_measured() -> None:

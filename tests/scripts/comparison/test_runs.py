@@ -129,7 +129,8 @@ def test_a_damaged_world_is_made_once_and_not_taken_for_another_one(tmp_path: Pa
         prepare_world(replace(world, share=0.37))
     manifest = world.folder / "manifest.json"
     facts = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(facts | {"damaged_from": {"manifest.json": "0" * 64}}))
+    facts["damaged_from"]["corpus.jsonl"] = "0" * 64
+    manifest.write_text(json.dumps(facts))
     with pytest.raises(ConfigError, match=r"damaged was made from another state of .*remove it"):
         prepare_world(world)
 
