@@ -89,6 +89,12 @@ class Downloader:
         }
         self._console = console
 
+    def require_known_names(self, targets: Sequence[Target]) -> None:
+        """Raise DownloadError for a hash of a file that is not loaded or made: nothing would be compared."""
+        known = {name for target in targets for name in (target.name, *target.parts)}
+        if unknown := sorted(self._digests.keys() - known):
+            raise DownloadError(f"--sha256 {unknown[0]}: expected one of {', '.join(sorted(known))}")
+
     def make(self, target: Target) -> None:
         """Make one file. Raises DownloadError; what was loaded by then is kept for the next run."""
         path = self._folder / target.name
@@ -97,7 +103,8 @@ class Downloader:
             parts = self._look_up_all(target)
             self._check_room(target, parts)
             self._join(target, parts, path, record_path=record_path)
-            how = "checked"
+            is_checked = target.name in self._digests or all(part.digest is not None for part in parts)
+            how = "checked" if is_checked else "not checked, as there is no hash"
         elif record_path.is_file():
             how = self._check_record(target, path, record_path=record_path)
         else:
@@ -329,6 +336,7 @@ def download(settings: argparse.Namespace, *, console: Console) -> None:
     another = DownloadError(f"another download is running in {folder}; wait for it, or stop it")
     with lock_file(folder / ".download.lock", taken=another):
         downloader = Downloader(settings, console=console)
+        downloader.require_known_names(targets)
         for target in targets:
             downloader.make(target)
 
@@ -337,12 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 if all is there, 130 if interrupted; exit with one line for an error."""
     settings = parse_arguments(arguments)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        with error_line():
+    with error_line():
+        try:
             download(settings, console=console)
-    except KeyboardInterrupt:
-        console.print("interrupted; run the same command again to continue")
-        return 130
+        except KeyboardInterrupt:
+            console.print("interrupted; run the same command again to continue")
+            return 130
     return 0
 
 

@@ -92,7 +92,14 @@ class Maker:
             for path in self.scratch.glob(f"{stage}.*"):  # with what a training continues from
                 path.unlink()
         if finished.is_file():
-            print(f"{stage}: finished before", flush=True)
+            newer = [
+                name
+                for name in STAGES[: STAGES.index(stage)]
+                if (other := self.scratch / f"{name}.done").is_file()
+                and other.stat().st_mtime > finished.stat().st_mtime
+            ]
+            note = f", but before {', '.join(newer)}; --again makes it anew" if newer else ""
+            print(f"{stage}: finished before{note}", flush=True)
             return
         print(f"{stage}: ...", flush=True)
         self.scratch.mkdir(parents=True, exist_ok=True)

@@ -230,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_hard = chosen.world == "hard"
     if chosen.check and not is_hard:
         parser.error("--check needs --world hard")
+    if chosen.out is None and (chosen.small or chosen.seed or chosen.persons is not None):
+        parser.error("--small, --seed and --persons make another world than the shipped one: name its --out")
     out = chosen.out or Path("world/hard" if is_hard else "world")
     new_maker = maker.new_maker if is_hard else new_easy_maker
     torch.set_num_threads(chosen.threads)

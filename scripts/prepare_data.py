@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -264,6 +264,12 @@ def to_passage(row: Row, *, where: str) -> Row:
     return {"id": str(passage_id), "contents": require_text(contents, where=where, name="contents")}
 
 
+def require_other_file(out: Path, sources: Iterable[Path]) -> None:
+    """Raise ConfigError if the output would replace a source, which has more than what is written."""
+    if out.resolve() in {path.resolve() for path in sources}:
+        raise ConfigError(f"{out} is a source and would be replaced; name another --out-dir")
+
+
 def convert_corpus(path: Path, *, out: Path) -> int:
     """Write the corpus file of the retriever. Return the number of passages. Raises DataError."""
     count = 0
@@ -296,12 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError("nothing to do: give --train, --test or --corpus")
         if arguments.corpus is not None:
             out = arguments.out_dir / "corpus.jsonl"
+            require_other_file(out, [arguments.corpus])
             count = convert_corpus(arguments.corpus, out=out)
             console.print(f"{out}: {count} passages", highlight=False)
         for split, names in (("train", arguments.train), ("test", arguments.test)):
             chosen = [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
             if chosen:
                 out = arguments.out_dir / f"{split}.parquet"
+                require_other_file(out, [path for _, path in chosen])
                 for name, count in convert_questions(chosen, split=split, out=out).items():
                     console.print(f"{out}: {count} questions from {name}", highlight=False)
                     warn_of_size(console, name, count, split=split)

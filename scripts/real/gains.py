@@ -82,7 +82,12 @@ async def measure_gains(
 
 
 def _read_records(path: Path) -> list[tuple[GainResult, GainResult]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    """Return what is recorded; a line that was cut off by a crash is removed from the file."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    lines = whole.splitlines()
     pairs = ([GainResult(**one) for one in json.loads(line)] for line in lines)
     return [(own, other) for own, other in pairs]
 

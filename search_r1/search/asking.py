@@ -214,3 +214,13 @@ def wilson_share(hits: int, count: int) -> Share:
 def format_share(share: Share | None) -> str:
     """Return a share in percent with its interval in whole percent in a second line, `-` for None."""
     return f"{share[0]:.1%}\n{100 * share[1]:.0f}-{100 * share[2]:.0f}" if share else "-"
+
+
+def prepare_output(path: Path, *, flag: str) -> None:
+    """Make the folder of the output before hours of searches. Raises RetrieverError if it cannot be used."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RetrieverError(f"{flag} {path}: {error.strerror or error}; name another file") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RetrieverError(f"{flag} {path} cannot be written; name a file in a folder of yours")

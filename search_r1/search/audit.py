@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -39,6 +38,7 @@ from search_r1.search.asking import (
     check_depth,
     format_share,
     open_asked,
+    prepare_output,
     read_questions,
     search_all,
     wilson_share,
@@ -115,7 +115,7 @@ def run(settings: argparse.Namespace) -> int:
     if settings.depth < settings.topk:
         raise RetrieverError(f"--depth must be at least --topk ({settings.topk}), got {settings.depth}")
     if settings.output is not None:
-        prepare_output(settings.output)
+        prepare_output(settings.output, flag="--output")
     questions = read_questions(settings.questions, limit=settings.num_questions)
     audited, facts, corpus_sha256 = asyncio.run(_audit(questions, settings))
     k = settings.topk
@@ -250,16 +250,6 @@ def _resolve(one: AuditedQuestion, held: Sequence[bool | None]) -> AuditedQuesti
 
 def _is_within(rank: int | None, k: int) -> bool:
     return rank is not None and rank <= k
-
-
-def prepare_output(path: Path) -> None:
-    """Make the folder of the output before hours of searches. Raises RetrieverError if it cannot be used."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RetrieverError(f"--output {path}: {error.strerror or error}; name another file") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RetrieverError(f"--output {path} cannot be written; name a file in a folder of yours")
 
 
 def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int, corpus_sha256: str | None) -> None:

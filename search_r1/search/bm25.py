@@ -30,6 +30,7 @@ from search_r1.search.manifest import (
     save_manifest,
 )
 from search_r1.search.retriever import Hit
+from serving.files import lock_file
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,17 @@ def build_bm25(
     if language not in BM25_LANGUAGES:
         raise RetrieverError(f"BM25 language {language!r} is unknown; expected one of {BM25_LANGUAGES}")
     corpus_path, index_path = Path(corpus_path), Path(index_path)
+    lock = index_path.with_name(f"{index_path.name}.lock")
+    taken = RetrieverError(f"another builder is at work on {index_path}; let it end or stop it")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(lock, taken=taken):
+        try:
+            return _build(corpus_path, index_path=index_path, language=language, report=report)
+        finally:
+            lock.unlink()
+
+
+def _build(corpus_path: Path, *, index_path: Path, language: str, report: Report | None) -> Bm25Manifest:
     _require_own_folder(index_path)
     corpus = open_corpus(corpus_path)
     folder = _make_folder(index_path)

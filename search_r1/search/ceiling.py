@@ -33,10 +33,12 @@ from search_r1.search.asking import (
     check_depth,
     format_share,
     open_asked,
+    prepare_output,
     read_questions,
     search_all,
     wilson_share,
 )
+from search_r1.search.errors import RetrieverError
 from search_r1.search.retriever import Outcome, Retriever, SearchFailure
 from serving.answers import AnswerRule, find_answer
 
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how answers and passages are normalized: as reward.answer_rule of the trainer (default folded)",
     )
     add("--topk", type=int, nargs="+", default=[1, 3, 10, 100], metavar="K", help="depths to look at")
-    add("--plot", type=Path, metavar="FILE", help="draw a picture (PNG)")
+    add("--plot", type=Path, metavar="FILE", help="draw a picture (.png, .pdf or .svg)")
     add_asking_arguments(parser)
 
 
@@ -73,6 +75,10 @@ def run(settings: argparse.Namespace) -> int:
     check_asking(settings)
     for k in settings.topk:
         check_depth("topk", k)
+    if settings.plot is not None:
+        prepare_output(settings.plot, flag="--plot")
+        if settings.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise RetrieverError(f"--plot {settings.plot}: expected a name that ends in .png, .pdf or .svg")
     questions = read_questions(settings.questions, limit=settings.num_questions)
     ranks, facts = asyncio.run(_measure(questions, settings))
     ks = sorted(set(settings.topk))
@@ -81,14 +87,14 @@ def run(settings: argparse.Namespace) -> int:
     if failures:
         shown = (len(failures), len(ranks), failures[0].reason)
         logger.warning("%d of %d searches failed and are counted apart; the first: %s", *shown)
-    if settings.plot is not None and len(failures) < len(ranks):
-        _draw(ranks, settings.plot, ks=ks)
     summary = {
         **_summarize(ranks, ks),
         "failures": dict(Counter(failure.kind.value for failure in failures)),
         "by_source": {source: _summarize(part, ks) for source, part in by_source(ranks).items()},
         "retriever": facts,
     }
+    if settings.plot is not None and len(failures) < len(ranks):
+        _draw(ranks, settings.plot, ks=ks)
     sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     return 1 if len(failures) == len(ranks) else 0
 

@@ -57,7 +57,7 @@ class TextEncoder:
             spec = EncoderSpec(path=str(spec))
         folder = find_model(spec.path, role="encoder")
         self.name = name_model(folder)
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        where = _find_device(device)
         in_fp16 = where.type != "cpu" and spec.use_fp16 is not False
         dtype = torch.float16 if in_fp16 else torch.float32
         self._model = _load_model(folder, device=str(where), dtype=dtype)
@@ -105,6 +105,18 @@ def silence_transformers() -> None:
     """Turn off progress bars and tables of missing weights: models with those are refused here."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def _find_device(name: str | None) -> torch.device:
+    """Return the device of that name; None: a GPU if there is one. Raises RetrieverError without it."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if num_gpus else "cpu"))
+    except RuntimeError as error:
+        raise RetrieverError(f"device {name!r} is unknown; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise RetrieverError(f"device {name!r}: torch finds {num_gpus} GPUs here; name another one, or cpu")
+    return device
 
 
 def _load_model(folder: Path, *, device: str, dtype: torch.dtype) -> SentenceTransformer:

@@ -108,6 +108,9 @@ def main(
     except RetrieverError as error:
         logger.error("%s", error)
         return 1
+    except OSError as error:
+        logger.error("%s: %s", error.filename or "a file", error.strerror or error)
+        return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
 

@@ -354,7 +354,7 @@ def _serve(settings: ServerSettings, opened: RetrieverSettings, listener: socket
         logger.info("loading %s", ", ".join(opened.files))
     server.run_on(listener)
     error = host.start_error
-    if isinstance(error, RetrieverError):
+    if isinstance(error, RetrieverError | OSError):
         logger.error("the retriever does not start: %s", error)
     elif error is not None:
         logger.error("the retriever does not start: %s: %s", type(error).__name__, error, exc_info=error)

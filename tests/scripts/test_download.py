@@ -132,7 +132,9 @@ def test_what_the_hub_lacks_or_refuses_is_named(
 def test_without_a_hash_one_has_to_be_given(hub: FakeHub, tmp_path: Path) -> None:
     hub.has_hashes = False
     assert "--sha256 part_aa=" in fail(hub, tmp_path, "--what", "index")
-    run(hub, tmp_path, "--what", "index", "--allow_unchecked")
+    assert "not checked" in run(hub, tmp_path, "--what", "index", "--allow_unchecked")
+    typo = ("--sha256", f"part_a={'0' * 64}")
+    assert "--sha256 part_a: expected one of part_aa" in fail(hub, tmp_path, "--what", "index", *typo)
     wrong = ("--sha256", f"wiki-18-e5_Flat.index={'0' * 64}")
     assert "expected 0000" in fail(hub, tmp_path, "--what", "index", "--allow_unchecked", *wrong)
     assert "is no SHA-256" in fail(hub, tmp_path, "--sha256", "part_aa=abc")

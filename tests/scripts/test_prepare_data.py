@@ -255,3 +255,16 @@ def test_problems_keep_their_text_and_their_answer_as_one(tmp_path: Path) -> Non
                 str(tmp_path),
             ]
         )
+
+
+def test_a_source_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_lines(
+        tmp_path / "corpus.jsonl", {"_id": "7", "text": "A port.", "metadata": {"year": 1990}}
+    )
+    questions = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"question": ["Where?"], "golden_answers": [["Hull"]], "level": [3]}), questions)
+    for given in (["--corpus", str(corpus)], ["--train", f"mine={questions}"]):
+        before = corpus.read_bytes(), questions.read_bytes()
+        with pytest.raises(SystemExit, match="is a source and would be replaced; name another --out-dir"):
+            main([*given, "--out-dir", str(tmp_path)])
+        assert (corpus.read_bytes(), questions.read_bytes()) == before

@@ -15,11 +15,9 @@ from pathlib import Path
 from serving.files import write_json_atomically
 from verl.errors import DataError
 from verl.evaluation.protocols import BROWSECOMP_PLUS, find_set
-from verl.evaluation.records import ResultRecord
+from verl.evaluation.records import RUN_FOLDER, ResultRecord
 
 logger = logging.getLogger(__name__)
-
-RUN_FOLDER = BROWSECOMP_PLUS
 
 
 def write_run_files(folder: Path, results: Sequence[ResultRecord], *, model: str) -> Path:

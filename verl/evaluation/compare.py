@@ -19,6 +19,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from serving.files import write_atomically, write_json_atomically
+from serving.web.settings import expand_home
 from verl.errors import DataError
 from verl.evaluation.charts import draw_points
 from verl.evaluation.page import render_template
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", metavar="NAME", help="the run that others are compared with (the first)")
     parser.add_argument("--pairs", choices=["all"], help="compare every run with every other")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write tables and a page there")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(expand_home(arguments))
     if len(options.runs) < 2:
         parser.error("give at least two runs: the others are compared with the first")
     if options.pairs == "all" and options.base is not None:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from serving.files import write_atomically, write_json_atomically
 from serving.http import CallError, JsonService
 from serving.redaction import redact_text
+from serving.web.settings import expand_home
 from verl.errors import ConfigError, ServiceError
 from verl.evaluation.judge_settings import PACKAGED_FILE, JudgeSettings, load_settings
 from verl.evaluation.metrics import is_right
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cache", type=Path, default=CACHE, help="folder of all verdicts (default: %(default)s)"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(expand_home(arguments))
     with error_line():
         settings, digest = load_settings(options.settings)
         token = read_token(settings)

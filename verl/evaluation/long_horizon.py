@@ -22,13 +22,12 @@ from rich.console import Console
 
 from serving.files import write_json_atomically
 from serving.questions import QuestionError, read_rows
+from serving.web.settings import expand_home
 from verl.errors import DataError
-from verl.evaluation.records import TRAJECTORIES_FILE
+from verl.evaluation.records import HOPS_FILE, TRAJECTORIES_FILE
 from verl.evaluation.tables import ABSENT, Table, as_rich
 from verl.run.records import TrajectoryRecord, count_calls, iterate_records
 from verl.utils.entry import error_line
-
-OUTPUT_FILE = "long_horizon.json"
 
 
 class Ending(StrEnum):
@@ -129,13 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="FILE", help="parquet file of its questions"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(expand_home(arguments))
     with error_line():
         scores, num_failed = score_folder(options.run, paths=read_paths(options.data))
         groups = {"all": scores, **{f"{n} hops": of_n for n, of_n in by_num_hops(scores).items()}}
         factors = {name: summarize_hops(of_one) for name, of_one in groups.items()}
         write_json_atomically(
-            options.run / OUTPUT_FILE,
+            options.run / HOPS_FILE,
             {"failed": num_failed, "factors": factors, "episodes": [asdict(score) for score in scores]},
         )
         Console().print(as_rich(_make_table(factors, num_failed=num_failed)))

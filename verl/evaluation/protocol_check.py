@@ -97,6 +97,8 @@ def check_protocol(
             f"set {_ALLOW}, which records the deviations and prints them under every table"
         )
     unchecked = [] if version else ["the corpus, as the retriever does not describe itself"]
+    if protocol.is_sample and config.evaluation.expected_ids is None:
+        unchecked.append(f"whether the questions are {protocol.sample} (evaluation.expected_ids pins them)")
     ids = {name: hash_questions(of_set) for name, of_set in _group_by_set(questions).items()}
     return {"name": protocol.name, "deviations": deviations, "unchecked": unchecked, "ids": ids}
 

@@ -69,6 +69,11 @@ class EvaluationProtocol:
     notes: tuple[str, ...] = ()
     published: Sequence[PublishedResult] = field(default=())
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether the questions are some of a set, which their number does not identify."""
+        return any(count < SETS[name].num_questions for name, count in self.questions.items())
+
 
 _ALL_QUESTIONS = {name: SETS[name].num_questions for name in FLASHRAG_SETS}
 _ALL = "all questions: test, else dev (scripts/prepare_data.py)"

@@ -47,6 +47,8 @@ LATEX_FILE = "table.tex"
 EVIDENCE_FILE = "evidence.jsonl"
 VERDICTS_FILE = "judgements.jsonl"
 JUDGE_FILE = "judge.json"
+HOPS_FILE = "long_horizon.json"
+RUN_FOLDER = "browsecomp_plus"
 FORMAT = 1
 
 Key = tuple[str, int]

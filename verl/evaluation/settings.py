@@ -17,11 +17,13 @@ from verl.agent.reference import NO_SEARCH
 from verl.errors import ConfigError
 from verl.evaluation.records import (
     EVIDENCE_FILE,
+    HOPS_FILE,
     JUDGE_FILE,
     LATEX_FILE,
     MARKDOWN_FILE,
     METRICS_FILE,
     RESULTS_FILE,
+    RUN_FOLDER,
     SETTINGS_FILE,
     SUMMARY_FILE,
     TRAJECTORIES_FILE,
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = (
     SETTINGS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, METRICS_FILE, SUMMARY_FILE, MARKDOWN_FILE, LATEX_FILE,
-    REPORT_FILE, EVIDENCE_FILE, VERDICTS_FILE, JUDGE_FILE,
+    REPORT_FILE, EVIDENCE_FILE, VERDICTS_FILE, JUDGE_FILE, HOPS_FILE, RUN_FOLDER,
 )  # fmt: skip
 """All that an evaluation leaves in its folder, except for the log, which is open."""
 _WITHOUT_EFFECT = (

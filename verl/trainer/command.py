@@ -33,11 +33,11 @@ def run_command(
 
     @hydra.main(version_base=None, config_path="config", config_name="ppo_trainer")
     def run(raw: DictConfig) -> None:
-        try:
-            with error_line():
+        with error_line():
+            try:
                 asyncio.run(_run(work, load_config(raw)))
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            sys.exit(130)
+            except asyncio.CancelledError:  # by a signal
+                sys.exit(130)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints several lines and exits
     register_schema()

@@ -30,12 +30,16 @@ _FIXES = {
 
 @contextmanager
 def error_line() -> Iterator[None]:
-    """Exit with code 1 and one line for an error of the block.
+    """Exit with code 1 and one line for an error of the block, with code 130 after Ctrl-C.
 
     The traceback goes to the log file, that of a defect also to the screen.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        _flush()
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     except (UserError, OSError) as error:
         logger.info("ended by this error", exc_info=True, extra=ONLY_IN_FILE)
         _exit(describe_error(error))
@@ -45,9 +49,13 @@ def error_line() -> Iterator[None]:
 
 
 def _exit(text: str) -> NoReturn:
-    with suppress(OSError):  # stdout is closed
-        sys.stdout.flush()  # otherwise output of Ray would follow the line
+    _flush()
     sys.exit(f"error: {safe_text(text)}")
+
+
+def _flush() -> None:
+    with suppress(OSError):  # stdout is closed
+        sys.stdout.flush()  # otherwise output of Ray would follow the last line
 
 
 def describe_error(error: BaseException) -> str:

@@ -164,8 +164,11 @@ def measure_policy(
     groups = _group(episodes, effort.samples)
     return summarize(episodes) | {
         "all_wrong_share": fmean(not any(group) for group in groups),
-        "pass_at_64": fmean(any(group) for group in _group(deep, effort.deep_samples)),
-        "pass_at_8": fmean(pass_at(8, group) for group in _group(deep, effort.deep_samples)),
+        **{
+            f"pass_at_{k}": fmean(pass_at(k, group) for group in _group(deep, effort.deep_samples))
+            for k in (effort.deep_samples, 8)
+            if k <= effort.deep_samples
+        },
     }
 
 
@@ -177,7 +180,7 @@ def _group(episodes: Sequence[Episode], size: int) -> list[list[bool]]:
 def pass_at(k: int, correct: Sequence[bool]) -> float:
     """Return the probability that k of these samples, drawn without replacement, hold a right one."""
     wrong = len(correct) - sum(correct)
-    return 1 - comb(wrong, k) / comb(len(correct), min(k, len(correct)))
+    return 1 - comb(wrong, k) / comb(len(correct), k)
 
 
 def summarize(episodes: Sequence[Episode]) -> dict[str, float]:

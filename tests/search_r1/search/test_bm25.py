@@ -16,6 +16,7 @@ import pytest
 
 from search_r1.search.bm25 import MAX_QUERY_TERMS, Bm25Retriever, build_bm25, load_bm25
 from search_r1.search.errors import RetrieverError
+from serving.files import lock_file
 from tests.search_r1.search.small_world import PASSAGES, REPOSITORY, write_corpus
 
 FOUR = {
@@ -288,3 +289,17 @@ def test_killed_while_building_the_old_index_stands(folder: Folder) -> None:
     build_bm25(folder.corpus, index_path=folder.index)
     assert ids(folder.load(), "number 17", topk=1) == ["17"]
     assert set(os.listdir(folder.index)) == {"bm25.json", "terms-2"}
+
+
+def test_two_builders_do_not_share_a_folder(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    write_corpus(corpus, PASSAGES)
+    index = tmp_path / "indexes" / "bm25"
+    index.parent.mkdir()
+    with (
+        lock_file(index.with_name("bm25.lock"), taken=RetrieverError("free")),
+        pytest.raises(RetrieverError, match=r"another builder is at work on .*bm25; let it end"),
+    ):
+        build_bm25(corpus, index_path=index)
+    build_bm25(corpus, index_path=index)
+    assert [path.name for path in index.parent.iterdir()] == ["bm25"]

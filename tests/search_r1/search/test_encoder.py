@@ -250,3 +250,12 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(RetrieverError, match="not finite of 'the cat'"):
         TextEncoder(of(folder, "e5"), device="cpu").encode_queries(["the cat"])
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu0", "'gpu0' is unknown; expected cpu"), ("cuda:99", "torch finds . GPUs here")],
+)
+def test_a_device_that_is_not_there_is_named(device: str, message: str) -> None:
+    with pytest.raises(RetrieverError, match=message):
+        TextEncoder("world/models/encoder", device=device)

@@ -64,9 +64,11 @@ def test_a_defect_keeps_its_traceback(log_file: Path, capsys: pytest.CaptureFixt
         assert "test_entry.py" in text
 
 
-def test_interrupts_pass() -> None:
-    with pytest.raises(KeyboardInterrupt), error_line():
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, error_line():
         raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_log_that_cannot_be_written_is_reported_once(
