@@ -76,7 +76,7 @@ for argument in "$@"; do
     [[ "$argument" == recipe=* ]] && recipe=()
 done
 
-# A bare word is a method: search_r1 means algorithm=search_r1. Behind a flag of Hydra it is the flag's value.
+# A bare word is a method: search_r1 means algorithm=search_r1. After a flag of Hydra it is the flag's value.
 arguments=()
 previous=""
 for argument in "$@"; do

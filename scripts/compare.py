@@ -39,7 +39,7 @@ from comparison.plan import Plan, read_plan
 from comparison.report import Places, find_places, show, write_report
 from comparison.results import LOCKS, Result, read_results, result_file, write_result
 from comparison.runner import Runner
-from comparison.runs import ROOT, RunSpec, has_changed
+from comparison.runs import ROOT, RunSpec
 from comparison.tables import verify_table
 from serving.files import lock_file
 from serving.web.settings import expand_home
@@ -88,7 +88,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folder of run folders (default runs/compare)",
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep episodes and checkpoints in the run folders"
+        "--keep",
+        action="store_true",
+        help="keep episodes and checkpoints; those of an earlier attempt move to previous-*",
     )
     return parser.parse_args(expand_home(argv))
 
@@ -152,9 +154,9 @@ async def do_runs(
                 in_a_row += 1
                 screen.print(f"failed: {run.label}: {failed[run.label]}", style="bold red")
                 continue
-            if has_changed(run.world):
+            if run.has_changed():
                 raise ConfigError(
-                    f"files of the world {run.world.folder} have changed since this program began, so that "
+                    f"files of the world {run.world.source} have changed since this program began, so that "
                     "the run is not recorded; start it again"
                 )
             in_a_row = 0
@@ -215,8 +217,10 @@ def describe_result(run: RunSpec, result: Result) -> str:
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after a signal."""
     options = parse(argv)
+    if options.verify and options.keep:
+        raise ConfigError("--verify keeps nothing; leave --keep out")
     options.docs, options.work = options.docs.resolve(), options.work.resolve()
-    if Path(options.plan).is_file():
+    if options.plan.endswith((".yaml", ".yml")):
         options.plan = os.path.relpath(options.plan, ROOT)
     os.chdir(ROOT)  # worlds are named from there
     plan = read_plan(options.plan)

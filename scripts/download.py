@@ -103,15 +103,18 @@ class Downloader:
             parts = self._look_up_all(target)
             self._check_room(target, parts)
             self._join(target, parts, path, record_path=record_path)
-            is_checked = target.name in self._digests or all(part.digest is not None for part in parts)
-            how = "checked" if is_checked else "not checked, as there is no hash"
+            how = self._describe_check(target, parts)
         elif record_path.is_file():
             how = self._check_record(target, path, record_path=record_path)
         else:
-            self._check_unrecorded(target, path)
+            parts = self._check_unrecorded(target, path)
             self._keep_record(target, path, made_of=path, record_path=record_path)
-            how = "checked"
+            how = self._describe_check(target, parts)
         self._console.print(f"{path}: {path.stat().st_size:,} bytes, {how}")
+
+    def _describe_check(self, target: Target, parts: Sequence[Part]) -> str:
+        is_checked = target.name in self._digests or all(part.digest is not None for part in parts)
+        return "checked" if is_checked else "not checked, as there is no hash"
 
     def _source(self, target: Target) -> dict[str, object]:
         settings = self._settings
@@ -148,15 +151,18 @@ class Downloader:
         self._check_given(target, path, digest)
         return "verified" if self._settings.verify else "already there, not read again (--verify does)"
 
-    def _check_unrecorded(self, target: Target, path: Path) -> None:
-        """Check a file that has no record: by the hashes of its parts, a packed one by --sha256."""
+    def _check_unrecorded(self, target: Target, path: Path) -> list[Part]:
+        """Check a file that has no record: by the hashes of its parts, which are returned, or by --sha256."""
         if not target.is_packed:
-            check_pieces(path, self._look_up_all(target))
-        elif target.name not in self._digests:
+            parts = self._look_up_all(target)
+            check_pieces(path, parts)
+            return parts
+        if target.name not in self._digests:
             raise DownloadError(
                 f"{path} is there without a record of where it is from, so it cannot be checked; delete it "
                 f"and run again, or give its hash with --sha256 {target.name}=..."
             )
+        return []
 
     def _check_given(self, target: Target, path: Path, digest: str) -> None:
         expected = self._digests.get(target.name, digest)

@@ -98,7 +98,7 @@ class Maker:
                 if (other := self.scratch / f"{name}.done").is_file()
                 and other.stat().st_mtime > finished.stat().st_mtime
             ]
-            note = f", but before {', '.join(newer)}; --again makes it anew" if newer else ""
+            note = f", but {', '.join(newer)} were made again since; --again makes it anew" if newer else ""
             print(f"{stage}: finished before{note}", flush=True)
             return
         print(f"{stage}: ...", flush=True)

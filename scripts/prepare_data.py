@@ -264,10 +264,12 @@ def to_passage(row: Row, *, where: str) -> Row:
     return {"id": str(passage_id), "contents": require_text(contents, where=where, name="contents")}
 
 
-def require_other_file(out: Path, sources: Iterable[Path]) -> None:
-    """Raise ConfigError if the output would replace a source, which has more than what is written."""
-    if out.resolve() in {path.resolve() for path in sources}:
-        raise ConfigError(f"{out} is a source and would be replaced; name another --out-dir")
+def require_other_files(outputs: Iterable[Path], sources: Iterable[Path]) -> None:
+    """Raise ConfigError if an output would replace a source, which has more than what is written."""
+    read = {path.resolve() for path in sources}
+    for out in outputs:
+        if out.resolve() in read:
+            raise ConfigError(f"{out} is a source and would be replaced; name another --out-dir")
 
 
 def convert_corpus(path: Path, *, out: Path) -> int:
@@ -300,17 +302,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     with error_line():
         if not arguments.train and not arguments.test and arguments.corpus is None:
             raise ConfigError("nothing to do: give --train, --test or --corpus")
+        folder: Path = arguments.out_dir
+        chosen = {
+            split: [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
+            for split, names in (("train", arguments.train), ("test", arguments.test))
+        }
+        sources = [path for of_split in chosen.values() for _, path in of_split]
+        outputs = [folder / f"{split}.parquet" for split, of_split in chosen.items() if of_split]
         if arguments.corpus is not None:
-            out = arguments.out_dir / "corpus.jsonl"
-            require_other_file(out, [arguments.corpus])
+            sources.append(arguments.corpus)
+            outputs.append(folder / "corpus.jsonl")
+        require_other_files(outputs, sources)
+        if arguments.corpus is not None:
+            out = folder / "corpus.jsonl"
             count = convert_corpus(arguments.corpus, out=out)
             console.print(f"{out}: {count} passages", highlight=False)
-        for split, names in (("train", arguments.train), ("test", arguments.test)):
-            chosen = [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
-            if chosen:
-                out = arguments.out_dir / f"{split}.parquet"
-                require_other_file(out, [path for _, path in chosen])
-                for name, count in convert_questions(chosen, split=split, out=out).items():
+        for split, of_split in chosen.items():
+            if of_split:
+                out = folder / f"{split}.parquet"
+                for name, count in convert_questions(of_split, split=split, out=out).items():
                     console.print(f"{out}: {count} questions from {name}", highlight=False)
                     warn_of_size(console, name, count, split=split)
 

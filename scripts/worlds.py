@@ -12,6 +12,8 @@ from verl.errors import UserError
 from verl.trainer.config.overrides import in_quotes
 
 SETTINGS_FILE = "quickstart.json"
+_NOT_USED = ("README.md", "doctor.jsonl", "manifest.json")
+"""Files of a world that no run reads."""
 WORLD = "{world}"
 """Stands for the folder of a world in the arguments that its file, or a plan, adds."""
 _PROGRAMS = ("retriever", "ig_service", "trainer")
@@ -123,6 +125,10 @@ def place_in_world(argument: str, *, folder: Path) -> str:
 
 def describe_source(world: Path) -> dict[str, str]:
     """Return the SHA-256 of the files that a damaged world is made from, by their place in the world."""
-    files = [path for pattern in ("*.jsonl", "*.parquet", SETTINGS_FILE) for path in world.glob(pattern)]
-    models = [path for path in (world / "models").rglob("*") if path.is_file()]
-    return {str(path.relative_to(world)): sha256_of_file(path) for path in sorted([*files, *models])}
+    return {str(path.relative_to(world)): sha256_of_file(path) for path in sorted(list_content(world))}
+
+
+def list_content(world: Path) -> list[Path]:
+    """Return the files that runs in a world read, but for the index, which is made of some of them."""
+    files = [path for path in world.iterdir() if path.is_file() and path.name not in _NOT_USED]
+    return [*files, *(path for path in (world / "models").rglob("*") if path.is_file())]

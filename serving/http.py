@@ -270,7 +270,9 @@ def _checked_url(base_url: str, *, name: str) -> str:
     except httpx.InvalidURL as error:
         raise ValueError(f"URL of the {name} is not a URL: {base_url!r} ({error})") from error
     if url.scheme not in ("http", "https") or not url.host or not (url.port or 80) < 2**16:
-        raise ValueError(f"URL of the {name} must look like http://host:port, got {base_url!r}")
+        raise ValueError(
+            f"URL of the {name} must look like http://host:port, with a port below 65536, got {base_url!r}"
+        )
     return base_url.rstrip("/")
 
 

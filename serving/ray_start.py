@@ -144,7 +144,7 @@ def _without_secrets() -> Iterator[None]:
 
 @contextmanager
 def _without_hangup() -> Iterator[None]:
-    """Let the processes that start inside ignore SIGHUP.
+    """Block SIGHUP for the processes that start inside.
 
     A terminal that closes sends it to the whole process group. Without Ray's processes, no actor could save
     what is left to save; Ray blocks SIGINT for them for the same reason.

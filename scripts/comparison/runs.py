@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from worlds import WORLD, WorldError, describe_source, open_world, place_in_world
+from worlds import WORLD, WorldError, describe_source, list_content, open_world, place_in_world
 from worlds import World as OpenedWorld
 
 from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_value
@@ -31,8 +31,6 @@ done again. A change of a default value is such a change; one of rounding alone 
 concerned, remove their results instead."""
 ROOT = Path(__file__).resolve().parents[2]
 _KEY_DIGITS = 12
-_NOT_USED = ("README.md", "doctor.jsonl", "manifest.json")
-"""Files of a world that no run reads."""
 _USED_WHERE_NAMED = ("evidence",)
 """Models that count only in runs whose flags of the IG service name them."""
 _WITHOUT_EFFECT = (
@@ -83,6 +81,16 @@ class RunSpec:
         given = {name.replace("_", "-"): value for name, value in self.ig_flags.items()}
         own = (f"--{name}={place_in_world(value, folder=world.folder)}" for name, value in given.items())
         return (*world.ig_service_flags, *own)
+
+    def has_changed(self) -> bool:
+        """Return whether files of the world are others than those that the key stands for."""
+        folder = open_source(self.world).folder
+        flags = {
+            name: _describe.__wrapped__(value, flag=name, world=folder)
+            for name, value in self.ig_flags.items()
+        }
+        now = {"world": digest_world.__wrapped__(self.world), "ig_service": flags}
+        return any(self.settings[name] != value for name, value in now.items())
 
     @property
     def label(self) -> str:
@@ -218,18 +226,12 @@ def digest_world(world: World) -> str:
     machines in the last digits.
     """
     source = open_source(world).folder
-    used = (path for path in (source / "models").iterdir() if path.name not in _USED_WHERE_NAMED)
-    models = (path for model in used for path in _list_files(model))
-    files = [path for path in source.iterdir() if path.is_file() and path.name not in _NOT_USED]
-    facts = _list_hashes((*files, *models), folder=source)
+    optional = [source / "models" / name for name in _USED_WHERE_NAMED]
+    used = [path for path in list_content(source) if not {*optional} & {*path.parents}]
+    facts = _list_hashes(used, folder=source)
     if world.damaged_from is not None:
         facts.append(f"without {world.share} of the supporting passages")
     return _digest(facts)
-
-
-def has_changed(world: World) -> bool:
-    """Return whether the files of a world are others than when their hash was first needed."""
-    return digest_world.__wrapped__(world) != digest_world(world)
 
 
 @cache
@@ -289,8 +291,8 @@ def prepare_world(world: World) -> OpenedWorld:
         )
     if facts.get("damaged_from") != describe_source(source.folder):
         raise ConfigError(
-            f"{world.folder} was made from another state of {source.folder}; remove it, so that it is made "
-            "again, or name another folder in the plan (worlds:)"
+            f"{world.folder} was made from another state of {source.folder}, or by an earlier version; "
+            "remove it, so that it is made again, or name another folder in the plan (worlds:)"
         )
     return open_world(world.folder, policy=source.policy, generator=source.generator)
 

@@ -67,7 +67,7 @@ async def measure_gains(
 
     What is in that file already is not asked again.
     """
-    kept = _read_records(records)
+    kept = read_gain_records(records)
     async with IGClient(url, timeout_s=_TIMEOUT_S) as client:
         await client.wait_ready(_TIMEOUT_S)
         for start in range(len(kept), len(pairs), _TOGETHER):
@@ -81,7 +81,7 @@ async def measure_gains(
     return kept[: len(pairs)]
 
 
-def _read_records(path: Path) -> list[tuple[GainResult, GainResult]]:
+def read_gain_records(path: Path) -> list[tuple[GainResult, GainResult]]:
     """Return what is recorded; a line that was cut off by a crash is removed from the file."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     whole = text[: text.rfind("\n") + 1]

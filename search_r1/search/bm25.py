@@ -55,6 +55,7 @@ _NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar
 _TERM = rf"[{_NO_SPACES}]|[\p{{L}}\p{{N}}\p{{M}}&&[^{_NO_SPACES}]]+"
 _MAX_TERM_BYTES = 255
 _FOLDER = "terms-"
+_LOCK_FILE = "lock"
 
 
 class Bm25Retriever:
@@ -177,18 +178,20 @@ def build_bm25(
     if language not in BM25_LANGUAGES:
         raise RetrieverError(f"BM25 language {language!r} is unknown; expected one of {BM25_LANGUAGES}")
     corpus_path, index_path = Path(corpus_path), Path(index_path)
-    lock = index_path.with_name(f"{index_path.name}.lock")
+    _require_own_folder(index_path)
+    lock = index_path / _LOCK_FILE
     taken = RetrieverError(f"another builder is at work on {index_path}; let it end or stop it")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file(lock, taken=taken):
-        try:
-            return _build(corpus_path, index_path=index_path, language=language, report=report)
-        finally:
-            lock.unlink()
+    try:
+        with lock_file(lock, taken=taken):
+            try:
+                return _build(corpus_path, index_path=index_path, language=language, report=report)
+            finally:
+                lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise RetrieverError(f"BM25 index {index_path} cannot be written: {error}") from error
 
 
 def _build(corpus_path: Path, *, index_path: Path, language: str, report: Report | None) -> Bm25Manifest:
-    _require_own_folder(index_path)
     corpus = open_corpus(corpus_path)
     folder = _make_folder(index_path)
     try:
@@ -284,7 +287,9 @@ def _require_own_folder(index_path: Path) -> None:
     """Raise RetrieverError where other files would be replaced."""
     if locate_bm25_manifest(index_path).is_file() or not index_path.exists():
         return
-    if index_path.is_file() or any(not path.name.startswith(_FOLDER) for path in index_path.iterdir()):
+    if index_path.is_file() or any(
+        not path.name.startswith(_FOLDER) and path.name != _LOCK_FILE for path in index_path.iterdir()
+    ):
         raise RetrieverError(
             f"{index_path} is not a BM25 index, so it is not replaced; remove it or name another folder"
         )

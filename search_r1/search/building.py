@@ -23,7 +23,7 @@ import numpy as np
 
 from search_r1.search.agreement import Trial, compare_encoder, prepare_trial, run_trial
 from search_r1.search.corpus import Corpus, compare_corpus, open_corpus, sample_rows
-from search_r1.search.encoder import TextEncoder
+from search_r1.search.encoder import TextEncoder, find_device
 from search_r1.search.encoding_run import (
     CHUNK_SIZE,
     VECTORS_FILE,
@@ -118,6 +118,8 @@ def _build(options: BuildOptions, report: Report) -> IndexManifest:
     corpus = open_corpus(options.corpus_path, report=partial(report, "find lines"))
     corpus.check(partial(report, "check passages"))
     devices = options.devices or _list_gpus() or (None,)
+    for device in devices:
+        find_device(device)
     encoder = TextEncoder(options.encoder, device=devices[0] if len(devices) == 1 else "cpu")
     options = replace(options, devices=devices, index=options.index.resolve(len(corpus), encoder.dim))
     trial = prepare_trial(corpus, encoder)

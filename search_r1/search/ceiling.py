@@ -76,9 +76,9 @@ def run(settings: argparse.Namespace) -> int:
     for k in settings.topk:
         check_depth("topk", k)
     if settings.plot is not None:
-        prepare_output(settings.plot, flag="--plot")
         if settings.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise RetrieverError(f"--plot {settings.plot}: expected a name that ends in .png, .pdf or .svg")
+        prepare_output(settings.plot, flag="--plot")
     questions = read_questions(settings.questions, limit=settings.num_questions)
     ranks, facts = asyncio.run(_measure(questions, settings))
     ks = sorted(set(settings.topk))

@@ -57,7 +57,7 @@ class TextEncoder:
             spec = EncoderSpec(path=str(spec))
         folder = find_model(spec.path, role="encoder")
         self.name = name_model(folder)
-        where = _find_device(device)
+        where = find_device(device)
         in_fp16 = where.type != "cpu" and spec.use_fp16 is not False
         dtype = torch.float16 if in_fp16 else torch.float32
         self._model = _load_model(folder, device=str(where), dtype=dtype)
@@ -107,13 +107,16 @@ def silence_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def _find_device(name: str | None) -> torch.device:
-    """Return the device of that name; None: a GPU if there is one. Raises RetrieverError without it."""
+def find_device(name: str | None) -> torch.device:
+    """Return the named device; by default a GPU if there is one, else the CPU.
+
+    Raises RetrieverError for one that is unknown or not there.
+    """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         device = torch.device(name or ("cuda" if num_gpus else "cpu"))
     except RuntimeError as error:
-        raise RetrieverError(f"device {name!r} is unknown; expected cpu, cuda or cuda:N") from error
+        raise RetrieverError(f"device {name!r} is unknown to torch; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise RetrieverError(f"device {name!r}: torch finds {num_gpus} GPUs here; name another one, or cpu")
     return device

@@ -109,7 +109,7 @@ def main(
         logger.error("%s", error)
         return 1
     except OSError as error:
-        logger.error("%s: %s", error.filename or "a file", error.strerror or error)
+        logger.error("%s", f"{error.filename}: {error.strerror}" if error.filename else error)
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED

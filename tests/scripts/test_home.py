@@ -16,6 +16,7 @@ import view_rollouts
 import IG.__main__
 from IG.service import IG_server
 from search_r1.search import index_builder, index_cli, retrieval_server
+from verl.evaluation import compare, judge, long_horizon
 
 PROGRAMS = {
     "report": (report.main, "~/nowhere"),
@@ -27,6 +28,9 @@ PROGRAMS = {
     "index": (index_cli.main, "verify --index_path=~/nowhere"),
     "index_builder": (index_builder.main, "--corpus_path=~/nowhere --save_dir=~/out"),
     "retrieval_server": (retrieval_server.main, "--index_path=~/nowhere"),
+    "compare": (compare.main, "~/nowhere ~/nowhere --output=~/out"),
+    "judge": (judge.main, "~/nowhere"),
+    "long_horizon": (long_horizon.main, "~/nowhere --data=~/nowhere"),
     "IG_server": (IG_server.main, "--model-path=~/nowhere"),
     "IG": (IG.__main__.main, "doctor --questions=~/nowhere"),
 }

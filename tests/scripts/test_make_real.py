@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from IG.messages import GainResult
 from real import elements, names, questions
 from real.elements import make_element
 from real.factbook import make_country
 from real.facts import Record
+from real.gains import read_gain_records
 from real.packages import PINS, read_pins
 
 ROOT = PINS.parents[1]
@@ -170,3 +174,12 @@ def test_every_package_is_pinned_with_a_hash() -> None:
     assert len(read_pins()) == 5
     assert all("==" in pin and "--hash=sha256:" in pin for pin in read_pins())
     assert [pin.partition("==")[0] for pin in read_pins("gguf")] == ["gguf"]
+
+
+def test_a_record_that_a_crash_cut_off_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "gains.jsonl"
+    whole = json.dumps([asdict(GainResult(gain=0.5)), asdict(GainResult(gain=0.1))]) + "\n"
+    path.write_text(whole + whole[:20])
+    ((own, other),) = read_gain_records(path)
+    assert (own.gain, other.gain) == (0.5, 0.1)
+    assert path.read_text() == whole

@@ -263,7 +263,11 @@ def test_a_source_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     questions = tmp_path / "train.parquet"
     pq.write_table(pa.table({"question": ["Where?"], "golden_answers": [["Hull"]], "level": [3]}), questions)
-    for given in (["--corpus", str(corpus)], ["--train", f"mine={questions}"]):
+    for given in (
+        ["--corpus", str(corpus)],
+        ["--train", f"mine={questions}"],
+        ["--train", f"mine={corpus}", "--test", f"mine={questions}"],
+    ):
         before = corpus.read_bytes(), questions.read_bytes()
         with pytest.raises(SystemExit, match="is a source and would be replaced; name another --out-dir"):
             main([*given, "--out-dir", str(tmp_path)])

@@ -292,6 +292,15 @@ def test_the_policy_writes_the_right_form_but_often_behaves_badly(
 # ---- the script
 
 
+@pytest.mark.parametrize("option", ["--small", "--seed=1", "--persons=400"])
+def test_another_world_does_not_replace_the_shipped_one(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([option])
+    assert "name its --out" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     out = tmp_path / "small"

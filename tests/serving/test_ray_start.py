@@ -11,6 +11,8 @@ import pytest
 _OWNER = """
 import json, os, signal, stat, time
 import psutil
+from contextlib import suppress
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 from serving.ray_start import PrivateRay
 from serving.vllm_rules import prepare_environment
 
@@ -26,7 +28,8 @@ for _ in range(2):  # Ray caches the token of the first one
     echo = ray.remote(num_cpus=0)(lambda: ([os.environ.get(name) for name in names], os.nice(0)))
     assert ray.get(echo.remote()) == ([str(folder / "auth_token"), None], os.nice(0))
     for process in psutil.Process().children(recursive=True):
-        process.send_signal(signal.SIGHUP)  # as a terminal that closes
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGHUP)  # as a terminal that closes
     time.sleep(0.5)
     assert cluster.find_dead() is None
     assert ray.get(echo.remote())

@@ -194,8 +194,8 @@ class IGSearch(Algorithm):
 def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
     """Return the searches of a trajectory whose results, as read, have at least `min_chars` characters.
 
-    Turns without passages, such as those of the tool `python`, are no searches: what they printed is no
-    document, and the policy chose it.
+    Turns without passages, such as those of the tool `python`, do not count: the policy chooses what its
+    code prints.
     """
     if trajectory.stop is Stop.FAILED:
         return []

@@ -82,7 +82,7 @@ def measure_searches(trajectory: Trajectory) -> Gain:
 
 
 def _has_searched(turn: Turn) -> bool:
-    """Return whether a turn called a tool that finds passages; `search` is one that found none, too."""
+    """Return whether a turn searched: it read passages, or called `search`, which may find none."""
     return bool(turn.passages) or any(c.tool == "search" for c in turn.action.calls if turn.observations)
 
 

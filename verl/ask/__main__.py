@@ -116,6 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Explicitly: a shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run(options)
+    except KeyboardInterrupt:  # out here the streams are the terminal's again
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """Open the agent and answer; return the exit code."""
     with ExitStack() as stack:
         if options.verbose:
             configure_logging()
@@ -123,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ask-"))
             output = stack.enter_context(apart_from_libraries(Path(folder) / "ask.log"))
-        with error_line():
+        with error_line(ends_interrupts=False):
             # Takes seconds, so only after the arguments are checked.
             from verl.ask.serve import serve
             from verl.ask.session import run_session

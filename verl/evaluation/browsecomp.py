@@ -15,7 +15,7 @@ from pathlib import Path
 from serving.files import write_json_atomically
 from verl.errors import DataError
 from verl.evaluation.protocols import BROWSECOMP_PLUS, find_set
-from verl.evaluation.records import RUN_FOLDER, ResultRecord
+from verl.evaluation.records import ResultRecord
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def write_run_files(folder: Path, results: Sequence[ResultRecord], *, model: str
                 "prepare the questions again (scripts/prepare_data.py) from one file of queries"
             )
         runs[name] = {} if result["failure"] is not None else run
-    target = folder / RUN_FOLDER
+    target = folder / BROWSECOMP_PLUS
     target.mkdir(exist_ok=True)
     for path in target.glob("run_*.json"):
         path.unlink()

@@ -48,7 +48,6 @@ EVIDENCE_FILE = "evidence.jsonl"
 VERDICTS_FILE = "judgements.jsonl"
 JUDGE_FILE = "judge.json"
 HOPS_FILE = "long_horizon.json"
-RUN_FOLDER = "browsecomp_plus"
 FORMAT = 1
 
 Key = tuple[str, int]

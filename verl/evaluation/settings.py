@@ -15,6 +15,7 @@ from serving.files import write_json_atomically
 from serving.redaction import redact
 from verl.agent.reference import NO_SEARCH
 from verl.errors import ConfigError
+from verl.evaluation.protocols import BROWSECOMP_PLUS
 from verl.evaluation.records import (
     EVIDENCE_FILE,
     HOPS_FILE,
@@ -23,7 +24,6 @@ from verl.evaluation.records import (
     MARKDOWN_FILE,
     METRICS_FILE,
     RESULTS_FILE,
-    RUN_FOLDER,
     SETTINGS_FILE,
     SUMMARY_FILE,
     TRAJECTORIES_FILE,
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 PARTS = (
     SETTINGS_FILE, RESULTS_FILE, TRAJECTORIES_FILE, METRICS_FILE, SUMMARY_FILE, MARKDOWN_FILE, LATEX_FILE,
-    REPORT_FILE, EVIDENCE_FILE, VERDICTS_FILE, JUDGE_FILE, HOPS_FILE, RUN_FOLDER,
+    REPORT_FILE, EVIDENCE_FILE, VERDICTS_FILE, JUDGE_FILE, HOPS_FILE, BROWSECOMP_PLUS,
 )  # fmt: skip
 """All that an evaluation leaves in its folder, except for the log, which is open."""
 _WITHOUT_EFFECT = (

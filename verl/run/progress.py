@@ -28,13 +28,11 @@ Identity = dict[str, object]
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """The state of the driver."""
+    """The state of the driver. The trainer sets `step` after each finished step."""
 
     step: int = 0
     sampler: dict[str, int] = field(default_factory=dict)
     """`state_dict()` of the question sampler."""
-    evaluated: int | None = None
-    """The newest step after which held-out questions were asked."""
 
     def save(self, folder: Path, *, identity: Identity) -> None:
         """Write the state and the run's identity to a checkpoint folder."""

@@ -43,6 +43,10 @@ class Recorder:
         )
         return self._write(EVALUATION, step, records)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Return whether an evaluation after `step` updates is recorded."""
+        return step_file(self._run_dir, EVALUATION, step).is_file()
+
     def _write(self, folder: str, step: int, records: Iterable[TrajectoryRecord]) -> Path:
         """Write the records one by one: those of a large step together would take hundreds of MB."""
         path = step_file(self._run_dir, folder, step)

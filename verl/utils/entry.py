@@ -29,14 +29,18 @@ _FIXES = {
 
 
 @contextmanager
-def error_line() -> Iterator[None]:
+def error_line(*, ends_interrupts: bool = True) -> Iterator[None]:
     """Exit with code 1 and one line for an error of the block, with code 130 after Ctrl-C.
+
+    Without `ends_interrupts` KeyboardInterrupt passes, for a caller that says more.
 
     The traceback goes to the log file, that of a defect also to the screen.
     """
     try:
         yield
     except KeyboardInterrupt:
+        if not ends_interrupts:
+            raise
         _flush()
         sys.stderr.write("interrupted\n")
         sys.exit(130)

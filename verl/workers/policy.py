@@ -143,7 +143,7 @@ class PolicyWorker:
         """Train on mini-batches, epoch after epoch, with one optimizer step each.
 
         A step whose loss or gradient is not finite is skipped: weights and optimizer do not change by a bit.
-        It is counted in `num_updates` and `skipped_updates` and left out of the means that are returned.
+        It is counted in `num_updates` and `skipped_updates`, and left out of the means and maxima.
         """
         if self._optimizer is None:
             raise RuntimeError("a frozen reference cannot be updated")

@@ -28,7 +28,7 @@ def probability(pair: Pair) -> float:
 
 
 class FakeWorkers:
-    """Starts fake workers and remembers all of them; dies of poison, slows down, refuses starts on demand."""
+    """Starts fake workers and remembers all of them."""
 
     def __init__(self, *, pause: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)) -> None:
         self.workers: list[FakeWorker] = []

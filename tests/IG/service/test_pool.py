@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 import pytest
 
 from IG.sampler import SamplingError
 from IG.service.pool import PoolFailedError, WorkerPool
 from IG.sharing import JudgementError
-
-if TYPE_CHECKING:
-    pass
 from tests.IG.service.pool_workers import (
     FakeWorker,
     FakeWorkers,

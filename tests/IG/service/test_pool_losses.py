@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from IG.sampler import PoisonedError
 from IG.service.jobs import WorkerLostError
 from IG.service.pool import PoolFailedError, WorkerPool
-
-if TYPE_CHECKING:
-    pass
 from tests.IG.service.pool_workers import (
     POISON,
     FakeWorker,

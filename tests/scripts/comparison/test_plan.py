@@ -107,6 +107,14 @@ def test_a_plan_that_cannot_be_used_is_refused_with_key_value_and_what_was_expec
         read_plan(write_plan(tmp_path, GOOD.replace(old, new, 1)))
 
 
+def test_a_plan_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"# \xff\n")
+    (tmp_path / "folder.yaml").mkdir()
+    for name in ("latin", "folder"):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: cannot be read .*UTF-8"):
+            read_plan(str(tmp_path / f"{name}.yaml"))
+
+
 def test_an_unknown_plan_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
         ConfigError, match="--plan fast: expected a YAML file, or one of default, easy, separates"

@@ -69,7 +69,11 @@ def test_a_world_counts_by_its_content(tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(copied, changed)
     (changed / "corpus.jsonl").write_bytes((copied / "corpus.jsonl").read_bytes()[:-1000])
-    assert make(worlds={"easy": World(folder=changed)}).key != make().key
+    run = make(worlds={"easy": World(folder=changed)})
+    assert run.key != make().key
+    assert not run.has_changed()
+    (changed / "corpus.jsonl").write_bytes((copied / "corpus.jsonl").read_bytes())
+    assert run.has_changed()
 
 
 def test_a_model_of_the_world_that_a_flag_names_counts_by_its_content_in_such_runs_alone(
@@ -89,7 +93,11 @@ def test_a_model_of_the_world_that_a_flag_names_counts_by_its_content_in_such_ru
     config.write_text('{"hidden_size": 4}')
     one, moved, changed = (make(named, worlds=of_one) for of_one in worlds)
     assert one.key == moved.key != changed.key
-    assert make(worlds=worlds[2]).key == make().key
+    plain = make(worlds=worlds[2])
+    assert plain.key == make().key
+    config.write_text('{"hidden_size": 8}')
+    assert changed.has_changed()
+    assert not plain.has_changed()
     used = replace(open_source(World(folder=folders[0])), folder=tmp_path / "damaged")
     assert one.service_flags(used)[-1] == f"--entailment-model={tmp_path}/damaged/models/evidence"
 
@@ -131,7 +139,7 @@ def test_a_damaged_world_is_made_once_and_not_taken_for_another_one(tmp_path: Pa
     facts = json.loads(manifest.read_text())
     facts["damaged_from"]["corpus.jsonl"] = "0" * 64
     manifest.write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match=r"damaged was made from another state of .*remove it"):
+    with pytest.raises(ConfigError, match=r"damaged was made from another state of .*remove"):
         prepare_world(world)
 
 

@@ -294,12 +294,13 @@ def test_killed_while_building_the_old_index_stands(folder: Folder) -> None:
 def test_two_builders_do_not_share_a_folder(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     write_corpus(corpus, PASSAGES)
-    index = tmp_path / "indexes" / "bm25"
-    index.parent.mkdir()
+    index = tmp_path / "bm25"
     with (
-        lock_file(index.with_name("bm25.lock"), taken=RetrieverError("free")),
+        lock_file(index / "lock", taken=RetrieverError("free")),
         pytest.raises(RetrieverError, match=r"another builder is at work on .*bm25; let it end"),
     ):
         build_bm25(corpus, index_path=index)
     build_bm25(corpus, index_path=index)
-    assert [path.name for path in index.parent.iterdir()] == ["bm25"]
+    assert "lock" not in [path.name for path in index.iterdir()]
+    with pytest.raises(RetrieverError, match="cannot be written"):
+        build_bm25(corpus, index_path=corpus / "bm25")

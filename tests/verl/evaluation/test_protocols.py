@@ -170,7 +170,13 @@ def test_igpo_is_evaluated_in_the_form_of_its_released_checkpoints() -> None:
 
 def test_an_online_engine_and_a_corpus_are_told_apart() -> None:
     igpo = composed("evaluation.protocol=igpo", "evaluation.protocol_overrides=true")
-    assert check_protocol(igpo, ask("2wiki", 512), version={"passages": None})["deviations"] == []  # type: ignore[index]
+    sampled = check_protocol(igpo, ask("2wiki", 512), version={"passages": None})
+    assert sampled is not None
+    assert sampled["deviations"] == []
+    (unchecked,) = sampled["unchecked"]
+    assert unchecked.startswith(
+        "whether the questions are the 3,197 questions of data/test.parquet in IGPO's"
+    )
     for config, version in ((igpo, WIKI), (composed("evaluation.protocol=search_r1"), {"passages": None})):
         config.evaluation.protocol_overrides = True
         record = check_protocol(config, [], version=version)

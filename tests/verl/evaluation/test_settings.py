@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from verl.errors import ConfigError, DataError
-from verl.evaluation.records import RESULTS_FILE, SETTINGS_FILE
+from verl.evaluation.protocols import BROWSECOMP_PLUS
+from verl.evaluation.records import HOPS_FILE, RESULTS_FILE, SETTINGS_FILE
 from verl.evaluation.settings import list_differences, open_folder
 from verl.run.manifest import make_manifest
 from verl.trainer.config.schema import Config
@@ -77,10 +78,14 @@ def test_other_settings_are_refused_by_key_and_values(
     change(config)
     with pytest.raises(ConfigError, match=f"{difference}.*Fix: .*evaluation.output_dir"):
         open_with(config, folder)
-    (folder / RESULTS_FILE).write_text("{}\n")
+    for name in (RESULTS_FILE, HOPS_FILE):
+        (folder / name).write_text("{}\n")
+    (folder / BROWSECOMP_PLUS).mkdir()
+    (folder / BROWSECOMP_PLUS / "run_7.json").write_text("{}\n")
     open_with(config, folder, resume=False)
     (previous,) = folder.glob("previous-*")
-    assert sorted(path.name for path in previous.iterdir()) == [RESULTS_FILE, SETTINGS_FILE]
+    left = [BROWSECOMP_PLUS, HOPS_FILE, RESULTS_FILE, SETTINGS_FILE]
+    assert sorted(path.name for path in previous.iterdir()) == sorted(left)
     open_with(config, folder)
 
 

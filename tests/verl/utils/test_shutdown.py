@@ -23,6 +23,8 @@ async def run_forever() -> None:
 async def test_the_second_signal_of_a_closing_terminal_does_not_cut_off_what_is_saved() -> None:
     saved = []
 
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+
     async def train() -> None:
         cancel_by_signals()
         os.kill(os.getpid(), signal.SIGHUP)
@@ -40,6 +42,7 @@ async def test_the_second_signal_of_a_closing_terminal_does_not_cut_off_what_is_
     finally:
         for number in (signal.SIGHUP, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, before)
     assert saved == ["step 3"]
 
 

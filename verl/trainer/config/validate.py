@@ -72,8 +72,8 @@ def _check_gain_tools(config: Config) -> list[str]:
     if named is None or (named and {*named} <= {*tools}):
         return []
     return [
-        f"algorithm.gain_tools={named!r}: expected names of agent.tools ({', '.join(tools)}), also where a "
-        "format shows others to the policy, or null for every turn but the last"
+        f"algorithm.gain_tools={named!r}: expected names of agent.tools ({', '.join(tools)}), not those "
+        "that a prompt format shows to the policy, or null for every turn but the last"
     ]
 
 

@@ -126,7 +126,7 @@ class PPOTrainer:
         if self.settings.evaluates_only:
             await self.evaluate()
             return
-        await self.evaluate_if_due()  # of a run that ended before the evaluation of its last step, too
+        await self.evaluate_if_due()  # also what an interrupted run did not finish
         try:
             while self.progress.step < self.total_steps:
                 step = self.progress.step + 1
@@ -296,10 +296,10 @@ class PPOTrainer:
         self.parts.guard.keep_skipped(update, step=step, scored=scored)
 
     async def evaluate_if_due(self) -> None:
-        """Evaluate before the first or between two steps, once per step, as the settings say."""
+        """Evaluate before the first or between two steps, as the settings say, unless that is recorded."""
         step, settings = self.progress.step, self.settings
         due = settings.val_before_train if step == 0 else self.is_due(settings.test_freq)
-        if due and step < self.total_steps and step != self.progress.evaluated:
+        if due and step < self.total_steps and not self.parts.recorder.has_evaluation(step):
             await self.evaluate()
 
     async def evaluate(self) -> None:
@@ -309,7 +309,6 @@ class PPOTrainer:
         result = await evaluate(parts.collector, parts.reward, parts.held_out, progress=progress)
         parts.recorder.write_evaluation(step, result.trajectories, result.scores)
         parts.tracker.log(step, result.metrics, kind="val")
-        self.progress.evaluated = step
 
     async def save(self) -> None:
         """Copy the state to host memory; a checkpoint to resume from exactly is written beside the steps.

@@ -77,7 +77,7 @@ class MathGrader:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         self._find = lru_cache(_MAX_GRADES)(self._ask)
         self._failed: dict[tuple[str, tuple[str, ...]], Grade] = {}
-        """Of answers whose last attempt failed."""
+        """Verdicts on answers whose last attempt failed; `prepare` tries them again."""
 
     async def connect(self) -> None:
         """Grade a first answer. Raises ConfigError where that is not possible."""

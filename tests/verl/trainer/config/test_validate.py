@@ -12,14 +12,10 @@ from tests.methods import credit_group, make_method
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.advice import list_advice
-from verl.trainer.config.loading import (
-    compose_config,
-)
+from verl.trainer.config.loading import compose_config
 from verl.trainer.config.pools import check_pools
 from verl.trainer.config.validate import check_schedule, validate
 from verl.types import ActionKind, Gain, Score
-
-REPOSITORY = Path(__file__).resolve().parents[4]
 
 
 def test_validation_lists_every_problem_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
