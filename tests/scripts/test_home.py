@@ -29,7 +29,7 @@ PROGRAMS = {
     "index_builder": (index_builder.main, "--corpus_path=~/nowhere --save_dir=~/out"),
     "retrieval_server": (retrieval_server.main, "--index_path=~/nowhere"),
     "compare": (compare.main, "~/nowhere ~/nowhere --output=~/out"),
-    "judge": (judge.main, "~/nowhere"),
+    "judge": (judge.main, "~/nowhere --settings=~/nowhere.yaml"),
     "long_horizon": (long_horizon.main, "~/nowhere --data=~/nowhere"),
     "IG_server": (IG_server.main, "--model-path=~/nowhere"),
     "IG": (IG.__main__.main, "doctor --questions=~/nowhere"),

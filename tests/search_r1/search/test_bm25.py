@@ -282,7 +282,7 @@ def test_killed_while_building_the_old_index_stands(folder: Folder) -> None:
         assert builder.stdout is not None
         builder.stdout.readline()
         builder.send_signal(signal.SIGKILL)
-    assert set(os.listdir(folder.index)) == {"bm25.json", "terms-1", "terms-2"}
+    assert set(os.listdir(folder.index)) == {"bm25.json", "lock", "terms-1", "terms-2"}
     large, folder.corpus = folder.corpus, kept
     assert ids(folder.load(), "lake") == ["d"]
     folder.corpus = large
