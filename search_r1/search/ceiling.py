@@ -93,9 +93,9 @@ def run(settings: argparse.Namespace) -> int:
         "by_source": {source: _summarize(part, ks) for source, part in by_source(ranks).items()},
         "retriever": facts,
     }
+    sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     if settings.plot is not None and len(failures) < len(ranks):
         _draw(ranks, settings.plot, ks=ks)
-    sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
     return 1 if len(failures) == len(ranks) else 0
 
 
@@ -206,6 +206,5 @@ def _draw(ranks: Sequence[AnswerRank], path: Path, *, ks: Sequence[int]) -> None
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set(xlabel="passages looked at", ylabel="questions whose answer is in them")
         axes.legend()
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
     logger.info("drew %s", path)

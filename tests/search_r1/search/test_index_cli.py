@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 import types
@@ -67,7 +68,12 @@ def test_it_is_the_script_of_the_package() -> None:
 
 @pytest.mark.parametrize(
     ("ending", "status"),
-    [(None, 7), (RetrieverError("corpus x is not a file"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (None, 7),
+        (RetrieverError("corpus x is not a file"), 1),
+        (PermissionError(errno.EACCES, "Permission denied", "x.jsonl"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_how_a_command_ends_is_the_exit_status(
     ending: BaseException | None,
@@ -89,3 +95,5 @@ def test_how_a_command_ends_is_the_exit_status(
     assert main(["do", "--number", "7"], commands=commands) == status
     if isinstance(ending, RetrieverError):
         assert caplog.messages == ["corpus x is not a file"]
+    if isinstance(ending, PermissionError):
+        assert caplog.messages == ["x.jsonl: Permission denied"]
