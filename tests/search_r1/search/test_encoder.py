@@ -254,7 +254,7 @@ def test_vectors_that_are_not_finite_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("gpu0", "'gpu0' is unknown; expected cpu"), ("cuda:99", "torch finds . GPUs here")],
+    [("gpu0", "'gpu0' is unknown to torch; expected cpu"), ("cuda:99", "torch finds . GPUs here")],
 )
 def test_a_device_that_is_not_there_is_named(device: str, message: str) -> None:
     with pytest.raises(RetrieverError, match=message):
