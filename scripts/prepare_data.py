@@ -306,23 +306,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = {
             split: [find_source(name, split=split, flashrag_dir=arguments.flashrag_dir) for name in names]
             for split, names in (("train", arguments.train), ("test", arguments.test))
+            if names
         }
         sources = [path for of_split in chosen.values() for _, path in of_split]
-        outputs = [folder / f"{split}.parquet" for split, of_split in chosen.items() if of_split]
+        outputs = {split: folder / f"{split}.parquet" for split in chosen}
         if arguments.corpus is not None:
             sources.append(arguments.corpus)
-            outputs.append(folder / "corpus.jsonl")
-        require_other_files(outputs, sources)
+            outputs["corpus"] = folder / "corpus.jsonl"
+        require_other_files(outputs.values(), sources)
         if arguments.corpus is not None:
-            out = folder / "corpus.jsonl"
-            count = convert_corpus(arguments.corpus, out=out)
-            console.print(f"{out}: {count} passages", highlight=False)
+            count = convert_corpus(arguments.corpus, out=outputs["corpus"])
+            console.print(f"{outputs['corpus']}: {count} passages", highlight=False)
         for split, of_split in chosen.items():
-            if of_split:
-                out = folder / f"{split}.parquet"
-                for name, count in convert_questions(of_split, split=split, out=out).items():
-                    console.print(f"{out}: {count} questions from {name}", highlight=False)
-                    warn_of_size(console, name, count, split=split)
+            out = outputs[split]
+            for name, count in convert_questions(of_split, split=split, out=out).items():
+                console.print(f"{out}: {count} questions from {name}", highlight=False)
+                warn_of_size(console, name, count, split=split)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -221,9 +222,9 @@ def scores_at(result: Result, searches: float) -> Scores:
     Of evaluations between which it did not search, the last one counts.
     """
     counts = [result.searches_until(evaluation.step) for evaluation in result.evaluations]
-    after = next((k for k, count in enumerate(counts) if count > searches), None)
-    if after is None or after == 0 or counts[after - 1] == searches:
-        return read_scores(result.evaluations[-1 if after is None else max(0, after - 1)])
+    after = bisect_right(counts, searches)
+    if after in (0, len(counts)) or counts[after - 1] == searches:
+        return read_scores(result.evaluations[max(0, after - 1)])
     earlier, later = (read_scores(result.evaluations[k]) for k in (after - 1, after))
     share = (searches - counts[after - 1]) / (counts[after] - counts[after - 1])
     return [
