@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from rich.console import Console
 from screen import Screen
@@ -75,7 +75,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         metavar="KEY",
-        help="do a run again, keep nothing, and print what it took beside what is recorded",
+        help="do a run again in a new folder of --work, record nothing, print what it took beside what is "
+        "recorded",
     )
     parser.add_argument("--list", action="store_true", help="print the runs that are left, and do nothing")
     parser.add_argument(
@@ -193,6 +194,7 @@ async def verify(
     again = await runner.run(runs[key], title=f"again: {runs[key].label}")
     recorded = campaign.results.get(key)
     screen.console.print(as_rich(verify_table(recorded, again)))
+    screen.print(f"run folder: {runner.folder / key}")
 
 
 def estimate(campaign: Campaign, runs: Sequence[RunSpec]) -> float | None:
@@ -217,8 +219,6 @@ def describe_result(run: RunSpec, result: Result) -> str:
 def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> int:
     """Return the exit status: 0; 1 if a run failed or a check of a world did; 130 after a signal."""
     options = parse(argv)
-    if options.verify and options.keep:
-        raise ConfigError("--verify keeps nothing; leave --keep out")
     options.docs, options.work = options.docs.resolve(), options.work.resolve()
     if options.plan.endswith((".yaml", ".yml")):
         options.plan = os.path.relpath(options.plan, ROOT)
@@ -266,18 +266,16 @@ def work(
 
     async def do(campaign: Campaign, supervisor: Supervisor) -> dict[str, str]:
         cancel_by_signals()
-        with ExitStack() as stack:
-            place = folder
-            if options.verify:  # what the recorded run left stays
-                place = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="again-")))
-            runner = Runner(supervisor, screen, folder=place, keeps_episodes=options.keep)
-            async with aclosing(runner):
-                if options.verify:
-                    await verify(runner, screen, campaign, stages=stages, key=options.verify)
-                    return {}
-                return await do_runs(
-                    runner, screen, plan, stages=stages, results=places.results, hours=options.hours
-                )
+        # What the recorded run left stays.
+        place = Path(mkdtemp(dir=folder, prefix="again-")) if options.verify else folder
+        runner = Runner(supervisor, screen, folder=place, keeps_episodes=options.keep)
+        async with aclosing(runner):
+            if options.verify:
+                await verify(runner, screen, campaign, stages=stages, key=options.verify)
+                return {}
+            return await do_runs(
+                runner, screen, plan, stages=stages, results=places.results, hours=options.hours
+            )
 
     with lock_file(folder / ".lock", taken=taken), Supervisor() as supervisor:
         # Each is composed once, and kept, which takes up to a minute for all.

@@ -213,6 +213,6 @@ done again; one that was interrupted begins again.
 
 - `--hours 8` begins no run that would end later; `--report` writes what there is, `--list`
   prints what is left.
-- `--stage NAME` does one part; `--verify KEY` does one run again and keeps nothing.
+- `--stage NAME` does one part; `--verify KEY` does one run again and records nothing.
 - `--plan separates` shows that a world separates a broken reward from a right one, before the long runs.
 """

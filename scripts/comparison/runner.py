@@ -54,7 +54,7 @@ class Runner:
         """
         self._supervisor = supervisor
         self._screen = screen
-        self._folder = folder
+        self.folder = folder
         self._keeps_episodes = keeps_episodes
         self._services: dict[str, tuple[tuple[str, ...], Child, str]] = {}
         """By name: arguments, process, address."""
@@ -63,7 +63,7 @@ class Runner:
 
     async def run(self, run: RunSpec, *, title: str) -> Result:
         """Do a run from its start, return its result. Raises what ended it; the engines are then closed."""
-        run_dir = self._folder / run.key
+        run_dir = self.folder / run.key
         if self._keeps_episodes and run_dir.exists():
             set_aside_run(run_dir)
         else:
@@ -131,7 +131,7 @@ class Runner:
                 f"the {name}",
                 module=module,
                 arguments=arguments,
-                log=self._folder / f"{name.replace(' ', '_')}.log",
+                log=self.folder / f"{name.replace(' ', '_')}.log",
                 update=update,
             )
         self._services[name] = (arguments, self._supervisor.children[-1], url)
@@ -146,12 +146,12 @@ class Runner:
         device = resolve_device(config, num_gpus=count_gpus())
         stack = AsyncExitStack()
         self._stack = stack
-        with self._screen.phase("starting the engines"), _stderr_in(self._folder / "engines.log"):
+        with self._screen.phase("starting the engines"), _stderr_in(self.folder / "engines.log"):
             host = await open_host(
                 config,
                 stack,
                 device=device,
-                scratch=stack.enter_context(scratch_folder(self._folder)),
+                scratch=stack.enter_context(scratch_folder(self.folder)),
                 open_agent=bind_agent(
                     config, device=device, temperature=config.actor_rollout_ref.rollout.temperature
                 ),

@@ -62,9 +62,10 @@ def test_a_run_after_another_one_is_the_run_alone(tmp_path: Path) -> None:
     assert len(results[key]["em"]) == 2
     assert [len(evaluation["outcomes"]) for evaluation in results[key]["evaluations"]] == [8, 8, 8]
 
-    output = compare(plan, "--docs", str(docs), "--work", str(tmp_path / "alone"), "--verify", key)
+    output = compare(plan, "--docs", str(docs), "--work", str(tmp_path / "after"), "--verify", key)
     assert "The same run twice" in output
     metrics, episodes = read_run(tmp_path / "after" / key)
     assert len(episodes) == 2 * 12 + 3 * 8
     assert any("policy/loss" in line for line in metrics)
-    assert (metrics, episodes) == read_run(tmp_path / "alone" / key)
+    (again,) = (tmp_path / "after").glob(f"again-*/{key}")
+    assert (metrics, episodes) == read_run(again)
