@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.running import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 PLAN = """
 rollouts: 12
