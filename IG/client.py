@@ -98,20 +98,20 @@ class IGClient:
             pairs, timeout_s=self._timeout_s if timeout_s is None else timeout_s
         )
 
-    async def wait_ready(self, deadline_s: float) -> dict[str, object]:
+    async def wait_ready(self, timeout_s: float) -> dict[str, object]:
         """Wait until the service accepts work and return its health.
 
         Raises CallError with the command that starts it, or about the token.
         """
         try:
             # An empty request, which is refused until there is a worker; unlike /health it needs the token.
-            await self._service.post(GAINS.path, {"items": []}, timeout_s=deadline_s)
+            await self._service.post(GAINS.path, {"items": []}, timeout_s=timeout_s)
             return await self._service.get("/health")
         except CallError as error:
             if not error.retryable:
                 raise
             message = (
-                f"{self._service.shown_url} was not ready within {deadline_s:g} s ({error.message}); if it "
+                f"{self._service.shown_url} was not ready within {timeout_s:g} s ({error.message}); if it "
                 "is loading its models, start this again when it says that it is ready"
             )
             raise CallError(SERVICE, message, retryable=True) from error
@@ -165,9 +165,9 @@ class SyncIGClient:
         """Return one result per request, in order; a gain that is late is a named error."""
         return self._run(self._client.compute(requests, timeout_s=timeout_s))
 
-    def wait_ready(self, deadline_s: float) -> dict[str, object]:
+    def wait_ready(self, timeout_s: float) -> dict[str, object]:
         """Wait until the service accepts work and return its health. Raises CallError."""
-        return self._run(self._client.wait_ready(deadline_s))
+        return self._run(self._client.wait_ready(timeout_s))
 
     def close(self) -> None:
         """Close all connections and end the thread; safe to call twice."""

@@ -52,8 +52,8 @@ from verl.trainer.build import make_reward, make_services, open_trainer
 from verl.trainer.config.loading import compose_config
 from verl.trainer.config.schema import Config
 from verl.trainer.launch import Models
+from verl.trainer.needs import USE_IG_SERVICE
 from verl.trainer.ppo.trainer import PPOTrainer
-from verl.trainer.wiring import USE_IG_SERVICE
 from verl.utils.entry import error_line
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.supervise import Supervisor, start_service

@@ -358,7 +358,7 @@ class ScriptedSearch:
             raise found
         return found
 
-    async def wait_ready(self, deadline_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
         self.num_waits += 1
 
     async def describe(self) -> dict[str, object] | None:

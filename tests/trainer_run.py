@@ -62,10 +62,7 @@ class FakeModels:
         self.calls.append(call)
         self.hooks.get(call, lambda: None)()
 
-    def is_on_policy(self, batch: TrainBatch) -> bool:
-        return self._is_fresh
-
-    def is_on_policy_with(self, num_trajectories: int) -> bool:
+    def is_on_policy(self, num_trajectories: int) -> bool:
         return self._is_fresh
 
     async def update(self, batch: TrainBatch) -> dict[str, float]:

@@ -62,7 +62,7 @@ class Search(Protocol):
         """Return a part of the document with this passage; None for an unknown id. Raises ServiceError."""
         ...
 
-    async def wait_ready(self, deadline_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
         """Return once the search engine answers. Raises ServiceError when that takes longer."""
         ...
 

@@ -19,11 +19,11 @@ from comparison.plan import Method, Plan, Stage, Tuned, Value, World, write_valu
 from serving.files import sha256_of_file
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
-from verl.run.resume import flatten
 from verl.trainer.config.loading import compose_config, config_class
 from verl.trainer.config.overrides import check_overrides, in_quotes
 from verl.trainer.config.schema import Config
-from verl.trainer.wiring import USE_IG_SERVICE
+from verl.trainer.needs import USE_IG_SERVICE
+from verl.utils.flatten import flatten
 
 CODE_VERSION = 2
 """Raise it with a change after which a run with the same settings gives other numbers: all runs are then

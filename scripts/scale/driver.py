@@ -92,7 +92,7 @@ class ScriptedSearch:
         """Return None: there are no pages."""
         return None
 
-    async def wait_ready(self, deadline_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
         """Return at once."""
 
     async def describe(self) -> Mapping[str, object] | None:

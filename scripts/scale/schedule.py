@@ -67,7 +67,7 @@ class ScriptedModels:
             stop=Stop.ANSWERED,
         )
 
-    def is_on_policy(self, batch: TrainBatch) -> bool:  # noqa: ARG002
+    def is_on_policy(self, num_trajectories: int) -> bool:  # noqa: ARG002
         """Return that no old log-probs are needed."""
         return True
 

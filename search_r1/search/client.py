@@ -110,13 +110,13 @@ class HttpSearch:
         pieces = [Passage(id=p.id, title=page.title, text=p.text, score=0.0) for p in page.passages]
         return Page(title=page.title, part=page.part, num_parts=page.num_parts, passages=tuple(pieces))
 
-    async def wait_ready(self, deadline_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
         """Return once the server answers a search.
 
-        Raises ServiceError if that takes longer than `deadline_s`, and at once when waiting does not help (a
+        Raises ServiceError if that takes longer than `timeout_s`, and at once when waiting does not help (a
         wrong token, a key that its engine refuses). Uses no route that a published server does not have.
         """
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + timeout_s
         while True:
             left_s = max(0.001, end - time.monotonic())
             (outcome,) = await self._remote.search([_PROBE], topk=self._topk, timeout_s=left_s)

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from verl.agent.loop import call_tool, neutralize
+from verl.forest import common_length
 from verl.protocols import Agent, FixedText, PromptFormat, Tool
 from verl.types import (
     Action,
@@ -132,7 +133,4 @@ class ReferenceAgent:
 
     def _num_before_passages(self, question: Question, prompt_ids: IntArray) -> int:
         """Return how many tokens of the prompt are before the passages: those of a prompt without any."""
-        without = np.array(self._render(question, ""), dtype=np.int32)
-        length = min(len(without), len(prompt_ids))
-        differs = np.flatnonzero(without[:length] != prompt_ids[:length])
-        return int(differs[0]) if len(differs) else length
+        return common_length(np.array(self._render(question, ""), dtype=np.int32), prompt_ids)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from verl.types import Span, SpanKind
+
+THINK_TAG = "<think>"
+
+
+def opens_thought(ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> bool:
+    """Return whether the text of the tokens ends in `<think>`, which the chat template then opened."""
+    # As many tokens as characters are enough.
+    return decode(ids[-len(f"{THINK_TAG}\n") :]).rstrip().endswith(THINK_TAG)
 
 
 class DecodedText:
@@ -48,12 +57,8 @@ class DecodedText:
         )
 
     def _count_tokens(self, characters: int) -> int:
-        """Return the fewest tokens that cover so many characters, by bisection: coverage only grows."""
-        low, high = 0, len(self._ids)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.count_characters(middle) >= characters else (middle + 1, high)
-        return low
+        """Return the fewest tokens that cover so many characters; coverage only grows."""
+        return bisect_left(range(len(self._ids)), characters, key=self.count_characters)
 
     def count_characters(self, count: int) -> int:
         """Return the number of characters of the text that the first `count` tokens hold."""

@@ -110,9 +110,9 @@ class Services:
     """Return the passages of a trajectory as the text that the policy read."""
     ig_service: IGService | None = None
     codec: TextCodec | None = None
-    """Set with `policy` or `frozen`."""
+    """Set for methods that ask for log-probs."""
     answer_wrapper: str = ""
-    """Text around an answer whose log-prob is asked for; set with `codec`."""
+    """Text around an answer whose log-prob is asked for."""
     policy: LogProbScorer | None = None
     frozen: LogProbScorer | None = None
     entailment: Entailment | None = None

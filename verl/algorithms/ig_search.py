@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from statistics import fmean
 from zlib import crc32
 
 import numpy as np
@@ -101,7 +103,9 @@ class IGSearch(Algorithm):
             [find_steps(t, min_chars=settings.min_document_chars) for t in group.trajectories]
             for group in groups
         ]
-        pool = sorted((step for of_group in steps for some in of_group for step in some), key=_key)
+        pool = sorted(
+            (step for of_group in steps for some in of_group for step in some), key=attrgetter("key")
+        )
         count = None if settings.answers == "best" else 1
         asked = [
             [
@@ -187,7 +191,7 @@ class IGSearch(Algorithm):
             best = real.index(max(real))  # the same answer for the documents and their counterfactuals
             random = [[next(values) for _ in range(num_probes)][best] for _ in drawn]
             turns[step.key[2]] = step_gain(real[best], random)
-            pairs.append((real[best], math.fsum(random) / len(random)))
+            pairs.append((real[best], fmean(random)))
         return Gain(turns=tuple(turns)), pairs
 
 
@@ -206,7 +210,7 @@ def find_steps(trajectory: Trajectory, *, min_chars: int) -> list[Step]:
         query_end = start + len(turn.output_ids)
         start = query_end + len(turn.observation_ids)
         num_chars = sum(len(observation.text) for observation in turn.observations)
-        if turn.observation_overflowed or not turn.passages or num_chars < max(1, min_chars):
+        if not turn.passages or num_chars < max(1, min_chars):
             continue
         following = trajectory.turns[number + 1 : number + 2]
         refined = [
@@ -250,13 +254,9 @@ def _log_prob_stats(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     if not pairs:
         return {}
     return {
-        "ig/log_prob_real_mean": math.fsum(real for real, _ in pairs) / len(pairs),
-        "ig/log_prob_counterfactual_mean": math.fsum(other for _, other in pairs) / len(pairs),
+        "ig/log_prob_real_mean": fmean(real for real, _ in pairs),
+        "ig/log_prob_counterfactual_mean": fmean(other for _, other in pairs),
     }
-
-
-def _key(step: Step) -> tuple[str, int, int]:
-    return step.key
 
 
 def mean_log_prob(log_probs: FloatArray, settings: IGSearchConfig) -> float:
@@ -269,7 +269,7 @@ def mean_log_prob(log_probs: FloatArray, settings: IGSearchConfig) -> float:
 
 def step_gain(real: float, counterfactual: Sequence[float]) -> float:
     """Return the log-prob with the step's documents minus its mean over counterfactual ones (eq. 2)."""
-    return real - math.fsum(counterfactual) / len(counterfactual)
+    return real - fmean(counterfactual)
 
 
 def stabilize(gain: float, settings: IGSearchConfig) -> float:

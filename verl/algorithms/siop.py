@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -110,7 +111,7 @@ class SIOP(Algorithm):
             for group, of_group in zip(groups, measurement.gains, strict=True)
         ]
         supports = [cluster.support for cluster in clusters.values()]
-        support = {"ig/support_mean": math.fsum(supports) / len(supports)} if supports else {}
+        support = {"ig/support_mean": fmean(supports)} if supports else {}
         return replace(measurement, gains=gains, stats=measurement.stats | support)
 
     def credit(
@@ -169,7 +170,7 @@ class SIOP(Algorithm):
             [k for k, i in enumerate(answered) if numbers[_statement(group.trajectories[i])] == number]
             for number in range(len(set(numbers.values())))
         ]
-        supports = [math.fsum(support[k] for k in members) / len(members) for members in of_cluster]
+        supports = [fmean(support[k] for k in members) for members in of_cluster]
         masses = [len(members) / len(answered) for members in of_cluster]
         weights = cluster_weights(masses, supports, eta=self.settings.eta)
         return [
@@ -240,7 +241,7 @@ def cluster_weights(masses: Sequence[float], supports: Sequence[float], *, eta: 
 
 def cluster_belief(mean_log_probs: Sequence[float]) -> float:
     """Return p_t, the mean over member answers of exp(mean log-prob per token) in one state."""
-    return math.fsum(math.exp(value) for value in mean_log_probs) / len(mean_log_probs)
+    return fmean(math.exp(value) for value in mean_log_probs)
 
 
 def turn_rewards(beliefs: Sequence[float], weight: float, settings: SIOPConfig) -> list[float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def group_advantages(rewards: Sequence[float | None], *, by_std: bool = True) ->
     valid = [reward for reward in rewards if reward is not None]
     if len(valid) < 2:
         return [0.0] * len(rewards)
-    mean = math.fsum(valid) / len(valid)
+    mean = fmean(valid)
     std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in valid) / (len(valid) - 1))
     if std < EPSILON:
         return [0.0] * len(rewards)
@@ -120,7 +121,7 @@ def outcome_advantages(
 
 def _centered(rewards: Sequence[float | None]) -> list[float | None]:
     valid = [reward for reward in rewards if reward is not None]
-    mean = math.fsum(valid) / len(valid) if valid else 0.0
+    mean = fmean(valid) if valid else 0.0
     return [None if reward is None else reward - mean for reward in rewards]
 
 

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -124,4 +125,4 @@ def batch_scale(differences: Sequence[float | None], settings: TIPSConfig) -> fl
     sizes = [abs(value) for value in differences if value]
     if settings.scale == "fixed":
         return settings.alpha
-    return settings.target_size / (math.fsum(sizes) / len(sizes)) if sizes else 0.0
+    return settings.target_size / fmean(sizes) if sizes else 0.0

@@ -33,8 +33,9 @@ from verl.run.folder import set_aside_run
 from verl.run.manifest import MANIFEST_FILE, Manifest
 from verl.run.progress import model_digest
 from verl.run.report.report import REPORT_FILE
-from verl.run.resume import flatten, retriever_facts
+from verl.run.resume import retriever_facts
 from verl.utils.files import parse_json
+from verl.utils.flatten import flatten
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from verl.errors import ConfigError, RolloutError
 from verl.protocols import EnginePart
@@ -76,7 +76,7 @@ class EnginePool:
         request_timeout_s: float,
         colocated: bool = False,
     ) -> None:
-        """Take `max_concurrent` episodes at a time, over all replicas.
+        """Store `max_concurrent`, the episodes that a collector may run at a time over all replicas.
 
         Replicas limit what an episode waits for. One that does not even answer a short call within
         `request_timeout_s` hangs. `colocated`: they share their GPUs with the trainer and free them while it
@@ -107,7 +107,7 @@ class EnginePool:
 
     async def wait_until_ready(self) -> None:
         """Wait until every replica is built and has connected its tools. Raises what it raised."""
-        await self._call_all("open")
+        await asyncio.gather(*(engine.call("open") for engine in self._engines))
 
     async def run(self, question: Question, *, sample: int, seed: int, greedy: bool) -> Trajectory:
         """Play an episode on the replica of its question.
@@ -153,9 +153,6 @@ class EnginePool:
         finally:
             for engine in self._engines:
                 engine.kill()
-
-    async def _call_all(self, method: str, *args: object) -> list[Any]:
-        return await asyncio.gather(*(engine.call(method, *args) for engine in self._engines))
 
     async def _require_answer(self, replica: int) -> None:
         """Raise RolloutError unless the replica answers a call."""

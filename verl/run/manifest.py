@@ -7,9 +7,7 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -171,7 +169,7 @@ def _describe_machine() -> Manifest:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "processor": _describe_processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": gpus.splitlines() if gpus else [],
     }
@@ -196,8 +194,6 @@ def _summary(manifest: Manifest) -> Manifest:
 
 def _output(command: str, *arguments: str) -> str | None:
     """Return what a program prints; None if it is missing or fails."""
-    if shutil.which(command) is None:
-        return None
     try:
         done = subprocess.run(
             [command, *arguments],
@@ -213,4 +209,4 @@ def _output(command: str, *arguments: str) -> str | None:
 
 
 def _now() -> str:
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

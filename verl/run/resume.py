@@ -13,6 +13,7 @@ from verl.run.manifest import MANIFEST_FILE, Manifest, read_manifest, update_man
 from verl.run.progress import Identity, Progress
 from verl.run.tracking import read_metrics
 from verl.trainer.config.schema import ONE_STEP_OFF, Config
+from verl.utils.flatten import flatten
 from verl.workers.checkpoint import CHECKPOINTS, EXPORT, POLICY, CheckpointStore
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def find_progress(
     newest = checkpoints.latest()
     if newest is None:
         # Without a checkpoint nothing can continue; lost ones are an error, records alone are kept aside.
-        check_unsaved(run_dir, checkpoints.damages, saved_step=earlier.get("saved_step"))
+        refuse_lost_checkpoints(run_dir, checkpoints.damages, saved_step=earlier.get("saved_step"))
         if has_records(run_dir):
             logger.warning(
                 "an earlier run ended before its first checkpoint (%s); it was moved to %s, a new one starts",
@@ -95,7 +96,7 @@ def _warn_of_differences(run_dir: Path, progress: Progress, *, earlier: Manifest
         logger.warning("changed since the last start of this run: %s", change)
 
 
-def check_unsaved(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int | None) -> None:
+def refuse_lost_checkpoints(run_dir: Path, damages: Mapping[Path, str], *, saved_step: int | None) -> None:
     """Raise ConfigError if the run folder has lost checkpoints: a new run would hide that."""
     root = run_dir / CHECKPOINTS
     if damages:
@@ -139,12 +140,3 @@ def retriever_facts(manifest: Mapping[str, object]) -> dict[str, object]:
     for name in ("retriever", "version", "retriever"):
         found = found.get(name) if isinstance(found, Mapping) else None
     return flatten(found, "retriever.index.") if isinstance(found, Mapping) else {}
-
-
-def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the values of nested sections by dotted key."""
-    flat: dict[str, object] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
-    return flat

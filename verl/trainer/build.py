@@ -34,7 +34,7 @@ from verl.trainer.config.pools import transfer_kind
 from verl.trainer.config.schema import SYNC, ActorRolloutRefConfig, Config
 from verl.trainer.config.validate import resolve_device, validate
 from verl.trainer.launch import Host, Models, count_gpus, launch_models
-from verl.trainer.needs import find_needs
+from verl.trainer.needs import USE_IG_SERVICE, find_needs
 from verl.trainer.plan.command import check_memory, choose_gpu
 from verl.trainer.plan.gpus import Gpu, measure_gpus
 from verl.trainer.plan.setup import make_setup
@@ -45,7 +45,6 @@ from verl.trainer.ppo.profiler import Profiler
 from verl.trainer.ppo.speed import Machine
 from verl.trainer.ppo.trainer import Parts, PPOTrainer
 from verl.trainer.wiring import (
-    USE_IG_SERVICE,
     bind_agent,
     connect_grader,
     connect_services,
@@ -264,7 +263,7 @@ def make_services(
             models.policy,
             shares_prefixes=shares_prefixes,
             # The same pass gives the old log-probs, where an update needs any.
-            scores_trajectories=not models.policy.is_on_policy_with(config.trajectories_per_step),
+            scores_trajectories=not models.policy.is_on_policy(config.trajectories_per_step),
         )
     frozen_model = models.reference if models.copy is None else models.copy.model
     if Need.FROZEN_LOG_PROBS in needs and frozen_model is not None:

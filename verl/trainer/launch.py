@@ -181,7 +181,7 @@ async def open_local_engine(
     """
     settings = engine_settings(config, device=device, scratch=scratch, num_replicas=1)
     async with limited_start(config):
-        engine = await asyncio.to_thread(partial(VllmEngine, **settings))
+        engine = await asyncio.to_thread(VllmEngine, **settings)
     close_quietly(stack, engine.shutdown)
     return engine
 
@@ -287,7 +287,7 @@ def launch_engines(
 
     def see(node: int, local: int) -> dict[str, str]:
         begin = first + local * parallel
-        gpus = launcher.nodes[node].see_gpus(range(begin, begin + parallel))
+        gpus = launcher.nodes[node].gpu_environment(range(begin, begin + parallel))
         # The ranks of the policy talk over it, too, see `WorkerGroup.launch`.
         return gpus | ({"NCCL_SOCKET_IFNAME": interface_of(launcher.nodes, node)} if separate else {})
 

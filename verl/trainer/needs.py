@@ -8,6 +8,9 @@ from verl.algorithms import ALGORITHMS
 from verl.algorithms.base import Need
 from verl.trainer.config.schema import Config
 
+USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
+"""Needs that the IG service meets."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenModels:

@@ -28,8 +28,9 @@ from verl.protocols import Agent, Generate, PromptFormat, Tokenizer, Tool, ToolR
 from verl.rollout.host import OpenAgent
 from verl.rollout.tokenizer import HfTokenizer
 from verl.run.records import Decode
-from verl.trainer.config.schema import DROP_OBSERVATIONS, Config, RetrieverConfig
+from verl.trainer.config.schema import DROP_OBSERVATIONS, Config
 from verl.trainer.launch import count_replicas
+from verl.trainer.needs import USE_IG_SERVICE
 from verl.types import Question
 from verl.utils.reward_score.IG_client import GainClient
 from verl.utils.reward_score.math_grader import MathGrader
@@ -37,24 +38,14 @@ from verl.utils.shutdown import close_quietly
 
 logger = logging.getLogger(__name__)
 
-USE_IG_SERVICE = frozenset({Need.IG_SERVICE, Need.ENTAILMENT})
-"""Needs that the IG service meets."""
-
-
-def open_search(
-    config: RetrieverConfig, *, token: str | None = None, max_connections: int = MAX_CONNECTIONS
-) -> HttpSearch:
-    """Make a client of the retriever."""
-    return HttpSearch(
-        config.url, topk=config.topk, timeout_s=config.timeout_s, token=token, max_connections=max_connections
-    )
-
 
 def make_resources(config: Config, *, num_replicas: int = 1) -> ToolResources:
     """Return what the tools of each of so many engines may open: all together no more than those of one."""
     search = partial(
-        open_search,
-        config.retriever,
+        HttpSearch,
+        config.retriever.url,
+        topk=config.retriever.topk,
+        timeout_s=config.retriever.timeout_s,
         # Tokens are secrets, so they are not part of the configuration, the manifest or a command line; the
         # processes of engines do not inherit them either.
         token=os.environ.get("RETRIEVER_TOKEN") or None,

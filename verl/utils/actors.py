@@ -39,7 +39,7 @@ class Node:
     is_here: bool = True
     """Whether this process runs there, too."""
 
-    def see_gpus(self, indices: range) -> dict[str, str]:
+    def gpu_environment(self, indices: range) -> dict[str, str]:
         """Return the environment of a process that sees these of the GPUs."""
         chosen = [self.gpus[i] if self.gpus else str(i) for i in indices]
         # Policy ranks and engines share GPUs, so Ray, which assigns each GPU only once, must not do it.

@@ -1,6 +1,7 @@
 """Join a Ray cluster that the user started with `ray start`, and reserve the same share of several nodes.
 
-    launcher = await join_cluster(Share(address="10.0.0.1:6379", num_nodes=2, gpus=8, cpus=8), folders=[run])
+    share = Share(address="10.0.0.1:6379", num_nodes=2, gpus=8, cpus=8)
+    launcher = await join_cluster(share, paths=[model_path], shared=run_dir, timeout_s=60.0)
     launcher.launch(PolicyWorker, kwargs={}, name="policy-8", node=1)
     launcher.shutdown()     # ends the actors; the cluster stays
 
@@ -241,8 +242,8 @@ def _connect(address: str) -> tuple[Path, str, str]:
         raise ConfigError(
             f"trainer.ray_address={address!r}: cannot join this cluster ({type(error).__name__}: "
             f"{str(error).strip()}). This machine must be one of its nodes (ray start --address={address}; "
-            "--num-gpus=0 where it shall only drive), with the same versions of Ray and Python, and with the "
-            "cluster's token if it has one (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
+            "--num-gpus=0 where it only runs the trainer), with equal versions of Ray and Python, and with "
+            "the cluster's token if it has one (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH)"
         ) from error
     session = Path(str(context.address_info["session_dir"]))
     runtime = ray.get_runtime_context()

@@ -10,7 +10,6 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import closing
 
 logger = logging.getLogger(__name__)
 
@@ -78,5 +77,5 @@ class ClusterWatch:
 def check_connection(address: str) -> None:
     """Raise OSError unless something listens at HOST:PORT."""
     host, _, port = address.rpartition(":")
-    with closing(socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S)):
+    with socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S):
         return

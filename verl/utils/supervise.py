@@ -7,16 +7,16 @@ becomes the parent of orphans. If this process is killed, a `ProcessGuard` ends 
 from __future__ import annotations
 
 import ctypes
+import http.client
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ROOT = Path(__file__).resolve().parents[2]
 _START_TIMEOUT_S = 300.0
+_GRACE_S = 40.0
+"""For children to end by themselves."""
 _ORPHAN_GRACE_S = 2.0
 _KILL_ROUNDS = 10
 _RESIDENT_GROWTH = 1.01
@@ -72,15 +74,14 @@ class Child:
 class Supervisor:
     """Starts children and guarantees their end: use as a context manager."""
 
-    def __init__(self, *, grace_s: float = 40.0) -> None:
-        self._grace_s = grace_s
+    def __init__(self) -> None:
         self.children: list[Child] = []
         self._guard: ProcessGuard | None = None
         self._earlier: set[psutil.Process] = set()
 
     def __enter__(self) -> Supervisor:
         self._earlier = set(psutil.Process().children(recursive=True))
-        self._guard = ProcessGuard(grace_s=self._grace_s)
+        self._guard = ProcessGuard(grace_s=_GRACE_S)
         self._earlier |= set(psutil.Process().children())
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         return self
@@ -120,7 +121,7 @@ class Supervisor:
         """End all: SIGTERM to each child, which can then end its own; after the grace period SIGKILL."""
         for child in reversed(self.children):
             child.process.terminate()
-        deadline = time.monotonic() + self._grace_s
+        deadline = time.monotonic() + _GRACE_S
         for child in self.children:
             with suppress(subprocess.TimeoutExpired):
                 child.process.wait(max(0.0, deadline - time.monotonic()))
@@ -206,7 +207,7 @@ def is_service_variable(name: str) -> bool:
 def free_ports(count: int) -> list[int]:
     """Return different loopback ports on which nothing listens."""
     with ExitStack() as held:
-        sockets = [held.enter_context(closing(socket.socket())) for _ in range(count)]
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind(("127.0.0.1", 0))
         return [sock.getsockname()[1] for sock in sockets]
@@ -272,5 +273,5 @@ def _answers(url: str) -> bool:
     try:
         with _DIRECTLY.open(url, timeout=2.0) as answer:
             return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):
         return False

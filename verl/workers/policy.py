@@ -229,7 +229,7 @@ class PolicyWorker:
         return await asyncio.to_thread(export, Path(checkpoint), Path(folder))
 
     def load(self, folder: str) -> None:
-        """Continue where `stage` was called, exactly on as many ranks; a frozen model takes the weights.
+        """Restore the state of `stage`, exactly if on as many ranks; a frozen model takes the weights.
 
         Raises ConfigError if the model differs.
         """

@@ -72,7 +72,7 @@ def _pieces(
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, tensor in layout.items():
-        begin, end = end, end + tensor.numel() * tensor.itemsize
+        begin, end = end, end + tensor.nbytes
         header[name] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -113,7 +113,7 @@ def write_weights(
     }
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(t.numel() * t.itemsize for t in layout.values())},
+            "metadata": {"total_size": sum(t.nbytes for t in layout.values())},
             "weight_map": {name: names[i] for i, file in enumerate(files) for name in file},
         }
         write_json_atomically(folder / _INDEX.format(_SINGLE), index)
@@ -125,7 +125,7 @@ def _split(layout: Layout, *, max_bytes: int) -> list[dict[str, Tensor]]:
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in _widest_first(layout).items():
-        num_bytes = tensor.numel() * tensor.itemsize
+        num_bytes = tensor.nbytes
         if files[-1] and size + num_bytes > max_bytes:
             files.append({})
             size = 0

@@ -34,8 +34,13 @@ class Chunk:
 
 def buffer_size(layout: Layout, *, preferred: int) -> int:
     """Return the bytes of a buffer: `preferred`, more for a larger tensor, less for a smaller model."""
-    sizes = [_size(tensor) for tensor in layout.values()]
+    sizes = [tensor.nbytes for tensor in layout.values()]
     return min(sum(sizes), max(preferred, *sizes))
+
+
+def order_weights(layout: Layout) -> list[str]:
+    """Return the names of what is sent: wider numbers first, so that each lies aligned in what is packed."""
+    return sorted((name for name in layout if layout[name].numel()), key=lambda name: -layout[name].itemsize)
 
 
 def plan_chunks(layout: Layout, *, buffer_bytes: int) -> list[Chunk]:
@@ -45,9 +50,8 @@ def plan_chunks(layout: Layout, *, buffer_bytes: int) -> list[Chunk]:
     """
     chunks: list[list[str]] = []
     used = buffer_bytes  # no chunk has room yet
-    names = sorted(layout, key=lambda name: -layout[name].itemsize)
-    for name in (name for name in names if layout[name].numel()):
-        size = _size(layout[name])
+    for name in order_weights(layout):
+        size = layout[name].nbytes
         if size > buffer_bytes:
             raise ValueError(f"{name} has {size} bytes, more than the buffer of {buffer_bytes}")
         if used + size > buffer_bytes:
@@ -64,9 +68,5 @@ def _make_chunk(layout: Layout, names: list[str]) -> Chunk:
         names=tuple(names),
         dtypes=tuple(tensor.dtype for tensor in tensors),
         shapes=tuple(tuple(tensor.shape) for tensor in tensors),
-        sizes=tuple(_size(tensor) for tensor in tensors),
+        sizes=tuple(tensor.nbytes for tensor in tensors),
     )
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize

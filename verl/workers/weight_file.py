@@ -102,7 +102,7 @@ class FileSender:
     def num_bytes(self) -> int:
         """Return the size of what is sent."""
         layout, _ = self._weights()
-        return sum(tensor.numel() * tensor.itemsize for tensor in layout.values())
+        return sum(tensor.nbytes for tensor in layout.values())
 
     def export(self) -> str | None:
         """Write the files; return their folder, None on ranks that do not lead a node. Collective."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from verl.errors import WeightSyncError
 from verl.workers.parallel import ParallelContext
-from verl.workers.tensor_files import Layout, Readable
+from verl.workers.tensor_files import Readable
+from verl.workers.weight_chunks import order_weights
 from verl.workers.weight_ipc import ChunkReceiver
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ PACKED_BUFFERS = 2
 _CONNECT_TIMEOUT_S = 330.0
 """A little more than that of vLLM's rendezvous, 300 s, whose error says more."""
 _SEND_TIMEOUT_S = 600.0
-"""16 GB at 0.03 GB/s: what is slower is taken to hang."""
+"""16 GB at 0.03 GB/s: a slower transfer counts as hung."""
 _GRACE_S = 10.0
 """For the policy, after an engine has failed."""
 _COLLECTIVE = ("connect", "broadcast")
@@ -70,7 +71,6 @@ class NcclTransfer:
         *,
         engine_size: int,
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
-        send_timeout_s: float = _SEND_TIMEOUT_S,
         grace_s: float = _GRACE_S,
     ) -> None:
         """`engine_size`: workers of an engine."""
@@ -78,7 +78,6 @@ class NcclTransfer:
         self._receivers = tuple(receivers)
         self._engine_size = engine_size
         self._connect_timeout_s = connect_timeout_s
-        self._send_timeout_s = send_timeout_s
         self._grace_s = grace_s
         self._update: dict[str, object] | None = None
         """None until the group is connected."""
@@ -129,7 +128,7 @@ class NcclTransfer:
 
     async def _together(self, calls: Sequence[Coroutine[Any, Any, None]], what: str) -> None:
         """Wait for all calls, or for the first error: the others may then never return."""
-        timeout_s = self._connect_timeout_s if what == "connect" else self._send_timeout_s
+        timeout_s = self._connect_timeout_s if what == "connect" else _SEND_TIMEOUT_S
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
             done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -217,11 +216,6 @@ class BroadcastSender:
         layout, read = self._weights()
         for name in order_weights(layout):
             yield name, read(name).detach()
-
-
-def order_weights(layout: Layout) -> list[str]:
-    """Return the names of what is sent: wider numbers first, so that each lies aligned in what is packed."""
-    return sorted((name for name in layout if layout[name].numel()), key=lambda name: -layout[name].itemsize)
 
 
 def join_group(info: Mapping[str, Any], *, listener: socket.socket, device: torch.device) -> Any:

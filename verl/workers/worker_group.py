@@ -143,12 +143,8 @@ class WorkerGroup:
             for tree, parts in zip(trees, scored_of, strict=True)
         ]
 
-    def is_on_policy(self, batch: TrainBatch) -> bool:
-        """Return whether one update takes the whole batch: all ratios are then 1, without old log-probs."""
-        return self.is_on_policy_with(batch.num_trajectories)
-
-    def is_on_policy_with(self, num_trajectories: int) -> bool:
-        """Return whether one update takes this many trajectories."""
+    def is_on_policy(self, num_trajectories: int) -> bool:
+        """Return whether one update takes all trajectories: no old log-probs are needed, all ratios are 1."""
         minis = count_mini_batches(num_trajectories, mini_batch_size=self._config.ppo_mini_batch_size)
         return self._config.ppo_epochs * minis == 1
 
@@ -329,4 +325,4 @@ def _make_environment(placement: Placement, nodes: Sequence[Node]) -> dict[str, 
     if placement.device == "cpu":
         # Threads that spin would take the cores from the other processes.
         return {"GLOO_SOCKET_IFNAME": interface, "OMP_WAIT_POLICY": "passive"}
-    return node.see_gpus(range(placement.node_size)) | {"NCCL_SOCKET_IFNAME": interface}
+    return node.gpu_environment(range(placement.node_size)) | {"NCCL_SOCKET_IFNAME": interface}

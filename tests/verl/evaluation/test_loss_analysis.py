@@ -149,7 +149,7 @@ class DeepSearch:
     async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
         return Page(title="", part=1, num_parts=1, passages=()) if page_id in self.ids else None
 
-    async def wait_ready(self, deadline_s: float) -> None:
+    async def wait_ready(self, timeout_s: float) -> None:
         """Be ready."""
 
     async def describe(self) -> None:

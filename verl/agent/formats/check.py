@@ -65,7 +65,7 @@ def _check_call(prompt_format: PromptFormat, tokenizer: Tokenizer, call: ToolCal
 
 
 def _check_retry(prompt_format: PromptFormat, tokenizer: Tokenizer) -> str | None:
-    """Let the policy end its turn without an action."""
+    """Return what fails where the policy ends its turn without an action; None if nothing."""
     end = _find_control(tokenizer, tokenizer.render_next_turn("") or [])[:1]
     output_ids = np.array([*tokenizer.encode("hm"), *end], dtype=np.int32)
     turn = Turn(

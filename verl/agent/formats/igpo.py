@@ -19,6 +19,7 @@ _SEARCH = "search"
 class IgpoFormat(ToolCallsFormat):
     """The prompt format `igpo`."""
 
+    name = "igpo"
     names: ClassVar[Mapping[str, str]] = {_SEARCH: "web_search"}
     opening = "<think>"
     ends_when_invalid = True

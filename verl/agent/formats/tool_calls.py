@@ -47,6 +47,7 @@ class _InvalidCallError(Exception):
 class ToolCallsFormat:
     """The prompt format `tool_calls`."""
 
+    name: ClassVar[str] = "tool_calls"
     names: ClassVar[Mapping[str, str]] = {}
     """Of tools, as the policy writes them, where that is not the tool's own."""
     opening: ClassVar[str] = ""
@@ -64,7 +65,7 @@ class ToolCallsFormat:
 
     def __init__(self, *, tokenizer: Tokenizer, texts: Mapping[str, str], tools: Sequence[ToolSpec]) -> None:
         actions = (TOOL_CALL, ANSWER)
-        wrapper = find_wrapper(texts["observation"], key="tool_calls.observation", actions=actions)
+        wrapper = find_wrapper(texts["observation"], key=f"{self.name}.observation", actions=actions)
         self._tokenizer = tokenizer
         self._tools = {self.names.get(tool.name, tool.name): tool for tool in tools}
         self._empty_texts = {tool.name: tool.empty_text for tool in tools}

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from verl.errors import ServiceError
 from verl.protocols import FixedText, Page, Tool, ToolResources
-from verl.trainer.config.fields import check_section, positive, setting
+from verl.trainer.config.fields import positive, setting
 from verl.types import Observation, Passage, ToolSpec
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,6 @@ class OpenPageConfig:
 
     part_chars: int = setting(2000, lambda value: 100 <= value <= 100_000, "from 100 to 100000")
     timeout_s: float = positive(30.0)
-
-    def __post_init__(self) -> None:
-        check_section("open_page", self)
 
 
 class OpenPageTool(Tool):

@@ -15,7 +15,7 @@ from typing import ClassVar
 from verl.agent.tools.sandbox import Ending, Isolation, Sandbox, SandboxError, SandboxLimits
 from verl.errors import ConfigError, ServiceError
 from verl.protocols import FixedText, Tool, ToolResources
-from verl.trainer.config.fields import check_section, positive
+from verl.trainer.config.fields import positive
 from verl.types import Observation, ToolSpec
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,6 @@ class PythonConfig:
     max_output_bytes: int = positive(65536)
     max_concurrent: int | None = positive(None)
     require_isolation: bool = True
-
-    def __post_init__(self) -> None:
-        check_section("python", self)
 
 
 class PythonTool(Tool):
@@ -83,7 +80,7 @@ class PythonTool(Tool):
         )
 
     async def connect(self, timeout_s: float) -> Mapping[str, object]:  # noqa: ARG002 (its own limit is short)
-        """Run a first code; return what isolates it, and the interpreter's version.
+        """Run a first program; return what isolates it, and the interpreter's version.
 
         Raises ConfigError where that is not enough, ServiceError where nothing can be run.
         """
@@ -119,7 +116,7 @@ class PythonTool(Tool):
         return replace(observation, text=text)
 
     async def aclose(self) -> None:
-        """Wait for the codes that run; those that wait are not run."""
+        """Wait for the programs that run; those that wait are not run."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
 

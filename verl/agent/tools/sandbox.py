@@ -93,7 +93,7 @@ class Isolation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one code did."""
+    """What one program did."""
 
     output: str
     """What it printed, then the value of its last expression or its error; cut at `max_output_bytes`."""
@@ -101,7 +101,7 @@ class Run:
 
 
 class Sandbox:
-    """Runs codes, each in a process of its own; threads may share it."""
+    """Runs programs, each in a process of its own; threads may share it."""
 
     def __init__(self, limits: SandboxLimits, *, uses_namespaces: bool = True) -> None:
         """Start nothing. Without `uses_namespaces` the code has the second layer alone."""

@@ -1,4 +1,4 @@
-"""Give up all rights, then run the Python code on stdin: the process that `sandbox.py` starts for each code.
+"""Give up all rights, then run the Python program on stdin: `sandbox.py` starts this process for each.
 
 It imports the standard library only, because it cannot read other files of the project. It gives up rights
 in the order limits, capabilities, files (Landlock), system calls (seccomp), each as far as this machine has

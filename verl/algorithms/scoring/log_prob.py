@@ -15,13 +15,12 @@ from statistics import fmean
 
 import numpy as np
 
-from verl.agent.spans import DecodedText
+from verl.agent.spans import THINK_TAG, DecodedText, opens_thought
 from verl.algorithms.base import LogProbScorer, Measurement, TextCodec
 from verl.branches import Branch, Tree, TreeLogProbs
 from verl.trainer.config.schema import ANSWER_PLACE
 from verl.types import FloatArray, Gain, Group, IntArray, Stop, Trajectory
 
-_OPENING = "<think>"
 _MAX_PROBES = 100_000
 """Encoded answers that are kept: SIOP scores what the policy writes, new answers in every step."""
 
@@ -56,13 +55,11 @@ class AnswerProbes:
 
     def encode_all(self, answers: Sequence[str], *, trajectory: Trajectory) -> list[Probe]:
         """Return the tokens, in the wrapper, of those answers that have any."""
-        # As many tokens as characters are enough.
-        end = self._codec.decode(trajectory.prompt_ids[-len(f"{_OPENING}\n") :].tolist())
-        is_opened = end.rstrip().endswith(_OPENING)
+        is_opened = opens_thought(trajectory.prompt_ids.tolist(), decode=self._codec.decode)
         return [probe for answer in answers if (probe := self._encode(answer, is_opened)) is not None]
 
     def _encode_uncached(self, answer: str, is_opened: bool) -> Probe | None:
-        wrapper = self._wrapper.removeprefix(_OPENING) if is_opened else self._wrapper
+        wrapper = self._wrapper.removeprefix(THINK_TAG) if is_opened else self._wrapper
         before, after = wrapper.split(ANSWER_PLACE)
         # Encoded together with its wrapper, because a tokenizer may merge characters over the border.
         ids = self._codec.encode(before + answer + after)

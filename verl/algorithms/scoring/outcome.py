@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from serving.answers import AnswerRule, normalize_answer
+from verl.agent.spans import THINK_TAG, opens_thought
 from verl.types import ActionKind, SpanKind, Trajectory
 from verl.utils.reward_score.math_grader import Grade
 from verl.utils.reward_score.qa_em import exact_match, overlap_f1, set_f1, sub_exact_match, word_f1
@@ -76,17 +77,16 @@ def measure_outcome(
     return Outcome(value=value, metrics=metrics)
 
 
-def igpo_f1(answer: str | None, golds: Iterable[str], *, penalty: float = -2.0) -> float:
-    """Return `set_f1`, or the penalty without an answer (IGPO, whose code has the value of the penalty)."""
-    return penalty if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
+def igpo_f1(answer: str | None, golds: Iterable[str]) -> float:
+    """Return `set_f1`, or -2 without an answer (IGPO; the value is that of its code)."""
+    return -2.0 if answer is None else set_f1(answer, golds, rule=AnswerRule.published)
 
 
 def _text_of_turns(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> str:
     """Return the sampled text, with the tag `<think>` where the chat template opened it before a turn."""
     text, before = "", trajectory.prompt_ids
     for turn in trajectory.turns:
-        end = decode(before[-len("<think>\n") :].tolist())  # as many tokens as characters are enough
-        text += "<think>" if end.rstrip().endswith("<think>") else ""
+        text += THINK_TAG if opens_thought(before.tolist(), decode=decode) else ""
         text += decode(turn.output_ids.tolist())
         before = turn.observation_ids
     return text

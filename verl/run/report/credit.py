@@ -15,7 +15,7 @@ LEVELS = 6
 POSITIVE, NEGATIVE = (0, 114, 178), (213, 94, 0)
 """Blue and vermilion of Okabe and Ito, which color-blind readers can tell apart."""
 SATURATED_SHARE = 0.05
-"""Share of the values that may be beyond the scale of the colors: a few outliers would bleach all others."""
+"""Share of the values that may be beyond the scale of the colors: a few outliers would make the rest pale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

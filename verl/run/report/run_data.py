@@ -207,7 +207,7 @@ def _reward(run: RunData) -> str | None:
     outcome = run.setting("reward.outcome")
     if not outcome:
         return None
-    name = str(outcome).replace("_", "-").upper() if outcome in ("em", "f1") else str(outcome)
+    name = str(outcome).upper() if outcome in ("em", "f1") else str(outcome)
     if run.old_gain_weight:
         return f"{name} + {run.old_gain_weight:g} x information gain"
     settings = run.setting("algorithm")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from serving.answers import AnswerRule, find_answer
 from verl.run.records import PassageRecord, TrajectoryRecord
 from verl.utils.reward_score.IG_reward import combine
 
@@ -75,9 +76,8 @@ def reward_of(record: TrajectoryRecord, *, gain_weight: float) -> float | None:
 
 
 def names_gold(passage: PassageRecord, golds: list[str]) -> bool:
-    """Return whether a passage contains an accepted answer as a word or phrase."""
-    text = f"{passage['title']} {passage['text']}"
-    return any(gold and re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text, re.IGNORECASE) for gold in golds)
+    """Return whether a passage contains an accepted answer, as the metrics count it."""
+    return find_answer([f"{passage['title']} {passage['text']}"], golds, rule=AnswerRule.folded) is not None
 
 
 def mask_strip(record: TrajectoryRecord) -> list[tuple[str, int]]:

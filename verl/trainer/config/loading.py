@@ -21,6 +21,7 @@ from verl.agent.tools import TOOLS
 from verl.algorithms import ALGORITHMS
 from verl.errors import ConfigError
 from verl.trainer.config.schema import AlgorithmConfig, Config
+from verl.utils.flatten import flatten
 
 logger = logging.getLogger(__name__)
 
@@ -82,27 +83,19 @@ def restore_config(recorded: Mapping[str, Any], *, overrides: Sequence[str] = ()
     """
     register_schema()
     schema = config_class()
-    known = {key: value for key, value in _leaves(recorded) if key in set(schema_keys(schema))}
-    if unknown := sorted({key for key, _ in _leaves(recorded)} - known.keys()):
+    leaves, keys = flatten(recorded), set(schema_keys(schema))
+    if unknown := sorted(leaves.keys() - keys):
         logger.warning("recorded settings that this version does not have: %s", ", ".join(unknown))
     raw = OmegaConf.structured(schema)
     try:
-        for key, value in known.items():
-            OmegaConf.update(raw, key, value, force_add=False)
+        for key, value in leaves.items():
+            if key in keys:
+                OmegaConf.update(raw, key, value, force_add=False)
         raw = OmegaConf.merge(raw, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     assert isinstance(raw, DictConfig)
     return load_config(raw)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values, those of nested mappings by themselves."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def config_class() -> type[Config]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.trainer.config.fields import check_section, not_negative, positive, setting
+from verl.trainer.config.fields import not_negative, positive, setting
 
 
 @dataclass
@@ -17,6 +17,3 @@ class PlacementConfig:
     ig_service_memory: float = setting(0.15, lambda value: 0 < value < 1, "in (0, 1)")
     retriever_gpus: int = not_negative(0)
     retriever_index_gb: float = positive(32.3)
-
-    def __post_init__(self) -> None:
-        check_section("placement", self)

@@ -135,9 +135,6 @@ class ActorConfig:
     loss_scale_factor: float = positive(1024.0)
     max_skipped_updates: int = positive(3)
 
-    def __post_init__(self) -> None:
-        check_section("actor_rollout_ref.actor", self)
-
 
 @dataclass
 class RolloutConfig:
@@ -156,9 +153,6 @@ class RolloutConfig:
     weight_transfer: str = one_of("auto", "file", "ipc", "nccl")
     request_timeout_s: float = positive(120.0)
     max_log_prob_difference: float | None = positive(None)
-
-    def __post_init__(self) -> None:
-        check_section("actor_rollout_ref.rollout", self)
 
 
 @dataclass
@@ -183,9 +177,6 @@ class AgentConfig:
     enable_thinking: bool | None = None
     """For chat templates that know it; None: as the template has it."""
 
-    def __post_init__(self) -> None:
-        check_section("agent", self)
-
 
 @dataclass
 class RetrieverConfig:
@@ -195,9 +186,6 @@ class RetrieverConfig:
     topk: int = positive(3)
     timeout_s: float = positive(30.0)
 
-    def __post_init__(self) -> None:
-        check_section("retriever", self)
-
 
 @dataclass
 class SemanticGainConfig:
@@ -206,9 +194,6 @@ class SemanticGainConfig:
     url: str = web_url("http://127.0.0.1:8310")
     timeout_s: float = positive(120.0)
     batch_size: int = positive(256)
-
-    def __post_init__(self) -> None:
-        check_section("reward.semantic", self)
 
 
 @dataclass
@@ -229,9 +214,6 @@ class RewardConfig:
     semantic: SemanticGainConfig = field(default_factory=SemanticGainConfig)
     max_failure_share: float = share(0.2)
 
-    def __post_init__(self) -> None:
-        check_section("reward", self)
-
 
 @dataclass
 class FilterGroupsConfig:
@@ -241,9 +223,6 @@ class FilterGroupsConfig:
     """Leave out groups whose outcomes are all equal, and ask further questions in their place."""
     max_num_gen_batches: int = positive(4)
     """Most batches of questions that a step asks."""
-
-    def __post_init__(self) -> None:
-        check_section("algorithm.filter_groups", self)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def list_stages(setup: Setup) -> list[Stage]:
     share = _train_share(setup)
     reward = [_gains(setup, hidden_s=rollout_s)] if setup.uses_ig_service else []
     reward += [_pass(setup, Phase.REWARD, "method_log_probs", share=share)] if setup.scores_log_probs else []
-    knows_old = setup.is_on_policy or setup.scores_with_policy
+    knows_old = setup.num_updates == 1 or setup.scores_with_policy
     log_probs = [_batch(setup)]
     log_probs += [] if knows_old else [_pass(setup, Phase.LOG_PROBS, "old_log_probs", share=share)]
     if setup.frozen.has_kl:

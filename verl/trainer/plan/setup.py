@@ -8,7 +8,7 @@ from verl.algorithms.base import Need
 from verl.trainer.config.data import DataConfig
 from verl.trainer.config.pools import engine_gpus, has_own_gpus, policy_gpus, slot_rank, transfer_kind
 from verl.trainer.config.schema import ONE_STEP_OFF, Config
-from verl.trainer.needs import FrozenModels, find_frozen_models, find_needs
+from verl.trainer.needs import USE_IG_SERVICE, FrozenModels, find_frozen_models, find_needs
 from verl.trainer.plan.assumptions import (
     COMPLETION_TOKENS,
     ENGINE_BYTES,
@@ -22,6 +22,7 @@ from verl.trainer.plan.assumptions import (
 )
 from verl.trainer.plan.gpus import Gpu
 from verl.trainer.plan.shape import ModelShape
+from verl.workers.batch import count_mini_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +87,6 @@ class Setup:
     """Tokens of one forward pass of a rank."""
     num_updates: int
     """Optimizer steps per training step."""
-    is_on_policy: bool
-    """Whether the update needs no old log-probs."""
     num_epochs: int
     engine_gpus: int
     """GPUs of one engine."""
@@ -189,7 +188,7 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
     node_ranks = len(policy_gpus(config))
     separate = has_own_gpus(rollout)
     fsdp_size = actor.fsdp_config.fsdp_size
-    num_updates = max(1, round(config.trajectories_per_step / actor.ppo_mini_batch_size))
+    minis = count_mini_batches(config.trajectories_per_step, mini_batch_size=actor.ppo_mini_batch_size)
     # A rank with few rows never fills a forward pass.
     rows = -(-min(config.trajectories_per_step, actor.ppo_mini_batch_size) // (node_ranks * num_nodes))
     longest = config.data.max_model_len
@@ -205,14 +204,13 @@ def make_setup(config: Config, shape: ModelShape, gpu: Gpu, *, other_bytes: tupl
         frozen=find_frozen_models(config),
         scores_with_policy=Need.POLICY_LOG_PROBS in needs,
         scores_with_frozen=Need.FROZEN_LOG_PROBS in needs,
-        uses_ig_service=bool(needs & {Need.IG_SERVICE, Need.ENTAILMENT}),
+        uses_ig_service=bool(needs & USE_IG_SERVICE),
         trains=trains,
         number_bytes=4 if settings.model.dtype == "float32" else 2,
         recomputed_share=settings.model.enable_gradient_checkpointing
         / settings.model.checkpoint_every_n_layers,
         micro_tokens=min(max(actor.ppo_max_token_len_per_gpu, longest), rows * longest),
-        num_updates=num_updates * actor.ppo_epochs,
-        is_on_policy=num_updates * actor.ppo_epochs == 1,
+        num_updates=minis * actor.ppo_epochs,
         num_epochs=actor.ppo_epochs,
         engine_gpus=rollout.tensor_model_parallel_size,
         engine_share=rollout.gpu_memory_utilization,

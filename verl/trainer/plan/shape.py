@@ -9,8 +9,6 @@ from typing import Any
 from serving.model_files import ModelNotFoundError, read_model_config
 from verl.errors import ConfigError
 
-_HAS_QKV_BIAS = {"qwen2": True}
-"""By model type; the others say it themselves, as `attention_bias`."""
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -140,7 +138,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or default_head_dim),
             is_tied=bool(config.get("tie_word_embeddings", False)),
-            has_qkv_bias=_HAS_QKV_BIAS.get(kind, has_bias),
+            has_qkv_bias=kind == "qwen2" or has_bias,
             has_output_bias=kind != "qwen2" and has_bias,
             has_mlp_bias=bool(config.get("mlp_bias")),
             has_qk_norm=kind == "qwen3",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from verl.evaluation.records import ResultRecord, to_result
+from verl.rollout.collector import Progress
 from verl.trainer.ppo.metrics import finite, mean
 from verl.types import Question, Score, Trajectory
 from verl.utils.failures import failure_name
-
-Progress = Callable[[int, int], None]
-"""Called with (number done, number of all)."""
 
 
 class Evaluate(Protocol):

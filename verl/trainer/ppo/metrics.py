@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from statistics import fmean
 
 import numpy as np
 
@@ -360,7 +361,7 @@ def _spread(prefix: str, values: Sequence[float]) -> dict[str, float | None]:
 
 def mean(values: Sequence[float]) -> float | None:
     """Return the mean; None of nothing."""
-    return math.fsum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -263,7 +263,7 @@ class PPOTrainer:
     async def add_log_probs(self, batch: TrainBatch) -> TrainBatch:
         """Return the batch with the log-probs that the update needs: the old ones, those of the reference."""
         policy, reference = self.parts.policy, self.parts.reference
-        if batch.old_log_probs is None and not policy.is_on_policy(batch):
+        if batch.old_log_probs is None and not policy.is_on_policy(batch.num_trajectories):
             batch = batch.with_old(await policy.log_probs(batch))
         if reference is not None:
             batch = batch.with_reference(await reference.log_probs(batch))

@@ -41,15 +41,11 @@ class GainClient:
         self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
     ) -> None:
         """`timeout_s` covers a call from asking to the last result. Raises ConfigError for a bad setting."""
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
+        """The longest time that a step may wait for its gains."""
         self._taken: Mapping[str, int] = {}
         with translated_settings():
             self._client = _IGClient(url, timeout_s=timeout_s, batch_size=batch_size, token=token)
-
-    @property
-    def timeout_s(self) -> float:
-        """Return the longest time that a step may wait for its gains."""
-        return self._timeout_s
 
     def take_work(self) -> Mapping[str, int]:
         """Return the counts of the work that the service has reported for this client since the last call."""
@@ -74,13 +70,13 @@ class GainClient:
             logger.warning("%d of %d pairs were not judged: %s", len(errors), len(results), errors[0])
         return [result.probability for result in results]
 
-    async def wait_ready(self, deadline_s: float, *, judges: bool = False) -> dict[str, object]:
+    async def wait_ready(self, timeout_s: float, *, judges: bool = False) -> dict[str, object]:
         """Wait until the service can work; return its health. Raises ServiceError, naming what to start.
 
         `judges` also requires that it judges entailment, which a published service does not.
         """
         with translated_calls():
-            health = await self._client.wait_ready(deadline_s)
+            health = await self._client.wait_ready(timeout_s)
             if judges:
                 await self._client.require_entailment()
             return health
