@@ -220,7 +220,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def resolve_config(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:
     """Resolve every setting. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
-    flags = vars(build_parser().parse_args(arguments))
+    return resolve_flags(vars(build_parser().parse_args(arguments)), environ=environ)
+
+
+def resolve_flags(flags: Mapping[str, str], *, environ: Mapping[str, str] | None = None) -> IGServiceConfig:
+    """Resolve every setting from parsed flags, by name. Raises SettingError."""
     variables = os.environ if environ is None else environ
     values = resolve_settings(SETTINGS, flags=flags, environ=variables, derive_default=_derived_default)
     return _checked(IGServiceConfig(**values))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import logging
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-logger = logging.getLogger(__name__)
 
 _SHORT_PROMPT_CHARS = 20_000
 """Tokenized on the event loop, within milliseconds; longer prompts in a thread."""

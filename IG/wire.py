@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from IG.messages import EntailmentResult, GainRequest, GainResult
+from serving.encoding import replace_surrogates
 from serving.http import CallError
 
 SERVICE = "IG service"
-_LONGEST_TIMEOUT_S = 86400.0
+MAX_TIMEOUT_S = 86400.0
 """The longest deadline that the service accepts."""
 _ROUNDING = 1e-6
 _LARGEST_LIMIT = 20.0
@@ -40,16 +41,16 @@ class Wire(Generic[RequestT, ResultT]):
 
 def choose_deadline(left_s: float) -> float:
     """Return the service's deadline, which lies before ours, so that partial results arrive in time."""
-    return min(_LONGEST_TIMEOUT_S, max(0.001, left_s - min(2.0, 0.2 * left_s)))
+    return min(MAX_TIMEOUT_S, max(0.001, left_s - min(2.0, 0.2 * left_s)))
 
 
 def _make_gain_payload(requests: Sequence[GainRequest]) -> dict[str, object]:
     return {
         "items": [
             {
-                "question": _valid_text(request.question),
-                "context": _valid_text(request.context),
-                "answers": [_valid_text(gold) for gold in request.golds],
+                "question": replace_surrogates(request.question),
+                "context": replace_surrogates(request.context),
+                "answers": [replace_surrogates(gold) for gold in request.golds],
             }
             for request in requests
         ],
@@ -60,15 +61,10 @@ def _make_gain_payload(requests: Sequence[GainRequest]) -> dict[str, object]:
 def _make_pair_payload(pairs: Sequence[tuple[str, str]]) -> dict[str, object]:
     return {
         "pairs": [
-            {"premise": _valid_text(premise), "hypothesis": _valid_text(hypothesis)}
+            {"premise": replace_surrogates(premise), "hypothesis": replace_surrogates(hypothesis)}
             for premise, hypothesis in pairs
         ]
     }
-
-
-def _valid_text(text: str) -> str:
-    """Replace lone surrogates, which have no UTF-8 form and would fail the whole request."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_gains(body: Mapping[str, object], expected: int) -> list[GainResult]:

@@ -159,7 +159,7 @@ async def post(http: aiohttp.ClientSession, body: object) -> tuple[int, str]:
 
 
 def agree(found: Answer, right: Answer) -> bool:
-    """Tell whether passages and scores are the same; passages of equal score may change places."""
+    """Return whether passages and scores are the same; passages of equal score may change places."""
     if len(found) != len(right):
         return False
     of_right = dict(right)

@@ -20,6 +20,11 @@ _CONTROL = re.compile(r"<[|\uff5c].+[|\uff5c]>")
 DeepSeek's role markers with full-width bars."""
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which tokenizers and JSON may produce and UTF-8 cannot represent."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class TextEncoder:
     """Encodes trusted and untrusted text with the tokenizer of a model."""
 

@@ -71,9 +71,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         )
 
 
-def write_json_atomically(path: Path, value: object, *, indent: int = 2) -> None:
+def write_json_atomically(path: Path, value: object) -> None:
     """Replace `path` by the value as JSON, in UTF-8 and with a final line break."""
-    write_atomically(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -53,11 +53,11 @@ def find_model(name: str | Path, *, cached_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if cached_only:
-        return Path(snapshot_download(str(name), local_files_only=True))
-    disable_progress_bars()
-    logger.info("%s is not a folder here: looking in the cache and on the hub", name)
     try:
+        if cached_only:
+            return Path(snapshot_download(str(name), local_files_only=True))
+        disable_progress_bars()
+        logger.info("%s is not a folder here: looking in the cache and on the hub", name)
         return Path(
             snapshot_download(
                 str(name), allow_patterns=list(_WANTED_FILES), ignore_patterns=list(_UNWANTED_FILES)

@@ -18,10 +18,12 @@ class DataError(UserError, ValueError):
 class ServiceError(UserError, RuntimeError):
     """A service (retriever, IG service) did not give a usable answer within its deadline."""
 
-    def __init__(self, service: str, message: str) -> None:
+    def __init__(self, service: str, message: str, *, status: int | None = None) -> None:
         super().__init__(service, message)
         self.service = service
         """Short name of the service, used to count failures by cause."""
+        self.status = status
+        """HTTP status of a final refusal; None when there was none."""
 
     def __str__(self) -> str:
         return ": ".join(self.args)

@@ -26,7 +26,7 @@ from IG.config import (
     IGServiceConfig,
     count_gpus,
     require_devices,
-    resolve_config,
+    resolve_flags,
     visible_device,
 )
 from IG.doctor.diagnosis import Diagnosis, diagnose, rows, summary
@@ -85,8 +85,7 @@ def main(arguments: Sequence[str] | None = None, *, start_backend: StartBackend 
 def parse_arguments(arguments: Sequence[str]) -> Request:
     """Return the request. Raises SettingError; exits as argparse does on an unknown flag and on --help."""
     given = vars(build_parser().parse_args(expand_home(arguments)))
-    flags = [part for s in SETTINGS if s.name in given for part in (s.flag, given[s.name])]
-    config = resolve_config(flags)
+    config = resolve_flags(given)
     if config.num_generations > given["max_samples"]:
         raise SettingError(
             f"--max-samples is {given['max_samples']}, expected at least --num-generations "

@@ -44,6 +44,7 @@ from IG.service.schema import (
     VersionResponse,
 )
 from IG.sharing import Work
+from IG.wire import ENTAILMENT, GAINS
 from serving.logs import configure_logging
 from serving.machine import has_bfloat16, is_loopback
 from serving.web.application import add_states, make_application, make_guarded_router, wait_for_disconnect
@@ -58,8 +59,6 @@ logger = logging.getLogger("IG.service")
 
 Done = TypeVar("Done", Estimates, Judgements)
 
-_GAIN_PATH = "/compute_info_gain"
-_ENTAILMENT_PATH = "/entailment"
 _DESCRIPTION = """
 The service samples short answers to a question with a context and without it, groups them by meaning, and
 returns how much the belief in the accepted answers grew.
@@ -121,7 +120,7 @@ def create_app(
     app.include_router(guarded)
     app.add_middleware(
         Guard,
-        work_paths={_GAIN_PATH, _ENTAILMENT_PATH},
+        work_paths={GAINS.path, ENTAILMENT.path},
         access=access,
         max_body_bytes=config.max_body_bytes,
         body_flag="--max-body-mb",
@@ -137,7 +136,7 @@ def _gains(
     router = _router(host, config, noun="items")
 
     @router.post(
-        _GAIN_PATH,
+        GAINS.path,
         tags=["gain"],
         response_model=InfoGainResponse,
         responses=refusals(400, 408, 413, 415, 429, 503),
@@ -184,7 +183,7 @@ def _entailment(
     router = _router(host, config, noun="pairs")
 
     @router.post(
-        _ENTAILMENT_PATH,
+        ENTAILMENT.path,
         tags=["entailment"],
         response_model=EntailmentResponse,
         responses=refusals(400, 408, 413, 415, 429, 503),

@@ -14,7 +14,7 @@ from IG.prompts import PromptStyle
 from serving.files import sha256_of_file
 from serving.model_files import ModelNotFoundError, find_model_file, read_model_config
 
-_DIGESTED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "*.model")
+_DIGESTED = ("config.json", "*.safetensors", "*.bin", "tokenizer*.json", "*.model", "*.jinja")
 """Files that identify a model, in present and older formats."""
 
 

@@ -15,6 +15,7 @@ from IG.service.schema import (
     InfoGainResponse,
     ResponseDetail,
 )
+from serving.encoding import replace_surrogates
 
 
 async def render(
@@ -61,7 +62,7 @@ def render_judgements(judgements: Judgements) -> bytes:
 
 
 def _errors(outcomes: Sequence[object]) -> list[str | None]:
-    return [_valid_text(outcome.reason) if isinstance(outcome, GainFailure) else None for outcome in outcomes]
+    return [replace_surrogates(one.reason) if isinstance(one, GainFailure) else None for one in outcomes]
 
 
 def _detail(estimate: GainEstimate) -> InfoGainDetail:
@@ -92,7 +93,7 @@ def _detail(estimate: GainEstimate) -> InfoGainDetail:
 def _responses(belief: Belief) -> list[ResponseDetail]:
     return [
         ResponseDetail(
-            text=_valid_text(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens
+            text=replace_surrogates(answer.text), mean_loglik=answer.mean_log_prob, length=answer.num_tokens
         )
         for answer in belief.answers
     ]
@@ -111,8 +112,3 @@ def _entailment(belief: Belief) -> EntailmentDetail:
         resp_entails_ans=forward.ravel().tolist(),
         ans_entails_resp=backward.ravel().tolist(),
     )
-
-
-def _valid_text(text: str) -> str:
-    """Replace lone surrogates, which tokenizers and libraries may produce and JSON cannot carry."""
-    return text.encode(errors="replace").decode()

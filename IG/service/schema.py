@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, FailFast, Field
 
 from IG.config import IGServiceConfig
 from IG.sharing import ModelIdentity, Source, Work
+from IG.wire import MAX_TIMEOUT_S
 
-MAX_TIMEOUT_S = 86400.0
 MAX_CONTEXT_CHARS = 1_000_000
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from search_r1.search.defaults import REPOSITORY
 from search_r1.search.errors import RetrieverError
@@ -34,6 +34,15 @@ _Z = 1.959963984540054
 _REACH_S = 10.0
 _Asked = TypeVar("_Asked")
 _Answer = TypeVar("_Answer")
+_Answered = TypeVar("_Answered", bound="_OfQuestion")
+
+
+class _OfQuestion(Protocol):
+    """What is known of one question."""
+
+    @property
+    def question(self) -> AskedQuestion: ...
+
 
 Share: TypeAlias = tuple[float, float, float]
 """A share of questions and its Wilson interval of 95 %: value, low, high."""
@@ -224,3 +233,11 @@ def prepare_output(path: Path, *, flag: str) -> None:
         raise RetrieverError(f"{flag} {path}: {error.strerror or error}; name another file") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise RetrieverError(f"{flag} {path} cannot be written; name a file in a folder of yours")
+
+
+def by_source(answered: Sequence[_Answered]) -> dict[str, list[_Answered]]:
+    """Return what is known of the questions of every data source, in alphabetical order."""
+    parts: dict[str, list[_Answered]] = {}
+    for one in sorted(answered, key=lambda one: one.question.data_source):
+        parts.setdefault(one.question.data_source, []).append(one)
+    return parts

@@ -44,11 +44,8 @@ async def open_retriever(settings: RetrieverSettings) -> Retriever:
     try:
         from search_r1.search.rerank import CrossEncoderReranker, RerankedRetriever
 
-        device = "cuda" if settings.dense.device != "cpu" else None
         # In a thread that a stop signal need not wait for, like an index of gigabytes.
-        model = await load_in_thread(
-            lambda: CrossEncoderReranker(settings.reranker_model, device=device), name="reranker"
-        )
+        model = await load_in_thread(lambda: CrossEncoderReranker(settings.reranker_model), name="reranker")
         return RerankedRetriever(retriever, model=model, depth=settings.rerank_depth)
     except BaseException:
         await retriever.aclose()

@@ -34,6 +34,7 @@ from rich.text import Text
 from search_r1.search.asking import (
     AskedQuestion,
     add_asking_arguments,
+    by_source,
     check_asking,
     check_depth,
     format_share,
@@ -44,7 +45,7 @@ from search_r1.search.asking import (
     wilson_share,
 )
 from search_r1.search.errors import RetrieverError
-from search_r1.search.presence import look_up_ids, scan_corpus
+from search_r1.search.presence import Held, look_up_ids, scan_corpus
 from search_r1.search.remote import RemoteRetriever
 from search_r1.search.retriever import Outcome, Retriever, SearchFailure
 from search_r1.search.settings import resolve_retriever
@@ -126,7 +127,7 @@ def run(settings: argparse.Namespace) -> int:
         "topk": k,
         "depth": settings.depth,
         **_summarize(audited, k),
-        "by_source": {source: _summarize(part, k) for source, part in _by_source(audited).items()},
+        "by_source": {source: _summarize(part, k) for source, part in by_source(audited).items()},
         "retriever": facts,
     }
     sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
@@ -151,9 +152,10 @@ async def _audit(
             for row, one in enumerate(audited)
             if one.failure is None and any(item.in_corpus is None for item in one.items)
         }
-        if settings.url is None or "corpus_path" in settings:
-            corpus_path = resolve_retriever(settings).dense.corpus_path
-            held = await asyncio.to_thread(scan_corpus, corpus_path, unresolved)
+        held: Held = {}  # an online engine has no corpus to look into
+        retrieves = resolve_retriever(settings)
+        if "corpus_path" in settings or (settings.url is None and not retrieves.is_online):
+            held = await asyncio.to_thread(scan_corpus, retrieves.dense.corpus_path, unresolved)
         elif isinstance(retriever, RemoteRetriever):
             held = await look_up_ids(retriever, unresolved, timeout_s=settings.timeout_s)
     resolved = [_resolve(one, held[row]) if row in held else one for row, one in enumerate(audited)]
@@ -272,13 +274,6 @@ def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int, corpu
         raise RetrieverError(f"--output {path}: {error.strerror or error}") from error
 
 
-def _by_source(audited: Sequence[AuditedQuestion]) -> dict[str, list[AuditedQuestion]]:
-    parts: dict[str, list[AuditedQuestion]] = {}
-    for one in sorted(audited, key=lambda one: one.question.data_source):
-        parts.setdefault(one.question.data_source, []).append(one)
-    return parts
-
-
 def _summarize(audited: Sequence[AuditedQuestion], k: int) -> dict[str, object]:
     statuses = Counter(one.status(k) for one in audited)
     kinds = Counter(one.evidence.kind for one in audited)
@@ -301,7 +296,7 @@ def _make_table(audited: Sequence[AuditedQuestion], k: int) -> Table:
     table.add_column("data source", overflow="fold")
     for name in ("questions", *Status):
         table.add_column(str(name), justify="right")
-    parts = _by_source(audited)
+    parts = by_source(audited)
     for name, part in (parts | ({"all": list(audited)} if len(parts) > 1 else {})).items():
         counts = Counter(one.status(k) for one in part)
         num_known = len(part) - counts[Status.UNKNOWN]

@@ -126,7 +126,7 @@ class MicroBatcher:
 
     @property
     def num_waiting(self) -> int:
-        """Queries that wait for their call."""
+        """Return the number of queries that wait for their call."""
         return sum(len(lane.queue) for lane in self._lanes.values())
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
@@ -285,7 +285,7 @@ class MicroBatcher:
             if len(outcomes) == len(queries):
                 return [_check_scores(outcome) for outcome in outcomes]
             reason = f"{len(queries)} queries had {len(outcomes)} outcomes"
-            logger.error("the retriever is out of order: %s", reason)
+            logger.error("the retriever is broken: %s", reason)
             return _fail(queries, reason)
         half = len(batch) // 2
         first = await self._search(batch[:half], topk=topk)

@@ -30,6 +30,7 @@ from search_r1.search.manifest import (
     save_manifest,
 )
 from search_r1.search.retriever import Hit
+from serving.encoding import replace_surrogates
 from serving.files import lock_file
 
 logger = logging.getLogger(__name__)
@@ -336,7 +337,7 @@ def _build_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 def _clean(text: str) -> str:
     """Return one spelling of every character: composed, of normal width; lone surrogates are replaced."""
-    return unicodedata.normalize("NFKC", text).encode("utf-8", "replace").decode("utf-8")
+    return replace_surrogates(unicodedata.normalize("NFKC", text))
 
 
 def _write_passages(writer: tantivy.IndexWriter, *, corpus: Corpus, report: Report) -> None:

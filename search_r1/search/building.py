@@ -81,7 +81,7 @@ class BuildOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the work is."""
+        """Return the folder of the unfinished work."""
         return self.index_path.with_name(self.index_path.name + ".building")
 
 
@@ -298,7 +298,7 @@ def take_query(contents: str) -> str:
 
 
 def _log_recall(options: BuildOptions, *, vectors: VectorSource, queries: FloatArray, report: Report) -> None:
-    """Log how much of what exact search finds the index finds."""
+    """Log the recall of the index against exact search."""
     if options.index.kind is IndexKind.FLAT:
         logger.info("recall against exact search is 1: kind flat is exact")
         return

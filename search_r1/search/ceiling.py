@@ -29,6 +29,7 @@ from search_r1.search.asking import (
     AskedQuestion,
     Share,
     add_asking_arguments,
+    by_source,
     check_asking,
     check_depth,
     format_share,
@@ -132,14 +133,6 @@ def share_within(ranks: Sequence[AnswerRank], k: int) -> Share | None:
     known = [ranked for ranked in ranks if ranked.failure is None]
     hits = sum(ranked.rank is not None and ranked.rank <= k for ranked in known)
     return wilson_share(hits, len(known)) if known else None
-
-
-def by_source(ranks: Sequence[AnswerRank]) -> dict[str, list[AnswerRank]]:
-    """Return the ranks of every data source, in alphabetical order."""
-    parts: dict[str, list[AnswerRank]] = {}
-    for ranked in sorted(ranks, key=lambda ranked: ranked.question.data_source):
-        parts.setdefault(ranked.question.data_source, []).append(ranked)
-    return parts
 
 
 def _summarize(ranks: Sequence[AnswerRank], ks: Sequence[int]) -> dict[str, object]:

@@ -45,7 +45,7 @@ class _Rows(Protocol):
 
     @property
     def sidecar(self) -> Path | None:
-        """The file of line offsets, where there is one."""
+        """Return the file of line offsets, if there is one."""
         ...
 
     def close(self) -> None: ...
@@ -80,12 +80,12 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See files.py; cheap."""
+        """Return the fingerprint of the file, see files.py; cheap."""
         return fingerprint(self.path)
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file, read at the first access."""
+        """Return the SHA-256 of the whole file, which is read at the first access."""
         return sha256_of_file(self.path)
 
     @property

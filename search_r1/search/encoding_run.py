@@ -77,7 +77,7 @@ class VectorFile:
 
 
 def holds_unfinished(folder: Path) -> bool:
-    """Tell whether there is encoded work in the folder that a build can continue."""
+    """Return whether there is encoded work in the folder that a build can continue."""
     return (folder / _STATE_FILE).exists()
 
 
@@ -106,7 +106,7 @@ class EncodingRun:
 
     @property
     def num_encoded(self) -> int:
-        """Passages whose vectors are on disk."""
+        """Return the number of passages whose vectors are on disk."""
         return sum(len(self.rows_of(chunk)) for chunk in self._finished)
 
     def list_unfinished(self) -> list[int]:
@@ -206,7 +206,7 @@ def encode_in_processes(
             report(run.num_encoded, len(run.vectors))
     except BrokenProcessPool as error:
         raise RetrieverError(
-            "an encoding process was killed (for want of memory?); start again: what is encoded stays"
+            "an encoding process was killed (out of memory?); start again: what is encoded stays"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

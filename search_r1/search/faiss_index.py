@@ -180,7 +180,7 @@ class StoredVectors:
     """The whole vectors of a `flat`, `fp16` or `sq8` file: a VectorSource and VectorRows."""
 
     def __init__(self, path: Path, *, mmap: bool = True) -> None:
-        """Raises RetrieverError when the file does not hold whole vectors or is truncated."""
+        """Map the file. Raises RetrieverError when it does not hold whole vectors or is truncated."""
         self._codec = _read(path, mmap=True)
         self.kind = _classify(self._codec, path)
         if self.kind not in SCANNED_KINDS:

@@ -19,17 +19,16 @@ RRF_K = 60
 class HybridRetriever:
     """Asks every part at once. A query that one part cannot answer has failed: there is no half ranking."""
 
-    def __init__(self, parts: Sequence[Retriever], *, depth: int, rrf_k: int = RRF_K) -> None:
-        """`depth`: hits of each part that are fused (more if more are asked for)."""
+    def __init__(self, parts: Sequence[Retriever], *, depth: int) -> None:
+        """Take `depth` hits of each part to fuse, more if more are asked for."""
         self.max_batch = min(part.max_batch for part in parts)
         self.num_parallel_calls = min(part.num_parallel_calls for part in parts)
         self._parts = tuple(parts)
         self._depth = depth
-        self._rrf_k = rrf_k
 
     @property
     def num_passages(self) -> int | None:
-        """In the corpus; None when the parts do not search the same number."""
+        """Return the number of passages in the corpus; None when the parts do not search the same number."""
         numbers = {part.num_passages for part in self._parts}
         return numbers.pop() if len(numbers) == 1 else None
 
@@ -37,7 +36,7 @@ class HybridRetriever:
         """Return its own facts, and those of part n as `n.fact`."""
         facts: dict[str, str | int | float | None] = {
             "retriever": "hybrid",
-            "rrf_k": self._rrf_k,
+            "rrf_k": RRF_K,
             "depth": self._depth,
         }
         for number, part in enumerate(self._parts):
@@ -53,8 +52,8 @@ class HybridRetriever:
                     group.create_task(part.search(queries, topk=depth, timeout_s=timeout_s))
                     for part in self._parts
                 ]
-        except ExceptionGroup as errors:  # what `except*` raises, Python 3.11.2 (Debian 12) wraps in a group
-            raise _first(errors) from errors
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         by_query = zip(*(task.result() for task in tasks), strict=True)
         return [self._join(outcomes, topk=topk) for outcomes in by_query]
 
@@ -69,10 +68,10 @@ class HybridRetriever:
                 name = part.describe().get("retriever", "part")
                 return SearchFailure(kind=outcome.kind, reason=f"{name} of the hybrid: {outcome.reason}")
             rankings.append(outcome)
-        return fuse_rankings(rankings, rrf_k=self._rrf_k)[:topk]
+        return fuse_rankings(rankings)[:topk]
 
 
-def fuse_rankings(rankings: Sequence[Found], *, rrf_k: int = RRF_K) -> Found:
+def fuse_rankings(rankings: Sequence[Found]) -> Found:
     """Return all documents of the rankings, best first; of equals, the one with the better rank in a ranking.
 
     Two hits are the same document when id and contents agree: several corpora may count from 0.
@@ -86,15 +85,8 @@ def fuse_rankings(rankings: Sequence[Found], *, rrf_k: int = RRF_K) -> Found:
             key = (hit.document.id, hit.document.contents)
             first_hits.setdefault(key, hit)
             # A ranking that has a document twice counts its better rank.
-            shares.setdefault(key, {}).setdefault(number, 1 / (rrf_k + rank))
+            shares.setdefault(key, {}).setdefault(number, 1 / (RRF_K + rank))
     # fsum: the sum does not depend on the order of the parts, so that equals are equal.
     scored = [(math.fsum(parts.values()), first_hits[key]) for key, parts in shares.items()]
     scored.sort(key=lambda pair: -pair[0])  # stable: equals keep the order of their first rank
     return tuple(Hit(document=hit.document, score=score) for score, hit in scored)
-
-
-def _first(group: ExceptionGroup[Exception]) -> Exception:
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

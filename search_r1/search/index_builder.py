@@ -107,7 +107,7 @@ def _build_dense(settings: argparse.Namespace, report: Callable[[str, int, int],
     from search_r1.search.building import BuildOptions, build_index
 
     method = settings.retrieval_method
-    if method is None and _is(settings.model_path, defaults.ENCODER_PATH):
+    if method is None and _is_same_path(settings.model_path, defaults.ENCODER_PATH):
         method = defaults.RETRIEVER_NAME  # the embedded world's encoder does not state its family
     name = defaults.name_index(method or Path(settings.model_path).name, settings.kind)
     path = Path(settings.index_path or _choose_folder(settings) / name)
@@ -140,13 +140,13 @@ def _choose_folder(settings: argparse.Namespace) -> Path:
     """Return where the index goes: one of other files must not replace the embedded world's."""
     if settings.save_dir is not None:
         return Path(settings.save_dir)
-    is_world = _is(settings.corpus_path, defaults.CORPUS_PATH) and _is(
+    is_world = _is_same_path(settings.corpus_path, defaults.CORPUS_PATH) and _is_same_path(
         settings.model_path, defaults.ENCODER_PATH
     )
     return defaults.INDEX_DIR if is_world else Path("index")
 
 
-def _is(path: str, default: Path) -> bool:
+def _is_same_path(path: str, default: Path) -> bool:
     return Path(path).resolve() == default.resolve()
 
 

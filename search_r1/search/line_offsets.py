@@ -39,7 +39,7 @@ def find_line_starts(
 
 
 def is_checked(sidecar: Path | None) -> bool:
-    """Tell whether `mark_checked` was called for this content."""
+    """Return whether `mark_checked` was called for this content."""
     return sidecar is not None and bool(np.load(sidecar, mmap_mode="r")[_CHECKED_AT])
 
 

@@ -33,6 +33,7 @@ from search_r1.search.remote import RemoteRetriever
 from search_r1.search.retriever import Retriever, SearchFailure
 from search_r1.search.schema import MAX_QUERY_CHARS, MAX_TOPK
 from search_r1.search.settings import add_retriever_arguments, resolve_retriever
+from serving.encoding import replace_surrogates
 from serving.http import CallError
 from serving.logs import configure_logging
 from serving.redaction import redact_text
@@ -82,7 +83,7 @@ def make_server(retriever: Retriever | RemoteRetriever, *, topk: int, timeout_s:
         query: Annotated[str, Field(max_length=MAX_QUERY_CHARS, description="What to search for.")],
         topk: Annotated[int, Field(ge=1, le=MAX_TOPK, description="Most passages to return.")] = topk,
     ) -> SearchResult:
-        text = query.encode("utf-8", "replace").decode("utf-8")  # no encoder reads lone surrogates
+        text = replace_surrogates(query)  # no encoder reads lone surrogates
         try:
             (outcome,) = await retriever.search([text], topk=topk, timeout_s=timeout_s)
         except RetrieverError as error:

@@ -50,17 +50,17 @@ class PlanRow:
 
     @property
     def memory(self) -> int:
-        """Of a server whose hot part is in memory."""
+        """Return the memory of a server whose hot part is in memory."""
         return self.hot + _PROCESS_BYTES
 
     @property
     def recall(self) -> str:
-        """Of the best three, as expected for vectors of an encoder."""
+        """Return the recall of the best three to expect for vectors of an encoder."""
         is_refined = self.options.kind is not IndexKind.IVF_PQ or "R" in str(self.options.factory)
         return _RECALL[self.options.kind] if is_refined else _NOT_REFINED
 
     def fits(self, ram_bytes: int) -> bool:
-        """Tell whether the index can be built and served in so much RAM."""
+        """Return whether the index can be built and served in so much RAM."""
         return max(self.memory, self.build) <= _USABLE_SHARE * ram_bytes
 
 

@@ -17,10 +17,9 @@ _LOG_EVERY_S = 30.0
 class PhaseProgress:
     """A callable `report(phase, done, total)`; use it as a context."""
 
-    def __init__(self, *, log_every_s: float = _LOG_EVERY_S) -> None:
+    def __init__(self) -> None:
         console = Console(stderr=True)
         self._is_terminal = console.is_terminal
-        self._log_every_s = log_every_s
         self._progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
@@ -48,6 +47,6 @@ class PhaseProgress:
             self._logged_s[phase] = now_s
             self._tasks[phase] = self._progress.add_task(phase, total=total, completed=done)
         self._progress.update(self._tasks[phase], completed=done, total=total)
-        if not self._is_terminal and now_s - self._logged_s[phase] >= self._log_every_s:
+        if not self._is_terminal and now_s - self._logged_s[phase] >= _LOG_EVERY_S:
             self._logged_s[phase] = now_s
             logger.info("%s: %s of %s", phase, f"{done:,}", f"{total:,}")

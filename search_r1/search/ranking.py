@@ -58,12 +58,12 @@ def read_block(source: VectorSource, start: int, stop: int) -> FloatArray:
     return block
 
 
-def sample_vectors(source: VectorSource, *, max_rows: int, seed: int = 0) -> FloatArray:
+def sample_vectors(source: VectorSource, *, max_rows: int) -> FloatArray:
     """Return at most `max_rows` vectors in order, drawn in runs of 16 that spread over the whole source."""
     num_rows = source.shape[0]
     if num_rows <= max_rows:
         return read_block(source, 0, num_rows)
-    runs = np.random.default_rng(seed).choice(
+    runs = np.random.default_rng(0).choice(
         num_rows // _SAMPLE_RUN, size=max(1, max_rows // _SAMPLE_RUN), replace=False
     )
     starts = (np.sort(runs) * _SAMPLE_RUN).tolist()

@@ -23,6 +23,7 @@ from search_r1.search.schema import (
     PagePassage,
     ScoredDocument,
 )
+from serving.encoding import replace_surrogates
 from serving.http import MAX_CONNECTIONS, CallError, JsonService
 
 SERVICE = "retriever"
@@ -91,8 +92,8 @@ class RemoteRetriever:
 
     async def search(self, queries: Sequence[str], *, topk: int, timeout_s: float) -> list[Outcome]:
         """Return one outcome per query, in order; a deadline that passes is a failure. Raises nothing."""
-        # Lone surrogates have no UTF-8 form and would spoil the request of all the others.
-        texts = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
+        # A lone surrogate would spoil the request of all the others.
+        texts = [replace_surrogates(query) for query in queries]
         rows = [row for row, text in enumerate(texts) if text.strip()]
         outcomes: list[Outcome] = [()] * len(texts)
         if rows:

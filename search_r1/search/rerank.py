@@ -108,7 +108,7 @@ class RerankedRetriever:
 
     @property
     def num_passages(self) -> int | None:
-        """In the corpus of `inner`."""
+        """Return the number of passages in the corpus of `inner`."""
         return self._inner.num_passages
 
     def describe(self) -> Mapping[str, str | int | float | None]:

@@ -25,7 +25,7 @@ class FailureKind(StrEnum):
 
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
-    """The engine cannot be reached, is out of order, or asks for fewer queries at a time."""
+    """The engine cannot be reached, is broken, or asks for fewer queries at a time."""
     REFUSED = "refused"
     """The engine does not accept the key or the query."""
     QUOTA = "quota"
@@ -61,7 +61,7 @@ class Retriever(Protocol):
 
     @property
     def num_passages(self) -> int | None:
-        """In the corpus; None when it is unknown."""
+        """Return the number of passages in the corpus; None when it is unknown."""
         ...
 
     def describe(self) -> Mapping[str, str | int | float | None]:
@@ -99,17 +99,11 @@ class BatchSearch(Protocol):
 class ThreadedRetriever:
     """A BatchSearch as a Retriever: its calls run one after the other in a thread of their own."""
 
+    max_batch = 256
     num_parallel_calls = 1
 
-    def __init__(
-        self,
-        batch_search: BatchSearch,
-        *,
-        facts: Mapping[str, str | int | float | None],
-        max_batch: int = 256,
-    ) -> None:
-        """`facts`: what `describe` returns."""
-        self.max_batch = max_batch
+    def __init__(self, batch_search: BatchSearch, *, facts: Mapping[str, str | int | float | None]) -> None:
+        """Take `facts`, which `describe` returns."""
         self._batch_search = batch_search
         self._facts = dict(facts)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")

@@ -101,7 +101,7 @@ class RetrieveRequest(BaseModel):
 
     @property
     def texts(self) -> list[str]:
-        """The queries, in whichever form they came."""
+        """Return the queries, in whichever form they came."""
         return [self.query] if self.query is not None else self.queries or []
 
 
@@ -119,13 +119,13 @@ class Document(BaseModel):
 
     @property
     def title(self) -> str:
-        """The first line of `contents`; empty where that is a single line."""
+        """Return the first line of `contents`; empty where that is a single line."""
         title, newline, _ = self.contents.partition("\n")
         return title if newline else ""
 
     @property
     def text(self) -> str:
-        """What follows the title."""
+        """Return what follows the title."""
         _, newline, text = self.contents.partition("\n")
         return text if newline else self.contents
 

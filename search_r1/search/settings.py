@@ -82,12 +82,12 @@ class RetrieverSettings:
 
     @property
     def is_online(self) -> bool:
-        """Whether it asks another service; then no index is read."""
+        """Return whether it asks another service; then no index is read."""
         return self.name in ENGINE_NAMES
 
     @property
     def files(self) -> list[str]:
-        """What is loaded, for the log."""
+        """Return what is loaded, for the log."""
         dense = self.dense
         files = [str(dense.corpus_path)]
         files += [] if self.name == BM25 else [str(dense.index_path), dense.encoder.path]
@@ -116,7 +116,7 @@ class ServerSettings:
 
     @property
     def max_body_bytes(self) -> int:
-        """Longest request body."""
+        """Return the size of the longest request body."""
         return int(self.max_body_mb * 2**20)
 
 

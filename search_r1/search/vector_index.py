@@ -89,7 +89,7 @@ class _GpuShards:
     num_spare = _GPU_SPARE_CANDIDATES
 
     def __init__(self, stored: StoredVectors, devices: Sequence[torch.device]) -> None:
-        """Raises RetrieverError when they do not fit."""
+        """Load them. Raises RetrieverError when they do not fit."""
         bounds = np.linspace(0, len(stored), len(devices) + 1).astype(int)
         self._shards: list[tuple[int, torch.Tensor]] = []
         for device, start, stop in zip(devices, bounds[:-1], bounds[1:], strict=True):

@@ -58,12 +58,12 @@ def add_states(app: FastAPI, *, require_ready: Callable[[], object]) -> None:
 
     @app.get("/livez", tags=["state"])
     async def livez() -> StateResponse:
-        """The process is running."""
+        """Return 200 while the process runs."""
         return StateResponse(status="alive")
 
     @app.get("/readyz", tags=["state"], responses=refusals(503))
     async def readyz() -> StateResponse:
-        """Work can start now; 503 if it cannot."""
+        """Return 200 when work can start now, else 503."""
         require_ready()
         return StateResponse(status="ready")
 

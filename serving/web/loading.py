@@ -1,7 +1,7 @@
 """Load in daemon threads, so that a service can stop before it has finished loading.
 
 Python waits for the threads of an executor when the interpreter ends, but not for daemon threads. If one is
-still loading (`is_loading`), the process must end without the interpreter's shutdown (`server.leave`).
+still loading (`is_loading`), the process must end without the interpreter's shutdown (`server.exit_now`).
 """
 
 from __future__ import annotations

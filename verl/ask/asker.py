@@ -200,7 +200,7 @@ class Asker:
 
     @property
     def gain_unit(self) -> str | None:
-        """What the numbers of a gain are; None where gains are not measured."""
+        """Return what the numbers of a gain are; None where gains are not measured."""
         return None if self._parts.meter is None else self._parts.meter.unit
 
     async def aclose(self) -> None:

@@ -127,7 +127,7 @@ class ChatRequest(BaseModel):
 
     @property
     def question(self) -> str:
-        """The text of the last message of the user."""
+        """Return the text of the last message of the user."""
         return next(message.text for message in reversed(self.messages) if message.role == "user").strip()
 
 

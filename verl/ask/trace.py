@@ -165,7 +165,7 @@ def episode_record(episode: Episode, *, gain_unit: str | None) -> EpisodeRecord:
         "seconds": round(trajectory.seconds, 3),
         "usage": count_usage(trajectory),
         "gain_unit": gain_unit,
-        "gain_failure": episode.gain.failure,
+        "gain_failure": None if episode.gain.failure is None else redact_text(episode.gain.failure),
         "trace": list(episode.steps),
         "token_ids": trajectory.token_ids.tolist(),
     }

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from markupsafe import Markup
 from matplotlib.lines import Line2D
 
 from serving.plotting import COLORS
-from verl.evaluation.summary import Point
-from verl.evaluation.tables import format_bin, format_estimate
+from verl.evaluation.summary import CURVES, Point
+from verl.evaluation.tables import format_bin, format_estimate, title_curve
 from verl.run.report.charts import as_svg, new_figure
 
 _SPREAD = 0.5
 """Of the distance between two bins, how far the points of the runs are apart."""
+
+
+def draw_curves(
+    curves: Mapping[str, Mapping[str, Sequence[Point]]], *, measure: str
+) -> list[tuple[str, Markup]]:
+    """Return title and picture of each of `summary.CURVES` that has points, given by key and run."""
+    found = []
+    for key, label in CURVES.items():
+        if any(curves[key].values()):
+            x_label = f"{label.lower()} per answer"
+            svg = draw_points(curves[key], title=label, x_label=x_label, measure=measure)
+            found.append((title_curve(measure, key), Markup(svg)))
+    return found
 
 
 def draw_points(series: Mapping[str, Sequence[Point]], *, title: str, x_label: str, measure: str) -> str:

@@ -15,13 +15,13 @@ from itertools import chain
 from pathlib import Path
 from string import ascii_lowercase
 
-from markupsafe import Markup
 from rich.console import Console
 
 from serving.files import write_atomically, write_json_atomically
 from serving.web.settings import expand_home
 from verl.errors import DataError
-from verl.evaluation.charts import draw_points
+from verl.evaluation.charts import draw_curves
+from verl.evaluation.metrics import score_questions
 from verl.evaluation.page import render_template
 from verl.evaluation.paired import (
     MACRO,
@@ -37,7 +37,7 @@ from verl.evaluation.protocol_check import find_record
 from verl.evaluation.records import SETTINGS_FILE, ResultRecord
 from verl.evaluation.settings import list_differences, read_manifest
 from verl.evaluation.statistics import CONFIDENCE, NUM_RESAMPLES
-from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, name_measure, summarize
+from verl.evaluation.summary import CURVES, LABELS, Estimate, Point, estimate, name_measure
 from verl.evaluation.tables import (
     ABSENT,
     Table,
@@ -208,15 +208,7 @@ def write_comparison(
 ) -> None:
     """Write the comparison as JSON, Markdown, LaTeX and a self-contained page."""
     measure = str(found["measure"])
-    charts = [
-        (
-            title_curve(measure, key),
-            Markup(
-                draw_points(curves[key], title=label, x_label=f"{label.lower()} per answer", measure=measure)
-            ),
-        )
-        for key, label in CURVES.items()
-    ]
+    charts = draw_curves(curves, measure=measure)
     write_json_atomically(folder / "comparison.json", found)
     write_atomically(folder / "comparison.md", "\n".join(map(as_markdown, tables)))
     write_atomically(folder / "comparison.tex", "\n".join(map(as_latex, tables)))
@@ -290,8 +282,9 @@ def _number_letters(number: int) -> str:
 
 def summarize_costs(results: Sequence[ResultRecord]) -> list[str]:
     """Return mean searches, sampled tokens and seconds per answer."""
-    estimates = summarize(results).micro.estimates
-    return [format_cost(estimates.get(name), name) for name in _COSTS]
+    scores = score_questions(results)
+    costs = {name: estimate([[s.values[name] for s in scores]], with_interval=False) for name in _COSTS}
+    return [format_cost(costs[name], name) for name in _COSTS]
 
 
 def difference_table(comparison: Comparison) -> Table:
@@ -310,7 +303,7 @@ def difference_table(comparison: Comparison) -> Table:
         )
         for d in comparison.differences
     ]
-    num_sets = sum(d.set_name != MACRO for d in comparison.differences)
+    num_rows_of_sets = sum(d.set_name != MACRO for d in comparison.differences)
     label = LABELS.get(comparison.metric, comparison.metric)
     return Table(
         title=f"{label}: differences {'of all pairs' if base is None else f'to {base}'}",
@@ -327,7 +320,7 @@ def difference_table(comparison: Comparison) -> Table:
         rows=tuple(rows),
         note="Paired over questions: exact McNemar test where an answer is right or wrong, otherwise a "
         f"paired sign-flip test. Holm's adjustment is over the {len(rows)} tests of this table.",
-        rules=frozenset({num_sets} if 0 < num_sets < len(rows) else ()),
+        rules=frozenset({num_rows_of_sets} if 0 < num_rows_of_sets < len(rows) else ()),
     )
 
 

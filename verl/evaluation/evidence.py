@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from serving.evidence import Evidence, EvidenceKind
 from serving.files import replacing_file
+from serving.redaction import redact_text
 from verl.errors import DataError, ServiceError
 from verl.evaluation.audit import Audit
 from verl.evaluation.metrics import is_right
@@ -37,6 +38,8 @@ _CHUNK = 256
 _MAX_CONCURRENT = 32
 _PART_CHARS = 100
 _TIMEOUT_S = 30.0
+_WITHOUT_PAGES = frozenset({404, 405})
+"""Statuses of `/page` of another server, or of an online engine."""
 
 Ranks = list[int | None]
 """Of each item of the evidence, from 1; None: not among the results."""
@@ -219,7 +222,7 @@ class _Finder:
             known = [True if seen else held for seen, held in zip(is_seen, record["in_corpus"], strict=True)]
             record["in_corpus"] = await self._look_up(question, evidence, known)
         except ServiceError as error:
-            record["failure"] = str(error)
+            record["failure"] = redact_text(str(error))
         return record
 
     async def _rank_by_question(self, question: Question, evidence: Evidence) -> Ranks:
@@ -255,8 +258,10 @@ class _Finder:
                 page = await self._search.open_page(
                     passage_id, part=1, part_chars=_PART_CHARS, timeout_s=_TIMEOUT_S
                 )
-        except ServiceError:
-            return None  # another server, which has no pages
+        except ServiceError as error:
+            if error.status in _WITHOUT_PAGES:
+                return None
+            raise
         return page is not None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from serving.files import write_json_atomically
-from serving.questions import QuestionError, read_rows
+from serving.questions import QuestionError, read_rows, read_support
 from serving.web.settings import expand_home
 from verl.errors import DataError
 from verl.evaluation.records import HOPS_FILE, TRAJECTORIES_FILE
@@ -169,11 +169,9 @@ def read_paths(file: Path) -> dict[str, list[str]]:
         for where, row in read_rows(file):
             extra = row.get("extra_info")
             extra = extra if isinstance(extra, dict) else {}
-            ids = extra.get("supporting_ids") or []
-            if not isinstance(ids, list):
-                raise DataError(f"{where}: extra_info.supporting_ids is {ids!r}, expected a list of ids")
+            ids, _ = read_support(row, where=where)
             uid = f"{row.get('data_source')}/{extra.get('split')}/{extra.get('index')}"
-            paths[uid] = list(map(str, ids))
+            paths[uid] = list(ids)
     except QuestionError as error:
         raise DataError(str(error)) from error
     return paths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from serving.answers import normalize_answer
@@ -110,15 +110,6 @@ def vote(predictions: Sequence[str | None], *, is_math: bool = False) -> int | N
     votes = Counter(key for key in keys if key)
     # The most frequent key; `most_common` keeps the order of first appearance among equals.
     return keys.index(votes.most_common(1)[0][0]) if votes else None
-
-
-def by_source(scores: Iterable[QuestionScore], name: str) -> dict[str, list[float]]:
-    """Return the numbers of one name, one per question that has it, by data source in alphabetical order."""
-    found: dict[str, list[float]] = {}
-    for score in scores:
-        if name in score.values:
-            found.setdefault(score.data_source, []).append(score.values[name])
-    return dict(sorted(found.items()))
 
 
 def _mean(numbers: Sequence[float]) -> float:

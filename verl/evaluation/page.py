@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from serving.files import write_atomically, write_json_atomically
 from verl.errors import DataError
-from verl.evaluation.charts import draw_points
+from verl.evaluation.charts import draw_curves
 from verl.evaluation.evidence import read_evidence
 from verl.evaluation.loss_analysis import analysis_json, analyze_losses, ceiling_table, loss_table
 from verl.evaluation.protocol_check import find_record, published_table, with_protocol
@@ -34,7 +34,6 @@ from verl.evaluation.tables import (
     format_cost,
     format_interval,
     results_table,
-    title_curve,
 )
 from verl.evaluation.verdicts import JudgeRecord, read_judge, read_judged_results
 from verl.run.records import TrajectoryRecord, parse_record
@@ -128,26 +127,14 @@ def render_page(
     judge: JudgeRecord | None,
 ) -> str:
     """Return the page as HTML; text from outside is escaped."""
-    charts = [
-        (
-            title_curve(summary.measure, key),
-            draw_points(
-                {summary.measure: summary.curves[key]},
-                title=label,
-                x_label=f"{label.lower()} per answer",
-                measure=summary.measure,
-            ),
-        )
-        for key, label in CURVES.items()
-        if summary.curves[key]
-    ]
+    curves = {key: {summary.measure: points} for key, points in summary.curves.items()}
     return render_template(
         "evaluation.html",
         title=title,
         tiles=headline(summary),
         tables=tables,
         sections=sections,
-        charts=[(name, Markup(svg)) for name, svg in charts],
+        charts=draw_curves(curves, measure=summary.measure),
         summary=summary,
         examples=examples,
         facts=[*list_facts(settings), *list_judge_facts(judge)],

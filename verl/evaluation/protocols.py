@@ -71,7 +71,7 @@ class EvaluationProtocol:
 
     @property
     def is_sample(self) -> bool:
-        """Whether the questions are some of a set, which their number does not identify."""
+        """Return whether the questions are some of a set, which their number does not identify."""
         return any(count < SETS[name].num_questions for name, count in self.questions.items())
 
 

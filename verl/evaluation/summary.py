@@ -111,18 +111,13 @@ def summarize(records: Sequence[ResultRecord]) -> Summary:
     asked = {record["uid"]: record["data_source"] for record in records}
     sources = sorted(set(asked.values()))
     num_asked = Counter(asked.values())
-    groups = [
-        _summarize_group(
-            source, [[score for score in scores if score.data_source == source]], num_asked=num_asked[source]
-        )
-        for source in sources
-    ]
-    by_source = [[score for score in scores if score.data_source == source] for source in sources]
+    by_source = {source: [score for score in scores if score.data_source == source] for source in sources}
+    groups = [_summarize_group(name, [part], num_asked=num_asked[name]) for name, part in by_source.items()]
     failures = Counter(failure_name(r["failure"]) for r in records if r["failure"] is not None)
     return Summary(
         sources=tuple(groups),
         micro=_summarize_group("micro average", [scores], num_asked=len(asked)),
-        macro=_summarize_group("macro average", by_source, num_asked=len(asked)),
+        macro=_summarize_group("macro average", [*by_source.values()], num_asked=len(asked)),
         num_results=len(records),
         failures=dict(failures.most_common()),
         stops=dict(Counter(record["stop"] for record in records).most_common()),

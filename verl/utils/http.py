@@ -15,7 +15,7 @@ def translated_calls() -> Iterator[None]:
     try:
         yield
     except http.CallError as error:
-        raise ServiceError(error.service, error.message) from error
+        raise ServiceError(error.service, error.message, status=error.status) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from search_r1.search.retriever import FailureKind
 from search_r1.search.schema import Document
+from serving.encoding import replace_surrogates
 
 PAGE_SIZE = 10
 MAX_RESULTS = 100
@@ -60,7 +61,7 @@ class Engine:
 
     @property
     def key_variables(self) -> tuple[str, ...]:
-        """Environment variables of its keys."""
+        """Return the environment variables of its keys."""
         return (*self.key_params.values(), *self.key_headers.values())
 
 
@@ -149,7 +150,7 @@ _LASTING = re.compile(r"credit|run out of|daily.?limit|per.?(day|month)", re.IGN
 
 
 def is_retryable(status: int, content: str) -> bool:
-    """Tell whether a refusal is worth another attempt: an engine out of order, or a limit that soon ends."""
+    """Return whether a refusal is worth another attempt: a broken engine, or a limit that soon ends."""
     if status == 403:
         return bool(_RATE_LIMIT.search(content))
     if status == 429:
@@ -172,12 +173,12 @@ def explain_refusal(engine: Engine, status: int, content: str) -> EngineError:
         return EngineError(FailureKind.REFUSED, f"the query is not accepted ({quoted})")
     if status < 500 and status != 408:
         return EngineError(FailureKind.UNAVAILABLE, f"no search at this URL ({quoted}); check --online_url")
-    return EngineError(FailureKind.UNAVAILABLE, f"out of order ({quoted})")
+    return EngineError(FailureKind.UNAVAILABLE, f"does not work ({quoted})")
 
 
 def _one_line(text: str) -> str:
     """Return the text without line breaks, runs of spaces and lone surrogates."""
-    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return " ".join(replace_surrogates(text).split())
 
 
 def quote(text: str) -> str:

@@ -23,6 +23,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.online.options import ANY_DATE
 from search_r1.search.retriever import Found, Hit
 from search_r1.search.schema import Document
+from serving.encoding import replace_surrogates
 
 T = TypeVar("T")
 
@@ -52,8 +53,7 @@ class AnswerKey:
 
 def normalize_query(query: str) -> str:
     """Return one spelling of the same query: NFC, no lone surrogates, single spaces; case is kept."""
-    text = query.encode("utf-8", "replace").decode("utf-8")
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFC", replace_surrogates(query)).split())
 
 
 def today() -> str:
@@ -65,7 +65,7 @@ class OnlineStore:
     """The file at `path`. Calls run in one thread, one after the other; close it."""
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
-        """Raises RetrieverError if there is no such file and `read_only`, or if it is something else."""
+        """Open it. Raises RetrieverError if it is no such file, or missing and `read_only`."""
         self.path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="online-store")
         if read_only and not path.is_file():

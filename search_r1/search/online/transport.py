@@ -23,7 +23,14 @@ from search_r1.search.online.engines import (
     quote,
 )
 from search_r1.search.retriever import FailureKind
-from serving.http import DeadlineExceededError, TransientError, parse_retry_after, retry_within
+from serving.http import (
+    BodyError,
+    DeadlineExceededError,
+    TransientError,
+    parse_retry_after,
+    read_body,
+    retry_within,
+)
 
 MAX_ATTEMPTS = 4
 """Each may be billed."""
@@ -57,9 +64,8 @@ class Transport:
         keys: Keys,
         proxy: SecretStr | None,
         max_connections: int,
-        silence_s: float = _SILENCE_S,
     ) -> None:
-        """`url`: where the engine is asked. An attempt ends after `silence_s` without any byte."""
+        """Ask the engine at `url`. An attempt ends after a time without any byte."""
         self._engine = engine
         self._url = url
         self._secrets = [keys[name].get_secret_value() for name in engine.key_variables]
@@ -68,7 +74,7 @@ class Transport:
         # The environment is not read here: the proxy was resolved with the other settings.
         self._client = httpx.AsyncClient(
             transport=_KeyAdder(wire, engine=engine, keys=keys),
-            timeout=httpx.Timeout(silence_s, connect=min(_CONNECT_S, silence_s), pool=None),
+            timeout=httpx.Timeout(_SILENCE_S, connect=_CONNECT_S, pool=None),
             trust_env=False,
             headers={"Accept-Encoding": "identity"},
         )
@@ -109,18 +115,13 @@ class Transport:
         method = "GET" if call.body is None else "POST"
         # Not `params=call.params`: with none it would remove the URL's own.
         url = httpx.URL(self._url).copy_merge_params(call.params) if call.params else self._url
-        content = bytearray()
         try:
             async with self._client.stream(method, url, json=call.body) as answer:
-                async for part in answer.aiter_bytes():
-                    content += part
-                    if len(content) > _MAX_ANSWER_BYTES:
-                        reason = f"the answer has more than {_MAX_ANSWER_BYTES >> 20} MiB"
-                        raise EngineError(FailureKind.MALFORMED, reason)
+                content = await read_body(answer, max_bytes=_MAX_ANSWER_BYTES)
         except httpx.TransportError as error:
             reason = f"cannot be reached ({type(error).__name__} {self.hide(str(error))})".replace(" )", ")")
             raise _FailedAttemptError(EngineError(FailureKind.UNAVAILABLE, reason)) from None
-        except httpx.DecodingError as error:
+        except BodyError as error:
             raise EngineError(FailureKind.MALFORMED, f"unreadable answer ({error})") from None
         text = self.hide(content.decode("utf-8", "replace"))
         if answer.is_success:

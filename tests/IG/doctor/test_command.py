@@ -187,8 +187,9 @@ def test_settings_that_cannot_be_are_named(arguments: list[str], message: str) -
 
 
 def test_flags_are_those_of_the_doctor_and_of_the_service(capsys: pytest.CaptureFixture[str]) -> None:
-    request = parse_arguments(["--num-generations", "5", "--score", "soft"])
+    request = parse_arguments(["--num-generations", "5", "--score", "soft", "--compat"])
     assert (request.config.num_generations, request.config.score, request.max_samples) == (5, "soft", 64)
+    assert request.config.compat
     for arguments in (["--max-samples", "one"], ["--num-questions", "0"], ["--bogus"]):
         with pytest.raises(SystemExit) as ended:
             parse_arguments(arguments)

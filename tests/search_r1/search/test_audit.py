@@ -133,6 +133,16 @@ async def test_an_id_that_the_corpus_lacks_is_missing_for_a_server_of_ours(
     assert (summary["status"]["missing"], summary["status"]["out of reach"]) == (1, 1)
 
 
+def test_of_an_online_engine_the_corpus_is_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps(asked("a", "x", "nowhere")) + "\n")
+    assert main(["audit", "--questions", str(questions), "--retriever_name", "mock"]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["status"]["missing"], summary["status"]["unknown"]) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

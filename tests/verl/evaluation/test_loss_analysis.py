@@ -139,6 +139,8 @@ class DeepSearch:
     ids: tuple[str, ...] = ()
     asked: list[str] = field(default_factory=list)
     works: bool = False
+    page_status: int | None = None
+    """With which it refuses to open pages."""
 
     async def search(self, query: str) -> tuple[Passage, ...]:
         self.asked.append(query)
@@ -147,6 +149,8 @@ class DeepSearch:
         return tuple(self.found.get(query, ()))
 
     async def open_page(self, page_id: str, *, part: int, part_chars: int, timeout_s: float) -> Page | None:
+        if self.page_status is not None:
+            raise ServiceError("retriever", "refused", status=self.page_status)
         return Page(title="", part=1, num_parts=1, passages=()) if page_id in self.ids else None
 
     async def wait_ready(self, timeout_s: float) -> None:
@@ -246,6 +250,16 @@ async def test_a_search_that_failed_is_made_again_and_no_other(tmp_path: Path) -
     assert (read_evidence(tmp_path, results) or [])[1]["question_ranks"] == [1]
     assert "a" not in search.asked
     assert not is_complete(tmp_path, results[:1])
+
+
+@pytest.mark.parametrize(("status", "failure"), [(404, None), (503, "retriever: refused")])
+async def test_a_page_that_cannot_be_opened_now_is_looked_up_again(
+    status: int, failure: str | None, tmp_path: Path
+) -> None:
+    trajectories = [play(ask(0, ids=("8",), texts=("T\nt",)), answer_turn("x"))]
+    (found,) = await trace(tmp_path, trajectories, DeepSearch({}, page_status=status))
+    assert (found["failure"], found["in_corpus"]) == (failure, [None])
+    assert is_complete(tmp_path, read_results(tmp_path)) is (failure is None)
 
 
 async def test_without_a_deeper_search_only_what_was_read_is_known(tmp_path: Path) -> None:

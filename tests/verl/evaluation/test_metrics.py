@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.scripted_evaluation import make_result
-from verl.evaluation.metrics import by_source, pass_at_k, pass_sizes, score_questions, vote
+from verl.evaluation.metrics import pass_at_k, pass_sizes, score_questions, vote
 from verl.evaluation.summary import curve
 
 
@@ -67,12 +67,8 @@ def test_samples_of_a_question_are_averaged_without_those_that_failed() -> None:
     assert (question.values["majority"], question.values["searches"]) == (1.0, pytest.approx(5 / 3))
 
 
-def test_scores_by_source_leave_out_what_was_not_measured() -> None:
-    results = [make_result("nq/test/0"), make_result("hotpotqa/test/0", em=0.0), make_result("nq/test/1")]
-    results[2]["metrics"]["judge"] = 1.0
-    scores = score_questions(results)
-    assert by_source(scores, "em") == {"hotpotqa": [0.0], "nq": [1.0, 1.0]}
-    assert by_source(scores, "judge") == {"nq": [1.0]}
+def test_what_was_not_measured_of_all_samples_has_no_score() -> None:
+    scores = score_questions([make_result("nq/test/0")])
     assert "majority" not in scores[0].values
     partly_judged = [make_result(sample=0), make_result(sample=1)]
     partly_judged[0]["metrics"]["judge"] = 1.0
