@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from comparison.figures import open_figure, write_figure
+from comparison.figures import Picture, open_figure, write_figure
 from serving.plotting import COLORS, GREY
 from serving.web.settings import expand_home
 from verl.errors import ConfigError
@@ -60,8 +60,8 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[MetricsLine]]:
     return runs
 
 
-def draw(runs: Mapping[str, Sequence[MetricsLine]], *, name: str, folder: Path) -> None:
-    """Write four panels over the steps with a line and squares per run."""
+def draw(runs: Mapping[str, Sequence[MetricsLine]], *, name: str, folder: Path) -> Picture:
+    """Write four panels over the steps with a line and squares per run; return the picture."""
     colors = dict(zip(runs, COLORS, strict=False))
     rows = math.ceil(len(runs) / _LEGEND_COLUMNS)
     height = 4.3 + 0.2 * rows
@@ -88,7 +88,7 @@ def draw(runs: Mapping[str, Sequence[MetricsLine]], *, name: str, folder: Path) 
                 Line2D([], [], color=color, linestyle="", marker="s", label="greedy, held-out questions"),
             ]
         figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS)
-        write_figure(figure, name=name, caption="", folder=folder)
+        return write_figure(figure, name=name, caption="", folder=folder)
 
 
 def _draw_run(axes: Axes, panel: _Panel, lines: Sequence[MetricsLine], color: str) -> bool:

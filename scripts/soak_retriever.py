@@ -13,20 +13,19 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import aiohttp
 import httpx
 import pyarrow.parquet as pq
-from rich.console import Console
 from screen import Screen, Update
 
+from bench.command import run_bench
 from bench.load import TIMEOUT_S, open_session
 from bench.service import WORLD
 from bench.soak import MAX_GROWTH, Statistics, edges, soak_table
@@ -68,18 +67,14 @@ class Summary:
 
 
 def main() -> int:
-    """Exit status: 0 passed, 1 not."""
+    """Return the exit status: 0 passed, 1 not."""
     arguments = parse_arguments()
-    screen = Screen(Console())
     questions = pq.read_table(WORLD / "train.parquet", columns=["question"])["question"].to_pylist()
-    try:
-        with TemporaryDirectory(prefix="soak-retriever-") as folder:
-            summary = soak(screen, questions, arguments=arguments, folder=Path(folder))
-    except ChildFailedError as error:
-        screen.print(str(error), style="bold red")
-        return 1
-    print(json.dumps(asdict(summary)))
-    return 0 if summary.passed else 1
+
+    def measure(screen: Screen, folder: Path) -> Mapping[str, object]:
+        return asdict(soak(screen, questions, arguments=arguments, folder=folder))
+
+    return run_bench(measure, name="soak-retriever")
 
 
 def parse_arguments() -> argparse.Namespace:

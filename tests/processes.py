@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def free_port() -> int:
@@ -24,10 +27,10 @@ def free_port() -> int:
 
 @contextmanager
 def running_script(
-    script: str, way: float | str, *flags: str, token_variable: str, port: int | None = None
+    script: str, way: float | str, *flags: str, token_variable: str
 ) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """Yield the process of a service whose first argument is `way`, and a client that has its token."""
-    port = port or free_port()
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(way), "--port", str(port), *flags],
         stderr=subprocess.PIPE,
@@ -68,6 +71,34 @@ def post_accepted(
     return request
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait; a hang is ended by the limit that every test has."""
+    while not holds():
+        await asyncio.sleep(0.01)
+
+
+async def read_metrics(client: httpx.AsyncClient) -> dict[str, float]:
+    """Return every sample by its name and labels."""
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+@asynccontextmanager
+async def announcing(client: httpx.AsyncClient, path: str, num_bytes: int) -> AsyncIterator[Connection]:
+    """A connection on which a body of so many bytes was announced, and nothing of it sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
+    yield reader, writer
+    writer.close()
+
+
+async def first_line(reader: asyncio.StreamReader) -> str:
+    return (await reader.readline()).decode().strip()
+
+
 @contextmanager
 def served_in_thread(app: FastAPI) -> Iterator[str]:
     """Serve an application on a real socket and yield its address once it is ready."""
@@ -76,8 +107,10 @@ def served_in_thread(app: FastAPI) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="h11"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    while httpx.get(f"{address}/readyz", trust_env=False).status_code != 200:
-        time.sleep(0.01)
-    yield address
-    server.should_exit = True
-    thread.join()
+    try:
+        while httpx.get(f"{address}/readyz", trust_env=False).status_code != 200:
+            time.sleep(0.01)
+        yield address
+    finally:
+        server.should_exit = True
+        thread.join()

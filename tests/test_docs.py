@@ -58,8 +58,9 @@ def test_the_tree_shows_what_git_tracks() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    targets = ["test", "test-fast", "check", "quickstart", "venv", "doctor", "clean"]
-    targets += ["bench-ig", "soak-ig", "bench-retriever", "soak-retriever", "bench-scale"]
+    (names,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = names.split()
+    assert len(targets) > 15
     done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     head = itertools.takewhile(

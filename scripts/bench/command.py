@@ -17,7 +17,8 @@ from verl.utils.supervise import ChildFailedError
 def run_bench(measure: Callable[[Screen, Path], Mapping[str, object]], *, name: str) -> int:
     """Print the figures that `measure` returns as one line of JSON; return the exit status.
 
-    `measure` gets a temporary folder. The status is 1 if something could not be started.
+    `measure` gets a temporary folder. The status is 1 if something could not be started, or if the figure
+    `passed` is false.
     """
     screen = Screen(Console(width=None if sys.stdout.isatty() else 120))
     try:
@@ -27,4 +28,4 @@ def run_bench(measure: Callable[[Screen, Path], Mapping[str, object]], *, name: 
         screen.print(str(error), style="bold red")
         return 1
     print(json.dumps(figures))
-    return 0
+    return 0 if figures.get("passed", True) else 1

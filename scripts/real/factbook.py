@@ -226,7 +226,7 @@ def _people(text: str) -> tuple[str, ...]:
     if not found:
         return ()
     plural = f"{found[1]}s"
-    return (found[1], plural) if found[2].startswith(("(", " (")) and found[2] == "(s)" else (found[1],)
+    return (found[1], plural) if found[2] == "(s)" else (found[1],)
 
 
 def _ruler(text: str) -> tuple[str, ...]:

@@ -1,16 +1,12 @@
 """Processor time of the driver per episode: real agents in Ray actors, a scripted engine and search.
 
-    python scripts/scale/driver.py
-
-Nothing computes, so that only routing, Ray and the collector count. The last line is JSON.
+Nothing computes, so that only routing, Ray and the collector count.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,8 +193,3 @@ async def play(collector: Collector, *, episodes: int, turns: int) -> Cost:
     cpu_s, wall_s = time.process_time() - before, time.perf_counter() - began
     assert all(len(t.turns) == turns for group in groups for t in group.trajectories)
     return Cost(cpu_ms=1000 * cpu_s / episodes, wall_s=wall_s)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))
-    sys.exit(0)

@@ -1,17 +1,12 @@
 """Seconds of a step with `trainer.schedule=sync` and `one_step_off`: the training loop around scripted parts.
 
-    python scripts/scale/schedule.py
-
-Episodes, gains, update and publish take known times and compute nothing, so that what they overlap shows. The
-last line is JSON.
+Episodes, gains, update and publish take known times and compute nothing, so that what they overlap shows.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -156,8 +151,3 @@ def measure() -> dict[str, float]:
         "one_step_off_step_s": round(measure_step(ONE_STEP_OFF), 3),
         "one_step_off_max_s": round(max(EPISODE_S, train_s) + PUBLISH_S, 3),
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure()))
-    sys.exit(0)

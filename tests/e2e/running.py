@@ -39,7 +39,9 @@ _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def wait_for(condition: Callable[[], object], *, what: str, process: subprocess.Popen[str]) -> None:
     """Wait while the process lives; a hang is ended by the limit that every test has."""
     while not condition():
-        assert process.poll() is None, f"ended with {process.returncode} before {what}"
+        if process.poll() is not None:
+            said = process.stdout.read() if process.stdout is not None else ""
+            raise AssertionError(f"ended with {process.returncode} before {what}\n{said}")
         time.sleep(0.05)
 
 

@@ -13,7 +13,7 @@ from tests.e2e.conftest import RETRIEVER
 from tests.e2e.running import end_training, read_manifest, read_steps, running_service, training, wait_for
 from tests.processes import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 def test_siop_trains_and_a_service_that_dies_stops_the_run_with_its_name(

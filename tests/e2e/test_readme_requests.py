@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.running import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 def requests() -> list[str]:

@@ -82,7 +82,7 @@ async def test_the_soak_passes_only_a_service_that_is_right(shift: float) -> Non
         await abuse.run(lambda *_: None)
     found = abuse.statistics
     assert passes(found, last=105.0) == (shift == 0.0), found
-    assert (found.wrong if shift else found.right) > 50
+    assert (found.wrong if shift else found.right) > 0
     assert set(found.statuses) <= {200, 422}
     assert found.statuses[422] == found.requests["malformed"] > 0
 

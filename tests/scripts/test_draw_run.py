@@ -36,7 +36,8 @@ def test_values_that_were_not_measured_are_left_out_of_a_figure_of_two_runs(tmp_
         {"step": 2, "kind": "train", "reward/em_mean": None},
     )
     second = write_run(tmp_path / "second", {"step": 1, "kind": "train", "reward/em_mean": 0.25})
-    draw(read_runs([first, second]), name="two", folder=tmp_path)
+    picture = draw(read_runs([first, second]), name="two", folder=tmp_path)
+    assert picture.svg.count("not measured") == 3  # searches, gain, entropy
     assert (tmp_path / "two.pdf").read_bytes().startswith(b"%PDF")
 
 

@@ -14,6 +14,7 @@ import pytest
 from IG.sampler import SamplingError
 from IG.service.cluster import RayCluster
 from IG.service.jobs import WorkerLostError
+from tests.processes import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -28,11 +29,12 @@ class Host:
     async def refuse(self) -> None:
         raise SamplingError("the prompt is too long")
 
-    async def sleep_until_cancelled(self, note: str) -> None:
+    async def sleep_until_cancelled(self, folder: str) -> None:
+        (Path(folder) / "started").touch()
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(600)
         except asyncio.CancelledError:
-            Path(note).touch()
+            (Path(folder) / "cancelled").touch()
             raise
 
     async def identify(self) -> tuple[int, dict[str, str]]:
@@ -90,14 +92,10 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
         assert environment["HF_TOKEN"] == "needed"
         assert Path(environment["RAY_AUTH_TOKEN_PATH"]).parent == started._ray.folder
 
-        waiting = asyncio.create_task(first.call("sleep_until_cancelled", str(tmp_path / "note")))
-        await asyncio.sleep(1)
+        waiting = asyncio.create_task(first.call("sleep_until_cancelled", str(tmp_path)))
+        await eventually((tmp_path / "started").exists)
         waiting.cancel()
-        for _ in range(50):
-            await asyncio.sleep(0.1)
-            if (tmp_path / "note").exists():
-                break
-        assert (tmp_path / "note").exists()
+        await eventually((tmp_path / "cancelled").exists)
 
         with pytest.raises(WorkerLostError, match=r"the process of first died(.|\n)*out of cheese"):
             await first.call("die")
@@ -109,14 +107,14 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
 
 async def test_a_cancelled_start_leaves_no_process() -> None:
     before = set(psutil.Process().children(recursive=True))
+
+    def live_children() -> list[psutil.Process]:
+        new = set(psutil.Process().children(recursive=True)) - before
+        return [child for child in new if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
     starting = asyncio.create_task(RayCluster.start())
-    await asyncio.sleep(1.5)
+    await eventually(lambda: bool(live_children()))
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    for _ in range(200):
-        left = [child for child in psutil.Process().children(recursive=True) if child not in before]
-        if not [child for child in left if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]:
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(left)
+    await eventually(lambda: not live_children())

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 
 import httpx
 import pytest
 
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    """Wait; a hang is ended by the limit that every test has."""
-    while not holds():
-        await asyncio.sleep(0.01)
+from tests.processes import eventually
 
 
 async def test_work_of_a_caller_that_disconnects_is_cancelled() -> None:

@@ -4,33 +4,17 @@ import asyncio
 import gc
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from serving.web import limits
 from tests.IG.service.backends import GOOD, FakeBackend, calling, serving
+from tests.processes import announcing, first_line
 
 TOKEN = "a-token-of-ours"
 HEAD = {"Content-Type": "application/json"}
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-@asynccontextmanager
-async def announcing(client: httpx.AsyncClient, num_bytes: int) -> AsyncIterator[Connection]:
-    """A connection on which a body of so many bytes was announced, and nothing of it sent."""
-    assert client.base_url.port is not None
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    head = "POST /compute_info_gain HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
-    yield reader, writer
-    writer.close()
-
-
-async def first_line(reader: asyncio.StreamReader) -> str:
-    return (await reader.readline()).decode().strip()
+PATH = "/compute_info_gain"
 
 
 async def test_too_many_items_are_refused_with_what_to_do() -> None:
@@ -67,7 +51,7 @@ async def test_a_full_queue_refuses_before_the_body_is_read() -> None:
         work = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD] * 2}))
         while not backend.running:
             await asyncio.sleep(0.01)
-        async with announcing(client, 1000) as (reader, _):
+        async with announcing(client, PATH, 1000) as (reader, _):
             assert (await first_line(reader)).startswith("HTTP/1.1 429")
         refused = await client.post("/compute_info_gain", json={"items": [GOOD]})
         assert int(refused.headers["Retry-After"]) >= 1
@@ -79,7 +63,7 @@ async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(limits, "_BODY_S", 0.5)
     async with serving(FakeBackend(pause_s=0.8)) as client:
         slow = asyncio.create_task(client.post("/compute_info_gain", json={"items": [GOOD]}))
-        async with announcing(client, 1000) as (reader, writer):
+        async with announcing(client, PATH, 1000) as (reader, writer):
             for _ in range(4):
                 writer.write(b"[")
                 await asyncio.sleep(0.1)
@@ -93,7 +77,7 @@ async def test_a_body_that_trickles_in_is_not_waited_for(monkeypatch: pytest.Mon
 
 async def test_a_caller_that_disconnects_within_its_body_is_counted_as_499() -> None:
     async with serving(FakeBackend()) as client:
-        async with announcing(client, 1000) as (_, writer):
+        async with announcing(client, PATH, 1000) as (_, writer):
             writer.write(b"[")
             await writer.drain()
         while 'ig_requests_total{status="' not in (metrics := (await client.get("/metrics")).text):
@@ -106,7 +90,10 @@ async def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(limits, "_BODIES_HELD", 2)
     body = json.dumps({"items": [GOOD | {"context": "good " * 15_000}]}).encode()
     backend = FakeBackend(gate=asyncio.Event())
-    async with serving(backend, "--max-body-mb", "0.1") as client, announcing(client, 100_000) as (_, writer):
+    async with (
+        serving(backend, "--max-body-mb", "0.1") as client,
+        announcing(client, PATH, 100_000) as (_, writer),
+    ):
         writer.write(body)
         worked_on = asyncio.create_task(client.post("/compute_info_gain", content=body, headers=HEAD))
         while not backend.running:
@@ -140,7 +127,7 @@ async def test_nothing_keeps_a_body_once_it_is_answered() -> None:
                 await client.post("/compute_info_gain", content=body, headers=HEAD)
                 while num_kept():  # a hang is ended by the limit that every test has
                     await asyncio.sleep(0.01)
-            async with announcing(client, 1000) as (_, writer):
+            async with announcing(client, PATH, 1000) as (_, writer):
                 writer.write(b"[")
                 while not num_kept():
                     await asyncio.sleep(0.01)

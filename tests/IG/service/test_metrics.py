@@ -1,18 +1,9 @@
 from __future__ import annotations
 
-import httpx
-
 from tests.IG.service.backends import GOOD, FakeBackend, calling
+from tests.processes import read_metrics
 
 ONE_IS_LOST = FakeBackend(devices=("cpu", "cpu", "cpu"), num_ready_workers=2, num_worker_restarts=4)
-
-
-async def read(client: httpx.AsyncClient) -> dict[str, float]:
-    """Every sample by its name and labels."""
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 async def test_everything_is_counted_once() -> None:
@@ -23,7 +14,7 @@ async def test_everything_is_counted_once() -> None:
         await client.post("/compute_info_gain", json={"items": [GOOD, GOOD]})
         await client.post("/compute_info_gain", json={})
         await client.get("/health")
-        metrics = await read(client)
+        metrics = await read_metrics(client)
     assert metrics['ig_requests_total{status="200"}'] == 2
     assert metrics['ig_requests_total{status="422"}'] == 1
     assert metrics["ig_request_seconds_count"] == 3
@@ -43,7 +34,7 @@ async def test_everything_is_counted_once() -> None:
 
 async def test_workers_are_counted_by_state() -> None:
     async with calling(ONE_IS_LOST) as client:
-        metrics = await read(client)
+        metrics = await read_metrics(client)
     assert metrics['ig_workers{state="ready"}'] == 2
     assert metrics['ig_workers{state="unavailable"}'] == 1
     assert metrics["ig_worker_restarts_total"] == 4

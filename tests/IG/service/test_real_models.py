@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ import httpx
 import psutil
 import pyarrow.parquet as parquet
 import pytest
+
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 ITEM = {
@@ -31,8 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(600)]
 @contextmanager
 def serving(*flags: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """A started service, in a process group of its own, and a client of it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         ["bash", str(ROOT / "IG_service_launch.sh"), "--port", str(port), "--max-new-tokens", "8", *flags],
         start_new_session=True,

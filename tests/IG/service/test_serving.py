@@ -17,7 +17,7 @@ import pytest
 
 from IG.service.IG_server import main
 from tests.IG.service.backends import GOOD
-from tests.processes import post_accepted, running_script, wait_for
+from tests.processes import free_port, post_accepted, running_script, wait_for
 
 
 def test_a_taken_port_is_named_before_any_model_loads(
@@ -79,8 +79,7 @@ def test_a_stop_while_a_model_loads_ends_at_once_with_what_it_started(
     slow: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"id2label": {"0": "entailment"}}')
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     models = ["--model-path", str(tmp_path), "--entailment-model", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_LOADS, slow, "--port", str(port), *models],
@@ -149,9 +148,9 @@ def test_a_second_signal_cancels() -> None:
     with running(600, "--shutdown-grace-s", "600") as (process, client), ThreadPoolExecutor() as executor:
         wait_for(client, "/readyz", 200)
         accepted = ask(client, executor)
-        for _ in range(2):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        wait_for(client, "/readyz", 503)
+        process.send_signal(signal.SIGTERM)
         assert accepted.result().status_code == 503
         assert process.wait() == 0
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,42 +14,15 @@ import pytest
 from search_r1.search.retriever import FailureKind, SearchFailure
 from search_r1.search.schema import Document
 from serving.http import CallError, JsonService
+from tests.processes import announcing, eventually, first_line, read_metrics
 from tests.search_r1.search.servers import EchoRetriever, serving
 
 TOKEN = "a-token-of-ours"
 HEAD = {"Content-Type": "application/json"}
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def retrieve(client: httpx.AsyncClient, **payload: object) -> httpx.Response:
     return await client.post("/retrieve", json=payload)
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    """Wait; a hang is ended by the limit that every test has."""
-    while not holds():
-        await asyncio.sleep(0.01)
-
-
-async def read_metrics(client: httpx.AsyncClient) -> dict[str, float]:
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-
-@asynccontextmanager
-async def announcing(client: httpx.AsyncClient, num_bytes: int) -> AsyncIterator[Connection]:
-    """A connection on which a body of so many bytes was announced, and nothing of it sent."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
-    head = "POST /retrieve HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {num_bytes}\r\n\r\n".encode())
-    yield reader, writer
-    writer.close()
-
-
-async def first_line(reader: asyncio.StreamReader) -> str:
-    return (await asyncio.wait_for(reader.readline(), 2)).decode().strip()
 
 
 def failing(kind: FailureKind) -> EchoRetriever:
@@ -125,7 +96,7 @@ async def test_a_full_queue_is_a_429_with_a_time_also_before_the_body_is_read() 
         first = asyncio.create_task(retrieve(client, queries=["a", "b", "c", "d"]))
         await eventually(lambda: retriever.running == 1)
         refused = await retrieve(client, query="e")
-        async with announcing(client, 1000) as (reader, _):
+        async with announcing(client, "/retrieve", 1000) as (reader, _):
             assert (await first_line(reader)).startswith("HTTP/1.1 429")
         gate.set()
         assert (await first).status_code == 200
@@ -207,7 +178,7 @@ async def test_until_it_is_loaded_it_says_so() -> None:
         assert (health.status_code, health.json()["status"]) == (503, "loading")
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/version")).json()["retriever"] is None
-        async with announcing(client, 1000) as (reader, _):
+        async with announcing(client, "/retrieve", 1000) as (reader, _):
             assert (await first_line(reader)).startswith("HTTP/1.1 503")
 
 
@@ -217,7 +188,7 @@ async def test_the_search_of_a_caller_who_hangs_up_is_dropped() -> None:
         running = asyncio.create_task(retrieve(client, query="running"))
         await eventually(lambda: retriever.running == 1)
         body = json.dumps({"queries": ["dropped", "shared"]}).encode()
-        async with announcing(client, len(body)) as (_, writer):
+        async with announcing(client, "/retrieve", len(body)) as (_, writer):
             writer.write(body)
             staying = asyncio.create_task(retrieve(client, query="shared"))
             while (await read_metrics(client))["retriever_queries_in_progress"] < 4:
