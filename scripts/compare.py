@@ -184,17 +184,19 @@ def reserve(left: Sequence[RunSpec], results: Path) -> Iterator[RunSpec | None]:
     yield None
 
 
-async def verify(
-    runner: Runner, screen: Screen, campaign: Campaign, *, stages: Sequence[str], key: str
-) -> None:
-    """Do a run again and print what both took. Raises ConfigError for a key that the plan lacks."""
+def find_run(campaign: Campaign, stages: Sequence[str], *, key: str) -> RunSpec:
+    """Return the run with this key. Raises ConfigError for one that the plan lacks."""
     runs = {run.key: run for run in campaign.all_runs(stages)}
     if key not in runs:
         raise ConfigError(f"--verify {key}: no run of this plan; expected one of {', '.join(runs)}")
-    again = await runner.run(runs[key], title=f"again: {runs[key].label}")
-    recorded = campaign.results.get(key)
-    screen.console.print(as_rich(verify_table(recorded, again)))
-    screen.print(f"run folder: {runner.folder / key}")
+    return runs[key]
+
+
+async def verify(runner: Runner, screen: Screen, campaign: Campaign, *, run: RunSpec) -> None:
+    """Do a run again and print what both took."""
+    screen.print(f"run folder: {runner.folder / run.key}")
+    again = await runner.run(run, title=f"again: {run.label}")
+    screen.console.print(as_rich(verify_table(campaign.results.get(run.key), again)))
 
 
 def estimate(campaign: Campaign, runs: Sequence[RunSpec]) -> float | None:
@@ -266,12 +268,14 @@ def work(
 
     async def do(campaign: Campaign, supervisor: Supervisor) -> dict[str, str]:
         cancel_by_signals()
-        # What the recorded run left stays.
-        place = Path(mkdtemp(dir=folder, prefix="again-")) if options.verify else folder
+        place, again = folder, None
+        if options.verify:
+            again = find_run(campaign, stages, key=options.verify)
+            place = Path(mkdtemp(dir=folder, prefix="again-"))  # what the recorded run left stays
         runner = Runner(supervisor, screen, folder=place, keeps_episodes=options.keep)
         async with aclosing(runner):
-            if options.verify:
-                await verify(runner, screen, campaign, stages=stages, key=options.verify)
+            if again is not None:
+                await verify(runner, screen, campaign, run=again)
                 return {}
             return await do_runs(
                 runner, screen, plan, stages=stages, results=places.results, hours=options.hours

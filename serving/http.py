@@ -41,6 +41,8 @@ MAX_CONNECTIONS = 64
 _MAX_QUOTED_CHARS = 300
 _MAX_ANSWER_BYTES = 64 * 2**20
 """Of a decompressed answer; parsing so much takes half a second."""
+WITHOUT_ROUTE = frozenset({httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED})
+"""Statuses of a server that does not offer what it is asked for."""
 
 
 class CallError(RuntimeError):

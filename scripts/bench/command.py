@@ -25,7 +25,12 @@ def run_bench(measure: Callable[[Screen, Path], Mapping[str, object]], *, name: 
         with TemporaryDirectory(prefix=f"{name}-") as folder:
             figures = measure(screen, Path(folder))
     except (ChildFailedError, ExceptionGroup) as error:
-        screen.print(str(error), style="bold red")
+        reasons = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+        lines = [
+            str(one) if isinstance(one, ChildFailedError) else f"{type(one).__name__}: {one}"
+            for one in reasons
+        ]
+        screen.print("; ".join(lines), style="bold red")
         return 1
     print(json.dumps(figures))
     return 0 if figures.get("passed", True) else 1

@@ -51,6 +51,7 @@ from search_r1.search.retriever import Outcome, Retriever, SearchFailure
 from search_r1.search.settings import resolve_retriever
 from serving.evidence import Evidence, EvidenceKind, find_corpus_hash
 from serving.files import replacing_file, sha256_of_file
+from serving.redaction import redact_text
 
 
 class Status(StrEnum):
@@ -152,10 +153,11 @@ async def _audit(
             for row, one in enumerate(audited)
             if one.failure is None and any(item.in_corpus is None for item in one.items)
         }
-        held: Held = {}  # an online engine has no corpus to look into
-        retrieves = resolve_retriever(settings)
-        if "corpus_path" in settings or (settings.url is None and not retrieves.is_online):
-            held = await asyncio.to_thread(scan_corpus, retrieves.dense.corpus_path, unresolved)
+        held: Held = {}
+        if settings.url is None or "corpus_path" in settings:
+            retrieves = resolve_retriever(settings)
+            if "corpus_path" in settings or not retrieves.is_online:  # an online engine has no corpus
+                held = await asyncio.to_thread(scan_corpus, retrieves.dense.corpus_path, unresolved)
         elif isinstance(retriever, RemoteRetriever):
             held = await look_up_ids(retriever, unresolved, timeout_s=settings.timeout_s)
     resolved = [_resolve(one, held[row]) if row in held else one for row, one in enumerate(audited)]
@@ -266,7 +268,7 @@ def write_lines(audited: Iterable[AuditedQuestion], path: Path, *, k: int, corpu
                     "evidence": str(one.evidence.kind),
                     "status": str(one.status(k)),
                     "items": [asdict(item) for item in one.items],
-                    "failure": one.failure,
+                    "failure": None if one.failure is None else redact_text(one.failure),
                     "corpus_sha256": corpus_sha256,
                 }
                 file.write(json.dumps(line) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -13,7 +14,10 @@ from search_r1.search.remote import RemoteRetriever
 from search_r1.search.schema import MIN_PART_CHARS
 from serving.answers import AnswerRule, normalize_answer, split_words
 from serving.evidence import Evidence, EvidenceKind, title_of
-from serving.http import CallError
+from serving.http import WITHOUT_ROUTE, CallError
+from serving.redaction import redact_text
+
+logger = logging.getLogger(__name__)
 
 Held: TypeAlias = dict[int, list[bool | None]]
 """For each question, by its row, whether the corpus has each item of its evidence; None: not known."""
@@ -49,8 +53,12 @@ def scan_corpus(path: Path, evidence: Mapping[int, Evidence]) -> Held:
 async def look_up_ids(
     retriever: RemoteRetriever, evidence: Mapping[int, Evidence], *, timeout_s: float
 ) -> Held:
-    """Ask a server of this project for passages by id; titles and gold answers cannot be asked for."""
+    """Ask a server of this project for passages by id; titles and gold answers cannot be asked for.
+
+    What could not be looked up is unknown, which a warning says.
+    """
     slots = asyncio.Semaphore(retriever.num_parallel_calls)
+    failures: list[CallError] = []
 
     async def is_held(passage_id: str) -> bool | None:
         async with slots:
@@ -58,12 +66,19 @@ async def look_up_ids(
                 page = await retriever.open_page(
                     passage_id, part=1, part_chars=MIN_PART_CHARS, timeout_s=timeout_s
                 )
-            except CallError:
-                return None  # another server, or one without a corpus
+            except CallError as error:
+                if error.status not in WITHOUT_ROUTE:  # of another server, or one without a corpus
+                    failures.append(error)
+                return None
         return page is not None
 
     ids = sorted({item for one in evidence.values() if one.names_ids for item in one.items})
     held = dict(zip(ids, await asyncio.gather(*map(is_held, ids)), strict=True))
+    if failures:
+        logger.warning(
+            "%d of %d passages could not be looked up and are unknown, the first because: %s",
+            len(failures), len(ids), redact_text(str(failures[0])),
+        )  # fmt: skip
     return {
         row: [held[item] if one.names_ids else None for item in one.items] for row, one in evidence.items()
     }

@@ -24,12 +24,11 @@ from search_r1.search.schema import (
     ScoredDocument,
 )
 from serving.encoding import replace_surrogates
-from serving.http import MAX_CONNECTIONS, CallError, JsonService
+from serving.http import MAX_CONNECTIONS, WITHOUT_ROUTE, CallError, JsonService
 
 SERVICE = "retriever"
 _PATH, _PAGE_PATH = "/retrieve", "/page"
 _MAX_REASON_CHARS = 300
-_WITHOUT_ROUTE = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED})
 _DIVIDED = frozenset({HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.INTERNAL_SERVER_ERROR})
 """Refusals that one query or the number of queries may cause, by servers without `allow_failures`."""
 _HITS = TypeAdapter(list[ScoredDocument])
@@ -62,7 +61,7 @@ class RemoteRetriever:
         try:
             return await self._service.get("/version", timeout_s=timeout_s)
         except CallError as error:
-            if error.status in _WITHOUT_ROUTE:
+            if error.status in WITHOUT_ROUTE:
                 return None
             raise
 
@@ -75,7 +74,7 @@ class RemoteRetriever:
             body = await self._service.post(_PAGE_PATH, payload, timeout_s=timeout_s)
             page = PageAnswer.model_validate(body).page
         except CallError as error:
-            if error.status not in _WITHOUT_ROUTE:
+            if error.status not in WITHOUT_ROUTE:
                 raise
             url = self._service.shown_url
             reason = (

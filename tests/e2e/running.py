@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -40,6 +40,8 @@ def wait_for(condition: Callable[[], object], *, what: str, process: subprocess.
     """Wait while the process lives; a hang is ended by the limit that every test has."""
     while not condition():
         if process.poll() is not None:
+            with suppress(ProcessLookupError):  # what it started may hold the pipe
+                os.killpg(process.pid, signal.SIGKILL)
             said = process.stdout.read() if process.stdout is not None else ""
             raise AssertionError(f"ended with {process.returncode} before {what}\n{said}")
         time.sleep(0.05)

@@ -110,7 +110,7 @@ class Services:
     """Return the passages of a trajectory as the text that the policy read."""
     ig_service: IGService | None = None
     codec: TextCodec | None = None
-    """Set for methods that ask for log-probs."""
+    """Encodes the answers whose log-probs are asked for."""
     answer_wrapper: str = ""
     """Text around an answer whose log-prob is asked for."""
     policy: LogProbScorer | None = None

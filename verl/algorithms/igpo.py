@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 
@@ -248,7 +249,7 @@ def _normalize(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> 
 
 def _moments(values: Sequence[float], *, by_std: bool) -> tuple[float, float]:
     """Return mean and divisor: `sqrt(population variance + 1e-8) + 1e-6`, or about 1 for a lone value."""
-    mean = math.fsum(values) / len(values) if values else 0.0
+    mean = fmean(values) if values else 0.0
     if len({*values}) == 1:
         mean = values[0]  # exactly, so that equal rewards give exactly 0
     if not by_std:
@@ -266,8 +267,8 @@ def _scale_of_gains(groups: Sequence[RewardGroup]) -> float:
     outcomes = [abs(rewards.outcome) for rewards in valid]
     if not gains or not any(gains):
         return 1.0
-    size = max(_MIN_OUTCOME, math.fsum(outcomes) / len(outcomes))
-    return min(_MAX_SCALE, size / (math.fsum(gains) / len(gains)))
+    size = max(_MIN_OUTCOME, fmean(outcomes))
+    return min(_MAX_SCALE, size / fmean(gains))
 
 
 def _leave_one_out(group: RewardGroup, settings: IGPOConfig, *, progress: float) -> list[list[float]]:

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from serving.redaction import redact_text
 from verl.ask.trace import CallStep, Episode, Step
 from verl.types import Stop, Trajectory
 from verl.utils.styles import CALL_STYLE, NOTE_STYLE, PASSAGE_STYLE, STYLES, styled
@@ -45,7 +46,7 @@ class TerminalView:
         if trajectory.answer is not None:
             self._console.print(styled(trajectory.answer or "(an empty answer)", STYLES["answer"]))
         elif trajectory.failure is not None:
-            self._console.print(styled(f"failed: {trajectory.failure}", "bold red"))
+            self._console.print(styled(f"failed: {redact_text(trajectory.failure)}", "bold red"))
         else:
             self._console.print(styled(_ENDINGS[trajectory.stop], NOTE_STYLE))
 
@@ -92,7 +93,9 @@ class TerminalView:
 
     def _show_gains(self, episode: Episode, *, unit: str) -> None:
         if episode.gain.failure is not None:
-            self._console.print(styled(f"gain: not measured: {episode.gain.failure}", NOTE_STYLE))
+            self._console.print(
+                styled(f"gain: not measured: {redact_text(episode.gain.failure)}", NOTE_STYLE)
+            )
             return
         measured = [(step, step["gain"]) for step in episode.steps if step["gain"] is not None]
         goal = "the right answer" if episode.trajectory.question.golds else "its own answer"

@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 
 from serving.evidence import Evidence, EvidenceKind
 from serving.files import replacing_file
+from serving.http import WITHOUT_ROUTE
 from serving.redaction import redact_text
 from verl.errors import DataError, ServiceError
 from verl.evaluation.audit import Audit
@@ -38,8 +39,6 @@ _CHUNK = 256
 _MAX_CONCURRENT = 32
 _PART_CHARS = 100
 _TIMEOUT_S = 30.0
-_WITHOUT_PAGES = frozenset({404, 405})
-"""Statuses of `/page` of another server, or of an online engine."""
 
 Ranks = list[int | None]
 """Of each item of the evidence, from 1; None: not among the results."""
@@ -70,7 +69,7 @@ class EvidenceRecord(TypedDict):
     depth: int | None
     """Passages looked at of each search; None if nothing was searched."""
     failure: str | None
-    """Why ranks are unknown."""
+    """Why ranks, or what the corpus has, are unknown."""
     audit: NotRequired[str]
     """SHA-256 of the output of `index audit` that says what the corpus has, if one was given."""
 
@@ -259,7 +258,7 @@ class _Finder:
                     passage_id, part=1, part_chars=_PART_CHARS, timeout_s=_TIMEOUT_S
                 )
         except ServiceError as error:
-            if error.status in _WITHOUT_PAGES:
+            if error.status in WITHOUT_ROUTE:  # another server, or an online engine: it has no pages
                 return None
             raise
         return page is not None

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from serving.answers import normalize_answer
 from verl.evaluation.records import ResultRecord
@@ -44,7 +45,7 @@ def _score_question(samples: Sequence[ResultRecord], *, sizes: Sequence[int]) ->
     samples = sorted(samples, key=lambda record: record["sample"])
     # Not what only some samples have: a verdict is most often missing where the answer is wrong.
     names = [name for name in samples[0]["metrics"] if all(name in record["metrics"] for record in samples)]
-    values = {name: _mean([record["metrics"][name] for record in samples]) for name in names}
+    values = {name: fmean([record["metrics"][name] for record in samples]) for name in names}
     if sizes:
         num_right = sum(map(is_right, samples))
         for k in sizes:
@@ -64,7 +65,7 @@ def _score_question(samples: Sequence[ResultRecord], *, sizes: Sequence[int]) ->
         uid=samples[0]["uid"],
         data_source=samples[0]["data_source"],
         num_samples=len(samples),
-        values=values | {name: _mean(numbers) for name, numbers in costs.items()},
+        values=values | {name: fmean(numbers) for name, numbers in costs.items()},
     )
 
 
@@ -110,7 +111,3 @@ def vote(predictions: Sequence[str | None], *, is_math: bool = False) -> int | N
     votes = Counter(key for key in keys if key)
     # The most frequent key; `most_common` keeps the order of first appearance among equals.
     return keys.index(votes.most_common(1)[0][0]) if votes else None
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return math.fsum(numbers) / len(numbers)

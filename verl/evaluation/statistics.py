@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ def mean_of_means(strata: Sequence[Sequence[float]]) -> float | None:
     """Return the mean over the strata of their means; None if there is none or one is empty."""
     if not strata or not all(map(len, strata)):
         return None
-    return math.fsum(math.fsum(values) / len(values) for values in strata) / len(strata)
+    return fmean(fmean(values) for values in strata)
 
 
 def bootstrap_interval(

@@ -65,7 +65,7 @@ class Transport:
         proxy: SecretStr | None,
         max_connections: int,
     ) -> None:
-        """Ask the engine at `url`. An attempt ends after a time without any byte."""
+        """Ask the engine at `url`. An attempt ends after `_SILENCE_S` without any byte."""
         self._engine = engine
         self._url = url
         self._secrets = [keys[name].get_secret_value() for name in engine.key_variables]

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -108,12 +108,16 @@ async def test_actors_answer_refuse_stop_and_die(tmp_path: Path, monkeypatch: py
 async def test_a_cancelled_start_leaves_no_process() -> None:
     before = set(psutil.Process().children(recursive=True))
 
-    def live_children() -> list[psutil.Process]:
-        new = set(psutil.Process().children(recursive=True)) - before
-        return [child for child in new if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    def live_children() -> list[str]:
+        found = []
+        for child in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                if child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child.name())
+        return found
 
     starting = asyncio.create_task(RayCluster.start())
-    await eventually(lambda: bool(live_children()))
+    await eventually(lambda: "gcs_server" in live_children())
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting

@@ -246,8 +246,7 @@ def test_ray_leaves_nothing_behind_when_its_owner_is_killed(tmp_path: Path) -> N
         children = psutil.Process(owner.pid).children(recursive=True)
         assert len(children) >= 3
         owner.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(children)
-    assert not alive
+    psutil.wait_procs(children)
     assert not Path(folder).exists()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from verl.agent.formats.tool_calls import ToolCallsFormat
+from verl.agent.spans import THINK_TAG
 from verl.types import Observation, ToolCall
 
 _SEARCH = "search"
@@ -21,7 +22,7 @@ class IgpoFormat(ToolCallsFormat):
 
     name = "igpo"
     names: ClassVar[Mapping[str, str]] = {_SEARCH: "web_search"}
-    opening = "<think>"
+    opening = THINK_TAG
     ends_when_invalid = True
 
     def _write_results(self, calls: Sequence[ToolCall], observations: Sequence[Observation]) -> str:

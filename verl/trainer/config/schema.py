@@ -55,7 +55,6 @@ class ModelConfig:
     """What engines get after an update: all weights, with the adapters in them, or the adapters alone."""
 
     def __post_init__(self) -> None:
-        check_section("actor_rollout_ref.model", self)
         targets = self.target_modules
         require(
             targets == ALL_LINEAR or (isinstance(targets, list) and {*map(type, targets)} == {str}),
@@ -293,7 +292,6 @@ class TrainerConfig:
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def __post_init__(self) -> None:
-        check_section("trainer", self)
         for logger in self.logger:
             require(logger in ("console", "wandb"), "trainer.logger", logger, "one of console, wandb")
         for step in self.profile_steps:
