@@ -24,7 +24,7 @@ class Scrubber:
     """Hides known values, and what has the form or the name of a secret."""
 
     def __init__(self, *, secrets: Iterable[str], home: Path, names: Mapping[str, str]) -> None:
-        """`names`: words, such as that of the user, with what replaces them."""
+        """Take `names`, words such as that of the user, with what replaces them."""
         hidden = {form for secret in secrets for form in _forms(secret)}
         values = sorted(filter(_is_distinct, hidden), key=len, reverse=True)
         self._secrets = re.compile("|".join(map(re.escape, values)) or r"(?!)")

@@ -111,7 +111,7 @@ class Tool(ABC):
     def __init__(  # noqa: B027 (most tools need nothing of it)
         self, settings: object, *, texts: Mapping[str, str], resources: ToolResources
     ) -> None:
-        """`settings` is an instance of `settings_class`. Nothing is reached before `connect`."""
+        """Take `settings`, an instance of `settings_class`. Nothing is reached before `connect`."""
 
     async def connect(self, timeout_s: float) -> Mapping[str, object]:  # noqa: ARG002
         """Wait at most `timeout_s` until what the tool calls answers; return what its results depend on.
@@ -153,12 +153,12 @@ class PromptFormat(Protocol):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Texts that end a completion and stay part of it."""
+        """Return the texts that end a completion and stay part of it."""
         ...
 
     @property
     def max_calls(self) -> int:
-        """Most calls of one completion."""
+        """Return the most calls of one completion."""
         ...
 
     @property
@@ -168,7 +168,7 @@ class PromptFormat(Protocol):
 
     @property
     def reply_length(self) -> int:
-        """Number of tokens of the longest reply to an invalid action."""
+        """Return the number of tokens of the longest reply to an invalid action."""
         ...
 
     def write_prompt(self, question: str) -> tuple[Message, ...]:

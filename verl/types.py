@@ -150,7 +150,7 @@ class Action:
 
     @property
     def text(self) -> str:
-        """The answer, or one line per query; empty when invalid."""
+        """Return the answer, or one line per query; empty when invalid."""
         return "\n".join(s.text for s in self.spans if s.kind in (SpanKind.QUERY, SpanKind.ANSWER))
 
 
@@ -310,7 +310,7 @@ class Gain:
 
     @property
     def values(self) -> tuple[float, ...]:
-        """All numbers that were measured, those of the turns first."""
+        """Return all numbers that were measured, those of the turns first."""
         return tuple(value for value in (*self.turns, self.trajectory) if value is not None)
 
 

@@ -85,7 +85,7 @@ def queries(size: int, *, corpus_seed: int, count: int, seed: int) -> Iterator[s
 
 
 def _topics(size: int, *, seed: int) -> npt.NDArray[np.int64]:
-    """[topics, words]"""
+    """Return [topics, words]."""
     rng = np.random.default_rng((seed, 0))
     return rng.integers(NUM_WORDS, size=(max(1, size // PASSAGES_PER_TOPIC), TOPIC_WORDS))
 

@@ -71,7 +71,7 @@ class Bm25Retriever:
         files: Sequence[WatchedFile],
         num_threads: int,
     ) -> None:
-        """`files`: of the index; none of them may change while it is searched."""
+        """Search the index in `files`; none of them may change while it is searched."""
         index.config_reader(reload_policy="manual")  # no thread that watches the folder
         index.reload()
         self._schema = index.schema

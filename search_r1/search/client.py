@@ -47,7 +47,7 @@ class HttpSearch:
         token: str | None = None,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
-        """`url`: of the server or of its `/retrieve`. `timeout_s`: of a search, with all its attempts.
+        """Ask the server at `url`, or its `/retrieve`. `timeout_s`: of a search, with all its attempts.
 
         Raises ConfigError for a bad URL, timeout or token.
         """

@@ -35,7 +35,7 @@ class DenseRetriever:
         file: WatchedFile,
         facts: Mapping[str, str | int | float | None],
     ) -> None:
-        """`file` is that of the index and must not change while it is searched; `facts` go to `/version`."""
+        """Take `file`, the index, which must not change while it is searched; `facts` go to `/version`."""
         self._index = index
         self._file = file
         self._corpus = corpus

@@ -45,7 +45,7 @@ class VectorFile:
     """Rows of float32 in a raw file: read and written in blocks, so that memory holds one block."""
 
     def __init__(self, path: Path, *, count: int, dim: int, writable: bool = True) -> None:
-        """A file to write is created, sparse, where there is none."""
+        """Open the files; one to write is created, sparse, where there is none."""
         self.shape = (count, dim)
         self._path = path
         self._row_bytes = dim * _FLOAT_BYTES

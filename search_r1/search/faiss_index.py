@@ -195,7 +195,7 @@ class StoredVectors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, dim)"""
+        """Return (rows, dim)."""
         return len(self._codes), self.dim
 
     def __len__(self) -> int:
@@ -244,7 +244,7 @@ class FaissIndex:
         mmap: bool,
         move: Callable[[faiss.Index], faiss.Index] | None = None,
     ) -> None:
-        """`move` copies what is searched to GPUs; None: it is searched on the CPU."""
+        """Search on the CPU, or on the GPUs to which `move` copies what is searched."""
         self.kind = kind
         self.dim = int(index.d)
         self._file = index  # owns the parts below

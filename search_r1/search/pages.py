@@ -24,7 +24,7 @@ class PageReader:
     """Reads pages of one corpus in a thread of its own, so that searches go on meanwhile."""
 
     def __init__(self, corpus_path: Path) -> None:
-        """Nothing is opened before the first page is read."""
+        """Open nothing; the first page that is read does."""
         self._path = corpus_path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pages")
         self._corpus: Corpus | None = None

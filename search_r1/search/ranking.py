@@ -21,7 +21,7 @@ class VectorSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, dim)"""
+        """Return (rows, dim)."""
         ...
 
     def __getitem__(self, rows: slice, /) -> Any:

@@ -42,7 +42,7 @@ class RemoteRetriever:
     num_passages = None
 
     def __init__(self, url: str, *, token: str | None = None, max_connections: int = MAX_CONNECTIONS) -> None:
-        """`url`: of the server or of its `/retrieve`. Raises ValueError for a bad URL or token."""
+        """Ask the server at `url`, or its `/retrieve`. Raises ValueError for a bad URL or token."""
         self._service = JsonService(
             url.rstrip("/").removesuffix(_PATH),
             name=SERVICE,

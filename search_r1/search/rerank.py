@@ -98,7 +98,7 @@ class RerankedRetriever:
     """
 
     def __init__(self, inner: Retriever, *, model: Reranker, depth: int) -> None:
-        """`depth`: documents per query that the model reads (more if more are asked for)."""
+        """Let the model read `depth` documents per query, more if more are asked for."""
         self.max_batch = max(1, min(inner.max_batch, _MAX_PAIRS // depth))
         self.num_parallel_calls = inner.num_parallel_calls
         self._inner = inner

@@ -18,7 +18,7 @@ class RetrieverMetrics:
     """Counters of one server; they start at 0 with it."""
 
     def __init__(self, *, in_progress: Callable[[], int], waiting: Callable[[], int]) -> None:
-        """`in_progress`: queries accepted and not answered; `waiting`: those that wait for their search."""
+        """Read `in_progress`, queries without an answer, and `waiting`, those without a search yet."""
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(
             self.registry, prefix="retriever", purpose="passages", buckets=_SECONDS

@@ -72,7 +72,7 @@ class ToolAgent:
         limits: EpisodeLimits,
         dropped_text: str | None = None,
     ) -> None:
-        """`dropped_text` replaces old observations in a full context; None: the episode ends there.
+        """Put `dropped_text` for old observations in a full context; None: the episode ends there.
 
         Raises ConfigError when `max_obs_length` has no room for the fixed replies of the environment.
         """

@@ -64,7 +64,7 @@ class LogProbScorer(Protocol):
 
     @property
     def scores_trajectories(self) -> bool:
-        """Whether the log-probs of the sampled tokens are needed, too, and come from the same pass."""
+        """Return whether the log-probs of the sampled tokens are needed, too, from the same pass."""
         ...
 
     async def score(self, trees: Sequence[Tree]) -> list[TreeLogProbs]:

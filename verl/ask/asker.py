@@ -91,7 +91,7 @@ class Asker:
     """Answers questions with the agent of the training; a question knows nothing of those before it."""
 
     def __init__(self, config: Config, parts: Parts, *, stack: AsyncExitStack | None = None) -> None:
-        """`stack` closes the parts."""
+        """Take `stack`, which closes the parts."""
         self._config = config
         self._parts = parts
         self._stack = stack or AsyncExitStack()

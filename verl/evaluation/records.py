@@ -192,7 +192,7 @@ class ResultWriter:
 
     @property
     def done(self) -> frozenset[Key]:
-        """The questions and samples that are recorded."""
+        """Return the questions and samples that are recorded."""
         return frozenset(self._results.lines)
 
     def write(self, trajectory: Trajectory, *, score: Score) -> None:

@@ -94,7 +94,7 @@ class EnginePool:
 
     @property
     def receivers(self) -> tuple[EngineReceiver, ...]:
-        """The replicas as receivers of weights."""
+        """Return the replicas as receivers of weights."""
         return tuple(
             EngineReceiver(engine, name=f"engine-{k}", colocated=self._colocated)
             for k, engine in enumerate(self._engines)

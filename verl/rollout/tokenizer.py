@@ -55,7 +55,7 @@ class HfTokenizer:
         tags: Sequence[str] = (),
         enable_thinking: bool | None = None,
     ) -> None:
-        """`tags` of the prompt format stay single tokens also where they were added as special ones.
+        """Keep `tags` of the prompt format single tokens, also where they were added as special ones.
 
         `enable_thinking` goes to the chat template; None leaves the choice to it. Raises ConfigError for a
         template that does not know it.

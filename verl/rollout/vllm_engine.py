@@ -75,7 +75,7 @@ class VllmEngine:
         num_threads: int | None = None,
         weight_backend: str | AdapterSlot | None = None,
     ) -> None:
-        """`device` (cpu or cuda) must be the one that the installed vLLM was built for.
+        """Open vLLM on `device` (cpu or cuda), the one that the installed vLLM was built for.
 
         `weight_backend`: how `update` receives weights, by vLLM's name; None: only `load_weights` is used; a
         slot: so it is, for adapters.

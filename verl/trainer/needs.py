@@ -31,7 +31,7 @@ class FrozenModels:
 
     @property
     def count(self) -> int:
-        """Models that are loaded, each as large as the policy."""
+        """Return the number of models that are loaded, each as large as the policy."""
         return self.loads_reference + bool(self.refresh_steps)
 
 

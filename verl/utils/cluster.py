@@ -61,7 +61,7 @@ class Share:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What is reserved of each node."""
+        """Return what is reserved of each node."""
         return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
 
@@ -115,7 +115,7 @@ class _JoinedRay:
 
     @property
     def options(self) -> list[dict[str, object]]:
-        """Options of Ray that place an actor on each node."""
+        """Return the options of Ray that place an actor on each node."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         return [

@@ -23,7 +23,7 @@ class ClusterWatch:
     """Threads that look after a cluster until `close`."""
 
     def __init__(self, address: str, *, find_gone: Callable[[], str | None]) -> None:
-        """`address` is HOST:PORT of the head; `find_gone` asks it which part of the run has ended."""
+        """Take `address`, HOST:PORT of the head, which `find_gone` asks which part of the run has ended."""
         self.address = address
         self._find_gone = find_gone
         self._dead: str | None = None

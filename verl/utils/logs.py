@@ -60,7 +60,7 @@ class ProgressLog:
     """Logs the progress of a long phase, at most every 15 seconds, so that short phases log nothing."""
 
     def __init__(self, target: logging.Logger, what: str, *, done: int = 0, interval_s: float = 15.0) -> None:
-        """`done` pieces are finished before the phase begins."""
+        """Begin a phase of which `done` pieces are finished."""
         self._target = target
         self._what = what
         self._done = done

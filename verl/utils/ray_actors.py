@@ -125,7 +125,7 @@ class RayLauncher:
         survival_s: float = _SURVIVAL_S,
         fix: str = "repeat the command to resume",
     ) -> None:
-        """`options`: those of Ray that place an actor on each node; `env`: variables of all actors.
+        """Take `options` of Ray that place an actor on each node, and `env`, variables of all actors.
 
         `fix`: what to do when a process of Ray has ended.
         """

@@ -27,7 +27,7 @@ class HostCopy:
     """Tensors that are on the device or, their memory freed, in host memory."""
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """`tensors` is called again at each release: an optimizer has no state before its first step."""
+        """Call `tensors` again at each release: an optimizer has no state before its first step."""
         self._tensors = tensors
         self._blocks: dict[int, _Block] = {}
         self._is_current = False
@@ -86,7 +86,7 @@ class Residence:
         offloads_weights: bool,
         offloads_optimizer: bool,
     ) -> None:
-        """Nothing moves of what is not offloaded. A frozen model has no `optimizer`."""
+        """Move nothing of what is not offloaded. A frozen model has no `optimizer`."""
         self._is_frozen = optimizer is None
         self._frozen = self._trained = None
         if offloads_weights:

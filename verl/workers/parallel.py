@@ -42,17 +42,17 @@ class Placement:
 
     @property
     def node_size(self) -> int:
-        """Number of ranks on each node."""
+        """Return the number of ranks on each node."""
         return self.ranks_per_node or self.world_size
 
     @property
     def node(self) -> int:
-        """Index of the node that the rank is on."""
+        """Return the index of the node that the rank is on."""
         return self.rank // self.node_size
 
     @property
     def local_rank(self) -> int:
-        """Index of the rank among those of its node."""
+        """Return the index of the rank among those of its node."""
         return self.rank % self.node_size
 
 

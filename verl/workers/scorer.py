@@ -42,7 +42,7 @@ class LogProbScorer:
     """A model as a `verl.algorithms.base.LogProbScorer`."""
 
     def __init__(self, model: ScoringModel, *, shares_prefixes: bool, scores_trajectories: bool) -> None:
-        """`scores_trajectories` also computes the log-probs of sampled tokens, if the update needs them."""
+        """Compute, with `scores_trajectories`, also the log-probs of sampled tokens that the update needs."""
         self._model = model
         self._shares_prefixes = shares_prefixes
         self.scores_trajectories = scores_trajectories
@@ -56,7 +56,7 @@ class PolicyCopy:
     """A frozen model that gets the policy's weights every so many steps, and is kept in checkpoints."""
 
     def __init__(self, policy: WorkerGroup, model: WorkerGroup, *, every: int, scratch: Path) -> None:
-        """`every` counts steps; weights travel through a folder in `scratch`."""
+        """Refresh after `every` steps; weights travel through a folder in `scratch`."""
         self.model = model
         self._policy = policy
         self._every = every

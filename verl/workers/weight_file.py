@@ -85,7 +85,7 @@ class FileSender:
     def __init__(
         self, weights: Readable, *, context: ParallelContext, write: Callable[..., object] | None = None
     ) -> None:
-        """`weights` are read by gathering them over the ranks; `write`: None for `write_weights`."""
+        """Read `weights` by gathering them over the ranks; `write`: None for `write_weights`."""
         self._weights = weights
         self._context = context
         self._write = write or partial(write_weights, max_bytes=sys.maxsize)

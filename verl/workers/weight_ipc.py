@@ -106,7 +106,7 @@ class SharedWeights:
     """The buffer of one rank, and what is gathered into it."""
 
     def __init__(self, layout: Layout, read: Callable[[str], Tensor], *, buffer: Tensor) -> None:
-        """`read` gathers one weight over the ranks."""
+        """Take `read`, which gathers one weight over the ranks."""
         self.chunks = plan_chunks(layout, buffer_bytes=len(buffer))
         self._read = read
         self._buffer = buffer
@@ -122,7 +122,7 @@ class ChunkSender:
     """One rank's side of a publish: its buffer, from `share` to `unshare`."""
 
     def __init__(self, weights: Readable, *, device: torch.device) -> None:
-        """`weights` are read by gathering them over the ranks."""
+        """Read `weights` by gathering them over the ranks."""
         self._weights = weights
         self._device = device
         self._shared: SharedWeights | None = None

@@ -73,7 +73,7 @@ class NcclTransfer:
         connect_timeout_s: float = _CONNECT_TIMEOUT_S,
         grace_s: float = _GRACE_S,
     ) -> None:
-        """`engine_size`: workers of an engine."""
+        """Take `engine_size`, the workers of an engine."""
         self._policy = policy
         self._receivers = tuple(receivers)
         self._engine_size = engine_size
@@ -168,7 +168,7 @@ class BroadcastSender:
         join: Callable[..., Any] | None = None,
         broadcast: Callable[..., None] | None = None,
     ) -> None:
-        """`weights` are read by gathering them over the ranks; `join` and `broadcast`: those of NCCL."""
+        """Read `weights` by gathering them over the ranks; `join` and `broadcast`: those of NCCL."""
         self._weights = weights
         self._context = context
         self._join: Callable[..., Any] = join or join_group

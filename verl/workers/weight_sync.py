@@ -92,7 +92,7 @@ class WeightPublisher:
         probe_ids: IntArray,
         tolerance: float,
     ) -> None:
-        """`tolerance`: largest mean absolute log-prob difference, 1e-3 in float32."""
+        """Take `tolerance`, the largest mean absolute log-prob difference, 1e-3 in float32."""
         if len(probe_ids) < 2:
             raise ValueError(f"the probe needs at least two tokens, got {len(probe_ids)}")
         self._policy = policy

@@ -46,7 +46,7 @@ class WorkerGroup:
         rendezvous: Rendezvous,
         address: str,
     ) -> None:
-        """`packs`: a forward pass can take several trajectories, see `packs_rows`; `address`: of rank 0."""
+        """Take `packs`: can a pass hold several trajectories, see `packs_rows`; `address`: of rank 0."""
         self._actors = tuple(actors)
         self._address = address
         self._config = config

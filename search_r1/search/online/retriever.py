@@ -76,7 +76,7 @@ class OnlineRetriever:
         store: OnlineStore | None,
         transport: Transport | None,
     ) -> None:
-        """`transport` is None in a replay, `store` is None when nothing is recorded or counted."""
+        """Take `transport`, None in a replay, and `store`, None when nothing is recorded or counted."""
         self.num_parallel_calls = options.num_parallel_calls
         self._engine = engine
         self._options = options
@@ -210,7 +210,7 @@ class MockRetriever:
     num_passages: int | None = None
 
     def __init__(self, *, engine: str) -> None:
-        """`engine`: the name that was asked for."""
+        """Take `engine`, the name that was asked for."""
         self._engine = engine
 
     def describe(self) -> Mapping[str, str | int | float | None]:

@@ -77,7 +77,7 @@ class SearchR1Format:
 
     @property
     def reply_length(self) -> int:
-        """Number of tokens of the longest reply to an invalid action."""
+        """Return the number of tokens of the longest reply to an invalid action."""
         as_turn = self._tokenizer.render_next_turn(self._retry.strip()) or ()
         return max(len(self._tokenizer.encode(self._retry)), len(as_turn))
 

@@ -81,7 +81,7 @@ class ToolCallsFormat:
 
     @property
     def reply_length(self) -> int:
-        """Number of tokens of the longest reply to an invalid action."""
+        """Return the number of tokens of the longest reply to an invalid action."""
         return max(len(self._write_message(text)) for text in self._retries.values())
 
     def write_prompt(self, question: str) -> tuple[Message, ...]:

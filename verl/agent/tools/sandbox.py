@@ -87,7 +87,7 @@ class Isolation:
 
     @property
     def is_complete(self) -> bool:
-        """Whether network, other processes and the contents of other files are out of reach."""
+        """Return whether network, other processes and the contents of other files are out of reach."""
         return self.seccomp and (self.namespaces or self.landlock > 0)
 
 

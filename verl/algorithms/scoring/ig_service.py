@@ -30,7 +30,7 @@ class GainRequests(Prefetch):
     def __init__(
         self, service: IGService, *, requests_of: Callable[[Trajectory], Sequence[GainRequest]]
     ) -> None:
-        """`requests_of` returns the requests for a trajectory, possibly none."""
+        """Ask what `requests_of` returns for a trajectory, possibly nothing."""
         self._service = service
         self.requests_of = cache(requests_of)  # needed twice: when the episode ends and when all have
         self._tasks: dict[GainRequest, asyncio.Task[GainResult]] = {}

@@ -41,7 +41,7 @@ class AnswerProbes:
     """
 
     def __init__(self, codec: TextCodec | None, wrapper: str, *, with_tag: bool = False) -> None:
-        """`wrapper` has the answer's place in it; `with_tag` scores the tags around that place, too.
+        """Take `wrapper`, which has the answer's place in it; `with_tag` scores the tags around it, too.
 
         Raises ValueError for a wrapper without a place.
         """

@@ -24,7 +24,7 @@ class Reward:
     def __init__(
         self, outcome: OutcomeRule, *, algorithm: Algorithm, max_failure_share: float, fix: str
     ) -> None:
-        """`max_failure_share` in [0, 1]; `fix` ends the message of a halt: name the service's URL in it."""
+        """Halt above `max_failure_share`, in [0, 1]; `fix` ends the message: name the service's URL in it."""
         self._outcome = outcome
         self._algorithm = algorithm
         self._max_failure_share = max_failure_share

@@ -90,14 +90,14 @@ class RunData:
 
     @property
     def old_gain_weight(self) -> float:
-        """The weight of the gain in a run from before methods had names; 0 in later ones."""
+        """Return the weight of the gain in a run from before methods had names; 0 in later ones."""
         weight = self.setting("reward.gain_weight")
         is_used = self.setting("reward.gain") != "none" and isinstance(weight, (int, float))
         return float(weight) if is_used and isinstance(weight, (int, float)) else 0.0
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from start to end, for a run without an end up to its last metrics."""
+        """Return the seconds from start to end, for a run without an end up to its last metrics."""
         started, finished = (_timestamp(self.manifest.get(name)) for name in ("started", "finished"))
         times = [t for line in (*self.train, *self.val) if isinstance(t := line.get("time"), (int, float))]
         start = started if started is not None else min(times, default=None)

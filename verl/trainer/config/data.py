@@ -45,15 +45,15 @@ class DataConfig:
 
     @property
     def train_paths(self) -> tuple[str, ...]:
-        """Training files as a tuple, `~` expanded."""
+        """Return the training files as a tuple, `~` expanded."""
         return _file_list("data.train_files", self.train_files)
 
     @property
     def val_paths(self) -> tuple[str, ...]:
-        """Held-out files as a tuple, `~` expanded."""
+        """Return the held-out files as a tuple, `~` expanded."""
         return _file_list("data.val_files", self.val_files)
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence of an engine, in tokens: the context and one more completion."""
+        """Return the longest sequence of an engine, in tokens: the context and one more completion."""
         return self.max_prompt_length + self.max_response_length

@@ -38,7 +38,7 @@ class Argument:
 
     @cached_property
     def parsed(self) -> Override | None:
-        """The argument as Hydra reads it; None if its grammar does not allow it."""
+        """Return the argument as Hydra reads it; None if its grammar does not allow it."""
         try:
             return OverridesParser.create().parse_override(self.text)
         except HydraException:

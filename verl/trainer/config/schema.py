@@ -300,7 +300,7 @@ class TrainerConfig:
 
     @property
     def evaluates_only(self) -> bool:
-        """Whether the run evaluates its newest checkpoint, or the initial model, and trains nothing."""
+        """Return whether the run evaluates its newest checkpoint, or the initial model, and no more."""
         return self.val_only or self.total_training_steps == 0
 
     def count_steps(self, *, batches_per_epoch: int) -> int:
@@ -330,5 +330,5 @@ class Config:
 
     @property
     def trajectories_per_step(self) -> int:
-        """Episodes of a training step."""
+        """Return the number of episodes of a training step."""
         return self.data.train_batch_size * self.actor_rollout_ref.rollout.n_agent

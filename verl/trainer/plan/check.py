@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def usable(self) -> float:
-        """Bytes of a GPU that can be used."""
+        """Return the bytes of a GPU that can be used."""
         return self.setup.gpu.memory * USABLE_SHARE
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a step; None where they are not planned."""
+        """Return the seconds of a step; None where they are not planned."""
         return step_seconds(self.stages, self.setup)
 
     @property
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def excess(self) -> Excess | None:
-        """None where everything fits."""
+        """Return by how much the fullest phase is too large; None where everything fits."""
         needs = [
             Excess(phase=phase, gpu=gpu, needed=total(self.items, phase, gpu=gpu), usable=self.usable)
             for phase in self.phases
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits, and the engine has room for the longest sequence."""
+        """Return whether every phase fits, and the engine has room for the longest sequence."""
         return self.excess is None and self.setup.cache_bytes >= self.setup.sequence_cache_bytes
 
 

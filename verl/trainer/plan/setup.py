@@ -54,7 +54,7 @@ class Episodes:
 
     @property
     def tokens(self) -> float:
-        """Of one episode."""
+        """Return the tokens of one episode."""
         return self.prompt_tokens + self.observation_tokens + self.sampled_tokens
 
 
@@ -118,55 +118,55 @@ class Setup:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the policy over all nodes."""
+        """Return the number of ranks of the policy over all nodes."""
         return len(self.policy_gpus) * self.num_nodes
 
     @property
     def engine_world_size(self) -> int:
-        """GPUs of engines over all nodes."""
+        """Return the number of GPUs of engines over all nodes."""
         return len(self.pool_gpus) * self.num_nodes
 
     @property
     def is_colocated(self) -> bool:
-        """Whether engines share the GPUs of the policy."""
+        """Return whether engines share the GPUs of the policy."""
         return self.policy_gpus == self.pool_gpus
 
     @property
     def update_passes(self) -> int:
-        """FLOP of an update in forward passes: forward, and twice that backward, with LoRA once."""
+        """Return the FLOP of an update in forward passes: one, and two backward, with LoRA one."""
         return 2 if self.lora_rank else 3
 
     @property
     def scores_log_probs(self) -> bool:
-        """Whether the method measures log-probs while it rewards."""
+        """Return whether the method measures log-probs while it rewards."""
         return self.scores_with_policy or self.scores_with_frozen
 
     @property
     def trained_parameters(self) -> int:
-        """Parameters with gradient and optimizer state."""
+        """Return the number of parameters with gradient and optimizer state."""
         return self.shape.lora_parameters(self.lora_rank) if self.lora_rank else self.shape.parameters
 
     @property
     def replicas(self) -> int:
-        """Engines over all nodes."""
+        """Return the number of engines over all nodes."""
         return self.engine_world_size // self.engine_gpus
 
     @property
     def engine_weight_bytes(self) -> float:
-        """Of one engine, per GPU, with the room for an adapter, most of which each GPU has whole."""
+        """Return the weights of an engine per GPU, with room for an adapter, mostly whole on each."""
         slot = self.shape.lora_parameters(self.slot_rank or 0)
         return (self.shape.parameters / self.engine_gpus + slot) * self.number_bytes
 
     @property
     def sent_bytes(self) -> float:
-        """What an engine gets after an update: all weights, or adapters in float32."""
+        """Return the bytes that an engine gets after an update: all weights, or adapters in float32."""
         if self.slot_rank is None:
             return float(self.shape.parameters * self.number_bytes)
         return 4.0 * self.trained_parameters
 
     @property
     def cache_bytes(self) -> float:
-        """Of one engine's key-value cache, per GPU; negative where the weights alone are too large."""
+        """Return the key-value cache of an engine per GPU; negative where the weights alone are too large."""
         shape = self.shape
         sizes = ENGINE_INTERMEDIATES * shape.intermediate / self.engine_gpus + ENGINE_HIDDENS * shape.hidden
         others = ENGINE_BYTES + self.engine_tokens * self.number_bytes * sizes
@@ -174,7 +174,7 @@ class Setup:
 
     @property
     def sequence_cache_bytes(self) -> float:
-        """What the longest sequence takes of the cache, per GPU; a KV head is copied, never split."""
+        """Return what the longest sequence takes of the cache per GPU; a KV head is copied, never split."""
         split = min(self.engine_gpus, self.shape.kv_heads)
         return self.max_model_len * self.shape.kv_bytes(self.number_bytes) / split
 

@@ -37,12 +37,12 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the input embedding, the largest tensor of the model."""
+        """Return the parameters of the input embedding, the largest tensor of the model."""
         return self.vocab * self.hidden
 
     @property
     def layer_parameters(self) -> int:
-        """Of one layer."""
+        """Return the parameters of one layer."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden * (2 * queries + 2 * keys)
         biases = (queries + 2 * keys) * self.has_qkv_bias + self.hidden * self.has_output_bias
@@ -53,18 +53,18 @@ class ModelShape:
 
     @property
     def root_parameters(self) -> int:
-        """Of head, or tied embedding, and last norm: what FSDP gathers with the whole model."""
+        """Return the parameters of head, or tied embedding, and last norm, which FSDP gathers as one unit."""
         return self.embedding_parameters + self.hidden
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Return the parameters of the whole model."""
         embedding = 0 if self.is_tied else self.embedding_parameters
         return self.layers * self.layer_parameters + self.root_parameters + embedding
 
     @property
     def matrix_parameters(self) -> int:
-        """Those that every token is multiplied with: all but an input embedding of its own."""
+        """Return the parameters that multiply every token: all but an input embedding of its own."""
         return self.parameters - (0 if self.is_tied else self.embedding_parameters)
 
     def kv_bytes(self, bytes_per_number: int) -> int:

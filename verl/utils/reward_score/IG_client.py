@@ -40,7 +40,7 @@ class GainClient:
     def __init__(
         self, url: str, *, timeout_s: float, batch_size: int = 256, token: str | None = None
     ) -> None:
-        """`timeout_s` covers a call from asking to the last result. Raises ConfigError for a bad setting."""
+        """Take `timeout_s`, from a call to its last result. Raises ConfigError for a bad setting."""
         self.timeout_s = timeout_s
         """The longest time that a step may wait for its gains."""
         self._taken: Mapping[str, int] = {}
