@@ -201,6 +201,9 @@ def _describe_tuning(plan: Plan) -> str:
     if likes:
         shown = ", ".join(f"{name} those of {other}" for name, other in likes.items())
         text += f" Variants are not tuned: {shown}."
+    others = [name for name in plan.methods if name not in likes and name not in tuning.methods]
+    if others:
+        text += f" Not tuned, with {plan.untuned}: {', '.join(others)}."
     return text
 
 

@@ -205,6 +205,7 @@ def test_costs_count_seeds_that_did_not_reach_the_level_and_a_best_trial_at_the_
     stage = Stage(world="easy", steps=12, seeds=3, base="search_r1", methods=["search_r1", "inforeasoner"])
     methods = make_plan().methods
     methods["inforeasoner"] = replace(methods["inforeasoner"], tuned_like="search_r1")
+    methods["untuned"] = methods["search_r1"]
     plan = make_plan(methods=methods, stages={"hard": stage}, tuning=tuning)
     results: dict[str, Result] = {}
     for run in make_campaign(plan, {}).left(["tuning"]):
@@ -228,6 +229,7 @@ def test_costs_count_seeds_that_did_not_reach_the_level_and_a_best_trial_at_the_
     assert other_seeds == "| the best, other seeds | 20.3 ± 8.9 (3) |"  # 25.5, 25.5 and 10.0 in steps 1 to 5
     assert any("1 methods have 3 trials each" in line for line in lines)
     assert any("Variants are not tuned: inforeasoner those of search_r1." in line for line in lines)
+    assert any(f"Not tuned, with {TUNED}: untuned." in line for line in lines)
     assert places.board is not None
     first, second = [line for line in places.board.read_text().splitlines() if line.startswith("| ")][-2:]
     assert first.startswith(r"| search\_r1: lr 0.0004")
