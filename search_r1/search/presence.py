@@ -77,7 +77,7 @@ async def look_up_ids(
     if failures:
         logger.warning(
             "%d of %d passages could not be looked up and are unknown, the first because: %s",
-            len(failures), len(ids), redact_text(str(failures[0])),
+            len(failures), len(ids), redact_text(failures[0].message),
         )  # fmt: skip
     return {
         row: [held[item] if one.names_ids else None for item in one.items] for row, one in evidence.items()
