@@ -52,7 +52,7 @@ class HybridRetriever:
                     group.create_task(part.search(queries, topk=depth, timeout_s=timeout_s))
                     for part in self._parts
                 ]
-        except ExceptionGroup as errors:
+        except ExceptionGroup as errors:  # in which the task group wraps what a part raised
             raise errors.exceptions[0] from None
         by_query = zip(*(task.result() for task in tasks), strict=True)
         return [self._join(outcomes, topk=topk) for outcomes in by_query]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-from verl.types import Span, SpanKind
+from verl.types import IntArray, Span, SpanKind
 
 THINK_TAG = "<think>"
 
 
-def opens_thought(ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]) -> bool:
+def opens_thought(ids: IntArray, *, decode: Callable[[Sequence[int]], str]) -> bool:
     """Return whether the text of the tokens ends in `<think>`, which the chat template then opened."""
     # As many tokens as characters are enough.
-    return decode(ids[-len(f"{THINK_TAG}\n") :]).rstrip().endswith(THINK_TAG)
+    return decode(ids[-len(f"{THINK_TAG}\n") :].tolist()).rstrip().endswith(THINK_TAG)
 
 
 class DecodedText:

@@ -55,7 +55,7 @@ class AnswerProbes:
 
     def encode_all(self, answers: Sequence[str], *, trajectory: Trajectory) -> list[Probe]:
         """Return the tokens, in the wrapper, of those answers that have any."""
-        is_opened = opens_thought(trajectory.prompt_ids.tolist(), decode=self._codec.decode)
+        is_opened = opens_thought(trajectory.prompt_ids, decode=self._codec.decode)
         return [probe for answer in answers if (probe := self._encode(answer, is_opened)) is not None]
 
     def _encode_uncached(self, answer: str, is_opened: bool) -> Probe | None:

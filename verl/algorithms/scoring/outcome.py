@@ -86,7 +86,7 @@ def _text_of_turns(trajectory: Trajectory, decode: Callable[[Sequence[int]], str
     """Return the sampled text, with the tag `<think>` where the chat template opened it before a turn."""
     text, before = "", trajectory.prompt_ids
     for turn in trajectory.turns:
-        text += THINK_TAG if opens_thought(before.tolist(), decode=decode) else ""
+        text += THINK_TAG if opens_thought(before, decode=decode) else ""
         text += decode(turn.output_ids.tolist())
         before = turn.observation_ids
     return text
