@@ -9,23 +9,23 @@
     python scripts/make_world.py damaged --out /tmp/damaged         # the hard one with gaps, see its --help
 
 The corpus and the questions are the same bytes for the same seed everywhere. The weights depend on the
-machine (threads and instruction sets change the order of sums), so what was measured is in the manifest.
+machine and on what runs beside (threads and instruction sets change the order of sums), so what was
+measured is in the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from serving.web.settings import expand_home
-from verl.utils.entry import error_line
+from verl.utils.entry import describe_error, error_line
 from world import (
     dataset,
     encoder,
@@ -40,6 +40,7 @@ from world import (
 from world.facts import World, WorldSize, draw_world
 from world.hard import damage, maker, report
 from world.making import STAGES
+from world.traces import Problem
 from world.training import Schedule
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -90,12 +91,18 @@ SMALL = Plan(
 
 
 class Maker:
-    """Makes the parts of one world; every stage reads what it needs from the output folder."""
+    """Makes and measures the parts of one world, each from what is in the output folder."""
+
+    parts: Mapping[str, tuple[str, ...]] = {
+        **making.PARTS,
+        "generator": ("data", "encoder", "index", "generator"),
+        making.EVIDENCE: (making.EVIDENCE,),
+    }
 
     def __init__(self, plan: Plan, *, seed: int, out: Path) -> None:
         self.plan, self.seed, self.out = plan, seed, out
         self.models = out / "models"
-        self.able = out / making.SCRATCH / "able"
+        self.able = out / making.ABLE
         self.world: World = draw_world(plan.size, seed=seed)
 
     def make_data(self) -> None:
@@ -152,47 +159,48 @@ class Maker:
             model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
         )
 
-    def measure_evidence(self) -> dict[str, float]:
-        """Return how well the judge separates supported answers from the rest."""
-        return evidence.measure(self.models / making.EVIDENCE, seed=self.seed)
-
-    def measure(self) -> dict[str, dict[str, float]]:
-        """Return what the models do on the test questions."""
-        problems = dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
-        retriever = making.open_retriever(self.out)
-        judge = AutoModelForSequenceClassification.from_pretrained(self.models / "entailment")
-        texts = AutoTokenizer.from_pretrained(self.models / "entailment")
-        figures = {
-            "encoder": evaluation.measure_encoder(retriever, self.world.facts, seed=self.seed),
-            "entailment": entailment.measure(judge, texts, seed=self.seed),
-        }
-        limit = self.plan.output_tokens
-        for name, folder, temperature in (
-            ("able_greedy", self.able, 0.0),
-            ("policy_greedy", self.models / "policy", 0.0),
-            ("policy_sampled", self.models / "policy", 1.0),
-        ):
-            if not folder.exists():
-                continue
-            model, words = making.load_language_model(folder)
-            torch.manual_seed(self.seed)
-            episodes = evaluation.run_episodes(
-                model, words, retriever, problems, temperature=temperature, max_new_tokens=limit
-            )
-            figures[name] = evaluation.summarize(episodes)
-        model, words = making.load_language_model(self.models / "generator")
-        figures["generator"] = evaluation.measure_generator(model, words, retriever, problems)
-        retriever.close()
-        return {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
-
-    def make_manifest(self) -> None:
-        """Write the manifest, with new figures if a measured file has changed."""
-        counts = {
+    @property
+    def counts(self) -> dict[str, int]:
+        """Count passages and questions."""
+        return {
             "passages": len(self.world.facts),
             "train_questions": self.plan.size.train_questions,
             "test_questions": self.plan.size.test_questions,
         }
-        making.write_manifest(self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, maker=self)
+
+    def measure_encoder(self) -> dict[str, float]:
+        with closing(making.open_retriever(self.out)) as retriever:
+            return evaluation.measure_encoder(retriever, self.world.facts, seed=self.seed)
+
+    def measure_entailment(self) -> dict[str, float]:
+        folder = self.models / "entailment"
+        judge = AutoModelForSequenceClassification.from_pretrained(folder)
+        return entailment.measure(judge, AutoTokenizer.from_pretrained(folder), seed=self.seed)
+
+    def measure_policy(self, folder: Path, *, temperature: float) -> dict[str, float]:
+        model, words = making.load_language_model(folder)
+        with closing(making.open_retriever(self.out)) as retriever:
+            episodes = evaluation.run_episodes(
+                model,
+                words,
+                retriever,
+                self._test_problems(),
+                temperature=temperature,
+                max_new_tokens=self.plan.output_tokens,
+            )
+        return evaluation.summarize(episodes)
+
+    def measure_generator(self) -> dict[str, float]:
+        model, words = making.load_language_model(self.models / "generator")
+        with closing(making.open_retriever(self.out)) as retriever:
+            return evaluation.measure_generator(model, words, retriever, self._test_problems())
+
+    def measure_evidence(self) -> dict[str, float]:
+        """Return how well the judge separates supported answers from the rest."""
+        return evidence.measure(self.models / making.EVIDENCE, seed=self.seed)
+
+    def _test_problems(self) -> list[Problem]:
+        return dataset.problems(self.world, self.plan.size, split="test", seed=self.seed)
 
 
 def new_easy_maker(*, small: bool, persons: int | None, seed: int, out: Path) -> Maker:
@@ -220,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--persons", type=int, help="number of persons (default 300; hard 280)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="make only these parts")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads for training (default 2)")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="parts made at once, on as many cores (default 2)"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -232,23 +242,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--check needs --world hard")
     if chosen.out is None and (chosen.small or chosen.seed or chosen.persons is not None):
         parser.error("--small, --seed and --persons make another world than the shipped one: name its --out")
+    if chosen.processes < 1:
+        parser.error(f"--processes is {chosen.processes}, expected at least 1")
     out = chosen.out or Path("world/hard" if is_hard else "world")
     new_maker = maker.new_maker if is_hard else new_easy_maker
-    torch.set_num_threads(chosen.threads)
     try:
         chosen_maker = new_maker(small=chosen.small, persons=chosen.persons, seed=chosen.seed, out=out)
         if chosen.check:
-            judge = making.EVIDENCE
-            if not (out / "models" / judge).is_dir():
-                parser.error(f"{out} has no models/{judge}: make it with --stages {judge}")
-            judged = {judge: chosen_maker.measure_evidence()}
-            sys.exit(report.show(chosen_maker.measure() | judged))
-        for stage in (stage for stage in STAGES if stage in chosen.stages):
-            started = time.perf_counter()
-            making.make(chosen_maker, stage)
-            print(f"{stage}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            sys.exit(report.show(making.measure_all(chosen_maker, processes=chosen.processes)))
+        making.make_all(chosen_maker, chosen.stages, processes=chosen.processes)
     except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(describe_error(error))
 
 
 if __name__ == "__main__":

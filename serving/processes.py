@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -134,6 +135,18 @@ class ProcessGuard:
             self._shell.stdin.flush()
         except BrokenPipeError:
             logger.warning("the process guard %d is gone: %s may outlive this process", self._shell.pid, word)
+
+
+def end_with_parent() -> None:
+    """End this process, which `multiprocessing` started, when its parent is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was not started by multiprocessing"
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, name="end-with-parent", daemon=True).start()
 
 
 def start_time(pid: int) -> str | None:

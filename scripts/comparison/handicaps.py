@@ -6,9 +6,9 @@ the policy is trained with changes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -17,25 +17,28 @@ from verl.trainer.ppo.trainer import PPOTrainer, StepReward
 from verl.types import Credit, Group, Score, ScoredGroups, Trajectory
 from verl.utils.seeding import derive_seed
 
+Credits = Sequence[Sequence[Credit]]
+Change = Callable[[Sequence[Group], ScoredGroups, float], Credits]
+"""Takes groups, their scores and true credit, and the progress of the run; returns the changed credit."""
+
 
 def apply_handicap(trainer: PPOTrainer, name: str | None, *, seed: int) -> None:
     """Let a trainer that is built train with one of `comparison.plan.HANDICAPS`; None changes nothing."""
     if name is None:
         return
     parts = trainer.parts
-    reward: StepReward
+    change: Change = keep_failed_groups
     if name == "shuffled_outcomes":
-        reward = ShuffledOutcomes(parts.reward, algorithm=parts.algorithm, seed=seed)
-    else:
-        reward = FailedGroupsOnly(parts.reward)
-    trainer.parts = replace(parts, reward=reward)
+        change = partial(credit_shuffled, algorithm=parts.algorithm, seed=seed)
+    trainer.parts = replace(parts, reward=ChangedCredit(parts.reward, change))
 
 
-class ChangedCredit(ABC):
+class ChangedCredit:
     """A reward whose credit is changed; scores stay as they are."""
 
-    def __init__(self, reward: StepReward) -> None:
+    def __init__(self, reward: StepReward, change: Change) -> None:
         self._reward = reward
+        self._change = change
 
     async def score(
         self,
@@ -47,48 +50,27 @@ class ChangedCredit(ABC):
     ) -> ScoredGroups:
         """Return true scores, and the changed credit."""
         scored = await self._reward.score(groups, prefetch=prefetch, progress=progress, stats=stats)
-        return replace(scored, credits=self._credit(groups, scored, progress=progress))
+        return replace(scored, credits=self._change(groups, scored, progress))
 
     def score_validation(self, trajectories: Sequence[Trajectory]) -> list[Score]:
         """Return the outcomes as they are."""
         return self._reward.score_validation(trajectories)
 
-    @abstractmethod
-    def _credit(
-        self, groups: Sequence[Group], scored: ScoredGroups, *, progress: float
-    ) -> Sequence[Sequence[Credit]]: ...
+
+def credit_shuffled(
+    groups: Sequence[Group], scored: ScoredGroups, progress: float, *, algorithm: Algorithm, seed: int
+) -> Credits:
+    """Credit every episode with the outcome of another one of the step, drawn at random: a broken reward."""
+    drawn = derive_seed(seed, "shuffled", *(group.question.uid for group in groups))
+    return algorithm.credit(groups, shuffle_outcomes(scored.scores, seed=drawn), progress=progress)
 
 
-class ShuffledOutcomes(ChangedCredit):
-    """Credits every episode with the outcome of another one of the step, drawn at random: a broken reward."""
-
-    def __init__(self, reward: StepReward, *, algorithm: Algorithm, seed: int) -> None:
-        super().__init__(reward)
-        self._algorithm = algorithm
-        self._seed = seed
-
-    def _credit(
-        self, groups: Sequence[Group], scored: ScoredGroups, *, progress: float
-    ) -> Sequence[Sequence[Credit]]:
-        seed = derive_seed(self._seed, "shuffled", *(group.question.uid for group in groups))
-        shuffled = shuffle_outcomes(scored.scores, seed=seed)
-        return self._algorithm.credit(groups, shuffled, progress=progress)
-
-
-class FailedGroupsOnly(ChangedCredit):
-    """Credits only groups in which no episode has a full outcome: what does a method teach there?"""
-
-    def _credit(
-        self,
-        groups: Sequence[Group],  # noqa: ARG002
-        scored: ScoredGroups,
-        *,
-        progress: float,  # noqa: ARG002
-    ) -> Sequence[Sequence[Credit]]:
-        return [
-            [_silence(credit) for credit in of_group] if any(_is_right(s) for s in scores) else of_group
-            for of_group, scores in zip(scored.credits, scored.scores, strict=True)
-        ]
+def keep_failed_groups(groups: Sequence[Group], scored: ScoredGroups, progress: float) -> Credits:  # noqa: ARG001
+    """Credit only groups in which no episode has a full outcome: what does a method teach there?"""
+    return [
+        [_silence(credit) for credit in of_group] if any(_is_right(s) for s in scores) else of_group
+        for of_group, scores in zip(scored.credits, scored.scores, strict=True)
+    ]
 
 
 def shuffle_outcomes(scores: Sequence[Sequence[Score]], *, seed: int) -> list[list[Score]]:

@@ -1,4 +1,4 @@
-"""What the models can do: figures of the manifest, measured in one process without services."""
+"""What the models can do: figures of the manifest, measured without services."""
 
 from __future__ import annotations
 

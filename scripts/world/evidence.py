@@ -131,11 +131,10 @@ def measure(folder: Path, *, seed: int, count: int = 300, draw: DrawEvidence = d
         [value for value, pair in zip(entailed, pairs, strict=True) if pair[-1] == label]
         for label in (ENTAILMENT, CONTRADICTION, NEUTRAL)
     )
-    figures = {
+    return {
         "auc": area_under_curve(supported, contradicted + other),
         "auc_against_contradicted": area_under_curve(supported, contradicted),
         "supported_mean": fmean(supported),
         "contradicted_mean": fmean(contradicted),
         "other_mean": fmean(other),
     }
-    return {name: round(value, 4) for name, value in figures.items()}

@@ -12,11 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from serving.machine import has_bfloat16
+from world.muon import Muon
+from world.side_by_side import use_free_cores
 from world.traces import Piece
 
 IGNORED = -100
 HIDDEN_LAYER = re.compile(r"\.layers?\.\d+\.")
-POOL_SIZE = 128
+POOL_SIZE = 512
+"""Traces that are drawn and sorted by length together: with 128, a quarter of a batch was padding."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Ids and labels, both int64 [B, L] and right-padded; a label is the next token or IGNORED."""
@@ -106,11 +109,12 @@ def train(
     chosen = {id(p) for p in matrices}
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     peaks = {
-        torch.optim.Muon(matrices, weight_decay=0.01): schedule.matrix_rate,
+        Muon(matrices): schedule.matrix_rate,
         torch.optim.AdamW(vectors, betas=(0.9, 0.98), weight_decay=0.0, fused=True): schedule.vector_rate,
     }
     smooth, in_bfloat16 = 0.0, has_bfloat16()
     for step in range(schedule.steps):
+        use_free_cores()
         for optimizer, peak in peaks.items():
             optimizer.param_groups[0]["lr"] = peak * schedule.factor(step)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bfloat16):

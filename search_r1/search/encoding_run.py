@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ from search_r1.search.errors import RetrieverError
 from search_r1.search.ranking import FloatArray
 from search_r1.search.recipes import EncoderSpec
 from serving.files import write_json_atomically
+from serving.processes import end_with_parent
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -237,17 +237,9 @@ _worker: _Worker | None = None
 def _start_worker(job: EncodingJob, vectors: VectorFile, free_devices: Queue[str | None]) -> None:
     """Take a device; the models are loaded with the first chunk, whose failure reaches the parent."""
     global _make_worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     device = free_devices.get()
     _make_worker = lambda: _Worker(job, vectors, device)  # noqa: E731
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode_rows(rows: range) -> None:

@@ -49,14 +49,6 @@ MODELS = SHIPPED / "models"
 SIZE_LIMIT = 20_000_000
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """The script sets the threads of its process, which here is the one of all tests."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def world() -> World:
     return draw_world(WorldSize(), seed=0)
@@ -292,6 +284,12 @@ def test_the_policy_writes_the_right_form_but_often_behaves_badly(
 # ---- the script
 
 
+def test_at_least_one_process_works(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--processes", "0"])
+    assert "--processes is 0, expected at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--small", "--seed=1", "--persons=400"])
 def test_another_world_does_not_replace_the_shipped_one(
     option: str, capsys: pytest.CaptureFixture[str]
@@ -301,10 +299,21 @@ def test_another_world_does_not_replace_the_shipped_one(
     assert "name its --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", [{"seed": 1}, {"plan": {}}])
+def test_figures_of_another_seed_or_plan_are_not_reused(change: dict[str, object], tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("hard"))
+    maker = Maker(FULL, seed=0, out=tmp_path)
+    recorded = json.loads((tmp_path / "manifest.json").read_text())
+    read = [making._read_figures(maker, part) for part in maker.parts]
+    assert read == [{part: figures} for part, figures in recorded["abilities"].items()]
+    (tmp_path / "manifest.json").write_text(json.dumps(recorded | change))
+    assert making._read_figures(maker, "entailment") == {}
+
+
 @pytest.mark.slow
 def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     out = tmp_path / "small"
-    options = ["--small", "--seed", "7", "--threads", "1", "--out", str(out)]
+    options = ["--small", "--seed", "7", "--out", str(out)]
     main(options)
     made = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert made["seed"] == 7
@@ -320,14 +329,13 @@ def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     assert json.loads((out / "manifest.json").read_text(encoding="utf-8")) == made
 
 
+@pytest.mark.slow
 def test_figures_of_other_files_never_come_into_the_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("hard"))
     shipped = (SHIPPED / "manifest.json").read_bytes()
-    stages = ["--threads", "1", "--out", str(tmp_path), "--stages"]
-    main([*stages, "manifest"])
-    assert (tmp_path / "manifest.json").read_bytes() == shipped
+    stages = ["--out", str(tmp_path), "--stages"]
     (tmp_path / "models" / "entailment" / "config.json").write_text("{}")
     with pytest.raises(SystemExit):  # it is measured again, which fails
         main([*stages, "manifest"])
@@ -346,4 +354,4 @@ def test_figures_of_other_files_never_come_into_the_manifest(
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main([*stages, "generator"])
-    assert "add able to --stages, before it" in capsys.readouterr().err
+    assert "make it with --stages able" in capsys.readouterr().err

@@ -55,6 +55,30 @@ def test_a_killed_owner_takes_processes_and_folder_along(tmp_path: Path) -> None
         earlier.kill()
 
 
+_PARENT = """
+import multiprocessing, os, time
+from serving.processes import end_with_parent
+def work():
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(600)
+"""
+
+
+def test_a_process_ends_with_its_killed_parent() -> None:
+    command = [sys.executable, "-c", _PARENT]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    ) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    _, alive = psutil.wait_procs([child], timeout=_HANG_S)
+    assert alive == []
+
+
 def test_closing_kills_what_was_added_and_none_that_got_its_id_later() -> None:
     guard = ProcessGuard()
     with subprocess.Popen(["sleep", "600"]) as added, subprocess.Popen(["sleep", "600"]) as other:

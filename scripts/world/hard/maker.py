@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from world import encoder, entailment, evidence, making
 from world.hard import corpus, measure, models
-from world.hard.facts import WorldSize, draw_world
+from world.hard.facts import WorldSize, draw_problems, draw_world
 from world.training import Schedule
 
 BASE = Path(__file__).parents[3] / "world" / "models"
@@ -56,12 +58,18 @@ SMALL = Plan(
 
 
 class HardMaker:
-    """Makes the parts of one hard world; every stage reads what it needs from the output folder."""
+    """Makes and measures the parts of one hard world, each from what is in the output folder."""
+
+    parts: Mapping[str, tuple[str, ...]] = {
+        **making.PARTS,
+        "gain": ("data", "entailment", "generator"),
+        making.EVIDENCE: (making.EVIDENCE,),
+    }
 
     def __init__(self, plan: Plan, *, seed: int, out: Path) -> None:
         self.plan, self.seed, self.out = plan, seed, out
         self.models = out / "models"
-        self.able = out / making.SCRATCH / "able"
+        self.able = out / making.ABLE
         self.world = draw_world(plan.size, seed=seed)
 
     def make_data(self) -> None:
@@ -113,23 +121,35 @@ class HardMaker:
             model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
         )
 
-    def make_manifest(self) -> None:
-        """Write the manifest, with new figures if a measured file has changed."""
-        num_passages = sum(1 for _ in (self.out / "corpus.jsonl").open(encoding="utf-8"))
-        counts = {
-            "passages": num_passages,
+    @property
+    def counts(self) -> dict[str, int]:
+        """Count passages and questions."""
+        return {
+            "passages": sum(1 for _ in (self.out / "corpus.jsonl").open(encoding="utf-8")),
             "train_questions": self.plan.size.train_questions,
             "test_questions": self.plan.size.test_questions,
         }
-        making.write_manifest(self.out, seed=self.seed, plan=asdict(self.plan), counts=counts, maker=self)
+
+    def measure_encoder(self) -> dict[str, float]:
+        with closing(making.open_retriever(self.out)) as retriever:
+            return measure.measure_encoder(retriever, self.world, seed=self.seed)
+
+    def measure_entailment(self) -> dict[str, float]:
+        return measure.measure_entailment(self.models / "entailment", seed=self.seed)
+
+    def measure_policy(self, folder: Path, *, temperature: float) -> dict[str, float]:
+        problems = draw_problems(self.world, self.plan.size, split="test", seed=self.seed)
+        with closing(making.open_retriever(self.out)) as retriever:
+            return measure.measure_policy(
+                folder, retriever, problems, self.plan.effort, temperature=temperature
+            )
+
+    def measure_gain(self) -> dict[str, float]:
+        return measure.measure_gains(self.out, self.plan.effort)
 
     def measure_evidence(self) -> dict[str, float]:
         """Return how well the judge separates supported answers from the rest."""
         return evidence.measure(self.models / making.EVIDENCE, seed=self.seed, draw=models.draw_evidence)
-
-    def measure(self) -> making.Figures:
-        """Return what the models do, measured now."""
-        return measure.measure(self.out, self.world, self.plan.size, self.plan.effort, seed=self.seed)
 
 
 def new_maker(*, small: bool, persons: int | None, seed: int, out: Path) -> HardMaker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from IG.doctor.questions import Scenario
 from search_r1.search.dense import DenseRetriever
+from serving.processes import ProcessGuard
 from world import entailment, evaluation, making
 from world.evaluation import Episode
 from world.hard import corpus, models, text
-from world.hard.facts import Problem, World, WorldSize, draw_problems
+from world.hard.facts import Problem, World
 from world.hard.traces import Scene
 
 GROUP = 5
@@ -65,30 +67,6 @@ SCENARIOS = {
     "random": Scenario.random,
 }
 """What is read, as the doctor names it: documents of the first hop, of all others, of all hops, of others."""
-
-
-def measure(out: Path, world: World, size: WorldSize, effort: Effort, *, seed: int) -> making.Figures:
-    """Return all figures of a world; `able` is measured only where it was made."""
-    problems = draw_problems(world, size, split="test", seed=seed)
-    retriever = making.open_retriever(out)
-    try:
-        figures = {
-            "encoder": measure_encoder(retriever, world, seed=seed),
-            "entailment": measure_entailment(out / "models" / "entailment", seed=seed),
-        }
-        for name, folder, temperature in (
-            ("able_greedy", out / making.SCRATCH / "able", 0.0),
-            ("policy_greedy", out / "models" / "policy", 0.0),
-            ("policy_sampled", out / "models" / "policy", 1.0),
-        ):
-            if folder.exists():
-                figures[name] = measure_policy(
-                    folder, retriever, problems, effort, temperature=temperature, seed=seed
-                )
-    finally:
-        retriever.close()
-    figures["gain"] = measure_gains(out, effort)
-    return {part: {k: round(v, 4) for k, v in shown.items()} for part, shown in figures.items()}
 
 
 def measure_encoder(retriever: DenseRetriever, world: World, *, seed: int) -> dict[str, float]:
@@ -136,11 +114,9 @@ def measure_policy(
     effort: Effort,
     *,
     temperature: float,
-    seed: int,
 ) -> dict[str, float]:
     """Return exact match, how the episodes went, and, sampled, what groups and many samples find."""
     model, words = making.load_language_model(folder)
-    torch.manual_seed(seed)
 
     def run(asked: Sequence[Problem]) -> list[Episode]:
         return [
@@ -211,7 +187,13 @@ def measure_gains(out: Path, effort: Effort) -> dict[str, float]:
         *("--num-generations", str(min(8, effort.gain_samples)), "--max-samples", str(effort.gain_samples)),
         *("--max-new-tokens", "12"),
     ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    guard = ProcessGuard()
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # as many as this task may take
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | threads) as doctor:
+        guard.add(doctor.pid)
+    guard.close()
+    if doctor.returncode != 0:
+        raise RuntimeError(f"IG doctor ended with status {doctor.returncode}; its message is above")
     gains = json.loads((folder / "report.json").read_text(encoding="utf-8"))["gains"]
     return {
         f"{name}_{statistic}": value

@@ -78,7 +78,7 @@ def shipped_stream(tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]:
 def generator_stream(tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]:
     """Yield short answers, for the generator of the IG service."""
     rng = Random(f"hard generator {seed}")
-    return batches(tokenizer, lambda: draw_short_answer(rng), tokens=8192)
+    return batches(tokenizer, lambda: draw_short_answer(rng), tokens=6144)
 
 
 def draw_short_answer(rng: Random) -> list[Piece]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
-from comparison.handicaps import FailedGroupsOnly, ShuffledOutcomes, shuffle_outcomes
+from comparison.handicaps import ChangedCredit, credit_shuffled, keep_failed_groups, shuffle_outcomes
 from tests.fakes import make_question, make_trajectory
 from tests.methods import make_method
 from verl.algorithms.base import Prefetch
@@ -46,7 +47,8 @@ def test_outcomes_are_shuffled_over_the_whole_step_and_failed_episodes_keep_none
 
 async def test_with_shuffled_outcomes_the_scores_stay_true_and_the_credit_is_that_of_others() -> None:
     true = await REWARD.score(GROUPS, prefetch=Prefetch())
-    broken = await ShuffledOutcomes(REWARD, algorithm=METHOD, seed=0).score(GROUPS, prefetch=Prefetch())
+    change = partial(credit_shuffled, algorithm=METHOD, seed=0)
+    broken = await ChangedCredit(REWARD, change).score(GROUPS, prefetch=Prefetch())
     assert broken.scores == true.scores
     assert peaks(broken) != peaks(true)
     assert peaks(true)[1] == [0.0] * 4
@@ -57,7 +59,7 @@ async def test_only_groups_in_which_all_fail_keep_their_credit() -> None:
     reward = Reward(measure_outcome, algorithm=method, max_failure_share=0.5, fix="")
     true = await reward.score(GROUPS, prefetch=Prefetch())
     assert any(peaks(true)[0])
-    silent = await FailedGroupsOnly(reward).score(GROUPS, prefetch=Prefetch())
+    silent = await ChangedCredit(reward, keep_failed_groups).score(GROUPS, prefetch=Prefetch())
     assert peaks(silent)[0] == peaks(silent)[2] == [0.0] * 4
     assert peaks(silent)[1] == peaks(true)[1]
     assert silent.scores == true.scores
