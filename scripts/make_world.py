@@ -1,9 +1,9 @@
 """Make a world: corpus, questions, five tiny models and the index, from a seed, on two CPU cores.
 
-    python scripts/make_world.py --seed 0 --out world            # the embedded one, about 25 minutes
+    python scripts/make_world.py --seed 0 --out world            # the embedded one
     python scripts/make_world.py --world hard --out world/hard   # the hard one, from models of that one
     python scripts/make_world.py --world hard --check            # measure it, compare with what must be true
-    python scripts/make_world.py --small --out /tmp/small        # a small one in under a minute, to try it
+    python scripts/make_world.py --small --out /tmp/small        # a small one in about a minute, to try it
     python scripts/make_world.py --stages encoder index manifest    # some parts again, in place
     python scripts/make_world.py long-horizon --out /tmp/long       # questions many hops away, see its --help
     python scripts/make_world.py damaged --out /tmp/damaged         # the hard one with gaps, see its --help
