@@ -195,7 +195,7 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_sample() -> None:
 
 
 def test_a_world_without_its_judge_is_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evidence"))
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evidence", ".*"))
     with pytest.raises(SystemExit, match="2"):
         main(["--world", "hard", "--out", str(tmp_path), "--check"])
     assert f"measuring needs {tmp_path}/models/evidence: make it with --stages evidence" in (

@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "world"
 MODELS = SHIPPED / "models"
 SIZE_LIMIT = 20_000_000
+LEFT_OUT = shutil.ignore_patterns("hard", making.SCRATCH)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,7 @@ def test_another_world_does_not_replace_the_shipped_one(
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"plan": {}}])
 def test_figures_of_another_seed_or_plan_are_not_reused(change: dict[str, object], tmp_path: Path) -> None:
-    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("hard"))
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=LEFT_OUT)
     maker = Maker(FULL, seed=0, out=tmp_path)
     recorded = json.loads((tmp_path / "manifest.json").read_text())
     read = [making._read_figures(maker, part) for part in maker.parts]
@@ -326,14 +327,17 @@ def test_a_small_world_is_made_whole_and_loads(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/make_world.py", *options, "--stages", "data", "index", "manifest"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads((out / "manifest.json").read_text(encoding="utf-8")) == made
+    again = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    for manifest in (made, again):
+        del manifest["abilities"]["able_greedy"]  # measured again, as it may have changed
+    assert again == made
 
 
 @pytest.mark.slow
 def test_figures_of_other_files_never_come_into_the_manifest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("hard"))
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True, ignore=LEFT_OUT)
     shipped = (SHIPPED / "manifest.json").read_bytes()
     stages = ["--out", str(tmp_path), "--stages"]
     (tmp_path / "models" / "entailment" / "config.json").write_text("{}")
