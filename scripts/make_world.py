@@ -148,16 +148,10 @@ class Maker:
         making.train_and_save(model, words, stream, schedule=self.plan.able, folder=self.able)
 
     def make_policy(self) -> None:
-        model, words = making.load_language_model(self.able)
-        stream = language.shipped_stream(words, seed=self.seed)
-        making.train_and_save(model, words, stream, schedule=self.plan.shipped, folder=self.models / "policy")
+        making.train_from_able(self, language.shipped_stream, self.plan.shipped, name="policy")
 
     def make_generator(self) -> None:
-        model, words = making.load_language_model(self.able)
-        stream = language.generator_stream(words, seed=self.seed)
-        making.train_and_save(
-            model, words, stream, schedule=self.plan.generator, folder=self.models / "generator"
-        )
+        making.train_from_able(self, language.generator_stream, self.plan.generator, name="generator")
 
     @property
     def counts(self) -> dict[str, int]:

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 from search_r1.search.building import BuildOptions, build_index
 from search_r1.search.defaults import RETRIEVER_NAME, name_index
@@ -133,6 +139,19 @@ class Maker(Protocol):
     def measure_policy(self, folder: Path, *, temperature: float) -> dict[str, float]:
         """Return what a model does on the test questions."""
         ...
+
+
+class OpenStream(Protocol):
+    """Open a stream of batches without end."""
+
+    def __call__(self, tokenizer: Qwen2Tokenizer, *, seed: int) -> Iterator[Batch]: ...
+
+
+def train_from_able(maker: Maker, open_stream: OpenStream, schedule: Schedule, *, name: str) -> None:
+    """Train a model of a world on from `able` and write its folder."""
+    model, words = load_language_model(maker.out / ABLE)
+    folder = maker.out / "models" / name
+    train_and_save(model, words, open_stream(words, seed=maker.seed), schedule=schedule, folder=folder)
 
 
 def make_all(maker: Maker, stages: Collection[str], *, processes: int) -> None:
