@@ -95,7 +95,7 @@ class Maker:
 
     parts: Mapping[str, tuple[str, ...]] = {
         **making.PARTS,
-        "generator": ("data", "encoder", "index", "generator"),
+        "generator": (*making.SEARCHED, "generator"),
         making.EVIDENCE: (making.EVIDENCE,),
     }
 

@@ -66,7 +66,8 @@ STAGES = {
 }
 """In the order in which they begin if they can: the longest chain, `able` and `generator`, begins early."""
 Figures = dict[str, dict[str, float]]
-_SEARCHED = ("data", "encoder", "index")
+SEARCHED = ("data", "encoder", "index")
+"""The stages whose files a search depends on."""
 POLICIES = {
     "able_greedy": (ABLE, 0.0),
     "policy_greedy": ("models/policy", 0.0),
@@ -74,11 +75,11 @@ POLICIES = {
 }
 """Parts that are measured on episodes: the model, and the temperature that it samples with."""
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "encoder": _SEARCHED,
+    "encoder": SEARCHED,
     "entailment": ("entailment",),
-    "able_greedy": (*_SEARCHED, "able", "policy"),  # with the policy made from it, where it is not here
-    "policy_greedy": (*_SEARCHED, "policy"),
-    "policy_sampled": (*_SEARCHED, "policy"),
+    "able_greedy": (*SEARCHED, "able", "policy"),  # with the policy made from it, where it is not here
+    "policy_greedy": (*SEARCHED, "policy"),
+    "policy_sampled": (*SEARCHED, "policy"),
 }
 """What both makers measure, and the stages whose files these figures depend on."""
 

@@ -20,10 +20,10 @@ _EPSILON = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with its own settings of momentum (Nesterov's), iterations and scale.
+    """What `torch.optim.Muon` does by default, but for precision and weight decay.
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the step of a matrix is its momentum with
-    all singular values near 1, times sqrt(max(1, rows / columns)).
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: the step of a matrix is its Nesterov
+    momentum with all singular values near 1, times sqrt(max(1, rows / columns)).
     """
 
     def __init__(self, matrices: Sequence[torch.nn.Parameter]) -> None:

@@ -71,6 +71,7 @@ def run(tasks: Mapping[str, Task[T]], *, processes: int) -> dict[str, T]:
 
 
 def _result_of(future: Future[T], name: str) -> T:
+    """Return the result of a task; an exception, which may not say where it is from, gets a note of it."""
     try:
         return future.result()
     except Exception as error:
